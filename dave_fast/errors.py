@@ -1,0 +1,47 @@
+"""Everything dave-fast raises on purpose.
+
+    DaveFastError
+    ├── InputError            (ValueError)    images, targets or settings that cannot be explained
+    │   └── ImageError                        a file that is no readable image
+    ├── ModelError            (ValueError)    the model cannot be explained, or not by the route asked for
+    │   ├── UnknownModelError                 no such model name, or its weights cannot be fetched
+    │   └── NotFrozenError                    the affine replay found an operator that was left unfrozen
+    ├── BackendError          (RuntimeError)  a backend was asked for by name and cannot be used
+    └── NonFiniteError        (ArithmeticError) NaN or infinity in images, logits or maps
+
+Messages say what was given, what was expected, and what to do next.
+"""
+
+from __future__ import annotations
+
+
+class DaveFastError(Exception):
+    """Base of every error that dave-fast raises on purpose."""
+
+
+class InputError(DaveFastError, ValueError):
+    """Images, targets or settings that cannot be explained."""
+
+
+class ImageError(InputError):
+    """A file that is no readable image."""
+
+
+class ModelError(DaveFastError, ValueError):
+    """The model cannot be explained, or not by the route that was asked for."""
+
+
+class UnknownModelError(ModelError):
+    """No model of that name is known, or its weights cannot be fetched."""
+
+
+class NotFrozenError(ModelError):
+    """The affine replay found an input-dependent operator that was left unfrozen."""
+
+
+class BackendError(DaveFastError, RuntimeError):
+    """A backend was asked for by name and cannot be used."""
+
+
+class NonFiniteError(DaveFastError, ArithmeticError):
+    """NaN or infinity where finite numbers are needed."""

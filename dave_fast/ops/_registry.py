@@ -1,0 +1,95 @@
+"""Which backend runs an op: one table, one rule.
+
+Every op has a plain-PyTorch reference (`torch`). Other backends are faster forms of the same
+function with the same signature. `backend="auto"` takes the first available one in the device's
+order of preference; a backend asked for by name is taken for every op that has it and raises
+`BackendError`, with the reason, where it cannot be loaded. Ops that lack it keep their default.
+
+The choice is made once per engine (`bind`), never per call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from dave_fast.errors import BackendError
+
+
+def _native_unavailable() -> str | None:
+    from dave_fast import _ext
+
+    return _ext.unavailable()
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to run ops: where it runs, and why it cannot (None when it can)."""
+
+    name: str
+    devices: tuple[str, ...]
+    unavailable: Callable[[], str | None]
+
+
+BACKENDS: dict[str, Backend] = {
+    "torch": Backend("torch", ("cpu", "cuda", "mps", "xpu"), lambda: None),
+    "native": Backend("native", ("cpu",), cache(_native_unavailable)),
+}
+
+# best first
+PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("native", "torch")}
+
+# op -> backend -> "module:function"
+IMPLEMENTATIONS: dict[str, dict[str, str]] = {
+    op: {"torch": f"dave_fast.ops.{op}:{op}_ref", "native": f"dave_fast.ops.{op}:{op}_native"}
+    for op in ("perturb", "pull_back", "robust_mean", "smooth")
+} | {
+    "linear": {"torch": "dave_fast.ops.linear:linear_ref"},
+    "attention": {"torch": "dave_fast.ops.attention:attention_ref"},
+    "attention_vjp": {"torch": "dave_fast.ops.attention:attention_vjp_ref"},
+}
+
+
+def why_not(op: str, backend: str, device: str) -> str | None:
+    """The reason why `backend` cannot run `op` on `device`; None when it can."""
+    if backend not in BACKENDS:
+        return f"there is no backend {backend!r}; there are {', '.join(BACKENDS)}"
+    if backend not in IMPLEMENTATIONS[op]:
+        return f"op {op!r} has no {backend!r} form"
+    if device not in BACKENDS[backend].devices:
+        return f"backend {backend!r} runs on {'/'.join(BACKENDS[backend].devices)}, not on {device}"
+    return BACKENDS[backend].unavailable()
+
+
+def choose(op: str, backend: str = "auto", device: str = "cpu") -> str:
+    """The name of the backend that runs `op` on `device`.
+
+    Raises BackendError when a backend is asked for by name, has this op, and cannot be used.
+    """
+    if backend != "auto":
+        if backend not in BACKENDS:
+            raise BackendError(f"backend {backend!r} is unknown; choose 'auto' or one of {', '.join(BACKENDS)}")
+        if backend in IMPLEMENTATIONS[op]:
+            reason = why_not(op, backend, device)
+            if reason is not None:
+                raise BackendError(
+                    f"backend {backend!r} was asked for and cannot run {op!r}: {reason}. "
+                    "Use backend='auto', or see `dave-fast info`."
+                )
+            return backend
+    order = PREFERENCE.get(device, ("torch",))
+    return next(name for name in order if why_not(op, name, device) is None)
+
+
+def load(op: str, backend: str) -> Callable[..., Any]:
+    """The function of one op in one backend."""
+    module, function = IMPLEMENTATIONS[op][backend].split(":")
+    return getattr(import_module(module), function)
+
+
+def bind(op: str, backend: str = "auto", device: str = "cpu") -> Callable[..., Any]:
+    """The function that runs `op` on `device`, chosen once."""
+    return load(op, choose(op, backend, device))
