@@ -1,0 +1,64 @@
+"""The affine bilinear warp's geometry, shared by `perturb` and its adjoint `pull_back`.
+
+    source(x, y) = (m00·x + (m01·y + m02), m10·x + (m11·y + m12))      h(u) = max(0, 1 - |u|)
+
+Both references take every weight h(source - q) from here, so that each is the exact adjoint of the other; `csrc/warp.h`
+rounds in the same order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dave_fast.errors import InputError
+from dave_fast.ops.patches import patch_grid
+from dave_fast.sampling import Draws
+
+
+def source(matrices: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Source position of destination (x, y). matrices (R, 2, 3); x, y and the results broadcast as (R, H, W)."""
+    m = matrices[:, :, :, None, None]
+    return m[:, 0, 0] * x + (m[:, 0, 1] * y + m[:, 0, 2]), m[:, 1, 0] * x + (m[:, 1, 1] * y + m[:, 1, 2])
+
+
+def tent(u: Tensor) -> Tensor:
+    """h(u) = max(0, 1 - |u|), the bilinear weight at distance u."""
+    return (1 - u.abs()).clamp(min=0)
+
+
+def pixels(height: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """x (1, 1, W) and y (1, H, 1), the coordinates of pixel centres, in the dtype and on the device of `like`."""
+    x = torch.arange(width, dtype=like.dtype, device=like.device)
+    y = torch.arange(height, dtype=like.dtype, device=like.device)
+    return x.view(1, 1, -1), y.view(1, -1, 1)
+
+
+def take(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """images (R, C, H, W) at integer positions x, y (R, H', W'); zero outside. Returns (R, C, H', W')."""
+    rows, channels, height, width = images.shape
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    flat = (y.clamp(0, height - 1) * width + x.clamp(0, width - 1)).long().flatten(1)
+    values = images.flatten(2).gather(2, flat[:, None].expand(-1, channels, -1)).unflatten(2, x.shape[1:])
+    return torch.where(inside[:, None], values, 0)
+
+
+def rows_a_chunk(images: Tensor) -> int:
+    """How many rows a reference takes at once, so that its temporaries stay small."""
+    return max(1, (1 << 22) // images[0].numel())
+
+
+def check(images: Tensor, draws: Draws, patch_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Raise where images and draws are nothing that can be perturbed; the patch grid otherwise."""
+    if not isinstance(images, Tensor) or images.dtype not in (torch.float32, torch.float64):
+        kind = getattr(images, "dtype", type(images).__name__)
+        raise TypeError(f"images must be a float32 or float64 tensor; got {kind}")
+    if images.ndim != 4 or 0 in images.shape:
+        raise InputError(f"images must have the shape (B, C, H, W), none of them 0; got {tuple(images.shape)}")
+    if not isinstance(draws, Draws):
+        raise TypeError(f"draws must be a dave_fast.sampling.Draws; got {type(draws).__name__}")
+    if len(draws) and not 0 <= int(draws.image_index.min()) <= int(draws.image_index.max()) < len(images):
+        raise InputError(f"draws.image_index must be in [0, {len(images)}), the images of the batch")
+    if not bool(draws.matrices.isfinite().all()):
+        raise InputError("draws.matrices must be finite")
+    return patch_grid(*images.shape[2:], patch_size)

@@ -1,0 +1,43 @@
+"""Images as patches and back: the one home of the token layout.
+
+A token's C·p_h·p_w elements are ordered (c, y, x), as a convolution's weight flattens; tokens go row by row.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dave_fast.errors import InputError
+
+
+def patch_hw(patch_size: int | tuple[int, int]) -> tuple[int, int]:
+    """(p_h, p_w) of a patch size that may be one number."""
+    p_h, p_w = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    if p_h < 1 or p_w < 1:
+        raise InputError(f"patch_size must be ≥ 1; got {patch_size!r}")
+    return int(p_h), int(p_w)
+
+
+def patch_grid(height: int, width: int, patch_size: int | tuple[int, int]) -> tuple[int, int]:
+    """(rows, columns) of patches in an image; InputError where the patches do not fill it."""
+    p_h, p_w = patch_hw(patch_size)
+    if height % p_h or width % p_w:
+        raise InputError(f"images of {height}×{width} pixels do not divide into patches of {p_h}×{p_w}; resize or pad them")
+    return height // p_h, width // p_w
+
+
+def patchify(images: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
+    """images (R, C, H, W) -> tokens (R, n, C·p_h·p_w)."""
+    p_h, p_w = patch_hw(patch_size)
+    rows, channels, height, width = images.shape
+    n_y, n_x = patch_grid(height, width, (p_h, p_w))
+    blocks = images.reshape(rows, channels, n_y, p_h, n_x, p_w).permute(0, 2, 4, 1, 3, 5)
+    return blocks.reshape(rows, n_y * n_x, channels * p_h * p_w)
+
+
+def unpatchify(tokens: Tensor, patch_size: int | tuple[int, int], height: int, width: int) -> Tensor:
+    """tokens (R, n, C·p_h·p_w) -> images (R, C, H, W), the inverse of `patchify`."""
+    p_h, p_w = patch_hw(patch_size)
+    n_y, n_x = patch_grid(height, width, (p_h, p_w))
+    blocks = tokens.reshape(len(tokens), n_y, n_x, -1, p_h, p_w).permute(0, 3, 1, 4, 2, 5)
+    return blocks.reshape(len(tokens), -1, height, width)

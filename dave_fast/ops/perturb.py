@@ -1,0 +1,70 @@
+"""perturb: x̃ = signal·τ(x) + noise·ε, warped, noised and cut into patches. DAVE, arXiv 2602.06613, Eq. 6 and 7."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dave_fast.ops import _registry, _warp
+from dave_fast.ops.patches import patch_grid, patch_hw, patchify
+from dave_fast.sampling import Draws, normal
+
+STORED = (torch.float32, torch.float64, torch.bfloat16)
+
+
+def perturb(
+    images: Tensor,
+    draws: Draws,
+    patch_size: int | tuple[int, int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+) -> Tensor:
+    """The perturbed input of every row, as tokens: x̃ = signal·τ(x) + noise·ε.
+
+    images: (B, C, H, W) float32 or float64, contiguous; the arithmetic is that of its dtype.
+    draws: R rows. τ is bilinear with zeros outside; `draws.matrices` map a destination pixel (x, y) to its source
+        position, pixel centres at integers. ε is defined in float32 and widened; noise = 0 draws nothing.
+    patch_size: p or (p_h, p_w), which must divide (H, W); (H, W) itself makes one token, the image.
+    dtype: float32, float64 or bfloat16, in which tokens are stored.
+    Returns tokens (R, n, C·p_h·p_w), each ordered (c, y, x).
+    """
+    _warp.check(images, draws, patch_size)
+    if dtype not in STORED:
+        raise TypeError(f"dtype must be one of {', '.join(map(str, STORED))}; got {dtype}")
+    run = _registry.bind("perturb", backend, images.device.type)
+    tokens: Tensor = run(images, draws, patch_size, dtype=dtype)
+    return tokens
+
+
+def perturb_ref(
+    images: Tensor, draws: Draws, patch_size: int | tuple[int, int], *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """`perturb` in PyTorch, on any device."""
+    _, channels, height, width = images.shape
+    p_h, p_w = patch_hw(patch_size)
+    n_y, n_x = patch_grid(height, width, (p_h, p_w))
+    tokens = torch.empty(len(draws), n_y * n_x, channels * p_h * p_w, dtype=dtype, device=images.device)
+    step = _warp.rows_a_chunk(images)
+    for start in range(0, len(draws), step):
+        part = draws[start : start + step]
+        signal = part.signal.to(images.dtype).to(images.device).view(-1, 1, 1, 1)
+        perturbed = signal * warp(images[part.image_index.to(images.device)], part)
+        if part.noise.any():
+            noise = part.noise.to(images.dtype).to(images.device).view(-1, 1, 1, 1)
+            deviates = normal(part.keys.to(images.device), part.samples.to(images.device), channels * height * width)
+            perturbed = perturbed + noise * deviates.view_as(perturbed)
+        tokens[start : start + step] = patchify(perturbed, (p_h, p_w))
+    return tokens
+
+
+def warp(images: Tensor, draws: Draws) -> Tensor:
+    """τ(x): y(p) = Σ_q x(q)·h(source_x(p) - q_x)·h(source_y(p) - q_y). images (R, C, H, W), one a row of the draws."""
+    x, y = _warp.source(draws.matrices.to(images.dtype).to(images.device), *_warp.pixels(*images.shape[2:], images))
+    left, top = x.floor(), y.floor()
+    warped = torch.zeros_like(images)
+    for q_y in (top, top + 1):
+        for q_x in (left, left + 1):
+            weight = _warp.tent(x - q_x) * _warp.tent(y - q_y)
+            warped += weight[:, None] * _warp.take(images, q_x, q_y)
+    return warped

@@ -1,0 +1,107 @@
+"""pull_back: signal·τᵀ(un-patchify(g)) ⊙ image, the adjoint of perturb's signal part. DAVE, arXiv 2602.06613, Eq. 6-8."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dave_fast.errors import InputError
+from dave_fast.ops import _registry, _warp
+from dave_fast.ops.patches import patch_hw, unpatchify
+from dave_fast.sampling import Draws
+
+STORED = (torch.float32, torch.float64, torch.bfloat16)
+
+
+def pull_back(
+    token_cotangents: Tensor,
+    images: Tensor,
+    draws: Draws,
+    patch_size: int | tuple[int, int],
+    *,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The contribution of every row: signal · τᵀ(un-patchify(g)) ⊙ image.
+
+    token_cotangents: (R, n, C·p_h·p_w) float32, float64 or bfloat16: g, laid out as `perturb` returns tokens.
+    images: (B, C, H, W) float32 or float64, contiguous; the arithmetic is that of its dtype.
+    draws: the R rows that the tokens were made from. patch_size: p or (p_h, p_w).
+    dtype: float32, float64 or bfloat16, in which contributions are stored; None for that of the images.
+    Returns contributions (R, C, H, W).
+    """
+    n_y, n_x = _warp.check(images, draws, patch_size)
+    p_h, p_w = patch_hw(patch_size)
+    expected = (len(draws), n_y * n_x, images.shape[1] * p_h * p_w)
+    if not isinstance(token_cotangents, Tensor) or token_cotangents.dtype not in STORED:
+        raise TypeError(f"token_cotangents must be a tensor of one of {', '.join(map(str, STORED))}")
+    if tuple(token_cotangents.shape) != expected:
+        raise InputError(f"token_cotangents must have the shape {expected}; got {tuple(token_cotangents.shape)}")
+    if token_cotangents.device != images.device:
+        raise InputError(f"token_cotangents are on {token_cotangents.device}, images on {images.device}")
+    if dtype is not None and dtype not in STORED:
+        raise TypeError(f"dtype must be None or one of {', '.join(map(str, STORED))}; got {dtype}")
+    run = _registry.bind("pull_back", backend, images.device.type)
+    contributions: Tensor = run(token_cotangents, images, draws, patch_size, dtype=dtype)
+    return contributions
+
+
+def pull_back_ref(
+    token_cotangents: Tensor,
+    images: Tensor,
+    draws: Draws,
+    patch_size: int | tuple[int, int],
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`pull_back` in PyTorch, on any device."""
+    height, width = images.shape[2:]
+    shape = (len(draws), *images.shape[1:])
+    contributions = torch.empty(shape, dtype=dtype or images.dtype, device=images.device)
+    step = _warp.rows_a_chunk(images)
+    for start in range(0, len(draws), step):
+        part = draws[start : start + step]
+        cotangents = unpatchify(token_cotangents[start : start + step].to(images.dtype), patch_size, height, width)
+        signal = part.signal.to(images.dtype).to(images.device).view(-1, 1, 1, 1)
+        image = images[part.image_index.to(images.device)]
+        contributions[start : start + step] = signal * adjoint_warp(cotangents, part) * image
+    return contributions
+
+
+def adjoint_warp(cotangents: Tensor, draws: Draws) -> Tensor:
+    """τᵀ(g): (τᵀg)(q) = Σ_p g(p)·h(source_x(p) - q_x)·h(source_y(p) - q_y). cotangents (R, C, H, W).
+
+    A gather: the destinations p that see a source pixel q lie in an open parallelogram around the inverse map of q,
+    whose half extents are the L1 row norms r of the inverse; so ceil(2·r) candidates an axis hold them all.
+    """
+    matrices = draws.matrices.to(cotangents.dtype).to(cotangents.device)
+    inverse, reach = inverse_and_reach(draws.matrices)
+    x, y = _warp.pixels(*cotangents.shape[2:], cotangents)
+    centre_x, centre_y = _warp.source(inverse.to(cotangents.dtype).to(cotangents.device), x, y)
+    half = reach.to(cotangents.dtype).to(cotangents.device)[:, :, None, None]
+    first_x, first_y = (centre_x - half[:, 0]).floor() + 1, (centre_y - half[:, 1]).floor() + 1
+    pulled = torch.zeros_like(cotangents)
+    for j in range(_candidates(reach[:, 1])):
+        for i in range(_candidates(reach[:, 0])):
+            p_x, p_y = first_x + i, first_y + j
+            source_x, source_y = _warp.source(matrices, p_x, p_y)
+            weight = _warp.tent(source_x - x) * _warp.tent(source_y - y)
+            pulled += weight[:, None] * _warp.take(cotangents, p_x, p_y)
+    return pulled
+
+
+def inverse_and_reach(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse maps (R, 2, 3), source → destination, and the L1 norms (R, 2) of their rows; float64."""
+    a, b, c, d = matrices[:, :, :2].flatten(1).unbind(1)
+    determinant = a * d - b * c
+    if not bool((determinant != 0).all()):
+        raise InputError("draws.matrices must be invertible")
+    linear = torch.stack([d, -b, -c, a], dim=1).view(-1, 2, 2) / determinant[:, None, None]
+    offset = -(linear * matrices[:, None, :, 2]).sum(-1, keepdim=True)
+    return torch.cat([linear, offset], dim=-1), linear.abs().sum(-1)
+
+
+def _candidates(reach: Tensor) -> int:
+    return math.ceil(2 * float(reach.max())) if len(reach) else 0
