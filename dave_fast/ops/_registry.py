@@ -25,6 +25,16 @@ def _native_unavailable() -> str | None:
     return _ext.unavailable()
 
 
+def _onednn_unavailable() -> str | None:
+    import torch
+
+    if not torch.backends.mkldnn.is_available():
+        return "this PyTorch was built without oneDNN"
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return "this PyTorch has no packed oneDNN linear"
+    return None
+
+
 @dataclass(frozen=True)
 class Backend:
     """A way to run ops: where it runs, and why it cannot (None when it can)."""
@@ -37,17 +47,25 @@ class Backend:
 BACKENDS: dict[str, Backend] = {
     "torch": Backend("torch", ("cpu", "cuda", "mps", "xpu"), lambda: None),
     "native": Backend("native", ("cpu",), cache(_native_unavailable)),
+    "onednn": Backend("onednn", ("cpu",), cache(_onednn_unavailable)),
 }
 
 # best first
-PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("native", "torch")}
+PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("native", "onednn", "torch")}
 
 # op -> backend -> "module:function"
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     op: {"torch": f"dave_fast.ops.{op}:{op}_ref", "native": f"dave_fast.ops.{op}:{op}_native"}
     for op in ("perturb", "pull_back", "robust_mean", "smooth")
 } | {
-    "linear": {"torch": "dave_fast.ops.linear:linear_ref"},
+    "pack_weight": {
+        "torch": "dave_fast.ops.linear:pack_ref",
+        "onednn": "dave_fast.ops.linear:pack_onednn",
+    },
+    "linear": {
+        "torch": "dave_fast.ops.linear:linear_ref",
+        "onednn": "dave_fast.ops.linear:linear_onednn",
+    },
     "attention": {"torch": "dave_fast.ops.attention:attention_ref"},
     "attention_vjp": {"torch": "dave_fast.ops.attention:attention_vjp_ref"},
 }

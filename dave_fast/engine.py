@@ -1,0 +1,199 @@
+"""The engine: two walks over a ViTPlan, written once against the ops.
+
+    forward   tokens (R, n, c·p_h·p_w) -> logits (R, K), keeping the operators: P, 1/σ and gates
+    vjp       cotangent of the logits (R, K) -> cotangent of the tokens, with those operators held constant
+
+(DAVE, arXiv 2602.06613, Eq. 3-5.) Only values carry a cotangent, so q and k weights never appear in the VJP.
+There is no autograd and there are no hooks between the patch embedding and the last block; the tail (final
+norm, pooling, any head) is the model's own modules under the frozen route, at the cost of a few percent.
+
+R rows (image, sample) of one micro-batch · n patches · N tokens · C width · A heads·head_dim · M hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dave_fast.frozen import freeze
+from dave_fast.ops import _registry
+from dave_fast.ops.norm import row_rstd
+from dave_fast.plan import Layer, ViTPlan, make_plan
+
+
+@dataclass
+class SavedLayer:
+    """The operators of one block: rstd (R·N,) of each norm, the attention's P, the MLP's gate (R·N, M)."""
+
+    rstd1: Tensor
+    attention: Any
+    rstd2: Tensor
+    gate: Tensor
+
+
+@dataclass
+class Saved:
+    """The operators of one micro-batch."""
+
+    rows: int
+    rstd_pre: Tensor | None
+    layers: list[SavedLayer]
+    tail_input: Tensor
+    tail_output: Tensor
+
+
+class Engine:
+    """The two walks over one plan, bound to the ops of one backend."""
+
+    def __init__(self, plan: ViTPlan, backend: str = "auto") -> None:
+        device = plan.device.type
+        self.plan = plan
+        self._linear: Callable[..., Any] = _registry.bind("linear", backend, device)
+        self._attention: Callable[..., Any] = _registry.bind("attention", backend, device)
+        self._attention_vjp: Callable[..., Any] = _registry.bind("attention_vjp", backend, device)
+
+    @staticmethod
+    def build(
+        model: nn.Module,
+        *,
+        dtype: torch.dtype,
+        size: tuple[int, int] | None = None,
+        device: torch.device | str = "cpu",
+        backend: str = "auto",
+    ) -> Engine:
+        """Plan and engine in one; arguments as `make_plan`."""
+        pack = _registry.bind("pack_weight", backend, torch.device(device).type)
+        return Engine(make_plan(model, dtype=dtype, pack=pack, size=size, device=device), backend)
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Saved]:
+        """tokens (R, n, c·p_h·p_w) in the plan's dtype -> logits (R, K) float32 (float64), operators."""
+        plan = self.plan
+        rows = tokens.shape[0]
+        x, rstd_pre = self._embed(tokens)
+        saved = []
+        for layer in plan.layers:
+            x, operators = self._layer(layer, x, rows)
+            saved.append(operators)
+        x = x.view(rows, -1, plan.width).to(_statistics(plan.dtype)).requires_grad_()
+        with torch.enable_grad(), freeze():
+            logits = plan.tail(x)
+        return logits.detach(), Saved(rows, rstd_pre, saved, x, logits)
+
+    @torch.no_grad()
+    def vjp(self, saved: Saved, cotangent: Tensor) -> Tensor:
+        """Cotangent of the logits (R, K) -> cotangent of the tokens (R, n, c·p_h·p_w), the plan's dtype.
+
+        May be called again with another cotangent of the same forward walk.
+        """
+        plan = self.plan
+        (g,) = torch.autograd.grad(saved.tail_output, saved.tail_input, cotangent, retain_graph=True)
+        g = g.to(plan.dtype).reshape(-1, plan.width)
+        for layer, operators in zip(reversed(plan.layers), reversed(saved.layers), strict=True):
+            g = self._layer_vjp(layer, operators, g, saved.rows)
+        return self._embed_vjp(g, saved)
+
+    # ---- patch embedding ----
+
+    def _embed(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        plan = self.plan
+        rows, patches, _ = tokens.shape
+        prefix = plan.prefix.shape[0]
+        embedded = self._linear(tokens.reshape(rows * patches, -1), plan.embed.weight, plan.embed.bias)
+        x = embedded.new_empty(rows, plan.tokens, plan.width)
+        x[:, :prefix] = plan.prefix
+        torch.add(embedded.view(rows, patches, -1), plan.position, out=x[:, prefix:])
+        x = x.view(-1, plan.width)
+        if plan.norm_pre is None:
+            return x, None
+        return self._norm_pre(x)
+
+    def _norm_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A real norm ahead of the blocks; the stream starts behind it, centred where the plan is."""
+        norm = self.plan.norm_pre
+        assert norm is not None
+        wide = x.to(_statistics(x.dtype))
+        rstd = row_rstd(wide, norm.eps, centred=not norm.centres)
+        if norm.centres:
+            wide = wide - wide.mean(-1, keepdim=True)
+        wide = wide * rstd[:, None] * norm.weight.to(wide) + norm.bias.to(wide)
+        if self.plan.centred:
+            wide = wide - wide.mean(-1, keepdim=True)
+        return wide.to(x.dtype), rstd
+
+    def _embed_vjp(self, g: Tensor, saved: Saved) -> Tensor:
+        plan = self.plan
+        norm = plan.norm_pre
+        if norm is not None and saved.rstd_pre is not None:
+            wide = g.to(saved.rstd_pre.dtype)
+            if plan.centred:
+                wide = wide - wide.mean(-1, keepdim=True)
+            wide = wide * norm.weight.to(wide)
+            if norm.centres:
+                wide = wide - wide.mean(-1, keepdim=True)
+            g = (wide * saved.rstd_pre[:, None]).to(g.dtype)
+        g = g.view(saved.rows, plan.tokens, plan.width)[:, plan.prefix.shape[0] :]
+        patches = g.reshape(-1, plan.width)
+        return self._linear(patches, plan.embed.transposed).view(saved.rows, g.shape[1], -1)
+
+    # ---- one block ----
+
+    def _layer(self, layer: Layer, x: Tensor, rows: int) -> tuple[Tensor, SavedLayer]:
+        """x (R·N, C) -> the same after one block, (R·read, C) after a trimmed one."""
+        rstd1 = row_rstd(x, layer.eps1, centred=layer.centred1)
+        q, k, v = self._queries_keys_values(layer, x, rstd1, rows)
+        out, attention = self._attention(q, k, v, layer.scale)
+        x = self._read(layer, x, rows)
+        x = self._linear(out.view(x.shape[0], -1), layer.proj.weight, layer.proj.bias, residual=x)
+        rstd2 = row_rstd(x, layer.eps2, centred=layer.centred2)
+        hidden, gate = self._linear(
+            x, layer.fc1.weight, layer.fc1.bias, row_scale=rstd2, activation=layer.activation
+        )
+        x = self._linear(hidden, layer.fc2.weight, layer.fc2.bias, residual=x)
+        return x, SavedLayer(rstd1, attention, rstd2, gate)
+
+    def _queries_keys_values(
+        self, layer: Layer, x: Tensor, rstd: Tensor, rows: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q (R, Q, heads, D), k and v (R, N, heads, D): views of the projections, q- and k-norm applied."""
+        shape = (rows, -1, layer.heads, layer.head_dim)
+        if layer.qkv is not None:
+            qkv = self._linear(x, layer.qkv.weight, layer.qkv.bias, row_scale=rstd)
+            q, k, v = (t.unflatten(0, (rows, -1)).view(shape) for t in qkv.chunk(3, dim=-1))
+        else:
+            assert layer.query is not None and layer.key_value is not None
+            read = self._read(layer, x, rows)
+            rstd_read = self._read(layer, rstd, rows)
+            q = self._linear(read, layer.query.weight, layer.query.bias, row_scale=rstd_read).view(shape)
+            kv = self._linear(x, layer.key_value.weight, layer.key_value.bias, row_scale=rstd)
+            k, v = (t.unflatten(0, (rows, -1)).view(shape) for t in kv.chunk(2, dim=-1))
+        q = q if layer.q_norm is None else layer.q_norm(q)
+        k = k if layer.k_norm is None else layer.k_norm(k)
+        return q, k, v
+
+    def _read(self, layer: Layer, x: Tensor, rows: int) -> Tensor:
+        """The tokens of x (R·N, ...) for which the block is computed to its end."""
+        if layer.qkv is not None:
+            return x
+        return x.unflatten(0, (rows, -1))[:, : self.plan.read].flatten(0, 1)
+
+    def _layer_vjp(self, layer: Layer, saved: SavedLayer, g: Tensor, rows: int) -> Tensor:
+        """Cotangent after the block -> before it, (R·N, C)."""
+        d_hidden = self._linear(g, layer.fc2.transposed, row_scale=saved.rstd2, gate=saved.gate)
+        g = self._linear(d_hidden, layer.fc1.transposed, residual=g)
+        d_out = self._linear(g, layer.proj.transposed).view(rows, -1, layer.heads, layer.head_dim)
+        d_v = self._attention_vjp(saved.attention, d_out).view(saved.rstd1.shape[0], -1)
+        if layer.qkv is not None:
+            return self._linear(d_v, layer.qkv.transposed, row_scale=saved.rstd1, residual=g)
+        assert layer.key_value is not None
+        whole = self._linear(d_v, layer.key_value.transposed, row_scale=saved.rstd1)
+        whole.view(rows, -1, g.shape[1])[:, : self.plan.read] += g.view(rows, -1, g.shape[1])
+        return whole
+
+
+def _statistics(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,54 @@
+"""Activations as gates: act(u) = gate(u)·u, with the gate frozen in the effective transformation.
+
+gate(u) = act(u)/u, and its limit at u = 0. A gated MLP act(a)·b has the gate act(a) on the value b.
+(DAVE, arXiv 2602.06613, Eq. 3-5 for GELU; the others follow the same rule.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def _gelu_gate(u: Tensor) -> Tensor:
+    return torch.special.ndtr(u)
+
+
+def _gelu_tanh_gate(u: Tensor) -> Tensor:
+    # ½(1 + tanh z) = sigmoid(2z), which does not cancel for large negative u
+    return torch.sigmoid(2.0 * math.sqrt(2.0 / math.pi) * (u + 0.044715 * u * u * u))
+
+
+def _relu_gate(u: Tensor) -> Tensor:
+    return (u > 0).to(u.dtype)
+
+
+def _quick_gelu_gate(u: Tensor) -> Tensor:
+    return torch.sigmoid(1.702 * u)
+
+
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": _gelu_gate,
+    "gelu_tanh": _gelu_tanh_gate,
+    "silu": torch.sigmoid,
+    "relu": _relu_gate,
+    "quick_gelu": _quick_gelu_gate,
+}
+
+
+def activate(u: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """(act(u), gate), both of u's shape and dtype.
+
+    With a name that ends in "_glu" ("silu_glu"), u (..., 2M) holds a, then b: returns
+    (act(a)·b, act(a)), both (..., M); "_glu_last" takes the gated half last.
+    """
+    name, glu, order = activation.partition("_glu")
+    if not glu:
+        gate = GATES[name](u)
+        return gate * u, gate
+    a, b = u.chunk(2, dim=-1) if not order else reversed(u.chunk(2, dim=-1))
+    gate = GATES[name](a) * a
+    return gate * b, gate

@@ -1,0 +1,99 @@
+"""linear: the GEMM of both walks, with the epilogues that they need.
+
+    y = row_scale ⊙ (x Wᵀ) + bias            row_scale: the folded norm's 1/σ, one a row
+    activation:   gate = act(y)/y,  y ← gate ⊙ y         forward of the MLP's first layer
+    gate:         y ← y ⊙ gate                           frozen VJP of the activation
+    residual:     y ← y + residual                       the residual stream, or its cotangent
+
+T rows (tokens) · I in-features · O out-features.
+
+Every backend comes as a pair: `pack_<backend>` lays a weight out once, `linear_<backend>` uses it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dave_fast.ops.activation import activate
+
+# rows that oneDNN lays packed weights out for; any other number of rows runs as well
+PACK_ROWS = 1024
+
+
+def pack_ref(matrix: Tensor) -> Tensor:
+    """matrix (O, I) as it is, contiguous."""
+    return matrix.contiguous()
+
+
+def linear_ref(
+    x: Tensor,
+    weight: Any,
+    bias: Tensor | None = None,
+    *,
+    row_scale: Tensor | None = None,
+    activation: str | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """x Wᵀ with an epilogue.
+
+    Args:
+        x: (T, I) operand; float64, float32 or bfloat16.
+        weight: what `pack_ref` returned for a matrix (O, I) of x's dtype.
+        bias: (O,) of x's dtype.
+        row_scale: (T,) float32 (float64 for float64 operands), multiplies the product before the bias.
+        activation: a name of `ops.activation`; the gate is returned too.
+        gate: (T, O) multiplies the result.
+        residual: (T, O) is added to the result.
+
+    Returns:
+        y (T, O) in x's dtype, or (y, gate), both (T, O), with an activation.
+    """
+    # scaling the narrow operand costs less than scaling the product, and it is what a norm would do
+    if row_scale is not None:
+        x = (x * row_scale[:, None]).to(x.dtype)
+    return _epilogue(F.linear(x, weight, bias), activation, gate, residual)
+
+
+def pack_onednn(matrix: Tensor) -> Tensor:
+    """matrix (O, I) in oneDNN's blocked layout; float64, which oneDNN lacks, stays as it is."""
+    if matrix.dtype == torch.float64:
+        return pack_ref(matrix)
+    return torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous(), PACK_ROWS)
+
+
+def linear_onednn(
+    x: Tensor,
+    weight: Any,
+    bias: Tensor | None = None,
+    *,
+    row_scale: Tensor | None = None,
+    activation: str | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """As `linear_ref`, with weights packed for oneDNN: on CPUs where PyTorch's own fp32 GEMM is slower."""
+    if not weight.is_mkldnn:
+        return linear_ref(
+            x, weight, bias, row_scale=row_scale, activation=activation, gate=gate, residual=residual
+        )
+    if row_scale is not None:
+        x = (x * row_scale[:, None]).to(x.dtype)
+    if residual is not None:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+    product = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return _epilogue(product, activation, gate, None)
+
+
+def _epilogue(
+    y: Tensor, activation: str | None, gate: Tensor | None, residual: Tensor | None
+) -> Tensor | tuple[Tensor, Tensor]:
+    if activation is not None:
+        return activate(y, activation)
+    if gate is not None:
+        y = y.mul_(gate)
+    return y if residual is None else y.add_(residual)

@@ -1,0 +1,17 @@
+"""row_rstd: what is left of a norm once its weights are folded into its neighbours: a scalar per row.
+
+    RMSNorm, or LayerNorm of rows whose mean is zero:  r = 1/√(mean(x²) + eps)
+    LayerNorm:                                         r = 1/√(var(x) + eps)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def row_rstd(x: Tensor, eps: float, *, centred: bool) -> Tensor:
+    """x (..., C) -> r (...,), float32 (float64 for float64 rows). centred: rows have no mean to remove."""
+    x = x if x.dtype == torch.float64 else x.float()
+    variance = x.square().mean(-1) if centred else x.var(-1, correction=0)
+    return (variance + eps).rsqrt_()
