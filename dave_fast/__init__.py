@@ -1,0 +1,24 @@
+"""dave-fast: fast, exact attribution maps for Vision Transformers (DAVE, arXiv 2602.06613)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dave_fast.explainer import DAVE, Explanation, effective_gradient
+
+__version__ = "0.1.0"
+__all__ = ["DAVE", "Explanation", "__version__", "effective_gradient"]
+
+
+def __getattr__(name: str) -> Any:
+    # torch and timm take seconds to import: `dave-fast --help` need not wait for them
+    if name in ("DAVE", "Explanation", "effective_gradient"):
+        from dave_fast import explainer
+
+        return getattr(explainer, name)
+    raise AttributeError(f"module 'dave_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,341 @@
+"""DAVE: the front end. Images and a target in, attribution maps out.
+
+The way of the data is one line: draws -> perturb -> forward and frozen VJP -> pull_back -> robust_mean -> smooth,
+over flat (image, sample) rows in micro-batches. Source: DAVE, arXiv 2602.06613, Eq. 3-8.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dave_fast.errors import InputError, NonFiniteError
+from dave_fast.memory import SHARE, contribution_bytes, free_bytes
+from dave_fast.models.catalog import load_model, noise_alpha_for
+from dave_fast.ops import _registry
+from dave_fast.ops.patches import unpatchify
+from dave_fast.precision import choose_precision, resolve_device, statistics_dtype
+from dave_fast.route import DTYPES, Route, make_route
+from dave_fast.sampling import Draws, Sampling, draw, identity
+from dave_fast.targets import ResolvedTarget, Target, resolve_target
+from dave_fast.weights import fingerprint
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Attribution maps of B images.
+
+    maps: (B, H, W) float32 in [0, 1], for looking at · raw: (B, C, H, W) float32, signed, per channel: the
+    median/MAD mean of effective gradient ⊙ image · target: (B,) int64, −1 where it is no class ·
+    probability: (B,) float32, softmax of the unperturbed image's output at the target, NaN where it is no class ·
+    output: (B, ...) float32, the model's output for the unperturbed images · n_samples, seed: as given.
+    """
+
+    maps: Tensor
+    raw: Tensor
+    target: Tensor
+    probability: Tensor
+    output: Tensor
+    n_samples: int
+    seed: int
+
+
+class DAVE:
+    """Explains the decisions of a Vision Transformer.
+
+    Args:
+        model: a timm name, "demo" (the embedded model) or any nn.Module. It is only read; changes that you make to
+            its weights are noticed at the next call.
+        device: where to compute; by default the model's own for a module, else a GPU where there is one.
+        precision: "fp64", "fp32" or "bf16"; by default bf16 where the device has it, else fp32.
+        backend: "auto", or "torch" / "native": taken for every op that has it.
+        route: "auto", "engine" (raises where the model has no plan) or "frozen".
+        noise_alpha: largest noise level; by default the authors' value for the model, else 0.5 with a warning.
+        schedule, rotation, scale, translation, flip: see `dave_fast.sampling.Sampling`.
+        internal_batch_size: rows (image, sample) of a micro-batch; by default what fits.
+
+    Raises UnknownModelError, InputError, BackendError.
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        *,
+        device: str | torch.device | None = None,
+        precision: str | None = None,
+        backend: str = "auto",
+        route: str = "auto",
+        noise_alpha: float | None = None,
+        schedule: str = "sequence",
+        rotation: float = 20.0,
+        scale: tuple[float, float] = (0.9, 1.1),
+        translation: float = 0.1,
+        flip: float = 0.5,
+        internal_batch_size: int | None = None,
+    ) -> None:
+        self.model, self.model_name = load_model(model)
+        self.device = resolve_device(device, self.model, named=isinstance(model, str))
+        self.precision = choose_precision(precision, self.device)
+        self.backend = backend
+        if noise_alpha is None:
+            noise_alpha = noise_alpha_for(self.model_name)
+        self.sampling = Sampling(noise_alpha, schedule, rotation, scale, translation, flip)
+        self.internal_batch_size = _checked_rows(internal_batch_size)
+        self._route_wanted = route
+        self._routes: dict[tuple[int, ...], Route] = {}
+        self._fingerprint: object = None
+        kind = self.device.type
+        self._perturb = _registry.bind("perturb", backend, kind)
+        self._pull_back = _registry.bind("pull_back", backend, kind)
+        self._robust_mean = _registry.bind("robust_mean", backend, kind)
+        self._smooth = _registry.bind("smooth", backend, kind)
+
+    # ---- what callers use ----
+
+    def explain(
+        self,
+        images: Tensor,
+        target: Target = None,
+        n_samples: int = 50,
+        seed: int = 0,
+        *,
+        image_keys: Sequence[int] | None = None,
+        internal_batch_size: int | None = None,
+        progress: Progress | None = None,
+    ) -> Explanation:
+        """Attribution maps for images (B, C, H, W), normalised as the model expects them.
+
+        Args:
+            images: floating point, finite. One image may be given as (C, H, W).
+            target: what is explained; None is the predicted class. All of captum's forms and callables: see
+                `dave_fast.targets`.
+            n_samples: S, perturbed samples an image; more is smoother, at linear cost.
+            seed: any integer. The same seed gives the same map whatever the batch, its order and its size.
+            image_keys: an integer an image that tells its draws from other images'; by default all share theirs.
+            internal_batch_size: rows (image, sample) of a micro-batch.
+            progress: called with (rows done, rows in all) after each micro-batch.
+
+        Raises InputError (shape, dtype, target, n_samples), ModelError, NonFiniteError.
+        """
+        images = self._checked_images(images)
+        keys = _checked_keys(image_keys, len(images))
+        route = self._route(tuple(images.shape[1:]))
+        rows = _checked_rows(internal_batch_size) or self.internal_batch_size or self._fitting_rows(route)
+        draws = draw(
+            n_samples, height=images.shape[2], width=images.shape[3], seed=seed, image_keys=keys, sampling=self.sampling
+        )
+        output = self._output(route, images, rows)
+        resolved = resolve_target(target, output)
+        raw = torch.empty_like(images)
+        done = 0
+        for some in self._groups(len(images), n_samples, tuple(images.shape[1:])):
+            part = draws[some.start * n_samples : some.stop * n_samples]
+            contributions = images.new_empty(len(part), *images.shape[1:])
+            for start in range(0, len(part), rows):
+                stop = min(start + rows, len(part))
+                contributions[start:stop] = self._contributions(route, images, part[start:stop], resolved)
+                done += stop - start
+                if progress is not None:
+                    progress(done, len(draws))
+            raw[some] = self._robust_mean(contributions.view(len(part) // n_samples, n_samples, *images.shape[1:]))
+        _refuse_non_finite(raw, "the attribution", "Try precision='fp32', or look for overflow in the model.")
+        classes = resolved.classes.expand(len(images)).clone()
+        return Explanation(
+            maps=self._smooth(raw).float(),
+            raw=raw.float(),
+            target=classes,
+            probability=_probability(output, classes),
+            output=output.float(),
+            n_samples=n_samples,
+            seed=seed,
+        )
+
+    def attribute(
+        self,
+        inputs: Tensor,
+        target: Target = None,
+        additional_forward_args: Any = None,
+        *,
+        n_samples: int = 50,
+        seed: int = 0,
+        internal_batch_size: int | None = None,
+    ) -> Tensor:
+        """captum's contract: inputs (B, C, H, W) -> signed attributions of the same shape and dtype.
+
+        target=None is the predicted class. additional_forward_args are not supported and raise InputError.
+        """
+        if additional_forward_args is not None:
+            raise InputError("additional_forward_args are not supported; wrap the model in a module that supplies them")
+        if not isinstance(inputs, Tensor) or inputs.dim() != 4:
+            raise InputError(f"inputs must be one tensor (B, C, H, W); got {_describe(inputs)}")
+        explanation = self.explain(inputs, target, n_samples, seed, internal_batch_size=internal_batch_size)
+        return explanation.raw.to(device=inputs.device, dtype=inputs.dtype)
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        """captum's property: attributions are effective gradient ⊙ input."""
+        return True
+
+    def predict(self, images: Tensor) -> Tensor:
+        """The model's output for unperturbed images (B, C, H, W): (B, ...) float32, in this precision and route."""
+        images = self._checked_images(images)
+        route = self._route(tuple(images.shape[1:]))
+        return self._output(route, images, self.internal_batch_size or self._fitting_rows(route)).float()
+
+    def effective_gradient(self, images: Tensor, target: Target = None) -> Tensor:
+        """One row of the effective transformation per image, unperturbed: (B, C, H, W).
+
+        float64 in fp64, else float32. DAVE, arXiv 2602.06613, Eq. 5.
+        """
+        images = self._checked_images(images)
+        route = self._route(tuple(images.shape[1:]))
+        rows = self.internal_batch_size or self._fitting_rows(route)
+        resolved = resolve_target(target, self._output(route, images, rows))
+        gradients = torch.empty_like(images)
+        every = identity(len(images))
+        for start in range(0, len(images), rows):
+            some = every[start : start + rows]
+            output, saved = route.forward(self._perturb(images, some, route.patch_size, dtype=route.dtype))
+            tokens = route.vjp(saved, resolved.cotangent(output, some.image_index)).to(images.dtype)
+            gradients[start : start + rows] = unpatchify(tokens, route.patch_size, *images.shape[2:])
+        _refuse_non_finite(gradients, "the effective gradient", "Try precision='fp32'.")
+        return gradients
+
+    @property
+    def route(self) -> str:
+        """"engine" or "frozen": the route of the last explanation, else the one that was asked for."""
+        return next(reversed(self._routes.values())).name if self._routes else self._route_wanted
+
+    # ---- one micro-batch ----
+
+    def _contributions(self, route: Route, images: Tensor, draws: Draws, target: ResolvedTarget) -> Tensor:
+        """Rows of draws -> contributions (R, C, H, W) of images' dtype."""
+        tokens = self._perturb(images, draws, route.patch_size, dtype=route.dtype)
+        output, saved = route.forward(tokens)
+        cotangent = target.cotangent(output, draws.image_index)
+        return self._pull_back(route.vjp(saved, cotangent), images, draws, route.patch_size, dtype=images.dtype)
+
+    def _output(self, route: Route, images: Tensor, rows: int) -> Tensor:
+        """The model's output for the unperturbed images."""
+        every = identity(len(images))
+        outputs = []
+        for start in range(0, len(images), rows):
+            tokens = self._perturb(images, every[start : start + rows], route.patch_size, dtype=route.dtype)
+            outputs.append(route.forward(tokens)[0])
+        output = torch.cat(outputs)
+        _refuse_non_finite(output, "the model's output", "Check the weights, or try precision='fp32'.")
+        return output
+
+    # ---- sizes ----
+
+    def _fitting_rows(self, route: Route) -> int:
+        """Rows of a micro-batch: the route's best number, or fewer where memory is short."""
+        fitting = int(SHARE * free_bytes(self.device) / max(1, route.row_bytes))
+        return max(1, min(route.default_rows, fitting))
+
+    def _groups(self, n_images: int, n_samples: int, shape: tuple[int, ...]) -> Iterator[slice]:
+        """Images whose contributions are held together."""
+        one = contribution_bytes(n_samples, shape, statistics_dtype(DTYPES[self.precision]))
+        free = free_bytes(self.device)
+        if one > free:
+            raise InputError(
+                f"{n_samples} samples of {shape} take {one / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; ask "
+                "for fewer samples or smaller images"
+            )
+        size = max(1, int(SHARE * SHARE * free / one))
+        for start in range(0, n_images, size):
+            yield slice(start, min(start + size, n_images))
+
+    # ---- the route ----
+
+    def _route(self, shape: tuple[int, ...]) -> Route:
+        """The walks for images of `shape`, made anew when the user has changed the model."""
+        now = fingerprint(self.model)
+        if now != self._fingerprint:
+            self._routes.clear()
+            self._fingerprint = now
+        if shape not in self._routes:
+            example = torch.zeros(1, *shape)
+            made, line = make_route(
+                self.model,
+                (shape[1], shape[2]),
+                route=self._route_wanted,
+                dtype=DTYPES[self.precision],
+                device=self.device,
+                backend=self.backend,
+                example=example,
+            )
+            if line is not None:
+                warnings.warn(line, stacklevel=3)
+            self._routes[shape] = made
+        return self._routes[shape]
+
+    def _checked_images(self, images: Tensor) -> Tensor:
+        """images (B, C, H, W) contiguous, on the device, float32 (float64 in fp64)."""
+        if not isinstance(images, Tensor) or images.dim() not in (3, 4) or 0 in images.shape:
+            raise InputError(f"images must be a tensor (B, C, H, W) or (C, H, W); got {_describe(images)}")
+        if not images.is_floating_point():
+            raise InputError(
+                f"images are {images.dtype}; expected floating point, normalised as the model expects "
+                "(see dave_fast.images.preprocessing)"
+            )
+        images = images.detach() if images.dim() == 4 else images.detach()[None]
+        images = images.to(device=self.device, dtype=statistics_dtype(DTYPES[self.precision])).contiguous()
+        _refuse_non_finite(images, "images", "Look for NaN or infinity in how they were loaded and normalised.")
+        return images
+
+
+def effective_gradient(
+    model: str | nn.Module,
+    images: Tensor,
+    target: Target = None,
+    *,
+    precision: str = "fp64",
+    route: str = "frozen",
+    device: str | torch.device | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The effective gradient of one unperturbed sample per image, (B, C, H, W); see `DAVE.effective_gradient`.
+
+    Not multiplied by the image. route="engine" and "frozen" agree to rounding.
+    """
+    explainer = DAVE(model, device=device, precision=precision, route=route, backend=backend, noise_alpha=0.0)
+    return explainer.effective_gradient(images, target)
+
+
+def _probability(output: Tensor, classes: Tensor) -> Tensor:
+    if output.dim() != 2:
+        return torch.full(classes.shape, float("nan"))
+    chosen = output.softmax(1).cpu().gather(1, classes.clamp(min=0)[:, None])[:, 0].float()
+    return chosen.masked_fill(classes < 0, float("nan"))
+
+
+def _describe(value: Any) -> str:
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _refuse_non_finite(values: Tensor, what: str, advice: str) -> None:
+    if not torch.isfinite(values).all():
+        bad = (~torch.isfinite(values)).flatten(1).any(1).nonzero()[:, 0].tolist()
+        raise NonFiniteError(f"{what} holds NaN or infinity for image {', '.join(map(str, bad))}. {advice}")
+
+
+def _checked_rows(rows: int | None) -> int | None:
+    if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
+        raise InputError(f"internal_batch_size is {rows!r}; expected an integer ≥ 1")
+    return rows
+
+
+def _checked_keys(keys: Sequence[int] | None, images: int) -> Sequence[int]:
+    if keys is None:
+        return [0] * images
+    if len(keys) != images:
+        raise InputError(f"{len(keys)} image_keys were given for {images} images; give one integer an image")
+    return [int(k) for k in keys]

@@ -1,0 +1,70 @@
+"""How much memory an explanation takes, as a formula: documented, checked against measurement, used for admission.
+
+    peak = weights + rows · row + images · S · C·H·W · bytes(contribution) + workspace of the pixel ops
+
+weights: the plan's, both directions. row: what one (image, sample) row of a micro-batch holds at the end of the
+forward walk (operators of every block) plus the widest activations alive at once. Linear in tokens, but for P,
+which a CPU keeps below 400 tokens.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from dave_fast.ops.attention import KEEP_PROBABILITIES
+
+if TYPE_CHECKING:
+    from dave_fast.plan import Layer, ViTPlan
+
+# share of the free memory that an explanation may take when nobody says otherwise
+SHARE = 0.5
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers."""
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+
+
+def _layer_bytes(plan: ViTPlan, layer: Layer) -> int:
+    """Operators that one row keeps of one block: P or q, k, v and log-sum-exp; the gate; two 1/σ."""
+    item = plan.dtype.itemsize
+    tokens = plan.tokens
+    queries = tokens if layer.qkv is not None else plan.read
+    width = layer.heads * layer.head_dim
+    hidden = layer.fc2.transposed.shape[0]
+    if tokens <= KEEP_PROBABILITIES:
+        attention = layer.heads * queries * tokens * item
+    else:
+        attention = 3 * tokens * width * item + layer.heads * queries * 4
+    return attention + queries * hidden * item + 8 * (tokens + queries)
+
+
+def engine_row_bytes(plan: ViTPlan) -> int:
+    """Bytes of one row of a micro-batch: saved operators, and the widest moment of a block."""
+    item = plan.dtype.itemsize
+    saved = sum(_layer_bytes(plan, layer) for layer in plan.layers)
+    layer = plan.layers[0]
+    hidden = layer.fc1.bias.shape[0]
+    alive = plan.tokens * (4 * plan.width + 2 * hidden) * item
+    tail = 4 * plan.read * plan.width * 4
+    return saved + alive + tail
+
+
+def contribution_bytes(n_samples: int, image_shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes of the S contributions of one image (C, H, W)."""
+    return n_samples * torch.Size(image_shape).numel() * dtype.itemsize
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be taken on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    with open("/proc/meminfo") as lines:
+        available = next((line for line in lines if line.startswith("MemAvailable")), None)
+    if available is not None:
+        return int(available.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

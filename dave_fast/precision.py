@@ -1,0 +1,53 @@
+"""Devices and precisions: what is chosen when nobody says, and what is refused."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+from torch import nn
+
+from dave_fast.errors import InputError
+
+PRECISIONS = ("fp64", "fp32", "bf16")
+
+
+def resolve_device(device: str | torch.device | None, model: nn.Module, *, named: bool) -> torch.device:
+    """The device asked for; else the module's own, or for a model given by name a GPU where there is one."""
+    if device is None and named:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device is None:
+        parameter = next(iter(model.parameters()), None)
+        return torch.device("cpu") if parameter is None else parameter.device
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device {device!r} is none that torch knows; expected 'cpu', 'cuda' or 'cuda:1'") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {device!r} was asked for, but torch sees no GPU; use device='cpu'")
+    return chosen
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    if device.type != "cpu":
+        return False
+    if platform.machine() in ("x86_64", "AMD64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def choose_precision(precision: str | None, device: torch.device) -> str:
+    """bf16 where the device has it, else fp32; a precision given by name is kept or refused."""
+    if precision is None:
+        return "bf16" if has_bf16(device) else "fp32"
+    if precision not in PRECISIONS:
+        raise InputError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
+    return precision
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums and statistics are kept in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

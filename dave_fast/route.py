@@ -1,0 +1,132 @@
+"""The two routes to the effective transformation, behind one pair of walks.
+
+`engine` where there is a plan, `frozen` for every other module. Both take tokens (R, n, c·p_h·p_w) of their
+`patch_size` and return cotangents of the same shape; the frozen route's one token is the whole image.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dave_fast import plan as planning
+from dave_fast.engine import Engine
+from dave_fast.errors import InputError, ModelError
+from dave_fast.frozen import freeze, run_frozen
+from dave_fast.memory import engine_row_bytes, weight_bytes
+from dave_fast.replay import ensure_proved
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+ROUTES = ("auto", "engine", "frozen")
+# tokens that a CPU micro-batch aims at: enough rows for full GEMM tiles, few enough to stay in the caches
+CPU_TOKENS = 1600
+
+
+class Route(Protocol):
+    """A pair of walks for one model, image size, precision and device."""
+
+    name: str
+    patch_size: tuple[int, int]
+    dtype: torch.dtype
+    row_bytes: int
+    default_rows: int
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Any]:
+        """tokens (R, n, c·p_h·p_w) -> output (R, ...) detached, and what `vjp` needs."""
+        ...
+
+    def vjp(self, saved: Any, cotangent: Tensor) -> Tensor:
+        """Cotangent of the output -> of the tokens."""
+        ...
+
+
+class EngineRoute:
+    """The walks over a plan."""
+
+    name = "engine"
+
+    def __init__(self, model: nn.Module, size: tuple[int, int], dtype: torch.dtype, device: torch.device, backend: str):
+        self._engine = Engine.build(model, dtype=dtype, size=size, device=device, backend=backend)
+        self.plan = self._engine.plan
+        self.patch_size = self.plan.patch_size
+        self.dtype = dtype
+        self.row_bytes = engine_row_bytes(self.plan)
+        self.default_rows = max(1, min(64, CPU_TOKENS // self.plan.tokens))
+        self.forward = self._engine.forward
+        self.vjp = self._engine.vjp
+
+
+@dataclass
+class _SavedGraph:
+    leaf: Tensor
+    output: Tensor
+
+
+class FrozenRoute:
+    """Autograd through the model's own forward with frozen operators. Its memory is autograd's."""
+
+    name = "frozen"
+
+    def __init__(self, model: nn.Module, size: tuple[int, int], dtype: torch.dtype, device: torch.device):
+        self._model = _as(model, dtype, device)
+        self._size = size
+        self.patch_size = size
+        self.dtype = dtype
+        # autograd keeps what it needs; weights bound it poorly, so the micro-batch stays small
+        self.row_bytes = weight_bytes(model)
+        self.default_rows = 4
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, _SavedGraph]:
+        """One token an image (R, 1, C·H·W) -> output (R, ...), the graph."""
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = tokens.detach().clone().requires_grad_()
+            with freeze():
+                output = run_frozen(self._model, leaf.view(len(tokens), -1, *self._size))
+        return output.detach(), _SavedGraph(leaf, output)
+
+    def vjp(self, saved: _SavedGraph, cotangent: Tensor) -> Tensor:
+        """Cotangent of the output -> (R, 1, C·H·W)."""
+        with freeze():
+            (gradient,) = torch.autograd.grad(saved.output, saved.leaf, cotangent, retain_graph=True)
+        return gradient
+
+
+def _as(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The model itself where it fits, else a copy: the user's stays as it is."""
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    fits = all(t.dtype == dtype and t.device == device for t in tensors)
+    if fits and not any(m.training for m in model.modules()):
+        return model
+    return copy.deepcopy(model).to(device=device, dtype=dtype).eval()
+
+
+def make_route(
+    model: nn.Module,
+    size: tuple[int, int],
+    *,
+    route: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str,
+    example: Tensor,
+) -> tuple[Route, str | None]:
+    """The route for a model, and a line that says why where "auto" had to take `frozen`.
+
+    example: (1, C, H, W) float image for the frozen route's proof.
+
+    Raises ModelError where route="engine" has no plan, or the model fails the proof (NotFrozenError).
+    """
+    if route not in ROUTES:
+        raise InputError(f"route is {route!r}; expected one of {', '.join(ROUTES)}")
+    reason = planning.why_not(model, size)
+    if route == "engine" and reason is not None:
+        raise ModelError(f"route='engine' was asked for, but {reason}. Use route='auto' or 'frozen'.")
+    if route != "frozen" and reason is None:
+        return EngineRoute(model, size, dtype, device, backend), None
+    ensure_proved(model, example)
+    line = None if route == "frozen" else f"the frozen route is taken (slower, more memory): {reason}"
+    return FrozenRoute(model, size, dtype, device), line
