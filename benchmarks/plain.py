@@ -1,0 +1,150 @@
+"""DAVE the plain way: what the method costs when it is written down with autograd, one sample after the other.
+
+The baseline of the speed comparison, and a second implementation to agree with. It does what the authors describe
+(arXiv 2602.06613) and nothing cleverer: float32; attention with its probabilities kept; LayerNorm's centring as a
+C×C matrix product; operators frozen by `detach`, so that autograd still goes through the whole qkv projection and
+through every token of the last block; warp, noise, model, pull-back and median as passes of their own.
+
+    python -m benchmarks.plain [--model vit_base_patch16_224]      counts its arithmetic
+
+timm's VisionTransformer with softmax attention, LayerNorm and a GELU MLP. S samples · N tokens · C width.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dave_fast.sampling import Draws, draw
+
+
+def explain_plain(
+    model: Any, image: Tensor, target: int, draws: Draws, noise: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Raw (C, H, W) and map (H, W) of one image (C, H, W) from S draws.
+
+    noise: (S, C, H, W), to compare results at equal draws; None draws it here, as a plain program does.
+    """
+    contributions = []
+    for s in range(len(draws)):
+        x = image[None].clone().requires_grad_()
+        warped = warp(x, draws.matrices[s])
+        epsilon = torch.randn_like(warped) if noise is None else noise[s : s + 1]
+        perturbed = float(draws.signal[s]) * warped + float(draws.noise[s]) * epsilon
+        score = logits(model, perturbed)[0, target]
+        (gradient,) = torch.autograd.grad(score, x)
+        contributions.append(gradient[0] * image)
+    raw = masked_mean(torch.stack(contributions))
+    return raw, smooth(raw)
+
+
+# The model, with frozen operators
+
+
+def logits(model: Any, images: Tensor) -> Tensor:
+    """Logits (B, K) whose gradient is the effective transformation."""
+    x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+    for block in model.blocks:
+        x = x + block.ls1(attention(block.attn, layer_norm(block.norm1, x)))
+        x = x + block.ls2(mlp(block.mlp, layer_norm(block.norm2, x)))
+    x = model.pool(layer_norm(model.norm, x))
+    return model.head(layer_norm(model.fc_norm, x))
+
+
+def layer_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """LayerNorm of x (..., C) with its 1/σ frozen and its centring a matrix product; nothing for an Identity."""
+    if not isinstance(norm, nn.LayerNorm):
+        return x
+    width = x.shape[-1]
+    centring = torch.eye(width) - torch.full((width, width), 1 / width)
+    centred = x @ centring.to(x)
+    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + norm.eps)
+    return centred * rstd.detach() * norm.weight + norm.bias
+
+
+def attention(attn: Any, x: Tensor) -> Tensor:
+    """Self-attention of x (B, N, C) with its probabilities frozen."""
+    batch, tokens, width = x.shape
+    qkv = attn.qkv(x).reshape(batch, tokens, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.unbind(0)
+    probabilities = ((attn.q_norm(q) * attn.scale) @ attn.k_norm(k).transpose(-2, -1)).softmax(dim=-1)
+    mixed = (probabilities.detach() @ v).transpose(1, 2).reshape(batch, tokens, width)
+    return attn.proj(mixed)
+
+
+def mlp(module: Any, x: Tensor) -> Tensor:
+    """The MLP with the gate of its GELU, Φ(u), frozen."""
+    u = module.fc1(x)
+    gate = 0.5 * (1 + torch.erf(u * 0.5**0.5))
+    return module.fc2(u * gate.detach())
+
+
+# Around the model
+
+
+def warp(images: Tensor, matrix: Tensor) -> Tensor:
+    """images (B, C, H, W) through a destination → source pixel matrix (2, 3); bilinear, zeros outside."""
+    height, width = images.shape[-2:]
+    to_pixels = torch.tensor([[width / 2, 0, (width - 1) / 2], [0, height / 2, (height - 1) / 2], [0, 0, 1]])
+    to_pixels = to_pixels.double()
+    pixel_map = torch.cat([matrix.double(), torch.tensor([[0.0, 0.0, 1.0]]).double()])
+    theta = (torch.linalg.inv(to_pixels) @ pixel_map @ to_pixels)[:2].to(images)
+    grid = F.affine_grid(theta.expand(len(images), 2, 3), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def masked_mean(contributions: Tensor) -> Tensor:
+    """Mean over S of what lies within 2.5 scaled MADs of the lower median: (S, ...) to (...)."""
+    deviations = (contributions - contributions.median(dim=0).values).abs()
+    kept = deviations <= 2.5 * (1.4826 * deviations.median(dim=0).values + 1e-8)
+    return (contributions * kept).sum(0) / kept.sum(0).clamp(min=1)
+
+
+def smooth(raw: Tensor) -> Tensor:
+    """The map (H, W) of raw (C, H, W): positive part, Gaussian blend, bilateral filter, ÷ maximum."""
+    height, width = raw.shape[-2:]
+    positive = raw.sum(0).relu()[None, None]
+    blended = (positive + F.conv2d(positive, _gaussian(11, 7.0, raw)[None, None], padding=5)) / 2
+    neighbours = F.unfold(blended, 5, padding=2)
+    closeness = torch.exp(-((neighbours - blended.reshape(1, 1, -1)) ** 2) / (2 * 0.05**2))
+    weights = closeness * _gaussian(5, 0.5, raw).reshape(1, -1, 1)
+    filtered = ((weights * neighbours).sum(1) / weights.sum(1)).reshape(height, width)
+    return filtered / filtered.max().clamp(min=torch.finfo(raw.dtype).tiny)
+
+
+def _gaussian(size: int, sigma: float, like: Tensor) -> Tensor:
+    offsets = torch.arange(size, dtype=torch.float64) - size // 2
+    window = torch.exp(-(offsets**2) / (2 * sigma**2))
+    window = torch.outer(window, window)
+    return (window / window.sum()).to(like)
+
+
+def gigaflops_a_sample(model: Any, image: Tensor) -> float:
+    """Arithmetic of one sample, as PyTorch counts its matrix products (a multiply-add is 2)."""
+    with FlopCounterMode(display=False) as counter:
+        explain_plain(model, image, 0, draw(1, height=image.shape[1], width=image.shape[2]))
+    return counter.get_total_flops() / 1e9
+
+
+def main() -> None:
+    import timm
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", default="vit_base_patch16_224", help="a timm VisionTransformer; random weights"
+    )
+    args = parser.parse_args()
+    model = timm.create_model(args.model).eval().requires_grad_(False)
+    image = torch.randn(model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    print(f"{args.model}: {gigaflops_a_sample(model, image):.1f} GFLOP a sample")
+
+
+if __name__ == "__main__":
+    main()
