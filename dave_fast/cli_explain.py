@@ -1,0 +1,194 @@
+"""`dave-fast explain`: image files in, pictures and arrays out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dave_fast.errors import InputError
+from dave_fast.files import check_writable
+from dave_fast.terminal import console, plain_warnings, progress_bar, refuse
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dave_fast.explain_files import Done, Failed, Settings, Source
+
+DEFAULT_MODEL = "deit3_base_patch16_224.fb_in1k"
+_ROWS = 20
+_METHOD, _MACHINE = "Method", "Machine"
+
+
+def explain(
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[IMAGES|FOLDER]...", help="Image files, or folders of them."),
+    ] = None,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Explain the embedded scene with the embedded model.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="A timm model, or 'demo'.", show_default=DEFAULT_MODEL)
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Class index or name.", show_default="the most probable")
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(min=1, help="Explain the k most probable classes.", show_default="1; 2 with --demo"),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder for the results.")] = Path("maps"),
+    n_samples: Annotated[
+        int, typer.Option(min=1, help="Perturbed samples an image.", rich_help_panel=_METHOD)
+    ] = 50,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal maps.", rich_help_panel=_METHOD)] = 0,
+    noise_alpha: Annotated[
+        float | None,
+        typer.Option(help="The highest noise level.", show_default="by model", rich_help_panel=_METHOD),
+    ] = None,
+    schedule: Annotated[
+        str,
+        typer.Option(metavar="sequence|paper", help="How noise levels are spread.", rich_help_panel=_METHOD),
+    ] = "sequence",
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="cpu|cuda|...", show_default="best there is", rich_help_panel=_MACHINE),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(metavar="fp64|fp32|bf16|fp8", show_default="by device", rich_help_panel=_MACHINE),
+    ] = None,
+    backend: Annotated[str, typer.Option(help="See `dave-fast info`.", rich_help_panel=_MACHINE)] = "auto",
+    route: Annotated[str, typer.Option(metavar="auto|engine|frozen", rich_help_panel=_MACHINE)] = "auto",
+    internal_batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Samples at a time.", show_default="what fits", rich_help_panel=_MACHINE),
+    ] = None,
+) -> None:
+    """Explain what a model sees in images.
+
+    Writes, for every image, NAME.overlay.png (the map over the photograph), NAME.map.png and NAME.npz (map,
+    signed contributions, class, probability, settings); with --top-k 2 or more a set a class, and
+    NAME.figure.png of all.
+
+    Exit code 0: all done; 1: some images could not be explained; 2: nothing was done, and why.
+    """
+    from dave_fast.explain_files import Settings
+
+    if target is not None and top_k is not None:
+        raise InputError("--target names one class and --top-k several: give one of them.")
+    # The embedded scene has two digits: that maps belong to classes is what there is to see.
+    top_k = top_k or (2 if demo and target is None else 1)
+    check_writable(out)
+    sources = _demo_sources(images, model) if demo else _sources(images or [], out)
+    settings = Settings(out, target, top_k, n_samples, seed, figure=demo)
+    keywords = {
+        "device": device,
+        "precision": precision,
+        "backend": backend,
+        "route": route,
+        "noise_alpha": noise_alpha,
+        "schedule": schedule,
+        "internal_batch_size": internal_batch_size,
+    }
+    screen = console()
+    with plain_warnings(screen):
+        explainer = _load(screen, "demo" if demo else model or DEFAULT_MODEL, keywords)
+        done, failed = _run(screen, explainer, sources, settings)
+    _summary(done, failed, settings)
+    if failed:
+        raise typer.Exit(1 if done else 2)
+
+
+def _sources(images: Sequence[Path], out: Path) -> list[Source]:
+    """The images to explain, found before a model is loaded for nothing."""
+    from dave_fast.explain_files import sources_of
+    from dave_fast.images import find_images
+
+    if not images:
+        raise InputError("no image was given: name image files or a folder, or try --demo.")
+    sources = sources_of(find_images(images, skip=out), images)
+    if len(sources) == 1:
+        sources[0].read()
+    return sources
+
+
+def _demo_sources(images: Sequence[Path] | None, model: str | None) -> list[Source]:
+    """The embedded scene."""
+    from dave_fast.demo import demo_scene
+    from dave_fast.explain_files import Source
+
+    if images or model not in (None, "demo"):
+        raise InputError("--demo brings its own image and model; for yours, leave --demo out.")
+    return [Source("demo", "the embedded scene", lambda: demo_scene().image)]
+
+
+def _load(screen: Console, model: str, keywords: dict[str, Any]) -> Any:
+    with screen.status(f"loading {model}"):
+        from dave_fast.explainer import DAVE
+
+        return DAVE(model, **keywords)
+
+
+def _run(
+    screen: Console, explainer: Any, sources: Sequence[Source], settings: Settings
+) -> tuple[list[Done], list[Failed]]:
+    """Explain all sources under a progress bar; failures are told as they come."""
+    from dave_fast.explain_files import Done, explain_files
+
+    done: list[Done] = []
+    failed: list[Failed] = []
+    share = settings.n_samples * settings.top_k
+    with progress_bar(screen) as bar:
+        task = bar.add_task(sources[0].path, total=share * len(sources))
+        outcomes = explain_files(
+            explainer,
+            sources,
+            settings,
+            progress=lambda rows, _: bar.update(task, completed=share * (len(done) + len(failed)) + rows),
+            note=partial(_note, screen),
+        )
+        for number, outcome in enumerate(outcomes, 1):
+            if isinstance(outcome, Done):
+                done.append(outcome)
+            else:
+                failed.append(outcome)
+                refuse(outcome.error, screen)
+            following = sources[min(number, len(sources) - 1)].path
+            bar.update(task, completed=share * number, description=following)
+    return done, failed
+
+
+def _note(screen: Console, text: str) -> None:
+    screen.print(f"note: {text}", style="yellow", soft_wrap=True)
+
+
+def _summary(done: Sequence[Done], failed: Sequence[Failed], settings: Settings) -> None:
+    """What was explained, as what, and where it lies."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from dave_fast.figures import percent
+
+    screen = console(stderr=False)
+    results = [result for one in done for result in one.results]
+    if results:
+        table = Table("image", "class", "probability", "files", box=None, header_style="bold", pad_edge=False)
+        for result in results[:_ROWS]:
+            stem = result.arrays.relative_to(settings.out).with_suffix("")
+            files = f"{stem}.{{overlay.png,map.png,npz}}"
+            name, probability = f"{result.class_name} ({result.target})", percent(result.probability)
+            cells = (result.source.path, name, probability, files)
+            table.add_row(*(Text(cell, overflow="fold") for cell in cells))
+        screen.print(table)
+        if len(results) > _ROWS:
+            screen.print(f"… and {len(results) - _ROWS} more")
+    images = "1 image" if len(done) == 1 else f"{len(done)} images"
+    failures = f"; {len(failed)} could not be explained" if failed else ""
+    screen.print(f"{images} explained in {settings.out}{failures}", soft_wrap=True)
+    if len(done) == 1 and done[0].figure:
+        screen.print(f"picture: {done[0].figure}", soft_wrap=True)

@@ -1,0 +1,229 @@
+"""Pictures of attribution maps: the plain map, the map over the photograph, and a panel for a paper.
+
+Everything here is for the eye. Maps are shown on a scale of their own (`shown`), which every picture shares;
+the numbers to compute with are in the .npz files.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from dave_fast.files import atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Pictures are enlarged by a whole number until their shorter side has this many pixels.
+SHORTEST_SIDE = 448
+COLORMAP = "inferno"
+# A few isolated pixels hold the maximum: what lies above this quantile is shown as brightest.
+_BRIGHTEST = 0.995
+_GAMMA = 0.7
+# Under the map the photograph keeps its structure, and leaves the bright colours to the map.
+_SATURATION, _DIMMING = 0.25, 0.6
+_OPACITY, _OPAQUE_FROM = 0.92, 0.75
+_LUMINANCE = (0.299, 0.587, 0.114)
+
+_DPI = 300
+# Inches. A picture of the usual size is printed pixel by pixel.
+_SIDE, _GAP, _HEADING, _MARGIN, _BAR, _BAR_LABEL = SHORTEST_SIDE / _DPI, 0.07, 0.27, 0.04, 0.07, 0.28
+# Points.
+_SIZE, _SMALL = 8.0, 6.5
+_GREY = "0.35"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One explained class. map: float32 (H, W) in [0, 1]; name: its caption; probability: in [0, 1]."""
+
+    map: np.ndarray
+    name: str
+    probability: float
+
+
+def shown(map: np.ndarray) -> np.ndarray:
+    """A map as it is shown: over its 99.5 % quantile, cut at 1, to the power 0.7; float32 (H, W) in [0, 1].
+
+    An all-zero map stays zero; one so sparse that the quantile is zero is taken over its maximum.
+    """
+    top = float(np.quantile(map, _BRIGHTEST)) or float(map.max())
+    if top <= 0:
+        return np.zeros(map.shape, np.float32)
+    return (np.clip(map / top, 0, 1) ** _GAMMA).astype(np.float32)
+
+
+def plain_map(map: np.ndarray) -> Image.Image:
+    """A map (H, W) in colour, enlarged: RGB."""
+    return _picture(_colours(_enlarge(shown(map))))
+
+
+def overlay(crop: np.ndarray, map: np.ndarray) -> Image.Image:
+    """A map (H, W) over the pixels that the model saw, uint8 (H, W, 3), enlarged: RGB.
+
+    The more a pixel contributes, the more its colour covers the photograph.
+    """
+    strength = _enlarge(shown(map))
+    photograph = photograph_of(crop) / np.float32(255)
+    grey = (photograph @ np.array(_LUMINANCE, np.float32))[..., None]
+    under = _DIMMING * (grey + _SATURATION * (photograph - grey))
+    alpha = _OPACITY * np.clip(strength / _OPAQUE_FROM, 0, 1)[..., None]
+    return _picture(under + alpha * (_colours(strength) - under))
+
+
+def photograph_of(crop: np.ndarray) -> np.ndarray:
+    """What the model saw, uint8 (H, W, 3), enlarged as the other pictures are."""
+    return np.asarray(_resized(Image.fromarray(crop)))
+
+
+def _resized(image: Image.Image) -> Image.Image:
+    factor = max(1, math.ceil(SHORTEST_SIDE / min(image.size)))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
+
+
+def _enlarge(values: np.ndarray) -> np.ndarray:
+    """float32 (H, W) in [0, 1], enlarged; bicubic overshoot is cut."""
+    return np.clip(np.asarray(_resized(Image.fromarray(values))), 0, 1)
+
+
+def _colours(values: np.ndarray) -> np.ndarray:
+    """float32 (H, W) in [0, 1] as colours float32 (H, W, 3) in [0, 1]."""
+    return _colour_table()[np.rint(values * 255).astype(np.uint8)]
+
+
+@cache
+def _colour_table() -> np.ndarray:
+    from matplotlib import colormaps
+
+    return colormaps[COLORMAP](np.linspace(0, 1, 256))[:, :3].astype(np.float32)
+
+
+def _picture(colours: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.rint(np.clip(colours, 0, 1) * 255).astype(np.uint8))
+
+
+def figure(
+    crop: np.ndarray, panels: Sequence[Panel], probabilities: Sequence[tuple[str, float]] = ()
+) -> Figure:
+    """A figure at the size of print: the input, and the classes that it was explained for.
+
+    crop: uint8 (H, W, 3), what the model saw. panels: one class or more.
+    probabilities: (name, probability) of the most probable classes, drawn as bars beside several panels.
+
+    One class is a row: input, map, overlay. Several are a column each, overlay above map.
+    The figure belongs to no global state of matplotlib and needs no closing.
+    """
+    grid = _Grid(3 if len(panels) == 1 else 1 + len(panels), 1 if len(panels) == 1 else 2, crop.shape)
+    grid.image(0, 0, photograph_of(crop), "input")
+    if len(panels) == 1:
+        (panel,) = panels
+        grid.image(0, 1, np.asarray(plain_map(panel.map)), "map")
+        grid.image(0, 2, np.asarray(overlay(crop, panel.map)), panel.name, panel.probability)
+        grid.colorbar(0)
+        return grid.figure
+    for column, panel in enumerate(panels, 1):
+        grid.image(0, column, np.asarray(overlay(crop, panel.map)), panel.name, panel.probability)
+        grid.image(1, column, np.asarray(plain_map(panel.map)))
+    grid.colorbar(1)
+    if probabilities:
+        _bars(grid.cell(1, 0), probabilities, {panel.name for panel in panels})
+    return grid.figure
+
+
+class _Grid:
+    """Cells of one size in a figure, placed in inches so that figures of any shape go together in print."""
+
+    def __init__(self, columns: int, rows: int, shape: Sequence[int]) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        self.cell_width, self.cell_height = _SIDE, _SIDE * shape[0] / shape[1]
+        self.columns = columns
+        self.width = 2 * _MARGIN + columns * (_SIDE + _GAP) + _BAR + _BAR_LABEL
+        self.height = 2 * _MARGIN + _HEADING + rows * self.cell_height + (rows - 1) * _GAP
+        self.figure = Figure(figsize=(self.width, self.height), dpi=_DPI)
+        FigureCanvasAgg(self.figure)
+
+    def _axes(self, left: float, top: float, width: float, height: float) -> Axes:
+        bottom = self.height - top - height
+        return self.figure.add_axes(
+            (left / self.width, bottom / self.height, width / self.width, height / self.height)
+        )
+
+    def _corner(self, row: int, column: int) -> tuple[float, float]:
+        left = _MARGIN + column * (self.cell_width + _GAP)
+        return left, _MARGIN + _HEADING + row * (self.cell_height + _GAP)
+
+    def cell(self, row: int, column: int) -> Axes:
+        return self._axes(*self._corner(row, column), self.cell_width, self.cell_height)
+
+    def image(
+        self, row: int, column: int, pixels: np.ndarray, name: str = "", probability: float | None = None
+    ) -> None:
+        """Pixels in a cell, with a heading where there is a name."""
+        axes = self.cell(row, column)
+        axes.imshow(pixels, interpolation="antialiased", aspect="auto")
+        axes.set_axis_off()
+        if probability is not None:
+            axes.set_title(percent(probability), fontsize=_SMALL, color=_GREY, pad=2.5)
+        if name:
+            weight, above = ("normal", 0.04) if probability is None else ("bold", 0.155)
+            text = axes.text(0.5, 1 + above / self.cell_height, _short(name), transform=axes.transAxes)
+            text.set(ha="center", fontsize=_SIZE, fontweight=weight)
+
+    def colorbar(self, row: int) -> None:
+        """The colour scale, to the right of the last cell of a row."""
+        left, top = self._corner(row, self.columns)
+        axes = self._axes(left, top, _BAR, self.cell_height)
+        axes.imshow(_colour_table()[::-1, None], aspect="auto", interpolation="antialiased")
+        axes.set_axis_off()
+        for y, text, side in ((0.99, "high", "top"), (0.01, "low", "bottom")):
+            axes.text(1.5, y, text, transform=axes.transAxes, va=side, fontsize=_SMALL, color=_GREY)
+
+
+def _bars(axes: Axes, probabilities: Sequence[tuple[str, float]], explained: set[str]) -> None:
+    """Probabilities as bars under their names, the explained classes in the colour of the map."""
+    strong, faint = _colour_table()[150], "0.75"
+    for row, (name, probability) in enumerate(probabilities):
+        axes.barh(row + 0.28, probability, height=0.3, color=strong if name in explained else faint, lw=0)
+        axes.text(0, row - 0.06, _short(name), va="center", fontsize=_SMALL)
+        axes.text(1, row - 0.06, percent(probability), va="center", ha="right", fontsize=_SMALL, color=_GREY)
+    axes.set_xlim(0, 1)
+    # Bars keep their thickness, whatever their number.
+    axes.set_ylim(max(len(probabilities), 5) - 0.45, -0.45)
+    axes.set_axis_off()
+
+
+def percent(probability: float) -> str:
+    """A probability for readers: "93.1 %", "< 0.1 %"."""
+    return "< 0.1 %" if 0 <= probability < 0.001 else f"{100 * probability:.1f} %"
+
+
+def _short(name: str, limit: int = 22) -> str:
+    return name if len(name) <= limit else name[: limit - 1].rstrip() + "…"
+
+
+def save_picture(image: Image.Image, path: str | os.PathLike[str]) -> Path:
+    """Write a picture as PNG, whole or not at all; its path."""
+    with atomically(path) as file:
+        image.save(file, format="PNG")
+    return Path(path)
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    """Write a figure as its suffix says (png, pdf, svg), whole or not at all; its path."""
+    from matplotlib import rc_context
+
+    # Type 42 embeds fonts as journals ask for.
+    with atomically(path) as file, rc_context({"pdf.fonttype": 42, "svg.hashsalt": "dave-fast"}):
+        figure.savefig(file, format=Path(path).suffix.lstrip(".") or "png", dpi=_DPI)
+    return Path(path)

@@ -1,0 +1,193 @@
+"""Photographs on disk, and what a model sees of them.
+
+`read_image` gives 8-bit RGB from any file that Pillow reads, `find_images` the files behind paths and
+folders, `preprocessing` the model's own resize, crop and normalisation.
+
+Torch and timm are imported where they are first needed: finding and reading files needs neither.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from dave_fast.errors import ImageError, InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Formats that Pillow recognises but cannot draw without a program or plug-in of its own.
+_STUBS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+# The brightest value that integers and floats of no declared range can be meant to have.
+_FULL_SCALES = {"I": (255.0, 65535.0), "F": (1.0, 255.0, 65535.0)}
+
+
+def read_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Read a file as 8-bit RGB, turned upright by its EXIF orientation.
+
+    Transparent pixels are shown on white. Animations give their first frame. 16-bit grey is divided by 257;
+    32-bit integers and floats are divided by the smallest of 1 (floats only), 255 and 65535 that holds them,
+    or stretched from minimum to maximum where none does.
+
+    Raises ImageError, with the path and the reason, for whatever cannot be read in full.
+    """
+    try:
+        if os.path.getsize(path) == 0:
+            raise ImageError("the file is empty")
+        # A handle keeps Pillow from mapping the file, which garbles turned TIFFs (seen in Pillow 13.0).
+        with open(path, "rb") as file, Image.open(file) as image:
+            # Lazy until here: this decodes all pixels, so a truncated file is noticed.
+            image.load()
+            return _rgb(ImageOps.exif_transpose(image))
+    # Decoders raise whatever the bytes provoke (struct.error, SyntaxError, zlib.error, EOFError ...).
+    except Exception as error:
+        raise ImageError(f"cannot read {os.fspath(path)}: {_reason(error)}.") from error
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with an image file, in words."""
+    if isinstance(error, UnidentifiedImageError):
+        return "it is not an image that Pillow can read"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it is too large ({error})"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return str(error).rstrip(".") or type(error).__name__
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """An image of any Pillow mode as RGB."""
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _eight_bit(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """A one-channel image of more than eight bits as mode L; Pillow itself would clip at 255."""
+    values = np.asarray(image, dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise ImageError("it holds pixels that are not finite (NaN or infinity)")
+    low, high = float(values.min()), float(values.max())
+    scales = _FULL_SCALES.get(image.mode, (65535.0,))
+    full = next((scale for scale in scales if low >= 0 and high <= scale), None)
+    if full is None:
+        values, full = values - low, (high - low) or 1.0
+    return Image.fromarray(np.rint(values * (255 / full)).astype(np.uint8))
+
+
+def find_images(
+    paths: Iterable[str | os.PathLike[str]], *, skip: str | os.PathLike[str] | None = None
+) -> list[Path]:
+    """The image files behind paths: files as given, folders searched with all below them, in sorted order.
+
+    In folders, files count by their suffix; hidden ones are left out, and so is all that lies in the folder
+    `skip` (where results go, so that a second run does not explain the pictures of the first). A file that is
+    reached twice is listed once.
+
+    Raises InputError for a path that does not exist, a folder that cannot be listed, or no image at all.
+    """
+    given = [Path(path) for path in paths]
+    found: dict[Path, Path] = {}
+    for path in given:
+        if not path.exists():
+            raise InputError(f"there is no file or folder {path}.")
+        for file in _below(path, skip) if path.is_dir() else [path]:
+            found.setdefault(file.resolve(), file)
+    if not found:
+        where = ", ".join(map(str, given)) or "nothing was given"
+        raise InputError(f"no image to explain ({where}): give image files, or a folder that has some.")
+    return list(found.values())
+
+
+def _below(folder: Path, skip: str | os.PathLike[str] | None) -> list[Path]:
+    """Files in a folder and below whose suffix is that of an image, sorted."""
+
+    def refuse(error: OSError) -> None:
+        reason = (error.strerror or "unreadable").lower()
+        raise InputError(f"cannot list the folder {error.filename}: {reason}.")
+
+    skipped = None if skip is None else Path(skip).resolve()
+    files = []
+    for root, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [f for f in folders if not f.startswith(".") and Path(root, f).resolve() != skipped]
+        files += [
+            Path(root, name)
+            for name in names
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in _suffixes()
+        ]
+    return sorted(files)
+
+
+@cache
+def _suffixes() -> frozenset[str]:
+    """Suffixes, in lower case with their dot, of the formats that this Pillow reads."""
+    Image.init()
+    readable = set(Image.OPEN) - _STUBS
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in readable)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """A model's own way from a photograph to its input.
+
+    size: (H, W) in pixels. mean, std: per channel, of pixels in [0, 1].
+    transform: PIL RGB to normalised float32 (3, H, W). note: what had to be assumed, or None.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    transform: Callable[[Image.Image], Tensor]
+    note: str | None = None
+
+    def __call__(self, image: Image.Image) -> tuple[Tensor, np.ndarray]:
+        """The model's input, normalised float32 (3, H, W), and the crop it shows, uint8 (H, W, 3)."""
+        inputs = self.transform(image)
+        return inputs, self.pixels(inputs)
+
+    def pixels(self, inputs: Tensor) -> np.ndarray:
+        """Normalised inputs (3, H, W) back as the pixels that they were made from: uint8 (H, W, 3)."""
+        planes = inputs.detach().cpu().double().permute(1, 2, 0).numpy()
+        planes = planes * np.asarray(self.std) + np.asarray(self.mean)
+        # Adding the exact half before cutting undoes the rounding of the normalisation.
+        return np.clip(planes * 255 + 0.5, 0, 255).astype(np.uint8)
+
+
+def preprocessing(model: Any, image_size: Sequence[int] | None = None) -> Preprocessing:
+    """The preprocessing that a model was trained for, as timm knows it.
+
+    model: an nn.Module. Without a `pretrained_cfg` it gets ImageNet's mean and standard deviation, bicubic
+    resizing, a central crop of 87.5 % (at 224 pixels where its size is unknown), and a note that says so.
+    image_size: (H, W) where it is to be another size than that of the model, or of its configuration.
+
+    Raises InputError for a model that does not take three channels.
+    """
+    from timm.data.config import resolve_data_config
+    from timm.data.transforms_factory import create_transform
+
+    known = getattr(model, "pretrained_cfg", None)
+    config = resolve_data_config(pretrained_cfg=known or {"input_size": (3, 224, 224)})
+    channels, height, width = config["input_size"]
+    # A model may have been made for another size than its configuration names.
+    image_size = image_size or getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if image_size is not None:
+        height, width = (int(side) for side in image_size)
+    if channels != 3:
+        raise InputError(
+            f"the model takes {channels} channels; image files are read as 3 (RGB). Use the Python API."
+        )
+    note = None
+    if not known:
+        note = f"the model names no preprocessing: those of ImageNet at {height}×{width} are used."
+    transform = create_transform(**{**config, "input_size": (channels, height, width)}, is_training=False)
+    return Preprocessing((height, width), tuple(config["mean"]), tuple(config["std"]), transform, note)

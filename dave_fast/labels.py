@@ -1,0 +1,89 @@
+"""What classes are called: a model's own labels, ImageNet's words, else "class 17"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dave_fast.errors import InputError
+
+_LISTED = 8
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The names of a model's classes.
+
+    count: K, or None where the model does not say. names: K descriptions, each of one or more synonyms
+    divided by commas, or None where the classes have no names.
+    """
+
+    count: int | None
+    names: tuple[str, ...] | None = None
+
+    def name(self, index: int) -> str:
+        """The first synonym of a class, or "class 17"."""
+        return self.names[index].split(",")[0].strip() if self.names else f"class {index}"
+
+    def resolve(self, target: str | int) -> int:
+        """The index of a class given as an index or by name.
+
+        A name is one synonym in full or, where no class has it, a part of one description alone; case does
+        not matter. Raises InputError for an index out of range, and for a name that fits no class or several.
+        """
+        text = str(target).strip()
+        if text.lstrip("+-").isdecimal():
+            return self._index(int(text))
+        if not text:
+            raise InputError("the target is empty: give a class index or a class name.")
+        if not self.names:
+            raise InputError(f"target {text!r}: the classes of this model have no names; give an index.")
+        wanted = text.casefold()
+        exact = [i for i, name in enumerate(self.names) if wanted in _synonyms(name)]
+        found = exact or [i for i, name in enumerate(self.names) if wanted in name.casefold()]
+        if not found:
+            raise InputError(f"target {text!r}: no class has it in its name; give an index or another name.")
+        if len(found) > 1:
+            raise InputError(
+                f"target {text!r} fits {len(found)} classes: {self._listed(found)}. Give one, or its index."
+            )
+        return found[0]
+
+    def _index(self, index: int) -> int:
+        if index < 0 or (self.count is not None and index >= self.count):
+            known = "0 or more" if self.count is None else f"0 to {self.count - 1}"
+            raise InputError(f"target {index} is out of range: the classes of this model are {known}.")
+        return index
+
+    def _listed(self, found: Sequence[int]) -> str:
+        more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
+        return ", ".join(f"{self.name(i)} ({i})" for i in found[:_LISTED]) + more
+
+
+def _synonyms(description: str) -> list[str]:
+    return [synonym.strip() for synonym in description.casefold().split(",")]
+
+
+def labels_of(model: Any) -> Labels:
+    """The labels of an nn.Module, from its `num_classes` and its timm `pretrained_cfg` where it has them."""
+    count = getattr(model, "num_classes", None)
+    names = _pretrained_names(model, getattr(model, "pretrained_cfg", None))
+    # A head that was replaced has classes of its own, whatever the weights below it were trained on.
+    return Labels(count, names if names and len(names) == count else None)
+
+
+def _pretrained_names(model: Any, config: Any) -> tuple[str, ...] | None:
+    """Names from a timm configuration: its own labels, or the ImageNet subset of its number of classes."""
+    if not config:
+        return None
+    own = config.get("label_names")
+    if own:
+        described = config.get("label_descriptions") or {}
+        return tuple(str(described.get(name, name)) for name in own)
+    if config.get("num_classes") != getattr(model, "num_classes", None):
+        return None
+    from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
+
+    subset = infer_imagenet_subset(model)
+    return tuple(ImageNetInfo(subset).label_descriptions()) if subset else None

@@ -1,0 +1,57 @@
+"""What commands say to whoever sits in front of them: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+
+def console(*, stderr: bool = True) -> Console:
+    """A console that leaves text as it is: no markup and no colouring of numbers in paths and names."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+
+
+def refuse(error: Exception, to: Console | None = None) -> None:
+    """Print an error as one red line."""
+    # Whatever a library put into several lines is still one message.
+    text = " ".join(str(error).split())
+    (to or console()).print(f"error: {text}", style="red", soft_wrap=True)
+
+
+@contextmanager
+def plain_warnings(to: Console) -> Iterator[None]:
+    """Print warnings as plain lines, each text once, without the line of code that gave it."""
+    seen = set()
+
+    def show(message: Warning | str, *details: Any, **more: Any) -> None:
+        text = " ".join(str(message).split())
+        if text not in seen:
+            seen.add(text)
+            to.print(f"note: {text}", style="yellow", soft_wrap=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+def progress_bar(to: Console) -> Progress:
+    """A progress bar with time left that vanishes when it is done."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("samples, left"),
+        TimeRemainingColumn(),
+        console=to,
+        transient=True,
+    )
