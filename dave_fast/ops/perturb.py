@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dave_fast import _ext
 from dave_fast.ops import _registry, _warp
 from dave_fast.ops.patches import patch_grid, patch_hw, patchify
 from dave_fast.sampling import Draws, normal
@@ -55,6 +56,22 @@ def perturb_ref(
             deviates = normal(part.keys.to(images.device), part.samples.to(images.device), channels * height * width)
             perturbed = perturbed + noise * deviates.view_as(perturbed)
         tokens[start : start + step] = patchify(perturbed, (p_h, p_w))
+    return tokens
+
+
+def perturb_native(
+    images: Tensor, draws: Draws, patch_size: int | tuple[int, int], *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """`perturb` in C++ on the host."""
+    native, images, rows = _ext.module(), images.contiguous(), _ext.NativeDraws(draws)
+    p_h, p_w = patch_hw(patch_size)
+    n_y, n_x = patch_grid(*images.shape[2:], (p_h, p_w))
+    tokens = torch.empty(len(draws), n_y * n_x, images.shape[1] * p_h * p_w, dtype=dtype)
+    native.perturb(
+        *(_ext.address(images), _ext.DTYPE_CODES[images.dtype], images.shape),
+        *(rows.addresses, rows.rows, p_h, p_w),
+        *(_ext.address(tokens), _ext.DTYPE_CODES[dtype], _ext.threads()),
+    )
     return tokens
 
 

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from dave_fast import _ext
 from dave_fast.errors import InputError
 from dave_fast.ops import _registry, _warp
 from dave_fast.ops.patches import patch_hw, unpatchify
@@ -67,6 +68,29 @@ def pull_back_ref(
         signal = part.signal.to(images.dtype).to(images.device).view(-1, 1, 1, 1)
         image = images[part.image_index.to(images.device)]
         contributions[start : start + step] = signal * adjoint_warp(cotangents, part) * image
+    return contributions
+
+
+def pull_back_native(
+    token_cotangents: Tensor,
+    images: Tensor,
+    draws: Draws,
+    patch_size: int | tuple[int, int],
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`pull_back` in C++ on the host."""
+    native, images, rows = _ext.module(), images.contiguous(), _ext.NativeDraws(draws)
+    cotangents = token_cotangents.contiguous()
+    contributions = torch.empty(len(draws), *images.shape[1:], dtype=dtype or images.dtype)
+    if cotangents.numel() != contributions.numel():
+        raise InputError(f"token_cotangents of shape {tuple(cotangents.shape)} do not belong to {len(draws)} rows")
+    native.pull_back(
+        *(_ext.address(cotangents), _ext.DTYPE_CODES[cotangents.dtype]),
+        *(_ext.address(images), _ext.DTYPE_CODES[images.dtype], images.shape),
+        *(rows.addresses, rows.rows, *patch_hw(patch_size)),
+        *(_ext.address(contributions), _ext.DTYPE_CODES[contributions.dtype], _ext.threads()),
+    )
     return contributions
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from dave_fast import _ext
 from dave_fast.errors import InputError
 from dave_fast.ops import _registry
 
@@ -45,17 +48,33 @@ def robust_mean_ref(contributions: Tensor) -> Tensor:
     return raw
 
 
-def mean_of_kept(values: Tensor, kept: Tensor) -> Tensor:
-    """Mean over dimension 0 of the values that are kept, summed in float64, sample by sample, with the error carried.
+def robust_mean_native(contributions: Tensor) -> Tensor:
+    """`robust_mean` in C++ on the host."""
+    native, contributions = _ext.module(), contributions.contiguous()
+    images, samples, *rest = contributions.shape
+    statistics = torch.float64 if contributions.dtype == torch.float64 else torch.float32
+    raw = torch.empty(images, *rest, dtype=statistics)
+    native.robust_mean(
+        *(_ext.address(contributions), _ext.DTYPE_CODES[contributions.dtype]),
+        *(images, samples, math.prod(rest), _ext.address(raw), _ext.threads()),
+    )
+    return raw
 
-    The carried error (Neumaier) matters for float64 values; float32 values are rounded once, at the end.
+
+def mean_of_kept(values: Tensor, kept: Tensor) -> Tensor:
+    """Mean over dimension 0 of the values that are kept, summed in float64, sample by sample, and rounded once.
+
+    float64 values are summed with their rounding error carried (Knuth's two-sum).
     """
     total = torch.zeros_like(values[0], dtype=torch.float64)
     carry = torch.zeros_like(total)
     for value, keep in zip(values, kept, strict=True):
         addend = torch.where(keep, value.double(), 0)
         grown = total + addend
-        larger = total.abs() >= addend.abs()
-        carry += torch.where(larger, (total - grown) + addend, (addend - grown) + total)
+        if values.dtype == torch.float64:
+            back = grown - total
+            carry += (total - (grown - back)) + (addend - back)
         total = grown
-    return ((total + carry) / kept.sum(0).clamp(min=1)).to(values.dtype)
+    # an infinite sum has no rounding error to carry
+    total = total + torch.where(carry.isfinite(), carry, 0)
+    return (total / kept.sum(0).clamp(min=1)).to(values.dtype)

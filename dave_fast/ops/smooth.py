@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dave_fast import _ext
 from dave_fast.errors import InputError
 from dave_fast.ops import _registry
 
@@ -41,6 +42,14 @@ def smooth_ref(raw: Tensor) -> Tensor:
     filtered = bilateral(blended)
     peak = filtered.amax(dim=(1, 2), keepdim=True)
     return filtered / torch.where(peak == 0, 1, peak)
+
+
+def smooth_native(raw: Tensor) -> Tensor:
+    """`smooth` in C++ on the host."""
+    native, raw = _ext.module(), raw.contiguous()
+    maps = torch.empty(len(raw), *raw.shape[2:], dtype=raw.dtype)
+    native.smooth(_ext.address(raw), _ext.DTYPE_CODES[raw.dtype], raw.shape, _ext.address(maps), _ext.threads())
+    return maps
 
 
 def blur_weights() -> list[float]:

@@ -1,0 +1,114 @@
+// dave_fast._native: pointers as integers, sizes, type codes, and the number of threads. No torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cmath>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "dispatch.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+dave::Dtype dtype_of(int code) {
+  if (code < 0 || code > 2) throw std::invalid_argument("unknown dtype code " + std::to_string(code));
+  return static_cast<dave::Dtype>(code);
+}
+
+// What would read or write outside of the arrays is refused here; everything else is checked in Python.
+void check(const dave::Images& images, const dave::Draws& draws, dave::Patch patch) {
+  if (images.height < 1 || images.width < 1 || (images.height + 4) * (images.width + 4) >= (int64_t{1} << 30))
+    throw std::invalid_argument("images must have between 1 and 2^30 pixels");
+  if (patch.height < 1 || patch.width < 1 || images.height % patch.height || images.width % patch.width)
+    throw std::invalid_argument("patches do not fill the images");
+  for (int64_t r = 0; r < draws.rows; ++r) {
+    if (draws.image_index[r] < 0 || draws.image_index[r] >= images.count)
+      throw std::invalid_argument("draws.image_index is outside of the batch");
+    const double* m = draws.matrices + 6 * r;
+    const double determinant = m[0] * m[4] - m[1] * m[3];
+    if (!std::isfinite(determinant) || determinant == 0 || !std::isfinite(m[2]) || !std::isfinite(m[5]))
+      throw std::invalid_argument("draws.matrices must be finite and invertible");
+  }
+}
+
+dave::Images images_of(uintptr_t data, int dtype, const std::vector<int64_t>& shape) {
+  if (shape.size() != 4) throw std::invalid_argument("a shape must have four sizes");
+  return {pointer<const void>(data), dtype_of(dtype), shape[0], shape[1], shape[2], shape[3]};
+}
+
+dave::Draws draws_of(const std::vector<uintptr_t>& fields, int64_t rows) {
+  if (fields.size() != 6) throw std::invalid_argument("draws have six fields");
+  return {pointer<const int64_t>(fields[0]), pointer<const double>(fields[1]), pointer<const double>(fields[2]),
+          pointer<const double>(fields[3]),  pointer<const int64_t>(fields[4]), pointer<const int64_t>(fields[5]),
+          rows};
+}
+
+void perturb(uintptr_t images, int dtype, const std::vector<int64_t>& shape, const std::vector<uintptr_t>& draws,
+             int64_t rows, int64_t p_h, int64_t p_w, uintptr_t tokens, int stored, int threads) {
+  const auto images_ = images_of(images, dtype, shape);
+  const auto draws_ = draws_of(draws, rows);
+  check(images_, draws_, {p_h, p_w});
+  dave::kernels().perturb(images_, draws_, {p_h, p_w}, pointer<void>(tokens), dtype_of(stored), threads);
+}
+
+void pull_back(uintptr_t cotangents, int given, uintptr_t images, int dtype, const std::vector<int64_t>& shape,
+               const std::vector<uintptr_t>& draws, int64_t rows, int64_t p_h, int64_t p_w, uintptr_t contributions,
+               int stored, int threads) {
+  const auto images_ = images_of(images, dtype, shape);
+  const auto draws_ = draws_of(draws, rows);
+  check(images_, draws_, {p_h, p_w});
+  dave::kernels().pull_back(pointer<const void>(cotangents), dtype_of(given), images_, draws_, {p_h, p_w},
+                            pointer<void>(contributions), dtype_of(stored), threads);
+}
+
+void normal(uintptr_t keys, uintptr_t samples, int64_t rows, int64_t elements, uintptr_t deviates, int threads) {
+  dave::kernels().normal(pointer<const int64_t>(keys), pointer<const int64_t>(samples), rows, elements,
+                         pointer<float>(deviates), threads);
+}
+
+void robust_mean(uintptr_t contributions, int given, int64_t images, int64_t samples, int64_t pixels, uintptr_t raw,
+                 int threads) {
+  if (samples < 1) throw std::invalid_argument("there must be a sample");
+  dave::kernels().robust_mean(pointer<const void>(contributions), dtype_of(given), images, samples, pixels,
+                              pointer<void>(raw), threads);
+}
+
+void smooth(uintptr_t raw, int dtype, const std::vector<int64_t>& shape, uintptr_t maps, int threads) {
+  dave::kernels().smooth(images_of(raw, dtype, shape), pointer<void>(maps), threads);
+}
+
+std::vector<std::string> usable_isas() {
+  std::vector<std::string> names;
+  for (int i = 0; dave::usable_isa(i); ++i) names.emplace_back(dave::usable_isa(i));
+  return names;
+}
+
+void use_isa(const std::string& name) {
+  if (dave::use_isa(name.c_str())) return;
+  std::string names;
+  for (const auto& usable : usable_isas()) names += (names.empty() ? "" : ", ") + usable;
+  throw std::invalid_argument("instruction set '" + name + "' is unknown or not in this machine; it has " + names);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  module.doc() = "The host kernels of dave-fast. Addresses are taken as they are: call them through dave_fast.ops.";
+  module.def("perturb", &perturb, release());
+  module.def("pull_back", &pull_back, release());
+  module.def("normal", &normal, release());
+  module.def("robust_mean", &robust_mean, release());
+  module.def("smooth", &smooth, release());
+  module.def("isa", [] { return std::string(dave::kernels().isa); }, "The instruction set in use.");
+  module.def("usable_isas", &usable_isas, "The instruction sets this machine can run, best first.");
+  module.def("use_isa", &use_isa, "Take the kernels of one instruction set.");
+}

@@ -1,0 +1,67 @@
+// Helpers of the host drivers. No templates of the standard library here: their copies are shared between object
+// files, and the linker could keep one that was compiled for an instruction set this machine lacks.
+#pragma once
+
+#include <cstdlib>
+#include <new>
+
+#include "kernels.h"
+
+namespace dave::DAVE_ISA {
+
+// Memory for n values, aligned for vectors, freed at the end of the scope.
+template <typename T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t n) {
+    const size_t bytes = (static_cast<size_t>(n) * sizeof(T) + 63) / 64 * 64;
+    data_ = static_cast<T*>(std::aligned_alloc(64, bytes ? bytes : 64));
+    if (!data_) throw std::bad_alloc();
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  operator T*() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+template <typename From, typename To>
+void copy_row(const From* from, To* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) put(to[i], widen(from[i]));
+}
+
+// n values at element `offset` of memory of a type known at run time, and back.
+template <typename T>
+void load_row(const void* from, Dtype dtype, int64_t offset, T* to, int64_t n) {
+  switch (dtype) {
+    case Dtype::float32: return copy_row(static_cast<const float*>(from) + offset, to, n);
+    case Dtype::float64: return copy_row(static_cast<const double*>(from) + offset, to, n);
+    case Dtype::bfloat16: return copy_row(static_cast<const bfloat16*>(from) + offset, to, n);
+  }
+}
+
+template <typename T>
+void store_row(const T* from, void* to, Dtype dtype, int64_t offset, int64_t n) {
+  switch (dtype) {
+    case Dtype::float32: return copy_row(from, static_cast<float*>(to) + offset, n);
+    case Dtype::float64: return copy_row(from, static_cast<double*>(to) + offset, n);
+    case Dtype::bfloat16: return copy_row(from, static_cast<bfloat16*>(to) + offset, n);
+  }
+}
+
+// Where the p_w elements of patch column 0 of image row (r, c, y) begin in tokens (R, n, C·p_h·p_w), and how far it
+// is from one patch column to the next.
+struct TokenRow {
+  int64_t first, step;
+
+  TokenRow(const Images& images, Patch patch, int64_t r, int64_t c, int64_t y) {
+    const int64_t patches_y = images.height / patch.height, patches_x = images.width / patch.width;
+    step = images.channels * patch.height * patch.width;
+    const int64_t token = (r * patches_y + y / patch.height) * patches_x;
+    first = token * step + (c * patch.height + y % patch.height) * patch.width;
+  }
+};
+
+}  // namespace dave::DAVE_ISA

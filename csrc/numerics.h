@@ -1,0 +1,103 @@
+// What every kernel shares: one rounding for each operation, and the stored types.
+//
+// The same source is compiled for the host (once for each instruction set, each in a namespace of its own, so that
+// the linker can never take one instruction set's copy for another's) and for CUDA devices. On a device mul, add and
+// sub are the intrinsics that the compiler may not fuse into an FMA; the host is compiled with -ffp-contract=off.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define DAVE_HD __host__ __device__ __forceinline__
+#else
+#define DAVE_HD inline __attribute__((always_inline))
+#endif
+
+#ifndef DAVE_ISA
+#define DAVE_ISA portable
+#endif
+
+namespace dave {
+
+// The codes that Python passes for the types in memory.
+enum class Dtype : int { float32 = 0, float64 = 1, bfloat16 = 2 };
+
+namespace DAVE_ISA {
+
+#ifdef __CUDA_ARCH__
+DAVE_HD float mul(float a, float b) { return __fmul_rn(a, b); }
+DAVE_HD float add(float a, float b) { return __fadd_rn(a, b); }
+DAVE_HD float sub(float a, float b) { return __fsub_rn(a, b); }
+DAVE_HD float root(float a) { return __fsqrt_rn(a); }
+DAVE_HD double mul(double a, double b) { return __dmul_rn(a, b); }
+DAVE_HD double add(double a, double b) { return __dadd_rn(a, b); }
+DAVE_HD double sub(double a, double b) { return __dsub_rn(a, b); }
+#else
+DAVE_HD float mul(float a, float b) { return a * b; }
+DAVE_HD float add(float a, float b) { return a + b; }
+DAVE_HD float sub(float a, float b) { return a - b; }
+DAVE_HD float root(float a) { return __builtin_sqrtf(a); }
+DAVE_HD double mul(double a, double b) { return a * b; }
+DAVE_HD double add(double a, double b) { return a + b; }
+DAVE_HD double sub(double a, double b) { return a - b; }
+#endif
+
+DAVE_HD float magnitude(float a) { return __builtin_fabsf(a); }
+DAVE_HD double magnitude(double a) { return __builtin_fabs(a); }
+
+DAVE_HD uint32_t bits_of(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+DAVE_HD float float_of(uint32_t bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// value kept in [low, high]; NaN becomes low, so that a position made from it stays in memory.
+template <typename T>
+DAVE_HD T clamp(T value, T low, T high) {
+  value = value > low ? value : low;
+  return value < high ? value : high;
+}
+
+// Greatest integer ≤ value, for |value| < 2³¹.
+template <typename T>
+DAVE_HD int32_t floor_to_int(T value) {
+  const int32_t truncated = static_cast<int32_t>(value);
+  return truncated - (value < static_cast<T>(truncated) ? 1 : 0);
+}
+
+template <typename T>
+DAVE_HD T horner(T x, const T* coefficients, int count) {
+  T total = coefficients[count - 1];
+  for (int k = count - 2; k >= 0; --k) total = add(mul(total, x), coefficients[k]);
+  return total;
+}
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+DAVE_HD float widen(float value) { return value; }
+DAVE_HD double widen(double value) { return value; }
+DAVE_HD float widen(bfloat16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
+
+// Conversions to what is stored; bfloat16 rounds to nearest, ties to even, and keeps NaN.
+template <typename T>
+DAVE_HD void put(float& to, T value) { to = static_cast<float>(value); }
+template <typename T>
+DAVE_HD void put(double& to, T value) { to = static_cast<double>(value); }
+template <typename T>
+DAVE_HD void put(bfloat16& to, T value) {
+  const uint32_t bits = bits_of(static_cast<float>(value));
+  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  to.bits = static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
+}
+
+}  // namespace DAVE_ISA
+}  // namespace dave

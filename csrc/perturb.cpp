@@ -1,0 +1,154 @@
+// Host driver of perturb: one task an image row, which computes its taps once for all channels.
+#include "perturb.h"
+
+#include "host.h"
+#include "ops.h"
+#include "random.h"
+
+namespace dave::DAVE_ISA {
+namespace {
+
+struct Key {
+  uint32_t low, high, sample;
+
+  Key(const int64_t* keys, const int64_t* samples, int64_t r)
+      : low(static_cast<uint32_t>(keys[2 * r])), high(static_cast<uint32_t>(keys[2 * r + 1])),
+        sample(static_cast<uint32_t>(samples[r])) {}
+};
+
+void normal_blocks(const Key& key, int64_t first_block, int64_t blocks, float* deviates) {
+#pragma omp simd
+  for (int64_t b = 0; b < blocks; ++b) {
+    float four[4];
+    normal_block(static_cast<uint32_t>(first_block + b), key.sample, key.low, key.high, four);
+    deviates[4 * b] = four[0], deviates[4 * b + 1] = four[1];
+    deviates[4 * b + 2] = four[2], deviates[4 * b + 3] = four[3];
+  }
+}
+
+// A copy of the images that the draws use, each plane in a border of zeros.
+template <typename T>
+class PaddedImages {
+ public:
+  PaddedImages(const Images& images, const Draws& draws, int threads)
+      : stride_(images.width + pad_before + pad_after), plane_((images.height + pad_before + pad_after) * stride_),
+        channels_(images.channels), first_(lowest(draws)),
+        data_((highest(draws) + 1 - first_) * images.channels * plane_) {
+    const int64_t rows = images.height + pad_before + pad_after;
+    const int64_t planes = (highest(draws) + 1 - first_) * channels_;
+    const T* source = static_cast<const T*>(images.data) + first_ * channels_ * images.height * images.width;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < planes * rows; ++i) {
+      const int64_t plane = i / rows, y = i % rows - pad_before;
+      T* to = data_ + i * stride_;
+      const bool inside = y >= 0 && y < images.height;
+      const T* from = source + (plane * images.height + (inside ? y : 0)) * images.width;
+      for (int64_t x = 0; x < stride_; ++x) to[x] = 0;
+      if (inside) copy_row(from, to + pad_before, images.width);
+    }
+  }
+  const T* plane(int64_t image, int64_t c) const { return data_ + ((image - first_) * channels_ + c) * plane_; }
+  int32_t stride() const { return static_cast<int32_t>(stride_); }
+
+ private:
+  static int64_t lowest(const Draws& draws) {
+    int64_t index = draws.image_index[0];
+    for (int64_t r = 1; r < draws.rows; ++r) index = draws.image_index[r] < index ? draws.image_index[r] : index;
+    return index;
+  }
+  static int64_t highest(const Draws& draws) {
+    int64_t index = draws.image_index[0];
+    for (int64_t r = 1; r < draws.rows; ++r) index = draws.image_index[r] > index ? draws.image_index[r] : index;
+    return index;
+  }
+  int64_t stride_, plane_, channels_, first_;
+  Scratch<T> data_;
+};
+
+// Taps of one destination row, an array each, so that pixels are the lanes of vectors.
+template <typename T>
+struct TapRow {
+  Scratch<int32_t> first;
+  Scratch<T> upper_left, upper_right, lower_left, lower_right;
+
+  explicit TapRow(int64_t n) : first(n), upper_left(n), upper_right(n), lower_left(n), lower_right(n) {}
+
+  void fill(const Affine<T>& map, int64_t y, int32_t height, int32_t width) {
+#pragma omp simd
+    for (int32_t x = 0; x < width; ++x) {
+      const Taps<T> taps = taps_at(map, static_cast<T>(x), static_cast<T>(y), height, width);
+      first[x] = taps.first;
+      upper_left[x] = taps.upper_left, upper_right[x] = taps.upper_right;
+      lower_left[x] = taps.lower_left, lower_right[x] = taps.lower_right;
+    }
+  }
+
+  void sample(const T* plane, int32_t stride, T signal, T* row, int32_t width) const {
+#pragma omp simd
+    for (int32_t x = 0; x < width; ++x) {
+      const Taps<T> taps{first[x], upper_left[x], upper_right[x], lower_left[x], lower_right[x]};
+      row[x] = mul(signal, bilinear(plane, stride, taps));
+    }
+  }
+};
+
+template <typename T>
+void add_noise(const Key& key, int64_t element, T noise, float* deviates, T* row, int32_t width) {
+  const int64_t first_block = element / 4, skipped = element % 4;
+  normal_blocks(key, first_block, (skipped + width + 3) / 4, deviates);
+  for (int32_t x = 0; x < width; ++x) row[x] = add(row[x], mul(noise, static_cast<T>(deviates[skipped + x])));
+}
+
+template <typename T>
+void run(const Images& images, const Draws& draws, Patch patch, void* tokens, Dtype stored, int threads) {
+  if (draws.rows == 0) return;
+  const PaddedImages<T> padded(images, draws, threads);
+  const int32_t height = static_cast<int32_t>(images.height), width = static_cast<int32_t>(images.width);
+#pragma omp parallel num_threads(threads)
+  {
+    TapRow<T> taps(width);
+    Scratch<T> row(width);
+    Scratch<float> deviates(width + 8);
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < draws.rows * height; ++task) {
+      const int64_t r = task / height, y = task % height;
+      const Key key(draws.keys, draws.samples, r);
+      const T signal = static_cast<T>(draws.signal[r]), noise = static_cast<T>(draws.noise[r]);
+      taps.fill(Affine<T>(draws.matrices + 6 * r), y, height, width);
+      for (int64_t c = 0; c < images.channels; ++c) {
+        taps.sample(padded.plane(draws.image_index[r], c), padded.stride(), signal, row, width);
+        if (noise != 0) add_noise<T>(key, (c * height + y) * width, noise, deviates, row, width);
+        const TokenRow to(images, patch, r, c, y);
+        for (int64_t x = 0; x < width; x += patch.width)
+          store_row<T>(row + x, tokens, stored, to.first + x / patch.width * to.step, patch.width);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void perturb(const Images& images, const Draws& draws, Patch patch, void* tokens, Dtype stored, int threads) {
+  if (images.dtype == Dtype::float64) return run<double>(images, draws, patch, tokens, stored, threads);
+  run<float>(images, draws, patch, tokens, stored, threads);
+}
+
+void normal(const int64_t* keys, const int64_t* samples, int64_t rows, int64_t elements, float* deviates,
+            int threads) {
+  constexpr int64_t blocks_a_task = 256;
+  const int64_t blocks = (elements + 3) / 4, tasks = (blocks + blocks_a_task - 1) / blocks_a_task;
+#pragma omp parallel num_threads(threads)
+  {
+    Scratch<float> buffer(4 * blocks_a_task);
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < rows * tasks; ++task) {
+      const int64_t r = task / tasks, first = task % tasks * blocks_a_task;
+      const int64_t count = blocks - first < blocks_a_task ? blocks - first : blocks_a_task;
+      const int64_t wanted = elements - 4 * first < 4 * count ? elements - 4 * first : 4 * count;
+      normal_blocks(Key(keys, samples, r), first, count, buffer);
+      copy_row<float, float>(buffer, deviates + r * elements + 4 * first, wanted);
+    }
+  }
+}
+
+}  // namespace dave::DAVE_ISA

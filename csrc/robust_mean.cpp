@@ -1,0 +1,129 @@
+// Host driver of robust_mean: blocks of pixels, each read once, sorted as the lanes of vectors.
+#include "robust_mean.h"
+
+#include "host.h"
+#include "ops.h"
+
+namespace dave::DAVE_ISA {
+namespace {
+
+// Pixels that are sorted together: one or more vectors of every instruction set.
+constexpr int lanes = 32;
+
+struct Exchange {
+  int32_t low, high;
+};
+
+// Batcher's odd-even merge sort of n values, as the list of its compare-exchanges. Returns how many there are;
+// writes them where `to` is given. Source: Knuth, The Art of Computer Programming 3, 5.2.2, algorithm M's network.
+int64_t sorting_network(int64_t n, Exchange* to) {
+  int64_t count = 0;
+  for (int64_t p = 1; p < n; p *= 2)
+    for (int64_t k = p; k >= 1; k /= 2)
+      for (int64_t j = k % p; j + k < n; j += 2 * k)
+        for (int64_t i = j; i < j + k && i + k < n; ++i) {
+          if (i / (2 * p) != (i + k) / (2 * p)) continue;
+          if (to) to[count] = {static_cast<int32_t>(i), static_cast<int32_t>(i + k)};
+          ++count;
+        }
+  return count;
+}
+
+template <typename T>
+void sort_lanes(T* values, const Exchange* network, int64_t exchanges) {
+  for (int64_t e = 0; e < exchanges; ++e) {
+    T* low = values + network[e].low * lanes;
+    T* high = values + network[e].high * lanes;
+#pragma omp simd
+    for (int l = 0; l < lanes; ++l) {
+      const T a = low[l], b = high[l];
+      low[l] = a < b ? a : b;
+      high[l] = a < b ? b : a;
+    }
+  }
+}
+
+// mad from the sorted values (see robust_mean.h).
+template <typename T>
+void mad_of_sorted(const T* sorted, int64_t samples, const T* median, T* mad) {
+  const int64_t half = (samples + 1) / 2;
+  for (int l = 0; l < lanes; ++l) mad[l] = 0;
+  for (int64_t i = 0; i < half; ++i) {
+    const T* below = sorted + i * lanes;
+    const T* above = sorted + (i + half) * lanes;
+    const bool past_the_end = i + half >= samples;
+#pragma omp simd
+    for (int l = 0; l < lanes; ++l) {
+      const T left = magnitude(sub(below[l], median[l]));
+      const T right = past_the_end ? left : magnitude(sub(above[l], median[l]));
+      const T nearer = right < left ? right : left;
+      mad[l] = nearer > mad[l] ? nearer : mad[l];
+    }
+  }
+}
+
+template <typename T>
+void mean_of_kept(const T* values, int64_t samples, const T* median, const T* mad, T* mean) {
+  double total[lanes] = {}, carry[lanes] = {}, count[lanes] = {};
+  bool nan[lanes] = {};
+  T within[lanes];
+  for (int l = 0; l < lanes; ++l) within[l] = kept_within(mad[l]);
+  for (int64_t s = 0; s < samples; ++s) {
+    const T* row = values + s * lanes;
+#pragma omp simd
+    for (int l = 0; l < lanes; ++l) {
+      const bool kept = magnitude(sub(row[l], median[l])) <= within[l];
+      const double addend = kept ? static_cast<double>(row[l]) : 0.0;
+      count[l] += kept ? 1.0 : 0.0;
+      nan[l] |= row[l] != row[l];
+      if constexpr (sizeof(T) == sizeof(double)) add_compensated(total[l], carry[l], addend);
+      else total[l] += addend;
+    }
+  }
+  for (int l = 0; l < lanes; ++l) {
+    const bool no_median = nan[l] || sub(median[l], median[l]) != 0;
+    const double carried = sub(carry[l], carry[l]) == 0 ? carry[l] : 0.0;
+    const double sum = add(total[l], carried) / (count[l] > 1 ? count[l] : 1.0);
+    mean[l] = no_median ? static_cast<T>(__builtin_nan("")) : static_cast<T>(sum);
+  }
+}
+
+template <typename T>
+void run(const void* contributions, Dtype given, int64_t images, int64_t samples, int64_t pixels, T* raw, int threads) {
+  const int64_t exchanges = sorting_network(samples, nullptr);
+  const Scratch<Exchange> network(exchanges);
+  sorting_network(samples, network);
+  const int64_t blocks = (pixels + lanes - 1) / lanes;
+#pragma omp parallel num_threads(threads)
+  {
+    Scratch<T> values(samples * lanes), sorted(samples * lanes);
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < images * blocks; ++task) {
+      const int64_t image = task / blocks, first = task % blocks * lanes;
+      const int64_t wanted = pixels - first < lanes ? pixels - first : lanes;
+      for (int64_t s = 0; s < samples; ++s) {
+        T* row = values + s * lanes;
+        load_row(contributions, given, (image * samples + s) * pixels + first, row, wanted);
+        for (int64_t l = wanted; l < lanes; ++l) row[l] = 0;
+        copy_row(row, sorted + s * lanes, lanes);
+      }
+      T mad[lanes], mean[lanes];
+      sort_lanes<T>(sorted, network, exchanges);
+      const T* median = sorted + (samples - 1) / 2 * lanes;
+      mad_of_sorted<T>(sorted, samples, median, mad);
+      mean_of_kept<T>(values, samples, median, mad, mean);
+      copy_row(mean, raw + image * pixels + first, wanted);
+    }
+  }
+}
+
+}  // namespace
+
+void robust_mean(const void* contributions, Dtype given, int64_t images, int64_t samples, int64_t pixels, void* raw,
+                 int threads) {
+  if (given == Dtype::float64)
+    return run(contributions, given, images, samples, pixels, static_cast<double*>(raw), threads);
+  run(contributions, given, images, samples, pixels, static_cast<float*>(raw), threads);
+}
+
+}  // namespace dave::DAVE_ISA

@@ -1,0 +1,91 @@
+// Vectors of `lanes` floats for the walks' kernels, in the compiler's own vector types: one source for every
+// instruction set. Unlike the pixel ops these may fuse a multiplication and an addition.
+#pragma once
+
+#include <cstring>
+
+#include "numerics.h"
+
+namespace dave::DAVE_ISA {
+
+#if defined(__AVX512F__)
+constexpr int lanes = 16;
+#elif defined(__AVX2__)
+constexpr int lanes = 8;
+#else
+constexpr int lanes = 4;
+#endif
+
+typedef float vfloat __attribute__((vector_size(4 * lanes)));
+typedef int32_t vint __attribute__((vector_size(4 * lanes)));
+typedef uint32_t vword __attribute__((vector_size(4 * lanes)));
+typedef uint16_t vhalf __attribute__((vector_size(2 * lanes)));
+
+DAVE_HD vfloat splat(float a) { return vfloat{} + a; }
+DAVE_HD vfloat as_float(vword a) { return reinterpret_cast<vfloat&>(a); }
+DAVE_HD vword as_word(vfloat a) { return reinterpret_cast<vword&>(a); }
+DAVE_HD vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }
+DAVE_HD vfloat smaller(vfloat a, vfloat b) { return a < b ? a : b; }
+
+template <typename V, typename T>
+DAVE_HD V load_raw(const T* from) {
+  V v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return v;
+}
+
+DAVE_HD vfloat load(const float* from) { return load_raw<vfloat>(from); }
+DAVE_HD vword widen_words(const bfloat16* from) {
+  return __builtin_convertvector(load_raw<vhalf>(from), vword);
+}
+DAVE_HD vfloat load(const bfloat16* from) { return as_float(widen_words(from) << 16); }
+
+// The bits of finite floats rounded to bfloat16, ties to even, in the upper half of each word.
+DAVE_HD vword rounded_words(vfloat a) {
+  const vword bits = as_word(a);
+  return bits + 0x7FFFu + ((bits >> 16) & 1u);
+}
+
+DAVE_HD void store(float* to, vfloat a) { __builtin_memcpy(to, &a, sizeof a); }
+DAVE_HD void store(bfloat16* to, vfloat a) {
+  // infinity stays infinity, and a NaN keeps its quiet bit
+  const vword bits = as_word(a);
+  const vword kept = (bits | 0x00400000u) * ((a != a) ? vword{} + 1u : vword{});
+  const vword words = (a != a) ? kept : rounded_words(a);
+  const vhalf half = __builtin_convertvector(words >> 16, vhalf);
+  __builtin_memcpy(to, &half, sizeof half);
+}
+
+DAVE_HD float sum_of(vfloat a) {
+  float total = 0;
+  for (int i = 0; i < lanes; ++i) total += a[i];
+  return total;
+}
+
+DAVE_HD float largest_of(vfloat a) {
+  float largest = a[0];
+  for (int i = 1; i < lanes; ++i) largest = a[i] > largest ? a[i] : largest;
+  return largest;
+}
+
+// e^a for a ≤ 88, relative error below 2e-7; 0 below -87.
+DAVE_HD vfloat exponential(vfloat a) {
+  const vfloat clamped = larger(a, splat(-87.0f));
+  const vfloat scaled = clamped * 1.44269504f;
+  // rounding to the nearest integer by the float format itself
+  const vfloat shifted = scaled + 12582912.0f;
+  const vfloat whole = shifted - 12582912.0f;
+  // the remainder from the argument itself, ln 2 in two parts: scaled has lost the digits that matter
+  const vfloat rest = (clamped - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  vfloat p = splat(1.3981999e-3f);
+  p = p * rest + 8.3331417e-3f;
+  p = p * rest + 4.1665795e-2f;
+  p = p * rest + 1.6666665e-1f;
+  p = p * rest + 5.0000000e-1f;
+  p = p * rest * rest + rest + 1.0f;
+  const vword power = (as_word(shifted) - 0x4B400000u + 127u) << 23;
+  const vfloat value = p * as_float(power);
+  return a < splat(-87.0f) ? vfloat{} : value;
+}
+
+}  // namespace dave::DAVE_ISA

@@ -1,0 +1,115 @@
+// Host driver of smooth: one image after the other, its rows shared by the threads, planes padded with zeros.
+#include "smooth.h"
+
+#include "host.h"
+#include "ops.h"
+
+namespace dave::DAVE_ISA {
+namespace {
+
+constexpr int blur_taps = 2 * blur_radius + 1;
+
+// The normalised weights of one axis of G.
+template <typename T>
+void blur_weights(T* weights) {
+  double values[blur_taps], total = 0;
+  for (int k = 0; k < blur_taps; ++k) {
+    const double distance = (k - blur_radius) / blur_sigma;
+    total += values[k] = exp(-0.5 * distance * distance);
+  }
+  for (int k = 0; k < blur_taps; ++k) weights[k] = static_cast<T>(values[k] / total);
+}
+
+// One image's planes (height, width) with a border of zeros wide enough for the blur and the bilateral filter.
+template <typename T>
+struct Plane {
+  int64_t height, width, stride;
+  Scratch<T> data;
+
+  Plane(int64_t height_, int64_t width_)
+      : height(height_), width(width_), stride(width_ + 2 * blur_radius), data((height_ + 2 * blur_radius) * stride) {
+    for (int64_t i = 0; i < (height + 2 * blur_radius) * stride; ++i) data[i] = 0;
+  }
+  T* row(int64_t y) const { return data + (y + blur_radius) * stride + blur_radius; }
+};
+
+template <typename T>
+void positive_part(const Images& raw, int64_t image, int64_t y, T* to) {
+  const T* from = static_cast<const T*>(raw.data) + (image * raw.channels * raw.height + y) * raw.width;
+  for (int64_t x = 0; x < raw.width; ++x) to[x] = from[x];
+  for (int64_t c = 1; c < raw.channels; ++c)
+    for (int64_t x = 0; x < raw.width; ++x) to[x] = add(to[x], from[c * raw.height * raw.width + x]);
+  for (int64_t x = 0; x < raw.width; ++x) to[x] = to[x] < 0 ? 0 : to[x];
+}
+
+// The blur along one axis; `step` is the distance between neighbours on it.
+template <typename T>
+void blur_row(const T* from, int64_t step, const T* weights, T* to, int64_t width) {
+  for (int64_t x = 0; x < width; ++x) to[x] = 0;
+  for (int k = 0; k < blur_taps; ++k)
+    for (int64_t x = 0; x < width; ++x) to[x] = add(to[x], mul(weights[k], from[(k - blur_radius) * step + x]));
+}
+
+// Returns the row's maximum, NaN where it holds one.
+template <typename T>
+T bilateral_row(const T* from, int64_t stride, T* to, int64_t width) {
+  T peak = 0;
+  bool nan = false;
+#pragma omp simd reduction(max : peak) reduction(| : nan)
+  for (int64_t x = 0; x < width; ++x) {
+    T total = 0, weights = 0;
+    for (int dy = -bilateral_radius; dy <= bilateral_radius; ++dy)
+      for (int dx = -bilateral_radius; dx <= bilateral_radius; ++dx) {
+        const T value = from[dy * stride + x + dx];
+        const T distance_term = static_cast<T>(-(dx * dx + dy * dy) / (2 * spatial_sigma * spatial_sigma));
+        const T weight = bilateral_weight(distance_term, sub(from[x], value));
+        total = add(total, mul(weight, value));
+        weights = add(weights, weight);
+      }
+    to[x] = total / weights;
+    peak = to[x] > peak ? to[x] : peak;
+    nan |= to[x] != to[x];
+  }
+  return nan ? static_cast<T>(__builtin_nan("")) : peak;
+}
+
+template <typename T>
+void run(const Images& raw, T* maps, int threads) {
+  const int64_t height = raw.height, width = raw.width;
+  T weights[blur_taps];
+  blur_weights(weights);
+  const Plane<T> positive(height, width), across(height, width), blended(height, width);
+  const Scratch<T> peaks(height);
+#pragma omp parallel num_threads(threads)
+  for (int64_t image = 0; image < raw.count; ++image) {
+    T* map = maps + image * height * width;
+#pragma omp for schedule(static)
+    for (int64_t y = 0; y < height; ++y) {
+      positive_part(raw, image, y, positive.row(y));
+      blur_row<T>(positive.row(y), 1, weights, across.row(y), width);
+    }
+#pragma omp for schedule(static)
+    for (int64_t y = 0; y < height; ++y) {
+      T* row = blended.row(y);
+      blur_row<T>(across.row(y), across.stride, weights, row, width);
+      for (int64_t x = 0; x < width; ++x) row[x] = mul(static_cast<T>(0.5), add(positive.row(y)[x], row[x]));
+    }
+#pragma omp for schedule(static)
+    for (int64_t y = 0; y < height; ++y)
+      peaks[y] = bilateral_row<T>(blended.row(y), blended.stride, map + y * width, width);
+    T peak = 0;
+    for (int64_t y = 0; y < height; ++y) peak = peaks[y] > peak || peaks[y] != peaks[y] ? peaks[y] : peak;
+    const T divisor = peak == 0 ? static_cast<T>(1) : peak;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < height * width; ++i) map[i] = map[i] / divisor;
+  }
+}
+
+}  // namespace
+
+void smooth(const Images& raw, void* maps, int threads) {
+  if (raw.dtype == Dtype::float64) return run(raw, static_cast<double*>(maps), threads);
+  run(raw, static_cast<float*>(maps), threads);
+}
+
+}  // namespace dave::DAVE_ISA

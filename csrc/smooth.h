@@ -1,0 +1,34 @@
+// smooth: m = relu(Σ_channels raw);  m = ½·(m + G(m));  m(p) = Σ_q w·m(q) / Σ_q w;  m = m / max m
+//
+// G the normalised 11×11 Gaussian of σ = 7, w = exp(-|p - q|²/2σ_s² - (m(p) - m(q))²/2σ_r²) over 5×5 neighbours with
+// σ_s = 0.5, σ_r = 0.05; zeros outside, which take part in the sums.
+#pragma once
+
+#include "numerics.h"
+
+namespace dave::DAVE_ISA {
+
+constexpr int blur_radius = 5, bilateral_radius = 2;
+constexpr double blur_sigma = 7.0, spatial_sigma = 0.5, range_sigma = 0.05;
+
+// exp x for x ≤ 0 in float32, to 2 ulp; 0 below the smallest normal number; NaN stays NaN.
+DAVE_HD float exp_of_nonpositive(float x) {
+  constexpr float tail_of[] = {0.5f, 0.16666514f, 0.041666187f, 0.008369591f, 0.0013951703f};
+  constexpr float lowest = -87.3f;
+  const float bounded = x >= lowest ? x : lowest;
+  const float power = static_cast<float>(static_cast<int32_t>(sub(mul(bounded, 1.44269504f), 0.5f)));
+  const float r = sub(sub(bounded, mul(power, 0.693359375f)), mul(power, -2.1219444e-4f));
+  const float value = add(add(mul(mul(horner(r, tail_of, 5), r), r), r), 1.0f);
+  const float scale = float_of(static_cast<uint32_t>(static_cast<int32_t>(power) + 127) << 23);
+  return x >= lowest ? mul(value, scale) : (x < lowest ? 0.0f : x);
+}
+
+DAVE_HD double exp_of_nonpositive(double x) { return exp(x); }
+
+template <typename T>
+DAVE_HD T bilateral_weight(T distance_term, T difference) {
+  constexpr T range_factor = static_cast<T>(0.5 / (range_sigma * range_sigma));
+  return exp_of_nonpositive(sub(distance_term, mul(mul(difference, difference), range_factor)));
+}
+
+}  // namespace dave::DAVE_ISA

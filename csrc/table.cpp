@@ -1,0 +1,11 @@
+// The table of one instruction set's kernels.
+#include "ops.h"
+
+#define DAVE_NAME_OF(isa) #isa
+#define DAVE_NAME(isa) DAVE_NAME_OF(isa)
+
+namespace dave::DAVE_ISA {
+
+const Kernels kernels{DAVE_NAME(DAVE_ISA), perturb, normal, pull_back, robust_mean, smooth};
+
+}  // namespace dave::DAVE_ISA
