@@ -165,13 +165,7 @@ def frozen_vjp(
 
 def run_frozen(model: nn.Module, inputs: Tensor) -> Tensor:
     """Call the model within an active mode and check what it returns."""
-    for path, module in model.named_modules():
-        if module.training:
-            where = f"{path!r} ({type(module).__name__})" if path else "it"
-            raise ModelError(
-                f"the model {type(model).__name__} is to be explained as it predicts, but {where} is in training "
-                "mode: call model.eval() first"
-            )
+    _require_evaluation(model)
     # A copy, so that a model that works in place leaves the caller's tensor alone.
     output = model(inputs.clone())
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
@@ -186,6 +180,18 @@ def run_frozen(model: nn.Module, inputs: Tensor) -> Tensor:
             "its forward use torch.no_grad() or detach()?"
         )
     return logits
+
+
+def _require_evaluation(model: nn.Module) -> None:
+    """Dropout and batch statistics are no part of what a model predicts; switching modes is the user's to do."""
+    by_mode = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
+    for path, module in model.named_modules():
+        if module.training and (module is model or isinstance(module, by_mode)):
+            where = f"its module {path!r} ({type(module).__name__})" if path else "it"
+            raise ModelError(
+                f"the model {type(model).__name__} is to be explained as it predicts, but {where} is in training "
+                "mode: call model.eval() first"
+            )
 
 
 def check_scores(scores: Tensor, inputs: Tensor) -> None:

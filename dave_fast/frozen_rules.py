@@ -255,7 +255,8 @@ def _attention(operator: Operator, func: Function, args: Sequence[Any], kwargs: 
 def _glu(operator: Operator, func: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
     a = _bind("input dim", args, kwargs)
     value, gate = a["input"].chunk(2, dim=-1 if a["dim"] is None else a["dim"])
-    return value * operator(torch.sigmoid(gate))
+    gated: Tensor = value * operator(torch.sigmoid(gate))
+    return gated
 
 
 def _clamp(operator: Operator, func: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:

@@ -1,0 +1,152 @@
+"""Which module breaks an affine replay: every module's own slope against its own change.
+
+A module whose operators are frozen satisfies ⟨c, out(x+δ) − out(x)⟩ = ⟨Jᵀc, in(x+δ) − in(x)⟩, whatever the modules
+before it did. The innermost module that does not, first in execution order, is the culprit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+# Far above rounding in float64 through one module, far below any operator variation that matters.
+_LOCAL_TOLERANCE = 1e-9
+
+
+@dataclass
+class Call:
+    """One call of a module: its tensors, and a copy of what they held (modules may work in place)."""
+
+    path: str
+    kind: str
+    inputs: list[Tensor]
+    input_values: list[Tensor]
+    outputs: list[Tensor] = field(default_factory=list)
+    output_values: list[Tensor] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The dotted path and the class."""
+        return f"module {self.path!r} ({self.kind})" if self.path else f"the forward of {self.kind} itself"
+
+
+class Trace:
+    """Watches the modules of a model during one forward pass, in the order in which they finish."""
+
+    def __init__(self, keeps_calls: bool = False) -> None:
+        self.calls: list[Call] = []
+        self._keeps_calls = keeps_calls
+        self._open: list[Call] = []
+
+    @property
+    def where(self) -> str:
+        """The module that runs now, or ran when an error left the watch."""
+        return self._open[-1].name if self._open else "the model"
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Hooks on every module of the copy for the time of one pass."""
+        handles = []
+        for path, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(self._enter(path), with_kwargs=True))
+            handles.append(module.register_forward_hook(self._leave))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, path: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            tensors = _floating((args, kwargs)) if self._keeps_calls else []
+            values = [t.detach().clone() for t in tensors]
+            self._open.append(Call(path, type(module).__name__, tensors, values))
+            return _cloned((args, kwargs)) if self._keeps_calls else None
+
+        return hook
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+        call = self._open.pop()
+        if not self._keeps_calls:
+            return None
+        call.outputs = _floating(output)
+        call.output_values = [t.detach().clone() for t in call.outputs]
+        self.calls.append(call)
+        return _cloned(output)
+
+
+def find_culprit(before: Trace, after: Trace, score: Tensor) -> str:
+    """Name the first, innermost module whose change is not that of its slope.
+
+    before: the recorded pass at x, graph included; after: the replay at x + δ; score: of the recorded pass.
+    """
+    outputs = [t for call in before.calls for t in call.outputs if t.requires_grad]
+    gradients = torch.autograd.grad(score, outputs, retain_graph=True, allow_unused=True)
+    # What only operators are made of (queries, norms, gates) gets no gradient and may be anything.
+    reached = {id(t) for t, g in zip(outputs, gradients, strict=True) if g is not None}
+    for call, moved in zip(before.calls, after.calls, strict=True):
+        reason = _broken(call, moved, reached)
+        if reason is not None:
+            return f"{call.name}: {reason}"
+    return "a step outside of any module"
+
+
+def _broken(call: Call, moved: Call, reached: set[int]) -> str | None:
+    d_in = [b - a for a, b in zip(call.input_values, moved.input_values, strict=True)]
+    d_out = [b - a for a, b in zip(call.output_values, moved.output_values, strict=True)]
+    if any(
+        _changes(d, v)
+        for d, t, v in zip(d_in, call.inputs, call.input_values, strict=True)
+        if not t.requires_grad
+    ):
+        # The gradient was lost before this module.
+        return None
+    lost = [
+        not t.requires_grad and _changes(d, v)
+        for t, d, v in zip(call.outputs, d_out, call.output_values, strict=True)
+    ]
+    if any(lost):
+        return "its output changes with the input but carries no gradient (detach() or no_grad)"
+    used = [i for i, t in enumerate(call.outputs) if id(t) in reached]
+    live = [i for i, t in enumerate(call.inputs) if t.requires_grad]
+    if not used or not live:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    cotangents = [
+        torch.randn(d_out[i].shape, generator=generator, dtype=torch.float64).to(d_out[i]) for i in used
+    ]
+    slopes = torch.autograd.grad(
+        [call.outputs[i] for i in used],
+        [call.inputs[i] for i in live],
+        cotangents,
+        retain_graph=True,
+        allow_unused=True,
+    )
+    terms = [(c, d_out[i]) for c, i in zip(cotangents, used, strict=True)]
+    terms += [(-s, d_in[i]) for s, i in zip(slopes, live, strict=True) if s is not None]
+    scale = sum(float(a.norm() * b.norm()) for a, b in terms)
+    difference = abs(sum(float((a * b).sum()) for a, b in terms))
+    if difference <= _LOCAL_TOLERANCE * scale:
+        return None
+    return "with frozen operators its output is not linear in its input, or its gradient is not that of its output"
+
+
+def _changes(difference: Tensor, value: Tensor) -> bool:
+    return bool(difference.norm() > _LOCAL_TOLERANCE * (value.norm() + 1))
+
+
+def _floating(tree: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _cloned(tree: Any) -> Any:
+    """Copies of the floating tensors: what happens to them in place later leaves the watched ones alone."""
+    return pytree.tree_map(
+        lambda t: t.clone() if isinstance(t, Tensor) and t.is_floating_point() else t, tree
+    )
