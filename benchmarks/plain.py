@@ -13,6 +13,7 @@ timm's VisionTransformer with softmax attention, LayerNorm and a GELU MLP. S sam
 from __future__ import annotations
 
 import argparse
+from functools import cache
 from typing import Any
 
 import torch
@@ -60,11 +61,15 @@ def layer_norm(norm: nn.Module, x: Tensor) -> Tensor:
     """LayerNorm of x (..., C) with its 1/σ frozen and its centring a matrix product; nothing for an Identity."""
     if not isinstance(norm, nn.LayerNorm):
         return x
-    width = x.shape[-1]
-    centring = torch.eye(width) - torch.full((width, width), 1 / width)
-    centred = x @ centring.to(x)
+    centred = x @ centring(x.shape[-1], x.dtype)
     rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + norm.eps)
     return centred * rstd.detach() * norm.weight + norm.bias
+
+
+@cache
+def centring(width: int, dtype: torch.dtype) -> Tensor:
+    """The C×C matrix that takes a token's mean away."""
+    return torch.eye(width, dtype=dtype) - 1 / width
 
 
 def attention(attn: Any, x: Tensor) -> Tensor:

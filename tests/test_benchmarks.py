@@ -1,0 +1,126 @@
+"""The baselines and the tables of benchmarks/: what a comparison rests on is tested like everything else."""
+
+import math
+
+import pytest
+import torch
+
+import dave_fast
+from benchmarks import plain, quality_page, side_by_side
+from benchmarks.gemm import Ceiling, ceiling, engine_gigaflops
+from benchmarks.quality import interval
+from dave_fast.demo.model import build_model
+from dave_fast.ops.perturb import perturb
+from dave_fast.ops.robust_mean import robust_mean
+from dave_fast.ops.smooth import smooth
+from dave_fast.sampling import draw, normal
+
+SIZE = (128, 128)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return build_model().eval().requires_grad_(False)
+
+
+def test_the_plain_model_is_the_model_and_its_gradient_the_effective_one(model):
+    images = torch.randn(2, 3, *SIZE, dtype=torch.float64, requires_grad=True)
+    double = build_model().double().eval().requires_grad_(False)
+    logits = plain.logits(double, images)
+    torch.testing.assert_close(logits, double(images), rtol=1e-9, atol=1e-12)
+    (gradient,) = torch.autograd.grad(logits[:, 4].sum(), images)
+    expected = dave_fast.effective_gradient(double, images.detach(), 4, precision="fp64", route="frozen")
+    assert (gradient - expected).norm() < 1e-12 * expected.norm()
+
+
+def test_the_plain_pixel_passes_are_the_operations():
+    images = torch.randn(1, 3, 24, 32, dtype=torch.float64)
+    draws = draw(4, height=24, width=32)
+    silent = draws[:]
+    silent.noise.zero_()
+    tokens = perturb(images, silent, (24, 32), dtype=torch.float64)
+    for row, matrix in enumerate(draws.matrices):
+        warped = draws.signal[row] * plain.warp(images, matrix)
+        torch.testing.assert_close(warped.flatten(), tokens[row, 0], rtol=0, atol=1e-11)
+    values = torch.randn(7, 3, 24, 32)
+    torch.testing.assert_close(plain.masked_mean(values), robust_mean(values[None])[0])
+    raw = torch.randn(3, 24, 32) / 20
+    torch.testing.assert_close(plain.smooth(raw), smooth(raw[None])[0], rtol=1e-5, atol=1e-6)
+    assert plain.smooth(torch.zeros(3, 24, 32)).eq(0).all()
+
+
+def test_the_plain_pipeline_agrees_with_ours_at_equal_draws(model):
+    image = torch.randn(3, *SIZE)
+    explainer = dave_fast.DAVE(model, precision="fp32", noise_alpha=0.5)
+    ours = explainer.explain(image[None], 2, 4)
+    draws = draw(4, height=SIZE[0], width=SIZE[1], sampling=explainer.sampling)
+    noise = normal(draws.keys, draws.samples, image.numel()).view(4, *image.shape)
+    raw, _ = plain.explain_plain(model, image, 2, draws, noise)
+    # a value on the outlier threshold may fall to either side
+    close = (raw - ours.raw[0]).abs() < 1e-4 * raw.abs().max()
+    assert close.float().mean() > 0.999
+
+
+def test_arithmetic_of_the_engine_is_counted_by_hand(model):
+    # 64 patches, 65 tokens, C = 144, 4 C in the MLP, 5 blocks, 768 values a patch
+    unit = 2 * 65 * 144**2
+    whole = 22 * unit + 4 * 2 * 65**2 * 144
+    expected = 4 * whole + 3 * unit + 2 * 2 * 64 * 768 * 144
+    assert engine_gigaflops(model) == pytest.approx(expected / 1e9)
+    assert plain.gigaflops_a_sample(model, torch.randn(3, *SIZE)) > engine_gigaflops(model)
+
+
+@pytest.mark.parametrize("kind", ["mkl-fp32", "packed-fp32", "packed-bf16"])
+def test_ceilings_count_what_they_run(kind):
+    if kind != "mkl-fp32" and not torch.backends.mkldnn.is_available():
+        pytest.skip("no oneDNN")
+    made = ceiling(kind, 8, 16, 32, at_least=1e-4)
+    once = 2e-9 * 8 * (16 * 48 + 16 * 16 + 2 * 16 * 32)
+    assert made.gigaflops == pytest.approx(once * round(1e-4 / once))
+    made.run()
+
+
+def fake_run() -> dict:
+    seconds = {name: [1.0, 1.0] for name in side_by_side.CEILINGS}
+    seconds |= {"plain": [2.0, 4.0], "fp32": [1.0, 1.0], "bf16": [0.5, 0.4]}
+    rates = {name: Ceiling(100.0, lambda: None) for name in side_by_side.CEILINGS}
+    gigaflops = {"plain": 90.0, "fp32": 60.0, "bf16": 60.0}
+    return side_by_side.summarise(seconds, rates, gigaflops, samples=2)
+
+
+def test_ratios_and_shares_are_taken_repeat_by_repeat():
+    rows = fake_run()["rows"]
+    assert rows["plain"]["share of ceiling"]["all"] == [0.9, 0.45]
+    assert rows["bf16"]["times faster than plain"]["all"] == [4, 10]
+    assert rows["fp32"]["seconds a sample"]["median"] == 0.5
+    assert "times faster than authors" not in rows["fp32"]
+
+
+def test_ratios_do_not_count_for_a_slow_baseline_or_other_maps():
+    result = fake_run() | {"agreement": {"bf16 to fp32": 0.9995, "plain to fp32": 0.5}}
+    reasons = side_by_side.verdict(result)
+    assert len(reasons) == 2
+    assert "68%" in reasons[0]
+    assert "plain to fp32" in reasons[1]
+
+
+def test_intervals_leave_nan_out_and_hold_the_mean():
+    scores = torch.cat([torch.linspace(0, 1, 101), torch.tensor([math.nan])])
+    found = interval(scores)
+    assert found["n"] == 101
+    assert found["mean"] == pytest.approx(0.5)
+    assert found["low"] < 0.5 < found["high"]
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * 0.2915 / 101**0.5, rel=0.1)
+    assert interval(torch.tensor([math.nan]))["mean"] is None
+
+
+def test_tables_mark_the_best_method_but_no_control():
+    def scored(mean):
+        return {"as it is": {"EnergyPG": {"mean": mean, "low": mean, "high": mean, "n": 3}}}
+
+    text = quality_page.table(
+        {"DAVE": scored(0.5), "SmoothGrad": scored(0.25), "uniform": scored(0.75)}, ("EnergyPG",)
+    )
+    assert "| DAVE, as it is | **0.500** (0.500–0.500) |" in text
+    assert "| uniform, as it is | 0.750 (0.750–0.750) |" in text
