@@ -84,7 +84,8 @@ def normal(keys: Tensor, samples: Tensor, n_elements: int, *, stream: int = 1) -
 def box_muller(even: Tensor, odd: Tensor) -> tuple[Tensor, Tensor]:
     """r·cos θ and r·sin θ of two tensors of words, in float32."""
     uniforms = (even.float() + 0.5) * 2.0**-32
-    radius = torch.sqrt(_ln(uniforms) * -2.0)
+    # PyTorch's float32 square root on CPUs is up to an ulp off; through float64 it is the correctly rounded one
+    radius = torch.sqrt((_ln(uniforms) * -2.0).double()).float()
     cosine, sine = _cos_sin_of_turns(odd)
     return radius * cosine, radius * sine
 
