@@ -13,9 +13,10 @@ from typing import Annotated, Any
 
 import typer
 
+from dave_fast import __version__
 from dave_fast.cli_explain import explain
 from dave_fast.errors import DaveFastError
-from dave_fast.info import info, installed
+from dave_fast.info import info
 from dave_fast.terminal import refuse
 
 
@@ -58,7 +59,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"dave-fast {installed('dave-fast')}")
+        typer.echo(f"dave-fast {__version__}")
         raise typer.Exit
 
 

@@ -177,12 +177,12 @@ def _summary(done: Sequence[Done], failed: Sequence[Failed], settings: Settings)
     screen = console(stderr=False)
     results = [result for one in done for result in one.results]
     if results:
-        table = Table("image", "class", "probability", "files", box=None, header_style="bold", pad_edge=False)
+        table = Table(
+            "image", "class", "probability", "overlay", box=None, header_style="bold", pad_edge=False
+        )
         for result in results[:_ROWS]:
-            stem = result.arrays.relative_to(settings.out).with_suffix("")
-            files = f"{stem}.{{overlay.png,map.png,npz}}"
             name, probability = f"{result.class_name} ({result.target})", percent(result.probability)
-            cells = (result.source.path, name, probability, files)
+            cells = (result.source.path, name, probability, str(result.overlay.relative_to(settings.out)))
             table.add_row(*(Text(cell, overflow="fold") for cell in cells))
         screen.print(table)
         if len(results) > _ROWS:
@@ -190,5 +190,7 @@ def _summary(done: Sequence[Done], failed: Sequence[Failed], settings: Settings)
     images = "1 image" if len(done) == 1 else f"{len(done)} images"
     failures = f"; {len(failed)} could not be explained" if failed else ""
     screen.print(f"{images} explained in {settings.out}{failures}", soft_wrap=True)
+    if results:
+        screen.print("beside each NAME.overlay.png: NAME.map.png and NAME.npz", style="dim", soft_wrap=True)
     if len(done) == 1 and done[0].figure:
         screen.print(f"picture: {done[0].figure}", soft_wrap=True)

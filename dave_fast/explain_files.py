@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from dave_fast import figures
+from dave_fast import __version__, figures
 from dave_fast.errors import ImageError, InputError, NonFiniteError
 from dave_fast.files import atomically
 from dave_fast.images import Preprocessing, preprocessing, read_image
-from dave_fast.info import installed
 from dave_fast.labels import Labels, labels_of
 
 if TYPE_CHECKING:
@@ -194,12 +193,12 @@ class _Job:
             "seed": np.array(explanation.seed),
             "model": self.explainer.model_name,
             "precision": self.explainer.precision,
-            "dave_fast_version": installed("dave-fast"),
+            "dave_fast_version": __version__,
             "image": source.path,
         }
 
     def _most_probable(self, explanation: Explanation, row: int) -> tuple[list[str], list[float], list[int]]:
-        """Names, probabilities and indices of the most probable classes, at least as many as are explained."""
+        """Names, probabilities and indices of the most probable classes; five, or all that are explained."""
         output = explanation.output[row].float()
         top = output.softmax(0).topk(min(max(_BARS, self.settings.top_k), len(output)))
         indices = [int(index) for index in top.indices]

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dave_fast import __version__
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-_PACKAGES = ("dave-fast", "torch", "timm", "triton", "numpy", "pillow")
+_PACKAGES = ("torch", "timm", "triton", "numpy", "pillow")
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Info:
     ops: dict[str, dict[str, str]]
 
 
-def installed(package: str) -> str:
+def _installed(package: str) -> str:
     """The version of a package, or "not installed"."""
     try:
         return version(package)
@@ -60,7 +62,8 @@ def collect(device: str | None = None) -> Info:
     devices = _devices()
     device = device or devices[-1].type
     native = _ext.unavailable()
-    versions = {"python": platform.python_version()} | {name: installed(name) for name in _PACKAGES}
+    own = {"dave-fast": __version__, "python": platform.python_version()}
+    versions = own | {name: _installed(name) for name in _PACKAGES}
     isa = None if native else _ext.isa()
     return Info(versions, devices, device, torch.get_num_threads(), isa, native, _table(device))
 
@@ -138,7 +141,7 @@ def _ops_table(found: Info) -> tuple[RenderableType, dict[str, int]]:
     from rich.text import Text
 
     backends = list(dict.fromkeys(backend for row in found.ops.values() for backend in row))
-    table = Table("op", *backends, title=f"backends on {found.device}", title_justify="left", box=None)
+    table = Table("op", *backends, title=f"backends on {found.device}", title_justify="left", box=None, pad_edge=False)
     reasons: dict[str, int] = {}
     for op, row in found.ops.items():
         cells = []

@@ -11,12 +11,18 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+_LOG_WIDTH = 200
+
 
 def console(*, stderr: bool = True) -> Console:
     """A console that leaves text as it is: no markup and no colouring of numbers in paths and names."""
     from rich.console import Console
 
-    return Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+    made = Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+    if not made.is_terminal:
+        # Rich takes 80 columns where it cannot ask; files and pipes have no edge to fold paths at.
+        made.width = _LOG_WIDTH
+    return made
 
 
 def refuse(error: Exception, to: Console | None = None) -> None:
@@ -43,7 +49,7 @@ def plain_warnings(to: Console) -> Iterator[None]:
 
 
 def progress_bar(to: Console) -> Progress:
-    """A progress bar with time left that vanishes when it is done."""
+    """A progress bar with time left that vanishes when it is done; none where nobody watches, as in a log."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     return Progress(
@@ -54,4 +60,5 @@ def progress_bar(to: Console) -> Progress:
         TimeRemainingColumn(),
         console=to,
         transient=True,
+        disable=not to.is_terminal,
     )

@@ -1,0 +1,67 @@
+"""Files are whole or not there, and a folder is tried without leaving a trace."""
+
+import os
+
+import pytest
+
+from dave_fast.errors import InputError
+from dave_fast.files import atomically, check_writable
+
+
+def test_content_arrives_and_folders_are_made(tmp_path):
+    with atomically(tmp_path / "a/b/c.bin") as file:
+        file.write(b"whole")
+    assert (tmp_path / "a/b/c.bin").read_bytes() == b"whole"
+    assert os.listdir(tmp_path / "a/b") == ["c.bin"]
+
+
+@pytest.mark.parametrize("before", [None, b"before"], ids=["new", "old"])
+def test_exception_leaves_everything_as_it_was(tmp_path, before):
+    path = tmp_path / "c.bin"
+    if before:
+        path.write_bytes(before)
+    with pytest.raises(ZeroDivisionError), atomically(path) as file:
+        file.write(b"half")
+        raise ZeroDivisionError
+    assert os.listdir(tmp_path) == (["c.bin"] if before else [])
+    assert before is None or path.read_bytes() == before
+
+
+def test_full_disk_is_a_plain_error(tmp_path):
+    with (
+        pytest.raises(InputError, match=r"cannot write .*c\.bin: no space left"),
+        atomically(tmp_path / "c.bin"),
+    ):
+        raise OSError(28, "No space left on device")
+    assert os.listdir(tmp_path) == []
+
+
+def test_file_in_the_way(tmp_path):
+    (tmp_path / "a").write_bytes(b"")
+    with pytest.raises(InputError, match="cannot write"), atomically(tmp_path / "a/b.bin"):
+        pass
+
+
+def test_writable_folder_is_not_made(tmp_path):
+    check_writable(tmp_path)
+    check_writable(tmp_path / "new/er")
+    assert os.listdir(tmp_path) == []
+
+
+def test_relative_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_writable("maps")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("out", ["file", "file/maps"])
+def test_folder_that_is_a_file(tmp_path, out):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(InputError, match="file is a file"):
+        check_writable(tmp_path / out)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that even root cannot write to")
+def test_folder_that_cannot_be_written():
+    with pytest.raises(InputError, match="cannot write to /proc/maps"):
+        check_writable("/proc/maps")
