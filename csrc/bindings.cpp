@@ -85,6 +85,55 @@ void smooth(uintptr_t raw, int dtype, const std::vector<int64_t>& shape, uintptr
   dave::kernels().smooth(images_of(raw, dtype, shape), pointer<void>(maps), threads);
 }
 
+// (rows, tokens, heads, D) by its address and its strides (row, token, head) in elements
+dave::Heads heads_of(uintptr_t data, const std::vector<int64_t>& strides) {
+  if (strides.size() != 3) throw std::invalid_argument("heads have three strides");
+  return {pointer<const void>(data), strides[0], strides[1], strides[2]};
+}
+
+// shape: rows, queries, tokens, heads, D
+dave::AttentionShape attention_shape(const std::vector<int64_t>& shape, float scale, int dtype) {
+  if (shape.size() != 5) throw std::invalid_argument("an attention shape has five sizes");
+  const auto type = dtype_of(dtype);
+  if (type == dave::Dtype::float64 || (type == dave::Dtype::bfloat16 && !dave::kernels().multiplies_bfloat16))
+    throw std::invalid_argument("this instruction set's attention does not take that type");
+  if (type == dave::Dtype::bfloat16 && shape[4] % 2) throw std::invalid_argument("bfloat16 needs an even head dimension");
+  return {shape[0], shape[1], shape[2], shape[3], shape[4], scale, type};
+}
+
+void attention(const std::vector<int64_t>& shape, float scale, int dtype, uintptr_t q, const std::vector<int64_t>& q_strides,
+               uintptr_t k, const std::vector<int64_t>& k_strides, uintptr_t v, const std::vector<int64_t>& v_strides,
+               uintptr_t out, uintptr_t lse, uintptr_t saved, int64_t saved_head, int threads) {
+  dave::kernels().attention(attention_shape(shape, scale, dtype), heads_of(q, q_strides), heads_of(k, k_strides),
+                            heads_of(v, v_strides), pointer<void>(out), pointer<float>(lse),
+                            {pointer<uint32_t>(saved), saved_head}, threads);
+}
+
+void attention_vjp(const std::vector<int64_t>& shape, float scale, int dtype, uintptr_t q,
+                   const std::vector<int64_t>& q_strides, uintptr_t k, const std::vector<int64_t>& k_strides, uintptr_t lse,
+                   uintptr_t saved, int64_t saved_head, uintptr_t d_out, const std::vector<int64_t>& d_out_strides,
+                   uintptr_t d_v, int threads) {
+  dave::kernels().attention_vjp(attention_shape(shape, scale, dtype), heads_of(q, q_strides), heads_of(k, k_strides),
+                                pointer<const float>(lse), {pointer<uint32_t>(saved), saved_head},
+                                heads_of(d_out, d_out_strides), pointer<void>(d_v), threads);
+}
+
+void row_rstd(uintptr_t x, int dtype, int64_t rows, int64_t width, float eps, bool centred, uintptr_t rstd, int threads) {
+  dave::kernels().row_rstd(pointer<const void>(x), dtype_of(dtype), rows, width, eps, centred, pointer<float>(rstd), threads);
+}
+
+void scale_rows(uintptr_t x, int dtype, uintptr_t scale, int64_t rows, int64_t width, uintptr_t y, int threads) {
+  dave::kernels().scale_rows(pointer<const void>(x), dtype_of(dtype), pointer<const float>(scale), rows, width,
+                             pointer<void>(y), threads);
+}
+
+void activate(uintptr_t u, int dtype, int activation, int gated, int64_t rows, int64_t hidden, uintptr_t h, uintptr_t gate,
+              int threads) {
+  if (activation < 0 || activation > 4 || gated < 0 || gated > 2) throw std::invalid_argument("unknown activation");
+  dave::kernels().activate(pointer<const void>(u), dtype_of(dtype), static_cast<dave::Activation>(activation),
+                           static_cast<dave::Gated>(gated), rows, hidden, pointer<void>(h), pointer<void>(gate), threads);
+}
+
 std::vector<std::string> usable_isas() {
   std::vector<std::string> names;
   for (int i = 0; dave::usable_isa(i); ++i) names.emplace_back(dave::usable_isa(i));
@@ -108,6 +157,12 @@ PYBIND11_MODULE(_native, module) {
   module.def("normal", &normal, release());
   module.def("robust_mean", &robust_mean, release());
   module.def("smooth", &smooth, release());
+  module.def("attention", &attention, release());
+  module.def("attention_vjp", &attention_vjp, release());
+  module.def("row_rstd", &row_rstd, release());
+  module.def("scale_rows", &scale_rows, release());
+  module.def("activate", &activate, release());
+  module.def("multiplies_bfloat16", [] { return dave::kernels().multiplies_bfloat16; }, "Whether attention takes bfloat16.");
   module.def("isa", [] { return std::string(dave::kernels().isa); }, "The instruction set in use.");
   module.def("usable_isas", &usable_isas, "The instruction sets this machine can run, best first.");
   module.def("use_isa", &use_isa, "Take the kernels of one instruction set.");

@@ -6,6 +6,7 @@
 namespace dave {
 
 #ifdef DAVE_X86
+namespace avx512bf16 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
 #endif
@@ -14,16 +15,18 @@ namespace baseline { extern const Kernels kernels; }
 namespace {
 
 struct Usable {
-  const Kernels* builds[3];
+  const Kernels* builds[4];
   int count = 0;
 
   Usable() {
 #ifdef DAVE_X86
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      if (__builtin_cpu_supports("avx512bf16")) builds[count++] = &avx512bf16::kernels;
       builds[count++] = &avx512::kernels;
-    if (__builtin_cpu_supports("avx2")) builds[count++] = &avx2::kernels;
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) builds[count++] = &avx2::kernels;
 #endif
     builds[count++] = &baseline::kernels;
   }

@@ -1,8 +1,10 @@
-// The pixel ops as the host runs them: plain pointers and sizes, no torch. Shapes and checks belong to the callers.
+// The ops as the host runs them: plain pointers and sizes, no torch. Shapes and checks belong to the callers.
 #pragma once
 
 #include <cstdint>
 
+#include "attention.h"
+#include "epilogue.h"
 #include "numerics.h"
 
 namespace dave {
@@ -42,6 +44,20 @@ struct Kernels {
                       void* raw, int threads);
   // float32 or float64 (count, channels, height, width) -> (count, height, width)
   void (*smooth)(const Images& raw, void* maps, int threads);
+  // Whether attention takes bfloat16.
+  bool multiplies_bfloat16;
+  // out (rows, queries, heads, D); lse (rows, heads, queries) and saved where they are not null
+  void (*attention)(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v, void* out, float* lse,
+                    SavedProbabilities saved, int threads);
+  // d_v (rows, tokens, heads, D), from saved P where it is not null, else from q, k and lse
+  void (*attention_vjp)(const AttentionShape& shape, const Heads& q, const Heads& k, const float* lse,
+                        SavedProbabilities saved, const Heads& d_out, void* d_v, int threads);
+  // float32 or bfloat16 (rows, width), as below
+  void (*row_rstd)(const void* x, Dtype dtype, int64_t rows, int64_t width, float eps, bool centred, float* rstd,
+                   int threads);
+  void (*scale_rows)(const void* x, Dtype dtype, const float* scale, int64_t rows, int64_t width, void* y, int threads);
+  void (*activate)(const void* u, Dtype dtype, Activation activation, Gated gated, int64_t rows, int64_t hidden, void* h,
+                   void* gate, int threads);
 };
 
 }  // namespace dave

@@ -16,15 +16,26 @@ struct Key {
         sample(static_cast<uint32_t>(samples[r])) {}
 };
 
+// Blocks that are made together, a word of each in an array of its own: blocks are the lanes of vectors.
+constexpr int blocks_together = 64;
+
+// The deviates of `blocks` blocks. Writes whole groups of blocks_together: `deviates` must have room for them.
 void normal_blocks(const Key& key, int64_t first_block, int64_t blocks, float* deviates) {
+  for (int64_t start = 0; start < blocks; start += blocks_together) {
+    const uint32_t block = static_cast<uint32_t>(first_block + start);
+    float values[4][blocks_together];
 #pragma omp simd
-  for (int64_t b = 0; b < blocks; ++b) {
-    float four[4];
-    normal_block(static_cast<uint32_t>(first_block + b), key.sample, key.low, key.high, four);
-    deviates[4 * b] = four[0], deviates[4 * b + 1] = four[1];
-    deviates[4 * b + 2] = four[2], deviates[4 * b + 3] = four[3];
+    for (int b = 0; b < blocks_together; ++b)
+      normal_block(block + static_cast<uint32_t>(b), key.sample, key.low, key.high, values[0][b], values[1][b],
+                   values[2][b], values[3][b]);
+    float* to = deviates + 4 * start;
+    for (int b = 0; b < blocks_together; ++b)
+      for (int k = 0; k < 4; ++k) to[4 * b + k] = values[k][b];
   }
 }
+
+// Room for the groups that hold n deviates, the first of them anywhere in its block.
+constexpr int64_t room_for(int64_t n) { return n + 4 * blocks_together + 4; }
 
 // A copy of the images that the draws use, each plane in a border of zeros.
 template <typename T>
@@ -84,11 +95,11 @@ struct TapRow {
   }
 
   void sample(const T* plane, int32_t stride, T signal, T* row, int32_t width) const {
+    const T *ul = upper_left, *ur = upper_right, *ll = lower_left, *lr = lower_right, *lower = plane + stride;
+    const int32_t* at = first;
 #pragma omp simd
-    for (int32_t x = 0; x < width; ++x) {
-      const Taps<T> taps{first[x], upper_left[x], upper_right[x], lower_left[x], lower_right[x]};
-      row[x] = mul(signal, bilinear(plane, stride, taps));
-    }
+    for (int32_t x = 0; x < width; ++x)
+      row[x] = mul(signal, bilinear(plane, lower, at[x], ul[x], ur[x], ll[x], lr[x]));
   }
 };
 
@@ -108,7 +119,7 @@ void run(const Images& images, const Draws& draws, Patch patch, void* tokens, Dt
   {
     TapRow<T> taps(width);
     Scratch<T> row(width);
-    Scratch<float> deviates(width + 8);
+    Scratch<float> deviates(room_for(width));
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < draws.rows * height; ++task) {
       const int64_t r = task / height, y = task % height;
@@ -139,7 +150,7 @@ void normal(const int64_t* keys, const int64_t* samples, int64_t rows, int64_t e
   const int64_t blocks = (elements + 3) / 4, tasks = (blocks + blocks_a_task - 1) / blocks_a_task;
 #pragma omp parallel num_threads(threads)
   {
-    Scratch<float> buffer(4 * blocks_a_task);
+    Scratch<float> buffer(room_for(4 * blocks_a_task));
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < rows * tasks; ++task) {
       const int64_t r = task / tasks, first = task % tasks * blocks_a_task;

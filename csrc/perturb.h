@@ -29,12 +29,12 @@ DAVE_HD Taps<T> taps_at(const Affine<T>& map, T px, T py, int32_t height, int32_
           mul(right_weight, upper_weight), mul(left_weight, lower_weight), mul(right_weight, lower_weight)};
 }
 
+// `lower` is `upper` one row down.
 template <typename T>
-DAVE_HD T bilinear(const T* plane, int32_t stride, const Taps<T>& taps) {
-  const T* upper = plane + taps.first;
-  const T* lower = upper + stride;
-  const T top = add(mul(taps.upper_left, upper[0]), mul(taps.upper_right, upper[1]));
-  return add(add(top, mul(taps.lower_left, lower[0])), mul(taps.lower_right, lower[1]));
+DAVE_HD T bilinear(const T* upper, const T* lower, int32_t first, T upper_left, T upper_right, T lower_left,
+                   T lower_right) {
+  const T top = add(mul(upper_left, upper[first]), mul(upper_right, upper[first + 1]));
+  return add(add(top, mul(lower_left, lower[first])), mul(lower_right, lower[first + 1]));
 }
 
 }  // namespace dave::DAVE_ISA

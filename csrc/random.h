@@ -13,8 +13,8 @@ namespace dave::DAVE_ISA {
 
 constexpr uint32_t noise_stream = 1;
 
-DAVE_HD void philox4x32(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1,
-                        uint32_t words[4]) {
+// The counter's four words become the result.
+DAVE_HD void philox4x32(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t k0, uint32_t k1) {
 #ifndef __CUDACC__
 #pragma GCC unroll 10
 #else
@@ -30,7 +30,6 @@ DAVE_HD void philox4x32(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
 }
 
 // ln u for u > 0 that is not subnormal, by u = (1 + f)·2ᵉ with 1 + f in [√½, √2).
@@ -71,11 +70,12 @@ DAVE_HD void box_muller(uint32_t even, uint32_t odd, float& first, float& second
 }
 
 // The four deviates of one block: elements 4·block … 4·block + 3 of a row.
-DAVE_HD void normal_block(uint32_t block, uint32_t sample, uint32_t key_low, uint32_t key_high, float deviates[4]) {
-  uint32_t words[4];
-  philox4x32(block, sample, noise_stream, 0, key_low, key_high, words);
-  box_muller(words[0], words[1], deviates[0], deviates[1]);
-  box_muller(words[2], words[3], deviates[2], deviates[3]);
+DAVE_HD void normal_block(uint32_t block, uint32_t sample, uint32_t key_low, uint32_t key_high, float& first,
+                          float& second, float& third, float& fourth) {
+  uint32_t w0 = block, w1 = sample, w2 = noise_stream, w3 = 0;
+  philox4x32(w0, w1, w2, w3, key_low, key_high);
+  box_muller(w0, w1, first, second);
+  box_muller(w2, w3, third, fourth);
 }
 
 }  // namespace dave::DAVE_ISA

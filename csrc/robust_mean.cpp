@@ -64,26 +64,29 @@ void mad_of_sorted(const T* sorted, int64_t samples, const T* median, T* mad) {
 
 template <typename T>
 void mean_of_kept(const T* values, int64_t samples, const T* median, const T* mad, T* mean) {
-  double total[lanes] = {}, carry[lanes] = {}, count[lanes] = {};
-  bool nan[lanes] = {};
-  T within[lanes];
+  double total[lanes] = {}, carry[lanes] = {};
+  T count[lanes] = {}, within[lanes], poison[lanes] = {};
   for (int l = 0; l < lanes; ++l) within[l] = kept_within(mad[l]);
   for (int64_t s = 0; s < samples; ++s) {
     const T* row = values + s * lanes;
+    T addends[lanes];
 #pragma omp simd
     for (int l = 0; l < lanes; ++l) {
       const bool kept = magnitude(sub(row[l], median[l])) <= within[l];
-      const double addend = kept ? static_cast<double>(row[l]) : 0.0;
-      count[l] += kept ? 1.0 : 0.0;
-      nan[l] |= row[l] != row[l];
-      if constexpr (sizeof(T) == sizeof(double)) add_compensated(total[l], carry[l], addend);
-      else total[l] += addend;
+      addends[l] = kept ? row[l] : static_cast<T>(0);
+      count[l] += kept ? static_cast<T>(1) : static_cast<T>(0);
+      poison[l] = row[l] != row[l] ? row[l] : poison[l];
+    }
+#pragma omp simd
+    for (int l = 0; l < lanes; ++l) {
+      if constexpr (sizeof(T) == sizeof(double)) add_compensated(total[l], carry[l], addends[l]);
+      else total[l] += static_cast<double>(addends[l]);
     }
   }
   for (int l = 0; l < lanes; ++l) {
-    const bool no_median = nan[l] || sub(median[l], median[l]) != 0;
+    const bool no_median = poison[l] != poison[l] || sub(median[l], median[l]) != 0;
     const double carried = sub(carry[l], carry[l]) == 0 ? carry[l] : 0.0;
-    const double sum = add(total[l], carried) / (count[l] > 1 ? count[l] : 1.0);
+    const double sum = add(total[l], carried) / static_cast<double>(count[l] > 1 ? count[l] : 1);
     mean[l] = no_median ? static_cast<T>(__builtin_nan("")) : static_cast<T>(sum);
   }
 }

@@ -21,9 +21,10 @@ typedef int32_t vint __attribute__((vector_size(4 * lanes)));
 typedef uint32_t vword __attribute__((vector_size(4 * lanes)));
 typedef uint16_t vhalf __attribute__((vector_size(2 * lanes)));
 
-DAVE_HD vfloat splat(float a) { return vfloat{} + a; }
-DAVE_HD vfloat as_float(vword a) { return reinterpret_cast<vfloat&>(a); }
-DAVE_HD vword as_word(vfloat a) { return reinterpret_cast<vword&>(a); }
+DAVE_HD vfloat as_float(vword a) { return (vfloat)a; }
+// through integers: 0 + a is no identity for a = -0, so the compiler would keep the addition of floats
+DAVE_HD vfloat splat(float a) { return as_float(vword{} + bits_of(a)); }
+DAVE_HD vword as_word(vfloat a) { return (vword)a; }
 DAVE_HD vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }
 DAVE_HD vfloat smaller(vfloat a, vfloat b) { return a < b ? a : b; }
 
@@ -48,10 +49,8 @@ DAVE_HD vword rounded_words(vfloat a) {
 
 DAVE_HD void store(float* to, vfloat a) { __builtin_memcpy(to, &a, sizeof a); }
 DAVE_HD void store(bfloat16* to, vfloat a) {
-  // infinity stays infinity, and a NaN keeps its quiet bit
-  const vword bits = as_word(a);
-  const vword kept = (bits | 0x00400000u) * ((a != a) ? vword{} + 1u : vword{});
-  const vword words = (a != a) ? kept : rounded_words(a);
+  // a NaN keeps its quiet bit, which rounding could carry away
+  const vword words = (a != a) ? (as_word(a) | 0x00400000u) : rounded_words(a);
   const vhalf half = __builtin_convertvector(words >> 16, vhalf);
   __builtin_memcpy(to, &half, sizeof half);
 }
@@ -77,12 +76,12 @@ DAVE_HD vfloat exponential(vfloat a) {
   const vfloat whole = shifted - 12582912.0f;
   // the remainder from the argument itself, ln 2 in two parts: scaled has lost the digits that matter
   const vfloat rest = (clamped - whole * 0.693359375f) + whole * 2.12194440e-4f;
-  vfloat p = splat(1.3981999e-3f);
-  p = p * rest + 8.3331417e-3f;
-  p = p * rest + 4.1665795e-2f;
-  p = p * rest + 1.6666665e-1f;
-  p = p * rest + 5.0000000e-1f;
-  p = p * rest * rest + rest + 1.0f;
+  vfloat p = splat(0.00137514111f);
+  p = p * rest + 0.0083689381f;
+  p = p * rest + 0.0416695354f;
+  p = p * rest + 0.166665183f;
+  p = p * rest + 0.499999886f;
+  p = p * (rest * rest) + rest + 1.0f;
   const vword power = (as_word(shifted) - 0x4B400000u + 127u) << 23;
   const vfloat value = p * as_float(power);
   return a < splat(-87.0f) ? vfloat{} : value;

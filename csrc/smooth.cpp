@@ -58,7 +58,9 @@ T bilateral_row(const T* from, int64_t stride, T* to, int64_t width) {
 #pragma omp simd reduction(max : peak) reduction(| : nan)
   for (int64_t x = 0; x < width; ++x) {
     T total = 0, weights = 0;
+#pragma GCC unroll 5
     for (int dy = -bilateral_radius; dy <= bilateral_radius; ++dy)
+#pragma GCC unroll 5
       for (int dx = -bilateral_radius; dx <= bilateral_radius; ++dx) {
         const T value = from[dy * stride + x + dx];
         const T distance_term = static_cast<T>(-(dx * dx + dy * dy) / (2 * spatial_sigma * spatial_sigma));

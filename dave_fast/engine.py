@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from dave_fast.frozen import freeze
 from dave_fast.ops import _registry
-from dave_fast.ops.norm import row_rstd
 from dave_fast.plan import Layer, ViTPlan, make_plan
+from dave_fast.precision import statistics_dtype
 
 
 @dataclass
@@ -53,6 +53,7 @@ class Engine:
         device = plan.device.type
         self.plan = plan
         self._linear: Callable[..., Any] = _registry.bind("linear", backend, device)
+        self._row_rstd: Callable[..., Tensor] = _registry.bind("row_rstd", backend, device)
         self._attention: Callable[..., Any] = _registry.bind("attention", backend, device)
         self._attention_vjp: Callable[..., Any] = _registry.bind("attention_vjp", backend, device)
 
@@ -79,7 +80,7 @@ class Engine:
         for layer in plan.layers:
             x, operators = self._layer(layer, x, rows)
             saved.append(operators)
-        x = x.view(rows, -1, plan.width).to(_statistics(plan.dtype)).requires_grad_()
+        x = x.view(rows, -1, plan.width).to(statistics_dtype(plan.dtype)).requires_grad_()
         with torch.enable_grad(), freeze():
             logits = plan.tail(x)
         return logits.detach(), Saved(rows, rstd_pre, saved, x, logits)
@@ -116,8 +117,8 @@ class Engine:
         """A real norm ahead of the blocks; the stream starts behind it, centred where the plan is."""
         norm = self.plan.norm_pre
         assert norm is not None
-        wide = x.to(_statistics(x.dtype))
-        rstd = row_rstd(wide, norm.eps, centred=not norm.centres)
+        wide = x.to(statistics_dtype(x.dtype))
+        rstd = self._row_rstd(wide, norm.eps, centred=not norm.centres)
         if norm.centres:
             wide = wide - wide.mean(-1, keepdim=True)
         wide = wide * rstd[:, None] * norm.weight.to(wide) + norm.bias.to(wide)
@@ -144,12 +145,12 @@ class Engine:
 
     def _layer(self, layer: Layer, x: Tensor, rows: int) -> tuple[Tensor, SavedLayer]:
         """x (R·N, C) -> the same after one block, (R·read, C) after a trimmed one."""
-        rstd1 = row_rstd(x, layer.eps1, centred=layer.centred1)
+        rstd1 = self._row_rstd(x, layer.eps1, centred=layer.centred1)
         q, k, v = self._queries_keys_values(layer, x, rstd1, rows)
         out, attention = self._attention(q, k, v, layer.scale)
         x = self._read(layer, x, rows)
         x = self._linear(out.view(x.shape[0], -1), layer.proj.weight, layer.proj.bias, residual=x)
-        rstd2 = row_rstd(x, layer.eps2, centred=layer.centred2)
+        rstd2 = self._row_rstd(x, layer.eps2, centred=layer.centred2)
         hidden, gate = self._linear(
             x, layer.fc1.weight, layer.fc1.bias, row_scale=rstd2, activation=layer.activation
         )
@@ -179,7 +180,7 @@ class Engine:
         """The tokens of x (R·N, ...) for which the block is computed to its end."""
         if layer.qkv is not None:
             return x
-        return x.unflatten(0, (rows, -1))[:, : self.plan.read].flatten(0, 1)
+        return x.unflatten(0, (rows, -1))[:, : self.plan.read].flatten(0, 1).contiguous()
 
     def _layer_vjp(self, layer: Layer, saved: SavedLayer, g: Tensor, rows: int) -> Tensor:
         """Cotangent after the block -> before it, (R·N, C)."""
@@ -193,7 +194,3 @@ class Engine:
         whole = self._linear(d_v, layer.key_value.transposed, row_scale=saved.rstd1)
         whole.view(rows, -1, g.shape[1])[:, : self.plan.read] += g.view(rows, -1, g.shape[1])
         return whole
-
-
-def _statistics(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

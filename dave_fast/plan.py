@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from dave_fast.errors import ModelError
 from dave_fast.models import timm_vit
 from dave_fast.models.timm_vit import BlockReading, Linear, Norm
+from dave_fast.precision import statistics_dtype
 
 Pack = Callable[[Tensor], Any]
 
@@ -147,7 +148,6 @@ def make_plan(
         maker.layer(reading, centred, trimmed=i == last and read < position.shape[0] + prefix.shape[0])
         for i, reading in enumerate(timm_vit.read_blocks(model))
     )
-    statistics = torch.float64 if dtype == torch.float64 else torch.float32
     return ViTPlan(
         image_size=size,
         patch_size=tuple(model.patch_embed.patch_size),
@@ -161,7 +161,7 @@ def make_plan(
         centred=centred,
         layers=layers,
         read=read,
-        tail=timm_vit.Tail(model, statistics).to(maker.device),
+        tail=timm_vit.Tail(model, statistics_dtype(dtype)).to(maker.device),
     )
 
 

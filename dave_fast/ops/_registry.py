@@ -61,13 +61,22 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "pack_weight": {
         "torch": "dave_fast.ops.linear:pack_ref",
         "onednn": "dave_fast.ops.linear:pack_onednn",
+        "native": "dave_fast.ops.linear:pack_onednn",
     },
     "linear": {
         "torch": "dave_fast.ops.linear:linear_ref",
         "onednn": "dave_fast.ops.linear:linear_onednn",
+        "native": "dave_fast.ops.linear:linear_native",
     },
-    "attention": {"torch": "dave_fast.ops.attention:attention_ref"},
-    "attention_vjp": {"torch": "dave_fast.ops.attention:attention_vjp_ref"},
+    "attention": {
+        "torch": "dave_fast.ops.attention:attention_ref",
+        "native": "dave_fast.ops.attention:attention_native",
+    },
+    "attention_vjp": {
+        "torch": "dave_fast.ops.attention:attention_vjp_ref",
+        "native": "dave_fast.ops.attention:attention_vjp_native",
+    },
+    "row_rstd": {"torch": "dave_fast.ops.norm:row_rstd_ref", "native": "dave_fast.ops.norm:row_rstd_native"},
 }
 
 

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dave_fast import _ext
+
 
 def _gelu_gate(u: Tensor) -> Tensor:
     return torch.special.ndtr(u)
@@ -39,7 +41,7 @@ GATES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def activate(u: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+def activate_ref(u: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """(act(u), gate), both of u's shape and dtype.
 
     With a name that ends in "_glu" ("silu_glu"), u (..., 2M) holds a, then b: returns
@@ -52,3 +54,21 @@ def activate(u: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     a, b = u.chunk(2, dim=-1) if not order else reversed(u.chunk(2, dim=-1))
     gate = GATES[name](a) * a
     return gate * b, gate
+
+
+def activate_native(u: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """`activate_ref` in C++ on the host, one pass; float64 stays with PyTorch."""
+    if u.dtype == torch.float64:
+        return activate_ref(u, activation)
+    name, glu, order = activation.partition("_glu")
+    rows, width = u.shape
+    hidden = width // 2 if glu else width
+    # a gated MLP's result is narrower than u; without a gate the activation goes over u itself
+    h = u.new_empty(rows, hidden) if glu else u
+    gate = u.new_empty(rows, hidden)
+    gated = 0 if not glu else 2 if order else 1
+    _ext.module().activate(
+        *(_ext.address(u), _ext.DTYPE_CODES[u.dtype], list(GATES).index(name), gated, rows, hidden),
+        *(_ext.address(h), _ext.address(gate), _ext.threads()),
+    )
+    return h, gate

@@ -9,9 +9,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from dave_fast import _ext
+from dave_fast.precision import statistics_dtype
 
 # up to this many keys a CPU keeps P, which costs less than computing it twice
 KEEP_PROBABILITIES = 400
@@ -51,7 +55,7 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
     for start in range(0, q.shape[2], QUERY_BLOCK):
         block = slice(start, start + QUERY_BLOCK)
         scores = _scores(q[:, :, block], k, scale)
-        lse.append(scores.to(_statistics(q.dtype)).logsumexp(-1, keepdim=True))
+        lse.append(scores.to(statistics_dtype(q.dtype)).logsumexp(-1, keepdim=True))
         out[:, block] = ((scores - lse[-1]).exp_().to(q.dtype) @ v).transpose(1, 2)
     return out, SavedAttention(scale, None, q, k, torch.cat(lse, dim=2))
 
@@ -62,7 +66,7 @@ def attention_vjp_ref(saved: SavedAttention, d_out: Tensor) -> Tensor:
     if saved.probabilities is not None:
         return (saved.probabilities.transpose(-1, -2) @ d_out).transpose(1, 2).contiguous()
     assert saved.q is not None and saved.k is not None and saved.lse is not None
-    dv = torch.zeros(saved.k.shape, dtype=_statistics(d_out.dtype), device=d_out.device)
+    dv = torch.zeros(saved.k.shape, dtype=statistics_dtype(d_out.dtype), device=d_out.device)
     for start in range(0, saved.q.shape[2], QUERY_BLOCK):
         block = slice(start, start + QUERY_BLOCK)
         scores = _scores(saved.q[:, :, block], saved.k, saved.scale)
@@ -71,9 +75,76 @@ def attention_vjp_ref(saved: SavedAttention, d_out: Tensor) -> Tensor:
     return dv.to(d_out.dtype).transpose(1, 2).contiguous()
 
 
+def attention_native(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Any]:
+    """`attention_ref` in C++ on the host, one (row, head) a task, nothing quadratic in memory above 400 tokens.
+
+    float32, and bfloat16 where the CPU multiplies it; anything else stays with PyTorch.
+    """
+    native = _ext.module()
+    rows, queries, heads, dim = q.shape
+    bf16 = q.dtype == torch.bfloat16
+    if not (q.dtype == torch.float32 or (bf16 and dim % 2 == 0 and native.multiplies_bfloat16())):
+        return attention_ref(q, k, v, scale)
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    shape = (rows, queries, k.shape[1], heads, dim)
+    out = torch.empty(rows, queries, heads, dim, dtype=q.dtype)
+    words = lse = None
+    if shape[2] <= KEEP_PROBABILITIES:
+        # a word holds one float, or bfloat16 of two queries
+        words = torch.empty(rows, heads, -(-queries // (2 if bf16 else 1)), -(-shape[2] // 16) * 16, dtype=torch.int32)
+    else:
+        lse = torch.empty(rows, heads, queries)
+    saved = SavedNative(shape, scale, words, None if words is not None else (q, k), lse)
+    native.attention(
+        *(shape, scale, _ext.DTYPE_CODES[q.dtype], *_view(q), *_view(k), *_view(v), out.data_ptr()),
+        *(saved.address(lse), saved.address(words), saved.stride, _ext.threads()),
+    )
+    return out, saved
+
+
+def attention_vjp_native(saved: Any, d_out: Tensor) -> Tensor:
+    """`attention_vjp_ref` in C++ on the host, for what `attention_native` saved."""
+    if not isinstance(saved, SavedNative):
+        return attention_vjp_ref(saved, d_out)
+    rows, _, tokens, heads, dim = saved.shape
+    d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
+    d_v = torch.empty(rows, tokens, heads, dim, dtype=d_out.dtype)
+    q, k = saved.queries_keys or (d_out, d_out)
+    _ext.module().attention_vjp(
+        *(saved.shape, saved.scale, _ext.DTYPE_CODES[d_out.dtype], *_view(q), *_view(k), saved.address(saved.lse)),
+        *(saved.address(saved.words), saved.stride, *_view(d_out), d_v.data_ptr(), _ext.threads()),
+    )
+    return d_v
+
+
+@dataclass(frozen=True)
+class SavedNative:
+    """What the C++ VJP needs: P as words of 32 bits, else q and k and each query's log-sum-exp.
+
+    shape: (R, Q, N, heads, D) · words: (R, heads, ·, N rounded up to 16) int32 · lse: (R, heads, Q) float32.
+    """
+
+    shape: tuple[int, int, int, int, int]
+    scale: float
+    words: Tensor | None
+    queries_keys: tuple[Tensor, Tensor] | None
+    lse: Tensor | None
+
+    @property
+    def stride(self) -> int:
+        """Words of one (row, head)."""
+        return 0 if self.words is None else self.words.stride(1)
+
+    @staticmethod
+    def address(tensor: Tensor | None) -> int:
+        """A tensor's address, 0 where there is none."""
+        return 0 if tensor is None else _ext.address(tensor)
+
+
+def _view(heads: Tensor) -> tuple[int, list[int]]:
+    """Address and strides of (R, tokens, heads, D) with contiguous D."""
+    return heads.data_ptr(), list(heads.stride()[:3])
+
+
 def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return (q * scale) @ k.transpose(-1, -2)
-
-
-def _statistics(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -12,13 +12,16 @@ Every backend comes as a pair: `pack_<backend>` lays a weight out once, `linear_
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dave_fast.ops.activation import activate
+from dave_fast import _ext
+from dave_fast.ops import _registry
+from dave_fast.ops.activation import activate_native, activate_ref
 
 # rows that oneDNN lays packed weights out for; any other number of rows runs as well
 PACK_ROWS = 1024
@@ -38,7 +41,7 @@ def linear_ref(
     activation: str | None = None,
     gate: Tensor | None = None,
     residual: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """x Wᵀ with an epilogue.
 
     Args:
@@ -56,44 +59,67 @@ def linear_ref(
     # scaling the narrow operand costs less than scaling the product, and it is what a norm would do
     if row_scale is not None:
         x = (x * row_scale[:, None]).to(x.dtype)
-    return _epilogue(F.linear(x, weight, bias), activation, gate, residual)
+    y = F.linear(x, weight, bias)
+    if activation is not None:
+        return activate_ref(y, activation)
+    if gate is not None:
+        y *= gate
+    if residual is not None:
+        y += residual
+    return y
 
 
 def pack_onednn(matrix: Tensor) -> Tensor:
-    """matrix (O, I) in oneDNN's blocked layout; float64, which oneDNN lacks, stays as it is."""
-    if matrix.dtype == torch.float64:
+    """matrix (O, I) in oneDNN's blocked layout; as it is in float64, which oneDNN lacks, and without oneDNN."""
+    if matrix.dtype == torch.float64 or _registry.why_not("linear", "onednn", "cpu") is not None:
         return pack_ref(matrix)
     return torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous(), PACK_ROWS)
 
 
-def linear_onednn(
+def linear_onednn(x: Tensor, weight: Any, bias: Tensor | None = None, **epilogue: Any) -> Any:
+    """As `linear_ref`, with weights packed for oneDNN: faster than PyTorch's own GEMM on CPUs, fp32 above all."""
+    return _linear_packed(x, weight, bias, _scale_ref, activate_ref, **epilogue)
+
+
+def linear_native(x: Tensor, weight: Any, bias: Tensor | None = None, **epilogue: Any) -> Any:
+    """As `linear_onednn`, with the epilogues in C++ on the host."""
+    return _linear_packed(x, weight, bias, _scale_native, activate_native, **epilogue)
+
+
+def _linear_packed(
     x: Tensor,
     weight: Any,
-    bias: Tensor | None = None,
+    bias: Tensor | None,
+    scale: Callable[[Tensor, Tensor], Tensor],
+    activate: Callable[[Tensor, str], tuple[Tensor, Tensor]],
     *,
     row_scale: Tensor | None = None,
     activation: str | None = None,
     gate: Tensor | None = None,
     residual: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """As `linear_ref`, with weights packed for oneDNN: on CPUs where PyTorch's own fp32 GEMM is slower."""
+) -> Any:
     if not weight.is_mkldnn:
         return linear_ref(
             x, weight, bias, row_scale=row_scale, activation=activation, gate=gate, residual=residual
         )
     if row_scale is not None:
-        x = (x * row_scale[:, None]).to(x.dtype)
+        x = scale(x, row_scale)
     if residual is not None:
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
-    product = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return _epilogue(product, activation, gate, None)
-
-
-def _epilogue(
-    y: Tensor, activation: str | None, gate: Tensor | None, residual: Tensor | None
-) -> Tensor | tuple[Tensor, Tensor]:
-    if activation is not None:
-        return activate(y, activation)
     if gate is not None:
-        y = y.mul_(gate)
-    return y if residual is None else y.add_(residual)
+        return torch.ops.mkldnn._linear_pointwise.binary(x, gate, weight, bias, "mul")
+    y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y if activation is None else activate(y, activation)
+
+
+def _scale_ref(x: Tensor, row_scale: Tensor) -> Tensor:
+    return (x * row_scale[:, None]).to(x.dtype)
+
+
+def _scale_native(x: Tensor, row_scale: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    _ext.module().scale_rows(
+        *(_ext.address(x), _ext.DTYPE_CODES[x.dtype], _ext.address(row_scale), *x.shape),
+        *(_ext.address(y), _ext.threads()),
+    )
+    return y

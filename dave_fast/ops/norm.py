@@ -9,9 +9,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dave_fast import _ext
 
-def row_rstd(x: Tensor, eps: float, *, centred: bool) -> Tensor:
+
+def row_rstd_ref(x: Tensor, eps: float, *, centred: bool) -> Tensor:
     """x (..., C) -> r (...,), float32 (float64 for float64 rows). centred: rows have no mean to remove."""
     x = x if x.dtype == torch.float64 else x.float()
     variance = x.square().mean(-1) if centred else x.var(-1, correction=0)
     return (variance + eps).rsqrt_()
+
+
+def row_rstd_native(x: Tensor, eps: float, *, centred: bool) -> Tensor:
+    """`row_rstd_ref` for rows (T, C) in C++ on the host, one pass; float64 stays with PyTorch."""
+    if x.dtype == torch.float64:
+        return row_rstd_ref(x, eps, centred=centred)
+    rstd = torch.empty(x.shape[:-1])
+    _ext.module().row_rstd(
+        *(_ext.address(x), _ext.DTYPE_CODES[x.dtype], rstd.numel(), x.shape[-1], eps, centred),
+        *(_ext.address(rstd), _ext.threads()),
+    )
+    return rstd

@@ -1,0 +1,17 @@
+// What linear does around its GEMM on the host, a pass each:
+//
+//     row_rstd     r = 1/√(mean(x²) + eps), or with the variance for rows that have a mean
+//     scale_rows   y = r ⊙ x
+//     activate     gate = act(u)/u, h = gate·u; for a gated MLP gate = act(a), h = gate·b
+#pragma once
+
+#include <cstdint>
+
+namespace dave {
+
+enum class Activation : int { gelu = 0, gelu_tanh = 1, silu = 2, relu = 3, quick_gelu = 4 };
+
+// Which part of a row of u is the value: all of it (no gated MLP), or its second or first half.
+enum class Gated : int { no = 0, value_last = 1, value_first = 2 };
+
+}  // namespace dave
