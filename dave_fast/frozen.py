@@ -36,7 +36,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dave_fast.errors import InputError, ModelError
-from dave_fast.frozen_rules import KEEPS_ACTIVATION, RULES, Rank, canonical, rank_of, set_rank
+from dave_fast.frozen_ranks import KEEPS_ACTIVATION, Rank, canonical, rank_of, set_rank
+from dave_fast.frozen_rules import RULES
 
 Function = Callable[..., Any]
 
@@ -62,6 +63,7 @@ class FrozenMode(TorchFunctionMode):
         super().__init__()
         self.tape = tape
         self._name = ""
+        self._inside: list[Function] = []
 
     def __torch_function__(
         self,
@@ -80,11 +82,16 @@ class FrozenMode(TorchFunctionMode):
         live = live_tensors((*args, *kwargs.values()))
         if not live:
             return func(*args, **kwargs)
-        composite = _entered(func)
-        if composite is not None:
+        # Tensor.unflatten and its like call their own name once more, by super().
+        composite = None if self._inside and self._inside[-1] is func else _entered(func)
+        if composite is None:
+            return self._call(func, args, kwargs, live)
+        self._inside.append(func)
+        try:
             with self:
                 return composite(*args, **kwargs)
-        return self._call(func, args, kwargs, live)
+        finally:
+            self._inside.pop()
 
     def _call(self, func: Function, args: Sequence[Any], kwargs: dict[str, Any], live: list[Tensor]) -> Any:
         """One function of PyTorch's core on `live` tensors: by its rule, or as it is."""

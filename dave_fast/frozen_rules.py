@@ -9,11 +9,12 @@ Table of the frozen forms: DAVE, arXiv 2602.06613, Eq. 3-5; gated products and s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from enum import IntEnum
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from dave_fast.frozen_ranks import Rank, rank_of, set_rank
 
 Operator = Callable[[Tensor], Tensor]
 Function = Callable[..., Any]
@@ -21,57 +22,6 @@ Rule = Callable[[Operator, Function, Sequence[Any], dict[str, Any]], Any]
 
 # Where a gate act(u)/u takes its limit; left of zero, so that kinked activations get ReLU's 0.
 _TINY = -1e-30
-
-
-class Rank(IntEnum):
-    """How far a tensor is from a value: see `dave_fast/frozen.py`."""
-
-    VALUE = 0
-    ACTIVATION = 1
-    OPERATOR = 2
-
-
-def rank_of(tensor: Tensor) -> Rank:
-    """VALUE unless a rule has marked the tensor."""
-    return getattr(tensor, "_dave_fast_rank", Rank.VALUE)
-
-
-def set_rank(tensor: Tensor, rank: Rank) -> Tensor:
-    """Mark the tensor; the mark lives and dies with it."""
-    if rank is not rank_of(tensor):
-        tensor._dave_fast_rank = rank  # type: ignore[attr-defined]
-    return tensor
-
-
-def canonical(func: Function) -> tuple[str, bool]:
-    """One name for a function's many spellings, and whether it works in place: Tensor.__imul__ → ("mul", True)."""
-    spelled = getattr(func, "__name__", "").split(".")[0]
-    name = spelled.strip("_").removeprefix("special_")
-    if spelled.startswith("__") and name in _DUNDERS:
-        return _DUNDERS[name], name.startswith("i")
-    in_place = spelled.endswith("_") and not spelled.startswith("__")
-    return _SYNONYMS.get(name, name), in_place
-
-
-_DUNDERS = {
-    **{prefix + name: name for name in ("add", "sub", "mul", "matmul", "pow") for prefix in ("", "r", "i")},
-    "truediv": "div",
-    "itruediv": "div",
-    "div": "div",
-    "idiv": "div",
-}
-_SYNONYMS = {
-    "multiply": "mul",
-    "divide": "div",
-    "true_divide": "div",
-    "subtract": "sub",
-    "negative": "neg",
-    "float_power": "pow",
-    "clip": "clamp",
-    "expit": "sigmoid",
-    "fmax": "maximum",
-    "fmin": "minimum",
-}
 
 
 def _rows(names: str, rule: Rule) -> dict[str, Rule]:
@@ -240,6 +190,18 @@ def _instance_norm(operator: Operator, func: Function, args: Sequence[Any], kwar
     return _group_norm(operator, func, groups, {})
 
 
+def _batch_norm(operator: Operator, func: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """With running statistics it is linear: written out, because PyTorch 2.15's backward pass on CPUs is wrong
+    for a cotangent that is laid out channels last (x.flatten(2).transpose(1, 2) makes one)."""
+    a = _bind("input weight bias running_mean running_var training momentum eps", args, kwargs)
+    if a["training"] or a["running_var"] is None:
+        return NotImplemented
+    x, shape = a["input"], (-1, *(1,) * (a["input"].ndim - 2))
+    mean, variance = (_wide(a[k]).view(shape) for k in ("running_mean", "running_var"))
+    weight, bias = (p if p is None else p.view(shape) for p in (a["weight"], a["bias"]))
+    return _scaled((_wide(x) - mean) * torch.rsqrt(variance + a["eps"]), weight, bias, x.dtype)
+
+
 def _attention(operator: Operator, func: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """P·v with P frozen: q, k and the mask are constants, so the fused kernel's own backward is Pᵀg for v."""
     names = "query key value attn_mask"
@@ -307,20 +269,12 @@ def _max_pool(operator: Operator, func: Function, args: Sequence[Any], kwargs: d
     return pooled.view_as(indices)
 
 
-_KEEPS_ACTIVATION = (
-    "add sub rsub neg mul div clone contiguous to type type_as float double half bfloat16 dropout feature_dropout view "
-    "view_as reshape flatten unflatten transpose permute movedim swapaxes t unsqueeze squeeze expand expand_as get "
-    "repeat repeat_interleave broadcast_to"
-)
 _ACTIVATIONS = "relu relu6 leaky_relu prelu elu selu celu gelu silu mish hardswish hardtanh tanh softshrink hardshrink abs"
 _OPERATORS = (
     "softmax softmin sigmoid hardsigmoid log_sigmoid softplus exp exp2 expm1 log log2 log10 log1p sin cos tan erf erfc "
     "sqrt rsqrt reciprocal var std norm linalg_norm linalg_vector_norm linalg_matrix_norm frobenius_norm cosine_similarity "
     "cdist dist sign round floor ceil logsumexp"
 )
-
-# Functions of one tensor through which an activation stays one.
-KEEPS_ACTIVATION = frozenset(_KEEPS_ACTIVATION.split())
 
 RULES: dict[str, Rule] = {
     **_rows(_ACTIVATIONS, _gate),
@@ -340,6 +294,7 @@ RULES: dict[str, Rule] = {
     "fused_rms_norm": _first_of(_rms_norm, 2),
     "group_norm": _group_norm,
     "instance_norm": _instance_norm,
+    "batch_norm": _batch_norm,
     "scaled_dot_product_attention": _attention,
     "glu": _glu,
     **_rows("clamp clamp_min clamp_max", _clamp),

@@ -4,8 +4,8 @@ With every operator (P, norm scales, gates, masks) recorded at x, a model replay
 function f of its input, and the frozen gradient w is its slope: f(x+δ) − f(x) = ⟨w, δ⟩ for any δ, to rounding. Where
 that fails, some input-dependent product was left unfrozen, or a path lost its gradient. Equal outputs prove nothing.
 
-The proof runs on one image and on a deep copy of the model in float64, so that it can ask for 1e-12; the user's model is
-not called. Casts to lower precision inside the model are lifted. It costs the memory of the copy (8 bytes a
+The proof runs on one image and on a deep copy of the model in float64 and evaluation mode, so that it can ask for
+1e-12; the user's model is not called. Casts to lower precision inside the model are lifted. It costs the memory of the copy (8 bytes a
 weight), and of the recorded operators, and four forward passes and one backward pass in float64.
 """
 
@@ -115,7 +115,7 @@ class Replay:
     def __init__(self, model: nn.Module, inputs: Tensor) -> None:
         self.name = type(model).__name__
         try:
-            self.model = copy.deepcopy(model).double()
+            self.model = copy.deepcopy(model).double().eval()
         except Exception as error:
             raise ModelError(f"{self.name} cannot be copied for the affine replay: {error}") from error
         with torch.inference_mode(False):
@@ -158,7 +158,7 @@ def affine_replay(
 ) -> ReplayReport:
     """Replay the model with the operators of its first image at two other inputs and compare with the slope.
 
-    model: any nn.Module in evaluation mode; inputs: (B,C,H,W), of which the first image is used.
+    model: any nn.Module; inputs: (B,C,H,W), of which the first image is used.
     target_fn: output (1,K) → scores (1,), affine; by default a random combination of all outputs.
     seed: of the combination and of the δ; no global generator is touched.
 
@@ -240,7 +240,8 @@ def _step(x: Tensor, generator: torch.Generator) -> Tensor:
     """A random δ of the norm of x (of an image of ones, where x is zero)."""
     direction = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
     length = x.detach().norm()
-    return direction / direction.norm() * (length if length > 0 else x.numel() ** 0.5)
+    scale = float(length) if length > 0 else x.numel() ** 0.5
+    return direction * (scale / float(direction.norm()))
 
 
 def _error(replay: Replay, output: Tensor, cotangent: Tensor, slope: Tensor, step: Tensor) -> float:

@@ -1,0 +1,210 @@
+"""Tiny models with random, nowhere trivial weights: what every route has to explain alike.
+
+`ENGINE` are variants of timm's VisionTransformer that the engine is expected to have a plan for, `FROZEN_ONLY` the
+families that go through the frozen route; both map a readable id to a `Variant`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from timm.layers import GluMlp, SwiGLU
+from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelScalingBlock, ResPostBlock
+from torch import Tensor, nn
+
+CLASSES = 7
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model to be: build() gives it in float32 and evaluation mode, images() what it looks at."""
+
+    make: Callable[[], nn.Module]
+    size: tuple[int, int] = (32, 32)
+
+    def build(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+        """The model with random weights; the global generator is left as it was."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = self.make()
+            randomise(model)
+        return model.eval().to(dtype)
+
+    def images(self, n: int = 2, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
+        """Images (n, 3, H, W), normal deviates."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(n, 3, *self.size, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def randomise(model: nn.Module) -> None:
+    """Vectors away from their 0 and 1, matrices large enough that attention and gates are far from uniform."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape)
+            is_scale = parameter.ndim == 1 and name.endswith(("weight", "gamma", "gamma_1", "gamma_2"))
+            if is_scale:
+                parameter.copy_(0.8 + 0.3 * noise)
+            elif parameter.ndim == 1:
+                parameter.copy_(0.3 * noise)
+            elif name.endswith(("_token", "pos_embed", "latent", "class_token", "pos_embedding")):
+                parameter.copy_(0.5 * noise)
+            else:
+                parameter.copy_(1.3 * noise / parameter[0].numel() ** 0.5)
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("running_mean"):
+                buffer.copy_(0.2 * torch.randn(buffer.shape))
+            elif buffer_name.endswith("running_var"):
+                buffer.copy_(0.5 + torch.rand(buffer.shape))
+
+
+def _timm(name: str, size: tuple[int, int] = (32, 32), **changes: Any) -> Variant:
+    settings = {"img_size": size, "num_classes": CLASSES, **changes}
+    return Variant(partial(timm.create_model, name, **settings), size)
+
+
+def _vit(name: str = "vit_tiny_patch16_224", size: tuple[int, int] = (32, 32), **changes: Any) -> Variant:
+    return _timm(name, size, **{"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8, **changes})
+
+
+_DINO = "vit_small_patch14_dinov2"
+_CLIP = "vit_base_patch16_clip_quickgelu_224"
+
+ENGINE: dict[str, Variant] = {
+    "vit": _vit(),
+    "vit-3-blocks-48": _vit(embed_dim=48, depth=3, num_heads=3),
+    "vit-patch16": _vit(patch_size=16, size=(64, 64)),
+    "vit-rectangle": _vit(size=(32, 48)),
+    "vit-features": _vit(num_classes=0),
+    "vit-no-qkv-bias": _vit(qkv_bias=False),
+    "vit-average": _vit(class_token=False, global_pool="avg", fc_norm=True),
+    "vit-average-all-tokens": _vit(global_pool="avg", pool_include_prefix=True, fc_norm=False),
+    "vit-no-final-norm": _vit(final_norm=False),
+    "vit-qk-norm": _vit(qk_norm=True),
+    "vit-tanh-gelu": _vit(act_layer="gelu_tanh"),
+    "vit-silu": _vit(act_layer="silu"),
+    "vit-relu": _vit(act_layer="relu"),
+    "vit-rms-norm": _vit(norm_layer="rmsnorm"),
+    "vit-glu": _vit(mlp_layer=partial(GluMlp, act_layer=nn.SiLU, gate_last=False)),
+    "vit-registers": _vit(reg_tokens=4, no_embed_class=True),
+    "deit-distilled": _vit("deit_tiny_distilled_patch16_224"),
+    "deit3": _vit("deit3_small_patch16_224", init_values=0.5),
+    "deit3-no-qkv-bias": _vit("deit3_small_patch16_224", init_values=0.5, qkv_bias=False),
+    "dinov2": _vit(_DINO, (28, 42), patch_size=14, init_values=0.5),
+    "dinov2-registers": _vit(
+        _DINO.replace("dinov2", "reg4_dinov2"), (28, 28), patch_size=14, init_values=0.5
+    ),
+    "dinov2-giant-swiglu": _vit("vit_giant_patch14_dinov2", (28, 28), patch_size=14, init_values=0.5),
+    "siglip": _vit("vit_base_patch16_siglip_224"),
+    "clip": _vit(_CLIP),
+}
+
+_SWIN = {"patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2)}
+_SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
+
+
+def _torchvision_vit() -> nn.Module:
+    return torchvision.models.VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=CLASSES)
+
+
+def _eva02(**changes: Any) -> Variant:
+    return _timm(
+        "eva02_tiny_patch14_224", (28, 28), embed_dim=32, depth=2, num_heads=2, patch_size=14, **changes
+    )
+
+
+class HandWritten(nn.Module):
+    """A ViT as it stands in many repositories: separate q, k, v, two matrix products, its own norm and gelu."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 32, 8, 8)
+        self.query, self.key, self.value, self.out = (nn.Linear(32, 32) for _ in range(4))
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+        self.scale = nn.Parameter(torch.ones(32))
+        self.head = nn.Linear(32, CLASSES)
+
+    def normed(self, x: Tensor) -> Tensor:
+        """A layer norm from its formula."""
+        centred = x - x.mean(-1, keepdim=True)
+        return self.scale * centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-6)
+
+    def split(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, heads, N, D / heads)."""
+        return x.view(*x.shape[:2], 2, 16).transpose(1, 2)
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Softmax attention from exponentials."""
+        q, k, v = (self.split(f(x)) for f in (self.query, self.key, self.value))
+        scores = torch.matmul(q, k.transpose(-1, -2)) / 16**0.5
+        weights = torch.exp(scores - scores.max(dim=-1, keepdim=True).values)
+        weights = weights / weights.sum(-1, keepdim=True)
+        return self.out(torch.matmul(weights, v).transpose(1, 2).flatten(2))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patches(images).flatten(2).transpose(1, 2)
+        x = x + self.attend(self.normed(x))
+        u = self.up(self.normed(x))
+        x = x + self.down(0.5 * u * (1 + torch.erf(u / 2**0.5)))
+        return self.head(self.normed(x).mean(1))
+
+
+class Encoder(nn.Module):
+    """nn.TransformerEncoder or nn.MultiheadAttention, PyTorch's own composites, on patches."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 32, 8, 8)
+        self.body = body
+        self.head = nn.Linear(32, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patches(images).flatten(2).transpose(1, 2)
+        if isinstance(self.body, nn.MultiheadAttention):
+            x = x if self.body.batch_first else x.transpose(0, 1)
+            y, _ = self.body(x, x, x)
+            return self.head((x + y).mean(1 if self.body.batch_first else 0))
+        return self.head(self.body(x).mean(1))
+
+
+def _encoder(**settings: Any) -> Variant:
+    def make() -> nn.Module:
+        layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True, **settings)
+        return Encoder(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
+
+    return Variant(make)
+
+
+def _attention(batch_first: bool) -> Variant:
+    return Variant(lambda: Encoder(nn.MultiheadAttention(32, 2, batch_first=batch_first)))
+
+
+FROZEN_ONLY: dict[str, Variant] = {
+    "vit-max-pool": _vit(global_pool="avgmax"),
+    "vit-swiglu": _vit(mlp_layer=SwiGLU),
+    "vit-scale-norms": _vit(scale_attn_norm=True, scale_mlp_norm=True),
+    "vit-post-norm": _vit(block_fn=ResPostBlock, init_values=0.5),
+    "vit-parallel": _vit(block_fn=ParallelScalingBlock, init_values=0.5, qk_norm=True),
+    "vit-differential": _vit(block_fn=DiffParallelScalingBlock, init_values=0.5),
+    "vit-relative-position": _timm("vit_relpos_small_patch16_224", **_SMALL),
+    "eva02": _eva02(),
+    "eva02-inner-norm": _eva02(scale_mlp=True, swiglu_mlp=True, qkv_fused=False),
+    "beit": _timm("beit_base_patch16_224", **_SMALL, init_values=0.5),
+    "cait": _timm("cait_xxs24_224", **_SMALL),
+    "xcit": _timm("xcit_nano_12_p8_224", embed_dim=32, depth=2, num_heads=2),
+    "swin": _timm("swin_tiny_patch4_window7_224", **_SWIN),
+    "swin2": _timm("swinv2_tiny_window8_256", **_SWIN),
+    "torchvision": Variant(_torchvision_vit),
+    "hand-written": Variant(HandWritten),
+    "encoder-post-norm-relu": _encoder(),
+    "encoder-pre-norm-gelu": _encoder(activation="gelu", norm_first=True),
+    "multihead-batch-first": _attention(True),
+    "multihead-sequence-first": _attention(False),
+}
+
+ALL: dict[str, Variant] = {**ENGINE, **FROZEN_ONLY}
