@@ -6,46 +6,14 @@ line at the end of this file. Modules of commands import torch only inside funct
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
-from inspect import Parameter, signature
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from dave_fast import __version__
 from dave_fast.cli_explain import explain
-from dave_fast.errors import DaveFastError
 from dave_fast.info import info
-from dave_fast.terminal import refuse
-
-
-def plain(command: Callable[..., None]) -> Callable[..., None]:
-    """A command that tells what went wrong in one line, with exit code 2, and has --debug for the traceback.
-
-    Only errors that dave-fast raises on purpose are shortened: any other keeps its traceback.
-    """
-
-    @wraps(command)
-    def run(*args: Any, debug: bool, **options: Any) -> None:
-        try:
-            command(*args, **options)
-        except DaveFastError as error:
-            if debug:
-                raise
-            refuse(error)
-            raise typer.Exit(2) from error
-
-    option = typer.Option("--debug", help="Show the traceback of an error.")
-    switch = Parameter("debug", Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option])
-    own = signature(command, eval_str=True)
-    # typer reads the options of a command from its signature.
-    run.__signature__ = own.replace(parameters=[*own.parameters.values(), switch])  # type: ignore[attr-defined]
-    run.__annotations__ = {name: each.annotation for name, each in own.parameters.items()} | {
-        "debug": switch.annotation
-    }
-    return run
-
+from dave_fast.terminal import plain
 
 app = typer.Typer(
     name="dave-fast",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -75,7 +76,7 @@ def explain(
     signed contributions, class, probability, settings); with --top-k 2 or more a set a class, and
     NAME.figure.png of all.
 
-    Exit code 0: all done; 1: some images could not be explained; 2: nothing was done, and why.
+    Exit code 0: all done; 1: some images could not be explained; 2: refused or stopped, and why.
     """
     from dave_fast.explain_files import Settings
 
@@ -131,6 +132,8 @@ def _load(screen: Console, model: str, keywords: dict[str, Any]) -> Any:
     with screen.status(f"loading {model}"):
         from dave_fast.explainer import DAVE
 
+        # It tells of every retry; what comes of them is told by the error.
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
         return DAVE(model, **keywords)
 
 

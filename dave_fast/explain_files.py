@@ -115,8 +115,6 @@ def explain_files(
     """
     labels = labels_of(explainer.model)
     target = None if settings.target is None else labels.resolve(settings.target)
-    if labels.count is not None and settings.top_k > labels.count:
-        raise InputError(f"top_k is {settings.top_k}, and the model has {labels.count} classes.")
     prepare = preprocessing(explainer.model)
     if prepare.note:
         note(prepare.note)
@@ -149,6 +147,9 @@ class _Job:
             seed=self.settings.seed,
             progress=progress,
         )
+        if explanation.output.dim() != 2:
+            shape = tuple(explanation.output.shape)
+            raise InputError(f"the model's output is {shape}; files are explained for classifiers: (B, K).")
         results = tuple(self._write(source, crop, explanation, row) for row in range(len(explanation.target)))
         drawn = self.settings.figure or len(results) > 1
         return Done(results, self._write_figure(source, crop, explanation) if drawn else None)
@@ -160,6 +161,8 @@ class _Job:
         if self.settings.top_k == 1:
             return []
         logits = self.explainer.predict(inputs[None])[0]
+        if self.settings.top_k > len(logits):
+            raise InputError(f"top_k is {self.settings.top_k}, and the model has {len(logits)} classes.")
         return [int(index) for index in logits.topk(self.settings.top_k).indices]
 
     def _write(self, source: Source, crop: np.ndarray, explanation: Explanation, row: int) -> Result:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dave_fast import __version__
+from dave_fast.errors import InputError
+from dave_fast.terminal import console, plain
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -54,13 +56,20 @@ def _installed(package: str) -> str:
 
 
 def collect(device: str | None = None) -> Info:
-    """What is here. device: the one to tell backends of, "cpu", "cuda" ...; None takes the best there is."""
+    """What is here. device: the one to tell backends of, "cpu", "cuda" ...; None takes the best there is.
+
+    Raises InputError for a device that no backend runs on.
+    """
     import torch
 
     from dave_fast import _ext
+    from dave_fast.ops import _registry
 
     devices = _devices()
     device = device or devices[-1].type
+    known = {name: None for backend in _registry.BACKENDS.values() for name in backend.devices}
+    if device not in known:
+        raise InputError(f"device {device!r} is unknown; backends are for {', '.join(known)}.")
     native = _ext.unavailable()
     own = {"dave-fast": __version__, "python": platform.python_version()}
     versions = own | {name: _installed(name) for name in _PACKAGES}
@@ -141,7 +150,9 @@ def _ops_table(found: Info) -> tuple[RenderableType, dict[str, int]]:
     from rich.text import Text
 
     backends = list(dict.fromkeys(backend for row in found.ops.values() for backend in row))
-    table = Table("op", *backends, title=f"backends on {found.device}", title_justify="left", box=None, pad_edge=False)
+    table = Table(
+        "op", *backends, title=f"backends on {found.device}", title_justify="left", box=None, pad_edge=False
+    )
     reasons: dict[str, int] = {}
     for op, row in found.ops.items():
         cells = []
@@ -165,10 +176,8 @@ def info(
     if json:
         typer.echo(jsonlib.dumps(asdict(found), indent=2))
         return
-    from rich.console import Console
-
-    Console(highlight=False).print(render(found))
+    console(stderr=False).print(render(found))
 
 
 if __name__ == "__main__":
-    typer.run(info)
+    typer.run(plain(info))

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from inspect import Parameter, signature
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dave_fast.errors import DaveFastError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,6 +36,33 @@ def refuse(error: Exception, to: Console | None = None) -> None:
     # Whatever a library put into several lines is still one message.
     text = " ".join(str(error).split())
     (to or console()).print(f"error: {text}", style="red", soft_wrap=True)
+
+
+def plain(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that tells what went wrong in one line, with exit code 2, and has --debug for the traceback.
+
+    Only errors that dave-fast raises on purpose are shortened: any other keeps its traceback.
+    """
+
+    @wraps(command)
+    def run(*args: Any, debug: bool, **options: Any) -> None:
+        try:
+            command(*args, **options)
+        except DaveFastError as error:
+            if debug:
+                raise
+            refuse(error)
+            raise typer.Exit(2) from error
+
+    option = typer.Option("--debug", help="Show the traceback of an error.")
+    switch = Parameter("debug", Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option])
+    own = signature(command, eval_str=True)
+    # typer reads the options of a command from its signature.
+    run.__signature__ = own.replace(parameters=[*own.parameters.values(), switch])  # type: ignore[attr-defined]
+    run.__annotations__ = {name: each.annotation for name, each in own.parameters.items()} | {
+        "debug": switch.annotation
+    }
+    return run
 
 
 @contextmanager

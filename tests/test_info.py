@@ -1,6 +1,9 @@
 """What the machine has: every op has a default, and every "no" a reason."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -58,6 +61,21 @@ def test_screen():
     result = CliRunner().invoke(app, ["info"])
     assert result.exit_code == 0
     assert "native core" in result.stdout and "robust_mean" in result.stdout
+
+
+def test_unknown_device():
+    result = CliRunner().invoke(app, ["info", "--device", "abacus"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: device 'abacus' is unknown; backends are for cpu")
+
+
+def test_module_is_a_program_with_plain_errors():
+    # Without the native core nobody asks which of its instruction sets to take.
+    environment = os.environ | {"DAVE_FAST_ISA": "none-such"}
+    command = [sys.executable, "-m", "dave_fast.info"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr
+    assert done.returncode in (0, 2)
 
 
 def test_json(found):
