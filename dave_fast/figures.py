@@ -30,7 +30,7 @@ COLORMAP = "inferno"
 _BRIGHTEST = 0.995
 _GAMMA = 0.7
 # Under the map the photograph keeps its structure, and leaves the bright colours to the map.
-_SATURATION, _DIMMING = 0.25, 0.6
+_SATURATION, _DIMMING, _LIFT = 0.4, 0.62, 0.05
 _OPACITY, _OPAQUE_FROM = 0.92, 0.75
 _LUMINANCE = (0.299, 0.587, 0.114)
 
@@ -75,7 +75,7 @@ def overlay(crop: np.ndarray, map: np.ndarray) -> Image.Image:
     strength = _enlarge(shown(map))
     photograph = photograph_of(crop) / np.float32(255)
     grey = (photograph @ np.array(_LUMINANCE, np.float32))[..., None]
-    under = _DIMMING * (grey + _SATURATION * (photograph - grey))
+    under = _LIFT + _DIMMING * (grey + _SATURATION * (photograph - grey))
     alpha = _OPACITY * np.clip(strength / _OPAQUE_FROM, 0, 1)[..., None]
     return _picture(under + alpha * (_colours(strength) - under))
 

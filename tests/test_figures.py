@@ -67,7 +67,7 @@ def test_overlay_of_nothing_is_the_dimmed_photograph(crop):
     picture = np.asarray(overlay(crop, np.zeros((64, 64), np.float32)), np.float32)
     grey = figures.photograph_of(crop).astype(np.float32) @ np.array(figures._LUMINANCE, np.float32)
     luminance = picture @ np.array(figures._LUMINANCE, np.float32)
-    np.testing.assert_allclose(luminance, figures._DIMMING * grey, atol=1.0)
+    np.testing.assert_allclose(luminance, 255 * figures._LIFT + figures._DIMMING * grey, atol=1.0)
 
 
 def test_overlay_covers_more_where_the_map_is_stronger(crop):
