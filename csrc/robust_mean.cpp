@@ -10,6 +10,9 @@ namespace {
 // Pixels that are sorted together: one or more vectors of every instruction set.
 constexpr int lanes = 32;
 
+// Pixels that are read together: long enough pieces of each sample's row for the memory to stream.
+constexpr int64_t block_pixels = 8 * lanes;
+
 struct Exchange {
   int32_t low, high;
 };
@@ -38,7 +41,7 @@ void sort_lanes(T* values, const Exchange* network, int64_t exchanges) {
     for (int l = 0; l < lanes; ++l) {
       const T a = low[l], b = high[l];
       low[l] = a < b ? a : b;
-      high[l] = a < b ? b : a;
+      high[l] = a > b ? a : b;
     }
   }
 }
@@ -65,30 +68,41 @@ void mad_of_sorted(const T* sorted, int64_t samples, const T* median, T* mad) {
 template <typename T>
 void mean_of_kept(const T* values, int64_t samples, const T* median, const T* mad, T* mean) {
   double total[lanes] = {}, carry[lanes] = {};
-  T count[lanes] = {}, within[lanes], poison[lanes] = {};
+  T count[lanes] = {}, nans[lanes] = {}, within[lanes];
   for (int l = 0; l < lanes; ++l) within[l] = kept_within(mad[l]);
   for (int64_t s = 0; s < samples; ++s) {
     const T* row = values + s * lanes;
-    T addends[lanes];
-#pragma omp simd
+    T kept[lanes], addends[lanes];
+    // four short loops: a single one becomes branches instead of vectors
+    for (int l = 0; l < lanes; ++l)
+      kept[l] = magnitude(sub(row[l], median[l])) <= within[l] ? static_cast<T>(1) : static_cast<T>(0);
+    for (int l = 0; l < lanes; ++l) addends[l] = kept[l] > 0 ? row[l] : static_cast<T>(0);
     for (int l = 0; l < lanes; ++l) {
-      const bool kept = magnitude(sub(row[l], median[l])) <= within[l];
-      addends[l] = kept ? row[l] : static_cast<T>(0);
-      count[l] += kept ? static_cast<T>(1) : static_cast<T>(0);
-      poison[l] = row[l] != row[l] ? row[l] : poison[l];
+      count[l] += kept[l];
+      nans[l] += row[l] == row[l] ? static_cast<T>(0) : static_cast<T>(1);
     }
-#pragma omp simd
     for (int l = 0; l < lanes; ++l) {
       if constexpr (sizeof(T) == sizeof(double)) add_compensated(total[l], carry[l], addends[l]);
       else total[l] += static_cast<double>(addends[l]);
     }
   }
   for (int l = 0; l < lanes; ++l) {
-    const bool no_median = poison[l] != poison[l] || sub(median[l], median[l]) != 0;
+    const bool no_median = nans[l] > 0 || sub(median[l], median[l]) != 0;
     const double carried = sub(carry[l], carry[l]) == 0 ? carry[l] : 0.0;
     const double sum = add(total[l], carried) / static_cast<double>(count[l] > 1 ? count[l] : 1);
     mean[l] = no_median ? static_cast<T>(__builtin_nan("")) : static_cast<T>(sum);
   }
+}
+
+// One group of lanes, whose values are (samples, lanes); `sorted` is room for as many.
+template <typename T>
+void robust_mean_of(const T* values, int64_t samples, const Exchange* network, int64_t exchanges, T* sorted, T* mean) {
+  T mad[lanes];
+  copy_row(values, sorted, samples * lanes);
+  sort_lanes(sorted, network, exchanges);
+  const T* median = sorted + (samples - 1) / 2 * lanes;
+  mad_of_sorted(sorted, samples, median, mad);
+  mean_of_kept(values, samples, median, mad, mean);
 }
 
 template <typename T>
@@ -96,26 +110,24 @@ void run(const void* contributions, Dtype given, int64_t images, int64_t samples
   const int64_t exchanges = sorting_network(samples, nullptr);
   const Scratch<Exchange> network(exchanges);
   sorting_network(samples, network);
-  const int64_t blocks = (pixels + lanes - 1) / lanes;
+  const int64_t blocks = (pixels + block_pixels - 1) / block_pixels;
 #pragma omp parallel num_threads(threads)
   {
-    Scratch<T> values(samples * lanes), sorted(samples * lanes);
+    Scratch<T> values(samples * block_pixels), sorted(samples * lanes), means(block_pixels);
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < images * blocks; ++task) {
-      const int64_t image = task / blocks, first = task % blocks * lanes;
-      const int64_t wanted = pixels - first < lanes ? pixels - first : lanes;
-      for (int64_t s = 0; s < samples; ++s) {
-        T* row = values + s * lanes;
-        load_row(contributions, given, (image * samples + s) * pixels + first, row, wanted);
-        for (int64_t l = wanted; l < lanes; ++l) row[l] = 0;
-        copy_row(row, sorted + s * lanes, lanes);
-      }
-      T mad[lanes], mean[lanes];
-      sort_lanes<T>(sorted, network, exchanges);
-      const T* median = sorted + (samples - 1) / 2 * lanes;
-      mad_of_sorted<T>(sorted, samples, median, mad);
-      mean_of_kept<T>(values, samples, median, mad, mean);
-      copy_row(mean, raw + image * pixels + first, wanted);
+      const int64_t image = task / blocks, first = task % blocks * block_pixels;
+      const int64_t wanted = pixels - first < block_pixels ? pixels - first : block_pixels;
+      for (int64_t s = 0; s < samples; ++s)
+        for (int64_t x = 0; x < wanted; x += lanes) {
+          T* row = values + (x * samples + s * lanes);
+          const int64_t n = wanted - x < lanes ? wanted - x : lanes;
+          load_row(contributions, given, (image * samples + s) * pixels + first + x, row, n);
+          for (int64_t l = n; l < lanes; ++l) row[l] = 0;
+        }
+      for (int64_t x = 0; x < wanted; x += lanes)
+        robust_mean_of<T>(values + x * samples, samples, network, exchanges, sorted, means + x);
+      copy_row<T, T>(means, raw + image * pixels + first, wanted);
     }
   }
 }

@@ -50,29 +50,30 @@ void blur_row(const T* from, int64_t step, const T* weights, T* to, int64_t widt
     for (int64_t x = 0; x < width; ++x) to[x] = add(to[x], mul(weights[k], from[(k - blur_radius) * step + x]));
 }
 
-// Returns the row's maximum, NaN where it holds one.
+// `weights` is room for a row.
 template <typename T>
-T bilateral_row(const T* from, int64_t stride, T* to, int64_t width) {
-  T peak = 0;
-  bool nan = false;
-#pragma omp simd reduction(max : peak) reduction(| : nan)
-  for (int64_t x = 0; x < width; ++x) {
-    T total = 0, weights = 0;
-#pragma GCC unroll 5
-    for (int dy = -bilateral_radius; dy <= bilateral_radius; ++dy)
-#pragma GCC unroll 5
-      for (int dx = -bilateral_radius; dx <= bilateral_radius; ++dx) {
-        const T value = from[dy * stride + x + dx];
-        const T distance_term = static_cast<T>(-(dx * dx + dy * dy) / (2 * spatial_sigma * spatial_sigma));
-        const T weight = bilateral_weight(distance_term, sub(from[x], value));
-        total = add(total, mul(weight, value));
-        weights = add(weights, weight);
+void bilateral_row(const T* from, int64_t stride, T* weights, T* to, int64_t width) {
+  for (int64_t x = 0; x < width; ++x) to[x] = weights[x] = 0;
+  for (int dy = -bilateral_radius; dy <= bilateral_radius; ++dy)
+    for (int dx = -bilateral_radius; dx <= bilateral_radius; ++dx) {
+      const T distance_term = static_cast<T>(-(dx * dx + dy * dy) / (2 * spatial_sigma * spatial_sigma));
+      const T* neighbour = from + dy * stride + dx;
+#pragma omp simd
+      for (int64_t x = 0; x < width; ++x) {
+        const T weight = bilateral_weight(distance_term, sub(from[x], neighbour[x]));
+        to[x] = add(to[x], mul(weight, neighbour[x]));
+        weights[x] = add(weights[x], weight);
       }
-    to[x] = total / weights;
-    peak = to[x] > peak ? to[x] : peak;
-    nan |= to[x] != to[x];
-  }
-  return nan ? static_cast<T>(__builtin_nan("")) : peak;
+    }
+  for (int64_t x = 0; x < width; ++x) to[x] = to[x] / weights[x];
+}
+
+// The row's maximum, NaN where it holds one.
+template <typename T>
+T peak_of(const T* row, int64_t n) {
+  T peak = 0;
+  for (int64_t x = 0; x < n; ++x) peak = row[x] > peak || row[x] != row[x] ? row[x] : peak;
+  return peak;
 }
 
 template <typename T>
@@ -84,6 +85,7 @@ void run(const Images& raw, T* maps, int threads) {
   const Scratch<T> peaks(height);
 #pragma omp parallel num_threads(threads)
   for (int64_t image = 0; image < raw.count; ++image) {
+    const Scratch<T> sums(width);
     T* map = maps + image * height * width;
 #pragma omp for schedule(static)
     for (int64_t y = 0; y < height; ++y) {
@@ -97,11 +99,11 @@ void run(const Images& raw, T* maps, int threads) {
       for (int64_t x = 0; x < width; ++x) row[x] = mul(static_cast<T>(0.5), add(positive.row(y)[x], row[x]));
     }
 #pragma omp for schedule(static)
-    for (int64_t y = 0; y < height; ++y)
-      peaks[y] = bilateral_row<T>(blended.row(y), blended.stride, map + y * width, width);
-    T peak = 0;
-    for (int64_t y = 0; y < height; ++y) peak = peaks[y] > peak || peaks[y] != peaks[y] ? peaks[y] : peak;
-    const T divisor = peak == 0 ? static_cast<T>(1) : peak;
+    for (int64_t y = 0; y < height; ++y) {
+      bilateral_row<T>(blended.row(y), blended.stride, sums, map + y * width, width);
+      peaks[y] = peak_of(map + y * width, width);
+    }
+    const T peak = peak_of<T>(peaks, height), divisor = peak == 0 ? static_cast<T>(1) : peak;
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < height * width; ++i) map[i] = map[i] / divisor;
   }

@@ -15,12 +15,15 @@ constexpr double blur_sigma = 7.0, spatial_sigma = 0.5, range_sigma = 0.05;
 DAVE_HD float exp_of_nonpositive(float x) {
   constexpr float tail_of[] = {0.5f, 0.16666514f, 0.041666187f, 0.008369591f, 0.0013951703f};
   constexpr float lowest = -87.3f;
-  const float bounded = x >= lowest ? x : lowest;
-  const float power = static_cast<float>(static_cast<int32_t>(sub(mul(bounded, 1.44269504f), 0.5f)));
+  // 1.5·2²³: adding it rounds to an integer and leaves that integer in the low bits
+  constexpr float rounder = 12582912.0f;
+  const float bounded = x < lowest ? lowest : x;
+  const float shifted = add(mul(bounded, 1.44269504f), rounder);
+  const float power = sub(shifted, rounder);
   const float r = sub(sub(bounded, mul(power, 0.693359375f)), mul(power, -2.1219444e-4f));
   const float value = add(add(mul(mul(horner(r, tail_of, 5), r), r), r), 1.0f);
-  const float scale = float_of(static_cast<uint32_t>(static_cast<int32_t>(power) + 127) << 23);
-  return x >= lowest ? mul(value, scale) : (x < lowest ? 0.0f : x);
+  const float scale = float_of((bits_of(shifted) - bits_of(rounder) + 127u) << 23);
+  return x < lowest ? 0.0f : mul(value, scale);
 }
 
 DAVE_HD double exp_of_nonpositive(double x) { return exp(x); }
