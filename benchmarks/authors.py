@@ -53,9 +53,7 @@ def _without_is_causal(make: Callable[[], Callable[..., Tensor]]) -> Callable[[]
     def make_forward() -> Callable[..., Tensor]:
         forward = make()
 
-        def without(
-            self: nn.Module, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
-        ) -> Tensor:
+        def without(self: nn.Module, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
             if is_causal:
                 raise ValueError("the authors' attention knows no causal mask")
             return forward(self, x, attn_mask)

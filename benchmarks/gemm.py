@@ -1,4 +1,4 @@
-"""What this machine's matrix products reach, and how many of them a sample takes: the two sides of "share of the ceiling"."""
+"""What this machine's matrix products reach, and how many of them a sample takes."""
 
 from __future__ import annotations
 

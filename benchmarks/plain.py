@@ -139,12 +139,8 @@ def gigaflops_a_sample(model: Any, image: Tensor) -> float:
 def main() -> None:
     import timm
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model", default="vit_base_patch16_224", help="a timm VisionTransformer; random weights"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vit_base_patch16_224", help="a timm VisionTransformer; random weights")
     args = parser.parse_args()
     model = timm.create_model(args.model).eval().requires_grad_(False)
     image = torch.randn(model.patch_embed.proj.in_channels, *model.patch_embed.img_size)

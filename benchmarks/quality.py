@@ -69,9 +69,7 @@ def attribute(method: Method, images: Tensor, classes: Tensor, keys: list[int] |
     """Signed attributions (n, C, H, W), batch by batch."""
     keys = list(range(len(images))) if keys is None else keys
     batches = range(0, len(images), BATCH)
-    return torch.cat(
-        [method(images[i : i + BATCH], classes[i : i + BATCH], keys[i : i + BATCH]) for i in batches]
-    )
+    return torch.cat([method(images[i : i + BATCH], classes[i : i + BATCH], keys[i : i + BATCH]) for i in batches])
 
 
 def as_maps(raw: Tensor) -> dict[str, Tensor]:
@@ -93,9 +91,7 @@ def score_scenes(model: Any, method: Method, data: Dataset, patch: int) -> dict[
     sure = probabilities(model, data.images).gather(1, data.labels[:, None])[:, 0] >= CONFIDENT
     scores: dict[str, dict[str, Tensor]] = {}
     for variant, maps in as_maps(raw).items():
-        curve = metrics.deletion_curve(
-            model, data.images[sure], maps[sure], data.labels[sure], steps=DELETION_STEPS
-        )
+        curve = metrics.deletion_curve(model, data.images[sure], maps[sure], data.labels[sure], steps=DELETION_STEPS)
         scores[variant] = {
             "EnergyPG": metrics.energy_pointing_game(maps, data.masks),
             "pointing game": metrics.pointing_game(maps, data.masks),
@@ -186,9 +182,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=200, help="scenes of one digit, and as many of two")
     parser.add_argument("--grids", type=int, default=40, help="mosaics of each size")
     parser.add_argument(

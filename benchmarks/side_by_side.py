@@ -64,9 +64,7 @@ def make_contestants(
     """What is timed: name to a call that makes one image's map."""
     _, height, width = image.shape
     draws = draw(samples, height=height, width=width, sampling=Sampling(noise_alpha=NOISE_ALPHA))
-    contestants: dict[str, Callable[[], Any]] = {
-        "plain": partial(plain.explain_plain, model, image, 0, draws)
-    }
+    contestants: dict[str, Callable[[], Any]] = {"plain": partial(plain.explain_plain, model, image, 0, draws)}
     if checkout is not None:
         theirs = authors.load_explainer(checkout, copy.deepcopy(model), NOISE_ALPHA)
         contestants["authors"] = partial(theirs.explain, image[None], torch.tensor([0]), samples)
@@ -120,16 +118,12 @@ def agreement(samples: int, n_images: int) -> dict[str, float]:
     labels = torch.from_numpy(scenes.labels)
     sampling = Sampling(noise_alpha=NOISE_ALPHA)
     maps = {
-        precision: DAVE(model, precision=precision, noise_alpha=NOISE_ALPHA)
-        .explain(images, labels, samples)
-        .maps
+        precision: DAVE(model, precision=precision, noise_alpha=NOISE_ALPHA).explain(images, labels, samples).maps
         for precision in ("fp32", "bf16")
     }
     _, channels, height, width = images.shape
     draws = draw(samples, height=height, width=width, sampling=sampling)
-    noise = normal(draws.keys, draws.samples, channels * height * width).view(
-        samples, channels, height, width
-    )
+    noise = normal(draws.keys, draws.samples, channels * height * width).view(samples, channels, height, width)
     by_plain = torch.stack(
         [
             plain.explain_plain(model, image, int(label), draws, noise)[1]
@@ -176,14 +170,12 @@ def verdict(result: dict[str, Any]) -> list[str]:
     reasons = []
     reached = result["rows"]["plain"]["share of ceiling"]["median"]
     if reached < PLAIN_MUST_REACH:
-        reasons.append(
-            f"the plain way reaches {reached:.0%} of its library's rate, below {PLAIN_MUST_REACH:.0%}"
-        )
-    for pair in ("bf16 to fp32", "plain to fp32"):
-        if result["agreement"][pair] < MAPS_MUST_AGREE:
-            reasons.append(
-                f"maps of {pair} correlate {result['agreement'][pair]:.5f}, below {MAPS_MUST_AGREE}"
-            )
+        reasons.append(f"the plain way reaches {reached:.0%} of its library's rate, below {PLAIN_MUST_REACH:.0%}")
+    reasons += [
+        f"maps of {pair} correlate {result['agreement'][pair]:.5f}, below {MAPS_MUST_AGREE}"
+        for pair in ("bf16 to fp32", "plain to fp32")
+        if result["agreement"][pair] < MAPS_MUST_AGREE
+    ]
     return reasons
 
 
@@ -260,20 +252,14 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model", default="vit_base_patch16_224", help="a timm VisionTransformer; random weights"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vit_base_patch16_224", help="a timm VisionTransformer; random weights")
     parser.add_argument("--samples", type=int, default=8, help="S of the timed images")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--authors", type=Path, help="a checkout of the authors' code, to be timed as well")
     parser.add_argument("--agreement-samples", type=int, default=50, help="S where maps are compared")
     parser.add_argument("--agreement-images", type=int, default=8)
-    parser.add_argument(
-        "--out", type=Path, help="JSON; by default benchmarks/results/<device>/side_by_side.json"
-    )
+    parser.add_argument("--out", type=Path, help="JSON; by default benchmarks/results/<device>/side_by_side.json")
     args = parser.parse_args()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

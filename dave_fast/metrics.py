@@ -65,9 +65,7 @@ def grid_pointing_game(maps: Tensor, cells: Tensor, grid: int) -> Tensor:
     counts for each by its share of the pixel's area. 0 for a map without positive values.
     """
     if maps.ndim != 3 or cells.shape != maps.shape[:1]:
-        raise InputError(
-            f"maps {tuple(maps.shape)} and cells {tuple(cells.shape)}: expected (R, H, W) and (R,)."
-        )
+        raise InputError(f"maps {tuple(maps.shape)} and cells {tuple(cells.shape)}: expected (R, H, W) and (R,).")
     if cells.numel() and not 0 <= int(cells.min()) <= int(cells.max()) < grid**2:
         raise InputError(f"cells must lie in 0..{grid**2 - 1} for grid={grid}; got {cells.tolist()[:8]} ...")
     rows = _cell_overlap(maps.shape[1], grid).to(maps.device)[cells // grid]
@@ -83,23 +81,17 @@ def build_mosaics(tiles: Tensor, *, rescale: bool = False) -> Tensor:
     otherwise tiles keep their pixels, and a ViT needs its position embedding resampled to the larger grid.
     """
     if tiles.ndim != 5 or round(tiles.shape[1] ** 0.5) ** 2 != tiles.shape[1]:
-        raise InputError(
-            f"tiles {tuple(tiles.shape)}: expected (M, g², C, H, W) with a square number of tiles."
-        )
+        raise InputError(f"tiles {tuple(tiles.shape)}: expected (M, g², C, H, W) with a square number of tiles.")
     count, cells, channels, height, width = tiles.shape
     grid = round(cells**0.5)
     tiles = tiles.reshape(count, grid, grid, channels, height, width)
     mosaics = tiles.permute(0, 3, 1, 4, 2, 5).reshape(count, channels, grid * height, grid * width)
     if rescale:
-        mosaics = F.interpolate(
-            mosaics, size=(height, width), mode="bilinear", antialias=True, align_corners=False
-        )
+        mosaics = F.interpolate(mosaics, size=(height, width), mode="bilinear", antialias=True, align_corners=False)
     return mosaics
 
 
-def choose_mosaics(
-    labels: Tensor, confidences: Tensor, grid: int, n_mosaics: int, *, seed: int = 0
-) -> Tensor:
+def choose_mosaics(labels: Tensor, confidences: Tensor, grid: int, n_mosaics: int, *, seed: int = 0) -> Tensor:
     """Which images make the mosaics of GridPG: (M, g²) int64 indices, distinct classes within a mosaic.
 
     labels: (n,) int64 and confidences: (n,) of images that the model gets right.
@@ -113,9 +105,7 @@ def choose_mosaics(
     for mosaic in range(n_mosaics):
         left = [c for c, queue in queues.items() if queue]
         if len(left) < grid**2:
-            raise InputError(
-                f"images suffice for {mosaic} of {n_mosaics} mosaics of {grid}×{grid}; give more images."
-            )
+            raise InputError(f"images suffice for {mosaic} of {n_mosaics} mosaics of {grid}×{grid}; give more images.")
         picked = torch.randperm(len(left), generator=generator)[: grid**2]
         chosen.append([queues[left[i]].pop(0) for i in picked.tolist()])
     return torch.tensor(chosen, dtype=torch.int64).reshape(n_mosaics, grid**2)
@@ -128,9 +118,7 @@ def blur(images: Tensor, size: int = 31, sigma: float = 7.0) -> Tensor:
     window = (window / window.sum()).to(images)
     channels = images.shape[1]
     across = F.conv2d(images, window.expand(channels, 1, 1, size), padding=(0, size // 2), groups=channels)
-    return F.conv2d(
-        across, window[:, None].expand(channels, 1, size, 1), padding=(size // 2, 0), groups=channels
-    )
+    return F.conv2d(across, window[:, None].expand(channels, 1, size, 1), padding=(size // 2, 0), groups=channels)
 
 
 @torch.no_grad()
@@ -226,9 +214,7 @@ def border_excess(attributions: Tensor, patch_size: int | tuple[int, int]) -> Te
 
 def _same_shape(maps: Tensor, others: Tensor) -> None:
     if maps.shape != others.shape:
-        raise InputError(
-            f"shapes {tuple(maps.shape)} and {tuple(others.shape)} differ; expected equal (B, H, W)."
-        )
+        raise InputError(f"shapes {tuple(maps.shape)} and {tuple(others.shape)} differ; expected equal (B, H, W).")
 
 
 def _positive(maps: Tensor) -> Tensor:

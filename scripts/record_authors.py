@@ -85,18 +85,14 @@ def measure_matrix(geometric: Any, parameters: Any, height: int, width: int) -> 
     wherever no sample fell outside the image, which the third channel, of ones, tells.
     """
     y, x = torch.meshgrid(torch.arange(height).double(), torch.arange(width).double(), indexing="ij")
-    source_x, source_y, inside = geometric(torch.stack([x, y, torch.ones_like(x)])[None], params=parameters)[
-        0
-    ]
+    source_x, source_y, inside = geometric(torch.stack([x, y, torch.ones_like(x)])[None], params=parameters)[0]
     kept = inside > 1 - 1e-12
     destination = torch.stack([x, y, torch.ones_like(x)], dim=-1)[kept]
     source = torch.stack([source_x, source_y], dim=-1)[kept]
     matrix = torch.linalg.lstsq(destination, source).solution.T
     worst = (destination @ matrix.T - source).abs().max().item()
     if worst > 1e-9:
-        raise RuntimeError(
-            f"the recorded augmentation is no affine map: {worst:.1e} pixels off the fitted one"
-        )
+        raise RuntimeError(f"the recorded augmentation is no affine map: {worst:.1e} pixels off the fitted one")
     return matrix
 
 
@@ -151,9 +147,7 @@ def record(authors: Path) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--authors", type=Path, required=True, help="a checkout of their repository")
     parser.add_argument("--out", type=Path, default=Path("tests/data/authors_pipeline.npz"))
     args = parser.parse_args()

@@ -46,9 +46,7 @@ def test_energy_does_not_depend_on_scale_nor_overflow():
     maps, masks = torch.rand(4, 7, 3), torch.rand(4, 7, 3) > 0.5
     expected = metrics.energy_pointing_game(maps, masks)
     for scale in (1e-30, 1e37):
-        torch.testing.assert_close(
-            metrics.energy_pointing_game(maps * scale, masks), expected, rtol=1e-6, atol=0
-        )
+        torch.testing.assert_close(metrics.energy_pointing_game(maps * scale, masks), expected, rtol=1e-6, atol=0)
 
 
 def test_scores_of_a_map_with_nan_are_nan():
@@ -108,9 +106,7 @@ def test_grid_splits_a_pixel_on_the_line_by_area():
     # 4 pixels in 3 cells: pixel 1 = [1, 2] is cut at 4/3
     maps = torch.zeros(3, 4, 4)
     maps[:, 1, 0] = 1
-    assert metrics.grid_pointing_game(maps, torch.tensor([0, 3, 6]), 3).tolist() == pytest.approx(
-        [1 / 3, 2 / 3, 0]
-    )
+    assert metrics.grid_pointing_game(maps, torch.tensor([0, 3, 6]), 3).tolist() == pytest.approx([1 / 3, 2 / 3, 0])
 
 
 def test_grid_refuses_cells_outside():
@@ -130,9 +126,7 @@ def test_rescaled_mosaics_keep_the_size_of_a_tile():
     tiles = torch.rand(2, 9, 3, 16, 16)
     mosaics = metrics.build_mosaics(tiles, rescale=True)
     assert mosaics.shape == (2, 3, 16, 16)
-    assert mosaics.mean((2, 3)).flatten().tolist() == pytest.approx(
-        tiles.mean((1, 3, 4)).flatten().tolist(), rel=0.05
-    )
+    assert mosaics.mean((2, 3)).flatten().tolist() == pytest.approx(tiles.mean((1, 3, 4)).flatten().tolist(), rel=0.05)
 
 
 def test_mosaics_need_a_square_number_of_tiles():
@@ -189,9 +183,7 @@ def test_deletion_follows_the_order_and_the_counts():
 
 def test_deletion_stops_at_its_fraction():
     images = torch.rand(2, 3, 10, 7)
-    fractions, curves = metrics.deletion_curve(
-        brightness, images, images[:, 0], torch.tensor([0, 1]), steps=9
-    )
+    fractions, curves = metrics.deletion_curve(brightness, images, images[:, 0], torch.tensor([0, 1]), steps=9)
     assert curves.shape == (2, 10)
     assert fractions[-1].item() == 63 / 70
     start = brightness(images).softmax(1)
@@ -204,9 +196,7 @@ def test_a_better_map_keeps_the_probability():
     right, wrong = images[:, 0], -images[:, 0]
     scores = []
     for maps in (right, wrong):
-        curve = metrics.deletion_curve(
-            brightness, images, maps, torch.tensor([1]), steps=16, fill=torch.zeros_like(images)
-        )
+        curve = metrics.deletion_curve(brightness, images, maps, torch.tensor([1]), steps=16, fill=torch.zeros_like(images))
         scores.append(metrics.deletion_auc(*curve).item())
     assert scores[0] > scores[1] + 0.1
 
@@ -262,9 +252,7 @@ def test_border_excess_of_noise_is_about_nothing_and_of_a_grid_is_the_grid():
     for column in (3, 4, 7, 8, 11, 12):
         attributions[1, :, column] = 1.5
     assert metrics.border_excess(attributions, 4).tolist() == pytest.approx([0, 0.5])
-    assert metrics.border_excess(
-        attributions[:, None].expand(-1, 3, -1, -1), (4, 4)
-    ).tolist() == pytest.approx([0, 0.5])
+    assert metrics.border_excess(attributions[:, None].expand(-1, 3, -1, -1), (4, 4)).tolist() == pytest.approx([0, 0.5])
 
 
 def test_border_excess_ignores_the_edge_of_the_image():
