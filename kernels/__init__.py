@@ -1,0 +1,1 @@
+"""Triton kernels, one file an op; installed as dave_fast.kernels. Loaded only where Triton is chosen."""

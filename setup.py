@@ -1,0 +1,78 @@
+"""Builds the native core with CMake, where that is wanted and possible.
+
+DAVE_FAST_BUILD_EXT=auto (default): the core where there are CMake and a C++ compiler, else one line that says why not,
+and a package of pure Python. 1: any failure is fatal. 0: pure Python. Everything else is in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
+VARIABLE = "DAVE_FAST_BUILD_EXT"
+
+
+class CMakeExtension(Extension):
+    """An extension that CMake builds from CMakeLists.txt."""
+
+    def __init__(self, name: str, *, optional: bool) -> None:
+        super().__init__(name, sources=[], optional=optional)
+
+
+class CMakeBuild(build_ext):
+    """Configures and builds with CMake, and puts the module where setuptools expects it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = Path(self.build_temp).resolve() / "cmake"
+        try:
+            self.configure_and_build(build, target.parent)
+        except (OSError, subprocess.CalledProcessError) as error:
+            # setuptools forgives a CompileError, and no other, where the extension is optional
+            raise CompileError(f"the native core was not built ({error}); {VARIABLE}=0 asks for pure Python") from error
+
+    def configure_and_build(self, build: Path, output: Path) -> None:
+        import pybind11
+
+        options = [
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+        ]
+        if shutil.which("ninja") and not (build / "CMakeCache.txt").exists():
+            options += ["-G", "Ninja"]
+        subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), *options], check=True)
+        jobs = ["--parallel", str(self.parallel or os.cpu_count() or 1)]
+        subprocess.run(["cmake", "--build", str(build), *jobs], check=True)
+
+
+def extensions() -> list[Extension]:
+    choice = os.environ.get(VARIABLE, "auto")
+    if choice not in ("auto", "0", "1"):
+        raise SystemExit(f"{VARIABLE} must be auto, 1 or 0; it is {choice!r}")
+    if choice == "0":
+        return []
+    compilers = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    missing = [name for name, found in (("CMake", shutil.which("cmake")), ("a C++ compiler", any(map(shutil.which, compilers)))) if not found]
+    if missing and choice == "auto":
+        print(f"dave-fast: no {' and no '.join(missing)}: installing without the native core, in pure Python", file=sys.stderr)
+        return []
+    return [CMakeExtension("dave_fast._native", optional=choice == "auto")]
+
+
+setup(
+    packages=[*find_packages(include=["dave_fast", "dave_fast.*"]), "dave_fast.kernels"],
+    package_dir={"dave_fast.kernels": "kernels"},
+    package_data={"dave_fast": ["py.typed"], "dave_fast.demo": ["*.npz", "*.safetensors", "*.json", "*.png", "*.md"]},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": CMakeBuild},
+)
