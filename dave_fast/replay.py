@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -26,6 +26,9 @@ from dave_fast.replay_trace import Trace, find_culprit
 
 TOLERANCE = 1e-12
 
+# The functions in which attention's operator meets the values.
+MIXING = frozenset({"scaled_dot_product_attention", "matmul", "bmm", "baddbmm", "einsum", "mm"})
+
 _LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -35,14 +38,21 @@ class ReplayReport:
 
     errors: |⟨c, f(x+δ) − f(x)⟩ − ⟨w, δ⟩| / (‖c‖·‖f(x+δ) − f(x)‖), one for each δ of norm ‖x‖; c is the cotangent.
     operators: how many operators were recorded.
+    functions: the names of the functions in which they were met.
     culprit: where it failed, dotted path, class and what was seen there; None where it held.
     """
 
     model: str
     errors: tuple[float, ...]
     operators: int
+    functions: frozenset[str]
     tolerance: float = TOLERANCE
     culprit: str | None = None
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether somewhere an operator mixes positions: attention, fused or as a matrix product."""
+        return not self.functions.isdisjoint(MIXING)
 
     @property
     def passed(self) -> bool:
@@ -173,12 +183,9 @@ def affine_replay(
     slope = replay.backward(output, cotangent)
     steps = [_step(replay.x, generator) for _ in range(2)]
     errors = tuple(_error(replay, output, cotangent, slope, step) for step in steps)
-    report = ReplayReport(replay.name, errors, len(replay.tape.entries), tolerance)
-    if report.passed:
-        return report
-    return ReplayReport(
-        replay.name, errors, report.operators, tolerance, _locate(replay, cotangent, steps[0])
-    )
+    functions = frozenset(name for name, _ in replay.tape.entries)
+    report = ReplayReport(replay.name, errors, len(replay.tape.entries), functions, tolerance)
+    return report if report.passed else replace(report, culprit=_locate(replay, cotangent, steps[0]))
 
 
 def prove_frozen(model: nn.Module, inputs: Tensor, *, seed: int = 0) -> ReplayReport:
@@ -193,20 +200,20 @@ def prove_frozen(model: nn.Module, inputs: Tensor, *, seed: int = 0) -> ReplayRe
     return report
 
 
-_proved: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
+_proved: WeakKeyDictionary[nn.Module, dict[Any, ReplayReport]] = WeakKeyDictionary()
 
 
-def ensure_proved(model: nn.Module, inputs: Tensor) -> None:
+def ensure_proved(model: nn.Module, inputs: Tensor) -> ReplayReport:
     """`prove_frozen` once for each model, kind of module tree and size of the images.
 
     Weights are left out on purpose: what is frozen depends on the functions that a model calls. The first call
     costs about what explaining ten images in float64 does, every later one a walk over the module names.
     """
     structure = (tuple(inputs.shape[1:]), tuple((path, type(m)) for path, m in model.named_modules()))
-    known = _proved.setdefault(model, set())
+    known = _proved.setdefault(model, {})
     if structure not in known:
-        prove_frozen(model, inputs)
-        known.add(structure)
+        known[structure] = prove_frozen(model, inputs)
+    return known[structure]
 
 
 def _check_output(replay: Replay, output: Tensor) -> None:

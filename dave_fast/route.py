@@ -18,6 +18,7 @@ from dave_fast.engine import Engine
 from dave_fast.errors import InputError, ModelError
 from dave_fast.frozen import freeze, run_frozen
 from dave_fast.memory import engine_row_bytes, weight_bytes
+from dave_fast.models import timm_vit
 from dave_fast.replay import ensure_proved
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -122,11 +123,21 @@ def make_route(
     """
     if route not in ROUTES:
         raise InputError(f"route is {route!r}; expected one of {', '.join(ROUTES)}")
-    reason = planning.why_not(model, size)
+    reason = planning.why_not(model)
+    if reason is None and planning.why_not(model, size) is not None:
+        built_for = "×".join(map(str, timm_vit.image_size(model)))
+        raise InputError(
+            f"images are {size[0]}×{size[1]} and the model takes {built_for}: preprocess them as the model expects, or "
+            "build it with img_size= or dynamic_img_size=True"
+        )
     if route == "engine" and reason is not None:
         raise ModelError(f"route='engine' was asked for, but {reason}. Use route='auto' or 'frozen'.")
     if route != "frozen" and reason is None:
         return EngineRoute(model, size, dtype, device, backend), None
-    ensure_proved(model, example)
+    if not ensure_proved(model, example).has_attention:
+        raise ModelError(
+            f"{type(model).__name__} has no attention: DAVE explains transformers. Give a Vision Transformer, or use a "
+            "gradient method for this model"
+        )
     line = None if route == "frozen" else f"the frozen route is taken (slower, more memory): {reason}"
     return FrozenRoute(model, size, dtype, device), line

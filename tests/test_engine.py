@@ -1,0 +1,202 @@
+"""The engine's two walks against the frozen route, an independent oracle, and plain PyTorch in low precision."""
+
+import pytest
+import torch
+from torch import nn
+
+from dave_fast import plan as planning
+from dave_fast.engine import Engine
+from dave_fast.errors import ModelError
+from dave_fast.frozen import frozen_vjp
+from dave_fast.ops.patches import patchify
+from tests.tolerances import EXACT, LOW_PRECISION_RATIO
+from tests.variants import ENGINE, FROZEN_ONLY, Variant
+
+BACKENDS = ["torch", "auto"]
+
+
+def walks(engine, images, cotangent):
+    tokens = patchify(images, engine.plan.patch_size).to(engine.plan.dtype)
+    output, saved = engine.forward(tokens)
+    return output, engine.vjp(saved, cotangent.to(output.dtype))
+
+
+def truth(variant: Variant, images, cotangent):
+    model = variant.build(torch.float64)
+    return frozen_vjp(model, images.double(), lambda output: (output * cotangent).sum(1))
+
+
+def cotangent_for(variant: Variant, images):
+    with torch.no_grad():
+        classes = variant.build()(images).shape[1]
+    return torch.randn(len(images), classes, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+def distance(found, expected):
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("name", ENGINE)
+def test_float64_agrees_with_the_frozen_route(name):
+    variant = ENGINE[name]
+    images = variant.images(3, torch.float64)
+    cotangent = cotangent_for(variant, images.float())
+    engine = Engine.build(variant.build(torch.float64), dtype=torch.float64)
+    output, found = walks(engine, images, cotangent)
+    expected_output, expected = truth(variant, images, cotangent)
+    assert distance(output, expected_output) < EXACT
+    assert distance(found, patchify(expected, engine.plan.patch_size)) < EXACT
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["vit", "vit-average", "dinov2-giant-swiglu", "clip", "vit-rms-norm"])
+def test_float32_stays_at_its_rounding(name, backend):
+    variant = ENGINE[name]
+    images = variant.images(3)
+    cotangent = cotangent_for(variant, images)
+    engine = Engine.build(variant.build(), dtype=torch.float32, backend=backend)
+    _, found = walks(engine, images, cotangent)
+    _, expected = truth(variant, images, cotangent)
+    _, plain = frozen_vjp(variant.build(), images, lambda output: (output * cotangent.float()).sum(1))
+    error = distance(found, patchify(expected, engine.plan.patch_size))
+    assert error <= LOW_PRECISION_RATIO * distance(plain, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["vit", "vit-3-blocks-48", "vit-average", "deit3", "siglip", "vit-qk-norm"])
+def test_bfloat16_is_as_good_as_plain_pytorch(name, backend):
+    variant = ENGINE[name]
+    images = variant.images(8)
+    cotangent = cotangent_for(variant, images)
+    engine = Engine.build(variant.build(), dtype=torch.bfloat16, backend=backend)
+    _, found = walks(engine, images, cotangent)
+    _, expected = truth(variant, images, cotangent)
+    low = variant.build(torch.bfloat16)
+    _, plain = frozen_vjp(low, images.bfloat16(), lambda output: (output * cotangent).sum(1))
+    error = distance(found, patchify(expected, engine.plan.patch_size))
+    assert error <= LOW_PRECISION_RATIO * distance(plain, expected)
+
+
+def test_the_stream_is_centred_where_everything_is_blind_to_a_mean():
+    centred = {name: planned(name).centred for name in ("vit", "vit-average", "deit3", "clip", "siglip")}
+    assert all(centred.values())
+    assert not planned("vit-no-final-norm").centred
+    assert not planned("vit-rms-norm").centred
+
+
+def test_large_means_in_the_stream_cost_nothing_in_float64():
+    variant = ENGINE["vit-no-final-norm"]
+    model = variant.build(torch.float64)
+    with torch.no_grad():
+        model.pos_embed += 50.0
+        model.blocks[0].attn.proj.bias += 30.0
+    images = variant.images(2, torch.float64)
+    _, expected = frozen_vjp(model, images, lambda output: output[:, 0])
+    engine = Engine.build(model, dtype=torch.float64)
+    cotangent = torch.zeros(2, expected.shape[0] and model.num_classes, dtype=torch.float64)
+    cotangent[:, 0] = 1
+    _, found = walks(engine, images, cotangent)
+    assert distance(found, patchify(expected, engine.plan.patch_size)) < EXACT
+
+
+def planned(name):
+    variant = ENGINE[name]
+    return Engine.build(variant.build(), dtype=torch.float32, backend="torch").plan
+
+
+def test_the_last_block_is_trimmed_to_what_the_head_reads():
+    assert planned("vit").read == 1 and planned("vit").layers[-1].qkv is None
+    assert planned("deit-distilled").read == 2
+    average = planned("vit-average")
+    assert average.read == average.tokens and average.layers[-1].qkv is not None
+    assert all(layer.qkv is not None for layer in planned("vit").layers[:-1])
+
+
+def test_only_the_read_tokens_leave_the_trimmed_block():
+    variant = ENGINE["vit"]
+    engine = Engine.build(variant.build(), dtype=torch.float32)
+    _, saved = engine.forward(patchify(variant.images(3), engine.plan.patch_size))
+    assert saved.tail_input.shape[1] == 1
+    assert saved.layers[-1].gate.shape[0] == 3
+
+
+def test_one_forward_walk_serves_several_cotangents():
+    variant = ENGINE["deit3"]
+    images = variant.images(2)
+    engine = Engine.build(variant.build(), dtype=torch.float32)
+    output, saved = engine.forward(patchify(images, engine.plan.patch_size))
+    one, two = torch.eye(output.shape[1])[[0, 1]], torch.eye(output.shape[1])[[2, 2]]
+    first, second = engine.vjp(saved, one), engine.vjp(saved, two)
+    assert torch.equal(engine.vjp(saved, one), first)
+    assert torch.allclose(engine.vjp(saved, one + two), first + second, atol=1e-5 * first.abs().max().item())
+
+
+def test_dynamic_image_sizes_resample_the_positions():
+    model = ENGINE["vit"].build()
+    dynamic = type(model)(
+        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=7, dynamic_img_size=True
+    )
+    dynamic.load_state_dict(model.state_dict())
+    dynamic = dynamic.double().eval()
+    images = torch.randn(2, 3, 48, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    _, expected = frozen_vjp(dynamic, images, lambda output: output[:, 1])
+    engine = Engine.build(dynamic, dtype=torch.float64, size=(48, 40))
+    _, found = walks(engine, images, torch.eye(7, dtype=torch.float64)[[1, 1]])
+    assert distance(found, patchify(expected, (8, 8))) < EXACT
+
+
+@pytest.mark.parametrize("name", FROZEN_ONLY)
+def test_other_families_have_no_plan_and_say_why(name):
+    reason = planning.why_not(FROZEN_ONLY[name].build())
+    assert reason is not None
+    with pytest.raises(ModelError, match="no plan"):
+        Engine.build(FROZEN_ONLY[name].build(), dtype=torch.float32)
+
+
+def spoil_lora(model):
+    class LoRA(nn.Linear):
+        pass
+
+    model.blocks[1].attn.qkv = LoRA(32, 96)
+
+
+def spoil_norm(model):
+    model.blocks[0].norm1 = nn.GroupNorm(2, 32)
+
+
+def spoil_forward(model):
+    model.blocks[0].attn.forward = model.blocks[0].attn.forward
+
+
+def spoil_activation(model):
+    model.blocks[1].mlp.act = nn.Hardswish()
+
+
+def spoil_type(model):
+    model.__class__ = type("Mine", (type(model),), {})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (spoil_lora, "blocks.1: a LoRA"),
+        (spoil_norm, "blocks.0: norm GroupNorm"),
+        (spoil_forward, "blocks.0.attn.*replaced forward"),
+        (spoil_activation, "blocks.1: activation Hardswish"),
+        (spoil_type, "Mine is not timm's"),
+    ],
+    ids=lambda value: getattr(value, "__name__", "words"),
+)
+def test_what_the_plan_cannot_read_is_named(spoil, words):
+    model = ENGINE["vit"].build()
+    assert planning.why_not(model) is None
+    spoil(model)
+    with pytest.raises(ModelError, match=words):
+        Engine.build(model, dtype=torch.float32)
+
+
+def test_an_image_size_without_positions_is_named():
+    model = ENGINE["vit"].build()
+    assert "64×32" in planning.why_not(model, (64, 32))
+    with pytest.raises(ModelError, match="33×32"):
+        Engine.build(model, dtype=torch.float32, size=(33, 32))
