@@ -29,23 +29,15 @@ def explain(
         list[Path] | None,
         typer.Argument(metavar="[IMAGES|FOLDER]...", help="Image files, or folders of them."),
     ] = None,
-    demo: Annotated[
-        bool, typer.Option("--demo", help="Explain the embedded scene with the embedded model.")
-    ] = False,
-    model: Annotated[
-        str | None, typer.Option(help="A timm model, or 'demo'.", show_default=DEFAULT_MODEL)
-    ] = None,
-    target: Annotated[
-        str | None, typer.Option(help="Class index or name.", show_default="the most probable")
-    ] = None,
+    demo: Annotated[bool, typer.Option("--demo", help="Explain the embedded scene with the embedded model.")] = False,
+    model: Annotated[str | None, typer.Option(help="A timm model, or 'demo'.", show_default=DEFAULT_MODEL)] = None,
+    target: Annotated[str | None, typer.Option(help="Class index or name.", show_default="the most probable")] = None,
     top_k: Annotated[
         int | None,
         typer.Option(min=1, help="Explain the k most probable classes.", show_default="1; 2 with --demo"),
     ] = None,
     out: Annotated[Path, typer.Option(help="The folder for the results.")] = Path("maps"),
-    n_samples: Annotated[
-        int, typer.Option(min=1, help="Perturbed samples an image.", rich_help_panel=_METHOD)
-    ] = 50,
+    n_samples: Annotated[int, typer.Option(min=1, help="Perturbed samples an image.", rich_help_panel=_METHOD)] = 50,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal maps.", rich_help_panel=_METHOD)] = 0,
     noise_alpha: Annotated[
         float | None,
@@ -84,8 +76,6 @@ def explain(
         raise InputError("--target names one class and --top-k several: give one of them.")
     # The embedded scene has two digits: that maps belong to classes is what there is to see.
     top_k = top_k or (2 if demo and target is None else 1)
-    check_writable(out)
-    sources = _demo_sources(images, model) if demo else _sources(images or [], out)
     settings = Settings(out, target, top_k, n_samples, seed, figure=demo)
     keywords = {
         "device": device,
@@ -98,6 +88,9 @@ def explain(
     }
     screen = console()
     with plain_warnings(screen):
+        # Before a model is loaded for nothing.
+        check_writable(out)
+        sources = _demo_sources(images, model) if demo else _sources(images or [], out)
         explainer = _load(screen, "demo" if demo else model or DEFAULT_MODEL, keywords)
         done, failed = _run(screen, explainer, sources, settings)
     _summary(done, failed, settings)
@@ -106,7 +99,7 @@ def explain(
 
 
 def _sources(images: Sequence[Path], out: Path) -> list[Source]:
-    """The images to explain, found before a model is loaded for nothing."""
+    """The images to explain; a single one is read at once, since without it there is nothing to do."""
     from dave_fast.explain_files import sources_of
     from dave_fast.images import find_images
 
@@ -180,9 +173,7 @@ def _summary(done: Sequence[Done], failed: Sequence[Failed], settings: Settings)
     screen = console(stderr=False)
     results = [result for one in done for result in one.results]
     if results:
-        table = Table(
-            "image", "class", "probability", "overlay", box=None, header_style="bold", pad_edge=False
-        )
+        table = Table("image", "class", "probability", "overlay", box=None, header_style="bold", pad_edge=False)
         for result in results[:_ROWS]:
             name, probability = f"{result.class_name} ({result.target})", percent(result.probability)
             cells = (result.source.path, name, probability, str(result.overlay.relative_to(settings.out)))

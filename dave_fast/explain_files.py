@@ -193,7 +193,10 @@ class _Job:
             "top_class_name": np.array(names),
             "top_probability": np.array(probabilities, np.float32),
             "n_samples": np.int64(explanation.n_samples),
-            "seed": np.array(explanation.seed),
+            # Draws depend on a seed modulo 2⁶⁴; a larger integer would need pickle.
+            "seed": np.int64(explanation.seed)
+            if abs(explanation.seed) < 2**63
+            else np.uint64(explanation.seed % 2**64),
             "model": self.explainer.model_name,
             "precision": self.explainer.precision,
             "dave_fast_version": __version__,

@@ -44,35 +44,35 @@ _GREY = "0.35"
 
 @dataclass(frozen=True)
 class Panel:
-    """One explained class. map: float32 (H, W) in [0, 1]; name: its caption; probability: in [0, 1]."""
+    """One explained class. heat: its map, float32 (H, W) in [0, 1]; name: its caption; probability: in [0, 1]."""
 
-    map: np.ndarray
+    heat: np.ndarray
     name: str
     probability: float
 
 
-def shown(map: np.ndarray) -> np.ndarray:
+def shown(heat: np.ndarray) -> np.ndarray:
     """A map as it is shown: over its 99.5 % quantile, cut at 1, to the power 0.7; float32 (H, W) in [0, 1].
 
     An all-zero map stays zero; one so sparse that the quantile is zero is taken over its maximum.
     """
-    top = float(np.quantile(map, _BRIGHTEST)) or float(map.max())
+    top = float(np.quantile(heat, _BRIGHTEST)) or float(heat.max())
     if top <= 0:
-        return np.zeros(map.shape, np.float32)
-    return (np.clip(map / top, 0, 1) ** _GAMMA).astype(np.float32)
+        return np.zeros(heat.shape, np.float32)
+    return (np.clip(heat / top, 0, 1) ** _GAMMA).astype(np.float32)
 
 
-def plain_map(map: np.ndarray) -> Image.Image:
+def plain_map(heat: np.ndarray) -> Image.Image:
     """A map (H, W) in colour, enlarged: RGB."""
-    return _picture(_colours(_enlarge(shown(map))))
+    return _picture(_colours(_enlarge(shown(heat))))
 
 
-def overlay(crop: np.ndarray, map: np.ndarray) -> Image.Image:
+def overlay(crop: np.ndarray, heat: np.ndarray) -> Image.Image:
     """A map (H, W) over the pixels that the model saw, uint8 (H, W, 3), enlarged: RGB.
 
     The more a pixel contributes, the more its colour covers the photograph.
     """
-    strength = _enlarge(shown(map))
+    strength = _enlarge(shown(heat))
     photograph = photograph_of(crop) / np.float32(255)
     grey = (photograph @ np.array(_LUMINANCE, np.float32))[..., None]
     under = _LIFT + _DIMMING * (grey + _SATURATION * (photograph - grey))
@@ -111,9 +111,7 @@ def _picture(colours: np.ndarray) -> Image.Image:
     return Image.fromarray(np.rint(np.clip(colours, 0, 1) * 255).astype(np.uint8))
 
 
-def figure(
-    crop: np.ndarray, panels: Sequence[Panel], probabilities: Sequence[tuple[str, float]] = ()
-) -> Figure:
+def figure(crop: np.ndarray, panels: Sequence[Panel], probabilities: Sequence[tuple[str, float]] = ()) -> Figure:
     """A figure at the size of print: the input, and the classes that it was explained for.
 
     crop: uint8 (H, W, 3), what the model saw. panels: one class or more.
@@ -126,13 +124,13 @@ def figure(
     grid.image(0, 0, photograph_of(crop), "input")
     if len(panels) == 1:
         (panel,) = panels
-        grid.image(0, 1, np.asarray(plain_map(panel.map)), "map")
-        grid.image(0, 2, np.asarray(overlay(crop, panel.map)), panel.name, panel.probability)
+        grid.image(0, 1, np.asarray(plain_map(panel.heat)), "map")
+        grid.image(0, 2, np.asarray(overlay(crop, panel.heat)), panel.name, panel.probability)
         grid.colorbar(0)
         return grid.figure
     for column, panel in enumerate(panels, 1):
-        grid.image(0, column, np.asarray(overlay(crop, panel.map)), panel.name, panel.probability)
-        grid.image(1, column, np.asarray(plain_map(panel.map)))
+        grid.image(0, column, np.asarray(overlay(crop, panel.heat)), panel.name, panel.probability)
+        grid.image(1, column, np.asarray(plain_map(panel.heat)))
     grid.colorbar(1)
     if probabilities:
         _bars(grid.cell(1, 0), probabilities, {panel.name for panel in panels})
@@ -155,9 +153,7 @@ class _Grid:
 
     def _axes(self, left: float, top: float, width: float, height: float) -> Axes:
         bottom = self.height - top - height
-        return self.figure.add_axes(
-            (left / self.width, bottom / self.height, width / self.width, height / self.height)
-        )
+        return self.figure.add_axes((left / self.width, bottom / self.height, width / self.width, height / self.height))
 
     def _corner(self, row: int, column: int) -> tuple[float, float]:
         left = _MARGIN + column * (self.cell_width + _GAP)

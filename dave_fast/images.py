@@ -85,9 +85,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(values * (255 / full)).astype(np.uint8))
 
 
-def find_images(
-    paths: Iterable[str | os.PathLike[str]], *, skip: str | os.PathLike[str] | None = None
-) -> list[Path]:
+def find_images(paths: Iterable[str | os.PathLike[str]], *, skip: str | os.PathLike[str] | None = None) -> list[Path]:
     """The image files behind paths: files as given, folders searched with all below them, in sorted order.
 
     In folders, files count by their suffix; hidden ones are left out, and so is all that lies in the folder
@@ -183,9 +181,7 @@ def preprocessing(model: Any, image_size: Sequence[int] | None = None) -> Prepro
     if image_size is not None:
         height, width = (int(side) for side in image_size)
     if channels != 3:
-        raise InputError(
-            f"the model takes {channels} channels; image files are read as 3 (RGB). Use the Python API."
-        )
+        raise InputError(f"the model takes {channels} channels; image files are read as 3 (RGB). Use the Python API.")
     note = None
     if not known:
         note = f"the model names no preprocessing: those of ImageNet at {height}×{width} are used."

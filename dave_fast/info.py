@@ -150,9 +150,7 @@ def _ops_table(found: Info) -> tuple[RenderableType, dict[str, int]]:
     from rich.text import Text
 
     backends = list(dict.fromkeys(backend for row in found.ops.values() for backend in row))
-    table = Table(
-        "op", *backends, title=f"backends on {found.device}", title_justify="left", box=None, pad_edge=False
-    )
+    table = Table("op", *backends, title=f"backends on {found.device}", title_justify="left", box=None, pad_edge=False)
     reasons: dict[str, int] = {}
     for op, row in found.ops.items():
         cells = []

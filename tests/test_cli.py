@@ -38,19 +38,19 @@ def models(monkeypatch):
     """Names of models that exist here, in place of the hub's; "never" must not be loaded."""
     known = {"tiny": tiny}
 
-    def load(name):
+    def load_model(name):
         if name not in known:
             raise AssertionError(f"the model {name} was loaded")
         return known[name](), name
 
-    monkeypatch.setattr(explainer, "load_model", load)
+    monkeypatch.setattr(explainer, "load_model", load_model)
     monkeypatch.setattr(explainer, "noise_alpha_for", lambda name: 0.5)
     return known
 
 
-def write(path, seed=0, size=(50, 40)):
+def write(path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 40, 3), np.uint8)
     Image.fromarray(pixels).save(path)
     return path
 
@@ -73,6 +73,16 @@ def explain(*arguments, model="tiny", code=0):
     return run("explain", *arguments, "--model", model, *settings, code=code)
 
 
+def size(path):
+    with Image.open(path) as picture:
+        return picture.size
+
+
+def load(path):
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
 def tree(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
@@ -84,14 +94,13 @@ def test_one_image(models, photo, tmp_path):
     out = tmp_path / "maps"
     result = explain(photo, "--out", out)
     assert tree(out) == ["photo.map.png", "photo.npz", "photo.overlay.png"]
-    assert Image.open(out / "photo.overlay.png").size == Image.open(out / "photo.map.png").size == (448, 448)
+    assert size(out / "photo.overlay.png") == size(out / "photo.map.png") == (448, 448)
     assert f"1 image explained in {out}" in result.stdout
 
 
 def test_arrays(models, photo, tmp_path):
     explain(photo, "--out", tmp_path / "maps", "--target", "dog", "--seed", 7)
-    with np.load(tmp_path / "maps/photo.npz", allow_pickle=False) as saved:
-        arrays = dict(saved)
+    arrays = load(tmp_path / "maps/photo.npz")
     assert arrays["map"].shape == (32, 32) and arrays["map"].dtype == np.float32
     assert arrays["map"].min() >= 0 and arrays["map"].max() == 1
     assert arrays["raw"].shape == (3, 32, 32) and (arrays["raw"] < 0).any()
@@ -103,6 +112,19 @@ def test_arrays(models, photo, tmp_path):
     assert len(arrays["top_target"]) == 5 and (np.diff(arrays["top_probability"]) <= 0).all()
     rank = list(arrays["top_target"]).index(1) if 1 in arrays["top_target"] else None
     assert rank is None or arrays["top_probability"][rank] == pytest.approx(float(arrays["probability"]))
+
+
+@pytest.mark.parametrize(("seed", "saved"), [(-3, -3), (2**64 + 5, 5), (2**64 - 1, 2**64 - 1)])
+def test_any_seed_is_saved(models, photo, tmp_path, seed, saved):
+    explain(photo, "--out", tmp_path / "maps", "--seed", seed)
+    assert load(tmp_path / "maps/photo.npz")["seed"] == saved
+
+
+def test_names_are_not_markup(models, tmp_path):
+    write(tmp_path / "in/[red] ä b.v2.png")
+    result = explain(tmp_path / "in", "--out", tmp_path / "maps")
+    assert "maps/[red] ä b.v2.npz" in {f"maps/{name}" for name in tree(tmp_path / "maps")}
+    assert "[red] ä b.v2.overlay.png" in result.stdout
 
 
 def test_equal_seeds_give_equal_files(models, photo, tmp_path):
@@ -117,7 +139,7 @@ def test_most_probable_classes(models, photo, tmp_path):
     result = explain(photo, "--out", out, "--top-k", 3)
     names = tree(out)
     assert len(names) == 10 and "photo.figure.png" in names
-    arrays = [np.load(out / name) for name in names if name.endswith(".npz")]
+    arrays = [load(out / name) for name in names if name.endswith(".npz")]
     expected = arrays[0]["top_target"][:3].tolist()
     assert sorted(int(a["target"]) for a in arrays) == sorted(expected)
     assert "picture:" in result.stdout
@@ -164,7 +186,7 @@ def untouched(tmp_path):
     out = tmp_path / "maps"
     yield out
     assert not out.exists()
-    assert not [path for path in tmp_path.rglob("*.part")]
+    assert not list(tmp_path.rglob("*.part"))
 
 
 def test_no_image_given(untouched):
@@ -321,7 +343,7 @@ def test_demo(tmp_path):
     names = tree(tmp_path / "maps")
     assert {name.split(".", 2)[-1] for name in names} == {"png", "overlay.png", "map.png", "npz"}
     picture = tmp_path / done.stdout.strip().splitlines()[-1].removeprefix("picture: ")
-    assert Image.open(picture).width > 1000
+    assert size(picture)[0] > 1000
 
 
 def test_demo_takes_no_images(tmp_path, photo):

@@ -137,7 +137,8 @@ def test_figure_files(tmp_path, crop, heat, suffix, signature):
 
 def test_picture_file(tmp_path, heat):
     path = save_picture(plain_map(heat), tmp_path / "new/a.png")
-    assert Image.open(path).size == (448, 448)
+    with Image.open(path) as picture:
+        assert picture.size == (448, 448)
 
 
 @pytest.mark.parametrize(

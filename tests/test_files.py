@@ -20,9 +20,14 @@ def test_exception_leaves_everything_as_it_was(tmp_path, before):
     path = tmp_path / "c.bin"
     if before:
         path.write_bytes(before)
-    with pytest.raises(ZeroDivisionError), atomically(path) as file:
-        file.write(b"half")
-        raise ZeroDivisionError
+
+    def fail_half_way():
+        with atomically(path) as file:
+            file.write(b"half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_half_way()
     assert os.listdir(tmp_path) == (["c.bin"] if before else [])
     assert before is None or path.read_bytes() == before
 

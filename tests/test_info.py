@@ -1,5 +1,6 @@
 """What the machine has: every op has a default, and every "no" a reason."""
 
+import io
 import json
 import os
 import subprocess
@@ -22,7 +23,7 @@ def found():
 def printed(info):
     from rich.console import Console
 
-    console = Console(width=120, file=open("/dev/null", "w"), record=True)  # noqa: SIM115
+    console = Console(width=120, file=io.StringIO(), record=True)
     console.print(render(info))
     return console.export_text()
 
@@ -38,9 +39,7 @@ def test_versions_and_devices(found):
 def test_table_says_what_the_registry_says(found):
     assert set(found.ops) == set(_registry.IMPLEMENTATIONS)
     for op, row in found.ops.items():
-        assert [name for name, text in row.items() if text == "default"] == [
-            _registry.choose(op, "auto", "cpu")
-        ]
+        assert [name for name, text in row.items() if text == "default"] == [_registry.choose(op, "auto", "cpu")]
         assert set(row) == {name for name in _registry.BACKENDS if name in _registry.IMPLEMENTATIONS[op]}
         for backend, text in row.items():
             assert text in ("default", "yes") or text == _registry.why_not(op, backend, "cpu")

@@ -5,9 +5,7 @@ import pytest
 from dave_fast.errors import InputError
 from dave_fast.labels import Labels, labels_of
 
-ANIMALS = Labels(
-    5, ("tiger, Panthera tigris", "tiger cat", "crane", "crane", "lesser panda, red panda, panda")
-)
+ANIMALS = Labels(5, ("tiger, Panthera tigris", "tiger cat", "crane", "crane", "lesser panda, red panda, panda"))
 
 
 class Model:
