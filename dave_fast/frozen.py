@@ -146,9 +146,7 @@ def frozen_forward(model: nn.Module, inputs: Tensor) -> Tensor:
         return run_frozen(model, inputs)
 
 
-def frozen_vjp(
-    model: nn.Module, inputs: Tensor, target_fn: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
+def frozen_vjp(model: nn.Module, inputs: Tensor, target_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """Rows of the effective transformation (DAVE, arXiv 2602.06613, Eq. 3-5), one per image.
 
     model: any nn.Module in evaluation mode, in any floating dtype; it is called and not changed.
@@ -208,9 +206,7 @@ def check_scores(scores: Tensor, inputs: Tensor) -> None:
             f"target_fn returned shape {tuple(scores.shape)}; expected one score per image, ({inputs.shape[0]},)"
         )
     if not scores.requires_grad:
-        raise InputError(
-            "target_fn returned scores that carry no gradient; compute them from the model's output"
-        )
+        raise InputError("target_fn returned scores that carry no gradient; compute them from the model's output")
 
 
 def live_tensors(values: Iterable[Any]) -> list[Tensor]:

@@ -135,9 +135,7 @@ def _second_is_operator(names: str) -> Rule:
     return rule
 
 
-def _normalised(
-    operator: Operator, x: Tensor, dims: Sequence[int], eps: float, centred: bool = True
-) -> Tensor:
+def _normalised(operator: Operator, x: Tensor, dims: Sequence[int], eps: float, centred: bool = True) -> Tensor:
     """(x − mean x)·r, r = 1/√(var x + eps) frozen; the mean stays linear."""
     x = _wide(x)
     if centred:
@@ -263,13 +261,16 @@ def _select(default_dim: int | None, position: int) -> Rule:
 
 
 def _max_pool(operator: Operator, func: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
-    _, indices = torch._C._nn.max_pool2d_with_indices(*args, **kwargs)
+    settings = {k: v for k, v in kwargs.items() if k != "return_indices"}
+    _, indices = torch._C._nn.max_pool2d_with_indices(*args, **settings)
     indices = operator(indices)
     pooled: Tensor = args[0].flatten(-2).gather(-1, indices.flatten(-2))
     return pooled.view_as(indices)
 
 
-_ACTIVATIONS = "relu relu6 leaky_relu prelu elu selu celu gelu silu mish hardswish hardtanh tanh softshrink hardshrink abs"
+_ACTIVATIONS = (
+    "relu relu6 leaky_relu prelu elu selu celu gelu silu mish hardswish hardtanh tanh softshrink hardshrink abs"
+)
 _OPERATORS = (
     "softmax softmin sigmoid hardsigmoid log_sigmoid softplus exp exp2 expm1 log log2 log10 log1p sin cos tan erf erfc "
     "sqrt rsqrt reciprocal var std norm linalg_norm linalg_vector_norm linalg_matrix_norm frobenius_norm cosine_similarity "

@@ -5,8 +5,8 @@ function f of its input, and the frozen gradient w is its slope: f(x+δ) − f(x
 that fails, some input-dependent product was left unfrozen, or a path lost its gradient. Equal outputs prove nothing.
 
 The proof runs on one image and on a deep copy of the model in float64 and evaluation mode, so that it can ask for
-1e-12; the user's model is not called. Casts to lower precision inside the model are lifted. It costs the memory of the copy (8 bytes a
-weight), and of the recorded operators, and four forward passes and one backward pass in float64.
+1e-12; the user's model is not called. Casts to lower precision inside the model are lifted. It costs the memory of the
+copy (8 bytes a weight) and of the recorded operators, and four forward passes and one backward pass in float64.
 """
 
 from __future__ import annotations
@@ -23,12 +23,18 @@ from torch import Tensor, nn
 from dave_fast.errors import ModelError, NonFiniteError, NotFrozenError
 from dave_fast.frozen import FrozenMode, check_scores, live_tensors, run_frozen
 from dave_fast.replay_trace import Trace, find_culprit
+from dave_fast.weights import fingerprint
 
 TOLERANCE = 1e-12
 
 # The functions in which attention's operator meets the values.
 MIXING = frozenset({"scaled_dot_product_attention", "matmul", "bmm", "baddbmm", "einsum", "mm"})
 
+# A change of less than this, relative to the output, is rounding.
+_NO_CHANGE = 1e-14
+# The output itself is rounded: at 1e-12 this share allows it 45 units in the last place, and no more, where a model
+# adds a small change to a large constant (CaiT's class token behind a LayerScale of 1e-5).
+_OUTPUT_SHARE = 0.01
 _LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -36,7 +42,8 @@ _LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
 class ReplayReport:
     """What an affine replay measured.
 
-    errors: |⟨c, f(x+δ) − f(x)⟩ − ⟨w, δ⟩| / (‖c‖·‖f(x+δ) − f(x)‖), one for each δ of norm ‖x‖; c is the cotangent.
+    errors: |⟨c, f(x+δ) − f(x)⟩ − ⟨w, δ⟩| / (‖c‖·(‖f(x+δ) − f(x)‖ + ‖f(x)‖/100)), one for each δ of norm ‖x‖; c is the
+        cotangent.
     operators: how many operators were recorded.
     functions: the names of the functions in which they were met.
     culprit: where it failed, dotted path, class and what was seen there; None where it held.
@@ -172,7 +179,7 @@ def affine_replay(
     target_fn: output (1,K) → scores (1,), affine; by default a random combination of all outputs.
     seed: of the combination and of the δ; no global generator is touched.
 
-    Raises ModelError for a model that is random, NotFrozenError for one whose path depends on the input, and
+    Raises ModelError for a model that is random or constant, NotFrozenError for one whose path depends on the input, and
     NonFiniteError where the output has NaN or infinity.
     """
     replay = Replay(model, inputs)
@@ -200,27 +207,25 @@ def prove_frozen(model: nn.Module, inputs: Tensor, *, seed: int = 0) -> ReplayRe
     return report
 
 
-_proved: WeakKeyDictionary[nn.Module, dict[Any, ReplayReport]] = WeakKeyDictionary()
+_proved: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], tuple[object, ReplayReport]]] = WeakKeyDictionary()
 
 
 def ensure_proved(model: nn.Module, inputs: Tensor) -> ReplayReport:
-    """`prove_frozen` once for each model, kind of module tree and size of the images.
+    """`prove_frozen` once for each model and image size, as long as the model's modules and weights stay what they are.
 
-    Weights are left out on purpose: what is frozen depends on the functions that a model calls. The first call
-    costs about what explaining ten images in float64 does, every later one a walk over the module names.
+    Weights count, since a branch that a weight of zero had silenced was never proved. The first call costs about
+    what explaining ten images in float64 does, every later one a look at the weights' fingerprint.
     """
-    structure = (tuple(inputs.shape[1:]), tuple((path, type(m)) for path, m in model.named_modules()))
-    known = _proved.setdefault(model, {})
-    if structure not in known:
-        known[structure] = prove_frozen(model, inputs)
-    return known[structure]
+    now, size = fingerprint(model), tuple(inputs.shape[1:])
+    proved = _proved.setdefault(model, {})
+    if size not in proved or proved[size][0] != now:
+        proved[size] = (now, prove_frozen(model, inputs))
+    return proved[size][1]
 
 
 def _check_output(replay: Replay, output: Tensor) -> None:
     if not output.isfinite().all():
-        raise NonFiniteError(
-            f"{replay.name} returned NaN or infinity in float64 for the image it was to be proved on"
-        )
+        raise NonFiniteError(f"{replay.name} returned NaN or infinity in float64 for the image it was to be proved on")
     again = replay.forward(replay.x, Trace())
     if (again - output).norm() > TOLERANCE * output.norm():
         raise ModelError(
@@ -254,9 +259,13 @@ def _step(x: Tensor, generator: torch.Generator) -> Tensor:
 def _error(replay: Replay, output: Tensor, cotangent: Tensor, slope: Tensor, step: Tensor) -> float:
     moved = (replay.x + step).detach().requires_grad_()
     change = (replay.forward(moved, Trace()) - output).detach()
-    scale = float(cotangent.norm() * change.norm())
-    difference = abs(float((cotangent * change).sum() - (slope * step).sum()))
-    return difference / scale if scale > 0 else difference
+    if change.norm() <= _NO_CHANGE * output.detach().norm():
+        raise ModelError(
+            f"the output of {replay.name} does not change with its input, so that there is nothing to explain: are "
+            "its weights loaded (a head or a branch of zeros)?"
+        )
+    scale = cotangent.norm() * (change.norm() + _OUTPUT_SHARE * output.detach().norm())
+    return abs(float((cotangent * change).sum() - (slope * step).sum())) / float(scale)
 
 
 def _locate(replay: Replay, cotangent: Tensor, step: Tensor) -> str:

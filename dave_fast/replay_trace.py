@@ -100,16 +100,11 @@ def find_culprit(before: Trace, after: Trace, score: Tensor) -> str:
 def _broken(call: Call, moved: Call, reached: set[int]) -> str | None:
     d_in = [b - a for a, b in zip(call.input_values, moved.input_values, strict=True)]
     d_out = [b - a for a, b in zip(call.output_values, moved.output_values, strict=True)]
-    if any(
-        _changes(d, v)
-        for d, t, v in zip(d_in, call.inputs, call.input_values, strict=True)
-        if not t.requires_grad
-    ):
+    if any(_changes(d, v) for d, t, v in zip(d_in, call.inputs, call.input_values, strict=True) if not t.requires_grad):
         # The gradient was lost before this module.
         return None
     lost = [
-        not t.requires_grad and _changes(d, v)
-        for t, d, v in zip(call.outputs, d_out, call.output_values, strict=True)
+        not t.requires_grad and _changes(d, v) for t, d, v in zip(call.outputs, d_out, call.output_values, strict=True)
     ]
     if any(lost):
         return "its output changes with the input but carries no gradient (detach() or no_grad)"
@@ -118,9 +113,7 @@ def _broken(call: Call, moved: Call, reached: set[int]) -> str | None:
     if not used or not live:
         return None
     generator = torch.Generator().manual_seed(0)
-    cotangents = [
-        torch.randn(d_out[i].shape, generator=generator, dtype=torch.float64).to(d_out[i]) for i in used
-    ]
+    cotangents = [torch.randn(d_out[i].shape, generator=generator, dtype=torch.float64).to(d_out[i]) for i in used]
     slopes = torch.autograd.grad(
         [call.outputs[i] for i in used],
         [call.inputs[i] for i in live],
@@ -147,6 +140,4 @@ def _floating(tree: Any) -> list[Tensor]:
 
 def _cloned(tree: Any) -> Any:
     """Copies of the floating tensors: what happens to them in place later leaves the watched ones alone."""
-    return pytree.tree_map(
-        lambda t: t.clone() if isinstance(t, Tensor) and t.is_floating_point() else t, tree
-    )
+    return pytree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) and t.is_floating_point() else t, tree)

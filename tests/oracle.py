@@ -14,9 +14,7 @@ from timm.layers import AttentionPoolLatent, GluMlp
 from torch import Tensor, nn
 
 
-def oracle_vjp(
-    model: nn.Module, images: Tensor, target_fn: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
+def oracle_vjp(model: nn.Module, images: Tensor, target_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """Output (B,K) and frozen gradient (B,C,H,W) of the scores target_fn(output) -> (B,)."""
     leaf = images.detach().clone().requires_grad_()
     output = oracle_forward(model, leaf)

@@ -96,9 +96,7 @@ ENGINE: dict[str, Variant] = {
     "deit3": _vit("deit3_small_patch16_224", init_values=0.5),
     "deit3-no-qkv-bias": _vit("deit3_small_patch16_224", init_values=0.5, qkv_bias=False),
     "dinov2": _vit(_DINO, (28, 42), patch_size=14, init_values=0.5),
-    "dinov2-registers": _vit(
-        _DINO.replace("dinov2", "reg4_dinov2"), (28, 28), patch_size=14, init_values=0.5
-    ),
+    "dinov2-registers": _vit(_DINO.replace("dinov2", "reg4_dinov2"), (28, 28), patch_size=14, init_values=0.5),
     "dinov2-giant-swiglu": _vit("vit_giant_patch14_dinov2", (28, 28), patch_size=14, init_values=0.5),
     "siglip": _vit("vit_base_patch16_siglip_224"),
     "clip": _vit(_CLIP),
@@ -113,9 +111,7 @@ def _torchvision_vit() -> nn.Module:
 
 
 def _eva02(**changes: Any) -> Variant:
-    return _timm(
-        "eva02_tiny_patch14_224", (28, 28), embed_dim=32, depth=2, num_heads=2, patch_size=14, **changes
-    )
+    return _timm("eva02_tiny_patch14_224", (28, 28), embed_dim=32, depth=2, num_heads=2, patch_size=14, **changes)
 
 
 class HandWritten(nn.Module):
