@@ -1,0 +1,119 @@
+"""linear and its epilogues: every backend against float64 and against plain PyTorch in the same precision."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dave_fast.ops import _registry
+from dave_fast.ops.activation import GATES, activate_ref
+from tests.tolerances import LOW_PRECISION_RATIO
+
+BACKENDS = [
+    pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
+    for name in ("torch", "onednn", "native")
+    for reason in [_registry.why_not("linear", name, "cpu")]
+]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+SHAPES = [(1, 37, 65), (7, 33, 16), (197, 48, 130)]
+ACTIVATIONS = [*GATES, "silu_glu", "gelu_glu_last"]
+
+
+def numbers(*shape, dtype, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def case(shape, dtype):
+    rows, inputs, outputs = shape
+    x, matrix = numbers(rows, inputs, dtype=dtype, seed=0), numbers(outputs, inputs, dtype=dtype, seed=1)
+    bias = numbers(outputs, dtype=dtype, seed=2)
+    scale = numbers(rows, dtype=torch.float64, seed=3).abs()
+    return x, matrix, bias, scale if dtype == torch.float64 else scale.float()
+
+
+def run(backend, x, matrix, *args, **epilogue):
+    pack = _registry.load("pack_weight", backend)
+    return _registry.load("linear", backend)(x, pack(matrix), *args, **epilogue)
+
+
+def error(found, expected):
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+def assert_as_good(found, plain, expected):
+    assert found.shape == expected.shape and found.dtype == plain.dtype
+    floor = torch.finfo(found.dtype).eps
+    assert error(found, expected) <= LOW_PRECISION_RATIO * max(error(plain, expected), floor)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_product_with_scale_and_bias(backend, dtype, shape):
+    x, matrix, bias, scale = case(shape, dtype)
+    expected = scale.double()[:, None] * (x.double() @ matrix.double().T) + bias.double()
+    found = run(backend, x, matrix, bias, row_scale=scale)
+    assert_as_good(found, F.linear((x * scale[:, None]).to(dtype), matrix, bias), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_residual_and_gate(backend, dtype, shape):
+    x, matrix, _, _ = case(shape, dtype)
+    other = numbers(shape[0], shape[2], dtype=dtype, seed=4)
+    kept = other.clone()
+    product = x.double() @ matrix.double().T
+    plain = F.linear(x, matrix)
+    assert_as_good(run(backend, x, matrix, residual=other), plain + other, product + other.double())
+    assert_as_good(run(backend, x, matrix, gate=other), plain * other, product * other.double())
+    assert torch.equal(other, kept)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_and_its_gate(backend, dtype, activation):
+    x, matrix, bias, _ = case((33, 40, 54), dtype)
+    expected, expected_gate = activate_ref(F.linear(x.double(), matrix.double(), bias.double()), activation)
+    plain, plain_gate = activate_ref(F.linear(x, matrix, bias), activation)
+    found, gate = run(backend, x, matrix, bias, activation=activation)
+    assert_as_good(found, plain, expected)
+    assert_as_good(gate, plain_gate, expected_gate)
+
+
+@pytest.mark.parametrize("activation", list(GATES))
+def test_gates_are_the_activation_over_its_argument(activation):
+    u = torch.tensor([-30.0, -4.0, -1.3, -0.5, -1e-20, 1e-20, 0.5, 1.3, 4.0, 30.0], dtype=torch.float64)
+    value, gate = activate_ref(u, activation)
+    by_torch = {
+        "gelu": F.gelu(u),
+        "gelu_tanh": F.gelu(u, approximate="tanh"),
+        "silu": F.silu(u),
+        "relu": F.relu(u),
+        "quick_gelu": u * torch.sigmoid(1.702 * u),
+    }[activation]
+    assert torch.allclose(value, by_torch, rtol=1e-12, atol=1e-15)
+    assert torch.allclose(gate * u, by_torch, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation", list(GATES))
+def test_gates_at_zero_and_far_out(backend, activation):
+    u = torch.tensor([[0.0, -0.0, 200.0, -200.0, 1e4, -1e4, 88.5, -88.5]])
+    _, gate = _registry.load("linear", backend)(
+        u, _registry.load("pack_weight", backend)(torch.eye(8)), activation=activation
+    )
+    at_zero = 0.0 if activation == "relu" else 0.5
+    assert gate[0].tolist() == pytest.approx([at_zero, at_zero, 1, 0, 1, 0, 1, 0], abs=1e-30)
+
+
+@pytest.mark.parametrize("backend", ["torch", BACKENDS[2]])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("centred", [True, False])
+def test_row_rstd(backend, dtype, centred):
+    x = numbers(9, 203, dtype=dtype, seed=5) + (0 if centred else 100)
+    wide = x.double()
+    variance = wide.square().mean(1) if centred else wide.var(1, correction=0)
+    found = _registry.load("row_rstd", backend)(x, 1e-6, centred=centred)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert torch.allclose(found.double(), (variance + 1e-6).rsqrt(), rtol=1e-6 if centred else 1e-4)
