@@ -128,9 +128,15 @@ def score_grids(method: Method, mosaics: Tensor, classes: Tensor, grid: int) -> 
     return {variant: {f"GridPG {grid}×{grid}": torch.stack(scores[variant])} for variant in VARIANTS}
 
 
+def mosaics_of(grid: int, of_two: int) -> int:
+    """How many mosaics of grid×grid take as many maps as `of_two` mosaics of 2×2."""
+    return max(1, 4 * of_two // grid**2)
+
+
 def make_grids(model: Any, grid: int, count: int, *, rescale: bool) -> tuple[Tensor, Tensor]:
     """Mosaics of scenes that the model names rightly with confidence, and their classes (M, grid²)."""
-    pool = Dataset.draw(4 * count * grid**2 // 2, 1, SEED + grid)
+    # classes run out at different times, and not every scene is named rightly
+    pool = Dataset.draw(max(300, 4 * count * grid**2), 1, SEED + grid)
     probability, predicted = probabilities(model, pool.images).max(1)
     kept = ((predicted == pool.labels) & (probability >= CONFIDENT)).nonzero()[:, 0]
     chosen = kept[metrics.choose_mosaics(pool.labels[kept], probability[kept], grid, count, seed=SEED)]
@@ -155,7 +161,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         note(name, score_scenes(model, method, one, patch))
         note(name, score_pairs(method, two))
     for grid in GRIDS:
-        mosaics, classes = make_grids(model, grid, args.grids, rescale=args.tiles == "rescaled")
+        mosaics, classes = make_grids(model, grid, mosaics_of(grid, args.grids), rescale=args.tiles == "rescaled")
         wide = resized(model, mosaics.shape[-1])
         for name, method in methods(wide).items():
             print(f"{name}: {grid}×{grid} mosaics of {mosaics.shape[-1]} px", flush=True)
@@ -163,7 +169,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "settings": {
             "scenes": args.scenes,
-            "mosaics": args.grids,
+            "mosaics": {f"{grid}×{grid}": mosaics_of(grid, args.grids) for grid in GRIDS},
             "tiles": args.tiles,
             "image size": size,
             "samples": N_SAMPLES,
@@ -184,7 +190,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=200, help="scenes of one digit, and as many of two")
-    parser.add_argument("--grids", type=int, default=40, help="mosaics of each size")
+    parser.add_argument("--grids", type=int, default=40, help="mosaics of 2×2; of 3×3 as many as give as many maps")
     parser.add_argument(
         "--tiles",
         choices=("native", "rescaled"),

@@ -62,9 +62,10 @@ intervals overlap are not told apart. The untrained model, |x| and uniform are c
   scenes.
 - **As it is / smoothed**: the signed sum over channels, or the same behind `dave_fast.ops.smooth`, DAVE's own
   post-processing, which every method gets alike. Only positive values count in both; deletion ranks signed values.
-- **EnergyPG**: share of the positive attribution on the digit's pixels. **Pointing game**: whether the maximum is there.
-- **GridPG**: {mosaics} mosaics of each size, of scenes of different classes that the model names rightly with
-  p ≥ {sure}, explained for every cell's class; share of the positive attribution in the right cell. {tiles}.
+- **EnergyPG**: share of the positive attribution that lies on the digit's pixels.
+- **Pointing game**: whether the maximum lies there.
+- **GridPG**: mosaics ({mosaics}) of scenes of different classes that the model names rightly with p ≥ {sure},
+  explained for every cell's class; share of the positive attribution in the right cell. {tiles}.
   Intervals draw mosaics.
 - **Two digits / wrong digit**: the share on one digit's pixels when that digit is explained, and on the same pixels
   when the other is: a map that follows its class is high in the first and low in the second.
@@ -107,7 +108,7 @@ def page(results: dict[str, Any]) -> str:
         samples=s["samples"],
         alpha=s["noise_alpha"],
         smoothgrad=s["SmoothGrad sigma"],
-        mosaics=s["mosaics"],
+        mosaics=" and ".join(f"{count} of {grid}" for grid, count in s["mosaics"].items()),
         sure=s["confident"],
         tiles=native if s["tiles"] == "native" else shrunk,
         steps=s["deletion steps"],

@@ -214,7 +214,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def show(result: dict[str, Any], console: Console) -> None:
     """The table."""
-    title = f"{result['model']}, S = {result['samples']}, {result['repeats']} repeats, {result['environment']['device']}"
+    title = (
+        f"{result['model']}, S = {result['samples']}, {result['repeats']} repeats, {result['environment']['device']}"
+    )
     table = Table(title=title)
     for heading in (
         "",

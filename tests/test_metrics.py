@@ -196,7 +196,9 @@ def test_a_better_map_keeps_the_probability():
     right, wrong = images[:, 0], -images[:, 0]
     scores = []
     for maps in (right, wrong):
-        curve = metrics.deletion_curve(brightness, images, maps, torch.tensor([1]), steps=16, fill=torch.zeros_like(images))
+        curve = metrics.deletion_curve(
+            brightness, images, maps, torch.tensor([1]), steps=16, fill=torch.zeros_like(images)
+        )
         scores.append(metrics.deletion_auc(*curve).item())
     assert scores[0] > scores[1] + 0.1
 
@@ -252,7 +254,9 @@ def test_border_excess_of_noise_is_about_nothing_and_of_a_grid_is_the_grid():
     for column in (3, 4, 7, 8, 11, 12):
         attributions[1, :, column] = 1.5
     assert metrics.border_excess(attributions, 4).tolist() == pytest.approx([0, 0.5])
-    assert metrics.border_excess(attributions[:, None].expand(-1, 3, -1, -1), (4, 4)).tolist() == pytest.approx([0, 0.5])
+    assert metrics.border_excess(attributions[:, None].expand(-1, 3, -1, -1), (4, 4)).tolist() == pytest.approx(
+        [0, 0.5]
+    )
 
 
 def test_border_excess_ignores_the_edge_of_the_image():
