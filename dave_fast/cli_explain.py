@@ -64,11 +64,15 @@ def explain(
 ) -> None:
     """Explain what a model sees in images.
 
-    Writes, for every image, NAME.overlay.png (the map over the photograph), NAME.map.png and NAME.npz (map,
-    signed contributions, class, probability, settings); with --top-k 2 or more a set a class, and
-    NAME.figure.png of all.
+    Writes for every image, beside each other in the folder --out:
 
-    Exit code 0: all done; 1: some images could not be explained; 2: refused or stopped, and why.
+    NAME.overlay.png: the map over the photograph; NAME.map.png: the map;
+    NAME.npz: map, signed contributions, class, probability, settings.
+
+    With --top-k 2 or more: a set a class, and NAME.figure.png of them all.
+
+    Exit code 0: all done; 1: some images could not be explained;
+    2: refused or stopped, and why.
     """
     from dave_fast.explain_files import Settings
 

@@ -268,6 +268,15 @@ def test_hub_out_of_reach(untouched, photo, monkeypatch):
     assert result.stderr.splitlines()[-1].startswith("error: ") and "couldn't connect" in result.stderr
 
 
+def test_model_without_attention(models, untouched, photo):
+    convolutions = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.Flatten(), nn.LazyLinear(10))
+    convolutions(torch.zeros(1, 3, 224, 224))
+    models["convolutions"] = convolutions.eval
+    result = explain(photo, "--out", untouched, model="convolutions", code=2)
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert "attention" in result.stderr
+
+
 def test_model_without_a_plan(models, untouched, photo):
     convolutions = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.Flatten(), nn.LazyLinear(10))
     convolutions(torch.zeros(1, 3, 224, 224))
