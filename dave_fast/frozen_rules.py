@@ -273,8 +273,8 @@ _ACTIVATIONS = (
 )
 _OPERATORS = (
     "softmax softmin sigmoid hardsigmoid log_sigmoid softplus exp exp2 expm1 log log2 log10 log1p sin cos tan erf erfc "
-    "sqrt rsqrt reciprocal var std norm linalg_norm linalg_vector_norm linalg_matrix_norm frobenius_norm cosine_similarity "
-    "cdist dist sign round floor ceil logsumexp"
+    "sqrt rsqrt reciprocal var std norm linalg_norm linalg_vector_norm linalg_matrix_norm frobenius_norm "
+    "cosine_similarity cdist dist sign round floor ceil logsumexp"
 )
 
 RULES: dict[str, Rule] = {

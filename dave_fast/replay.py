@@ -179,8 +179,8 @@ def affine_replay(
     target_fn: output (1,K) → scores (1,), affine; by default a random combination of all outputs.
     seed: of the combination and of the δ; no global generator is touched.
 
-    Raises ModelError for a model that is random or constant, NotFrozenError for one whose path depends on the input, and
-    NonFiniteError where the output has NaN or infinity.
+    Raises ModelError for a model that is random or constant, NotFrozenError for one whose path depends on the
+    input, and NonFiniteError where the output has NaN or infinity.
     """
     replay = Replay(model, inputs)
     output = replay.forward(replay.x, Trace())
@@ -200,9 +200,10 @@ def prove_frozen(model: nn.Module, inputs: Tensor, *, seed: int = 0) -> ReplayRe
     report = affine_replay(model, inputs, seed=seed)
     if not report.passed:
         raise NotFrozenError(
-            f"the frozen gradient of {report.model} would be wrong: its affine replay is off by {max(report.errors):.1e} "
-            f"(tolerance {report.tolerance:.0e}), because of {report.culprit}. Write that step with functions that have "
-            "a frozen form (dave_fast/frozen_rules.py lists them), without detach() or custom autograd functions"
+            f"the frozen gradient of {report.model} would be wrong: its affine replay is off by "
+            f"{max(report.errors):.1e} (tolerance {report.tolerance:.0e}), because of {report.culprit}. Write that "
+            "step with functions that have a frozen form (dave_fast/frozen_rules.py lists them), without detach() "
+            "or custom autograd functions"
         )
     return report
 

@@ -100,13 +100,12 @@ def find_culprit(before: Trace, after: Trace, score: Tensor) -> str:
 def _broken(call: Call, moved: Call, reached: set[int]) -> str | None:
     d_in = [b - a for a, b in zip(call.input_values, moved.input_values, strict=True)]
     d_out = [b - a for a, b in zip(call.output_values, moved.output_values, strict=True)]
-    if any(_changes(d, v) for d, t, v in zip(d_in, call.inputs, call.input_values, strict=True) if not t.requires_grad):
+    inputs = zip(call.inputs, d_in, call.input_values, strict=True)
+    if any(_changes(d, v) and not t.requires_grad for t, d, v in inputs):
         # The gradient was lost before this module.
         return None
-    lost = [
-        not t.requires_grad and _changes(d, v) for t, d, v in zip(call.outputs, d_out, call.output_values, strict=True)
-    ]
-    if any(lost):
+    outputs = zip(call.outputs, d_out, call.output_values, strict=True)
+    if any(_changes(d, v) and not t.requires_grad for t, d, v in outputs):
         return "its output changes with the input but carries no gradient (detach() or no_grad)"
     used = [i for i, t in enumerate(call.outputs) if id(t) in reached]
     live = [i for i, t in enumerate(call.inputs) if t.requires_grad]

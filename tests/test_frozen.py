@@ -30,7 +30,7 @@ class Calls(nn.Module):
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm())
+    return float(((a - b).norm() / b.norm()).detach())
 
 
 def second_score(output: Tensor) -> Tensor:
