@@ -62,9 +62,16 @@ def extensions() -> list[Extension]:
     if choice == "0":
         return []
     compilers = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    missing = [name for name, found in (("CMake", shutil.which("cmake")), ("a C++ compiler", any(map(shutil.which, compilers)))) if not found]
+    missing = [
+        name
+        for name, found in (("CMake", shutil.which("cmake")), ("a C++ compiler", any(map(shutil.which, compilers))))
+        if not found
+    ]
     if missing and choice == "auto":
-        print(f"dave-fast: no {' and no '.join(missing)}: installing without the native core, in pure Python", file=sys.stderr)
+        print(
+            f"dave-fast: no {' and no '.join(missing)}: installing without the native core, in pure Python",
+            file=sys.stderr,
+        )
         return []
     return [CMakeExtension("dave_fast._native", optional=choice == "auto")]
 

@@ -59,9 +59,15 @@ class Sampling:
     flip: float = 0.5
 
     def __post_init__(self) -> None:
-        _require(_is_number(self.noise_alpha) and 0 <= self.noise_alpha <= 1, "noise_alpha must be in [0, 1]", self.noise_alpha)
+        _require(
+            _is_number(self.noise_alpha) and 0 <= self.noise_alpha <= 1,
+            "noise_alpha must be in [0, 1]",
+            self.noise_alpha,
+        )
         _require(self.schedule in SCHEDULES, f"schedule must be one of {', '.join(SCHEDULES)}", self.schedule)
-        _require(_is_number(self.rotation) and self.rotation >= 0, "rotation must be an angle ≥ 0 in degrees", self.rotation)
+        _require(
+            _is_number(self.rotation) and self.rotation >= 0, "rotation must be an angle ≥ 0 in degrees", self.rotation
+        )
         _require(
             isinstance(self.scale, tuple | list)
             and len(self.scale) == 2
@@ -70,7 +76,9 @@ class Sampling:
             "scale must be (smallest, largest) with 0 < smallest ≤ largest",
             self.scale,
         )
-        _require(_is_number(self.translation) and self.translation >= 0, "translation must be a share ≥ 0", self.translation)
+        _require(
+            _is_number(self.translation) and self.translation >= 0, "translation must be a share ≥ 0", self.translation
+        )
         _require(_is_number(self.flip) and 0 <= self.flip <= 1, "flip must be a probability in [0, 1]", self.flip)
 
 
@@ -132,7 +140,9 @@ def draw(
         shift = _uniforms(0, keys, SCHEDULE_STREAM, 0)[0]
         t = sampling.noise_alpha * ((_van_der_corput(one_image).repeat(len(image_keys)) + shift) % 1.0)
     # t·(2 - t) = 1 - (1 - t)², without its cancellation
-    return Draws(image_index, _matrices(samples, keys, height, width, sampling), 1 - t, (t * (2 - t)).sqrt(), keys, samples)
+    return Draws(
+        image_index, _matrices(samples, keys, height, width, sampling), 1 - t, (t * (2 - t)).sqrt(), keys, samples
+    )
 
 
 def identity(n_images: int) -> Draws:
@@ -163,7 +173,9 @@ def _length(n_samples: int, first_sample: int, schedule_length: int | None) -> i
         _require(first_sample == 0, "schedule='paper' needs schedule_length, the total S, when first_sample > 0", None)
         return n_samples
     enough = isinstance(schedule_length, int) and schedule_length >= first_sample + n_samples
-    _require(enough, f"schedule_length must be an integer ≥ {first_sample + n_samples}, the last sample", schedule_length)
+    _require(
+        enough, f"schedule_length must be an integer ≥ {first_sample + n_samples}, the last sample", schedule_length
+    )
     return schedule_length
 
 

@@ -27,16 +27,16 @@ def tent(u: Tensor) -> Tensor:
     return (1 - u.abs()).clamp(min=0)
 
 
-def pixels(height: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """x (1, 1, W) and y (1, H, 1), the coordinates of pixel centres, in the dtype and on the device of `like`."""
-    x = torch.arange(width, dtype=like.dtype, device=like.device)
-    y = torch.arange(height, dtype=like.dtype, device=like.device)
+def pixels(images: Tensor) -> tuple[Tensor, Tensor]:
+    """x (1, 1, W) and y (1, H, 1), the coordinates of the images' pixel centres."""
+    x = torch.arange(images.shape[3], dtype=images.dtype, device=images.device)
+    y = torch.arange(images.shape[2], dtype=images.dtype, device=images.device)
     return x.view(1, 1, -1), y.view(1, -1, 1)
 
 
 def take(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """images (R, C, H, W) at integer positions x, y (R, H', W'); zero outside. Returns (R, C, H', W')."""
-    rows, channels, height, width = images.shape
+    _, channels, height, width = images.shape
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     flat = (y.clamp(0, height - 1) * width + x.clamp(0, width - 1)).long().flatten(1)
     values = images.flatten(2).gather(2, flat[:, None].expand(-1, channels, -1)).unflatten(2, x.shape[1:])
@@ -61,4 +61,4 @@ def check(images: Tensor, draws: Draws, patch_size: int | tuple[int, int]) -> tu
         raise InputError(f"draws.image_index must be in [0, {len(images)}), the images of the batch")
     if not bool(draws.matrices.isfinite().all()):
         raise InputError("draws.matrices must be finite")
-    return patch_grid(*images.shape[2:], patch_size)
+    return patch_grid(images.shape[2], images.shape[3], patch_size)

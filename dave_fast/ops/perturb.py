@@ -65,7 +65,7 @@ def perturb_native(
     """`perturb` in C++ on the host."""
     native, images, rows = _ext.module(), images.contiguous(), _ext.NativeDraws(draws)
     p_h, p_w = patch_hw(patch_size)
-    n_y, n_x = patch_grid(*images.shape[2:], (p_h, p_w))
+    n_y, n_x = patch_grid(images.shape[2], images.shape[3], (p_h, p_w))
     tokens = torch.empty(len(draws), n_y * n_x, images.shape[1] * p_h * p_w, dtype=dtype)
     native.perturb(
         *(_ext.address(images), _ext.DTYPE_CODES[images.dtype], images.shape),
@@ -77,7 +77,7 @@ def perturb_native(
 
 def warp(images: Tensor, draws: Draws) -> Tensor:
     """τ(x): y(p) = Σ_q x(q)·h(source_x(p) - q_x)·h(source_y(p) - q_y). images (R, C, H, W), one a row of the draws."""
-    x, y = _warp.source(draws.matrices.to(images.dtype).to(images.device), *_warp.pixels(*images.shape[2:], images))
+    x, y = _warp.source(draws.matrices.to(images.dtype).to(images.device), *_warp.pixels(images))
     left, top = x.floor(), y.floor()
     warped = torch.zeros_like(images)
     for q_y in (top, top + 1):

@@ -1,4 +1,7 @@
-"""pull_back: signal·τᵀ(un-patchify(g)) ⊙ image, the adjoint of perturb's signal part. DAVE, arXiv 2602.06613, Eq. 6-8."""
+"""pull_back: signal·τᵀ(un-patchify(g)) ⊙ image, the adjoint of perturb's signal part.
+
+DAVE, arXiv 2602.06613, Eq. 6-8.
+"""
 
 from __future__ import annotations
 
@@ -102,7 +105,7 @@ def adjoint_warp(cotangents: Tensor, draws: Draws) -> Tensor:
     """
     matrices = draws.matrices.to(cotangents.dtype).to(cotangents.device)
     inverse, reach = inverse_and_reach(draws.matrices)
-    x, y = _warp.pixels(*cotangents.shape[2:], cotangents)
+    x, y = _warp.pixels(cotangents)
     centre_x, centre_y = _warp.source(inverse.to(cotangents.dtype).to(cotangents.device), x, y)
     half = reach.to(cotangents.dtype).to(cotangents.device)[:, :, None, None]
     first_x, first_y = (centre_x - half[:, 0]).floor() + 1, (centre_y - half[:, 1]).floor() + 1

@@ -1,4 +1,7 @@
-"""smooth: from signed contributions to a map in [0, 1]. The post-processing of DAVE, arXiv 2602.06613, as its authors compute it."""
+"""smooth: from signed contributions to a map in [0, 1].
+
+The post-processing of DAVE, arXiv 2602.06613, as its authors compute it.
+"""
 
 from __future__ import annotations
 

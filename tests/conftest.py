@@ -1,0 +1,54 @@
+"""What every test of an op gets: fresh buffers that hold NaN, and each form of the op that this machine can run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from dave_fast import _ext
+
+INTEGER_POISON = -7
+
+# tests are small, and often run side by side; those about threads ask for them
+torch.set_num_threads(1)
+
+
+def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        fresh = make(*args, **kwargs)
+        if fresh.is_floating_point() or fresh.is_complex():
+            return fresh.fill_(torch.nan)
+        if fresh.dtype in (torch.int8, torch.int16, torch.int32, torch.int64):
+            return fresh.fill_(INTEGER_POISON)
+        return fresh
+
+    return poisoned
+
+
+@pytest.fixture(autouse=True)
+def poisoned_buffers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In tests/ops every uninitialised tensor holds NaN (integers: a sentinel), so that none is read by mistake."""
+    if "ops" in request.path.parts:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+            monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(params=["torch", "avx512bf16", "avx512", "avx2", "baseline"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each form of a pixel op in turn: PyTorch, and C++ for each instruction set of this machine."""
+    if request.param == "torch":
+        yield "torch"
+        return
+    reason = _ext.unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    native = _ext.module()
+    if request.param not in native.usable_isas():
+        pytest.skip(f"this machine has no {request.param}")
+    before = native.isa()
+    native.use_isa(request.param)
+    yield "native"
+    native.use_isa(before)

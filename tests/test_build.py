@@ -1,0 +1,112 @@
+"""The build: CUDA and sanitizer builds of the numerics; wheels with and without the extension; the sdist (slow)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TRACKED = ("csrc", "dave_fast", "kernels", "CMakeLists.txt", "LICENSE", "MANIFEST.in", "pyproject.toml", "setup.py")
+
+needs_compiler = pytest.mark.skipif(
+    not shutil.which("c++") or not shutil.which("cmake"), reason="no C++ compiler or CMake"
+)
+
+
+def run(*command: object, **environment: str) -> str:
+    """What a command printed; its output is the failure's message."""
+    done = subprocess.run(
+        [str(part) for part in command], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+def test_the_numerics_compile_as_cuda(tmp_path):
+    ptx = tmp_path / "check.ptx"
+    run("nvcc", "-std=c++17", "-arch=sm_90a", "-ptx", "-o", ptx, ROOT / "csrc" / "compile_check.cu")
+    kernels = {part.split("(")[0]: part for part in ptx.read_text().split(".entry")[1:]}
+    (random,) = (body for name, body in kernels.items() if "check_random" in name)
+    # fused operations would round once where the host rounds twice
+    assert "fma" not in random
+    assert "mul.rn.f32" in random
+
+
+@needs_compiler
+def test_the_kernels_run_under_sanitizers(tmp_path):
+    out = run(ROOT / "scripts" / "sanitize", tmp_path)
+    assert "smoke test passed" in out
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what is packaged, so that builds leave nothing in the working tree."""
+    copy = tmp_path_factory.mktemp("source")
+    for name in TRACKED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        elif (ROOT / name).exists():
+            shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+def wheel_of(source: Path, to: Path, choice: str, **environment: str) -> tuple[Path, set[str], str]:
+    pip = (sys.executable, "-m", "pip", "wheel", "--verbose", "--no-deps", "--no-build-isolation", "-w", to, source)
+    out = run(*pip, DAVE_FAST_BUILD_EXT=choice, **environment)
+    (wheel,) = to.glob("*.whl")
+    return wheel, set(zipfile.ZipFile(wheel).namelist()), out
+
+
+@pytest.mark.slow
+def test_a_wheel_of_pure_python(source, tmp_path):
+    wheel, names, _ = wheel_of(source, tmp_path, "0")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not any(name.endswith(".so") for name in names)
+    assert {"dave_fast/kernels/__init__.py", "dave_fast/py.typed", "dave_fast/demo/digits.npz"} <= names
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_wheel_with_the_extension(source, tmp_path):
+    wheel, names, _ = wheel_of(source, tmp_path, "1")
+    assert "none-any" not in wheel.name
+    assert any(name.startswith("dave_fast/_native") for name in names)
+    assert not any(name.startswith("csrc") for name in names)
+
+
+@pytest.mark.slow
+def test_a_compiler_that_fails_is_forgiven_by_auto_alone(source, tmp_path):
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    _, names, out = wheel_of(source, tmp_path / "wheel", "auto", CXX=str(broken))
+    assert not any(name.endswith(".so") for name in names)
+    assert "the native core was not built" in out
+    with pytest.raises(AssertionError, match="the native core was not built"):
+        wheel_of(source, tmp_path / "fatal", "1", CXX=str(broken))
+
+
+@pytest.mark.slow
+def test_the_sdist_holds_what_a_build_needs(source, tmp_path):
+    code = f"from setuptools import build_meta; print(build_meta.build_sdist({str(tmp_path)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[-1] for name in archive.getnames()}
+    assert {
+        "csrc/perturb.h",
+        "csrc/bindings.cpp",
+        "CMakeLists.txt",
+        "setup.py",
+        "kernels/__init__.py",
+        "LICENSE",
+    } <= names
