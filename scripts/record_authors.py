@@ -14,6 +14,7 @@ definition under test depends on its distribution.
 from __future__ import annotations
 
 import argparse
+import hashlib
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -32,6 +33,14 @@ SCENE_SEED, SCENE_INDEX = 2026, 0
 N_SAMPLES, NOISE_ALPHA = 6, 0.5
 GENERATOR_SEED = 20260602
 NOISE_STEPS = 16
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """SHA-256 of the weights, so that a recording is known to be of this model."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Recorder:
@@ -116,6 +125,8 @@ def record(authors: Path) -> dict[str, np.ndarray]:
     """Their numbers for the demo scene: once in float32, as their users get them, once replayed in float64."""
     scene = draw_scenes(1, SCENE_SEED, start=SCENE_INDEX, split="test")
     model = load_demo_model()
+    # before their code: it registers buffers of its own on the model
+    digest = weights_digest(model)
     image = preprocessing(model)(Image.fromarray(scene.images[0]))[0][None]
     target = torch.from_numpy(scene.labels)
 
@@ -134,6 +145,7 @@ def record(authors: Path) -> dict[str, np.ndarray]:
     drift = (raw - raw_double).norm() / raw_double.norm()
     print(f"their float32 against their float64, relative L2 of raw: {drift.item():.1e}")
     return {
+        "weights": np.array(digest),
         "image": scene.images,
         "target": target.numpy(),
         "t": single.t.numpy(),
