@@ -22,7 +22,9 @@ def patch_grid(height: int, width: int, patch_size: int | tuple[int, int]) -> tu
     """(rows, columns) of patches in an image; InputError where the patches do not fill it."""
     p_h, p_w = patch_hw(patch_size)
     if height % p_h or width % p_w:
-        raise InputError(f"images of {height}×{width} pixels do not divide into patches of {p_h}×{p_w}; resize or pad them")
+        raise InputError(
+            f"images of {height}×{width} pixels do not divide into patches of {p_h}×{p_w}; resize or pad them"
+        )
     return height // p_h, width // p_w
 
 
