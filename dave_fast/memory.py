@@ -20,6 +20,8 @@ from dave_fast.ops.attention import KEEP_PROBABILITIES
 if TYPE_CHECKING:
     from dave_fast.plan import Layer, ViTPlan
 
+# P's rows are rounded up to whole vectors
+PADDING = 15
 # share of the free memory that an explanation may take when nobody says otherwise
 SHARE = 0.5
 
@@ -37,21 +39,23 @@ def _layer_bytes(plan: ViTPlan, layer: Layer) -> int:
     width = layer.heads * layer.head_dim
     hidden = layer.fc2.transposed.shape[0]
     if tokens <= KEEP_PROBABILITIES:
-        attention = layer.heads * queries * tokens * item
+        attention = layer.heads * queries * (tokens + PADDING) * item
     else:
         attention = 3 * tokens * width * item + layer.heads * queries * 4
     return attention + queries * hidden * item + 8 * (tokens + queries)
 
 
 def engine_row_bytes(plan: ViTPlan) -> int:
-    """Bytes of one row of a micro-batch: saved operators, and the widest moment of a block."""
+    """Bytes of one row of a micro-batch: saved operators, the widest moment of a block, tokens in and out."""
     item = plan.dtype.itemsize
     saved = sum(_layer_bytes(plan, layer) for layer in plan.layers)
     layer = plan.layers[0]
     hidden = layer.fc1.bias.shape[0]
-    alive = plan.tokens * (4 * plan.width + 2 * hidden) * item
+    alive = plan.tokens * (4 * plan.width + 3 * hidden) * item
+    height, width = plan.image_size
+    pixels = 2 * plan.channels * height * width * item
     tail = 4 * plan.read * plan.width * 4
-    return saved + alive + tail
+    return saved + alive + pixels + tail
 
 
 def contribution_bytes(n_samples: int, image_shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -1,0 +1,67 @@
+"""The documented formula for memory against what a process really takes."""
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
+
+from dave_fast.engine import Engine
+from dave_fast.memory import contribution_bytes, engine_row_bytes
+from dave_fast.ops.linear import pack_ref
+from dave_fast.plan import make_plan
+
+def peak_bytes(run):
+    """Most bytes of CPU tensors alive at once, as PyTorch's allocator reports them."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    waiting = list(recorded.profiler.kineto_results.experimental_event_tree())
+    changes = []
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.typed[0] == _EventType.Allocation:
+            changes.append((event.start_time_ns, event.typed[1].alloc_size))
+    alive = most = 0
+    for _, change in sorted(changes):
+        alive += change
+        most = max(most, alive)
+    return most
+
+
+def tiny_plan(size, **changes):
+    settings = dict(img_size=size, patch_size=16, embed_dim=64, depth=3, num_heads=2) | changes
+    return make_plan(VisionTransformer(**settings).eval(), dtype=torch.float32, pack=pack_ref)
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("size", "rows"), [(224, 12), (384, 5)])
+def test_the_formula_bounds_a_rows_memory_and_is_not_far_above_it(size, rows, dtype, backend):
+    model = VisionTransformer(img_size=size, patch_size=16, embed_dim=192, depth=6, num_heads=3).eval()
+    engine = Engine.build(model, dtype=dtype, backend=backend)
+    images = torch.randn(rows, engine.plan.tokens - 1, 768, dtype=dtype)
+
+    def walk():
+        output, saved = engine.forward(images.clone())
+        engine.vjp(saved, torch.eye(output.shape[1])[:1].expand(rows, -1))
+
+    walk()
+    share = peak_bytes(walk) / rows / engine_row_bytes(engine.plan)
+    assert 0.6 <= share <= 1.05
+
+
+def test_memory_is_linear_in_tokens_once_probabilities_are_not_kept():
+    one, two, four = (engine_row_bytes(tiny_plan(size)) for size in (384, 768, 1536))
+    # four times the pixels, four times the tokens but for the class token
+    assert two / one == pytest.approx(4, rel=0.02)
+    assert four / two == pytest.approx(4, rel=0.02)
+
+
+def test_average_pooling_and_gated_hidden_layers_count():
+    assert engine_row_bytes(tiny_plan(224, global_pool="avg")) > engine_row_bytes(tiny_plan(224))
+    assert engine_row_bytes(tiny_plan(224, mlp_ratio=8.0)) > engine_row_bytes(tiny_plan(224))
+
+
+def test_contributions_are_samples_times_image():
+    assert contribution_bytes(50, (3, 224, 224), torch.float32) == 50 * 3 * 224 * 224 * 4
