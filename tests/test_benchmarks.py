@@ -122,3 +122,33 @@ def test_tables_mark_the_best_method_but_no_control():
     text = quality_page.table({"DAVE": scored(0.5), "SmoothGrad": scored(0.25), "uniform": scored(0.75)}, ("EnergyPG",))
     assert "| DAVE, as it is | **0.500** (0.500–0.500) |" in text
     assert "| uniform, as it is | 0.750 (0.750–0.750) |" in text
+
+
+def test_the_quality_page_says_what_was_measured():
+    score = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 3}
+    settings = {
+        "accuracy": 0.97,
+        "image size": 128,
+        "scenes": 200,
+        "mask area": 0.04,
+        "samples": 50,
+        "noise_alpha": 0.5,
+        "SmoothGrad sigma": 0.3,
+        "mosaics": {"2×2": 40, "3×3": 17},
+        "confident": 0.9,
+        "tiles": "native",
+        "deletion steps": 32,
+        "stability sigma": 0.02,
+    }
+    environment = {"commit": "abc", "python": "3.11", "versions": {"torch": "2.15.0"}}
+    rows = {"DAVE": {"as it is": {"EnergyPG": score, "border excess": score}}}
+    text = quality_page.page({"settings": settings, "environment": environment, "rows": rows})
+    for said in (
+        "accuracy 97.0%",
+        "40 of 2×2 and 17 of 3×3",
+        "covers 4.0%",
+        "torch 2.15.0",
+        "figures/quality_examples.png",
+    ):
+        assert said in text
+    assert "| DAVE, as it is | **0.500** (0.400–0.600) | – |" in text
