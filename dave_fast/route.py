@@ -24,7 +24,7 @@ from dave_fast.replay import ensure_proved
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 ROUTES = ("auto", "engine", "frozen")
 # tokens that a CPU micro-batch aims at: enough rows for full GEMM tiles, few enough to stay in the caches
-CPU_TOKENS = 1600
+CPU_TOKENS = 800
 
 
 class Route(Protocol):
