@@ -46,9 +46,9 @@ def test_the_kernels_run_under_sanitizers(tmp_path):
     assert "smoke test passed" in out
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what is packaged, so that builds leave nothing in the working tree."""
+    """A copy of what is packaged: builds leave nothing in the working tree and find nothing of one another's."""
     copy = tmp_path_factory.mktemp("source")
     for name in TRACKED:
         if (ROOT / name).is_dir():
