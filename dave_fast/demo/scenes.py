@@ -60,8 +60,8 @@ class DemoScene:
 
 
 def demo_scene() -> DemoScene:
-    """The scene that examples explain: held-out glyphs, a four on the left and a two on the right."""
-    scenes = draw_scenes(1, 2, n_digits=2, split="test", start=64)
+    """The scene that examples explain: held-out glyphs, a four and, below it to the right, a six."""
+    scenes = draw_scenes(1, 2, n_digits=2, split="test", start=30)
     return DemoScene(
         Image.fromarray(scenes.images[0]),
         int(scenes.labels[0]),
@@ -137,17 +137,13 @@ def write_digits(
     return [(label, coverage >= 0.5) for label, coverage in placed]
 
 
-def _place_digits(
-    rng: np.random.Generator, size: int, n_digits: int, split: str
-) -> list[tuple[int, np.ndarray]]:
+def _place_digits(rng: np.random.Generator, size: int, n_digits: int, split: str) -> list[tuple[int, np.ndarray]]:
     """(label, coverage float32 (H, W) in [0, 1]) of each digit; their coverages do not overlap."""
     images, labels = glyphs(split)
     first = int(rng.integers(len(labels)))
     if n_digits == 1:
         height = rng.uniform(40, 72) * size / _REFERENCE_SIZE
-        return [
-            (int(labels[first]), _coverage(rng, images[first], height, _somewhere(rng, size, height), size))
-        ]
+        return [(int(labels[first]), _coverage(rng, images[first], height, _somewhere(rng, size, height), size))]
     others = np.flatnonzero(labels != labels[first])
     second = int(others[rng.integers(len(others))])
     while True:
@@ -170,9 +166,7 @@ def _somewhere(rng: np.random.Generator, size: int, height: float) -> np.ndarray
     return rng.uniform(margin, size - margin, 2)
 
 
-def _coverage(
-    rng: np.random.Generator, glyph: np.ndarray, height: float, centre: np.ndarray, size: int
-) -> np.ndarray:
+def _coverage(rng: np.random.Generator, glyph: np.ndarray, height: float, centre: np.ndarray, size: int) -> np.ndarray:
     """Antialiased coverage float32 (size, size) of a glyph, height pixels tall, slightly turned and sheared."""
     refine = spline(_GLYPH_CELLS, _FINE, cardinal=True)
     fine = np.zeros((_FINE + 2 * _FINE_MARGIN,) * 2, np.float32)
