@@ -151,15 +151,11 @@ class Engine:
         x = self._read(layer, x, rows)
         x = self._linear(out.view(x.shape[0], -1), layer.proj.weight, layer.proj.bias, residual=x)
         rstd2 = self._row_rstd(x, layer.eps2, centred=layer.centred2)
-        hidden, gate = self._linear(
-            x, layer.fc1.weight, layer.fc1.bias, row_scale=rstd2, activation=layer.activation
-        )
+        hidden, gate = self._linear(x, layer.fc1.weight, layer.fc1.bias, row_scale=rstd2, activation=layer.activation)
         x = self._linear(hidden, layer.fc2.weight, layer.fc2.bias, residual=x)
         return x, SavedLayer(rstd1, attention, rstd2, gate)
 
-    def _queries_keys_values(
-        self, layer: Layer, x: Tensor, rstd: Tensor, rows: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _queries_keys_values(self, layer: Layer, x: Tensor, rstd: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
         """q (R, Q, heads, D), k and v (R, N, heads, D): views of the projections, q- and k-norm applied."""
         shape = (rows, -1, layer.heads, layer.head_dim)
         if layer.qkv is not None:

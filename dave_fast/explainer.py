@@ -210,7 +210,7 @@ class DAVE:
 
     @property
     def route(self) -> str:
-        """"engine" or "frozen": the route of the last explanation, else the one that was asked for."""
+        """ "engine" or "frozen": the route of the last explanation, else the one that was asked for."""
         return next(reversed(self._routes.values())).name if self._routes else self._route_wanted
 
     # ---- one micro-batch ----

@@ -130,28 +130,29 @@ def make_plan(
     reason = why_not(model, size)
     if reason is not None:
         raise ModelError(f"the engine has no plan for this model: {reason}. Use route='auto' or 'frozen'.")
-    size = size or timm_vit.image_size(model)
+    vit: Any = model
+    size = size or timm_vit.image_size(vit)
     maker = _Maker(dtype, pack, torch.device(device))
-    embed, position, prefix = timm_vit.read_embedding(model, size)
+    embed, position, prefix = timm_vit.read_embedding(vit, size)
     norm_pre = None
-    if type(model.norm_pre) is not nn.Identity:
-        norm_pre = timm_vit.read_norm(model.norm_pre, position.shape[1])
-    centred = timm_vit.tail_centres(model) and all(
-        type(norm) in timm_vit.LAYER_NORMS for block in model.blocks for norm in (block.norm1, block.norm2)
+    if type(vit.norm_pre) is not nn.Identity:
+        norm_pre = timm_vit.read_norm(vit.norm_pre, position.shape[1])
+    centred = timm_vit.tail_centres(vit) and all(
+        type(norm) in timm_vit.LAYER_NORMS for block in vit.blocks for norm in (block.norm1, block.norm2)
     )
     if centred and norm_pre is None:
         embed = _centre_writer(embed)
         position, prefix = _remove_mean(position), _remove_mean(prefix)
-    read = timm_vit.read_tokens(model) or position.shape[0] + prefix.shape[0]
-    last = len(model.blocks) - 1
+    read = timm_vit.read_tokens(vit) or position.shape[0] + prefix.shape[0]
+    last = len(vit.blocks) - 1
     layers = tuple(
         maker.layer(reading, centred, trimmed=i == last and read < position.shape[0] + prefix.shape[0])
-        for i, reading in enumerate(timm_vit.read_blocks(model))
+        for i, reading in enumerate(timm_vit.read_blocks(vit))
     )
     return ViTPlan(
         image_size=size,
-        patch_size=tuple(model.patch_embed.patch_size),
-        channels=model.patch_embed.proj.in_channels,
+        patch_size=tuple(vit.patch_embed.patch_size),
+        channels=vit.patch_embed.proj.in_channels,
         dtype=dtype,
         device=maker.device,
         embed=maker.projection(Linear(embed.weight, torch.zeros_like(embed.bias))),
@@ -161,7 +162,7 @@ def make_plan(
         centred=centred,
         layers=layers,
         read=read,
-        tail=timm_vit.Tail(model, statistics_dtype(dtype)).to(maker.device),
+        tail=timm_vit.Tail(vit, statistics_dtype(dtype)).to(maker.device),
     )
 
 
@@ -177,9 +178,7 @@ class _Maker:
     def projection(self, linear: Linear, transposed: Tensor | None = None) -> Projection:
         """transposed: what the VJP multiplies with, where it is not the whole weight."""
         back = linear.weight if transposed is None else transposed
-        return Projection(
-            self.pack(self.cast(linear.weight)), self.cast(linear.bias), self.pack(self.cast(back.T))
-        )
+        return Projection(self.pack(self.cast(linear.weight)), self.cast(linear.bias), self.pack(self.cast(back.T)))
 
     def layer(self, block: BlockReading, centred: bool, *, trimmed: bool) -> Layer:
         qkv, fc1 = _fold_reader(block.qkv, block.norm1), _fold_reader(block.fc1, block.norm2)

@@ -1,19 +1,19 @@
 """Targets: which score of the output is explained, in captum's forms and as callables.
 
-    None                       the predicted class of each image
-    int, or a tensor of one    that class, for every image
-    list of ints, (B,) tensor  a class per image
-    tuple of ints              an index into outputs with more than two dimensions, for every image
-    list of tuples             one such index per image
-    callable                   output (R, ...) -> scores (R,), for scores that are no class logit
-    list of callables          per image: output of one row (...) -> scalar
+None                       the predicted class of each image
+int, or a tensor of one    that class, for every image
+list of ints, (B,) tensor  a class per image
+tuple of ints              an index into outputs with more than two dimensions, for every image
+list of tuples             one such index per image
+callable                   output (R, ...) -> scores (R,), for scores that are no class logit
+list of callables          per image: output of one row (...) -> scalar
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from dave_fast.errors import InputError
 
 Index = tuple[int, ...]
 Score = Callable[[Tensor], Tensor]
-Target = Union[None, int, Index, Tensor, Sequence[int], Sequence[Index], Score, Sequence[Score]]
+Target = int | Index | Tensor | Sequence[int] | Sequence[Index] | Score | Sequence[Score] | None
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,7 @@ def _as_list(target: Any) -> list[Any]:
     if hasattr(target, "__index__"):
         return [int(target)]
     raise InputError(
-        f"target is a {type(target).__name__}; expected None, an int, a tuple, a tensor, a list of these, "
-        "or a callable"
+        f"target is a {type(target).__name__}; expected None, an int, a tuple, a tensor, a list of these, or a callable"
     )
 
 
@@ -128,7 +127,9 @@ def _checked(target: Any, output: Tensor) -> Index:
         raise InputError(f"target {target!r} is neither an integer nor a tuple of integers")
     sizes = tuple(output.shape[1:])
     if len(target) != len(sizes):
-        raise InputError(f"target {target} has {len(target)} indices; an output of shape (B, *{sizes}) needs {len(sizes)}")
+        raise InputError(
+            f"target {target} has {len(target)} indices; an output of shape (B, *{sizes}) needs {len(sizes)}"
+        )
     for i, size in zip(target, sizes, strict=True):
         if not -size <= i < size:
             raise InputError(f"target {i} is out of range: the model's output has {size} classes, 0 to {size - 1}")

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -87,7 +88,7 @@ def test_shapes_types_and_what_is_reported(model, images):
     found = explainer(model).explain(images, n_samples=3, seed=7)
     assert found.maps.shape == (3, 32, 48) and found.maps.dtype == torch.float32
     assert found.raw.shape == images.shape and found.raw.dtype == torch.float32
-    assert 0 <= found.maps.min() and found.maps.max() <= 1
+    assert found.maps.min() >= 0 and found.maps.max() <= 1
     with torch.no_grad():
         logits = model(images)
     assert torch.allclose(found.output, logits, atol=1e-5)
@@ -227,7 +228,7 @@ def test_changed_weights_are_noticed(model, images):
     model.blocks[0] = copy.deepcopy(model.blocks[1])
     replaced = explain(images, 0, n_samples=2).raw
     seen = [before, in_place, swapped, through_data, replaced]
-    for earlier, later in zip(seen, seen[1:], strict=False):
+    for earlier, later in pairwise(seen):
         assert not torch.allclose(earlier, later)
     assert torch.equal(replaced, explainer(copy.deepcopy(model)).explain(images, 0, n_samples=2).raw)
 
@@ -235,8 +236,8 @@ def test_changed_weights_are_noticed(model, images):
 def test_what_the_plan_does_not_cover_is_frozen_and_said(images):
     model = tiny_vit(class_token=False, global_pool="avg")
     model.blocks[0].register_forward_hook(lambda *args: None)
+    found = explainer(model)
     with pytest.warns(UserWarning, match="frozen route is taken.*blocks.0.*hooks"):
-        found = explainer(model)
         found.explain(images, n_samples=2)
     assert found.route == "frozen"
     with pytest.raises(ModelError, match="route='engine' was asked for"):

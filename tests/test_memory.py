@@ -11,6 +11,7 @@ from dave_fast.memory import contribution_bytes, engine_row_bytes
 from dave_fast.ops.linear import pack_ref
 from dave_fast.plan import make_plan
 
+
 def peak_bytes(run):
     """Most bytes of CPU tensors alive at once, as PyTorch's allocator reports them."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:

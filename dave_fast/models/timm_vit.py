@@ -86,13 +86,14 @@ def why_not(model: nn.Module) -> str | None:
         return f"module '{hooked or type(model).__name__}' carries hooks or a replaced forward"
     if type(model.patch_embed) is not PatchEmbed or type(model.patch_embed.norm) is not nn.Identity:
         return f"its patch embedding is a {type(model.patch_embed).__name__} with a norm or another form"
-    if model.patch_embed.dynamic_img_pad:
+    vit: Any = model
+    if vit.patch_embed.dynamic_img_pad:
         return "its patch embedding pads images"
-    if type(model.norm_pre) is not nn.Identity and _norm_reason(model.norm_pre):
-        return f"norm_pre: {_norm_reason(model.norm_pre)}"
-    if not len(model.blocks):
+    if type(vit.norm_pre) is not nn.Identity and _norm_reason(vit.norm_pre):
+        return f"norm_pre: {_norm_reason(vit.norm_pre)}"
+    if not len(vit.blocks):
         return "it has no blocks"
-    for i, block in enumerate(model.blocks):
+    for i, block in enumerate(vit.blocks):
         reason = _block_reason(block)
         if reason is not None:
             return f"blocks.{i}: {reason}"
@@ -109,7 +110,7 @@ def _is_patched(module: nn.Module) -> bool:
     )
 
 
-def _block_reason(block: nn.Module) -> str | None:
+def _block_reason(block: Any) -> str | None:
     if type(block) is not Block:
         return f"a {type(block).__name__}, not a pre-norm Block"
     if type(block.attn) is not Attention:
@@ -174,7 +175,9 @@ def read_embedding(model: VisionTransformer, size: tuple[int, int]) -> tuple[Lin
         skipped = 0 if model.no_embed_class else model.num_prefix_tokens
         if model.dynamic_img_size:
             table = resample_abs_pos_embed(
-                table, new_size=list(grid(model, size) or ()), old_size=list(model.patch_embed.grid_size),
+                table,
+                new_size=list(grid(model, size) or ()),
+                old_size=list(model.patch_embed.grid_size),
                 num_prefix_tokens=skipped,
             )
         position = table[0, skipped:].double()
@@ -215,7 +218,7 @@ def read_blocks(model: VisionTransformer) -> Iterator[BlockReading]:
         )
 
 
-def _mlp_activation(mlp: nn.Module) -> str:
+def _mlp_activation(mlp: Any) -> str:
     name = activation_name(mlp.act)
     assert name is not None
     if type(mlp) is GluMlp:
@@ -229,7 +232,7 @@ def _linear(module: nn.Linear | nn.Conv2d) -> Linear:
     return Linear(weight, bias)
 
 
-def _scaled(linear: Linear, scale: nn.Module) -> Linear:
+def _scaled(linear: Linear, scale: Any) -> Linear:
     if type(scale) is nn.Identity:
         return linear
     gamma = scale.gamma.detach().double()
@@ -249,11 +252,12 @@ class Tail(nn.Module):
             "_parameters": {},
             "_buffers": {},
         }
-        self.model = shell.to(dtype).eval().requires_grad_(False)
+        self.model: Any = shell.to(dtype).eval().requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (R, tokens, C) after the last block -> logits (R, K)."""
-        return self.model.forward_head(self.model.norm(x))
+        logits: Tensor = self.model.forward_head(self.model.norm(x))
+        return logits
 
 
 def read_tokens(model: VisionTransformer) -> int | None:
@@ -271,7 +275,5 @@ def tail_centres(model: VisionTransformer) -> bool:
     if type(model.norm) in LAYER_NORMS:
         return True
     return (
-        type(model.norm) is nn.Identity
-        and type(model.fc_norm) in LAYER_NORMS
-        and model.global_pool in ("token", "avg")
+        type(model.norm) is nn.Identity and type(model.fc_norm) in LAYER_NORMS and model.global_pool in ("token", "avg")
     )

@@ -99,9 +99,7 @@ def _linear_packed(
     residual: Tensor | None = None,
 ) -> Any:
     if not weight.is_mkldnn:
-        return linear_ref(
-            x, weight, bias, row_scale=row_scale, activation=activation, gate=gate, residual=residual
-        )
+        return linear_ref(x, weight, bias, row_scale=row_scale, activation=activation, gate=gate, residual=residual)
     if row_scale is not None:
         x = scale(x, row_scale)
     if residual is not None:

@@ -1,7 +1,7 @@
 """row_rstd: what is left of a norm once its weights are folded into its neighbours: a scalar per row.
 
-    RMSNorm, or LayerNorm of rows whose mean is zero:  r = 1/√(mean(x²) + eps)
-    LayerNorm:                                         r = 1/√(var(x) + eps)
+RMSNorm, or LayerNorm of rows whose mean is zero:  r = 1/√(mean(x²) + eps)
+LayerNorm:                                         r = 1/√(var(x) + eps)
 """
 
 from __future__ import annotations

@@ -13,7 +13,15 @@ BACKENDS = [
 ]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 # rows, queries, tokens, heads, head dimension
-SHAPES = [(1, 1, 1, 1, 8), (2, 7, 7, 3, 16), (2, 1, 197, 2, 64), (1, 197, 197, 2, 64), (1, 65, 65, 4, 36), (2, 2, 50, 1, 80), (1, 49, 33, 2, 9)]
+SHAPES = [
+    (1, 1, 1, 1, 8),
+    (2, 7, 7, 3, 16),
+    (2, 1, 197, 2, 64),
+    (1, 197, 197, 2, 64),
+    (1, 65, 65, 4, 36),
+    (2, 2, 50, 1, 80),
+    (1, 49, 33, 2, 9),
+]
 
 
 def heads(shape, dtype, seed=0, scale=1.0):
@@ -54,7 +62,11 @@ def test_against_the_formula(backend, dtype, shape, kept, monkeypatch):
     plain = run("torch", *case, 0.3)
     for got, want, reference in zip(found, expected, plain, strict=True):
         assert got.shape == want.shape and got.dtype == dtype and got.is_contiguous()
-        limit = EXACT if dtype == torch.float64 else LOW_PRECISION_RATIO * max(error(reference, want), torch.finfo(dtype).eps)
+        limit = (
+            EXACT
+            if dtype == torch.float64
+            else LOW_PRECISION_RATIO * max(error(reference, want), torch.finfo(dtype).eps)
+        )
         assert error(got, want) <= limit
 
 
