@@ -1,6 +1,6 @@
 """How good the maps are, measured on the demo model, whose scenes know which pixels carry the label.
 
-    python -m benchmarks.quality [--scenes 200] [--grids 40] [--out benchmarks/results/quality.json]
+    python -m benchmarks.quality [--scenes 100] [--grids 12] [--out benchmarks/results/quality.json]
 
 Held-out scenes; every method with settings that were fixed beforehand (benchmarks/methods.py); every score with a
 bootstrap interval over images. Each attribution is scored twice: as it is (sum over channels) and behind the same
@@ -189,8 +189,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenes", type=int, default=200, help="scenes of one digit, and as many of two")
-    parser.add_argument("--grids", type=int, default=40, help="mosaics of 2×2; of 3×3 as many as give as many maps")
+    parser.add_argument("--scenes", type=int, default=100, help="scenes of one digit, and as many of two")
+    parser.add_argument("--grids", type=int, default=12, help="mosaics of 2×2; of 3×3 as many as give as many maps")
     parser.add_argument(
         "--tiles",
         choices=("native", "rescaled"),
