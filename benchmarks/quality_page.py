@@ -50,7 +50,7 @@ digit. The last two rows explain the two digits of one scene.
 {how}
 
 Mean over images and its 95 % bootstrap interval. **Bold**: the best mean of a column among the methods; two whose
-intervals overlap are not told apart. The untrained model, |x| and uniform are controls.
+intervals overlap are not told apart. The untrained model, input magnitude and uniform are controls.
 
 ## What was measured
 
