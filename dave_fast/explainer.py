@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dave_fast.errors import InputError, NonFiniteError
+from dave_fast.checks import check_images, check_keys, check_rows, describe, refuse_non_finite
+from dave_fast.errors import InputError
 from dave_fast.memory import SHARE, contribution_bytes, free_bytes
 from dave_fast.models.catalog import load_model, noise_alpha_for
 from dave_fast.ops import _registry
@@ -87,7 +88,7 @@ class DAVE:
         if noise_alpha is None:
             noise_alpha = noise_alpha_for(self.model_name)
         self.sampling = Sampling(noise_alpha, schedule, rotation, scale, translation, flip)
-        self.internal_batch_size = _checked_rows(internal_batch_size)
+        self.internal_batch_size = check_rows(internal_batch_size)
         self._route_wanted = route
         self._routes: dict[tuple[int, ...], Route] = {}
         self._fingerprint: object = None
@@ -124,10 +125,10 @@ class DAVE:
 
         Raises InputError (shape, dtype, target, n_samples), ModelError, NonFiniteError.
         """
-        images = self._checked_images(images)
-        keys = _checked_keys(image_keys, len(images))
+        images = self._checked(images)
+        keys = check_keys(image_keys, len(images))
         route = self._route(tuple(images.shape[1:]))
-        rows = _checked_rows(internal_batch_size) or self.internal_batch_size or self._fitting_rows(route)
+        rows = check_rows(internal_batch_size) or self.internal_batch_size or self._fitting_rows(route)
         draws = draw(
             n_samples, height=images.shape[2], width=images.shape[3], seed=seed, image_keys=keys, sampling=self.sampling
         )
@@ -145,7 +146,7 @@ class DAVE:
                 if progress is not None:
                     progress(done, len(draws))
             raw[some] = self._robust_mean(contributions.view(len(part) // n_samples, n_samples, *images.shape[1:]))
-        _refuse_non_finite(raw, "the attribution", "Try precision='fp32', or look for overflow in the model.")
+        refuse_non_finite(raw, "the attribution", "Try precision='fp32', or look for overflow in the model.")
         classes = resolved.classes.expand(len(images)).clone()
         return Explanation(
             maps=self._smooth(raw).float(),
@@ -174,7 +175,7 @@ class DAVE:
         if additional_forward_args is not None:
             raise InputError("additional_forward_args are not supported; wrap the model in a module that supplies them")
         if not isinstance(inputs, Tensor) or inputs.dim() != 4:
-            raise InputError(f"inputs must be one tensor (B, C, H, W); got {_describe(inputs)}")
+            raise InputError(f"inputs must be one tensor (B, C, H, W); got {describe(inputs)}")
         explanation = self.explain(inputs, target, n_samples, seed, internal_batch_size=internal_batch_size)
         return explanation.raw.to(device=inputs.device, dtype=inputs.dtype)
 
@@ -185,7 +186,7 @@ class DAVE:
 
     def predict(self, images: Tensor) -> Tensor:
         """The model's output for unperturbed images (B, C, H, W): (B, ...) float32, in this precision and route."""
-        images = self._checked_images(images)
+        images = self._checked(images)
         route = self._route(tuple(images.shape[1:]))
         return self._output(route, images, self.internal_batch_size or self._fitting_rows(route)).float()
 
@@ -194,7 +195,7 @@ class DAVE:
 
         float64 in fp64, else float32. DAVE, arXiv 2602.06613, Eq. 5.
         """
-        images = self._checked_images(images)
+        images = self._checked(images)
         route = self._route(tuple(images.shape[1:]))
         rows = self.internal_batch_size or self._fitting_rows(route)
         resolved = resolve_target(target, self._output(route, images, rows))
@@ -205,7 +206,7 @@ class DAVE:
             output, saved = route.forward(self._perturb(images, some, route.patch_size, dtype=route.dtype))
             tokens = route.vjp(saved, resolved.cotangent(output, some.image_index)).to(images.dtype)
             gradients[start : start + rows] = unpatchify(tokens, route.patch_size, *images.shape[2:])
-        _refuse_non_finite(gradients, "the effective gradient", "Try precision='fp32'.")
+        refuse_non_finite(gradients, "the effective gradient", "Try precision='fp32'.")
         return gradients
 
     @property
@@ -230,7 +231,7 @@ class DAVE:
             tokens = self._perturb(images, every[start : start + rows], route.patch_size, dtype=route.dtype)
             outputs.append(route.forward(tokens)[0])
         output = torch.cat(outputs)
-        _refuse_non_finite(output, "the model's output", "Check the weights, or try precision='fp32'.")
+        refuse_non_finite(output, "the model's output", "Check the weights, or try precision='fp32'.")
         return output
 
     # ---- sizes ----
@@ -277,19 +278,8 @@ class DAVE:
             self._routes[shape] = made
         return self._routes[shape]
 
-    def _checked_images(self, images: Tensor) -> Tensor:
-        """images (B, C, H, W) contiguous, on the device, float32 (float64 in fp64)."""
-        if not isinstance(images, Tensor) or images.dim() not in (3, 4) or 0 in images.shape:
-            raise InputError(f"images must be a tensor (B, C, H, W) or (C, H, W); got {_describe(images)}")
-        if not images.is_floating_point():
-            raise InputError(
-                f"images are {images.dtype}; expected floating point, normalised as the model expects "
-                "(see dave_fast.images.preprocessing)"
-            )
-        images = images.detach() if images.dim() == 4 else images.detach()[None]
-        images = images.to(device=self.device, dtype=statistics_dtype(DTYPES[self.precision])).contiguous()
-        _refuse_non_finite(images, "images", "Look for NaN or infinity in how they were loaded and normalised.")
-        return images
+    def _checked(self, images: Any) -> Tensor:
+        return check_images(images, self.device, statistics_dtype(DTYPES[self.precision]))
 
 
 def effective_gradient(
@@ -315,27 +305,3 @@ def _probability(output: Tensor, classes: Tensor) -> Tensor:
         return torch.full(classes.shape, float("nan"))
     chosen = output.softmax(1).cpu().gather(1, classes.clamp(min=0)[:, None])[:, 0].float()
     return chosen.masked_fill(classes < 0, float("nan"))
-
-
-def _describe(value: Any) -> str:
-    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-
-
-def _refuse_non_finite(values: Tensor, what: str, advice: str) -> None:
-    if not torch.isfinite(values).all():
-        bad = (~torch.isfinite(values)).flatten(1).any(1).nonzero()[:, 0].tolist()
-        raise NonFiniteError(f"{what} holds NaN or infinity for image {', '.join(map(str, bad))}. {advice}")
-
-
-def _checked_rows(rows: int | None) -> int | None:
-    if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
-        raise InputError(f"internal_batch_size is {rows!r}; expected an integer ≥ 1")
-    return rows
-
-
-def _checked_keys(keys: Sequence[int] | None, images: int) -> Sequence[int]:
-    if keys is None:
-        return [0] * images
-    if len(keys) != images:
-        raise InputError(f"{len(keys)} image_keys were given for {images} images; give one integer an image")
-    return [int(k) for k in keys]

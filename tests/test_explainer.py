@@ -272,7 +272,7 @@ def test_bad_images_are_refused(model, images, words):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_pixels_name_their_image(model, images, value):
     images[1, 0, 3, 4] = value
-    with pytest.raises(NonFiniteError, match="images holds NaN or infinity for image 1"):
+    with pytest.raises(NonFiniteError, match="NaN or infinity in the pixels of image 1"):
         explainer(model).explain(images)
 
 

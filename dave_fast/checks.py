@@ -1,0 +1,57 @@
+"""What callers give, checked once: images, settings, and results that are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dave_fast.errors import InputError, NonFiniteError
+
+
+def check_images(images: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """images (B, C, H, W), or one (C, H, W), as contiguous (B, C, H, W) on the device, in `dtype`.
+
+    Raises InputError for what is no such tensor of floating point, NonFiniteError for NaN or infinity.
+    """
+    if not isinstance(images, Tensor) or images.dim() not in (3, 4) or 0 in images.shape:
+        raise InputError(f"images must be a tensor (B, C, H, W) or (C, H, W); got {describe(images)}")
+    if not images.is_floating_point():
+        raise InputError(
+            f"images are {images.dtype}; expected floating point, normalised as the model expects "
+            "(see dave_fast.images.preprocessing)"
+        )
+    images = images.detach() if images.dim() == 4 else images.detach()[None]
+    images = images.to(device=device, dtype=dtype).contiguous()
+    refuse_non_finite(images, "the pixels", "Look for NaN or infinity in how they were loaded and normalised.")
+    return images
+
+
+def describe(value: Any) -> str:
+    """A value in a few words, for messages."""
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def refuse_non_finite(values: Tensor, what: str, advice: str) -> None:
+    """NonFiniteError that names the images (rows of `values`) with NaN or infinity."""
+    if not torch.isfinite(values).all():
+        bad = (~torch.isfinite(values)).flatten(1).any(1).nonzero()[:, 0].tolist()
+        raise NonFiniteError(f"NaN or infinity in {what} of image {', '.join(map(str, bad))}. {advice}")
+
+
+def check_rows(rows: int | None) -> int | None:
+    """internal_batch_size: None, or an integer ≥ 1."""
+    if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
+        raise InputError(f"internal_batch_size is {rows!r}; expected an integer ≥ 1")
+    return rows
+
+
+def check_keys(keys: Sequence[int] | None, images: int) -> Sequence[int]:
+    """One integer an image; zeros where none are given."""
+    if keys is None:
+        return [0] * images
+    if len(keys) != images:
+        raise InputError(f"{len(keys)} image_keys were given for {images} images; give one integer an image")
+    return [int(k) for k in keys]
