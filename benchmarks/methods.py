@@ -28,7 +28,7 @@ SMOOTHGRAD_SIGMA = 0.3
 ROWS_AT_ONCE = 64
 
 DAVE_NAME = "DAVE"
-CONTROLS = ("DAVE, untrained model", "input magnitude", "uniform")
+CONTROLS = ("DAVE, untrained model", "|x|", "uniform")
 
 
 def methods(model: Any, seed: int = 0) -> dict[str, Method]:

@@ -50,7 +50,7 @@ digit. The last two rows explain the two digits of one scene.
 {how}
 
 Mean over images and its 95 % bootstrap interval. **Bold**: the best mean of a column among the methods; two whose
-intervals overlap are not told apart. The untrained model, input magnitude and uniform are controls.
+intervals overlap are not told apart. The untrained model, |x| and uniform are controls.
 
 ## What was measured
 
@@ -128,7 +128,9 @@ def table(rows: dict[str, Any], columns: tuple[str, ...]) -> str:
             if not any(column in scores for column in columns):
                 continue
             cells = [_cell(scores.get(column), best[column]) for column in columns]
-            lines.append(f"| {name}, {variant} | " + " | ".join(cells) + " |")
+            # a bar would end the cell
+            title = name.replace("|", "\\|")
+            lines.append(f"| {title}, {variant} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

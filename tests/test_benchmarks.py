@@ -119,9 +119,12 @@ def test_tables_mark_the_best_method_but_no_control():
     def scored(mean):
         return {"as it is": {"EnergyPG": {"mean": mean, "low": mean, "high": mean, "n": 3}}}
 
-    text = quality_page.table({"DAVE": scored(0.5), "SmoothGrad": scored(0.25), "uniform": scored(0.75)}, ("EnergyPG",))
+    text = quality_page.table(
+        {"DAVE": scored(0.5), "SmoothGrad": scored(0.25), "uniform": scored(0.75), "|x|": scored(0.125)}, ("EnergyPG",)
+    )
     assert "| DAVE, as it is | **0.500** (0.500–0.500) |" in text
     assert "| uniform, as it is | 0.750 (0.750–0.750) |" in text
+    assert r"| \|x\|, as it is | 0.125" in text
 
 
 def test_the_quality_page_says_what_was_measured():
