@@ -69,7 +69,7 @@ def normal(keys: Tensor, samples: Tensor, n_elements: int, *, stream: int = 1) -
     give the Box-Muller pairs r·cos θ, r·sin θ with r = √(-2 ln u_even), θ = 2π·u_odd.
     """
     n_blocks = (n_elements + 3) // 4
-    deviates = torch.empty(len(samples), 4 * n_blocks, device=keys.device)
+    deviates = torch.empty(len(samples), 4 * n_blocks, dtype=torch.float32, device=keys.device)
     # a chunk's temporaries stay in a CPU's cache; a GPU wants few launches
     rows = max(1, (1 << 15 if keys.device.type == "cpu" else 1 << 22) // max(n_blocks, 1))
     blocks = torch.arange(n_blocks, device=keys.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ def check_images(images: Any, device: torch.device, dtype: torch.dtype) -> Tenso
             "(see dave_fast.images.preprocessing)"
         )
     images = images.detach() if images.dim() == 4 else images.detach()[None]
+    # a copy where the caller's inference mode made a tensor that autograd may not keep
+    images = images.clone() if images.is_inference() else images
     images = images.to(device=device, dtype=dtype).contiguous()
     refuse_non_finite(images, "the pixels", "Look for NaN or infinity in how they were loaded and normalised.")
     return images
@@ -41,11 +44,20 @@ def refuse_non_finite(values: Tensor, what: str, advice: str) -> None:
         raise NonFiniteError(f"NaN or infinity in {what} of image {', '.join(map(str, bad))}. {advice}")
 
 
+def check_integer(value: Any, name: str, at_least: int | None = None) -> int:
+    """Any kind of integer (also NumPy's) as an int."""
+    try:
+        integer = operator.index(value)
+    except TypeError:
+        integer = None
+    if integer is None or isinstance(value, bool) or (at_least is not None and integer < at_least):
+        raise InputError(f"{name} is {value!r}; expected an integer{'' if at_least is None else f' ≥ {at_least}'}")
+    return integer
+
+
 def check_rows(rows: int | None) -> int | None:
     """internal_batch_size: None, or an integer ≥ 1."""
-    if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
-        raise InputError(f"internal_batch_size is {rows!r}; expected an integer ≥ 1")
-    return rows
+    return None if rows is None else check_integer(rows, "internal_batch_size", 1)
 
 
 def check_keys(keys: Sequence[int] | None, images: int) -> Sequence[int]:
@@ -54,4 +66,4 @@ def check_keys(keys: Sequence[int] | None, images: int) -> Sequence[int]:
         return [0] * images
     if len(keys) != images:
         raise InputError(f"{len(keys)} image_keys were given for {images} images; give one integer an image")
-    return [int(k) for k in keys]
+    return [check_integer(key, "an image key") for key in keys]

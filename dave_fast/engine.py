@@ -65,10 +65,12 @@ class Engine:
         size: tuple[int, int] | None = None,
         device: torch.device | str = "cpu",
         backend: str = "auto",
+        sibling: ViTPlan | None = None,
     ) -> Engine:
         """Plan and engine in one; arguments as `make_plan`."""
         pack = _registry.bind("pack_weight", backend, torch.device(device).type)
-        return Engine(make_plan(model, dtype=dtype, pack=pack, size=size, device=device), backend)
+        plan = make_plan(model, dtype=dtype, pack=pack, size=size, device=device, sibling=sibling)
+        return Engine(plan, backend)
 
     @torch.no_grad()
     def forward(self, tokens: Tensor) -> tuple[Tensor, Saved]:

@@ -6,6 +6,7 @@ over flat (image, sample) rows in micro-batches. Source: DAVE, arXiv 2602.06613,
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dave_fast.checks import check_images, check_keys, check_rows, describe, refuse_non_finite
+from dave_fast.checks import check_images, check_integer, check_keys, check_rows, describe, refuse_non_finite
 from dave_fast.errors import InputError
 from dave_fast.memory import SHARE, contribution_bytes, free_bytes
 from dave_fast.models.catalog import load_model, noise_alpha_for
 from dave_fast.ops import _registry
 from dave_fast.ops.patches import unpatchify
-from dave_fast.precision import choose_precision, resolve_device, statistics_dtype
-from dave_fast.route import DTYPES, Route, make_route
+from dave_fast.precision import choose_precision, own_arithmetic, resolve_device, statistics_dtype
+from dave_fast.route import DTYPES, ROUTES, Route, make_route
 from dave_fast.sampling import Draws, Sampling, draw, identity
 from dave_fast.targets import ResolvedTarget, Target, resolve_target
 from dave_fast.weights import fingerprint
@@ -53,10 +54,10 @@ class DAVE:
 
     Args:
         model: a timm name, "demo" (the embedded model) or any nn.Module. It is only read; changes that you make to
-            its weights are noticed at the next call.
+            its weights, modules, hooks and settings are noticed at the next call (see `dave_fast.weights`).
         device: where to compute; by default the model's own for a module, else a GPU where there is one.
         precision: "fp64", "fp32" or "bf16"; by default bf16 where the device has it, else fp32.
-        backend: "auto", or "torch" / "native": taken for every op that has it.
+        backend: "auto", or "native" (C++ on the host), "onednn" or "torch": taken for every op that has it.
         route: "auto", "engine" (raises where the model has no plan) or "frozen".
         noise_alpha: largest noise level; by default the authors' value for the model, else 0.5 with a warning.
         schedule, rotation, scale, translation, flip: see `dave_fast.sampling.Sampling`.
@@ -89,8 +90,11 @@ class DAVE:
             noise_alpha = noise_alpha_for(self.model_name)
         self.sampling = Sampling(noise_alpha, schedule, rotation, scale, translation, flip)
         self.internal_batch_size = check_rows(internal_batch_size)
+        if route not in ROUTES:
+            raise InputError(f"route is {route!r}; expected one of {', '.join(ROUTES)}")
         self._route_wanted = route
         self._routes: dict[tuple[int, ...], Route] = {}
+        self._lock = threading.Lock()
         self._fingerprint: object = None
         kind = self.device.type
         self._perturb = _registry.bind("perturb", backend, kind)
@@ -125,38 +129,33 @@ class DAVE:
 
         Raises InputError (shape, dtype, target, n_samples), ModelError, NonFiniteError.
         """
-        images = self._checked(images)
-        keys = check_keys(image_keys, len(images))
-        route = self._route(tuple(images.shape[1:]))
-        rows = check_rows(internal_batch_size) or self.internal_batch_size or self._fitting_rows(route)
-        draws = draw(
-            n_samples, height=images.shape[2], width=images.shape[3], seed=seed, image_keys=keys, sampling=self.sampling
-        )
-        output = self._output(route, images, rows)
-        resolved = resolve_target(target, output)
-        raw = torch.empty_like(images)
-        done = 0
-        for some in self._groups(len(images), n_samples, tuple(images.shape[1:])):
-            part = draws[some.start * n_samples : some.stop * n_samples]
-            contributions = images.new_empty(len(part), *images.shape[1:])
-            for start in range(0, len(part), rows):
-                stop = min(start + rows, len(part))
-                contributions[start:stop] = self._contributions(route, images, part[start:stop], resolved)
-                done += stop - start
-                if progress is not None:
-                    progress(done, len(draws))
-            raw[some] = self._robust_mean(contributions.view(len(part) // n_samples, n_samples, *images.shape[1:]))
-        refuse_non_finite(raw, "the attribution", "Try precision='fp32', or look for overflow in the model.")
-        classes = resolved.classes.expand(len(images)).clone()
-        return Explanation(
-            maps=self._smooth(raw).float(),
-            raw=raw.float(),
-            target=classes,
-            probability=_probability(output, classes),
-            output=output.float(),
-            n_samples=n_samples,
-            seed=seed,
-        )
+        seed, n_samples = check_integer(seed, "seed"), check_integer(n_samples, "n_samples", 1)
+        with own_arithmetic(self.device):
+            images = self._checked(images)
+            keys = check_keys(image_keys, len(images))
+            route = self._route(images)
+            rows = check_rows(internal_batch_size) or self.internal_batch_size or self._fitting_rows(route)
+            output = self._output(route, images, rows)
+            resolved = resolve_target(target, output)
+            draws = draw(
+                n_samples,
+                height=images.shape[2],
+                width=images.shape[3],
+                seed=seed,
+                image_keys=keys,
+                sampling=self.sampling,
+            )
+            raw = self._raw(route, images, draws, resolved, rows, progress)
+            classes = resolved.classes.expand(len(images)).clone()
+            return Explanation(
+                maps=self._smooth(raw).float(),
+                raw=raw.float(),
+                target=classes,
+                probability=_probability(output, classes),
+                output=output.float(),
+                n_samples=n_samples,
+                seed=seed,
+            )
 
     def attribute(
         self,
@@ -186,35 +185,57 @@ class DAVE:
 
     def predict(self, images: Tensor) -> Tensor:
         """The model's output for unperturbed images (B, C, H, W): (B, ...) float32, in this precision and route."""
-        images = self._checked(images)
-        route = self._route(tuple(images.shape[1:]))
-        return self._output(route, images, self.internal_batch_size or self._fitting_rows(route)).float()
+        with own_arithmetic(self.device):
+            images = self._checked(images)
+            route = self._route(images)
+            return self._output(route, images, self.internal_batch_size or self._fitting_rows(route)).float()
 
     def effective_gradient(self, images: Tensor, target: Target = None) -> Tensor:
         """One row of the effective transformation per image, unperturbed: (B, C, H, W).
 
         float64 in fp64, else float32. DAVE, arXiv 2602.06613, Eq. 5.
         """
-        images = self._checked(images)
-        route = self._route(tuple(images.shape[1:]))
-        rows = self.internal_batch_size or self._fitting_rows(route)
-        resolved = resolve_target(target, self._output(route, images, rows))
-        gradients = torch.empty_like(images)
-        every = identity(len(images))
-        for start in range(0, len(images), rows):
-            some = every[start : start + rows]
-            output, saved = route.forward(self._perturb(images, some, route.patch_size, dtype=route.dtype))
-            tokens = route.vjp(saved, resolved.cotangent(output, some.image_index)).to(images.dtype)
-            gradients[start : start + rows] = unpatchify(tokens, route.patch_size, *images.shape[2:])
-        refuse_non_finite(gradients, "the effective gradient", "Try precision='fp32'.")
-        return gradients
+        with own_arithmetic(self.device):
+            images = self._checked(images)
+            route = self._route(images)
+            rows = self.internal_batch_size or self._fitting_rows(route)
+            resolved = resolve_target(target, self._output(route, images, rows))
+            gradients = torch.empty_like(images)
+            every = identity(len(images))
+            for start in range(0, len(images), rows):
+                some = every[start : start + rows]
+                output, saved = route.forward(self._perturb(images, some, route.patch_size, dtype=route.dtype))
+                tokens = route.vjp(saved, resolved.cotangent(output, some.image_index)).to(images.dtype)
+                gradients[start : start + rows] = unpatchify(tokens, route.patch_size, *images.shape[2:])
+            refuse_non_finite(gradients, "the effective gradient", "Try precision='fp32'.")
+            return gradients
 
     @property
     def route(self) -> str:
         """ "engine" or "frozen": the route of the last explanation, else the one that was asked for."""
         return next(reversed(self._routes.values())).name if self._routes else self._route_wanted
 
-    # ---- one micro-batch ----
+    # ---- micro-batches ----
+
+    def _raw(
+        self, route: Route, images: Tensor, draws: Draws, target: ResolvedTarget, rows: int, progress: Progress | None
+    ) -> Tensor:
+        """All rows of draws, micro-batch by micro-batch -> raw (B, C, H, W)."""
+        samples, shape = len(draws) // len(images), images.shape[1:]
+        raw = torch.empty_like(images)
+        done = 0
+        for some in self._groups(len(images), samples, tuple(shape)):
+            part = draws[some.start * samples : some.stop * samples]
+            contributions = images.new_empty(len(part), *shape)
+            for start in range(0, len(part), rows):
+                stop = min(start + rows, len(part))
+                contributions[start:stop] = self._contributions(route, images, part[start:stop], target)
+                done += stop - start
+                if progress is not None:
+                    progress(done, len(draws))
+            raw[some] = self._robust_mean(contributions.view(-1, samples, *shape))
+        refuse_non_finite(raw, "the attribution", "Try precision='fp32', or look for overflow in the model.")
+        return raw
 
     def _contributions(self, route: Route, images: Tensor, draws: Draws, target: ResolvedTarget) -> Tensor:
         """Rows of draws -> contributions (R, C, H, W) of images' dtype."""
@@ -256,27 +277,32 @@ class DAVE:
 
     # ---- the route ----
 
-    def _route(self, shape: tuple[int, ...]) -> Route:
+    def _route(self, images: Tensor) -> Route:
         """The walks for images of `shape`, made anew when the user has changed the model."""
-        now = fingerprint(self.model)
-        if now != self._fingerprint:
-            self._routes.clear()
-            self._fingerprint = now
-        if shape not in self._routes:
-            example = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
-            made, line = make_route(
-                self.model,
-                (shape[1], shape[2]),
-                route=self._route_wanted,
-                dtype=DTYPES[self.precision],
-                device=self.device,
-                backend=self.backend,
-                example=example,
-            )
-            if line is not None:
-                warnings.warn(line, stacklevel=3)
-            self._routes[shape] = made
-        return self._routes[shape]
+        shape = (images.shape[1], images.shape[2], images.shape[3])
+        with self._lock:
+            now = fingerprint(self.model)
+            if now != self._fingerprint:
+                self._routes.clear()
+                self._fingerprint = now
+            # the last one used stands last
+            route = self._routes.pop(shape, None) or self._made(shape)
+            self._routes[shape] = route
+            return route
+
+    def _made(self, shape: tuple[int, int, int]) -> Route:
+        made, line = make_route(
+            self.model,
+            shape,
+            route=self._route_wanted,
+            dtype=DTYPES[self.precision],
+            device=self.device,
+            backend=self.backend,
+            sibling=next(iter(self._routes.values()), None),
+        )
+        if line is not None:
+            warnings.warn(line, stacklevel=5)
+        return made
 
     def _checked(self, images: Any) -> Tensor:
         return check_images(images, self.device, statistics_dtype(DTYPES[self.precision]))

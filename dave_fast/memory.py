@@ -10,6 +10,7 @@ which a CPU keeps below 400 tokens.
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 # P's rows are rounded up to whole vectors
 PADDING = 15
+CGROUP = "/sys/fs/cgroup"
 # share of the free memory that an explanation may take when nobody says otherwise
 SHARE = 0.5
 
@@ -67,8 +69,24 @@ def free_bytes(device: torch.device) -> int:
     """Memory that can still be taken on a device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    with open("/proc/meminfo") as lines:
-        available = next((line for line in lines if line.startswith("MemAvailable")), None)
-    if available is not None:
-        return int(available.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return min(_available(), _container_limit())
+
+
+def _available() -> int:
+    """What the operating system says can be taken; half of the memory where it does not say (macOS)."""
+    try:
+        with open("/proc/meminfo") as lines:
+            available = next(line for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return int(available.split()[1]) * 1024
+
+
+def _container_limit() -> int:
+    """What is left of a container's memory; no limit where there is none."""
+    try:
+        with open(f"{CGROUP}/memory.max") as limit, open(f"{CGROUP}/memory.current") as taken:
+            most = limit.read().strip()
+            return sys.maxsize if most == "max" else max(0, int(most) - int(taken.read()))
+    except OSError:
+        return sys.maxsize

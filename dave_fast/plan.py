@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -116,6 +116,7 @@ def make_plan(
     pack: Pack,
     size: tuple[int, int] | None = None,
     device: torch.device | str = "cpu",
+    sibling: ViTPlan | None = None,
 ) -> ViTPlan:
     """Lay a model out for the walks; the model itself is only read.
 
@@ -124,6 +125,7 @@ def make_plan(
         dtype: of weights and activations: float64, float32 or bfloat16.
         pack: what the engine's `linear` wants made of a matrix (O, I) in `dtype`.
         size: (H, W) of the images; the model's own by default.
+        sibling: a plan of the same model, dtype and device for another size, whose weights are shared.
 
     Raises ModelError where there is no plan, with the reason.
     """
@@ -144,6 +146,9 @@ def make_plan(
         embed = _centre_writer(embed)
         position, prefix = _remove_mean(position), _remove_mean(prefix)
     read = timm_vit.read_tokens(vit) or position.shape[0] + prefix.shape[0]
+    if sibling is not None:
+        # all but the positions is the same for every image size
+        return replace(sibling, image_size=size, position=maker.cast(position), read=read)
     last = len(vit.blocks) - 1
     layers = tuple(
         maker.layer(reading, centred, trimmed=i == last and read < position.shape[0] + prefix.shape[0])
@@ -232,8 +237,9 @@ def _remove_mean(rows: Tensor) -> Tensor:
 
 def _fold_reader(linear: Linear, norm: Norm) -> Linear:
     """W·diag(w)[·P] and b + W·β."""
-    weight = linear.weight * norm.weight
-    return Linear(_remove_mean(weight) if norm.centres else weight, linear.bias + linear.weight @ norm.bias)
+    scale, shift = norm.weight.to(linear.weight), norm.bias.to(linear.weight)
+    weight = linear.weight * scale
+    return Linear(_remove_mean(weight) if norm.centres else weight, linear.bias + linear.weight @ shift)
 
 
 def _centre_writer(linear: Linear) -> Linear:

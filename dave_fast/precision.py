@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from torch import nn
 from dave_fast.errors import InputError
 
 PRECISIONS = ("fp64", "fp32", "bf16")
+DEVICES = ("cpu", "cuda")
 
 
 def resolve_device(device: str | torch.device | None, model: nn.Module, *, named: bool) -> torch.device:
@@ -18,11 +21,13 @@ def resolve_device(device: str | torch.device | None, model: nn.Module, *, named
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device is None:
         parameter = next(iter(model.parameters()), None)
-        return torch.device("cpu") if parameter is None else parameter.device
+        device = torch.device("cpu") if parameter is None else parameter.device
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise InputError(f"device {device!r} is none that torch knows; expected 'cpu', 'cuda' or 'cuda:1'") from error
+    if chosen.type not in DEVICES:
+        raise InputError(f"device {device!r} is not supported; expected {' or '.join(DEVICES)}")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device {device!r} was asked for, but torch sees no GPU; use device='cpu'")
     return chosen
@@ -46,6 +51,13 @@ def choose_precision(precision: str | None, device: torch.device) -> str:
     if precision not in PRECISIONS:
         raise InputError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
     return precision
+
+
+@contextmanager
+def own_arithmetic(device: torch.device) -> Iterator[None]:
+    """The precision that was asked for, whatever the caller's autocast, inference mode and grad mode."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

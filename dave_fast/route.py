@@ -17,7 +17,7 @@ from dave_fast import plan as planning
 from dave_fast.engine import Engine
 from dave_fast.errors import InputError, ModelError
 from dave_fast.frozen import freeze, run_frozen
-from dave_fast.memory import engine_row_bytes, weight_bytes
+from dave_fast.memory import engine_row_bytes
 from dave_fast.models import timm_vit
 from dave_fast.replay import ensure_proved
 
@@ -50,15 +50,14 @@ class EngineRoute:
 
     name = "engine"
 
-    def __init__(self, model: nn.Module, size: tuple[int, int], dtype: torch.dtype, device: torch.device, backend: str):
-        self._engine = Engine.build(model, dtype=dtype, size=size, device=device, backend=backend)
-        self.plan = self._engine.plan
-        self.patch_size = self.plan.patch_size
-        self.dtype = dtype
-        self.row_bytes = engine_row_bytes(self.plan)
-        self.default_rows = max(1, min(64, CPU_TOKENS // self.plan.tokens))
-        self.forward = self._engine.forward
-        self.vjp = self._engine.vjp
+    def __init__(self, engine: Engine) -> None:
+        self.plan = engine.plan
+        self.patch_size = engine.plan.patch_size
+        self.dtype = engine.plan.dtype
+        self.row_bytes = engine_row_bytes(engine.plan)
+        self.default_rows = max(1, min(64, CPU_TOKENS // engine.plan.tokens))
+        self.forward = engine.forward
+        self.vjp = engine.vjp
 
 
 @dataclass
@@ -72,13 +71,13 @@ class FrozenRoute:
 
     name = "frozen"
 
-    def __init__(self, model: nn.Module, size: tuple[int, int], dtype: torch.dtype, device: torch.device):
-        self._model = _as(model, dtype, device)
+    def __init__(self, model: nn.Module, size: tuple[int, int], dtype: torch.dtype) -> None:
+        self.model = model
         self._size = size
         self.patch_size = size
         self.dtype = dtype
-        # autograd keeps what it needs; weights bound it poorly, so the micro-batch stays small
-        self.row_bytes = weight_bytes(model)
+        # what autograd keeps is unknown before it ran: few rows, and a plain error where they do not fit
+        self.row_bytes = 0
         self.default_rows = 4
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, _SavedGraph]:
@@ -86,7 +85,7 @@ class FrozenRoute:
         with torch.inference_mode(False), torch.enable_grad():
             leaf = tokens.detach().clone().requires_grad_()
             with freeze():
-                output = run_frozen(self._model, leaf.view(len(tokens), -1, *self._size))
+                output = run_frozen(self.model, leaf.view(len(tokens), -1, *self._size))
         return output.detach(), _SavedGraph(leaf, output)
 
     def vjp(self, saved: _SavedGraph, cotangent: Tensor) -> Tensor:
@@ -107,37 +106,55 @@ def _as(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module
 
 def make_route(
     model: nn.Module,
-    size: tuple[int, int],
+    shape: tuple[int, int, int],
     *,
     route: str,
     dtype: torch.dtype,
     device: torch.device,
     backend: str,
-    example: Tensor,
+    sibling: Route | None = None,
 ) -> tuple[Route, str | None]:
     """The route for a model, and a line that says why where "auto" had to take `frozen`.
 
-    example: (1, C, H, W) float image for the frozen route's proof.
+    sibling: this model's route for another image size, in the same dtype and on the same device.
 
     Raises ModelError where route="engine" has no plan, or the model fails the proof (NotFrozenError).
     """
-    if route not in ROUTES:
-        raise InputError(f"route is {route!r}; expected one of {', '.join(ROUTES)}")
+    size = shape[1:]
     reason = planning.why_not(model)
-    if reason is None and planning.why_not(model, size) is not None:
-        built_for = "×".join(map(str, timm_vit.image_size(model)))
-        raise InputError(
-            f"images are {size[0]}×{size[1]} and the model takes {built_for}: preprocess them as the model expects, or "
-            "build it with img_size= or dynamic_img_size=True"
-        )
+    if reason is None:
+        _check_fit(model, shape)
     if route == "engine" and reason is not None:
         raise ModelError(f"route='engine' was asked for, but {reason}. Use route='auto' or 'frozen'.")
     if route != "frozen" and reason is None:
-        return EngineRoute(model, size, dtype, device, backend), None
-    if not ensure_proved(model, example).has_attention:
+        plan = sibling.plan if isinstance(sibling, EngineRoute) else None
+        engine = Engine.build(model, dtype=dtype, size=size, device=device, backend=backend, sibling=plan)
+        return EngineRoute(engine), None
+    _prove(model, shape)
+    line = None if route == "frozen" else f"the frozen route is taken (slower, more memory): {reason}"
+    fitting = sibling.model if isinstance(sibling, FrozenRoute) else _as(model, dtype, device)
+    return FrozenRoute(fitting, size, dtype), line
+
+
+def _check_fit(model: Any, shape: tuple[int, int, int]) -> None:
+    """Images (C, H, W) that this timm model would refuse, with what it takes."""
+    channels = model.patch_embed.proj.in_channels
+    if shape[0] != channels:
+        raise InputError(f"images have {shape[0]} channels and the model takes {channels}")
+    if planning.why_not(model, shape[1:]) is not None:
+        built_for = "×".join(map(str, timm_vit.image_size(model)))
+        raise InputError(
+            f"images are {shape[1]}×{shape[2]} and the model takes {built_for}: preprocess them as the model expects, "
+            "or build it with img_size= or dynamic_img_size=True"
+        )
+
+
+def _prove(model: nn.Module, shape: tuple[int, int, int]) -> None:
+    """The affine replay, once a model; ModelError for a model that is proved to have no attention."""
+    example = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    parameter = next(model.parameters(), example)
+    if not ensure_proved(model, example.to(parameter.device)).has_attention:
         raise ModelError(
             f"{type(model).__name__} has no attention: DAVE explains transformers. Give a Vision Transformer, or use a "
             "gradient method for this model"
         )
-    line = None if route == "frozen" else f"the frozen route is taken (slower, more memory): {reason}"
-    return FrozenRoute(model, size, dtype, device), line

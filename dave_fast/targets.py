@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,7 +58,10 @@ class ResolvedTarget:
             return cotangent
         with torch.enable_grad():
             leaf = output.detach().requires_grad_()
-            (cotangent,) = torch.autograd.grad(self._scores(leaf, image_index).sum(), leaf)
+            scores = self._scores(leaf, image_index)
+            if not scores.requires_grad:
+                raise InputError("the target callable's score carries no gradient; compute it from the output by torch")
+            (cotangent,) = torch.autograd.grad(scores.sum(), leaf)
         return cotangent
 
     def _scores(self, output: Tensor, image_index: Tensor) -> Tensor:
@@ -71,7 +75,11 @@ class ResolvedTarget:
                 )
             return scores
         assert self.scores is not None
-        return torch.stack([self.scores[i](row) for i, row in zip(image_index.tolist(), output, strict=True)])
+        listed = [self.scores[i](row) for i, row in zip(image_index.tolist(), output, strict=True)]
+        odd = next((s for s in listed if not isinstance(s, Tensor) or s.numel() != 1), None)
+        if odd is not None:
+            raise InputError(f"a target callable returned {odd!r}; it must map one image's output to a scalar tensor")
+        return torch.stack([s.reshape(()) for s in listed])
 
 
 def resolve_target(target: Target, output: Tensor) -> ResolvedTarget:
@@ -105,6 +113,8 @@ def _as_list(target: Any) -> list[Any]:
         raise InputError("target is a bool; give a class index")
     if isinstance(target, int | tuple):
         return [target]
+    if isinstance(target, np.ndarray):
+        target = torch.from_numpy(target)
     if isinstance(target, Tensor):
         if target.is_floating_point() or target.dtype == torch.bool or target.dim() > 1:
             raise InputError(

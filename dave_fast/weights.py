@@ -1,23 +1,32 @@
-"""Has the user changed the model? A fingerprint of its modules and weights that costs next to nothing."""
+"""Has the user changed the model? A fingerprint of its modules, settings and weights."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-# values of each tensor that are summed: writes through `.data` leave no other trace
-PROBED = 256
+# what a module's settings are made of; `training` is no setting, since explanations are always in evaluation mode
+SETTINGS = (bool, int, float, str, tuple, type(None))
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def fingerprint(model: nn.Module) -> tuple[object, ...]:
-    """Equal for two calls between which nothing was changed.
+    """Differs between two calls when the model was changed in between.
 
-    Notices replaced modules, parameters and buffers, in-place updates (by autograd's version counter) and
-    wholesale writes through `.data` (by a sum over a few values of each tensor).
+    Notices replaced modules, parameters and buffers, hooks, replaced forwards, and settings such as `eps`; in-place
+    updates, by autograd's version counter; and writes through `.data`, which leave no other trace, by the sum of each
+    tensor: one read of the weights. Writes through `.data` that keep every sum are missed.
     """
-    modules = tuple((name, id(module)) for name, module in model.named_modules())
+    modules = tuple((name, id(module), *_settings(module)) for name, module in model.named_modules())
     tensors = [*model.parameters(), *model.buffers()]
-    return modules, tuple(_identity(t) for t in tensors), _probe(tensors)
+    return modules, tuple(_identity(t) for t in tensors), _sums(tensors)
+
+
+def _settings(module: nn.Module) -> tuple[object, ...]:
+    own = module.__dict__
+    settings = tuple((k, v) for k, v in own.items() if k != "training" and isinstance(v, SETTINGS))
+    hooks = tuple(id(hook) for kind in HOOKS for hook in own.get(kind, {}).values())
+    return settings, hooks, id(own.get("forward"))
 
 
 def _identity(tensor: Tensor) -> tuple[object, ...]:
@@ -27,10 +36,6 @@ def _identity(tensor: Tensor) -> tuple[object, ...]:
 
 
 @torch.no_grad()
-def _probe(tensors: list[Tensor]) -> tuple[float, ...]:
-    sums = []
-    for tensor in tensors:
-        flat = tensor.detach().flatten()
-        step = max(1, flat.numel() // PROBED)
-        sums.append(flat[::step].double().sum())
+def _sums(tensors: list[Tensor]) -> tuple[float, ...]:
+    sums = [tensor.detach().sum(dtype=torch.float64).cpu() for tensor in tensors if not tensor.is_complex()]
     return tuple(torch.stack(sums).tolist()) if sums else ()

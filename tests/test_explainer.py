@@ -233,6 +233,68 @@ def test_changed_weights_are_noticed(model, images):
     assert torch.equal(replaced, explainer(copy.deepcopy(model)).explain(images, 0, n_samples=2).raw)
 
 
+def test_changed_settings_and_hooks_are_noticed(model, images):
+    explain = explainer(model).explain
+    before = explain(images, 0, n_samples=2).raw
+    model.blocks[0].norm1.eps = 0.5
+    settings = explain(images, 0, n_samples=2).raw
+    assert not torch.allclose(before, settings)
+    model.global_pool = "avg"
+    pooled = explain(images, 0, n_samples=2).raw
+    assert not torch.allclose(settings, pooled)
+    handle = model.blocks[0].register_forward_hook(lambda module, args, output: output * 0.5)
+    with pytest.warns(UserWarning, match=r"frozen route is taken.*hooks"):
+        hooked = explain(images, 0, n_samples=2).raw
+    handle.remove()
+    assert not torch.allclose(pooled, hooked)
+    assert torch.allclose(explain(images, 0, n_samples=2).raw, pooled)
+
+
+def test_image_sizes_share_their_weights():
+    model = tiny_vit(dynamic_img_size=True)
+    found = explainer(model)
+    for size in ((32, 48), (40, 40), (48, 32)):
+        images = torch.randn(1, 3, *size)
+        alone = explainer(model).explain(images, 0, n_samples=2).raw
+        assert torch.equal(found.explain(images, 0, n_samples=2).raw, alone)
+    plans = [route.plan for route in found._routes.values()]
+    assert len(plans) == 3
+    assert all(plan.layers is plans[0].layers and plan.tail is plans[0].tail for plan in plans)
+
+
+@pytest.mark.parametrize("route", ["engine", "frozen"])
+def test_the_callers_modes_change_nothing(model, images, route):
+    found = explainer(model, route=route)
+    expected = found.explain(images, 1, n_samples=2).raw
+    with torch.inference_mode():
+        inside = images.clone()
+        assert torch.equal(found.explain(inside, 1, n_samples=2).raw, expected)
+        score = found.explain(inside, lambda output: output[:, 1], n_samples=2).raw
+        gradient = found.effective_gradient(inside, 1)
+        found.predict(inside)
+    assert torch.equal(score, expected)
+    assert torch.equal(gradient, found.effective_gradient(images, 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(found.explain(images, 1, n_samples=2).raw, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_callers_default_dtype_changes_nothing(model, images, dtype):
+    expected = explainer(model).explain(images, 1, n_samples=2).raw
+    try:
+        torch.set_default_dtype(dtype)
+        found = explainer(model).explain(images, 1, n_samples=2).raw
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
+def test_bfloat16_does_not_depend_on_the_micro_batch_beyond_its_rounding(model, images):
+    whole = explainer(model, precision="bf16").explain(images, 0, n_samples=16)
+    split = explainer(model, precision="bf16").explain(images, 0, n_samples=16, internal_batch_size=5)
+    assert (whole.raw - split.raw).norm() <= 2e-2 * whole.raw.norm()
+
+
 def test_what_the_plan_does_not_cover_is_frozen_and_said(images):
     model = tiny_vit(class_token=False, global_pool="avg")
     model.blocks[0].register_forward_hook(lambda *args: None)
@@ -290,6 +352,10 @@ def test_a_model_that_yields_nan_is_named(model, images):
         (dict(target=5), "out of range"),
         (dict(internal_batch_size=0), "internal_batch_size"),
         (dict(image_keys=[1]), "1 image_keys were given for 3"),
+        (dict(image_keys=[1, 2, 0.5]), "an image key is 0.5"),
+        (dict(n_samples=True), "n_samples is True"),
+        (dict(seed=0.9), "seed is 0.9"),
+        (dict(seed=None), "seed is None"),
     ],
     ids=str,
 )
@@ -303,6 +369,7 @@ def test_bad_settings_are_refused(model, images, settings, words):
     [
         (dict(precision="fp8"), "fp64, fp32, bf16"),
         (dict(device="abacus"), "abacus"),
+        (dict(device="meta"), "cpu or cuda"),
         (dict(noise_alpha=2.0), "noise_alpha"),
         (dict(schedule="random"), "sequence, paper"),
         (dict(internal_batch_size=-1), "internal_batch_size"),
@@ -312,12 +379,17 @@ def test_bad_settings_are_refused(model, images, settings, words):
 )
 def test_bad_construction_is_refused(model, images, settings, words):
     with pytest.raises(InputError, match=words):
-        explainer(model, **settings).explain(images, n_samples=1)
+        explainer(model, **settings)
 
 
 def test_a_wrong_image_size_is_refused_with_the_right_one(model):
     with pytest.raises(InputError, match="40×40 and the model takes 32×48"):
         explainer(model).explain(torch.randn(1, 3, 40, 40), n_samples=1)
+
+
+def test_a_wrong_number_of_channels_is_refused(model):
+    with pytest.raises(InputError, match="1 channels and the model takes 3"):
+        explainer(model).explain(torch.randn(1, 1, 32, 48), n_samples=1)
 
 
 def test_unknown_models_are_named_with_their_neighbours():

@@ -33,6 +33,7 @@ def one_hot(*classes):
         ([(0,), (2,)], (0, 0, 2)),
         (torch.tensor([0, 2]), (0, 0, 2)),
         ([torch.tensor(0), np.int32(2)], (0, 0, 2)),
+        (np.array([0, 2]), (0, 0, 2)),
     ],
     ids=str,
 )
@@ -98,3 +99,10 @@ def test_a_callable_that_returns_no_score_a_row_is_refused():
 def test_the_predicted_class_needs_a_two_dimensional_output():
     with pytest.raises(InputError, match="target=None"):
         resolve_target(None, torch.randn(2, 3, 4))
+
+
+def test_scores_without_a_gradient_are_refused():
+    with pytest.raises(InputError, match="no gradient"):
+        cotangent(lambda output: output.detach()[:, 0])
+    with pytest.raises(InputError, match=r"returned 1.5"):
+        cotangent([lambda row: 1.5, lambda row: 1.5])

@@ -82,6 +82,7 @@ ENGINE: dict[str, Variant] = {
     "vit-rectangle": _vit(size=(32, 48)),
     "vit-features": _vit(num_classes=0),
     "vit-no-qkv-bias": _vit(qkv_bias=False),
+    "vit-max-pool": _vit(global_pool="avgmax"),
     "vit-average": _vit(class_token=False, global_pool="avg", fc_norm=True),
     "vit-average-all-tokens": _vit(global_pool="avg", pool_include_prefix=True, fc_norm=False),
     "vit-no-final-norm": _vit(final_norm=False),
@@ -181,7 +182,6 @@ def _attention(batch_first: bool) -> Variant:
 
 
 FROZEN_ONLY: dict[str, Variant] = {
-    "vit-max-pool": _vit(global_pool="avgmax"),
     "vit-swiglu": _vit(mlp_layer=SwiGLU),
     "vit-scale-norms": _vit(scale_attn_norm=True, scale_mlp_norm=True),
     "vit-post-norm": _vit(block_fn=ResPostBlock, init_values=0.5),

@@ -11,7 +11,7 @@ from dave_fast.errors import UnknownModelError
 
 DEFAULT_NOISE_ALPHA = 0.5
 # The authors' tuned values (github.com/a-vrobell/DAVE, model configurations at ee412e5). A name without a tag
-# stands for timm's default weights of that architecture.
+# stands for timm's default weights of that architecture. The embedded model's is ours.
 NOISE_ALPHA = {
     "deit3_base_patch16_224.fb_in1k": 0.9,
     "deit3_small_patch16_224.fb_in1k": 0.5,

@@ -5,6 +5,9 @@ function with the same signature. `backend="auto"` takes the first available one
 order of preference; a backend asked for by name is taken for every op that has it and raises
 `BackendError`, with the reason, where it cannot be loaded. Ops that lack it keep their default.
 
+A backend's function hands what its kernels do not cover (float64 in linear and attention, bfloat16 on a CPU that
+does not multiply it) to PyTorch: the same result, not the same speed.
+
 The choice is made once per engine (`bind`), never per call.
 """
 

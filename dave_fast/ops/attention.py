@@ -93,7 +93,7 @@ def attention_native(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Ten
         # a word holds one float, or bfloat16 of two queries
         words = torch.empty(rows, heads, -(-queries // (2 if bf16 else 1)), -(-shape[2] // 16) * 16, dtype=torch.int32)
     else:
-        lse = torch.empty(rows, heads, queries)
+        lse = torch.empty(rows, heads, queries, dtype=torch.float32)
     saved = SavedNative(shape, scale, words, None if words is not None else (q, k), lse)
     native.attention(
         *(shape, scale, _ext.DTYPE_CODES[q.dtype], *_view(q), *_view(k), *_view(v), out.data_ptr()),

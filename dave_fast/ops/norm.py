@@ -23,7 +23,7 @@ def row_rstd_native(x: Tensor, eps: float, *, centred: bool) -> Tensor:
     """`row_rstd_ref` for rows (T, C) in C++ on the host, one pass; float64 stays with PyTorch."""
     if x.dtype == torch.float64:
         return row_rstd_ref(x, eps, centred=centred)
-    rstd = torch.empty(x.shape[:-1])
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
     _ext.module().row_rstd(
         *(_ext.address(x), _ext.DTYPE_CODES[x.dtype], rstd.numel(), x.shape[-1], eps, centred),
         *(_ext.address(rstd), _ext.threads()),
