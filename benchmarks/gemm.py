@@ -52,7 +52,7 @@ def _packed(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], Tensor]:
 
 
 def engine_gigaflops(model: Any) -> float:
-    """Arithmetic of one sample by the engine, P counted as computed twice: forward walk, frozen VJP walk, probabilities made twice.
+    """Arithmetic of one sample by the engine: forward walk, frozen VJP walk, probabilities made twice.
 
     For timm's VisionTransformer read by its class token: the last block then makes only keys and values of all
     tokens. 60.0 for ViT-B/16 at 224 px; a multiply-add is 2.

@@ -28,6 +28,9 @@ _STUBS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 # The brightest value that integers and floats of no declared range can be meant to have.
 _FULL_SCALES = {"I": (255.0, 65535.0), "F": (1.0, 255.0, 65535.0)}
 
+# how the names of our own pictures end
+OURS = (".overlay.png", ".map.png", ".figure.png")
+
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
     """Read a file as 8-bit RGB, turned upright by its EXIF orientation.
@@ -88,9 +91,9 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 def find_images(paths: Iterable[str | os.PathLike[str]], *, skip: str | os.PathLike[str] | None = None) -> list[Path]:
     """The image files behind paths: files as given, folders searched with all below them, in sorted order.
 
-    In folders, files count by their suffix; hidden ones are left out, and so is all that lies in the folder
-    `skip` (where results go, so that a second run does not explain the pictures of the first). A file that is
-    reached twice is listed once.
+    In folders, files count by their suffix; hidden ones are left out, and so are the pictures that an earlier run
+    made: all in the folder `skip`, where results go, and what bears their names. A file that is reached twice is
+    listed once.
 
     Raises InputError for a path that does not exist, a folder that cannot be listed, or no image at all.
     """
@@ -121,7 +124,7 @@ def _below(folder: Path, skip: str | os.PathLike[str] | None) -> list[Path]:
         files += [
             Path(root, name)
             for name in names
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in _suffixes()
+            if not name.startswith(".") and not name.endswith(OURS) and os.path.splitext(name)[1].lower() in _suffixes()
         ]
     return sorted(files)
 

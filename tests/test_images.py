@@ -249,6 +249,12 @@ def test_folder_of_results_is_skipped(tmp_path):
     assert find_images([tmp_path], skip=tmp_path / "maps") == [tmp_path / "a.png"]
 
 
+def test_results_beside_the_photographs_are_no_photographs(tmp_path):
+    for name in ("a.png", "a.overlay.png", "a.map.png", "a.figure.png", "a.4-four.overlay.png"):
+        Image.new("RGB", (2, 2)).save(tmp_path / name)
+    assert find_images([tmp_path], skip=tmp_path) == [tmp_path / "a.png"]
+
+
 @pytest.mark.parametrize("files", [[], ["notes.txt"]])
 def test_folder_without_images(tmp_path, files):
     touch(*(tmp_path / name for name in files))
