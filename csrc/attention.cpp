@@ -75,6 +75,7 @@ struct Task {
   }
 
   // One row of scores -> exp(scale·s − its maximum), zero past the last token. Returns the sum, and the maximum.
+  // The maximum passes over NaN; the sum does not, nor over +∞ or a row of -∞, whose difference to itself is NaN.
   float exponentials(float* s, float& peak) const {
     vfloat highest = splat(-INFINITY);
     for (int64_t n = shape.tokens; n < columns; ++n) s[n] = -INFINITY;
@@ -145,9 +146,10 @@ template <typename T>
 void run_forward(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v, void* out, float* lse,
                  SavedProbabilities saved, int threads) {
   const int64_t stride = shape.heads * shape.dim;
+  const PerThread<Task<T>> tasks(threads, shape);
 #pragma omp parallel num_threads(threads)
   {
-    Task<T> task(shape);
+    Task<T>& task = tasks.mine();
 #pragma omp for schedule(dynamic) collapse(2)
     for (int64_t row = 0; row < shape.rows; ++row)
       for (int64_t head = 0; head < shape.heads; ++head) {
@@ -172,9 +174,10 @@ template <typename T>
 void run_vjp(const AttentionShape& shape, const Heads& q, const Heads& k, const float* lse, SavedProbabilities saved,
              const Heads& d_out, void* d_v, int threads) {
   const int64_t stride = shape.heads * shape.dim;
+  const PerThread<Task<T>> tasks(threads, shape);
 #pragma omp parallel num_threads(threads)
   {
-    Task<T> task(shape);
+    Task<T>& task = tasks.mine();
 #pragma omp for schedule(dynamic) collapse(2)
     for (int64_t row = 0; row < shape.rows; ++row)
       for (int64_t head = 0; head < shape.heads; ++head) {

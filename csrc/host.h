@@ -5,6 +5,10 @@
 #include <cstdlib>
 #include <new>
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #include "kernels.h"
 
 namespace dave::DAVE_ISA {
@@ -25,6 +29,41 @@ class Scratch {
 
  private:
   T* data_;
+};
+
+// A T for each thread, all of them made before the threads start: an exception that leaves a parallel region, as that
+// of memory that is not there, would end the process.
+template <typename T>
+class PerThread {
+ public:
+  // delegates, so that the destructor runs where one of several constructions throws
+  template <typename... Args>
+  PerThread(int threads, const Args&... args) : PerThread(Room{threads}) {
+    for (; made_ < threads; ++made_) new (items_ + made_) T(args...);
+  }
+  ~PerThread() {
+    while (made_) items_[--made_].~T();
+  }
+  PerThread(const PerThread&) = delete;
+  PerThread& operator=(const PerThread&) = delete;
+
+  // The calling thread's, in a parallel region of as many threads or fewer.
+  T& mine() const {
+#ifdef _OPENMP
+    return items_[omp_get_thread_num()];
+#else
+    return items_[0];
+#endif
+  }
+
+ private:
+  struct Room {
+    int threads;
+  };
+  explicit PerThread(Room room) : items_(room.threads) {}
+
+  Scratch<T> items_;
+  int made_ = 0;
 };
 
 template <typename From, typename To>

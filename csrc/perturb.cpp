@@ -103,6 +103,16 @@ struct TapRow {
   }
 };
 
+// What one thread works in.
+template <typename T>
+struct Work {
+  TapRow<T> taps;
+  Scratch<T> row;
+  Scratch<float> deviates;
+
+  explicit Work(int64_t width) : taps(width), row(width), deviates(room_for(width)) {}
+};
+
 template <typename T>
 void add_noise(const Key& key, int64_t element, T noise, float* deviates, T* row, int32_t width) {
   const int64_t first_block = element / 4, skipped = element % 4;
@@ -115,11 +125,10 @@ void run(const Images& images, const Draws& draws, Patch patch, void* tokens, Dt
   if (draws.rows == 0) return;
   const PaddedImages<T> padded(images, draws, threads);
   const int32_t height = static_cast<int32_t>(images.height), width = static_cast<int32_t>(images.width);
+  const PerThread<Work<T>> works(threads, images.width);
 #pragma omp parallel num_threads(threads)
   {
-    TapRow<T> taps(width);
-    Scratch<T> row(width);
-    Scratch<float> deviates(room_for(width));
+    auto& [taps, row, deviates] = works.mine();
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < draws.rows * height; ++task) {
       const int64_t r = task / height, y = task % height;
@@ -148,9 +157,10 @@ void normal(const int64_t* keys, const int64_t* samples, int64_t rows, int64_t e
             int threads) {
   constexpr int64_t blocks_a_task = 256;
   const int64_t blocks = (elements + 3) / 4, tasks = (blocks + blocks_a_task - 1) / blocks_a_task;
+  const PerThread<Scratch<float>> buffers(threads, room_for(4 * blocks_a_task));
 #pragma omp parallel num_threads(threads)
   {
-    Scratch<float> buffer(room_for(4 * blocks_a_task));
+    float* buffer = buffers.mine();
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < rows * tasks; ++task) {
       const int64_t r = task / tasks, first = task % tasks * blocks_a_task;

@@ -76,9 +76,10 @@ class Job {
     const int64_t planes = images_.channels * padded_rows_;
     const int64_t group = threads_ < draws_.rows ? threads_ : draws_.rows;
     const Scratch<T> padded(group * planes * stride_);
+    const PerThread<GatherRow<T>> rows(threads_, images_.width, images_.channels);
 #pragma omp parallel num_threads(threads_)
     {
-      GatherRow<T> row(width_, images_.channels);
+      GatherRow<T>& row = rows.mine();
       for (int64_t start = 0; start < draws_.rows; start += group) {
         const int64_t count = draws_.rows - start < group ? draws_.rows - start : group;
 #pragma omp for schedule(static)

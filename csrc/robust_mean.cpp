@@ -105,15 +105,24 @@ void robust_mean_of(const T* values, int64_t samples, const Exchange* network, i
   mean_of_kept(values, samples, median, mad, mean);
 }
 
+// What one thread works in: a block's values, a group of lanes sorted, and the block's means.
+template <typename T>
+struct Work {
+  Scratch<T> values, sorted, means;
+
+  explicit Work(int64_t samples) : values(samples * block_pixels), sorted(samples * lanes), means(block_pixels) {}
+};
+
 template <typename T>
 void run(const void* contributions, Dtype given, int64_t images, int64_t samples, int64_t pixels, T* raw, int threads) {
   const int64_t exchanges = sorting_network(samples, nullptr);
   const Scratch<Exchange> network(exchanges);
   sorting_network(samples, network);
   const int64_t blocks = (pixels + block_pixels - 1) / block_pixels;
+  const PerThread<Work<T>> works(threads, samples);
 #pragma omp parallel num_threads(threads)
   {
-    Scratch<T> values(samples * block_pixels), sorted(samples * lanes), means(block_pixels);
+    const auto& [values, sorted, means] = works.mine();
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < images * blocks; ++task) {
       const int64_t image = task / blocks, first = task % blocks * block_pixels;

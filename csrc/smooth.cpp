@@ -83,9 +83,10 @@ void run(const Images& raw, T* maps, int threads) {
   blur_weights(weights);
   const Plane<T> positive(height, width), across(height, width), blended(height, width);
   const Scratch<T> peaks(height);
+  const PerThread<Scratch<T>> rows(threads, width);
 #pragma omp parallel num_threads(threads)
   for (int64_t image = 0; image < raw.count; ++image) {
-    const Scratch<T> sums(width);
+    T* sums = rows.mine();
     T* map = maps + image * height * width;
 #pragma omp for schedule(static)
     for (int64_t y = 0; y < height; ++y) {
