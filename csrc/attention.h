@@ -19,6 +19,7 @@ struct Heads {
 
 struct AttentionShape {
   int64_t rows, queries, tokens, heads, dim;
+  // positive: what is past the last token has the score -∞
   float scale;
   // float32, or bfloat16 where `multiplies_bfloat16`
   Dtype dtype;

@@ -98,6 +98,7 @@ dave::AttentionShape attention_shape(const std::vector<int64_t>& shape, float sc
   if (type == dave::Dtype::float64 || (type == dave::Dtype::bfloat16 && !dave::kernels().multiplies_bfloat16))
     throw std::invalid_argument("this instruction set's attention does not take that type");
   if (type == dave::Dtype::bfloat16 && shape[4] % 2) throw std::invalid_argument("bfloat16 needs an even head dimension");
+  if (!(scale > 0)) throw std::invalid_argument("attention's scale must be positive");
   return {shape[0], shape[1], shape[2], shape[3], shape[4], scale, type};
 }
 

@@ -25,6 +25,7 @@ DAVE_HD vfloat as_float(vword a) { return (vfloat)a; }
 // through integers: 0 + a is no identity for a = -0, so the compiler would keep the addition of floats
 DAVE_HD vfloat splat(float a) { return as_float(vword{} + bits_of(a)); }
 DAVE_HD vword as_word(vfloat a) { return (vword)a; }
+// Where either is NaN, the second: a NaN that must be seen goes there.
 DAVE_HD vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }
 DAVE_HD vfloat smaller(vfloat a, vfloat b) { return a < b ? a : b; }
 
@@ -41,17 +42,16 @@ DAVE_HD vword widen_words(const bfloat16* from) {
 }
 DAVE_HD vfloat load(const bfloat16* from) { return as_float(widen_words(from) << 16); }
 
-// The bits of finite floats rounded to bfloat16, ties to even, in the upper half of each word.
+// Floats rounded to bfloat16, ties to even, in the upper half of each word.
 DAVE_HD vword rounded_words(vfloat a) {
   const vword bits = as_word(a);
-  return bits + 0x7FFFu + ((bits >> 16) & 1u);
+  // a NaN keeps its quiet bit, which rounding could carry away
+  return (a != a) ? (bits | 0x00400000u) : (bits + 0x7FFFu + ((bits >> 16) & 1u));
 }
 
 DAVE_HD void store(float* to, vfloat a) { __builtin_memcpy(to, &a, sizeof a); }
 DAVE_HD void store(bfloat16* to, vfloat a) {
-  // a NaN keeps its quiet bit, which rounding could carry away
-  const vword words = (a != a) ? (as_word(a) | 0x00400000u) : rounded_words(a);
-  const vhalf half = __builtin_convertvector(words >> 16, vhalf);
+  const vhalf half = __builtin_convertvector(rounded_words(a) >> 16, vhalf);
   __builtin_memcpy(to, &half, sizeof half);
 }
 
@@ -67,9 +67,9 @@ DAVE_HD float largest_of(vfloat a) {
   return largest;
 }
 
-// e^a for a ≤ 88, relative error below 2e-7; 0 below -87.
+// e^a for a ≤ 88, relative error below 2e-7; 0 below -87; NaN of NaN and of +∞.
 DAVE_HD vfloat exponential(vfloat a) {
-  const vfloat clamped = larger(a, splat(-87.0f));
+  const vfloat clamped = larger(splat(-87.0f), a);
   const vfloat scaled = clamped * 1.44269504f;
   // rounding to the nearest integer by the float format itself
   const vfloat shifted = scaled + 12582912.0f;

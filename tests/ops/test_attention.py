@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dave_fast import _ext
 from dave_fast.ops import _registry, attention
 from tests.tolerances import EXACT, LOW_PRECISION_RATIO
 
@@ -101,3 +102,47 @@ def test_long_sequences_save_nothing_quadratic(backend):
     kept = [t for t in vars(saved).values() if isinstance(t, torch.Tensor)]
     kept += [t for pair in vars(saved).values() if isinstance(pair, tuple) for t in pair if isinstance(t, torch.Tensor)]
     assert kept and sum(t.numel() for t in kept) < 600 * 600
+
+
+# where a value that is no number is put: operand, row, token, head, component
+SPOTS = [("q", 1, 3, 0, 2), ("k", 0, 20, 1, 15), ("k", 1, 0, 0, 0), ("v", 1, 18, 1, 7), ("v", 0, 0, 0, 0)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("spot", SPOTS, ids=str)
+# an odd number of queries, and tokens that fill no vector
+@pytest.mark.parametrize("shape", [(2, 21, 21, 2, 16), (2, 49, 33, 2, 16)], ids=str)
+def test_what_is_no_number_is_seen(backend, dtype, kept, value, spot, shape, monkeypatch):
+    """NaN where PyTorch's softmax attention has it and nowhere else; what is left is as good as ever."""
+    monkeypatch.setattr(attention, "KEEP_PROBABILITIES", 400 if kept else 0)
+    *operands, d_out = heads(shape, dtype)
+    operand, *at = spot
+    operands["qkv".index(operand)][tuple(at)] = value
+    expected = by_formula(*operands, d_out, 0.3)
+    out, saved = _registry.load("attention", backend)(*operands, 0.3)
+    found = out, _registry.load("attention_vjp", backend)(saved, d_out)
+    recomputed_by_torch = isinstance(saved, attention.SavedAttention) and not kept
+    assert not all(want.isfinite().all() for want in expected)
+    for name, got, want in zip(("out", "d_v"), found, expected, strict=True):
+        if name == "d_v" and recomputed_by_torch and abs(value) == torch.inf:
+            # with a log-sum-exp of infinity PyTorch has NaN at the infinite score alone, 0 at the others
+            assert bool(got.isnan().any()) == bool(want.isnan().any())
+            continue
+        finite = want.isfinite()
+        assert torch.equal(got.isnan(), want.isnan()), name
+        assert torch.equal(got.isposinf(), want.isposinf()) and torch.equal(got.isneginf(), want.isneginf()), name
+        assert (got[finite].double() - want[finite]).abs().max() <= (0.1 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.skipif(_ext.unavailable() is not None, reason=str(_ext.unavailable()))
+def test_memory_that_is_not_there_is_an_error_and_no_end():
+    native, strides = _ext.module(), [8, 8, 8]
+    shape = (0, 1, 2**50, 1, 8)
+    with pytest.raises(MemoryError):
+        native.attention(shape, 1.0, 0, 0, strides, 0, strides, 0, strides, 0, 0, 0, 0, 2)
+    with pytest.raises(MemoryError):
+        native.attention_vjp(shape, 1.0, 0, 0, strides, 0, strides, 0, 0, 0, 0, strides, 0, 2)
+    with pytest.raises(ValueError, match="scale must be positive"):
+        native.attention((0, 1, 1, 1, 8), 0.0, 0, 0, strides, 0, strides, 0, strides, 0, 0, 0, 0, 2)

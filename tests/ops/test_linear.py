@@ -1,11 +1,14 @@
 """linear and its epilogues: every backend against float64 and against plain PyTorch in the same precision."""
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from dave_fast.ops import _registry
-from dave_fast.ops.activation import GATES, activate_ref
+from dave_fast.ops.activation import GATES, activate_native, activate_ref
+from dave_fast.ops.linear import _scale_native, _scale_ref
 from tests.tolerances import LOW_PRECISION_RATIO
 
 BACKENDS = [
@@ -117,3 +120,33 @@ def test_row_rstd(backend, dtype, centred):
     found = _registry.load("row_rstd", backend)(x, 1e-6, centred=centred)
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert torch.allclose(found.double(), (variance + 1e-6).rsqrt(), rtol=1e-6 if centred else 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_is_no_number_goes_through_an_activation(backend, dtype, activation):
+    """NaN and infinities in a whole vector, in a last shorter one, and in either half of a gated MLP."""
+    u = numbers(6, 2 * 21, dtype=dtype, seed=6)
+    for row, (column, value) in enumerate([(0, torch.nan), (20, torch.nan), (41, torch.nan), (21, -torch.inf)]):
+        u[row, column] = value
+    u[4, 5], u[4, 25], u[5, 17] = torch.inf, torch.inf, -torch.inf
+    expected = activate_ref(u.double(), activation)
+    found = (activate_ref if backend == "torch" else activate_native)(u.clone(), activation)
+    for got, want in zip(found, expected, strict=True):
+        assert torch.equal(got.isnan(), want.isnan())
+        assert torch.equal(got.isinf(), want.isinf())
+    assert found[0][:3].isnan().any(1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_no_number_goes_through_a_norm(backend, dtype, value):
+    x = numbers(3, 37, dtype=dtype, seed=7)
+    x[1, 36] = value
+    for centred in (True, False):
+        found = _registry.load("row_rstd", backend)(x, 1e-6, centred=centred)
+        assert found.isfinite().tolist() == [True, centred and not math.isnan(value), True]
+    scale = torch.tensor([1.0, 2.0, torch.nan])
+    found = (_scale_ref if backend == "torch" else _scale_native)(x, scale)
+    assert torch.equal(found.isnan(), (x * scale[:, None]).isnan())
+    assert torch.equal(found[1].isinf(), x[1].isinf())
