@@ -51,10 +51,10 @@ def load_model(model: str | nn.Module) -> tuple[nn.Module, str]:
     try:
         return timm.create_model(model, pretrained=True).eval(), model
     except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).rstrip('. ')}"
         raise UnknownModelError(
-            f"the weights of {model!r} could not be loaded: {type(error).__name__}: {error}. Check the network and "
-            "the tag, download them beforehand, or pass a model that you have built: "
-            "DAVE(timm.create_model(name, checkpoint_path=...))."
+            f"the weights of {model!r} could not be loaded: {reason}. Check the network and the tag, download them "
+            "beforehand, or pass a model that you have built: DAVE(timm.create_model(name, checkpoint_path=...))."
         ) from error
 
 
