@@ -1,8 +1,10 @@
-// Runs every pixel kernel on odd shapes with outputs of exactly the right size, for AddressSanitizer and UBSan to watch;
+// Runs every kernel on odd shapes with outputs of exactly the right size, for AddressSanitizer and UBSan to watch;
 // checks that every output was written and is what it should be where that is easy to say.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <vector>
 
 #include "dispatch.h"
@@ -90,6 +92,117 @@ void statistics(dave::Dtype dtype, int threads) {
   }
 }
 
+// Writes and reads floats as what is stored: a float, or the upper half of its word.
+float read(float value) { return value; }
+float read(uint16_t value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+template <typename T>
+T stored(double value) {
+  const float narrow = static_cast<float>(value);
+  if constexpr (sizeof(T) == sizeof(float)) return narrow;
+  uint32_t bits;
+  std::memcpy(&bits, &narrow, sizeof bits);
+  return static_cast<T>(bits >> 16);
+}
+template <typename T>
+std::vector<T> stored_values(int64_t n, int first = 0) {
+  std::vector<T> v(n);
+  for (int64_t i = 0; i < n; ++i) v[i] = stored<T>(noise(static_cast<int>(i) + first));
+  return v;
+}
+
+bool near(float a, float b, double tolerance) { return std::abs(a - b) <= tolerance; }
+
+// q, k and v are what they are in a packed projection: parts of one row of memory, which ends with the last v.
+template <typename T>
+void attend(dave::AttentionShape shape, int threads) {
+  const auto& kernels = dave::kernels();
+  const int64_t width = shape.heads * shape.dim, longest = std::max(shape.queries, shape.tokens);
+  const auto packed = stored_values<T>(shape.rows * longest * 3 * width);
+  const auto part = [&](int64_t i) {
+    return dave::Heads{packed.data() + i * width, longest * 3 * width, 3 * width, shape.dim};
+  };
+  const int64_t pair = 4 / sizeof(T), columns = dave::padded_tokens(shape.tokens);
+  const auto outputs = static_cast<size_t>(shape.rows * shape.queries * width);
+  const auto values = static_cast<size_t>(shape.rows * shape.tokens * width);
+  const int64_t saved_head = (shape.queries + pair - 1) / pair * columns;
+  std::vector<uint32_t> words(static_cast<size_t>(shape.rows * shape.heads * saved_head), 0xFFFFFFFF);
+  std::vector<float> lse(static_cast<size_t>(shape.rows * shape.heads * shape.queries), NAN);
+  std::vector<T> out(outputs, stored<T>(NAN)), again = out, d_v(values, stored<T>(NAN)), d_v_again = d_v;
+  const auto cotangent = stored_values<T>(static_cast<int64_t>(outputs), 7);
+  const dave::Heads d_out{cotangent.data(), shape.queries * width, width, shape.dim};
+  kernels.attention(shape, part(0), part(1), part(2), out.data(), nullptr, {words.data(), saved_head}, threads);
+  kernels.attention(shape, part(0), part(1), part(2), again.data(), lse.data(), {nullptr, 0}, threads);
+  kernels.attention_vjp(shape, {}, {}, nullptr, {words.data(), saved_head}, d_out, d_v.data(), threads);
+  kernels.attention_vjp(shape, part(0), part(1), lse.data(), {nullptr, 0}, d_out, d_v_again.data(), threads);
+  // a row of P sums to one: no output is larger than the largest value
+  for (size_t i = 0; i < outputs; ++i) {
+    require(std::abs(read(out[i])) <= 2.1f, "attention left something unwritten or is out of range");
+    require(read(out[i]) == read(again[i]), "attention depends on what is saved");
+  }
+  const double tolerance = (sizeof(T) == 4 ? 1e-5 : 0.05) * static_cast<double>(shape.queries);
+  for (size_t i = 0; i < values; ++i)
+    require(near(read(d_v[i]), read(d_v_again[i]), tolerance), "kept and recomputed probabilities differ");
+  // the inner product of out and d_out is that of v and d_v
+  double there = 0, back = 0;
+  for (size_t i = 0; i < outputs; ++i) there += read(out[i]) * read(cotangent[i]);
+  for (int64_t row = 0; row < shape.rows; ++row)
+    for (int64_t n = 0; n < shape.tokens; ++n)
+      for (int64_t d = 0; d < width; ++d)
+        back += read(packed[((row * longest + n) * 3 + 2) * width + d]) * read(d_v[(row * shape.tokens + n) * width + d]);
+  require(std::abs(there - back) <= (sizeof(T) == 4 ? 1e-5 : 0.02) * static_cast<double>(outputs),
+          "attention_vjp is not the adjoint");
+}
+
+template <typename T>
+void attentions(dave::Dtype dtype, int threads) {
+  // rows, queries, tokens, heads, D: one of each, odd queries, tokens of no whole vector, several blocks of queries
+  const int64_t shapes[][5] = {{1, 1, 1, 1, 1}, {2, 7, 5, 3, 9}, {1, 1, 33, 2, 16}, {2, 101, 17, 1, 36}, {1, 49, 97, 2, 21}};
+  for (const auto& s : shapes) {
+    // a word is two bfloat16: only even head dimensions
+    const int64_t dim = sizeof(T) == 4 ? s[4] : s[4] + s[4] % 2;
+    attend<T>({s[0], s[1], s[2], s[3], dim, 0.3f, dtype}, threads);
+  }
+}
+
+template <typename T>
+void epilogues(dave::Dtype dtype, int threads) {
+  const auto& kernels = dave::kernels();
+  for (int64_t width : {1, 15, 16, 37}) {
+    const int64_t rows = 5;
+    const auto x = stored_values<T>(rows * width);
+    std::vector<float> rstd(static_cast<size_t>(rows), NAN);
+    std::vector<T> y(x.size(), stored<T>(NAN));
+    for (bool centred : {true, false}) {
+      kernels.row_rstd(x.data(), dtype, rows, width, 1e-6f, centred, rstd.data(), threads);
+      for (float r : rstd) require(r > 0 && r <= 1001, "row_rstd is out of range");
+    }
+    kernels.scale_rows(x.data(), dtype, rstd.data(), rows, width, y.data(), threads);
+    for (size_t i = 0; i < y.size(); ++i) {
+      const float expected = read(x[i]) * rstd[i / static_cast<size_t>(width)];
+      require(near(read(y[i]), expected, 0.01 * std::abs(expected)), "scale_rows is wrong");
+    }
+    for (int activation = 0; activation < 5; ++activation)
+      for (int gated = 0; gated < 3; ++gated) {
+        const auto u = stored_values<T>(rows * width * (gated ? 2 : 1));
+        std::vector<T> h(x.size(), stored<T>(NAN)), gate = h;
+        kernels.activate(u.data(), dtype, static_cast<dave::Activation>(activation), static_cast<dave::Gated>(gated),
+                         rows, width, h.data(), gate.data(), threads);
+        for (size_t i = 0; i < h.size(); ++i)
+          require(std::abs(read(gate[i])) <= 2 && std::abs(read(h[i])) <= 4, "activate is out of range");
+        if (gated) continue;
+        auto in_place = u;
+        kernels.activate(in_place.data(), dtype, static_cast<dave::Activation>(activation), dave::Gated::no, rows, width,
+                         in_place.data(), gate.data(), threads);
+        require(in_place == h, "activate over its own input differs");
+      }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -101,6 +214,10 @@ int main() {
       warps<float>(dave::Dtype::float32, 4, 17, 33, {17, 33}, threads);
       statistics<float>(dave::Dtype::float32, threads);
       statistics<double>(dave::Dtype::float64, threads);
+      attentions<float>(dave::Dtype::float32, threads);
+      if (dave::kernels().multiplies_bfloat16) attentions<uint16_t>(dave::Dtype::bfloat16, threads);
+      epilogues<float>(dave::Dtype::float32, threads);
+      epilogues<uint16_t>(dave::Dtype::bfloat16, threads);
       for (int64_t elements : {1, 5, 1025}) {
         const int64_t keys[2] = {1, 2}, samples[1] = {3};
         std::vector<float> deviates(static_cast<size_t>(elements), NAN);
@@ -108,6 +225,7 @@ int main() {
         require_finite(deviates, "normal left something unwritten");
       }
     }
+    std::printf("%s passed\n", dave::usable_isa(i));
   }
   require(!dave::use_isa("mmx"), "an unknown instruction set is taken");
   std::puts("smoke test passed");
