@@ -1,4 +1,5 @@
-"""The build: CUDA and sanitizer builds of the numerics; wheels with and without the extension; the sdist (slow)."""
+"""The build: CUDA and sanitizer builds of the numerics; wheels with and without the extension and the
+sdist, installed and run outside of the checkout (slow)."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -13,17 +15,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TRACKED = ("csrc", "dave_fast", "kernels", "CMakeLists.txt", "LICENSE", "MANIFEST.in", "pyproject.toml", "setup.py")
+TRACKED = (
+    *("csrc", "dave_fast", "kernels", "CMakeLists.txt", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in"),
+    *("README.md", "pyproject.toml", "setup.py"),
+)
+DEMO = ("dave_fast/demo/weights.safetensors", "dave_fast/demo/digits.npz", "dave_fast/demo/CARD.md")
 
 needs_compiler = pytest.mark.skipif(
     not shutil.which("c++") or not shutil.which("cmake"), reason="no C++ compiler or CMake"
 )
 
 
-def run(*command: object, **environment: str) -> str:
+def run(*command: object, cwd: Path | None = None, **environment: str) -> str:
     """What a command printed; its output is the failure's message."""
+    everything = os.environ | environment
     done = subprocess.run(
-        [str(part) for part in command], env=os.environ | environment, capture_output=True, text=True, check=False
+        [str(part) for part in command], cwd=cwd, env=everything, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -65,12 +72,48 @@ def wheel_of(source: Path, to: Path, choice: str, **environment: str) -> tuple[P
     return wheel, set(zipfile.ZipFile(wheel).namelist()), out
 
 
+def assert_no_more_than_the_package(wheel: Path, names: set[str]) -> None:
+    """Nothing beside the package and its metadata, whose description is the README."""
+    (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+    assert {name.split("/")[0] for name in names} == {"dave_fast", metadata.split("/")[0]}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[0]
+    assert readme in zipfile.ZipFile(wheel).read(metadata).decode()
+
+
+def assert_it_explains(archive: Path, tmp_path: Path, *, native: bool) -> None:
+    """Installs an archive in an environment of its own, and runs the demo there, far from the checkout."""
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
+    python = tmp_path / "venv" / "bin" / "python"
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    # this environment's packages, by a path alone: files in it that would add the checkout are not run
+    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    pip = (sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--no-build-isolation", "--target", site)
+    run(*pip, archive, DAVE_FAST_BUILD_EXT="1" if native else "0")
+    away = tmp_path / "away"
+    away.mkdir()
+    # neither the checkout on a path nor a choice for this session's own tests
+    clean = {"PYTHONPATH": "", "DAVE_FAST_ISA": ""}
+    found = run(python, "-c", "from dave_fast import _ext; print(_ext.__file__, _ext.isa())", cwd=away, **clean).split()
+    assert Path(found[0]).is_relative_to(site)
+    assert (found[1] != "None") == native
+    assert "dave-fast" in run(python, "-m", "dave_fast", "info", cwd=away, **clean)
+    few = ("--n-samples", "2", "--device", "cpu")
+    run(python, "-m", "dave_fast", "explain", "--demo", *few, "--out", "maps", cwd=away, **clean)
+    written = sorted(path.name for path in (away / "maps").iterdir())
+    assert any(name.endswith(".figure.png") for name in written)
+    for ending in (".overlay.png", ".map.png", ".npz"):
+        assert sum(name.endswith(ending) for name in written) == 2, written
+    assert all(path.stat().st_size for path in (away / "maps").iterdir())
+
+
 @pytest.mark.slow
 def test_a_wheel_of_pure_python(source, tmp_path):
     wheel, names, _ = wheel_of(source, tmp_path, "0")
     assert wheel.name.endswith("-py3-none-any.whl")
     assert not any(name.endswith(".so") for name in names)
-    assert {"dave_fast/kernels/__init__.py", "dave_fast/py.typed", "dave_fast/demo/digits.npz"} <= names
+    assert {"dave_fast/kernels/__init__.py", "dave_fast/py.typed", *DEMO} <= names
+    assert_no_more_than_the_package(wheel, names)
+    assert_it_explains(wheel, tmp_path, native=False)
 
 
 @pytest.mark.slow
@@ -79,7 +122,9 @@ def test_a_wheel_with_the_extension(source, tmp_path):
     wheel, names, _ = wheel_of(source, tmp_path, "1")
     assert "none-any" not in wheel.name
     assert any(name.startswith("dave_fast/_native") for name in names)
-    assert not any(name.startswith("csrc") for name in names)
+    assert set(DEMO) <= names
+    assert_no_more_than_the_package(wheel, names)
+    assert_it_explains(wheel, tmp_path, native=True)
 
 
 @pytest.mark.slow
@@ -109,4 +154,8 @@ def test_the_sdist_holds_what_a_build_needs(source, tmp_path):
         "setup.py",
         "kernels/__init__.py",
         "LICENSE",
+        "README.md",
+        *DEMO,
     } <= names
+    assert not any(name.endswith((".so", ".pyc")) for name in names)
+    assert_it_explains(sdist, tmp_path, native=bool(shutil.which("c++") and shutil.which("cmake")))
