@@ -1,7 +1,7 @@
 """The native extension `dave_fast._native`: loaded when first wanted, with the reason kept where it cannot be.
 
-DAVE_FAST_ISA=avx512|avx2|baseline in the environment takes the kernels of one instruction set; without it the best
-that the machine has is taken.
+DAVE_FAST_ISA=avx512bf16|avx512|avx2|baseline in the environment takes the kernels of one instruction set; without it
+the best that the machine has is taken.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def module() -> ModuleType:
 
 
 def isa() -> str | None:
-    """The instruction set in use ("avx512", "avx2", "baseline"); None without the extension."""
+    """The instruction set in use ("avx512bf16", "avx512", "avx2", "baseline"); None without the extension."""
     loaded = _load()
     return None if isinstance(loaded, str) else str(loaded.isa())
 

@@ -28,7 +28,8 @@ from dave_fast.errors import InputError
 __all__ = ["SCHEDULES", "Draws", "Sampling", "draw", "identity", "normal"]
 
 SCHEDULES = ("sequence", "paper")
-TRANSFORM_STREAM, NOISE_STREAM, SCHEDULE_STREAM = 0, 1, 2
+# stream 1 is the noise's: `_philox.normal`
+TRANSFORM_STREAM, SCHEDULE_STREAM = 0, 2
 
 
 def _require(condition: bool, what: str, given: object) -> None:
