@@ -108,6 +108,8 @@ def pool(model: nn.Module, x: Tensor) -> Tensor:
     patches = x if model.pool_include_prefix else x[:, model.num_prefix_tokens :]
     if isinstance(model.attn_pool, AttentionPoolLatent):
         return attention_pool(model.attn_pool, patches)
+    if model.global_pool == "avgmax":
+        return (patches.mean(1) + patches.amax(1)) / 2
     return x[:, 0] if model.global_pool == "token" else patches.mean(1)
 
 
