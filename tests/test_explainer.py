@@ -324,7 +324,7 @@ def test_effective_gradients_of_both_routes_agree(model, images):
         (torch.zeros(1, 3, 32, 48, dtype=torch.uint8), "uint8"),
         ("photo.jpg", "str"),
     ],
-    ids=str,
+    ids=["two dimensions", "no image", "integers", "a name"],
 )
 def test_bad_images_are_refused(model, images, words):
     with pytest.raises(InputError, match=words):

@@ -70,10 +70,20 @@ def linear_ref(
 
 
 def pack_onednn(matrix: Tensor) -> Tensor:
-    """matrix (O, I) in oneDNN's blocked layout; as it is in float64, which oneDNN lacks, and without oneDNN."""
-    if matrix.dtype == torch.float64 or _registry.why_not("linear", "onednn", "cpu") is not None:
+    """matrix (O, I) in oneDNN's blocked layout.
+
+    As it is without oneDNN, and in a type that it does not take on this CPU: float64, bfloat16 before AVX-512.
+    """
+    if _registry.why_not("linear", "onednn", "cpu") is not None or not _packs(matrix.dtype):
         return pack_ref(matrix)
     return torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous(), PACK_ROWS)
+
+
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN packs a type on this CPU; it raises where it does not."""
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32
 
 
 def linear_onednn(x: Tensor, weight: Any, bias: Tensor | None = None, **epilogue: Any) -> Any:
