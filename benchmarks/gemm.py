@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dave_fast.ops.linear import linear_onednn, pack_onednn
+
 
 @dataclass(frozen=True)
 class Ceiling:
@@ -22,7 +24,8 @@ class Ceiling:
 def ceiling(kind: str, rows: int, width: int, hidden: int, *, at_least: float = 60.0) -> Ceiling:
     """The four products of a block (qkv, proj, fc1, fc2) for `rows` tokens, repeated to `at_least` GFLOP.
 
-    kind: "mkl-fp32" is `F.linear`; "packed-fp32" and "packed-bf16" are oneDNN with weights laid out beforehand.
+    kind: "mkl-fp32" is `F.linear`; "packed-fp32" and "packed-bf16" are oneDNN with weights laid out beforehand (as
+    they are where this CPU's oneDNN does not pack the type).
     """
     dtype = torch.bfloat16 if kind.endswith("bf16") else torch.float32
     calls = []
@@ -47,8 +50,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], Tensor]:
 
 
 def _packed(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], Tensor]:
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, x.shape[0])
-    return lambda: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    packed = pack_onednn(weight)
+    return lambda: linear_onednn(x, packed, bias)
 
 
 def engine_gigaflops(model: Any) -> float:
