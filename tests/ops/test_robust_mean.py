@@ -34,7 +34,7 @@ def contributions_of(samples: int, dtype: torch.dtype, pixels: int = 37) -> torc
     return values.to(dtype)
 
 
-@pytest.mark.parametrize("samples", [*range(1, 20), 31, 32, 33, 50, 63, 64, 65, 100, 127, 128, 129, 200, 255, 256, 257])
+@pytest.mark.parametrize("samples", range(1, 258))
 def test_every_number_of_samples(backend, samples):
     contributions = contributions_of(samples, torch.float32)
     raw = robust_mean(contributions, backend=backend)
