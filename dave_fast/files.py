@@ -13,10 +13,11 @@ from dave_fast.errors import InputError
 
 
 @contextmanager
-def atomically(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+def atomically(path: str | os.PathLike[str], *, durable: bool = False) -> Iterator[IO[bytes]]:
     """A binary file that takes the place of `path` when all of it is written, and never in part.
 
-    Folders on the way are made. After any exception `path` is as it was before.
+    Folders on the way are made. After any exception `path` is as it was before. durable: on the disk when the
+    block ends, so that it also outlives the machine's sudden end.
     Raises InputError, with the path and the reason, where the system refuses to write.
     """
     path = Path(path)
@@ -26,12 +27,27 @@ def atomically(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
             yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(part, path)
+        if durable:
+            sync_folder(path.parent)
     except OSError as error:
         raise InputError(f"cannot write {path}: {_reason(error)}.") from error
     finally:
         if part.exists():
             part.unlink()
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Make what was renamed into a folder outlive a power cut, where the system can (not on Windows)."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:

@@ -8,12 +8,13 @@ Torch and timm are imported where they are first needed: finding and reading fil
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -45,13 +46,31 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         if os.path.getsize(path) == 0:
             raise ImageError("the file is empty")
         # A handle keeps Pillow from mapping the file, which garbles turned TIFFs (seen in Pillow 13.0).
-        with open(path, "rb") as file, Image.open(file) as image:
-            # Lazy until here: this decodes all pixels, so a truncated file is noticed.
-            image.load()
-            return _rgb(ImageOps.exif_transpose(image))
+        with open(path, "rb") as file:
+            return _decoded(file)
     # Decoders raise whatever the bytes provoke (struct.error, SyntaxError, zlib.error, EOFError ...).
     except Exception as error:
         raise ImageError(f"cannot read {os.fspath(path)}: {_reason(error)}.") from error
+
+
+def decode_image(content: bytes, name: str) -> Image.Image:
+    """The bytes of an image file as 8-bit RGB, as `read_image`. name: what messages call it.
+
+    Raises ImageError for whatever cannot be read in full.
+    """
+    try:
+        if not content:
+            raise ImageError("the file is empty")
+        return _decoded(io.BytesIO(content))
+    except Exception as error:
+        raise ImageError(f"cannot read {name}: {_reason(error)}.") from error
+
+
+def _decoded(file: IO[bytes]) -> Image.Image:
+    with Image.open(file) as image:
+        # Lazy until here: this decodes all pixels, so a truncated file is noticed.
+        image.load()
+        return _rgb(ImageOps.exif_transpose(image))
 
 
 def _reason(error: Exception) -> str:
@@ -112,21 +131,33 @@ def find_images(paths: Iterable[str | os.PathLike[str]], *, skip: str | os.PathL
 
 def _below(folder: Path, skip: str | os.PathLike[str] | None) -> list[Path]:
     """Files in a folder and below whose suffix is that of an image, sorted."""
+    return sorted(Path(path) for path in walk_images(folder, skip=skip))
+
+
+def walk_images(
+    folder: str | os.PathLike[str], *, skip: str | os.PathLike[str] | None = None, follow: bool = False
+) -> Iterator[str]:
+    """The paths of the images in a folder and below, one at a time, in an order that is always the same.
+
+    What counts as an image, and what `skip` leaves out: see `find_images`. follow: also into folders behind links.
+    Raises InputError for a folder that cannot be listed.
+    """
 
     def refuse(error: OSError) -> None:
         reason = (error.strerror or "unreadable").lower()
         raise InputError(f"cannot list the folder {error.filename}: {reason}.")
 
     skipped = None if skip is None else Path(skip).resolve()
-    files = []
-    for root, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [f for f in folders if not f.startswith(".") and Path(root, f).resolve() != skipped]
-        files += [
-            Path(root, name)
-            for name in names
-            if not name.startswith(".") and not name.endswith(OURS) and os.path.splitext(name)[1].lower() in _suffixes()
-        ]
-    return sorted(files)
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=follow):
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and Path(root, f).resolve() != skipped)
+        for name in sorted(names):
+            if not name.startswith(".") and not name.endswith(OURS) and is_image(name):
+                yield os.path.join(root, name)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's suffix is that of an image which this Pillow reads."""
+    return os.path.splitext(name)[1].lower() in _suffixes()
 
 
 @cache
@@ -143,6 +174,7 @@ class Preprocessing:
 
     size: (H, W) in pixels. mean, std: per channel, of pixels in [0, 1].
     transform: PIL RGB to normalised float32 (3, H, W). note: what had to be assumed, or None.
+    config: what timm makes the transform of, as plain values (`from_config`).
     """
 
     size: tuple[int, int]
@@ -150,6 +182,7 @@ class Preprocessing:
     std: tuple[float, ...]
     transform: Callable[[Image.Image], Tensor]
     note: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, image: Image.Image) -> tuple[Tensor, np.ndarray]:
         """The model's input, normalised float32 (3, H, W), and the crop it shows, uint8 (H, W, 3)."""
@@ -174,7 +207,6 @@ def preprocessing(model: Any, image_size: Sequence[int] | None = None) -> Prepro
     Raises InputError for a model that does not take three channels.
     """
     from timm.data.config import resolve_data_config
-    from timm.data.transforms_factory import create_transform
 
     known = getattr(model, "pretrained_cfg", None)
     config = resolve_data_config(pretrained_cfg=known or {"input_size": (3, 224, 224)})
@@ -188,5 +220,14 @@ def preprocessing(model: Any, image_size: Sequence[int] | None = None) -> Prepro
     note = None
     if not known:
         note = f"the model names no preprocessing: those of ImageNet at {height}×{width} are used."
-    transform = create_transform(**{**config, "input_size": (channels, height, width)}, is_training=False)
-    return Preprocessing((height, width), tuple(config["mean"]), tuple(config["std"]), transform, note)
+    return from_config({**config, "input_size": (channels, height, width)}, note)
+
+
+def from_config(config: Mapping[str, Any], note: str | None = None) -> Preprocessing:
+    """The preprocessing that `Preprocessing.config` describes, without the model; lists may stand for tuples."""
+    from timm.data.transforms_factory import create_transform
+
+    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
+    _, height, width = plain["input_size"]
+    transform = create_transform(**plain, is_training=False)
+    return Preprocessing((height, width), tuple(plain["mean"]), tuple(plain["std"]), transform, note, plain)

@@ -1,0 +1,68 @@
+"""The settings that belong to a model, in a file: written by `tune`, taken by every command as --config.
+
+A TOML file with the keys `model`, `noise_alpha` and `n_samples`, all optional:
+
+    model = "vit_base_patch16_224"
+    noise_alpha = 0.3
+    n_samples = 50
+
+What is given on the command line comes before what the file says.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from dave_fast.errors import InputError
+from dave_fast.files import atomically
+
+_KINDS: dict[str, tuple[type, ...]] = {"model": (str,), "noise_alpha": (float, int), "n_samples": (int,)}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of one model; None where the file leaves them open."""
+
+    model: str | None = None
+    noise_alpha: float | None = None
+    n_samples: int | None = None
+
+
+def load_config(path: str | os.PathLike[str]) -> Config:
+    """Read a configuration. Raises InputError for a file, key or value that is none."""
+    try:
+        with open(path, "rb") as file:
+            values = tomllib.load(file)
+    except OSError as error:
+        raise InputError(f"cannot read the configuration {path}: {(error.strerror or str(error)).lower()}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is no TOML file: {error}.") from error
+    known = [field.name for field in fields(Config)]
+    for key, value in values.items():
+        if key not in known:
+            raise InputError(f"{path} has the key {key!r}; expected only {', '.join(known)}.")
+        if not isinstance(value, _KINDS[key]) or isinstance(value, bool):
+            raise InputError(f"{path}: {key} is {value!r}; expected {' or '.join(k.__name__ for k in _KINDS[key])}.")
+    alpha, samples = values.get("noise_alpha"), values.get("n_samples")
+    if alpha is not None and not 0 <= alpha <= 1:
+        raise InputError(f"{path}: noise_alpha is {alpha}; expected 0 ≤ noise_alpha ≤ 1.")
+    if samples is not None and samples < 1:
+        raise InputError(f"{path}: n_samples is {samples}; expected an integer ≥ 1.")
+    return Config(values.get("model"), None if alpha is None else float(alpha), samples)
+
+
+def save_config(config: Config, path: str | os.PathLike[str]) -> None:
+    """Write a configuration, whole or not at all; what is None is left out."""
+    with atomically(path) as file:
+        for key, value in asdict(config).items():
+            if value is not None:
+                file.write(f"{key} = {_toml(value)}\n".encode())
+
+
+def _toml(value: Any) -> str:
+    # JSON's strings and numbers are TOML's, but for one control character that JSON leaves as it is.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
