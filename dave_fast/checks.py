@@ -44,6 +44,17 @@ def refuse_non_finite(values: Tensor, what: str, advice: str) -> None:
         raise NonFiniteError(f"NaN or infinity in {what} of image {', '.join(map(str, bad))}. {advice}")
 
 
+def check_classes(targets: Any, images: int, output: Tensor) -> None:
+    """InputError unless targets are (B, K) classes of a classifier whose output for some rows is given."""
+    if output.dim() != 2:
+        raise InputError(f"the model's output is {tuple(output.shape)}; expected (rows, classes)")
+    integers = isinstance(targets, Tensor) and not (targets.is_floating_point() or targets.dtype == torch.bool)
+    if not integers or targets.dim() != 2 or len(targets) != images or targets.shape[1] < 1:
+        raise InputError(f"targets must be integers (B, K), B = {images} images, K ≥ 1; got {describe(targets)}")
+    if targets.min() < 0 or targets.max() >= output.shape[1]:
+        raise InputError(f"a target is out of range: the model has the classes 0 to {output.shape[1] - 1}")
+
+
 def check_integer(value: Any, name: str, at_least: int | None = None) -> int:
     """Any kind of integer (also NumPy's) as an int."""
     try:

@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dave_fast.checks import check_images, check_integer, check_keys, check_rows, describe, refuse_non_finite
+from dave_fast.checks import (
+    check_classes,
+    check_images,
+    check_integer,
+    check_keys,
+    check_rows,
+    describe,
+    refuse_non_finite,
+)
 from dave_fast.errors import InputError
 from dave_fast.memory import SHARE, contribution_bytes, free_bytes
 from dave_fast.models.catalog import load_model, noise_alpha_for
@@ -214,6 +222,53 @@ class DAVE:
     def route(self) -> str:
         """ "engine" or "frozen": the route of the last explanation, else the one that was asked for."""
         return next(reversed(self._routes.values())).name if self._routes else self._route_wanted
+
+    # ---- for callers that fill micro-batches themselves, such as a server ----
+
+    def contributions(self, images: Tensor, draws: Draws, targets: Tensor) -> Tensor:
+        """One micro-batch: R rows of draws of several images -> contributions (K, R, C, H, W) of K classes.
+
+        The K frozen VJPs share one forward walk. A row's contributions do not depend on its batch mates, up to
+        rounding. `dave_fast.sampling.join` puts rows of several draws together.
+
+        Args:
+            images: (B, C, H, W), normalised as the model expects them, finite.
+            draws: R rows; `draws.image_index` says which image each belongs to.
+            targets: (B, K) integers, the classes of each image that are explained.
+
+        Raises InputError, ModelError, NonFiniteError (for pixels; contributions are not looked at).
+        """
+        with own_arithmetic(self.device):
+            images = self._checked(images)
+            route = self._route(images)
+            output, saved = route.forward(self._perturb(images, draws, route.patch_size, dtype=route.dtype))
+            check_classes(targets, len(images), output)
+            rows = torch.arange(len(draws))
+            made = images.new_empty(targets.shape[1], len(draws), *images.shape[1:])
+            for which, of_image in enumerate(targets.T):
+                cotangent = torch.zeros_like(output)
+                cotangent[rows, of_image[draws.image_index]] = 1
+                tokens = route.vjp(saved, cotangent)
+                made[which] = self._pull_back(tokens, images, draws, route.patch_size, dtype=images.dtype)
+            return made
+
+    def aggregate(self, contributions: Tensor) -> tuple[Tensor, Tensor]:
+        """Contributions (B, S, C, H, W) -> raw (B, C, H, W) and maps (B, H, W): the end of `explain`.
+
+        NaN where a contribution is.
+        """
+        with own_arithmetic(self.device):
+            raw = self._robust_mean(contributions)
+            return raw, self._smooth(raw)
+
+    @property
+    def statistics_dtype(self) -> torch.dtype:
+        """What contributions are kept in."""
+        return statistics_dtype(DTYPES[self.precision])
+
+    def fitting_rows(self, images: Tensor) -> int:
+        """How many rows `contributions` should be given at once for images (B, C, H, W)."""
+        return self.internal_batch_size or self._fitting_rows(self._route(self._checked(images)))
 
     # ---- micro-batches ----
 

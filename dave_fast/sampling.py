@@ -25,7 +25,7 @@ from torch import Tensor
 from dave_fast._philox import WORD, normal, philox4x32, splitmix64, uniform
 from dave_fast.errors import InputError
 
-__all__ = ["SCHEDULES", "Draws", "Sampling", "draw", "identity", "normal"]
+__all__ = ["SCHEDULES", "Draws", "Sampling", "draw", "identity", "join", "normal"]
 
 SCHEDULES = ("sequence", "paper")
 # stream 1 is the noise's: `_philox.normal`
@@ -157,6 +157,14 @@ def identity(n_images: int) -> Draws:
         keys=torch.zeros(n_images, 2, dtype=torch.int64),
         samples=torch.zeros(n_images, dtype=torch.int64),
     )
+
+
+def join(parts: Sequence[Draws]) -> Draws:
+    """The rows of several draws, one after the other; part i's rows belong to image i, whatever they did before."""
+    _require(len(parts) >= 1, "parts must hold draws", parts)
+    index = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts]))
+    others = (torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Draws)[1:])
+    return Draws(index, *others)
 
 
 def _philox_keys(seed: int, image_keys: Sequence[int]) -> Tensor:
