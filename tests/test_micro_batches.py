@@ -1,0 +1,101 @@
+"""`DAVE.contributions`, `DAVE.aggregate` and `sampling.join`: micro-batches that callers fill themselves."""
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from tolerances import EXACT
+
+import dave_fast
+from dave_fast.errors import InputError, NonFiniteError
+from dave_fast.sampling import draw, join
+
+SIZE = 16
+
+
+@pytest.fixture(scope="module", params=["engine", "frozen"])
+def explainer(request):
+    """float64, so that what is equal in exact arithmetic must be equal."""
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=SIZE, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=5)
+    return dave_fast.DAVE(model.eval(), precision="fp64", route=request.param, noise_alpha=0.5)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def draws_of(explainer, seed, samples):
+    return draw(samples, height=SIZE, width=SIZE, seed=seed, sampling=explainer.sampling)
+
+
+def close(a, b):
+    return torch.linalg.vector_norm(a - b) <= EXACT * torch.linalg.vector_norm(b)
+
+
+def test_mixed_micro_batches_give_the_maps_of_explain(explainer, images):
+    """Rows of three images, interleaved over micro-batches of five, for two classes at once."""
+    targets, samples = torch.tensor([[0, 3], [1, 1], [4, 2]]), 6
+    draws = [draws_of(explainer, seed, samples) for seed in (7, 8, 9)]
+    contributions = torch.full((3, 2, samples, 3, SIZE, SIZE), torch.nan, dtype=torch.float64)
+    rows = [(image, sample) for sample in range(samples) for image in (2, 0, 1)]
+    for start in range(0, len(rows), 5):
+        some = rows[start : start + 5]
+        parts = [draws[image][sample : sample + 1] for image, sample in some]
+        chosen = torch.tensor([image for image, _ in some])
+        made = explainer.contributions(images[chosen], join(parts), targets[chosen])
+        for place, (image, sample) in enumerate(some):
+            contributions[image, :, sample] = made[:, place]
+    for image, seed in enumerate((7, 8, 9)):
+        for which in range(2):
+            raw, maps = explainer.aggregate(contributions[image, which][None])
+            alone = explainer.explain(images[image], int(targets[image, which]), n_samples=samples, seed=seed)
+            assert torch.allclose(raw.float(), alone.raw, rtol=1e-6, atol=1e-9)
+            assert maps.shape == (1, SIZE, SIZE) and torch.allclose(maps.float(), alone.maps, rtol=1e-6, atol=1e-7)
+
+
+def test_classes_share_a_forward_walk(explainer, images, monkeypatch):
+    route = explainer._route(images[:1])
+    walks = []
+    forward = route.forward
+    monkeypatch.setattr(route, "forward", lambda tokens: walks.append(len(tokens)) or forward(tokens))
+    draws = draws_of(explainer, 0, 4)
+    together = explainer.contributions(images[:1], draws, torch.tensor([[0, 1, 2]]))
+    assert walks == [4]
+    for which in range(3):
+        alone = explainer.contributions(images[:1], draws, torch.tensor([[which]]))
+        assert close(together[which], alone[0])
+
+
+def test_join_renumbers_images_and_keeps_the_rest(explainer):
+    first, second = draws_of(explainer, 1, 3), draws_of(explainer, 2, 2)
+    joined = join([first, second])
+    assert joined.image_index.tolist() == [0, 0, 0, 1, 1]
+    assert torch.equal(joined.samples, torch.cat([first.samples, second.samples]))
+    assert torch.equal(joined.matrices[3:], second.matrices) and torch.equal(joined.keys[:3], first.keys)
+    with pytest.raises(InputError, match="draws"):
+        join([])
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        torch.tensor([0]),
+        torch.tensor([[0.0]]),
+        torch.tensor([[5]]),
+        torch.tensor([[-1]]),
+        torch.tensor([[0], [1]]),
+        [[0]],
+    ],
+)
+def test_targets_that_are_none_are_refused(explainer, images, targets):
+    with pytest.raises(InputError, match="target"):
+        explainer.contributions(images[:1], draws_of(explainer, 0, 1), targets)
+
+
+def test_pixels_that_are_not_finite_are_refused(explainer, images):
+    broken = images[:1].clone()
+    broken[0, 0, 0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match="pixels"):
+        explainer.contributions(broken, draws_of(explainer, 0, 1), torch.tensor([[0]]))
+    assert explainer.fitting_rows(images[:1]) >= 1 and explainer.statistics_dtype == torch.float64
