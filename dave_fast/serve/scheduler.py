@@ -1,0 +1,262 @@
+"""Which samples go into the next micro-batch.
+
+A request is S independent samples, so what is queued, and batched, is rows (request, sample). Engines take a
+micro-batch whenever they are free: at once where little waits, full where much does. Pure Python, deterministic, with
+the time passed in; whoever shares a Scheduler between threads holds a lock.
+
+Rows of one micro-batch belong to one bucket (model, image size, number of classes). Two rules take turns:
+
+    bucket   every other micro-batch goes to the bucket of the earliest deadline; the rest to the bucket that has waited
+             longest for one.
+    rows     three quarters of a micro-batch (over any four of a bucket: exactly) are filled by deadline, earliest
+             first. Each row of the last quarter goes to the request with the fewest rows in this micro-batch; among
+             equals, to the one that has waited longest for a row. Without a deadline, a request is ordered as if it had
+             one that grows with its samples: small ones go first.
+
+Hence the bound: with R rows a micro-batch, Q requests in the bucket and B buckets waiting, whatever arrives later and
+however large or urgent the others are, each request gets a row at least every 4⌈Q/R⌉ micro-batches of its bucket and
+its bucket at least every 2B-th micro-batch: a request of n rows is handed out within 8·B·n·⌈Q/R⌉ micro-batches.
+(Every waiting request that is not served comes closer to the head of the line, by R places in four micro-batches, and
+whoever was served or arrived later stands behind it.)
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
+
+# seconds a sample after its arrival, by which a request without a deadline is ordered
+PATIENCE = 0.02
+# one row in so many goes by turn
+BY_TURN = 4
+# seconds that a refused client is asked to wait, at least and at most
+RETRY_AFTER = (1, 60)
+# weight of the newest micro-batch in the estimated rate
+NEWEST = 0.1
+
+
+class Refused(Exception):
+    """A request that is not taken. kind: "full", "draining" or "too large"; retry_after: whole seconds, or None."""
+
+    def __init__(self, kind: str, reason: str, retry_after: int | None = None) -> None:
+        super().__init__(reason)
+        self.kind, self.retry_after = kind, retry_after
+
+
+@dataclass(frozen=True)
+class QueueLimits:
+    """The most that is held at once: requests, rows that wait to be computed, bytes of everything they need."""
+
+    requests: int = 64
+    rows: int = 16_384
+    bytes: int = 2 << 30
+
+
+@dataclass(eq=False)
+class Queued:
+    """A request as the scheduler sees it.
+
+    bucket: what may share a micro-batch. samples: its budget S. size: bytes it holds until it has ended.
+    deadline: on the caller's clock, or infinity. issued: samples handed out so far; they go out in order.
+    """
+
+    bucket: Hashable
+    samples: int
+    size: int = 0
+    deadline: float = math.inf
+    issued: int = 0
+    in_flight: int = field(default=0, init=False)
+    ended: bool = field(default=False, init=False)
+    urgency: float = field(default=math.inf, init=False)
+    number: int = field(default=0, init=False)
+    served: int = field(default=0, init=False)
+
+    @property
+    def waiting(self) -> int:
+        """Rows that are still to be handed out."""
+        return 0 if self.ended else self.samples - self.issued
+
+
+@dataclass(frozen=True)
+class Part:
+    """Samples start … stop − 1 of one request."""
+
+    request: Queued
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of one bucket. capacity: how many there could have been."""
+
+    bucket: Hashable
+    parts: tuple[Part, ...]
+    capacity: int
+
+    def __len__(self) -> int:
+        return sum(part.stop - part.start for part in self.parts)
+
+
+@dataclass
+class _Bucket:
+    """The requests of one bucket that have rows waiting, and the turn in which the bucket was served last."""
+
+    served: int
+    turns: int = 0
+    requests: dict[int, Queued] = field(default_factory=dict)
+
+
+class Scheduler:
+    """The queue. See the module's docstring for the rules."""
+
+    def __init__(self, limits: QueueLimits | None = None) -> None:
+        self.limits = limits or QueueLimits()
+        self.draining = False
+        self.requests = 0
+        self.rows = 0
+        self.bytes = 0
+        self.rate = 0.0
+        self._buckets: dict[Hashable, _Bucket] = {}
+        self._turn = 0
+        self._arrivals = 0
+
+    # ---- requests come and go ----
+
+    def submit(self, request: Queued, now: float) -> None:
+        """Take a request, or raise Refused."""
+        limits = self.limits
+        if self.draining:
+            raise Refused("draining", "the server is shutting down", RETRY_AFTER[0])
+        if request.samples > limits.rows or request.size > limits.bytes:
+            raise Refused(
+                "too large",
+                f"the request needs {request.samples} samples and {request.size / 2**20:.0f} MiB; this server takes "
+                f"{limits.rows} and {limits.bytes / 2**20:.0f} MiB at most",
+            )
+        for held, more, most, what in (
+            (self.requests, 1, limits.requests, "requests"),
+            (self.rows, request.samples, limits.rows, "samples"),
+            (self.bytes, request.size, limits.bytes, "bytes"),
+        ):
+            if held + more > most:
+                raise Refused("full", f"the queue is full ({held} of {most} {what})", self.retry_after())
+        self._arrivals += 1
+        request.number, request.served = self._arrivals, self._turn
+        request.urgency = now + PATIENCE * request.samples if request.deadline == math.inf else request.deadline
+        self.requests += 1
+        self.rows += request.waiting
+        self.bytes += request.size
+        bucket = self._buckets.setdefault(request.bucket, _Bucket(served=self._turn))
+        bucket.requests[request.number] = request
+
+    def end(self, request: Queued) -> None:
+        """The request is answered, failed or cancelled: its waiting rows are freed. Ending twice is ending once."""
+        if request.ended:
+            return
+        self.rows -= request.waiting
+        self._leave(request)
+        request.ended = True
+        if request.in_flight == 0:
+            self._release(request)
+
+    def drain(self) -> None:
+        """Take no more requests; those taken are still served."""
+        self.draining = True
+
+    def retry_after(self) -> int:
+        """Whole seconds until the rows that wait now will have been computed."""
+        seconds = math.ceil(self.rows / self.rate) if self.rate > 0 else 0
+        return min(max(RETRY_AFTER[0], seconds), RETRY_AFTER[1])
+
+    # ---- micro-batches ----
+
+    def take(self, capacity: Callable[[Hashable], int], now: float) -> MicroBatch | None:
+        """The next micro-batch, or None where nothing waits. capacity: rows that a bucket's micro-batch holds.
+
+        Rows of a request whose deadline has passed are not handed out.
+        """
+        alive = {key: requests for key in self._buckets if (requests := self._alive(key, now))}
+        if not alive:
+            return None
+        self._turn += 1
+        key = self._next_bucket(alive)
+        bucket, requests, rows = self._buckets[key], alive[key], max(1, capacity(key))
+        bucket.served = self._turn
+        by_turn = (rows + bucket.turns % BY_TURN) // BY_TURN
+        bucket.turns += 1
+        counts = _by_deadline(requests, rows - by_turn)
+        _by_turn(requests, counts, min(rows, sum(r.waiting for r in requests)))
+        return MicroBatch(key, tuple(self._hand_out(request, count) for request, count in counts.items()), rows)
+
+    def done(self, batch: MicroBatch, seconds: float) -> None:
+        """A micro-batch has come back, after so many seconds, computed or failed."""
+        if seconds > 0:
+            rate = len(batch) / seconds
+            self.rate = rate if self.rate == 0 else (1 - NEWEST) * self.rate + NEWEST * rate
+        for part in batch.parts:
+            part.request.in_flight -= part.stop - part.start
+            if part.request.ended and part.request.in_flight == 0:
+                self._release(part.request)
+
+    def _alive(self, key: Hashable, now: float) -> list[Queued]:
+        return [request for request in self._buckets[key].requests.values() if request.deadline > now]
+
+    def _next_bucket(self, alive: dict[Hashable, list[Queued]]) -> Hashable:
+        if self._turn % 2:
+            return min(alive, key=lambda key: min((request.urgency, request.number) for request in alive[key]))
+        return min(alive, key=lambda key: self._buckets[key].served)
+
+    def _hand_out(self, request: Queued, count: int) -> Part:
+        part = Part(request, request.issued, request.issued + count)
+        request.issued += count
+        request.in_flight += count
+        request.served = self._turn
+        self.rows -= count
+        if request.waiting == 0:
+            self._leave(request)
+        return part
+
+    def _leave(self, request: Queued) -> None:
+        """Out of its bucket; a bucket that is empty is forgotten."""
+        bucket = self._buckets.get(request.bucket)
+        if bucket is not None:
+            bucket.requests.pop(request.number, None)
+            if not bucket.requests:
+                del self._buckets[request.bucket]
+
+    def _release(self, request: Queued) -> None:
+        self.requests -= 1
+        self.bytes -= request.size
+
+
+def _by_deadline(requests: list[Queued], rows: int) -> dict[Queued, int]:
+    """Rows for each request, the earliest deadlines first."""
+    counts: dict[Queued, int] = {}
+    for request in sorted(requests, key=lambda request: (request.urgency, request.number)):
+        if rows <= 0:
+            break
+        counts[request] = min(rows, request.waiting)
+        rows -= counts[request]
+    return counts
+
+
+def _by_turn(requests: list[Queued], counts: dict[Queued, int], total: int) -> None:
+    """Fill up to `total` rows, one at a time: to the fewest in this micro-batch, then to the longest wait."""
+
+    def places() -> Iterator[tuple[int, int, int, Queued]]:
+        for request in requests:
+            if counts.get(request, 0) < request.waiting:
+                yield counts.get(request, 0), request.served, request.number, request
+
+    line = list(places())
+    heapq.heapify(line)
+    for _ in range(total - sum(counts.values())):
+        count, served, number, request = line[0]
+        counts[request] = count + 1
+        if count + 1 < request.waiting:
+            heapq.heapreplace(line, (count + 1, served, number, request))
+        else:
+            heapq.heappop(line)
