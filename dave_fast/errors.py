@@ -6,6 +6,7 @@
     ├── ModelError            (ValueError)    the model cannot be explained, or not by the route asked for
     │   ├── UnknownModelError                 no such model name, or its weights cannot be fetched
     │   └── NotFrozenError                    the affine replay found an operator that was left unfrozen
+    ├── RefusedError          (RuntimeError)  a server takes no more: its queue is full, or it is shutting down
     ├── BackendError          (RuntimeError)  a backend was asked for by name and cannot be used
     └── NonFiniteError        (ArithmeticError) NaN or infinity in images, logits or maps
 
@@ -37,6 +38,17 @@ class UnknownModelError(ModelError):
 
 class NotFrozenError(ModelError):
     """The affine replay found an input-dependent operator that was left unfrozen."""
+
+
+class RefusedError(DaveFastError, RuntimeError):
+    """A server does not take a request.
+
+    kind: "full", "draining" or "too large". retry_after: whole seconds after which to come again, or None.
+    """
+
+    def __init__(self, kind: str, reason: str, retry_after: int | None = None) -> None:
+        super().__init__(reason)
+        self.kind, self.retry_after = kind, retry_after
 
 
 class BackendError(DaveFastError, RuntimeError):

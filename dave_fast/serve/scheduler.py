@@ -27,6 +27,8 @@ import math
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 
+from dave_fast.errors import RefusedError
+
 # seconds a sample after its arrival, by which a request without a deadline is ordered
 PATIENCE = 0.02
 # one row in so many goes by turn
@@ -35,14 +37,6 @@ BY_TURN = 4
 RETRY_AFTER = (1, 60)
 # weight of the newest micro-batch in the estimated rate
 NEWEST = 0.1
-
-
-class Refused(Exception):
-    """A request that is not taken. kind: "full", "draining" or "too large"; retry_after: whole seconds, or None."""
-
-    def __init__(self, kind: str, reason: str, retry_after: int | None = None) -> None:
-        super().__init__(reason)
-        self.kind, self.retry_after = kind, retry_after
 
 
 @dataclass(frozen=True)
@@ -126,12 +120,12 @@ class Scheduler:
     # ---- requests come and go ----
 
     def submit(self, request: Queued, now: float) -> None:
-        """Take a request, or raise Refused."""
+        """Take a request, or raise RefusedError."""
         limits = self.limits
         if self.draining:
-            raise Refused("draining", "the server is shutting down", RETRY_AFTER[0])
+            raise RefusedError("draining", "the server is shutting down", RETRY_AFTER[0])
         if request.samples > limits.rows or request.size > limits.bytes:
-            raise Refused(
+            raise RefusedError(
                 "too large",
                 f"the request needs {request.samples} samples and {request.size / 2**20:.0f} MiB; this server takes "
                 f"{limits.rows} and {limits.bytes / 2**20:.0f} MiB at most",
@@ -142,7 +136,7 @@ class Scheduler:
             (self.bytes, request.size, limits.bytes, "bytes"),
         ):
             if held + more > most:
-                raise Refused("full", f"the queue is full ({held} of {most} {what})", self.retry_after())
+                raise RefusedError("full", f"the queue is full ({held} of {most} {what})", self.retry_after())
         self._arrivals += 1
         request.number, request.served = self._arrivals, self._turn
         request.urgency = now + PATIENCE * request.samples if request.deadline == math.inf else request.deadline
