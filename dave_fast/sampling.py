@@ -85,7 +85,7 @@ class Sampling:
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """R perturbations, one a row; CPU tensors. `draws[start:stop]` is a Draws again."""
+    """R perturbations, one a row; CPU tensors, or moved together by `to`. `draws[start:stop]` is a Draws again."""
 
     image_index: Tensor
     """(R,) int64: which image of the batch."""
@@ -104,7 +104,15 @@ class Draws:
         return len(self.signal)
 
     def __getitem__(self, rows: slice | Tensor) -> Draws:
-        return Draws(*(getattr(self, field.name)[rows] for field in fields(self)))
+        return Draws(*(tensor[rows] for tensor in self.tensors()))
+
+    def tensors(self) -> list[Tensor]:
+        """The six tensors, in the order of the fields."""
+        return [getattr(self, field.name) for field in fields(self)]
+
+    def to(self, device: torch.device) -> Draws:
+        """The same draws on a device."""
+        return Draws(*(tensor.to(device) for tensor in self.tensors()))
 
 
 def draw(

@@ -28,12 +28,14 @@ Target = int | Index | Tensor | Sequence[int] | Sequence[Index] | Score | Sequen
 
 @dataclass(frozen=True)
 class ResolvedTarget:
-    """A target checked against the outputs: exactly one of the fields is given.
+    """A target checked against the outputs: indices with their places, or a score, or scores.
 
-    indices: per image an index into one row's output · score: all rows at once · scores: one per image.
+    indices: per image an index into one row's output · places: (B,) int64, the same as positions in one row's
+    flattened output, on the output's device · score: all rows at once · scores: one per image.
     """
 
     indices: list[Index] | None = None
+    places: Tensor | None = None
     score: Score | None = None
     scores: list[Score] | None = None
 
@@ -47,14 +49,12 @@ class ResolvedTarget:
     def cotangent(self, output: Tensor, image_index: Tensor) -> Tensor:
         """∂ Σ scores / ∂ output, of output's shape.
 
-        output: (R, ...) detached; image_index: (R,) int64, the image that each row belongs to.
+        output: (R, ...) detached; image_index: (R,) int64, the image that each row belongs to. Nothing waits for the
+        device where image_index is on the output's, but for one callable an image, which Python runs row by row.
         """
-        if self.indices is not None:
-            rows = range(output.shape[0])
-            wanted = [self.indices[i] for i in image_index.tolist()]
-            cotangent = torch.zeros_like(output)
-            place = [torch.tensor(list(rows))] + [torch.tensor(axis) for axis in zip(*wanted, strict=True)]
-            cotangent[tuple(p.to(output.device) for p in place)] = 1
+        if self.places is not None:
+            cotangent = torch.zeros(output.shape, dtype=output.dtype, device=output.device)
+            cotangent.view(len(output), -1).scatter_(1, self.places[image_index][:, None], 1)
             return cotangent
         with torch.enable_grad():
             leaf = output.detach().requires_grad_()
@@ -94,7 +94,7 @@ def resolve_target(target: Target, output: Tensor) -> ResolvedTarget:
                 f"target=None takes the predicted class and needs an output (B, classes); this model's is "
                 f"{tuple(output.shape)}. Give an index tuple or a callable."
             )
-        return ResolvedTarget(indices=[(int(c),) for c in output.argmax(1)])
+        return _of_indices([(c,) for c in output.argmax(1).tolist()], output)
     if callable(target):
         return ResolvedTarget(score=target)
     listed = _as_list(target)
@@ -104,7 +104,13 @@ def resolve_target(target: Target, output: Tensor) -> ResolvedTarget:
         raise InputError(f"{len(listed)} targets were given for {images} images; give one, or one for each")
     if all(callable(t) for t in listed):
         return ResolvedTarget(scores=listed)
-    return ResolvedTarget(indices=[_checked(t, output) for t in listed])
+    return _of_indices([_checked(t, output) for t in listed], output)
+
+
+def _of_indices(indices: list[Index], output: Tensor) -> ResolvedTarget:
+    sizes = tuple(output.shape[1:])
+    places = np.array([np.ravel_multi_index(index, sizes) if sizes else 0 for index in indices], dtype=np.int64)
+    return ResolvedTarget(indices, torch.from_numpy(places).to(output.device))
 
 
 def _as_list(target: Any) -> list[Any]:

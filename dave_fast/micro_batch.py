@@ -1,0 +1,249 @@
+"""Rows of draws through perturb, the walks and pull_back: micro-batch by micro-batch, on any device.
+
+A micro-batch is a forward walk and any number of VJPs of it. On a CPU it has the rows that are left; on a GPU it is a
+bucket of fixed shape (`dave_fast.graphs`). Images and draws are on the device before the loop, and nothing in the
+loop waits for it; progress is reported as work is finished, while more is queued.
+
+Where memory runs out the micro-batch is halved and the same rows are walked again: results are those of smaller
+micro-batches, and the route remembers the size.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dave_fast import memory
+from dave_fast.buckets import next_bucket
+from dave_fast.errors import OutOfMemoryError
+from dave_fast.graphs import Bucket, Capture, Graphs
+from dave_fast.route import Route
+from dave_fast.sampling import Draws, identity
+from dave_fast.targets import ResolvedTarget
+
+logger = logging.getLogger("dave_fast")
+
+Progress = Callable[[int, int], None]
+# micro-batches that are queued on a GPU beyond the one whose end is reported
+AHEAD = 2
+
+
+class Walk(Protocol):
+    """One micro-batch."""
+
+    def forward(self, images: Tensor, draws: Draws) -> Tensor:
+        """images (B, C, H, W), draws of R rows -> output (R, ...)."""
+        ...
+
+    def vjp(self, cotangent: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """Cotangent of the last output -> contributions (R, C, H, W) in `dtype`; for None, of the tokens (R, n, ·)."""
+        ...
+
+
+class Eager:
+    """A micro-batch as it comes."""
+
+    def __init__(self, route: Route, perturb: Callable[..., Tensor], pull_back: Callable[..., Tensor]) -> None:
+        self._route, self._perturb, self._pull_back = route, perturb, pull_back
+        self._seen: tuple[Tensor, Draws] | None = None
+        self._saved: Any = None
+
+    def forward(self, images: Tensor, draws: Draws) -> Tensor:
+        """See `Walk`."""
+        self._seen = images, draws
+        return self.walk(self.perturbed(images, draws))
+
+    def vjp(self, cotangent: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """See `Walk`."""
+        tokens = self._route.vjp(self._saved, cotangent)
+        if dtype is None:
+            return tokens
+        assert self._seen is not None
+        return self.pulled_back(tokens, *self._seen, dtype)
+
+    def perturbed(self, images: Tensor, draws: Draws) -> Tensor:
+        """The rows' tokens."""
+        return self._perturb(images, draws, self._route.patch_size, dtype=self._route.dtype)
+
+    def walk(self, tokens: Tensor) -> Tensor:
+        """The forward walk alone; what its VJP needs is kept."""
+        output, self._saved = self._route.forward(tokens)
+        return output
+
+    def pulled_back(self, tokens: Tensor, images: Tensor, draws: Draws, dtype: torch.dtype) -> Tensor:
+        """Contributions of token cotangents."""
+        return self._pull_back(tokens, images, draws, self._route.patch_size, dtype=dtype)
+
+
+class MicroBatches:
+    """The loop over micro-batches for images of one size.
+
+    rows: of a full micro-batch. graphs: the buckets of a GPU, None where micro-batches are walked as they come.
+    pixels: whether perturb and pull_back can be captured.
+    """
+
+    def __init__(
+        self,
+        route: Route,
+        perturb: Callable[..., Tensor],
+        pull_back: Callable[..., Tensor],
+        rows: int,
+        *,
+        graphs: Graphs | None = None,
+        pixels: bool = True,
+    ) -> None:
+        self._route, self._ops, self._rows = route, (perturb, pull_back), rows
+        self._graphs, self._pixels = graphs, pixels
+
+    def outputs(self, images: Tensor) -> Tensor:
+        """The model's output (B, ...) for the images as they are."""
+        outputs = []
+
+        def keep(walk: Walk, output: Tensor, at: slice, image_index: Tensor) -> None:
+            outputs.append(output.clone())
+
+        self._each(images, identity(len(images)), keep)
+        return torch.cat(outputs)
+
+    def vjps(
+        self,
+        images: Tensor,
+        draws: Draws,
+        target: ResolvedTarget,
+        into: Tensor,
+        dtype: torch.dtype | None,
+        done: Callable[[int], None] | None = None,
+    ) -> None:
+        """The target's cotangent of every row, pulled back: into (R, C, H, W) in `dtype`; for None, tokens (R, n, ·).
+
+        draws: host, image-major, image_index counting from the first of `images`. done: called with the number of
+        rows that are queued.
+        """
+
+        def keep(walk: Walk, output: Tensor, at: slice, image_index: Tensor) -> None:
+            into[at].copy_(walk.vjp(target.cotangent(output, image_index), dtype))
+
+        self._each(images, draws, keep, done)
+
+    def _each(
+        self,
+        images: Tensor,
+        draws: Draws,
+        keep: Callable[[Walk, Tensor, slice, Tensor], None],
+        done: Callable[[int], None] | None = None,
+    ) -> None:
+        moved = draws.to(images.device)
+        start = 0
+        while start < len(draws):
+            size = self._size(len(draws) - start)
+            at = slice(start, min(start + size, len(draws)))
+            first, last = int(draws.image_index[at.start]), int(draws.image_index[at.stop - 1])
+            part, seen = moved[at], images[first : last + 1]
+            try:
+                with self._walk(size, seen) as walk:
+                    output = walk.forward(seen, replace(part, image_index=part.image_index - first))
+                    keep(walk, output, at, part.image_index)
+            except (RuntimeError, MemoryError) as error:
+                if not memory.is_out_of_memory(error):
+                    raise
+                self._check_smaller(size, images, error)
+            else:
+                start = at.stop
+                if done is not None:
+                    done(start)
+                continue
+            # outside the handler, which holds the failed micro-batch's tensors
+            self._shrink(size, images.device)
+
+    def _size(self, remaining: int) -> int:
+        rows = min(self._rows, self._route.most_rows)
+        if self._graphs is None:
+            return min(rows, remaining)
+        return next_bucket(remaining, rows, self._route.row_cost)
+
+    @contextmanager
+    def _walk(self, size: int, images: Tensor) -> Iterator[Walk]:
+        if self._graphs is None:
+            yield Eager(self._route, *self._ops)
+            return
+
+        def make(capture: Capture) -> Bucket:
+            return Bucket(Eager(self._route, *self._ops), size, images, capture, pixels=self._pixels)
+
+        with self._graphs.turn((self._route, size), make) as bucket:
+            yield bucket
+
+    def _check_smaller(self, size: int, images: Tensor, error: BaseException) -> None:
+        if size > 1:
+            return
+        row, free = self._route.row_bytes, memory.free_bytes(images.device)
+        formula = f"by the formula a row takes {memory.megabytes(row)}" if row else "its memory is autograd's"
+        raise OutOfMemoryError(
+            f"memory ran out with one row a micro-batch: {formula}, the weights {memory.megabytes(self._route.weights)}, "
+            f"and {memory.megabytes(free)} of {images.device} are free. Give smaller images, a smaller model or "
+            "precision='bf16', or free memory"
+        ) from error
+
+    def _shrink(self, size: int, device: torch.device) -> None:
+        self._route.most_rows = size // 2
+        logger.warning("memory ran out with %d rows a micro-batch; going on with %d", size, size // 2)
+        if self._graphs is not None:
+            self._graphs.clear()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """A number of rows, and how to wait until they are done."""
+
+    rows: int
+    wait: Callable[[], None]
+
+
+class Pacer:
+    """Calls `progress` with (rows done, rows in all) as work is finished.
+
+    On a GPU it waits for the micro-batch before the last `ahead` queued ones, so that the device never runs dry and
+    the host never runs far ahead. Without a progress function nothing waits.
+    """
+
+    def __init__(self, progress: Progress | None, total: int, device: torch.device) -> None:
+        self._progress, self._total = progress, total
+        self._mark, self._ahead = (_cuda_mark, AHEAD) if device.type == "cuda" else (_no_mark, 0)
+        self._queued: deque[_Mark] = deque()
+
+    def queued(self, rows: int) -> None:
+        """So many rows are queued since the start."""
+        if self._progress is None:
+            return
+        self._queued.append(_Mark(rows, self._mark()))
+        while len(self._queued) > self._ahead:
+            self._report()
+
+    def finish(self) -> None:
+        """Report what is still queued."""
+        while self._queued:
+            self._report()
+
+    def _report(self) -> None:
+        mark = self._queued.popleft()
+        mark.wait()
+        assert self._progress is not None
+        self._progress(mark.rows, self._total)
+
+
+def _no_mark() -> Callable[[], None]:
+    return lambda: None
+
+
+def _cuda_mark() -> Callable[[], None]:
+    event = torch.cuda.current_stream().record_event()
+    return event.synchronize
