@@ -121,11 +121,6 @@ def _tail(remaining: int, sizes: tuple[int, ...], cost: Callable[[int], float]) 
     return best(remaining)
 
 
-def row_cost(tokens: int, gemms: Sequence[Gemm], multiprocessors: int) -> Callable[[int], float]:
+def row_cost(rows: int, tokens: int, gemms: Sequence[Gemm], multiprocessors: int) -> float:
     """The cost of a micro-batch on a chip, in rows at full fill."""
-
-    @cache
-    def cost(rows: int) -> float:
-        return rows / fill(rows, tokens, gemms, multiprocessors) + OVERHEAD
-
-    return cost
+    return rows / fill(rows, tokens, gemms, multiprocessors) + OVERHEAD

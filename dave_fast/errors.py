@@ -7,6 +7,7 @@
     │   ├── UnknownModelError                 no such model name, or its weights cannot be fetched
     │   └── NotFrozenError                    the affine replay found an operator that was left unfrozen
     ├── RefusedError          (RuntimeError)  a server takes no more: its queue is full, or it is shutting down
+    ├── OutOfMemoryError      (MemoryError)   not even the smallest micro-batch fits
     ├── BackendError          (RuntimeError)  a backend was asked for by name and cannot be used
     └── NonFiniteError        (ArithmeticError) NaN or infinity in images, logits or maps
 
@@ -49,6 +50,10 @@ class RefusedError(DaveFastError, RuntimeError):
     def __init__(self, kind: str, reason: str, retry_after: int | None = None) -> None:
         super().__init__(reason)
         self.kind, self.retry_after = kind, retry_after
+
+
+class OutOfMemoryError(DaveFastError, MemoryError):
+    """Memory ran out with the smallest micro-batch."""
 
 
 class BackendError(DaveFastError, RuntimeError):

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,18 +25,18 @@ from dave_fast.checks import (
     describe,
     refuse_non_finite,
 )
-from dave_fast.errors import InputError
+from dave_fast.errors import InputError, ModelError
+from dave_fast.graphs import make_graphs
 from dave_fast.memory import SHARE, contribution_bytes, free_bytes
+from dave_fast.micro_batch import MicroBatches, Pacer, Progress, Walk
 from dave_fast.models.catalog import load_model, noise_alpha_for
 from dave_fast.ops import _registry
-from dave_fast.ops.patches import unpatchify
+from dave_fast.ops.patches import patchify, unpatchify
 from dave_fast.precision import choose_precision, own_arithmetic, resolve_device, statistics_dtype
 from dave_fast.route import DTYPES, ROUTES, Route, make_route
 from dave_fast.sampling import Draws, Sampling, draw, identity
 from dave_fast.targets import ResolvedTarget, Target, resolve_target
 from dave_fast.weights import fingerprint
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class DAVE:
         noise_alpha: largest noise level; by default the authors' value for the model, else 0.5 with a warning.
         schedule, rotation, scale, translation, flip: see `dave_fast.sampling.Sampling`.
         internal_batch_size: rows (image, sample) of a micro-batch; by default what fits.
+        graphs: replay micro-batches as CUDA graphs (see `dave_fast.graphs`). None where the device and the route can;
+            True raises where they cannot; False launches the same kernels one by one, with the same result.
 
     Raises UnknownModelError, InputError, BackendError.
     """
@@ -89,6 +92,7 @@ class DAVE:
         translation: float = 0.1,
         flip: float = 0.5,
         internal_batch_size: int | None = None,
+        graphs: bool | None = None,
     ) -> None:
         self.model, self.model_name = load_model(model)
         self.device = resolve_device(device, self.model, named=isinstance(model, str))
@@ -104,7 +108,12 @@ class DAVE:
         self._routes: dict[tuple[int, ...], Route] = {}
         self._lock = threading.Lock()
         self._fingerprint: object = None
+        self._graphs_wanted = graphs
+        self._make_graphs = partial(make_graphs, self.device, graphs)
+        self._graphs = self._make_graphs()
         kind = self.device.type
+        # PyTorch's forms wait for the device, which a graph cannot
+        self._pixels = _registry.choose("perturb", backend, kind) != "torch"
         self._perturb = _registry.bind("perturb", backend, kind)
         self._pull_back = _registry.bind("pull_back", backend, kind)
         self._robust_mean = _registry.bind("robust_mean", backend, kind)
@@ -133,7 +142,7 @@ class DAVE:
             seed: any integer. The same seed gives the same map whatever the batch, its order and its size.
             image_keys: an integer an image that tells its draws from other images'; by default all share theirs.
             internal_batch_size: rows (image, sample) of a micro-batch.
-            progress: called with (rows done, rows in all) after each micro-batch.
+            progress: called with (rows done, rows in all) after each micro-batch; on a GPU while later ones run.
 
         Raises InputError (shape, dtype, target, n_samples), ModelError, NonFiniteError.
         """
@@ -141,9 +150,8 @@ class DAVE:
         with own_arithmetic(self.device):
             images = self._checked(images)
             keys = check_keys(image_keys, len(images))
-            route = self._route(images)
-            rows = check_rows(internal_batch_size) or self.internal_batch_size or self._fitting_rows(route)
-            output = self._output(route, images, rows)
+            batches = self._batches(self._route(images), check_rows(internal_batch_size))
+            output = self._output(batches, images)
             resolved = resolve_target(target, output)
             draws = draw(
                 n_samples,
@@ -153,7 +161,7 @@ class DAVE:
                 image_keys=keys,
                 sampling=self.sampling,
             )
-            raw = self._raw(route, images, draws, resolved, rows, progress)
+            raw = self._raw(batches, images, draws, resolved, progress)
             classes = resolved.classes.expand(len(images)).clone()
             return Explanation(
                 maps=self._smooth(raw).float(),
@@ -195,8 +203,7 @@ class DAVE:
         """The model's output for unperturbed images (B, C, H, W): (B, ...) float32, in this precision and route."""
         with own_arithmetic(self.device):
             images = self._checked(images)
-            route = self._route(images)
-            return self._output(route, images, self.internal_batch_size or self._fitting_rows(route)).float()
+            return self._output(self._batches(self._route(images)), images).float()
 
     def effective_gradient(self, images: Tensor, target: Target = None) -> Tensor:
         """One row of the effective transformation per image, unperturbed: (B, C, H, W).
@@ -206,15 +213,12 @@ class DAVE:
         with own_arithmetic(self.device):
             images = self._checked(images)
             route = self._route(images)
-            rows = self.internal_batch_size or self._fitting_rows(route)
-            resolved = resolve_target(target, self._output(route, images, rows))
+            batches = self._batches(route)
+            resolved = resolve_target(target, self._output(batches, images))
             gradients = torch.empty_like(images)
-            every = identity(len(images))
-            for start in range(0, len(images), rows):
-                some = every[start : start + rows]
-                output, saved = route.forward(self._perturb(images, some, route.patch_size, dtype=route.dtype))
-                tokens = route.vjp(saved, resolved.cotangent(output, some.image_index)).to(images.dtype)
-                gradients[start : start + rows] = unpatchify(tokens, route.patch_size, *images.shape[2:])
+            tokens = torch.empty_like(patchify(images, route.patch_size))
+            batches.vjps(images, identity(len(images)), resolved, tokens, None)
+            gradients.copy_(unpatchify(tokens, route.patch_size, *images.shape[2:]))
             refuse_non_finite(gradients, "the effective gradient", "Try precision='fp32'.")
             return gradients
 
@@ -240,16 +244,22 @@ class DAVE:
         """
         with own_arithmetic(self.device):
             images = self._checked(images)
-            route = self._route(images)
-            output, saved = route.forward(self._perturb(images, draws, route.patch_size, dtype=route.dtype))
-            check_classes(targets, len(images), output)
-            rows = torch.arange(len(draws))
-            made = images.new_empty(targets.shape[1], len(draws), *images.shape[1:])
-            for which, of_image in enumerate(targets.T):
-                cotangent = torch.zeros_like(output)
-                cotangent[rows, of_image[draws.image_index]] = 1
-                tokens = route.vjp(saved, cotangent)
-                made[which] = self._pull_back(tokens, images, draws, route.patch_size, dtype=images.dtype)
+            made: Tensor | None = None
+
+            def keep(walk: Walk, output: Tensor, at: slice, image_index: Tensor) -> None:
+                nonlocal made
+                check_classes(targets, len(images), output)
+                if made is None:
+                    made = images.new_empty(targets.shape[1], len(draws), *images.shape[1:])
+                for which, of_image in enumerate(targets.T.to(images.device)):
+                    cotangent = ResolvedTarget(places=of_image).cotangent(output, image_index)
+                    made[which, at].copy_(walk.vjp(cotangent, images.dtype))
+
+            # a GPU takes its own buckets
+            rows = len(draws) if self._graphs is None else None
+            self._batches(self._route(images), rows).each(images, draws, keep)
+            if made is None:
+                raise InputError("draws hold no rows")
             return made
 
     def aggregate(self, contributions: Tensor) -> tuple[Tensor, Tensor]:
@@ -272,50 +282,50 @@ class DAVE:
 
     # ---- micro-batches ----
 
+    def _batches(self, route: Route, rows: int | None = None) -> MicroBatches:
+        """The loop over micro-batches; rows: of a full one, where the caller says so."""
+        wanted = rows or self.internal_batch_size or self._fitting_rows(route)
+        graphs = self._graphs if route.capturable else None
+        if self._graphs_wanted and graphs is None:
+            raise ModelError(
+                f"graphs=True was asked for, but the {route.name} route runs the model's own forward, which may wait "
+                "for the device. Use graphs=None."
+            )
+        return MicroBatches(route, self._perturb, self._pull_back, wanted, graphs=graphs, pixels=self._pixels)
+
     def _raw(
-        self, route: Route, images: Tensor, draws: Draws, target: ResolvedTarget, rows: int, progress: Progress | None
+        self, batches: MicroBatches, images: Tensor, draws: Draws, target: ResolvedTarget, progress: Progress | None
     ) -> Tensor:
         """All rows of draws, micro-batch by micro-batch -> raw (B, C, H, W)."""
-        samples, shape = len(draws) // len(images), images.shape[1:]
+        samples, shape = len(draws) // len(images), tuple(images.shape[1:])
         raw = torch.empty_like(images)
-        done = 0
-        for some in self._groups(len(images), samples, tuple(shape)):
+        pacer = Pacer(progress, len(draws), self.device)
+        for some in self._groups(len(images), samples, shape):
             part = draws[some.start * samples : some.stop * samples]
             contributions = images.new_empty(len(part), *shape)
-            for start in range(0, len(part), rows):
-                stop = min(start + rows, len(part))
-                contributions[start:stop] = self._contributions(route, images, part[start:stop], target)
-                done += stop - start
-                if progress is not None:
-                    progress(done, len(draws))
+            batches.vjps(images, part, target, contributions, images.dtype, pacer.after(some.start * samples))
             raw[some] = self._robust_mean(contributions.view(-1, samples, *shape))
+        pacer.finish()
         refuse_non_finite(raw, "the attribution", "Try precision='fp32', or look for overflow in the model.")
         return raw
 
-    def _contributions(self, route: Route, images: Tensor, draws: Draws, target: ResolvedTarget) -> Tensor:
-        """Rows of draws -> contributions (R, C, H, W) of images' dtype."""
-        tokens = self._perturb(images, draws, route.patch_size, dtype=route.dtype)
-        output, saved = route.forward(tokens)
-        cotangent = target.cotangent(output, draws.image_index)
-        return self._pull_back(route.vjp(saved, cotangent), images, draws, route.patch_size, dtype=images.dtype)
-
-    def _output(self, route: Route, images: Tensor, rows: int) -> Tensor:
+    def _output(self, batches: MicroBatches, images: Tensor) -> Tensor:
         """The model's output for the unperturbed images."""
-        every = identity(len(images))
-        outputs = []
-        for start in range(0, len(images), rows):
-            tokens = self._perturb(images, every[start : start + rows], route.patch_size, dtype=route.dtype)
-            outputs.append(route.forward(tokens)[0])
-        output = torch.cat(outputs)
+        output = batches.outputs(images)
         refuse_non_finite(output, "the model's output", "Check the weights, or try precision='fp32'.")
         return output
 
     # ---- sizes ----
 
     def _fitting_rows(self, route: Route) -> int:
-        """Rows of a micro-batch: the route's best number, or fewer where memory is short."""
-        fitting = int(SHARE * free_bytes(self.device) / max(1, route.row_bytes))
-        return max(1, min(route.default_rows, fitting))
+        """Rows of a micro-batch: the route's best number, or fewer where memory is short.
+
+        Chosen once a route where buckets are captured for it.
+        """
+        if self._graphs is not None and route.full_rows is not None:
+            return route.full_rows
+        route.full_rows = route.best_rows(int(SHARE * free_bytes(self.device) / max(1, route.row_bytes)))
+        return route.full_rows
 
     def _groups(self, n_images: int, n_samples: int, shape: tuple[int, ...]) -> Iterator[slice]:
         """Images whose contributions are held together."""
@@ -339,6 +349,7 @@ class DAVE:
             now = fingerprint(self.model)
             if now != self._fingerprint:
                 self._routes.clear()
+                self._graphs = self._make_graphs()
                 self._fingerprint = now
             # the last one used stands last
             route = self._routes.pop(shape, None) or self._made(shape)

@@ -149,15 +149,20 @@ class Graphs:
 
     @contextmanager
     def turn(self, key: Any, make: Callable[[Capture], Bucket]) -> Iterator[Bucket]:
-        """The bucket of `key`, made where there is none, for one micro-batch: one caller at a time, also on the device."""
+        """The bucket of `key`, made where there is none, for one micro-batch.
+
+        One caller at a time, on the host and on the device.
+        """
         with self._turn:
             bucket = self._buckets.pop(key, None) or make(self._captured)
             self._buckets[key] = bucket
             while len(self._buckets) > self._most:
                 self._buckets.popitem(last=False)
             self._wait_for_last()
-            yield bucket
-            self._remember_last()
+            try:
+                yield bucket
+            finally:
+                self._remember_last()
 
     def clear(self) -> None:
         """Forget all buckets; their memory is free for others."""

@@ -14,8 +14,9 @@ import sys
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from dave_fast.buckets import hidden_width
 from dave_fast.ops.attention import KEEP_PROBABILITIES
 
 if TYPE_CHECKING:
@@ -33,13 +34,29 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
 
 
+def plan_bytes(plan: ViTPlan) -> int:
+    """Bytes of a plan: packed weights of both walks, biases, positions, the tail."""
+    found = [plan.position, plan.prefix]
+    for projection in plan.projections():
+        found += [projection.bias, *_tensors(projection.weight), *_tensors(projection.transposed)]
+    return sum(t.numel() * t.element_size() for t in found) + weight_bytes(plan.tail)
+
+
+def _tensors(packed: object) -> list[Tensor]:
+    """The tensors of what a backend made of a weight."""
+    if isinstance(packed, Tensor):
+        return [packed]
+    parts = packed if isinstance(packed, list | tuple) else vars(packed).values()
+    return [tensor for part in parts if isinstance(part, Tensor) for tensor in _tensors(part)]
+
+
 def _layer_bytes(plan: ViTPlan, layer: Layer) -> int:
     """Operators that one row keeps of one block: P or q, k, v and log-sum-exp; the gate; two 1/σ."""
     item = plan.dtype.itemsize
     tokens = plan.tokens
     queries = tokens if layer.qkv is not None else plan.read
     width = layer.heads * layer.head_dim
-    hidden = layer.fc2.transposed.shape[0]
+    hidden = hidden_width(layer.fc1.bias.shape[0], layer.activation)
     if tokens <= KEEP_PROBABILITIES:
         attention = layer.heads * queries * (tokens + PADDING) * item
     else:
@@ -63,6 +80,19 @@ def engine_row_bytes(plan: ViTPlan) -> int:
 def contribution_bytes(n_samples: int, image_shape: tuple[int, ...], dtype: torch.dtype) -> int:
     """Bytes of the S contributions of one image (C, H, W)."""
     return n_samples * torch.Size(image_shape).numel() * dtype.itemsize
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: on a GPU, in PyTorch's CPU allocator, or in C++."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    words = ("can't allocate memory", "std::bad_alloc", "CUDA out of memory", "out of memory")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def megabytes(count: int) -> str:
+    """A number of bytes, for messages."""
+    return f"{count / 2**20:,.1f} MiB"
 
 
 def free_bytes(device: torch.device) -> int:

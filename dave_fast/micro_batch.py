@@ -109,7 +109,7 @@ class MicroBatches:
         def keep(walk: Walk, output: Tensor, at: slice, image_index: Tensor) -> None:
             outputs.append(output.clone())
 
-        self._each(images, identity(len(images)), keep)
+        self.each(images, identity(len(images)), keep)
         return torch.cat(outputs)
 
     def vjps(
@@ -121,35 +121,36 @@ class MicroBatches:
         dtype: torch.dtype | None,
         done: Callable[[int], None] | None = None,
     ) -> None:
-        """The target's cotangent of every row, pulled back: into (R, C, H, W) in `dtype`; for None, tokens (R, n, ·).
-
-        draws: host, image-major, image_index counting from the first of `images`. done: called with the number of
-        rows that are queued.
-        """
+        """The target's cotangent of every row pulled back, as `Walk.vjp`, `into` a tensor of all rows."""
 
         def keep(walk: Walk, output: Tensor, at: slice, image_index: Tensor) -> None:
             into[at].copy_(walk.vjp(target.cotangent(output, image_index), dtype))
 
-        self._each(images, draws, keep, done)
+        self.each(images, draws, keep, done)
 
-    def _each(
+    def each(
         self,
         images: Tensor,
         draws: Draws,
         keep: Callable[[Walk, Tensor, slice, Tensor], None],
         done: Callable[[int], None] | None = None,
     ) -> None:
+        """Walk all rows forward and hand each micro-batch to `keep`.
+
+        draws: on the host. keep: gets the walk, its output (r, ...), which rows these are, and each row's image index
+        on the device; it may be called again for the same rows, where memory ran out. done: gets the number of rows
+        that are queued.
+        """
         moved = draws.to(images.device)
         start = 0
         while start < len(draws):
             size = self._size(len(draws) - start)
             at = slice(start, min(start + size, len(draws)))
-            first, last = int(draws.image_index[at.start]), int(draws.image_index[at.stop - 1])
-            part, seen = moved[at], images[first : last + 1]
+            part = moved[at]
             try:
+                seen, local = _own_images(images, draws.image_index[at], part.image_index, size)
                 with self._walk(size, seen) as walk:
-                    output = walk.forward(seen, replace(part, image_index=part.image_index - first))
-                    keep(walk, output, at, part.image_index)
+                    keep(walk, walk.forward(seen, replace(part, image_index=local)), at, part.image_index)
             except (RuntimeError, MemoryError) as error:
                 if not memory.is_out_of_memory(error):
                     raise
@@ -183,12 +184,14 @@ class MicroBatches:
     def _check_smaller(self, size: int, images: Tensor, error: BaseException) -> None:
         if size > 1:
             return
-        row, free = self._route.row_bytes, memory.free_bytes(images.device)
-        formula = f"by the formula a row takes {memory.megabytes(row)}" if row else "its memory is autograd's"
+        route = self._route
+        row = (
+            f"takes {memory.megabytes(route.row_bytes)} by the formula" if route.row_bytes else "is autograd's to hold"
+        )
         raise OutOfMemoryError(
-            f"memory ran out with one row a micro-batch: {formula}, the weights {memory.megabytes(self._route.weights)}, "
-            f"and {memory.megabytes(free)} of {images.device} are free. Give smaller images, a smaller model or "
-            "precision='bf16', or free memory"
+            f"memory ran out with one row a micro-batch: a row {row}, the weights take "
+            f"{memory.megabytes(route.weights)}, and {memory.megabytes(memory.free_bytes(images.device))} are free on "
+            f"{images.device}. Give smaller images or a smaller model, take precision='bf16', or free memory"
         ) from error
 
     def _shrink(self, size: int, device: torch.device) -> None:
@@ -198,6 +201,18 @@ class MicroBatches:
             self._graphs.clear()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _own_images(images: Tensor, index: Tensor, on_device: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """At most `most` images to which these rows belong, and the rows' indices among them.
+
+    index: (r,) on the host, on_device: the same there. Rows in the images' order need no copy and no wait.
+    """
+    first, last = int(index.min()), int(index.max())
+    if last - first < most:
+        return images[first : last + 1], on_device - first
+    used, local = index.unique(return_inverse=True)
+    return images[used.to(images.device)], local.to(images.device)
 
 
 @dataclass(frozen=True)
@@ -219,6 +234,10 @@ class Pacer:
         self._progress, self._total = progress, total
         self._mark, self._ahead = (_cuda_mark, AHEAD) if device.type == "cuda" else (_no_mark, 0)
         self._queued: deque[_Mark] = deque()
+
+    def after(self, before: int) -> Callable[[int], None]:
+        """`queued` for rows that follow `before` others."""
+        return lambda rows: self.queued(before + rows)
 
     def queued(self, rows: int) -> None:
         """So many rows are queued since the start."""

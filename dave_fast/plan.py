@@ -100,6 +100,11 @@ class ViTPlan:
         """N, prefix tokens included."""
         return self.position.shape[0] + self.prefix.shape[0]
 
+    def projections(self) -> list[Projection]:
+        """Every linear layer, from the embedding to the last block."""
+        of_layers = [(x.qkv, x.query, x.key_value, x.proj, x.fc1, x.fc2) for x in self.layers]
+        return [self.embed, *(p for layer in of_layers for p in layer if p is not None)]
+
 
 def why_not(model: nn.Module, size: tuple[int, int] | None = None) -> str | None:
     """Why the engine has no plan for this model (at this image size); None when it has one."""

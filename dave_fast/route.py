@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from dave_fast import plan as planning
+from dave_fast.buckets import OVERHEAD, Chip, full_rows, plan_gemms, row_cost
 from dave_fast.engine import Engine
 from dave_fast.errors import InputError, ModelError
 from dave_fast.frozen import freeze, run_frozen
-from dave_fast.memory import engine_row_bytes
+from dave_fast.memory import engine_row_bytes, plan_bytes, weight_bytes
 from dave_fast.models import timm_vit
 from dave_fast.replay import ensure_proved
 
@@ -25,16 +27,33 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 ROUTES = ("auto", "engine", "frozen")
 # tokens that a CPU micro-batch aims at: enough rows for full GEMM tiles, few enough to stay in the caches
 CPU_TOKENS = 800
+FROZEN_ROWS = 4
 
 
 class Route(Protocol):
-    """A pair of walks for one model, image size, precision and device."""
+    """A pair of walks for one model, image size, precision and device.
+
+    row_bytes, weights: bytes that a row of a micro-batch and the weights take · capturable: whether the walks never
+    wait for the device · full_rows: rows of a micro-batch once they have been chosen · most_rows: where memory ran
+    out before, the rows that still fitted.
+    """
 
     name: str
     patch_size: tuple[int, int]
     dtype: torch.dtype
     row_bytes: int
-    default_rows: int
+    weights: int
+    capturable: bool
+    full_rows: int | None
+    most_rows: int
+
+    def best_rows(self, fitting: int) -> int:
+        """Rows of a full micro-batch where memory would hold `fitting`."""
+        ...
+
+    def row_cost(self, rows: int) -> float:
+        """What a micro-batch of so many rows costs, in rows."""
+        ...
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Any]:
         """tokens (R, n, c·p_h·p_w) -> output (R, ...) detached, and what `vjp` needs."""
@@ -49,15 +68,34 @@ class EngineRoute:
     """The walks over a plan."""
 
     name = "engine"
+    capturable = True
 
     def __init__(self, engine: Engine) -> None:
-        self.plan = engine.plan
-        self.patch_size = engine.plan.patch_size
-        self.dtype = engine.plan.dtype
-        self.row_bytes = engine_row_bytes(engine.plan)
-        self.default_rows = max(1, min(64, CPU_TOKENS // engine.plan.tokens))
+        plan = engine.plan
+        self.plan = plan
+        self.patch_size = plan.patch_size
+        self.dtype = plan.dtype
+        self.row_bytes = engine_row_bytes(plan)
+        self.weights = plan_bytes(plan)
+        self.full_rows: int | None = None
+        self.most_rows = sys.maxsize
         self.forward = engine.forward
         self.vjp = engine.vjp
+        self._gemms = plan_gemms(plan)
+        self._chip = Chip.of(plan.device) if plan.device.type == "cuda" else None
+
+    def best_rows(self, fitting: int) -> int:
+        """See `Route`."""
+        plan = self.plan
+        if self._chip is None:
+            return max(1, min(64, CPU_TOKENS // plan.tokens, fitting))
+        return full_rows(plan.tokens, self._gemms, plan.dtype.itemsize, self._chip, fitting)
+
+    def row_cost(self, rows: int) -> float:
+        """See `Route`."""
+        if self._chip is None:
+            return rows + OVERHEAD
+        return row_cost(rows, self.plan.tokens, self._gemms, self._chip.multiprocessors)
 
 
 @dataclass
@@ -70,15 +108,26 @@ class FrozenRoute:
     """Autograd through the model's own forward with frozen operators. Its memory is autograd's."""
 
     name = "frozen"
+    capturable = False
 
     def __init__(self, model: nn.Module, size: tuple[int, int], dtype: torch.dtype) -> None:
         self.model = model
         self._size = size
         self.patch_size = size
         self.dtype = dtype
-        # what autograd keeps is unknown before it ran: few rows, and a plain error where they do not fit
+        # what autograd keeps is unknown before it ran: few rows, and fewer where they do not fit
         self.row_bytes = 0
-        self.default_rows = 4
+        self.weights = weight_bytes(model)
+        self.full_rows: int | None = None
+        self.most_rows = sys.maxsize
+
+    def best_rows(self, fitting: int) -> int:
+        """See `Route`."""
+        return max(1, min(FROZEN_ROWS, fitting))
+
+    def row_cost(self, rows: int) -> float:
+        """See `Route`."""
+        return float(rows)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, _SavedGraph]:
         """One token an image (R, 1, C·H·W) -> output (R, ...), the graph."""
