@@ -69,6 +69,17 @@ void pull_back(uintptr_t cotangents, int given, uintptr_t images, int dtype, con
                             pointer<void>(contributions), dtype_of(stored), threads);
 }
 
+void pull_back_mean(uintptr_t cotangents, int given, uintptr_t images, int dtype, const std::vector<int64_t>& shape,
+                    const std::vector<uintptr_t>& draws, int64_t rows, int64_t p_h, int64_t p_w, int64_t samples,
+                    uintptr_t raw, int threads) {
+  const auto images_ = images_of(images, dtype, shape);
+  const auto draws_ = draws_of(draws, rows);
+  check(images_, draws_, {p_h, p_w});
+  if (samples < 1 || rows % samples) throw std::invalid_argument("rows must be a multiple of the samples");
+  dave::kernels().pull_back_mean(pointer<const void>(cotangents), dtype_of(given), images_, draws_, {p_h, p_w}, samples,
+                                 pointer<void>(raw), threads);
+}
+
 void normal(uintptr_t keys, uintptr_t samples, int64_t rows, int64_t elements, uintptr_t deviates, int threads) {
   dave::kernels().normal(pointer<const int64_t>(keys), pointer<const int64_t>(samples), rows, elements,
                          pointer<float>(deviates), threads);
@@ -155,6 +166,7 @@ PYBIND11_MODULE(_native, module) {
   module.doc() = "The host kernels of dave-fast. Addresses are taken as they are: call them through dave_fast.ops.";
   module.def("perturb", &perturb, release());
   module.def("pull_back", &pull_back, release());
+  module.def("pull_back_mean", &pull_back_mean, release());
   module.def("normal", &normal, release());
   module.def("robust_mean", &robust_mean, release());
   module.def("smooth", &smooth, release());

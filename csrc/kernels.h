@@ -39,6 +39,9 @@ struct Kernels {
                  int threads);
   void (*pull_back)(const void* cotangents, Dtype given, const Images& images, const Draws& draws, Patch patch,
                     void* contributions, Dtype stored, int threads);
+  // rows of `samples` an image -> (rows / samples, channels, height, width) of the images' type
+  void (*pull_back_mean)(const void* cotangents, Dtype given, const Images& images, const Draws& draws, Patch patch,
+                         int64_t samples, void* raw, int threads);
   // (images, samples, pixels) -> (images, pixels); float64 for float64, else float32
   void (*robust_mean)(const void* contributions, Dtype given, int64_t images, int64_t samples, int64_t pixels,
                       void* raw, int threads);

@@ -9,6 +9,8 @@ void perturb(const Images& images, const Draws& draws, Patch patch, void* tokens
 void normal(const int64_t* keys, const int64_t* samples, int64_t rows, int64_t elements, float* deviates, int threads);
 void pull_back(const void* cotangents, Dtype given, const Images& images, const Draws& draws, Patch patch,
                void* contributions, Dtype stored, int threads);
+void pull_back_mean(const void* cotangents, Dtype given, const Images& images, const Draws& draws, Patch patch,
+                    int64_t samples, void* raw, int threads);
 void robust_mean(const void* contributions, Dtype given, int64_t images, int64_t samples, int64_t pixels, void* raw,
                  int threads);
 void smooth(const Images& raw, void* maps, int threads);

@@ -2,8 +2,8 @@
 //
 // q source pixel, p the destinations that see it, g their cotangent, h the tent: the adjoint of perturb's signal part.
 // DAVE, arXiv 2602.06613, Eq. 6-8. Such p lie in an open parallelogram around the inverse map of q with half extents
-// `reach`, the L1 row norms of the inverse, so `candidates` an axis hold them all. g is padded with `candidates` zeros
-// at the right and bottom, and the first candidate clamped to [0, size]: no tap needs a test of its own.
+// `reach`, the L1 row norms of the inverse, so `candidates` an axis hold them all, the first of them clamped to
+// [0, size].
 #pragma once
 
 #include "warp.h"
@@ -26,5 +26,20 @@ template <typename T>
 DAVE_HD T tap_weight(const Affine<T>& map, T px, T py, T qx, T qy) {
   return mul(tent(sub(map.x(px, py), qx)), tent(sub(map.y(px, py), qy)));
 }
+
+// One draw's warp as the gather needs it.
+template <typename T>
+struct Gather {
+  Affine<T> map, inverse;
+  T reach_x, reach_y;
+  int32_t candidates_x, candidates_y;
+
+  DAVE_HD Gather(const double* matrix, int32_t height, int32_t width)
+      : Gather(matrix, Inverse(matrix), height, width) {}
+  DAVE_HD Gather(const double* matrix, const Inverse& inverted, int32_t height, int32_t width)
+      : map(matrix), inverse(inverted.matrix), reach_x(static_cast<T>(inverted.reach_x)),
+        reach_y(static_cast<T>(inverted.reach_y)), candidates_x(candidates(inverted.reach_x, width)),
+        candidates_y(candidates(inverted.reach_y, height)) {}
+};
 
 }  // namespace dave::DAVE_ISA

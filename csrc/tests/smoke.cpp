@@ -67,6 +67,11 @@ void warps(dave::Dtype dtype, int64_t channels, int64_t height, int64_t width, d
   for (uint16_t word : stored) require((word & 0x7FFF) < 0x7F80, "perturb left a bfloat16 unwritten");
   kernels.pull_back(tokens.data(), dtype, images, rows.draws(), patch, contributions.data(), dtype, threads);
   require_finite(contributions, "pull_back left something unwritten");
+  std::vector<T> raw(n / 5, NAN), of_contributions(n / 5, NAN);
+  kernels.pull_back_mean(tokens.data(), dtype, images, rows.draws(), patch, 5, raw.data(), threads);
+  kernels.robust_mean(contributions.data(), dtype, 1, 5, channels * height * width, of_contributions.data(), threads);
+  // each row of one output has its own image, here as there
+  require(raw == of_contributions, "pull_back_mean is not robust_mean of pull_back");
   // the last row lies outside of its source: no contribution at all
   for (size_t i = n / 5 * 4; i < n; ++i) require(contributions[i] == 0, "a far-off warp contributes");
 }

@@ -59,7 +59,7 @@ PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("native", "onednn", "torch")}
 # op -> backend -> "module:function"
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     op: {"torch": f"dave_fast.ops.{op}:{op}_ref", "native": f"dave_fast.ops.{op}:{op}_native"}
-    for op in ("perturb", "pull_back", "robust_mean", "smooth")
+    for op in ("perturb", "pull_back", "robust_mean", "pull_back_mean", "smooth")
 } | {
     "pack_weight": {
         "torch": "dave_fast.ops.linear:pack_ref",

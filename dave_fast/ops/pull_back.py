@@ -36,6 +36,16 @@ def pull_back(
     dtype: float32, float64 or bfloat16, in which contributions are stored; None for that of the images.
     Returns contributions (R, C, H, W).
     """
+    check(token_cotangents, images, draws, patch_size)
+    if dtype is not None and dtype not in STORED:
+        raise TypeError(f"dtype must be None or one of {', '.join(map(str, STORED))}; got {dtype}")
+    run = _registry.bind("pull_back", backend, images.device.type)
+    contributions: Tensor = run(token_cotangents, images, draws, patch_size, dtype=dtype)
+    return contributions
+
+
+def check(token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: int | tuple[int, int]) -> None:
+    """Raise where cotangents, images and draws do not belong together."""
     n_y, n_x = _warp.check(images, draws, patch_size)
     p_h, p_w = patch_hw(patch_size)
     expected = (len(draws), n_y * n_x, images.shape[1] * p_h * p_w)
@@ -45,11 +55,6 @@ def pull_back(
         raise InputError(f"token_cotangents must have the shape {expected}; got {tuple(token_cotangents.shape)}")
     if token_cotangents.device != images.device:
         raise InputError(f"token_cotangents are on {token_cotangents.device}, images on {images.device}")
-    if dtype is not None and dtype not in STORED:
-        raise TypeError(f"dtype must be None or one of {', '.join(map(str, STORED))}; got {dtype}")
-    run = _registry.bind("pull_back", backend, images.device.type)
-    contributions: Tensor = run(token_cotangents, images, draws, patch_size, dtype=dtype)
-    return contributions
 
 
 def pull_back_ref(
@@ -97,24 +102,29 @@ def pull_back_native(
     return contributions
 
 
-def adjoint_warp(cotangents: Tensor, draws: Draws) -> Tensor:
+def adjoint_warp(cotangents: Tensor, draws: Draws, rows: range | None = None) -> Tensor:
     """τᵀ(g): (τᵀg)(q) = Σ_p g(p)·h(source_x(p) - q_x)·h(source_y(p) - q_y). cotangents (R, C, H, W).
 
     A gather: the destinations p that see a source pixel q lie in an open parallelogram around the inverse map of q,
     whose half extents are the L1 row norms r of the inverse; so ceil(2·r) candidates an axis hold them all.
+    rows: of source pixels q, all of them by default. Returns (R, C, len(rows), W).
     """
     matrices = draws.matrices.to(cotangents.dtype).to(cotangents.device)
     inverse, reach = inverse_and_reach(draws.matrices)
     x, y = _warp.pixels(cotangents)
+    y = y if rows is None else y[:, rows.start : rows.stop]
     centre_x, centre_y = _warp.source(inverse.to(cotangents.dtype).to(cotangents.device), x, y)
     half = reach.to(cotangents.dtype).to(cotangents.device)[:, :, None, None]
     first_x, first_y = (centre_x - half[:, 0]).floor() + 1, (centre_y - half[:, 1]).floor() + 1
-    pulled = torch.zeros_like(cotangents)
+    # each row has candidates of its own: what its neighbours in the batch need must not change a bit of it
+    counts = (2 * reach).ceil().to(cotangents.device)[:, :, None, None]
+    pulled = cotangents.new_zeros(*cotangents.shape[:2], *centre_x.shape[1:])
     for j in range(_candidates(reach[:, 1])):
         for i in range(_candidates(reach[:, 0])):
             p_x, p_y = first_x + i, first_y + j
             source_x, source_y = _warp.source(matrices, p_x, p_y)
             weight = _warp.tent(source_x - x) * _warp.tent(source_y - y)
+            weight = torch.where((i < counts[:, 0]) & (j < counts[:, 1]), weight, 0)
             pulled += weight[:, None] * _warp.take(cotangents, p_x, p_y)
     return pulled
 

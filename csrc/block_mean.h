@@ -1,0 +1,147 @@
+// robust_mean of one block of pixels on the host, each value read once, pixels sorted as the lanes of vectors.
+#pragma once
+
+#include "host.h"
+#include "robust_mean.h"
+
+namespace dave::DAVE_ISA {
+namespace {
+
+// Pixels that are sorted together: one or more vectors of every instruction set.
+constexpr int lanes = 32;
+
+// Pixels that are read together: long enough pieces of each sample's row for the memory to stream.
+constexpr int64_t block_pixels = 8 * lanes;
+
+struct Exchange {
+  int32_t low, high;
+};
+
+// Batcher's odd-even merge sort of n values, as the list of its compare-exchanges. Returns how many there are;
+// writes them where `to` is given. Source: Knuth, The Art of Computer Programming 3, 5.2.2, algorithm M's network.
+int64_t sorting_network(int64_t n, Exchange* to) {
+  int64_t count = 0;
+  for (int64_t p = 1; p < n; p *= 2)
+    for (int64_t k = p; k >= 1; k /= 2)
+      for (int64_t j = k % p; j + k < n; j += 2 * k)
+        for (int64_t i = j; i < j + k && i + k < n; ++i) {
+          if (i / (2 * p) != (i + k) / (2 * p)) continue;
+          if (to) to[count] = {static_cast<int32_t>(i), static_cast<int32_t>(i + k)};
+          ++count;
+        }
+  return count;
+}
+
+template <typename T>
+void sort_lanes(T* values, const Exchange* network, int64_t exchanges) {
+  for (int64_t e = 0; e < exchanges; ++e) {
+    T* low = values + network[e].low * lanes;
+    T* high = values + network[e].high * lanes;
+#pragma omp simd
+    for (int l = 0; l < lanes; ++l) {
+      const T a = low[l], b = high[l];
+      low[l] = a < b ? a : b;
+      high[l] = a > b ? a : b;
+    }
+  }
+}
+
+// mad from the sorted values (see robust_mean.h).
+template <typename T>
+void mad_of_sorted(const T* sorted, int64_t samples, const T* median, T* mad) {
+  const int64_t half = (samples + 1) / 2;
+  for (int l = 0; l < lanes; ++l) mad[l] = 0;
+  for (int64_t i = 0; i < half; ++i) {
+    const T* below = sorted + i * lanes;
+    const T* above = sorted + (i + half) * lanes;
+    const bool past_the_end = i + half >= samples;
+#pragma omp simd
+    for (int l = 0; l < lanes; ++l) {
+      const T left = magnitude(sub(below[l], median[l]));
+      const T right = past_the_end ? left : magnitude(sub(above[l], median[l]));
+      const T nearer = right < left ? right : left;
+      mad[l] = nearer > mad[l] ? nearer : mad[l];
+    }
+  }
+}
+
+template <typename T>
+void mean_of_kept(const T* values, int64_t samples, const T* median, const T* mad, T* mean) {
+  double total[lanes] = {}, carry[lanes] = {};
+  T count[lanes] = {}, nans[lanes] = {}, within[lanes];
+  for (int l = 0; l < lanes; ++l) within[l] = kept_within(mad[l]);
+  for (int64_t s = 0; s < samples; ++s) {
+    const T* row = values + s * lanes;
+    T kept[lanes], addends[lanes];
+    // four short loops: a single one becomes branches instead of vectors
+    for (int l = 0; l < lanes; ++l)
+      kept[l] = magnitude(sub(row[l], median[l])) <= within[l] ? static_cast<T>(1) : static_cast<T>(0);
+    for (int l = 0; l < lanes; ++l) addends[l] = kept[l] > 0 ? row[l] : static_cast<T>(0);
+    for (int l = 0; l < lanes; ++l) {
+      count[l] += kept[l];
+      nans[l] += row[l] == row[l] ? static_cast<T>(0) : static_cast<T>(1);
+    }
+    for (int l = 0; l < lanes; ++l) {
+      if constexpr (sizeof(T) == sizeof(double)) add_compensated(total[l], carry[l], addends[l]);
+      else total[l] += static_cast<double>(addends[l]);
+    }
+  }
+  for (int l = 0; l < lanes; ++l) {
+    const bool no_median = nans[l] > 0 || sub(median[l], median[l]) != 0;
+    const double carried = sub(carry[l], carry[l]) == 0 ? carry[l] : 0.0;
+    const double sum = add(total[l], carried) / static_cast<double>(count[l] > 1 ? count[l] : 1);
+    mean[l] = no_median ? static_cast<T>(__builtin_nan("")) : static_cast<T>(sum);
+  }
+}
+
+// One group of lanes, whose values are (samples, lanes); `sorted` is room for as many.
+template <typename T>
+void robust_mean_of(const T* values, int64_t samples, const Exchange* network, int64_t exchanges, T* sorted, T* mean) {
+  T mad[lanes];
+  copy_row(values, sorted, samples * lanes);
+  sort_lanes(sorted, network, exchanges);
+  const T* median = sorted + (samples - 1) / 2 * lanes;
+  mad_of_sorted(sorted, samples, median, mad);
+  mean_of_kept(values, samples, median, mad, mean);
+}
+
+// The network of one number of samples, shared by the threads.
+class Network {
+ public:
+  explicit Network(int64_t samples) : count_(sorting_network(samples, nullptr)), exchanges_(count_) {
+    sorting_network(samples, exchanges_);
+  }
+  const Exchange* exchanges() const { return exchanges_; }
+  int64_t count() const { return count_; }
+
+ private:
+  int64_t count_;
+  Scratch<Exchange> exchanges_;
+};
+
+// What one thread works in: a block's values, a group of lanes sorted, and the block's means.
+template <typename T>
+struct BlockMean {
+  Scratch<T> values, sorted, means;
+
+  explicit BlockMean(int64_t samples)
+      : values(samples * block_pixels), sorted(samples * lanes), means(block_pixels) {}
+
+  // Means of `wanted` ≤ block_pixels pixels: the first one's first sample is element `first`, the next sample of each
+  // `pixels` further.
+  void run(const void* contributions, Dtype given, int64_t first, int64_t pixels, int64_t samples, int64_t wanted,
+           const Network& network) const {
+    for (int64_t s = 0; s < samples; ++s)
+      for (int64_t x = 0; x < wanted; x += lanes) {
+        T* row = values + (x * samples + s * lanes);
+        const int64_t n = wanted - x < lanes ? wanted - x : lanes;
+        load_row(contributions, given, first + s * pixels + x, row, n);
+        for (int64_t l = n; l < lanes; ++l) row[l] = 0;
+      }
+    for (int64_t x = 0; x < wanted; x += lanes)
+      robust_mean_of<T>(values + x * samples, samples, network.exchanges(), network.count(), sorted, means + x);
+  }
+};
+
+}  // namespace
+}  // namespace dave::DAVE_ISA

@@ -1,0 +1,161 @@
+// pull_back's gather on the host: a tile of source pixels at a time, whose destinations are un-patchified before.
+#pragma once
+
+#include "host.h"
+#include "pull_back.h"
+
+namespace dave::DAVE_ISA {
+namespace {
+
+// Source pixels that are gathered together: rows long enough for vectors, destinations that stay in a cache.
+constexpr int32_t tile_width = 64, tile_height = 32;
+
+struct Tile {
+  int32_t x, y, width, height;
+};
+
+// How an image is cut into tiles, the last of a row or column as large as what is left.
+struct Tiling {
+  int32_t height, width, columns;
+  int64_t count;
+
+  explicit Tiling(const Images& images)
+      : height(static_cast<int32_t>(images.height)), width(static_cast<int32_t>(images.width)),
+        columns((width + tile_width - 1) / tile_width),
+        count(static_cast<int64_t>(columns) * ((height + tile_height - 1) / tile_height)) {}
+
+  Tile operator[](int64_t i) const {
+    const int32_t x = static_cast<int32_t>(i % columns) * tile_width, y = static_cast<int32_t>(i / columns) * tile_height;
+    return {x, y, width - x < tile_width ? width - x : tile_width, height - y < tile_height ? height - y : tile_height};
+  }
+};
+
+// The destinations that a tile's pixels look at, some of them outside of the image; their zeros are written out, so
+// that no tap needs a test of its own.
+struct Window {
+  int32_t x, y, width, height;
+
+  template <typename T>
+  Window(const Gather<T>& g, const Tile& tile, int32_t image_height, int32_t image_width) {
+    int32_t left = image_width, right = -1, top = image_height, bottom = -1;
+    // positions are monotonic in both coordinates, also when rounded: the corners are the extremes
+    for (int corner = 0; corner < 4; ++corner) {
+      const T qx = static_cast<T>(tile.x + (corner & 1 ? tile.width - 1 : 0));
+      const T qy = static_cast<T>(tile.y + (corner & 2 ? tile.height - 1 : 0));
+      const int32_t px = first_candidate(g.inverse.x(qx, qy), g.reach_x, image_width);
+      const int32_t py = first_candidate(g.inverse.y(qx, qy), g.reach_y, image_height);
+      left = px < left ? px : left, right = px > right ? px : right;
+      top = py < top ? py : top, bottom = py > bottom ? py : bottom;
+    }
+    x = left, y = top;
+    width = right - left + g.candidates_x, height = bottom - top + g.candidates_y;
+  }
+};
+
+// What one thread works in: the window of one draw's cotangents and the arrays of one row of a tile.
+template <typename T>
+class Gatherer {
+ public:
+  Gatherer(const Images& images, int64_t window)
+      : window_(images.channels * window), pulled_(images.channels * tile_width), first_x_(tile_width),
+        first_y_(tile_width), weight_(tile_width), first_(tile_width) {}
+
+  // The largest window, in elements of one channel, of any tile of any draw.
+  static int64_t largest_window(const Images& images, const Draws& draws) {
+    const Tiling tiles(images);
+    int64_t largest = 0;
+    for (int64_t r = 0; r < draws.rows; ++r) {
+      const Gather<T> g(draws.matrices + 6 * r, tiles.height, tiles.width);
+      for (int64_t i = 0; i < tiles.count; ++i) {
+        const Window window(g, tiles[i], tiles.height, tiles.width);
+        const int64_t size = static_cast<int64_t>(window.width) * window.height;
+        largest = size > largest ? size : largest;
+      }
+    }
+    return largest;
+  }
+
+  // Contributions of draw r at a tile, as store(channel, y, row of tile.width values).
+  template <typename Store>
+  void run(const void* cotangents, Dtype given, const Images& images, const Draws& draws, Patch patch, int64_t r,
+           const Tile& tile, const Store& store) {
+    const int32_t height = static_cast<int32_t>(images.height), width = static_cast<int32_t>(images.width);
+    const Gather<T> g(draws.matrices + 6 * r, height, width);
+    const Window window(g, tile, height, width);
+    unpatchify(cotangents, given, images, patch, r, window);
+    const T signal = static_cast<T>(draws.signal[r]);
+    for (int32_t y = 0; y < tile.height; ++y) {
+      pull_row(g, tile, static_cast<T>(tile.y + y), window, height, width, images.channels);
+      for (int64_t c = 0; c < images.channels; ++c) {
+        const int64_t at = ((draws.image_index[r] * images.channels + c) * height + tile.y + y) * width + tile.x;
+        const T* image = static_cast<const T*>(images.data) + at;
+        T* row = pulled_ + c * tile_width;
+        for (int32_t x = 0; x < tile.width; ++x) row[x] = mul(mul(signal, row[x]), image[x]);
+        store(c, y, row);
+      }
+    }
+  }
+
+ private:
+  void unpatchify(const void* cotangents, Dtype given, const Images& images, Patch patch, int64_t r,
+                  const Window& window) {
+    const int64_t right = window.x + window.width < images.width ? window.x + window.width : images.width;
+    T* to = window_;
+    for (int64_t c = 0; c < images.channels; ++c)
+      for (int32_t y = window.y; y < window.y + window.height; ++y, to += window.width) {
+        int64_t x = window.x;
+        if (y < images.height) {
+          const TokenRow from(images, patch, r, c, y);
+          while (x < right) {
+            const int64_t column = x / patch.width, end = (column + 1) * patch.width;
+            const int64_t stop = end < right ? end : right;
+            load_row(cotangents, given, from.first + column * from.step + x % patch.width, to + (x - window.x), stop - x);
+            x = stop;
+          }
+        }
+        for (; x < window.x + window.width; ++x) to[x - window.x] = 0;
+      }
+  }
+
+  void pull_row(const Gather<T>& g, const Tile& tile, T qy, const Window& window, int32_t height, int32_t width,
+                int64_t channels) {
+    const int64_t plane = static_cast<int64_t>(window.width) * window.height;
+    locate(g, tile, qy, window, height, width);
+    for (int64_t x = 0; x < channels * tile_width; ++x) pulled_[x] = 0;
+    for (int32_t j = 0; j < g.candidates_y; ++j)
+      for (int32_t i = 0; i < g.candidates_x; ++i) {
+        weigh(g, i, j, tile, qy);
+        for (int64_t c = 0; c < channels; ++c)
+          gather(window_ + c * plane + j * window.width + i, pulled_ + c * tile_width, tile.width);
+      }
+  }
+
+  void locate(const Gather<T>& g, const Tile& tile, T qy, const Window& window, int32_t height, int32_t width) {
+#pragma omp simd
+    for (int32_t x = 0; x < tile.width; ++x) {
+      const T qx = static_cast<T>(tile.x + x);
+      const int32_t px = first_candidate(g.inverse.x(qx, qy), g.reach_x, width);
+      const int32_t py = first_candidate(g.inverse.y(qx, qy), g.reach_y, height);
+      first_x_[x] = static_cast<T>(px), first_y_[x] = static_cast<T>(py);
+      first_[x] = (py - window.y) * window.width + (px - window.x);
+    }
+  }
+
+  void weigh(const Gather<T>& g, int32_t i, int32_t j, const Tile& tile, T qy) {
+#pragma omp simd
+    for (int32_t x = 0; x < tile.width; ++x)
+      weight_[x] = tap_weight(g.map, first_x_[x] + static_cast<T>(i), first_y_[x] + static_cast<T>(j),
+                              static_cast<T>(tile.x + x), qy);
+  }
+
+  void gather(const T* tap, T* sums, int32_t width) const {
+#pragma omp simd
+    for (int32_t x = 0; x < width; ++x) sums[x] = add(sums[x], mul(weight_[x], tap[first_[x]]));
+  }
+
+  Scratch<T> window_, pulled_, first_x_, first_y_, weight_;
+  Scratch<int32_t> first_;
+};
+
+}  // namespace
+}  // namespace dave::DAVE_ISA

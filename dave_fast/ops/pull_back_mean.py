@@ -1,0 +1,88 @@
+"""pull_back_mean: robust_mean(pull_back(...)) a tile of source pixels at a time, for images and sample counts whose
+contributions would not fit in memory. DAVE, arXiv 2602.06613, Eq. 6-8.
+
+What is held is the cotangents of all S rows, in any type (bfloat16 halves them), and the contributions of one tile.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dave_fast import _ext
+from dave_fast.errors import InputError
+from dave_fast.ops import _registry, _warp
+from dave_fast.ops.patches import patch_hw, unpatchify
+from dave_fast.ops.pull_back import adjoint_warp, check
+from dave_fast.ops.robust_mean import robust_mean_ref
+from dave_fast.sampling import Draws
+
+# rows of source pixels whose contributions the reference holds together
+REF_TILE = 32
+
+
+def pull_back_mean(
+    token_cotangents: Tensor,
+    images: Tensor,
+    draws: Draws,
+    patch_size: int | tuple[int, int],
+    n_samples: int,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """The robust mean over each image's S contributions, which are never held together: raw.
+
+    token_cotangents: (B·S, n, C·p_h·p_w) float32, float64, bfloat16 or float16; rows image-major, b·S + s.
+    images: (N, C, H, W) float32 or float64, contiguous; the arithmetic is that of its dtype. Row r belongs to image
+        draws.image_index[r]; each run of S rows makes one output, so a part of a batch can be given with all images.
+    draws: the B·S rows that the tokens were made from. n_samples: S.
+    Returns raw (B, C, H, W) of images' dtype: bit for bit robust_mean(pull_back(...)) of contributions in that dtype.
+    Raises InputError for shapes that do not belong together, TypeError for dtypes.
+    """
+    check(token_cotangents, images, draws, patch_size)
+    if not isinstance(n_samples, int) or n_samples < 1 or len(draws) % n_samples:
+        raise InputError(f"n_samples must divide the {len(draws)} rows of the draws; got {n_samples!r}")
+    run = _registry.bind("pull_back_mean", backend, images.device.type)
+    raw: Tensor = run(token_cotangents, images, draws, patch_size, n_samples)
+    return raw
+
+
+def pull_back_mean_ref(
+    token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: int | tuple[int, int], n_samples: int
+) -> Tensor:
+    """`pull_back_mean` in PyTorch, on any device."""
+    channels, height, width = images.shape[1:]
+    raw = images.new_empty(len(draws) // n_samples, channels, height, width)
+    step = min(n_samples, _warp.rows_a_chunk(images))
+    for b in range(len(raw)):
+        for top in range(0, height, REF_TILE):
+            rows = range(top, min(top + REF_TILE, height))
+            contributions = images.new_empty(n_samples, channels, len(rows), width)
+            for start in range(0, n_samples, step):
+                part = slice(b * n_samples + start, b * n_samples + min(start + step, n_samples))
+                some = draws[part]
+                cotangents = unpatchify(token_cotangents[part].to(images.dtype), patch_size, height, width)
+                signal = some.signal.to(images.dtype).to(images.device).view(-1, 1, 1, 1)
+                image = images[some.image_index.to(images.device), :, top : rows.stop]
+                pulled = adjoint_warp(cotangents, some, rows)
+                contributions[start : start + step] = signal * pulled * image
+            raw[b, :, top : rows.stop] = robust_mean_ref(contributions[None])[0]
+    return raw
+
+
+def pull_back_mean_native(
+    token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: int | tuple[int, int], n_samples: int
+) -> Tensor:
+    """`pull_back_mean` in C++ on the host."""
+    native, images, rows = _ext.module(), images.contiguous(), _ext.NativeDraws(draws)
+    cotangents = token_cotangents.contiguous()
+    if cotangents.numel() != len(draws) * images[0].numel():
+        raise InputError(f"token_cotangents of shape {tuple(cotangents.shape)} do not belong to {len(draws)} rows")
+    raw = torch.empty(len(draws) // n_samples, *images.shape[1:], dtype=images.dtype)
+    native.pull_back_mean(
+        *(_ext.address(cotangents), _ext.DTYPE_CODES[cotangents.dtype]),
+        *(_ext.address(images), _ext.DTYPE_CODES[images.dtype], images.shape),
+        *(rows.addresses, rows.rows, *patch_hw(patch_size), n_samples),
+        *(_ext.address(raw), _ext.threads()),
+    )
+    return raw
