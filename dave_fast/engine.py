@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dave_fast.frozen import freeze
 from dave_fast.ops import _registry
-from dave_fast.plan import Layer, ViTPlan, make_plan
+from dave_fast.plan import Layer, Projection, ViTPlan, make_plan
 from dave_fast.precision import statistics_dtype
 
 
@@ -56,6 +56,8 @@ class Engine:
         self._row_rstd: Callable[..., Tensor] = _registry.bind("row_rstd", backend, device)
         self._attention: Callable[..., Any] = _registry.bind("attention", backend, device)
         self._attention_vjp: Callable[..., Any] = _registry.bind("attention_vjp", backend, device)
+        # Triton's writers sum squares in their epilogue, so that norms need not read the stream again
+        self._squares = _registry.choose("linear", backend, device) == "triton"
 
     @staticmethod
     def build(
@@ -78,9 +80,10 @@ class Engine:
         plan = self.plan
         rows = tokens.shape[0]
         x, rstd_pre = self._embed(tokens)
+        squares = None
         saved = []
         for layer in plan.layers:
-            x, operators = self._layer(layer, x, rows)
+            x, squares, operators = self._layer(layer, x, squares, rows)
             saved.append(operators)
         x = x.view(rows, -1, plan.width).to(statistics_dtype(plan.dtype)).requires_grad_()
         with torch.enable_grad(), freeze():
@@ -145,17 +148,24 @@ class Engine:
 
     # ---- one block ----
 
-    def _layer(self, layer: Layer, x: Tensor, rows: int) -> tuple[Tensor, SavedLayer]:
-        """x (R·N, C) -> the same after one block, (R·read, C) after a trimmed one."""
-        rstd1 = self._row_rstd(x, layer.eps1, centred=layer.centred1)
+    def _layer(
+        self, layer: Layer, x: Tensor, squares: Tensor | None, rows: int
+    ) -> tuple[Tensor, Tensor | None, SavedLayer]:
+        """x (R·N, C) and what is known of its squares -> both after one block, (R·read, C) after a trimmed one."""
+        rstd1 = self._row_rstd(x, layer.eps1, centred=layer.centred1, squares=squares)
         q, k, v = self._queries_keys_values(layer, x, rstd1, rows)
         out, attention = self._attention(q, k, v, layer.scale)
         x = self._read(layer, x, rows)
-        x = self._linear(out.view(x.shape[0], -1), layer.proj.weight, layer.proj.bias, residual=x)
-        rstd2 = self._row_rstd(x, layer.eps2, centred=layer.centred2)
+        x, squares = self._write(out.view(x.shape[0], -1), layer.proj, x)
+        rstd2 = self._row_rstd(x, layer.eps2, centred=layer.centred2, squares=squares)
         hidden, gate = self._linear(x, layer.fc1.weight, layer.fc1.bias, row_scale=rstd2, activation=layer.activation)
-        x = self._linear(hidden, layer.fc2.weight, layer.fc2.bias, residual=x)
-        return x, SavedLayer(rstd1, attention, rstd2, gate)
+        x, squares = self._write(hidden, layer.fc2, x)
+        return x, squares, SavedLayer(rstd1, attention, rstd2, gate)
+
+    def _write(self, y: Tensor, projection: Projection, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The residual stream x after y was projected into it, and its rows' partial sums of squares."""
+        written = self._linear(y, projection.weight, projection.bias, residual=x, squares=self._squares)
+        return written if self._squares else (written, None)
 
     def _queries_keys_values(self, layer: Layer, x: Tensor, rstd: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
         """q (R, Q, heads, D), k and v (R, N, heads, D): views of the projections, q- and k-norm applied."""

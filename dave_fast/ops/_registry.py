@@ -13,6 +13,7 @@ The choice is made once per engine (`bind`), never per call.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -38,6 +39,27 @@ def _onednn_unavailable() -> str | None:
     return None
 
 
+def _triton_unavailable() -> str | None:
+    from importlib.util import find_spec
+
+    import torch
+
+    if find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if _interprets():
+        return None
+    if not torch.cuda.is_available():
+        return "torch sees no GPU (TRITON_INTERPRET=1, set before the start, runs the kernels on a CPU, slowly)"
+    if torch.cuda.get_device_capability()[0] < 8:
+        return "the kernels need a GPU of compute capability 8.0 or higher"
+    return None
+
+
+def _interprets() -> bool:
+    """Whether this process runs Triton kernels on the CPU: they are then not compiled for a GPU."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
 @dataclass(frozen=True)
 class Backend:
     """A way to run ops: where it runs, and why it cannot (None when it can)."""
@@ -51,10 +73,14 @@ BACKENDS: dict[str, Backend] = {
     "torch": Backend("torch", ("cpu", "cuda", "mps", "xpu"), lambda: None),
     "native": Backend("native", ("cpu",), cache(_native_unavailable)),
     "onednn": Backend("onednn", ("cpu",), cache(_onednn_unavailable)),
+    "triton": Backend("triton", ("cpu", "cuda") if _interprets() else ("cuda",), cache(_triton_unavailable)),
 }
 
 # best first
-PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("native", "onednn", "torch")}
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "cpu": ("native", "onednn", "torch"),
+    "cuda": ("cuda", "triton", "torch"),
+}
 
 # op -> backend -> "module:function"
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
@@ -65,21 +91,29 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "torch": "dave_fast.ops.linear:pack_ref",
         "onednn": "dave_fast.ops.linear:pack_onednn",
         "native": "dave_fast.ops.linear:pack_onednn",
+        "triton": "dave_fast.kernels.linear:pack_triton",
     },
     "linear": {
         "torch": "dave_fast.ops.linear:linear_ref",
         "onednn": "dave_fast.ops.linear:linear_onednn",
         "native": "dave_fast.ops.linear:linear_native",
+        "triton": "dave_fast.kernels.linear:linear_triton",
     },
     "attention": {
         "torch": "dave_fast.ops.attention:attention_ref",
         "native": "dave_fast.ops.attention:attention_native",
+        "triton": "dave_fast.kernels.attention:attention_triton",
     },
     "attention_vjp": {
         "torch": "dave_fast.ops.attention:attention_vjp_ref",
         "native": "dave_fast.ops.attention:attention_vjp_native",
+        "triton": "dave_fast.kernels.attention:attention_vjp_triton",
     },
-    "row_rstd": {"torch": "dave_fast.ops.norm:row_rstd_ref", "native": "dave_fast.ops.norm:row_rstd_native"},
+    "row_rstd": {
+        "torch": "dave_fast.ops.norm:row_rstd_ref",
+        "native": "dave_fast.ops.norm:row_rstd_native",
+        "triton": "dave_fast.kernels.norm:row_rstd_triton",
+    },
 }
 
 

@@ -56,6 +56,11 @@ def activate_ref(u: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     return gate * b, gate
 
 
+def widen_gate(gate: Tensor, dtype: torch.dtype) -> Tensor:
+    """A gate kept in eight bits (uint8: 0 to 255 stand for 0 to 1) in `dtype`; any other as it is."""
+    return gate.to(dtype) / 255 if gate.dtype == torch.uint8 else gate
+
+
 def activate_native(u: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """`activate_ref` in C++ on the host, one pass; float64 stays with PyTorch."""
     if u.dtype == torch.float64:

@@ -4,6 +4,7 @@
     activation:   gate = act(y)/y,  y ← gate ⊙ y         forward of the MLP's first layer
     gate:         y ← y ⊙ gate                           frozen VJP of the activation
     residual:     y ← y + residual                       the residual stream, or its cotangent
+    squares:      Σ y² of each row as well                what the next norm wants to know of the stream
 
 T rows (tokens) · I in-features · O out-features.
 
@@ -21,7 +22,8 @@ from torch.nn import functional as F
 
 from dave_fast import _ext
 from dave_fast.ops import _registry
-from dave_fast.ops.activation import activate_native, activate_ref
+from dave_fast.ops.activation import activate_native, activate_ref, widen_gate
+from dave_fast.precision import statistics_dtype
 
 # rows that oneDNN lays packed weights out for; any other number of rows runs as well
 PACK_ROWS = 1024
@@ -41,6 +43,7 @@ def linear_ref(
     activation: str | None = None,
     gate: Tensor | None = None,
     residual: Tensor | None = None,
+    squares: bool = False,
 ) -> Any:
     """x Wᵀ with an epilogue.
 
@@ -50,11 +53,13 @@ def linear_ref(
         bias: (O,) of x's dtype.
         row_scale: (T,) float32 (float64 for float64 operands), multiplies the product before the bias.
         activation: a name of `ops.activation`; the gate is returned too.
-        gate: (T, O) multiplies the result.
+        gate: (T, O) multiplies the result; of uint8, gate/255 does.
         residual: (T, O) is added to the result.
+        squares: the sums of squares of y, as it is stored, are returned too; not with an activation.
 
     Returns:
-        y (T, O) in x's dtype, or (y, gate), both (T, O), with an activation.
+        y (T, O) in x's dtype; with an activation (y, gate), both (T, O), where a backend may keep a gate that lies in
+        [0, 1] in eight bits; with squares (y, (T, parts) float32 (float64)), partial sums of each row.
     """
     # scaling the narrow operand costs less than scaling the product, and it is what a norm would do
     if row_scale is not None:
@@ -63,10 +68,14 @@ def linear_ref(
     if activation is not None:
         return activate_ref(y, activation)
     if gate is not None:
-        y *= gate
+        y *= widen_gate(gate, y.dtype)
     if residual is not None:
         y += residual
-    return y
+    return (y, _squares(y)) if squares else y
+
+
+def _squares(y: Tensor) -> Tensor:
+    return y.to(statistics_dtype(y.dtype)).square().sum(1, keepdim=True)
 
 
 def pack_onednn(matrix: Tensor) -> Tensor:
@@ -107,14 +116,18 @@ def _linear_packed(
     activation: str | None = None,
     gate: Tensor | None = None,
     residual: Tensor | None = None,
+    squares: bool = False,
 ) -> Any:
     if not weight.is_mkldnn:
-        return linear_ref(x, weight, bias, row_scale=row_scale, activation=activation, gate=gate, residual=residual)
+        epilogue: Any = {"row_scale": row_scale, "activation": activation, "gate": gate, "residual": residual}
+        return linear_ref(x, weight, bias, **epilogue, squares=squares)
     if row_scale is not None:
         x = scale(x, row_scale)
     if residual is not None:
-        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+        y = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+        return (y, _squares(y)) if squares else y
     if gate is not None:
+        gate = widen_gate(gate, x.dtype)
         return torch.ops.mkldnn._linear_pointwise.binary(x, gate, weight, bias, "mul")
     y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return y if activation is None else activate(y, activation)

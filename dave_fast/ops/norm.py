@@ -12,17 +12,23 @@ from torch import Tensor
 from dave_fast import _ext
 
 
-def row_rstd_ref(x: Tensor, eps: float, *, centred: bool) -> Tensor:
-    """x (..., C) -> r (...,), float32 (float64 for float64 rows). centred: rows have no mean to remove."""
+def row_rstd_ref(x: Tensor, eps: float, *, centred: bool, squares: Tensor | None = None) -> Tensor:
+    """x (..., C) -> r (...,), float32 (float64 for float64 rows).
+
+    centred: rows have no mean to remove. squares: (..., parts) sums of squares of parts of each row, as `linear` gives
+    them; what is centred is then not read again.
+    """
+    if centred and squares is not None:
+        return (squares.sum(-1) / x.shape[-1] + eps).rsqrt_()
     x = x if x.dtype == torch.float64 else x.float()
     variance = x.square().mean(-1) if centred else x.var(-1, correction=0)
     return (variance + eps).rsqrt_()
 
 
-def row_rstd_native(x: Tensor, eps: float, *, centred: bool) -> Tensor:
+def row_rstd_native(x: Tensor, eps: float, *, centred: bool, squares: Tensor | None = None) -> Tensor:
     """`row_rstd_ref` for rows (T, C) in C++ on the host, one pass; float64 stays with PyTorch."""
-    if x.dtype == torch.float64:
-        return row_rstd_ref(x, eps, centred=centred)
+    if x.dtype == torch.float64 or (centred and squares is not None):
+        return row_rstd_ref(x, eps, centred=centred, squares=squares)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
     _ext.module().row_rstd(
         *(_ext.address(x), _ext.DTYPE_CODES[x.dtype], rstd.numel(), x.shape[-1], eps, centred),

@@ -1,0 +1,216 @@
+"""attention: softmax attention that keeps one log-sum-exp a query, and its frozen VJP.
+
+    forward:  s = scale·q kᵀ,  L = log₂ Σ exp₂(s·log₂e),  out = exp₂(s·log₂e − L) v
+    VJP:      dv = Pᵀ d_out  with  Pᵀ = exp₂(k qᵀ·scale·log₂e − L)  made again, tile by tile
+
+The VJP is shaped like a forward kernel, not like attention's usual backward: a block of keys stands still, queries pass
+by, Pᵀ goes from the first product's registers into the second, nothing is rescaled and nothing is added atomically.
+(Online softmax: Milakov & Gimelshein, arXiv 1805.02867; in tiles: Dao et al., arXiv 2205.14135.)
+
+R rows · Q queries · N tokens · H heads · D head dimension, in blocks of D_BLOCK ≥ D.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dave_fast.kernels import _launch
+from dave_fast.ops.attention import attention_ref, attention_vjp_ref
+
+
+@triton.jit
+def _load(base, o, limit, stride, D: tl.constexpr, D_BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """Tokens o of one head: [BLOCK, D_BLOCK], zeros beyond `limit` where MASKED, and beyond D."""
+    d = tl.arange(0, D_BLOCK)
+    p = base + o.to(tl.int64)[:, None] * stride + d[None, :]
+    if MASKED:
+        return tl.load(p, mask=(o < limit)[:, None] & (d < D)[None, :], other=0.0)
+    if D == D_BLOCK:
+        return tl.load(p)
+    return tl.load(p, mask=(d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _forward_block(
+    b_q, k, v, start, N, stride_k, stride_v, factor, acc, top, total,
+    D: tl.constexpr, D_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One block of keys: the running maximum score `top`, sum `total` and product `acc` of the online softmax."""
+    o_n = start + tl.arange(0, BLOCK_N)
+    b_k = _load(k, o_n, N, stride_k, D, D_BLOCK, MASKED)  # [BLOCK_N, D_BLOCK]
+    s = tl.dot(b_q, b_k.T, input_precision="ieee")  # [BLOCK_Q, BLOCK_N]
+    if MASKED:
+        s = tl.where((o_n < N)[None, :], s, float("-inf"))
+    higher = tl.maximum(top, tl.max(s, 1))
+    p = tl.exp2(s * factor - (higher * factor)[:, None])
+    shrink = tl.exp2((top - higher) * factor)
+    total = total * shrink + tl.sum(p, 1)
+    b_v = _load(v, o_n, N, stride_v, D, D_BLOCK, MASKED)  # [BLOCK_N, D_BLOCK]
+    acc = tl.dot(p.to(b_v.dtype), b_v, acc * shrink[:, None], input_precision="ieee")
+    return acc, higher, total
+
+
+@triton.jit
+def _attention_kernel(
+    q, k, v, out, lse, Q, N, H, factor,
+    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
+    D: tl.constexpr, D_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A block of queries of one head; all blocks of keys but the last are whole, and go without a mask."""
+    i_q = tl.program_id(0)
+    i_row, i_head = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    q += i_row * q_row + i_head * q_head
+    k += i_row * k_row + i_head * k_head
+    v += i_row * v_row + i_head * v_head
+    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    b_q = _load(q, o_q, Q, q_token, D, D_BLOCK, True)  # [BLOCK_Q, D_BLOCK]
+    acc = tl.zeros((BLOCK_Q, D_BLOCK), dtype=tl.float32)
+    top = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+    last = (N - 1) // BLOCK_N * BLOCK_N
+    for start in range(0, last, BLOCK_N):
+        acc, top, total = _forward_block(
+            b_q, k, v, start, N, k_token, v_token, factor, acc, top, total, D, D_BLOCK, BLOCK_N, False
+        )
+    acc, top, total = _forward_block(
+        b_q, k, v, last, N, k_token, v_token, factor, acc, top, total, D, D_BLOCK, BLOCK_N, True
+    )
+    m_q = o_q < Q
+    o_lse = tl.program_id(1).to(tl.int64) * Q + o_q
+    tl.store(lse + o_lse, top * factor + tl.log2(total), mask=m_q)
+    d = tl.arange(0, D_BLOCK)
+    p = out + ((i_row * Q + o_q)[:, None] * H + i_head) * D + d[None, :]
+    tl.store(p, (acc / total[:, None]).to(out.dtype.element_ty), mask=m_q[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _vjp_block(
+    b_k, q, d_out, lse, start, Q, stride_q, stride_o, factor, acc,
+    D: tl.constexpr, D_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """acc += Pᵀ d_out of one block of queries."""
+    o_q = start + tl.arange(0, BLOCK_Q)
+    b_q = _load(q, o_q, Q, stride_q, D, D_BLOCK, MASKED)  # [BLOCK_Q, D_BLOCK]
+    # queries beyond the last have a log-sum-exp of infinity, so a probability of zero
+    b_lse = tl.load(lse + o_q, mask=o_q < Q, other=float("inf")) if MASKED else tl.load(lse + o_q)
+    s = tl.dot(b_k, b_q.T, input_precision="ieee")  # [BLOCK_N, BLOCK_Q]
+    p = tl.exp2(s * factor - b_lse[None, :])
+    b_o = _load(d_out, o_q, Q, stride_o, D, D_BLOCK, MASKED)  # [BLOCK_Q, D_BLOCK]
+    return tl.dot(p.to(b_o.dtype), b_o, acc, input_precision="ieee")
+
+
+@triton.jit
+def _attention_vjp_kernel(
+    q, k, lse, d_out, d_v, Q, N, H, factor,
+    q_row, q_token, q_head, k_row, k_token, k_head, o_row, o_token, o_head,
+    D: tl.constexpr, D_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dv of a block of keys of one head; all blocks of queries but the last are whole, and go without a mask."""
+    i_n = tl.program_id(0)
+    i_row, i_head = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    q += i_row * q_row + i_head * q_head
+    k += i_row * k_row + i_head * k_head
+    d_out += i_row * o_row + i_head * o_head
+    lse += tl.program_id(1).to(tl.int64) * Q
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    b_k = _load(k, o_n, N, k_token, D, D_BLOCK, True)  # [BLOCK_N, D_BLOCK]
+    acc = tl.zeros((BLOCK_N, D_BLOCK), dtype=tl.float32)
+    last = (Q - 1) // BLOCK_Q * BLOCK_Q
+    for start in range(0, last, BLOCK_Q):
+        acc = _vjp_block(b_k, q, d_out, lse, start, Q, q_token, o_token, factor, acc, D, D_BLOCK, BLOCK_Q, False)
+    acc = _vjp_block(b_k, q, d_out, lse, last, Q, q_token, o_token, factor, acc, D, D_BLOCK, BLOCK_Q, True)
+    d = tl.arange(0, D_BLOCK)
+    p = d_v + ((i_row * N + o_n)[:, None] * H + i_head) * D + d[None, :]
+    tl.store(p, acc.to(d_v.dtype.element_ty), mask=(o_n < N)[:, None] & (d < D)[None, :])
+
+
+@dataclass(frozen=True)
+class SavedTriton:
+    """What the VJP needs: q (R, Q, heads, D) and k (R, N, heads, D) as they were given, lse (R, heads, Q) base 2."""
+
+    factor: float
+    q: Tensor
+    k: Tensor
+    lse: Tensor
+
+
+def configurations(arch: int, dtype: torch.dtype, dim: int, queries: int, *, vjp: bool) -> list[triton.Config]:
+    """The fixed configuration, then the other candidates. dim: D_BLOCK.
+
+    The tile that stands still (queries, or keys in the VJP) has 128 tokens on tensor cores, what passes by 64; wide
+    heads and float32, which is multiplied without tensor cores, get smaller ones, for registers. The one or two queries
+    of a trimmed block take the smallest tile that a product has.
+    """
+    few = queries <= 16
+
+    def configuration(still: int, passing: int, warps: int, stages: int) -> triton.Config:
+        block_q, block_n = (passing, still) if vjp else (still, passing)
+        return triton.Config(
+            {"BLOCK_Q": 16 if few else block_q, "BLOCK_N": block_n}, num_warps=warps, num_stages=stages
+        )
+
+    if arch == 0:
+        return [configuration(32, 16, 4, 1)]
+    if dtype == torch.float32:
+        return [configuration(32, 32, 4, 1) if dim > 64 else configuration(64, 32, 4, 1)]
+    if few and not vjp:
+        return [configuration(16, 64, 4, 2)]
+    if dim > 64:
+        return [configuration(128, 64, 8, 2), configuration(64, 64, 4, 2)]
+    return [configuration(128, 64, 8, 3), configuration(128, 64, 4, 3), configuration(64, 64, 4, 3)]
+
+
+def attention_triton(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Any]:
+    """As `attention_ref` for positive scales and head dimensions up to 128, any strides but of the last axis."""
+    rows, queries, heads, dim = q.shape
+    if not _launch.covered(q) or scale <= 0 or dim > 128:
+        return attention_ref(q, k, v, scale)
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    tokens = k.shape[1]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(rows, heads, queries, dtype=torch.float32, device=q.device)
+    saved = SavedTriton(scale * math.log2(math.e), q, k, lse)
+    block = max(16, triton.next_power_of_2(dim))
+
+    def launch(configuration: triton.Config) -> None:
+        grid = (triton.cdiv(queries, configuration.kwargs["BLOCK_Q"]), rows * heads)
+        _attention_kernel[grid](
+            *(q, k, v, out, lse, queries, tokens, heads, saved.factor),
+            *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], dim, block),
+            **configuration.all_kwargs(),
+        )
+
+    found = configurations(_launch.architecture(q.device), q.dtype, block, queries, vjp=False)
+    _launch.run(("attention", *q.shape, tokens, q.dtype, q.device), found, launch, tune=_launch.autotuning())
+    return out, saved
+
+
+def attention_vjp_triton(saved: Any, d_out: Tensor) -> Tensor:
+    """As `attention_vjp_ref`, for what `attention_triton` saved."""
+    if not isinstance(saved, SavedTriton):
+        return attention_vjp_ref(saved, d_out)
+    q, k = saved.q, saved.k
+    d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
+    rows, tokens, heads, dim = k.shape
+    queries = q.shape[1]
+    d_v = torch.empty(rows, tokens, heads, dim, dtype=d_out.dtype, device=d_out.device)
+    block = max(16, triton.next_power_of_2(dim))
+
+    def launch(configuration: triton.Config) -> None:
+        grid = (triton.cdiv(tokens, configuration.kwargs["BLOCK_N"]), rows * heads)
+        _attention_vjp_kernel[grid](
+            *(q, k, saved.lse, d_out, d_v, queries, tokens, heads, saved.factor),
+            *(*q.stride()[:3], *k.stride()[:3], *d_out.stride()[:3], dim, block),
+            **configuration.all_kwargs(),
+        )
+
+    found = configurations(_launch.architecture(q.device), q.dtype, block, queries, vjp=True)
+    _launch.run(("attention_vjp", *q.shape, tokens, q.dtype, q.device), found, launch, tune=_launch.autotuning())
+    return d_v

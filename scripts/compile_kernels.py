@@ -1,0 +1,188 @@
+"""Compiles every Triton kernel ahead of time, as launchers would run it, and tells what ptxas made of it.
+
+    python scripts/compile_kernels.py                                 every architecture; writes docs/kernels.md
+    python scripts/compile_kernels.py --only "attention .*" --arch 90  prints rows as JSON
+
+No GPU is needed; the process must run without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dave_fast.kernels import attention, linear, norm
+
+ARCHITECTURES = (80, 90, 100)
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
+NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel and what a launcher gives it: types of pointers and integers, values of constants."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    configuration: triton.Config
+
+
+@dataclass(frozen=True)
+class Row:
+    """What ptxas and the PTX say of one case. Shared memory in bytes; spills: bytes stored and loaded again."""
+
+    name: str
+    arch: int
+    tiles: str
+    warps: int
+    stages: int
+    registers: int
+    spills: int
+    shared: int
+    instructions: str
+
+
+def linear_case(name: str, arch: int, dtype: torch.dtype = torch.bfloat16, **given: Any) -> Case:
+    """given: optional pointers by name with their types, ACTIVATION, GLU; `candidate` is an index of configurations."""
+    eight = dtype.itemsize == 1
+    glu = given.get("GLU", 0)
+    found = linear.configurations(arch, dtype, glu=bool(glu), descriptors=True)[given.pop("candidate", 0)]
+    tile = found.kwargs
+    element = NAMES[dtype]
+    stored = "bf16" if eight else element
+    types = {"x": f"*{element}", "w": f"*{element}", "y": f"*{stored}"}
+    if tile["DESCRIPTORS"]:
+        types["x_desc"] = f"tensordesc<{element}[{tile['BLOCK_T']}, {tile['BLOCK_I']}]>"
+        types["w_desc"] = f"tensordesc<{element}[{tile['BLOCK_O']}, {tile['BLOCK_I']}]>"
+    types |= dict.fromkeys(("T", "O", "I", "stride_x", "stride_w", "parts"), "i32")
+    constants: dict[str, Any] = {"ACTIVATION": None, "GLU": 0, "EXACT": dtype == torch.float32, "EVEN_I": True}
+    if eight:
+        given["column_scale"] = "*fp32"
+    for key, value in given.items():
+        (constants if key.isupper() else types)[key] = value
+    return Case(f"linear {name} {element}", linear._linear_kernel, types, constants | tile, found)
+
+
+def attention_case(
+    name: str, arch: int, dim: int, dtype: torch.dtype = torch.bfloat16, *, vjp: bool, queries: int = 197
+) -> Case:
+    """One of the two walks' kernels for a head dimension."""
+    block = max(16, triton.next_power_of_2(dim))
+    found = attention.configurations(arch, dtype, block, queries, vjp=vjp)[0]
+    pointers = ("q", "k", "d_out", "d_v") if vjp else ("q", "k", "v", "out")
+    types = dict.fromkeys(pointers, f"*{NAMES[dtype]}") | {"lse": "*fp32", "factor": "fp32"}
+    operands = ("q", "k", "o") if vjp else ("q", "k", "v")
+    types |= dict.fromkeys((f"{t}_{axis}" for t in operands for axis in ("row", "token", "head")), "i32")
+    types |= dict.fromkeys(("Q", "N", "H"), "i32")
+    kernel = attention._attention_vjp_kernel if vjp else attention._attention_kernel
+    constants = {"D": dim, "D_BLOCK": block} | found.kwargs
+    return Case(f"attention {name} {NAMES[dtype]}", kernel, types, constants, found)
+
+
+def norm_case(name: str, block_t: int, block_c: int, *, squares: bool, centred: bool) -> Case:
+    """row_rstd of rows or of sums of squares."""
+    types = {"x": "*fp32" if squares else "*bf16", "rstd": "*fp32", "eps": "fp32"}
+    types |= dict.fromkeys(("T", "C", "stride", "count"), "i32")
+    constants = {"CENTRED": centred, "SQUARES": squares, "BLOCK_T": block_t, "BLOCK_C": block_c}
+    return Case(f"row_rstd {name}", norm._row_rstd_kernel, types, constants, triton.Config({}, num_warps=4))
+
+
+def cases(arch: int) -> Iterator[Case]:
+    """Every form that the walks launch."""
+    scale, bias, gate = {"row_scale": "*fp32"}, {"bias": "*bf16"}, {"gate": "*u8"}
+    residual, squares = {"residual": "*bf16"}, {"squares": "*fp32"}
+    kept = {"new_gate": "*u8", "ACTIVATION": "gelu"}
+    forms: dict[str, dict[str, Any]] = {
+        "qkv": scale | bias,
+        "proj, fc2": bias | residual | squares,
+        "fc1": scale | bias | kept,
+        "VJP fc2": scale | gate,
+        "VJP fc1": residual,
+        "VJP proj": {},
+        "VJP qkv": scale | residual,
+    }
+    for name, form in forms.items():
+        yield linear_case(name, arch, **form)
+    yield linear_case("fc1 SwiGLU", arch, **scale, **bias, new_gate="*bf16", ACTIVATION="silu", GLU=1)
+    wide = {key: value.replace("bf16", "fp32") for key, value in (scale | bias).items()}
+    yield linear_case("fc1", arch, torch.float32, **wide, new_gate="*fp32", ACTIVATION="gelu")
+    if arch >= 90:
+        yield linear_case("fc1", arch, torch.float8_e4m3fn, **scale, **bias, **kept)
+    for dim in (64, 80):
+        yield attention_case(f"forward, D = {dim}", arch, dim, vjp=False)
+        yield attention_case(f"VJP, D = {dim}", arch, dim, vjp=True)
+    yield attention_case("forward of 1 query, D = 64", arch, 64, vjp=False, queries=1)
+    yield attention_case("VJP of 1 query, D = 64", arch, 64, vjp=True, queries=1)
+    yield attention_case("forward, D = 64", arch, 64, torch.float32, vjp=False)
+    yield attention_case("VJP, D = 64", arch, 64, torch.float32, vjp=True)
+    yield norm_case("of sums of squares", 128, 16, squares=True, centred=True)
+    yield norm_case("of rows with a mean", 4, 1024, squares=False, centred=False)
+
+
+def compiled(case: Case, arch: int) -> Row:
+    """One case through Triton and ptxas, with nothing taken from a cache."""
+    kernel = case.kernel
+    constants = {name: case.constants.get(name) for name in kernel.arg_names if name not in case.types}
+    signature = {name: case.types.get(name, "constexpr") for name in kernel.arg_names}
+    # what Triton finds at a launch: addresses and sizes are multiples of 16, token counts and eps are not
+    odd = {"T", "N", "Q", "parts", "H"}
+    attributes = {
+        (at,): [["tt.divisibility", 16]]
+        for at, name in enumerate(kernel.arg_names)
+        if signature[name].startswith(("*", "i")) and name not in odd
+    }
+    source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, attributes)
+    options = {"num_warps": case.configuration.num_warps, "num_stages": case.configuration.num_stages}
+    log = io.StringIO()
+    with tempfile.TemporaryDirectory() as cache, triton.knobs.cache.scope(), triton.knobs.nvidia.scope():
+        triton.knobs.cache.dir = cache
+        triton.knobs.nvidia.dump_ptxas_log = True
+        with contextlib.redirect_stdout(log):
+            made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    text, ptx = log.getvalue(), made.asm["ptx"]
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", text))
+    (registers,) = re.findall(r"Used (\d+) registers", text)
+    kinds = ("wgmma", "tcgen05.mma", "mma.sync", "cp.async.bulk.tensor", "cp.async")
+    used = [kind for kind in kinds if re.search(rf"\b{re.escape(kind)}[. ](?!bulk)", ptx)]
+    tiles = "×".join(str(v) for k, v in case.configuration.kwargs.items() if k.startswith("BLOCK"))
+    return Row(
+        *(case.name, arch, tiles, case.configuration.num_warps, case.configuration.num_stages),
+        *(int(registers), spills, made.metadata.shared, ", ".join(used)),
+    )
+
+
+def main() -> None:
+    """Rows as JSON, or the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="regular expression of the names to compile; prints JSON")
+    parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES)
+    given = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET"):
+        sys.exit("TRITON_INTERPRET is set: kernels would be interpreted, not compiled. Unset it.")
+    rows = []
+    for arch in given.arch or ARCHITECTURES:
+        for case in cases(arch):
+            if given.only is None or re.fullmatch(given.only, case.name):
+                rows.append(compiled(case, arch))
+                print(json.dumps(asdict(rows[-1]), ensure_ascii=False), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""attention and its frozen VJP: the Triton kernels against the formula in float64, and plain PyTorch."""
+
+import pytest
+import torch
+
+from dave_fast.kernels.attention import attention_triton, attention_vjp_triton
+from dave_fast.ops import attention
+from dave_fast.ops.attention import attention_ref, attention_vjp_ref
+from tests.kernels.conftest import INTERPRETED
+from tests.tolerances import LOW_PRECISION_RATIO
+
+DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
+# rows, queries, tokens, heads, head dimension
+SHAPES = [
+    (1, 1, 1, 1, 8),
+    (2, 1, 197, 1, 64),
+    (1, 197, 197, 1, 64),
+    (1, 257, 257, 1, 16),
+    (1, 64, 64, 2, 32),
+    (2, 2, 50, 1, 80),
+    (1, 49, 33, 2, 9),
+    (1, 17, 20, 1, 128),
+]
+
+
+def heads(shape, dtype, device, scale=1.0):
+    """q, k, v (R, tokens, heads, D) as strided views of a packed projection, and the cotangent of the output."""
+    rows, queries, tokens, count, dim = shape
+    generator = torch.Generator().manual_seed(0)
+    longest = max(queries, tokens)
+    packed = scale * torch.randn(rows, longest, 3, count, dim, generator=generator, dtype=torch.float64)
+    d_out = torch.randn(rows, queries, count, dim, generator=generator, dtype=torch.float64)
+    packed = packed.to(dtype).to(device)
+    return packed[:, :queries, 0], packed[:, :tokens, 1], packed[:, :tokens, 2], d_out.to(dtype).to(device)
+
+
+def by_formula(q, k, v, d_out, scale):
+    q, k, v, d_out = (t.double().transpose(1, 2) for t in (q, k, v, d_out))
+    p = (scale * q @ k.transpose(-1, -2)).softmax(-1)
+    return (p @ v).transpose(1, 2), (p.transpose(-1, -2) @ d_out).transpose(1, 2)
+
+
+def run(q, k, v, d_out, scale):
+    out, saved = attention_triton(q, k, v, scale)
+    return out, attention_vjp_triton(saved, d_out)
+
+
+def error(found, expected):
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_the_formula(shape, dtype, device, monkeypatch):
+    # plain PyTorch that makes P again from a log-sum-exp, as the kernels do
+    monkeypatch.setattr(attention, "KEEP_PROBABILITIES", 0)
+    case, scale = heads(shape, dtype, device), shape[-1] ** -0.5
+    out, saved = attention_ref(*case[:3], scale)
+    plain = out, attention_vjp_ref(saved, case[3])
+    for got, want, reference in zip(run(*case, scale), by_formula(*case, scale), plain, strict=True):
+        assert got.shape == want.shape and got.dtype == dtype and got.device == reference.device
+        assert got.is_contiguous() and got.isfinite().all()
+        assert error(got, want) <= LOW_PRECISION_RATIO * max(error(reference, want), torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_scores_do_not_overflow(dtype, device):
+    case = heads((1, 70, 70, 2, 16), dtype, device, scale=30.0)
+    for got, want in zip(run(*case, 1.0), by_formula(*case, 1.0), strict=True):
+        assert got.isfinite().all()
+        assert error(got, want) <= (1e-3 if dtype == torch.float32 else 0.1)
+
+
+def test_cotangents_of_any_strides(device):
+    q, k, v, d_out = heads((2, 19, 19, 2, 16), torch.float32, device)
+    _, saved = attention_triton(q, k, v, 0.25)
+    strided = d_out.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(attention_vjp_triton(saved, strided), attention_vjp_triton(saved, d_out))
+    spread = d_out.repeat_interleave(2, dim=-1)[..., ::2]
+    assert torch.equal(attention_vjp_triton(saved, spread), attention_vjp_triton(saved, d_out))
+
+
+def test_nothing_quadratic_is_saved(device):
+    q, k, v, _ = heads((1, 300, 300, 1, 8), torch.float32, device)
+    _, saved = attention_triton(q, k, v, 0.3)
+    kept = [t for t in vars(saved).values() if isinstance(t, torch.Tensor)]
+    assert sum(t.numel() for t in kept) == 300 * (8 + 8 + 1)
+
+
+@pytest.mark.parametrize("spot", [("q", 0, 3, 0, 2), ("k", 0, 20, 0, 7), ("v", 0, 18, 0, 0)], ids=str)
+def test_what_is_no_number_is_seen(spot, device):
+    """NaN exactly where softmax attention by the formula has it: one query's row, one key's head, one component."""
+    case = heads((1, 33, 33, 2, 16), torch.float32, device)
+    dict(zip("qkv", case, strict=False))[spot[0]][spot[1:]] = torch.nan
+    for got, want in zip(run(*case, 0.3), by_formula(*case, 0.3), strict=True):
+        assert torch.equal(got.isnan(), want.isnan())
+
+
+def test_what_kernels_do_not_cover_goes_to_pytorch(device):
+    for dtype, dim, scale in [(torch.float64, 16, 0.3), (torch.float32, 144, 0.3), (torch.float32, 16, -0.3)]:
+        case = heads((1, 9, 9, 1, dim), dtype, device)
+        for got, want in zip(run(*case, scale), by_formula(*case, scale), strict=True):
+            assert error(got, want) < 1e-5

@@ -1,0 +1,44 @@
+"""The engine on Triton kernels, end to end, against the frozen route in float64."""
+
+import pytest
+import torch
+
+from dave_fast.engine import Engine
+from dave_fast.frozen import frozen_vjp
+from dave_fast.ops.patches import patchify
+from tests.kernels.conftest import INTERPRETED
+from tests.tolerances import LOW_PRECISION_RATIO
+from tests.variants import ENGINE
+
+DTYPES = [torch.float32, *([] if INTERPRETED else [torch.bfloat16])]
+# a trimmed last block, two tokens read, average pooling, LayerNorms that are not centred, RMSNorm, a norm ahead of the
+# blocks, norms of queries and keys, gated MLPs, attention pooling, every activation
+NAMES = [
+    *("vit", "deit-distilled", "vit-average", "vit-no-final-norm", "vit-rms-norm", "clip", "vit-qk-norm"),
+    *("dinov2-giant-swiglu", "vit-glu", "siglip", "vit-tanh-gelu", "vit-relu"),
+]
+
+
+def distance(found, expected):
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_walks_are_as_good_as_plain_pytorch(name, dtype, device):
+    variant = ENGINE[name]
+    images = variant.images(3)
+    model = variant.build(dtype).to(device)
+    with torch.no_grad():
+        classes = variant.build()(images).shape[1]
+    cotangent = torch.randn(3, classes, generator=torch.Generator().manual_seed(3)).to(device)
+    images = images.to(device)
+    double = variant.build(torch.float64).to(device)
+    logits, expected = frozen_vjp(double, images.double(), lambda output: (output * cotangent).sum(1))
+    low_logits, plain = frozen_vjp(model, images.to(dtype), lambda output: (output * cotangent).sum(1))
+    engine = Engine.build(variant.build(), dtype=dtype, device=device, backend="triton")
+    output, saved = engine.forward(patchify(images, engine.plan.patch_size).to(dtype))
+    found = engine.vjp(saved, cotangent)
+    assert distance(output, logits) <= LOW_PRECISION_RATIO * distance(low_logits, logits)
+    expected, plain = (patchify(t, engine.plan.patch_size) for t in (expected, plain))
+    assert distance(found, expected) <= LOW_PRECISION_RATIO * distance(plain, expected)

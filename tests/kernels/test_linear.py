@@ -1,0 +1,183 @@
+"""linear, row_rstd: the Triton kernels against the formulas in float64, and plain PyTorch in the same precision."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dave_fast.kernels import linear as kernels
+from dave_fast.kernels.linear import linear_triton
+from dave_fast.kernels.norm import row_rstd_triton
+from dave_fast.ops.activation import GATES, activate_ref
+from tests.kernels.conftest import INTERPRETED
+from tests.tolerances import LOW_PRECISION_RATIO
+
+DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
+# rows, in-features, out-features
+SHAPES = [(1, 32, 64), (7, 37, 65), (197, 48, 32), (257, 64, 130)]
+ACTIVATIONS = [*GATES, "silu_glu", "gelu_glu_last"]
+
+
+@pytest.fixture
+def numbers(device):
+    def make(*shape, dtype=torch.float64, seed=0, scale=1.0):
+        values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return (scale * values).to(dtype).to(device)
+
+    return make
+
+
+def error(found, expected):
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+def assert_as_good(found, plain, expected):
+    assert found.shape == expected.shape and found.dtype == plain.dtype and found.device == plain.device
+    assert found.isfinite().all()
+    limit = LOW_PRECISION_RATIO * max(error(plain, expected), torch.finfo(found.dtype).eps)
+    assert error(found, expected) <= limit
+
+
+def steps(gate):
+    """A gate in 255 steps."""
+    return (gate.double() * 255).round().to(torch.uint8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_scale_bias_and_strided_rows(numbers, dtype, shape):
+    rows, inputs, outputs = shape
+    wide = numbers(rows, inputs + 5, dtype=dtype)
+    x, matrix, bias = wide[:, :inputs], numbers(outputs, inputs, dtype=dtype, seed=1), numbers(outputs, dtype=dtype)
+    scale = numbers(rows, dtype=torch.float32, seed=3).abs()
+    expected = scale.double()[:, None] * (x.double() @ matrix.double().T) + bias.double()
+    found = linear_triton(x, matrix, bias, row_scale=scale)
+    assert_as_good(found, F.linear((x * scale[:, None]).to(dtype), matrix, bias), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gates_residual_and_squares(numbers, dtype, shape):
+    rows, inputs, outputs = shape
+    x, matrix = numbers(rows, inputs, dtype=dtype), numbers(outputs, inputs, dtype=dtype, seed=1)
+    other = numbers(rows, outputs, dtype=dtype, seed=4)
+    kept, product, plain = other.clone(), x.double() @ matrix.double().T, F.linear(x, matrix)
+    assert_as_good(linear_triton(x, matrix, gate=other), plain * other, product * other.double())
+    eight = steps(other.sigmoid())
+    gate = eight.double() / 255
+    assert_as_good(linear_triton(x, matrix, gate=eight), plain * gate.to(dtype), product * gate)
+    found, squares = linear_triton(x, matrix, residual=other, squares=True)
+    assert_as_good(found, plain + other, product + other.double())
+    assert torch.equal(found, linear_triton(x, matrix, residual=other))
+    assert squares.shape[0] == rows and squares.dtype == torch.float32
+    torch.testing.assert_close(squares.double().sum(1), found.double().square().sum(1), rtol=1e-5, atol=1e-6)
+    assert torch.equal(other, kept)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_and_its_gate(numbers, dtype, activation):
+    x, matrix, bias = numbers(33, 40, dtype=dtype), numbers(54, 40, dtype=dtype, seed=1), numbers(54, dtype=dtype)
+    x, matrix = x / 4, matrix / 2
+    scale = numbers(33, dtype=torch.float32, seed=3).abs()
+    u = scale.double()[:, None] * (x.double() @ matrix.double().T) + bias.double()
+    expected, expected_gate = activate_ref(u, activation)
+    plain, plain_gate = activate_ref(F.linear((x * scale[:, None]).to(dtype), matrix, bias), activation)
+    found, gate = linear_triton(x, matrix, bias, row_scale=scale, activation=activation)
+    assert_as_good(found, plain, expected)
+    if gate.dtype == torch.uint8:
+        assert (gate.double() / 255 - expected_gate).abs().max() <= 0.51 / 255
+    else:
+        assert_as_good(gate, plain_gate, expected_gate)
+
+
+@pytest.mark.parametrize("activation", list(GATES))
+def test_gates_in_eight_bits_are_within_half_a_step(numbers, activation, monkeypatch):
+    monkeypatch.setitem(kernels.EIGHT_BIT_GATES, torch.float16, torch.uint8)
+    x, matrix = numbers(65, 32, dtype=torch.float16), numbers(96, 32, dtype=torch.float16, seed=1)
+    expected, expected_gate = activate_ref(x.double() @ matrix.double().T, activation)
+    found, gate = linear_triton(x, matrix, activation=activation)
+    assert gate.dtype == torch.uint8
+    # what the polynomial and the narrow product add to half a step
+    assert (gate.double() / 255 - expected_gate).abs().max() <= 0.5 / 255 + 2e-4
+    # the forward walk multiplies with the gate itself, not with what is kept of it
+    assert error(found, expected) <= LOW_PRECISION_RATIO * torch.finfo(torch.float16).eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", list(GATES))
+def test_gates_at_zero_and_far_out(device, dtype, activation):
+    u = torch.tensor([[0.0, -0.0, 200.0, -200.0, 1e4, -1e4, 88.5, -88.5]], dtype=dtype, device=device)
+    value, gate = linear_triton(u, torch.eye(8, dtype=dtype, device=device), activation=activation)
+    at_zero = 0.0 if activation == "relu" else 0.5
+    gate = gate / 255 if gate.dtype == torch.uint8 else gate
+    assert gate[0].tolist() == pytest.approx(
+        [at_zero, at_zero, 1, 0, 1, 0, 1, 0], abs=2e-3 if dtype.itemsize < 4 else 1e-38
+    )
+    assert value[0].tolist() == pytest.approx(u[0].clamp(min=0).tolist(), abs=1e-30)
+
+
+def test_the_polynomial_is_as_near_to_phi_as_it_says(numbers):
+    u = torch.linspace(-8, 8, 4001, dtype=torch.float64).to(numbers(1).device)
+    x = u.half()[:, None] * torch.eye(1, 32, dtype=torch.float16, device=u.device)
+    # one in-feature is not zero, so the product is u itself
+    _, gate = linear_triton(x, torch.eye(32, dtype=torch.float16, device=u.device), activation="gelu")
+    expected = torch.special.ndtr(u.half().double())
+    # half a float16 step, and the polynomial
+    assert (gate[:, 0].double() - expected).abs().max() < 2.5e-4 + 7.4e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn], ids=str)
+def test_scales_of_columns_and_operands_in_eight_bits(numbers, dtype):
+    x, matrix = numbers(65, 64, dtype=dtype), numbers(40, 64, dtype=dtype, seed=1)
+    scale, rows = numbers(40, dtype=torch.float32, seed=2).abs(), numbers(65, dtype=torch.float32, seed=3).abs()
+    bias = numbers(40, dtype=torch.float16, seed=4)
+    product = x.double() @ matrix.double().T * scale.double() * rows.double()[:, None]
+    found = linear_triton(x, matrix, bias, row_scale=rows, column_scale=scale, dtype=torch.float16)
+    assert found.dtype == torch.float16
+    # operands are exact, so what is left is the rounding of the result
+    assert error(found, product + bias.double()) <= torch.finfo(torch.float16).eps
+
+
+def test_gated_mlps_keep_the_operands_dtype_for_their_gates(numbers, monkeypatch):
+    monkeypatch.setitem(kernels.EIGHT_BIT_GATES, torch.float16, torch.uint8)
+    x, matrix = numbers(5, 32, dtype=torch.float16), numbers(64, 32, dtype=torch.float16)
+    assert linear_triton(x, matrix, activation="silu")[1].dtype == torch.uint8
+    assert linear_triton(x, matrix, activation="silu_glu")[1].dtype == torch.float16
+
+
+@pytest.mark.parametrize("variant", ["descriptors", "persistent", "plain"])
+@pytest.mark.parametrize("glu", [False, True])
+def test_every_way_to_bring_and_walk_tiles(numbers, variant, glu, monkeypatch):
+    way = kernels._configuration(32, 64, 32, 4, 1, descriptors=variant != "plain", persistent=variant == "persistent")
+    monkeypatch.setattr(kernels, "configurations", lambda *_, **__: [way])
+    x, matrix = numbers(150, 40, dtype=torch.float16), numbers(2 * 70, 40, dtype=torch.float16, seed=1)
+    activation = "silu_glu" if glu else "silu"
+    expected = activate_ref(x.double() @ matrix.double().T, activation)
+    plain = activate_ref(F.linear(x, matrix), activation)
+    for got, low, want in zip(linear_triton(x, matrix, activation=activation), plain, expected, strict=True):
+        assert_as_good(got, low, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (9, 203), (197, 768)], ids=str)
+@pytest.mark.parametrize("centred", [True, False])
+def test_row_rstd(numbers, dtype, shape, centred):
+    x = numbers(*shape, dtype=dtype, seed=5) + (0 if centred else 100)
+    variance = x.double().square().mean(1) if centred else x.double().var(1, correction=0)
+    found = row_rstd_triton(x, 1e-6, centred=centred)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), (variance + 1e-6).rsqrt(), rtol=1e-6 if centred else 1e-4, atol=0)
+    squares = x.double().square().float().unflatten(1, (-1, shape[1])).sum(2).repeat(1, 3) / 3
+    again = row_rstd_triton(x, 1e-6, centred=centred, squares=squares)
+    torch.testing.assert_close(again, found, rtol=1e-6, atol=0)
+
+
+def test_what_is_no_number_goes_through(numbers):
+    x, matrix = numbers(3, 32, dtype=torch.float16), numbers(40, 32, dtype=torch.float16, seed=1)
+    x[1, 3] = torch.nan
+    y, gate = linear_triton(x, matrix, activation="gelu")
+    assert y.isnan().any(1).tolist() == [False, True, False]
+    assert gate[[0, 2]].isfinite().all()
+    y, squares = linear_triton(x, matrix, residual=y, squares=True)
+    assert squares.isnan().any(1).tolist() == [False, True, False]
+    assert row_rstd_triton(y, 1e-6, centred=True, squares=squares).isnan().tolist() == [False, True, False]
