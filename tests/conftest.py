@@ -30,7 +30,7 @@ def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
 @pytest.fixture(autouse=True)
 def poisoned_buffers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In tests of ops and kernels uninitialised tensors hold NaN (integers: a sentinel), so that none is read by mistake."""
+    """In tests of ops and kernels a fresh tensor holds NaN (integers: a sentinel), so that none is read by mistake."""
     if {"ops", "kernels"} & set(request.path.parts):
         for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
             monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))

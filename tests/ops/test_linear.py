@@ -74,6 +74,26 @@ def test_residual_and_gate(backend, dtype, shape):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gates_in_eight_bits_and_sums_of_squares(backend, dtype):
+    x, matrix, _, _ = case((33, 40, 54), dtype)
+    eight = torch.arange(33 * 54).view(33, 54).remainder(256).to(torch.uint8)
+    gate, product = eight.double() / 255, x.double() @ matrix.double().T
+    assert_as_good(run(backend, x, matrix, gate=eight), F.linear(x, matrix) * gate.to(dtype), product * gate)
+    other = numbers(33, 54, dtype=dtype, seed=4)
+    found, squares = run(backend, x, matrix, residual=other, squares=True)
+    assert torch.equal(found, run(backend, x, matrix, residual=other))
+    assert squares.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(squares.double().sum(1), found.double().square().sum(1), rtol=1e-5, atol=0)
+    row_rstd = _registry.load("row_rstd", "torch" if backend == "onednn" else backend)
+    expected = row_rstd(found, 1e-6, centred=True)
+    halves = found.to(squares.dtype).square().unflatten(1, (2, -1)).sum(2)
+    for sums in (squares, halves):
+        torch.testing.assert_close(row_rstd(found, 1e-6, centred=True, squares=sums), expected, rtol=1e-5, atol=0)
+    assert torch.equal(row_rstd(found, 1e-6, centred=False, squares=squares), row_rstd(found, 1e-6, centred=False))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activation_and_its_gate(backend, dtype, activation):
     x, matrix, bias, _ = case((33, 40, 54), dtype)
