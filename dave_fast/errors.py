@@ -9,6 +9,7 @@
     ├── RefusedError          (RuntimeError)  a server takes no more: its queue is full, or it is shutting down
     ├── OutOfMemoryError      (MemoryError)   not even the smallest micro-batch fits
     ├── BackendError          (RuntimeError)  a backend was asked for by name and cannot be used
+    ├── RunError              (RuntimeError)  a run over a dataset stopped before its end; what is done is kept
     └── NonFiniteError        (ArithmeticError) NaN or infinity in images, logits or maps
 
 Messages say what was given, what was expected, and what to do next.
@@ -58,6 +59,10 @@ class OutOfMemoryError(DaveFastError, MemoryError):
 
 class BackendError(DaveFastError, RuntimeError):
     """A backend was asked for by name and cannot be used."""
+
+
+class RunError(DaveFastError, RuntimeError):
+    """A run over a dataset stopped before its end; what is done is kept, and it can be resumed."""
 
 
 class NonFiniteError(DaveFastError, ArithmeticError):

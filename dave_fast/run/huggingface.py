@@ -1,0 +1,104 @@
+"""Hugging Face datasets as a source: saved on disk (`save_to_disk`), or on the hub; by the package `datasets`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+from dave_fast.errors import InputError
+from dave_fast.run.records import Record, as_int64, read_uri
+from dave_fast.run.sources import Skip, Source
+
+_COLUMNS = ("id", "target", "seed", "label")
+_ROWS = 64
+
+
+def is_saved_dataset(place: str) -> bool:
+    """Whether a folder was written by `datasets`' save_to_disk."""
+    return any(os.path.exists(os.path.join(place, name)) for name in ("dataset_dict.json", "state.json"))
+
+
+def dataset_source(place: str, *, labels: bool) -> Source:
+    """hf://NAME[:SPLIT], NAME a folder or a name on the hub; ids are those of the column `id`, else SPLIT/ROW."""
+    dataset, column, name, split = _opened(place)
+    if labels and "label" not in dataset.column_names:
+        raise InputError(f"--target label: {place} has no column 'label', but {', '.join(dataset.column_names)}.")
+    identity = {"kind": "dataset", "records": len(dataset), "digest": dataset._fingerprint, "labels": labels}
+    present = [c for c in _COLUMNS if c in dataset.column_names]
+    if "id" in present:
+        _refuse_doubles(dataset["id"], place)
+
+    def read(skip: Skip) -> Iterator[Record]:
+        for start in range(0, len(dataset), _ROWS):
+            stop = min(start + _ROWS, len(dataset))
+            ids = dataset.select_columns(["id"])[start:stop]["id"] if "id" in present else range(start, stop)
+            ids = [str(i) if "id" in present else f"{split}/{i}" for i in ids]
+            wanted = [row for row, record_id in enumerate(ids) if not skip(record_id)]
+            if not wanted:
+                continue
+            batch = dataset.select([start + row for row in wanted])[:]
+            for n, row in enumerate(wanted):
+                given = {c: batch[c][n] for c in present}
+                target = as_int64(given.get("label" if labels else "target"), f"{ids[row]}: target")
+                seed = as_int64(given.get("seed"), f"{ids[row]}: seed")
+                uri = f"hf://{name}:{split}#{start + row}"
+                yield Record(ids[row], uri, target, seed, _bytes(batch[column][n]))
+
+    return Source(place, identity, len(dataset), read)
+
+
+def row_content(uri: str) -> bytes:
+    """The encoded image of one row, hf://NAME:SPLIT#ROW."""
+    place, _, row = uri.rpartition("#")
+    dataset, column, _, _ = _opened(place)
+    return _bytes(dataset[int(row)][column])
+
+
+def _refuse_doubles(ids: Any, place: str) -> None:
+    seen = set()
+    for record_id in ids:
+        if record_id in seen:
+            raise InputError(f"{place}: the id {record_id!r} occurs twice; every record needs an id of its own.")
+        seen.add(record_id)
+
+
+def _bytes(cell: Any) -> bytes:
+    """An undecoded image: its bytes, or those of the file that it names; none for an empty cell."""
+    if not cell:
+        return b""
+    return cell["bytes"] if cell.get("bytes") is not None else read_uri(cell["path"])
+
+
+@lru_cache(maxsize=4)
+def _opened(place: str) -> tuple[Any, str, str, str]:
+    """The dataset with its images left encoded, their column, its name and its split."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(f"{place} needs the package datasets: pip install 'dave-fast[datasets]'.") from error
+    name, split = place.removeprefix("hf://"), ""
+    if not os.path.exists(name) and ":" in name:
+        name, _, split = name.rpartition(":")
+    try:
+        if os.path.exists(name):
+            name = os.path.abspath(name)
+            loaded = datasets.load_from_disk(name)
+        else:
+            loaded = datasets.load_dataset(name)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+        raise InputError(f"cannot open the dataset {name}: {reason}.") from error
+    if isinstance(loaded, dict):
+        if not split and len(loaded) == 1:
+            split = next(iter(loaded))
+        if split not in loaded:
+            raise InputError(f"{place} has the splits {', '.join(loaded)}: name one, as in hf://{name}:{next(iter(loaded))}.")
+        loaded = loaded[split]
+    split = split or str(loaded.split or "all")
+    images = [c for c, feature in loaded.features.items() if isinstance(feature, datasets.Image)]
+    if not images:
+        raise InputError(f"{place} has no column of images, but {', '.join(loaded.column_names)}.")
+    column = "image" if "image" in images else images[0]
+    return loaded.cast_column(column, datasets.Image(decode=False)), column, name, split

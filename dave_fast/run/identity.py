@@ -1,0 +1,102 @@
+"""What makes the maps of a run what they are, and whether a folder's run is the same one.
+
+`run.json` in the run's folder, and the metadata of every shard, hold:
+
+    format · version of dave-fast · weights: hash · configuration: every setting that changes a map · source: digest
+
+Resuming needs all of it to be equal. What is left out (device, engine, batch size, number of workers, the path that
+the source is reached by) changes a map by rounding at most.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dave_fast import __version__
+from dave_fast.errors import InputError
+from dave_fast.files import atomically
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FORMAT = 1
+RUN_FILE = "run.json"
+METADATA_KEY = b"dave_fast"
+
+
+def make_identity(configuration: dict[str, Any], weights: str, source: dict[str, Any]) -> dict[str, Any]:
+    """The identity of a run, as plain JSON values."""
+    identity = {
+        "format": FORMAT,
+        "version": __version__,
+        "weights": weights,
+        "configuration": configuration,
+        "source": source,
+    }
+    # tuples become lists, so that what is read back compares equal
+    return json.loads(json.dumps(identity))
+
+
+def weights_hash(model: nn.Module) -> str:
+    """BLAKE2b over name, dtype, shape and bytes of every parameter and buffer, 32 hexadecimal digits."""
+    import torch
+
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+    return digest.hexdigest()
+
+
+def load_identity(folder: Path) -> dict[str, Any] | None:
+    """What `run.json` holds; None where the folder holds no run."""
+    try:
+        identity = json.loads((folder / RUN_FILE).read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {folder / RUN_FILE}: {error}. Choose another --out, or mend it.") from error
+    if not isinstance(identity, dict) or identity.get("format") != FORMAT:
+        raise InputError(f"{folder / RUN_FILE} is of no format that this version of dave-fast reads ({FORMAT}).")
+    return identity
+
+
+def save_identity(folder: Path, identity: dict[str, Any]) -> None:
+    """Write `run.json`."""
+    with atomically(folder / RUN_FILE, durable=True) as file:
+        file.write(json.dumps(identity, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two identities, a line each: "configuration.n_samples: 50 before, 20 now"."""
+    old, new = _flat(before), _flat(now)
+    missing = "nothing"
+    return [
+        f"{name}: {old.get(name, missing)} before, {new.get(name, missing)} now"
+        for name in dict.fromkeys((*old, *new))
+        if old.get(name, missing) != new.get(name, missing)
+    ]
+
+
+def refuse_other(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise InputError, saying how they differ, where the folder's run is not the one that is asked for."""
+    found = differences(before, now)
+    if found:
+        raise InputError(
+            f"{folder} holds another run; {'; '.join(found)}. Resume it with what it was begun with, or choose "
+            "another --out."
+        )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

@@ -1,0 +1,369 @@
+"""The local engine: one worker a device on this machine, and a parent that reads the source and keeps the accounts.
+
+The parent holds the folder's lock, compares identities, sends records ahead of each worker, shows progress and
+watches. It imports no torch and makes no maps.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+from dave_fast.errors import DaveFastError, InputError, RunError
+from dave_fast.run.lock import Lock
+from dave_fast.run.mapper import Setup
+from dave_fast.run.progress import Report, Tally
+from dave_fast.run.records import Record
+from dave_fast.run.shards import SHARD_ROWS
+from dave_fast.run.sources import Skip, Source
+from dave_fast.run.worker import Alive, Committed, End, Finished, Go, Hello, Job, Mapped, Stop, work
+
+# Encoded images that wait, in the parent or in one worker.
+CONTENT_BYTES = 64 * 2**20
+# What a worker may take to commit and end when it is told to.
+_PATIENCE_S = 120.0
+_TICK_S = 0.25
+_DECODERS = 16
+
+
+@dataclass(frozen=True)
+class Machine:
+    """How the local engine uses the machine; None where it may choose.
+
+    devices: a worker each. workers: decoding threads of each worker. watchdog_s: seconds without any progress after
+    which the run stops.
+    """
+
+    devices: Sequence[str | None] = (None,)
+    workers: int | None = None
+    shard_rows: int | None = None
+    commit_s: float = 300.0
+    watchdog_s: float = 900.0
+
+
+Check = Callable[[dict[str, Any], str], dict[str, Any]]
+
+
+def run_local(
+    source: Source, setup: Setup, folder: Path, lock: Lock, machine: Machine, *, check: Check, skip: Skip, limit: int | None,
+    report: Report,
+) -> Tally:
+    """Explain the records that are not skipped. check: configuration, weights -> the run's identity, or an error.
+
+    Raises what a worker could not go on with, after all have committed what they had.
+    """
+    parent = _Parent(source, setup, folder, lock, machine, report)
+    try:
+        return parent.run(check, skip, limit)
+    finally:
+        parent.end()
+
+
+@dataclass
+class _Worker:
+    process: SpawnProcess
+    connection: Connection
+    hello: Hello | None = None
+    # Bytes of each record that was sent and has no row yet.
+    sent: deque[int] = field(default_factory=deque)
+    ended: bool = False
+    last: Finished | None = None
+
+    @property
+    def name(self) -> str:
+        return self.process.name
+
+    def room(self) -> int:
+        """How many records may be sent."""
+        if self.hello is None or self.ended or sum(self.sent) > CONTENT_BYTES:
+            return 0
+        return self.hello.window - len(self.sent)
+
+
+class _Parent:
+    def __init__(
+        self, source: Source, setup: Setup, folder: Path, lock: Lock, machine: Machine, report: Report
+    ) -> None:
+        self.source, self.report, self.machine = source, report, machine
+        self.tally = Tally(workers=len(machine.devices))
+        self.stopped_by: int | None = None
+        self._told_to_stop = False
+        context = multiprocessing.get_context("spawn")
+        self.workers: list[_Worker] = []
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        share = max(1, cores // len(machine.devices))
+        try:
+            for number, device in enumerate(machine.devices):
+                ours, theirs = context.Pipe()
+                decoders = machine.workers or min(_DECODERS, share)
+                rows = machine.shard_rows or SHARD_ROWS
+                job = Job(setup, device, share, decoders, folder, f"{number:03d}", rows, machine.commit_s)
+                process = context.Process(target=work, args=(job, lock, theirs), name=f"{number} ({device or 'auto'})")
+                process.start()
+                theirs.close()
+                self.workers.append(_Worker(process, ours))
+        except BaseException:
+            self.end()
+            raise
+
+    # ---- from start to end ----
+
+    def run(self, check: Check, skip: Skip, limit: int | None) -> Tally:
+        with self._signals():
+            self._hear_until(lambda: all(w.hello for w in self.workers) or self._over())
+            if not self._over():
+                self._begin(check)
+                self._feed(skip, limit)
+            self._stop()
+            self._hear_until(lambda: all(w.last for w in self.workers), patience_s=_PATIENCE_S)
+        self.tally.stopped_by = self.stopped_by
+        for worker in self.workers:
+            if worker.last is not None and worker.last.error is not None:
+                raise worker.last.error
+        return self.tally
+
+    def _begin(self, check: Check) -> None:
+        """Refuse what does not fit together, before anything is written."""
+        hellos = [w.hello for w in self.workers if w.hello is not None]
+        first = hellos[0]
+        for other in hellos[1:]:
+            if (other.configuration, other.weights) != (first.configuration, first.weights):
+                raise InputError(
+                    f"{first.device} and {other.device} would make different maps (precision "
+                    f"{first.configuration['precision']} and {other.configuration['precision']}): give --precision."
+                )
+        for note in dict.fromkeys(note for hello in hellos for note in hello.notes):
+            self.report.note(note)
+        identity = check(first.configuration, first.weights)
+        for worker in self.workers:
+            worker.connection.send(Go(identity))
+        self.report.begin(self.tally)
+
+    def _feed(self, skip: Skip, limit: int | None) -> None:
+        """Send records to whoever has room, until there are none left or something ends the run."""
+        feed = Feed(self.source, skip, limit)
+        finished = False
+        while not self._over() and not (finished and all(w.last for w in self.workers)):
+            while not finished and (room := [w for w in self.workers if w.room() > 0]):
+                # Whoever has the least to do comes first.
+                worker = min(room, key=lambda w: len(w.sent))
+                records = feed.take(1)
+                if records is None:
+                    finished = True
+                    for each in self.workers:
+                        self._send(each, End())
+                    break
+                if not records:
+                    break
+                worker.sent += [len(r.content or b"") for r in records]
+                self._send(worker, records)
+            self._hear(0.02 if not finished and feed.empty() else _TICK_S)
+        feed.stop()
+        if feed.error is not None:
+            self._stop()
+            self._hear_until(lambda: all(w.last for w in self.workers), patience_s=_PATIENCE_S)
+            raise feed.error
+        self.tally.doubles = feed.doubles
+
+    def _over(self) -> bool:
+        """Whether the run has to end before its end."""
+        return self.stopped_by is not None or any(w.last is not None and w.last.error is not None for w in self.workers)
+
+    def _stop(self) -> None:
+        if not self._told_to_stop:
+            self._told_to_stop = True
+            for worker in self.workers:
+                if worker.last is None:
+                    self._send(worker, Stop())
+
+    def end(self) -> None:
+        """Leave no process behind."""
+        for worker in self.workers:
+            worker.connection.close()
+        for worker in self.workers:
+            worker.process.join(1.0)
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join()
+
+    # ---- messages ----
+
+    def _send(self, worker: _Worker, message: object) -> None:
+        try:
+            worker.connection.send(message)
+        except (BrokenPipeError, ConnectionResetError):
+            # Told by its end of the pipe, which `_hear` reads.
+            worker.ended = True
+
+    def _hear_until(self, reached: Callable[[], bool], patience_s: float | None = None) -> None:
+        until = None if patience_s is None else time.monotonic() + patience_s
+        while not reached():
+            self._hear(_TICK_S)
+            if until is not None and time.monotonic() > until:
+                late = ", ".join(w.name for w in self.workers if w.last is None)
+                raise RunError(f"workers did not end in {patience_s:.0f} s and were killed: {late}. Resume the run.")
+
+    def _hear(self, timeout: float) -> None:
+        """Whatever the workers say within `timeout` seconds."""
+        live = {w.connection: w for w in self.workers if w.last is None}
+        for connection in wait(list(live), timeout):
+            worker = live[connection]  # type: ignore[index]
+            try:
+                while worker.last is None and worker.connection.poll():
+                    self._heard(worker, worker.connection.recv())
+            except (EOFError, ConnectionResetError):
+                self._died(worker)
+        self.report.update(self.tally)
+        silent_s = time.monotonic() - self.tally.last_progress
+        if live and silent_s > self.machine.watchdog_s and not self._told_to_stop:
+            raise RunError(
+                f"no progress for {silent_s:.0f} s; waiting for {self._waiting_for()}. What is committed is kept: look "
+                "for a hanging disk, network or device, and resume. Give --watchdog if this is no fault."
+            )
+
+    def _heard(self, worker: _Worker, message: object) -> None:
+        if isinstance(message, Hello):
+            worker.hello = message
+            self.tally.alive()
+        elif isinstance(message, Alive):
+            self.tally.alive(worker.name, message.images)
+        elif isinstance(message, Mapped):
+            for _ in range(message.records):
+                worker.sent.popleft()
+            self.tally.mapped(worker.name, message.records, message.busy_s, message.errors)
+            for record_id, reason in message.errors:
+                self.report.failed(record_id, reason)
+        elif isinstance(message, Committed):
+            self.tally.committed(message.rows, message.bytes)
+        elif isinstance(message, Finished):
+            worker.last, worker.ended = message, True
+
+    def _died(self, worker: _Worker) -> None:
+        worker.process.join(5.0)
+        code = worker.process.exitcode
+        how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with {code}"
+        hint = " (the system does that when memory runs out)" if code == -signal.SIGKILL else ""
+        worker.ended = True
+        worker.last = Finished(RunError(f"worker {worker.name} {how}{hint}; what is committed is kept: resume the run."))
+
+    def _waiting_for(self) -> str:
+        if any(w.hello is None for w in self.workers):
+            return "a worker to load the model"
+        busy = [w.name for w in self.workers if w.sent]
+        return f"worker {', '.join(busy)}" if busy else f"the source {self.source.place}"
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM end the run in order; a second one ends it at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def handle(number: int, frame: object) -> None:
+            if self.stopped_by is not None:
+                raise KeyboardInterrupt
+            self.stopped_by = number
+            self.report.note("stopping: what is done is being committed (once more to stop at once).")
+
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Feed:
+    """Records of a source, read ahead on a thread; bounded in number and in bytes."""
+
+    def __init__(self, source: Source, skip: Skip, limit: int | None, ahead: int = 1024) -> None:
+        self.error: BaseException | None = None
+        # Records whose id came before in this run: only sources that cannot be checked beforehand have them.
+        self.doubles: list[str] = []
+        self._source, self._skip, self._limit = source, skip, limit
+        self._ready: queue.Queue[Record | None] = queue.Queue(maxsize=ahead)
+        self._bytes = 0
+        self._room = threading.Condition()
+        self._stopping = False
+        threading.Thread(target=self._read, name="source", daemon=True).start()
+
+    def take(self, most: int) -> list[Record] | None:
+        """Up to `most` records, as many as are ready; None at the end."""
+        records: list[Record] = []
+        while len(records) < most:
+            try:
+                record = self._ready.get_nowait()
+            except queue.Empty:
+                break
+            if record is None:
+                self._ready.put(None)
+                return records or None
+            with self._room:
+                self._bytes -= len(record.content or b"")
+                self._room.notify()
+            records.append(record)
+        return records
+
+    def empty(self) -> bool:
+        """Whether nothing is ready."""
+        return self._ready.empty()
+
+    def stop(self) -> None:
+        """Read no further."""
+        with self._room:
+            self._stopping = True
+            self._room.notify()
+
+    def _read(self) -> None:
+        try:
+            for record in self._fresh():
+                with self._room:
+                    self._bytes += len(record.content or b"")
+                while not self._stopping:
+                    try:
+                        self._ready.put(record, timeout=_TICK_S)
+                        break
+                    except queue.Full:
+                        continue
+                with self._room:
+                    self._room.wait_for(lambda: self._stopping or self._bytes <= CONTENT_BYTES)
+                if self._stopping:
+                    return
+        except DaveFastError as error:
+            self.error = error
+        except BaseException as error:
+            self.error = RunError(f"reading {self._source.place} failed: {type(error).__name__}: {error}")
+        while not self._stopping:
+            try:
+                return self._ready.put(None, timeout=_TICK_S)
+            except queue.Full:
+                continue
+
+    def _fresh(self) -> Iterator[Record]:
+        """The records that are to be done, each id once, up to the limit."""
+        seen: set[str] | None = set() if self._source.count is None else None
+        number = 0
+        if self._limit is not None and self._limit <= 0:
+            return
+        for record in self._source.records(self._skip):
+            if seen is not None:
+                if record.id in seen:
+                    self.doubles.append(record.id)
+                    continue
+                seen.add(record.id)
+            yield record
+            number += 1
+            if self._limit is not None and number >= self._limit:
+                return

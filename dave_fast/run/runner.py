@@ -1,0 +1,157 @@
+"""A run from its first look at the source to its summary, whatever engine does the work."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dave_fast.errors import InputError
+from dave_fast.files import atomically, check_writable
+from dave_fast.run.identity import RUN_FILE, load_identity, make_identity, refuse_other, save_identity
+from dave_fast.run.local import Machine, run_local
+from dave_fast.run.lock import Lock
+from dave_fast.run.mapper import LABEL, Setup
+from dave_fast.run.progress import Report, Tally
+from dave_fast.run.shards import committed_ids, drop_errors, remove_leftovers, shard_files
+from dave_fast.run.sources import Source, open_source
+
+ENGINES = ("local", "ray")
+SUMMARY_FILE = "summary.json"
+# Makes the report of a run that has begun: how many records there are (None: unknown), how many were done before.
+Reporter = Callable[[int | None, int], AbstractContextManager[Report]]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run has done. records: with a row in all, those of earlier runs included; images: explained this time.
+
+    errors: records without a map, this time. seconds: since the devices were ready. device_share: in [0, 1].
+    stopped: why the run ended before its end, else None. first_errors: (id, reason). doubles: ids that came twice.
+    """
+
+    records: int
+    images: int
+    errors: int
+    seconds: float
+    images_per_second: float
+    device_share: float
+    devices: int
+    shards: int
+    bytes: int
+    stopped: str | None = None
+    first_errors: list[tuple[str, str]] = field(default_factory=list)
+    doubles: list[str] = field(default_factory=list)
+
+
+def run_dataset(
+    place: str,
+    out: str | Path,
+    setup: Setup,
+    machine: Machine | None = None,
+    *,
+    engine: str = "local",
+    limit: int | None = None,
+    retry_errors: bool = False,
+    reporter: Reporter = lambda total, before: nullcontext(Report()),
+) -> Summary:
+    """Explain every record of a source that has no row in `out` yet. See `docs/datasets.md`.
+
+    place: see `dave_fast.run.sources`. limit: rows in all, at most. retry_errors: records whose row is an error are
+    done again. Raises InputError for what is not in order or does not fit the run in `out`, RunError where the run
+    could not be brought to its end; what was committed is kept.
+    """
+    if engine not in ENGINES:
+        raise InputError(f"engine is {engine!r}; expected one of {', '.join(ENGINES)}.")
+    folder = Path(out)
+    check_writable(folder)
+    source = open_source(place, labels=setup.target == LABEL, leave_out=folder)
+    created = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = Lock.take(folder)
+    try:
+        begun = _Begun(folder, source, retry_errors)
+        with reporter(_total(source, limit), len(begun.done)) as report:
+            if engine == "ray":
+                from dave_fast.run.ray_engine import run_ray as run
+            else:
+                run = run_local  # type: ignore[assignment]
+            left = None if limit is None else max(0, limit - len(begun.done))
+            tally = run(
+                source, setup, folder, lock, machine or Machine(), check=begun.check, skip=begun.skip, limit=left,
+                report=report,
+            )
+        summary = _summary(folder, tally)
+        with atomically(folder / SUMMARY_FILE) as file:
+            file.write(json.dumps(asdict(summary), indent=2, ensure_ascii=False).encode() + b"\n")
+        return summary
+    finally:
+        lock.release()
+        if created:
+            _remove_if_unused(folder)
+
+
+class _Begun:
+    """A folder under lock, before and after it is found to hold the run that is asked for."""
+
+    def __init__(self, folder: Path, source: Source, retry_errors: bool) -> None:
+        self.folder, self.source, self.retry_errors = folder, source, retry_errors
+        self.before = load_identity(folder)
+        if self.before is None and shard_files(folder):
+            raise InputError(f"{folder} holds Parquet files but no {RUN_FILE}: it is no run. Choose another --out.")
+        if self.before is not None:
+            # What a change of the source would make useless need not wait for the model.
+            refuse_other(folder, self.before, self.before | {"source": make_identity({}, "", source.identity)["source"]})
+        remove_leftovers(folder)
+        self.done = committed_ids(folder)
+
+    def check(self, configuration: dict[str, Any], weights: str) -> dict[str, Any]:
+        """The run's identity. Raises InputError where the folder holds another run."""
+        identity = make_identity(configuration, weights, self.source.identity)
+        if self.before is None:
+            save_identity(self.folder, identity)
+        else:
+            refuse_other(self.folder, self.before, identity)
+        if self.retry_errors and drop_errors(self.folder):
+            self.done = committed_ids(self.folder)
+        return identity
+
+    def skip(self, record_id: str) -> bool:
+        """Whether a record has its row."""
+        return record_id in self.done
+
+
+def _total(source: Source, limit: int | None) -> int | None:
+    if source.count is None or limit is None:
+        return source.count if limit is None else limit
+    return min(source.count, limit)
+
+
+def _summary(folder: Path, tally: Tally) -> Summary:
+    stopped = None if tally.stopped_by is None else signal.Signals(tally.stopped_by).name
+    return Summary(
+        records=len(committed_ids(folder)),
+        images=tally.images,
+        errors=tally.errors,
+        seconds=round(tally.elapsed_s, 3),
+        images_per_second=round(tally.images / tally.elapsed_s, 4) if tally.elapsed_s > 0 else 0.0,
+        device_share=round(tally.device_share, 4),
+        devices=tally.workers,
+        shards=len(shard_files(folder)),
+        bytes=sum(path.stat().st_size for path in shard_files(folder)),
+        stopped=stopped,
+        first_errors=tally.first_errors,
+        doubles=tally.doubles[:10],
+    )
+
+
+def _remove_if_unused(folder: Path) -> None:
+    """A run that was refused leaves no folder behind that was not there before."""
+    names = {path.name for path in folder.iterdir()}
+    if names == {".lock"}:
+        (folder / ".lock").unlink()
+        folder.rmdir()

@@ -1,0 +1,226 @@
+"""From what the user names to records: folders, lists and Parquet manifests here, tars and datasets beside it.
+
+A source is told by what it looks like:
+
+    FOLDER                    images in it and below; ids are the paths below it
+    LIST.txt                  a path or URL a line
+    LIST.csv  .tsv  .jsonl    columns uri (or path), and where wanted id, target, seed
+    MANIFEST.parquet          the same columns; a glob or a folder of Parquet files too
+    SHARDS-{000..099}.tar     WebDataset; globs too
+    hf://NAME[:SPLIT]         a Hugging Face dataset, saved on disk or on the hub
+
+Lists, manifests and tars may lie behind any URL that fsspec knows, and so may the images.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dave_fast.errors import InputError
+from dave_fast.images import walk_images
+from dave_fast.run.records import Record, as_int64, is_local, located, printable
+
+Skip = Callable[[str], bool]
+LISTS = (".txt", ".csv", ".tsv", ".jsonl")
+TARS = (".tar", ".tar.gz", ".tgz")
+_ROWS = 65536
+
+
+def _none(record_id: str) -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Source:
+    """Records, in an order that is always the same.
+
+    place: as the user named it. identity: what must be equal for a run to be resumed. count: None where nobody can
+    know without reading everything. read(skip): the records whose id is not skipped.
+    """
+
+    place: str
+    identity: dict[str, Any]
+    count: int | None
+    read: Callable[[Skip], Iterator[Record]]
+
+    def records(self, skip: Skip = _none) -> Iterator[Record]:
+        """The records, but for those whose id `skip` holds for."""
+        return self.read(skip)
+
+
+def open_source(place: str, *, labels: bool = False, leave_out: str | os.PathLike[str] | None = None) -> Source:
+    """The source behind what the user named.
+
+    labels: take the labels of tars (.cls) and datasets (`label`) as targets. leave_out: a folder that is no source,
+    where it lies in one: that of the results. Raises InputError where there is none, or it is not in order.
+    """
+    from dave_fast.run.huggingface import dataset_source, is_saved_dataset
+    from dave_fast.run.tars import tar_source
+
+    name = place.lower().split("::", 1)[0].split("?", 1)[0]
+    if name.endswith(TARS):
+        return tar_source(place, labels=labels)
+    if place.startswith("hf://") and not name.endswith((".parquet", *LISTS)):
+        return dataset_source(place, labels=labels)
+    if is_local(place) and is_saved_dataset(place):
+        return dataset_source(f"hf://{place}", labels=labels)
+    if labels:
+        raise InputError("--target label: only tars and datasets have labels; lists name theirs in a column 'target'.")
+    if name.endswith(".parquet") or (is_local(place) and glob.glob(os.path.join(glob.escape(place), "*.parquet"))):
+        return _listed(place, "manifest", lambda: _parquet_records(place))
+    if name.endswith(LISTS):
+        return _listed(place, "list", lambda: _list_records(place))
+    return _folder(place, leave_out)
+
+
+# ---- folders ----
+
+
+def _folder(place: str, leave_out: str | os.PathLike[str] | None) -> Source:
+    if not is_local(place):
+        raise InputError(f"{place!r} is no list, manifest or tar; a remote folder needs a list of its images.")
+    if not os.path.exists(place):
+        raise InputError(f"there is no file or folder {place}.")
+    if not os.path.isdir(place):
+        known = ", ".join((*LISTS, ".parquet", *TARS))
+        raise InputError(f"{place} is no source: expected a folder, or a file that ends in {known}.")
+    root = os.path.abspath(place)
+
+    def records() -> Iterator[Record]:
+        for path in walk_images(root, skip=leave_out, follow=True):
+            yield Record(printable(Path(path).relative_to(root).as_posix()), path)
+
+    source = _listed(place, "folder", records)
+    if not source.count:
+        raise InputError(f"there is no image in {place} (tars and Parquet manifests are named by their files).")
+    return source
+
+
+# ---- lists and manifests ----
+
+
+def _listed(place: str, kind: str, records: Callable[[], Iterator[Record]]) -> Source:
+    """A source whose records are cheap to go through: counted, digested and checked for doubles beforehand."""
+    digest, seen = hashlib.blake2b(digest_size=16), set()
+    for record in records():
+        if record.id in seen:
+            raise InputError(f"{place}: the id {record.id!r} occurs twice; every record needs an id of its own.")
+        seen.add(record.id)
+        digest.update(f"{record.id}\0{record.target}\0{record.seed}\n".encode())
+    count = len(seen)
+    if not count and kind != "folder":
+        raise InputError(f"{place} names no image.")
+    identity = {"kind": kind, "records": count, "digest": digest.hexdigest()}
+    return Source(place, identity, count, lambda skip: (r for r in records() if not skip(r.id)))
+
+
+def record_of(row: dict[str, Any], folder: str, where: str) -> Record:
+    """A record from the columns of a list. where: "FILE, line 7", for messages."""
+    uri = row.get("uri") or row.get("path")
+    if not isinstance(uri, str) or not uri.strip():
+        raise InputError(f"{where}: there is no uri; expected columns uri (or path), and where wanted id, target, seed.")
+    name = row.get("id")
+    return Record(
+        printable(uri.strip() if name is None or name == "" else str(name)),
+        located(uri.strip(), folder),
+        as_int64(row.get("target"), f"{where}: target"),
+        as_int64(row.get("seed"), f"{where}: seed"),
+    )
+
+
+def _list_records(place: str) -> Iterator[Record]:
+    folder = _folder_of(place)
+    rows: Iterable[dict[str, Any] | None]
+    with _text(place) as lines:
+        if place.endswith(".txt"):
+            rows = ({"uri": line} if line.strip() else None for line in lines)
+        elif place.endswith(".jsonl"):
+            rows = (_json_row(line, f"{place}, line {n}") for n, line in enumerate(lines, 1))
+        else:
+            rows = csv.DictReader(lines, delimiter="\t" if place.endswith(".tsv") else ",", restkey="")
+        first = 2 if place.endswith((".csv", ".tsv")) else 1
+        for number, row in enumerate(rows, first):
+            if row:
+                yield record_of(row, folder, f"{place}, line {number}")
+
+
+def _json_row(line: str, where: str) -> dict[str, Any] | None:
+    if not line.strip():
+        return None
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where} is no JSON: {error}.") from error
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected a JSON object with a uri; got {type(row).__name__}.")
+    return row
+
+
+def _text(place: str) -> io.TextIOWrapper:
+    """Lines of a text file; a byte order mark is no part of them."""
+    import fsspec
+
+    try:
+        file = open(place, "rb") if is_local(place) else fsspec.open(place, "rb").open()  # noqa: SIM115
+    except (OSError, ImportError, ValueError) as error:
+        raise InputError(f"cannot read {place}: {_reason(error)}.") from error
+    return io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _parquet_records(place: str) -> Iterator[Record]:
+    """The records of one Parquet file, of those in a folder, or of those that a glob finds."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for path in _parquet_files(place):
+        folder = _folder_of(path)
+        try:
+            with _binary(path) as handle, pq.ParquetFile(handle) as file:
+                columns = [c for c in ("id", "uri", "path", "target", "seed") if c in file.schema_arrow.names]
+                number = 0
+                for batch in file.iter_batches(_ROWS, columns=columns):
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield record_of(row, folder, f"{path}, row {number}")
+        except (OSError, ImportError, pa.ArrowInvalid) as error:
+            raise InputError(f"cannot read {path}: {_reason(error)}.") from error
+
+
+def _parquet_files(place: str) -> list[str]:
+    import fsspec
+
+    if is_local(place):
+        place = os.path.join(glob.escape(place), "*.parquet") if os.path.isdir(place) else place
+        files = sorted(glob.glob(place)) if glob.has_magic(place) and not os.path.exists(place) else [place]
+    elif glob.has_magic(place):
+        files = sorted(file.full_name for file in fsspec.open_files(place))
+    else:
+        files = [place]
+    if not files:
+        raise InputError(f"there is no file {place}.")
+    return files
+
+
+def _binary(place: str) -> Any:
+    import fsspec
+
+    return open(place, "rb") if is_local(place) else fsspec.open(place, "rb")
+
+
+def _folder_of(place: str) -> str:
+    """What relative uris in a list are relative to."""
+    return os.path.dirname(os.path.abspath(place)) if is_local(place) else place.rsplit("/", 1)[0]
+
+
+def _reason(error: Exception) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error).rstrip(".")
+    return text or type(error).__name__

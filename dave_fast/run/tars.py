@@ -1,0 +1,129 @@
+"""WebDataset tars as a source: read from front to end, never indexed.
+
+A sample is the run of members whose names agree up to the first dot of the file's name; its image is the first
+member with an image's suffix, its label the member `.cls`. id = shard/key.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from typing import Any
+
+from dave_fast.errors import InputError
+from dave_fast.images import is_image
+from dave_fast.run.records import Record, as_int64, is_local, printable
+from dave_fast.run.sources import TARS, Skip, Source
+
+
+def tar_source(place: str, *, labels: bool) -> Source:
+    """The samples of tars: a path or fsspec URL, with {000..099} and globs."""
+    shards = _shards(place)
+    names = _names([url for url, _ in shards])
+    sizes = hashlib.blake2b(digest_size=16)
+    for name, (_, size) in zip(names, shards, strict=True):
+        sizes.update(f"{name}\0{size}\n".encode())
+    identity = {"kind": "tars", "shards": len(shards), "digest": sizes.hexdigest(), "labels": labels}
+
+    def read(skip: Skip) -> Iterator[Record]:
+        for name, (url, _) in zip(names, shards, strict=True):
+            yield from _samples(url, name, labels, skip)
+
+    return Source(place, identity, None, read)
+
+
+def expand_braces(text: str) -> list[str]:
+    """`a-{08..10}.tar` -> a-08.tar, a-09.tar, a-10.tar; `{a,b}` too; several at once."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", text)
+    if found is None:
+        return [text]
+    if found[3] is not None:
+        middle = found[3].split(",")
+    else:
+        width = len(found[1]) if found[1].startswith("0") else 0
+        middle = [f"{n:0{width}d}" for n in range(int(found[1]), int(found[2]) + 1)]
+    return [whole for m in middle for whole in expand_braces(text[: found.start()] + m + text[found.end() :])]
+
+
+def _shards(place: str) -> list[tuple[str, int]]:
+    """(path or URL, bytes) of each tar, each once."""
+    import fsspec
+
+    found: dict[str, int] = {}
+    for pattern in expand_braces(place):
+        if is_local(pattern):
+            literal = os.path.exists(pattern) or not glob.has_magic(pattern)
+            for path in [pattern] if literal else sorted(glob.glob(pattern, recursive=True)):
+                if not os.path.isfile(path):
+                    raise InputError(f"there is no file {path}.")
+                found[os.path.abspath(path)] = os.path.getsize(path)
+            continue
+        try:
+            fs, path = fsspec.url_to_fs(pattern)
+            for each in sorted(fs.glob(path)) if glob.has_magic(path) else [path]:
+                found[fs.unstrip_protocol(each)] = fs.size(each) or 0
+        except (OSError, ImportError, ValueError) as error:
+            raise InputError(f"cannot list {pattern}: {str(error).rstrip('.')}.") from error
+    if not found:
+        raise InputError(f"there is no tar {place}.")
+    return list(found.items())
+
+
+def _names(urls: list[str]) -> list[str]:
+    """What shards are called in ids: the file's name, or the path where names repeat; the suffix left out."""
+    names = [url.rsplit("/", 1)[-1] for url in urls]
+    if len(set(names)) < len(names):
+        common = os.path.commonpath([url.split("://")[-1] for url in urls])
+        names = [os.path.relpath(url.split("://")[-1], common) for url in urls]
+    return [next(name[: -len(s)] for s in sorted(TARS, key=len, reverse=True) if name.lower().endswith(s)) for name in names]
+
+
+def _samples(url: str, shard: str, labels: bool, skip: Skip) -> Iterator[Record]:
+    """The samples of one tar; members of skipped ones are passed over unread."""
+    import fsspec
+
+    local = is_local(url)
+    chained = f"file://{url}" if local else url
+    key: str | None = None
+    image: tuple[str, bytes] | None = None
+    label: str | None = None
+    skipped = False
+
+    def sample() -> Iterator[Record]:
+        if key is not None and image is not None and not skipped:
+            target = as_int64(label, f"{shard}/{key}: label") if labels else None
+            yield Record(printable(f"{shard}/{key}"), f"tar://{image[0]}::{chained}", target, None, image[1])
+
+    try:
+        # A pipe ("r|") needs no seeking, which remote files do badly; on a disk seeking passes over what is done.
+        with fsspec.open(url, "rb") as file, tarfile.open(fileobj=file, mode="r:*" if local else "r|*") as tar:
+            for member in tar:
+                # tarfile remembers every member it saw.
+                tar.members = []
+                folder, _, name = member.name.rpartition("/")
+                if not member.isfile() or name.startswith("."):
+                    continue
+                stem, _, suffix = name.partition(".")
+                this = f"{folder}/{stem}" if folder else stem
+                if this != key:
+                    yield from sample()
+                    key, image, label = this, None, None
+                    skipped = skip(printable(f"{shard}/{this}"))
+                if skipped:
+                    continue
+                if image is None and is_image(name):
+                    image = member.name, _content(tar, member)
+                elif suffix == "cls":
+                    label = _content(tar, member).decode(errors="replace").strip()
+            yield from sample()
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise InputError(f"cannot read {url}: {str(error).rstrip('.')}. What came before it is kept.") from error
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file: Any = tar.extractfile(member)
+    return b"" if file is None else file.read()
