@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dave_fast.explainer import DAVE, Explanation, effective_gradient
+    from dave_fast.run.reader import open_maps
 
 __version__ = "0.1.0"
-__all__ = ["DAVE", "Explanation", "__version__", "effective_gradient"]
+__all__ = ["DAVE", "Explanation", "__version__", "effective_gradient", "open_maps"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,6 +18,10 @@ def __getattr__(name: str) -> Any:
         from dave_fast import explainer
 
         return getattr(explainer, name)
+    if name == "open_maps":
+        from dave_fast.run.reader import open_maps
+
+        return open_maps
     raise AttributeError(f"module 'dave_fast' has no attribute {name!r}")
 
 

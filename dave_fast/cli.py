@@ -12,6 +12,7 @@ import typer
 
 from dave_fast import __version__
 from dave_fast.cli_explain import explain
+from dave_fast.cli_export import export
 from dave_fast.cli_run import run
 from dave_fast.info import info
 from dave_fast.terminal import plain
@@ -48,4 +49,5 @@ def main() -> None:
 
 app.command()(plain(explain))
 app.command()(plain(run))
+app.command()(plain(export))
 app.command()(plain(info))

@@ -187,10 +187,15 @@ def _tell(summary: Summary, out: Path) -> None:
     screen = console(stderr=False)
     devices = "1 device" if summary.devices == 1 else f"{summary.devices} devices"
     made = summary.images - summary.errors
-    screen.print(f"{made} maps made in {duration(summary.seconds)}: {speed(summary.images_per_second)} on {devices}, "
-                 f"at work {100 * summary.device_share:.0f} % of the time", soft_wrap=True)
+    screen.print(
+        f"{made} maps made in {duration(summary.seconds)}: {speed(summary.images_per_second)} on {devices}, "
+        f"at work {100 * summary.device_share:.0f} % of the time",
+        soft_wrap=True,
+    )
     if summary.errors:
-        screen.print(f"{summary.errors} records have an error instead (column 'error'; --retry-errors tries them again)")
+        screen.print(
+            f"{summary.errors} records have an error instead (column 'error'; --retry-errors tries them again)"
+        )
     if summary.doubles:
         ids = ", ".join(summary.doubles[:3])
         screen.print(f"ids that came twice, explained once: {ids}", style="yellow", soft_wrap=True)
@@ -198,4 +203,6 @@ def _tell(summary: Summary, out: Path) -> None:
     if summary.stopped is not None:
         screen.print("stopped before the end: the same command resumes it", style="yellow")
     else:
-        screen.print(f'read them with dave_fast.open_maps("{out}"), or dave-fast export {out}', style="dim", soft_wrap=True)
+        screen.print(
+            f'read them with dave_fast.open_maps("{out}"), or dave-fast export {out}', style="dim", soft_wrap=True
+        )

@@ -94,7 +94,9 @@ def _opened(place: str) -> tuple[Any, str, str, str]:
         if not split and len(loaded) == 1:
             split = next(iter(loaded))
         if split not in loaded:
-            raise InputError(f"{place} has the splits {', '.join(loaded)}: name one, as in hf://{name}:{next(iter(loaded))}.")
+            raise InputError(
+                f"{place} has the splits {', '.join(loaded)}: name one, as in hf://{name}:{next(iter(loaded))}."
+            )
         loaded = loaded[split]
     split = split or str(loaded.split or "all")
     images = [c for c, feature in loaded.features.items() if isinstance(feature, datasets.Image)]

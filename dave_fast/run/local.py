@@ -14,12 +14,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dave_fast.errors import DaveFastError, InputError, RunError
 from dave_fast.run.lock import Lock
@@ -36,6 +36,8 @@ CONTENT_BYTES = 64 * 2**20
 _PATIENCE_S = 120.0
 _TICK_S = 0.25
 _DECODERS = 16
+# A forked process cannot use the GPU of its parent, nor its threads.
+START: Literal["spawn"] = "spawn"
 
 
 @dataclass(frozen=True)
@@ -57,16 +59,25 @@ Check = Callable[[dict[str, Any], str], dict[str, Any]]
 
 
 def run_local(
-    source: Source, setup: Setup, folder: Path, lock: Lock, machine: Machine, *, check: Check, skip: Skip, limit: int | None,
+    source: Source,
+    setup: Setup,
+    folder: Path,
+    lock: Lock,
+    machine: Machine,
+    *,
+    check: Check,
+    skip: Skip,
+    left: Callable[[], int | None],
     report: Report,
 ) -> Tally:
     """Explain the records that are not skipped. check: configuration, weights -> the run's identity, or an error.
 
+    skip, left: which records are done, and how many may be; asked after `check`.
     Raises what a worker could not go on with, after all have committed what they had.
     """
     parent = _Parent(source, setup, folder, lock, machine, report)
     try:
-        return parent.run(check, skip, limit)
+        return parent.run(check, skip, left)
     finally:
         parent.end()
 
@@ -100,7 +111,7 @@ class _Parent:
         self.tally = Tally(workers=len(machine.devices))
         self.stopped_by: int | None = None
         self._told_to_stop = False
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context(START)
         self.workers: list[_Worker] = []
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         share = max(1, cores // len(machine.devices))
@@ -120,12 +131,12 @@ class _Parent:
 
     # ---- from start to end ----
 
-    def run(self, check: Check, skip: Skip, limit: int | None) -> Tally:
+    def run(self, check: Check, skip: Skip, left: Callable[[], int | None]) -> Tally:
         with self._signals():
             self._hear_until(lambda: all(w.hello for w in self.workers) or self._over())
             if not self._over():
                 self._begin(check)
-                self._feed(skip, limit)
+                self._feed(skip, left())
             self._stop()
             self._hear_until(lambda: all(w.last for w in self.workers), patience_s=_PATIENCE_S)
         self.tally.stopped_by = self.stopped_by
@@ -256,7 +267,9 @@ class _Parent:
         how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with {code}"
         hint = " (the system does that when memory runs out)" if code == -signal.SIGKILL else ""
         worker.ended = True
-        worker.last = Finished(RunError(f"worker {worker.name} {how}{hint}; what is committed is kept: resume the run."))
+        worker.last = Finished(
+            RunError(f"worker {worker.name} {how}{hint}; what is committed is kept: resume the run.")
+        )
 
     def _waiting_for(self) -> str:
         if any(w.hello is None for w in self.workers):
@@ -331,25 +344,22 @@ class Feed:
             for record in self._fresh():
                 with self._room:
                     self._bytes += len(record.content or b"")
-                while not self._stopping:
-                    try:
-                        self._ready.put(record, timeout=_TICK_S)
-                        break
-                    except queue.Full:
-                        continue
+                self._put(record)
                 with self._room:
                     self._room.wait_for(lambda: self._stopping or self._bytes <= CONTENT_BYTES)
                 if self._stopping:
-                    return
+                    break
         except DaveFastError as error:
             self.error = error
         except BaseException as error:
             self.error = RunError(f"reading {self._source.place} failed: {type(error).__name__}: {error}")
+        self._put(None)
+
+    def _put(self, record: Record | None) -> None:
         while not self._stopping:
-            try:
-                return self._ready.put(None, timeout=_TICK_S)
-            except queue.Full:
-                continue
+            with suppress(queue.Full):
+                self._ready.put(record, timeout=_TICK_S)
+                break
 
     def _fresh(self) -> Iterator[Record]:
         """The records that are to be done, each id once, up to the limit."""

@@ -54,9 +54,15 @@ class Setup:
     options: dict[str, Any] = field(default_factory=dict)
     make: Callable[[Setup, str | None], Mapper] | None = None
 
-    def mapper(self, device: str | None) -> Mapper:
-        """The mapper on a device; None is the best there is."""
-        return (self.make or Mapper)(self, device)
+    def mapper(self, device: str | None, threads: int | None = None) -> Mapper:
+        """The mapper on a device (None is the best there is), with so many threads on a CPU (None: torch's choice)."""
+        if self.make is not None:
+            return self.make(self, device)
+        if threads is not None:
+            import torch
+
+            torch.set_num_threads(threads)
+        return Mapper(self, device)
 
 
 def load(setup: Setup) -> tuple[str | nn.Module, float | None]:
@@ -146,6 +152,12 @@ class Mapper:
             rows |= {row["id"]: row for row in self._group(*group, progress)}
         return [rows[record.id] for record in records]
 
+    def refuse_target(self, record: Record) -> None:
+        """Raise InputError for a record whose own target is no class of the model."""
+        (resolved,) = self._resolved([record])
+        if resolved.target is not None:
+            self.labels.resolve(resolved.target)
+
     def _resolved(self, records: Sequence[Record]) -> list[Record]:
         """Records with the seed and the target that they are explained with."""
         setup = self.setup
@@ -160,9 +172,7 @@ class Mapper:
             for record in records
         ]
 
-    def _group(
-        self, records: Sequence[Record], inputs: Sequence[Tensor], progress: Progress | None
-    ) -> Iterator[Row]:
+    def _group(self, records: Sequence[Record], inputs: Sequence[Tensor], progress: Progress | None) -> Iterator[Row]:
         """Rows of records that share a seed, and of which all or none have a target; halved where that helps."""
         import torch
 
@@ -250,9 +260,7 @@ def packed_raw(raw: np.ndarray) -> Row:
     return {"raw": (raw / scale).astype("<f2").tobytes(), "raw_scale": scale}
 
 
-def _alike(
-    records: Sequence[Record], inputs: Sequence[Tensor]
-) -> Iterator[tuple[list[Record], list[Tensor]]]:
+def _alike(records: Sequence[Record], inputs: Sequence[Tensor]) -> Iterator[tuple[list[Record], list[Tensor]]]:
     """Records, and their inputs, that one call of the explainer can take: of one seed, all or none with a target."""
     groups: dict[Any, tuple[list[Record], list[Tensor]]] = {}
     for record, tensor in zip(records, inputs, strict=True):

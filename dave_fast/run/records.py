@@ -58,7 +58,9 @@ def read_uri(uri: str) -> bytes:
         return row_content(uri)
     import fsspec
 
-    with fsspec.open(uri, "rb") as file:
+    # fsspec tells compression by the name, and does not know this one.
+    options = {"tar": {"compression": "gzip"}} if uri.startswith("tar://") and uri.endswith(".tgz") else {}
+    with fsspec.open(uri, "rb", **options) as file:
         return file.read()
 
 

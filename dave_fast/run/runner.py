@@ -20,7 +20,7 @@ from dave_fast.run.progress import Report, Tally
 from dave_fast.run.shards import committed_ids, drop_errors, remove_leftovers, shard_files
 from dave_fast.run.sources import Source, open_source
 
-ENGINES = ("local", "ray")
+ENGINES = ("local",)
 SUMMARY_FILE = "summary.json"
 # Makes the report of a run that has begun: how many records there are (None: unknown), how many were done before.
 Reporter = Callable[[int | None, int], AbstractContextManager[Report]]
@@ -74,15 +74,17 @@ def run_dataset(
     folder.mkdir(parents=True, exist_ok=True)
     lock = Lock.take(folder)
     try:
-        begun = _Begun(folder, source, retry_errors)
+        begun = _Begun(folder, source, retry_errors, limit)
         with reporter(_total(source, limit), len(begun.done)) as report:
-            if engine == "ray":
-                from dave_fast.run.ray_engine import run_ray as run
-            else:
-                run = run_local  # type: ignore[assignment]
-            left = None if limit is None else max(0, limit - len(begun.done))
-            tally = run(
-                source, setup, folder, lock, machine or Machine(), check=begun.check, skip=begun.skip, limit=left,
+            tally = run_local(
+                source,
+                setup,
+                folder,
+                lock,
+                machine or Machine(),
+                check=begun.check,
+                skip=begun.skip,
+                left=begun.left,
                 report=report,
             )
         summary = _summary(folder, tally)
@@ -98,14 +100,16 @@ def run_dataset(
 class _Begun:
     """A folder under lock, before and after it is found to hold the run that is asked for."""
 
-    def __init__(self, folder: Path, source: Source, retry_errors: bool) -> None:
-        self.folder, self.source, self.retry_errors = folder, source, retry_errors
+    def __init__(self, folder: Path, source: Source, retry_errors: bool, limit: int | None) -> None:
+        self.folder, self.source, self.retry_errors, self.limit = folder, source, retry_errors, limit
         self.before = load_identity(folder)
         if self.before is None and shard_files(folder):
             raise InputError(f"{folder} holds Parquet files but no {RUN_FILE}: it is no run. Choose another --out.")
         if self.before is not None:
             # What a change of the source would make useless need not wait for the model.
-            refuse_other(folder, self.before, self.before | {"source": make_identity({}, "", source.identity)["source"]})
+            refuse_other(
+                folder, self.before, self.before | {"source": make_identity({}, "", source.identity)["source"]}
+            )
         remove_leftovers(folder)
         self.done = committed_ids(folder)
 
@@ -119,6 +123,10 @@ class _Begun:
         if self.retry_errors and drop_errors(self.folder):
             self.done = committed_ids(self.folder)
         return identity
+
+    def left(self) -> int | None:
+        """How many records may be done; None for all that there are. Known once `check` has been called."""
+        return None if self.limit is None else max(0, self.limit - len(self.done))
 
     def skip(self, record_id: str) -> bool:
         """Whether a record has its row."""

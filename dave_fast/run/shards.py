@@ -115,10 +115,11 @@ class ShardWriter:
 
     def abandon(self, error: BaseException | None = None) -> None:
         """Leave nothing behind."""
-        error = error or _Abandoned()
+        error = error or _AbandonedError()
         # Its destructor would write on.
         self._writer.is_open = False
-        with contextlib.suppress(_Abandoned):
+        self._pending = []
+        with contextlib.suppress(_AbandonedError):
             self._stack.__exit__(type(error), error, error.__traceback__)
 
     def _write_group(self) -> None:
@@ -135,7 +136,7 @@ class ShardWriter:
             raise
 
 
-class _Abandoned(Exception):
+class _AbandonedError(Exception):
     """Closes the temporary file as a failure does."""
 
 
@@ -158,7 +159,9 @@ def read_column(path: Path, *columns: str) -> pa.Table:
         return pq.read_table(path, columns=list(columns), memory_map=False, partitioning=None)
     except (OSError, pa.ArrowInvalid, KeyError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise InputError(f"{path} is no readable shard: {reason}. Move it away and resume; its maps are made anew.") from error
+        raise InputError(
+            f"{path} is no readable shard: {reason}. Move it away and resume; its maps are made anew."
+        ) from error
 
 
 def committed_ids(folder: Path) -> set[str]:

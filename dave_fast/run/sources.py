@@ -127,7 +127,9 @@ def record_of(row: dict[str, Any], folder: str, where: str) -> Record:
     """A record from the columns of a list. where: "FILE, line 7", for messages."""
     uri = row.get("uri") or row.get("path")
     if not isinstance(uri, str) or not uri.strip():
-        raise InputError(f"{where}: there is no uri; expected columns uri (or path), and where wanted id, target, seed.")
+        raise InputError(
+            f"{where}: there is no uri; expected columns uri (or path), and where wanted id, target, seed."
+        )
     name = row.get("id")
     return Record(
         printable(uri.strip() if name is None or name == "" else str(name)),

@@ -79,7 +79,9 @@ def _names(urls: list[str]) -> list[str]:
     if len(set(names)) < len(names):
         common = os.path.commonpath([url.split("://")[-1] for url in urls])
         names = [os.path.relpath(url.split("://")[-1], common) for url in urls]
-    return [next(name[: -len(s)] for s in sorted(TARS, key=len, reverse=True) if name.lower().endswith(s)) for name in names]
+    return [
+        next(name[: -len(s)] for s in sorted(TARS, key=len, reverse=True) if name.lower().endswith(s)) for name in names
+    ]
 
 
 def _samples(url: str, shard: str, labels: bool, skip: Skip) -> Iterator[Record]:
@@ -103,7 +105,7 @@ def _samples(url: str, shard: str, labels: bool, skip: Skip) -> Iterator[Record]
         with fsspec.open(url, "rb") as file, tarfile.open(fileobj=file, mode="r:*" if local else "r|*") as tar:
             for member in tar:
                 # tarfile remembers every member it saw.
-                tar.members = []
+                tar.members = []  # type: ignore[attr-defined]
                 folder, _, name = member.name.rpartition("/")
                 if not member.isfile() or name.startswith("."):
                     continue

@@ -25,7 +25,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dave_fast.errors import DaveFastError, ImageError, RunError
+from dave_fast.errors import DaveFastError, ImageError, InputError, RunError
 from dave_fast.run.lock import Lock
 from dave_fast.run.mapper import Mapper, Setup
 from dave_fast.run.records import Record
@@ -114,7 +114,7 @@ class Finished:
     error: DaveFastError | None = None
 
 
-class _Stopped(Exception):
+class _StoppedError(Exception):
     """Raised between two micro-batches, to leave the batch at work."""
 
 
@@ -125,9 +125,6 @@ def work(job: Job, lock: Lock, connection: Connection) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     error: DaveFastError | None = None
     try:
-        import torch
-
-        torch.set_num_threads(job.threads)
         _Worker(job, connection).run()
     except DaveFastError as raised:
         error = raised
@@ -160,7 +157,7 @@ class _Worker:
 
     def run(self) -> None:
         job = self.job
-        mapper = job.setup.mapper(job.device)
+        mapper = job.setup.mapper(job.device, job.threads)
         window = 3 * mapper.batch_size + 2 * job.decoders
         window = max(mapper.batch_size, min(window, WAITING_BYTES // mapper.input_bytes))
         self.send(Hello(mapper.configuration, mapper.weights, mapper.notes, mapper.device, window))
@@ -223,16 +220,17 @@ class _Worker:
         records, inputs = [], []
         for record, future in batch:
             try:
+                mapper.refuse_target(record)
                 inputs.append(self._decoded(future))
                 records.append(record)
-            except ImageError as error:
+            except InputError as error:
                 failed[record.id] = mapper.error_row(record, error)
-            except _Stopped:
+            except _StoppedError:
                 return [], 0.0
         start = time.perf_counter()
         try:
             rows = mapper.explain(records, inputs, self._progress(len(records))) if records else []
-        except _Stopped:
+        except _StoppedError:
             return [], 0.0
         except MemoryError as error:
             raise RunError(f"{str(error).rstrip('.')}. What is committed is kept: resume the run.") from error
@@ -248,12 +246,12 @@ class _Worker:
                 # Raised by a decoder, it is an error of the image.
                 if future.done():
                     raise ImageError("reading the image took too long.") from None
-        raise _Stopped
+        raise _StoppedError
 
     def _progress(self, images: int) -> Callable[[int, int], None]:
         def progress(done: int, rows: int) -> None:
             if self.stopping.is_set():
-                raise _Stopped
+                raise _StoppedError
             now = time.monotonic()
             if now - self._last_alive > _TICK_S:
                 self._last_alive = now
@@ -310,24 +308,27 @@ class Committer:
         try:
             due, more = 0.0, True
             while more:
-                wait = None if writer is None else max(0.0, due - time.monotonic())
                 try:
-                    rows = self._rows.get(timeout=wait)
+                    rows = self._rows.get(timeout=None if writer is None else max(0.0, due - time.monotonic()))
                 except queue.Empty:
                     rows = []
                 more = rows is not None
                 if rows:
                     if writer is None:
-                        writer, due = ShardWriter(next(self._names), self._schema), time.monotonic() + self._job.commit_s
+                        writer = ShardWriter(next(self._names), self._schema)
+                        due = time.monotonic() + self._job.commit_s
                     writer.add(rows)
                 if writer is not None and (not more or self._full(writer) or time.monotonic() >= due):
-                    writer, ready = None, writer
-                    path = ready.commit()
-                    self._committed(ready.rows, path.stat().st_size)
+                    self._commit(writer)
+                    writer = None
         except BaseException as error:
             if writer is not None:
                 writer.abandon()
             self._error = error
+
+    def _commit(self, writer: ShardWriter) -> None:
+        path = writer.commit()
+        self._committed(writer.rows, path.stat().st_size)
 
     def _full(self, writer: ShardWriter) -> bool:
         return writer.rows >= self._job.shard_rows or writer.bytes >= SHARD_BYTES

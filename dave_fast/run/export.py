@@ -1,0 +1,210 @@
+"""Maps of a run in the forms that others read: Zarr v3, .npy, pictures, ViRelAy's HDF5.
+
+Each writes into a new place and puts it there when it is whole.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dave_fast import figures
+from dave_fast.errors import ImageError, InputError
+from dave_fast.files import atomically
+from dave_fast.images import decode_image, from_config
+from dave_fast.run.reader import Maps, Row
+from dave_fast.run.records import Record, read_content
+
+Progress = Callable[[int], None]
+# Maps of one Zarr shard: one writer a shard, and few files.
+_ZARR_SHARD = 512
+INDEX = ("id", "uri", "target", "prediction", "probability", "seed", "n_samples")
+
+
+def export(maps: Maps, to: str, out: str | os.PathLike[str], progress: Progress = lambda done: None) -> int:
+    """Write the maps (rows with status "ok") in another form; how many could not be.
+
+    to: "zarr", "npy", "png" or "virelay". out: a folder (zarr, npy, png) or a file (virelay) that does not exist yet.
+    Raises InputError where it exists, a package is missing, or nothing is there to write.
+    """
+    if to not in FORMS:
+        raise InputError(f"cannot export to {to!r}; expected one of {', '.join(FORMS)}.")
+    maps = maps.filter(status="ok")
+    if not len(maps):
+        raise InputError("there is no map to export: every row has an error, or none was chosen.")
+    target = Path(out)
+    if target.exists():
+        raise InputError(f"{target} exists already; choose another --out, or delete it.")
+    if to != "png":
+        _refuse_sizes(maps)
+    return FORMS[to](maps, target, progress)
+
+
+def _refuse_sizes(maps: Maps) -> None:
+    sizes = set(zip(maps.column("height").tolist(), maps.column("width").tolist(), strict=True))
+    if len(sizes) > 1:
+        raise InputError(f"maps have several sizes ({sorted(sizes)}): only --to png can take that.")
+
+
+def _package(name: str, form: str) -> Any:
+    try:
+        return __import__(name)
+    except ImportError as error:
+        raise InputError(f"--to {form} needs the package {name}: pip install 'dave-fast[export]'.") from error
+
+
+@contextmanager
+def _whole(target: Path, *, folder: bool) -> Iterator[Path]:
+    """The path of a folder or file that appears under its name when all is in it."""
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        (part if folder else part.parent).mkdir(parents=True, exist_ok=True)
+        yield part
+        os.rename(part, target)
+    except OSError as error:
+        raise InputError(f"cannot write {target}: {(error.strerror or str(error)).lower()}.") from error
+    finally:
+        if folder:
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
+
+
+def _zarr(maps: Maps, target: Path, progress: Progress) -> int:
+    """A group: `map` (N, H, W) float32, a map a chunk; `raw` where there is one; the small columns beside them."""
+    zarr = _package("zarr", "zarr")
+    with _whole(target, folder=True) as folder:
+        group = zarr.open_group(folder, mode="w", zarr_format=3)
+        group.attrs["dave_fast"] = maps.identity
+        group.attrs["id"], group.attrs["uri"] = maps.ids, maps.column("uri").tolist()
+        for name in ("target", "prediction", "probability", "seed", "n_samples"):
+            column = maps.column(name)
+            group.create_array(name, shape=column.shape, dtype=column.dtype, dimension_names=["record"])[:] = column
+        arrays: dict[str, Any] = {}
+        for start in range(0, len(maps), _ZARR_SHARD):
+            rows = list(maps[start : start + _ZARR_SHARD])
+            for name in ("map", "raw"):
+                if getattr(rows[0], name) is None:
+                    continue
+                block = np.stack([getattr(row, name) for row in rows])
+                if name not in arrays:
+                    arrays[name] = group.create_array(
+                        name,
+                        shape=(len(maps), *block.shape[1:]),
+                        chunks=(1, *block.shape[1:]),
+                        shards=(min(_ZARR_SHARD, len(maps)), *block.shape[1:]),
+                        dtype=np.float32,
+                        dimension_names=["record", "channel", "y", "x"] if name == "raw" else ["record", "y", "x"],
+                    )
+                arrays[name][start : start + len(block)] = block
+            progress(start + len(rows))
+    return 0
+
+
+def _npy(maps: Maps, target: Path, progress: Progress) -> int:
+    """maps.npy (N, H, W) float32, raw.npy where there is one, index.csv in the same order."""
+    with _whole(target, folder=True) as folder:
+        arrays: dict[str, np.ndarray] = {}
+        for number, row in enumerate(maps):
+            for name in ("map", "raw"):
+                value = getattr(row, name)
+                if value is None:
+                    continue
+                if name not in arrays:
+                    file = folder / ("maps.npy" if name == "map" else "raw.npy")
+                    arrays[name] = np.lib.format.open_memmap(file, "w+", np.float32, (len(maps), *value.shape))
+                arrays[name][number] = value
+            progress(number + 1)
+        for array in arrays.values():
+            array.flush()  # type: ignore[attr-defined]
+        _write_index(maps, folder / "index.csv")
+    return 0
+
+
+def _write_index(maps: Maps, path: Path) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(INDEX)
+    writer.writerows(zip(*(maps.column(name).tolist() for name in INDEX), strict=True))
+    with atomically(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def _png(maps: Maps, target: Path, progress: Progress) -> int:
+    """ID.overlay.png and ID.map.png of each record; its image is read by its uri."""
+    prepare = from_config(maps.identity["configuration"]["preprocessing"])
+    missing, first = 0, ""
+    with _whole(target, folder=True) as folder:
+        for number, row in enumerate(maps):
+            name = _file_name(row.id)
+            heat = row.map
+            assert heat is not None
+            figures.save_picture(figures.plain_map(heat), folder / f"{name}.map.png")
+            try:
+                image = decode_image(read_content(Record(row.id, row.uri)), row.uri)
+                crop = prepare.pixels(prepare.transform(image))
+                figures.save_picture(figures.overlay(crop, heat), folder / f"{name}.overlay.png")
+            except ImageError as error:
+                missing, first = missing + 1, first or str(error)
+            progress(number + 1)
+        if missing == len(maps):
+            raise InputError(f"no image could be read again, so there is nothing to lay the maps over: {first}")
+    return missing
+
+
+def _file_name(record_id: str) -> str:
+    """An id as a path that stays inside its folder; parts keep their folders."""
+    parts = [part for part in record_id.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+    return "/".join(part.replace("\0", "").replace(":", "_")[-200:] for part in parts) or "_"
+
+
+def _virelay(maps: Maps, target: Path, progress: Progress) -> int:
+    """ViRelAy's attribution database: index, attribution (N, C, H, W), label, prediction (N, K).
+
+    attribution: the signed contributions where the run kept them (--raw), else the map, C = 1. prediction: softmax of
+    the outputs where the run kept them (--outputs), else zero but for the explained class.
+    """
+    h5py = _package("h5py", "virelay")
+    classes = maps.identity["configuration"]["classes"]
+    first = maps[0]
+    if first.output is not None:
+        classes = len(first.output)
+    if classes is None:
+        raise InputError("the model does not say how many classes it has: run with --outputs to export to ViRelAy.")
+    shape = first.map.shape if first.raw is None else first.raw.shape[1:]
+    channels = 1 if first.raw is None else len(first.raw)
+    with _whole(target, folder=False) as path, h5py.File(path, "w") as book:
+        book.attrs["dave_fast"] = repr(maps.identity)
+        attribution = book.create_dataset(
+            "attribution", (len(maps), channels, *shape), np.float32, chunks=(1, channels, *shape), compression="gzip"
+        )
+        prediction = book.create_dataset("prediction", (len(maps), classes), np.float32)
+        book["index"] = np.arange(len(maps), dtype=np.uint32)
+        book["label"] = maps.column("target").astype(np.uint32)
+        book.create_dataset("id", data=maps.ids, dtype=h5py.string_dtype())
+        for number, row in enumerate(maps):
+            attribution[number] = row.map if row.raw is None else row.raw
+            prediction[number] = _prediction(row, classes)
+            progress(number + 1)
+    return 0
+
+
+def _prediction(row: Row, classes: int) -> np.ndarray:
+    if row.output is not None:
+        exponents = np.exp(row.output - row.output.max())
+        return exponents / exponents.sum()
+    found = np.zeros(classes, np.float32)
+    assert row.target is not None and row.probability is not None
+    found[row.target] = row.probability
+    return found
+
+
+FORMS = {"zarr": _zarr, "npy": _npy, "png": _png, "virelay": _virelay}

@@ -1,0 +1,232 @@
+"""The maps of a run, read back: by id or number, as NumPy arrays, as a torch Dataset.
+
+Opening reads the small columns of every shard; maps are read a row group at a time when they are asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dave_fast.errors import InputError
+from dave_fast.run.identity import RUN_FILE, load_identity
+from dave_fast.run.shards import SMALL, read_column, shard_files
+
+if TYPE_CHECKING:
+    import torch
+
+# Row groups that are kept, of 32 maps each.
+_KEPT_GROUPS = 8
+
+
+@dataclass(frozen=True)
+class Row:
+    """A record's row. map: float32 (H, W) in [0, 1], None where status is "error"; raw: float32 (3, H, W) or None;
+    output: float32 (K,) or None; target, prediction, probability: None where there is no map.
+    """
+
+    id: str
+    uri: str
+    target: int | None
+    prediction: int | None
+    probability: float | None
+    seed: int
+    n_samples: int
+    status: str
+    error: str | None
+    map: np.ndarray | None
+    raw: np.ndarray | None = None
+    output: np.ndarray | None = None
+
+
+def open_maps(folder: str | os.PathLike[str]) -> Maps:
+    """The rows that a run has committed to `folder`, also while it is still at work.
+
+    Raises InputError where there is no run.
+    """
+    path = Path(folder)
+    identity = load_identity(path)
+    if identity is None:
+        raise InputError(f"{path} holds no run of dave-fast (there is no {RUN_FILE} in it).")
+    files = shard_files(path)
+    tables = []
+    for number, file in enumerate(files):
+        table = read_column(file, *SMALL)
+        rows = pa.array(np.arange(table.num_rows))
+        where = pa.array(np.full(table.num_rows, number))
+        tables.append(table.append_column("_shard", where).append_column("_row", rows))
+    if not tables:
+        raise InputError(f"{path} holds a run that has not committed anything yet.")
+    return Maps(identity, _Shards(files), pa.concat_tables(tables))
+
+
+class Maps:
+    """Rows of a run, lazily. `maps["id"]` and `maps[7]` are a `Row`; slices and lists of either are Maps again.
+
+    identity: what the run was made of (`run.json`). Can be pickled, for the workers of a DataLoader.
+    """
+
+    def __init__(self, identity: dict[str, Any], shards: _Shards, table: pa.Table) -> None:
+        self.identity = identity
+        self._shards = shards
+        self._table = table
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self[number] for number in range(len(self)))
+
+    def __contains__(self, record_id: object) -> bool:
+        return record_id in self._numbers
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """The ids, in the order of the rows."""
+        return self._table["id"].to_pylist()
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {record_id: number for number, record_id in enumerate(self.ids)}
+
+    def column(self, name: str) -> np.ndarray:
+        """A small column (target, prediction, probability, status ...), (N,); integers are −1 where there is none."""
+        if name not in SMALL:
+            raise InputError(f"there is no column {name!r}; expected one of {', '.join(SMALL)}.")
+        column = self._table[name]
+        if pa.types.is_integer(column.type):
+            column = column.fill_null(-1)
+        return column.to_numpy()
+
+    def filter(
+        self,
+        *,
+        status: str | None = None,
+        target: int | Sequence[int] | None = None,
+        prediction: int | Sequence[int] | None = None,
+        where: Callable[[dict[str, np.ndarray]], np.ndarray] | None = None,
+    ) -> Maps:
+        """The rows that fit all that is given. status: "ok" or "error". target, prediction: a class or several.
+
+        where: columns by name, (N,) each, to a boolean array (N,), as in `lambda c: c["probability"] > 0.9`.
+        """
+        keep = np.ones(len(self), bool)
+        if status is not None:
+            if status not in ("ok", "error"):
+                raise InputError(f"status is {status!r}; expected 'ok' or 'error'.")
+            keep &= self.column("status") == status
+        for name, wanted in (("target", target), ("prediction", prediction)):
+            if wanted is not None:
+                keep &= np.isin(self.column(name), np.atleast_1d(np.asarray(wanted)))
+        if where is not None:
+            chosen = np.asarray(where({name: self.column(name) for name in SMALL}))
+            if chosen.shape != keep.shape or chosen.dtype != bool:
+                raise InputError(f"`where` gave {chosen.dtype} {chosen.shape}; expected bool ({len(self)},).")
+            keep &= chosen
+        return Maps(self.identity, self._shards, self._table.filter(pa.array(keep)))
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, slice):
+            key = range(*key.indices(len(self)))
+        if isinstance(key, str) or not isinstance(key, Sequence | np.ndarray):
+            return self._row(self._number(key))
+        numbers = [self._number(each) for each in key]
+        return Maps(self.identity, self._shards, self._table.take(pa.array(numbers, pa.int64())))
+
+    def numpy(self) -> np.ndarray:
+        """All maps of these rows, float32 (N, H, W). Raises InputError where one is missing or sizes differ."""
+        arrays: list[np.ndarray] = []
+        for number in range(len(self)):
+            heat = self._row(number).map
+            if heat is None:
+                raise InputError(f"{self.ids[number]} has no map; choose with .filter(status='ok').")
+            if arrays and heat.shape != arrays[0].shape:
+                raise InputError(f"maps differ in size: {arrays[0].shape} and {heat.shape} ({self.ids[number]}).")
+            arrays.append(heat)
+        if not arrays:
+            configured = self.identity["configuration"]["preprocessing"]["input_size"]
+            return np.empty((0, *configured[1:]), np.float32)
+        return np.stack(arrays)
+
+    def torch(self) -> torch.utils.data.Dataset[dict[str, Any]]:
+        """A map-style Dataset of {"id", "map": (H, W) float32, "target", "prediction", "probability"[, "raw"]}."""
+        from dave_fast.run.reader_torch import MapDataset
+
+        return MapDataset(self)
+
+    def _number(self, key: Any) -> int:
+        if isinstance(key, str):
+            if key not in self._numbers:
+                raise KeyError(f"no row has the id {key!r}")
+            return self._numbers[key]
+        number = int(key)
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"row {number} of {len(self)}")
+        return number % len(self)
+
+    def _row(self, number: int) -> Row:
+        (small,) = self._table.slice(number, 1).to_pylist()
+        if small["status"] != "ok":
+            return _row(small, {})
+        return _row(small, self._shards.row(small["_shard"], small["_row"]))
+
+
+class _Shards:
+    """Open files and row groups, the last ones used kept."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self._files = files
+        self._open: dict[int, tuple[pq.ParquetFile, np.ndarray]] = {}
+        self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
+
+    def __reduce__(self) -> Any:
+        return _Shards, (self._files,)
+
+    def row(self, shard: int, row: int) -> dict[str, Any]:
+        """The large columns of one row."""
+        if shard not in self._open:
+            file = pq.ParquetFile(self._files[shard])
+            sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
+            self._open[shard] = file, np.cumsum([0, *sizes])
+        file, starts = self._open[shard]
+        group = int(np.searchsorted(starts, row, side="right")) - 1
+        key = (shard, group)
+        if key not in self._groups:
+            large = [name for name in file.schema_arrow.names if name not in SMALL or name in ("height", "width")]
+            self._groups[key] = file.read_row_group(group, columns=large)
+            if len(self._groups) > _KEPT_GROUPS:
+                self._groups.popitem(last=False)
+        self._groups.move_to_end(key)
+        (found,) = self._groups[key].slice(row - int(starts[group]), 1).to_pylist()
+        return found
+
+
+def _row(small: dict[str, Any], large: dict[str, Any]) -> Row:
+    raw = output = heat = None
+    if large:
+        shape = small["height"], small["width"]
+        stored = np.frombuffer(large["map"], np.dtype(small["dtype"]).newbyteorder("<")).reshape(shape)
+        heat = stored.astype(np.float32) * np.float32(small["scale"])
+        if large.get("raw") is not None:
+            raw = np.frombuffer(large["raw"], "<f2").reshape(3, *shape).astype(np.float32) * np.float32(
+                large["raw_scale"]
+            )
+        if large.get("output") is not None:
+            output = np.frombuffer(large["output"], "<f4").astype(np.float32)
+    names = ("id", "uri", "target", "prediction", "probability", "seed", "n_samples", "status", "error")
+    return Row(**{name: small[name] for name in names}, map=heat, raw=raw, output=output)
+
+
+def shard_identity(path: Path) -> dict[str, Any]:
+    """The identity in a shard's own metadata: what it was made of, wherever it has been moved."""
+    return json.loads(pq.read_schema(path).metadata[b"dave_fast"])

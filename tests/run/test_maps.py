@@ -1,0 +1,372 @@
+"""Real maps: the same whatever the batch, the worker and the interruption; stored and read back; exported."""
+
+import json
+import pickle
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import dave_fast
+from dave_fast import DAVE
+from dave_fast.demo import demo_scene
+from dave_fast.errors import InputError, NonFiniteError
+from dave_fast.images import decode_image
+from dave_fast.run import local
+from dave_fast.run.export import export
+from dave_fast.run.local import Machine
+from dave_fast.run.mapper import Mapper, Setup, packed_map
+from dave_fast.run.reader import shard_identity
+from dave_fast.run.records import Record, image_key
+from dave_fast.run.runner import run_dataset
+
+# float32: other batch, other micro-batches, other sums; relative to a map's maximum of 1
+ROUNDING = 2e-4
+SETTINGS = {"precision": "fp32", "noise_alpha": 0.5}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forked():
+    """Workers that need not import torch again: this is about maps; how workers live and die is tested elsewhere."""
+    before, local.START = local.START, "fork"
+    yield
+    local.START = before
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Seven scenes, one file that is no image."""
+    folder = tmp_path_factory.mktemp("photos")
+    scene = np.asarray(demo_scene().image)
+    for number in range(7):
+        Image.fromarray(np.roll(scene, 9 * number, 1)).save(folder / f"{number}.png")
+    (folder / "bad.png").write_bytes(b"no image")
+    return folder
+
+
+def setup(**changes):
+    return Setup(**{"model": "demo", "n_samples": 3, "options": SETTINGS, **changes})
+
+
+@pytest.fixture(scope="module")
+def whole(photos, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    run_dataset(str(photos), out, setup(raw=True, outputs=True))
+    return out
+
+
+def images(photos):
+    return {path.name: path for path in sorted(photos.glob("[0-9].png"))}
+
+
+def alone(photos, name, seed=0, target=None):
+    explainer = DAVE("demo", **SETTINGS)
+    mapper = Mapper(setup(), "cpu")
+    inputs = mapper.prepare.transform(decode_image((photos / name).read_bytes(), name))
+    return explainer.explain(inputs, target, 3, seed, image_keys=[image_key(name)])
+
+
+def test_a_record_has_the_map_that_it_has_alone(photos, whole):
+    maps = dave_fast.open_maps(whole)
+    assert sorted(maps.ids) == [*images(photos), "bad.png"]
+    for name in images(photos):
+        row, own = maps[name], alone(photos, name)
+        np.testing.assert_allclose(row.map, own.maps[0].numpy(), atol=ROUNDING + 2**-11)
+        np.testing.assert_allclose(row.raw, own.raw[0].numpy(), atol=float(own.raw.abs().max()) * (ROUNDING + 2**-11))
+        np.testing.assert_allclose(row.output, own.output[0].numpy(), rtol=1e-4, atol=1e-4)
+        assert (row.target, row.prediction) == (int(own.target[0]), int(own.output[0].argmax()))
+        assert row.probability == pytest.approx(float(own.probability[0]), abs=1e-5)
+        assert (row.seed, row.n_samples, row.status, row.error) == (0, 3, "ok", None)
+
+
+def test_batches_workers_and_interruptions_do_not_change_maps(photos, whole, tmp_path):
+    for limit in (2, 5, None):
+        run_dataset(
+            str(photos),
+            tmp_path / "parts",
+            setup(raw=True, outputs=True, batch_size=1 if limit == 2 else 3),
+            Machine(devices=("cpu", "cpu") if limit == 5 else ("cpu",), shard_rows=2),
+            limit=limit,
+        )
+    before, now = dave_fast.open_maps(whole), dave_fast.open_maps(tmp_path / "parts")
+    assert sorted(now.ids) == sorted(before.ids)
+    for name in images(photos):
+        np.testing.assert_allclose(now[name].map, before[name].map, atol=ROUNDING + 2**-10)
+
+
+def test_seeds_and_targets_of_records(photos, tmp_path):
+    manifest = tmp_path / "m.csv"
+    lines = [
+        f"{name},{path},{number if number % 2 else ''},{5 if number > 3 else ''}"
+        for number, (name, path) in enumerate(images(photos).items())
+    ]
+    manifest.write_text("id,uri,target,seed\n" + "\n".join(lines) + "\n")
+    run_dataset(str(manifest), tmp_path / "out", setup(seed=1))
+    maps = dave_fast.open_maps(tmp_path / "out")
+    for number, name in enumerate(images(photos)):
+        seed, target = 5 if number > 3 else 1, number if number % 2 else None
+        own = alone(photos, name, seed, target)
+        assert (maps[name].seed, maps[name].target) == (seed, int(own.target[0]))
+        np.testing.assert_allclose(maps[name].map, own.maps[0].numpy(), atol=ROUNDING + 2**-11)
+    run_dataset(str(manifest), tmp_path / "forced", setup(target="seven"))
+    assert set(dave_fast.open_maps(tmp_path / "forced").column("target")) == {7}
+    run_dataset(str(manifest), tmp_path / "predicted", setup(target="predicted"))
+    maps = dave_fast.open_maps(tmp_path / "predicted")
+    np.testing.assert_array_equal(maps.column("target"), maps.column("prediction"))
+
+
+def test_target_that_the_model_lacks(photos, tmp_path):
+    with pytest.raises(InputError, match="out of range"):
+        run_dataset(str(photos), tmp_path / "out", setup(target=99))
+    manifest = tmp_path / "m.csv"
+    manifest.write_text(f"uri,target\n{photos}/0.png,99\n{photos}/1.png,3\n{photos}/2.png,-5\n")
+    summary = run_dataset(str(manifest), tmp_path / "out", setup())
+    assert (summary.images, summary.errors) == (3, 2)
+    maps = dave_fast.open_maps(tmp_path / "out")
+    assert "out of range" in maps[f"{photos}/0.png"].error and maps[f"{photos}/1.png"].status == "ok"
+    assert maps[f"{photos}/2.png"].status == "error"
+
+
+def test_resume_notices_other_weights_and_settings(photos, whole, tmp_path):
+    with pytest.raises(InputError, match=r"configuration\.raw: True before, False now"):
+        run_dataset(str(photos), whole, setup(outputs=True))
+    with pytest.raises(InputError, match=r"configuration\.sampling\.noise_alpha: 0.5 before, 0.25 now"):
+        run_dataset(str(photos), whole, setup(raw=True, outputs=True, options=SETTINGS | {"noise_alpha": 0.25}))
+    changed = DAVE("demo", noise_alpha=0.5).model
+    with torch.no_grad():
+        changed.head.bias[0] += 1e-3
+    with pytest.raises(InputError, match=r"weights: \w+ before, \w+ now"):
+        run_dataset(str(photos), whole, setup(model=changed, raw=True, outputs=True))
+
+
+def test_shards_say_what_they_are(whole):
+    identity = json.loads((whole / "run.json").read_bytes())
+    (shard,) = whole.glob("*.parquet")
+    assert shard_identity(shard) == identity
+    assert identity["version"] == dave_fast.__version__ and len(identity["weights"]) == 32
+    table = pq.read_table(shard)
+    assert table.schema.field("map").type == pa.binary()
+    good = table.slice(0, 1).to_pylist()[0]
+    assert len(good["map"]) == 2 * good["height"] * good["width"] and good["dtype"] == "float16"
+    assert json.loads((whole / "summary.json").read_bytes())["errors"] == 1
+
+
+def test_eight_bits(photos, whole, tmp_path):
+    run_dataset(str(photos), tmp_path / "u8", setup(map_dtype="uint8"))
+    exact, coarse = dave_fast.open_maps(whole), dave_fast.open_maps(tmp_path / "u8")
+    for name in images(photos):
+        np.testing.assert_allclose(coarse[name].map, exact[name].map, atol=0.5 / 255 + 2**-11)
+
+
+@pytest.mark.parametrize(
+    "heat", [np.zeros((3, 4), np.float32), np.full((3, 4), 1e-9, np.float32), np.eye(3, dtype=np.float32)]
+)
+def test_packed_maps(heat):
+    row = packed_map(heat, "uint8")
+    values = np.frombuffer(row["map"], np.uint8).reshape(heat.shape) * np.float32(row["scale"])
+    np.testing.assert_allclose(values, heat, rtol=1e-6)
+
+
+# Batches that are refused
+
+
+class Refusing:
+    """An explainer that refuses a batch with certain images, or with too many."""
+
+    def __init__(self, explainer, most=99):
+        self.explainer, self.most, self.sizes = explainer, most, []
+        self.model, self.device = explainer.model, explainer.device
+
+    def explain(self, inputs, **settings):
+        self.sizes.append(len(inputs))
+        if len(inputs) > self.most:
+            raise torch.OutOfMemoryError("no memory")
+        if (inputs.amax((1, 2, 3)) > 100).any():
+            raise NonFiniteError("NaN or infinity in the attribution of image 0.")
+        return self.explainer.explain(inputs, **settings)
+
+
+def batch(n=6, bad=()):
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(3, 128, 128, generator=generator) for _ in range(n)]
+    for number in bad:
+        inputs[number] = inputs[number] + 200
+    return [Record(str(number), f"{number}.png") for number in range(n)], inputs
+
+
+def test_one_image_that_spoils_a_batch():
+    mapper = Mapper(setup(n_samples=1), "cpu")
+    mapper.explainer = Refusing(mapper.explainer)
+    rows = mapper.explain(*batch(bad=[2]), None)
+    assert [row["id"] for row in rows] == [str(n) for n in range(6)]
+    assert [row["status"] for row in rows] == ["ok", "ok", "error", "ok", "ok", "ok"]
+    assert rows[2]["error"].startswith("NaN or infinity") and rows[2].get("map") is None
+
+
+def test_out_of_memory_makes_smaller_batches():
+    mapper = Mapper(setup(n_samples=1), "cpu")
+    mapper.explainer = Refusing(mapper.explainer, most=2)
+    rows = mapper.explain(*batch(), None)
+    assert [row["status"] for row in rows] == ["ok"] * 6
+    assert mapper.explainer.sizes == [6, 3, 1, 2, 3, 1, 2] or max(mapper.explainer.sizes[1:]) <= 3
+    mapper.explainer = Refusing(mapper.explainer.explainer, most=0)
+    with pytest.raises(MemoryError, match="--internal-batch-size"):
+        mapper.explain(*batch(), None)
+
+
+def test_random_weights_and_checkpoints(tmp_path):
+    import timm
+
+    name = "vit_tiny_patch16_224"
+    one = Mapper(setup(model=name, random_weights=True), "cpu")
+    assert Mapper(setup(model=name, random_weights=True), "cpu").weights == one.weights
+    torch.save(timm.create_model(name, pretrained=False).state_dict(), tmp_path / "w.pth")
+    other = Mapper(setup(model=name, checkpoint=str(tmp_path / "w.pth")), "cpu")
+    assert other.weights != one.weights and other.configuration["model"] == name
+    with pytest.raises(InputError, match="do not fit vit_small_patch16_224"):
+        Mapper(setup(model="vit_small_patch16_224", checkpoint=str(tmp_path / "w.pth")), "cpu")
+    with pytest.raises(InputError, match="need the name of a timm model"):
+        Mapper(setup(random_weights=True), "cpu")
+
+
+# Reading
+
+
+def test_reading_by_id_number_slice_and_list(whole):
+    maps = dave_fast.open_maps(whole)
+    assert len(maps) == 8 and "3.png" in maps and "none" not in maps
+    assert maps[0].id == maps.ids[0] and maps[-1].id == maps.ids[-1]
+    assert maps[2:5].ids == maps.ids[2:5]
+    assert maps[["4.png", "0.png"]].ids == ["4.png", "0.png"]
+    np.testing.assert_array_equal(maps[["4.png"]].numpy()[0], maps["4.png"].map)
+    with pytest.raises(KeyError, match="no row has the id 'none'"):
+        maps["none"]
+    with pytest.raises(IndexError, match="row 8 of 8"):
+        maps[8]
+
+
+def test_filters(whole):
+    maps = dave_fast.open_maps(whole)
+    good = maps.filter(status="ok")
+    assert len(good) == 7 and maps.filter(status="error").ids == ["bad.png"]
+    assert maps["bad.png"].map is None and maps["bad.png"].target is None
+    label = good[0].target
+    assert set(maps.filter(target=label).column("target")) == {label}
+    assert len(maps.filter(target=[label, 99], status="ok")) >= 1
+    sure = maps.filter(where=lambda c: c["probability"] > 0.5)
+    assert all(row.probability > 0.5 for row in sure)
+    assert good.numpy().shape == (7, 128, 128) and good.numpy().dtype == np.float32
+    assert maps.filter(target=99).numpy().shape == (0, 128, 128)
+    with pytest.raises(InputError, match=r"bad\.png has no map"):
+        maps.numpy()
+    with pytest.raises(InputError, match="status is 'done'"):
+        maps.filter(status="done")
+    with pytest.raises(InputError, match="no column 'map'"):
+        maps.column("map")
+    with pytest.raises(InputError, match="expected bool"):
+        maps.filter(where=lambda c: c["target"])
+
+
+def test_torch_dataset(whole):
+    good = dave_fast.open_maps(whole).filter(status="ok")
+    data = good.torch()
+    # Pickled, as DataLoader does for its workers.
+    batches = list(DataLoader(pickle.loads(pickle.dumps(data)), batch_size=4))
+    assert [len(b["id"]) for b in batches] == [4, 3]
+    np.testing.assert_array_equal(torch.cat([b["map"] for b in batches]).numpy(), good.numpy())
+    assert batches[0]["raw"].shape == (4, 3, 128, 128) and batches[0]["target"].dtype == torch.int64
+    with pytest.raises(InputError, match=r"filter\(status='ok'\)"):
+        list(dave_fast.open_maps(whole).torch())
+
+
+def test_nothing_to_read(tmp_path):
+    with pytest.raises(InputError, match="holds no run"):
+        dave_fast.open_maps(tmp_path)
+
+
+# Exporting
+
+
+def test_zarr(whole, tmp_path):
+    zarr = pytest.importorskip("zarr", reason="an extra: dave-fast[export]")
+    maps = dave_fast.open_maps(whole)
+    export(maps, "zarr", tmp_path / "z")
+    group, good = zarr.open_group(tmp_path / "z", mode="r"), maps.filter(status="ok")
+    assert group.metadata.zarr_format == 3
+    np.testing.assert_array_equal(group["map"][:], good.numpy())
+    np.testing.assert_array_equal(group["raw"][3], good[3].raw)
+    assert group.attrs["id"] == good.ids and group["target"][:].tolist() == good.column("target").tolist()
+
+
+def test_npy(whole, tmp_path):
+    maps = dave_fast.open_maps(whole)
+    export(maps, "npy", tmp_path / "n")
+    good = maps.filter(status="ok")
+    np.testing.assert_array_equal(np.load(tmp_path / "n/maps.npy", mmap_mode="r"), good.numpy())
+    lines = (tmp_path / "n/index.csv").read_text().splitlines()
+    assert lines[0].startswith("id,uri,target") and [line.split(",")[0] for line in lines[1:]] == good.ids
+
+
+def test_png(whole, tmp_path):
+    maps = dave_fast.open_maps(whole)
+    assert export(maps[:3], "png", tmp_path / "p") == 0
+    names = sorted(path.name for path in (tmp_path / "p").rglob("*.png"))
+    assert names == sorted(f"{i}.{kind}.png" for i in maps[:3].ids for kind in ("map", "overlay"))
+    with Image.open(tmp_path / "p" / names[1]) as picture:
+        assert picture.size == (512, 512)
+
+
+def test_png_of_images_that_are_gone(photos, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("0.png", "1.png"):
+        (copy / name).write_bytes((photos / name).read_bytes())
+    run_dataset(str(copy), tmp_path / "out", setup(n_samples=1))
+    (copy / "0.png").unlink()
+    assert export(dave_fast.open_maps(tmp_path / "out"), "png", tmp_path / "p") == 1
+    (copy / "1.png").unlink()
+    with pytest.raises(InputError, match="no image could be read again"):
+        export(dave_fast.open_maps(tmp_path / "out"), "png", tmp_path / "q")
+    assert not (tmp_path / "q").exists() and not list(tmp_path.glob(".*.part"))
+
+
+def test_virelay(whole, photos, tmp_path):
+    h5py = pytest.importorskip("h5py", reason="an extra: dave-fast[export]")
+    maps = dave_fast.open_maps(whole)
+    good = maps.filter(status="ok")
+    export(maps, "virelay", tmp_path / "v.h5")
+    with h5py.File(tmp_path / "v.h5") as book:
+        assert book["attribution"].shape == (7, 3, 128, 128) and book["attribution"].dtype == np.float32
+        np.testing.assert_array_equal(book["attribution"][2], good[2].raw)
+        np.testing.assert_allclose(book["prediction"][:].sum(1), 1, rtol=1e-5)
+        np.testing.assert_array_equal(book["prediction"][:].argmax(1), good.column("prediction"))
+        assert book["index"].dtype == book["label"].dtype == np.uint32
+        assert book["label"][:].tolist() == good.column("target").tolist()
+    run_dataset(str(photos), tmp_path / "plain", setup(n_samples=1))
+    plain = dave_fast.open_maps(tmp_path / "plain").filter(status="ok")
+    export(plain, "virelay", tmp_path / "w.h5")
+    with h5py.File(tmp_path / "w.h5") as book:
+        assert book["attribution"].shape == (7, 1, 128, 128)
+        assert book["prediction"][0, plain[0].target] == np.float32(plain[0].probability)
+
+
+@pytest.mark.parametrize(("to", "package"), [("zarr", "zarr"), ("virelay", "h5py")])
+def test_missing_packages(whole, tmp_path, monkeypatch, to, package):
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    with pytest.raises(InputError, match=rf"needs the package {package}: pip install 'dave-fast\[export\]'"):
+        export(dave_fast.open_maps(whole), to, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_export_refuses(whole, tmp_path):
+    maps = dave_fast.open_maps(whole)
+    with pytest.raises(InputError, match="cannot export to 'jpeg'"):
+        export(maps, "jpeg", tmp_path / "x")
+    with pytest.raises(InputError, match="exists already"):
+        export(maps, "npy", tmp_path)
+    with pytest.raises(InputError, match="no map to export"):
+        export(maps.filter(status="error"), "npy", tmp_path / "x")

@@ -1,0 +1,349 @@
+"""Whatever befalls a run: every record has one row in the end, and what was committed is never lost."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import run_stubs
+
+import dave_fast
+from dave_fast.errors import InputError, RunError
+from dave_fast.run import runner, sources
+from dave_fast.run.lock import Lock
+
+PROGRAM = Path(run_stubs.__file__)
+
+
+def start(place, out, **settings):
+    root = Path(dave_fast.__file__).parent.parent
+    paths = os.pathsep.join((str(PROGRAM.parent), str(root)))
+    command = [sys.executable, str(PROGRAM), str(place), str(out), json.dumps(settings)]
+    return subprocess.Popen(
+        command,
+        env=os.environ | {"PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a group of its own, so that a test can kill it as a whole
+        start_new_session=True,
+    )
+
+
+def finish(program, code=0):
+    out, err = program.communicate(timeout=120)
+    assert program.returncode == code, err
+    return json.loads(out.splitlines()[-1]) if code == 0 else err
+
+
+def check(out, ids, *, all_done=True):
+    """Every shard can be read, no id stands twice, and each map is the one of its id."""
+    assert not (all_done and list(out.glob(".*.part")))
+    found = [i for path in out.glob("*.parquet") for i in pq.read_table(path, columns=["id"])["id"].to_pylist()]
+    assert len(found) == len(set(found))
+    assert set(found) == set(ids) if all_done else set(found) <= set(ids)
+    if found:
+        for row in dave_fast.open_maps(out):
+            np.testing.assert_array_equal(row.map, run_stubs.expected_map(row.id).astype(np.float16))
+    return set(found)
+
+
+def ids_of(images):
+    return [path.relative_to(images).as_posix() for path in images.rglob("*.png")]
+
+
+def kill_until_done(images, out, randomness, kills, *, whole_group, **settings):
+    """Start the run again and again, and kill it at random moments after its first work; how often it was killed."""
+    ids, killed = set(ids_of(images)), 0
+    while True:
+        program = start(images, out, **settings)
+        if killed < kills:
+            until = time.monotonic() + 60
+            before = set(out.glob("maps-*.parquet"))
+            # Until it works: a run that is killed while it starts has nothing to lose.
+            while program.poll() is None and time.monotonic() < until:
+                if set(out.glob("maps-*.parquet")) - before or list(out.glob(".*.part")):
+                    break
+                time.sleep(0.005)
+            time.sleep(randomness.uniform(0, 0.25))
+        if killed < kills and program.poll() is None:
+            with suppress(ProcessLookupError):
+                (os.killpg if whole_group else os.kill)(program.pid, signal.SIGKILL)
+            program.communicate()
+            killed += 1
+            found = [i for p in out.glob("maps-*.parquet") for i in pq.read_table(p, columns=["id"])["id"].to_pylist()]
+            assert len(found) == len(set(found)) and set(found) <= ids
+            continue
+        finish(program)
+        check(out, ids)
+        return killed
+
+
+@pytest.mark.parametrize("whole_group", [False, True], ids=["parent", "group"])
+def test_killed_at_random_moments(images, tmp_path, whole_group):
+    settings = {"seconds": 0.01, "commit_s": 0.2, "shard_rows": 5}
+    assert kill_until_done(images, tmp_path / "out", random.Random(1), 3, whole_group=whole_group, **settings) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["local", "ray"])
+@pytest.mark.parametrize("seed", range(5))
+def test_killed_many_times(images, tmp_path, seed, engine):
+    """Some twenty kills a seed, of one worker or two, the parent alone or all at once."""
+    for number in range(120, 1200):
+        (images / f"{number % 3}" / f"{number:04d}.png").write_bytes(b"for a stub")
+    randomness = random.Random(seed)
+    settings = {
+        "seconds": 0.003,
+        "commit_s": 0.2,
+        "shard_rows": 5,
+        "devices": [None] * (1 + seed % 2),
+        "engine": engine,
+    }
+    kills = 20 if engine == "local" else 4
+    killed = kill_until_done(images, tmp_path / "out", randomness, kills, whole_group=seed % 2 == 0, **settings)
+    assert killed >= kills // 2
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace", "folder"])
+def test_killed_while_committing(images, tmp_path, step):
+    out = tmp_path / "out"
+    program = start(images, out, fault=[f"commit:{step}", 2])
+    assert program.wait(60) == -signal.SIGKILL
+    program.communicate()
+    # The third shard is there exactly when it was renamed.
+    assert len(list(out.glob("*.parquet"))) == (3 if step == "folder" else 2)
+    finish(start(images, out))
+    check(out, ids_of(images))
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_full_disk(images, tmp_path, step):
+    out = tmp_path / "out"
+    error = finish(start(images, out, fault=[f"disk:{step}", 2]), code=2)
+    assert "cannot write" in error and "no space left on device" in error
+    assert len(check(out, ids_of(images), all_done=False)) == 16
+    finish(start(images, out))
+    check(out, ids_of(images))
+
+
+def test_file_that_outgrows_its_limit(images, tmp_path):
+    """The system itself refuses to write: a limit on the size of files stands for a quota."""
+    out = tmp_path / "out"
+    code = f"""
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))
+sys.argv = ["run_stubs", {str(images)!r}, {str(out)!r}, '{{"shard_rows": 100}}']
+import run_stubs
+run_stubs.main()
+"""
+    root = Path(dave_fast.__file__).parent.parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(PROGRAM.parent), str(root)))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2 and "file too large" in done.stderr, done.stderr
+    finish(start(images, out, shard_rows=100))
+    check(out, ids_of(images))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_in_order(images, tmp_path, number):
+    """A signal commits what is done, in seconds, also when rows are far from filling a shard."""
+    out = tmp_path / "out"
+    program = start(images, out, seconds=0.05, commit_s=1000, shard_rows=1000)
+    until = time.monotonic() + 60
+    while not list(out.glob(".*.part")) and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    # To all of its processes, as a terminal does.
+    os.killpg(program.pid, number)
+    asked = time.monotonic()
+    told = finish(program)
+    assert time.monotonic() - asked < 10
+    assert told["stopped"] == number.name and 0 < told["images"] < 120
+    assert len(check(out, ids_of(images), all_done=False)) == told["images"]
+    assert finish(start(images, out))["records"] == 120
+    check(out, ids_of(images))
+
+
+def test_one_run_at_a_time(images, tmp_path):
+    out = tmp_path / "out"
+    program = start(images, out, seconds=0.2)
+    try:
+        until = time.monotonic() + 60
+        while not (out / "run.json").exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        with pytest.raises(InputError, match=f"another run is at work in .*process {program.pid}"):
+            Lock.take(out, patience_s=0.2)
+        error = finish(start(images, out), code=2)
+        assert "another run is at work" in error
+    finally:
+        os.killpg(program.pid, signal.SIGKILL)
+        program.communicate()
+    # The lock went with its holder.
+    Lock.take(out, patience_s=5.0).release()
+
+
+def test_worker_that_dies(images, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(RunError, match=r"was killed by SIGKILL \(the system does that"):
+        run_stubs.run(images, out, fault=("die", 40))
+    check(out, ids_of(images), all_done=False)
+    assert run_stubs.run(images, out).records == 120
+    check(out, ids_of(images))
+
+
+def test_one_of_two_workers_dies(images, tmp_path):
+    """The other one commits what it has."""
+    out = tmp_path / "out"
+    with pytest.raises(RunError, match="was killed by SIGKILL"):
+        run_stubs.run(images, out, fault=("die", 20), devices=("a", "b"), seconds=0.01, shard_rows=1000, commit_s=1000)
+    assert run_stubs.run(images, out).records == 120
+    check(out, ids_of(images))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("memory", "out of memory with one image at a time"), ("raise", "ZeroDivisionError: in the mapper")],
+)
+def test_what_is_done_is_kept_when_the_mapper_fails(images, tmp_path, fault, message):
+    out = tmp_path / "out"
+    with pytest.raises(RunError, match=message):
+        run_stubs.run(images, out, fault=(fault, 40), shard_rows=1000, commit_s=1000)
+    assert len(check(out, ids_of(images), all_done=False)) == 40
+
+
+def test_model_that_cannot_be_loaded(images, tmp_path):
+    with pytest.raises(InputError, match="no such model"):
+        run_stubs.run(images, tmp_path / "out", fault=("load", 0))
+    assert not (tmp_path / "out").exists()
+
+
+def test_watchdog(images, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(RunError, match=r"no progress for 1 s; waiting for worker 0"):
+        run_stubs.run(images, out, fault=("hang", 40), watchdog_s=1.0, shard_rows=5)
+    assert len(check_committed(out)) >= 35
+    assert run_stubs.run(images, out).records == 120
+    check(out, ids_of(images))
+
+
+def check_committed(out):
+    return [row.id for row in dave_fast.open_maps(out)]
+
+
+def test_source_that_hangs(images, tmp_path, monkeypatch):
+    """A disk that does not answer: the watchdog names the source."""
+    source = sources.open_source(str(images))
+    endless = replace(source, read=lambda skip: iter(threading.Event().wait, None))
+    monkeypatch.setattr(runner, "open_source", lambda *args, **keywords: endless)
+    with pytest.raises(RunError, match=f"no progress for 1 s; waiting for the source {images}"):
+        run_stubs.run(images, tmp_path / "out", watchdog_s=1.0)
+
+
+def test_resume_refuses_another_run(images, tmp_path):
+    out = tmp_path / "out"
+    run_stubs.run(images, out, limit=10)
+    with pytest.raises(
+        InputError, match=r"configuration\.n_samples: 50 before, 7 now; configuration\.seed: 0 before, 3"
+    ):
+        run_stubs.run(images, out, n_samples=7, seed=3)
+    (images / "0/000.png").rename(images / "0/other.png")
+    with pytest.raises(InputError, match=r"source\.digest: \w+ before, \w+ now"):
+        run_stubs.run(images, out)
+    assert len(check_committed(out)) == 10
+
+
+def test_limit_counts_what_is_there(images, tmp_path):
+    out = tmp_path / "out"
+    assert run_stubs.run(images, out, limit=10).images == 10
+    assert run_stubs.run(images, out, limit=10).images == 0
+    assert run_stubs.run(images, out, limit=25).images == 15
+    assert run_stubs.run(images, out).images == 95
+    check(out, ids_of(images))
+
+
+def test_folder_that_holds_no_run(images, tmp_path):
+    (tmp_path / "maps.parquet").write_bytes(b"someone's data")
+    with pytest.raises(InputError, match=r"holds Parquet files but no run\.json"):
+        run_stubs.run(images, tmp_path)
+    assert (tmp_path / "maps.parquet").read_bytes() == b"someone's data"
+
+
+def test_shard_that_was_spoilt(images, tmp_path):
+    out = tmp_path / "out"
+    run_stubs.run(images, out)
+    shard = sorted(out.glob("*.parquet"))[0]
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(InputError, match=f"{shard.name} is no readable shard"):
+        run_stubs.run(images, out)
+    shard.unlink()
+    run_stubs.run(images, out)
+    check(out, ids_of(images))
+
+
+def test_shard_that_was_copied(images, tmp_path):
+    out = tmp_path / "out"
+    run_stubs.run(images, out)
+    shard = sorted(out.glob("*.parquet"))[0]
+    (out / "copy.parquet").write_bytes(shard.read_bytes())
+    with pytest.raises(InputError, match="holds records that other shards hold too"):
+        run_stubs.run(images, out)
+
+
+def test_bad_images_have_rows(images, tmp_path):
+    out = tmp_path / "out"
+    summary = run_stubs.run(images, out, decode="image", limit=30)
+    assert (summary.images, summary.errors, len(summary.first_errors)) == (30, 30, 5)
+    maps = dave_fast.open_maps(out)
+    assert {row.status for row in maps} == {"error"}
+    assert maps[0].error.startswith(f"cannot read {maps[0].uri}: it is not an image that Pillow can read")
+    # Tried again where that is asked for, not otherwise.
+    assert run_stubs.run(images, out, limit=30).images == 0
+    assert run_stubs.run(images, out, limit=30, retry_errors=True).images == 30
+    assert len(check(out, ids_of(images), all_done=False)) == 30
+
+
+def test_retry_keeps_what_is_good(images, tmp_path):
+    out = tmp_path / "out"
+    from PIL import Image
+
+    good = [path for path in images.rglob("*.png") if int(path.stem) % 4]
+    for path in good:
+        Image.new("RGB", (8, 8)).save(path)
+    assert run_stubs.run(images, out, decode="image").errors == 30
+    times = {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
+    assert run_stubs.run(images, out, retry_errors=True).images == 30
+    assert set(times) <= set(out.glob("*.parquet"))
+    check(out, ids_of(images))
+
+
+def test_everything_fails(tmp_path):
+    """A hundred failures one after another are the disk's fault, not that of the images."""
+    for number in range(300):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / f"images/{number}.png").write_bytes(b"no image")
+    with pytest.raises(RunError, match="100 records failed one after another"):
+        run_stubs.run(tmp_path / "images", tmp_path / "out", decode="image")
+    assert run_stubs.run(tmp_path / "images", tmp_path / "out", retry_errors=True).records == 300
+
+
+def test_several_devices_share_the_work(images, tmp_path):
+    out = tmp_path / "out"
+    summary = run_stubs.run(images, out, devices=("a", "b", "c"), seconds=0.005)
+    assert summary.devices == 3 and summary.records == 120
+    check(out, ids_of(images))
+    workers = {path.name.split("-")[1] for path in out.glob("maps-*.parquet")}
+    assert workers == {"000", "001", "002"}
