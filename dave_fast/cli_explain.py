@@ -53,7 +53,7 @@ def explain(
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option(metavar="fp64|fp32|bf16", show_default="by device", rich_help_panel=_MACHINE),
+        typer.Option(metavar="fp64|fp32|bf16|fp8", show_default="by device", rich_help_panel=_MACHINE),
     ] = None,
     backend: Annotated[str, typer.Option(help="See `dave-fast info`.", rich_help_panel=_MACHINE)] = "auto",
     route: Annotated[str, typer.Option(metavar="auto|engine|frozen", rich_help_panel=_MACHINE)] = "auto",

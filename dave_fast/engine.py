@@ -49,10 +49,10 @@ class Saved:
 class Engine:
     """The two walks over one plan, bound to the ops of one backend."""
 
-    def __init__(self, plan: ViTPlan, backend: str = "auto") -> None:
+    def __init__(self, plan: ViTPlan, backend: str = "auto", *, fp8: bool = False) -> None:
         device = plan.device.type
         self.plan = plan
-        self._linear: Callable[..., Any] = _registry.bind("linear", backend, device)
+        self._linear: Callable[..., Any] = _registry.bind("linear_fp8" if fp8 else "linear", backend, device)
         self._row_rstd: Callable[..., Tensor] = _registry.bind("row_rstd", backend, device)
         self._attention: Callable[..., Any] = _registry.bind("attention", backend, device)
         self._attention_vjp: Callable[..., Any] = _registry.bind("attention_vjp", backend, device)
@@ -68,11 +68,12 @@ class Engine:
         device: torch.device | str = "cpu",
         backend: str = "auto",
         sibling: ViTPlan | None = None,
+        fp8: bool = False,
     ) -> Engine:
-        """Plan and engine in one; arguments as `make_plan`."""
-        pack = _registry.bind("pack_weight", backend, torch.device(device).type)
+        """Plan and engine in one; arguments as `make_plan`. fp8: e4m3 operands in every GEMM (`ops.fp8`)."""
+        pack = _registry.bind("pack_weight_fp8" if fp8 else "pack_weight", backend, torch.device(device).type)
         plan = make_plan(model, dtype=dtype, pack=pack, size=size, device=device, sibling=sibling)
-        return Engine(plan, backend)
+        return Engine(plan, backend, fp8=fp8)
 
     @torch.no_grad()
     def forward(self, tokens: Tensor) -> tuple[Tensor, Saved]:

@@ -32,8 +32,8 @@ from dave_fast.micro_batch import MicroBatches, Pacer, Progress, Walk
 from dave_fast.models.catalog import load_model, noise_alpha_for
 from dave_fast.ops import _registry
 from dave_fast.ops.patches import patchify, unpatchify
-from dave_fast.precision import choose_precision, own_arithmetic, resolve_device, statistics_dtype
-from dave_fast.route import DTYPES, ROUTES, Route, make_route
+from dave_fast.precision import DTYPES, choose_precision, own_arithmetic, resolve_device, statistics_dtype
+from dave_fast.route import ROUTES, Route, make_route
 from dave_fast.sampling import Draws, Sampling, draw, identity
 from dave_fast.targets import ResolvedTarget, Target, resolve_target
 from dave_fast.weights import fingerprint
@@ -65,7 +65,8 @@ class DAVE:
         model: a timm name, "demo" (the embedded model) or any nn.Module. It is only read; changes that you make to
             its weights, modules, hooks and settings are noticed at the next call (see `dave_fast.weights`).
         device: where to compute; by default the model's own for a module, else a GPU where there is one.
-        precision: "fp64", "fp32" or "bf16"; by default bf16 where the device has it, else fp32.
+        precision: "fp64", "fp32", "bf16" or "fp8" (e4m3 operands in the GEMMs: see `dave_fast.ops.fp8`); by default
+            bf16 where the device has it, else fp32.
         backend: "auto", or "native" (C++ on the host), "onednn" or "torch": taken for every op that has it.
         route: "auto", "engine" (raises where the model has no plan) or "frozen".
         noise_alpha: largest noise level; by default the authors' value for the model, else 0.5 with a warning.
@@ -96,7 +97,7 @@ class DAVE:
     ) -> None:
         self.model, self.model_name = load_model(model)
         self.device = resolve_device(device, self.model, named=isinstance(model, str))
-        self.precision = choose_precision(precision, self.device)
+        self.precision = choose_precision(precision, self.device, backend)
         self.backend = backend
         if noise_alpha is None:
             noise_alpha = noise_alpha_for(self.model_name)
@@ -361,7 +362,7 @@ class DAVE:
             self.model,
             shape,
             route=self._route_wanted,
-            dtype=DTYPES[self.precision],
+            precision=self.precision,
             device=self.device,
             backend=self.backend,
             sibling=next(iter(self._routes.values()), None),

@@ -11,7 +11,9 @@ from torch import nn
 
 from dave_fast.errors import InputError
 
-PRECISIONS = ("fp64", "fp32", "bf16")
+# what activations are kept in; in fp8 only the operands of GEMMs are narrower
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+PRECISIONS = tuple(DTYPES)
 DEVICES = ("cpu", "cuda")
 
 
@@ -44,12 +46,28 @@ def has_bf16(device: torch.device) -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def choose_precision(precision: str | None, device: torch.device) -> str:
+def why_no_fp8(device: torch.device) -> str | None:
+    """Why a device does not multiply e4m3 in hardware; None where it does."""
+    if device.type != "cuda":
+        return f"a {device.type.upper()} does not multiply e4m3"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 9):
+        return f"{torch.cuda.get_device_name(device)} (compute capability {'.'.join(map(str, capability))}) has no e4m3"
+    return None
+
+
+def choose_precision(precision: str | None, device: torch.device, backend: str = "auto") -> str:
     """bf16 where the device has it, else fp32; a precision given by name is kept or refused."""
     if precision is None:
         return "bf16" if has_bf16(device) else "fp32"
     if precision not in PRECISIONS:
         raise InputError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
+    reason = why_no_fp8(device) if precision == "fp8" else None
+    if reason is not None and backend != "torch":
+        raise InputError(
+            f"precision='fp8' was asked for, but {reason}: use 'bf16', or backend='torch' to see what fp8 does to the "
+            "maps, at no gain in speed"
+        )
     return precision
 
 

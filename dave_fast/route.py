@@ -21,9 +21,9 @@ from dave_fast.errors import InputError, ModelError
 from dave_fast.frozen import freeze, run_frozen
 from dave_fast.memory import engine_row_bytes, plan_bytes, weight_bytes
 from dave_fast.models import timm_vit
+from dave_fast.precision import DTYPES
 from dave_fast.replay import ensure_proved
 
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 ROUTES = ("auto", "engine", "frozen")
 # tokens that a CPU micro-batch aims at: enough rows for full GEMM tiles, few enough to stay in the caches
 CPU_TOKENS = 800
@@ -158,18 +158,19 @@ def make_route(
     shape: tuple[int, int, int],
     *,
     route: str,
-    dtype: torch.dtype,
+    precision: str,
     device: torch.device,
     backend: str,
     sibling: Route | None = None,
 ) -> tuple[Route, str | None]:
     """The route for a model, and a line that says why where "auto" had to take `frozen`.
 
-    sibling: this model's route for another image size, in the same dtype and on the same device.
+    sibling: this model's route for another image size, in the same precision and on the same device.
 
-    Raises ModelError where route="engine" has no plan, or the model fails the proof (NotFrozenError).
+    Raises ModelError where route="engine" or precision="fp8" has no plan, or the model fails the proof
+    (NotFrozenError).
     """
-    size = shape[1:]
+    size, dtype, fp8 = shape[1:], DTYPES[precision], precision == "fp8"
     reason = planning.why_not(model)
     if reason is None:
         _check_fit(model, shape)
@@ -177,8 +178,11 @@ def make_route(
         raise ModelError(f"route='engine' was asked for, but {reason}. Use route='auto' or 'frozen'.")
     if route != "frozen" and reason is None:
         plan = sibling.plan if isinstance(sibling, EngineRoute) else None
-        engine = Engine.build(model, dtype=dtype, size=size, device=device, backend=backend, sibling=plan)
+        engine = Engine.build(model, dtype=dtype, size=size, device=device, backend=backend, sibling=plan, fp8=fp8)
         return EngineRoute(engine), None
+    if fp8:
+        why = "route='frozen' was asked for" if reason is None else reason
+        raise ModelError(f"precision='fp8' needs the engine's GEMMs, but {why}. Use precision='bf16'.")
     _prove(model, shape)
     line = None if route == "frozen" else f"the frozen route is taken (slower, more memory): {reason}"
     fitting = sibling.model if isinstance(sibling, FrozenRoute) else _as(model, dtype, device)

@@ -367,7 +367,7 @@ def test_bad_settings_are_refused(model, images, settings, words):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (dict(precision="fp8"), "fp64, fp32, bf16"),
+        (dict(precision="fp4"), "fp64, fp32, bf16, fp8"),
         (dict(device="abacus"), "abacus"),
         (dict(device="meta"), "cpu or cuda"),
         (dict(noise_alpha=2.0), "noise_alpha"),

@@ -1,0 +1,63 @@
+"""linear with e4m3 operands: eight bits a number on the way into a GEMM, bfloat16 and float32 everywhere else.
+
+    x̂ = s_x · e4m3(x / s_x)     s_x: max|x| / 448, one a row (token)
+    ŵ = s_w · e4m3(w / s_w)     s_w: max|w| / 448, one an output channel
+    y = row_scale ⊙ (x̂ ŵᵀ) + bias, and the epilogues of `ops.linear`, in float32, rounded once to x's dtype
+
+e4m3 has four exponent and three mantissa bits: the largest number is 448, a normal one is off by at most 2⁻⁴ of itself.
+The scale of a row depends on that row alone, so neither on batch mates nor on a calibration. Scales that are static per
+layer, from other images, gave the same maps on the demo model (docs/gpu.md has the figures), but would have to be
+measured for each model, and cotangents of another target or scale of the logits may leave their range.
+
+T rows (tokens) · I in-features · O out-features.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dave_fast.ops.linear import linear_ref
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = 448.0
+
+
+class Fp8Weight(NamedTuple):
+    """codes: (O, I) e4m3 · scale: (O,) float32, what each row of codes is multiplied with."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+def pack_fp8(matrix: Tensor) -> Fp8Weight:
+    """matrix (O, I) of any floating dtype, one scale an output channel."""
+    return Fp8Weight(*quantise(matrix))
+
+
+def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (T, I) -> e4m3 codes (T, I), scales (T,) float32, so that codes·scale is near x. NaN rows stay NaN."""
+    wide = x.float()
+    scale = (wide.abs().amax(-1) / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
+    codes = (wide / scale[:, None]).clamp(-LARGEST, LARGEST).to(E4M3)
+    return codes, scale
+
+
+def dequantise(codes: Tensor, scale: Tensor) -> Tensor:
+    """codes·scale, float32."""
+    return codes.float() * scale[:, None]
+
+
+def linear_fp8_ref(x: Tensor, weight: Fp8Weight, bias: Tensor | None = None, **epilogue: Any) -> Any:
+    """As `linear_ref`, with e4m3 operands; for devices without fp8 hardware it shows the precision, not the speed.
+
+    x: (T, I) bfloat16 or float32; weight: what `pack_fp8` returned; epilogues as `linear_ref`'s, results in x's dtype.
+    """
+    widened = {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in epilogue.items()}
+    operand, matrix = dequantise(*quantise(x)), dequantise(*weight)
+    result = linear_ref(operand, matrix, None if bias is None else bias.float(), **widened)
+    if isinstance(result, tuple):
+        return tuple(t.to(x.dtype) for t in result)
+    return result.to(x.dtype)
