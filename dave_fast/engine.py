@@ -52,12 +52,13 @@ class Engine:
     def __init__(self, plan: ViTPlan, backend: str = "auto", *, fp8: bool = False) -> None:
         device = plan.device.type
         self.plan = plan
-        self._linear: Callable[..., Any] = _registry.bind("linear_fp8" if fp8 else "linear", backend, device)
+        linear = "linear_fp8" if fp8 else "linear"
+        self._linear: Callable[..., Any] = _registry.bind(linear, backend, device)
         self._row_rstd: Callable[..., Tensor] = _registry.bind("row_rstd", backend, device)
         self._attention: Callable[..., Any] = _registry.bind("attention", backend, device)
         self._attention_vjp: Callable[..., Any] = _registry.bind("attention_vjp", backend, device)
         # Triton's writers sum squares in their epilogue, so that norms need not read the stream again
-        self._squares = _registry.choose("linear", backend, device) == "triton"
+        self._squares = _registry.choose(linear, backend, device) == "triton"
 
     @staticmethod
     def build(

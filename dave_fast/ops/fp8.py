@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dave_fast.ops.linear import linear_ref
+from dave_fast.ops.linear import linear_ref, row_squares
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -56,8 +56,10 @@ def linear_fp8_ref(x: Tensor, weight: Fp8Weight, bias: Tensor | None = None, **e
     x: (T, I) bfloat16 or float32; weight: what `pack_fp8` returned; epilogues as `linear_ref`'s, results in x's dtype.
     """
     widened = {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in epilogue.items()}
+    squares = widened.pop("squares", False)
     operand, matrix = dequantise(*quantise(x)), dequantise(*weight)
     result = linear_ref(operand, matrix, None if bias is None else bias.float(), **widened)
     if isinstance(result, tuple):
         return tuple(t.to(x.dtype) for t in result)
-    return result.to(x.dtype)
+    result = result.to(x.dtype)
+    return (result, row_squares(result)) if squares else result

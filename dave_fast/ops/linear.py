@@ -71,10 +71,11 @@ def linear_ref(
         y *= widen_gate(gate, y.dtype)
     if residual is not None:
         y += residual
-    return (y, _squares(y)) if squares else y
+    return (y, row_squares(y)) if squares else y
 
 
-def _squares(y: Tensor) -> Tensor:
+def row_squares(y: Tensor) -> Tensor:
+    """y (T, O) -> (T, 1), what `squares` returns."""
     return y.to(statistics_dtype(y.dtype)).square().sum(1, keepdim=True)
 
 
@@ -125,7 +126,7 @@ def _linear_packed(
         x = scale(x, row_scale)
     if residual is not None:
         y = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
-        return (y, _squares(y)) if squares else y
+        return (y, row_squares(y)) if squares else y
     if gate is not None:
         gate = widen_gate(gate, x.dtype)
         return torch.ops.mkldnn._linear_pointwise.binary(x, gate, weight, bias, "mul")

@@ -79,3 +79,6 @@ def test_epilogues_are_those_of_linear():
     assert torch.allclose(gated.float(), plain * gate.float(), rtol=1e-2, atol=1e-2)
     added = linear_fp8_ref(x, weight, bias, residual=residual)
     assert torch.allclose(added.float(), plain + residual.float(), rtol=1e-2, atol=2e-2)
+    same, squares = linear_fp8_ref(x, weight, bias, residual=residual, squares=True)
+    assert torch.equal(same, added)
+    assert squares.dtype == torch.float32 and torch.allclose(squares.sum(1), added.float().square().sum(1))
