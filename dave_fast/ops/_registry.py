@@ -99,8 +99,8 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "native": "dave_fast.ops.linear:linear_native",
         "triton": "dave_fast.kernels.linear:linear_triton",
     },
-    "pack_weight_fp8": {"torch": "dave_fast.ops.fp8:pack_fp8"},
-    "linear_fp8": {"torch": "dave_fast.ops.fp8:linear_fp8_ref"},
+    "pack_weight_fp8": {"torch": "dave_fast.ops.fp8:pack_fp8", "triton": "dave_fast.ops.fp8:pack_fp8"},
+    "linear_fp8": {"torch": "dave_fast.ops.fp8:linear_fp8_ref", "triton": "dave_fast.kernels.fp8:linear_fp8_triton"},
     "attention": {
         "torch": "dave_fast.ops.attention:attention_ref",
         "native": "dave_fast.ops.attention:attention_native",

@@ -55,7 +55,8 @@ def linear_fp8_ref(x: Tensor, weight: Fp8Weight, bias: Tensor | None = None, **e
 
     x: (T, I) bfloat16 or float32; weight: what `pack_fp8` returned; epilogues as `linear_ref`'s, results in x's dtype.
     """
-    widened = {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in epilogue.items()}
+    given = epilogue.items()
+    widened: dict[str, Any] = {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in given}
     squares = widened.pop("squares", False)
     operand, matrix = dequantise(*quantise(x)), dequantise(*weight)
     result = linear_ref(operand, matrix, None if bias is None else bias.float(), **widened)
