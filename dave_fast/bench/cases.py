@@ -1,0 +1,242 @@
+"""Every op with the operands that a model gives it: what is timed, and what it is checked against.
+
+A case makes random operands, binds a backend's functions to them (what is done once per engine, such as packing a
+weight or the forward pass whose VJP is timed, happens there) and counts arithmetic and bytes: each operand read once
+and each result written once, which no implementation can undercut.
+
+T = R·N tokens · A = heads·head_dim · other letters: `shapes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dave_fast.bench.shapes import Shapes
+from dave_fast.precision import statistics_dtype
+from dave_fast.sampling import draw
+
+Operands = dict[str, Any]
+Load = Callable[[str], Callable[..., Any]]
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape.
+
+    operands: generator, dtype -> named operands on the generator's device · bind: functions by op, operands, dtype
+    -> the call that is timed · reads: operands that the call reads.
+    """
+
+    op: str
+    name: str
+    operands: Callable[[torch.Generator, torch.dtype], Operands]
+    bind: Callable[[Load, Operands, torch.dtype], Callable[[], Any]]
+    reads: tuple[str, ...]
+    gigaflops: float = 0.0
+
+    def gigabytes(self, operands: Operands, results: tuple[Tensor, ...]) -> float:
+        """The least traffic with memory."""
+        tensors = [operands[name] for name in self.reads] + list(results)
+        return 1e-9 * sum(t.numel() * t.element_size() for t in tensors)
+
+
+def results_of(returned: Any) -> tuple[Tensor, ...]:
+    """The tensors among what an op returned; attention's saved state is its own business."""
+    values = returned if isinstance(returned, tuple) else (returned,)
+    return tuple(value for value in values if isinstance(value, Tensor))
+
+
+def widened(operands: Operands) -> Operands:
+    """The operands in float64: the same numbers, for the truth."""
+    return {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in operands.items()
+    }
+
+
+def cases_of(op: str, shapes: Shapes) -> list[Case]:
+    """The cases of one op ("perturb", "linear" ...) at a model's shapes."""
+    return CASES[op](shapes)
+
+
+def _numbers(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator, device=generator.device)
+
+
+# ---- pixel ops ----
+
+
+def _images(generator: torch.Generator, dtype: torch.dtype, shapes: Shapes) -> Tensor:
+    return _numbers(generator, 1, *shapes.image).to(statistics_dtype(dtype))
+
+
+def _draws(shapes: Shapes) -> Any:
+    return draw(shapes.samples, height=shapes.image[1], width=shapes.image[2])
+
+
+def _perturb(shapes: Shapes) -> list[Case]:
+    def operands(generator: torch.Generator, dtype: torch.dtype) -> Operands:
+        return {"images": _images(generator, dtype, shapes), "draws": _draws(shapes)}
+
+    def bind(load: Load, given: Operands, dtype: torch.dtype) -> Callable[[], Any]:
+        run = load("perturb")
+        return lambda: run(given["images"], given["draws"], shapes.patch, dtype=dtype)
+
+    return [Case("perturb", "perturb", operands, bind, ("images",))]
+
+
+def _pull_back(shapes: Shapes) -> list[Case]:
+    def operands(generator: torch.Generator, dtype: torch.dtype) -> Operands:
+        channels, _, _ = shapes.image
+        length = channels * shapes.patch[0] * shapes.patch[1]
+        cotangents = _numbers(generator, shapes.samples, shapes.patches, length).to(dtype)
+        return {"images": _images(generator, dtype, shapes), "draws": _draws(shapes), "cotangents": cotangents}
+
+    def bind(load: Load, given: Operands, dtype: torch.dtype) -> Callable[[], Any]:
+        run, stored = load("pull_back"), given["images"].dtype
+        return lambda: run(given["cotangents"], given["images"], given["draws"], shapes.patch, dtype=stored)
+
+    return [Case("pull_back", "pull_back", operands, bind, ("images", "cotangents"))]
+
+
+def _robust_mean(shapes: Shapes) -> list[Case]:
+    def operands(generator: torch.Generator, dtype: torch.dtype) -> Operands:
+        values = _numbers(generator, 1, shapes.samples, *shapes.image)
+        # a cube has the tails that the mean is there for
+        return {"contributions": (values**3).to(statistics_dtype(dtype))}
+
+    def bind(load: Load, given: Operands, dtype: torch.dtype) -> Callable[[], Any]:
+        run = load("robust_mean")
+        return lambda: run(given["contributions"])
+
+    return [Case("robust_mean", "robust_mean", operands, bind, ("contributions",))]
+
+
+def _smooth(shapes: Shapes) -> list[Case]:
+    def operands(generator: torch.Generator, dtype: torch.dtype) -> Operands:
+        return {"raw": 0.05 * _images(generator, dtype, shapes)}
+
+    def bind(load: Load, given: Operands, dtype: torch.dtype) -> Callable[[], Any]:
+        run = load("smooth")
+        return lambda: run(given["raw"])
+
+    return [Case("smooth", "smooth", operands, bind, ("raw",))]
+
+
+# ---- the ops of the two walks ----
+
+
+def _linear(shapes: Shapes) -> list[Case]:
+    width, hidden, gated = shapes.width, shapes.hidden, shapes.gated_hidden
+    inner = shapes.heads * shapes.head_dim
+    return [
+        _product(shapes, "qkv", width, 3 * inner, ("bias", "row_scale")),
+        _product(shapes, "proj", inner, width, ("bias", "residual")),
+        _product(shapes, "fc1", width, gated, ("bias", "row_scale"), activation=True),
+        _product(shapes, "fc2", hidden, width, ("bias", "residual")),
+        _product(shapes, "fc2 back", width, hidden, ("row_scale",), gate=True),
+        _product(shapes, "fc1 back", hidden, width, ("residual",)),
+        _product(shapes, "proj back", width, inner, ()),
+        _product(shapes, "values back", inner, width, ("row_scale", "residual")),
+    ]
+
+
+def _product(
+    shapes: Shapes,
+    name: str,
+    inner: int,
+    outer: int,
+    epilogue: tuple[str, ...],
+    *,
+    activation: bool = False,
+    gate: bool = False,
+) -> Case:
+    """One product of a block: x (T, inner) Wᵀ, with the epilogue that the engine asks for there."""
+    rows = shapes.rows * shapes.tokens
+
+    def operands(generator: torch.Generator, dtype: torch.dtype) -> Operands:
+        made = {
+            "x": _numbers(generator, rows, inner).to(dtype),
+            "weight": (_numbers(generator, outer, inner) / inner**0.5).to(dtype),
+            "bias": _numbers(generator, outer).to(dtype),
+            "row_scale": (0.5 + _numbers(generator, rows).abs()).to(statistics_dtype(dtype)),
+            "residual": _numbers(generator, rows, outer).to(dtype),
+        }
+        if gate:
+            made["first"] = (_numbers(generator, shapes.gated_hidden, inner) / inner**0.5).to(dtype)
+        return {key: value for key, value in made.items() if key in (*epilogue, "x", "weight", "first")}
+
+    def bind(load: Load, given: Operands, dtype: torch.dtype) -> Callable[[], Any]:
+        linear, pack = load("linear"), load("pack_weight")
+        weight = pack(given["weight"])
+        settings = {key: given[key] for key in epilogue}
+        if activation:
+            settings["activation"] = shapes.activation
+        if gate:
+            # the gate as the same backend stored it on its way forward
+            _, settings["gate"] = linear(given["x"], pack(given["first"]), activation=shapes.activation)
+        return lambda: linear(given["x"], weight, **settings)
+
+    return Case("linear", name, operands, bind, ("x", "weight", *epilogue), 2e-9 * rows * inner * outer)
+
+
+def _heads(shapes: Shapes) -> Callable[[torch.Generator, torch.dtype], Operands]:
+    def operands(generator: torch.Generator, dtype: torch.dtype) -> Operands:
+        packed = _numbers(generator, shapes.rows, shapes.tokens, 3, shapes.heads, shapes.head_dim).to(dtype)
+        d_out = _numbers(generator, shapes.rows, shapes.tokens, shapes.heads, shapes.head_dim).to(dtype)
+        return {"qkv": packed, "d_out": d_out}
+
+    return operands
+
+
+def _attention_gigaflops(shapes: Shapes) -> float:
+    return 4e-9 * shapes.rows * shapes.tokens**2 * shapes.heads * shapes.head_dim
+
+
+def _attention(shapes: Shapes) -> list[Case]:
+    def bind(load: Load, given: Operands, dtype: torch.dtype) -> Callable[[], Any]:
+        forward = load("attention")
+        q, k, v = given["qkv"].unbind(2)
+        return lambda: forward(q, k, v, shapes.head_dim**-0.5)
+
+    return [Case("attention", "attention", _heads(shapes), bind, ("qkv",), _attention_gigaflops(shapes))]
+
+
+def _attention_vjp(shapes: Shapes) -> list[Case]:
+    def bind(load: Load, given: Operands, dtype: torch.dtype) -> Callable[[], Any]:
+        vjp = load("attention_vjp")
+        q, k, v = given["qkv"].unbind(2)
+        _, saved = load("attention")(q, k, v, shapes.head_dim**-0.5)
+        return lambda: vjp(saved, given["d_out"])
+
+    flops = _attention_gigaflops(shapes)
+    return [Case("attention_vjp", "attention_vjp", _heads(shapes), bind, ("qkv", "d_out"), flops)]
+
+
+def _row_rstd(shapes: Shapes) -> list[Case]:
+    def operands(generator: torch.Generator, dtype: torch.dtype) -> Operands:
+        return {"x": _numbers(generator, shapes.rows * shapes.tokens, shapes.width).to(dtype)}
+
+    def bind(load: Load, given: Operands, dtype: torch.dtype) -> Callable[[], Any]:
+        run = load("row_rstd")
+        return lambda: run(given["x"], EPS, centred=True)
+
+    return [Case("row_rstd", "row_rstd", operands, bind, ("x",))]
+
+
+CASES: dict[str, Callable[[Shapes], list[Case]]] = {
+    "perturb": _perturb,
+    "pull_back": _pull_back,
+    "robust_mean": _robust_mean,
+    "smooth": _smooth,
+    "linear": _linear,
+    "attention": _attention,
+    "attention_vjp": _attention_vjp,
+    "row_rstd": _row_rstd,
+}

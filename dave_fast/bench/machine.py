@@ -1,0 +1,80 @@
+"""Where a number was measured, and with what: written beside every result."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dave_fast.files import atomically
+
+# the folder that holds the package: a checkout, or site-packages
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def device_name(device: torch.device | str | None = None) -> str:
+    """The chip that computes, as it names itself; without a device the GPU where there is one."""
+    kind = torch.device(device).type if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return named.group(1).strip() if named else platform.processor() or platform.machine()
+
+
+def environment(*packages: str, device: torch.device | str | None = None) -> dict[str, Any]:
+    """Device, threads, commit and versions of torch, timm, triton and other packages."""
+    versions = {name: _version(name) for name in ("dave-fast", "torch", "timm", "triton", "numpy", *packages)}
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": commit(),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def checkout() -> Path | None:
+    """The root of the git checkout that this package runs from; None for an installed wheel or a bare copy."""
+    return ROOT if (ROOT / ".git").exists() else None
+
+
+def commit() -> str:
+    """The commit that is checked out, marked where tracked files differ from it.
+
+    In a copy without .git: $DAVE_FAST_COMMIT, which whoever made the copy may set, else "unknown".
+    """
+    if checkout() is None:
+        return os.environ.get("DAVE_FAST_COMMIT", "unknown")
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        described = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return described.stdout.strip() or "unknown"
+
+
+def slug(name: str) -> str:
+    """A device's name as the name of a folder."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write results, folders included, whole or not at all."""
+    with atomically(path) as file:
+        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())

@@ -1,0 +1,118 @@
+"""What this machine reaches at most: matrix products at a model's shapes, and copying memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dave_fast.ops import _registry
+from dave_fast.ops.linear import linear_onednn, pack_onednn
+
+# what a precision is held against on a device; "mkl" and "cublas" are F.linear, "packed" is oneDNN with weights laid
+# out beforehand (as they are where its oneDNN does not pack the type)
+KINDS = {
+    "cpu": {"fp64": "mkl-fp64", "fp32": "packed-fp32", "bf16": "packed-bf16"},
+    "cuda": {
+        "fp64": "cublas-fp64",
+        "fp32": "cublas-fp32",
+        "tf32": "cublas-tf32",
+        "fp16": "cublas-fp16",
+        "bf16": "cublas-bf16",
+        "fp8": "cublas-fp8",
+    },
+}
+DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp8": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """Matrix products of a block, ready to run: their arithmetic in GFLOP, and the call."""
+
+    gigaflops: float
+    run: Callable[[], None]
+
+
+def kind_of(precision: str, device: str) -> str:
+    """The ceiling that a precision is held against; oneDNN's where this PyTorch has it."""
+    kind = KINDS[device][precision]
+    return kind if _registry.why_not("linear", "onednn", "cpu") is None else kind.replace("packed", "mkl")
+
+
+def ceiling(
+    kind: str, rows: int, width: int, hidden: int, *, at_least: float = 60.0, device: torch.device | str = "cpu"
+) -> Ceiling:
+    """The four products of a block (qkv, proj, fc1, fc2) for `rows` tokens, repeated to `at_least` GFLOP."""
+    shapes = ((width, 3 * width), (width, width), (width, hidden), (hidden, width))
+    calls = [product(kind, rows, inner, outer, device) for inner, outer in shapes]
+    gigaflops = 2e-9 * rows * sum(inner * outer for inner, outer in shapes)
+    times = max(1, round(at_least / gigaflops))
+
+    def run() -> None:
+        for _ in range(times):
+            for call in calls:
+                call()
+
+    return Ceiling(gigaflops * times, run)
+
+
+def product(kind: str, rows: int, inner: int, outer: int, device: torch.device | str = "cpu") -> Callable[[], Tensor]:
+    """One product (rows, inner) × (inner, outer) with a bias, of random numbers."""
+    library, precision = kind.split("-")
+    dtype = DTYPES[precision]
+    x = torch.randn(rows, inner, device=device).to(dtype)
+    weight, bias = torch.randn(outer, inner, device=device).to(dtype), torch.randn(outer, device=device).to(dtype)
+    if library == "packed":
+        packed = pack_onednn(weight)
+        return lambda: linear_onednn(x, packed, bias)
+    if precision == "fp8":
+        return _eight_bits(x, weight, bias)
+    if precision in ("tf32", "fp32") and torch.device(device).type == "cuda":
+        return _with_tf32(lambda: F.linear(x, weight, bias), precision == "tf32")
+    return lambda: F.linear(x, weight, bias)
+
+
+def _eight_bits(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], Tensor]:
+    """e4m3 operands, a scale a row of x and of the weight, bf16 out: `torch._scaled_mm`."""
+    a, b = x.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn).T
+    scale_a, scale_b = (torch.ones(size, device=x.device) for size in ((len(x), 1), (1, len(weight))))
+    return lambda: torch._scaled_mm(
+        a, b, scale_a=scale_a, scale_b=scale_b, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """float32 products on tensor cores, or not; the setting is put back."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _with_tf32(call: Callable[[], Tensor], allowed: bool) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        with tf32(allowed):
+            return call()
+
+    return run
+
+
+def copy(megabytes: float = 512.0, device: torch.device | str = "cpu") -> tuple[float, Callable[[], Tensor]]:
+    """A copy from memory to memory: gigabytes moved (read and written), and the call."""
+    source = torch.randn(int(megabytes * 2**20 / 4), device=device)
+    target = torch.empty_like(source)
+    return 2e-9 * source.numel() * source.element_size(), lambda: target.copy_(source)

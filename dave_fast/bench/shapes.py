@@ -1,0 +1,135 @@
+"""What a model, an image size and a number of samples ask of each op."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dave_fast.errors import InputError, ModelError, UnknownModelError
+from dave_fast.models import timm_vit
+from dave_fast.plan import why_not
+
+# tokens of a micro-batch that fill a GPU, where nobody says otherwise; a CPU's are the route's
+GPU_TOKENS = 5516
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """S samples, R rows of a micro-batch, C×H×W images, p_h×p_w patches, n of them, N tokens, D width, M hidden."""
+
+    samples: int
+    rows: int
+    image: tuple[int, int, int]
+    patch: tuple[int, int]
+    prefix: int
+    width: int
+    heads: int
+    head_dim: int
+    hidden: int
+    activation: str
+    blocks: int
+    read: int
+
+    @property
+    def patches(self) -> int:
+        """n."""
+        return (self.image[1] // self.patch[0]) * (self.image[2] // self.patch[1])
+
+    @property
+    def tokens(self) -> int:
+        """N."""
+        return self.patches + self.prefix
+
+    @property
+    def gated_hidden(self) -> int:
+        """Width of the first MLP layer's product: M, or 2·M where the MLP is gated."""
+        return self.hidden * (2 if "_glu" in self.activation else 1)
+
+    def gigaflops(self) -> float:
+        """Arithmetic of one sample by the engine: both walks, probabilities made twice, last block trimmed.
+
+        60.0 for ViT-B/16 at 224 px; a multiply-add is 2.
+        """
+        inner = self.heads * self.head_dim
+        tokens, scores = self.tokens, self.tokens**2 * inner
+        first, second = tokens * self.width * self.gated_hidden, tokens * self.width * self.hidden
+        # forward: qkv, proj, fc1, fc2; back: fc2, fc1 (of a gated MLP the value half), proj, the values' third of qkv
+        whole = (3 + 1 + 1 + 1) * tokens * self.width * inner + first + 3 * second + 4 * scores
+        last = 3 * tokens * self.width * inner if self.read < tokens else whole
+        embed = 2 * self.patches * self.image[0] * self.patch[0] * self.patch[1] * self.width
+        return 2e-9 * ((self.blocks - 1) * whole + last + embed)
+
+
+def shapes_of(model: nn.Module, samples: int, *, size: int | None = None, rows: int | None = None) -> Shapes:
+    """The shapes of a model that the engine has a plan for.
+
+    size: side of square images; the model's own by default. rows: of a micro-batch; by default what fills the device.
+    Raises ModelError where there is no plan.
+    """
+    reason = why_not(model)
+    if reason is not None:
+        raise ModelError(f"only models of the engine have ops to time: {reason}. Use --op engine to time it whole.")
+    vit: Any = model
+    height, width = timm_vit.image_size(vit) if size is None else (size, size)
+    block = next(timm_vit.read_blocks(vit))
+    prefix = vit.num_prefix_tokens
+    patch = tuple(vit.patch_embed.patch_size)
+    tokens = (height // patch[0]) * (width // patch[1]) + prefix
+    if rows is None:
+        rows = max(1, (GPU_TOKENS if torch.cuda.is_available() else 800) // tokens)
+    return Shapes(
+        samples=samples,
+        rows=rows,
+        image=(vit.patch_embed.proj.in_channels, height, width),
+        patch=(patch[0], patch[1]),
+        prefix=prefix,
+        width=vit.embed_dim,
+        heads=block.heads,
+        head_dim=block.head_dim,
+        hidden=block.fc2.weight.shape[1],
+        activation=block.activation,
+        blocks=len(vit.blocks),
+        read=timm_vit.read_tokens(vit) or tokens,
+    )
+
+
+def build_model(name: str, size: int | None = None, *, pretrained: bool = False) -> nn.Module:
+    """A model to time: "demo", a timm name (random weights unless `pretrained`), or "module:function" that makes one.
+
+    size: side of the images, for timm models. Raises UnknownModelError, InputError.
+    """
+    if ":" in name:
+        made = load_object(name)()
+        if not isinstance(made, nn.Module):
+            raise InputError(f"{name} returned a {type(made).__name__}; expected a torch.nn.Module")
+        return made.eval()
+    if name == "demo":
+        if size is not None:
+            raise InputError("the demo model takes images of 128 pixels; leave --size out")
+        from dave_fast.demo import load_demo_model
+
+        return load_demo_model()
+    import timm
+
+    if not timm.is_model(name):
+        raise UnknownModelError(f"timm has no model {name!r}; see timm.list_models(), or give 'module:function'")
+    settings = {} if size is None else {"img_size": size}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            return timm.create_model(name, pretrained=pretrained, **settings).eval().requires_grad_(False)
+        except (TypeError, AssertionError) as error:
+            raise InputError(f"{name} cannot be built for {size} pixels: {error}") from error
+
+
+def load_object(path: str) -> Any:
+    """What "package.module:name" names; InputError where it is not there."""
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"{path!r} cannot be loaded: {error}; expected 'package.module:function'") from error
