@@ -24,7 +24,7 @@ post_proc: {{gaussian: {{kernel_size: 11, sgm: 7.0}},
 """
 
 
-def load_explainer(authors: Path, model: nn.Module, noise_alpha: float) -> Any:
+def load_explainer(authors: Path, model: nn.Module, noise_alpha: float, device: str = "cpu") -> Any:
     """Their explainer with the settings of their configurations, on a timm VisionTransformer of ours.
 
     authors: the checkout. The model's weights stop requiring gradients, as those they load themselves do.
@@ -44,7 +44,7 @@ def load_explainer(authors: Path, model: nn.Module, noise_alpha: float) -> Any:
     ):
         path = Path(folder) / "given.yaml"
         path.write_text(CONFIG.format(noise_alpha=noise_alpha))
-        return DAVEExplainer(path, torch.device("cpu"))
+        return DAVEExplainer(path, torch.device(device))
 
 
 def _without_is_causal(make: Callable[[], Callable[..., Tensor]]) -> Callable[[], Callable[..., Tensor]]:

@@ -61,15 +61,15 @@ def layer_norm(norm: nn.Module, x: Tensor) -> Tensor:
     """LayerNorm of x (..., C) with its 1/σ frozen and its centring a matrix product; nothing for an Identity."""
     if not isinstance(norm, nn.LayerNorm):
         return x
-    centred = x @ centring(x.shape[-1], x.dtype)
+    centred = x @ centring(x.shape[-1], x.dtype, x.device)
     rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + norm.eps)
     return centred * rstd.detach() * norm.weight + norm.bias
 
 
 @cache
-def centring(width: int, dtype: torch.dtype) -> Tensor:
+def centring(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The C×C matrix that takes a token's mean away."""
-    return torch.eye(width, dtype=dtype) - 1 / width
+    return torch.eye(width, dtype=dtype, device=device) - 1 / width
 
 
 def attention(attn: Any, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from dave_fast import __version__
+from dave_fast.cli_bench import bench
 from dave_fast.cli_explain import explain
 from dave_fast.cli_export import export
 from dave_fast.cli_run import run
@@ -51,3 +52,4 @@ app.command()(plain(explain))
 app.command()(plain(run))
 app.command()(plain(export))
 app.command()(plain(info))
+app.command()(plain(bench))

@@ -1,14 +1,20 @@
 """The baselines and the tables of benchmarks/: what a comparison rests on is tested like everything else."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 import dave_fast
 from benchmarks import plain, quality_page, side_by_side
-from benchmarks.gemm import Ceiling, ceiling, engine_gigaflops
+from benchmarks.contestants import captum_methods, ours, peer, plain_way, why_no
+from benchmarks.peers import LADDER
 from benchmarks.quality import interval
+from dave_fast.bench import whole
+from dave_fast.bench.rates import ceiling
+from dave_fast.bench.shapes import shapes_of
 from dave_fast.demo.model import build_model
 from dave_fast.ops.perturb import perturb
 from dave_fast.ops.robust_mean import robust_mean
@@ -67,40 +73,106 @@ def test_arithmetic_of_the_engine_is_counted_by_hand(model):
     unit = 2 * 65 * 144**2
     whole = 22 * unit + 4 * 2 * 65**2 * 144
     expected = 4 * whole + 3 * unit + 2 * 2 * 64 * 768 * 144
-    assert engine_gigaflops(model) == pytest.approx(expected / 1e9)
-    assert plain.gigaflops_a_sample(model, torch.randn(3, *SIZE)) > engine_gigaflops(model)
+    ours = shapes_of(model, 1).gigaflops()
+    assert ours == pytest.approx(expected / 1e9)
+    assert plain.gigaflops_a_sample(model, torch.randn(3, *SIZE)) > ours
 
 
 @pytest.mark.parametrize("kind", ["mkl-fp32", "packed-fp32", "packed-bf16"])
 def test_ceilings_count_what_they_run(kind):
+    if kind != "mkl-fp32" and not torch.backends.mkldnn.is_available():
+        pytest.skip("no oneDNN")
     made = ceiling(kind, 8, 16, 32, at_least=1e-4)
     once = 2e-9 * 8 * (16 * 48 + 16 * 16 + 2 * 16 * 32)
     assert made.gigaflops == pytest.approx(once * round(1e-4 / once))
     made.run()
 
 
-def fake_run() -> dict:
-    seconds = {name: [1.0, 1.0] for name in side_by_side.CEILINGS}
-    seconds |= {"plain": [2.0, 4.0], "fp32": [1.0, 1.0], "bf16": [0.5, 0.4]}
-    rates = {name: Ceiling(100.0, lambda: None) for name in side_by_side.CEILINGS}
-    gigaflops = {"plain": 90.0, "fp32": 60.0, "bf16": 60.0}
-    return side_by_side.summarise(seconds, rates, gigaflops, samples=2)
+@pytest.fixture(scope="module")
+def small():
+    """A model, its shapes at S = 6, an image and the truth: what a contest needs."""
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=16)
+    model = model.eval().requires_grad_(False)
+    image = torch.randn(3, 32, 32)
+    return model, shapes_of(model, 6), image, whole.find_truth(model, image, ["fp32"], "cpu")
 
 
-def test_ratios_and_shares_are_taken_repeat_by_repeat():
-    rows = fake_run()["rows"]
-    assert rows["plain"]["share of ceiling"]["all"] == [0.9, 0.45]
-    assert rows["bf16"]["times faster than plain"]["all"] == [4, 10]
-    assert rows["fp32"]["seconds a sample"]["median"] == 0.5
-    assert "times faster than authors" not in rows["fp32"]
+def test_all_contestants_make_the_same_contributions(small):
+    model, shapes, image, truth = small
+    field = [plain_way(model, image, 6, shapes), ours(model, image, 6, shapes, "cpu")[0]]
+    field += [
+        peer(model, replace(LADDER[name], compiled=False), "fp32", 6, shapes, image)
+        for name in LADDER
+        if "Flex" not in name and "P4" not in name
+    ]
+    for each in field:
+        found = each.contributions(truth.images, truth.draws)
+        assert whole.distance((found,), (truth.contributions,)) <= 2 * truth.plain["fp32"], each.name
+
+
+def test_a_peers_map_does_not_depend_on_its_micro_batch(small, monkeypatch):
+    """Rows of several images share micro-batches, and the last one is filled up."""
+    model, shapes, image, _ = small
+    made = peer(model, LADDER["P1 batched"], "fp32", 6, shapes, image)
+    monkeypatch.setattr(torch, "randn", lambda *size, **_: torch.zeros(size))
+    images = torch.stack([image, image.flip(2)])
+    whole_batch, parts = made.explain(images, None), made.explain(images, 5)
+    torch.testing.assert_close(parts, whole_batch, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(parts[0], parts[1])
+
+
+def test_a_run_has_a_row_for_everyone_and_refuses_what_is_wrong(small):
+    model, shapes, image, truth = small
+    right, *missing = ours(model, image, 6, shapes, "cpu")
+    wrong = plain_way(model, image, 6, shapes)
+    true_contributions = wrong.contributions
+    wrong.contributions = lambda images, draws: 1.01 * true_contributions(images, draws)
+    settings = {"shapes": shapes, "images": 2, "device": "cpu", "repeats": 3, "latencies": 4, "budget": 20.0}
+    rows = {row["name"]: row for row in whole.measure([right, wrong, *missing], truth, **settings)}
+    assert rows["dave-fast fp32"]["images a second"]["repeats"] == 3
+    assert rows["dave-fast fp32"]["seconds an image"]["repeats"] == 4
+    assert "p99" not in rows["dave-fast fp32"]["seconds an image"]
+    assert rows["dave-fast fp32"]["share of ceiling"]["median"] > 0
+    assert "its error against float64 is 1.0e-02" in rows["plain"]["reason"]
+    assert "images a second" not in rows["plain"]
+    assert "e4m3" in rows["dave-fast fp8"]["not measured"]
+
+
+def test_captum_explains_with_its_passes(small):
+    model, _, image, _ = small
+    methods = captum_methods(model, image)
+    assert [method.name for method in methods][:2] == ["captum IG-50, fp32", "captum SmoothGrad-50, fp32"]
+    for method in methods:
+        assert method.not_measured is None
+        assert method.explain(image[None], 8).shape == (1, 3, 32, 32)
+
+
+def test_reasons_why_a_precision_is_not_measured():
+    assert why_no("fp32", "cpu") is None
+    assert "NVIDIA" in why_no("tf32", "cpu")
+    assert "e4m3" in why_no("fp8", "cpu")
+
+
+def rows_of(**images_a_second: list[float]) -> list[dict]:
+    return [{"name": name, "images a second": whole.spread(values)} for name, values in images_a_second.items()]
+
+
+def test_ratios_are_taken_repeat_by_repeat():
+    rows = rows_of(plain=[1.0, 0.5], ours=[4.0, 5.0])
+    side_by_side.ratios(rows, "plain")
+    assert rows[1]["times plain"]["all"] == [4, 10]
+    side_by_side.ratios(rows, "nobody")
+    assert set(rows[0]) == {"name", "images a second"}
 
 
 def test_ratios_do_not_count_for_a_slow_baseline_or_other_maps():
-    result = fake_run() | {"agreement": {"bf16 to fp32": 0.9995, "plain to fp32": 0.5}}
-    reasons = side_by_side.verdict(result)
+    rows = rows_of(plain=[1.0])
+    rows[0]["share of ceiling"] = whole.spread([0.675])
+    reasons = side_by_side.verdict({"engine": rows, "agreement": {"bf16": 0.5, "fp8": 0.995}})
     assert len(reasons) == 2
     assert "68%" in reasons[0]
-    assert "plain to fp32" in reasons[1]
+    assert "bf16" in reasons[1]
 
 
 def test_intervals_leave_nan_out_and_hold_the_mean():

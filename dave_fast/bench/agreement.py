@@ -74,12 +74,14 @@ def check(case: Case, load: Load, operands: Operands, dtype: torch.dtype) -> tup
     limit = EXACT if dtype == torch.float64 else RATIO * max(plain, torch.finfo(dtype).eps)
     reason = None
     if not error <= limit:
-        reason = f"its error against float64 is {error:.1e}; at most {limit:.1e} is allowed (plain PyTorch: {plain:.1e})"
+        reason = (
+            f"its error against float64 is {error:.1e}; at most {limit:.1e} is allowed (plain PyTorch: {plain:.1e})"
+        )
     return Agreement(error, plain, reason), found
 
 
 def distance(found: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> float:
-    """The largest ‖found − truth‖ / ‖truth‖ of the results; NaN and infinity where there are any, or none to compare."""
+    """The largest ‖found − truth‖ / ‖truth‖ of the results; NaN where one holds it, infinity for another shape."""
     if len(found) != len(truth) or any(f.shape != t.shape for f, t in zip(found, truth, strict=True)):
         return float("inf")
     worst = torch.zeros((), dtype=torch.float64)

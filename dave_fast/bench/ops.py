@@ -83,7 +83,9 @@ def bench_op(
         try:
             rows += _bench_case(case, shapes, dtype, precision, device, _wanted(op, backend, device), repeats, budget)
         except torch.OutOfMemoryError as error:
-            raise BackendError(f"{case.name} does not fit {device}: {error}. Give fewer --rows or --samples.") from error
+            raise BackendError(
+                f"{case.name} does not fit {device}: {error}. Give fewer --rows or --samples."
+            ) from error
     return rows
 
 
@@ -127,7 +129,9 @@ def _bench_case(
         if agreement.reason is None:
             contestants[name] = [case.bind(load, operands, dtype) for operands in sets]
     limit = _limit(case, shapes, precision, device)
-    seconds = in_turns({**contestants, **{name: [run] for name, (_, run) in limit.items()}}, repeats, device, budget=budget)
+    seconds = in_turns(
+        {**contestants, **{name: [run] for name, (_, run) in limit.items()}}, repeats, device, budget=budget
+    )
     for name in contestants:
         rows[name] |= _rates(case, gigabytes, seconds, name, limit) | {"seed": seed, "sets": len(sets)}
     return list(rows.values())

@@ -111,8 +111,9 @@ def _with_tf32(call: Callable[[], Tensor], allowed: bool) -> Callable[[], Tensor
     return run
 
 
-def copy(megabytes: float = 512.0, device: torch.device | str = "cpu") -> tuple[float, Callable[[], Tensor]]:
-    """A copy from memory to memory: gigabytes moved (read and written), and the call."""
-    source = torch.randn(int(megabytes * 2**20 / 4), device=device)
+def copy(device: torch.device | str = "cpu") -> tuple[float, Callable[[], Tensor]]:
+    """A copy from memory to memory, larger than any cache: gigabytes moved (read and written), and the call."""
+    megabytes = 128 if torch.device(device).type == "cpu" else 1024
+    source = torch.randn(megabytes << 18, device=device)
     target = torch.empty_like(source)
     return 2e-9 * source.numel() * source.element_size(), lambda: target.copy_(source)

@@ -9,7 +9,7 @@ in the same precision. fp8 has no plain form to be held against: its final maps 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dave_fast.bench import rates
-from dave_fast.bench.agreement import RATIO, distance
+from dave_fast.bench.agreement import EXACT, RATIO, distance
 from dave_fast.bench.shapes import Shapes
 from dave_fast.bench.timing import host_seconds, in_turns, peak_memory, spread
 from dave_fast.explainer import DAVE
@@ -29,6 +29,8 @@ NOISE_ALPHA = 0.5
 # rows (image, sample) of which contributions are compared
 CHECKED = 4
 MAPS_MUST_AGREE = {"bf16": 0.999, "fp8": 0.99}
+# GFLOP of matrix products that a rate is measured by, at most
+LONG_ENOUGH = 60.0
 Explain = Callable[[Tensor, int | None], Any]
 
 
@@ -38,8 +40,9 @@ class Contestant:
 
     explain: images (B, C, H, W), rows of a micro-batch (None: its own choice) -> maps · contributions: images and
     draws, one row an image -> (R, C, H, W); None where the method has other contributions than DAVE ·
-    gigaflops: arithmetic of one sample · samples: S · rows: micro-batches to choose the best of · not_measured: why
-    it cannot run here.
+    gigaflops: arithmetic of one sample · rows: micro-batches to choose the best of · ceiling: (kind, rows of one
+    sample) that it is held against; None: the precision's best, at a micro-batch of the model · not_measured: why it
+    cannot run here.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Contestant:
     contributions: Callable[[Tensor, Draws], Tensor] | None = None
     gigaflops: float | None = None
     rows: tuple[int | None, ...] = (None,)
+    ceiling: tuple[str, int] | None = None
     not_measured: str | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -59,27 +63,30 @@ class Truth:
 
     images: Tensor
     draws: Draws
-    target: int
     contributions: Tensor
     plain: dict[str, float]
 
 
-def dave(model: nn.Module, precision: str, samples: int, **settings: Any) -> Contestant:
+def dave(model: nn.Module, precision: str, samples: int, shapes: Shapes | None, **settings: Any) -> Contestant:
     """dave-fast itself. settings: of DAVE. Raises what DAVE raises."""
     explainer = DAVE(model, precision=precision, noise_alpha=NOISE_ALPHA, **settings)
 
     def explain(images: Tensor, rows: int | None) -> Tensor:
         return explainer.explain(images, 0, samples, internal_batch_size=rows).maps
 
-    def contributions(images: Tensor, draws: Draws) -> Tensor:
-        return single_samples(explainer, images)
+    return Contestant(
+        f"dave-fast {precision}",
+        precision,
+        samples,
+        explain,
+        partial(_contributions, explainer),
+        None if shapes is None else shapes.gigaflops(),
+    )
 
-    return Contestant(f"dave-fast {precision}", precision, samples, explain, contributions)
 
-
-def single_samples(explainer: DAVE, images: Tensor) -> Tensor:
-    """Contributions of sample 0 of every image, drawn under keys 0, 1 ...: the mean of one sample is that sample."""
-    return explainer.explain(images, 0, 1, image_keys=range(len(images))).raw
+def _contributions(explainer: DAVE, images: Tensor, draws: Draws) -> Tensor:
+    """One row an image, of class 0."""
+    return explainer.contributions(images, draws, torch.zeros(len(images), 1, dtype=torch.int64))[0]
 
 
 def find_truth(model: nn.Module, image: Tensor, precisions: Sequence[str], device: str) -> Truth:
@@ -87,26 +94,28 @@ def find_truth(model: nn.Module, image: Tensor, precisions: Sequence[str], devic
     images = image.expand(CHECKED, *image.shape).contiguous()
     explain = partial(DAVE, model, noise_alpha=NOISE_ALPHA, route="frozen", backend="torch", device=device)
     exact = explain(precision="fp64")
-    draws = draw(
-        1, height=image.shape[1], width=image.shape[2], image_keys=range(CHECKED), sampling=exact.sampling
-    )
-    # `raw` is handed out in float32: its rounding is far below any precision's error but float64's
-    contributions = single_samples(exact, images).double()
+    draws = draw(1, height=image.shape[1], width=image.shape[2], image_keys=range(CHECKED), sampling=exact.sampling)
+    contributions = _contributions(exact, images, draws)
     plain = {
-        precision: distance((single_samples(explain(precision=precision), images),), (contributions,))
+        precision: distance((_contributions(explain(precision=precision), images, draws),), (contributions,))
         for precision in precisions
         if precision in ("fp32", "bf16")
     }
-    return Truth(images, draws, 0, contributions, plain)
+    return Truth(images, draws, contributions, plain)
 
 
 def refusal(precision: str, error: float, truth: Truth, ratio: float = RATIO) -> str | None:
     """Why contributions with this error are none to report; None where they are."""
     if not error < 1:
         return f"its contributions are {error:.1e} away from float64's (relative, Euclidean)"
-    plain = truth.plain.get("fp32" if precision in ("fp64", "tf32") else precision)
-    limit = None if plain is None or precision == "tf32" else ratio * max(plain, torch.finfo(torch.float32).eps)
-    if limit is not None and error > limit:
+    if precision == "fp64":
+        limit, plain = EXACT, 0.0
+    elif precision in truth.plain:
+        plain = truth.plain[precision]
+        limit = ratio * max(plain, torch.finfo(torch.float32).eps)
+    else:
+        return None
+    if error > limit:
         return f"its error against float64 is {error:.1e}; at most {limit:.1e} is allowed (plain PyTorch: {plain:.1e})"
     return None
 
@@ -141,33 +150,38 @@ def measure(
         progress(f"{each.name}: agreement")
         rows[each.name] = row = {"name": each.name, "precision": each.precision, "samples": each.samples, **each.notes}
         reason = each.not_measured or _try(each, truth, row)
-        if reason is None:
+        if reason is None and "reason" not in row:
             progress(f"{each.name}: micro-batch")
             row["rows"], reason = _best_rows(each, batch, device)
-        if reason is None:
-            running[each.name] = each
-        else:
+        if reason is not None:
             row["not measured"] = reason
-    progress("throughput")
+        elif "reason" not in row:
+            running[each.name] = each
     best = {name: rows[name]["rows"] for name in running}
     ceilings = _ceilings(running.values(), shapes, device)
-    calls = {name: [partial(each.explain, batch, best[name])] for name, each in running.items()}
-    calls |= {kind: [made.run] for kind, made in ceilings.items()}
-    seconds = in_turns(calls, repeats, device, warmup=1, budget=budget, host=True)
+
+    def timed(some: Tensor, repeats: int, others: Mapping[str, rates.Ceiling]) -> dict[str, list[float]]:
+        calls: dict[str, list[Callable[[], Any]]]
+        calls = {name: [partial(each.explain, some, best[name])] for name, each in running.items()}
+        calls |= {label: [made.run] for label, made in others.items()}
+        return in_turns(calls, repeats, device, budget=budget, host=True)
+
+    progress("throughput")
+    seconds = timed(batch, repeats, ceilings)
     progress("one image")
-    single = {name: [partial(each.explain, batch[:1], best[name])] for name, each in running.items()}
-    waits = in_turns(single, latencies, device, warmup=1, budget=budget, host=True)
+    # where one image is all there is, its runs are those that were just timed
+    waits = timed(batch[:1], latencies, {}) if images > 1 or latencies > repeats else seconds
     for name, each in running.items():
         row = rows[name]
         row["images a second"] = spread([images / s for s in seconds[name]])
         row["seconds an image"] = spread(waits[name])
         row["peak bytes"] = peak_memory(partial(each.explain, batch, best[name]), device)
-        row |= _share(each, seconds, ceilings, images, device)
+        row |= _share(each, seconds, ceilings, shapes, images, device)
     return list(rows.values())
 
 
 def _try(each: Contestant, truth: Truth, row: dict[str, Any]) -> str | None:
-    """The contestant's error against float64 into its row; why it is not timed."""
+    """The contestant's error against float64 into its row, with a "reason" where it is too large; why it cannot run."""
     if each.contributions is None:
         return None
     try:
@@ -176,7 +190,10 @@ def _try(each: Contestant, truth: Truth, row: dict[str, Any]) -> str | None:
         return f"out of memory: {error}"
     row["error"] = distance((found.to(truth.contributions.device),), (truth.contributions,))
     row["plain error"] = truth.plain.get(each.precision)
-    return refusal(each.precision, row["error"], truth)
+    refused = refusal(each.precision, row["error"], truth)
+    if refused is not None:
+        row["reason"] = refused
+    return None
 
 
 def _best_rows(each: Contestant, batch: Tensor, device: str) -> tuple[int | None, str | None]:
@@ -195,28 +212,50 @@ def _best_rows(each: Contestant, batch: Tensor, device: str) -> tuple[int | None
     return (min(seconds, key=seconds.__getitem__), None) if seconds else (None, reason)
 
 
-def _ceilings(contestants: Any, shapes: Shapes | None, device: str) -> dict[str, rates.Ceiling]:
-    """The machine's rates in the precisions that run, at the model's shapes."""
-    if shapes is None:
-        return {}
-    kinds = {rates.kind_of(each.precision, device) for each in contestants if each.gigaflops is not None}
-    tokens = shapes.rows * shapes.tokens
-    return {kind: rates.ceiling(kind, tokens, shapes.width, shapes.hidden, device=device) for kind in sorted(kinds)}
+def _ceiling_of(each: Contestant, shapes: Shapes | None, device: str) -> tuple[str, int] | None:
+    """(kind, samples at a time) of the rate that a contestant is held against; None for none."""
+    if shapes is None or each.gigaflops is None:
+        return None
+    return each.ceiling or (rates.kind_of(each.precision, device), shapes.rows)
+
+
+def _ceilings(contestants: Iterable[Contestant], shapes: Shapes | None, device: str) -> dict[str, rates.Ceiling]:
+    """The machine's rates that the contestants are held against, at the model's shapes."""
+    made = {}
+    for each in contestants:
+        against = _ceiling_of(each, shapes, device)
+        if against is None or shapes is None or each.gigaflops is None:
+            continue
+        size = (against[1] * shapes.tokens, shapes.width, shapes.hidden)
+        # as long as a contestant's own work, so that it sees the same weather, but no longer
+        at_least = min(LONG_ENOUGH, each.gigaflops * each.samples)
+        made[_label(*against)] = rates.ceiling(against[0], *size, at_least=at_least, device=device)
+    return made
+
+
+def _label(kind: str, samples: int) -> str:
+    return f"{kind}, {samples} at a time"
 
 
 def _share(
-    each: Contestant, seconds: dict[str, list[float]], ceilings: dict[str, rates.Ceiling], images: int, device: str
+    each: Contestant,
+    seconds: dict[str, list[float]],
+    ceilings: dict[str, rates.Ceiling],
+    shapes: Shapes | None,
+    images: int,
+    device: str,
 ) -> dict[str, Any]:
     """Achieved GFLOP/s over the ceiling's, repeat by repeat."""
-    kind = rates.kind_of(each.precision, device) if each.gigaflops is not None else None
-    if each.gigaflops is None or kind not in ceilings:
+    against = _ceiling_of(each, shapes, device)
+    if against is None or each.gigaflops is None:
         return {}
+    label = _label(*against)
     work = each.gigaflops * each.samples * images
-    most = [ceilings[kind].gigaflops / s for s in seconds[kind]]
+    most = [ceilings[label].gigaflops / s for s in seconds[label]]
     shares = [work / own / rate for own, rate in zip(seconds[each.name], most, strict=True)]
     return {
         "gigaflops a sample": each.gigaflops,
         "share of ceiling": spread(shares),
-        "ceiling": kind,
-        "ceiling GFLOP/s": spread(most)["median"],
+        "ceiling": label,
+        "ceiling GFLOP/s": spread(most),
     }

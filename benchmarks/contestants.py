@@ -1,0 +1,233 @@
+"""Who stands beside dave-fast: the plain way, the authors' code, compiled PyTorch, captum.
+
+Every maker returns a `Contestant`; what cannot run here has its reason in `not_measured` and stays in the table.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import authors, plain
+from benchmarks.peers import LADDER, Peer, Tricks
+from dave_fast import DAVE
+from dave_fast.bench import rates, whole
+from dave_fast.bench.shapes import Shapes
+from dave_fast.bench.whole import NOISE_ALPHA, Contestant
+from dave_fast.errors import DaveFastError
+from dave_fast.ops.patches import patchify, unpatchify
+from dave_fast.precision import PRECISIONS, has_bf16
+from dave_fast.sampling import Draws, Sampling, draw, normal
+
+STEPS = 50
+# micro-batches (samples) to choose the best of: multiples that fill a GPU's multiprocessors, and those of S = 50
+ROWS = {"cuda": (28, 50, 56, 100, 112, 200), "cpu": (4,)}
+# what a library may raise for a model, shape or device that it does not take; it is shown in the table
+LIBRARY_ERRORS = (RuntimeError, NotImplementedError, ImportError, DaveFastError)
+
+
+def guarded(name: str, precision: str, samples: int, make: Callable[[], Contestant], image: Tensor) -> Contestant:
+    """The contestant after a first explanation; where its library refuses, why."""
+    try:
+        made = make()
+        made.explain(image[None], made.rows[0])
+    except LIBRARY_ERRORS as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        return Contestant(name, precision, samples, not_measured=reason)
+    made.name = name
+    return made
+
+
+def why_no(precision: str, device: str) -> str | None:
+    """Why a precision is not measured on this device."""
+    if precision == "bf16" and not has_bf16(torch.device(device)):
+        return "this device does not multiply bfloat16: it would be emulated, and slower than fp32"
+    if precision == "tf32" and device != "cuda":
+        return "TF32 is an arithmetic of NVIDIA GPUs"
+    if precision == "fp8" and (device != "cuda" or torch.cuda.get_device_capability() < (8, 9)):
+        return "this device does not multiply e4m3"
+    return None
+
+
+def ours(model: nn.Module, image: Tensor, samples: int, shapes: Shapes, device: str) -> list[Contestant]:
+    """dave-fast in every precision; on CUDA also without graphs, where the engine has them."""
+    found = []
+    for precision in ("fp32", "bf16", "fp8"):
+        name = f"dave-fast {precision}"
+        reason = why_no(precision, device)
+        if reason is None and precision not in PRECISIONS:
+            reason = "this version of dave-fast has no fp8"
+        if reason is not None:
+            found.append(Contestant(name, precision, samples, not_measured=reason))
+            continue
+        variants: dict[str, dict[str, Any]] = {name: {}}
+        if device == "cuda" and "graphs" in inspect.signature(DAVE).parameters:
+            variants[f"{name}, without graphs"] = {"graphs": False}
+        for variant, settings in variants.items():
+            make = partial(whole.dave, model, precision, samples, shapes, device=device, **settings)
+            made = guarded(variant, precision, samples, make, image)
+            made.rows = (None, *ROWS[device]) if device == "cuda" else (None,)
+            found.append(made)
+    return found
+
+
+def plain_way(model: nn.Module, image: Tensor, samples: int, shapes: Shapes) -> Contestant:
+    """One sample after the other in float32, by autograd."""
+    draws = draw(samples, height=image.shape[1], width=image.shape[2], sampling=Sampling(noise_alpha=NOISE_ALPHA))
+
+    def explain(images: Tensor, rows: int | None) -> Tensor:
+        return torch.stack([plain.explain_plain(model, each, 0, draws)[1] for each in images])
+
+    def contributions(images: Tensor, rows: Draws) -> Tensor:
+        noise = noise_of(rows, images)
+        return torch.stack(
+            [plain.explain_plain(model, each, 0, rows[i : i + 1], noise[i : i + 1])[0] for i, each in enumerate(images)]
+        )
+
+    kind = "mkl-fp32" if image.device.type == "cpu" else "cublas-fp32"
+    work = plain.gigaflops_a_sample(model, image)
+    return Contestant("plain", "fp32", samples, explain, contributions, work, ceiling=(kind, 1))
+
+
+def noise_of(draws: Draws, images: Tensor) -> Tensor:
+    """ε (R, C, H, W), the engine's own."""
+    device = images.device
+    deviates = normal(draws.keys.to(device), draws.samples.to(device), images[0].numel())
+    return deviates.view(len(draws), *images.shape[1:])
+
+
+def authors_code(
+    checkout: Path | None, model: nn.Module, image: Tensor, samples: int, work: float | None
+) -> list[Contestant]:
+    """Their code in float32 and TF32. Its draws cannot be given, so nothing is compared here: tests/test_authors.py."""
+    found = []
+    device = image.device.type
+    for precision in ("fp32", "tf32"):
+        name = f"the authors' code, {precision}"
+        reason = why_no(precision, device)
+        if checkout is None:
+            reason = "give --authors PATH, a checkout of github.com/a-vrobell/DAVE"
+        if reason is not None or checkout is None:
+            found.append(Contestant(name, precision, samples, not_measured=reason))
+            continue
+
+        def make(precision: str = precision, checkout: Path = checkout, name: str = name) -> Contestant:
+            theirs = authors.load_explainer(checkout, copy.deepcopy(model), NOISE_ALPHA, device)
+
+            def explain(images: Tensor, rows: int | None) -> Any:
+                with rates.tf32(precision == "tf32"):
+                    target = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+                    return theirs.explain(images, target, samples)
+
+            kind = "mkl-fp32" if device == "cpu" else f"cublas-{precision}"
+            return Contestant(name, precision, samples, explain, None, work, ceiling=(kind, 1))
+
+        found.append(guarded(name, precision, samples, make, image))
+    return found
+
+
+def peers(
+    model: nn.Module, image: Tensor, samples: int, shapes: Shapes, steps: tuple[str, ...] = tuple(LADDER)
+) -> list[Contestant]:
+    """The ladder of `benchmarks.peers`, in the best precision of the device."""
+    device = image.device.type
+    best = "bf16" if has_bf16(image.device) else "fp32"
+    found = []
+    for step in steps:
+        tricks = LADDER[step]
+        precision = "fp8" if tricks.eight_bits else best
+        name = f"PyTorch {step}, {precision}"
+        reason = why_no(precision, device)
+        if reason is not None:
+            found.append(Contestant(name, precision, samples, not_measured=reason))
+            continue
+        make = partial(peer, model, tricks, precision, samples, shapes, image)
+        found.append(guarded(name, precision, samples, make, image))
+    return found
+
+
+def peer(model: nn.Module, tricks: Tricks, precision: str, samples: int, shapes: Shapes, image: Tensor) -> Contestant:
+    """One step of the ladder. Its arithmetic is counted as what the job needs: the engine's."""
+    device = image.device.type
+    walks = Peer(model, tricks, rates.DTYPES[precision], device)
+    sampling = Sampling(noise_alpha=NOISE_ALPHA)
+
+    def contributions(images: Tensor, draws: Draws, noise: Tensor | None = None) -> Tensor:
+        given = noise_of(draws, images) if noise is None else noise
+        return _peer_rows(walks, images, draws, given)
+
+    def explain(images: Tensor, rows: int | None) -> Tensor:
+        keys, (height, width) = [0] * len(images), images.shape[2:]
+        draws = draw(samples, height=height, width=width, image_keys=keys, sampling=sampling)
+        parts = []
+        for start in range(0, len(draws), rows or len(draws)):
+            part = draws[start : start + (rows or len(draws))]
+            short = (rows or len(draws)) - len(part)
+            if short:
+                # compiled for one shape: what is missing is filled and dropped
+                part = draws[torch.cat([torch.arange(start, len(draws)), torch.zeros(short, dtype=torch.int64)])]
+            noise = torch.randn(len(part), *images.shape[1:], device=images.device)
+            parts.append(contributions(images, part, noise)[: len(part) - short])
+        every = torch.cat(parts).unflatten(0, (len(images), samples))
+        return torch.stack([plain.smooth(plain.masked_mean(each)) for each in every])
+
+    return Contestant("", precision, samples, explain, contributions, shapes.gigaflops(), rows=ROWS[device])
+
+
+def _peer_rows(walks: Peer, images: Tensor, draws: Draws, noise: Tensor) -> Tensor:
+    """Contributions (R, C, H, W) of rows of draws: torch's warp and its adjoint around the peer's model."""
+    device, (height, width) = images.device, images.shape[2:]
+    rows = images[draws.image_index.to(device)]
+    leaf = rows.clone().requires_grad_()
+    grid = F.affine_grid(_normalised(draws.matrices, height, width).to(images), list(rows.shape), align_corners=False)
+    warped = F.grid_sample(leaf, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    signal, level = (t.to(images).view(-1, 1, 1, 1) for t in (draws.signal, draws.noise))
+    tokens = patchify(signal * warped.detach() + level * noise, walks.patch).to(walks.dtype)
+    cotangent = unpatchify(walks.cotangents(tokens, 0).to(images.dtype), walks.patch, height, width)
+    (gradient,) = torch.autograd.grad(warped, leaf, signal * cotangent)
+    return gradient * rows
+
+
+def _normalised(matrices: Tensor, height: int, width: int) -> Tensor:
+    """Pixel matrices (R, 2, 3) in the coordinates of `affine_grid` with align_corners=False."""
+    to_pixels = torch.tensor([[width / 2, 0, (width - 1) / 2], [0, height / 2, (height - 1) / 2], [0, 0, 1]])
+    to_pixels = to_pixels.double()
+    last = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64).expand(len(matrices), 1, 3)
+    return (torch.linalg.inv(to_pixels) @ torch.cat([matrices, last], dim=1) @ to_pixels)[:, :2]
+
+
+def captum_methods(model: nn.Module, image: Tensor) -> list[Contestant]:
+    """Integrated gradients and SmoothGrad with STEPS forward and backward passes, on the same model."""
+    device = image.device.type
+    names = (f"captum IG-{STEPS}", f"captum SmoothGrad-{STEPS}")
+    try:
+        from captum.attr import IntegratedGradients, NoiseTunnel, Saliency
+    except ImportError as error:
+        return [Contestant(name, "fp32", STEPS, not_measured=f"captum is not installed ({error})") for name in names]
+    best = "bf16" if has_bf16(image.device) else "fp32"
+    found = []
+    for precision in dict.fromkeys(("fp32", best)):
+        cast = copy.deepcopy(model).to(rates.DTYPES[precision])
+        integrated, tunnel = IntegratedGradients(cast), NoiseTunnel(Saliency(cast))
+
+        def gradients(images: Tensor, rows: int | None, method: Any = integrated, to: Any = precision) -> Any:
+            given = images.to(rates.DTYPES[to])
+            return method.attribute(given, target=0, n_steps=STEPS, internal_batch_size=rows or STEPS)
+
+        def smooth(images: Tensor, rows: int | None, method: Any = tunnel, to: Any = precision) -> Any:
+            given = images.to(rates.DTYPES[to]).requires_grad_()
+            settings = {"nt_samples": STEPS, "nt_samples_batch_size": rows or STEPS}
+            return method.attribute(given, target=0, stdevs=0.3, **settings)
+
+        for name, explain in zip(names, (gradients, smooth), strict=True):
+            made = Contestant(f"{name}, {precision}", precision, STEPS, explain, rows=ROWS[device])
+            found.append(guarded(made.name, precision, STEPS, lambda made=made: made, image))
+    return found

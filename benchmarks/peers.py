@@ -1,0 +1,363 @@
+"""The strongest PyTorch that we can write for the same job: what an engine of its own has to beat.
+
+The frozen VJP by autograd, with every exact trick that the library allows, each a switch:
+
+    batched      the S samples of an image are rows of one batch; weights carry no gradient; Φ(u) and 1/σ detached
+    compiled     torch.compile (on CUDA max-autotune without its own graphs); on CUDA a graph of forward and gradient
+    split        v = n·Wᵥ apart from q, k = n.detach()·W: autograd then never multiplies by the weights of q and k
+    sdpa         fused attention with q and k detached; its gradient of v is exactly Pᵀ dO. cuDNN's kernel first
+    flex         Pᵀ dO by FlexAttention's *forward*: with queries k, keys q, values dO and scores s − lse it returns
+                 the normalised sum and its log-normaliser l, and dV = e^l times the sum: no dQ, no dK are computed
+    algebra      LayerNorms folded into their readers, and the last block trimmed to what the head reads, as in `plan`
+    eight_bits   e4m3 operands with a scale a row and a scale a weight row (torch._scaled_mm); everything else bf16
+
+Models: timm's VisionTransformer with LayerNorm or RMSNorm, GELU, and class-token or average pooling.
+R rows · n patches · N tokens · C width · A heads · D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+from dave_fast.errors import ModelError
+from dave_fast.models import timm_vit
+from dave_fast.plan import make_plan, why_not
+
+E4M3_MAX = 448.0
+
+
+@dataclass(frozen=True)
+class Tricks:
+    """Which of the tricks above are used; attention: "plain", "sdpa" or "flex"."""
+
+    compiled: bool = False
+    split: bool = False
+    attention: str = "plain"
+    algebra: bool = False
+    eight_bits: bool = False
+
+
+LADDER = {
+    "P1 batched": Tricks(),
+    "P2 compiled": Tricks(compiled=True),
+    "P3 frozen SDPA, V apart": Tricks(compiled=True, split=True, attention="sdpa"),
+    "P3 and folded, trimmed": Tricks(compiled=True, split=True, attention="sdpa", algebra=True),
+    "P3 with dV by FlexAttention": Tricks(compiled=True, split=True, attention="flex", algebra=True),
+    "P4 in eight bits": Tricks(compiled=True, split=True, attention="sdpa", algebra=True, eight_bits=True),
+}
+
+
+@dataclass(frozen=True)
+class Norm:
+    """weight None: folded away, only 1/σ is left. centres: the rows' mean is removed."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    centres: bool
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A product x Wᵀ + b, and for eight bits both directions in e4m3 with the scale of each of their rows."""
+
+    matrix: Tensor
+    bias: Tensor | None
+    eight: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    norm1: Norm
+    query_key: Weights
+    value: Weights
+    fused: Weights
+    proj: Weights
+    norm2: Norm
+    fc1: Weights
+    fc2: Weights
+    heads: int
+    scale: float
+    # leading tokens that leave the block; None: all
+    read: int | None
+
+
+class Peer:
+    """A model behind the tricks. dtype: of weights and activations."""
+
+    def __init__(self, model: nn.Module, tricks: Tricks, dtype: torch.dtype, device: torch.device | str) -> None:
+        check(model)
+        vit: Any = model
+        self.tricks, self.dtype, self.device = tricks, dtype, torch.device(device)
+        self.patch = tuple(vit.patch_embed.patch_size)
+        self.embed, self.position, self.prefix, self.blocks = self._read(vit)
+        self.final = self._norm(timm_vit.read_norm(vit.norm, vit.embed_dim)) if _is_norm(vit.norm) else None
+        self.head_norm = self._norm(timm_vit.read_norm(vit.fc_norm, vit.embed_dim)) if _is_norm(vit.fc_norm) else None
+        self.head = Weights(self._cast(vit.head.weight), self._cast(vit.head.bias))
+        self.pool = vit.global_pool
+        self._graphs: dict[tuple[int, int], tuple[Any, Tensor, Tensor]] = {}
+        self._logits: Callable[[Tensor], Tensor] = self.logits
+        if tricks.compiled:
+            mode = "max-autotune-no-cudagraphs" if self.device.type == "cuda" else "default"
+            self._logits = torch.compile(self.logits, mode=mode, dynamic=False, fullgraph=True)
+
+    # ---- what is timed ----
+
+    def cotangents(self, tokens: Tensor, target: int) -> Tensor:
+        """tokens (R, n, c·p_h·p_w) -> the frozen gradient of the target's logit with respect to them."""
+        if not (self.tricks.compiled and self.device.type == "cuda"):
+            return self._gradient(tokens, target)
+        key = (len(tokens), target)
+        if key not in self._graphs:
+            self._graphs[key] = self._captured(tokens, target)
+        graph, given, made = self._graphs[key]
+        given.copy_(tokens)
+        graph.replay()
+        return made.clone()
+
+    def _gradient(self, tokens: Tensor, target: int) -> Tensor:
+        leaf = tokens.detach().requires_grad_()
+        with self._kernels():
+            score = self._logits(leaf)[:, target].sum()
+            (gradient,) = torch.autograd.grad(score, leaf)
+        return gradient
+
+    def _captured(self, tokens: Tensor, target: int) -> tuple[Any, Tensor, Tensor]:
+        """A graph of forward and gradient over static buffers, after everything was compiled and tuned."""
+        given = tokens.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self._gradient(given, target)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            made = self._gradient(given, target)
+        return graph, given, made
+
+    @contextmanager
+    def _kernels(self) -> Iterator[None]:
+        """cuDNN's attention before the others on CUDA; the choice is PyTorch's on a CPU."""
+        order = [
+            SDPBackend.CUDNN_ATTENTION,
+            SDPBackend.FLASH_ATTENTION,
+            SDPBackend.EFFICIENT_ATTENTION,
+            SDPBackend.MATH,
+        ]
+        with sdpa_kernel(order, set_priority=True) if self.device.type == "cuda" else nullcontext():
+            yield
+
+    # ---- the model ----
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """(R, K), whose gradient is the effective transformation."""
+        x = self._product(tokens, self.embed) + self.position
+        x = torch.cat([self.prefix.expand(len(x), -1, -1), x], dim=1)
+        for block in self.blocks:
+            x = self._block(block, x)
+        if self.final is not None:
+            x = normed(x, self.final)
+        x = x[:, 0] if self.pool == "token" else x[:, self.prefix.shape[0] :].mean(1)
+        if self.head_norm is not None:
+            x = normed(x, self.head_norm)
+        return F.linear(x, self.head.matrix, self.head.bias)
+
+    def _block(self, block: Block, x: Tensor) -> Tensor:
+        n = normed(x, block.norm1)
+        q, k, v = self._heads(block, n)
+        mixed = self._attend(q, k, v, block.scale).transpose(1, 2).flatten(2)
+        x = x if block.read is None else x[:, : block.read]
+        x = x + self._product(mixed, block.proj)
+        u = self._product(normed(x, block.norm2), block.fc1)
+        gate = 0.5 * (1 + torch.erf(u * 0.5**0.5))
+        return x + self._product(u * gate.detach(), block.fc2)
+
+    def _heads(self, block: Block, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q (R, A, Q, D), k and v (R, A, N, D)."""
+
+        def split(y: Tensor) -> Tensor:
+            return y.unflatten(-1, (block.heads, -1)).transpose(1, 2)
+
+        if not self.tricks.split:
+            q, k, v = self._product(n, block.fused).chunk(3, dim=-1)
+        else:
+            q, k = self._product(n.detach(), block.query_key).chunk(2, dim=-1)
+            v = self._product(n, block.value)
+        return split(q if block.read is None else q[:, : block.read]), split(k), split(v)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        if self.tricks.attention == "flex":
+            mixed: Tensor = FlexFrozen.apply(q.detach(), k.detach(), v, scale)
+            return mixed
+        if self.tricks.attention == "sdpa":
+            return F.scaled_dot_product_attention(q.detach(), k.detach(), v, scale=scale)
+        return ((q * scale) @ k.transpose(-2, -1)).softmax(-1).detach() @ v
+
+    def _product(self, x: Tensor, weights: Weights) -> Tensor:
+        if weights.eight is None:
+            return F.linear(x, weights.matrix, weights.bias)
+        made: Tensor = EightBits.apply(x.flatten(0, -2), weights.bias, *weights.eight)
+        return made.unflatten(0, x.shape[:-1])
+
+    # ---- weights ----
+
+    def _read(self, vit: Any) -> tuple[Weights, Tensor, Tensor, list[Block]]:
+        if self.tricks.algebra:
+            return self._read_plan(vit)
+        embed, position, prefix = timm_vit.read_embedding(vit, timm_vit.image_size(vit))
+        blocks = [
+            self._made(
+                (b.qkv.weight, b.qkv.bias),
+                *((b.proj.weight, b.proj.bias), (b.fc1.weight, b.fc1.bias), (b.fc2.weight, b.fc2.bias)),
+                norms=(self._norm(b.norm1), self._norm(b.norm2)),
+                heads=b.heads,
+                scale=b.scale,
+            )
+            for b in timm_vit.read_blocks(vit)
+        ]
+        return Weights(self._cast(embed.weight), None), self._cast(position), self._cast(prefix), blocks
+
+    def _read_plan(self, vit: Any) -> tuple[Weights, Tensor, Tensor, list[Block]]:
+        """Folded and trimmed, in float64, with one cast at the end."""
+        plan = make_plan(vit, dtype=torch.float64, pack=lambda matrix: matrix)
+        blocks = []
+        for layer in plan.layers:
+            whole = [layer.qkv] if layer.qkv is not None else [layer.query, layer.key_value]
+            parts = [part for part in whole if part is not None]
+            blocks.append(
+                self._made(
+                    (torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])),
+                    *((p.weight, p.bias) for p in (layer.proj, layer.fc1, layer.fc2)),
+                    norms=(
+                        Norm(None, None, layer.eps1, not layer.centred1),
+                        Norm(None, None, layer.eps2, not layer.centred2),
+                    ),
+                    heads=layer.heads,
+                    scale=layer.scale,
+                    read=None if layer.qkv is not None else plan.read,
+                )
+            )
+        return Weights(self._cast(plan.embed.weight), None), self._cast(plan.position), self._cast(plan.prefix), blocks
+
+    def _made(self, qkv: Any, proj: Any, fc1: Any, fc2: Any, *, norms: tuple[Norm, Norm], **settings: Any) -> Block:
+        matrix, bias = qkv
+        two = 2 * matrix.shape[0] // 3
+        return Block(
+            norm1=norms[0],
+            query_key=self._weights(matrix[:two], bias[:two]),
+            value=self._weights(matrix[two:], bias[two:]),
+            fused=self._weights(matrix, bias),
+            proj=self._weights(*proj),
+            norm2=norms[1],
+            fc1=self._weights(*fc1),
+            fc2=self._weights(*fc2),
+            **{"read": None, **settings},
+        )
+
+    def _weights(self, matrix: Tensor, bias: Tensor) -> Weights:
+        eight = None
+        if self.tricks.eight_bits:
+            forward, back = (quantised(m.float().to(self.device)) for m in (matrix, matrix.T.contiguous()))
+            eight = (*forward, *back)
+        return Weights(self._cast(matrix), self._cast(bias), eight)
+
+    def _norm(self, norm: timm_vit.Norm) -> Norm:
+        return Norm(self._cast(norm.weight), self._cast(norm.bias), norm.eps, norm.centres)
+
+    def _cast(self, t: Tensor) -> Tensor:
+        return t.detach().to(device=self.device, dtype=self.dtype).contiguous()
+
+
+def check(model: Any) -> None:
+    """ModelError for a model that the peers are not written for."""
+    reason = why_not(model)
+    if reason is None:
+        blocks = list(timm_vit.read_blocks(model))
+        if any(b.activation != "gelu" or b.q_norm is not None or b.k_norm is not None for b in blocks):
+            reason = "its activation is no exact GELU, or it normalises q and k"
+        elif type(model.norm_pre) is not nn.Identity or model.global_pool not in ("token", "avg"):
+            reason = "it normalises before the first block, or pools by attention"
+        elif type(model.head) is not nn.Linear or hasattr(model, "head_dist"):
+            reason = "its head is not one linear layer"
+    if reason is not None:
+        raise ModelError(f"the PyTorch peers have no form of this model: {reason}")
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return type(module) is not nn.Identity
+
+
+def normed(x: Tensor, norm: Norm) -> Tensor:
+    """The norm with 1/σ detached, statistics in float32 (float64 for float64)."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    if norm.centres:
+        wide = wide - wide.mean(-1, keepdim=True)
+    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps).detach()
+    if norm.weight is not None and norm.bias is not None:
+        y = y * norm.weight + norm.bias
+    return y.to(x.dtype)
+
+
+class FlexFrozen(torch.autograd.Function):
+    """softmax(scale·q kᵀ) v with the probabilities frozen; dV = Pᵀ dO by FlexAttention's forward."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        out, aux = flex_attention(q, k, v.detach(), scale=scale, return_aux=AuxRequest(lse=True))
+        ctx.save_for_backward(q, k, aux.lse)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[None, None, Tensor, None]:
+        q, k, lse = ctx.saved_tensors
+
+        def minus_lse(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return score - lse[b, h, j]
+
+        settings = {"scale": ctx.scale, "return_aux": AuxRequest(lse=True)}
+        mean, aux = flex_attention(k, q, d_out, score_mod=minus_lse, **settings)
+        return None, None, (mean * aux.lse.exp()[..., None]).to(d_out.dtype), None
+
+
+def quantised(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """rows (T, I) -> e4m3 (T, I) and float32 scales (T, 1), each row's largest value at the largest of e4m3."""
+    scale = rows.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / E4M3_MAX
+    return (rows / scale).to(torch.float8_e4m3fn), scale
+
+
+class EightBits(torch.autograd.Function):
+    """x Wᵀ + b and its g W, both with e4m3 operands and float32 sums."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor, weight: Tensor, scale: Tensor, back: Tensor, back_scale: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(back, back_scale)
+        return _eight_bit_product(x, weight, scale, bias)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        return _eight_bit_product(g, *ctx.saved_tensors, None), None, None, None, None, None
+
+
+def _eight_bit_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    rows, row_scale = quantised(x)
+    return torch._scaled_mm(
+        *(rows, weight.T),
+        scale_a=row_scale,
+        scale_b=scale.T,
+        bias=bias,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )

@@ -1,0 +1,148 @@
+"""Before and after: a git revision beside the working tree, in turns, so that both meet the same weather.
+
+The revision is checked out and built in a temporary folder, and each side runs in a process of its own (`worker`). A
+turn times one side and then the other, and the next turn the other way round. What is compared is the ratio of each
+turn; slower is what exceeds the threshold by its median.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from dave_fast.bench import machine
+from dave_fast.bench.timing import spread
+from dave_fast.errors import BackendError, InputError
+
+WORKER = Path(__file__).with_name("worker.py")
+BUILD_SECONDS = 900
+
+
+class Worker:
+    """A process that times one tree. Ends with the context that `started` makes."""
+
+    def __init__(self, name: str, process: subprocess.Popen[str]) -> None:
+        self.name, self._process = name, process
+
+    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        """The answer; BackendError with what went wrong on that side."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError as error:
+            raise BackendError(f"{self.name}: its process ended; see the lines above") from error
+        line = self._process.stdout.readline()
+        if not line:
+            raise BackendError(f"{self.name}: its process ended without an answer; see the lines above")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise BackendError(f"{self.name} cannot be timed: {answer['error']}")
+        return answer
+
+
+@contextmanager
+def started(name: str, tree: Path) -> Iterator[Worker]:
+    """A worker on the package in `tree`."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tree), os.environ.get("PYTHONPATH", "")])}
+    process = subprocess.Popen(
+        [sys.executable, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        yield Worker(name, process)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@contextmanager
+def revision(name: str, root: Path) -> Iterator[Path]:
+    """A git revision, checked out and built in a temporary folder that goes with the context.
+
+    Raises InputError for a revision that git does not know, BackendError where it cannot be built.
+    """
+    known = _git(root, "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
+    if known.returncode != 0:
+        raise InputError(f"git knows no revision {name!r} in {root}")
+    with tempfile.TemporaryDirectory(prefix="dave-fast-bench-") as folder:
+        tree = Path(folder) / "tree"
+        made = _git(root, "worktree", "add", "--detach", str(tree), known.stdout.strip())
+        if made.returncode != 0:
+            raise InputError(f"git cannot check out {name!r}: {made.stderr.strip()}")
+        try:
+            _build(tree, name)
+            yield tree
+        finally:
+            _git(root, "worktree", "remove", "--force", str(tree))
+
+
+def _git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+
+
+def _build(tree: Path, name: str) -> None:
+    """The native core in place, and the Triton kernels where an installed package has them."""
+    kernels = tree / "dave_fast" / "kernels"
+    if (tree / "kernels").is_dir() and not kernels.exists():
+        kernels.symlink_to(tree / "kernels", target_is_directory=True)
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    built = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False, timeout=BUILD_SECONDS)
+    if built.returncode != 0:
+        raise BackendError(f"{name} cannot be built: {' '.join(built.stderr.split())[-400:]}")
+
+
+def compare(
+    before: str,
+    wanted: dict[str, Any],
+    *,
+    repeats: int,
+    threshold: float,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Seconds before and after, their ratios turn by turn, and what got slower by more than `threshold` (0.05: 5 %).
+
+    wanted: what `worker.prepare` takes. "refused": what is wrong in the working tree, and so not timed.
+    Raises InputError outside a git checkout.
+    """
+    root = machine.checkout()
+    if root is None:
+        raise InputError("--compare needs a git checkout of dave-fast; this is an installed package")
+    with ExitStack() as stack:
+        progress(f"building {before}")
+        tree = stack.enter_context(revision(before, root))
+        old = stack.enter_context(started(before, tree))
+        new = stack.enter_context(started("the working tree", root))
+        progress("preparing both sides")
+        prepared = {side: side.ask({"prepare": wanted}) for side in (old, new)}
+        rows = []
+        for name in (name for name in prepared[new]["names"] if name in prepared[old]["names"]):
+            progress(name)
+            rows.append(_row(name, *_in_turns(old, new, name, repeats), threshold))
+    return {
+        "before": before,
+        "after": machine.commit(),
+        "threshold": threshold,
+        "rows": rows,
+        "refused": prepared[new]["refused"],
+    }
+
+
+def _in_turns(old: Worker, new: Worker, name: str, repeats: int) -> tuple[list[float], list[float]]:
+    seconds: dict[Worker, list[float]] = {old: [], new: []}
+    for repeat in range(repeats):
+        for side in (old, new) if repeat % 2 == 0 else (new, old):
+            seconds[side].append(side.ask({"time": name})["seconds"])
+    return seconds[old], seconds[new]
+
+
+def _row(name: str, before: list[float], after: list[float], threshold: float) -> dict[str, Any]:
+    ratio = spread([b / a for a, b in zip(before, after, strict=True)])
+    slower = ratio["median"] > 1 + threshold
+    return {"name": name, "before": spread(before), "after": spread(after), "ratio": ratio, "slower": slower}

@@ -1,0 +1,34 @@
+"""The tests of an op, run before it is timed, where there are any: in a checkout with pytest."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+
+from dave_fast.bench.machine import ROOT
+
+FOLDER = ROOT / "tests" / "ops"
+# ops that are tested in another op's file
+FILES = {"attention_vjp": "attention", "row_rstd": "linear", "pack_weight": "linear"}
+ENGINE_TEST = ROOT / "tests" / "test_engine.py"
+SECONDS = 900
+
+
+def run_tests(op: str) -> tuple[str, bool]:
+    """What happened ("passed: tests/ops/test_linear.py"), and whether anything is red.
+
+    Without a checkout or without pytest nothing is run, nothing is red, and the first value says so.
+    """
+    path = ENGINE_TEST if op == "engine" else FOLDER / f"test_{FILES.get(op, op)}.py"
+    if not path.exists():
+        return "not run: the tests are in a checkout of the repository, and this is an installed package", False
+    if importlib.util.find_spec("pytest") is None:
+        return "not run: pytest is not installed", False
+    name = path.relative_to(ROOT)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", str(name)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=SECONDS)
+    if done.returncode == 0:
+        return f"passed: {name}", False
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return f"red: {failed[0] if failed else name}", True

@@ -1,0 +1,197 @@
+"""The bench's results as a page for the docs: tables and plots, from JSON alone, so that anyone can draw them again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dave_fast.bench.machine import slug
+from dave_fast.bench.report import duration, engine_cells, why_missing
+from dave_fast.figures import save_figure
+from dave_fast.files import atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PAGE = "performance.md"
+INTRODUCTION = """# Performance
+
+{gpu}
+
+How to read this page: every figure was measured in one run, in turns with what it is compared with, on the machine
+named above it. *One image* is what someone who waits for one map sees (median; 99th percentile where at least 100
+runs were made, else the slowest of them and their number). *Of ceiling* is the achieved rate over the machine's own
+rate for matrix products at the model's shapes, measured in between, repeat by repeat. *Error* is the relative
+distance of single contributions from float64 at equal draws, and beside it that of plain PyTorch in the same
+precision: a form with more than twice that is refused, not reported.
+"""
+NO_GPU = "**Nothing here was measured on a GPU yet.** `scripts/gpu` does all of it there, in one command."
+GPU = "Devices: {devices}."
+AGAIN = """## Again
+
+    dave-fast bench --op all --model {model} --samples {samples} --docs docs/    # ops and engine, anywhere
+    python -m benchmarks.side_by_side --model {model} --samples {samples}        # beside the peers, from a checkout
+    scripts/gpu                                                                  # everything, on a GPU machine
+"""
+
+
+def write_page(results: Sequence[dict[str, Any]], folder: Path) -> Path:
+    """`folder`/performance.md and its plots in `folder`/figures; the path of the page."""
+    parts = [_section(result, folder) for result in results]
+    gpus = sorted({r["environment"]["device"] for r in results if r["setting"]["device"] == "cuda"})
+    gpu = GPU.format(devices=", ".join(gpus)) if gpus else NO_GPU
+    again = AGAIN.format(model=results[0]["setting"]["model"], samples=results[0]["setting"]["samples"])
+    text = "\n".join([INTRODUCTION.format(gpu=gpu), *parts, again])
+    path = folder / PAGE
+    with atomically(path) as file:
+        file.write(text.encode())
+    return path
+
+
+def _section(result: dict[str, Any], folder: Path) -> str:
+    """One result: where, how, tables, plots."""
+    setting, where = result["setting"], result["environment"]
+    versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items() if number != "not installed")
+    lines = [
+        f"## {where['device']}: {setting['model']}, {setting['image']}, S = {setting['samples']}",
+        "",
+        f"Commit {where['commit']}, {where['threads']} threads, Python {where['python']}, {versions}."
+        + (f" {setting['note']}" if setting.get("note") else ""),
+        "",
+    ]
+    if result.get("engine"):
+        lines += [engine_markdown(result["engine"]), ""]
+    if result.get("ops"):
+        lines += [ops_markdown(result["ops"]), ""]
+    lines += [f"- {name}: tests {said}." for name, said in result.get("tests", {}).items()]
+    lines += [f"- Refused: {reason}." for reason in result.get("red", ())]
+    for name, alt, draw in PLOTS:
+        if any(result.get(key) for key in draw.needs):
+            figure = Path("figures") / f"{name}_{slug(where['device'])}_{slug(setting['model'])}.png"
+            save_figure(draw(result), folder / figure)
+            lines += ["", f"![{alt}]({figure})"]
+    return "\n".join(lines) + "\n"
+
+
+def engine_markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The table of contestants."""
+    headings = ("", "images/s", "one image", "99 %", "rows", "memory", "of ceiling", "error", "plain PyTorch's")
+    lines = [_row(headings), _row(["---"] + ["---:"] * (len(headings) - 1))]
+    for row in rows:
+        missing = why_missing(row)
+        cells = [missing, *[""] * (len(headings) - 2)] if missing else engine_cells(row)
+        lines.append(_row([row["name"], *cells]))
+    return "\n".join(lines)
+
+
+def ops_markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The table of ops."""
+    headings = ("op", "backend", "median", "GFLOP/s", "GB/s", "share of", "error", "plain PyTorch's")
+    lines = [_row(headings), _row(["---", "---"] + ["---:"] * (len(headings) - 2))]
+    for row in rows:
+        name = row["op"] if row["case"] == row["op"] else f"{row['op']} {row['case']}"
+        if "seconds" not in row:
+            lines.append(_row([name, row["backend"], why_missing(row) or "", *[""] * (len(headings) - 3)]))
+            continue
+        cells = [duration(row["seconds"]["median"]), f"{row['GFLOP/s']:.0f}" if row["GFLOP/s"] else ""]
+        cells += [f"{row['GB/s']:.2g}", f"{row['share']['median']:.0%} of {row['of']}"]
+        lines.append(_row([name, row["backend"], *cells, f"{row['error']:.1e}", f"{row['plain']:.1e}"]))
+    return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+
+
+# ---- plots ----
+
+
+def _axes(x: str, y: str) -> tuple[Figure, Axes]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_xlabel(x, fontsize=8)
+    axes.set_ylabel(y, fontsize=8)
+    axes.tick_params(labelsize=7)
+    axes.grid(alpha=0.25, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+class _Plot:
+    """A plot and the parts of a result that it is drawn from, any of which is enough."""
+
+    def __init__(self, *needs: str) -> None:
+        self.needs = needs
+
+    def __call__(self, result: dict[str, Any]) -> Figure:
+        raise NotImplementedError
+
+
+class Roofline(_Plot):
+    """GFLOP/s of every op that multiplies against its arithmetic for each byte, under the measured ceilings."""
+
+    def __call__(self, result: dict[str, Any]) -> Figure:
+        figure, axes = _axes("FLOP a byte (least traffic)", "GFLOP/s")
+        rows = [row for row in result["ops"] if row.get("GFLOP/s")]
+        copies = [row["ceiling"] for row in result["ops"] if row.get("of") == "copying memory"]
+        intensity = [row["gigaflops"] / row["gigabytes"] for row in rows]
+        axes.set(xscale="log", yscale="log")
+        if rows:
+            peak = max(row["ceiling"] for row in rows)
+            span = [min(intensity) / 2, max(intensity) * 2]
+            axes.axhline(peak, color="0.4", linewidth=1)
+            axes.text(span[1], peak * 1.05, "matrix products, measured", fontsize=6.5, ha="right", color="0.35")
+            if copies:
+                axes.plot(span, [min(peak, max(copies) * x) for x in span], color="0.4", linewidth=1, linestyle="--")
+        for backend in dict.fromkeys(row["backend"] for row in rows):
+            own = [(x, row["GFLOP/s"]) for x, row in zip(intensity, rows, strict=True) if row["backend"] == backend]
+            axes.scatter([x for x, _ in own], [y for _, y in own], s=16, label=backend)
+        if rows:
+            axes.legend(fontsize=7, frameon=False)
+        return figure
+
+
+class Latency(_Plot):
+    """Seconds of one image against S."""
+
+    def __call__(self, result: dict[str, Any]) -> Figure:
+        figure, axes = _axes("samples S", "seconds of one image")
+        rows = result["latency"]
+        seconds = [row["seconds"] for row in rows]
+        low, high = ([abs(s["median"] - s[end]) for s in seconds] for end in ("min", "max"))
+        axes.errorbar(
+            [row["samples"] for row in rows], [s["median"] for s in seconds], [low, high], marker="o", ms=3, lw=1
+        )
+        axes.set(xlim=(0, None), ylim=(0, None))
+        return figure
+
+
+class Memory(_Plot):
+    """Bytes against resolution: the formula, and the measured peak where there is one."""
+
+    def __call__(self, result: dict[str, Any]) -> Figure:
+        figure, axes = _axes("pixels a side", "GiB")
+        rows = result["memory"]
+        sizes = [row["size"] for row in rows]
+        formula = [(row["weight bytes"] + row["rows"] * row["row bytes"]) / 2**30 for row in rows]
+        axes.plot(sizes, formula, marker="o", ms=3, lw=1, label=f"formula: weights + {rows[0]['rows']} row(s)")
+        measured = [(row["size"], row["peak bytes"] / 2**30) for row in rows if row.get("peak bytes")]
+        if measured:
+            at, peaks = [size for size, _ in measured], [peak for _, peak in measured]
+            axes.scatter(at, peaks, s=16, color="C1", label="measured peak, weights not counted")
+        axes.set(ylim=(0, None), xticks=sizes)
+        axes.legend(fontsize=7, frameon=False)
+        return figure
+
+
+PLOTS: tuple[tuple[str, str, _Plot], ...] = (
+    ("roofline", "Rates of the ops under the machine's ceilings", Roofline("ops")),
+    ("latency", "Seconds of one image against the number of samples", Latency("latency")),
+    ("memory", "Memory against resolution", Memory("memory")),
+)

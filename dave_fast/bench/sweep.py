@@ -1,0 +1,80 @@
+"""Latency against the number of samples, and memory against resolution."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from dave_fast.bench.timing import host_seconds, peak_memory, spread
+from dave_fast.bench.whole import NOISE_ALPHA
+from dave_fast.explainer import DAVE
+from dave_fast.memory import engine_row_bytes, weight_bytes
+from dave_fast.plan import make_plan, why_not
+from dave_fast.route import DTYPES
+
+SAMPLES = (8, 16, 32, 50, 100, 200)
+SIZES = (224, 336, 448, 560, 672)
+REPEATS = 3
+
+
+def latency_against_samples(
+    explainer: DAVE, image: tuple[int, int, int], budget: float, samples: Sequence[int] = SAMPLES
+) -> list[dict[str, Any]]:
+    """Seconds of one image at growing S, until the budget (seconds) would not hold the next."""
+    images = torch.randn(1, *image).to(explainer.device)
+    rows: list[dict[str, Any]] = []
+    began = time.perf_counter()
+    explainer.explain(images, 0, samples[0])
+    for number in samples:
+        call = partial(explainer.explain, images, 0, number)
+        expected = rows[-1]["seconds"]["median"] * number / rows[-1]["samples"] if rows else 0.0
+        if rows and time.perf_counter() - began + REPEATS * expected > budget:
+            break
+        seconds = spread([host_seconds(call, explainer.device) for _ in range(REPEATS)])
+        rows.append({"samples": number, "seconds": seconds})
+    return rows
+
+
+def memory_against_size(
+    build: Callable[[int], nn.Module],
+    *,
+    precision: str,
+    device: str,
+    samples: int,
+    rows: int = 1,
+    sizes: Sequence[int] = SIZES,
+) -> list[dict[str, Any]]:
+    """Bytes of one micro-batch by the formula of `dave_fast.memory`; on a GPU also the measured peak of an explanation.
+
+    build: side of the image -> model. Sizes that the model cannot be built for, or that the device cannot hold, end
+    the list.
+    """
+    found: list[dict[str, Any]] = []
+    for size in sizes:
+        model = build(size)
+        if why_not(model, (size, size)) is not None:
+            break
+        plan = make_plan(model, dtype=DTYPES[precision], pack=lambda matrix: matrix, size=(size, size))
+        row: dict[str, Any] = {
+            "size": size,
+            "tokens": plan.tokens,
+            "row bytes": engine_row_bytes(plan),
+            "weight bytes": 2 * weight_bytes(model) * plan.dtype.itemsize // 4,
+            "rows": rows,
+        }
+        if device == "cuda":
+            explainer = DAVE(model, device=device, precision=precision, noise_alpha=NOISE_ALPHA)
+            images = torch.randn(1, 3, size, size, device=device)
+            call = partial(explainer.explain, images, 0, samples, internal_batch_size=rows)
+            try:
+                call()
+                row["peak bytes"] = peak_memory(call, device)
+            except torch.OutOfMemoryError:
+                break
+        found.append(row)
+    return found

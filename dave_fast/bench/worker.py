@@ -1,0 +1,95 @@
+"""One revision of dave-fast in a process of its own, timed on demand: `compare` talks to two of these in turns.
+
+Run as a script with the folder of the revision's package first on the path. The bench is this revision's, the package
+under it the other's, so that both are timed by the same lines; it asks of the package only what CONTRIBUTING.md pins.
+
+    stdin   {"prepare": {...}} once, then {"time": "name"} …        a line of JSON each
+    stdout  {"names": [...], "refused": {...}}, then {"seconds": 0.0123} …            or {"error": "…"}
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def adopt_bench() -> None:
+    """Make `dave_fast.bench` this revision's, whatever the package around it has."""
+    folder = Path(__file__).resolve().parent
+    spec = importlib.util.spec_from_file_location(
+        "dave_fast.bench", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["dave_fast.bench"] = module
+    spec.loader.exec_module(module)
+
+
+def prepare(wanted: dict[str, Any]) -> tuple[dict[str, Callable[[], float]], dict[str, str]]:
+    """Name -> a clock, one for each case of the ops and one for the engine; name -> why a case is refused."""
+    import torch
+
+    from dave_fast.bench.agreement import check, loader
+    from dave_fast.bench.cases import cases_of
+    from dave_fast.bench.rates import DTYPES
+    from dave_fast.bench.shapes import build_model, shapes_of
+    from dave_fast.bench.timing import clock
+
+    torch.set_num_threads(wanted["threads"])
+    device, dtype = wanted["device"], DTYPES[wanted["precision"]]
+    load = loader(wanted["backend"], device)
+    model = build_model(wanted["model"], wanted["size"], pretrained=wanted["pretrained"])
+    clocks, refused = {}, {}
+    for op in wanted["ops"]:
+        if op == "engine":
+            clocks[op] = clock([_engine_call(model, wanted)], device, host=True)
+            continue
+        shapes = shapes_of(model, wanted["samples"], size=wanted["size"], rows=wanted["rows"])
+        for case in cases_of(op, shapes):
+            name = op if case.name == op else f"{op} {case.name}"
+            operands = case.operands(torch.Generator(device).manual_seed(wanted["seed"]), dtype)
+            agreement, _ = check(case, load, operands, dtype)
+            if agreement.reason is None:
+                clocks[name] = clock([case.bind(load, operands, dtype)], device)
+            else:
+                refused[name] = agreement.reason
+    return clocks, refused
+
+
+def _engine_call(model: Any, wanted: dict[str, Any]) -> Callable[[], Any]:
+    """One explanation by the public API."""
+    import torch
+
+    from dave_fast import DAVE
+
+    settings = {key: wanted[key] for key in ("precision", "backend", "device")}
+    explainer = DAVE(model, noise_alpha=0.5, internal_batch_size=wanted["rows"], **settings)
+    generator = torch.Generator().manual_seed(wanted["seed"])
+    images = torch.randn(1, *wanted["image"], generator=generator).to(wanted["device"])
+    return lambda: explainer.explain(images, 0, wanted["samples"])
+
+
+def main() -> None:
+    adopt_bench()
+    # what libraries print must not be taken for an answer
+    answers, sys.stdout = sys.stdout, sys.stderr
+    clocks: dict[str, Callable[[], float]] = {}
+    for line in sys.stdin:
+        asked = json.loads(line)
+        try:
+            if "prepare" in asked:
+                clocks, refused = prepare(asked["prepare"])
+                answer: dict[str, Any] = {"names": list(clocks), "refused": refused}
+            else:
+                answer = {"seconds": clocks[asked["time"]]()}
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""A small model, and kernels of somebody's own: right, wrong, and careless."""
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from dave_fast.ops.attention import attention_vjp_ref
+from dave_fast.ops.linear import linear_ref
+from dave_fast.ops.norm import row_rstd_ref
+
+
+def model():
+    torch.manual_seed(0)
+    return VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=10)
+
+
+def gated_model():
+    torch.manual_seed(0)
+    return VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=10, mlp_layer=gated, mlp_ratio=2.0
+    )
+
+
+def gated(in_features, hidden_features, **settings):
+    from timm.layers import GluMlp
+
+    settings = {key: settings[key] for key in ("bias", "drop") if key in settings}
+    return GluMlp(in_features, 2 * hidden_features, act_layer=torch.nn.SiLU, gate_last=False, **settings)
+
+
+def own_linear(x, weight, bias=None, **epilogue):
+    assert isinstance(weight, torch.Tensor) and not weight.is_mkldnn
+    return linear_ref(x, weight, bias, **epilogue)
+
+
+def own_attention_vjp(saved, d_out):
+    return attention_vjp_ref(saved, d_out)
+
+
+def own_row_rstd(x, eps, *, centred):
+    return row_rstd_ref(x, eps, centred=centred)
+
+
+def wrong_row_rstd(x, eps, *, centred):
+    return 1.001 * row_rstd_ref(x, eps, centred=centred)
+
+
+def careless_row_rstd(x, eps, *, centred):
+    """The last row is never written."""
+    rstd = torch.empty(len(x))
+    rstd[:-1] = row_rstd_ref(x, eps, centred=centred)[:-1]
+    return rstd

@@ -1,0 +1,173 @@
+"""`dave-fast bench` from the outside: rows, JSON, pages, exit codes; before and after."""
+
+import json
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pytest
+from typer.testing import CliRunner
+
+from dave_fast.bench import compare, machine, op_tests
+from dave_fast.bench.page import write_page
+from dave_fast.cli import app
+from dave_fast.errors import BackendError, InputError
+
+MODEL = ["--model", "tests.bench.kernels:model", "--samples", "5", "--repeats", "2", "--budget", "1"]
+KERNELS = "tests.bench.kernels"
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["bench", *MODEL, "--no-tests", *arguments])
+
+
+def test_the_whole_engine_into_json_and_a_page_with_plots(tmp_path):
+    file, docs = tmp_path / "new" / "bench.json", tmp_path / "docs"
+    done = run("--precision", "fp32", "--images", "2", "--json", str(file), "--docs", str(docs))
+    assert done.exit_code == 0, done.output
+    assert "dave-fast fp32, auto" in done.output and "images/s" in done.output
+    result = json.loads(file.read_text())
+    (row,) = result["engine"]
+    assert row["error"] <= 2 * row["plain error"] and row["images a second"]["median"] > 0
+    assert result["setting"]["samples"] == 5 and result["environment"]["commit"]
+    assert result["latency"][0]["samples"] == 8
+    page = (docs / "performance.md").read_text()
+    assert "Nothing here was measured on a GPU yet" in page
+    assert "| dave-fast fp32, auto |" in page
+    (figure,) = (docs / "figures").glob("latency_*.png")
+    assert figure.name in page
+
+
+def test_all_ops_beside_one_another_with_a_roofline(tmp_path):
+    done = run("--op", "linear", "--precision", "fp32", "--docs", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    assert "values back" in done.output and "torch" in done.output
+    assert list((tmp_path / "figures").glob("roofline_*.png"))
+    assert "of matrix products" in (tmp_path / "performance.md").read_text()
+
+
+def test_your_own_kernel_is_timed_and_a_wrong_one_turns_the_exit_code(tmp_path):
+    done = run("--op", "row_rstd", "--kernel", f"{KERNELS}:own_row_rstd")
+    assert done.exit_code == 0 and "yours" in done.output, done.output
+    file = tmp_path / "red.json"
+    done = run("--op", "row_rstd", "--kernel", f"row_rstd={KERNELS}:wrong_row_rstd", "--json", str(file))
+    assert done.exit_code == 1
+    assert "yours: its error against float64" in json.loads(file.read_text())["red"][0]
+
+
+def test_your_own_kernel_in_the_whole_engine():
+    done = run("--precision", "fp32", "--kernel", f"row_rstd={KERNELS}:own_row_rstd")
+    assert done.exit_code == 0 and "dave-fast fp32, yours" in done.output, done.output
+    done = run("--precision", "fp32", "--kernel", f"row_rstd={KERNELS}:careless_row_rstd")
+    assert done.exit_code == 1 and "refused: dave-fast fp32, yours: its error" in done.output, done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--op", "soften"], "there is no op 'soften'"),
+        (["--op", "row_rstd", "--backend", "quantum"], "no backend 'quantum'"),
+        (["--compare", "HEAD", "--threshold", "a bit"], "--threshold is 'a bit'"),
+        (["--kernel", "a.b:c"], "does not say for which op"),
+        (["--op", "row_rstd", "--kernel", "a.b:c"], "cannot be loaded"),
+        (["--precision", "fp7"], "fp7"),
+    ],
+)
+def test_what_cannot_be_measured_ends_with_2_and_one_line(arguments, words):
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert words in done.output
+
+
+def test_red_tests_of_an_op_keep_it_from_being_reported(monkeypatch):
+    monkeypatch.setattr("dave_fast.bench.run.run_tests", lambda op: ("red: FAILED here", True))
+    done = CliRunner().invoke(app, ["bench", *MODEL, "--op", "row_rstd"])
+    assert done.exit_code == 1
+    assert "row_rstd is not timed" in done.output and "GB/s" not in done.output
+
+
+def test_tests_are_run_where_they_are(tmp_path, monkeypatch):
+    folder = tmp_path / "tests" / "ops"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(op_tests, "ROOT", tmp_path)
+    monkeypatch.setattr(op_tests, "FOLDER", folder)
+    assert op_tests.run_tests("smooth")[0].startswith("not run: the tests are in a checkout")
+    (folder / "test_smooth.py").write_text("def test_it():\n    pass\n")
+    assert op_tests.run_tests("smooth") == ("passed: tests/ops/test_smooth.py", False)
+    (folder / "test_smooth.py").write_text("def test_it():\n    assert 1 == 2\n")
+    said, red = op_tests.run_tests("smooth")
+    assert red and "test_it" in said
+
+
+@contextmanager
+def this_tree(name, root):
+    yield root
+
+
+def test_two_trees_are_timed_in_turns_and_a_slower_one_is_seen(monkeypatch):
+    """Both sides are this tree; what is slower is told by the workers' answers."""
+    if machine.checkout() is None:
+        pytest.skip("no git checkout: there is nothing to compare")
+    monkeypatch.setattr(compare, "revision", this_tree)
+    done = run("--op", "row_rstd", "--compare", "HEAD", "--threshold", "1000%")
+    assert done.exit_code == 0, done.output
+    assert "row_rstd" in done.output and "after / before" in done.output
+
+
+def test_ratios_are_of_turns_and_the_median_decides():
+    row = compare._row("x", [1.0, 2.0, 1.0], [1.2, 2.0, 1.2], 0.05)
+    assert row["slower"] and row["ratio"]["median"] == pytest.approx(1.2)
+    assert not compare._row("x", [1.0, 2.0, 1.0], [1.2, 2.0, 1.0], 0.05)["slower"]
+
+
+def test_a_worker_that_fails_says_why_and_is_ended():
+    with compare.started("before", machine.ROOT) as worker:
+        with pytest.raises(BackendError, match="before cannot be timed: KeyError"):
+            worker.ask({"time": "nothing"})
+        process = worker._process
+    assert process.poll() is not None
+
+
+def test_an_unknown_revision_and_a_missing_checkout_are_refused(monkeypatch):
+    if machine.checkout() is not None:
+        with (
+            pytest.raises(InputError, match="git knows no revision 'no-such'"),
+            compare.revision("no-such", machine.ROOT),
+        ):
+            pass
+    monkeypatch.setattr(machine, "checkout", lambda: None)
+    with pytest.raises(InputError, match="needs a git checkout"):
+        compare.compare("HEAD", {}, repeats=1, threshold=0.05)
+
+
+@pytest.mark.slow
+def test_a_revision_is_checked_out_built_and_removed_again():
+    if machine.checkout() is None:
+        pytest.skip("no git checkout: there is nothing to compare")
+    with compare.revision("HEAD", machine.ROOT) as tree:
+        said = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                "import dave_fast; from dave_fast import _ext; print(dave_fast.__file__, _ext.isa())",
+            ],
+            cwd=tree,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert str(tree) in said.stdout and "None" not in said.stdout
+    assert not tree.exists()
+
+
+def test_a_page_of_several_results_names_gpus_only_where_they_were(tmp_path):
+    def result(device, name):
+        where = {"device": name, "commit": "abc", "threads": 2, "python": "3.12", "versions": {"torch": "2.15"}}
+        missing = {"name": "a peer | of ours", "not measured": "captum is not installed"}
+        setting = {"model": "demo", "image": "3×128×128", "samples": 8, "device": device}
+        return {"setting": setting, "environment": where, "engine": [missing], "red": ["x"]}
+
+    text = write_page([result("cpu", "Zen"), result("cuda", "H200")], tmp_path).read_text()
+    assert "Devices: H200." in text and "Nothing here was measured" not in text
+    assert r"a peer \| of ours | not measured: captum is not installed" in text
+    assert "- Refused: x." in text
