@@ -6,7 +6,6 @@ Every maker returns a `Contestant`; what cannot run here has its reason in `not_
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,13 +17,12 @@ from torch import Tensor, nn
 
 from benchmarks import authors, plain
 from benchmarks.peers import LADDER, Peer, Tricks
-from dave_fast import DAVE
 from dave_fast.bench import rates, whole
 from dave_fast.bench.shapes import Shapes
 from dave_fast.bench.whole import NOISE_ALPHA, Contestant
 from dave_fast.errors import DaveFastError
 from dave_fast.ops.patches import patchify, unpatchify
-from dave_fast.precision import PRECISIONS, has_bf16
+from dave_fast.precision import has_bf16, why_no_fp8
 from dave_fast.sampling import Draws, Sampling, draw, normal
 
 STEPS = 50
@@ -52,9 +50,7 @@ def why_no(precision: str, device: str) -> str | None:
         return "this device does not multiply bfloat16: it would be emulated, and slower than fp32"
     if precision == "tf32" and device != "cuda":
         return "TF32 is an arithmetic of NVIDIA GPUs"
-    if precision == "fp8" and (device != "cuda" or torch.cuda.get_device_capability() < (8, 9)):
-        return "this device does not multiply e4m3"
-    return None
+    return why_no_fp8(torch.device(device)) if precision == "fp8" else None
 
 
 def ours(model: nn.Module, image: Tensor, samples: int, shapes: Shapes, device: str) -> list[Contestant]:
@@ -63,13 +59,11 @@ def ours(model: nn.Module, image: Tensor, samples: int, shapes: Shapes, device: 
     for precision in ("fp32", "bf16", "fp8"):
         name = f"dave-fast {precision}"
         reason = why_no(precision, device)
-        if reason is None and precision not in PRECISIONS:
-            reason = "this version of dave-fast has no fp8"
         if reason is not None:
             found.append(Contestant(name, precision, samples, not_measured=reason))
             continue
         variants: dict[str, dict[str, Any]] = {name: {}}
-        if device == "cuda" and "graphs" in inspect.signature(DAVE).parameters:
+        if device == "cuda":
             variants[f"{name}, without graphs"] = {"graphs": False}
         for variant, settings in variants.items():
             make = partial(whole.dave, model, precision, samples, shapes, device=device, **settings)

@@ -10,7 +10,8 @@ T = R·N tokens · A = heads·head_dim · other letters: `shapes`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from dave_fast.sampling import draw
 Operands = dict[str, Any]
 Load = Callable[[str], Callable[..., Any]]
 EPS = 1e-6
+# how a product's weights are laid out
+PACKS = {"linear": "pack_weight", "linear_fp8": "pack_weight_fp8"}
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,16 @@ def _pull_back(shapes: Shapes) -> list[Case]:
     return [Case("pull_back", "pull_back", operands, bind, ("images", "cotangents"))]
 
 
+def _pull_back_mean(shapes: Shapes) -> list[Case]:
+    (case,) = _pull_back(shapes)
+
+    def bind(load: Load, given: Operands, dtype: torch.dtype) -> Callable[[], Any]:
+        run = load("pull_back_mean")
+        return lambda: run(given["cotangents"], given["images"], given["draws"], shapes.patch, shapes.samples)
+
+    return [replace(case, op="pull_back_mean", name="pull_back_mean", bind=bind)]
+
+
 def _robust_mean(shapes: Shapes) -> list[Case]:
     def operands(generator: torch.Generator, dtype: torch.dtype) -> Operands:
         values = _numbers(generator, 1, shapes.samples, *shapes.image)
@@ -132,23 +145,25 @@ def _smooth(shapes: Shapes) -> list[Case]:
 # ---- the ops of the two walks ----
 
 
-def _linear(shapes: Shapes) -> list[Case]:
+def _linear(shapes: Shapes, op: str = "linear") -> list[Case]:
     width, hidden, gated = shapes.width, shapes.hidden, shapes.gated_hidden
     inner = shapes.heads * shapes.head_dim
+    make = partial(_product, shapes, op)
     return [
-        _product(shapes, "qkv", width, 3 * inner, ("bias", "row_scale")),
-        _product(shapes, "proj", inner, width, ("bias", "residual")),
-        _product(shapes, "fc1", width, gated, ("bias", "row_scale"), activation=True),
-        _product(shapes, "fc2", hidden, width, ("bias", "residual")),
-        _product(shapes, "fc2 back", width, hidden, ("row_scale",), gate=True),
-        _product(shapes, "fc1 back", hidden, width, ("residual",)),
-        _product(shapes, "proj back", width, inner, ()),
-        _product(shapes, "values back", inner, width, ("row_scale", "residual")),
+        make("qkv", width, 3 * inner, ("bias", "row_scale")),
+        make("proj", inner, width, ("bias", "residual")),
+        make("fc1", width, gated, ("bias", "row_scale"), activation=True),
+        make("fc2", hidden, width, ("bias", "residual")),
+        make("fc2 back", width, hidden, ("row_scale",), gate=True),
+        make("fc1 back", hidden, width, ("residual",)),
+        make("proj back", width, inner, ()),
+        make("values back", inner, width, ("row_scale", "residual")),
     ]
 
 
 def _product(
     shapes: Shapes,
+    op: str,
     name: str,
     inner: int,
     outer: int,
@@ -173,7 +188,7 @@ def _product(
         return {key: value for key, value in made.items() if key in (*epilogue, "x", "weight", "first")}
 
     def bind(load: Load, given: Operands, dtype: torch.dtype) -> Callable[[], Any]:
-        linear, pack = load("linear"), load("pack_weight")
+        linear, pack = load(op), load(PACKS[op])
         weight = pack(given["weight"])
         settings = {key: given[key] for key in epilogue}
         if activation:
@@ -183,7 +198,7 @@ def _product(
             _, settings["gate"] = linear(given["x"], pack(given["first"]), activation=shapes.activation)
         return lambda: linear(given["x"], weight, **settings)
 
-    return Case("linear", name, operands, bind, ("x", "weight", *epilogue), 2e-9 * rows * inner * outer)
+    return Case(op, name, operands, bind, ("x", "weight", *epilogue), 2e-9 * rows * inner * outer)
 
 
 def _heads(shapes: Shapes) -> Callable[[torch.Generator, torch.dtype], Operands]:
@@ -234,8 +249,10 @@ CASES: dict[str, Callable[[Shapes], list[Case]]] = {
     "perturb": _perturb,
     "pull_back": _pull_back,
     "robust_mean": _robust_mean,
+    "pull_back_mean": _pull_back_mean,
     "smooth": _smooth,
     "linear": _linear,
+    "linear_fp8": partial(_linear, op="linear_fp8"),
     "attention": _attention,
     "attention_vjp": _attention_vjp,
     "row_rstd": _row_rstd,

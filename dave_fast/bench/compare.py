@@ -17,6 +17,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dave_fast.bench import machine
 from dave_fast.bench.timing import spread
 from dave_fast.errors import BackendError, InputError
@@ -93,9 +95,16 @@ def _build(tree: Path, name: str) -> None:
     if (tree / "kernels").is_dir() and not kernels.exists():
         kernels.symlink_to(tree / "kernels", target_is_directory=True)
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-    built = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False, timeout=BUILD_SECONDS)
+    settings: dict[str, Any] = {"capture_output": True, "text": True, "check": False, "timeout": BUILD_SECONDS}
+    built = subprocess.run(command, cwd=tree, env={"CUDAARCHS": _architecture(), **os.environ}, **settings)
     if built.returncode != 0:
         raise BackendError(f"{name} cannot be built: {' '.join(built.stderr.split())[-400:]}")
+
+
+def _architecture() -> str:
+    """CMake's name of the one CUDA architecture that is worth compiling for here."""
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    return f"{major}{minor}{'a' if major == 9 else ''}-real"
 
 
 def compare(

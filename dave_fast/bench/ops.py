@@ -12,7 +12,7 @@ import torch
 
 from dave_fast.bench import rates
 from dave_fast.bench.agreement import check, loader, reference
-from dave_fast.bench.cases import Case, Operands, cases_of
+from dave_fast.bench.cases import PACKS, Case, Operands, cases_of
 from dave_fast.bench.shapes import Shapes, load_object
 from dave_fast.bench.timing import host_seconds, in_turns, spread
 from dave_fast.errors import BackendError, InputError
@@ -21,7 +21,7 @@ from dave_fast.ops import _registry
 YOURS = "yours"
 CEILING, COPY = "ceiling", "copy"
 # what a kernel of yours is paired with where you give only one of the two
-COMPANIONS = {"linear": "pack_weight", "attention_vjp": "attention"}
+COMPANIONS = {**PACKS, "attention_vjp": "attention"}
 # sets of operands rotate through more than a cache holds; on a GPU through three times its L2
 CPU_CACHE_BYTES = 64 << 20
 MOST_SETS = 8
@@ -38,7 +38,7 @@ def backends_of(op: str, device: str) -> dict[str, str | None]:
 def registered(kernels: Mapping[str, str], device: str) -> Iterator[None]:
     """Kernels of your own ("op" -> "module:function") as the backend "yours", while the context lasts.
 
-    A linear without a pack_weight gets weights (O, I) as they are; an attention_vjp without an attention gets what
+    A linear without its pack_weight gets weights (O, I) as they are; an attention_vjp without an attention gets what
     `attention_ref` saves. Raises InputError for an unknown op or a function that is not there.
     """
     added = dict(kernels)
@@ -156,7 +156,7 @@ def _limit(case: Case, shapes: Shapes, precision: str, device: str) -> dict[str,
     if not case.gigaflops:
         return {COPY: rates.copy(device=device)}
     made = rates.ceiling(
-        rates.kind_of(precision, device),
+        rates.kind_of("fp8" if case.op == "linear_fp8" else precision, device),
         shapes.rows * shapes.tokens,
         shapes.width,
         shapes.hidden,

@@ -13,9 +13,9 @@ from torch import nn
 from dave_fast.bench.timing import host_seconds, peak_memory, spread
 from dave_fast.bench.whole import NOISE_ALPHA
 from dave_fast.explainer import DAVE
-from dave_fast.memory import engine_row_bytes, weight_bytes
+from dave_fast.memory import engine_row_bytes, plan_bytes
 from dave_fast.plan import make_plan, why_not
-from dave_fast.route import DTYPES
+from dave_fast.precision import DTYPES
 
 SAMPLES = (8, 16, 32, 50, 100, 200)
 SIZES = (224, 336, 448, 560, 672)
@@ -64,7 +64,7 @@ def memory_against_size(
             "size": size,
             "tokens": plan.tokens,
             "row bytes": engine_row_bytes(plan),
-            "weight bytes": 2 * weight_bytes(model) * plan.dtype.itemsize // 4,
+            "weight bytes": plan_bytes(plan),
             "rows": rows,
         }
         if device == "cuda":

@@ -36,16 +36,16 @@ def own_attention_vjp(saved, d_out):
     return attention_vjp_ref(saved, d_out)
 
 
-def own_row_rstd(x, eps, *, centred):
-    return row_rstd_ref(x, eps, centred=centred)
+def own_row_rstd(x, eps, *, centred, squares=None):
+    return row_rstd_ref(x, eps, centred=centred, squares=squares)
 
 
-def wrong_row_rstd(x, eps, *, centred):
-    return 1.001 * row_rstd_ref(x, eps, centred=centred)
+def wrong_row_rstd(x, eps, *, centred, squares=None):
+    return 1.001 * row_rstd_ref(x, eps, centred=centred, squares=squares)
 
 
-def careless_row_rstd(x, eps, *, centred):
+def careless_row_rstd(x, eps, *, centred, squares=None):
     """The last row is never written."""
     rstd = torch.empty(len(x))
-    rstd[:-1] = row_rstd_ref(x, eps, centred=centred)[:-1]
+    rstd[:-1] = row_rstd_ref(x, eps, centred=centred, squares=squares)[:-1]
     return rstd
