@@ -43,6 +43,12 @@ def covered(*tensors: Tensor | None) -> bool:
     return all(t is None or t.dtype not in kept_out for t in tensors)
 
 
+def row_blocks(width: int) -> tuple[int, int]:
+    """(rows, columns) of a program that holds whole rows: about 4096 values."""
+    columns = triton.next_power_of_2(width)
+    return max(1, min(128, 4096 // columns)), columns
+
+
 def autotuning() -> bool:
     """Whether candidates are timed."""
     return not INTERPRETED and os.environ.get("DAVE_FAST_AUTOTUNE", "0") == "1"

@@ -38,14 +38,31 @@ def _load(base, o, limit, stride, D: tl.constexpr, D_BLOCK: tl.constexpr, MASKED
 
 
 @triton.jit
+def _scores(
+    b_still, still, o_still, limit_still, stride_still, passing, o_passing, limit_passing, stride_passing,
+    D: tl.constexpr, D_BLOCK: tl.constexpr, D_STEP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """still · passingᵀ of two blocks of tokens, D_STEP components at a time; whole, `still` is kept in b_still."""
+    if D_STEP == D_BLOCK:
+        b_passing = _load(passing, o_passing, limit_passing, stride_passing, D, D_BLOCK, MASKED)
+        s = tl.dot(b_still, b_passing.T, input_precision="ieee")
+    else:
+        s = tl.zeros((o_still.shape[0], o_passing.shape[0]), dtype=tl.float32)
+        for d in tl.static_range(0, D_BLOCK, D_STEP):
+            b_still = _load(still + d, o_still, limit_still, stride_still, D - d, D_STEP, True)
+            b_passing = _load(passing + d, o_passing, limit_passing, stride_passing, D - d, D_STEP, MASKED)
+            s = tl.dot(b_still, b_passing.T, s, input_precision="ieee")
+    return s
+
+
+@triton.jit
 def _forward_block(
-    b_q, k, v, start, N, stride_k, stride_v, factor, acc, top, total,
-    D: tl.constexpr, D_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    b_q, q, o_q, Q, stride_q, k, v, start, N, stride_k, stride_v, factor, acc, top, total,
+    D: tl.constexpr, D_BLOCK: tl.constexpr, D_STEP: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block of keys: the running maximum score `top`, sum `total` and product `acc` of the online softmax."""
     o_n = start + tl.arange(0, BLOCK_N)
-    b_k = _load(k, o_n, N, stride_k, D, D_BLOCK, MASKED)  # [BLOCK_N, D_BLOCK]
-    s = tl.dot(b_q, b_k.T, input_precision="ieee")  # [BLOCK_Q, BLOCK_N]
+    s = _scores(b_q, q, o_q, Q, stride_q, k, o_n, N, stride_k, D, D_BLOCK, D_STEP, MASKED)  # [BLOCK_Q, BLOCK_N]
     if MASKED:
         s = tl.where((o_n < N)[None, :], s, float("-inf"))
     higher = tl.maximum(top, tl.max(s, 1))
@@ -61,7 +78,7 @@ def _forward_block(
 def _attention_kernel(
     q, k, v, out, lse, Q, N, H, factor,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
-    D: tl.constexpr, D_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, D_BLOCK: tl.constexpr, D_STEP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A block of queries of one head; all blocks of keys but the last are whole, and go without a mask."""
     i_q = tl.program_id(0)
@@ -77,11 +94,13 @@ def _attention_kernel(
     last = (N - 1) // BLOCK_N * BLOCK_N
     for start in range(0, last, BLOCK_N):
         acc, top, total = _forward_block(
-            b_q, k, v, start, N, k_token, v_token, factor, acc, top, total, D, D_BLOCK, BLOCK_N, False
-        )
+            b_q, q, o_q, Q, q_token, k, v, start, N, k_token, v_token, factor, acc, top, total,
+            D, D_BLOCK, D_STEP, BLOCK_N, False,
+        )  # fmt: skip
     acc, top, total = _forward_block(
-        b_q, k, v, last, N, k_token, v_token, factor, acc, top, total, D, D_BLOCK, BLOCK_N, True
-    )
+        b_q, q, o_q, Q, q_token, k, v, last, N, k_token, v_token, factor, acc, top, total,
+        D, D_BLOCK, D_STEP, BLOCK_N, True,
+    )  # fmt: skip
     m_q = o_q < Q
     o_lse = tl.program_id(1).to(tl.int64) * Q + o_q
     tl.store(lse + o_lse, top * factor + tl.log2(total), mask=m_q)
@@ -92,15 +111,14 @@ def _attention_kernel(
 
 @triton.jit
 def _vjp_block(
-    b_k, q, d_out, lse, start, Q, stride_q, stride_o, factor, acc,
-    D: tl.constexpr, D_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, MASKED: tl.constexpr,
+    b_k, k, o_n, N, stride_k, q, d_out, lse, start, Q, stride_q, stride_o, factor, acc,
+    D: tl.constexpr, D_BLOCK: tl.constexpr, D_STEP: tl.constexpr, BLOCK_Q: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """acc += Pᵀ d_out of one block of queries."""
     o_q = start + tl.arange(0, BLOCK_Q)
-    b_q = _load(q, o_q, Q, stride_q, D, D_BLOCK, MASKED)  # [BLOCK_Q, D_BLOCK]
     # queries beyond the last have a log-sum-exp of infinity, so a probability of zero
     b_lse = tl.load(lse + o_q, mask=o_q < Q, other=float("inf")) if MASKED else tl.load(lse + o_q)
-    s = tl.dot(b_k, b_q.T, input_precision="ieee")  # [BLOCK_N, BLOCK_Q]
+    s = _scores(b_k, k, o_n, N, stride_k, q, o_q, Q, stride_q, D, D_BLOCK, D_STEP, MASKED)  # [BLOCK_N, BLOCK_Q]
     p = tl.exp2(s * factor - b_lse[None, :])
     b_o = _load(d_out, o_q, Q, stride_o, D, D_BLOCK, MASKED)  # [BLOCK_Q, D_BLOCK]
     return tl.dot(p.to(b_o.dtype), b_o, acc, input_precision="ieee")
@@ -110,7 +128,7 @@ def _vjp_block(
 def _attention_vjp_kernel(
     q, k, lse, d_out, d_v, Q, N, H, factor,
     q_row, q_token, q_head, k_row, k_token, k_head, o_row, o_token, o_head,
-    D: tl.constexpr, D_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, D_BLOCK: tl.constexpr, D_STEP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dv of a block of keys of one head; all blocks of queries but the last are whole, and go without a mask."""
     i_n = tl.program_id(0)
@@ -124,8 +142,14 @@ def _attention_vjp_kernel(
     acc = tl.zeros((BLOCK_N, D_BLOCK), dtype=tl.float32)
     last = (Q - 1) // BLOCK_Q * BLOCK_Q
     for start in range(0, last, BLOCK_Q):
-        acc = _vjp_block(b_k, q, d_out, lse, start, Q, q_token, o_token, factor, acc, D, D_BLOCK, BLOCK_Q, False)
-    acc = _vjp_block(b_k, q, d_out, lse, last, Q, q_token, o_token, factor, acc, D, D_BLOCK, BLOCK_Q, True)
+        acc = _vjp_block(
+            b_k, k, o_n, N, k_token, q, d_out, lse, start, Q, q_token, o_token, factor, acc,
+            D, D_BLOCK, D_STEP, BLOCK_Q, False,
+        )  # fmt: skip
+    acc = _vjp_block(
+        b_k, k, o_n, N, k_token, q, d_out, lse, last, Q, q_token, o_token, factor, acc,
+        D, D_BLOCK, D_STEP, BLOCK_Q, True,
+    )  # fmt: skip
     d = tl.arange(0, D_BLOCK)
     p = d_v + ((i_row * N + o_n)[:, None] * H + i_head) * D + d[None, :]
     tl.store(p, acc.to(d_v.dtype.element_ty), mask=(o_n < N)[:, None] & (d < D)[None, :])
@@ -152,9 +176,9 @@ def configurations(arch: int, dtype: torch.dtype, dim: int, queries: int, *, vjp
 
     def configuration(still: int, passing: int, warps: int, stages: int) -> triton.Config:
         block_q, block_n = (passing, still) if vjp else (still, passing)
-        return triton.Config(
-            {"BLOCK_Q": 16 if few else block_q, "BLOCK_N": block_n}, num_warps=warps, num_stages=stages
-        )
+        tile = {"BLOCK_Q": 16 if few else block_q, "BLOCK_N": block_n}
+        step = 16 if dtype == torch.float32 else dim
+        return triton.Config(tile | {"D_STEP": step}, num_warps=warps, num_stages=stages)
 
     if arch == 0:
         return [configuration(32, 16, 4, 1)]
@@ -163,7 +187,7 @@ def configurations(arch: int, dtype: torch.dtype, dim: int, queries: int, *, vjp
     if few and not vjp:
         return [configuration(16, 64, 4, 2)]
     if dim > 64:
-        return [configuration(128, 64, 8, 2), configuration(64, 64, 4, 2)]
+        return [configuration(128, 64 if arch >= 90 else 32, 8, 2), configuration(128, 32, 8, 3)]
     return [configuration(128, 64, 8, 3), configuration(128, 64, 4, 3), configuration(64, 64, 4, 3)]
 
 

@@ -115,16 +115,22 @@ def _affine(acc, bias, row_scale, column_scale, t, o, T, O, START):
 
 
 @triton.jit
+def _halves(acc):
+    """The left and the right half of a tile's columns."""
+    return tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def _epilogue(
-    acc, second, bias, row_scale, column_scale, gate, residual, y, new_gate, squares, i_t, i_o, T, O, parts,
-    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, ACTIVATION: tl.constexpr, GLU: tl.constexpr, EXACT: tl.constexpr,
+    acc, second, bias, row_scale, column_scale, gate, residual, y, new_gate, squares, i_t, start, T, O, parts,
+    BLOCK_T: tl.constexpr, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, GLU: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """All that follows the product, in registers, and the stores."""
+    """All that follows the product, for WIDTH columns from `start` on, in registers, and the stores."""
     # the tile's corner in 64 bits, what lies in it in 32: offsets are half of the registers here
-    corner = (i_t * BLOCK_T).to(tl.int64) * O + i_o * BLOCK_O
-    at = tl.arange(0, BLOCK_T)[:, None] * O + tl.arange(0, BLOCK_O)[None, :]
+    corner = (i_t * BLOCK_T).to(tl.int64) * O + start
+    at = tl.arange(0, BLOCK_T)[:, None] * O + tl.arange(0, WIDTH)[None, :]
     t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
-    o = i_o * BLOCK_O + tl.arange(0, BLOCK_O)
+    o = start + tl.arange(0, WIDTH)
     m = (t < T)[:, None] & (o < O)[None, :]
     acc = _affine(acc, bias, row_scale, column_scale, t, o, T, O, 0)
     if ACTIVATION is not None:
@@ -150,9 +156,9 @@ def _epilogue(
     tl.store(y + corner + at, stored, mask=m)
     if squares is not None:
         kept = tl.where(m, stored.to(tl.float32), 0.0)
-        part = tl.arange(0, BLOCK_O // PART)
+        part = tl.arange(0, WIDTH // PART)
         sums = tl.where(part[None, :] == 0, tl.sum(kept * kept, 1)[:, None], 0.0)
-        part += i_o * (BLOCK_O // PART)
+        part += start // PART
         tl.store(
             squares + t.to(tl.int64)[:, None] * parts + part[None, :],
             sums,
@@ -182,18 +188,34 @@ def _linear_kernel(
             x, w, x_desc, w_desc, i_t, i_o, T, O, I, stride_x, stride_w,
             BLOCK_T, BLOCK_O, BLOCK_I, DESCRIPTORS, EVEN_I, GLU,
         )  # fmt: skip
+        if BLOCK_O > PART:
+            # one half after the other: what an epilogue holds beside the product fits the registers
+            acc, right = _halves(acc)
+            second, second_right = _halves(second)
+            _epilogue(
+                right, second_right, bias, row_scale, column_scale, gate, residual, y, new_gate, squares,
+                i_t, i_o * BLOCK_O + BLOCK_O // 2, T, O, parts, BLOCK_T, BLOCK_O // 2, ACTIVATION, GLU, EXACT,
+            )  # fmt: skip
         _epilogue(
-            acc, second, bias, row_scale, column_scale, gate, residual, y, new_gate, squares, i_t, i_o, T, O, parts,
-            BLOCK_T, BLOCK_O, ACTIVATION, GLU, EXACT,
+            acc, second, bias, row_scale, column_scale, gate, residual, y, new_gate, squares,
+            i_t, i_o * BLOCK_O, T, O, parts, BLOCK_T, acc.shape[1], ACTIVATION, GLU, EXACT,
         )  # fmt: skip
 
 
 def _configuration(
-    block_t: int, block_o: int, block_i: int, warps: int, stages: int, *, descriptors: bool, persistent: bool = False
+    block_t: int,
+    block_o: int,
+    block_i: int,
+    warps: int,
+    stages: int,
+    *,
+    descriptors: bool,
+    persistent: bool = False,
+    registers: int | None = None,
 ) -> triton.Config:
     tiles = {"BLOCK_T": block_t, "BLOCK_O": block_o, "BLOCK_I": block_i, "GROUP": 8}
     how = {"DESCRIPTORS": descriptors, "PERSISTENT": persistent}
-    return triton.Config(tiles | how, num_warps=warps, num_stages=stages)
+    return triton.Config(tiles | how, num_warps=warps, num_stages=stages, maxnreg=registers)
 
 
 def configurations(arch: int, dtype: torch.dtype, *, glu: bool, descriptors: bool) -> list[triton.Config]:
@@ -201,30 +223,31 @@ def configurations(arch: int, dtype: torch.dtype, *, glu: bool, descriptors: boo
 
     descriptors: whether the operands' rows start at multiples of 16 bytes, as TMA needs.
 
-    128×128 tiles of 64 in-features (128 in eight bits) in three stages take 96 KiB, so that two programs share a
-    multiprocessor of sm_90 and one's epilogue hides behind the other's product. float32 has no tensor cores here:
-    smaller tiles, for registers. A gated MLP has two accumulators, each half as wide.
+    128×128 tiles in three stages of 64 in-features take 96 KiB: on sm_90 two programs of 128 registers share a
+    multiprocessor, and one's epilogue hides behind the other's product. sm_80 has less shared memory: 32 in-features,
+    four stages. On sm_100 accumulators have a memory of their own. float32 has no tensor cores here: smaller tiles, for
+    registers. A gated MLP has two accumulators, each half as wide.
     """
     if arch == 0:
         return [_configuration(32, 64, 32, 4, 1, descriptors=False)]
     if dtype == torch.float32:
         width = 32 if glu else 64
         return [_configuration(64, width, 32, warps, 2, descriptors=False) for warps in (4, 8)]
-    wide = 128 if dtype.itemsize == 1 else 64
     tma = descriptors and arch >= 90
-    if glu:
-        return [_configuration(128, 64, wide, warps, 3, descriptors=tma) for warps in (8, 4)]
+    width, two = 64 if glu else 128, 128 if arch < 100 else None
+    deep, stages = (64, 4 if dtype.itemsize == 1 else 3) if arch >= 90 else (32, 4)
     found = [
-        _configuration(128, 128, wide, 8, 3, descriptors=tma),
-        _configuration(128, 128, wide, 4, 3, descriptors=tma),
-        _configuration(64, 128, wide, 4, 4, descriptors=tma),
-        _configuration(128, 64, wide, 4, 4, descriptors=tma),
+        _configuration(128, width, deep, 8, stages, descriptors=tma, registers=two),
+        _configuration(128, width, deep, 4, stages, descriptors=tma),
+        _configuration(64, width, deep, 4, 4, descriptors=tma),
     ]
-    if tma:
+    if not glu:
+        found.append(_configuration(128, 64, deep, 4, 4, descriptors=tma))
+    if tma and not glu:
         found += [
-            _configuration(128, 128, wide, 8, 3, descriptors=False),
-            _configuration(128, 128, wide, 8, 4, descriptors=True, persistent=True),
-            _configuration(128, 256, wide, 8, 3, descriptors=True, persistent=True),
+            _configuration(128, 128, deep, 8, stages, descriptors=False, registers=two),
+            _configuration(128, 128, deep, 8, 4, descriptors=True, persistent=True),
+            _configuration(128, 256, deep, 8, 3, descriptors=True, persistent=True),
         ]
     return found
 

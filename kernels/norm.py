@@ -3,6 +3,10 @@
     r[t] = 1/√(mean_c x[t, c]² + eps)         centred, or from squares[t, part]
     r[t] = 1/√(mean_c (x[t, c] − mean)² + eps)  else, in two passes over registers
 
+normalize: a whole norm, and its frozen VJP, M = I − 11ᵀ/C:
+
+    y = [M] (r·([M] x) ⊙ w + b)               g ← r·[M] (w ⊙ [M] g)
+
 T rows · C columns.
 """
 
@@ -14,7 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from dave_fast.kernels import _launch
-from dave_fast.ops.norm import row_rstd_ref
+from dave_fast.ops.norm import normalize_ref, normalize_vjp_ref, row_rstd_ref
+
+
+@triton.jit
+def _remove_mean(b, m, C):
+    """Rows b without their means, zero outside of m."""
+    return tl.where(m, b - (tl.sum(b, 1) / C)[:, None], 0.0)
 
 
 @triton.jit
@@ -29,7 +39,7 @@ def _row_rstd_kernel(
     b = tl.load(x + t.to(tl.int64)[:, None] * stride + c[None, :], mask=m, other=0.0).to(tl.float32)  # [T, C]
     if not SQUARES:
         if not CENTRED:
-            b = tl.where(m, b - (tl.sum(b, 1) / C)[:, None], 0.0)
+            b = _remove_mean(b, m, C)
         b *= b
     tl.store(rstd + t, tl.rsqrt(tl.sum(b, 1) / count + eps), mask=t < T)
 
@@ -41,15 +51,71 @@ def row_rstd_triton(x: Tensor, eps: float, *, centred: bool, squares: Tensor | N
     rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     read = squares if centred and squares is not None else x
     T, C = read.shape
-    block_c = triton.next_power_of_2(C)
-    # about 4096 values a program
-    block_t = max(1, min(128, 4096 // block_c))
+    block_t, block_c = _launch.row_blocks(C)
     _row_rstd_kernel[(triton.cdiv(T, block_t),)](
         *(read, rstd, T, C, read.stride(0), x.shape[1], eps),
         CENTRED=centred,
         SQUARES=read is squares,
         BLOCK_T=block_t,
         BLOCK_C=block_c,
-        num_warps=4,
     )
     return rstd
+
+
+@triton.jit
+def _normalize_kernel(
+    x, weight, bias, rstd, y, T, N, H, C, x_row, x_token, x_head, eps,
+    CENTRES: tl.constexpr, CENTRED: tl.constexpr, VJP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """y (T, C) of x (T / (N·H), N, H, C), each row whole; rstd is written, and read in the VJP."""
+    t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    c = tl.arange(0, BLOCK_C)
+    m = (t < T)[:, None] & (c < C)[None, :]
+    start = t // (N * H) * x_row + t // H % N * x_token + t % H * x_head
+    b = tl.load(x + start[:, None] + c[None, :], mask=m, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_C]
+    w = tl.load(weight + c, mask=c < C, other=0.0)[None, :]
+    if VJP:
+        r = tl.load(rstd + t, mask=t < T, other=0.0)
+        b = (_remove_mean(b, m, C) if CENTRED else b) * w
+        b = (_remove_mean(b, m, C) if CENTRES else b) * r[:, None]
+    else:
+        b = _remove_mean(b, m, C) if CENTRES else b
+        r = tl.rsqrt(tl.sum(b * b, 1) / C + eps)
+        tl.store(rstd + t, r, mask=t < T)
+        b = b * r[:, None] * w + tl.load(bias + c, mask=c < C, other=0.0)[None, :]
+        b = _remove_mean(b, m, C) if CENTRED else b
+    tl.store(y + t[:, None] * C + c[None, :], b.to(y.dtype.element_ty), mask=m)
+
+
+def normalize_triton(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, centres: bool, centred: bool = False
+) -> tuple[Tensor, Tensor]:
+    """As `normalize_ref` for x (T, C) or (R, N, heads, C) with contiguous columns."""
+    if not _launch.covered(x):
+        return normalize_ref(x, weight, bias, eps, centres=centres, centred=centred)
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    return _normalize(x, weight, bias, rstd, eps, centres, centred, vjp=False), rstd
+
+
+def normalize_vjp_triton(g: Tensor, weight: Tensor, rstd: Tensor, *, centres: bool, centred: bool = False) -> Tensor:
+    """As `normalize_vjp_ref` for g (T, C) or (R, N, heads, C) with contiguous columns."""
+    if not _launch.covered(g):
+        return normalize_vjp_ref(g, weight, rstd, centres=centres, centred=centred)
+    return _normalize(g, weight, weight, rstd, 0.0, centres, centred, vjp=True)
+
+
+def _normalize(
+    x: Tensor, weight: Tensor, bias: Tensor, rstd: Tensor, eps: float, centres: bool, centred: bool, *, vjp: bool
+) -> Tensor:
+    heads = x if x.ndim == 4 else x[None, :, None]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    block_t, block_c = _launch.row_blocks(x.shape[-1])
+    _normalize_kernel[(triton.cdiv(rstd.numel(), block_t),)](
+        *(x, weight, bias, rstd, y, rstd.numel(), *heads.shape[1:], *heads.stride()[:3], eps),
+        CENTRES=centres,
+        CENTRED=centred,
+        VJP=vjp,
+        BLOCK_T=block_t,
+        BLOCK_C=block_c,
+    )
+    return y

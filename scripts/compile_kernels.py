@@ -149,7 +149,11 @@ def compiled(case: Case, arch: int) -> Row:
         if signature[name].startswith(("*", "i")) and name not in odd
     }
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, attributes)
-    options = {"num_warps": case.configuration.num_warps, "num_stages": case.configuration.num_stages}
+    options = {
+        "num_warps": case.configuration.num_warps,
+        "num_stages": case.configuration.num_stages,
+        "maxnreg": case.configuration.maxnreg,
+    }
     log = io.StringIO()
     with tempfile.TemporaryDirectory() as cache, triton.knobs.cache.scope(), triton.knobs.nvidia.scope():
         triton.knobs.cache.dir = cache

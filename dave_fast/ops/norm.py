@@ -2,6 +2,11 @@
 
 RMSNorm, or LayerNorm of rows whose mean is zero:  r = 1/√(mean(x²) + eps)
 LayerNorm:                                         r = 1/√(var(x) + eps)
+
+normalize: a norm that cannot be folded, ahead of the blocks or of queries and keys, and its frozen VJP:
+
+    y = r·x ⊙ w + b,   g ← r·(w ⊙ g)      with M = I − 11ᵀ/C applied to x (`centres`: LayerNorm), and to y (`centred`:
+                                          a centred stream starts behind it); in the VJP the same, transposed
 """
 
 from __future__ import annotations
@@ -35,3 +40,35 @@ def row_rstd_native(x: Tensor, eps: float, *, centred: bool, squares: Tensor | N
         *(_ext.address(rstd), _ext.threads()),
     )
     return rstd
+
+
+def normalize_ref(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, centres: bool, centred: bool = False
+) -> tuple[Tensor, Tensor]:
+    """A whole norm.
+
+    Args:
+        x: (..., C), any strides.
+        weight, bias: (C,) float32 (float64 for float64 rows).
+        eps: is added to the variance.
+        centres: LayerNorm; else RMSNorm.
+        centred: whether the results' own means are removed.
+
+    Returns:
+        y of x's shape and dtype, contiguous; r (...,) float32 (float64), which `normalize_vjp` wants.
+    """
+    wide = x.to(weight.dtype)
+    rstd = row_rstd_ref(wide, eps, centred=not centres)
+    y = (_remove_mean(wide) if centres else wide) * rstd[..., None] * weight + bias
+    return (_remove_mean(y) if centred else y).to(x.dtype).contiguous(), rstd
+
+
+def normalize_vjp_ref(g: Tensor, weight: Tensor, rstd: Tensor, *, centres: bool, centred: bool = False) -> Tensor:
+    """Frozen VJP of `normalize_ref`: the cotangent of y -> that of x, with r held constant; g's shape and dtype."""
+    wide = g.to(weight.dtype)
+    wide = (_remove_mean(wide) if centred else wide) * weight
+    return ((_remove_mean(wide) if centres else wide) * rstd[..., None]).to(g.dtype)
+
+
+def _remove_mean(x: Tensor) -> Tensor:
+    return x - x.mean(-1, keepdim=True)

@@ -1,0 +1,40 @@
+"""tokens: embedded patches become the residual stream that blocks read.
+
+    x[r] = prefix tokens, then patches[r] + position
+
+R rows · n patches · k prefix tokens · N = k + n · C width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dave_fast.precision import statistics_dtype
+
+
+def assemble_ref(patches: Tensor, prefix: Tensor, position: Tensor, *, squares: bool = False) -> Any:
+    """The stream ahead of the first block.
+
+    Args:
+        patches: (R, n, C) embedded patches, without their bias.
+        prefix: (k, C) class, distillation and register tokens.
+        position: (n, C) is added to the patches, their bias included.
+        squares: the sums of squares of x are returned too, as `linear` does.
+
+    Returns:
+        x (R·N, C) in the patches' dtype, or (x, (R·N, parts) float32).
+    """
+    rows, count, width = patches.shape
+    x = patches.new_empty(rows, len(prefix) + count, width)
+    x[:, : len(prefix)] = prefix
+    torch.add(patches, position, out=x[:, len(prefix) :])
+    x = x.view(-1, width)
+    return (x, sum_squares(x)) if squares else x
+
+
+def sum_squares(x: Tensor) -> Tensor:
+    """Sums of squares of the rows of x (T, C), (T, 1) float32 (float64 for float64 rows)."""
+    return x.to(statistics_dtype(x.dtype)).square().sum(1, keepdim=True)
