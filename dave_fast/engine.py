@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dave_fast.frozen import freeze
+from dave_fast.models.timm_vit import Norm
 from dave_fast.ops import _registry
 from dave_fast.plan import Layer, Projection, ViTPlan, make_plan
 from dave_fast.precision import statistics_dtype
@@ -54,7 +55,10 @@ class Engine:
         self.plan = plan
         linear = "linear_fp8" if fp8 else "linear"
         self._linear: Callable[..., Any] = _registry.bind(linear, backend, device)
+        self._assemble: Callable[..., Any] = _registry.bind("assemble", backend, device)
         self._row_rstd: Callable[..., Tensor] = _registry.bind("row_rstd", backend, device)
+        self._normalize: Callable[..., tuple[Tensor, Tensor]] = _registry.bind("normalize", backend, device)
+        self._normalize_vjp: Callable[..., Tensor] = _registry.bind("normalize_vjp", backend, device)
         self._attention: Callable[..., Any] = _registry.bind("attention", backend, device)
         self._attention_vjp: Callable[..., Any] = _registry.bind("attention_vjp", backend, device)
         # Triton's writers sum squares in their epilogue, so that norms need not read the stream again
@@ -81,8 +85,7 @@ class Engine:
         """tokens (R, n, c·p_h·p_w) in the plan's dtype -> logits (R, K) float32 (float64), operators."""
         plan = self.plan
         rows = tokens.shape[0]
-        x, rstd_pre = self._embed(tokens)
-        squares = None
+        x, squares, rstd_pre = self._embed(tokens)
         saved = []
         for layer in plan.layers:
             x, squares, operators = self._layer(layer, x, squares, rows)
@@ -107,43 +110,27 @@ class Engine:
 
     # ---- patch embedding ----
 
-    def _embed(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _embed(self, tokens: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The stream (R·N, C), what is known of its squares, and the first norm's 1/σ where there is one."""
         plan = self.plan
         rows, patches, _ = tokens.shape
-        prefix = plan.prefix.shape[0]
         embedded = self._linear(tokens.reshape(rows * patches, -1), plan.embed.weight, plan.embed.bias)
-        x = embedded.new_empty(rows, plan.tokens, plan.width)
-        x[:, :prefix] = plan.prefix
-        torch.add(embedded.view(rows, patches, -1), plan.position, out=x[:, prefix:])
-        x = x.view(-1, plan.width)
-        if plan.norm_pre is None:
-            return x, None
-        return self._norm_pre(x)
-
-    def _norm_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """A real norm ahead of the blocks; the stream starts behind it, centred where the plan is."""
-        norm = self.plan.norm_pre
-        assert norm is not None
-        wide = x.to(statistics_dtype(x.dtype))
-        rstd = self._row_rstd(wide, norm.eps, centred=not norm.centres)
-        if norm.centres:
-            wide = wide - wide.mean(-1, keepdim=True)
-        wide = wide * rstd[:, None] * norm.weight.to(wide) + norm.bias.to(wide)
-        if self.plan.centred:
-            wide = wide - wide.mean(-1, keepdim=True)
-        return wide.to(x.dtype), rstd
+        embedded = embedded.view(rows, patches, -1)
+        norm = plan.norm_pre
+        squares = self._squares and norm is None
+        assembled = self._assemble(embedded, plan.prefix, plan.position, squares=squares)
+        x, sums = assembled if squares else (assembled, None)
+        if norm is None:
+            return x, sums, None
+        # a real norm ahead of the blocks: the stream starts behind it, centred where the plan is
+        x, rstd = self._normalize(x, norm.weight, norm.bias, norm.eps, centres=norm.centres, centred=plan.centred)
+        return x, None, rstd
 
     def _embed_vjp(self, g: Tensor, saved: Saved) -> Tensor:
         plan = self.plan
         norm = plan.norm_pre
         if norm is not None and saved.rstd_pre is not None:
-            wide = g.to(saved.rstd_pre.dtype)
-            if plan.centred:
-                wide = wide - wide.mean(-1, keepdim=True)
-            wide = wide * norm.weight.to(wide)
-            if norm.centres:
-                wide = wide - wide.mean(-1, keepdim=True)
-            g = (wide * saved.rstd_pre[:, None]).to(g.dtype)
+            g = self._normalize_vjp(g, norm.weight, saved.rstd_pre, centres=norm.centres, centred=plan.centred)
         g = g.view(saved.rows, plan.tokens, plan.width)[:, plan.prefix.shape[0] :]
         patches = g.reshape(-1, plan.width)
         return self._linear(patches, plan.embed.transposed).view(saved.rows, g.shape[1], -1)
@@ -182,9 +169,16 @@ class Engine:
             q = self._linear(read, layer.query.weight, layer.query.bias, row_scale=rstd_read).view(shape)
             kv = self._linear(x, layer.key_value.weight, layer.key_value.bias, row_scale=rstd)
             k, v = (t.unflatten(0, (rows, -1)).view(shape) for t in kv.chunk(2, dim=-1))
-        q = q if layer.q_norm is None else layer.q_norm(q)
-        k = k if layer.k_norm is None else layer.k_norm(k)
-        return q, k, v
+        return self._head_norm(layer.q_norm, q), self._head_norm(layer.k_norm, k), v
+
+    def _head_norm(self, norm: Norm | nn.Module | None, heads: Tensor) -> Tensor:
+        """Queries or keys (R, tokens, heads, D) through their norm: frozen with P, so nothing of it is kept."""
+        if norm is None:
+            return heads
+        if isinstance(norm, nn.Module):
+            normed: Tensor = norm(heads)
+            return normed
+        return self._normalize(heads, norm.weight, norm.bias, norm.eps, centres=norm.centres)[0]
 
     def _read(self, layer: Layer, x: Tensor, rows: int) -> Tensor:
         """The tokens of x (R·N, ...) for which the block is computed to its end."""

@@ -57,8 +57,8 @@ class Layer:
     heads: int
     head_dim: int
     scale: float
-    q_norm: nn.Module | None
-    k_norm: nn.Module | None
+    q_norm: Norm | nn.Module | None
+    k_norm: Norm | nn.Module | None
     activation: str
     eps1: float
     eps2: float
@@ -168,7 +168,7 @@ def make_plan(
         embed=maker.projection(Linear(embed.weight, torch.zeros_like(embed.bias))),
         position=maker.cast(position),
         prefix=maker.cast(prefix),
-        norm_pre=norm_pre,
+        norm_pre=None if norm_pre is None else maker.norm(norm_pre),
         centred=centred,
         layers=layers,
         read=read,
@@ -213,8 +213,8 @@ class _Maker:
             heads=block.heads,
             head_dim=block.head_dim,
             scale=block.scale,
-            q_norm=self._module(block.q_norm),
-            k_norm=self._module(block.k_norm),
+            q_norm=self._head_norm(block.q_norm, block.head_dim),
+            k_norm=self._head_norm(block.k_norm, block.head_dim),
             activation=block.activation,
             eps1=block.norm1.eps,
             eps2=block.norm2.eps,
@@ -222,9 +222,17 @@ class _Maker:
             centred2=centred or not block.norm2.centres,
         )
 
-    def _module(self, module: nn.Module | None) -> nn.Module | None:
+    def norm(self, norm: Norm) -> Norm:
+        """A norm that is not folded: its numbers on the device, in the dtype of statistics."""
+        weight, bias = (t.to(self.device, statistics_dtype(self.dtype)) for t in (norm.weight, norm.bias))
+        return replace(norm, weight=weight, bias=bias)
+
+    def _head_norm(self, module: nn.Module | None, dim: int) -> Norm | nn.Module | None:
+        """A known norm as its numbers, any other as it is."""
         if module is None:
             return None
+        if timm_vit.norm_reason(module) is None:
+            return self.norm(timm_vit.read_norm(module, dim))
         return copy.deepcopy(module).to(device=self.device, dtype=self.dtype).requires_grad_(False)
 
 

@@ -181,9 +181,9 @@ def configurations(arch: int, dtype: torch.dtype, dim: int, queries: int, *, vjp
         return triton.Config(tile | {"D_STEP": step}, num_warps=warps, num_stages=stages)
 
     if arch == 0:
-        return [configuration(32, 16, 4, 1)]
+        return [configuration(64, 32, 4, 1)]
     if dtype == torch.float32:
-        return [configuration(32, 32, 4, 1) if dim > 64 else configuration(64, 32, 4, 1)]
+        return [configuration(32, 16, 8, 1) if dim > 64 else configuration(64, 32, 4, 1)]
     if few and not vjp:
         return [configuration(16, 64, 4, 2)]
     if dim > 64:

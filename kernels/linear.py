@@ -229,7 +229,7 @@ def configurations(arch: int, dtype: torch.dtype, *, glu: bool, descriptors: boo
     registers. A gated MLP has two accumulators, each half as wide.
     """
     if arch == 0:
-        return [_configuration(32, 64, 32, 4, 1, descriptors=False)]
+        return [_configuration(64, 64, 32, 4, 1, descriptors=False)]
     if dtype == torch.float32:
         width = 32 if glu else 64
         return [_configuration(64, width, 32, warps, 2, descriptors=False) for warps in (4, 8)]

@@ -19,9 +19,7 @@ from dave_fast.ops.tokens import assemble_ref
 
 
 @triton.jit
-def _assemble_kernel(
-    patches, prefix, position, x, squares, T, N, K, C, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
-):
+def _assemble_kernel(patches, prefix, position, x, squares, T, N, K, C, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
     """BLOCK_T of the T = R·N tokens, each whole."""
     t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     c = tl.arange(0, BLOCK_C)

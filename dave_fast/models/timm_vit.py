@@ -89,8 +89,8 @@ def why_not(model: nn.Module) -> str | None:
     vit: Any = model
     if vit.patch_embed.dynamic_img_pad:
         return "its patch embedding pads images"
-    if type(vit.norm_pre) is not nn.Identity and _norm_reason(vit.norm_pre):
-        return f"norm_pre: {_norm_reason(vit.norm_pre)}"
+    if type(vit.norm_pre) is not nn.Identity and norm_reason(vit.norm_pre):
+        return f"norm_pre: {norm_reason(vit.norm_pre)}"
     if not len(vit.blocks):
         return "it has no blocks"
     for i, block in enumerate(vit.blocks):
@@ -128,10 +128,11 @@ def _block_reason(block: Any) -> str | None:
     for scale in (block.ls1, block.ls2):
         if type(scale) not in (nn.Identity, LayerScale):
             return f"a {type(scale).__name__} stands where LayerScale is expected"
-    return _norm_reason(block.norm1) or _norm_reason(block.norm2)
+    return norm_reason(block.norm1) or norm_reason(block.norm2)
 
 
-def _norm_reason(norm: nn.Module) -> str | None:
+def norm_reason(norm: nn.Module) -> str | None:
+    """Why a norm cannot be read as numbers; None when it can."""
     if type(norm) in LAYER_NORMS + RMS_NORMS:
         return None if norm.eps is not None else "its RMSNorm's eps depends on the precision"
     return f"norm {type(norm).__name__} is neither LayerNorm nor RMSNorm"

@@ -116,6 +116,18 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "native": "dave_fast.ops.norm:row_rstd_native",
         "triton": "dave_fast.kernels.norm:row_rstd_triton",
     },
+    "normalize": {
+        "torch": "dave_fast.ops.norm:normalize_ref",
+        "triton": "dave_fast.kernels.norm:normalize_triton",
+    },
+    "normalize_vjp": {
+        "torch": "dave_fast.ops.norm:normalize_vjp_ref",
+        "triton": "dave_fast.kernels.norm:normalize_vjp_triton",
+    },
+    "assemble": {
+        "torch": "dave_fast.ops.tokens:assemble_ref",
+        "triton": "dave_fast.kernels.tokens:assemble_triton",
+    },
 }
 
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from dave_fast import _ext
 from dave_fast.ops import _registry
 from dave_fast.ops.activation import activate_native, activate_ref, widen_gate
-from dave_fast.ops.tokens import sum_squares
+from dave_fast.precision import statistics_dtype
 
 # rows that oneDNN lays packed weights out for; any other number of rows runs as well
 PACK_ROWS = 1024

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dave_fast.precision import statistics_dtype
+from dave_fast.ops.linear import row_squares
 
 
 def assemble_ref(patches: Tensor, prefix: Tensor, position: Tensor, *, squares: bool = False) -> Any:
@@ -32,9 +32,4 @@ def assemble_ref(patches: Tensor, prefix: Tensor, position: Tensor, *, squares: 
     x[:, : len(prefix)] = prefix
     torch.add(patches, position, out=x[:, len(prefix) :])
     x = x.view(-1, width)
-    return (x, sum_squares(x)) if squares else x
-
-
-def sum_squares(x: Tensor) -> Tensor:
-    """Sums of squares of the rows of x (T, C), (T, 1) float32 (float64 for float64 rows)."""
-    return x.to(statistics_dtype(x.dtype)).square().sum(1, keepdim=True)
+    return (x, row_squares(x)) if squares else x

@@ -7,11 +7,17 @@ other test of the process from compiling.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
+
+from tests.tolerances import LOW_PRECISION_RATIO
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# the interpreter multiplies bfloat16's bits: it is left to PyTorch there
+DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
 
 if not INTERPRETED and not torch.cuda.is_available():
     collect_ignore_glob = ["test_*.py"]
@@ -21,3 +27,27 @@ if not INTERPRETED and not torch.cuda.is_available():
 def device() -> str:
     """Where kernels run."""
     return "cpu" if INTERPRETED else "cuda"
+
+
+@pytest.fixture
+def numbers(device: str) -> Callable[..., Tensor]:
+    """Normal deviates on the device: numbers(*shape, dtype=, seed=)."""
+
+    def make(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
+
+    return make
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """Relative error, Euclidean norms."""
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+def assert_as_good(found: Tensor, plain: Tensor, expected: Tensor) -> None:
+    """A kernel's result against the truth, and plain PyTorch's in the same precision."""
+    assert found.shape == expected.shape and found.dtype == plain.dtype and found.device == plain.device
+    assert found.isfinite().all()
+    limit = LOW_PRECISION_RATIO * max(error(plain, expected), torch.finfo(found.dtype).eps)
+    assert error(found, expected) <= limit

@@ -1,4 +1,4 @@
-"""linear, row_rstd: the Triton kernels against the formulas in float64, and plain PyTorch in the same precision."""
+"""linear: the Triton kernel against the formulas in float64, and plain PyTorch in the same precision."""
 
 import pytest
 import torch
@@ -8,33 +8,12 @@ from dave_fast.kernels import linear as kernels
 from dave_fast.kernels.linear import linear_triton
 from dave_fast.kernels.norm import row_rstd_triton
 from dave_fast.ops.activation import GATES, activate_ref
-from tests.kernels.conftest import INTERPRETED
+from tests.kernels.conftest import DTYPES, assert_as_good, error
 from tests.tolerances import LOW_PRECISION_RATIO
 
-DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
 # rows, in-features, out-features
 SHAPES = [(1, 32, 64), (7, 37, 65), (197, 48, 32), (257, 64, 130)]
 ACTIVATIONS = [*GATES, "silu_glu", "gelu_glu_last"]
-
-
-@pytest.fixture
-def numbers(device):
-    def make(*shape, dtype=torch.float64, seed=0, scale=1.0):
-        values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        return (scale * values).to(dtype).to(device)
-
-    return make
-
-
-def error(found, expected):
-    return ((found.double() - expected).norm() / expected.norm()).item()
-
-
-def assert_as_good(found, plain, expected):
-    assert found.shape == expected.shape and found.dtype == plain.dtype and found.device == plain.device
-    assert found.isfinite().all()
-    limit = LOW_PRECISION_RATIO * max(error(plain, expected), torch.finfo(found.dtype).eps)
-    assert error(found, expected) <= limit
 
 
 def steps(gate):
@@ -156,20 +135,6 @@ def test_every_way_to_bring_and_walk_tiles(numbers, variant, glu, monkeypatch):
     plain = activate_ref(F.linear(x, matrix), activation)
     for got, low, want in zip(linear_triton(x, matrix, activation=activation), plain, expected, strict=True):
         assert_as_good(got, low, want)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (9, 203), (197, 768)], ids=str)
-@pytest.mark.parametrize("centred", [True, False])
-def test_row_rstd(numbers, dtype, shape, centred):
-    x = numbers(*shape, dtype=dtype, seed=5) + (0 if centred else 100)
-    variance = x.double().square().mean(1) if centred else x.double().var(1, correction=0)
-    found = row_rstd_triton(x, 1e-6, centred=centred)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), (variance + 1e-6).rsqrt(), rtol=1e-6 if centred else 1e-4, atol=0)
-    squares = x.double().square().float().unflatten(1, (-1, shape[1])).sum(2).repeat(1, 3) / 3
-    again = row_rstd_triton(x, 1e-6, centred=centred, squares=squares)
-    torch.testing.assert_close(again, found, rtol=1e-6, atol=0)
 
 
 def test_what_is_no_number_goes_through(numbers):
