@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dave_fast import memory
+from dave_fast.aggregation import Aggregation
 from dave_fast.checks import (
     check_classes,
     check_images,
@@ -27,8 +29,7 @@ from dave_fast.checks import (
 )
 from dave_fast.errors import InputError, ModelError
 from dave_fast.graphs import make_graphs
-from dave_fast.memory import SHARE, contribution_bytes, free_bytes
-from dave_fast.micro_batch import MicroBatches, Pacer, Progress, Walk
+from dave_fast.micro_batch import MicroBatches, Progress, Walk
 from dave_fast.models.catalog import load_model, noise_alpha_for
 from dave_fast.ops import _registry
 from dave_fast.ops.patches import patchify, unpatchify
@@ -118,6 +119,7 @@ class DAVE:
         self._perturb = _registry.bind("perturb", backend, kind)
         self._pull_back = _registry.bind("pull_back", backend, kind)
         self._robust_mean = _registry.bind("robust_mean", backend, kind)
+        self._aggregation = Aggregation(self._robust_mean, _registry.bind("pull_back_mean", backend, kind))
         self._smooth = _registry.bind("smooth", backend, kind)
 
     # ---- what callers use ----
@@ -151,7 +153,8 @@ class DAVE:
         with own_arithmetic(self.device):
             images = self._checked(images)
             keys = check_keys(image_keys, len(images))
-            batches = self._batches(self._route(images), check_rows(internal_batch_size))
+            route = self._route(images)
+            batches = self._batches(route, check_rows(internal_batch_size))
             output = self._output(batches, images)
             resolved = resolve_target(target, output)
             draws = draw(
@@ -162,7 +165,8 @@ class DAVE:
                 image_keys=keys,
                 sampling=self.sampling,
             )
-            raw = self._raw(batches, images, draws, resolved, progress)
+            raw = self._aggregation.raw(batches, route, images, draws, resolved, progress)
+            refuse_non_finite(raw, "the attribution", "Try precision='fp32', or look for overflow in the model.")
             classes = resolved.classes.expand(len(images)).clone()
             return Explanation(
                 maps=self._smooth(raw).float(),
@@ -294,22 +298,6 @@ class DAVE:
             )
         return MicroBatches(route, self._perturb, self._pull_back, wanted, graphs=graphs, pixels=self._pixels)
 
-    def _raw(
-        self, batches: MicroBatches, images: Tensor, draws: Draws, target: ResolvedTarget, progress: Progress | None
-    ) -> Tensor:
-        """All rows of draws, micro-batch by micro-batch -> raw (B, C, H, W)."""
-        samples, shape = len(draws) // len(images), tuple(images.shape[1:])
-        raw = torch.empty_like(images)
-        pacer = Pacer(progress, len(draws), self.device)
-        for some in self._groups(len(images), samples, shape):
-            part = draws[some.start * samples : some.stop * samples]
-            contributions = images.new_empty(len(part), *shape)
-            batches.vjps(images, part, target, contributions, images.dtype, pacer.after(some.start * samples))
-            raw[some] = self._robust_mean(contributions.view(-1, samples, *shape))
-        pacer.finish()
-        refuse_non_finite(raw, "the attribution", "Try precision='fp32', or look for overflow in the model.")
-        return raw
-
     def _output(self, batches: MicroBatches, images: Tensor) -> Tensor:
         """The model's output for the unperturbed images."""
         output = batches.outputs(images)
@@ -325,21 +313,8 @@ class DAVE:
         """
         if self._graphs is not None and route.full_rows is not None:
             return route.full_rows
-        route.full_rows = route.best_rows(int(SHARE * free_bytes(self.device) / max(1, route.row_bytes)))
+        route.full_rows = route.best_rows(int(memory.SHARE * memory.free_bytes(self.device) / max(1, route.row_bytes)))
         return route.full_rows
-
-    def _groups(self, n_images: int, n_samples: int, shape: tuple[int, ...]) -> Iterator[slice]:
-        """Images whose contributions are held together."""
-        one = contribution_bytes(n_samples, shape, statistics_dtype(DTYPES[self.precision]))
-        free = free_bytes(self.device)
-        if one > free:
-            raise InputError(
-                f"{n_samples} samples of {shape} take {one / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; ask "
-                "for fewer samples or smaller images"
-            )
-        size = max(1, int(SHARE * SHARE * free / one))
-        for start in range(0, n_images, size):
-            yield slice(start, min(start + size, n_images))
 
     # ---- the route ----
 

@@ -152,13 +152,13 @@ def test_no_global_generator_is_read_or_set(model, images):
 def test_few_images_at_a_time_give_what_all_together_give(model, images, monkeypatch):
     whole = explainer(model).explain(images, n_samples=4)
     one = 4 * 3 * 32 * 48 * 4
-    monkeypatch.setattr("dave_fast.explainer.free_bytes", lambda device: int(one * 4.5))
+    monkeypatch.setattr("dave_fast.memory.free_bytes", lambda device: int(one * 4.5))
     split = explainer(model).explain(images, n_samples=4, internal_batch_size=12)
     assert (whole.raw - split.raw).abs().max() <= 1e-6 * whole.raw.abs().max()
 
 
 def test_contributions_beyond_memory_are_refused_in_bytes(model, images, monkeypatch):
-    monkeypatch.setattr("dave_fast.explainer.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("dave_fast.memory.free_bytes", lambda device: 1000)
     with pytest.raises(InputError, match="GiB are free"):
         explainer(model).explain(images, n_samples=4)
 
