@@ -6,7 +6,6 @@ Images go together in groups, so that what is kept is bounded whatever the batch
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 
 import torch
@@ -67,4 +66,6 @@ class Aggregation:
 
 def _token_shape(images: Tensor, patch_size: tuple[int, int]) -> tuple[int, int]:
     """(n, C·p_h·p_w) of one row."""
-    return math.prod(patch_grid(*images.shape[2:], patch_size)), images.shape[1] * math.prod(patch_hw(patch_size))
+    _, channels, height, width = images.shape
+    (n_y, n_x), (p_h, p_w) = patch_grid(height, width, patch_size), patch_hw(patch_size)
+    return n_y * n_x, channels * p_h * p_w
