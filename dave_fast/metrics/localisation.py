@@ -1,0 +1,129 @@
+"""Where an attribution lies: the pointing games. Only positive values count in them, as in the sources.
+
+A signed attribution (B, C, H, W) is summed over channels first.
+
+Sources
+  pointing game         Zhang et al., Top-down neural attention by excitation backprop, IJCV 2018; tolerance 0
+  energy pointing game  Wang et al., Score-CAM, CVPRW 2020; positive part and masks as Rao et al., ICCV 2023
+  grid pointing game    Böhle et al., B-cos networks, CVPR 2022, and Convolutional dynamic alignment networks, CVPR 2021
+
+Quantus 0.6 differs: `RelevanceMassAccuracy` is the energy pointing game of non-negative maps only (it sums signed
+values); `PointingGame` counts an image with an empty mask as a hit (it writes NaN into booleans) and one tied maximum
+inside as a whole hit; `Focus` asks another question than the grid pointing game (two of its tiles are right).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dave_fast.errors import InputError
+
+
+def energy_pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
+    """Share of the positive attribution that lies inside the object (EnergyPG): (B,) float64 in [0, 1].
+
+    maps: (B, H, W). masks: (B, H, W) bool, or weights in [0, 1] for soft masks; boxes are masks, too.
+    0 for a map without positive values; NaN for an empty mask; 1 for a full one.
+    """
+    same_shape(maps, masks)
+    masks = masks.to(torch.float64)
+    share = _share(_positive(maps), masks)
+    return share.masked_fill(masks.flatten(1).sum(1) == 0, torch.nan)
+
+
+def pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
+    """Whether the largest value lies inside the object: (B,) float64 in [0, 1].
+
+    maps: (B, H, W). masks: (B, H, W) bool. Where several pixels share the maximum, the share of them that is inside:
+    the expectation over a random choice. So a constant positive map scores the mask's area.
+    0 for a map without positive values; NaN for an empty mask.
+    """
+    same_shape(maps, masks)
+    flat = maps.flatten(1)
+    highest = flat.amax(dim=1, keepdim=True)
+    # NaN never compares equal, so such a map has no maximum and its share is 0/0
+    top = (flat == highest).to(torch.float64)
+    inside = (top * masks.flatten(1)).sum(1) / top.sum(1)
+    inside = inside.masked_fill(highest[:, 0] <= 0, 0.0)
+    return inside.masked_fill(~masks.flatten(1).any(1), torch.nan)
+
+
+def grid_pointing_game(maps: Tensor, cells: Tensor, grid: int) -> Tensor:
+    """Share of the positive attribution that lies in the right cell of a mosaic (GridPG): (R,) float64 in [0, 1].
+
+    maps: (R, H, W), each explaining the class of one cell. cells: (R,) int64, that cell, row-major in the grid.
+    grid: cells a side. Chance is 1 / grid². Where grid does not divide H or W, a pixel on the line between two cells
+    counts for each by its share of the pixel's area. 0 for a map without positive values.
+    """
+    if maps.ndim != 3 or cells.shape != maps.shape[:1]:
+        raise InputError(f"maps {tuple(maps.shape)} and cells {tuple(cells.shape)}: expected (R, H, W) and (R,).")
+    if cells.numel() and not 0 <= int(cells.min()) <= int(cells.max()) < grid**2:
+        raise InputError(f"cells must lie in 0..{grid**2 - 1} for grid={grid}; got {cells.tolist()[:8]} ...")
+    rows = _cell_overlap(maps.shape[1], grid).to(maps.device)[cells // grid]
+    columns = _cell_overlap(maps.shape[2], grid).to(maps.device)[cells % grid]
+    return _share(_positive(maps), rows[:, :, None] * columns[:, None, :])
+
+
+def build_mosaics(tiles: Tensor, *, rescale: bool = False) -> Tensor:
+    """Grids of images for GridPG: (M, C, g·H, g·W), or (M, C, H, W) where rescaled.
+
+    tiles: (M, g², C, H, W), tile k in row k // g, column k % g.
+    rescale: shrink the mosaic (bilinear, antialiased) to the size of one tile, for models of a fixed input size;
+    otherwise tiles keep their pixels, and a ViT needs its position embedding resampled to the larger grid.
+    """
+    if tiles.ndim != 5 or round(tiles.shape[1] ** 0.5) ** 2 != tiles.shape[1]:
+        raise InputError(f"tiles {tuple(tiles.shape)}: expected (M, g², C, H, W) with a square number of tiles.")
+    count, cells, channels, height, width = tiles.shape
+    grid = round(cells**0.5)
+    tiles = tiles.reshape(count, grid, grid, channels, height, width)
+    mosaics = tiles.permute(0, 3, 1, 4, 2, 5).reshape(count, channels, grid * height, grid * width)
+    if rescale:
+        mosaics = F.interpolate(mosaics, size=(height, width), mode="bilinear", antialias=True, align_corners=False)
+    return mosaics
+
+
+def choose_mosaics(labels: Tensor, confidences: Tensor, grid: int, n_mosaics: int, *, seed: int = 0) -> Tensor:
+    """Which images make the mosaics of GridPG: (M, g²) int64 indices, distinct classes within a mosaic.
+
+    labels: (n,) int64 and confidences: (n,) of images that the model gets right.
+    Each mosaic draws g² classes among those with images left and takes the most confident unused image of each (of
+    equals the earlier), so that no image is used twice. Raises InputError where the images do not suffice.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.argsort(confidences, descending=True, stable=True)
+    queues = {int(c): order[labels[order] == c].tolist() for c in labels.unique()}
+    chosen = []
+    for mosaic in range(n_mosaics):
+        left = [c for c, queue in queues.items() if queue]
+        if len(left) < grid**2:
+            raise InputError(f"images suffice for {mosaic} of {n_mosaics} mosaics of {grid}×{grid}; give more images.")
+        picked = torch.randperm(len(left), generator=generator)[: grid**2]
+        chosen.append([queues[left[i]].pop(0) for i in picked.tolist()])
+    return torch.tensor(chosen, dtype=torch.int64).reshape(n_mosaics, grid**2)
+
+
+def same_shape(maps: Tensor, others: Tensor) -> None:
+    """Raise InputError where two batches of maps differ in shape."""
+    if maps.shape != others.shape:
+        raise InputError(f"shapes {tuple(maps.shape)} and {tuple(others.shape)} differ; expected equal (B, H, W).")
+
+
+def _positive(maps: Tensor) -> Tensor:
+    return maps.to(torch.float64).clamp(min=0)
+
+
+def _share(positive: Tensor, weights: Tensor) -> Tensor:
+    """Σ weights · positive / Σ positive over the pixels, 0 where there is nothing positive: (B,) float64."""
+    total = positive.flatten(1).sum(1)
+    return ((positive * weights).flatten(1).sum(1) / total).masked_fill(total == 0, 0.0)
+
+
+def _cell_overlap(size: int, grid: int) -> Tensor:
+    """Length of pixel p = [p, p + 1] inside cell i = [i, i + 1] · size / grid: (grid, size) float64."""
+    edges = torch.arange(grid + 1, dtype=torch.float64) * size / grid
+    pixels = torch.arange(size, dtype=torch.float64)
+    low = torch.maximum(edges[:-1, None], pixels)
+    high = torch.minimum(edges[1:, None], pixels + 1)
+    return (high - low).clamp(min=0)
