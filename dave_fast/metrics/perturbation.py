@@ -8,7 +8,7 @@ Published "deletion" numbers differ in seven choices, so a number without its pr
                      softmax; area: trapezoids over fractions
     rise-insertion   the same points, from the image's own blur (11×11, σ 5, zeros outside) to the image
     quantus          most important elements of C·H·W first; every ⌈n/224⌉ up to n (never 0) become the image's
-                     minimum; logit; area: trapezoids over points, one apart
+                     minimum; softmax; area: trapezoids over points, one apart
 
 n: pixels (or elements) of an image; 128 and 224 are `steps`. Sources: the authors' script (github.com/a-vrobell/DAVE
 at ee412e5); Petsiuk et al., RISE, BMVC 2018, whose script folds the tails of its blur back into the 11 pixels where
@@ -89,7 +89,7 @@ PROTOCOLS = {
     "dave": Protocol("least", fill="blur", blur=(31, 7.0), fraction=0.9, steps=128, coarse=False, area="per cent"),
     "rise-deletion": Protocol(),
     "rise-insertion": Protocol(insert=True, fill="blur"),
-    "quantus": Protocol(fill="minimum", element=True, start=False, probability=False, area="points"),
+    "quantus": Protocol(fill="minimum", element=True, start=False, area="points"),
 }
 
 

@@ -85,7 +85,7 @@ def test_non_square_images_of_a_batch_keep_their_own_order_class_and_blur():
 
 def test_elements_change_one_channel_at_a_time():
     images = torch.tensor([[[[3.0]], [[2.0]], [[1.0]]]])
-    protocol = replace(PROTOCOLS["quantus"], fill="zero", steps=3)
+    protocol = replace(PROTOCOLS["quantus"], fill="zero", steps=3, probability=False)
     curve = perturbation_curve(brightness, images, images, torch.tensor([1]), protocol)
     assert curve.scores[0].tolist() == [3, 1, 0]
     # by pixels, all three channels go at once
