@@ -1,0 +1,16 @@
+"""Are the maps right? DAVE and its alternatives on the same images in one run, scored, compared and reported.
+
+    sources      images with what is known of them: labels, boxes, masks
+    methods      DAVE, its single frozen gradient, captum's baselines, two controls: all behind one signature
+    scoring      the run: batch by batch, every method on the same images, every metric that the source permits
+    statistics   intervals over images and seeds, paired differences, verdicts
+    report       HTML, Markdown, JSON, CSV
+
+Definitions of the metrics, ties and undefined cases: `dave_fast.metrics`.
+"""
+
+from dave_fast.evaluate.scoring import evaluate
+from dave_fast.evaluate.settings import METRICS, Results, Settings
+from dave_fast.evaluate.sources import DemoScenes, Examples, ImageFiles, Source
+
+__all__ = ["METRICS", "DemoScenes", "Examples", "ImageFiles", "Results", "Settings", "Source", "evaluate"]

@@ -1,0 +1,173 @@
+"""Labels and objects of image files: ImageNet's XML, a CSV of boxes, COCO's JSON, PNG masks, names of folders.
+
+Boxes are (xmin, ymin, xmax, ymax) in pixels of the upright photograph, the far edge excluded. An object is the union of
+its image's boxes, or the nonzero pixels of its mask.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import defaultdict
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+
+from dave_fast.errors import InputError
+from dave_fast.images import read_image
+from dave_fast.labels import Labels
+
+Box = tuple[float, float, float, float]
+COLUMNS = ("image", "xmin", "ymin", "xmax", "ymax")
+
+
+@dataclass(frozen=True)
+class Noted:
+    """What an annotation file says of an image. size: (width, height) that its boxes refer to, None where not said."""
+
+    boxes: tuple[Box, ...]
+    label: str | None = None
+    size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """What is known of image files. noted: by file name without suffix. folder: names of folders are classes."""
+
+    labels: Labels
+    noted: dict[str, Noted] = field(default_factory=dict)
+    masks: Path | None = None
+    folder: bool = True
+
+    def label(self, path: Path) -> int | None:
+        """The class: what the annotation says, else what the folder is called; None where the model has no such."""
+        noted = self.noted.get(path.stem)
+        named = noted.label if noted and noted.label else path.parent.name if self.folder else None
+        return None if named is None else class_of(named, self.labels)
+
+    def mask(self, path: Path, size: tuple[int, int]) -> np.ndarray | None:
+        """bool (H, W) of a photograph of this (width, height); None where nothing is known.
+
+        Raises InputError where mask or boxes belong to another size of image.
+        """
+        if self.masks is not None:
+            return _mask_file(self.masks / f"{path.stem}.png", size)
+        noted = self.noted.get(path.stem)
+        if noted is None or not noted.boxes:
+            return None
+        factors = (1.0, 1.0)
+        if noted.size is not None and noted.size != size:
+            factors = (size[0] / noted.size[0], size[1] / noted.size[1])
+            if abs(factors[0] / factors[1] - 1) > 0.01:
+                raise InputError(f"{path}: its boxes are for {noted.size} pixels, the image has {size}.")
+        return _fill(noted.boxes, size, factors)
+
+
+def class_of(name: str, labels: Labels) -> int | None:
+    """The class of a folder or an annotation: a WordNet id of ImageNet-1k (where the model has 1,000 classes), or a name."""
+    if labels.count == 1000 and name in _wordnet():
+        return _wordnet()[name]
+    try:
+        return labels.resolve(name)
+    except InputError:
+        return None
+
+
+@cache
+def _wordnet() -> dict[str, int]:
+    from timm.data.imagenet_info import ImageNetInfo
+
+    return {synset: i for i, synset in enumerate(ImageNetInfo("imagenet-1k").label_names())}
+
+
+def read_boxes(path: Path) -> dict[str, Noted]:
+    """Boxes from a folder of XML files (PASCAL VOC's form, as ImageNet's), a .csv, or a COCO .json; by file stem.
+
+    CSV columns: image, xmin, ymin, xmax, ymax, and label where wanted; a line a box. Raises InputError for anything else.
+    """
+    if path.is_dir():
+        files = sorted(path.rglob("*.xml"))
+        if not files:
+            raise InputError(
+                f"{path} holds no XML file: --boxes takes a folder of annotations, a .csv or a COCO .json."
+            )
+        return {file.stem: _read_xml(file) for file in files}
+    readers = {".csv": _read_csv, ".json": _read_coco}
+    if not path.is_file() or path.suffix.lower() not in readers:
+        raise InputError(f"--boxes {path}: expected a folder of XML files, a .csv or a COCO .json that exists.")
+    try:
+        return readers[path.suffix.lower()](path)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        wanted = f"the columns {', '.join(COLUMNS)}" if path.suffix.lower() == ".csv" else "COCO's images, annotations"
+        raise InputError(f"cannot read {path} ({reason}): expected {wanted}.") from error
+
+
+def _read_xml(path: Path) -> Noted:
+    try:
+        root = ElementTree.parse(path).getroot()
+        boxes = tuple(_xml_box(one) for one in root.iter("bndbox"))
+        width, height = (int(root.findtext(f"size/{side}", "0")) for side in ("width", "height"))
+    except (ElementTree.ParseError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}; expected annotations in PASCAL VOC's XML.") from error
+    return Noted(boxes, root.findtext("object/name"), (width, height) if width and height else None)
+
+
+def _xml_box(box: ElementTree.Element) -> Box:
+    # the format counts the last pixel as inside
+    xmin, ymin, xmax, ymax = (float(box.findtext(side, "")) for side in ("xmin", "ymin", "xmax", "ymax"))
+    return xmin, ymin, xmax + 1, ymax + 1
+
+
+def _read_csv(path: Path) -> dict[str, Noted]:
+    boxes: dict[str, list[Box]] = defaultdict(list)
+    labels: dict[str, str | None] = {}
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            stem = Path(row["image"]).stem
+            xmin, ymin, xmax, ymax = (float(row[side]) for side in COLUMNS[1:])
+            boxes[stem].append((xmin, ymin, xmax, ymax))
+            labels[stem] = row.get("label") or None
+    return {stem: Noted(tuple(all_of), labels[stem]) for stem, all_of in boxes.items()}
+
+
+def _read_coco(path: Path) -> dict[str, Noted]:
+    """The boxes of an image's largest category, since a map explains one class."""
+    content = json.loads(path.read_text())
+    categories = {one["id"]: one["name"] for one in content.get("categories", [])}
+    found: dict[int, dict[int, list[Box]]] = defaultdict(lambda: defaultdict(list))
+    for one in content["annotations"]:
+        x, y, width, height = one["bbox"]
+        found[one["image_id"]][one["category_id"]].append((x, y, x + width, y + height))
+    noted = {}
+    for image in content["images"]:
+        if by_category := found.get(image["id"]):
+            category, boxes = max(by_category.items(), key=lambda item: sum(map(_area, item[1])))
+            size = (image["width"], image["height"]) if "width" in image else None
+            noted[Path(image["file_name"]).stem] = Noted(tuple(boxes), categories.get(category), size)
+    return noted
+
+
+def _area(box: Box) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def _fill(boxes: tuple[Box, ...], size: tuple[int, int], factors: tuple[float, float]) -> np.ndarray:
+    mask = np.zeros((size[1], size[0]), bool)
+    for xmin, ymin, xmax, ymax in boxes:
+        columns = slice(max(0, round(xmin * factors[0])), max(0, round(xmax * factors[0])))
+        rows = slice(max(0, round(ymin * factors[1])), max(0, round(ymax * factors[1])))
+        mask[rows, columns] = True
+    return mask
+
+
+def _mask_file(path: Path, size: tuple[int, int]) -> np.ndarray | None:
+    if not path.exists():
+        return None
+    mask = read_image(path)
+    if mask.size != size:
+        raise InputError(f"the mask {path} has {mask.size} pixels, its image {size}: give masks of the images' size.")
+    return np.asarray(mask).any(axis=2)

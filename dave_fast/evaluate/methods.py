@@ -1,0 +1,146 @@
+"""The attribution methods of a comparison behind one signature, DAVE and its alternatives alike.
+
+An `Attribute` takes images (B, C, H, W), classes (B,), an integer an image and a seed, and gives signed attributions
+(B, C, H, W). Each is ⊙ input, so that methods differ in the gradient only; the reference input is 0, a normalised
+image's mean. Baselines are captum's, with its defaults but for what is said here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dave_fast.errors import InputError
+from dave_fast.explainer import DAVE
+
+Attribute = Callable[[Tensor, Tensor, Sequence[int], int], Tensor]
+
+ROWS_AT_ONCE = 25
+# SmoothGrad's usual share of the input's range
+SMOOTHGRAD_SHARE = 0.15
+CONTROLS = ("|x|", "uniform")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How methods are run. explainer: keywords of DAVE for every model. spread: the range of a normalised pixel."""
+
+    n_samples: int = 50
+    explainer: dict[str, Any] | None = None
+    spread: float = 2.0
+
+    def dave(self, model: nn.Module) -> DAVE:
+        """An explainer of a model, which may be changed afterwards."""
+        return DAVE(model, **(self.explainer or {}))
+
+
+@dataclass(frozen=True)
+class Method:
+    """make: from a model (in evaluation mode, on its device) to an Attribute. random: whether the seed matters.
+
+    passes: forward and backward passes an image, for time estimates. package: what must be installed.
+    """
+
+    make: Callable[[nn.Module, Setup], Attribute]
+    random: bool = False
+    passes: int | None = None
+    package: str | None = None
+
+    def cost(self, setup: Setup) -> int:
+        """Passes an image."""
+        return setup.n_samples if self.passes is None else self.passes
+
+
+def choose(names: Sequence[str] | None) -> tuple[dict[str, Method], dict[str, str]]:
+    """Methods to run by name, and those not run with the reason. names: None for all; DAVE and controls always run."""
+    known = ", ".join(METHODS)
+    unknown = [name for name in names or () if name not in METHODS]
+    if unknown:
+        raise InputError(f"there is no method {unknown[0]!r}; expected some of: {known}.")
+    chosen, absent = {}, {}
+    for name, method in METHODS.items():
+        if names is not None and name not in (*names, "DAVE", *CONTROLS):
+            continue
+        if method.package and find_spec(method.package) is None:
+            absent[name] = f"the package {method.package} is absent"
+        else:
+            chosen[name] = method
+    return chosen, absent
+
+
+def _dave(model: nn.Module, setup: Setup) -> Attribute:
+    explainer = setup.dave(model)
+
+    def attribute(images: Tensor, classes: Tensor, keys: Sequence[int], seed: int) -> Tensor:
+        return explainer.explain(images, classes, setup.n_samples, seed, image_keys=keys).raw.to(images)
+
+    return attribute
+
+
+def _frozen(model: nn.Module, setup: Setup) -> Attribute:
+    explainer = setup.dave(model)
+    return lambda images, classes, keys, seed: explainer.effective_gradient(images, classes).to(images) * images
+
+
+def _input_gradient(model: nn.Module, setup: Setup) -> Attribute:
+    from captum.attr import InputXGradient
+
+    method = InputXGradient(model)
+    return lambda images, classes, keys, seed: method.attribute(
+        images.clone().requires_grad_(), target=classes
+    ).detach()
+
+
+def _integrated(model: nn.Module, setup: Setup) -> Attribute:
+    from captum.attr import IntegratedGradients
+
+    method = IntegratedGradients(model)
+
+    def attribute(images: Tensor, classes: Tensor, keys: Sequence[int], seed: int) -> Tensor:
+        rows = max(ROWS_AT_ONCE, len(images))
+        found = method.attribute(images, target=classes, n_steps=setup.n_samples, internal_batch_size=rows)
+        return found.detach().to(images)
+
+    return attribute
+
+
+def _smoothgrad(model: nn.Module, setup: Setup) -> Attribute:
+    """The mean gradient over noisy copies, ⊙ the clean input; an image's noise depends on its key and the seed alone."""
+    from captum.attr import NoiseTunnel, Saliency
+
+    tunnel = NoiseTunnel(Saliency(model))
+
+    def attribute(images: Tensor, classes: Tensor, keys: Sequence[int], seed: int) -> Tensor:
+        found = torch.empty_like(images)
+        devices = [images.device] if images.device.type == "cuda" else []
+        for row, key in enumerate(keys):
+            with torch.random.fork_rng(devices):
+                torch.manual_seed((seed << 32) + key)
+                gradient = tunnel.attribute(
+                    images[row : row + 1].clone().requires_grad_(),
+                    target=int(classes[row]),
+                    abs=False,
+                    nt_samples=setup.n_samples,
+                    nt_samples_batch_size=ROWS_AT_ONCE,
+                    stdevs=SMOOTHGRAD_SHARE * setup.spread,
+                )
+            found[row] = gradient[0].detach() * images[row]
+        return found
+
+    return attribute
+
+
+METHODS = {
+    "DAVE": Method(_dave, random=True),
+    "frozen gradient": Method(_frozen, passes=1),
+    "input × gradient": Method(_input_gradient, passes=1, package="captum"),
+    "integrated gradients": Method(_integrated, package="captum"),
+    "SmoothGrad": Method(_smoothgrad, random=True, package="captum"),
+    CONTROLS[0]: Method(lambda model, setup: lambda images, classes, keys, seed: images.abs(), passes=0),
+    CONTROLS[1]: Method(lambda model, setup: lambda images, classes, keys, seed: torch.ones_like(images), passes=0),
+}

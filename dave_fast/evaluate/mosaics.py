@@ -1,0 +1,98 @@
+"""The grid pointing game: mosaics of images that the model is sure of, and a model of their size.
+
+Native tiles keep their pixels: a mosaic is g times as wide, and a copy of the model gets its position embedding
+resampled (timm's `set_input_size`). Rescaled tiles are shrunk, so that a mosaic has the model's own size.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from dave_fast import metrics
+from dave_fast.errors import InputError
+from dave_fast.evaluate.maps import as_maps
+from dave_fast.evaluate.methods import Attribute
+
+if TYPE_CHECKING:
+    from dave_fast.evaluate.scoring import Run
+
+# classes run out at different times, and not every image is named rightly with confidence
+POOL = 4
+
+
+def score_grids(run: Run) -> None:
+    """GridPG for every size of grid and kind of tiles; what cannot be done is named in the results."""
+    for grid in run.settings.grids:
+        try:
+            tiles, labels = _draw(run, grid)
+        except InputError as error:
+            for kind in run.settings.tiles:
+                run.results.absent[f"GridPG {grid}×{grid} {kind}"] = str(error)
+            continue
+        for kind in run.settings.tiles:
+            title = f"GridPG {grid}×{grid} {kind}"
+            mosaics = metrics.build_mosaics(tiles, rescale=kind == "rescaled")
+            model = resized(run.model, (mosaics.shape[-2], mosaics.shape[-1]))
+            if model is None:
+                run.results.absent[title] = "the model's image size cannot be changed; try --tiles rescaled"
+                continue
+            run.results.facts.setdefault("mosaics", {})[f"{grid}×{grid} {kind}"] = len(mosaics)
+            for name, method in run.methods.items():
+                _score(run, name, method.make(model, run.setup), mosaics, labels, title)
+
+
+def resized(model: nn.Module, size: tuple[int, int]) -> nn.Module | None:
+    """The model itself where it takes images of this (height, width), else a copy that does; None where timm has no way."""
+    now = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if now is None or tuple(now) == size:
+        return model if now is not None else None
+    if not hasattr(model, "set_input_size"):
+        return None
+    other = copy.deepcopy(model)
+    other.set_input_size(img_size=size)
+    other.pretrained_cfg = {**(getattr(other, "pretrained_cfg", None) or {}), "input_size": (3, *size)}
+    return other
+
+
+def _draw(run: Run, grid: int) -> tuple[Tensor, Tensor]:
+    """Tiles (M, grid², 3, H, W) and their classes (M, grid²); fewer mosaics than asked for where images run out."""
+    wanted = run.settings.mosaics_of(grid)
+    pool = run.source.pool(max(100, POOL * wanted * grid**2))
+    images, labels, confidences = [], [], []
+    for start in range(0, len(pool), run.settings.batch_size):
+        batch = pool.read(start, min(start + run.settings.batch_size, len(pool)))
+        if batch is None:
+            continue
+        probability, predicted = run.logits(batch.images.to(run.device)).softmax(1).cpu().max(1)
+        kept = (predicted == batch.labels) & (probability >= run.settings.confident)
+        images.append(batch.images[kept])
+        labels.append(batch.labels[kept])
+        confidences.append(probability[kept])
+    every, known, sure = torch.cat(images), torch.cat(labels), torch.cat(confidences)
+    if len(known.unique()) < grid**2:
+        raise InputError(
+            f"{len(known.unique())} classes are named rightly with p ≥ {run.settings.confident:g}, a mosaic needs "
+            f"{grid**2}: give more labelled images, or a model that knows them"
+        )
+    while True:
+        try:
+            chosen = metrics.choose_mosaics(known, sure, grid, wanted, seed=run.settings.seed)
+            return every[chosen], known[chosen]
+        except InputError:
+            wanted -= 1
+
+
+def _score(run: Run, name: str, attribute: Attribute, mosaics: Tensor, labels: Tensor, title: str) -> None:
+    """Averaged within each mosaic, so that intervals draw whole mosaics."""
+    cells = torch.arange(labels.shape[1], device=run.device)
+    grid = round(labels.shape[1] ** 0.5)
+    for number, (mosaic, wanted) in enumerate(zip(mosaics, labels, strict=True)):
+        images = mosaic.to(run.device).expand(len(cells), -1, -1, -1).contiguous()
+        keys = [number] * len(cells)
+        raw = run.explain(name, attribute, images, wanted.to(run.device), keys, run.settings.seed, title)
+        for variant, maps in as_maps(raw).items():
+            run.results.add(name, variant, title, metrics.grid_pointing_game(maps, cells, grid).mean()[None])

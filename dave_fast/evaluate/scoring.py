@@ -1,0 +1,272 @@
+"""The run: batch by batch, every method explains the same images, and every map is scored by every metric.
+
+Each attribution is scored twice: as it is (signed sum over channels) and behind DAVE's own post-processing
+(`dave_fast.ops.smooth`), so that no method wins by being blurred. Costs are counted in passes (one forward and one
+backward of one image of the model's size), so that progress moves evenly.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dave_fast import metrics
+from dave_fast.errors import InputError
+from dave_fast.evaluate.maps import as_maps
+from dave_fast.evaluate.methods import CONTROLS, Attribute, Method, Setup, choose
+from dave_fast.evaluate.mosaics import score_grids
+from dave_fast.evaluate.randomise import score_randomised, stages
+from dave_fast.evaluate.settings import VARIANTS, Results, Settings
+from dave_fast.evaluate.sources import Examples, Source
+from dave_fast.ops.smooth import smooth
+
+Progress = Callable[[int, int, str], None]
+
+
+def evaluate(
+    model: nn.Module, source: Source, settings: Settings, setup: Setup, progress: Progress | None = None
+) -> Results:
+    """Run every method on the source and score it; the model, in evaluation mode on its device, is only read.
+
+    Explained is the label of an image, or the predicted class where none is known. Raises InputError where the source
+    has no image that can be read.
+    """
+    chosen, absent = choose(settings.methods)
+    return Run(model, source, settings, setup, chosen, Results(absent=absent), progress).all()
+
+
+class Run:
+    """One evaluation at work."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        source: Source,
+        settings: Settings,
+        setup: Setup,
+        chosen: dict[str, Method],
+        results: Results,
+        progress: Progress | None,
+    ) -> None:
+        self.model, self.source, self.settings, self.setup = model, source, settings, setup
+        self.methods, self.results, self.progress = chosen, results, progress
+        self.attributes = {name: method.make(model, setup) for name, method in chosen.items()}
+        self.device = next(model.parameters()).device
+        self.images = min(settings.images, len(source))
+        self.probed = self.curved = self.done = 0
+        self.right: list[bool] = []
+        self.areas: list[Tensor] = []
+        self.seed_scores: dict[tuple[str, str, int], list[Tensor]] = defaultdict(list)
+        self.kept: list[tuple[Examples, Tensor]] = []
+        self.kept_raw: dict[str, list[Tensor]] = defaultdict(list)
+
+    def all(self) -> Results:
+        """Every group that was asked for."""
+        for start in range(0, self.images, self.settings.batch_size):
+            batch = self.source.read(start, min(start + self.settings.batch_size, self.images))
+            if batch is not None:
+                self._score_batch(batch.to(self.device))
+        if not self.right:
+            raise InputError(
+                f"no image of {self.source.title} could be read: {next(iter(self.source.skipped.values()))}"
+            )
+        self._close_seeds()
+        if self.wants("classes"):
+            self._score_pairs()
+        if self.wants("randomisation"):
+            score_randomised(self)
+        if self.wants("grids"):
+            score_grids(self)
+        known = torch.cat(self.areas)
+        self.results.facts |= {
+            "images": len(self.right),
+            "accuracy": sum(self.right) / len(self.right),
+            "object area": known[known > 0].mean().item() if (known > 0).any() else None,
+        }
+        return self.results
+
+    def wants(self, group: str) -> bool:
+        return group in self.settings.groups
+
+    # ---- explaining ----
+
+    def explain(
+        self,
+        name: str,
+        attribute: Attribute,
+        images: Tensor,
+        classes: Tensor,
+        keys: Sequence[int],
+        seed: int,
+        what: str,
+    ) -> Tensor:
+        """Attributions (n, C, H, W), and a step of progress."""
+        raw = attribute(images, classes, keys, seed)
+        self.done += self.cost(name, images)
+        if self.progress is not None:
+            self.progress(self.done, self.total, f"{name}: {what}")
+        return raw
+
+    def cost(self, name: str, images: Tensor) -> int:
+        return len(images) * self.methods[name].cost(self.setup)
+
+    @property
+    def total(self) -> int:
+        """Passes of the whole run, about; mosaics are counted when they come."""
+        s = self.settings
+        probes = min(s.probes, self.images)
+        once = sum(method.cost(self.setup) for method in self.methods.values())
+        again = sum(method.cost(self.setup) for method in self.methods.values() if method.random)
+        maps = self.images + probes * (self.wants("stability") + self.wants("classes"))
+        pairs = 2 * s.pairs * (self.wants("classes") and self.source.read_pairs(0, 1) is not None)
+        stages_ = s.randomised * len(stages(self.model)) * self.wants("randomisation")
+        grids = sum(s.mosaics_of(g) * g * g * len(s.tiles) for g in s.grids) * self.wants("grids")
+        return once * (maps + pairs + stages_ + grids) + again * probes * (s.seeds - 1) * self.wants("seeds")
+
+    # ---- one batch of images ----
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        return torch.cat([self.model(some) for some in images.split(self.settings.batch_size)])
+
+    def _score_batch(self, batch: Examples) -> None:
+        probability = self.logits(batch.images).softmax(1)
+        predicted = probability.argmax(1)
+        classes = torch.where(batch.labels < 0, predicted, batch.labels)
+        self.right += (predicted == classes).tolist()
+        self.areas.append(batch.masks.double().mean((1, 2)).cpu())
+        probing = min(max(self.settings.probes - self.probed, 0), len(batch))
+        sure = (predicted == classes) & (probability.amax(1) >= self.settings.confident)
+        curving = sure.nonzero()[:, 0][: max(self.settings.probes - self.curved, 0)]
+        for name, attribute in self.attributes.items():
+            with torch.enable_grad():
+                raw = self.explain(name, attribute, batch.images, classes, batch.keys, self.settings.seed, "images")
+            self._score_maps(name, raw, batch)
+            if self.wants("curves") and len(curving):
+                self._score_curves(name, raw[curving], batch.images[curving], classes[curving])
+            if probing:
+                runner_up = probability.scatter(1, classes[:, None], -1).argmax(1)
+                self._score_probes(name, raw[:probing], batch[:probing], classes[:probing], runner_up[:probing])
+            self._keep(name, raw, batch)
+        self._show(batch, classes, probability)
+        self.probed += probing
+        self.curved += len(curving)
+
+    def _score_maps(self, name: str, raw: Tensor, batch: Examples) -> None:
+        if not self.wants("localisation"):
+            return
+        for variant, maps in as_maps(raw).items():
+            self.results.add(name, variant, "EnergyPG", metrics.energy_pointing_game(maps, batch.masks))
+            self.results.add(name, variant, "pointing game", metrics.pointing_game(maps, batch.masks))
+        if (patch := patch_size(self.model)) is not None:
+            self.results.add(name, VARIANTS[0], "border excess", metrics.border_excess(raw, patch))
+
+    def _score_curves(self, name: str, raw: Tensor, images: Tensor, classes: Tensor) -> None:
+        for protocol in self.settings.protocols:
+            for variant, maps in as_maps(raw).items():
+                steps = self.settings.curve_steps
+                curve = metrics.perturbation_curve(self.model, images, maps, classes, protocol, steps=steps)
+                self.results.add(name, variant, f"{protocol} curve", metrics.mean_score(curve))
+                rows = self.results.curves.setdefault(protocol, (curve.changed.cpu(), {}))[1].setdefault(name, {})
+                before = rows.get(variant)
+                scores = curve.scores.cpu()
+                rows[variant] = scores if before is None else torch.cat([before, scores])
+
+    def _score_probes(self, name: str, raw: Tensor, batch: Examples, classes: Tensor, runner_up: Tensor) -> None:
+        """Stability, similarity between classes, and other seeds."""
+        attribute, seed, own = self.attributes[name], self.settings.seed, as_maps(raw)
+
+        def compare(metric: str, images: Tensor, targets: Tensor) -> None:
+            other = as_maps(self.explain(name, attribute, images, targets, batch.keys, seed, metric))
+            for variant, maps in own.items():
+                self.results.add(name, variant, metric, metrics.correlation(maps, other[variant]))
+
+        if self.wants("stability"):
+            compare("stability", batch.images + self.settings.stability_sigma * self._noise(batch), classes)
+        if self.wants("classes"):
+            compare("class similarity", batch.images, runner_up)
+        if self.wants("seeds") and self.wants("localisation") and self.methods[name].random:
+            for other in range(seed, seed + self.settings.seeds):
+                if other != seed:
+                    maps = as_maps(self.explain(name, attribute, batch.images, classes, batch.keys, other, "seeds"))
+                else:
+                    maps = own
+                for variant, one in maps.items():
+                    scores = metrics.energy_pointing_game(one, batch.masks)
+                    self.seed_scores[name, variant, other].append(scores.cpu())
+
+    def _noise(self, batch: Examples) -> Tensor:
+        """Normal noise of each image, by its key."""
+        shape = batch.images.shape[1:]
+        drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(key)) for key in batch.keys]
+        return torch.stack(drawn).to(batch.images)
+
+    def _close_seeds(self) -> None:
+        """A mean EnergyPG a seed, where there is ground truth and more than one seed."""
+        for (name, variant, _), parts in sorted(self.seed_scores.items()):
+            mean = torch.cat(parts).nanmean().item()
+            if mean == mean and self.settings.seeds > 1:
+                self.results.seeds.setdefault(name, {}).setdefault(variant, []).append(mean)
+
+    def first(self, count: int) -> tuple[Tensor, Tensor, list[int]]:
+        """The first images, their explained classes and keys."""
+        images = torch.cat([each.images for each, _ in self.kept])[:count]
+        classes = torch.cat([classes for _, classes in self.kept])[:count]
+        return images, classes, [key for each, _ in self.kept for key in each.keys][:count]
+
+    def first_raw(self, name: str, count: int) -> Tensor:
+        """A method's attributions of the first images."""
+        return torch.cat(self.kept_raw[name])[:count]
+
+    def _keep(self, name: str, raw: Tensor, batch: Examples) -> None:
+        """The first images and their maps, for randomisation and for pictures."""
+        wanted = max(self.settings.randomised, self.settings.examples)
+        have = sum(map(len, self.kept_raw[name]))
+        self.kept_raw[name].append(raw[: max(wanted - have, 0)].cpu())
+
+    def _show(self, batch: Examples, classes: Tensor, probability: Tensor) -> None:
+        have = sum(len(each) for each, _ in self.kept)
+        more = max(max(self.settings.randomised, self.settings.examples) - have, 0)
+        self.kept.append((batch[:more], classes[:more]))
+        for row in range(min(len(batch), max(self.settings.examples - have, 0))):
+            at = int(classes[row])
+            self.results.examples.append(
+                {
+                    "name": batch.names[row],
+                    "class": at,
+                    "probability": float(probability[row, at]),
+                    "image": batch.images[row].cpu(),
+                    "mask": batch.masks[row].cpu(),
+                    "maps": {
+                        name: smooth(self.first_raw(name, have + row + 1)[-1:])[0]
+                        for name in self.methods
+                        if name not in CONTROLS
+                    },
+                }
+            )
+
+    # ---- the other groups ----
+
+    def _score_pairs(self) -> None:
+        """Images with two objects: the share on the explained one, and on the same pixels when the other is explained."""
+        for start in range(0, self.settings.pairs, self.settings.batch_size):
+            both = self.source.read_pairs(start, min(start + self.settings.batch_size, self.settings.pairs))
+            if both is None:
+                return
+            one, other = (each.to(self.device) for each in both)
+            for name, attribute in self.attributes.items():
+                seed = self.settings.seed
+                right = self.explain(name, attribute, one.images, one.labels, one.keys, seed, "two objects")
+                wrong = self.explain(name, attribute, one.images, other.labels, one.keys, seed, "two objects")
+                for metric, raw in (("two objects", right), ("wrong object", wrong)):
+                    for variant, maps in as_maps(raw).items():
+                        self.results.add(name, variant, metric, metrics.energy_pointing_game(maps, one.masks))
+
+
+def patch_size(model: nn.Module) -> tuple[int, int] | None:
+    """(height, width) of the patches of a timm model; None where it does not say."""
+    size = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    return None if size is None else (int(size[0]), int(size[1]))
