@@ -67,7 +67,7 @@ class Annotations:
 
 
 def class_of(name: str, labels: Labels) -> int | None:
-    """The class of a folder or an annotation: a WordNet id of ImageNet-1k (where the model has 1,000 classes), or a name."""
+    """The class of a folder or annotation: a WordNet id where the model has ImageNet's 1,000 classes, or a name."""
     if labels.count == 1000 and name in _wordnet():
         return _wordnet()[name]
     try:
@@ -86,7 +86,7 @@ def _wordnet() -> dict[str, int]:
 def read_boxes(path: Path) -> dict[str, Noted]:
     """Boxes from a folder of XML files (PASCAL VOC's form, as ImageNet's), a .csv, or a COCO .json; by file stem.
 
-    CSV columns: image, xmin, ymin, xmax, ymax, and label where wanted; a line a box. Raises InputError for anything else.
+    CSV columns: image, xmin, ymin, xmax, ymax, and label where wanted; a line a box. Raises InputError otherwise.
     """
     if path.is_dir():
         files = sorted(path.rglob("*.xml"))

@@ -9,5 +9,5 @@ from dave_fast.ops.smooth import smooth
 
 
 def as_maps(raw: Tensor) -> dict[str, Tensor]:
-    """Both variants of an attribution (n, C, H, W): maps (n, H, W), as it is (signed sum over channels) and smoothed."""
+    """An attribution (n, C, H, W) as maps (n, H, W): as it is (signed sum over channels), and smoothed."""
     return {VARIANTS[0]: raw.sum(1), VARIANTS[1]: smooth(raw)}

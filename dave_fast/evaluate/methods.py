@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dave_fast._philox import WORD, splitmix64
 from dave_fast.errors import InputError
 from dave_fast.explainer import DAVE
 
@@ -110,7 +111,7 @@ def _integrated(model: nn.Module, setup: Setup) -> Attribute:
 
 
 def _smoothgrad(model: nn.Module, setup: Setup) -> Attribute:
-    """The mean gradient over noisy copies, ⊙ the clean input; an image's noise depends on its key and the seed alone."""
+    """The mean gradient over noisy copies, ⊙ the clean input; an image's noise depends on its key and the seed."""
     from captum.attr import NoiseTunnel, Saliency
 
     tunnel = NoiseTunnel(Saliency(model))
@@ -120,7 +121,8 @@ def _smoothgrad(model: nn.Module, setup: Setup) -> Attribute:
         devices = [images.device] if images.device.type == "cuda" else []
         for row, key in enumerate(keys):
             with torch.random.fork_rng(devices):
-                torch.manual_seed((seed << 32) + key)
+                # a CPU generator reads the low 32 bits only
+                torch.manual_seed(splitmix64(splitmix64(seed) ^ key) & WORD)
                 gradient = tunnel.attribute(
                     images[row : row + 1].clone().requires_grad_(),
                     target=int(classes[row]),

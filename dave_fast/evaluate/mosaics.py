@@ -16,6 +16,7 @@ from dave_fast import metrics
 from dave_fast.errors import InputError
 from dave_fast.evaluate.maps import as_maps
 from dave_fast.evaluate.methods import Attribute
+from dave_fast.evaluate.settings import GRIDS
 
 if TYPE_CHECKING:
     from dave_fast.evaluate.scoring import Run
@@ -25,28 +26,28 @@ POOL = 4
 
 
 def score_grids(run: Run) -> None:
-    """GridPG for every size of grid and kind of tiles; what cannot be done is named in the results."""
-    for grid in run.settings.grids:
+    """GridPG for every kind of mosaic; what cannot be done is named in the results."""
+    drawn: dict[int, tuple[Tensor, Tensor]] = {}
+    for kind in run.settings.grids:
+        grid, rescale = GRIDS[kind]
+        title = f"GridPG {kind}"
         try:
-            tiles, labels = _draw(run, grid)
+            drawn[grid] = tiles, labels = drawn.get(grid) or _draw(run, grid)
         except InputError as error:
-            for kind in run.settings.tiles:
-                run.results.absent[f"GridPG {grid}×{grid} {kind}"] = str(error)
+            run.results.absent[title] = str(error)
             continue
-        for kind in run.settings.tiles:
-            title = f"GridPG {grid}×{grid} {kind}"
-            mosaics = metrics.build_mosaics(tiles, rescale=kind == "rescaled")
-            model = resized(run.model, (mosaics.shape[-2], mosaics.shape[-1]))
-            if model is None:
-                run.results.absent[title] = "the model's image size cannot be changed; try --tiles rescaled"
-                continue
-            run.results.facts.setdefault("mosaics", {})[f"{grid}×{grid} {kind}"] = len(mosaics)
-            for name, method in run.methods.items():
-                _score(run, name, method.make(model, run.setup), mosaics, labels, title)
+        mosaics = metrics.build_mosaics(tiles, rescale=rescale)
+        model = resized(run.model, (mosaics.shape[-2], mosaics.shape[-1]))
+        if model is None:
+            run.results.absent[title] = f"the model's image size cannot be changed; try {grid}x{grid}-rescaled"
+            continue
+        run.results.facts.setdefault("mosaics", {})[kind] = len(mosaics)
+        for name, method in run.methods.items():
+            _score(run, name, method.make(model, run.setup), mosaics, labels, title)
 
 
 def resized(model: nn.Module, size: tuple[int, int]) -> nn.Module | None:
-    """The model itself where it takes images of this (height, width), else a copy that does; None where timm has no way."""
+    """The model where it takes images of this (height, width), else a copy that does; None where timm has no way."""
     now = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if now is None or tuple(now) == size:
         return model if now is not None else None

@@ -19,7 +19,7 @@ from dave_fast.evaluate.maps import as_maps
 from dave_fast.evaluate.methods import CONTROLS, Attribute, Method, Setup, choose
 from dave_fast.evaluate.mosaics import score_grids
 from dave_fast.evaluate.randomise import score_randomised, stages
-from dave_fast.evaluate.settings import VARIANTS, Results, Settings
+from dave_fast.evaluate.settings import GRIDS, VARIANTS, Results, Settings
 from dave_fast.evaluate.sources import Examples, Source
 from dave_fast.ops.smooth import smooth
 
@@ -123,7 +123,7 @@ class Run:
         maps = self.images + probes * (self.wants("stability") + self.wants("classes"))
         pairs = 2 * s.pairs * (self.wants("classes") and self.source.read_pairs(0, 1) is not None)
         stages_ = s.randomised * len(stages(self.model)) * self.wants("randomisation")
-        grids = sum(s.mosaics_of(g) * g * g * len(s.tiles) for g in s.grids) * self.wants("grids")
+        grids = sum(s.mosaics_of(GRIDS[kind][0]) * GRIDS[kind][0] ** 2 for kind in s.grids) * self.wants("grids")
         return once * (maps + pairs + stages_ + grids) + again * probes * (s.seeds - 1) * self.wants("seeds")
 
     # ---- one batch of images ----
@@ -251,7 +251,7 @@ class Run:
     # ---- the other groups ----
 
     def _score_pairs(self) -> None:
-        """Images with two objects: the share on the explained one, and on the same pixels when the other is explained."""
+        """Images with two objects: the share on the explained one, and there when the other is explained."""
         for start in range(0, self.settings.pairs, self.settings.batch_size):
             both = self.source.read_pairs(start, min(start + self.settings.batch_size, self.settings.pairs))
             if both is None:

@@ -14,13 +14,14 @@ from dave_fast.metrics.perturbation import protocol_of
 
 VARIANTS = ("as it is", "smoothed")
 GROUPS = ("localisation", "curves", "stability", "classes", "seeds", "randomisation", "grids")
-GRIDS, TILES = (2, 3), ("native", "rescaled")
+# name -> cells a side, and whether tiles are shrunk so that a mosaic has the model's own size
+GRIDS = {"2x2": (2, False), "3x3": (3, False), "2x2-rescaled": (2, True), "3x3-rescaled": (3, True)}
 
 # metric -> whether more is better; None: neither, it is read beside another
 METRICS: dict[str, bool | None] = {
     "EnergyPG": True,
     "pointing game": True,
-    **{f"GridPG {g}×{g} {tiles}": True for tiles in TILES for g in GRIDS},
+    **{f"GridPG {name}": True for name in GRIDS},
     "two objects": True,
     "wrong object": None,
     "stability": True,
@@ -38,6 +39,7 @@ class Settings:
     parameter randomisation. pairs: images with two objects. mosaics: of 2×2; of 3×3 as many as make as many maps.
     groups: of metrics; methods: by name, None for all. confident: probability from which an image counts in curves
     and mosaics. seeds: of the random methods, 1 to 10; the first of them is `seed`.
+    grids: names of `GRIDS`.
     """
 
     images: int = 100
@@ -45,8 +47,7 @@ class Settings:
     randomised: int = 4
     pairs: int = 16
     mosaics: int = 4
-    grids: tuple[int, ...] = GRIDS
-    tiles: tuple[str, ...] = ("native",)
+    grids: tuple[str, ...] = ("2x2", "3x3")
     protocols: tuple[str, ...] = ("dave", "rise-deletion", "rise-insertion")
     curve_steps: int = 32
     seeds: int = 3
@@ -59,7 +60,7 @@ class Settings:
     methods: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name, given, allowed in (("group of metrics", self.groups, GROUPS), ("tiles", self.tiles, TILES)):
+        for name, given, allowed in (("group of metrics", self.groups, GROUPS), ("grid", self.grids, tuple(GRIDS))):
             if unknown := [one for one in given if one not in allowed]:
                 raise InputError(f"there is no {name} {unknown[0]!r}; expected some of {', '.join(allowed)}.")
         for protocol in self.protocols:
@@ -79,8 +80,10 @@ class Settings:
 class Results:
     """scores: method -> variant -> metric -> one number an image, in the images' order; mosaics count as images.
 
-    curves: protocol -> (changed shares, method -> variant -> (n, P) scores). seeds: method -> variant -> a mean EnergyPG
-    a seed. randomised: (stage names, method -> variant -> (n, stages) rank correlations). examples: pictures for reports.
+    curves: protocol -> (changed shares, method -> variant -> (n, P) scores).
+    seeds: method -> variant -> a mean EnergyPG a seed.
+    randomised: (stage names, method -> variant -> (n, stages) rank correlations).
+    examples: images and maps for pictures. absent: what was not run, and why. facts: about the images.
     """
 
     scores: dict[str, dict[str, dict[str, list[float]]]] = field(default_factory=dict)

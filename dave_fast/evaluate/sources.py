@@ -70,7 +70,7 @@ class Source(Protocol):
 
 @dataclass
 class DemoScenes:
-    """The embedded scenes, whose masks say which pixels carry the label: held-out glyphs, scene i a function of the seed.
+    """The embedded scenes, whose masks say which pixels carry the label: held-out glyphs, scene i by seed and i.
 
     Scenes of two digits have the seed + 1; scenes for mosaics the seed + 2.
     """
@@ -154,7 +154,7 @@ class ImageFiles:
         return inputs, torch.tensor(-1 if label is None else label), mask, path.name, number
 
     def _seen(self, mask: np.ndarray) -> Tensor:
-        """What the model's crop leaves of a mask (H, W) of the whole photograph: the pixels it covers by at least half."""
+        """What the model's crop leaves of a photograph's mask (H, W): the pixels that it covers by at least half."""
         white = Image.fromarray(mask.astype(np.uint8) * 255).convert("RGB")
         # through the very transform of the photograph, so that no geometry is computed twice
         planes = self.prepare.pixels(self.prepare.transform(white))
