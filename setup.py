@@ -79,7 +79,11 @@ def extensions() -> list[Extension]:
 setup(
     packages=[*find_packages(include=["dave_fast", "dave_fast.*"]), "dave_fast.kernels"],
     package_dir={"dave_fast.kernels": "kernels"},
-    package_data={"dave_fast": ["py.typed"], "dave_fast.demo": ["*.npz", "*.safetensors", "*.md"]},
+    package_data={
+        "dave_fast": ["py.typed"],
+        "dave_fast.evaluate": ["page.html"],
+        "dave_fast.demo": ["*.npz", "*.safetensors", "*.md"],
+    },
     ext_modules=extensions(),
     cmdclass={"build_ext": CMakeBuild},
 )

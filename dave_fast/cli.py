@@ -12,6 +12,7 @@ import typer
 
 from dave_fast import __version__
 from dave_fast.cli_bench import bench
+from dave_fast.cli_evaluate import evaluate
 from dave_fast.cli_explain import explain
 from dave_fast.cli_export import export
 from dave_fast.cli_run import run
@@ -51,5 +52,6 @@ def main() -> None:
 app.command()(plain(explain))
 app.command()(plain(run))
 app.command()(plain(export))
+app.command()(plain(evaluate))
 app.command()(plain(info))
 app.command()(plain(bench))

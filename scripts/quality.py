@@ -1,4 +1,4 @@
-"""docs/quality.md and its figures: `dave-fast evaluate` on the embedded scenes, with settings that were fixed beforehand.
+"""docs/quality.md and its figures: the evaluation of the embedded scenes, with settings that were fixed beforehand.
 
     python scripts/quality.py measure images --out DIR
     python scripts/quality.py measure mosaics --out DIR

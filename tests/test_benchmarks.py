@@ -1,6 +1,5 @@
 """The baselines and the tables of benchmarks/: what a comparison rests on is tested like everything else."""
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -8,10 +7,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import dave_fast
-from benchmarks import plain, quality_page, side_by_side
+from benchmarks import plain, side_by_side
 from benchmarks.contestants import captum_methods, ours, peer, plain_way, why_no
 from benchmarks.peers import LADDER
-from benchmarks.quality import interval
 from dave_fast.bench import whole
 from dave_fast.bench.rates import ceiling
 from dave_fast.bench.shapes import shapes_of
@@ -173,55 +171,3 @@ def test_ratios_do_not_count_for_a_slow_baseline_or_other_maps():
     assert len(reasons) == 2
     assert "68%" in reasons[0]
     assert "bf16" in reasons[1]
-
-
-def test_intervals_leave_nan_out_and_hold_the_mean():
-    scores = torch.cat([torch.linspace(0, 1, 101), torch.tensor([math.nan])])
-    found = interval(scores)
-    assert found["n"] == 101
-    assert found["mean"] == pytest.approx(0.5)
-    assert found["low"] < 0.5 < found["high"]
-    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * 0.2915 / 101**0.5, rel=0.1)
-    assert interval(torch.tensor([math.nan]))["mean"] is None
-
-
-def test_tables_mark_the_best_method_but_no_control():
-    def scored(mean):
-        return {"as it is": {"EnergyPG": {"mean": mean, "low": mean, "high": mean, "n": 3}}}
-
-    text = quality_page.table(
-        {"DAVE": scored(0.5), "SmoothGrad": scored(0.25), "uniform": scored(0.75), "|x|": scored(0.125)}, ("EnergyPG",)
-    )
-    assert "| DAVE, as it is | **0.500** (0.500–0.500) |" in text
-    assert "| uniform, as it is | 0.750 (0.750–0.750) |" in text
-    assert r"| \|x\|, as it is | 0.125" in text
-
-
-def test_the_quality_page_says_what_was_measured():
-    score = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 3}
-    settings = {
-        "accuracy": 0.97,
-        "image size": 128,
-        "scenes": 200,
-        "mask area": 0.04,
-        "samples": 50,
-        "noise_alpha": 0.5,
-        "SmoothGrad sigma": 0.3,
-        "mosaics": {"2×2": 40, "3×3": 17},
-        "confident": 0.9,
-        "tiles": "native",
-        "deletion steps": 32,
-        "stability sigma": 0.02,
-    }
-    environment = {"commit": "abc", "python": "3.11", "versions": {"torch": "2.15.0"}}
-    rows = {"DAVE": {"as it is": {"EnergyPG": score, "border excess": score}}}
-    text = quality_page.page({"settings": settings, "environment": environment, "rows": rows})
-    for said in (
-        "accuracy 97.0%",
-        "40 of 2×2 and 17 of 3×3",
-        "covers 4.0%",
-        "torch 2.15.0",
-        "figures/quality_examples.png",
-    ):
-        assert said in text
-    assert "| DAVE, as it is | **0.500** (0.400–0.600) | – |" in text

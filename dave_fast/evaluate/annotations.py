@@ -170,4 +170,4 @@ def _mask_file(path: Path, size: tuple[int, int]) -> np.ndarray | None:
     mask = read_image(path)
     if mask.size != size:
         raise InputError(f"the mask {path} has {mask.size} pixels, its image {size}: give masks of the images' size.")
-    return np.asarray(mask).any(axis=2)
+    return np.asarray(mask).max(axis=2) > 0

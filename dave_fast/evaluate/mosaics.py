@@ -7,7 +7,7 @@ resampled (timm's `set_input_size`). Rescaled tiles are shrunk, so that a mosaic
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ def resized(model: nn.Module, size: tuple[int, int]) -> nn.Module | None:
         return model if now is not None else None
     if not hasattr(model, "set_input_size"):
         return None
-    other = copy.deepcopy(model)
+    other: Any = copy.deepcopy(model)
     other.set_input_size(img_size=size)
     other.pretrained_cfg = {**(getattr(other, "pretrained_cfg", None) or {}), "input_size": (3, *size)}
     return other

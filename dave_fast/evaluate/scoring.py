@@ -56,7 +56,7 @@ class Run:
         self.attributes = {name: method.make(model, setup) for name, method in chosen.items()}
         self.device = next(model.parameters()).device
         self.images = min(settings.images, len(source))
-        self.probed = self.curved = self.done = 0
+        self.probed = self.curved = self.done = self.labelled = 0
         self.right: list[bool] = []
         self.areas: list[Tensor] = []
         self.seed_scores: dict[tuple[str, str, int], list[Tensor]] = defaultdict(list)
@@ -83,6 +83,7 @@ class Run:
         known = torch.cat(self.areas)
         self.results.facts |= {
             "images": len(self.right),
+            "labelled": self.labelled,
             "accuracy": sum(self.right) / len(self.right),
             "object area": known[known > 0].mean().item() if (known > 0).any() else None,
         }
@@ -137,6 +138,7 @@ class Run:
         predicted = probability.argmax(1)
         classes = torch.where(batch.labels < 0, predicted, batch.labels)
         self.right += (predicted == classes).tolist()
+        self.labelled += int((batch.labels >= 0).sum())
         self.areas.append(batch.masks.double().mean((1, 2)).cpu())
         probing = min(max(self.settings.probes - self.probed, 0), len(batch))
         sure = (predicted == classes) & (probability.amax(1) >= self.settings.confident)

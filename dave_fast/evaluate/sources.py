@@ -133,8 +133,8 @@ class ImageFiles:
                 self.skipped[str(self.files[number])] = str(error)
         if not made:
             return None
-        images, labels, masks = (torch.stack([one[i] for one in made]) for i in range(3))
-        return Examples(images, labels, masks, tuple(one[3] for one in made), tuple(one[4] for one in made))
+        images, labels, masks, names, keys = zip(*made, strict=True)
+        return Examples(torch.stack(images), torch.stack(labels), torch.stack(masks), names, keys)
 
     def read_pairs(self, start: int, stop: int) -> None:
         """Not known of files."""

@@ -7,10 +7,11 @@ intervals touch, and whether the interval of the paired difference, on the image
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 BOOTSTRAPS, LEVEL = 2000, 0.95
 # Student's t at 97.5 % for 1, 2, ... degrees of freedom
@@ -32,7 +33,7 @@ class Interval:
         return self.low <= other.high and other.low <= self.high
 
 
-def over_images(scores: Sequence[float]) -> Interval:
+def over_images(scores: ArrayLike) -> Interval:
     """Mean score of images and its bootstrap interval; NaN scores are left out."""
     values = np.asarray(scores, np.float64)
     values = values[~np.isnan(values)]
@@ -43,14 +44,15 @@ def over_images(scores: Sequence[float]) -> Interval:
     return Interval(float(values.mean()), float(low), float(high), len(values))
 
 
-def paired(scores: Sequence[float], others: Sequence[float]) -> Interval:
+def paired(scores: ArrayLike, others: ArrayLike) -> Interval:
     """Mean difference scores − others over the images that have both. Raises ValueError for different lengths."""
-    if len(scores) != len(others):
-        raise ValueError(f"{len(scores)} and {len(others)} scores are not of the same images.")
-    return over_images(np.asarray(scores, np.float64) - np.asarray(others, np.float64))
+    ours, theirs = np.asarray(scores, np.float64), np.asarray(others, np.float64)
+    if ours.shape != theirs.shape:
+        raise ValueError(f"{len(ours)} and {len(theirs)} scores are not of the same images.")
+    return over_images(ours - theirs)
 
 
-def over_seeds(means: Sequence[float]) -> Interval:
+def over_seeds(means: ArrayLike) -> Interval:
     """Mean over 2 to 10 seeds, each of them the mean score of the same images, and its t interval; n counts seeds."""
     values = np.asarray(means, np.float64)
     half = T_QUANTILES[len(values) - 2] * values.std(ddof=1) / np.sqrt(len(values))
@@ -82,7 +84,7 @@ class Verdict:
         return f"not told apart from {self.rival}"
 
 
-def verdict(scores: Mapping[str, Sequence[float]], higher: bool, dave: str = "DAVE") -> Verdict | None:
+def verdict(scores: Mapping[str, ArrayLike], higher: bool, dave: str = "DAVE") -> Verdict | None:
     """DAVE against its strongest rival in one metric; None where there is nothing to compare.
 
     scores: by method, of the same images. The strongest rival is one that is ahead, else the nearest.

@@ -1,0 +1,97 @@
+"""Charts as inline SVG, for a page without scripts that is read in light and dark: colours are CSS classes c0 … c6."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dave_fast.evaluate.statistics import Interval
+
+COLOURS = 7
+_ROW, _LABEL, _PLOT, _VALUE = 22, 142, 210, 178
+_WIDTH, _HEIGHT = 420, 240
+_LEFT, _RIGHT, _TOP, _BOTTOM = 42, 10, 10, 34
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve. colour: 0 to 6. dashed: of a control or a second kind."""
+
+    name: str
+    colour: int
+    x: Sequence[float]
+    y: Sequence[float]
+    dashed: bool = False
+
+
+def forest(rows: Sequence[tuple[str, int, Interval]], best: str | None, digits: int = 3) -> str:
+    """Means and intervals of one metric, a row a method: (name, colour, interval)."""
+    low, high = (f(getattr(i, side) for _, _, i in rows) for f, side in ((min, "low"), (max, "high")))
+    ticks = _ticks(low, high, 4)
+    low, high = min(low, ticks[0]), max(high, ticks[-1])
+    span = (high - low) or 1.0
+
+    def place(value: float) -> float:
+        return _LABEL + (value - low) / span * _PLOT
+
+    height = _ROW * len(rows) + 24
+    parts = [f'<svg viewBox="0 0 {_LABEL + _PLOT + _VALUE} {height}" role="img">']
+    for tick in ticks:
+        x = place(tick)
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height - 20}"/>')
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{height - 6}" text-anchor="middle">{tick:g}</text>')
+    for number, (name, colour, interval) in enumerate(rows):
+        y = _ROW * number + _ROW / 2
+        weight = ' class="best"' if name == best else ""
+        parts.append(f'<text{weight} x="{_LABEL - 12}" y="{y + 4}" text-anchor="end">{html.escape(name)}</text>')
+        x1, x2 = place(interval.low), place(interval.high)
+        parts.append(f'<line class="s c{colour}" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<circle class="f c{colour}" cx="{place(interval.mean):.1f}" cy="{y}" r="4.5"/>')
+        text = f"{interval.mean:.{digits}f} ({interval.low:.{digits}f}–{interval.high:.{digits}f})"
+        parts.append(f'<text{weight} x="{_LABEL + _PLOT + 12}" y="{y + 4}">{text}</text>')
+    return "".join([*parts, "</svg>"])
+
+
+def lines(curves: Sequence[Line], x_title: str, y_title: str, x_names: Sequence[str] = ()) -> str:
+    """Curves over one pair of axes. x_names: labels of x = 0, 1, 2, ... in place of numbers."""
+    xs = [x for curve in curves for x in curve.x]
+    ys = [y for curve in curves for y in curve.y if math.isfinite(y)]
+    x_low, x_high = min(xs), max(xs)
+    y_ticks = _ticks(min(ys), max(ys), 5)
+    y_low, y_high = min(*ys, y_ticks[0]), max(*ys, y_ticks[-1])
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across = (x - x_low) / ((x_high - x_low) or 1)
+        up = (y - y_low) / ((y_high - y_low) or 1)
+        return _LEFT + across * (_WIDTH - _LEFT - _RIGHT), _HEIGHT - _BOTTOM - up * (_HEIGHT - _TOP - _BOTTOM)
+
+    parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">']
+    for tick in y_ticks:
+        x, y = at(x_low, tick)
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{x - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
+    named = list(enumerate(x_names)) if x_names else [(tick, f"{tick:g}") for tick in _ticks(x_low, x_high, 5)]
+    for tick, name in named:
+        x, y = at(tick, y_low)
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{y + 15:.1f}" text-anchor="middle">{html.escape(name)}</text>')
+    for curve in curves:
+        points = [at(x, y) for x, y in zip(curve.x, curve.y, strict=True) if math.isfinite(y)]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        dashes = ' stroke-dasharray="5 4"' if curve.dashed else ""
+        parts.append(f'<polyline class="l c{curve.colour}" points="{path}"{dashes}/>')
+    right, below = _WIDTH - _RIGHT, _HEIGHT - 4
+    parts.append(f'<text class="tick" x="{right}" y="{below}" text-anchor="end">{html.escape(x_title)}</text>')
+    parts.append(f'<text class="tick" x="{_LEFT + 4}" y="{_TOP + 4}">{html.escape(y_title)}</text></svg>')
+    return "".join(parts)
+
+
+def _ticks(low: float, high: float, about: int) -> list[float]:
+    """Round numbers from just below low to just above high."""
+    span = (high - low) or abs(high) or 1.0
+    raw = span / about
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 10) for i in range(first, max(last, first + 1) + 1)]

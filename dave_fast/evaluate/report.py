@@ -1,0 +1,336 @@
+"""The report: one HTML page without outside assets, the same as Markdown, and the numbers as JSON and CSV."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dave_fast.evaluate import plots
+from dave_fast.evaluate.definitions import SHORT, definitions
+from dave_fast.evaluate.methods import CONTROLS, METHODS, Setup
+from dave_fast.evaluate.settings import METRICS, VARIANTS, Results, Settings
+from dave_fast.evaluate.statistics import Interval, Verdict
+from dave_fast.evaluate.summary import Summary, as_csv, as_json, summarise
+from dave_fast.figures import SHORTEST_SIDE, plain_map, save_picture
+from dave_fast.files import atomically
+from dave_fast.images import Preprocessing
+from dave_fast.labels import Labels
+
+SECTIONS = (
+    ("Where the attribution lies", tuple(METRICS)[:8]),
+    ("How it behaves", tuple(METRICS)[8:]),
+)
+WAYS = {True: "more is better", False: "less is better", None: "to be read beside another"}
+_OUTLINE = (255, 255, 255)
+
+
+@dataclass(frozen=True)
+class About:
+    """What the numbers belong to. command: how to get them again. environment: versions and the device."""
+
+    model: str
+    source: str
+    settings: Settings
+    setup: Setup
+    labels: Labels
+    prepare: Preprocessing
+    environment: dict[str, Any]
+    command: str
+    skipped: dict[str, str]
+
+
+def write(out: Path, results: Results, about: About) -> Summary:
+    """Write report.html, report.md, results.json, scores.csv and examples.png into a folder."""
+    from jinja2 import Environment
+
+    summary = summarise(results)
+    context = _context(results, summary, about)
+    template = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    _write(out / "report.html", Environment(autoescape=True).from_string(template).render(context))
+    if context["examples"]:
+        save_picture(_sheet(results, about), out / "examples.png")
+    _write(out / "report.md", markdown(context))
+    told = {
+        "model": about.model,
+        "source": about.source,
+        "settings": asdict(about.settings),
+        "setup": asdict(about.setup),
+        "environment": about.environment,
+        "command": about.command,
+        "skipped": about.skipped,
+    }
+    _write(out / "results.json", json.dumps(as_json(results, summary, told), indent=1, ensure_ascii=False) + "\n")
+    _write(out / "scores.csv", as_csv(results))
+    return summary
+
+
+def _write(path: Path, text: str) -> None:
+    with atomically(path) as file:
+        file.write(text.encode())
+
+
+def _context(results: Results, summary: Summary, about: About) -> dict[str, Any]:
+    """What the page and the Markdown are made of."""
+    shown = [name for name in results.scores if name not in CONTROLS]
+    return {
+        "title": "Attribution quality",
+        "subtitle": f"{about.model} on {about.source}",
+        "facts": _facts(results, about),
+        "verdicts": [
+            _verdict_row(metric, variant, summary.verdicts[variant][metric])
+            for metric in summary.metrics
+            for variant in VARIANTS
+            if metric in summary.verdicts[variant]
+        ],
+        "columns": ["input", *shown],
+        "outlined": any(one["mask"].any() for one in results.examples),
+        "examples": [_example_row(one, shown, about) for one in results.examples],
+        "sections": [_section(title, summary, metrics) for title, metrics in SECTIONS],
+        "curves": _curve_cards(results),
+        "keys": [{"name": name, "colour": colour(name)} for name in results.scores],
+        "seeds": [
+            {
+                "method": name,
+                "variant": variant,
+                "means": ", ".join(f"{mean:.4f}" for mean in results.seeds[name][variant]),
+                "interval": span(interval, 4),
+            }
+            for variant, row in summary.seeds.items()
+            for name, interval in row.items()
+        ],
+        "probes": min(about.settings.probes, results.facts.get("images", 0)),
+        "tables": [(variant, _table(summary, variant)) for variant in VARIANTS],
+        "absent": results.absent,
+        "skipped": about.skipped,
+        "definitions": [(m, SHORT[m]) for m in summary.metrics] + definitions(about.settings, about.setup),
+        "settings": _settings(about),
+    }
+
+
+def colour(name: str) -> int:
+    """The colour of a method in every chart."""
+    return list(METHODS).index(name) % plots.COLOURS
+
+
+def span(interval: Interval, digits: int = 3) -> str:
+    """A mean and its interval as text."""
+    return f"{interval.mean:.{digits}f} ({interval.low:.{digits}f}–{interval.high:.{digits}f})"
+
+
+def _facts(results: Results, about: About) -> list[tuple[str, str]]:
+    facts = results.facts
+    found = [(f"{facts['images']}", "images")]
+    if facts["labelled"]:
+        found.append((f"{facts['accuracy']:.1%}", "named rightly by the model"))
+    if facts.get("object area") is not None:
+        found.append((f"{facts['object area']:.1%}", "of an image is the object: a blind map's EnergyPG"))
+    for kind, count in facts.get("mosaics", {}).items():
+        found.append((f"{count}", f"mosaics {kind}"))
+    found.append((f"{about.setup.n_samples}", "samples an image"))
+    alpha = (about.setup.explainer or {}).get("noise_alpha")
+    if alpha is not None:
+        found.append((f"{alpha:g}", "noise_alpha"))
+    return found
+
+
+def _settings(about: About) -> list[tuple[str, str]]:
+    named = {"command": about.command, **asdict(about.settings), **(about.setup.explainer or {}), **about.environment}
+    return [(name, str(value)) for name, value in named.items() if value is not None]
+
+
+def _verdict_row(metric: str, variant: str, found: Verdict) -> dict[str, str]:
+    tone = "ahead" if found.words.startswith("ahead") else "behind" if found.words.startswith("behind") else "even"
+    return {
+        "metric": metric,
+        "variant": variant,
+        "dave": span(found.dave),
+        "rival": found.rival,
+        "other": span(found.other),
+        "difference": f"{found.difference.mean:+.3f} ({found.difference.low:+.3f} to {found.difference.high:+.3f})",
+        "n": str(found.difference.n),
+        "words": found.words,
+        "tone": tone,
+    }
+
+
+def _section(title: str, summary: Summary, metrics: Sequence[str]) -> dict[str, Any]:
+    cards = []
+    for metric in (each for each in metrics if each in summary.metrics):
+        for variant in VARIANTS:
+            row = summary.intervals[variant]
+            rows = [(name, colour(name), row[name][metric]) for name in row if metric in row[name]]
+            if rows and (variant == VARIANTS[1] or metric == "border excess"):
+                way = WAYS[METRICS[metric]]
+                svg = plots.forest(rows, summary.best(variant, metric))
+                cards.append({"title": metric, "text": f"{SHORT[metric]} ({way}; maps {variant}).", "svg": svg})
+    text = "Mean over images and its 95 % bootstrap interval; the best method is bold, controls left out."
+    return {"title": title, "text": text, "cards": cards}
+
+
+def _curve_cards(results: Results) -> list[dict[str, str]]:
+    cards = []
+    for protocol, (changed, rows) in results.curves.items():
+        drawn = [
+            plots.Line(name, colour(name), changed.tolist(), row[VARIANTS[1]].nanmean(0).tolist(), name in CONTROLS)
+            for name, row in rows.items()
+        ]
+        images = len(next(iter(rows.values()))[VARIANTS[1]])
+        text = f"{SHORT[f'{protocol} curve'].capitalize()}. Mean of {images} images, maps smoothed."
+        cards.append({"title": protocol, "text": text, "svg": plots.lines(drawn, "changed share", "probability")})
+    stages, rows_ = results.randomised
+    if stages:
+        names = [name.removeprefix("blocks.") for name in stages]
+        steps = list(range(len(stages)))
+        drawn = [
+            plots.Line(name, colour(name), steps, row[VARIANTS[1]].nanmean(0).tolist()) for name, row in rows_.items()
+        ]
+        text = "Rank correlation with the trained model's map while parameters are randomised from the head down."
+        svg = plots.lines(drawn, "randomised down to", "rank correlation", _thinned(names))
+        cards.append({"title": "parameter randomisation", "text": text, "svg": svg})
+    return cards
+
+
+def _thinned(names: Sequence[str]) -> list[str]:
+    """Labels of stages that have room beside each other."""
+    every = -(-len(names) // 9)
+    return [name if i % every == 0 else "" for i, name in enumerate(names)]
+
+
+def _table(summary: Summary, variant: str) -> dict[str, Any]:
+    rows = summary.intervals[variant]
+    metrics = [metric for metric in summary.metrics if any(metric in row for row in rows.values())]
+    best = {metric: summary.best(variant, metric) for metric in metrics}
+    return {
+        "metrics": metrics,
+        "rows": [
+            {
+                "name": name,
+                "cells": [
+                    {"text": span(row[metric]) if metric in row else "–", "best": best[metric] == name}
+                    for metric in metrics
+                ],
+            }
+            for name, row in rows.items()
+        ],
+    }
+
+
+# Pictures
+
+
+def _example_row(one: dict[str, Any], shown: Sequence[str], about: About) -> dict[str, Any]:
+    pictures = [_data(each) for each in _pictures(one, shown, about)]
+    explained = f"{about.labels.name(one['class'])}, {one['probability']:.2f}"
+    return {"name": one["name"], "explained": explained, "pictures": pictures}
+
+
+def _pictures(one: dict[str, Any], shown: Sequence[str], about: About) -> list[Image.Image]:
+    """The input and the map of each method, with the outline of the object where it is known."""
+    mask = one["mask"].numpy()
+    size = min(SHORTEST_SIDE // 2, 224)
+    made = [Image.fromarray(about.prepare.pixels(one["image"]))]
+    made += [plain_map(one["maps"][name].float().cpu().numpy()) for name in shown if name in one["maps"]]
+    return [_outlined(_fit(picture, size), mask) for picture in made]
+
+
+def _fit(picture: Image.Image, size: int) -> Image.Image:
+    scale = size / min(picture.size)
+    return picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.LANCZOS)
+
+
+def _outlined(picture: Image.Image, mask: np.ndarray) -> Image.Image:
+    if not mask.any():
+        return picture
+    large = np.asarray(Image.fromarray(mask).resize(picture.size, Image.Resampling.NEAREST))
+    inside = np.pad(large, 1, mode="edge")
+    middle = inside[1:-1, 1:-1]
+    neighbours = (inside[:-2, 1:-1], inside[2:, 1:-1], inside[1:-1, :-2], inside[1:-1, 2:])
+    edge = middle & ~np.logical_and.reduce(neighbours)
+    pixels = np.array(picture)
+    pixels[edge] = (0.35 * pixels[edge] + 0.65 * np.array(_OUTLINE)).astype(np.uint8)
+    return Image.fromarray(pixels)
+
+
+def _data(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _sheet(results: Results, about: About) -> Image.Image:
+    """All examples in one picture, a row an image, for where there is no HTML."""
+    from PIL import ImageDraw, ImageFont
+
+    shown = [name for name in results.scores if name not in CONTROLS]
+    rows = [_pictures(one, shown, about) for one in results.examples]
+    width, height = max(p.width for r in rows for p in r), max(p.height for r in rows for p in r)
+    gap, head = 8, 28
+    sheet = Image.new("RGB", ((width + gap) * (1 + len(shown)) + gap, head + (height + gap) * len(rows)), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(15)
+    for column, name in enumerate(["input", *shown]):
+        middle = gap + column * (width + gap) + width // 2
+        draw.text((middle, head // 2), name, fill=(60, 60, 60), font=font, anchor="mm")
+    for number, row in enumerate(rows):
+        for column, picture in enumerate(row):
+            sheet.paste(picture, (gap + column * (width + gap), head + number * (height + gap)))
+    return sheet
+
+
+# Markdown
+
+
+def markdown(context: dict[str, Any]) -> str:
+    """The report as Markdown, without charts."""
+    facts = "; ".join(f"{value} {name}" for value, name in context["facts"])
+    parts = [f"# {context['title']}", f"{context['subtitle']}: {facts}."]
+    if context["examples"]:
+        note = " Outlined: the object." if context["outlined"] else ""
+        parts += ["![The same images explained by every method](examples.png)"]
+        parts += [
+            f"Maps behind the same post-processing, each on its own scale.{note} The first images; none was chosen."
+        ]
+    if context["verdicts"]:
+        keys = ("metric", "variant", "dave", "rival", "other", "difference", "n", "words")
+        head = ("metric", "maps", "DAVE", "rival", "of the rival", "difference, paired", "n", "verdict")
+        rows = [[row[key] for key in keys] for row in context["verdicts"]]
+        parts += ["## Is DAVE ahead?", VERDICTS, table(head, rows)]
+    for variant, each in context["tables"]:
+        rows = [[row["name"], *map(_bold, row["cells"])] for row in each["rows"]]
+        parts += [f"## Maps {variant}", table(("", *each["metrics"]), rows)]
+    parts += ["Mean over images and its 95 % bootstrap interval. **Bold**: the best mean, controls left out."]
+    if context["seeds"]:
+        rows = [[row[key] for key in ("method", "variant", "means", "interval")] for row in context["seeds"]]
+        parts += ["## Other seeds", f"EnergyPG of the same {context['probes']} images under each seed."]
+        parts += [table(("method", "maps", "a mean a seed", "over seeds"), rows)]
+    for title, key in (("Not run", "absent"), ("Files left out", "skipped")):
+        if context[key]:
+            parts += [f"## {title}", "\n".join(f"- **{name}**: {why}" for name, why in context[key].items())]
+    parts += ["## What was measured", "\n".join(f"- **{name}**: {text}" for name, text in context["definitions"])]
+    parts += ["## Settings", "\n".join(f"- {name}: `{text}`" for name, text in context["settings"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _bold(cell: dict[str, Any]) -> str:
+    return f"**{cell['text']}**" if cell["best"] else cell["text"]
+
+
+VERDICTS = (
+    "Against the baseline that is ahead of DAVE or comes nearest. Differences are paired: on the same images, positive "
+    "where DAVE is better. “Intervals apart”: DAVE's interval touches no baseline's."
+)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; a bar would end a cell."""
+    lines_ = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines_)

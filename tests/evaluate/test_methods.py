@@ -1,0 +1,65 @@
+"""Every method: signed attributions of the images' shape, repeatable, and what it says it is."""
+
+import pytest
+import torch
+
+from dave_fast.demo.model import build_model
+from dave_fast.errors import InputError
+from dave_fast.evaluate import methods
+from dave_fast.evaluate.methods import METHODS, Setup, choose
+
+SETUP = Setup(3, {"precision": "fp32", "noise_alpha": 0.5})
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    made = build_model().eval().requires_grad_(False)
+    torch.nn.init.normal_(made.head.weight, std=0.1)
+    return made
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(1))
+
+
+CLASSES = torch.tensor([3, 5])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_image_is_explained_alike_alone_and_in_company_and_by_its_seed(name, model, images):
+    attribute = METHODS[name].make(model, SETUP)
+    state = torch.get_rng_state()
+    both = attribute(images, CLASSES, (7, 8), 0)
+    assert both.shape == images.shape
+    alone = attribute(images[1:], CLASSES[1:], (8,), 0)
+    torch.testing.assert_close(alone[0], both[1], rtol=1e-3, atol=1e-5 * both.abs().max().item())
+    assert torch.equal(torch.get_rng_state(), state)
+    other = attribute(images[1:], CLASSES[1:], (8,), 1)
+    assert torch.equal(other, alone) != METHODS[name].random
+    if METHODS[name].random:
+        assert not torch.equal(attribute(images[1:], CLASSES[1:], (9,), 0), alone)
+
+
+def test_the_baselines_are_their_formulas(model, images):
+    leaf = images.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(leaf)[[0, 1], CLASSES].sum(), leaf)
+    found = METHODS["input × gradient"].make(model, SETUP)(images, CLASSES, (0, 1), 0)
+    torch.testing.assert_close(found, gradient * images, rtol=1e-4, atol=1e-6)
+    fine = METHODS["integrated gradients"].make(model, Setup(60, SETUP.explainer))(images, CLASSES, (0, 1), 0)
+    rise = (model(images) - model(torch.zeros_like(images)))[[0, 1], CLASSES]
+    torch.testing.assert_close(fine.sum((1, 2, 3)), rise, rtol=0.1, atol=0.02)
+
+
+def test_absent_packages_are_named_and_unknown_methods_refused(monkeypatch):
+    monkeypatch.setattr(methods, "find_spec", lambda name: None)
+    chosen, absent = choose(None)
+    assert set(chosen) == {"DAVE", "frozen gradient", "|x|", "uniform"}
+    assert absent["SmoothGrad"] == "the package captum is absent"
+    with pytest.raises(InputError, match="integrated gradients"):
+        choose(["Grad-CAM"])
+
+
+def test_dave_and_the_controls_always_run():
+    assert list(choose(["SmoothGrad"])[0]) == ["DAVE", "SmoothGrad", "|x|", "uniform"]

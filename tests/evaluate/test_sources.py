@@ -1,0 +1,151 @@
+"""Scenes, image files and their annotations: labels and objects as the model's crop shows them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dave_fast.errors import InputError
+from dave_fast.evaluate import DemoScenes, ImageFiles
+from dave_fast.evaluate.annotations import Annotations, class_of, read_boxes
+from dave_fast.images import from_config
+from dave_fast.labels import Labels
+
+LABELS = Labels(3, ("cat, house cat", "dog", "tiger"))
+XML = """<annotation><size><width>{w}</width><height>{h}</height></size>
+<object><name>dog</name><bndbox><xmin>10</xmin><ymin>20</ymin><xmax>29</xmax><ymax>49</ymax></bndbox></object>
+<object><name>dog</name><bndbox><xmin>50</xmin><ymin>20</ymin><xmax>59</xmax><ymax>29</ymax></bndbox></object></annotation>"""
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "val" / "cat" / "one.JPEG"
+    path.parent.mkdir(parents=True)
+    Image.new("RGB", (100, 60), "grey").save(path)
+    return path
+
+
+def prepare(size=30, crop=1.0):
+    return from_config({"input_size": (3, size, size), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": crop})
+
+
+def files(photo, **known):
+    return ImageFiles([photo], prepare(), Annotations(LABELS, **known))
+
+
+def test_scenes_are_a_function_of_seed_and_number():
+    whole, part = DemoScenes(5, 9).read(0, 5), DemoScenes(3, 9).read(2, 99)
+    assert len(part) == 1
+    assert torch.equal(whole.images[2], part.images[0])
+    assert part.keys == (2,)
+    one, other = DemoScenes(5, 9).read_pairs(0, 2)
+    assert torch.equal(one.images, other.images)
+    assert (one.labels != other.labels).all()
+    assert not (one.masks & other.masks).any()
+    assert not torch.equal(DemoScenes(5, 9).pool(3).read(0, 1).images, whole.images[:1])
+
+
+def test_the_folder_names_the_class(photo):
+    found = files(photo).read(0, 1)
+    assert found.labels.tolist() == [0]
+    assert not found.masks.any()
+    assert found.images.shape == (1, 3, 30, 30)
+
+
+def test_boxes_of_xml_go_through_the_models_own_crop(photo, tmp_path):
+    (tmp_path / "xml").mkdir()
+    (tmp_path / "xml" / "one.xml").write_text(XML.format(w=100, h=60))
+    noted = read_boxes(tmp_path / "xml")
+    # the last pixel is inside: columns 10 to 29
+    assert noted["one"].boxes[0] == (10, 20, 30, 50)
+    found = files(photo, noted=noted).read(0, 1)
+    assert found.labels.tolist() == [1]
+    # 100×60 is shrunk by 2 to 50×30, of which columns 10 to 39 remain: both boxes lose 10 columns
+    expected = torch.zeros(30, 30, dtype=torch.bool)
+    expected[10:25, 0:5] = True
+    expected[10:15, 15:20] = True
+    assert (found.masks[0] ^ expected).sum() == 0
+
+
+def test_boxes_of_another_resolution_are_scaled_and_of_another_shape_refused(photo, tmp_path):
+    (tmp_path / "one.xml").write_text(XML.format(w=200, h=120))
+    scaled = Annotations(LABELS, read_boxes(tmp_path)).mask(photo, (100, 60))
+    assert scaled[10:25, 5:15].all()
+    assert scaled.sum() == 15 * 10 + 5 * 5
+    (tmp_path / "one.xml").write_text(XML.format(w=60, h=100))
+    source = files(photo, noted=read_boxes(tmp_path))
+    assert source.read(0, 1) is None
+    assert "(60, 100)" in source.skipped[str(photo)]
+
+
+def test_boxes_of_csv_and_coco(tmp_path):
+    table = tmp_path / "boxes.csv"
+    table.write_text("image,xmin,ymin,xmax,ymax,label\nval/one.JPEG,1,2,3,4,tiger\none.JPEG,5,6,7,8,tiger\n")
+    (noted,) = read_boxes(table).values()
+    assert noted.boxes == ((1, 2, 3, 4), (5, 6, 7, 8))
+    assert noted.label == "tiger"
+    coco = {
+        "images": [{"id": 1, "file_name": "one.jpg", "width": 9, "height": 9}, {"id": 2, "file_name": "two.jpg"}],
+        "annotations": [
+            {"image_id": 1, "category_id": 7, "bbox": [0, 0, 2, 2]},
+            {"image_id": 1, "category_id": 8, "bbox": [1, 1, 4, 3]},
+        ],
+        "categories": [{"id": 7, "name": "cat"}, {"id": 8, "name": "dog"}],
+    }
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
+    noted = read_boxes(tmp_path / "coco.json")
+    assert set(noted) == {"one"}
+    assert (noted["one"].boxes, noted["one"].label, noted["one"].size) == (((1, 1, 5, 4),), "dog", (9, 9))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("boxes.csv", "image,left\na,1\n", "columns image, xmin"),
+        ("boxes.csv", "image,xmin,ymin,xmax,ymax\na,1,2,three,4\n", "three"),
+        ("boxes.json", "{}", "COCO"),
+        ("boxes.txt", "", "folder of XML"),
+        ("broken.xml", "<annotation>", "PASCAL"),
+        ("empty", None, "holds no XML"),
+    ],
+)
+def test_annotations_that_are_none_are_refused_by_name(tmp_path, name, content, said):
+    path = tmp_path / name
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_text(content)
+    with pytest.raises(InputError, match=said):
+        read_boxes(tmp_path if path.suffix == ".xml" else path)
+
+
+def test_masks_are_files_of_the_same_name(photo, tmp_path):
+    mask = np.zeros((60, 100), np.uint8)
+    mask[20:40, 30:60] = 7
+    Image.fromarray(mask).save(tmp_path / "one.png")
+    found = files(photo, masks=tmp_path).read(0, 1)
+    assert found.masks[0, 10:20, 5:20].all()
+    assert found.masks.sum() == 150
+    Image.fromarray(mask[:30]).save(tmp_path / "one.png")
+    source = files(photo, masks=tmp_path)
+    assert source.read(0, 1) is None
+    assert "(100, 30)" in str(source.skipped)
+
+
+def test_a_broken_file_is_left_out_and_named(photo, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    source = ImageFiles([broken, photo], prepare(), Annotations(LABELS))
+    found = source.read(0, 2)
+    assert found.names == ("one.JPEG",)
+    assert found.keys == (1,)
+    assert list(source.skipped) == [str(broken)]
+
+
+def test_wordnet_ids_are_classes_of_models_with_a_thousand():
+    thousand = Labels(1000)
+    assert [class_of(name, thousand) for name in ("n01518878", "n02129604", "n04285008")] == [9, 292, 817]
+    assert class_of("n02129604", LABELS) is None
+    assert class_of("dog", LABELS) == 1
