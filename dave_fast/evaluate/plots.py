@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from dave_fast.evaluate.statistics import Interval
 
 COLOURS = 7
-_ROW, _LABEL, _PLOT, _VALUE = 22, 142, 210, 178
+_ROW, _LABEL, _PLOT, _VALUE = 22, 160, 200, 178
 _WIDTH, _HEIGHT = 420, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 42, 10, 10, 34
 
