@@ -3,6 +3,7 @@
     DaveFastError
     ├── InputError            (ValueError)    images, targets or settings that cannot be explained
     │   └── ImageError                        a file that is no readable image
+    │       └── TooLargeError                 an image of more pixels than are taken
     ├── ModelError            (ValueError)    the model cannot be explained, or not by the route asked for
     │   ├── UnknownModelError                 no such model name, or its weights cannot be fetched
     │   └── NotFrozenError                    the affine replay found an operator that was left unfrozen
@@ -28,6 +29,10 @@ class InputError(DaveFastError, ValueError):
 
 class ImageError(InputError):
     """A file that is no readable image."""
+
+
+class TooLargeError(ImageError):
+    """An image of more pixels than are taken."""
 
 
 class ModelError(DaveFastError, ValueError):

@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dave_fast.errors import ImageError, InputError
+from dave_fast.errors import ImageError, InputError, TooLargeError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,21 +53,29 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         raise ImageError(f"cannot read {os.fspath(path)}: {_reason(error)}.") from error
 
 
-def decode_image(content: bytes, name: str) -> Image.Image:
+def decode_image(
+    content: bytes, name: str, *, max_pixels: int | None = None, formats: tuple[str, ...] | None = None
+) -> Image.Image:
     """The bytes of an image file as 8-bit RGB, as `read_image`. name: what messages call it.
 
-    Raises ImageError for whatever cannot be read in full.
+    max_pixels: width × height above which nothing is decoded. formats: those of Pillow that are tried; None is all.
+
+    Raises ImageError for whatever cannot be read in full, TooLargeError for more than max_pixels.
     """
     try:
         if not content:
             raise ImageError("the file is empty")
-        return _decoded(io.BytesIO(content))
+        return _decoded(io.BytesIO(content), max_pixels, formats)
+    except TooLargeError as error:
+        raise TooLargeError(f"cannot read {name}: {_reason(error)}.") from error
     except Exception as error:
         raise ImageError(f"cannot read {name}: {_reason(error)}.") from error
 
 
-def _decoded(file: IO[bytes]) -> Image.Image:
-    with Image.open(file) as image:
+def _decoded(file: IO[bytes], max_pixels: int | None = None, formats: tuple[str, ...] | None = None) -> Image.Image:
+    with Image.open(file, formats=formats) as image:
+        if max_pixels is not None and image.width * image.height > max_pixels:
+            raise TooLargeError(f"it has {image.width}×{image.height} pixels; at most {max_pixels} are taken")
         # Lazy until here: this decodes all pixels, so a truncated file is noticed.
         image.load()
         return _rgb(ImageOps.exif_transpose(image))

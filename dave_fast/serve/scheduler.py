@@ -54,23 +54,38 @@ class Queued:
 
     bucket: what may share a micro-batch. samples: its budget S. size: bytes it holds until it has ended.
     deadline: on the caller's clock, or infinity. issued: samples handed out so far; they go out in order.
+    first: the bucket of a row that has to come back before the samples can be handed out, sample −1; None for none.
     """
 
     bucket: Hashable
     samples: int
     size: int = 0
     deadline: float = math.inf
-    issued: int = 0
+    first: Hashable | None = None
+    issued: int = field(default=0, init=False)
     in_flight: int = field(default=0, init=False)
     ended: bool = field(default=False, init=False)
     urgency: float = field(default=math.inf, init=False)
     number: int = field(default=0, init=False)
     served: int = field(default=0, init=False)
 
+    def __post_init__(self) -> None:
+        self.issued = 0 if self.first is None else -1
+
     @property
     def waiting(self) -> int:
         """Rows that are still to be handed out."""
         return 0 if self.ended else self.samples - self.issued
+
+    @property
+    def place(self) -> Hashable:
+        """The bucket of its next row."""
+        return self.bucket if self.first is None or self.issued >= 0 else self.first
+
+    @property
+    def available(self) -> int:
+        """Rows that may be handed out now, for a request in its place."""
+        return 1 if self.issued < 0 else self.samples - self.issued
 
 
 @dataclass(frozen=True)
@@ -143,15 +158,19 @@ class Scheduler:
         self.requests += 1
         self.rows += request.waiting
         self.bytes += request.size
-        bucket = self._buckets.setdefault(request.bucket, _Bucket(served=self._turn))
-        bucket.requests[request.number] = request
+        self._enter(request)
+
+    def proceed(self, request: Queued) -> None:
+        """Its first row has come back: its samples may be handed out."""
+        if not request.ended:
+            self._enter(request)
 
     def end(self, request: Queued) -> None:
         """The request is answered, failed or cancelled: its waiting rows are freed. Ending twice is ending once."""
         if request.ended:
             return
         self.rows -= request.waiting
-        self._leave(request)
+        self._leave(request, request.place)
         request.ended = True
         if request.in_flight == 0:
             self._release(request)
@@ -182,7 +201,7 @@ class Scheduler:
         by_turn = (rows + bucket.turns % BY_TURN) // BY_TURN
         bucket.turns += 1
         counts = _by_deadline(requests, rows - by_turn)
-        _by_turn(requests, counts, min(rows, sum(r.waiting for r in requests)))
+        _by_turn(requests, counts, min(rows, sum(r.available for r in requests)))
         return MicroBatch(key, tuple(self._hand_out(request, count) for request, count in counts.items()), rows)
 
     def done(self, batch: MicroBatch, seconds: float) -> None:
@@ -204,22 +223,25 @@ class Scheduler:
         return min(alive, key=lambda key: self._buckets[key].served)
 
     def _hand_out(self, request: Queued, count: int) -> Part:
-        part = Part(request, request.issued, request.issued + count)
+        place, part = request.place, Part(request, request.issued, request.issued + count)
         request.issued += count
         request.in_flight += count
         request.served = self._turn
         self.rows -= count
-        if request.waiting == 0:
-            self._leave(request)
+        if request.waiting == 0 or request.place != place:
+            self._leave(request, place)
         return part
 
-    def _leave(self, request: Queued) -> None:
+    def _enter(self, request: Queued) -> None:
+        self._buckets.setdefault(request.place, _Bucket(served=self._turn)).requests[request.number] = request
+
+    def _leave(self, request: Queued, place: Hashable) -> None:
         """Out of its bucket; a bucket that is empty is forgotten."""
-        bucket = self._buckets.get(request.bucket)
+        bucket = self._buckets.get(place)
         if bucket is not None:
             bucket.requests.pop(request.number, None)
             if not bucket.requests:
-                del self._buckets[request.bucket]
+                del self._buckets[place]
 
     def _release(self, request: Queued) -> None:
         self.requests -= 1
@@ -232,7 +254,7 @@ def _by_deadline(requests: list[Queued], rows: int) -> dict[Queued, int]:
     for request in sorted(requests, key=lambda request: (request.urgency, request.number)):
         if rows <= 0:
             break
-        counts[request] = min(rows, request.waiting)
+        counts[request] = min(rows, request.available)
         rows -= counts[request]
     return counts
 
@@ -242,7 +264,7 @@ def _by_turn(requests: list[Queued], counts: dict[Queued, int], total: int) -> N
 
     def places() -> Iterator[tuple[int, int, int, Queued]]:
         for request in requests:
-            if counts.get(request, 0) < request.waiting:
+            if counts.get(request, 0) < request.available:
                 yield counts.get(request, 0), request.served, request.number, request
 
     line = list(places())
@@ -250,7 +272,7 @@ def _by_turn(requests: list[Queued], counts: dict[Queued, int], total: int) -> N
     for _ in range(total - sum(counts.values())):
         count, served, number, request = line[0]
         counts[request] = count + 1
-        if count + 1 < request.waiting:
+        if count + 1 < request.available:
             heapq.heapreplace(line, (count + 1, served, number, request))
         else:
             heapq.heappop(line)

@@ -99,6 +99,41 @@ def test_buckets_are_never_mixed_and_none_starves():
     assert Counter(kinds) == {"urgent": 250, "quiet": 1}
 
 
+def test_the_first_row_comes_back_before_samples_go_out():
+    scheduler, request = Scheduler(), Queued("explain", 3, first="predict")
+    scheduler.submit(request, 0.0)
+    assert scheduler.rows == 4
+    batch = scheduler.take(lambda bucket: 8, 0.0)
+    assert batch.bucket == "predict" and [(p.start, p.stop) for p in batch.parts] == [(-1, 0)]
+    assert scheduler.take(lambda bucket: 8, 0.0) is None
+    scheduler.done(batch, 1.0)
+    scheduler.proceed(request)
+    batch = scheduler.take(lambda bucket: 8, 0.0)
+    assert batch.bucket == "explain" and [(p.start, p.stop) for p in batch.parts] == [(0, 3)]
+    scheduler.done(batch, 1.0)
+    scheduler.end(request)
+    scheduler.proceed(request)
+    assert scheduler.take(lambda bucket: 8, 0.0) is None
+    assert (scheduler.rows, scheduler.requests) == (0, 0)
+
+
+@pytest.mark.parametrize("when", ["before", "during", "after"])
+def test_a_request_may_end_around_its_first_row(when):
+    scheduler, request = Scheduler(), Queued("explain", 3, first="predict", size=5)
+    scheduler.submit(request, 0.0)
+    if when == "before":
+        scheduler.end(request)
+    else:
+        batch = scheduler.take(lambda bucket: 8, 0.0)
+        if when == "during":
+            scheduler.end(request)
+        scheduler.done(batch, 1.0)
+        scheduler.end(request)
+        scheduler.proceed(request)
+    assert scheduler.take(lambda bucket: 8, 0.0) is None
+    assert (scheduler.rows, scheduler.requests, scheduler.bytes) == (0, 0, 0)
+
+
 # ---- admission ----
 
 

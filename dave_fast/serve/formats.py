@@ -1,0 +1,173 @@
+"""Answers as JSON, events, pictures and arrays."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel
+from torch import Tensor
+
+from dave_fast import __version__, figures
+from dave_fast.convergence import Refined
+from dave_fast.serve.jobs import Ask, Ended, Predicted
+from dave_fast.serve.models import ServedModel
+from dave_fast.serve.schemas import Answer, Array, ClassMap, ClassProbability, Maps, Prediction, finite
+
+JSON, PNG, NPY, NPZ = "application/json", "image/png", "application/x-npy", "application/x-npz"
+TYPES = (JSON, PNG, NPY, NPZ)
+# the most probable classes that every answer names
+TOP = 5
+
+
+def negotiate(accept: str | None) -> str | None:
+    """The media type of the answer, by the Accept header's weights; JSON where anything goes, None where none fits."""
+    best, weight = None, 0.0
+    for item in (accept or "*/*").split(","):
+        name, *parameters = (part.strip().lower() for part in item.split(";"))
+        found = JSON if name in ("*/*", "application/*") else PNG if name == "image/*" else name
+        quality = next((_number(p[2:]) for p in parameters if p.startswith("q=")), 1.0)
+        if found in TYPES and quality > weight:
+            best, weight = found, quality
+    return best
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
+
+
+def array(values: Tensor, encoding: str) -> Array:
+    """A map (H, W) in [0, 1] for JSON."""
+    numbers = values.numpy().astype("<f4")
+    if encoding == "uint8":
+        numbers = np.rint(numbers * 255).astype(np.uint8)
+    data = base64.b64encode(numbers.tobytes()).decode()
+    return Array(dtype="uint8" if encoding == "uint8" else "float32", shape=list(values.shape), data=data)
+
+
+def prediction(model: ServedModel, predicted: Predicted) -> Prediction:
+    """What the model sees."""
+    return Prediction(model=model.name, targets=list(predicted.targets), top=_top(model, predicted))
+
+
+def _top(model: ServedModel, predicted: Predicted) -> list[ClassProbability]:
+    top = predicted.probabilities.topk(min(TOP, model.classes)).indices.tolist()
+    return [_probability(model, predicted, target) for target in top]
+
+
+def _probability(model: ServedModel, predicted: Predicted, target: int) -> ClassProbability:
+    probability = float(predicted.probabilities[target])
+    return ClassProbability(target=target, class_name=model.labels.name(target), probability=probability)
+
+
+def maps(model: ServedModel, ask: Ask, predicted: Predicted, refined: Refined, encoding: str) -> Maps:
+    """Maps and errors of so many samples."""
+    each = [
+        ClassMap(
+            **_probability(model, predicted, target).model_dump(),
+            error=finite(error),
+            error_bound=finite(bound),
+            map=array(values, encoding),
+        )
+        for target, values, error, bound in zip(
+            predicted.targets, refined.maps, refined.errors, refined.bounds, strict=True
+        )
+    ]
+    return Maps(
+        samples=refined.samples,
+        n_samples=ask.n_samples,
+        error=finite(max(refined.errors)),
+        error_bound=finite(refined.bound),
+        maps=each,
+    )
+
+
+def answer(model: ServedModel, ask: Ask, ended: Ended, encoding: str) -> Answer:
+    """The whole answer."""
+    return Answer(
+        **dict(maps(model, ask, ended.predicted, ended.refined, encoding)),
+        model=model.name,
+        seed=ask.seed,
+        cut_short=ended.cut_short,  # type: ignore[arg-type]
+        queue_ms=round(1000 * ended.queue_seconds, 3),
+        total_ms=round(1000 * ended.seconds, 3),
+        top=_top(model, ended.predicted),
+    )
+
+
+def headers(model: ServedModel, ask: Ask, ended: Ended) -> dict[str, str]:
+    """The numbers of an answer, for formats that have no place for them."""
+    refined = ended.refined
+    told = {
+        "model": model.name,
+        "targets": ",".join(map(str, ended.predicted.targets)),
+        "samples": refined.samples,
+        "n-samples": ask.n_samples,
+        "seed": ask.seed,
+        "error": f"{max(refined.errors):.6g}",
+        "error-bound": f"{refined.bound:.6g}",
+        "cut-short": ended.cut_short or "no",
+        "queue-ms": f"{1000 * ended.queue_seconds:.3f}",
+        "total-ms": f"{1000 * ended.seconds:.3f}",
+    }
+    return {f"x-dave-{name}": str(value).encode("ascii", "replace").decode() for name, value in told.items()}
+
+
+def picture(model: ServedModel, ask: Ask, refined: Refined, view: str) -> bytes:
+    """PNG: the classes side by side, over what the model saw or as plain maps."""
+    crop = model.prepare.pixels(ask.image)
+    drawn = [
+        np.asarray(figures.overlay(crop, heat.numpy()) if view == "overlay" else figures.plain_map(heat.numpy()))
+        for heat in refined.maps
+    ]
+    return png(Image.fromarray(np.concatenate(drawn, axis=1)))
+
+
+def png(image: Image.Image) -> bytes:
+    """The bytes of a PNG file."""
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return file.getvalue()
+
+
+def npy(refined: Refined) -> bytes:
+    """A .npy file: maps (K, H, W) float32."""
+    file = io.BytesIO()
+    np.save(file, refined.maps.numpy())
+    return file.getvalue()
+
+
+def npz(model: ServedModel, ask: Ask, ended: Ended) -> bytes:
+    """A .npz file with maps (K, H, W), raw (K, 3, H, W), input (H, W, 3), targets and what they came from."""
+    refined = ended.refined
+    arrays: Mapping[str, Any] = {
+        "maps": refined.maps.numpy(),
+        "raw": refined.raw.numpy(),
+        "input": model.prepare.pixels(ask.image),
+        "targets": np.array(ended.predicted.targets, np.int64),
+        "class_names": np.array([model.labels.name(target) for target in ended.predicted.targets]),
+        "probabilities": ended.predicted.probabilities[list(ended.predicted.targets)].numpy(),
+        "errors": np.array(refined.errors),
+        "error_bounds": np.array(refined.bounds),
+        "samples": np.int64(refined.samples),
+        "seed": np.int64(ask.seed),
+        "model": model.name,
+        "dave_fast_version": __version__,
+    }
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)
+    return file.getvalue()
+
+
+def event(name: str, content: BaseModel | Mapping[str, Any]) -> bytes:
+    """A server-sent event."""
+    data = content.model_dump_json() if isinstance(content, BaseModel) else json.dumps(content)
+    return f"event: {name}\ndata: {data}\n\n".encode()

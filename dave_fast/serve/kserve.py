@@ -1,0 +1,201 @@
+"""KServe's v2 inference protocol, for clients that know Triton or KServe.
+
+One input `image`: BYTES with the base64 of an image file, or UINT8 (H, W, 3), or FP32 (1, 3, H, W) that is normalised
+already. Options are parameters of the request. Outputs: `maps` FP32 (K, H, W), `targets` INT64 (K,), `error_bounds`
+FP32 (K,) with −1 where it is unknown.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from fastapi import APIRouter, Request
+from fastapi.concurrency import run_in_threadpool
+from PIL import Image
+from pydantic import BaseModel, Field, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from dave_fast import __version__
+from dave_fast.errors import InputError
+from dave_fast.images import decode_image
+from dave_fast.serve.limits import FORMATS
+from dave_fast.serve.models import ServedModel
+from dave_fast.serve.schemas import Options, finite, problems
+
+_TYPES = {"UINT8": np.uint8, "FP32": np.float32}
+Flat = list[bool] | list[float] | list[int] | list[str]
+
+
+class Tensor(BaseModel):
+    """A tensor: data flat, in C order."""
+
+    name: Annotated[str, Field(max_length=100)]
+    shape: Annotated[list[Annotated[int, Field(ge=0, le=2**20)]], Field(max_length=8)]
+    datatype: Literal["BYTES", "UINT8", "FP32", "INT64"]
+    data: list[Any]
+
+
+class InferRequest(BaseModel):
+    """An image and its options."""
+
+    id: Annotated[str | None, Field(max_length=100)] = None
+    inputs: Annotated[list[Tensor], Field(min_length=1, max_length=1)]
+    parameters: dict[str, Any] = {}
+
+
+class InferResponse(BaseModel):
+    """Maps and what they are of."""
+
+    model_name: str
+    id: str | None = None
+    parameters: dict[str, Any]
+    outputs: list[Tensor]
+
+
+class Live(BaseModel):
+    """Whether the server lives."""
+
+    live: bool
+
+
+class Ready(BaseModel):
+    """Whether the server or a model is ready."""
+
+    ready: bool
+
+
+class ServerMetadata(BaseModel):
+    """The server."""
+
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class TensorMetadata(BaseModel):
+    """A tensor without its data; −1: any length."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class ModelMetadata(BaseModel):
+    """A model."""
+
+    name: str
+    platform: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+
+
+def router(api: Any, dependencies: list[Any]) -> APIRouter:
+    """The routes below /v2 of an `dave_fast.serve.app.Api`."""
+    made = APIRouter(prefix="/v2", tags=["KServe v2"])
+
+    @made.get("")
+    async def server_metadata() -> ServerMetadata:
+        return ServerMetadata(name="dave-fast", version=__version__, extensions=[])
+
+    @made.get("/health/live")
+    async def live() -> Live:
+        return Live(live=True)
+
+    @made.get("/health/ready", responses={503: {"model": Ready, "description": "Not ready."}})
+    async def ready() -> Any:
+        return _ready(api)
+
+    @made.get("/models/{model}", dependencies=dependencies, responses=problems(401, 404))
+    async def model_metadata(model: str) -> ModelMetadata:
+        height, width = api.model(model).prepare.size
+        named = [("maps", "FP32", [-1, height, width]), ("targets", "INT64", [-1]), ("error_bounds", "FP32", [-1])]
+        outputs = [TensorMetadata(name=name, datatype=kind, shape=shape) for name, kind, shape in named]
+        image = TensorMetadata(name="image", datatype="BYTES", shape=[1])
+        return ModelMetadata(name=model, platform="dave_fast", inputs=[image], outputs=outputs)
+
+    @made.get(
+        "/models/{model}/ready",
+        dependencies=dependencies,
+        responses={**problems(401, 404), 503: {"model": Ready, "description": "Not ready."}},
+    )
+    async def model_ready(model: str) -> Any:
+        api.model(model)
+        return _ready(api)
+
+    @made.post(
+        "/models/{model}/infer",
+        dependencies=dependencies,
+        responses=problems(400, 401, 404, 413, 422, 429, 500, 503, 504),
+    )
+    async def infer(request: Request, model: str, asked: InferRequest) -> InferResponse:
+        return await _infer(api, request, api.model(model), asked)
+
+    return made
+
+
+def _ready(api: Any) -> Any:
+    ready = api.service.why_not_ready() is None
+    return JSONResponse({"ready": ready}, 200 if ready else 503)
+
+
+async def _infer(api: Any, request: Request, model: ServedModel, asked: InferRequest) -> InferResponse:
+    try:
+        options = Options.model_validate({**asked.parameters, "model": model.name})
+    except ValidationError as error:
+        said = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise HTTPException(422, f"parameters: {said[:1000]}") from error
+    if options.image is not None:
+        raise HTTPException(422, "parameters: image is sent as an input here.")
+    image = await run_in_threadpool(_image, api, model, asked.inputs[0])
+    ask = api.asked(model, image, options, api.service.clock(), refined=False)
+    ended = await api.end(request, model, ask)
+    refined = ended.refined
+    bounds = [-1.0 if finite(bound) is None else bound for bound in refined.bounds]
+    outputs = [
+        _output("maps", "FP32", refined.maps.numpy()),
+        _output("targets", "INT64", np.array(ended.predicted.targets)),
+        _output("error_bounds", "FP32", np.array(bounds, np.float32)),
+    ]
+    told = {"samples": refined.samples, "seed": ask.seed, "cut_short": ended.cut_short}
+    return InferResponse(model_name=model.name, id=asked.id, parameters=told, outputs=outputs)
+
+
+def _output(name: str, kind: Any, values: np.ndarray) -> Tensor:
+    return Tensor(name=name, shape=list(values.shape), datatype=kind, data=values.ravel().tolist())
+
+
+def _image(api: Any, model: ServedModel, given: Tensor) -> torch.Tensor:
+    """The input as the model wants it, (3, H, W). Raises InputError, ImageError."""
+    height, width = model.prepare.size
+    if given.datatype == "BYTES":
+        if len(given.data) != 1 or not isinstance(given.data[0], str):
+            raise InputError("a BYTES input is one string, the base64 of an image file.")
+        try:
+            content = base64.b64decode(given.data[0], validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise InputError("the BYTES input is no base64.") from error
+        image = decode_image(content, "the image", max_pixels=api.limits.pixels, formats=FORMATS)
+        return model.prepare.transform(image)
+    if given.datatype not in _TYPES:
+        raise InputError(
+            f"the input is {given.datatype}; expected BYTES, UINT8 (H, W, 3) or FP32 (1, 3, {height}, {width})."
+        )
+    try:
+        values = np.array(given.data, _TYPES[given.datatype]).reshape(given.shape)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise InputError(f"the data are no {given.datatype} numbers of the shape {given.shape}.") from error
+    if given.datatype == "UINT8" and values.ndim == 3 and values.shape[2] == 3 and values.size:
+        if values.shape[0] * values.shape[1] > api.limits.pixels:
+            raise InputError(f"the image has more than {api.limits.pixels} pixels.")
+        return model.prepare.transform(Image.fromarray(values))
+    if given.datatype == "FP32" and values.shape == (1, 3, height, width) and np.isfinite(values).all():
+        return torch.from_numpy(values)[0]
+    raise InputError(
+        f"the input is {given.datatype} {given.shape}; expected UINT8 (H, W, 3) or finite FP32 "
+        f"(1, 3, {height}, {width})."
+    )

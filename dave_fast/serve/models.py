@@ -1,0 +1,62 @@
+"""The models that a server has, and what each engine holds of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dave_fast.errors import InputError
+from dave_fast.explainer import DAVE
+from dave_fast.images import Preprocessing, preprocessing
+from dave_fast.labels import Labels, labels_of
+from dave_fast.memory import contribution_bytes
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """One model. explainers: one an engine, in the engines' order; prepare, labels: as for files."""
+
+    name: str
+    explainers: tuple[DAVE, ...]
+    prepare: Preprocessing = field(repr=False)
+    labels: Labels = field(repr=False)
+
+    @property
+    def classes(self) -> int:
+        """K, the length of the output."""
+        return self.labels.count or 0
+
+    def request_bytes(self, classes: int, samples: int) -> int:
+        """What a request holds: contributions of every class, as long again for their halves, and the image.
+
+        `dave_fast.memory.contribution_bytes` is the formula of one class.
+        """
+        shape = (3, *self.prepare.size)
+        item = self.explainers[0].statistics_dtype
+        return 2 * classes * contribution_bytes(samples, shape, item) + contribution_bytes(1, shape, item)
+
+    def example(self) -> Tensor:
+        """A picture of nothing, normalised (3, H, W): what an engine is warmed with."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.rand(3, *self.prepare.size, generator=generator) - 0.5
+
+
+def load_models(names: Sequence[str], devices: Sequence[str | None], **settings: Any) -> dict[str, ServedModel]:
+    """Every model on every device; equal names once. settings: keywords of `DAVE`.
+
+    Raises UnknownModelError, ModelError, InputError as `DAVE` does, and for a model that is no classifier of images.
+    """
+    served = {}
+    for name in dict.fromkeys(names):
+        first = DAVE(name, device=devices[0], **settings)
+        given = {**settings, "noise_alpha": first.sampling.noise_alpha}
+        explainers = (first, *(DAVE(first.model, device=device or first.device, **given) for device in devices[1:]))
+        labels = labels_of(first.model)
+        if labels.count is None:
+            raise InputError(f"the model {name!r} does not say how many classes it has; only classifiers are served.")
+        served[name] = ServedModel(name, explainers, preprocessing(first.model), labels)
+    return served

@@ -1,0 +1,162 @@
+"""What goes in and out over HTTP, as pydantic models: they are the OpenAPI document too."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MOST_CLASSES = 100
+MOST_SAMPLES = 65_536
+
+
+class Options(BaseModel):
+    """How an image is to be explained."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: Annotated[
+        str | None, Field(max_length=200, description="A served model; the first where it is left out.")
+    ] = None
+    image: Annotated[
+        str | None,
+        Field(max_length=64, description="The id of an image that was sent to /v1/images, in place of a body."),
+    ] = None
+    target: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=200)]],
+        Field(max_length=MOST_CLASSES, description="Classes, by index or name; several share their forward passes."),
+    ] = []
+    top_k: Annotated[
+        int | None, Field(ge=1, le=MOST_CLASSES, description="In place of targets: the k most probable classes (1).")
+    ] = None
+    n_samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES, description="Samples at most.")] = 50
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63, description="Equal seeds give equal maps.")] = 0
+    tolerance: Annotated[
+        float | None,
+        Field(gt=0, le=10, description="Stop when the relative error of the map is below this, nine times in ten."),
+    ] = None
+    deadline_ms: Annotated[
+        int | None, Field(ge=1, le=3_600_000, description="Answer within this time with what there is.")
+    ] = None
+    view: Annotated[Literal["overlay", "map"], Field(description="What a PNG shows.")] = "overlay"
+    encoding: Annotated[
+        Literal["float32", "uint8"], Field(description="Values of a map in JSON and events: as they are, or times 255.")
+    ] = "float32"
+
+
+class Array(BaseModel):
+    """Numbers: base64 of their bytes, little-endian, in C order."""
+
+    dtype: Literal["float32", "uint8"]
+    shape: list[int]
+    data: str
+
+
+class ClassProbability(BaseModel):
+    """A class and the model's probability for the unperturbed image."""
+
+    target: int
+    class_name: str
+    probability: float
+
+
+class ClassMap(ClassProbability):
+    """A map in [0, 1], its estimated relative error, and what the error is below nine times in ten (null: unknown)."""
+
+    error: float | None
+    error_bound: float | None
+    map: Array
+
+
+class Prediction(BaseModel):
+    """What the model sees: the event `prediction`."""
+
+    model: str
+    targets: list[int]
+    top: list[ClassProbability]
+
+
+class Maps(BaseModel):
+    """Maps of the first samples: the event `maps`."""
+
+    samples: int
+    n_samples: int
+    error: float | None
+    error_bound: float | None
+    maps: list[ClassMap]
+
+
+class Answer(Maps):
+    """An explanation: the JSON answer, and the event `done`.
+
+    cut_short: null where all samples were used, else what ended it: tolerance, deadline or shutdown.
+    """
+
+    model: str
+    seed: int
+    cut_short: Literal["tolerance", "deadline", "shutdown"] | None
+    queue_ms: float
+    total_ms: float
+    top: list[ClassProbability]
+
+
+class StoredImage(BaseModel):
+    """An image that is kept for a while."""
+
+    image: str
+    width: int
+    height: int
+    expires_in_s: float
+
+
+class ModelInfo(BaseModel):
+    """A served model."""
+
+    name: str
+    height: int
+    width: int
+    classes: int
+    class_names: list[str] | None
+    precision: str
+    route: str
+    noise_alpha: float
+
+
+class Health(BaseModel):
+    """Whether the server lives, or is ready; why not."""
+
+    status: Literal["ok", "not ready"]
+    reason: str | None = None
+
+
+class Problem(BaseModel):
+    """What went wrong and what to do."""
+
+    detail: str
+
+
+def finite(value: float) -> float | None:
+    """A number as JSON has it: null for what is not finite."""
+    return value if math.isfinite(value) else None
+
+
+_PROBLEMS = {
+    400: "The image or form cannot be read.",
+    401: "An API key is needed.",
+    404: "No such model or stored image.",
+    406: "No format that is accepted can be given.",
+    408: "The upload was too slow.",
+    413: "Too large: the body, the image, or what the request needs.",
+    415: "The body is no image.",
+    422: "An option that cannot be met.",
+    429: "The queue is full; see Retry-After.",
+    500: "The explanation failed.",
+    503: "Shutting down, or too many uploads; see Retry-After.",
+    504: "No sample was there at the deadline.",
+}
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The documented answers of a route besides 200."""
+    return {status: {"model": Problem, "description": _PROBLEMS[status]} for status in statuses}
