@@ -83,6 +83,7 @@ setup(
         "dave_fast": ["py.typed"],
         "dave_fast.evaluate": ["page.html"],
         "dave_fast.demo": ["*.npz", "*.safetensors", "*.md"],
+        "dave_fast.serve.page": ["*.html", "*.css", "*.js"],
     },
     ext_modules=extensions(),
     cmdclass={"build_ext": CMakeBuild},

@@ -16,6 +16,7 @@ from dave_fast.cli_evaluate import evaluate
 from dave_fast.cli_explain import explain
 from dave_fast.cli_export import export
 from dave_fast.cli_run import run
+from dave_fast.cli_serve import serve
 from dave_fast.info import info
 from dave_fast.terminal import plain
 
@@ -55,3 +56,4 @@ app.command()(plain(export))
 app.command()(plain(evaluate))
 app.command()(plain(info))
 app.command()(plain(bench))
+app.command()(plain(serve))

@@ -13,7 +13,8 @@ class Limits:
     """What one client, and all of them together, may ask for.
 
     body_bytes: of one upload, and held_bytes of all that are being read or kept. pixels: width × height of an image.
-    samples, classes: of one request. requests, rows: in the queue. connections: open at once.
+    samples, classes: of one request. requests, rows, queue_bytes: in the queue, the bytes by the formula of memory.py;
+    None: half of what is free on the device. connections: open at once.
     header_seconds, upload_seconds: that a client may take to send its headers, its body. answer_seconds: after which
     any request is answered with what there is. stored_images, stored_seconds: of images kept for later requests.
     drain_seconds: that accepted requests have after SIGTERM.
@@ -26,6 +27,7 @@ class Limits:
     classes: int = 10
     requests: int = 64
     rows: int = 16_384
+    queue_bytes: int | None = None
     connections: int = 512
     header_seconds: float = 10.0
     upload_seconds: float = 20.0

@@ -29,6 +29,7 @@ from dave_fast.explainer import DAVE
 from dave_fast.memory import SHARE, free_bytes
 from dave_fast.sampling import join
 from dave_fast.serve.jobs import Ask, Ended, Failed, Job, Listener, Predicted
+from dave_fast.serve.limits import Limits
 from dave_fast.serve.metrics import Metrics
 from dave_fast.serve.models import ServedModel
 from dave_fast.serve.scheduler import MicroBatch, Part, Queued, QueueLimits, Scheduler
@@ -51,7 +52,7 @@ class Service:
     def __init__(
         self,
         models: Mapping[str, ServedModel],
-        limits: QueueLimits | None = None,
+        limits: Limits | None = None,
         metrics: Metrics | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -60,10 +61,9 @@ class Service:
         self.clock = clock
         explainers = next(iter(self.models.values())).explainers
         self.engines = [f"{number}:{explainer.device}" for number, explainer in enumerate(explainers)]
-        if limits is None:
-            fitting = min(int(SHARE * free_bytes(explainer.device)) for explainer in explainers)
-            limits = QueueLimits(bytes=fitting)
-        self.scheduler = Scheduler(limits)
+        limits = limits or Limits()
+        fitting = min(int(SHARE * free_bytes(explainer.device)) for explainer in explainers)
+        self.scheduler = Scheduler(QueueLimits(limits.requests, limits.rows, limits.queue_bytes or fitting))
         self._jobs: dict[Queued, Job] = {}
         self._lock = threading.Condition()
         self._stopping = False

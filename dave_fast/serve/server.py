@@ -1,0 +1,196 @@
+"""The app under uvicorn: signals, draining, slow headers, and logs without image content.
+
+SIGTERM or SIGINT: nothing new is taken (503, also at /readyz) while what was accepted is answered; at the end of the
+drain deadline the rest is answered with the samples that are there. Then the process ends with exit code 0. A second
+signal ends it at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from dave_fast.serve.limits import Limits
+from dave_fast.serve.service import Service
+
+log = logging.getLogger("dave_fast.serve")
+
+# how often a server that drains looks whether all is answered
+_LOOK = 0.02
+# seconds between the last answer computed and the listening socket closed, for answers on their way out
+_FLUSH = 0.2
+
+
+def guarded(header_seconds: float) -> type[H11Protocol]:
+    """uvicorn's protocol, with an end to connections that do not send whole headers in time (slow-loris)."""
+
+    class GuardedProtocol(H11Protocol):
+        _watch: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._arm()
+
+        def data_received(self, data: bytes) -> None:
+            if self._watch is None and self._between_requests():
+                self._arm()
+            super().data_received(data)
+            if not self._between_requests():
+                self._disarm()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._disarm()
+            super().connection_lost(exc)
+
+        def _between_requests(self) -> bool:
+            return self.cycle is None or self.cycle.response_complete
+
+        def _arm(self) -> None:
+            self._watch = self.loop.call_later(header_seconds, self._too_slow)
+
+        def _disarm(self) -> None:
+            if self._watch is not None:
+                self._watch.cancel()
+                self._watch = None
+
+        def _too_slow(self) -> None:
+            self._watch = None
+            if self._between_requests() and not self.transport.is_closing():
+                self.transport.write(b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
+                self.transport.close()
+
+    return GuardedProtocol
+
+
+class Server(uvicorn.Server):
+    """uvicorn, with our way to end."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, drain_seconds: float) -> None:
+        super().__init__(config)
+        self.service, self.drain_seconds = service, drain_seconds
+        self._draining: asyncio.Task[None] | None = None
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        port: int = self.servers[0].sockets[0].getsockname()[1]
+        return port
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals drain; uvicorn's own way raises them again at the end, which would be the exit code."""
+        loop = asyncio.get_running_loop()
+        watched = []
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self.end)
+                watched.append(number)
+        try:
+            yield
+        finally:
+            for number in watched:
+                loop.remove_signal_handler(number)
+
+    def end(self) -> None:
+        """Drain, then stop; the second time at once. On the event loop."""
+        if self._draining is None:
+            log.info("draining", extra={"open": len(self.service.jobs()), "seconds": self.drain_seconds})
+            self.service.drain()
+            self._draining = asyncio.get_running_loop().create_task(self._drain())
+        else:
+            self.force_exit = self.should_exit = True
+
+    async def _drain(self) -> None:
+        """Wait for what was accepted; at the deadline it is answered with what there is."""
+        deadline = time.monotonic() + self.drain_seconds
+        while self.service.jobs() and time.monotonic() < deadline:
+            await asyncio.sleep(_LOOK)
+        for job in self.service.jobs():
+            self.service.cut(job, "shutdown")
+        while self.service.jobs() and time.monotonic() < deadline + 1 + 10 * self.service.margin():
+            await asyncio.sleep(_LOOK)
+        await asyncio.sleep(_FLUSH)
+        self.should_exit = True
+
+
+def make_server(app: FastAPI, limits: Limits, host: str = "127.0.0.1", port: int = 8000) -> Server:
+    """A server for an app of `create_app`; `run` it, or `await serve()`. port 0 takes a free one."""
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=guarded(limits.header_seconds),
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        limit_concurrency=limits.connections,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=5,
+        server_header=False,
+    )
+    return Server(config, app.state.service, limits.drain_seconds)
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line; what a log call has in `extra` are its fields."""
+
+    _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        """A record as a line."""
+        told: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        told |= {name: value for name, value in vars(record).items() if name not in self._OWN}
+        if record.exc_info:
+            told["exception"] = self.formatException(record.exc_info)
+        return json.dumps(told, default=str)
+
+
+def log_to_stderr(level: str = "info") -> None:
+    """Structured logs of dave-fast and uvicorn on stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    for name in ("dave_fast", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level.upper())
+
+
+@contextlib.contextmanager
+def running(app: FastAPI, limits: Limits) -> Iterator[str]:
+    """A server in a thread of this process, for tests and load generators: the address that it listens at."""
+    server = make_server(app, limits, port=0)
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    async def serve() -> None:
+        loops.append(asyncio.get_running_loop())
+        await server.serve()
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
+    thread.start()
+    while not server.started and thread.is_alive():
+        time.sleep(0.01)
+    if not server.started:
+        raise RuntimeError("the server did not start; its log says why")
+    try:
+        yield f"http://127.0.0.1:{server.port}"
+    finally:
+        loops[0].call_soon_threadsafe(server.end)
+        thread.join()
