@@ -120,8 +120,9 @@ def _explained(told: Mapping[str, Any], *, final: bool) -> Explained:
         error_bounds=[_bound(one["error_bound"]) for one in each],
         final=final,
         top=[(one["target"], one["class_name"], one["probability"]) for one in told.get("top", [])],
-        **{name: told[name] for name in ("samples", "n_samples")},
-        **{name: told.get(name) for name in ("cut_short", "model", "seed", "queue_ms", "total_ms")},
+        samples=told["samples"],
+        n_samples=told["n_samples"],
+        **{name: told[name] for name in ("cut_short", "model", "seed", "queue_ms", "total_ms") if name in told},
     )
 
 
@@ -265,7 +266,7 @@ class Client:
         target: a class by index or name, or several. The rest is as the server documents it.
         Raises InputError for a picture that cannot be read, ServerError for everything else.
         """
-        options = dict(model=model, top_k=top_k, n_samples=n_samples, seed=seed)
+        options: dict[str, Any] = dict(model=model, top_k=top_k, n_samples=n_samples, seed=seed)
         options |= dict(tolerance=tolerance, deadline_ms=deadline_ms)
         told = self._call("POST", "/v1/explain", _query(target, options), picture_bytes(picture), timeout)
         return _explained(told, final=True)

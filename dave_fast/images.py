@@ -66,7 +66,7 @@ def decode_image(
         if not content:
             raise ImageError("the file is empty")
         return _decoded(io.BytesIO(content), max_pixels, formats)
-    except TooLargeError as error:
+    except (TooLargeError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise TooLargeError(f"cannot read {name}: {_reason(error)}.") from error
     except Exception as error:
         raise ImageError(f"cannot read {name}: {_reason(error)}.") from error
@@ -85,7 +85,7 @@ def _reason(error: Exception) -> str:
     """What is wrong with an image file, in words."""
     if isinstance(error, UnidentifiedImageError):
         return "it is not an image that Pillow can read"
-    if isinstance(error, Image.DecompressionBombError):
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return f"it is too large ({error})"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()

@@ -38,6 +38,8 @@ log = logging.getLogger("dave_fast.serve")
 
 # failed micro-batches in a row after which an engine is no longer called ready
 FAILURES = 5
+# seconds after which it is tried again, where nobody asks
+PROBE_SECONDS = 2.0
 # the part of the latest time to make a map that is kept for it before a deadline, and seconds on top
 MARGIN, LEAST_MARGIN = 1.5, 0.003
 
@@ -78,13 +80,10 @@ class Service:
 
     def start(self) -> None:
         """Warm every engine with a real explanation, check it, and start. Raises what the explanation raises."""
-        for number, engine in enumerate(self.engines):
+        for number in range(len(self.engines)):
+            self._check(number)
             for model in self.models.values():
-                explainer, image = model.explainers[number], model.example()
-                warm = explainer.explain(image, n_samples=8)
-                if not torch.isfinite(warm.maps).all():
-                    raise NonFiniteError(f"engine {engine}: a map of {model.name!r} is not finite.")
-                self._rows[number, model.name] = explainer.fitting_rows(image)
+                self._rows[number, model.name] = model.explainers[number].fitting_rows(model.example())
         runs = [threading.Thread(target=self._run, args=(number,), daemon=True) for number in range(len(self.engines))]
         self._threads = [*runs, threading.Thread(target=self._make_maps, daemon=True)]
         for thread in self._threads:
@@ -173,7 +172,11 @@ class Service:
         on_cpu = sum(engine.endswith("cpu") for engine in self.engines)
         if self.engines[number].endswith("cpu") and on_cpu > 1:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // on_cpu))
-        while (batch := self._next(number)) is not None:
+        while not self._stopping:
+            batch = self._next(number)
+            if batch is None:
+                self._probe(number)
+                continue
             began = self.clock()
             try:
                 self._compute(number, batch.bucket, batch.parts)
@@ -181,7 +184,7 @@ class Service:
                 self._account(number, batch, self.clock() - began)
 
     def _next(self, number: int) -> MicroBatch | None:
-        """The next micro-batch, waited for; None at the end."""
+        """The next micro-batch, waited for; None at the end, and now and then where the engine fails."""
         with self._lock:
             while True:
                 batch = self.scheduler.take(partial(self._capacity, number), self.clock())
@@ -193,9 +196,26 @@ class Service:
                             job.started = now
                             self.metrics.queue_wait.observe(now - job.admitted)
                     return batch
-                if self._stopping:
+                failing = self._failures[self.engines[number]] >= FAILURES
+                if self._stopping or (not self._lock.wait(PROBE_SECONDS if failing else None) and failing):
                     return None
-                self._lock.wait()
+
+    def _check(self, number: int) -> None:
+        """A real explanation of every model; raises what it raises, NonFiniteError for a map that is not finite."""
+        for model in self.models.values():
+            made = model.explainers[number].explain(model.example(), n_samples=8)
+            if not torch.isfinite(made.maps).all():
+                raise NonFiniteError(f"engine {self.engines[number]}: a map of {model.name!r} is not finite.")
+
+    def _probe(self, number: int) -> None:
+        """An engine that kept failing is ready again when it explains the example: nobody may be sending it any."""
+        if self._failures[self.engines[number]] < FAILURES or self._stopping:
+            return
+        try:
+            self._check(number)
+            self._failures[self.engines[number]] = 0
+        except Exception:
+            log.exception("an engine still fails", extra={"engine": self.engines[number]})
 
     def _capacity(self, number: int, bucket: Any) -> int:
         return self._rows[number, bucket[1]]
@@ -216,7 +236,6 @@ class Service:
         compute = self._predict if bucket[0] == "predict" else self._contribute
         try:
             compute(number, wanted)
-            self._failures[self.engines[number]] = 0
         except Exception as error:
             if len(wanted) > 1:
                 middle = len(wanted) // 2
@@ -249,6 +268,7 @@ class Service:
             join([job.draws[part.start : part.stop] for part, job in wanted]),
             torch.tensor([job.predicted.targets for _, job in wanted if job.predicted is not None]),
         )
+        self._failures[self.engines[number]] = 0
         row = 0
         for part, job in wanted:
             own = made[:, row : row + part.stop - part.start]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from starlette.datastructures import FormData, UploadFile
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import create_form_parser
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from dave_fast.serve.limits import Limits
@@ -35,45 +35,51 @@ async def read_body(request: Request) -> Body:
     """The body of a request. HTTPException: 415 no image, 400 a broken form, 422 a form with other things."""
     kind = request.headers.get("content-type", RAW[1]).split(";")[0].strip().lower()
     if kind == FORM:
-        return await _form(request)
+        return _form(request.headers["content-type"], await request.body())
     if not kind.startswith(RAW):
         raise HTTPException(415, f"the body is {kind[:100]}; send the image file itself (image/*) or {FORM}.")
     return Body(await request.body())
 
 
-async def _form(request: Request) -> Body:
+def _form(content_type: str, content: bytes) -> Body:
     """The file `image` of a form, and its other fields."""
-    content = await request.body()
+    body, files = Body(b""), []
+    wrong: list[str] = []
 
-    async def whole() -> AsyncIterator[bytes]:
-        yield content
-
-    parser = MultiPartParser(request.headers, whole(), max_files=1, max_fields=_FIELDS)  # type: ignore[arg-type]
-    try:
-        form = await parser.parse()
-    # whatever the bytes provoke: a missing boundary, an unknown charset, a header that is none
-    except (MultiPartException, KeyError, ValueError, LookupError) as error:
-        reason = getattr(error, "message", "it is malformed").rstrip(".")
-        raise HTTPException(400, f"the form cannot be read: {reason}.") from error
-    try:
-        return await _taken_apart(form)
-    finally:
-        await form.close()
-
-
-async def _taken_apart(form: FormData) -> Body:
-    body = Body(b"")
-    for name, value in form.multi_items():
-        if isinstance(value, UploadFile):
-            if name != "image":
-                raise HTTPException(422, f"the form has a file {name[:100]!r}; the image is called 'image'.")
-            body.content = await value.read()
-        elif name == "target":
+    def on_field(field: Any) -> None:
+        name, value = field.field_name.decode("utf-8", "replace"), (field.value or b"").decode("utf-8", "replace")
+        if name == "target":
             body.fields.setdefault("target", []).append(value)
-        elif name in body.fields:
-            raise HTTPException(422, f"the form gives {name[:100]!r} twice.")
+        elif name in body.fields or len(body.fields) >= _FIELDS:
+            wrong.append(f"the form gives {name[:100]!r} twice, or too many fields.")
         else:
             body.fields[name] = value
+
+    def on_file(file: Any) -> None:
+        files.append(file)
+        name = (file.field_name or b"").decode("utf-8", "replace")
+        if name != "image" or len(files) > 1:
+            wrong.append(f"the form has a file {name[:100]!r}; there is one, and it is called 'image'.")
+        file.file_object.seek(0)
+        body.content = file.file_object.read()
+
+    try:
+        parser = create_form_parser(
+            {"Content-Type": content_type.encode("latin-1")},
+            on_field,
+            on_file,
+            config={"MAX_MEMORY_FILE_SIZE": 1 << 40},
+        )
+        parser.write(content)
+        parser.finalize()
+    # whatever the bytes provoke: no boundary, a header that is none, a part without a name
+    except (FormParserError, ValueError, AttributeError) as error:
+        raise HTTPException(400, "the form cannot be read; send multipart/form-data with a file 'image'.") from error
+    finally:
+        for file in files:
+            file.close()
+    if wrong:
+        raise HTTPException(422, wrong[0])
     return body
 
 

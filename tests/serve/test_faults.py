@@ -1,0 +1,268 @@
+"""Clients that vanish, dawdle or lie, engines that break, and a server that is told to end."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+
+import httpx
+import pytest
+import torch
+from serving import serve_model, serving
+
+from dave_fast.client import Client, ServerError
+from dave_fast.serve.limits import Limits
+
+
+def connect(address):
+    host, port = address.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=30)
+
+
+def until(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came to be"
+        time.sleep(0.01)
+
+
+def head(length, path="/v1/explain?n_samples=1000"):
+    return f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\ncontent-length: {length}\r\n\r\n".encode()
+
+
+QUICK = Limits(header_seconds=0.4, upload_seconds=0.6, body_bytes=1 << 20, held_bytes=3 << 19)
+
+
+@pytest.fixture(scope="module")
+def quick():
+    """A server that loses patience soon."""
+    with serving(QUICK, [serve_model(rows=2)]) as served:
+        yield served
+
+
+def held(address):
+    """What the server still has of earlier clients."""
+    _, service = address
+    scheduler = service.scheduler
+    return scheduler.requests, scheduler.rows, scheduler.bytes
+
+
+def test_a_client_that_vanishes_mid_upload_leaves_nothing(quick, photo):
+    for cut in (0, 1, len(photo) // 2):
+        with connect(quick[0]) as client:
+            client.sendall(head(len(photo)) + photo[:cut])
+    assert held(quick) == (0, 0, 0)
+    with Client(quick[0]) as client:
+        assert client.explain(photo, n_samples=2).samples == 2
+
+
+def test_a_client_that_vanishes_while_it_waits_frees_its_rows(quick, photo):
+    with connect(quick[0]) as client:
+        client.sendall(head(len(photo)) + photo)
+        until(lambda: quick[1].scheduler.requests == 1)
+    until(lambda: held(quick) == (0, 0, 0))
+    assert quick[1].metrics.cancelled._value.get() >= 1
+
+
+def test_a_client_that_vanishes_mid_stream_frees_its_rows(quick, photo):
+    with connect(quick[0]) as client:
+        client.sendall(head(len(photo), "/v1/explain/stream?n_samples=1000") + photo)
+        seen = b""
+        while b"event: maps" not in seen:
+            seen += client.recv(65536)
+    until(lambda: held(quick) == (0, 0, 0))
+
+
+def test_leaving_a_stream_of_the_client_frees_its_rows(quick, photo):
+    with Client(quick[0]) as client:
+        for update in client.stream(photo, n_samples=1000):
+            assert not update.final
+            break
+        until(lambda: held(quick) == (0, 0, 0))
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /healthz HT", b"GET /healthz HTTP/1.1\r\nhost: x\r\n"])
+def test_slow_headers_are_cut_off(quick, sent):
+    with connect(quick[0]) as client:
+        client.sendall(sent)
+        began = time.monotonic()
+        answer = b""
+        while piece := client.recv(65536):
+            answer += piece
+        assert b" 408 " in answer and time.monotonic() - began < 10
+
+
+def test_slow_headers_on_a_connection_that_was_used_are_cut_off_too(quick):
+    with connect(quick[0]) as client:
+        client.sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert b"200 OK" in client.recv(65536)
+        client.sendall(b"GET /hea")
+        answer = b""
+        while piece := client.recv(65536):
+            answer += piece
+        assert b" 408 " in answer
+
+
+def test_slow_bodies_are_cut_off_though_a_byte_comes_now_and_then(quick, photo):
+    with connect(quick[0]) as client:
+        client.sendall(head(len(photo)))
+        answer, sent = b"", 0
+        client.settimeout(0.05)
+        while b"\r\n\r\n" not in answer and sent < 200:
+            try:
+                client.sendall(photo[sent : sent + 1])
+                answer += client.recv(65536)
+            except TimeoutError:
+                pass
+            sent += 1
+        assert b" 408 " in answer
+
+
+def test_bodies_that_are_too_large_are_not_read(quick):
+    with connect(quick[0]) as client:
+        client.sendall(head(10**12))
+        assert b" 413 " in client.recv(65536)
+    with httpx.Client(base_url=quick[0]) as http:
+        # without a length, and more than said
+        pieces = (bytes(1 << 18) for _ in range(8))
+        with suppress(httpx.WriteError):
+            assert http.post("/v1/explain", content=pieces).status_code == 413
+        large = {"inputs": [{"name": "image", "shape": [1], "datatype": "BYTES", "data": ["A" * (1 << 21)]}]}
+        with suppress(httpx.WriteError):
+            assert http.post("/v2/models/tiny/infer", content=json.dumps(large)).status_code == 413
+
+
+def test_many_uploads_at_once_are_refused_before_memory_is_short(quick):
+    """Two that dawdle with almost all that may be held; the third is told to come again."""
+    size = 1 << 20
+    with connect(quick[0]) as first, connect(quick[0]) as second:
+        first.sendall(head(size) + bytes(900_000))
+        time.sleep(0.1)
+        second.sendall(head(size) + bytes(900_000))
+        answers = [second.recv(65536), first.recv(65536)]
+    assert b" 503 " in answers[0] and b"retry-after" in answers[0].lower()
+    assert b" 408 " in answers[1]
+
+
+def test_garbage_is_no_request(quick):
+    with connect(quick[0]) as client:
+        client.sendall(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 this is no HTTP\r\n\r\n")
+        assert b" 400 " in client.recv(65536)
+
+
+def test_a_broken_engine_answers_500_and_the_next_request_is_served(photo, monkeypatch, caplog):
+    model = serve_model()
+    honest, broken = model.explainers[0].contributions, []
+
+    def contributions(images, draws, targets):
+        if broken:
+            raise MemoryError(broken[0])
+        return honest(images, draws, targets)
+
+    monkeypatch.setattr(model.explainers[0], "contributions", contributions)
+    with serving(models=[model]) as (address, _), Client(address, retries=0) as client:
+        broken.append("out of memory in a secret place")
+        with pytest.raises(ServerError, match="MemoryError") as failed:
+            client.explain(photo, n_samples=2)
+        assert failed.value.status == 500 and "secret" not in failed.value.detail
+        with pytest.raises(ServerError, match="500"):
+            list(client.stream(photo, n_samples=2))
+        broken.clear()
+        assert client.explain(photo, n_samples=2).samples == 2
+
+
+def test_nan_is_an_error_and_never_a_map(photo, monkeypatch):
+    model = serve_model()
+    monkeypatch.setattr(
+        model.explainers[0],
+        "contributions",
+        lambda images, draws, targets: torch.full((1, len(draws), 3, 32, 32), torch.nan),
+    )
+    with serving(models=[model]) as (address, _), Client(address, retries=0) as client:
+        with pytest.raises(ServerError, match="NaN") as failed:
+            client.explain(photo, n_samples=2)
+        assert failed.value.status == 500
+
+
+# ---- the end ----
+
+
+@pytest.fixture
+def process(tmp_path):
+    """`dave-fast serve demo` in a process of its own; (address, process)."""
+    started = []
+
+    def start(*options):
+        command = [sys.executable, "-m", "dave_fast", "serve", "demo", "--port", "0", "--precision", "fp32", *options]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with open(tmp_path / "log", "w") as log:
+            server = subprocess.Popen(command, stderr=log, stdout=log, env=environment)
+        started.append(server)
+        told = ""
+
+        def listens():
+            nonlocal told
+            assert server.poll() is None, told
+            told = (tmp_path / "log").read_text()
+            return "running on" in told
+
+        until(listens, 120)
+        return told.split("running on ")[1].split(" ")[0], server, tmp_path / "log"
+
+    yield start
+    for server in started:
+        if server.poll() is None:
+            server.kill()
+        server.wait()
+
+
+def test_sigterm_answers_what_was_accepted_and_refuses_the_rest(process, photo):
+    address, server, log = process("--drain-seconds", "60", "--max-requests", "8")
+    answers, statuses = [], []
+
+    def ask():
+        with Client(address, retries=0, timeout=120) as client:
+            answers.append(client.explain(photo, n_samples=100))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    with httpx.Client(base_url=address) as http:
+        until(lambda: "dave_fast_queued_requests 4.0" in http.get("/metrics").text)
+        server.send_signal(signal.SIGTERM)
+        until(lambda: http.get("/readyz").status_code == 503)
+        assert http.get("/healthz").status_code == 200
+        refused = http.post("/v1/explain", content=photo)
+        statuses.append((refused.status_code, refused.headers.get("retry-after")))
+    for thread in threads:
+        thread.join()
+    assert server.wait(timeout=60) == 0
+    assert statuses == [(503, "1")]
+    assert [answer.samples for answer in answers] == [100] * 4 and not any(answer.cut_short for answer in answers)
+    lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+    assert any(line["message"] == "draining" and line["open"] == 4 for line in lines)
+    assert sum(line.get("route") == "/v1/explain" and line["status"] == 200 for line in lines) == 4
+
+
+def test_at_the_drain_deadline_answers_have_the_samples_that_are_there(process, photo):
+    address, server, _ = process("--drain-seconds", "0.5")
+    with Client(address, retries=0, timeout=120) as client:
+        updates = client.stream(photo, n_samples=1024)
+        next(updates)
+        server.send_signal(signal.SIGTERM)
+        last = list(updates)[-1]
+    assert last.cut_short == "shutdown" and 1 <= last.samples < 1024
+    assert server.wait(timeout=60) == 0
+
+
+def test_a_port_that_is_taken_is_told_in_one_line(process, photo):
+    address, _, _ = process()
+    port = address.rsplit(":", 1)[1]
+    command = [sys.executable, "-m", "dave_fast", "serve", "demo", "--port", port, "--precision", "fp32"]
+    second = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert second.returncode != 0 and "address already in use" in second.stderr

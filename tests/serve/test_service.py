@@ -1,0 +1,252 @@
+"""The service without HTTP: maps that depend on their request alone, ends of every kind, faults kept apart."""
+
+import threading
+import time
+
+import pytest
+import torch
+from serving import Wants, serve_model, started
+
+from dave_fast.convergence import checkpoints
+from dave_fast.errors import InputError, NonFiniteError, RefusedError
+from dave_fast.serve.jobs import Ended, Failed, Predicted
+from dave_fast.serve.limits import Limits
+from dave_fast.serve.service import FAILURES, DeadlineError, Service
+
+
+@pytest.fixture(scope="module")
+def service():
+    with started() as running:
+        yield running
+
+
+def test_an_answer_is_what_explain_gives(service, images):
+    wants = Wants(service)
+    told = wants.all(wants.ask(images[0], n_samples=20, seed=5))
+    assert [type(event) for event in told] == [Predicted, Ended]
+    alone = service.models["tiny"].explainers[0].explain(images[0], n_samples=20, seed=5)
+    ended = told[-1]
+    assert torch.equal(ended.refined.maps, alone.maps) and torch.equal(ended.refined.raw, alone.raw)
+    assert ended.predicted.targets == (int(alone.target),)
+    assert ended.predicted.probabilities.sum().item() == pytest.approx(1)
+    assert (ended.refined.samples, ended.cut_short) == (20, None)
+    assert 0 <= ended.queue_seconds <= ended.seconds
+
+
+def test_the_same_request_gives_the_same_map_whatever_else_is_in_flight(service, images):
+    """In float32 on a CPU to the last bit: rows of a GEMM do not feel their neighbours."""
+    wants = Wants(service)
+    alone = wants.end(wants.ask(images[0], targets=(1, 7), n_samples=33, seed=2))
+    crowd = [wants.ask(image, n_samples=3 + 7 * i, seed=i, top_k=1 + i % 3) for i, image in enumerate(images)]
+    again = wants.ask(images[0], targets=(1, 7), n_samples=33, seed=2)
+    crowd += [wants.ask(image, n_samples=40, targets=(2, 3)) for image in images]
+    busy = wants.end(again)
+    for job in crowd:
+        assert isinstance(wants.end(job), Ended)
+    assert torch.equal(alone.refined.raw, busy.refined.raw)
+    assert torch.equal(alone.refined.maps, busy.refined.maps)
+    assert alone.refined.errors == busy.refined.errors
+
+
+def test_where_a_tolerance_stops_does_not_depend_on_the_load_either(service, images):
+    wants = Wants(service)
+    full = wants.all(wants.ask(images[1], n_samples=256, refined=True, tolerance=1e-9))
+    bounds = {event.samples: event.bound for event in full[1:-1]}
+    tolerance = sorted(bounds.values())[2]
+    first = next(samples for samples, bound in sorted(bounds.items()) if bound <= tolerance)
+    quiet = wants.end(wants.ask(images[1], n_samples=256, tolerance=tolerance))
+    crowd = [wants.ask(image, n_samples=60) for image in images]
+    busy = wants.end(wants.ask(images[1], n_samples=256, tolerance=tolerance))
+    for job in crowd:
+        wants.end(job)
+    assert quiet.cut_short == busy.cut_short == "tolerance"
+    assert quiet.refined.samples == busy.refined.samples == first
+    assert torch.equal(quiet.refined.maps, busy.refined.maps)
+    assert busy.refined.bound <= tolerance
+
+
+def test_refinements_are_the_maps_of_the_first_samples(service, images):
+    wants = Wants(service)
+    told = wants.all(wants.ask(images[2], n_samples=50, refined=True))
+    refined = told[1:-1]
+    assert refined and {event.samples for event in refined} <= set(checkpoints(50))
+    assert [event.samples for event in refined] == sorted({event.samples for event in refined})
+    explainer = service.models["tiny"].explainers[0]
+    some = refined[len(refined) // 2]
+    assert torch.equal(some.maps, explainer.explain(images[2], n_samples=some.samples).maps)
+
+
+def test_several_engines_share_one_request(images):
+    with started(engines=3) as service:
+        wants = Wants(service)
+        jobs = [wants.ask(image, n_samples=100) for image in images]
+        ends = [wants.end(job) for job in jobs]
+        explainer = service.models["tiny"].explainers[0]
+        for image, ended in zip(images, ends, strict=True):
+            assert torch.equal(ended.refined.maps, explainer.explain(image, n_samples=100).maps)
+    # counted when a micro-batch has come back: after the last answer
+    rows = [service.metrics.rows.labels(engine)._value.get() for engine in service.engines]
+    assert sum(rows) == 6 * 101 and all(count > 0 for count in rows)
+
+
+def test_a_cut_gives_what_is_there_and_an_error_where_nothing_is(service, images):
+    wants = Wants(service)
+    job = wants.ask(images[0], n_samples=1000, refined=True)
+    while job.ready < 16:
+        time.sleep(0.001)
+    service.cut(job, "deadline")
+    service.cut(job, "deadline")
+    ended = wants.end(job)
+    assert ended.cut_short == "deadline" and 16 <= ended.refined.samples < 1000
+    explainer = service.models["tiny"].explainers[0]
+    assert torch.equal(ended.refined.maps, explainer.explain(images[0], n_samples=ended.refined.samples).maps)
+    crowd = [wants.ask(image, n_samples=200) for image in images]
+    late = wants.ask(images[0], n_samples=10)
+    service.cut(late, "deadline")
+    assert isinstance(wants.end(late).error, DeadlineError)
+    for job in crowd:
+        wants.end(job)
+    assert_empty(service)
+
+
+def test_cancelled_requests_free_their_rows_and_hear_no_more(service, images):
+    wants = Wants(service)
+    job = wants.ask(images[0], n_samples=1000)
+    other = wants.ask(images[1], n_samples=5)
+    service.cancel(job)
+    service.cancel(job)
+    assert isinstance(wants.end(other), Ended)
+    assert_empty(service)
+    assert all(isinstance(event, Predicted) for event in wants.events[job].queue)
+
+
+def assert_empty(service):
+    """Nothing is held when all is answered; a micro-batch may still be on its way back."""
+    for _ in range(500):
+        if not service.scheduler.requests:
+            break
+        time.sleep(0.01)
+    assert (service.scheduler.rows, service.scheduler.requests, service.scheduler.bytes) == (0, 0, 0)
+    assert service.jobs() == []
+
+
+# ---- faults ----
+
+
+@pytest.fixture
+def faulty(service, monkeypatch):
+    """An engine that fails on the images in `poison`: raises, or makes NaN."""
+    explainer = service.models["tiny"].explainers[0]
+    poison, honest, calls = {}, explainer.contributions, []
+
+    def contributions(images, draws, targets):
+        calls.append(len(images))
+        broken = [poison.get(float(image.sum())) for image in images]
+        if "raise" in broken:
+            raise RuntimeError("a broken kernel")
+        made = honest(images, draws, targets)
+        for row, image in enumerate(draws.image_index.tolist()):
+            if broken[image] == "nan":
+                made[:, row] = torch.nan
+        return made
+
+    monkeypatch.setattr(explainer, "contributions", contributions)
+    return poison, calls
+
+
+@pytest.mark.parametrize(("kind", "error"), [("raise", RuntimeError), ("nan", NonFiniteError)])
+def test_a_poisoned_request_fails_alone(service, images, faulty, kind, error, caplog):
+    poison, calls = faulty
+    poison[float(images[3].sum())] = kind
+    wants = Wants(service)
+    jobs = [wants.ask(image, n_samples=9, targets=(1,)) for image in images]
+    ends = [wants.end(job) for job in jobs]
+    assert isinstance(ends[3], Failed) and isinstance(ends[3].error, error)
+    assert max(calls) > 1, "they were never in one micro-batch"
+    explainer = service.models["tiny"].explainers[0]
+    for number in (0, 1, 2, 4, 5):
+        alone = explainer.explain(images[number], 1, n_samples=9)
+        assert torch.equal(ends[number].refined.maps, alone.maps)
+    assert service.why_not_ready() is None
+    assert_empty(service)
+
+
+def test_an_engine_that_keeps_failing_is_not_ready_until_it_works_again(service, images, faulty, caplog):
+    poison, _ = faulty
+    poison[float(images[0].sum())] = "raise"
+    wants = Wants(service)
+    for _ in range(FAILURES):
+        # alone in its micro-batch, after a prediction that works
+        ended = wants.end(wants.ask(images[0], n_samples=2))
+        assert isinstance(ended, Failed)
+    assert "keeps failing" in service.why_not_ready()
+    assert "a broken kernel" in caplog.text
+    wants.end(wants.ask(images[1], n_samples=2))
+    assert service.why_not_ready() is None
+
+
+def test_an_engine_that_failed_is_tried_again_where_nobody_asks(service, images, faulty, monkeypatch, caplog):
+    monkeypatch.setattr("dave_fast.serve.service.PROBE_SECONDS", 0.05)
+    poison, _ = faulty
+    poison[float(images[0].sum())] = "raise"
+    wants = Wants(service)
+    for _ in range(FAILURES):
+        wants.end(wants.ask(images[0], n_samples=2))
+    assert service.why_not_ready() is not None
+    for _ in range(200):
+        if service.why_not_ready() is None:
+            break
+        time.sleep(0.02)
+    assert service.why_not_ready() is None
+
+
+def test_a_model_of_nan_is_found_when_it_is_warmed():
+    model = serve_model()
+    with torch.no_grad():
+        model.explainers[0].model.head.weight[0, 0] = torch.nan
+    service = Service({"tiny": model})
+    with pytest.raises(NonFiniteError, match="output"):
+        service.start()
+
+
+# ---- admission and the end ----
+
+
+def test_requests_are_taken_by_their_bytes(images):
+    model = serve_model()
+    one = model.request_bytes(1, 50)
+    with started(Limits(queue_bytes=3 * one)) as service:
+        wants = Wants(service)
+        with pytest.raises(RefusedError, match="at most") as refused:
+            wants.ask(images[0], n_samples=50, top_k=4)
+        assert refused.value.kind == "too large"
+
+        def too_many():
+            for _ in range(50):
+                wants.ask(images[0], n_samples=50)
+
+        with pytest.raises(RefusedError, match="bytes") as refused:
+            too_many()
+        assert refused.value.kind == "full" and refused.value.retry_after >= 1
+        for job in list(wants.events):
+            assert isinstance(wants.end(job), Ended)
+        assert_empty(service)
+
+
+@pytest.mark.parametrize("targets", [(10,), (-1,), (0, 99)])
+def test_classes_that_are_none_are_refused(service, images, targets):
+    with pytest.raises(InputError, match="0 to 9"):
+        Wants(service).ask(images[0], targets=targets)
+
+
+def test_stopping_tells_whoever_waits_and_takes_nobody_new(images):
+    with started() as service:
+        wants = Wants(service)
+        jobs = [wants.ask(image, n_samples=1000) for image in images]
+        before = threading.active_count()
+        service.stop()
+        assert threading.active_count() == before - 2
+        assert all(isinstance(wants.end(job).error, DeadlineError) for job in jobs)
+        with pytest.raises(RefusedError, match="shutting down"):
+            wants.ask(images[0])
+        assert service.why_not_ready() == "shutting down"

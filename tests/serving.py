@@ -1,0 +1,105 @@
+"""A small model behind a service, and behind a server on loopback: what the tests of dave_fast.serve share."""
+
+from __future__ import annotations
+
+import io
+import queue
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from dave_fast import DAVE
+from dave_fast.images import preprocessing
+from dave_fast.labels import labels_of
+from dave_fast.serve.app import create_app
+from dave_fast.serve.jobs import Ask, Ended, Failed
+from dave_fast.serve.limits import Limits
+from dave_fast.serve.models import ServedModel
+from dave_fast.serve.server import running
+from dave_fast.serve.service import Service
+
+SIZE = 32
+NAMES = ["cat", "dog", *(f"thing {number}" for number in range(2, 10))]
+
+
+def tiny(seed: int = 0) -> nn.Module:
+    """A ViT with random weights and ten named classes: a row takes about a millisecond."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(seed)
+    model = VisionTransformer(img_size=SIZE, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=10)
+    nn.init.normal_(model.head.weight)
+    model.pretrained_cfg = {
+        "input_size": (3, SIZE, SIZE),
+        "num_classes": 10,
+        "label_names": NAMES,
+        "crop_pct": 1.0,
+    }
+    return model.eval()
+
+
+def serve_model(name: str = "tiny", engines: int = 1, seed: int = 0, rows: int = 8) -> ServedModel:
+    """A served model of so many CPU engines."""
+    model = tiny(seed)
+    made = [DAVE(model, precision="fp32", noise_alpha=0.5, internal_batch_size=rows) for _ in range(engines)]
+    return ServedModel(name, tuple(made), preprocessing(model), labels_of(model))
+
+
+@contextmanager
+def started(limits: Limits | None = None, **settings: Any) -> Iterator[Service]:
+    """A service that runs, and is stopped."""
+    model = serve_model(**settings)
+    service = Service({model.name: model}, limits)
+    service.start()
+    try:
+        yield service
+    finally:
+        service.stop()
+
+
+class Wants:
+    """A client of a service without HTTP: submits, and waits for ends."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.events: dict[Any, queue.Queue[Any]] = {}
+
+    def ask(self, image: torch.Tensor, name: str = "tiny", **options: Any) -> Any:
+        told: queue.Queue[Any] = queue.Queue()
+        job = self.service.submit(name, Ask(image, **options), told.put)
+        self.events[job] = told
+        return job
+
+    def all(self, job: Any) -> list[Any]:
+        """Everything that is told, to the end."""
+        seen = []
+        while not seen or not isinstance(seen[-1], Ended | Failed):
+            seen.append(self.events[job].get(timeout=60))
+        return seen
+
+    def end(self, job: Any) -> Any:
+        return self.all(job)[-1]
+
+
+def file_of(pixels: np.ndarray, kind: str = "PNG") -> bytes:
+    """Pixels as the bytes of an image file."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format=kind)
+    return file.getvalue()
+
+
+@contextmanager
+def serving(
+    limits: Limits | None = None, models: list[ServedModel] | None = None, **app: Any
+) -> Iterator[tuple[str, Service]]:
+    """A server on loopback in a thread of this process."""
+    limits = limits or Limits()
+    served = models or [serve_model()]
+    service = Service({model.name: model for model in served}, limits)
+    with running(create_app(service, limits, **app), limits) as address:
+        yield address, service
