@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import Annotated
 
@@ -58,6 +59,9 @@ def serve(
     It is ready when every engine has explained an image; it ends on
     SIGTERM or Ctrl-C, after what was accepted is answered: exit code 0.
     """
+    # before models are loaded for nothing
+    listening = _bound(host, port)
+    keys = _keys(api_keys)
     try:
         from dave_fast.serve.app import create_app
         from dave_fast.serve.limits import Limits
@@ -74,7 +78,6 @@ def serve(
         pixels=int(max_megapixels * 1e6),
         drain_seconds=drain_seconds,
     )
-    keys = _keys(api_keys)
     names = models or ["demo"]
     screen = console()
     with plain_warnings(screen), screen.status(f"loading {', '.join(names)}"):
@@ -89,12 +92,22 @@ def serve(
     service = Service(loaded, limits)
     app = create_app(service, limits, api_keys=keys, cors_origins=cors_origin or ())
     log_to_stderr()
-    where = f"http://{host}:{port}" if port else "a free port"
+    where = f"http://{host}:{listening.getsockname()[1]}"
     screen.print(f"serving {', '.join(loaded)} at {where} (docs at /docs); Ctrl-C ends it", soft_wrap=True)
-    server = make_server(app, limits, host, port)
-    server.run()
-    if not server.started:
-        raise InputError(f"the server could not start at {host}:{port}; the log above says why.")
+    make_server(app, limits).run([listening])
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket that has the port."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        made = socket.socket(family, kind)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise InputError(f"cannot listen at {host}:{port}: {reason}. Choose another --host or --port.") from error
+    return made
 
 
 def _keys(path: Path | None) -> list[str]:

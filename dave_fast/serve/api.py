@@ -141,7 +141,9 @@ class Api:
                     event.cancel()
                     raise HTTPException(499, "the client went away.")
                 if isinstance(told := event.result(), Failed):
-                    raise told.error
+                    # as HTTP's own: for what it does not expect, the framework would close the connection too
+                    status, detail, headers = status_of(told.error)
+                    raise HTTPException(status, detail, headers)
                 if isinstance(told, Ended):
                     return told
         finally:

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, StreamingResponse
 
 from dave_fast import __version__
+from dave_fast.demo import demo_scene
 from dave_fast.errors import InputError, NonFiniteError, RefusedError
 from dave_fast.serve import formats, kserve
 from dave_fast.serve.api import Api, in_words, status_of
@@ -140,6 +141,7 @@ def _about(api: Api) -> APIRouter:
     )
     for path, (name, kind) in _PAGE.items():
         router.add_api_route(path, partial(_asset, name, kind), methods=["GET"], include_in_schema=False)
+    router.add_api_route("/example.png", _example, methods=["GET"], include_in_schema=False)
     return router
 
 
@@ -155,6 +157,12 @@ _POLICY = "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; ba
 async def _asset(name: str, kind: str) -> Response:
     content = files("dave_fast.serve.page").joinpath(name).read_bytes()
     return Response(content, media_type=kind, headers={"content-security-policy": _POLICY, "cache-control": "no-cache"})
+
+
+async def _example() -> Response:
+    """The embedded scene: what the page shows to whoever has no image at hand."""
+    picture = await run_in_threadpool(lambda: formats.png(demo_scene().image))
+    return Response(picture, media_type=formats.PNG)
 
 
 def _key_checked(api_keys: Sequence[str]) -> list[Any]:

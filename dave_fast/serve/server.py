@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import signal
+import socket
 import sys
 import threading
 import time
@@ -88,6 +89,13 @@ class Server(uvicorn.Server):
         port: int = self.servers[0].sockets[0].getsockname()[1]
         return port
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Warm, then listen."""
+        await super().startup(sockets)
+        if self.started:
+            host = self.servers[0].sockets[0].getsockname()[0]
+            log.info("listening", extra={"address": f"http://{host}:{self.port}", "models": list(self.service.models)})
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Signals drain; uvicorn's own way raises them again at the end, which would be the exit code."""
@@ -125,8 +133,8 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def make_server(app: FastAPI, limits: Limits, host: str = "127.0.0.1", port: int = 8000) -> Server:
-    """A server for an app of `create_app`; `run` it, or `await serve()`. port 0 takes a free one."""
+def make_server(app: FastAPI, limits: Limits, host: str = "127.0.0.1", port: int = 0) -> Server:
+    """A server for an app of `create_app`; `run` it, with a bound socket if you like, or `await serve()`."""
     config = uvicorn.Config(
         app,
         host=host,
@@ -176,7 +184,7 @@ def log_to_stderr(level: str = "info") -> None:
 @contextlib.contextmanager
 def running(app: FastAPI, limits: Limits) -> Iterator[str]:
     """A server in a thread of this process, for tests and load generators: the address that it listens at."""
-    server = make_server(app, limits, port=0)
+    server = make_server(app, limits)
     loops: list[asyncio.AbstractEventLoop] = []
 
     async def serve() -> None:

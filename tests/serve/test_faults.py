@@ -14,7 +14,9 @@ import httpx
 import pytest
 import torch
 from serving import serve_model, serving
+from typer.testing import CliRunner
 
+from dave_fast import cli
 from dave_fast.client import Client, ServerError
 from dave_fast.serve.limits import Limits
 
@@ -209,10 +211,10 @@ def process(tmp_path):
             nonlocal told
             assert server.poll() is None, told
             told = (tmp_path / "log").read_text()
-            return "running on" in told
+            return '"listening"' in told
 
         until(listens, 120)
-        return told.split("running on ")[1].split(" ")[0], server, tmp_path / "log"
+        return told.split('"address": "')[1].split('"')[0], server, tmp_path / "log"
 
     yield start
     for server in started:
@@ -260,9 +262,34 @@ def test_at_the_drain_deadline_answers_have_the_samples_that_are_there(process, 
     assert server.wait(timeout=60) == 0
 
 
-def test_a_port_that_is_taken_is_told_in_one_line(process, photo):
-    address, _, _ = process()
-    port = address.rsplit(":", 1)[1]
-    command = [sys.executable, "-m", "dave_fast", "serve", "demo", "--port", port, "--precision", "fp32"]
-    second = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert second.returncode != 0 and "address already in use" in second.stderr
+def test_a_port_that_is_taken_is_told_before_a_model_is_loaded():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "dave_fast", "serve", "absent", "--port", port]
+        second = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert second.returncode == 2 and "address already in use" in second.stderr and "--port" in second.stderr
+
+
+def test_options_that_cannot_be_met_are_told(tmp_path):
+    def refused(*options):
+        return CliRunner().invoke(cli.app, ["serve", "--port", "0", *options])
+
+    (tmp_path / "empty").write_text("\n")
+    for options, word in (
+        (["absent-model"], "timm has no model"),
+        (["--device", "tpu"], "tpu"),
+        (["--api-keys", str(tmp_path / "none")], "cannot read the API keys"),
+        (["--api-keys", str(tmp_path / "empty")], "has no API key"),
+        (["--host", "203.0.113.1"], "cannot listen"),
+    ):
+        result = refused(*options)
+        assert result.exit_code == 2 and word in result.output, options
+
+
+def test_a_missing_package_is_told_with_what_installs_it(monkeypatch):
+    for name in list(sys.modules):
+        if name.startswith("dave_fast.serve."):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    result = CliRunner().invoke(cli.app, ["serve", "--port", "0"])
+    assert result.exit_code == 2 and "pip install 'dave-fast[serve]'" in result.output

@@ -1,0 +1,310 @@
+"""Latency and throughput of the server against offered load: batching samples, beside batching requests.
+
+    python -m benchmarks.serve_load [--seconds 20] [--out benchmarks/results/<device>/serve_load.json]
+
+Real HTTP on loopback, the demo model in float32, one engine; the load generator is another process than the server.
+Arrivals are open-loop (Poisson: clients do not wait for each other), four in five ask for 16 samples and one in five
+for 128. Capacity is measured first, by clients that always have a request open. Both ways of batching run in turns in
+the same server code on the same engine; they differ in the scheduler only:
+
+    samples    ours: every micro-batch takes rows of whichever requests wait
+    requests   the usual: up to eight requests are collected for up to 10 ms, computed together to the end of the last
+               of them, then the next eight. Each is answered when its own samples are there, which is generous.
+
+A second table: k classes of one image in one request, against k requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import machine
+from dave_fast.client import AsyncClient, Client, ServerError
+from dave_fast.demo import demo_scene
+from dave_fast.serve.formats import png
+from dave_fast.serve.scheduler import MicroBatch, Part, Queued, Scheduler
+
+WAYS = ("samples", "requests")
+LOADS = (0.3, 0.6, 0.9, 1.2, 2.0)
+SAMPLES, SHARES = (16, 128), (0.8, 0.2)
+MEAN_SAMPLES = float(np.dot(SAMPLES, SHARES))
+CLASSES = (1, 2, 5, 10)
+GROUP, WINDOW = 8, 0.010
+FIGURE = Path("docs/figures/serve_load.png")
+
+
+class RequestScheduler(Scheduler):
+    """Batches of whole requests: nobody joins until the last of the group is done."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._group: list[Queued] = []
+        self._since: float | None = None
+
+    def take(self, capacity: Any, now: float) -> MicroBatch | None:
+        """Rows of the group, request by request; predictions go ahead of it."""
+        self._group = [request for request in self._group if not request.ended]
+        waiting = [r for bucket in self._buckets.values() for r in bucket.requests.values() if r.deadline > now]
+        first = [request for request in waiting if request.place == request.first]
+        if first:
+            return self._batch(first, capacity, GROUP)
+        if not self._group:
+            self._since = now if waiting and self._since is None else self._since if waiting else None
+            if self._since is None or (len(waiting) < GROUP and now < self._since + WINDOW):
+                return None
+            self._group, self._since = sorted(waiting, key=lambda r: r.number)[:GROUP], None
+        return self._batch([r for r in self._group if r.waiting and r in waiting], capacity, None)
+
+    def _batch(self, requests: list[Queued], capacity: Any, most: int | None) -> MicroBatch | None:
+        if not requests:
+            return None
+        self._turn += 1
+        key = requests[0].place
+        left = rows = capacity(key)
+        parts: list[Part] = []
+        for request in [request for request in requests if request.place == key][:most]:
+            count = min(left, request.available)
+            if count:
+                parts.append(self._hand_out(request, count))
+                left -= count
+        return MicroBatch(key, tuple(parts), rows)
+
+
+def serve(way: str, threads: int) -> None:
+    """The server's process."""
+    import threading
+
+    import torch
+
+    from dave_fast.serve import server as serving
+    from dave_fast.serve.app import create_app
+    from dave_fast.serve.limits import Limits
+    from dave_fast.serve.models import load_models
+    from dave_fast.serve.service import Service
+
+    torch.set_num_threads(threads)
+    limits = Limits(drain_seconds=5)
+    service = Service(load_models(["demo"], ["cpu"], precision="fp32"), limits)
+    if way == "requests":
+        service.scheduler = RequestScheduler(service.scheduler.limits)
+
+        def wake() -> None:
+            # the window ends without an arrival to notice it
+            while True:
+                time.sleep(WINDOW / 2)
+                with service._lock:
+                    service._lock.notify_all()
+
+        threading.Thread(target=wake, daemon=True).start()
+    server = serving.make_server(create_app(service, limits), limits)
+
+    async def run() -> None:
+        task = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        print(f"http://127.0.0.1:{server.port}", flush=True)
+        await task
+
+    asyncio.run(run())
+
+
+@dataclass
+class Outcome:
+    """What came of the requests of one run: seconds of each that was answered, statuses of the rest."""
+
+    offered: int = 0
+    seconds: dict[int, list[float]] = field(default_factory=lambda: {samples: [] for samples in SAMPLES})
+    rows: int = 0
+    refused: dict[str, int] = field(default_factory=dict)
+    duration: float = 0.0
+
+    async def one(self, client: AsyncClient, picture: bytes, samples: int, seed: int) -> None:
+        """A request, to its answer or refusal."""
+        began = time.monotonic()
+        self.offered += 1
+        try:
+            told = await client.explain(picture, n_samples=samples, seed=seed)
+            self.seconds[samples].append(time.monotonic() - began)
+            self.rows += told.samples
+        except ServerError as error:
+            name = str(error.status)
+            self.refused[name] = self.refused.get(name, 0) + 1
+
+    def table(self) -> dict[str, Any]:
+        """As numbers."""
+        answered = [second for some in self.seconds.values() for second in some]
+        quantiles = {
+            f"p{q}_ms_of_{samples}": float(np.quantile(some, q / 100)) * 1000
+            for samples, some in self.seconds.items()
+            if some
+            for q in (50, 99)
+        }
+        return {
+            "offered": self.offered,
+            "answered": len(answered),
+            "refused": self.refused,
+            "lost": self.offered - len(answered) - sum(self.refused.values()),
+            "rows_per_s": self.rows / self.duration,
+            "answers_per_s": len(answered) / self.duration,
+            **quantiles,
+        }
+
+
+async def saturate(address: str, picture: bytes, seconds: float, clients: int = 24) -> Outcome:
+    """Clients that always have a request open: the capacity."""
+    outcome, rng, began = Outcome(), random.Random(1), time.monotonic()
+    async with AsyncClient(address, retries=0, timeout=120) as client:
+
+        async def keep_asking(number: int) -> None:
+            while time.monotonic() < began + seconds:
+                (samples,) = rng.choices(SAMPLES, SHARES)
+                await outcome.one(client, picture, samples, number)
+
+        await asyncio.gather(*map(keep_asking, range(clients)))
+    outcome.duration = time.monotonic() - began
+    return outcome
+
+
+async def offer(address: str, picture: bytes, rate: float, seconds: float) -> Outcome:
+    """Poisson arrivals of `rate` requests a second; everybody's answer is waited for."""
+    outcome, rng, began = Outcome(), random.Random(2), time.monotonic()
+    async with AsyncClient(address, retries=0, timeout=120, connections=2000) as client:
+        tasks, due = [], began
+        while due < began + seconds:
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            (samples,) = rng.choices(SAMPLES, SHARES)
+            tasks.append(asyncio.create_task(outcome.one(client, picture, samples, len(tasks))))
+            due += rng.expovariate(rate)
+        await asyncio.gather(*tasks)
+    outcome.duration = time.monotonic() - began
+    return outcome
+
+
+class Process:
+    """A server's process and its address."""
+
+    def __init__(self, way: str, threads: int) -> None:
+        command = [sys.executable, "-m", "benchmarks.serve_load", "--serve", way, "--threads", str(threads)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        self.address = self.process.stdout.readline().strip()
+
+    def __enter__(self) -> str:
+        return self.address
+
+    def __exit__(self, *error: object) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+
+def classes(address: str, picture: bytes, repeats: int = 5) -> list[dict[str, float]]:
+    """k classes in one request, against k requests at once; medians of alternating repeats."""
+    rows = []
+    with Client(address, timeout=120) as client:
+
+        async def apart(k: int) -> None:
+            async with AsyncClient(address, timeout=120) as many:
+                await asyncio.gather(*(many.explain(picture, target, n_samples=32) for target in range(k)))
+
+        for k in CLASSES:
+            together, alone = [], []
+            for _ in range(repeats):
+                began = time.monotonic()
+                client.explain(picture, list(range(k)), n_samples=32)
+                between = time.monotonic()
+                asyncio.run(apart(k))
+                together.append(between - began)
+                alone.append(time.monotonic() - between)
+            one, many = float(np.median(together)), float(np.median(alone))
+            rows.append({"k": k, "one_request_ms": 1000 * one, "k_requests_ms": 1000 * many, "ratio": one / many})
+    return rows
+
+
+def measure(seconds: float, threads: int) -> dict[str, Any]:
+    """Everything, both ways in turns."""
+    picture = png(demo_scene().image)
+    runs: list[dict[str, Any]] = []
+    with Process("samples", threads) as ours, Process("requests", threads) as usual:
+        addresses = dict(zip(WAYS, (ours, usual), strict=True))
+        for address in addresses.values():
+            asyncio.run(saturate(address, picture, 2.0))
+        capacity = {way: [asyncio.run(saturate(addresses[way], picture, seconds)).table()] for way in WAYS}
+        rate = capacity["samples"][0]["rows_per_s"] / MEAN_SAMPLES
+        for load in LOADS:
+            for way in WAYS:
+                told = asyncio.run(offer(addresses[way], picture, load * rate, seconds)).table()
+                runs.append({"batching": way, "load": load, **told})
+                print(runs[-1], flush=True)
+        for way in WAYS:
+            capacity[way].append(asyncio.run(saturate(addresses[way], picture, seconds)).table())
+        several = classes(ours, picture)
+    goodput = next(run for run in runs if run["batching"] == "samples" and run["load"] == 2.0)["rows_per_s"]
+    rows = [told["rows_per_s"] for told in capacity["samples"]]
+    return {
+        "environment": machine.environment("fastapi", "uvicorn"),
+        "seconds": seconds,
+        "server_threads": threads,
+        "capacity": capacity,
+        "offered_at_load_1_per_s": rate,
+        "goodput_at_2x_over_capacity": goodput / float(np.mean(rows)),
+        "runs": runs,
+        "classes": several,
+    }
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """p50 and p99 of the small requests, and rows a second, against the load."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    latency, throughput = figure.subplots(1, 2)
+    for way, colour in zip(WAYS, ("#b3401f", "0.45"), strict=True):
+        runs = [run for run in results["runs"] if run["batching"] == way]
+        loads = [run["load"] for run in runs]
+        for quantile, style in (("p50", "-"), ("p99", "--")):
+            values = [run.get(f"{quantile}_ms_of_16", np.nan) for run in runs]
+            latency.plot(loads, values, style, marker="o", ms=4, color=colour, label=f"batching {way}, {quantile}")
+        throughput.plot(
+            loads, [run["rows_per_s"] for run in runs], marker="o", ms=4, color=colour, label=f"batching {way}"
+        )
+    most = np.mean([told["rows_per_s"] for told in results["capacity"]["samples"]])
+    throughput.plot([0, 1, max(LOADS)], [0, most, most], ":", color="0.6", label="capacity")
+    latency.set(xlabel="offered load, of capacity", ylabel="ms, requests of 16 samples", yscale="log")
+    throughput.set(xlabel="offered load, of capacity", ylabel="samples a second in answers", ylim=(0, None))
+    for axes in (latency, throughput):
+        axes.legend(frameon=False, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=160)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seconds", type=float, default=20.0, help="of every run")
+    parser.add_argument("--threads", type=int, default=1, help="of the server's engine; the generator needs a core too")
+    parser.add_argument("--out", type=Path, default=machine.results_path("serve_load"))
+    parser.add_argument("--figure", type=Path, default=FIGURE)
+    parser.add_argument("--serve", choices=WAYS, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.serve:
+        serve(chosen.serve, chosen.threads)
+        return
+    results = measure(chosen.seconds, chosen.threads)
+    machine.write_json(chosen.out, results)
+    draw(results, chosen.figure)
+    print(f"goodput at twice the capacity: {results['goodput_at_2x_over_capacity']:.3f} of it; {chosen.out}")
+
+
+if __name__ == "__main__":
+    main()
