@@ -59,42 +59,40 @@ def serve(
     It is ready when every engine has explained an image; it ends on
     SIGTERM or Ctrl-C, after what was accepted is answered: exit code 0.
     """
-    # before models are loaded for nothing
-    listening = _bound(host, port)
     keys = _keys(api_keys)
-    try:
-        from dave_fast.serve.app import create_app
-        from dave_fast.serve.limits import Limits
-        from dave_fast.serve.models import load_models
-        from dave_fast.serve.server import log_to_stderr, make_server
-        from dave_fast.serve.service import Service
-    except ModuleNotFoundError as error:
-        raise InputError(f"{MISSING} ({error.name} is missing).") from error
+    settings = {
+        "precision": precision,
+        "backend": backend,
+        "noise_alpha": noise_alpha,
+        "internal_batch_size": internal_batch_size,
+    }
+    # the port is taken before models are loaded for nothing
+    with _bound(host, port) as listening:
+        try:
+            from dave_fast.serve.app import create_app
+            from dave_fast.serve.limits import Limits
+            from dave_fast.serve.models import load_models
+            from dave_fast.serve.server import log_to_stderr, make_server
+            from dave_fast.serve.service import Service
+        except ModuleNotFoundError as error:
+            raise InputError(f"{MISSING} ({error.name} is missing).") from error
 
-    limits = Limits(
-        samples=max_samples,
-        requests=max_requests,
-        body_bytes=max_megabytes << 20,
-        pixels=int(max_megapixels * 1e6),
-        drain_seconds=drain_seconds,
-    )
-    names = models or ["demo"]
-    screen = console()
-    with plain_warnings(screen), screen.status(f"loading {', '.join(names)}"):
-        loaded = load_models(
-            names,
-            device or [None],
-            precision=precision,
-            backend=backend,
-            noise_alpha=noise_alpha,
-            internal_batch_size=internal_batch_size,
+        names = models or ["demo"]
+        screen = console()
+        with plain_warnings(screen), screen.status(f"loading {', '.join(names)}"):
+            loaded = load_models(names, device or [None], **settings)
+        limits = Limits(
+            samples=max_samples,
+            requests=max_requests,
+            body_bytes=max_megabytes << 20,
+            pixels=int(max_megapixels * 1e6),
+            drain_seconds=drain_seconds,
         )
-    service = Service(loaded, limits)
-    app = create_app(service, limits, api_keys=keys, cors_origins=cors_origin or ())
-    log_to_stderr()
-    where = f"http://{host}:{listening.getsockname()[1]}"
-    screen.print(f"serving {', '.join(loaded)} at {where} (docs at /docs); Ctrl-C ends it", soft_wrap=True)
-    make_server(app, limits).run([listening])
+        app = create_app(Service(loaded, limits), limits, api_keys=keys, cors_origins=cors_origin or ())
+        log_to_stderr()
+        where = f"http://{host}:{listening.getsockname()[1]}"
+        screen.print(f"serving {', '.join(loaded)} at {where} (docs at /docs); Ctrl-C ends it", soft_wrap=True)
+        make_server(app, limits).run([listening])
 
 
 def _bound(host: str, port: int) -> socket.socket:
@@ -102,8 +100,12 @@ def _bound(host: str, port: int) -> socket.socket:
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         made = socket.socket(family, kind)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(address)
+        try:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            made.bind(address)
+        except OSError:
+            made.close()
+            raise
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise InputError(f"cannot listen at {host}:{port}: {reason}. Choose another --host or --port.") from error
