@@ -26,9 +26,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dave_fast.kernels import attention, linear, norm
+from dave_fast.kernels import _launch, attention, fp8, linear, norm, tokens
 
-ARCHITECTURES = (80, 90, 100)
+# compute capability -> registers and bytes of shared memory of a multiprocessor
+ARCHITECTURES = {80: (65536, 163 * 1024), 90: (65536, 227 * 1024), 100: (65536, 227 * 1024)}
+# what the driver keeps of every program's shared memory
+RESERVED = 1024
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv"}
 
@@ -57,6 +60,19 @@ class Row:
     spills: int
     shared: int
     instructions: str
+
+    @property
+    def resident(self) -> int:
+        """Programs that a multiprocessor holds at once, by registers and shared memory."""
+        registers, shared = ARCHITECTURES[self.arch]
+        # registers are given out in eights a thread
+        by_registers = registers // (-(-self.registers // 8) * 8 * 32 * self.warps)
+        return min(by_registers, shared // (self.shared + RESERVED), 64 // self.warps)
+
+    def line(self) -> str:
+        """A line of the page's table."""
+        cells = (self.name, self.tiles, self.warps, self.stages, self.registers, self.spills, self.shared)
+        return f"| {' | '.join(map(str, cells))} | {self.resident} | {self.instructions} |"
 
 
 def linear_case(name: str, arch: int, dtype: torch.dtype = torch.bfloat16, **given: Any) -> Case:
@@ -96,12 +112,36 @@ def attention_case(
     return Case(f"attention {name} {NAMES[dtype]}", kernel, types, constants, found)
 
 
-def norm_case(name: str, block_t: int, block_c: int, *, squares: bool, centred: bool) -> Case:
-    """row_rstd of rows or of sums of squares."""
-    types = {"x": "*fp32" if squares else "*bf16", "rstd": "*fp32", "eps": "fp32"}
-    types |= dict.fromkeys(("T", "C", "stride", "count"), "i32")
-    constants = {"CENTRED": centred, "SQUARES": squares, "BLOCK_T": block_t, "BLOCK_C": block_c}
-    return Case(f"row_rstd {name}", norm._row_rstd_kernel, types, constants, triton.Config({}, num_warps=4))
+def row_case(name: str, kernel: Any, types: dict[str, str], width: int, warps: int = 4, **constants: Any) -> Case:
+    """A kernel that goes through whole rows of `width` values."""
+    block_t, block_c = _launch.row_blocks(width)
+    blocks = {"BLOCK_T": block_t, "BLOCK_C": block_c}
+    return Case(name, kernel, types, constants | blocks, triton.Config(blocks, num_warps=warps))
+
+
+def row_cases() -> Iterator[Case]:
+    """The kernels without a product, for ViT-B's width, its heads and its parts of sums of squares."""
+    sizes = dict.fromkeys(("T", "N", "H", "K", "C", "x_row", "x_token", "x_head"), "i32")
+    rstd = dict.fromkeys(("T", "C", "stride", "count"), "i32") | {"rstd": "*fp32", "eps": "fp32"}
+    kernel = norm._row_rstd_kernel
+    yield row_case("row_rstd of squares", kernel, rstd | {"x": "*fp32"}, 12, CENTRED=True, SQUARES=True)
+    yield row_case("row_rstd of rows", kernel, rstd | {"x": "*bf16"}, 768, CENTRED=False, SQUARES=False)
+    whole = sizes | {"x": "*bf16", "y": "*bf16", "weight": "*fp32", "bias": "*fp32", "rstd": "*fp32", "eps": "fp32"}
+    del whole["K"]
+    kernel = norm._normalize_kernel
+    yield row_case("normalize heads", kernel, whole, 64, CENTRES=True, CENTRED=False, VJP=False)
+    yield row_case("normalize", kernel, whole, 768, CENTRES=True, CENTRED=True, VJP=False)
+    yield row_case("normalize_vjp", kernel, whole, 768, CENTRES=True, CENTRED=True, VJP=True)
+    stream = dict.fromkeys(("patches", "prefix", "position", "x"), "*bf16") | {"squares": "*fp32"}
+    stream |= dict.fromkeys(("T", "N", "K", "C"), "i32")
+    yield row_case("assemble", tokens._assemble_kernel, stream, 768)
+
+
+def quantise_case() -> Case:
+    """Rows to e4m3, ahead of an fp8 product."""
+    types = {"x": "*bf16", "row_scale": "*fp32", "codes": "*fp8e4nv", "scale": "*fp32", "I": "i32", "stride_x": "i32"}
+    constants = {"LARGEST": fp8.LARGEST, "TINY": torch.finfo(torch.float32).tiny, "BLOCK_I": 1024, "INTERPRETED": False}
+    return Case("quantise", fp8._quantise_kernel, types, constants, triton.Config({"BLOCK_I": 1024}, num_warps=4))
 
 
 def cases(arch: int) -> Iterator[Case]:
@@ -125,6 +165,9 @@ def cases(arch: int) -> Iterator[Case]:
     yield linear_case("fc1", arch, torch.float32, **wide, new_gate="*fp32", ACTIVATION="gelu")
     if arch >= 90:
         yield linear_case("fc1", arch, torch.float8_e4m3fn, **scale, **bias, **kept)
+        yield linear_case("proj, fc2", arch, torch.float8_e4m3fn, **scale, **bias, **residual, **squares)
+        yield linear_case("VJP fc2", arch, torch.float8_e4m3fn, **scale, **gate)
+        yield quantise_case()
     for dim in (64, 80):
         yield attention_case(f"forward, D = {dim}", arch, dim, vjp=False)
         yield attention_case(f"VJP, D = {dim}", arch, dim, vjp=True)
@@ -132,8 +175,9 @@ def cases(arch: int) -> Iterator[Case]:
     yield attention_case("VJP of 1 query, D = 64", arch, 64, vjp=True, queries=1)
     yield attention_case("forward, D = 64", arch, 64, torch.float32, vjp=False)
     yield attention_case("VJP, D = 64", arch, 64, torch.float32, vjp=True)
-    yield norm_case("of sums of squares", 128, 16, squares=True, centred=True)
-    yield norm_case("of rows with a mean", 4, 1024, squares=False, centred=False)
+    yield attention_case("forward, D = 80", arch, 80, torch.float32, vjp=False)
+    yield attention_case("VJP, D = 80", arch, 80, torch.float32, vjp=True)
+    yield from row_cases()
 
 
 def compiled(case: Case, arch: int) -> Row:
@@ -142,7 +186,7 @@ def compiled(case: Case, arch: int) -> Row:
     constants = {name: case.constants.get(name) for name in kernel.arg_names if name not in case.types}
     signature = {name: case.types.get(name, "constexpr") for name in kernel.arg_names}
     # what Triton finds at a launch: addresses and sizes are multiples of 16, token counts and eps are not
-    odd = {"T", "N", "Q", "parts", "H"}
+    odd = {"T", "N", "Q", "K", "parts", "H"}
     attributes = {
         (at,): [["tt.divisibility", 16]]
         for at, name in enumerate(kernel.arg_names)
@@ -172,11 +216,48 @@ def compiled(case: Case, arch: int) -> Row:
     )
 
 
+INTRODUCTION = """# What the compiler makes of the Triton kernels
+
+Every kernel of `kernels/` in its fixed configuration, compiled ahead of time by Triton {triton} and the ptxas that
+comes with it; written by `python scripts/compile_kernels.py`, which needs no GPU. These are facts about the code, not
+speeds: nothing on this page was timed. `linear` is named by the place of the walks that it serves; types are those of
+the operands (fp8e4nv: e4m3).
+
+- tiles: T×O×I (rows, out- and in-features) in `linear`, queries×tokens in `attention`, rows×columns in the others.
+- spills: bytes that a thread stores and loads again for lack of registers. Shared: bytes of a program.
+- resident: programs that a multiprocessor holds at once, by registers and shared memory. Two of them let one's
+  epilogue hide behind the other's product.
+- instructions: how products and tiles come about: wgmma and tensor copies (TMA) on sm_90, tcgen05 on sm_100. float32
+  products are IEEE, which tensor cores are not.
+
+`DAVE_FAST_AUTOTUNE=1` times other configurations at the first call of a shape and takes the fastest, for the process.
+
+Head dimensions that are no power of two are padded to one (80 to 128). What kernels do not cover goes to PyTorch:
+float64, head dimensions above 128, scales that are not positive, and in Triton's interpreter bfloat16, which it
+multiplies wrongly.
+"""
+
+HEADING = """
+## sm_{arch}
+
+| kernel | tiles | warps | stages | registers | spills | shared | resident | instructions |
+|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def page(rows: list[Row]) -> str:
+    """docs/kernels.md."""
+    text = INTRODUCTION.format(triton=triton.__version__)
+    for arch in dict.fromkeys(row.arch for row in rows):
+        text += HEADING.format(arch=arch) + "".join(row.line() + "\n" for row in rows if row.arch == arch)
+    return text
+
+
 def main() -> None:
     """Rows as JSON, or the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="regular expression of the names to compile; prints JSON")
-    parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES)
+    parser.add_argument("--arch", type=int, action="append", choices=tuple(ARCHITECTURES))
     given = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET"):
         sys.exit("TRITON_INTERPRET is set: kernels would be interpreted, not compiled. Unset it.")
@@ -185,7 +266,10 @@ def main() -> None:
         for case in cases(arch):
             if given.only is None or re.fullmatch(given.only, case.name):
                 rows.append(compiled(case, arch))
-                print(json.dumps(asdict(rows[-1]), ensure_ascii=False), flush=True)
+                print(json.dumps(asdict(rows[-1]) | {"line": rows[-1].line()}, ensure_ascii=False), flush=True)
+    if given.only is None and given.arch is None:
+        PAGE.write_text(page(rows), encoding="utf-8")
+        print(f"wrote {PAGE}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -245,6 +245,39 @@ def _row_rstd(shapes: Shapes) -> list[Case]:
     return [Case("row_rstd", "row_rstd", operands, bind, ("x",))]
 
 
+def _normalize(shapes: Shapes, *, vjp: bool = False) -> list[Case]:
+    """The norm ahead of the blocks that some models have: a LayerNorm behind which the stream starts, centred."""
+    settings = {"centres": True, "centred": True}
+
+    def operands(generator: torch.Generator, dtype: torch.dtype) -> Operands:
+        width, rows = shapes.width, shapes.rows * shapes.tokens
+        weight, bias = (_numbers(generator, width).to(statistics_dtype(dtype)) for _ in range(2))
+        rstd = (0.5 + _numbers(generator, rows).abs()).to(statistics_dtype(dtype))
+        return {"x": _numbers(generator, rows, width).to(dtype), "weight": weight, "bias": bias, "rstd": rstd}
+
+    def bind(load: Load, given: Operands, dtype: torch.dtype) -> Callable[[], Any]:
+        run = load("normalize_vjp" if vjp else "normalize")
+        if vjp:
+            return lambda: run(given["x"], given["weight"], given["rstd"], **settings)
+        return lambda: run(given["x"], given["weight"], given["bias"], EPS, **settings)
+
+    op = "normalize_vjp" if vjp else "normalize"
+    return [Case(op, op, operands, bind, ("x", "weight", "rstd") if vjp else ("x", "weight", "bias"))]
+
+
+def _assemble(shapes: Shapes) -> list[Case]:
+    def operands(generator: torch.Generator, dtype: torch.dtype) -> Operands:
+        count = shapes.patches
+        sizes = {"patches": (shapes.rows, count), "prefix": (shapes.prefix,), "position": (count,)}
+        return {name: _numbers(generator, *size, shapes.width).to(dtype) for name, size in sizes.items()}
+
+    def bind(load: Load, given: Operands, dtype: torch.dtype) -> Callable[[], Any]:
+        run = load("assemble")
+        return lambda: run(given["patches"], given["prefix"], given["position"])
+
+    return [Case("assemble", "assemble", operands, bind, ("patches", "prefix", "position"))]
+
+
 CASES: dict[str, Callable[[Shapes], list[Case]]] = {
     "perturb": _perturb,
     "pull_back": _pull_back,
@@ -256,4 +289,7 @@ CASES: dict[str, Callable[[Shapes], list[Case]]] = {
     "attention": _attention,
     "attention_vjp": _attention_vjp,
     "row_rstd": _row_rstd,
+    "normalize": _normalize,
+    "normalize_vjp": partial(_normalize, vjp=True),
+    "assemble": _assemble,
 }
