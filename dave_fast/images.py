@@ -197,6 +197,22 @@ class Preprocessing:
         inputs = self.transform(image)
         return inputs, self.pixels(inputs)
 
+    def crop(self, image: Image.Image) -> np.ndarray:
+        """The first half of the way: resized and cropped, uint8 (H, W, 3)."""
+        return np.asarray(self._half(first=True)(image))
+
+    def normalised(self, crop: np.ndarray) -> Tensor:
+        """The second half: `normalised(crop(image))` is `transform(image)`, bit for bit."""
+        return self._half(first=False)(Image.fromarray(crop))
+
+    def _half(self, *, first: bool) -> Callable[[Any], Any]:
+        from timm.data.transforms import MaybeToTensor
+        from torchvision.transforms import Compose, ToTensor
+
+        steps = self.transform.transforms  # type: ignore[attr-defined]
+        middle = next(n for n, step in enumerate(steps) if isinstance(step, MaybeToTensor | ToTensor))
+        return Compose(steps[:middle] if first else steps[middle:])
+
     def pixels(self, inputs: Tensor) -> np.ndarray:
         """Normalised inputs (3, H, W) back as the pixels that they were made from: uint8 (H, W, 3)."""
         planes = inputs.detach().cpu().double().permute(1, 2, 0).numpy()

@@ -49,6 +49,7 @@ class Stub(Mapper):
         self.notes: list[str] = []
         self.target = None
         self.weights = "stub"
+        self.prepare = SimpleNamespace(size=(SIDE, SIDE), normalised=lambda crop: crop)  # type: ignore[assignment]
         self.batch_size = setup.batch_size or 4
         self.labels = Labels(10)
         self.fault = fault
@@ -64,6 +65,7 @@ class Stub(Mapper):
     def configuration(self) -> dict[str, Any]:
         setup = self.setup
         size = {"input_size": (3, SIDE, SIDE), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}
+        size |= {"crop_pct": 1.0, "crop_mode": "center"}
         return {
             "model": "stub",
             "n_samples": setup.n_samples,

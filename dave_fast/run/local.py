@@ -18,11 +18,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from dave_fast.errors import DaveFastError, InputError, RunError
-from dave_fast.run.lock import Lock
+from dave_fast.run.folder import RunFolder
 from dave_fast.run.mapper import Setup
 from dave_fast.run.progress import Report, Tally
 from dave_fast.run.records import Record
@@ -55,29 +54,14 @@ class Machine:
     watchdog_s: float = 900.0
 
 
-Check = Callable[[dict[str, Any], str], dict[str, Any]]
+def run_local(begun: RunFolder, setup: Setup, machine: Machine, report: Report) -> Tally:
+    """Explain the records that have no row yet.
 
-
-def run_local(
-    source: Source,
-    setup: Setup,
-    folder: Path,
-    lock: Lock,
-    machine: Machine,
-    *,
-    check: Check,
-    skip: Skip,
-    left: Callable[[], int | None],
-    report: Report,
-) -> Tally:
-    """Explain the records that are not skipped. check: configuration, weights -> the run's identity, or an error.
-
-    skip, left: which records are done, and how many may be; asked after `check`.
     Raises what a worker could not go on with, after all have committed what they had.
     """
-    parent = _Parent(source, setup, folder, lock, machine, report)
+    parent = _Parent(begun, setup, machine, report)
     try:
-        return parent.run(check, skip, left)
+        return parent.run()
     finally:
         parent.end()
 
@@ -104,10 +88,8 @@ class _Worker:
 
 
 class _Parent:
-    def __init__(
-        self, source: Source, setup: Setup, folder: Path, lock: Lock, machine: Machine, report: Report
-    ) -> None:
-        self.source, self.report, self.machine = source, report, machine
+    def __init__(self, begun: RunFolder, setup: Setup, machine: Machine, report: Report) -> None:
+        self.begun, self.report, self.machine = begun, report, machine
         self.tally = Tally(workers=len(machine.devices))
         self.stopped_by: int | None = None
         self._told_to_stop = False
@@ -120,8 +102,10 @@ class _Parent:
                 ours, theirs = context.Pipe()
                 decoders = machine.workers or min(_DECODERS, share)
                 rows = machine.shard_rows or SHARD_ROWS
-                job = Job(setup, device, share, decoders, folder, f"{number:03d}", rows, machine.commit_s)
-                process = context.Process(target=work, args=(job, lock, theirs), name=f"{number} ({device or 'auto'})")
+                job = Job(setup, device, share, decoders, begun.folder, f"{number:03d}", rows, machine.commit_s)
+                process = context.Process(
+                    target=work, args=(job, begun.lock, theirs), name=f"{number} ({device or 'auto'})"
+                )
                 process.start()
                 theirs.close()
                 self.workers.append(_Worker(process, ours))
@@ -131,12 +115,12 @@ class _Parent:
 
     # ---- from start to end ----
 
-    def run(self, check: Check, skip: Skip, left: Callable[[], int | None]) -> Tally:
+    def run(self) -> Tally:
         with self._signals():
             self._hear_until(lambda: all(w.hello for w in self.workers) or self._over())
             if not self._over():
-                self._begin(check)
-                self._feed(skip, left())
+                self._begin()
+                self._feed()
             self._stop()
             self._hear_until(lambda: all(w.last for w in self.workers), patience_s=_PATIENCE_S)
         self.tally.stopped_by = self.stopped_by
@@ -145,7 +129,7 @@ class _Parent:
                 raise worker.last.error
         return self.tally
 
-    def _begin(self, check: Check) -> None:
+    def _begin(self) -> None:
         """Refuse what does not fit together, before anything is written."""
         hellos = [w.hello for w in self.workers if w.hello is not None]
         first = hellos[0]
@@ -157,14 +141,14 @@ class _Parent:
                 )
         for note in dict.fromkeys(note for hello in hellos for note in hello.notes):
             self.report.note(note)
-        identity = check(first.configuration, first.weights)
+        identity = self.begun.check(first.configuration, first.weights)
         for worker in self.workers:
             worker.connection.send(Go(identity))
         self.report.begin(self.tally)
 
-    def _feed(self, skip: Skip, limit: int | None) -> None:
+    def _feed(self) -> None:
         """Send records to whoever has room, until there are none left or something ends the run."""
-        feed = Feed(self.source, skip, limit)
+        feed = Feed(self.begun.source, self.begun.skip, self.begun.left())
         finished = False
         while not self._over() and not (finished and all(w.last for w in self.workers)):
             while not finished and (room := [w for w in self.workers if w.room() > 0]):
@@ -275,7 +259,7 @@ class _Parent:
         if any(w.hello is None for w in self.workers):
             return "a worker to load the model"
         busy = [w.name for w in self.workers if w.sent]
-        return f"worker {', '.join(busy)}" if busy else f"the source {self.source.place}"
+        return f"worker {', '.join(busy)}" if busy else f"the source {self.begun.source.place}"
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

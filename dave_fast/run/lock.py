@@ -9,13 +9,17 @@ from __future__ import annotations
 import fcntl
 import os
 import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
 
-from dave_fast.errors import InputError
+from dave_fast.errors import InputError, RunError
 
 LOCK_FILE = ".lock"
+FENCE_FILE = ".fence"
 # How long the workers of a killed run may take to notice.
 _PATIENCE_S = 5.0
 
@@ -54,6 +58,37 @@ class Lock:
 
     def __reduce__(self) -> Any:
         return _inherited, (DupFd(self._handle),)
+
+
+class Fence:
+    """Keeps the commits of a run that is over out of its folder, where its workers may outlive it on other machines.
+
+    Whoever begins a run renews the folder's token; a commit is made while holding a shared lock on it, and only if the
+    token is still the one of its run. Needs a file system whose locks reach across machines (NFS 4, Lustre with
+    -o flock); on others a commit that is under way in that very moment may slip through.
+    """
+
+    def __init__(self, path: Path, token: str) -> None:
+        self._path, self._token = path, token
+
+    @staticmethod
+    def renew(folder: Path) -> Fence:
+        """A new token; waits for commits that are under way. Only under the folder's lock."""
+        path, token = folder / FENCE_FILE, uuid.uuid4().hex
+        with open(path, "a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.truncate(0)
+            file.write(token.encode())
+        return Fence(path, token)
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """A commit of this run; raises RunError where another run has begun."""
+        with open(self._path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            if file.read().decode() != self._token:
+                raise RunError(f"another run has begun in {self._path.parent}: this one's commit is dropped.")
+            yield
 
 
 def _inherited(handle: Any) -> Lock:

@@ -8,19 +8,18 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from dave_fast.errors import InputError
 from dave_fast.files import atomically, check_writable
-from dave_fast.run.identity import RUN_FILE, load_identity, make_identity, refuse_other, save_identity
+from dave_fast.run.folder import RunFolder
 from dave_fast.run.local import Machine, run_local
-from dave_fast.run.lock import Lock
+from dave_fast.run.lock import FENCE_FILE, LOCK_FILE, Lock
 from dave_fast.run.mapper import LABEL, Setup
 from dave_fast.run.progress import Report, Tally
-from dave_fast.run.shards import committed_ids, drop_errors, remove_leftovers, shard_files
+from dave_fast.run.shards import committed_ids, shard_files
 from dave_fast.run.sources import Source, open_source
 
-ENGINES = ("local",)
+ENGINES = ("local", "ray")
 SUMMARY_FILE = "summary.json"
 # Makes the report of a run that has begun: how many records there are (None: unknown), how many were done before.
 Reporter = Callable[[int | None, int], AbstractContextManager[Report]]
@@ -74,19 +73,14 @@ def run_dataset(
     folder.mkdir(parents=True, exist_ok=True)
     lock = Lock.take(folder)
     try:
-        begun = _Begun(folder, source, retry_errors, limit)
+        begun = RunFolder(folder, lock, source, limit=limit, retry_errors=retry_errors)
         with reporter(_total(source, limit), len(begun.done)) as report:
-            tally = run_local(
-                source,
-                setup,
-                folder,
-                lock,
-                machine or Machine(),
-                check=begun.check,
-                skip=begun.skip,
-                left=begun.left,
-                report=report,
-            )
+            run = run_local
+            if engine == "ray":
+                from dave_fast.run.ray_engine import run_ray
+
+                run = run_ray
+            tally = run(begun, setup, machine or Machine(), report)
         summary = _summary(folder, tally)
         with atomically(folder / SUMMARY_FILE) as file:
             file.write(json.dumps(asdict(summary), indent=2, ensure_ascii=False).encode() + b"\n")
@@ -95,42 +89,6 @@ def run_dataset(
         lock.release()
         if created:
             _remove_if_unused(folder)
-
-
-class _Begun:
-    """A folder under lock, before and after it is found to hold the run that is asked for."""
-
-    def __init__(self, folder: Path, source: Source, retry_errors: bool, limit: int | None) -> None:
-        self.folder, self.source, self.retry_errors, self.limit = folder, source, retry_errors, limit
-        self.before = load_identity(folder)
-        if self.before is None and shard_files(folder):
-            raise InputError(f"{folder} holds Parquet files but no {RUN_FILE}: it is no run. Choose another --out.")
-        if self.before is not None:
-            # What a change of the source would make useless need not wait for the model.
-            refuse_other(
-                folder, self.before, self.before | {"source": make_identity({}, "", source.identity)["source"]}
-            )
-        remove_leftovers(folder)
-        self.done = committed_ids(folder)
-
-    def check(self, configuration: dict[str, Any], weights: str) -> dict[str, Any]:
-        """The run's identity. Raises InputError where the folder holds another run."""
-        identity = make_identity(configuration, weights, self.source.identity)
-        if self.before is None:
-            save_identity(self.folder, identity)
-        else:
-            refuse_other(self.folder, self.before, identity)
-        if self.retry_errors and drop_errors(self.folder):
-            self.done = committed_ids(self.folder)
-        return identity
-
-    def left(self) -> int | None:
-        """How many records may be done; None for all that there are. Known once `check` has been called."""
-        return None if self.limit is None else max(0, self.limit - len(self.done))
-
-    def skip(self, record_id: str) -> bool:
-        """Whether a record has its row."""
-        return record_id in self.done
 
 
 def _total(source: Source, limit: int | None) -> int | None:
@@ -160,6 +118,7 @@ def _summary(folder: Path, tally: Tally) -> Summary:
 def _remove_if_unused(folder: Path) -> None:
     """A run that was refused leaves no folder behind that was not there before."""
     names = {path.name for path in folder.iterdir()}
-    if names == {".lock"}:
-        (folder / ".lock").unlink()
+    if names <= {LOCK_FILE, FENCE_FILE}:
+        for name in names:
+            (folder / name).unlink()
         folder.rmdir()

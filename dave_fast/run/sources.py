@@ -20,7 +20,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,13 +44,15 @@ class Source:
     """Records, in an order that is always the same.
 
     place: as the user named it. identity: what must be equal for a run to be resumed. count: None where nobody can
-    know without reading everything. read(skip): the records whose id is not skipped.
+    know without reading everything. read(skip): the records whose id is not skipped. shards: where records carry their
+    images, the parts that can be read apart from each other, by the name that ids of each begin with.
     """
 
     place: str
     identity: dict[str, Any]
     count: int | None
     read: Callable[[Skip], Iterator[Record]]
+    shards: Mapping[str, Callable[[Skip], Iterator[Record]]] | None = None
 
     def records(self, skip: Skip = _none) -> Iterator[Record]:
         """The records, but for those whose id `skip` holds for."""

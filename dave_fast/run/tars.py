@@ -12,6 +12,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from dave_fast.errors import InputError
@@ -29,11 +30,13 @@ def tar_source(place: str, *, labels: bool) -> Source:
         sizes.update(f"{name}\0{size}\n".encode())
     identity = {"kind": "tars", "shards": len(shards), "digest": sizes.hexdigest(), "labels": labels}
 
-    def read(skip: Skip) -> Iterator[Record]:
-        for name, (url, _) in zip(names, shards, strict=True):
-            yield from _samples(url, name, labels, skip)
+    parts = {name: partial(_samples, url, name, labels) for name, (url, _) in zip(names, shards, strict=True)}
 
-    return Source(place, identity, None, read)
+    def read(skip: Skip) -> Iterator[Record]:
+        for part in parts.values():
+            yield from part(skip)
+
+    return Source(place, identity, None, read, parts)
 
 
 def expand_braces(text: str) -> list[str]:
