@@ -103,6 +103,9 @@ class Stub(Mapper):
         if self.fault is None or self.images != self.fault[1]:
             return
         what = self.fault[0]
+        if what == "die-once" and not os.path.exists(self.fault[2]):
+            Path(self.fault[2]).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
         if what == "hang":
             threading.Event().wait()
         elif what == "memory":

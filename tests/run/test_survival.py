@@ -1,92 +1,24 @@
 """Whatever befalls a run: every record has one row in the end, and what was committed is never lost."""
 
-import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import run_stubs
+from run_killing import PROGRAM, check, finish, ids_of, kill_until_done, start
 
 import dave_fast
 from dave_fast.errors import InputError, RunError
 from dave_fast.run import runner, sources
 from dave_fast.run.lock import Lock
-
-PROGRAM = Path(run_stubs.__file__)
-
-
-def start(place, out, **settings):
-    root = Path(dave_fast.__file__).parent.parent
-    paths = os.pathsep.join((str(PROGRAM.parent), str(root)))
-    command = [sys.executable, str(PROGRAM), str(place), str(out), json.dumps(settings)]
-    return subprocess.Popen(
-        command,
-        env=os.environ | {"PYTHONPATH": paths},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # a group of its own, so that a test can kill it as a whole
-        start_new_session=True,
-    )
-
-
-def finish(program, code=0):
-    out, err = program.communicate(timeout=120)
-    assert program.returncode == code, err
-    return json.loads(out.splitlines()[-1]) if code == 0 else err
-
-
-def check(out, ids, *, all_done=True):
-    """Every shard can be read, no id stands twice, and each map is the one of its id."""
-    assert not (all_done and list(out.glob(".*.part")))
-    found = [i for path in out.glob("*.parquet") for i in pq.read_table(path, columns=["id"])["id"].to_pylist()]
-    assert len(found) == len(set(found))
-    assert set(found) == set(ids) if all_done else set(found) <= set(ids)
-    if found:
-        for row in dave_fast.open_maps(out):
-            np.testing.assert_array_equal(row.map, run_stubs.expected_map(row.id).astype(np.float16))
-    return set(found)
-
-
-def ids_of(images):
-    return [path.relative_to(images).as_posix() for path in images.rglob("*.png")]
-
-
-def kill_until_done(images, out, randomness, kills, *, whole_group, **settings):
-    """Start the run again and again, and kill it at random moments after its first work; how often it was killed."""
-    ids, killed = set(ids_of(images)), 0
-    while True:
-        program = start(images, out, **settings)
-        if killed < kills:
-            until = time.monotonic() + 60
-            before = set(out.glob("maps-*.parquet"))
-            # Until it works: a run that is killed while it starts has nothing to lose.
-            while program.poll() is None and time.monotonic() < until:
-                if set(out.glob("maps-*.parquet")) - before or list(out.glob(".*.part")):
-                    break
-                time.sleep(0.005)
-            time.sleep(randomness.uniform(0, 0.25))
-        if killed < kills and program.poll() is None:
-            with suppress(ProcessLookupError):
-                (os.killpg if whole_group else os.kill)(program.pid, signal.SIGKILL)
-            program.communicate()
-            killed += 1
-            found = [i for p in out.glob("maps-*.parquet") for i in pq.read_table(p, columns=["id"])["id"].to_pylist()]
-            assert len(found) == len(set(found)) and set(found) <= ids
-            continue
-        finish(program)
-        check(out, ids)
-        return killed
 
 
 @pytest.mark.parametrize("whole_group", [False, True], ids=["parent", "group"])
@@ -98,20 +30,19 @@ def test_killed_at_random_moments(images, tmp_path, whole_group):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["local", "ray"])
 @pytest.mark.parametrize("seed", range(5))
-def test_killed_many_times(images, tmp_path, seed, engine):
-    """Some twenty kills a seed, of one worker or two, the parent alone or all at once."""
+def test_killed_many_times(pictures, tmp_path, seed, engine):
+    """Twenty kills a seed (with Ray five), with one worker or two, of the parent alone or of all at once."""
+    if engine == "ray":
+        pytest.importorskip("ray", reason="an extra: dave-fast[ray]")
     for number in range(120, 1200):
-        (images / f"{number % 3}" / f"{number:04d}.png").write_bytes(b"for a stub")
-    randomness = random.Random(seed)
-    settings = {
-        "seconds": 0.003,
-        "commit_s": 0.2,
-        "shard_rows": 5,
-        "devices": [None] * (1 + seed % 2),
-        "engine": engine,
-    }
-    kills = 20 if engine == "local" else 4
-    killed = kill_until_done(images, tmp_path / "out", randomness, kills, whole_group=seed % 2 == 0, **settings)
+        shutil.copy(pictures / "0/000.png", pictures / f"{number % 3}" / f"{number:04d}.png")
+    settings = {"seconds": 0.004, "commit_s": 0.1, "shard_rows": 5 if engine == "local" else 25, "engine": engine}
+    settings["devices"] = ["cpu"] * (1 + seed % 2)
+    kills = 20 if engine == "local" else 5
+    killed = kill_until_done(
+        pictures, tmp_path / "out", random.Random(seed), kills, whole_group=seed % 2 == 0, **settings
+    )
+    print(f"{engine}, seed {seed}: {killed} kills")
     assert killed >= kills // 2
 
 
@@ -146,6 +77,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))
 sys.argv = ["run_stubs", {str(images)!r}, {str(out)!r}, '{{"shard_rows": 100}}']
 import run_stubs
+from run_killing import PROGRAM, check, finish, ids_of, kill_until_done, start
 run_stubs.main()
 """
     root = Path(dave_fast.__file__).parent.parent

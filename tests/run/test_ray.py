@@ -1,0 +1,205 @@
+"""The Ray engine: the same rows as the local one, once each, whatever is killed; and what it refuses."""
+
+import io
+import os
+import random
+import signal
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+import run_stubs
+from PIL import Image
+from run_killing import check, finish, ids_of, kill_until_done, start
+
+import dave_fast
+from dave_fast.demo import demo_scene
+from dave_fast.errors import InputError, RunError
+from dave_fast.images import preprocessing
+from dave_fast.run.lock import Fence
+from dave_fast.run.mapper import Mapper, Setup
+from dave_fast.run.ray_engine import _by_shard, preflight
+from dave_fast.run.runner import run_dataset
+
+pytest.importorskip("ray", reason="an extra: dave-fast[ray]")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """One cluster for the tests that do not kill it."""
+    import logging
+
+    import ray
+
+    paths = os.pathsep.join((os.path.dirname(run_stubs.__file__), os.path.dirname(os.path.dirname(dave_fast.__file__))))
+    ray.init(
+        num_cpus=4,
+        object_store_memory=2**28,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.CRITICAL,
+        runtime_env={"env_vars": {"PYTHONPATH": paths}},
+    )
+    yield
+    ray.shutdown()
+
+
+# What is refused before anything hangs
+
+
+@pytest.mark.parametrize(
+    ("resources", "devices", "found"),
+    [
+        ({"CPU": 3}, (None,), (1, False)),
+        ({"CPU": 8, "GPU": 4}, (None,), (4, True)),
+        ({"CPU": 8, "GPU": 4}, ("cpu", "cpu"), (2, False)),
+        ({"CPU": 8, "GPU": 4}, ("cuda:0", "cuda:1"), (2, True)),
+    ],
+)
+def test_preflight(resources, devices, found):
+    assert preflight(resources, devices) == found
+
+
+@pytest.mark.parametrize(
+    ("resources", "devices", "message"),
+    [
+        ({"CPU": 2}, (None,), "2 CPU slots, and 1 engine actors need 3"),
+        ({"CPU": 9, "GPU": 8}, (None,), "9 CPU slots, and 8 engine actors need 10"),
+        ({}, ("cpu",), "0 CPU slots"),
+        ({"CPU": 9, "GPU": 1}, ("cuda", "cuda"), "2 GPUs were asked for, and the Ray cluster has 1"),
+        ({"CPU": 9}, ("cuda",), "1 GPUs were asked for, and the Ray cluster has 0"),
+    ],
+)
+def test_preflight_refuses(resources, devices, message):
+    with pytest.raises(InputError, match=message):
+        preflight(resources, devices)
+
+
+def test_without_ray(images, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(InputError, match=r"needs Ray: pip install 'dave-fast\[ray\]'"):
+        run_stubs.run(images, tmp_path / "out", engine="ray")
+    assert not (tmp_path / "out").exists()
+
+
+def test_done_by_shard():
+    done = ["a/1", "a/b/2", "a/b/c/3", "x/1"]
+    assert _by_shard(done, ["a", "a/b", "y"]) == {
+        "a": {"a/1", "a/b/2", "a/b/c/3"},
+        "a/b": {"a/b/2", "a/b/c/3"},
+        "y": set(),
+    }
+
+
+def test_fence(tmp_path):
+    old = Fence.renew(tmp_path)
+    with old.inside():
+        renewed = []
+        thread = threading.Thread(target=lambda: renewed.append(Fence.renew(tmp_path)))
+        thread.start()
+        # It waits for the commit that is under way.
+        thread.join(0.2)
+        assert not renewed
+    thread.join(10)
+    with renewed[0].inside():
+        pass
+    with pytest.raises(RunError, match="another run has begun"), old.inside():
+        pass
+
+
+@pytest.mark.parametrize("size", [(500, 375), (100, 300), (128, 128)])
+def test_crops_are_half_the_way(size):
+    """What travels between Ray's stages gives the same input, bit for bit."""
+    prepare = Mapper(Setup("demo", options={"noise_alpha": 0.5}), "cpu").prepare
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    image = Image.fromarray(pixels)
+    crop = prepare.crop(image)
+    assert crop.dtype == np.uint8 and crop.shape == (128, 128, 3)
+    np.testing.assert_array_equal(prepare.normalised(crop).numpy(), prepare.transform(image).numpy())
+    assert preprocessing(dave_fast.DAVE("demo", noise_alpha=0.5).model).config == prepare.config
+
+
+# What is done
+
+
+def test_killed_and_resumed(pictures, tmp_path):
+    """The driver is killed in the middle; another one finishes; the local engine then finds nothing left to do."""
+    out, settings = tmp_path / "out", {"seconds": 0.02, "engine": "ray", "shard_rows": 10}
+    assert kill_until_done(pictures, out, random.Random(0), 1, whole_group=False, **settings) == 1
+    assert finish(start(pictures, out))["images"] == 0
+
+
+@pytest.fixture
+def tars(tmp_path):
+    scene = np.asarray(demo_scene().image)
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"t-{shard}.tar", "w") as tar:
+            for number in range(4):
+                content = io.BytesIO()
+                Image.fromarray(np.roll(scene, 9 * (4 * shard + number), 1)).save(content, "PNG")
+                bad = (shard, number) == (1, 2)
+                for name, data in (
+                    (f"{number}.png", b"no image" if bad else content.getvalue()),
+                    (f"{number}.cls", b"%d" % number),
+                ):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    return str(tmp_path / "t-{0..1}.tar")
+
+
+def test_same_rows_as_the_local_engine(cluster, tars, tmp_path):
+    setup = Setup("demo", n_samples=2, target="label", raw=True, options={"precision": "fp32", "noise_alpha": 0.5})
+    local = run_dataset(tars, tmp_path / "local", setup)
+    # Begun by one engine, finished by the other.
+    run_dataset(tars, tmp_path / "ray", setup, limit=3)
+    summary = run_dataset(tars, tmp_path / "ray", setup, engine="ray")
+    assert (summary.images, summary.records, summary.errors) == (5, 8, 1) and local.records == 8
+    one, other = dave_fast.open_maps(tmp_path / "local"), dave_fast.open_maps(tmp_path / "ray")
+    assert sorted(one.ids) == sorted(other.ids) and one.identity == other.identity
+    for record_id in one.ids:
+        a, b = one[record_id], other[record_id]
+        assert (a.uri, a.target, a.prediction, a.seed, a.status) == (b.uri, b.target, b.prediction, b.seed, b.status)
+        if a.map is not None:
+            np.testing.assert_allclose(a.map, b.map, atol=2e-3)
+            np.testing.assert_allclose(a.raw, b.raw, atol=2e-3 * np.abs(a.raw).max())
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("memory", "out of memory with one image at a time"), ("raise", "ZeroDivisionError: in the mapper")],
+)
+def test_what_is_done_is_kept_when_the_mapper_fails(cluster, pictures, tmp_path, fault, message):
+    out = tmp_path / "out"
+    with pytest.raises(RunError, match=message):
+        run_stubs.run(pictures, out, engine="ray", fault=(fault, 40))
+    assert len(check(out, ids_of(pictures), all_done=False)) == 40
+
+
+@pytest.mark.slow
+def test_stopped_in_order(cluster, pictures, tmp_path):
+    out = tmp_path / "out"
+    timer = threading.Timer(12, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    timer.start()
+    summary = run_stubs.run(pictures, out, engine="ray", seconds=0.3, shard_rows=1000)
+    assert summary.stopped == "SIGTERM" and 0 < summary.records < 120
+    assert len(check(out, ids_of(pictures), all_done=False)) == summary.records
+    assert run_stubs.run(pictures, out, engine="ray").records == 120
+    check(out, ids_of(pictures))
+
+
+@pytest.mark.slow
+def test_actor_that_dies_is_replaced(cluster, pictures, tmp_path):
+    out = tmp_path / "out"
+    once = tmp_path / "died"
+    assert run_stubs.run(pictures, out, engine="ray", fault=("die-once", 40, str(once))).records == 120
+    assert once.exists()
+    check(out, ids_of(pictures))
+
+
+@pytest.mark.slow
+def test_watchdog(pictures, tmp_path):
+    error = finish(start(pictures, tmp_path / "out", engine="ray", fault=("hang", 40), watchdog_s=15.0), code=2)
+    assert "no progress for" in error and "ray status" in error
