@@ -61,6 +61,9 @@ class Stub(Mapper):
         if fault and fault[0] == "load":
             raise InputError("no such model")
 
+    def warm_up(self) -> None:
+        pass
+
     @property
     def configuration(self) -> dict[str, Any]:
         setup = self.setup

@@ -101,6 +101,8 @@ class Mapper:
             model, alpha = load(setup)
             self.explainer: DAVE = DAVE(model, device=device, **{**setup.options, "noise_alpha": alpha})
         self.notes += [str(warning.message) for warning in caught]
+        if setup.random_weights:
+            self.notes.append("the weights are random: the maps show the mechanics and mean nothing.")
         self.prepare: Preprocessing = preprocessing(self.explainer.model)
         self.notes += [self.prepare.note] if self.prepare.note else []
         self.labels = labels_of(self.explainer.model)
@@ -109,6 +111,19 @@ class Mapper:
         self.weights = weights_hash(self.explainer.model)
         self.device = str(self.explainer.device)
         self.batch_size = setup.batch_size or _BATCH.get(self.explainer.device.type, 4)
+
+    def warm_up(self) -> None:
+        """Explain a grey image once, so that what cannot work fails before the run begins, and weights are laid out."""
+        import torch
+
+        images = torch.zeros(1, 3, *self.prepare.size)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            explanation = self.explainer.explain(images, n_samples=1)
+        self.notes += [str(warning.message) for warning in caught]
+        if explanation.output.dim() != 2:
+            shape = tuple(explanation.output.shape)
+            raise InputError(f"the model's output is {shape}; runs explain classifiers, whose output is (B, K).")
 
     @property
     def configuration(self) -> dict[str, Any]:
@@ -202,7 +217,7 @@ class Mapper:
         targets = [record.target for record in records]
         seed = records[0].seed
         assert seed is not None
-        explanation = self.explainer.explain(
+        return self.explainer.explain(
             images,
             target=None if targets[0] is None else torch.tensor(targets),
             n_samples=self.setup.n_samples,
@@ -210,10 +225,6 @@ class Mapper:
             image_keys=[image_key(record.id) for record in records],
             progress=progress,
         )
-        if explanation.output.dim() != 2:
-            shape = tuple(explanation.output.shape)
-            raise TypeError(f"the model's output is {shape}; runs explain classifiers, whose output is (B, K).")
-        return explanation
 
     def _rows(self, records: Sequence[Record], explanation: Explanation) -> Iterator[Row]:
         maps = explanation.maps.cpu().numpy()

@@ -148,6 +148,7 @@ def _probe(setup: Setup, device: str | None) -> Any:
     """What the maps will be made of, found out where they are made."""
     try:
         mapper = setup.mapper(device)
+        mapper.warm_up()
     except DaveFastError as error:
         return error
     return mapper.configuration, mapper.weights, mapper.notes
@@ -389,6 +390,7 @@ class _Engine:
         self._schema = schema(identity)
         self._stopping = False
         self._mapper = setup.mapper(device)
+        self._mapper.warm_up()
         found = self._mapper.configuration, self._mapper.weights
         # JSON knows no tuples.
         if _plain(found) != _plain((identity["configuration"], identity["weights"])):

@@ -158,6 +158,7 @@ class _Worker:
     def run(self) -> None:
         job = self.job
         mapper = job.setup.mapper(job.device, job.threads)
+        mapper.warm_up()
         window = 3 * mapper.batch_size + 2 * job.decoders
         window = max(mapper.batch_size, min(window, WAITING_BYTES // mapper.input_bytes))
         self.send(Hello(mapper.configuration, mapper.weights, mapper.notes, mapper.device, window))
