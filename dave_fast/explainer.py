@@ -142,7 +142,9 @@ class DAVE:
             target: what is explained; None is the predicted class. All of captum's forms and callables: see
                 `dave_fast.targets`.
             n_samples: S, perturbed samples an image; more is smoother, at linear cost.
-            seed: any integer. The same seed gives the same map whatever the batch, its order and its size.
+            seed: any integer. The same seed gives the same map whatever the batch, its order and its size, up to
+                rounding; the same call gives the same bits, on a CPU for any number of threads as well (our kernels
+                never split a sum over threads; of oneDNN's and MKL's this was seen at one, two and three threads).
             image_keys: an integer an image that tells its draws from other images'; by default all share theirs.
             internal_batch_size: rows (image, sample) of a micro-batch.
             progress: called with (rows done, rows in all) after each micro-batch; on a GPU while later ones run.

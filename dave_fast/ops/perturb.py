@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dave_fast import _ext
-from dave_fast.ops import _registry, _warp
+from dave_fast.ops import _library, _registry, _warp
 from dave_fast.ops.patches import patch_grid, patch_hw, patchify
 from dave_fast.sampling import Draws, normal
 
@@ -30,6 +30,8 @@ def perturb(
     dtype: float32, float64 or bfloat16, in which tokens are stored.
     Returns tokens (R, n, C·p_h·p_w), each ordered (c, y, x).
     """
+    if torch.compiler.is_compiling():
+        return _library.call("perturb", images, draws, *patch_hw(patch_size), dtype, backend)
     _warp.check(images, draws, patch_size)
     if dtype not in STORED:
         raise TypeError(f"dtype must be one of {', '.join(map(str, STORED))}; got {dtype}")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dave_fast import _ext
 from dave_fast.errors import InputError
-from dave_fast.ops import _registry, _warp
+from dave_fast.ops import _library, _registry, _warp
 from dave_fast.ops.patches import patch_hw, unpatchify
 from dave_fast.sampling import Draws
 
@@ -36,6 +36,8 @@ def pull_back(
     dtype: float32, float64 or bfloat16, in which contributions are stored; None for that of the images.
     Returns contributions (R, C, H, W).
     """
+    if torch.compiler.is_compiling():
+        return _library.call("pull_back", token_cotangents, images, draws, *patch_hw(patch_size), dtype, backend)
     check(token_cotangents, images, draws, patch_size)
     if dtype is not None and dtype not in STORED:
         raise TypeError(f"dtype must be None or one of {', '.join(map(str, STORED))}; got {dtype}")

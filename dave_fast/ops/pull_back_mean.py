@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dave_fast import _ext
 from dave_fast.errors import InputError
-from dave_fast.ops import _registry, _warp
+from dave_fast.ops import _library, _registry, _warp
 from dave_fast.ops.patches import patch_hw, unpatchify
 from dave_fast.ops.pull_back import adjoint_warp, check
 from dave_fast.ops.robust_mean import robust_mean_ref
@@ -39,6 +39,9 @@ def pull_back_mean(
     Returns raw (B, C, H, W) of images' dtype: bit for bit robust_mean(pull_back(...)) of contributions in that dtype.
     Raises InputError for shapes that do not belong together, TypeError for dtypes.
     """
+    if torch.compiler.is_compiling():
+        given = (token_cotangents, images, draws, *patch_hw(patch_size), n_samples)
+        return _library.call("pull_back_mean", *given, backend)
     check(token_cotangents, images, draws, patch_size)
     if not isinstance(n_samples, int) or n_samples < 1 or len(draws) % n_samples:
         raise InputError(f"n_samples must divide the {len(draws)} rows of the draws; got {n_samples!r}")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dave_fast import _ext
 from dave_fast.errors import InputError
-from dave_fast.ops import _registry
+from dave_fast.ops import _library, _registry
 
 READ = (torch.float32, torch.float64, torch.bfloat16)
 # MAD of a normal distribution to its standard deviation; how many deviations are kept; what keeps a MAD of 0 apart
@@ -24,6 +24,8 @@ def robust_mean(contributions: Tensor, *, backend: str = "auto") -> Tensor:
     Returns raw (B, ...): float32, or float64 for float64 contributions. NaN where any of the S values is NaN, and
     where the median is infinite.
     """
+    if torch.compiler.is_compiling():
+        return _library.call("robust_mean", contributions, backend)
     if not isinstance(contributions, Tensor) or contributions.dtype not in READ:
         kind = getattr(contributions, "dtype", type(contributions).__name__)
         raise TypeError(f"contributions must be a tensor of one of {', '.join(map(str, READ))}; got {kind}")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dave_fast import _ext
 from dave_fast.errors import InputError
-from dave_fast.ops import _registry
+from dave_fast.ops import _library, _registry
 
 BLUR_TAPS, BLUR_SIGMA = 11, 7.0
 BILATERAL_TAPS, SPATIAL_SIGMA, RANGE_SIGMA = 5, 0.5, 0.05
@@ -29,6 +29,8 @@ def smooth(raw: Tensor, *, backend: str = "auto") -> Tensor:
     Returns maps (B, H, W) of raw's dtype, in [0, 1] with maximum 1. A map without anything positive stays all zero;
     a NaN anywhere in an image makes its whole map NaN.
     """
+    if torch.compiler.is_compiling():
+        return _library.call("smooth", raw, backend)
     if not isinstance(raw, Tensor) or raw.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"raw must be a float32 or float64 tensor; got {getattr(raw, 'dtype', type(raw).__name__)}")
     if raw.ndim != 4 or 0 in raw.shape[1:]:
