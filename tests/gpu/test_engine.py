@@ -1,0 +1,121 @@
+"""The engine on the device: equal to the frozen route, to itself without graphs, to the CPU, and within memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import dave_fast
+from dave_fast import DAVE
+from dave_fast.demo import draw_scenes, load_demo_model
+from dave_fast.metrics import correlation
+from dave_fast.precision import has_bf16, why_no_fp8
+from tests.gpu.conftest import REHEARSAL
+from tests.tolerances import EXACT, LOW_PRECISION_RATIO
+from tests.variants import ENGINE
+
+SAMPLES = 4 if REHEARSAL else 50
+NOISE_ALPHA = 0.5
+VARIANTS = ["vit", "vit-average", "vit-no-final-norm", "deit-distilled", "clip", "vit-qk-norm", "dinov2-giant-swiglu"]
+FIDELITY = {"bf16": 0.999, "fp8": 0.99}
+
+
+def relative(found: torch.Tensor, truth: torch.Tensor) -> float:
+    found, truth = found.double().cpu(), truth.double().cpu()
+    return ((found - truth).norm() / truth.norm()).item()
+
+
+def demo(**settings: Any) -> DAVE:
+    return DAVE(load_demo_model(), noise_alpha=NOISE_ALPHA, **settings)
+
+
+def scenes(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    drawn = draw_scenes(number, seed=11, split="test")
+    images = torch.from_numpy(drawn.images).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
+    return images, torch.from_numpy(drawn.labels)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_float64_agrees_with_the_frozen_route(name: str, device: str) -> None:
+    variant = ENGINE[name]
+    model, images = variant.build(torch.float64).to(device), variant.images(2, torch.float64).to(device)
+    found = dave_fast.effective_gradient(model, images, 1, precision="fp64", route="engine", device=device)
+    truth = dave_fast.effective_gradient(model, images, 1, precision="fp64", route="frozen", device=device)
+    assert relative(found, truth) < EXACT
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_low_precision_is_as_good_as_plain_pytorch(name: str, precision: str, device: str) -> None:
+    if precision == "bf16" and not has_bf16(torch.device(device)):
+        pytest.skip("this device does not multiply bfloat16")
+    variant = ENGINE[name]
+    model, images = variant.build().to(device), variant.images(8).to(device)
+    truth = dave_fast.effective_gradient(model, images, 1, precision="fp64", device=device)
+    found = dave_fast.effective_gradient(model, images, 1, precision=precision, route="engine", device=device)
+    plain = dave_fast.effective_gradient(model, images, 1, precision=precision, device=device)
+    assert relative(found, truth) <= LOW_PRECISION_RATIO * relative(plain, truth)
+
+
+@pytest.mark.parametrize("precision", FIDELITY)
+def test_final_maps_follow_float32_on_trained_weights(precision: str, device: str) -> None:
+    reason = why_no_fp8(torch.device(device)) if precision == "fp8" else None
+    if precision == "bf16" and not has_bf16(torch.device(device)):
+        reason = "this device does not multiply bfloat16"
+    if reason is not None:
+        pytest.skip(reason)
+    images, labels = scenes(8)
+    maps = [demo(precision=p, device=device).explain(images, labels, SAMPLES).maps.cpu() for p in (precision, "fp32")]
+    assert correlation(*maps).min() >= FIDELITY[precision]
+
+
+def test_the_devices_maps_are_the_cpus(device: str) -> None:
+    """Equal draws on any device: float32 maps differ by rounding, and by values on the outlier threshold."""
+    images, labels = scenes(2)
+    maps = [demo(precision="fp32", device=each).explain(images, labels, SAMPLES).maps.cpu() for each in (device, "cpu")]
+    assert correlation(*maps).min() > 0.9999
+
+
+@pytest.mark.device_only
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_graphs_give_what_eager_gives(precision: str, device: str) -> None:
+    images, labels = scenes(3)
+    raw = {}
+    for graphs in (True, False):
+        explainer = demo(precision=precision, device=device, graphs=graphs)
+        # twice: the second time replays what the first captured, with other draws
+        raw[graphs] = [explainer.explain(images, labels, 37, seed).raw for seed in (0, 1)]
+    for replayed, eager in zip(raw[True], raw[False], strict=True):
+        assert relative(replayed, eager) < (1e-5 if precision == "fp32" else 1e-2)
+    assert relative(raw[True][0], raw[True][1]) > 1e-3
+
+
+@pytest.mark.device_only
+def test_out_of_memory_halves_the_micro_batch_and_goes_on(device: str) -> None:
+    images, labels = scenes(2)
+    expected = demo(precision="fp32", device=device).explain(images, labels, 64)
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(device).total_memory
+    small = demo(precision="fp32", device=device, internal_batch_size=128)
+    small.explain(images, labels, 2)
+    try:
+        # what is reserved now, and a little more: 128 rows do not fit
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (96 << 20)) / total)
+        found = small.explain(images, labels, 64)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert correlation(found.maps.cpu(), expected.maps.cpu()).min() > 0.999
+
+
+@pytest.mark.device_only
+def test_a_side_stream_and_a_second_thread_get_the_same_maps(device: str) -> None:
+    images, labels = scenes(2)
+    explainer = demo(precision="fp32", device=device)
+    expected = explainer.explain(images, labels, 8).raw
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        found = explainer.explain(images, labels, 8).raw
+    stream.synchronize()
+    assert relative(found, expected) < 1e-5
