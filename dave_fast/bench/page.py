@@ -28,6 +28,7 @@ distance of single contributions from float64 at equal draws, and beside it that
 precision: a form with more than twice that is refused, not reported.
 """
 NO_GPU = "**Nothing here was measured on a GPU yet.** `scripts/gpu` does all of it there, in one command."
+NOTHING = "No result of the bench is kept here yet.\n"
 GPU = "Devices: {devices}."
 AGAIN = """## Again
 
@@ -42,7 +43,9 @@ def write_page(results: Sequence[dict[str, Any]], folder: Path) -> Path:
     parts = [_section(result, folder) for result in results]
     gpus = sorted({r["environment"]["device"] for r in results if r["setting"]["device"] == "cuda"})
     gpu = GPU.format(devices=", ".join(gpus)) if gpus else NO_GPU
-    again = AGAIN.format(model=results[0]["setting"]["model"], samples=results[0]["setting"]["samples"])
+    first = results[0]["setting"] if results else {"model": "vit_base_patch16_224", "samples": 50}
+    again = AGAIN.format(model=first["model"], samples=first["samples"])
+    parts = parts or [NOTHING]
     text = "\n".join([INTRODUCTION.format(gpu=gpu), *parts, again])
     path = folder / PAGE
     with atomically(path) as file:
@@ -65,6 +68,7 @@ def _section(result: dict[str, Any], folder: Path) -> str:
         lines += [engine_markdown(result["engine"]), ""]
     if result.get("ops"):
         lines += [ops_markdown(result["ops"]), ""]
+    lines += [f"- {line}" for line in _ratios(result)]
     lines += [f"- {name}: tests {said}." for name, said in result.get("tests", {}).items()]
     lines += [f"- Refused: {reason}." for reason in result.get("red", ())]
     for name, alt, draw in PLOTS:
@@ -73,6 +77,19 @@ def _section(result: dict[str, Any], folder: Path) -> str:
             save_figure(draw(result), folder / figure)
             lines += ["", f"![{alt}]({figure})"]
     return "\n".join(lines) + "\n"
+
+
+def _ratios(result: dict[str, Any]) -> list[str]:
+    """Ratios taken repeat by repeat, agreement of final maps, and what stands against the ratios."""
+    lines = []
+    for row in result.get("engine", ()):
+        for key in (key for key in row if key.startswith("times ")):
+            low, high = row[key]["min"], row[key]["max"]
+            lines.append(f"{row['name']}: {row[key]['median']:.2f} {key} ({low:.2f} to {high:.2f}).")
+    for precision, value in result.get("agreement", {}).items():
+        if isinstance(value, float):
+            lines.append(f"Final maps of the demo model, {precision} to fp32: Pearson ≥ {value:.5f}.")
+    return lines + [f"**These ratios do not count**: {reason}." for reason in result.get("does not count because", ())]
 
 
 def engine_markdown(rows: Sequence[dict[str, Any]]) -> str:

@@ -171,3 +171,14 @@ def test_a_page_of_several_results_names_gpus_only_where_they_were(tmp_path):
     assert "Devices: H200." in text and "Nothing here was measured" not in text
     assert r"a peer \| of ours | not measured: captum is not installed" in text
     assert "- Refused: x." in text
+
+
+def test_a_page_without_results_and_one_with_ratios_that_do_not_count(tmp_path):
+    assert "No result of the bench is kept here yet" in write_page([], tmp_path).read_text()
+    where = {"device": "Zen", "commit": "abc", "threads": 2, "python": "3.12", "versions": {}}
+    row = {"name": "ours", "not measured": "x", "times plain": {"median": 2.0, "min": 1.5, "max": 2.5}}
+    setting = {"model": "demo", "image": "3×128×128", "samples": 8, "device": "cpu"}
+    result = {"setting": setting, "environment": where, "engine": [row], "agreement": {"bf16": 0.9998, "images": 8}}
+    text = write_page([result | {"does not count because": ["the plain way is slow"]}], tmp_path).read_text()
+    assert "ours: 2.00 times plain (1.50 to 2.50)." in text
+    assert "Pearson ≥ 0.99980" in text and "**These ratios do not count**: the plain way is slow." in text

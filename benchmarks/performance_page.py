@@ -1,0 +1,36 @@
+"""docs/performance.md and its plots, from the JSON under benchmarks/results.
+
+    python -m benchmarks.performance_page [RESULT.json ...]      by default every result there that has a setting
+
+A result is what `dave-fast bench --json` or `python -m benchmarks.side_by_side` wrote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import RESULTS
+from dave_fast.bench.page import write_page
+
+DOCS = RESULTS.parents[1] / "docs"
+
+
+def results_of(paths: list[Path]) -> list[dict[str, Any]]:
+    """The results among these files, in the order of their names; older formats and rehearsals are left out."""
+    found = [json.loads(path.read_text()) for path in sorted(paths)]
+    return [r for r in found if "setting" in r and not r["setting"].get("tiny") and (r.get("engine") or r.get("ops"))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="*", type=Path)
+    parser.add_argument("--out", type=Path, default=DOCS)
+    args = parser.parse_args()
+    print(f"wrote {write_page(results_of(args.results or list(RESULTS.glob('*/*.json'))), args.out)}")
+
+
+if __name__ == "__main__":
+    main()
