@@ -18,18 +18,25 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import dave_fast
+from benchmarks import machine
+from dave_fast.convergence import FACTORS, estimate, factor, relative_distance
 from dave_fast.demo import draw_scenes
 from dave_fast.sampling import draw, join
 
 # samples a block, and how many blocks of a size are kept; a block's halves are blocks of the size below
 SIZES = (4, 6, 8, 12, 16, 24, 25, 32, 48, 50, 64, 96, 100, 128, 256)
 BLOCKS = 8
+# where the bounds are checked
+VALIDATED = (16, 32, 64)
+# how often a bound is meant to hold
+LEVEL = 0.9
 ROWS = 16
 FOLDER = Path("build/convergence")
 
@@ -94,16 +101,122 @@ def compute_samples(name: str, seconds: float) -> bool:
     return True
 
 
+def errors(chosen: SceneSet, scene_file: Path, samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of each block of so many samples: its distance to the limit, and its estimate from its halves.
+
+    The limit holds the block's samples too: for a mean of N, of which S are these, the distance is short by √(1 − S/N).
+    """
+    with np.load(scene_file) as arrays:
+        limit, blocks, halves = (
+            torch.from_numpy(arrays[name].astype(np.float64))
+            for name in ("limit", f"blocks_{samples}", f"blocks_{samples // 2}")
+        )
+    count = min(len(blocks), len(halves) // 2)
+    blocks, halves = blocks[:count], halves[: 2 * count]
+    distance = np.array(relative_distance(blocks, limit[None])) / np.sqrt(1 - samples / chosen.limit)
+    return distance, np.array(estimate(blocks, halves[0::2], halves[1::2]))
+
+
+def files(name: str) -> list[Path]:
+    """The scenes that were computed so far."""
+    return sorted(path for path in (FOLDER / name).glob("*.npz") if ".part" not in path.name)
+
+
+def fit() -> dict[str, Any]:
+    """The 0.9 quantile of error over estimate, each scene of the fit set counting the same.
+
+    left_out: how often the first block's bound holds where its own scene was left out of the fit.
+    """
+    table = []
+    for samples in sorted(FACTORS):
+        scenes = [distance / told for distance, told in (errors(SETS["fit"], f, samples) for f in files("fit"))]
+        without = [np.concatenate(scenes[:i] + scenes[i + 1 :]) for i in range(len(scenes))]
+        held = [scene[0] <= np.quantile(others, LEVEL) for scene, others in zip(scenes, without, strict=True)]
+        table.append(
+            {
+                "samples": samples,
+                "scenes": len(scenes),
+                # scenes have equally many blocks of a size
+                "factor": float(np.quantile(np.concatenate(scenes), LEVEL)),
+                "left_out_share": float(np.mean(held)),
+            }
+        )
+        print(table[-1])
+    return {"limit": SETS["fit"].limit, "table": table}
+
+
+def validate(out: Path, figure: Path) -> None:
+    """How often the bounds hold on the validation scenes: the first S samples of each, as a request has them."""
+    found = files("validation")
+    if not found:
+        raise SystemExit("no validation scene was computed; run `samples --set validation` first")
+    table = []
+    points: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    for samples in VALIDATED:
+        pairs = [errors(SETS["validation"], path, samples) for path in found]
+        distance, told = (np.array([pair[which][0] for pair in pairs]) for which in (0, 1))
+        points[samples] = distance, factor(samples) * told
+        held = int((distance <= points[samples][1]).sum())
+        table.append(
+            {
+                "samples": samples,
+                "scenes": len(found),
+                "bound_held": held,
+                "share": held / len(found),
+                "median_error": float(np.median(distance)),
+                "median_estimate": float(np.median(told)),
+                "correlation_of_logs": float(np.corrcoef(np.log(distance), np.log(told))[0, 1]),
+            }
+        )
+        print(table[-1])
+    content = {
+        "environment": machine.environment(),
+        "model": "demo",
+        "precision": "fp32",
+        "limit": SETS["validation"].limit,
+        "scenes_wanted": SETS["validation"].images,
+        "scenes_computed": len(found),
+        "factors": FACTORS,
+        "fit": fit(),
+        "validation": table,
+    }
+    machine.write_json(out, content)
+    draw_points(points, figure)
+
+
+def draw_points(points: dict[int, tuple[np.ndarray, np.ndarray]], path: Path) -> None:
+    """Bounds against errors, a panel each S; above the diagonal a bound holds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(points), 3.3), layout="constrained")
+    for axes, (samples, (distance, bound)) in zip(figure.subplots(1, len(points)), points.items(), strict=True):
+        top = 1.05 * max(distance.max(), bound.max())
+        axes.plot([0, top], [0, top], color="0.6", lw=1)
+        axes.plot(distance, bound, "o", ms=3, alpha=0.6, color="#b3401f")
+        axes.set(xlabel="error: distance to the limit", ylabel="stated bound", xlim=(0, top), ylim=(0, top))
+        axes.set_title(f"S = {samples}: holds for {np.mean(distance <= bound):.0%} of {len(bound)}", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=160)
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("stage", choices=("samples",))
+    parser.add_argument("stage", choices=("samples", "fit", "validate"))
     parser.add_argument("--set", choices=tuple(SETS), default="fit")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long; run again to go on")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=machine.results_path("convergence"))
+    parser.add_argument("--figure", type=Path, default=Path("docs/figures/convergence.png"))
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    raise SystemExit(0 if compute_samples(chosen.set, chosen.seconds) else 3)
+    if chosen.stage == "samples":
+        raise SystemExit(0 if compute_samples(chosen.set, chosen.seconds) else 3)
+    if chosen.stage == "fit":
+        fit()
+    else:
+        validate(chosen.out, chosen.figure)
 
 
 if __name__ == "__main__":

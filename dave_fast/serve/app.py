@@ -81,7 +81,7 @@ def _explanations(api: Api, api_keys: Sequence[str]) -> APIRouter:
         openapi_extra=_body(False),
         responses={200: {"content": formats_of}, **problems(*asked, 406, 504)},
     )
-    events: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+    events: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
     router.add_api_route(
         "/explain/stream",
         api.stream,
@@ -144,6 +144,13 @@ def _about(api: Api) -> APIRouter:
     router.add_api_route("/example.png", _example, methods=["GET"], include_in_schema=False)
     return router
 
+
+# one server-sent event, for the OpenAPI document; its data are Prediction, Maps, Answer or Problem as JSON
+_EVENT = {
+    "type": "object",
+    "properties": {"event": {"enum": ["prediction", "maps", "done", "error"]}, "data": {"type": "string"}},
+    "required": ["event", "data"],
+}
 
 # the page: paths, files, types
 _PAGE = {

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import re
 import struct
 import zlib
 
@@ -164,6 +165,17 @@ def test_health_documentation_metrics_and_page(http, photo):
     page = http.get("/")
     assert page.headers["content-type"].startswith("text/html") and "default-src 'self'" in str(page.headers)
     assert http.get("/page.css").status_code == http.get("/page.js").status_code == 200
+
+
+def test_the_page_asks_no_other_origin_for_anything(http):
+    for path in ("/", "/page.css", "/page.js"):
+        text = http.get(path).text
+        assert len(text) > 500 and "http://" not in text and "https://" not in text and "@import" not in text
+    # every element that the script asks for by its id is there
+    page, script = http.get("/").text, http.get("/page.js").text
+    wanted = set(re.findall(r'\$\("([a-z-]+)"\)', script))
+    assert len(wanted) > 15 and wanted <= set(re.findall(r'id="([a-z-]+)"', page))
+    assert Image.open(io.BytesIO(http.get("/example.png").content)).size == (128, 128)
 
 
 # ---- good enough, and in time ----
