@@ -3,32 +3,19 @@
 #include <pybind11/stl.h>
 
 #include <cmath>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "arguments.h"
 #include "dispatch.h"
 
 namespace py = pybind11;
 
 namespace {
 
-template <typename T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-dave::Dtype dtype_of(int code) {
-  if (code < 0 || code > 2) throw std::invalid_argument("unknown dtype code " + std::to_string(code));
-  return static_cast<dave::Dtype>(code);
-}
-
-// What would read or write outside of the arrays is refused here; everything else is checked in Python.
+// The draws too, which the host can read.
 void check(const dave::Images& images, const dave::Draws& draws, dave::Patch patch) {
-  if (images.height < 1 || images.width < 1 || (images.height + 4) * (images.width + 4) >= (int64_t{1} << 30))
-    throw std::invalid_argument("images must have between 1 and 2^30 pixels");
-  if (patch.height < 1 || patch.width < 1 || images.height % patch.height || images.width % patch.width)
-    throw std::invalid_argument("patches do not fill the images");
+  check_shapes(images, patch);
   for (int64_t r = 0; r < draws.rows; ++r) {
     if (draws.image_index[r] < 0 || draws.image_index[r] >= images.count)
       throw std::invalid_argument("draws.image_index is outside of the batch");
@@ -39,24 +26,12 @@ void check(const dave::Images& images, const dave::Draws& draws, dave::Patch pat
   }
 }
 
-dave::Images images_of(uintptr_t data, int dtype, const std::vector<int64_t>& shape) {
-  if (shape.size() != 4) throw std::invalid_argument("a shape must have four sizes");
-  return {pointer<const void>(data), dtype_of(dtype), shape[0], shape[1], shape[2], shape[3]};
-}
-
-dave::Draws draws_of(const std::vector<uintptr_t>& fields, int64_t rows) {
-  if (fields.size() != 6) throw std::invalid_argument("draws have six fields");
-  return {pointer<const int64_t>(fields[0]), pointer<const double>(fields[1]), pointer<const double>(fields[2]),
-          pointer<const double>(fields[3]),  pointer<const int64_t>(fields[4]), pointer<const int64_t>(fields[5]),
-          rows};
-}
-
 void perturb(uintptr_t images, int dtype, const std::vector<int64_t>& shape, const std::vector<uintptr_t>& draws,
              int64_t rows, int64_t p_h, int64_t p_w, uintptr_t tokens, int stored, int threads) {
   const auto images_ = images_of(images, dtype, shape);
   const auto draws_ = draws_of(draws, rows);
   check(images_, draws_, {p_h, p_w});
-  dave::kernels().perturb(images_, draws_, {p_h, p_w}, pointer<void>(tokens), dtype_of(stored), threads);
+  dave::kernels().perturb(images_, draws_, {p_h, p_w}, pointer<void>(tokens), stored_dtype(stored), threads);
 }
 
 void pull_back(uintptr_t cotangents, int given, uintptr_t images, int dtype, const std::vector<int64_t>& shape,
@@ -65,8 +40,8 @@ void pull_back(uintptr_t cotangents, int given, uintptr_t images, int dtype, con
   const auto images_ = images_of(images, dtype, shape);
   const auto draws_ = draws_of(draws, rows);
   check(images_, draws_, {p_h, p_w});
-  dave::kernels().pull_back(pointer<const void>(cotangents), dtype_of(given), images_, draws_, {p_h, p_w},
-                            pointer<void>(contributions), dtype_of(stored), threads);
+  dave::kernels().pull_back(pointer<const void>(cotangents), stored_dtype(given), images_, draws_, {p_h, p_w},
+                            pointer<void>(contributions), stored_dtype(stored), threads);
 }
 
 void pull_back_mean(uintptr_t cotangents, int given, uintptr_t images, int dtype, const std::vector<int64_t>& shape,
@@ -76,7 +51,7 @@ void pull_back_mean(uintptr_t cotangents, int given, uintptr_t images, int dtype
   const auto draws_ = draws_of(draws, rows);
   check(images_, draws_, {p_h, p_w});
   if (samples < 1 || rows % samples) throw std::invalid_argument("rows must be a multiple of the samples");
-  dave::kernels().pull_back_mean(pointer<const void>(cotangents), dtype_of(given), images_, draws_, {p_h, p_w}, samples,
+  dave::kernels().pull_back_mean(pointer<const void>(cotangents), stored_dtype(given), images_, draws_, {p_h, p_w}, samples,
                                  pointer<void>(raw), threads);
 }
 
@@ -88,7 +63,7 @@ void normal(uintptr_t keys, uintptr_t samples, int64_t rows, int64_t elements, u
 void robust_mean(uintptr_t contributions, int given, int64_t images, int64_t samples, int64_t pixels, uintptr_t raw,
                  int threads) {
   if (samples < 1) throw std::invalid_argument("there must be a sample");
-  dave::kernels().robust_mean(pointer<const void>(contributions), dtype_of(given), images, samples, pixels,
+  dave::kernels().robust_mean(pointer<const void>(contributions), stored_dtype(given), images, samples, pixels,
                               pointer<void>(raw), threads);
 }
 

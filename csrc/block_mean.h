@@ -13,25 +13,6 @@ constexpr int lanes = 32;
 // Pixels that are read together: long enough pieces of each sample's row for the memory to stream.
 constexpr int64_t block_pixels = 8 * lanes;
 
-struct Exchange {
-  int32_t low, high;
-};
-
-// Batcher's odd-even merge sort of n values, as the list of its compare-exchanges. Returns how many there are;
-// writes them where `to` is given. Source: Knuth, The Art of Computer Programming 3, 5.2.2, algorithm M's network.
-int64_t sorting_network(int64_t n, Exchange* to) {
-  int64_t count = 0;
-  for (int64_t p = 1; p < n; p *= 2)
-    for (int64_t k = p; k >= 1; k /= 2)
-      for (int64_t j = k % p; j + k < n; j += 2 * k)
-        for (int64_t i = j; i < j + k && i + k < n; ++i) {
-          if (i / (2 * p) != (i + k) / (2 * p)) continue;
-          if (to) to[count] = {static_cast<int32_t>(i), static_cast<int32_t>(i + k)};
-          ++count;
-        }
-  return count;
-}
-
 template <typename T>
 void sort_lanes(T* values, const Exchange* network, int64_t exchanges) {
   for (int64_t e = 0; e < exchanges; ++e) {
@@ -87,10 +68,7 @@ void mean_of_kept(const T* values, int64_t samples, const T* median, const T* ma
     }
   }
   for (int l = 0; l < lanes; ++l) {
-    const bool no_median = nans[l] > 0 || sub(median[l], median[l]) != 0;
-    const double carried = sub(carry[l], carry[l]) == 0 ? carry[l] : 0.0;
-    const double sum = add(total[l], carried) / static_cast<double>(count[l] > 1 ? count[l] : 1);
-    mean[l] = no_median ? static_cast<T>(__builtin_nan("")) : static_cast<T>(sum);
+    mean[l] = mean_of(median[l], nans[l] > 0, total[l], carry[l], static_cast<double>(count[l]));
   }
 }
 

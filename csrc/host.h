@@ -78,6 +78,7 @@ void load_row(const void* from, Dtype dtype, int64_t offset, T* to, int64_t n) {
     case Dtype::float32: return copy_row(static_cast<const float*>(from) + offset, to, n);
     case Dtype::float64: return copy_row(static_cast<const double*>(from) + offset, to, n);
     case Dtype::bfloat16: return copy_row(static_cast<const bfloat16*>(from) + offset, to, n);
+    case Dtype::float16: return copy_row(static_cast<const float16*>(from) + offset, to, n);
   }
 }
 
@@ -87,6 +88,7 @@ void store_row(const T* from, void* to, Dtype dtype, int64_t offset, int64_t n) 
     case Dtype::float32: return copy_row(from, static_cast<float*>(to) + offset, n);
     case Dtype::float64: return copy_row(from, static_cast<double*>(to) + offset, n);
     case Dtype::bfloat16: return copy_row(from, static_cast<bfloat16*>(to) + offset, n);
+    case Dtype::float16: return copy_row(from, static_cast<float16*>(to) + offset, n);
   }
 }
 

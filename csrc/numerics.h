@@ -10,8 +10,13 @@
 
 #ifdef __CUDACC__
 #define DAVE_HD __host__ __device__ __forceinline__
+#define DAVE_PRAGMA(text) _Pragma(#text)
+#define DAVE_UNROLL DAVE_PRAGMA(unroll)
+#define DAVE_UNROLL_BY(n) DAVE_PRAGMA(unroll n)
 #else
 #define DAVE_HD inline __attribute__((always_inline))
+#define DAVE_UNROLL
+#define DAVE_UNROLL_BY(n)
 #endif
 
 #ifndef DAVE_ISA
@@ -21,7 +26,7 @@
 namespace dave {
 
 // The codes that Python passes for the types in memory.
-enum class Dtype : int { float32 = 0, float64 = 1, bfloat16 = 2 };
+enum class Dtype : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
 
 namespace DAVE_ISA {
 
@@ -33,6 +38,11 @@ DAVE_HD float root(float a) { return __fsqrt_rn(a); }
 DAVE_HD double mul(double a, double b) { return __dmul_rn(a, b); }
 DAVE_HD double add(double a, double b) { return __dadd_rn(a, b); }
 DAVE_HD double sub(double a, double b) { return __dsub_rn(a, b); }
+// Of numbers; which one where either is NaN is not said.
+DAVE_HD float smaller_of(float a, float b) { return fminf(a, b); }
+DAVE_HD float larger_of(float a, float b) { return fmaxf(a, b); }
+DAVE_HD double smaller_of(double a, double b) { return fmin(a, b); }
+DAVE_HD double larger_of(double a, double b) { return fmax(a, b); }
 #else
 DAVE_HD float mul(float a, float b) { return a * b; }
 DAVE_HD float add(float a, float b) { return a + b; }
@@ -41,6 +51,10 @@ DAVE_HD float root(float a) { return __builtin_sqrtf(a); }
 DAVE_HD double mul(double a, double b) { return a * b; }
 DAVE_HD double add(double a, double b) { return a + b; }
 DAVE_HD double sub(double a, double b) { return a - b; }
+DAVE_HD float smaller_of(float a, float b) { return a < b ? a : b; }
+DAVE_HD float larger_of(float a, float b) { return a > b ? a : b; }
+DAVE_HD double smaller_of(double a, double b) { return a < b ? a : b; }
+DAVE_HD double larger_of(double a, double b) { return a > b ? a : b; }
 #endif
 
 DAVE_HD float magnitude(float a) { return __builtin_fabsf(a); }
@@ -57,6 +71,23 @@ DAVE_HD float float_of(uint32_t bits) {
   __builtin_memcpy(&value, &bits, sizeof value);
   return value;
 }
+
+DAVE_HD uint64_t bits_of(double value) {
+  uint64_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+DAVE_HD float number_of(uint32_t bits) { return float_of(bits); }
+DAVE_HD double number_of(uint64_t bits) {
+  double value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// The unsigned integer as wide as T.
+template <typename T>
+using Bits = decltype(bits_of(T{}));
 
 // value kept in [low, high]; NaN becomes low, so that a position made from it stays in memory.
 template <typename T>
@@ -75,6 +106,7 @@ DAVE_HD int32_t floor_to_int(T value) {
 template <typename T>
 DAVE_HD T horner(T x, const T* coefficients, int count) {
   T total = coefficients[count - 1];
+  DAVE_UNROLL
   for (int k = count - 2; k >= 0; --k) total = add(mul(total, x), coefficients[k]);
   return total;
 }
@@ -82,12 +114,24 @@ DAVE_HD T horner(T x, const T* coefficients, int count) {
 struct bfloat16 {
   uint16_t bits;
 };
+struct float16 {
+  uint16_t bits;
+};
 
 DAVE_HD float widen(float value) { return value; }
 DAVE_HD double widen(double value) { return value; }
 DAVE_HD float widen(bfloat16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
 
-// Conversions to what is stored; bfloat16 rounds to nearest, ties to even, and keeps NaN.
+DAVE_HD float widen(float16 value) {
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16, rest = value.bits & 0x7FFFu;
+  // infinities and NaN keep their fraction; below 2⁻¹⁴ it counts in units of 2⁻²⁴
+  if (rest >= 0x7C00u) return float_of(sign | 0x7F800000u | (rest << 13));
+  if (rest < 0x0400u) return float_of(sign | bits_of(mul(static_cast<float>(rest), 0x1p-24f)));
+  return float_of(sign | ((rest << 13) + 0x38000000u));
+}
+
+// Conversions to what is stored; bfloat16 and float16 round to nearest, ties to even, and
+// keep NaN.
 template <typename T>
 DAVE_HD void put(float& to, T value) { to = static_cast<float>(value); }
 template <typename T>
@@ -97,6 +141,16 @@ DAVE_HD void put(bfloat16& to, T value) {
   const uint32_t bits = bits_of(static_cast<float>(value));
   const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   to.bits = static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
+}
+template <typename T>
+DAVE_HD void put(float16& to, T value) {
+  const uint32_t bits = bits_of(static_cast<float>(value)), rest = bits & 0x7FFFFFFFu;
+  uint32_t half;
+  // from 2¹⁶ on infinity, or NaN; below 2⁻¹⁴ the addition of ½ rounds to units of 2⁻²⁴; else as for bfloat16
+  if (rest >= 0x47800000u) half = rest > 0x7F800000u ? 0x7E00u : 0x7C00u;
+  else if (rest < 0x38800000u) half = bits_of(add(float_of(rest), 0.5f)) - 0x3F000000u;
+  else half = (rest - 0x38000000u + 0xFFFu + ((rest >> 13) & 1u)) >> 13;
+  to.bits = static_cast<uint16_t>(((bits >> 16) & 0x8000u) | half);
 }
 
 }  // namespace DAVE_ISA

@@ -84,11 +84,13 @@ struct TapRow {
 
   explicit TapRow(int64_t n) : first(n), upper_left(n), upper_right(n), lower_left(n), lower_right(n) {}
 
+  // `first` becomes the index of the upper left tap in a plane with its border.
   void fill(const Affine<T>& map, int64_t y, int32_t height, int32_t width) {
+    const int32_t stride = width + pad_before + pad_after;
 #pragma omp simd
     for (int32_t x = 0; x < width; ++x) {
       const Taps<T> taps = taps_at(map, static_cast<T>(x), static_cast<T>(y), height, width);
-      first[x] = taps.first;
+      first[x] = (taps.top + pad_before) * stride + taps.left + pad_before;
       upper_left[x] = taps.upper_left, upper_right[x] = taps.upper_right;
       lower_left[x] = taps.lower_left, lower_right[x] = taps.lower_right;
     }
@@ -99,7 +101,8 @@ struct TapRow {
     const int32_t* at = first;
 #pragma omp simd
     for (int32_t x = 0; x < width; ++x)
-      row[x] = mul(signal, bilinear(plane, lower, at[x], ul[x], ur[x], ll[x], lr[x]));
+      row[x] = mul(signal, bilinear(ul[x], ur[x], ll[x], lr[x], plane[at[x]], plane[at[x] + 1], lower[at[x]],
+                                    lower[at[x] + 1]));
   }
 };
 

@@ -22,4 +22,31 @@ DAVE_HD void add_compensated(double& total, double& carry, double addend) {
   total = grown;
 }
 
+// The mean from the sums over what is kept; NaN where there is a NaN or no finite median.
+template <typename T>
+DAVE_HD T mean_of(T median, bool any_nan, double total, double carry, double count) {
+  const double carried = sub(carry, carry) == 0 ? carry : 0.0;
+  const double mean = add(total, carried) / (count > 1 ? count : 1.0);
+  return any_nan || sub(median, median) != 0 ? static_cast<T>(__builtin_nan("")) : static_cast<T>(mean);
+}
+
+struct Exchange {
+  int32_t low, high;
+};
+
+// Batcher's odd-even merge sort of n values, as the list of its compare-exchanges. Returns how many there are;
+// writes them where `to` is given. Source: Knuth, The Art of Computer Programming 3, 5.2.2, algorithm M's network.
+constexpr int64_t sorting_network(int64_t n, Exchange* to) {
+  int64_t count = 0;
+  for (int64_t p = 1; p < n; p *= 2)
+    for (int64_t k = p; k >= 1; k /= 2)
+      for (int64_t j = k % p; j + k < n; j += 2 * k)
+        for (int64_t i = j; i < j + k && i + k < n; ++i) {
+          if (i / (2 * p) != (i + k) / (2 * p)) continue;
+          if (to) to[count] = {static_cast<int32_t>(i), static_cast<int32_t>(i + k)};
+          ++count;
+        }
+  return count;
+}
+
 }  // namespace dave::DAVE_ISA

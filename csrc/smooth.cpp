@@ -7,19 +7,6 @@
 namespace dave::DAVE_ISA {
 namespace {
 
-constexpr int blur_taps = 2 * blur_radius + 1;
-
-// The normalised weights of one axis of G.
-template <typename T>
-void blur_weights(T* weights) {
-  double values[blur_taps], total = 0;
-  for (int k = 0; k < blur_taps; ++k) {
-    const double distance = (k - blur_radius) / blur_sigma;
-    total += values[k] = exp(-0.5 * distance * distance);
-  }
-  for (int k = 0; k < blur_taps; ++k) weights[k] = static_cast<T>(values[k] / total);
-}
-
 // One image's planes (height, width) with a border of zeros wide enough for the blur and the bilateral filter.
 template <typename T>
 struct Plane {
@@ -56,7 +43,7 @@ void bilateral_row(const T* from, int64_t stride, T* weights, T* to, int64_t wid
   for (int64_t x = 0; x < width; ++x) to[x] = weights[x] = 0;
   for (int dy = -bilateral_radius; dy <= bilateral_radius; ++dy)
     for (int dx = -bilateral_radius; dx <= bilateral_radius; ++dx) {
-      const T distance_term = static_cast<T>(-(dx * dx + dy * dy) / (2 * spatial_sigma * spatial_sigma));
+      const T distance_term = bilateral_distance<T>(dx, dy);
       const T* neighbour = from + dy * stride + dx;
 #pragma omp simd
       for (int64_t x = 0; x < width; ++x) {

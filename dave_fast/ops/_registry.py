@@ -29,6 +29,12 @@ def _native_unavailable() -> str | None:
     return _ext.unavailable()
 
 
+def _cuda_unavailable() -> str | None:
+    from dave_fast import _ext
+
+    return _ext.cuda_unavailable()
+
+
 def _onednn_unavailable() -> str | None:
     import torch
 
@@ -74,6 +80,7 @@ BACKENDS: dict[str, Backend] = {
     "native": Backend("native", ("cpu",), cache(_native_unavailable)),
     "onednn": Backend("onednn", ("cpu",), cache(_onednn_unavailable)),
     "triton": Backend("triton", ("cpu", "cuda") if _interprets() else ("cuda",), cache(_triton_unavailable)),
+    "cuda": Backend("cuda", ("cuda",), cache(_cuda_unavailable)),
 }
 
 # best first
@@ -84,7 +91,11 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
 
 # op -> backend -> "module:function"
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
-    op: {"torch": f"dave_fast.ops.{op}:{op}_ref", "native": f"dave_fast.ops.{op}:{op}_native"}
+    op: {
+        "torch": f"dave_fast.ops.{op}:{op}_ref",
+        "native": f"dave_fast.ops.{op}:{op}_native",
+        "cuda": f"dave_fast.ops.{op}:{op}_cuda",
+    }
     for op in ("perturb", "pull_back", "robust_mean", "pull_back_mean", "smooth")
 } | {
     "pack_weight": {

@@ -10,7 +10,7 @@ from dave_fast.ops import _library, _registry, _warp
 from dave_fast.ops.patches import patch_grid, patch_hw, patchify
 from dave_fast.sampling import Draws, normal
 
-STORED = (torch.float32, torch.float64, torch.bfloat16)
+STORED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def perturb(
@@ -27,7 +27,7 @@ def perturb(
     draws: R rows. τ is bilinear with zeros outside; `draws.matrices` map a destination pixel (x, y) to its source
         position, pixel centres at integers. ε is defined in float32 and widened; noise = 0 draws nothing.
     patch_size: p or (p_h, p_w), which must divide (H, W); (H, W) itself makes one token, the image.
-    dtype: float32, float64 or bfloat16, in which tokens are stored.
+    dtype: float32, float64, bfloat16 or float16, in which tokens are stored.
     Returns tokens (R, n, C·p_h·p_w), each ordered (c, y, x).
     """
     if torch.compiler.is_compiling():
@@ -73,6 +73,24 @@ def perturb_native(
         *(_ext.address(images), _ext.DTYPE_CODES[images.dtype], images.shape),
         *(rows.addresses, rows.rows, p_h, p_w),
         *(_ext.address(tokens), _ext.DTYPE_CODES[dtype], _ext.threads()),
+    )
+    return tokens
+
+
+def perturb_cuda(
+    images: Tensor, draws: Draws, patch_size: int | tuple[int, int], *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """`perturb` in CUDA C++, on images' device. Draws that are there already cost no copy and no synchronisation."""
+    cuda, images, device = _ext.cuda_module(), images.contiguous(), images.device
+    rows = _ext.DeviceDraws(draws, device)
+    p_h, p_w = patch_hw(patch_size)
+    n_y, n_x = patch_grid(images.shape[2], images.shape[3], (p_h, p_w))
+    tokens = images.new_empty(len(draws), n_y * n_x, images.shape[1] * p_h * p_w, dtype=dtype)
+    cuda.perturb(
+        *_ext.queue(device),
+        *(_ext.device_address(images, device), _ext.DTYPE_CODES[images.dtype], images.shape),
+        *(rows.addresses, rows.rows, p_h, p_w),
+        *(_ext.device_address(tokens, device), _ext.DTYPE_CODES[dtype]),
     )
     return tokens
 

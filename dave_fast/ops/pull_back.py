@@ -16,7 +16,7 @@ from dave_fast.ops import _library, _registry, _warp
 from dave_fast.ops.patches import patch_hw, unpatchify
 from dave_fast.sampling import Draws
 
-STORED = (torch.float32, torch.float64, torch.bfloat16)
+STORED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def pull_back(
@@ -30,10 +30,10 @@ def pull_back(
 ) -> Tensor:
     """The contribution of every row: signal · τᵀ(un-patchify(g)) ⊙ image.
 
-    token_cotangents: (R, n, C·p_h·p_w) float32, float64 or bfloat16: g, laid out as `perturb` returns tokens.
+    token_cotangents: (R, n, C·p_h·p_w) float32, float64, bfloat16 or float16: g, laid out as `perturb` returns tokens.
     images: (B, C, H, W) float32 or float64, contiguous; the arithmetic is that of its dtype.
     draws: the R rows that the tokens were made from. patch_size: p or (p_h, p_w).
-    dtype: float32, float64 or bfloat16, in which contributions are stored; None for that of the images.
+    dtype: float32, float64, bfloat16 or float16, in which contributions are stored; None for that of the images.
     Returns contributions (R, C, H, W).
     """
     if torch.compiler.is_compiling():
@@ -100,6 +100,30 @@ def pull_back_native(
         *(_ext.address(images), _ext.DTYPE_CODES[images.dtype], images.shape),
         *(rows.addresses, rows.rows, *patch_hw(patch_size)),
         *(_ext.address(contributions), _ext.DTYPE_CODES[contributions.dtype], _ext.threads()),
+    )
+    return contributions
+
+
+def pull_back_cuda(
+    token_cotangents: Tensor,
+    images: Tensor,
+    draws: Draws,
+    patch_size: int | tuple[int, int],
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`pull_back` in CUDA C++, on images' device."""
+    cuda, images, device = _ext.cuda_module(), images.contiguous(), images.device
+    rows, cotangents = _ext.DeviceDraws(draws, device), token_cotangents.contiguous()
+    contributions = images.new_empty(len(draws), *images.shape[1:], dtype=dtype or images.dtype)
+    if cotangents.numel() != contributions.numel():
+        raise InputError(f"token_cotangents of shape {tuple(cotangents.shape)} do not belong to {len(draws)} rows")
+    cuda.pull_back(
+        *_ext.queue(device),
+        *(_ext.device_address(cotangents, device), _ext.DTYPE_CODES[cotangents.dtype]),
+        *(_ext.device_address(images, device), _ext.DTYPE_CODES[images.dtype], images.shape),
+        *(rows.addresses, rows.rows, *patch_hw(patch_size)),
+        *(_ext.device_address(contributions, device), _ext.DTYPE_CODES[contributions.dtype]),
     )
     return contributions
 

@@ -19,6 +19,10 @@ from dave_fast.sampling import Draws
 
 # rows of source pixels whose contributions the reference holds together
 REF_TILE = 32
+# bytes of contributions that the CUDA form holds together: they stay in the L2 cache of the GPUs it is meant for
+SCRATCH_BYTES = 16 << 20
+# source pixels a tile, at the least: a block of threads
+SMALLEST_TILE = 128
 
 
 def pull_back_mean(
@@ -87,5 +91,28 @@ def pull_back_mean_native(
         *(_ext.address(images), _ext.DTYPE_CODES[images.dtype], images.shape),
         *(rows.addresses, rows.rows, *patch_hw(patch_size), n_samples),
         *(_ext.address(raw), _ext.threads()),
+    )
+    return raw
+
+
+def pull_back_mean_cuda(
+    token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: int | tuple[int, int], n_samples: int
+) -> Tensor:
+    """`pull_back_mean` in CUDA C++, on images' device."""
+    cuda, images, device = _ext.cuda_module(), images.contiguous(), images.device
+    rows, cotangents = _ext.DeviceDraws(draws, device), token_cotangents.contiguous()
+    if cotangents.numel() != len(draws) * images[0].numel():
+        raise InputError(f"token_cotangents of shape {tuple(cotangents.shape)} do not belong to {len(draws)} rows")
+    channels, height, width = images.shape[1:]
+    fitting = SCRATCH_BYTES // (n_samples * channels * images.element_size())
+    tile = min(max(SMALLEST_TILE, fitting // SMALLEST_TILE * SMALLEST_TILE), height * width)
+    scratch = images.new_empty(n_samples * channels * tile)
+    raw = images.new_empty(len(draws) // n_samples, channels, height, width)
+    cuda.pull_back_mean(
+        *_ext.queue(device),
+        *(_ext.device_address(cotangents, device), _ext.DTYPE_CODES[cotangents.dtype]),
+        *(_ext.device_address(images, device), _ext.DTYPE_CODES[images.dtype], images.shape),
+        *(rows.addresses, rows.rows, *patch_hw(patch_size), n_samples, tile),
+        *(_ext.device_address(scratch, device), _ext.device_address(raw, device)),
     )
     return raw

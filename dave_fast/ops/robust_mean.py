@@ -11,7 +11,7 @@ from dave_fast import _ext
 from dave_fast.errors import InputError
 from dave_fast.ops import _library, _registry
 
-READ = (torch.float32, torch.float64, torch.bfloat16)
+READ = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # MAD of a normal distribution to its standard deviation; how many deviations are kept; what keeps a MAD of 0 apart
 MAD_TO_SIGMA, KEPT_SIGMAS, EPSILON = 1.4826, 2.5, 1e-8
 
@@ -20,7 +20,7 @@ def robust_mean(contributions: Tensor, *, backend: str = "auto") -> Tensor:
     """The mean over the S samples of what lies near their median.
 
     med = lower median of c, mad = lower median of |c - med|; kept is |c - med| ≤ 2.5·(1.4826·mad + 1e-8).
-    contributions: (B, S, ...) float32, float64 or bfloat16.
+    contributions: (B, S, ...) float32, float64, bfloat16 or float16.
     Returns raw (B, ...): float32, or float64 for float64 contributions. NaN where any of the S values is NaN, and
     where the median is infinite.
     """
@@ -59,6 +59,20 @@ def robust_mean_native(contributions: Tensor) -> Tensor:
     native.robust_mean(
         *(_ext.address(contributions), _ext.DTYPE_CODES[contributions.dtype]),
         *(images, samples, math.prod(rest), _ext.address(raw), _ext.threads()),
+    )
+    return raw
+
+
+def robust_mean_cuda(contributions: Tensor) -> Tensor:
+    """`robust_mean` in CUDA C++, on the contributions' device."""
+    cuda, contributions, device = _ext.cuda_module(), contributions.contiguous(), contributions.device
+    images, samples, *rest = contributions.shape
+    statistics = torch.float64 if contributions.dtype == torch.float64 else torch.float32
+    raw = contributions.new_empty(images, *rest, dtype=statistics)
+    cuda.robust_mean(
+        *_ext.queue(device),
+        *(_ext.device_address(contributions, device), _ext.DTYPE_CODES[contributions.dtype]),
+        *(images, samples, math.prod(rest), _ext.device_address(raw, device)),
     )
     return raw
 

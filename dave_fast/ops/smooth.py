@@ -57,6 +57,21 @@ def smooth_native(raw: Tensor) -> Tensor:
     return maps
 
 
+def smooth_cuda(raw: Tensor) -> Tensor:
+    """`smooth` in CUDA C++, on raw's device."""
+    cuda, raw, device = _ext.cuda_module(), raw.contiguous(), raw.device
+    images, _, height, width = raw.shape
+    maps = raw.new_empty(images, height, width)
+    # the blended maps, and a maximum an image
+    scratch = raw.new_empty(images * (height * width + 1))
+    cuda.smooth(
+        *_ext.queue(device),
+        *(_ext.device_address(raw, device), _ext.DTYPE_CODES[raw.dtype], raw.shape),
+        *(_ext.device_address(scratch, device), _ext.device_address(maps, device)),
+    )
+    return maps
+
+
 def blur_weights() -> list[float]:
     """The normalised 11 weights of one axis of the blur; the 11×11 kernel is their product."""
     offsets = range(-(BLUR_TAPS // 2), BLUR_TAPS // 2 + 1)

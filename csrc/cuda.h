@@ -1,0 +1,90 @@
+// The ops on a GPU: device pointers, sizes, and the stream to launch on. No torch. Shapes and checks belong to callers.
+//
+// cuda_ops.cu runs them on a device; tests/serial.cpp runs the same kernels block by block on the host.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+#ifdef __CUDACC__
+#include <cuda_runtime_api.h>
+#endif
+
+namespace dave::cuda {
+
+// Where to launch: a device's number and a cudaStream_t of it.
+struct Queue {
+  int device;
+  void* stream;
+};
+
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Why kernels cannot run on a device; empty where they can.
+std::string why_not(int device);
+
+void perturb(const Queue& queue, const Images& images, const Draws& draws, Patch patch, void* tokens, Dtype stored);
+
+// Rows of the draws, and source pixels of each plane.
+struct Rows {
+  int64_t first, count;
+};
+// Source pixels of each plane.
+struct Span {
+  int64_t first, pixels;
+};
+
+// (rows.count, channels, span.pixels), so that contributions can be made tile by tile; all of them with whole rows and
+// whole planes.
+void pull_back(const Queue& queue, const void* cotangents, Dtype given, const Images& images, const Draws& draws,
+               Rows rows, Patch patch, Span span, void* contributions, Dtype stored);
+
+// (images, samples, pixels)
+struct Contributions {
+  const void* data;
+  Dtype dtype;
+  int64_t images, samples, pixels;
+};
+
+// Where pixel p of an image's contributions has its mean: at offset + p / span·plane + p % span.
+struct Placement {
+  int64_t span, plane, offset;
+};
+
+// (images, samples, pixels) -> one mean a pixel; float64 for float64, else float32
+void robust_mean(const Queue& queue, const Contributions& contributions, const Placement& placement, void* raw);
+
+// scratch: samples·channels·tile values of the images' type; raw (rows / samples, channels, height, width)
+void pull_back_mean(const Queue& queue, const void* cotangents, Dtype given, const Images& images, const Draws& draws,
+                    Patch patch, int64_t samples, int64_t tile, void* scratch, void* raw);
+
+// scratch: count·(height·width + 1) values of raw's type
+void smooth(const Queue& queue, const Images& raw, void* scratch, void* maps);
+
+#ifdef __CUDACC__
+inline void require(cudaError_t code, const std::string& what) {
+  if (code != cudaSuccess)
+    throw Error(what + ": " + cudaGetErrorName(code) + ", " + cudaGetErrorString(code));
+}
+
+// Makes a device the current one, and the one before current again.
+class Device {
+ public:
+  explicit Device(int device) {
+    require(cudaGetDevice(&before_), "asking for the current device");
+    require(cudaSetDevice(device), "taking device " + std::to_string(device));
+  }
+  ~Device() { cudaSetDevice(before_); }
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+
+ private:
+  int before_ = 0;
+};
+#endif
+
+}  // namespace dave::cuda

@@ -1,0 +1,38 @@
+// The grid of a CUDA device: a kernel's blocks on a stream, every return code looked at.
+#pragma once
+
+#include <string>
+
+#include "cuda.h"
+#include "grid.h"
+
+namespace dave::DAVE_ISA {
+
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::threads, Kernel::resident) run_block(const __grid_constant__ Kernel kernel) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  kernel(DeviceBlock{memory});
+}
+
+class DeviceGrid {
+ public:
+  explicit DeviceGrid(const cuda::Queue& queue) : device_(queue.device), stream_(static_cast<cudaStream_t>(queue.stream)) {}
+
+  template <class Kernel>
+  void run(const Kernel& kernel) const {
+    const int64_t blocks = kernel.blocks();
+    if (blocks == 0) return;
+    const std::string what = std::string(kernel.name) + " in " + std::to_string(blocks) + " blocks of " +
+                             std::to_string(Kernel::threads) + " threads and " + std::to_string(kernel.shared_bytes()) +
+                             " bytes of shared memory";
+    if (blocks >= int64_t{1} << 31) throw cuda::Error(what + ": a grid has fewer than 2^31 blocks; give fewer rows at once");
+    run_block<<<static_cast<unsigned>(blocks), Kernel::threads, kernel.shared_bytes(), stream_>>>(kernel);
+    cuda::require(cudaGetLastError(), what);
+  }
+
+ private:
+  cuda::Device device_;
+  cudaStream_t stream_;
+};
+
+}  // namespace dave::DAVE_ISA

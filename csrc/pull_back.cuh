@@ -1,0 +1,152 @@
+// pull_back on a GPU: a thread gathers one source pixel in every channel, straight from the tokens' layout; no atomics.
+//
+// DAVE's draws need 3×3 candidates: that path is unrolled, its loads independent. Wider ones loop. Contributions are
+// those of a span of source pixels, `first` to first + pixels of each plane, so that pull_back_mean can go tile by tile.
+#pragma once
+
+#include "cuda.h"
+#include "grid.h"
+#include "kernels.h"
+#include "pull_back.h"
+
+namespace dave::DAVE_ISA {
+
+using cuda::Rows;
+using cuda::Span;
+
+// What all threads of a block need of one draw.
+template <typename T>
+struct PullBackRow {
+  Gather<T> gather;
+  T signal;
+  int64_t image;
+
+  DAVE_HD PullBackRow(const Draws& draws, int64_t r, int32_t height, int32_t width)
+      : gather(draws.matrices + 6 * r, height, width), signal(static_cast<T>(draws.signal[r])),
+        image(draws.image_index[r]) {}
+};
+
+template <typename T, typename Given>
+struct PullBack {
+  static constexpr int threads = 128, resident = 1;
+  // channels that share a weight; most images have as many or fewer
+  static constexpr int together = 4;
+  const char* name = "pull_back";
+  const Given* cotangents;
+  const T* images;
+  Draws draws;
+  int64_t first_row;
+  void* contributions;
+  Dtype stored;
+  int64_t count, rows;
+  int32_t channels, height, width, patch_area;
+  uint32_t first, pixels;
+  Divider patch_height, patch_width, row_width, blocks_a_row;
+
+  // rows: of the draws from first_row on; contributions: (rows, channels, span.pixels)
+  PullBack(const void* given, const Images& of, const Draws& with, Rows some, Patch patch, Span span,
+           void* to, Dtype dtype)
+      : cotangents(static_cast<const Given*>(given)), images(static_cast<const T*>(of.data)), draws(with),
+        first_row(some.first), contributions(to), stored(dtype), count(of.count), rows(some.count),
+        channels(static_cast<int32_t>(of.channels)), height(static_cast<int32_t>(of.height)),
+        width(static_cast<int32_t>(of.width)), patch_area(static_cast<int32_t>(patch.height * patch.width)),
+        first(static_cast<uint32_t>(span.first)), pixels(static_cast<uint32_t>(span.pixels)), patch_height(patch.height),
+        patch_width(patch.width), row_width(of.width), blocks_a_row(blocks_of(span.pixels, threads)) {}
+
+  int64_t blocks() const { return rows * blocks_a_row.divisor; }
+  int shared_bytes() const { return sizeof(PullBackRow<T>); }
+
+  template <class Block>
+  DAVE_DEVICE void operator()(const Block& block) const {
+    PullBackRow<T>* row = block.template shared<PullBackRow<T>>();
+    uint32_t chunk = static_cast<uint32_t>(block.index());
+    const uint32_t r = blocks_a_row.split(chunk);
+    block.each([&](int thread) {
+      if (thread == 0) *row = PullBackRow<T>(draws, first_row + r, height, width);
+    });
+    block.sync();
+    block.each([&](int thread) {
+      const uint32_t pixel = chunk * threads + static_cast<uint32_t>(thread);
+      if (pixel >= pixels) return;
+      const bool narrow = row->gather.candidates_x <= 3 && row->gather.candidates_y <= 3;
+      for (int32_t c = 0; c < channels; c += together) {
+        if (narrow) pull<3>(*row, r, pixel, c);
+        else pull<0>(*row, r, pixel, c);
+      }
+    });
+  }
+
+ private:
+  // Up to `together` channels from c on; Most: what bounds the candidates of an axis, 0 where nothing does.
+  template <int Most>
+  DAVE_DEVICE void pull(const PullBackRow<T>& row, uint32_t r, uint32_t pixel, int32_t c) const {
+    uint32_t column = first + pixel;
+    const T qy = static_cast<T>(row_width.split(column)), qx = static_cast<T>(column);
+    const Gather<T>& g = row.gather;
+    const int32_t px = first_candidate(g.inverse.x(qx, qy), g.reach_x, width);
+    const int32_t py = first_candidate(g.inverse.y(qx, qy), g.reach_y, height);
+    const int64_t plane = static_cast<int64_t>(height) * width;
+    const Given* from = cotangents + (first_row + r) * channels * plane + static_cast<int64_t>(c) * patch_area;
+    T sums[together] = {};
+    DAVE_UNROLL_BY((Most > 0 ? Most : 1))
+    for (int32_t j = 0; j < (Most > 0 ? Most : g.candidates_y); ++j) {
+      DAVE_UNROLL_BY((Most > 0 ? Most : 1))
+      for (int32_t i = 0; i < (Most > 0 ? Most : g.candidates_x); ++i) {
+        if (Most > 0 && (j >= g.candidates_y || i >= g.candidates_x)) continue;
+        const T weight = tap_weight(g.map, static_cast<T>(px) + static_cast<T>(i), static_cast<T>(py) + static_cast<T>(j),
+                                    qx, qy);
+        const bool inside = px + i < width && py + j < height;
+        const int64_t at = inside ? token_element(px + i, py + j) : 0;
+        DAVE_UNROLL
+        for (int k = 0; k < together; ++k) {
+          const bool there = inside && c + k < channels;
+          const T value = there ? static_cast<T>(widen(from[at + k * static_cast<int64_t>(patch_area)])) : static_cast<T>(0);
+          sums[k] = add(sums[k], mul(weight, value));
+        }
+      }
+    }
+    const bool known = row.image >= 0 && row.image < count;
+    const T* image = images + (known ? row.image : 0) * channels * plane + first + pixel;
+    DAVE_UNROLL
+    for (int k = 0; k < together; ++k) {
+      if (c + k >= channels) continue;
+      T value = mul(mul(row.signal, sums[k]), image[(c + k) * plane]);
+      // an image that is not there, which only the device can see, must not look like one that is
+      value = known ? value : static_cast<T>(__builtin_nan(""));
+      store_run<1>(&value, contributions, stored, (static_cast<int64_t>(r) * channels + c + k) * pixels + pixel);
+    }
+  }
+
+  // The element of channel 0 of a destination pixel among those of its row.
+  DAVE_DEVICE int64_t token_element(int32_t x, int32_t y) const {
+    uint32_t in_column = static_cast<uint32_t>(x), in_row = static_cast<uint32_t>(y);
+    const uint32_t column = patch_width.split(in_column), row = patch_height.split(in_row);
+    const uint32_t patches_x = static_cast<uint32_t>(width) / patch_width.divisor;
+    return static_cast<int64_t>(row * patches_x + column) * channels * patch_area + in_row * patch_width.divisor + in_column;
+  }
+};
+
+template <typename T, class Grid>
+void pull_back_given(const Grid& grid, const void* cotangents, Dtype given, const Images& images, const Draws& draws,
+                     Rows rows, Patch patch, Span span, void* to, Dtype stored) {
+  switch (given) {
+    case Dtype::float32:
+      return grid.run(PullBack<T, float>(cotangents, images, draws, rows, patch, span, to, stored));
+    case Dtype::float64:
+      return grid.run(PullBack<T, double>(cotangents, images, draws, rows, patch, span, to, stored));
+    case Dtype::bfloat16:
+      return grid.run(PullBack<T, bfloat16>(cotangents, images, draws, rows, patch, span, to, stored));
+    case Dtype::float16:
+      return grid.run(PullBack<T, float16>(cotangents, images, draws, rows, patch, span, to, stored));
+  }
+}
+
+template <class Grid>
+void pull_back_on(const Grid& grid, const void* cotangents, Dtype given, const Images& images, const Draws& draws,
+                    Rows rows, Patch patch, Span span, void* to, Dtype stored) {
+  if (images.dtype == Dtype::float64)
+    pull_back_given<double>(grid, cotangents, given, images, draws, rows, patch, span, to, stored);
+  else pull_back_given<float>(grid, cotangents, given, images, draws, rows, patch, span, to, stored);
+}
+
+}  // namespace dave::DAVE_ISA

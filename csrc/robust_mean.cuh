@@ -1,0 +1,337 @@
+// robust_mean on a GPU: the S values of a pixel are sorted in registers, by one thread or by two.
+//
+// The network is a list of compare-exchanges known at compile time, written out without a loop, so that no value has an
+// address and none goes to local memory. Values are read twice: to be sorted, and, from the caches, to be summed in the
+// order of the samples. A network of P values sorts any S ≤ P: infinities fill it up on both sides, so that the median
+// lies at a place known at compile time. Beyond the networks the median is selected bit by bit.
+#pragma once
+
+#include <utility>
+
+#include "cuda.h"
+#include "grid.h"
+#include "robust_mean.h"
+
+namespace dave::DAVE_ISA {
+
+using cuda::Contributions;
+using cuda::Placement;
+
+template <int n>
+struct NetworkOf {
+  static constexpr int count = static_cast<int>(sorting_network(n, nullptr));
+  Exchange exchanges[count > 0 ? count : 1] = {};
+  constexpr NetworkOf() { sorting_network(n, exchanges); }
+};
+
+template <int n>
+constexpr NetworkOf<n> network{};
+
+template <int low, int high, typename T>
+DAVE_DEVICE void exchange(T* values) {
+  const T a = values[low], b = values[high];
+  values[low] = smaller_of(a, b);
+  values[high] = larger_of(a, b);
+}
+
+template <int n, int first, typename T, size_t... e>
+DAVE_DEVICE void exchanges(T* values, std::index_sequence<e...>) {
+  (exchange<network<n>.exchanges[first + e].low, network<n>.exchanges[first + e].high>(values), ...);
+}
+
+template <int n, int first = 0, typename T>
+DAVE_DEVICE void sort(T* values) {
+  // in pieces: compilers bound how long one expression may be
+  constexpr int left = NetworkOf<n>::count - first, piece = left < 64 ? left : 64;
+  if constexpr (piece > 0) {
+    exchanges<n, first>(values, std::make_index_sequence<piece>{});
+    sort<n, first + piece>(values);
+  }
+}
+
+// Sorts a bitonic sequence whose length is a power of two.
+template <int n, typename T>
+DAVE_DEVICE void sort_bitonic(T* values) {
+  if constexpr (n > 1) {
+    DAVE_UNROLL
+    for (int i = 0; i < n / 2; ++i) {
+      const T a = values[i], b = values[i + n / 2];
+      values[i] = smaller_of(a, b);
+      values[i + n / 2] = larger_of(a, b);
+    }
+    sort_bitonic<n / 2>(values);
+    sort_bitonic<n / 2>(values + n / 2);
+  }
+}
+
+// values[i] = values[i + by] in the first n, the last of them repeated; by ≤ most.
+template <int n, int most, typename T>
+DAVE_DEVICE void shift_down(T* values, int by) {
+  DAVE_UNROLL
+  for (int step = 1; step <= most; step *= 2)
+    if (by & step) {
+      DAVE_UNROLL
+      for (int i = 0; i < n; ++i) values[i] = values[i + step < n ? i + step : n - 1];
+    }
+}
+
+template <typename T>
+struct RobustMeanArguments {
+  Contributions of;
+  Placement placement;
+  T* raw;
+  Divider span, blocks_an_image;
+
+  RobustMeanArguments(const Contributions& contributions, const Placement& at, void* to, int pixels_a_block)
+      : of(contributions), placement(at), raw(static_cast<T*>(to)), span(at.span),
+        blocks_an_image(blocks_of(contributions.pixels, pixels_a_block)) {}
+
+  int64_t blocks() const { return of.images * blocks_an_image.divisor; }
+  DAVE_DEVICE int64_t element(uint32_t image, uint32_t pixel) const {
+    return static_cast<int64_t>(image) * of.samples * of.pixels + pixel;
+  }
+  DAVE_DEVICE T* mean(uint32_t image, uint32_t pixel) const {
+    uint32_t x = pixel;
+    const uint32_t plane = span.split(x);
+    return raw + (placement.offset + image * of.pixels + plane * placement.plane + x);
+  }
+
+  // The contributions as f takes them: of double for double, of the narrower types for float.
+  template <class F>
+  DAVE_DEVICE auto with_type(const F& f) const {
+    if constexpr (sizeof(T) == sizeof(double)) return f(static_cast<const double*>(of.data));
+    else if (of.dtype == Dtype::float32) return f(static_cast<const float*>(of.data));
+    else if (of.dtype == Dtype::bfloat16) return f(static_cast<const bfloat16*>(of.data));
+    else return f(static_cast<const float16*>(of.data));
+  }
+
+  // Places begin, begin + stride ... of a column of n: its samples, then infinities, the first `before` of them negative.
+  // Returns whether there is a NaN.
+  template <int n, int stride>
+  DAVE_DEVICE bool load(int64_t first, int begin, int before, T* values) const {
+    const int samples = static_cast<int>(of.samples);
+    with_type([&](const auto* from) {
+      DAVE_UNROLL
+      for (int i = 0; i < n; ++i) {
+        const int s = begin + i * stride;
+        const T infinity = static_cast<T>(__builtin_inf());
+        if (s < samples) values[i] = widen(from[first + s * of.pixels]);
+        else values[i] = s - samples < before ? -infinity : infinity;
+      }
+      return 0;
+    });
+    bool any_nan = false;
+    DAVE_UNROLL
+    for (int i = 0; i < n; ++i) any_nan |= values[i] != values[i];
+    return any_nan;
+  }
+
+  // The mean of what is kept, summed sample by sample.
+  DAVE_DEVICE T mean_of_kept(int64_t first, T median, T within, bool any_nan) const {
+    return with_type([&](const auto* from) {
+      double total = 0, carry = 0, count = 0;
+      DAVE_UNROLL_BY(4)
+      for (int64_t s = 0; s < of.samples; ++s) {
+        const T value = widen(from[first + s * of.pixels]);
+        const bool kept = magnitude(sub(value, median)) <= within;
+        const double addend = kept ? static_cast<double>(value) : 0.0;
+        count = add(count, kept ? 1.0 : 0.0);
+        if constexpr (sizeof(T) == sizeof(double)) add_compensated(total, carry, addend);
+        else total = add(total, addend);
+      }
+      return mean_of(median, any_nan, total, carry, count);
+    });
+  }
+};
+
+// fewest ≤ S ≤ P: one thread a pixel.
+template <typename T, int P, int fewest>
+struct SortInOne : RobustMeanArguments<T> {
+  static constexpr int threads = 128, resident = blocks_with(threads, P * sizeof(T) / 4 + 40);
+  static constexpr int middle = P / 2 - 1, most_before = middle - (fewest - 1) / 2;
+  const char* name = "robust_mean";
+  int before;
+
+  SortInOne(const Contributions& of, const Placement& at, void* to)
+      : RobustMeanArguments<T>(of, at, to, threads), before(middle - static_cast<int>((of.samples - 1) / 2)) {}
+
+  int shared_bytes() const { return 0; }
+
+  template <class Block>
+  DAVE_DEVICE void operator()(const Block& block) const {
+    uint32_t chunk = static_cast<uint32_t>(block.index());
+    const uint32_t image = this->blocks_an_image.split(chunk);
+    block.each([&](int thread) {
+      const uint32_t pixel = chunk * threads + static_cast<uint32_t>(thread);
+      if (pixel >= this->of.pixels) return;
+      const int64_t first = this->element(image, pixel);
+      T values[P];
+      const bool any_nan = this->template load<P, 1>(first, 0, before, values);
+      sort<P>(values);
+      const T median = values[middle];
+      // without the minus infinities, so that the S / 2 nearest values are there for the median's side to be matched
+      shift_down<P / 2, most_before>(values, before);
+      T mad = 0;
+      DAVE_UNROLL
+      for (int i = 0; i < P / 2; ++i)
+        mad = larger_of(smaller_of(magnitude(sub(values[i], median)), magnitude(sub(values[i + P / 2], median))), mad);
+      *this->mean(image, pixel) = this->mean_of_kept(first, median, kept_within(mad), any_nan);
+    });
+  }
+};
+
+// fewest ≤ S ≤ 2·N: two threads a pixel, lane 0 with the lower half, lane 1 with the upper one negated, so
+// that both do the same.
+template <typename T, int N, int fewest>
+struct SortInTwo : RobustMeanArguments<T> {
+  static constexpr int threads = 128, resident = blocks_with(threads, N + 100);
+  static constexpr int pixels = threads / 2, most_before = N - 1 - (fewest - 1) / 2;
+  const char* name = "robust_mean (two lanes)";
+  int before;
+
+  struct Statistics {
+    T median[pixels], within[pixels];
+    int nans[pixels][2];
+  };
+
+  SortInTwo(const Contributions& of, const Placement& at, void* to)
+      : RobustMeanArguments<T>(of, at, to, pixels), before(N - 1 - static_cast<int>((of.samples - 1) / 2)) {}
+
+  int shared_bytes() const { return sizeof(Statistics); }
+
+  template <class Block>
+  DAVE_DEVICE void operator()(const Block& block) const {
+    uint32_t chunk = static_cast<uint32_t>(block.index());
+    const uint32_t image = this->blocks_an_image.split(chunk);
+    const uint32_t begin = chunk * pixels;
+    Statistics* found = block.template shared<Statistics>();
+    block.template pairs<Lanes<T, N>>([&](int p, Lanes<T, N>& lanes) {
+      // past the end the last pixel once more: both lanes of every pair take part in the exchanges
+      const uint32_t last = static_cast<uint32_t>(this->of.pixels - 1), pixel = begin + static_cast<uint32_t>(p);
+      sorted_pair(lanes, this->element(image, pixel < last ? pixel : last), p, *found);
+    });
+    block.sync();
+    block.each([&](int thread) {
+      const uint32_t pixel = begin + static_cast<uint32_t>(thread);
+      if (thread >= pixels || pixel >= this->of.pixels) return;
+      const bool any_nan = found->nans[thread][0] || found->nans[thread][1];
+      *this->mean(image, pixel) =
+          this->mean_of_kept(this->element(image, pixel), found->median[thread], found->within[thread], any_nan);
+    });
+  }
+
+ private:
+  template <class L>
+  DAVE_DEVICE void sorted_pair(L& lanes, int64_t first, int p, Statistics& found) const {
+    lanes.each([&](int lane, T* values) {
+      found.nans[p][lane] = this->template load<N, 2>(first, lane, before, values);
+      DAVE_UNROLL
+      for (int i = 0; i < N; ++i) values[i] = lane ? -values[i] : values[i];
+      sort<N>(values);
+    });
+    // the i-th smallest below and the i-th largest above: the smaller one goes to lane 0, the larger one to lane 1
+    lanes.exchange([](T mine, T partners) { return smaller_of(mine, -partners); });
+    lanes.each([&](int, T* values) { sort_bitonic<N>(values); });
+    const T median = lanes.of_first_lane(N - 1);
+    lanes.each([&](int lane, T* values) {
+      shift_down<N, most_before>(values, lane ? 0 : before);
+      DAVE_UNROLL
+      for (int i = 0; i < N; ++i) values[i] = magnitude(sub(lane ? -values[i] : values[i], median));
+    });
+    const T within = kept_within(lanes.largest_of_mirrored_minima());
+    lanes.each([&](int lane, T*) {
+      if (lane == 0) found.median[p] = median, found.within[p] = within;
+    });
+  }
+};
+
+// Any S: medians by two bits a pass, from the highest.
+template <typename T, typename Given>
+struct Select : RobustMeanArguments<T> {
+  static constexpr int threads = 256, resident = 1;
+  const char* name = "robust_mean (selection)";
+
+  Select(const Contributions& of, const Placement& at, void* to) : RobustMeanArguments<T>(of, at, to, threads) {}
+
+  int shared_bytes() const { return 0; }
+
+  template <class Block>
+  DAVE_DEVICE void operator()(const Block& block) const {
+    uint32_t chunk = static_cast<uint32_t>(block.index());
+    const uint32_t image = this->blocks_an_image.split(chunk);
+    block.each([&](int thread) {
+      const uint32_t pixel = chunk * threads + static_cast<uint32_t>(thread);
+      if (pixel >= this->of.pixels) return;
+      const int64_t first = this->element(image, pixel);
+      bool any_nan = false;
+      for (int64_t s = 0; s < this->of.samples; ++s) {
+        const T value = read(first, s);
+        any_nan |= value != value;
+      }
+      const T median = number(selected([&](int64_t s) { return key(read(first, s)); }));
+      const T mad = number(selected([&](int64_t s) { return key(magnitude(sub(read(first, s), median))); }));
+      *this->mean(image, pixel) = this->mean_of_kept(first, median, kept_within(mad), any_nan);
+    });
+  }
+
+ private:
+  using Key = Bits<T>;
+  static constexpr Key sign = Key{1} << (8 * sizeof(Key) - 1);
+
+  // Unsigned integers in the order of the numbers.
+  DAVE_DEVICE static Key key(T value) { return bits_of(value) ^ (bits_of(value) & sign ? ~Key{0} : sign); }
+  DAVE_DEVICE static T number(Key key) { return number_of(static_cast<Key>(key ^ (key & sign ? sign : ~Key{0}))); }
+  DAVE_DEVICE T read(int64_t first, int64_t s) const {
+    return widen(static_cast<const Given*>(this->of.data)[first + s * this->of.pixels]);
+  }
+
+  // The key of rank (samples - 1) / 2.
+  template <class Keys>
+  DAVE_DEVICE Key selected(const Keys& keys) const {
+    int64_t rank = (this->of.samples - 1) / 2;
+    Key prefix = 0;
+    for (int shift = 8 * sizeof(Key) - 2; shift >= 0; shift -= 2) {
+      int64_t zeros = 0, ones = 0, twos = 0;
+      for (int64_t s = 0; s < this->of.samples; ++s) {
+        const Key digits = keys(s) >> shift;
+        zeros += digits == (prefix << 2);
+        ones += digits == ((prefix << 2) | 1);
+        twos += digits == ((prefix << 2) | 2);
+      }
+      const Key digit = rank < zeros ? 0 : rank < zeros + ones ? 1 : rank < zeros + ones + twos ? 2 : 3;
+      rank -= (digit > 0 ? zeros : 0) + (digit > 1 ? ones : 0) + (digit > 2 ? twos : 0);
+      prefix = (prefix << 2) | digit;
+    }
+    return prefix;
+  }
+};
+
+template <class Grid>
+void robust_mean_of_floats(const Grid& grid, const Contributions& of, const Placement& at, void* raw) {
+  if (of.samples <= 16) return grid.run(SortInOne<float, 16, 1>(of, at, raw));
+  if (of.samples <= 32) return grid.run(SortInOne<float, 32, 17>(of, at, raw));
+  if (of.samples <= 50) return grid.run(SortInOne<float, 50, 33>(of, at, raw));
+  if (of.samples <= 64) return grid.run(SortInOne<float, 64, 51>(of, at, raw));
+  if (of.samples <= 100) return grid.run(SortInOne<float, 100, 65>(of, at, raw));
+  if (of.samples <= 128) return grid.run(SortInTwo<float, 64, 101>(of, at, raw));
+  if (of.samples <= 256) return grid.run(SortInTwo<float, 128, 129>(of, at, raw));
+  if (of.dtype == Dtype::float32) return grid.run(Select<float, float>(of, at, raw));
+  if (of.dtype == Dtype::bfloat16) return grid.run(Select<float, bfloat16>(of, at, raw));
+  grid.run(Select<float, float16>(of, at, raw));
+}
+
+// A double takes two registers: from 64 a thread on, some would be spilled.
+template <class Grid>
+void robust_mean_of_doubles(const Grid& grid, const Contributions& of, const Placement& at, void* raw) {
+  if (of.samples <= 16) return grid.run(SortInOne<double, 16, 1>(of, at, raw));
+  if (of.samples <= 50) return grid.run(SortInOne<double, 50, 17>(of, at, raw));
+  grid.run(Select<double, double>(of, at, raw));
+}
+
+template <class Grid>
+void robust_mean_on(const Grid& grid, const Contributions& of, const Placement& at, void* raw) {
+  if (of.dtype == Dtype::float64) robust_mean_of_doubles(grid, of, at, raw);
+  else robust_mean_of_floats(grid, of, at, raw);
+}
+
+}  // namespace dave::DAVE_ISA

@@ -1,0 +1,215 @@
+// smooth on a GPU, in three kernels over tiles of pixels in shared memory: channel sum, ReLU and blurred half; bilateral
+// filter and the tile's maximum; division by the image's. A maximum is the same in any order, so the atomic one repeats.
+#pragma once
+
+#include "grid.h"
+#include "kernels.h"
+#include "smooth.h"
+
+namespace dave::DAVE_ISA {
+
+template <typename T>
+struct SmoothArguments {
+  static constexpr int threads = 256, resident = 1, tile_x = 32, tile_y = 16;
+  const T* raw;
+  T *blended, *maps;
+  // the images' maxima, as the bits of numbers that are not negative: these compare as the numbers do, NaN the largest
+  Bits<T>* peaks;
+  int64_t count;
+  int32_t channels, height, width;
+  Divider tiles_x, tiles;
+
+  SmoothArguments(const Images& from, void* scratch, void* to)
+      : raw(static_cast<const T*>(from.data)), blended(static_cast<T*>(scratch)), maps(static_cast<T*>(to)),
+        peaks(reinterpret_cast<Bits<T>*>(static_cast<T*>(scratch) + from.count * from.height * from.width)),
+        count(from.count), channels(static_cast<int32_t>(from.channels)), height(static_cast<int32_t>(from.height)),
+        width(static_cast<int32_t>(from.width)), tiles_x(blocks_of(from.width, tile_x)),
+        tiles(blocks_of(from.width, tile_x) * blocks_of(from.height, tile_y)) {}
+
+  int64_t blocks() const { return count * tiles.divisor; }
+
+  struct Tile {
+    uint32_t image;
+    int32_t x, y;
+    bool first;
+  };
+  DAVE_DEVICE Tile tile(int64_t block) const {
+    uint32_t in_image = static_cast<uint32_t>(block);
+    const uint32_t image = tiles.split(in_image);
+    uint32_t column = in_image;
+    const uint32_t row = tiles_x.split(column);
+    return {image, static_cast<int32_t>(column) * tile_x, static_cast<int32_t>(row) * tile_y, in_image == 0};
+  }
+  DAVE_DEVICE bool inside(int32_t x, int32_t y) const {
+    return static_cast<uint32_t>(x) < static_cast<uint32_t>(width) && static_cast<uint32_t>(y) < static_cast<uint32_t>(height);
+  }
+  DAVE_DEVICE int64_t pixel(uint32_t image, int32_t x, int32_t y) const {
+    return (static_cast<int64_t>(image) * height + y) * width + x;
+  }
+};
+
+// m = relu(Σ_channels raw), ½·(m + G(m)).
+template <typename T>
+struct Blend : SmoothArguments<T> {
+  using Base = SmoothArguments<T>;
+  static constexpr int wide = Base::tile_x + 2 * blur_radius, high = Base::tile_y + 2 * blur_radius;
+  const char* name = "smooth (blend)";
+  T weights[blur_taps];
+
+  struct Memory {
+    T positive[high][wide], across[high][Base::tile_x];
+  };
+
+  explicit Blend(const Base& arguments) : Base(arguments) { blur_weights(weights); }
+  int shared_bytes() const { return sizeof(Memory); }
+
+  template <class Block>
+  DAVE_DEVICE void operator()(const Block& block) const {
+    const auto at = this->tile(block.index());
+    Memory* memory = block.template shared<Memory>();
+    block.each([&](int thread) {
+      if (at.first && thread == 0) this->peaks[at.image] = 0;
+      for (int i = thread; i < wide * high; i += Base::threads)
+        memory->positive[i / wide][i % wide] =
+            positive(at.image, at.x + i % wide - blur_radius, at.y + i / wide - blur_radius);
+    });
+    block.sync();
+    block.each([&](int thread) {
+      for (int i = thread; i < high * Base::tile_x; i += Base::threads)
+        memory->across[i / Base::tile_x][i % Base::tile_x] = blur(&memory->positive[i / Base::tile_x][i % Base::tile_x], 1);
+    });
+    block.sync();
+    block.each([&](int thread) {
+      for (int i = thread; i < Base::tile_x * Base::tile_y; i += Base::threads) {
+        const int x = i % Base::tile_x, y = i / Base::tile_x;
+        if (!this->inside(at.x + x, at.y + y)) continue;
+        const T blurred = blur(&memory->across[y][x], Base::tile_x);
+        const T own = memory->positive[y + blur_radius][x + blur_radius];
+        this->blended[this->pixel(at.image, at.x + x, at.y + y)] = mul(static_cast<T>(0.5), add(own, blurred));
+      }
+    });
+  }
+
+ private:
+  DAVE_DEVICE T positive(uint32_t image, int32_t x, int32_t y) const {
+    if (!this->inside(x, y)) return 0;
+    const int64_t plane = static_cast<int64_t>(this->height) * this->width;
+    const T* from = this->raw + image * this->channels * plane + static_cast<int64_t>(y) * this->width + x;
+    T sum = *from;
+    for (int32_t c = 1; c < this->channels; ++c) sum = add(sum, from[c * plane]);
+    return sum < 0 ? static_cast<T>(0) : sum;
+  }
+  DAVE_DEVICE T blur(const T* from, int step) const {
+    T sum = 0;
+    DAVE_UNROLL
+    for (int k = 0; k < blur_taps; ++k) sum = add(sum, mul(weights[k], from[k * step]));
+    return sum;
+  }
+};
+
+// m(p) = Σ_q w·m(q) / Σ_q w, and the largest of it.
+template <typename T>
+struct Bilateral : SmoothArguments<T> {
+  using Base = SmoothArguments<T>;
+  static constexpr int wide = Base::tile_x + 2 * bilateral_radius, high = Base::tile_y + 2 * bilateral_radius;
+  const char* name = "smooth (bilateral)";
+
+  struct Memory {
+    T blended[high][wide];
+    Bits<T> peaks[Base::threads];
+  };
+
+  explicit Bilateral(const Base& arguments) : Base(arguments) {}
+  int shared_bytes() const { return sizeof(Memory); }
+
+  template <class Block>
+  DAVE_DEVICE void operator()(const Block& block) const {
+    const auto at = this->tile(block.index());
+    Memory* memory = block.template shared<Memory>();
+    block.each([&](int thread) {
+      for (int i = thread; i < wide * high; i += Base::threads) {
+        const int32_t x = at.x + i % wide - bilateral_radius, y = at.y + i / wide - bilateral_radius;
+        memory->blended[i / wide][i % wide] = this->inside(x, y) ? this->blended[this->pixel(at.image, x, y)] : 0;
+      }
+    });
+    block.sync();
+    block.each([&](int thread) {
+      Bits<T> peak = 0;
+      for (int i = thread; i < Base::tile_x * Base::tile_y; i += Base::threads) {
+        const int x = i % Base::tile_x, y = i / Base::tile_x;
+        if (!this->inside(at.x + x, at.y + y)) continue;
+        const T value = filtered(&memory->blended[y + bilateral_radius][x + bilateral_radius]);
+        this->maps[this->pixel(at.image, at.x + x, at.y + y)] = value;
+        peak = bits_of(value) > peak ? bits_of(value) : peak;
+      }
+      memory->peaks[thread] = peak;
+    });
+    block.sync();
+    for (int half = Base::threads / 2; half > 0; half /= 2) {
+      block.each([&](int thread) {
+        if (thread < half && memory->peaks[thread + half] > memory->peaks[thread])
+          memory->peaks[thread] = memory->peaks[thread + half];
+      });
+      block.sync();
+    }
+    block.each([&](int thread) {
+      if (thread == 0) atomic_max(this->peaks + at.image, memory->peaks[0]);
+    });
+  }
+
+ private:
+  DAVE_DEVICE T filtered(const T* centre) const {
+    T sum = 0, weights = 0;
+    DAVE_UNROLL
+    for (int dy = -bilateral_radius; dy <= bilateral_radius; ++dy) {
+      DAVE_UNROLL
+      for (int dx = -bilateral_radius; dx <= bilateral_radius; ++dx) {
+        const T neighbour = centre[dy * wide + dx];
+        const T weight = bilateral_weight(bilateral_distance<T>(dx, dy), sub(*centre, neighbour));
+        sum = add(sum, mul(weight, neighbour));
+        weights = add(weights, weight);
+      }
+    }
+    return sum / weights;
+  }
+};
+
+template <typename T>
+struct Normalise : SmoothArguments<T> {
+  using Base = SmoothArguments<T>;
+  const char* name = "smooth (divide)";
+
+  explicit Normalise(const Base& arguments) : Base(arguments) {}
+  int shared_bytes() const { return 0; }
+
+  template <class Block>
+  DAVE_DEVICE void operator()(const Block& block) const {
+    const auto at = this->tile(block.index());
+    block.each([&](int thread) {
+      const T peak = number_of(this->peaks[at.image]), divisor = peak == 0 ? static_cast<T>(1) : peak;
+      for (int i = thread; i < Base::tile_x * Base::tile_y; i += Base::threads) {
+        const int32_t x = at.x + i % Base::tile_x, y = at.y + i / Base::tile_x;
+        if (!this->inside(x, y)) continue;
+        T* map = this->maps + this->pixel(at.image, x, y);
+        *map = *map / divisor;
+      }
+    });
+  }
+};
+
+// scratch: room for count·(height·width + 1) values of raw's type.
+template <typename T, class Grid>
+void smooth_typed(const Grid& grid, const Images& raw, void* scratch, void* maps) {
+  const SmoothArguments<T> arguments(raw, scratch, maps);
+  grid.run(Blend<T>(arguments));
+  grid.run(Bilateral<T>(arguments));
+  grid.run(Normalise<T>(arguments));
+}
+
+template <class Grid>
+void smooth_on(const Grid& grid, const Images& raw, void* scratch, void* maps) {
+  if (raw.dtype == Dtype::float64) smooth_typed<double>(grid, raw, scratch, maps);
+  else smooth_typed<float>(grid, raw, scratch, maps);
+}
+
+}  // namespace dave::DAVE_ISA
