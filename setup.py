@@ -90,9 +90,9 @@ def extensions() -> list[Extension]:
 
 
 def find_nvcc() -> str | None:
-    """CUDACXX, else what is on PATH, else where CUDA_HOME or the toolkit's own installer have it."""
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    named = [os.environ.get("CUDACXX"), "nvcc", *(f"{home}/bin/nvcc" for home in [*homes, "/usr/local/cuda"])]
+    """CUDACXX, else what is on PATH, else where CUDA_HOME, or the toolkit's own installer, has it."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    named = [os.environ.get("CUDACXX"), "nvcc", f"{home}/bin/nvcc"]
     return next((found for name in named if name and (found := shutil.which(name))), None)
 
 

@@ -86,8 +86,9 @@ void robust_mean_of(const T* values, int64_t samples, const Exchange* network, i
 // The network of one number of samples, shared by the threads.
 class Network {
  public:
-  explicit Network(int64_t samples) : count_(sorting_network(samples, nullptr)), exchanges_(count_) {
-    sorting_network(samples, exchanges_);
+  explicit Network(int64_t samples) : count_(exchanges_of(samples)), exchanges_(count_) {
+    Exchange* to = exchanges_;
+    sorting_network(samples, [&](int32_t low, int32_t high) { *to++ = {low, high}; });
   }
   const Exchange* exchanges() const { return exchanges_; }
   int64_t count() const { return count_; }

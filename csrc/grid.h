@@ -2,7 +2,7 @@
 // tests and sanitizers on a CPU run the very indices, tails and networks that a GPU will.
 //
 // A kernel is a struct of its arguments with `threads` a block, `resident` blocks that a multiprocessor must
-// have registers for, `name`, blocks(), shared_bytes(), and a body
+// have registers for, `shared_bytes`, `name`, blocks(), and a body
 //     template <class Block> DAVE_DEVICE void operator()(Block& block) const
 // made of phases: block.each(f) runs f(thread) for all threads, block.sync() ends a phase. What outlives a phase lies
 // in shared memory. block.pairs(f) runs f(pair, lanes) for every two neighbouring threads, whose exchanges `Lanes` has.

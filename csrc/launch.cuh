@@ -10,7 +10,7 @@ namespace dave::DAVE_ISA {
 
 template <class Kernel>
 __global__ void __launch_bounds__(Kernel::threads, Kernel::resident) run_block(const __grid_constant__ Kernel kernel) {
-  extern __shared__ __align__(16) unsigned char memory[];
+  __shared__ __align__(16) unsigned char memory[Kernel::shared_bytes > 0 ? Kernel::shared_bytes : 1];
   kernel(DeviceBlock{memory});
 }
 
@@ -23,10 +23,9 @@ class DeviceGrid {
     const int64_t blocks = kernel.blocks();
     if (blocks == 0) return;
     const std::string what = std::string(kernel.name) + " in " + std::to_string(blocks) + " blocks of " +
-                             std::to_string(Kernel::threads) + " threads and " + std::to_string(kernel.shared_bytes()) +
-                             " bytes of shared memory";
+                             std::to_string(Kernel::threads) + " threads";
     if (blocks >= int64_t{1} << 31) throw cuda::Error(what + ": a grid has fewer than 2^31 blocks; give fewer rows at once");
-    run_block<<<static_cast<unsigned>(blocks), Kernel::threads, kernel.shared_bytes(), stream_>>>(kernel);
+    run_block<<<static_cast<unsigned>(blocks), Kernel::threads, 0, stream_>>>(kernel);
     cuda::require(cudaGetLastError(), what);
   }
 

@@ -49,7 +49,8 @@ DAVE_DEVICE void deviates_of(const PerturbRow<T>& row, int64_t element, float* d
 
 template <typename T, int Run>
 struct Perturb {
-  static constexpr int threads = 128, resident = sizeof(T) == 4 ? 8 : 4;
+  static constexpr int threads = 128, resident = blocks_with(threads, (Run == 8 ? 100 : 64) * sizeof(T) / 4);
+  static constexpr int shared_bytes = sizeof(PerturbRow<T>);
   const char* name = "perturb";
   const T* images;
   Draws draws;
@@ -69,7 +70,6 @@ struct Perturb {
         blocks_a_row(blocks_of(runs, threads)) {}
 
   int64_t blocks() const { return draws.rows * blocks_a_row.divisor; }
-  int shared_bytes() const { return sizeof(PerturbRow<T>); }
 
   template <class Block>
   DAVE_DEVICE void operator()(const Block& block) const {

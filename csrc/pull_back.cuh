@@ -28,7 +28,7 @@ struct PullBackRow {
 
 template <typename T, typename Given>
 struct PullBack {
-  static constexpr int threads = 128, resident = 1;
+  static constexpr int threads = 128, resident = 1, shared_bytes = sizeof(PullBackRow<T>);
   // channels that share a weight; most images have as many or fewer
   static constexpr int together = 4;
   const char* name = "pull_back";
@@ -54,7 +54,6 @@ struct PullBack {
         patch_width(patch.width), row_width(of.width), blocks_a_row(blocks_of(span.pixels, threads)) {}
 
   int64_t blocks() const { return rows * blocks_a_row.divisor; }
-  int shared_bytes() const { return sizeof(PullBackRow<T>); }
 
   template <class Block>
   DAVE_DEVICE void operator()(const Block& block) const {

@@ -19,9 +19,12 @@ using cuda::Placement;
 
 template <int n>
 struct NetworkOf {
-  static constexpr int count = static_cast<int>(sorting_network(n, nullptr));
+  static constexpr int count = static_cast<int>(exchanges_of(n));
   Exchange exchanges[count > 0 ? count : 1] = {};
-  constexpr NetworkOf() { sorting_network(n, exchanges); }
+  constexpr NetworkOf() {
+    int e = 0;
+    sorting_network(n, [&](int32_t low, int32_t high) { exchanges[e++] = {low, high}; });
+  }
 };
 
 template <int n>
@@ -129,13 +132,14 @@ struct RobustMeanArguments {
   // The mean of what is kept, summed sample by sample.
   DAVE_DEVICE T mean_of_kept(int64_t first, T median, T within, bool any_nan) const {
     return with_type([&](const auto* from) {
-      double total = 0, carry = 0, count = 0;
+      double total = 0, carry = 0;
+      int count = 0;
       DAVE_UNROLL_BY(4)
       for (int64_t s = 0; s < of.samples; ++s) {
         const T value = widen(from[first + s * of.pixels]);
         const bool kept = magnitude(sub(value, median)) <= within;
         const double addend = kept ? static_cast<double>(value) : 0.0;
-        count = add(count, kept ? 1.0 : 0.0);
+        count += kept ? 1 : 0;
         if constexpr (sizeof(T) == sizeof(double)) add_compensated(total, carry, addend);
         else total = add(total, addend);
       }
@@ -147,15 +151,13 @@ struct RobustMeanArguments {
 // fewest ≤ S ≤ P: one thread a pixel.
 template <typename T, int P, int fewest>
 struct SortInOne : RobustMeanArguments<T> {
-  static constexpr int threads = 128, resident = blocks_with(threads, P * sizeof(T) / 4 + 40);
+  static constexpr int threads = 128, resident = blocks_with(threads, P * sizeof(T) / 4 + 40), shared_bytes = 0;
   static constexpr int middle = P / 2 - 1, most_before = middle - (fewest - 1) / 2;
   const char* name = "robust_mean";
   int before;
 
   SortInOne(const Contributions& of, const Placement& at, void* to)
       : RobustMeanArguments<T>(of, at, to, threads), before(middle - static_cast<int>((of.samples - 1) / 2)) {}
-
-  int shared_bytes() const { return 0; }
 
   template <class Block>
   DAVE_DEVICE void operator()(const Block& block) const {
@@ -193,11 +195,10 @@ struct SortInTwo : RobustMeanArguments<T> {
     T median[pixels], within[pixels];
     int nans[pixels][2];
   };
+  static constexpr int shared_bytes = sizeof(Statistics);
 
   SortInTwo(const Contributions& of, const Placement& at, void* to)
       : RobustMeanArguments<T>(of, at, to, pixels), before(N - 1 - static_cast<int>((of.samples - 1) / 2)) {}
-
-  int shared_bytes() const { return sizeof(Statistics); }
 
   template <class Block>
   DAVE_DEVICE void operator()(const Block& block) const {
@@ -248,12 +249,10 @@ struct SortInTwo : RobustMeanArguments<T> {
 // Any S: medians by two bits a pass, from the highest.
 template <typename T, typename Given>
 struct Select : RobustMeanArguments<T> {
-  static constexpr int threads = 256, resident = 1;
+  static constexpr int threads = 256, resident = 1, shared_bytes = 0;
   const char* name = "robust_mean (selection)";
 
   Select(const Contributions& of, const Placement& at, void* to) : RobustMeanArguments<T>(of, at, to, threads) {}
-
-  int shared_bytes() const { return 0; }
 
   template <class Block>
   DAVE_DEVICE void operator()(const Block& block) const {

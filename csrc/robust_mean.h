@@ -34,18 +34,20 @@ struct Exchange {
   int32_t low, high;
 };
 
-// Batcher's odd-even merge sort of n values, as the list of its compare-exchanges. Returns how many there are;
-// writes them where `to` is given. Source: Knuth, The Art of Computer Programming 3, 5.2.2, algorithm M's network.
-constexpr int64_t sorting_network(int64_t n, Exchange* to) {
-  int64_t count = 0;
+// Batcher's odd-even merge sort of n values: visit(low, high) for each of its compare-exchanges, in their order. Source:
+// Knuth, The Art of Computer Programming 3, 5.2.2, algorithm M's network.
+template <class Visit>
+constexpr void sorting_network(int64_t n, const Visit& visit) {
   for (int64_t p = 1; p < n; p *= 2)
     for (int64_t k = p; k >= 1; k /= 2)
       for (int64_t j = k % p; j + k < n; j += 2 * k)
-        for (int64_t i = j; i < j + k && i + k < n; ++i) {
-          if (i / (2 * p) != (i + k) / (2 * p)) continue;
-          if (to) to[count] = {static_cast<int32_t>(i), static_cast<int32_t>(i + k)};
-          ++count;
-        }
+        for (int64_t i = j; i < j + k && i + k < n; ++i)
+          if (i / (2 * p) == (i + k) / (2 * p)) visit(static_cast<int32_t>(i), static_cast<int32_t>(i + k));
+}
+
+constexpr int64_t exchanges_of(int64_t n) {
+  int64_t count = 0;
+  sorting_network(n, [&](int32_t, int32_t) { ++count; });
   return count;
 }
 

@@ -61,7 +61,7 @@ struct Blend : SmoothArguments<T> {
   };
 
   explicit Blend(const Base& arguments) : Base(arguments) { blur_weights(weights); }
-  int shared_bytes() const { return sizeof(Memory); }
+  static constexpr int shared_bytes = sizeof(Memory);
 
   template <class Block>
   DAVE_DEVICE void operator()(const Block& block) const {
@@ -120,7 +120,7 @@ struct Bilateral : SmoothArguments<T> {
   };
 
   explicit Bilateral(const Base& arguments) : Base(arguments) {}
-  int shared_bytes() const { return sizeof(Memory); }
+  static constexpr int shared_bytes = sizeof(Memory);
 
   template <class Block>
   DAVE_DEVICE void operator()(const Block& block) const {
@@ -180,7 +180,7 @@ struct Normalise : SmoothArguments<T> {
   const char* name = "smooth (divide)";
 
   explicit Normalise(const Base& arguments) : Base(arguments) {}
-  int shared_bytes() const { return 0; }
+  static constexpr int shared_bytes = 0;
 
   template <class Block>
   DAVE_DEVICE void operator()(const Block& block) const {

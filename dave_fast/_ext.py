@@ -1,5 +1,5 @@
-"""The native extensions `dave_fast._native` (host) and `dave_fast._cuda` (GPU): loaded when first wanted, with the reason
-kept where they cannot be.
+"""The native extensions `dave_fast._native` (host) and `dave_fast._cuda` (GPU): loaded when first wanted, with the
+reason kept where they cannot be.
 
 DAVE_FAST_ISA=avx512bf16|avx512|avx2|baseline in the environment takes the kernels of one instruction set; without it
 the best that the machine has is taken.

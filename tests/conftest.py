@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from dave_fast import _ext
+from dave_fast.ops import _registry
+from tests import serial_cuda
 
 INTEGER_POISON = -7
 
@@ -36,19 +38,45 @@ def poisoned_buffers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
             monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
 
 
-@pytest.fixture(params=["torch", "avx512bf16", "avx512", "avx2", "baseline"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each form of a pixel op in turn: PyTorch, and C++ for each instruction set of this machine."""
-    if request.param == "torch":
+def _chosen(form: str) -> Iterator[str]:
+    """The backend of "torch", or of an instruction set that is in use until the test is over."""
+    if form == "torch":
         yield "torch"
         return
     reason = _ext.unavailable()
     if reason is not None:
         pytest.skip(reason)
     native = _ext.module()
-    if request.param not in native.usable_isas():
-        pytest.skip(f"this machine has no {request.param}")
+    if form not in native.usable_isas():
+        pytest.skip(f"this machine has no {form}")
     before = native.isa()
-    native.use_isa(request.param)
+    native.use_isa(form)
     yield "native"
     native.use_isa(before)
+
+
+@pytest.fixture(params=["torch", "avx512bf16", "avx512", "avx2", "baseline"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each form of an op in turn: PyTorch, and C++ for each instruction set of this machine."""
+    yield from _chosen(request.param)
+
+
+@pytest.fixture
+def serial_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CUDA kernels' bodies run on the host, for CPU tensors: backend "cuda" without a GPU."""
+    reason = serial_cuda.missing()
+    if reason is not None:
+        pytest.skip(reason)
+    monkeypatch.setattr(_ext, "cuda_module", serial_cuda.load)
+    monkeypatch.setattr(_ext, "queue", lambda device: (0, 0))
+    monkeypatch.setitem(_registry.BACKENDS, "cuda", _registry.Backend("cuda", ("cpu",), lambda: None))
+
+
+@pytest.fixture(params=["torch", "avx512bf16", "avx512", "avx2", "baseline", "cuda"])
+def pixel_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each form of a pixel op in turn: those of `backend`, and the CUDA kernels."""
+    if request.param == "cuda":
+        request.getfixturevalue("serial_cuda_kernels")
+        yield "cuda"
+    else:
+        yield from _chosen(request.param)

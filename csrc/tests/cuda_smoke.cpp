@@ -1,1 +1,202 @@
-int main(){}
+// Runs every CUDA kernel once or more on odd shapes, with outputs of exactly the right size, and compares with the host's
+// kernels: to the bit, smooth to rounding. On a device for compute-sanitizer to watch, and, linked with serial.cpp, on the
+// host for AddressSanitizer and UBSan.
+#include "cuda.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "device_memory.h"
+#include "dispatch.h"
+#include "grid.h"
+
+namespace {
+
+using dave::Dtype;
+using dave::cuda::Queue;
+
+void require(bool condition, const char* what) {
+  if (condition) return;
+  std::fprintf(stderr, "cuda smoke test failed: %s\n", what);
+  std::exit(1);
+}
+
+double noise(int64_t i) { return std::sin(12.9898 * static_cast<double>(i)) * 2; }
+
+template <typename T>
+std::vector<T> values(int64_t n) {
+  std::vector<T> v(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) v[static_cast<size_t>(i)] = static_cast<T>(noise(i));
+  return v;
+}
+
+// Memory of the device with a vector's values, and back.
+template <typename T>
+class OnDevice {
+ public:
+  explicit OnDevice(const std::vector<T>& from) : count_(from.size()), data_(device_new(from.size() * sizeof(T))) {
+    copy_to_device(data_, from.data(), count_ * sizeof(T));
+  }
+  ~OnDevice() { device_delete(data_); }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+  T* get() const { return static_cast<T*>(data_); }
+  std::vector<T> values() const {
+    std::vector<T> v(count_);
+    copy_from_device(v.data(), data_, count_ * sizeof(T));
+    return v;
+  }
+
+ private:
+  size_t count_;
+  void* data_;
+};
+
+template <typename T>
+bool same(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
+}
+
+struct Rows {
+  static constexpr int64_t count = 6;
+  std::vector<int64_t> image_index, keys, samples;
+  std::vector<double> matrices, signal, noises;
+
+  Rows() {
+    // the identity, a turn by 20°, a quarter turn with a shift, a strong zoom out, a strong zoom in, far outside
+    const double maps[count][6] = {{1, 0, 0, 0, 1, 0}, {0.94, 0.34, -1, -0.34, 0.94, 2}, {0, 1, -3.5, -1, 0, 9},
+                                   {4, 1, -7, -1, 4, 2}, {0.2, 0.05, 1, -0.05, 0.2, 2}, {1, 0, 1e9, 0, -1, -1e9}};
+    for (int64_t r = 0; r < count; ++r) {
+      image_index.push_back(r / (count / 2));
+      matrices.insert(matrices.end(), maps[r], maps[r] + 6);
+      signal.push_back(1 - 0.15 * static_cast<double>(r)), noises.push_back(0.15 * static_cast<double>(r));
+      keys.push_back(0xFFFFFFFF - r), keys.push_back(r), samples.push_back(7 * r);
+    }
+  }
+  dave::Draws draws() const {
+    return {image_index.data(), matrices.data(), signal.data(), noises.data(), keys.data(), samples.data(), count};
+  }
+};
+
+struct RowsOnDevice {
+  OnDevice<int64_t> image_index, keys, samples;
+  OnDevice<double> matrices, signal, noises;
+
+  explicit RowsOnDevice(const Rows& rows)
+      : image_index(rows.image_index), keys(rows.keys), samples(rows.samples), matrices(rows.matrices),
+        signal(rows.signal), noises(rows.noises) {}
+  dave::Draws draws() const {
+    return {image_index.get(), matrices.get(), signal.get(), noises.get(), keys.get(), samples.get(), Rows::count};
+  }
+};
+
+// The warps' ops for one kind of image, stored as `stored`, whose elements are of type S.
+template <typename T, typename S>
+void warps(const Queue& queue, Dtype dtype, Dtype stored, int64_t channels, int64_t height, int64_t width,
+           dave::Patch patch) {
+  const auto pixels = values<T>(2 * channels * height * width);
+  const OnDevice<T> pixels_there(pixels);
+  const dave::Images images{pixels.data(), dtype, 2, channels, height, width};
+  const dave::Images images_there{pixels_there.get(), dtype, 2, channels, height, width};
+  const Rows rows;
+  const RowsOnDevice rows_there(rows);
+  const int64_t n = Rows::count * channels * height * width;
+  std::vector<S> tokens(static_cast<size_t>(n)), contributions(tokens.size());
+  std::memset(tokens.data(), 0xFF, tokens.size() * sizeof(S));
+  const OnDevice<S> tokens_there(tokens), contributions_there(tokens);
+  const auto& host = dave::kernels();
+  host.perturb(images, rows.draws(), patch, tokens.data(), stored, 1);
+  dave::cuda::perturb(queue, images_there, rows_there.draws(), patch, tokens_there.get(), stored);
+  require(same(tokens, tokens_there.values()), "perturb differs from the host's");
+  // tokens that begin anywhere: shorter runs
+  const OnDevice<S> moved(std::vector<S>(tokens.size() + 1));
+  dave::cuda::perturb(queue, images_there, rows_there.draws(), patch, moved.get() + 1, stored);
+  const auto all = moved.values();
+  require(same(tokens, std::vector<S>(all.begin() + 1, all.end())), "perturb depends on where its tokens begin");
+  host.pull_back(tokens.data(), stored, images, rows.draws(), patch, contributions.data(), stored, 1);
+  dave::cuda::pull_back(queue, tokens_there.get(), stored, images_there, rows_there.draws(), {0, Rows::count}, patch,
+                        {0, height * width}, contributions_there.get(), stored);
+  require(same(contributions, contributions_there.values()), "pull_back differs from the host's");
+  const int64_t samples = Rows::count / 2;
+  std::vector<T> raw(static_cast<size_t>(2 * channels * height * width), NAN);
+  host.pull_back_mean(tokens.data(), stored, images, rows.draws(), patch, samples, raw.data(), 1);
+  for (int64_t tile : {int64_t{7}, height * width}) {
+    const OnDevice<T> scratch(std::vector<T>(static_cast<size_t>(samples * channels * tile), NAN));
+    const OnDevice<T> raw_there(std::vector<T>(raw.size(), NAN));
+    dave::cuda::pull_back_mean(queue, tokens_there.get(), stored, images_there, rows_there.draws(), patch, samples, tile,
+                               scratch.get(), raw_there.get());
+    require(same(raw, raw_there.values()), "pull_back_mean differs from the host's");
+  }
+}
+
+template <typename T>
+void statistics(const Queue& queue, Dtype dtype) {
+  // each network, full and not, two lanes, and selection; a pixel, a whole block and a rest of one
+  for (int64_t samples : {1, 5, 16, 17, 32, 33, 50, 51, 64, 65, 100, 101, 128, 129, 256, 257})
+    for (int64_t pixels : {1, 64, 131}) {
+      auto contributions = values<T>(2 * samples * pixels);
+      contributions[0] = INFINITY;
+      const OnDevice<T> there(contributions);
+      std::vector<T> raw(static_cast<size_t>(2 * pixels), 77);
+      const OnDevice<T> raw_there(raw);
+      dave::kernels().robust_mean(contributions.data(), dtype, 2, samples, pixels, raw.data(), 1);
+      dave::cuda::robust_mean(queue, {there.get(), dtype, 2, samples, pixels}, {pixels, 0, 0}, raw_there.get());
+      const auto found = raw_there.values();
+      for (size_t i = 0; i < raw.size(); ++i)
+        require(raw[i] == found[i] || (std::isnan(raw[i]) && std::isnan(found[i])), "robust_mean differs from the host's");
+    }
+}
+
+template <typename T>
+void maps(const Queue& queue, Dtype dtype) {
+  for (int64_t height : {1, 16, 19})
+    for (int64_t width : {1, 33}) {
+      const auto raw = values<T>(2 * 3 * height * width);
+      const OnDevice<T> there(raw);
+      std::vector<T> expected(static_cast<size_t>(2 * height * width), NAN);
+      const OnDevice<T> found(expected), scratch(std::vector<T>(static_cast<size_t>(2 * (height * width + 1)), NAN));
+      dave::kernels().smooth({raw.data(), dtype, 2, 3, height, width}, expected.data(), 1);
+      dave::cuda::smooth(queue, {there.get(), dtype, 2, 3, height, width}, scratch.get(), found.get());
+      const auto maps = found.values();
+      for (size_t i = 0; i < maps.size(); ++i)
+        require(std::abs(maps[i] - expected[i]) <= 1e-6, "smooth differs from the host's");
+    }
+}
+
+void division() {
+  for (uint32_t divisor : {1u, 2u, 3u, 7u, 16u, 49u, 224u, 65535u, 65537u, 50176u, 1000003u, 0x40000001u, 0x7FFFFFFFu}) {
+    const dave::portable::Divider divider(divisor);
+    for (uint64_t k = 0; k < 2000; ++k)
+      // around multiples of the divisor, all over the range
+      for (uint64_t around : {k * divisor, k * 1073741u / divisor * divisor}) {
+        for (uint64_t n : {around, around + 1, around + divisor - 1})
+          if (n < (uint64_t{1} << 31))
+            require(divider.quotient(static_cast<uint32_t>(n)) == n / divisor, "a division is wrong");
+      }
+    require(divider.quotient(0x7FFFFFFFu) == 0x7FFFFFFFu / divisor, "the largest division is wrong");
+  }
+}
+
+}  // namespace
+
+int main() {
+  division();
+  const Queue queue{0, nullptr};
+  const std::string reason = dave::cuda::why_not(0);
+  require(reason.empty(), reason.c_str());
+  // patches of every run length, and images that are one token
+  warps<float, float>(queue, Dtype::float32, Dtype::float32, 3, 12, 48, {6, 16});
+  warps<float, uint16_t>(queue, Dtype::float32, Dtype::bfloat16, 3, 12, 48, {6, 16});
+  warps<float, uint16_t>(queue, Dtype::float32, Dtype::float16, 5, 10, 42, {5, 14});
+  warps<float, float>(queue, Dtype::float32, Dtype::float32, 1, 17, 33, {17, 33});
+  warps<double, double>(queue, Dtype::float64, Dtype::float64, 3, 9, 20, {3, 4});
+  warps<double, float>(queue, Dtype::float64, Dtype::float32, 4, 9, 6, {3, 1});
+  statistics<float>(queue, Dtype::float32);
+  statistics<double>(queue, Dtype::float64);
+  maps<float>(queue, Dtype::float32);
+  maps<double>(queue, Dtype::float64);
+  std::puts("cuda smoke test passed");
+}

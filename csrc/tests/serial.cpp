@@ -15,7 +15,7 @@ struct SerialGrid {
   template <class Kernel>
   void run(const Kernel& kernel) const {
     if (kernel.blocks() >= int64_t{1} << 31) throw cuda::Error(std::string(kernel.name) + ": too many blocks");
-    const size_t size = static_cast<size_t>(kernel.shared_bytes());
+    constexpr size_t size = Kernel::shared_bytes;
     for (int64_t block = 0; block < kernel.blocks(); ++block) {
       // new memory for each block, so that what a block leaves is never what the next one finds
       const std::unique_ptr<unsigned char[]> memory(new unsigned char[size]);

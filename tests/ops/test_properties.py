@@ -47,67 +47,68 @@ def whole_numbers(draw_, odd: bool = False) -> torch.Tensor:
 
 @some
 @given(sizes, sizes, st.tuples(st.integers(1, 9), st.integers(1, 9)), st.integers(1, 3), seeds, st.booleans())
-def test_pull_back_is_the_adjoint_of_perturb(backend, rows, columns, patch, channels, seed, wide):
+def test_pull_back_is_the_adjoint_of_perturb(pixel_backend, rows, columns, patch, channels, seed, wide):
     height, width = rows * patch[0], columns * patch[1]
     images = numbers(2, channels, height, width, seed=seed, dtype=torch.float64)
     sampling = {"sampling": WIDE} if wide else {}
     draws = silent(draw(2, height=height, width=width, seed=seed, image_keys=[1, 2], **sampling))
     y = patchify(numbers(len(draws), channels, height, width, seed=seed + 1, dtype=torch.float64), patch)
-    there = perturb(images, draws, patch, dtype=torch.float64, backend=backend) * y
-    back = pull_back(y, torch.ones_like(images), draws, patch, backend=backend) * images[draws.image_index]
+    there = perturb(images, draws, patch, dtype=torch.float64, backend=pixel_backend) * y
+    back = pull_back(y, torch.ones_like(images), draws, patch, backend=pixel_backend) * images[draws.image_index]
     assert float(there.sum() - back.sum()) == pytest.approx(0, abs=1e-12 * float(there.abs().sum() + 1))
 
 
 @some
 @given(whole_numbers(), seeds)
-def test_the_order_of_samples_does_not_matter(backend, values, seed):
+def test_the_order_of_samples_does_not_matter(pixel_backend, values, seed):
     order = torch.randperm(values.shape[1], generator=torch.Generator().manual_seed(seed))
-    assert torch.equal(robust_mean(values[:, order], backend=backend), robust_mean(values, backend=backend))
+    assert torch.equal(robust_mean(values[:, order], backend=pixel_backend), robust_mean(values, backend=pixel_backend))
 
 
 @some
 @given(whole_numbers(), st.integers(-8, 8))
-def test_powers_of_two_go_through_robust_mean(backend, values, power):
+def test_powers_of_two_go_through_robust_mean(pixel_backend, values, power):
     factor = 2.0**power
-    assert torch.equal(robust_mean(factor * values, backend=backend), factor * robust_mean(values, backend=backend))
+    whole = robust_mean(values, backend=pixel_backend)
+    assert torch.equal(robust_mean(factor * values, backend=pixel_backend), factor * whole)
 
 
 @some
 @given(whole_numbers(odd=True))
-def test_signs_go_through_robust_mean(backend, values):
+def test_signs_go_through_robust_mean(pixel_backend, values):
     """For an odd number of samples: of an even number the lower median is taken, and becomes the upper one."""
-    assert torch.equal(robust_mean(-values, backend=backend), -robust_mean(values, backend=backend))
+    assert torch.equal(robust_mean(-values, backend=pixel_backend), -robust_mean(values, backend=pixel_backend))
 
 
 @some
 @given(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=25))
-def test_robust_mean_is_between_the_values(backend, values):
+def test_robust_mean_is_between_the_values(pixel_backend, values):
     contributions = torch.tensor(values)
-    raw = float(robust_mean(contributions.view(1, -1, 1), backend=backend))
+    raw = float(robust_mean(contributions.view(1, -1, 1), backend=pixel_backend))
     assert float(contributions.min()) <= raw <= float(contributions.max())
 
 
 @some
 @given(st.integers(1, 3), st.integers(1, 12), st.integers(1, 20), seeds, st.sampled_from([1e-4, 0.1, 50.0]))
-def test_maps_are_shares_of_their_peak(backend, channels, height, width, seed, scale):
+def test_maps_are_shares_of_their_peak(pixel_backend, channels, height, width, seed, scale):
     raw = scale * numbers(2, channels, height, width, seed=seed)
-    maps = smooth(raw, backend=backend)
+    maps = smooth(raw, backend=pixel_backend)
     assert float(maps.min()) >= 0
     for image, found in zip(raw, maps, strict=True):
         assert float(found.max()) == (1 if bool((image.sum(0) > 0).any()) else 0)
         # an image's map is its own, and that of its positive part
-        assert torch.equal(smooth(image[None], backend=backend)[0], found)
+        assert torch.equal(smooth(image[None], backend=pixel_backend)[0], found)
     whole = raw.sum(1, keepdim=True)
-    assert torch.equal(smooth(whole.clamp(min=0), backend=backend), smooth(whole, backend=backend))
+    assert torch.equal(smooth(whole.clamp(min=0), backend=pixel_backend), smooth(whole, backend=pixel_backend))
 
 
 @some
 @given(st.integers(1, 12), st.integers(1, 20), seeds)
-def test_maps_turn_with_their_images(backend, height, width, seed):
+def test_maps_turn_with_their_images(pixel_backend, height, width, seed):
     raw = 0.1 * numbers(1, 1, height, width, seed=seed, dtype=torch.float64)
-    maps = smooth(raw, backend=backend)
+    maps = smooth(raw, backend=pixel_backend)
     for turned, expected in ((raw.mT, maps.mT), (raw.flip(-1), maps.flip(-1)), (raw.flip(-2), maps.flip(-2))):
-        torch.testing.assert_close(smooth(turned.contiguous(), backend=backend), expected, rtol=0, atol=1e-11)
+        torch.testing.assert_close(smooth(turned.contiguous(), backend=pixel_backend), expected, rtol=0, atol=1e-11)
 
 
 @st.composite

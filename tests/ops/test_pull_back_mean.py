@@ -18,6 +18,11 @@ SHAPES = [(1, 1, 1, (1, 1)), (3, 28, 42, (14, 7)), (2, 66, 135, (11, 27)), (3, 4
 IDS = ["one-pixel", "patch-14x7", "tiles-and-rests", "one-token"]
 
 
+@pytest.fixture
+def backend(pixel_backend: str) -> str:
+    return pixel_backend
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
 @pytest.mark.parametrize("sampling", [Sampling(), WIDE], ids=["default", "wide"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -32,7 +37,7 @@ def test_it_is_the_two_ops_to_the_bit(backend, shape, sampling, dtype):
     assert torch.equal(raw, robust_mean(contributions.unflatten(0, (2, 7)), backend=backend))
 
 
-@pytest.mark.parametrize("given", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("given", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("samples", [1, 2, 50])
 def test_any_cotangents_and_sample_count(backend, given, samples):
     shape = (3, 40, 24, (8, 8))

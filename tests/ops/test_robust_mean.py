@@ -11,6 +11,11 @@ from dave_fast.errors import InputError
 from dave_fast.ops.robust_mean import robust_mean, robust_mean_ref
 
 
+@pytest.fixture
+def backend(pixel_backend: str) -> str:
+    return pixel_backend
+
+
 def by_two_medians(contributions: torch.Tensor) -> torch.Tensor:
     """The definition, value by value, the mean exactly rounded."""
     values = contributions.to(torch.float64 if contributions.dtype == torch.float64 else torch.float32)
@@ -44,7 +49,7 @@ def test_every_number_of_samples(backend, samples):
     assert torch.equal(raw, by_two_medians(contributions).float())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_types_and_shapes(backend, dtype):
     contributions = contributions_of(24, dtype, pixels=3 * 5 * 7).view(2, 24, 3, 5, 7)
     raw = robust_mean(contributions, backend=backend)

@@ -12,6 +12,11 @@ from dave_fast.ops.smooth import smooth
 SHAPES = [(1, 1, 1), (3, 12, 17), (4, 5, 3), (1, 30, 2)]
 
 
+@pytest.fixture
+def backend(pixel_backend: str) -> str:
+    return pixel_backend
+
+
 def by_loops(raw: np.ndarray) -> np.ndarray:
     """One image (C, H, W), pixel by pixel."""
     m = np.maximum(raw.sum(axis=0), 0)

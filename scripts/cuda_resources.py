@@ -1,0 +1,99 @@
+"""What the compiler gave each CUDA kernel: registers, spills, local and shared memory. Writes the table of docs/cuda.md.
+
+    python scripts/cuda_resources.py [sm_90a sm_80 ...]     all architectures of CMakeLists.txt where none is named
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "cuda.md"
+SOURCES = ("perturb", "pull_back", "robust_mean", "smooth")
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100")
+BEGIN, END = "<!-- cuda_resources.py: begin -->", "<!-- cuda_resources.py: end -->"
+# as in CMakeLists.txt
+FLAGS = ("-std=c++17", "-O3", "--fmad=false")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of one kernel: registers a thread, bytes spilled (stores + loads), of local memory, of shared memory."""
+
+    kernel: str
+    registers: int
+    spilled: int
+    local: int
+    shared: int
+
+
+def compile_one(source: str, architecture: str) -> str:
+    """What ptxas says of one source's kernels; RuntimeError where they do not compile."""
+    code = f"arch={architecture.replace('sm_', 'compute_')},code={architecture}"
+    command = ["nvcc", *FLAGS, "-gencode", code, "-Xptxas", "-v", "-cubin", "-o", "/dev/null"]
+    done = subprocess.run(
+        [*command, str(ROOT / "csrc" / f"{source}.cu")], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return done.stderr
+
+
+def readable(mangled: str) -> str:
+    """`perturb<float, 4>` of a mangled run_block<dave::portable::Perturb<float, 4>>."""
+    name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
+    inner = name.split("run_block<", 1)[1].rsplit(">(", 1)[0]
+    return re.sub(r"dave::\w+::", "", inner).strip()
+
+
+def parse(text: str) -> list[Resources]:
+    """Every kernel in ptxas' words."""
+    found = []
+    for part in re.split(r"Compiling entry function '", text)[1:]:
+        number = {
+            key: sum(map(int, re.findall(pattern, part)))
+            for key, pattern in {
+                "registers": r"Used (\d+) registers",
+                "spilled": r"(\d+) bytes spill (?:stores|loads)",
+                "local": r"(\d+) bytes stack frame",
+                "shared": r"(\d+) bytes smem",
+            }.items()
+        }
+        found.append(Resources(readable(part.split("'", 1)[0]), **number))
+    return found
+
+
+def collect(architectures: tuple[str, ...]) -> dict[str, list[Resources]]:
+    """architecture -> its kernels, two compilers at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        texts = {a: [pool.submit(compile_one, source, a) for source in SOURCES] for a in architectures}
+        return {a: [kernel for text in parts for kernel in parse(text.result())] for a, parts in texts.items()}
+
+
+def table(found: dict[str, list[Resources]]) -> str:
+    """Markdown: a row a kernel, a column an architecture; what is spilled or local beside the registers."""
+    rows: dict[str, list[str]] = {}
+    shared: dict[str, int] = {}
+    for kernels in found.values():
+        for one in kernels:
+            wasted = f", {one.spilled} B spilled, {one.local} B local" if one.spilled or one.local else ""
+            rows.setdefault(one.kernel, []).append(f"{one.registers}{wasted}")
+            shared[one.kernel] = one.shared
+    head = f"| kernel | shared memory (B) | {' | '.join(found)} |\n|---|--:|{'--:|' * len(found)}\n"
+    return head + "".join(f"| `{k}` | {shared[k]} | {' | '.join(cells)} |\n" for k, cells in sorted(rows.items()))
+
+
+def main() -> None:
+    architectures = tuple(sys.argv[1:]) or ARCHITECTURES
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    PAGE.write_text(f"{before}{BEGIN}\n{table(collect(architectures))}{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
