@@ -151,7 +151,7 @@ struct RobustMeanArguments {
 // fewest ≤ S ≤ P: one thread a pixel.
 template <typename T, int P, int fewest>
 struct SortInOne : RobustMeanArguments<T> {
-  static constexpr int threads = 128, resident = blocks_with(threads, P * sizeof(T) / 4 + 40), shared_bytes = 0;
+  static constexpr int threads = 128, resident = blocks_with(threads, (P + 40) * sizeof(T) / 4), shared_bytes = 0;
   static constexpr int middle = P / 2 - 1, most_before = middle - (fewest - 1) / 2;
   const char* name = "robust_mean";
   int before;

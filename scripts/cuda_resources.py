@@ -1,6 +1,6 @@
-"""What the compiler gave each CUDA kernel: registers, spills, local and shared memory. Writes the table of docs/cuda.md.
+"""What the compiler gave each CUDA kernel: registers, spills, local and shared memory: the table of docs/cuda.md.
 
-    python scripts/cuda_resources.py [sm_90a sm_80 ...]     all architectures of CMakeLists.txt where none is named
+python scripts/cuda_resources.py [sm_90a sm_80 ...]     all architectures of CMakeLists.txt where none is named
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ def compile_one(source: str, architecture: str) -> str:
     """What ptxas says of one source's kernels; RuntimeError where they do not compile."""
     code = f"arch={architecture.replace('sm_', 'compute_')},code={architecture}"
     command = ["nvcc", *FLAGS, "-gencode", code, "-Xptxas", "-v", "-cubin", "-o", "/dev/null"]
-    done = subprocess.run(
-        [*command, str(ROOT / "csrc" / f"{source}.cu")], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*command, str(ROOT / "csrc" / f"{source}.cu")], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr)
     return done.stderr

@@ -56,7 +56,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def wheel_of(source: Path, to: Path, choice: str, **environment: str) -> tuple[Path, set[str], str]:
     pip = (sys.executable, "-m", "pip", "wheel", "--verbose", "--no-deps", "--no-build-isolation", "-w", to, source)
-    out = run(*pip, DAVE_FAST_BUILD_EXT=choice, **environment)
+    # one GPU architecture: all of them would take minutes and show no more
+    out = run(*pip, DAVE_FAST_BUILD_EXT=choice, CUDAARCHS="90a-real", **environment)
     (wheel,) = to.glob("*.whl")
     return wheel, set(zipfile.ZipFile(wheel).namelist()), out
 
@@ -77,7 +78,7 @@ def assert_it_explains(archive: Path, tmp_path: Path, *, native: bool) -> None:
     # this environment's packages, by a path alone: files in it that would add the checkout are not run
     (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     pip = (sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--no-build-isolation", "--target", site)
-    run(*pip, archive, DAVE_FAST_BUILD_EXT="1" if native else "0")
+    run(*pip, archive, DAVE_FAST_BUILD_EXT="1" if native else "0", CUDAARCHS="90a-real")
     away = tmp_path / "away"
     away.mkdir()
     # neither the checkout on a path nor a choice for this session's own tests
@@ -111,6 +112,7 @@ def test_a_wheel_with_the_extension(source, tmp_path):
     wheel, names, _ = wheel_of(source, tmp_path, "1")
     assert "none-any" not in wheel.name
     assert any(name.startswith("dave_fast/_native") for name in names)
+    assert any(name.startswith("dave_fast/_cuda") for name in names) == bool(shutil.which("nvcc"))
     assert set(DEMO) <= names
     assert_no_more_than_the_package(wheel, names)
     assert_it_explains(wheel, tmp_path, native=True)
@@ -129,6 +131,20 @@ def test_a_compiler_that_fails_is_forgiven_by_auto_alone(source, tmp_path):
 
 
 @pytest.mark.slow
+@needs_compiler
+def test_a_cuda_toolkit_that_fails_leaves_the_core_whole(source, tmp_path):
+    broken = tmp_path / "nvcc"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    _, names, out = wheel_of(source, tmp_path / "wheel", "auto", CUDACXX=str(broken))
+    assert any(name.startswith("dave_fast/_native") for name in names)
+    assert not any(name.startswith("dave_fast/_cuda") for name in names)
+    assert "the CUDA kernels were not built" in out
+    with pytest.raises(AssertionError, match="the CUDA kernels were not built"):
+        wheel_of(source, tmp_path / "fatal", "1", CUDACXX=str(broken))
+
+
+@pytest.mark.slow
 def test_the_sdist_holds_what_a_build_needs(source, tmp_path):
     code = f"from setuptools import build_meta; print(build_meta.build_sdist({str(tmp_path)!r}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=False)
@@ -139,6 +155,8 @@ def test_the_sdist_holds_what_a_build_needs(source, tmp_path):
     assert {
         "csrc/perturb.h",
         "csrc/bindings.cpp",
+        "csrc/robust_mean.cu",
+        "csrc/robust_mean.cuh",
         "CMakeLists.txt",
         "setup.py",
         "kernels/__init__.py",
