@@ -104,8 +104,10 @@ def engine_markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def ops_markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The table of ops."""
+    """The table of ops, and below it the backends that were not measured."""
     headings = ("op", "backend", "median", "GFLOP/s", "GB/s", "share of", "error", "plain PyTorch's")
+    absent = {row["backend"]: row["not measured"] for row in rows if row.get("not measured")}
+    rows = [row for row in rows if not row.get("not measured")]
     lines = [_row(headings), _row(["---", "---"] + ["---:"] * (len(headings) - 2))]
     for row in rows:
         name = row["op"] if row["case"] == row["op"] else f"{row['op']} {row['case']}"
@@ -115,7 +117,7 @@ def ops_markdown(rows: Sequence[dict[str, Any]]) -> str:
         cells = [duration(row["seconds"]["median"]), f"{row['GFLOP/s']:.0f}" if row["GFLOP/s"] else ""]
         cells += [f"{row['GB/s']:.2g}", f"{row['share']['median']:.0%} of {row['of']}"]
         lines.append(_row([name, row["backend"], *cells, f"{row['error']:.1e}", f"{row['plain']:.1e}"]))
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *(f"- {backend}: not measured: {why}." for backend, why in absent.items())])
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -134,7 +136,7 @@ def _axes(x: str, y: str) -> tuple[Figure, Axes]:
     axes = figure.add_subplot()
     axes.set_xlabel(x, fontsize=8)
     axes.set_ylabel(y, fontsize=8)
-    axes.tick_params(labelsize=7)
+    axes.tick_params(labelsize=7, which="both")
     axes.grid(alpha=0.25, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
@@ -162,8 +164,10 @@ class Roofline(_Plot):
         if rows:
             peak = max(row["ceiling"] for row in rows)
             span = [min(intensity) / 2, max(intensity) * 2]
+            axes.set_xlim(*span)
             axes.axhline(peak, color="0.4", linewidth=1)
-            axes.text(span[1], peak * 1.05, "matrix products, measured", fontsize=6.5, ha="right", color="0.35")
+            label = axes.text(0.02, peak * 1.05, "matrix products, measured", transform=axes.get_yaxis_transform())
+            label.set(fontsize=6.5, color="0.35")
             if copies:
                 axes.plot(span, [min(peak, max(copies) * x) for x in span], color="0.4", linewidth=1, linestyle="--")
         for backend in dict.fromkeys(row["backend"] for row in rows):
