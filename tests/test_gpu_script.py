@@ -39,7 +39,7 @@ def check_rehearsal(done, out, names):
     states = {stage["name"]: stage["state"] for stage in results["stages"]}
     assert list(states) == names
     for name, state in states.items():
-        assert state == ("not run: needs a GPU" if name in ("machine", "sanitizer", "tune") else "passed")
+        assert state == ("not run: needs a GPU" if name in ("machine", "peers", "sanitizer", "tune") else "passed")
     assert results["machine"]["rehearsal"] is True and results["machine"]["commit"]
     assert (out / "table.txt").read_text().strip() in done.stdout
     return results
@@ -61,13 +61,13 @@ def test_a_rehearsal_leaves_four_files_and_says_what_was_not_run(tmp_path):
 def test_the_whole_rehearsal(tmp_path, script):
     names = [stage.name for stage in script.stages(tmp_path, "90a")]
     results = check_rehearsal(rehearse(tmp_path), tmp_path, names)
-    assert {"side_by_side", "first_linear", "first_attention", "first_pixels", "first_rows", "suites"} <= set(results)
+    assert {"goals", "first_linear", "first_attention", "first_pixels", "first_rows", "suites"} <= set(results)
 
 
 def test_an_unknown_stage_is_refused_with_the_names(tmp_path):
     done = rehearse(tmp_path, "--only", "polish")
     assert done.returncode == 2
-    assert "no such stage: polish" in done.stdout and "side by side" in done.stdout
+    assert "no such stage: polish" in done.stdout and "goals" in done.stdout
 
 
 def test_without_a_gpu_every_stage_fails_plainly(tmp_path, script, monkeypatch):

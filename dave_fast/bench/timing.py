@@ -82,21 +82,36 @@ def _many(calls: Sequence[Call]) -> tuple[Call, int]:
 
     torch.cuda.synchronize()
     times = max(1, round(GRAPH_SECONDS / max(1e-6, _by_events(once))))
+    waiting = _waits(once)
 
     def eager() -> None:
         for _ in range(times):
             once()
 
+    if waiting:
+        return eager, times
     try:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             eager()
         torch.cuda.synchronize()
     except RuntimeError:
-        # what synchronises or reads back cannot be captured: it is timed as it runs
+        # what cannot be captured is timed as it runs
         torch.cuda.synchronize()
         return eager, times
     return graph.replay, times
+
+
+def _waits(call: Call) -> bool:
+    """Whether the call waits for the device or copies from pageable memory, which no graph can hold."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
 
 
 def host_seconds(call: Call, device: torch.device | str) -> float:
