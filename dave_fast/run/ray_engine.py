@@ -47,6 +47,7 @@ _BLOCK_BYTES = 8 * 2**20
 _STORE_BYTES = 2**30
 _DECODE_BATCH = 16
 _TICK_S = 0.5
+_ALIVE_S = 5.0
 
 _CROPS = pa.schema(
     [
@@ -389,6 +390,7 @@ class _Engine:
         self._ray, self._board = ray, board
         self._schema = schema(identity)
         self._stopping = False
+        self._told = time.monotonic()
         self._mapper = setup.mapper(device)
         self._mapper.warm_up()
         found = self._mapper.configuration, self._mapper.weights
@@ -439,7 +441,11 @@ class _Engine:
         return rows
 
     def _alive(self, done: int, rows: int) -> None:
-        """Between micro-batches there is nothing to tell: a batch is a few seconds."""
+        """Tell the watchdog, now and then, that a long batch is being computed."""
+        now = time.monotonic()
+        if now - self._told > _ALIVE_S:
+            self._told = now
+            self._board.mapped.remote(0, 0.0, [])
 
 
 def _plain(value: Any) -> Any:
