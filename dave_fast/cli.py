@@ -17,6 +17,7 @@ from dave_fast.cli_explain import explain
 from dave_fast.cli_export import export
 from dave_fast.cli_run import run
 from dave_fast.cli_serve import serve
+from dave_fast.cli_tune import tune
 from dave_fast.info import info
 from dave_fast.terminal import plain
 
@@ -54,6 +55,7 @@ app.command()(plain(explain))
 app.command()(plain(run))
 app.command()(plain(export))
 app.command()(plain(evaluate))
+app.command()(plain(tune))
 app.command()(plain(info))
 app.command()(plain(bench))
 app.command()(plain(serve))

@@ -1,6 +1,6 @@
 """DAVE as Quantus' `explain_func`: NumPy in, NumPy out. Quantus itself is not imported.
 
-    quantus.MPRT()(model, x_batch, y_batch, explain_func=dave_fast.quantus.explain, explain_func_kwargs={"n_samples": 50})
+    metric(model, x_batch, y_batch, explain_func=dave_fast.quantus.explain, explain_func_kwargs={"n_samples": 50})
 
 The explainer is made anew at every call, so that weights that Quantus randomises between calls cannot be missed. The
 seed is fixed: metrics that compare two explanations then measure the difference of images, not of draws.
