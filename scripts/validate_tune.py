@@ -19,7 +19,7 @@ from dave_fast.evaluate.statistics import over_images, paired
 from dave_fast.tune import ALPHAS, tune
 
 TUNED_ON, COMPARED_ON = 501, 502
-SCENES = {"demo": 20, "noised": 20, "large": 8}
+SCENES = {"demo": 16, "noised": 16, "large": 8}
 SAMPLES = 50
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "tune.json"
 
