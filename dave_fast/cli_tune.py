@@ -127,7 +127,7 @@ def _tell(found: Tuning, out: Path) -> None:
     last, error = list(found.errors.items())[-1]
     screen.print(
         f"n_samples = {found.n_samples} for a correlation of {found.quality:g} with the converged map "
-        f"(relative error {error:.2f} at {last} samples)",
+        f"(relative error below {error:.2f} at {last} samples, nine times in ten)",
         soft_wrap=True,
     )
     screen.print(f"configuration: {out / CONFIG}   picture: {out / PICTURE}", soft_wrap=True)
@@ -159,13 +159,17 @@ def picture(found: Tuning, path: Path) -> None:
         for axes in (left, middle):
             axes.axvline(found.noise_alpha, color="0.2", lw=0.9)
         sizes = np.array(list(found.errors))
-        right.loglog(sizes, list(found.errors.values()), color="#2b8a3e", lw=1.8, marker="o", ms=3)
         last, error = list(found.errors.items())[-1]
-        reach = np.array([sizes[0], max(found.n_samples, last)])
-        right.loglog(reach, error * np.sqrt(last / reach), color="#2b8a3e", lw=0.9, ls=":")
+        reach = np.array([min(found.n_samples, last), max(found.n_samples, last)])
+        right.plot(sizes, list(found.errors.values()), color="#2b8a3e", lw=1.8, marker="o", ms=3)
+        right.plot(reach, error * np.sqrt(last / reach), color="#2b8a3e", lw=0.9, ls=":")
         right.axhline(np.sqrt(1 - found.quality**2), color="0.5", lw=0.8, ls="--")
         right.axvline(found.n_samples, color="0.2", lw=0.9)
-        right.set(xlabel="samples", title=f"relative error; dashed: correlation {found.quality:g}")
+        right.set(
+            xlabel="samples", title=f"error; dashed: correlation {found.quality:g}", ylabel="relative error, bound"
+        )
+        right.set_xscale("log", base=2)
+        right.xaxis.set_major_formatter("{x:g}")
         for axes, value in ((left, found.noise_alpha), (right, found.n_samples)):
             axes.annotate(f" {value:g}", (value, 0), xycoords=("data", "axes fraction"), va="bottom")
         save_figure(figure, path)

@@ -13,9 +13,9 @@ Both can be seen without labels.
 
 The choice is the largest such α whose mean r is at least 98 % of the best: as much smoothing as costs next to nothing.
 
-n_samples. The relative error ê of a map is estimated from halves of its samples (`dave_fast.convergence`) and falls
-with 1/√S; a map of relative error e correlates about √(1 − e²) with its limit. So S = S₀·(ê(S₀)/e)², the median over
-images, for the correlation that is asked for.
+n_samples. A bound of a map's relative error, which holds nine times in ten, comes from halves of its samples
+(`dave_fast.convergence`) and falls with 1/√S; a map of relative error e correlates about √(1 − e²) with its limit. So
+S = S₀·(bound(S₀)/e)², the median over images, for the correlation that is asked for.
 
 Considered, on other scenes than those of the validation (`scripts/validate_tune.py`), and rejected: deletion and
 insertion by the model's own maps (flat in α); correlation with the effect of removing random patches (flat, with its
@@ -58,7 +58,7 @@ Progress = Callable[[int, int, str], None]
 class Tuning:
     """What was found. repeatability: (A, n) by α and image. kept: (A,) share of samples that keep the decision.
 
-    errors: S -> relative error ê, the median over images. best: index of the highest repeatability among allowed α.
+    errors: S -> bound of the relative error, the median over images. best: index of the highest repeatability among allowed α.
     """
 
     alphas: tuple[float, ...]
@@ -197,7 +197,7 @@ def _at(draws: Draws, level: float) -> Draws:
 def _errors(
     explainer: DAVE, images: Tensor, classes: Tensor, seed: int, tell: Callable[[int, str], None]
 ) -> dict[int, float]:
-    """Relative error by number of samples, the median over images."""
+    """Bound of the relative error by number of samples, the median over images."""
     sizes = [size for size in checkpoints(ERROR_SAMPLES) if size >= 8]
     found: dict[int, list[float]] = {size: [] for size in sizes}
     rows = explainer.fitting_rows(images[:1])
@@ -214,6 +214,6 @@ def _errors(
         parts = [explainer.contributions(image, draws[at : at + rows], target) for at in range(0, ERROR_SAMPLES, rows)]
         contributions = torch.cat(parts, dim=1)
         for size in sizes:
-            found[size].append(refine(explainer, contributions[:, :size]).errors[0])
+            found[size].append(refine(explainer, contributions[:, :size]).bounds[0])
         tell(ERROR_SAMPLES, "number of samples")
     return {size: float(np.median(values)) for size, values in found.items()}

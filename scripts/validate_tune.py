@@ -64,7 +64,7 @@ def validate(kind: str) -> dict:
         "n_samples": found.n_samples,
         "repeatability": dict(zip(map(str, ALPHAS), found.means.tolist(), strict=True)),
         "decision kept": dict(zip(map(str, ALPHAS), found.kept.tolist(), strict=True)),
-        "relative error": {str(size): error for size, error in found.errors.items()},
+        "bound of the relative error": {str(size): error for size, error in found.errors.items()},
         "scenes": SCENES[kind],
         "EnergyPG": {str(alpha): mean for alpha, mean in means.items()},
         "best": best,
