@@ -37,7 +37,14 @@ def explain(
         typer.Option(min=1, help="Explain the k most probable classes.", show_default="1; 2 with --demo"),
     ] = None,
     out: Annotated[Path, typer.Option(help="The folder for the results.")] = Path("maps"),
-    n_samples: Annotated[int, typer.Option(min=1, help="Perturbed samples an image.", rich_help_panel=_METHOD)] = 50,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="Settings that `dave-fast tune` wrote.", rich_help_panel=_METHOD),
+    ] = None,
+    n_samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="Perturbed samples an image.", show_default="50", rich_help_panel=_METHOD),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal maps.", rich_help_panel=_METHOD)] = 0,
     noise_alpha: Annotated[
         float | None,
@@ -74,19 +81,21 @@ def explain(
     Exit code 0: all done; 1: some images could not be explained;
     2: refused or stopped, and why.
     """
+    from dave_fast.config import Config, load_config
     from dave_fast.explain_files import Settings
 
+    given = Config() if config is None else load_config(config)
     if target is not None and top_k is not None:
         raise InputError("--target names one class and --top-k several: give one of them.")
     # The embedded scene has two digits: that maps belong to classes is what there is to see.
     top_k = top_k or (2 if demo and target is None else 1)
-    settings = Settings(out, target, top_k, n_samples, seed, figure=demo)
+    settings = Settings(out, target, top_k, n_samples or given.n_samples or 50, seed, figure=demo)
     keywords = {
         "device": device,
         "precision": precision,
         "backend": backend,
         "route": route,
-        "noise_alpha": noise_alpha,
+        "noise_alpha": given.noise_alpha if noise_alpha is None else noise_alpha,
         "schedule": schedule,
         "internal_batch_size": internal_batch_size,
     }
@@ -95,7 +104,7 @@ def explain(
         # Before a model is loaded for nothing.
         check_writable(out)
         sources = _demo_sources(images, model) if demo else _sources(images or [], out)
-        explainer = _load(screen, "demo" if demo else model or DEFAULT_MODEL, keywords)
+        explainer = _load(screen, "demo" if demo else model or given.model or DEFAULT_MODEL, keywords)
         done, failed = _run(screen, explainer, sources, settings)
     _summary(done, failed, settings)
     if failed:

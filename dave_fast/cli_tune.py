@@ -141,7 +141,7 @@ def picture(found: Tuning, path: Path) -> None:
     from matplotlib.figure import Figure
 
     from dave_fast.figures import save_figure
-    from dave_fast.tune import KEPT
+    from dave_fast.tune import KEPT, TOLERANCE
 
     with mpl.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(8.4, 2.7), dpi=200, layout="constrained")
@@ -152,6 +152,7 @@ def picture(found: Tuning, path: Path) -> None:
         left.fill_between(
             found.alphas, found.means - found.spread, found.means + found.spread, color="#d9480f", alpha=0.2
         )
+        left.axhline(found.means[found.best] * (1 - TOLERANCE), color="0.5", lw=0.8, ls="--")
         left.set(xlabel="noise_alpha", title="two maps of an image agree by", ylabel="correlation")
         middle.plot(found.alphas, found.kept, color="#1971c2", lw=1.8, marker="o", ms=3)
         middle.axhline(KEPT, color="0.5", lw=0.8, ls="--")

@@ -193,6 +193,7 @@ class _Job:
             "top_class_name": np.array(names),
             "top_probability": np.array(probabilities, np.float32),
             "n_samples": np.int64(explanation.n_samples),
+            "noise_alpha": np.float64(self.explainer.sampling.noise_alpha),
             # Draws depend on a seed modulo 2⁶⁴; a larger integer would need pickle.
             "seed": np.int64(explanation.seed)
             if abs(explanation.seed) < 2**63

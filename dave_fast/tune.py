@@ -58,7 +58,8 @@ Progress = Callable[[int, int, str], None]
 class Tuning:
     """What was found. repeatability: (A, n) by α and image. kept: (A,) share of samples that keep the decision.
 
-    errors: S -> bound of the relative error, the median over images. best: index of the highest repeatability among allowed α.
+    errors: S -> bound of the relative error, the median over images.
+    best: index of the highest repeatability among allowed α.
     """
 
     alphas: tuple[float, ...]

@@ -372,3 +372,13 @@ def test_help_and_version_do_not_wait_for_torch(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "set()", done.stderr
     assert program("--version", cwd=tmp_path).stdout.startswith("dave-fast ")
+
+
+def test_settings_of_a_file_are_taken_unless_said_otherwise(photo, models, tmp_path):
+    (tmp_path / "tuned.toml").write_text('model = "tiny"\nnoise_alpha = 0.25\nn_samples = 2\n')
+    quick = ("--precision", "fp32", "--backend", "torch", "--out", tmp_path / "out")
+    for options, samples, alpha in (((), 2, 0.25), (("--n-samples", 3, "--noise-alpha", 0.5), 3, 0.5)):
+        run("explain", photo, "--config", tmp_path / "tuned.toml", *quick, *options)
+        with np.load(tmp_path / "out" / "photo.npz") as arrays:
+            assert arrays["n_samples"] == samples
+            assert arrays["noise_alpha"] == alpha

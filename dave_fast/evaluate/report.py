@@ -268,6 +268,7 @@ def _data(picture: Image.Image) -> str:
 
 def _sheet(results: Results, about: About) -> Image.Image:
     """All examples in one picture, a row an image, for where there is no HTML."""
+    import matplotlib
     from PIL import ImageDraw, ImageFont
 
     shown = [name for name in results.scores if name not in CONTROLS]
@@ -276,7 +277,8 @@ def _sheet(results: Results, about: About) -> Image.Image:
     gap, head = 8, 28
     sheet = Image.new("RGB", ((width + gap) * (1 + len(shown)) + gap, head + (height + gap) * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(15)
+    # Pillow's own font lacks the multiplication sign
+    font = ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), 14)
     for column, name in enumerate(["input", *shown]):
         middle = gap + column * (width + gap) + width // 2
         draw.text((middle, head // 2), name, fill=(60, 60, 60), font=font, anchor="mm")

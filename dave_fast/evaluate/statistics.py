@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 BOOTSTRAPS, LEVEL = 2000, 0.95
+# below this many images the bootstrap says nothing
+FEWEST = 5
 # Student's t at 97.5 % for 1, 2, ... degrees of freedom
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 MOST_SEEDS = len(T_QUANTILES) + 1
@@ -76,6 +78,8 @@ class Verdict:
     def words(self) -> str:
         """The verdict in words."""
         better = self.difference
+        if better.n < FEWEST:
+            return f"too few images to tell ({better.n})"
         if better.low > 0:
             touching = "intervals apart" if self.apart else "intervals touch; ahead image by image"
             return f"ahead of every baseline; {touching}"

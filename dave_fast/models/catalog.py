@@ -74,8 +74,8 @@ def noise_alpha_for(name: str) -> float:
         if known in NOISE_ALPHA:
             return NOISE_ALPHA[known]
     warnings.warn(
-        f"noise_alpha was never tuned for {name!r}; {DEFAULT_NOISE_ALPHA} is used. It changes maps strongly: try a "
-        "few values between 0.1 and 0.9 on your own images and pass noise_alpha=.",
+        f"noise_alpha was never tuned for {name!r}; {DEFAULT_NOISE_ALPHA} is used. It changes maps strongly: let "
+        "`dave-fast tune` choose it from a few of your own images, or pass noise_alpha=.",
         NoiseAlphaWarning,
         stacklevel=3,
     )

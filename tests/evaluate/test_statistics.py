@@ -60,6 +60,10 @@ def test_verdicts_in_words(scores, higher, words):
     assert found.rival == "a"
 
 
+def test_a_handful_of_images_decides_nothing():
+    assert verdict({"DAVE": [2.0, 3.0], "a": [1.0, 1.0]}, True).words == "too few images to tell (2)"
+
+
 def test_there_is_no_verdict_without_a_rival_or_a_score():
     assert verdict({"DAVE": [1.0]}, True) is None
     assert verdict({"DAVE": [math.nan], "a": [math.nan]}, True) is None
