@@ -93,7 +93,7 @@ def _inputs(screen: Console, explainer: Any, files: Sequence[Path], images: int,
         scenes = draw_scenes(images, seed, split="test").images
         return torch.from_numpy(scenes).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
     prepare = preprocessing(explainer.model)
-    made = []
+    made: list[Any] = []
     for file in files[:: max(1, len(files) // images)]:
         if len(made) == images:
             break

@@ -74,12 +74,18 @@ def validate(kind: str) -> dict:
     }
 
 
+def known() -> dict:
+    """What was measured before."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
 def main() -> None:
     for kind in sys.argv[1:]:
-        known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        if kind not in known:
-            known[kind] = validate(kind)
-            RESULTS.write_text(json.dumps(known, indent=1) + "\n")
+        if kind in known():
+            continue
+        found = validate(kind)
+        # read again: another process may have measured another model meanwhile
+        RESULTS.write_text(json.dumps(known() | {kind: found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
