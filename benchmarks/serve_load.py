@@ -11,6 +11,9 @@ the same server code on the same engine; they differ in the scheduler only:
     requests   the usual: up to eight requests are collected for up to 10 ms, computed together to the end of the last
                of them, then the next eight. Each is answered when its own samples are there, which is generous.
 
+--row-ms takes, in place of the model, an engine that sleeps so long a row (and 2 ms a micro-batch): how the server
+schedules and what it costs, apart from how fast and how busy the machine is.
+
 A second table: k classes of one image in one request, against k requests.
 """
 
@@ -18,13 +21,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -80,7 +86,24 @@ class RequestScheduler(Scheduler):
         return MicroBatch(key, tuple(parts), rows)
 
 
-def serve(way: str, threads: int) -> None:
+def sleep_in_place(explainer: Any, row_ms: float) -> None:
+    """An engine that takes a fixed time: contributions are noise, drawn once."""
+    import torch
+
+    noise = torch.randn(max(CLASSES), 64, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+
+    def contributions(images: Any, draws: Any, targets: Any) -> Any:
+        time.sleep(0.002 + 0.001 * row_ms * len(draws))
+        return noise[: targets.shape[1], : len(draws)]
+
+    def predict(images: Any) -> Any:
+        time.sleep(0.002 + 0.0005 * row_ms * len(images))
+        return torch.arange(10.0).expand(len(images), -1)
+
+    explainer.contributions, explainer.predict = contributions, predict
+
+
+def serve(way: str, threads: int, row_ms: float | None) -> None:
     """The server's process."""
     import threading
 
@@ -94,7 +117,10 @@ def serve(way: str, threads: int) -> None:
 
     torch.set_num_threads(threads)
     limits = Limits(drain_seconds=5)
-    service = Service(load_models(["demo"], ["cpu"], precision="fp32"), limits)
+    models = load_models(["demo"], ["cpu"], precision="fp32")
+    if row_ms is not None:
+        sleep_in_place(models["demo"].explainers[0], row_ms)
+    service = Service(models, limits)
     if way == "requests":
         service.scheduler = RequestScheduler(service.scheduler.limits)
 
@@ -193,49 +219,68 @@ async def offer(address: str, picture: bytes, rate: float, seconds: float) -> Ou
 class Process:
     """A server's process and its address."""
 
-    def __init__(self, way: str, threads: int) -> None:
+    def __init__(self, way: str, threads: int, row_ms: float | None) -> None:
         command = [sys.executable, "-m", "benchmarks.serve_load", "--serve", way, "--threads", str(threads)]
+        command += [] if row_ms is None else ["--row-ms", str(row_ms)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         self.address = self.process.stdout.readline().strip()
 
-    def __enter__(self) -> str:
-        return self.address
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(self, *error: object) -> None:
         self.process.terminate()
         self.process.wait()
 
 
-def classes(address: str, picture: bytes, repeats: int = 5) -> list[dict[str, float]]:
-    """k classes in one request, against k requests at once; medians of alternating repeats."""
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process so far: what it worked, however busy the machine is (Linux)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def classes(server: Process, picture: bytes, repeats: int = 3) -> list[dict[str, float]]:
+    """k classes in one request, against k requests at once: medians of alternating repeats, wall and CPU time."""
     rows = []
-    with Client(address, timeout=120) as client:
+    with Client(server.address, timeout=600) as client:
 
         async def apart(k: int) -> None:
-            async with AsyncClient(address, timeout=120) as many:
+            async with AsyncClient(server.address, timeout=600) as many:
                 await asyncio.gather(*(many.explain(picture, target, n_samples=32) for target in range(k)))
 
+        def timed(ask: Callable[[], Any]) -> tuple[float, float]:
+            wall, cpu = time.monotonic(), cpu_seconds(server.process.pid)
+            ask()
+            return time.monotonic() - wall, cpu_seconds(server.process.pid) - cpu
+
         for k in CLASSES:
-            together, alone = [], []
+            pairs = []
             for _ in range(repeats):
-                began = time.monotonic()
-                client.explain(picture, list(range(k)), n_samples=32)
-                between = time.monotonic()
-                asyncio.run(apart(k))
-                together.append(between - began)
-                alone.append(time.monotonic() - between)
-            one, many = float(np.median(together)), float(np.median(alone))
-            rows.append({"k": k, "one_request_ms": 1000 * one, "k_requests_ms": 1000 * many, "ratio": one / many})
+                together = timed(partial(client.explain, picture, list(range(k)), n_samples=32))
+                pairs.append((*together, *timed(lambda k=k: asyncio.run(apart(k)))))
+            one, one_cpu, many, many_cpu = np.median(np.array(pairs), axis=0)
+            rows.append(
+                {
+                    "k": k,
+                    "one_request_s": one,
+                    "k_requests_s": many,
+                    "ratio": one / many,
+                    "one_request_cpu_s": one_cpu,
+                    "k_requests_cpu_s": many_cpu,
+                    "cpu_ratio": one_cpu / many_cpu,
+                }
+            )
+            print(rows[-1], flush=True)
     return rows
 
 
-def measure(seconds: float, threads: int) -> dict[str, Any]:
+def measure(seconds: float, threads: int, row_ms: float | None) -> dict[str, Any]:
     """Everything, both ways in turns."""
     picture = png(demo_scene().image)
     runs: list[dict[str, Any]] = []
-    with Process("samples", threads) as ours, Process("requests", threads) as usual:
-        addresses = dict(zip(WAYS, (ours, usual), strict=True))
+    with Process("samples", threads, row_ms) as ours, Process("requests", threads, row_ms) as usual:
+        addresses = {"samples": ours.address, "requests": usual.address}
         for address in addresses.values():
             asyncio.run(saturate(address, picture, 2.0))
         capacity = {way: [asyncio.run(saturate(addresses[way], picture, seconds)).table()] for way in WAYS}
@@ -247,13 +292,15 @@ def measure(seconds: float, threads: int) -> dict[str, Any]:
                 print(runs[-1], flush=True)
         for way in WAYS:
             capacity[way].append(asyncio.run(saturate(addresses[way], picture, seconds)).table())
-        several = classes(ours, picture)
+        # an engine that sleeps has no forward pass to share
+        several = classes(ours, picture) if row_ms is None else []
     goodput = next(run for run in runs if run["batching"] == "samples" and run["load"] == 2.0)["rows_per_s"]
     rows = [told["rows_per_s"] for told in capacity["samples"]]
     return {
         "environment": machine.environment("fastapi", "uvicorn"),
         "seconds": seconds,
         "server_threads": threads,
+        "engine": "the demo model, float32" if row_ms is None else f"sleeps 2 ms and {row_ms:g} ms a row",
         "capacity": capacity,
         "offered_at_load_1_per_s": rate,
         "goodput_at_2x_over_capacity": goodput / float(np.mean(rows)),
@@ -293,14 +340,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=float, default=20.0, help="of every run")
     parser.add_argument("--threads", type=int, default=1, help="of the server's engine; the generator needs a core too")
+    parser.add_argument("--row-ms", type=float, help="an engine that sleeps so long a row, in place of the model")
     parser.add_argument("--out", type=Path, default=machine.results_path("serve_load"))
     parser.add_argument("--figure", type=Path, default=FIGURE)
     parser.add_argument("--serve", choices=WAYS, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.serve:
-        serve(chosen.serve, chosen.threads)
+        serve(chosen.serve, chosen.threads, chosen.row_ms)
         return
-    results = measure(chosen.seconds, chosen.threads)
+    results = measure(chosen.seconds, chosen.threads, chosen.row_ms)
     machine.write_json(chosen.out, results)
     draw(results, chosen.figure)
     print(f"goodput at twice the capacity: {results['goodput_at_2x_over_capacity']:.3f} of it; {chosen.out}")

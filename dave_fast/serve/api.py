@@ -70,9 +70,7 @@ class Api:
 
     def asked(self, model: ServedModel, image: Any, options: Options, began: float, *, refined: bool) -> Ask:
         """What the service is told; HTTPException 422, InputError where an option cannot be met."""
-        seconds = self.limits.answer_seconds
-        if options.deadline_ms is not None:
-            seconds = min(seconds, options.deadline_ms / 1000)
+        deadline = None if options.deadline_ms is None else began + options.deadline_ms / 1000
         return Ask(
             image,
             self._targets(model, options),
@@ -80,7 +78,7 @@ class Api:
             options.n_samples,
             options.seed,
             options.tolerance,
-            began + seconds,
+            deadline,
             refined,
         )
 
@@ -119,8 +117,11 @@ class Api:
         job = self.service.submit(model.name, ask, listener)
         # drawn beside the engine, which needs them after the unperturbed image
         loop.run_in_executor(None, getattr, job, "draws")
-        assert ask.deadline is not None
-        left = ask.deadline - self.service.clock() - self.service.margin()
+        # what bounds every request is no deadline of its client's: it does not make it urgent
+        until = self.service.clock() + self.limits.answer_seconds
+        if ask.deadline is not None:
+            until = min(until, ask.deadline)
+        left = until - self.service.clock() - self.service.margin()
         timer = loop.call_later(max(0.0, left), self.service.cut, job, "deadline")
 
         def leave() -> None:

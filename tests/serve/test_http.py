@@ -199,6 +199,26 @@ def test_a_deadline_is_kept_with_what_there_is(http, photo):
     assert late.status_code == 504
 
 
+def test_without_deadlines_small_requests_overtake_large_ones(server, photo):
+    """What bounds every request makes none of them urgent: over HTTP, too, small ones go ahead."""
+    order = []
+
+    async def ask(client, samples):
+        await client.explain(photo, n_samples=samples)
+        order.append(samples)
+
+    async def both():
+        async with AsyncClient(server[0]) as client:
+            large = asyncio.create_task(ask(client, 1000))
+            while not server[1].jobs():
+                await asyncio.sleep(0.005)
+            await ask(client, 8)
+            await large
+
+    asyncio.run(both())
+    assert order == [8, 1000]
+
+
 # ---- what is refused ----
 
 
