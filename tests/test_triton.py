@@ -4,9 +4,11 @@ Kernels are interpreted or compiled for a whole process, so each file of tests/k
 """
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,46 @@ def test_the_kernels_by_the_interpreter(file):
     quiet = ("-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider", "-p", "no:xdist")
     out = run("-m", "pytest", "-q", "--tb=short", *quiet, ROOT / "tests" / "kernels" / file, TRITON_INTERPRET="1")
     assert "passed" in out and "skipped" not in out
+
+
+# kernels that hold most of the walks' arithmetic, and one without a product
+COMPILED = "linear (fc1|proj, fc2|VJP fc2) bf16|attention (forward|VJP), D = 64 bf16|row_rstd of squares"
+PRODUCTS = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
+
+
+def assert_compiled(rows, arch):
+    """No spills; products on tensor cores in the architecture's own form; the table of the page."""
+    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    (section,) = (part for part in page.split("\n## ") if part.startswith(f"sm_{arch}\n"))
+    for row in rows:
+        assert row["spills"] == 0, row
+        if "bf16" in row["name"] and "1 query" not in row["name"]:
+            assert PRODUCTS[arch] in row["instructions"], row
+        if "linear" in row["name"] and "fp32" not in row["name"] and arch >= 90:
+            assert "cp.async.bulk.tensor" in row["instructions"], row
+        # other versions compile to other numbers
+        if f"Triton {version('triton')} " in page:
+            assert row["line"] in section.splitlines(), "run scripts/compile_kernels.py"
+
+
+def compiled(*arguments):
+    out = run(ROOT / "scripts" / "compile_kernels.py", *arguments)
+    return [json.loads(line) for line in out.splitlines()]
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", PRODUCTS)
+def test_kernels_compile_ahead_of_time_without_spills(arch):
+    rows = compiled("--only", COMPILED, "--arch", arch)
+    assert len(rows) == 6
+    assert_compiled(rows, arch)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", PRODUCTS)
+def test_every_kernel_compiles_as_the_page_says(arch):
+    assert_compiled(compiled("--arch", arch), arch)
 
 
 @pytest.fixture
