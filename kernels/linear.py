@@ -224,23 +224,26 @@ def configurations(arch: int, dtype: torch.dtype, *, glu: bool, descriptors: boo
     descriptors: whether the operands' rows start at multiples of 16 bytes, as TMA needs.
 
     128×128 tiles in three stages of 64 in-features take 96 KiB: on sm_90 two programs of 128 registers share a
-    multiprocessor, and one's epilogue hides behind the other's product. sm_80 has less shared memory: 32 in-features,
-    four stages. On sm_100 accumulators have a memory of their own. float32 has no tensor cores here: smaller tiles, for
-    registers. A gated MLP has two accumulators, each half as wide.
+    multiprocessor, and one's epilogue hides behind the other's product; e4m3 has 128 in-features and half of the
+    warps, each with twice the registers. sm_80 has less shared memory: 32 in-features, four stages. On sm_100
+    accumulators have a memory of their own. float32 has no tensor cores here: smaller tiles, for registers. A gated
+    MLP has two accumulators, each half as wide.
     """
     if arch == 0:
         return [_configuration(64, 64, 32, 4, 1, descriptors=False)]
     if dtype == torch.float32:
         width = 32 if glu else 64
-        return [_configuration(64, width, 32, warps, 2, descriptors=False) for warps in (4, 8)]
+        return [_configuration(64, width, 32, warps, 2, descriptors=False) for warps in (8, 4)]
     tma = descriptors and arch >= 90
     width, two = 64 if glu else 128, 128 if arch < 100 else None
-    deep, stages = (64, 4 if dtype.itemsize == 1 else 3) if arch >= 90 else (32, 4)
+    deep, stages = (128 // dtype.itemsize, 3) if arch >= 90 else (64 // dtype.itemsize, 4)
     found = [
         _configuration(128, width, deep, 8, stages, descriptors=tma, registers=two),
         _configuration(128, width, deep, 4, stages, descriptors=tma),
         _configuration(64, width, deep, 4, 4, descriptors=tma),
     ]
+    if dtype.itemsize == 1 and arch < 100:
+        found[:2] = found[1::-1]
     if not glu:
         found.append(_configuration(128, 64, deep, 4, 4, descriptors=tma))
     if tma and not glu:
