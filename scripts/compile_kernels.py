@@ -230,8 +230,9 @@ the operands (fp8e4nv: e4m3).
 - instructions: how products and tiles come about: wgmma and tensor copies (TMA) on sm_90, tcgen05 on sm_100. float32
   products are IEEE, which tensor cores are not.
 
-Other versions allot registers in their own way. For sm_90, Triton 3.6 spills nothing in fc1, in proj and fc2, in the
-products of the VJP and in attention's VJP either; Triton 3.9 spills 56 bytes in fc1 and 40 in its SwiGLU form.
+Other versions allot registers in their own way. Of the forms for sm_90 that were compiled with them (fc1, its SwiGLU
+form, proj and fc2, VJP fc2, VJP qkv, attention's VJP) Triton 3.6 spills nothing in any, and Triton 3.9 spills 56 bytes
+in fc1 and 40 in its SwiGLU form.
 
 `DAVE_FAST_AUTOTUNE=1` times other configurations at the first call of a shape and takes the fastest, for the process.
 
