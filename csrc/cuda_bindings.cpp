@@ -17,6 +17,8 @@ dave::Images checked(uintptr_t images, int dtype, const std::vector<int64_t>& sh
   check_shapes(images_, patch);
   if (images_.dtype != dave::Dtype::float32 && images_.dtype != dave::Dtype::float64)
     throw std::invalid_argument("images must be float32 or float64");
+  if (images_.channels * images_.height * images_.width >= int64_t{1} << 31)
+    throw std::invalid_argument("an image must have fewer than 2^31 values");
   return images_;
 }
 

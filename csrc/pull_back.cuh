@@ -30,7 +30,7 @@ template <typename T, typename Given>
 struct PullBack {
   static constexpr int threads = 128, resident = 1, shared_bytes = sizeof(PullBackRow<T>);
   // channels that share a weight; most images have as many or fewer
-  static constexpr int together = 4;
+  static constexpr int together = 3;
   const char* name = "pull_back";
   const Given* cotangents;
   const T* images;
@@ -40,7 +40,7 @@ struct PullBack {
   Dtype stored;
   int64_t count, rows;
   int32_t channels, height, width, patch_area;
-  uint32_t first, pixels;
+  uint32_t first, pixels, token_width, tokens_a_line;
   Divider patch_height, patch_width, row_width, blocks_a_row;
 
   // rows: of the draws from first_row on; contributions: (rows, channels, span.pixels)
@@ -50,7 +50,9 @@ struct PullBack {
         first_row(some.first), contributions(to), stored(dtype), count(of.count), rows(some.count),
         channels(static_cast<int32_t>(of.channels)), height(static_cast<int32_t>(of.height)),
         width(static_cast<int32_t>(of.width)), patch_area(static_cast<int32_t>(patch.height * patch.width)),
-        first(static_cast<uint32_t>(span.first)), pixels(static_cast<uint32_t>(span.pixels)), patch_height(patch.height),
+        first(static_cast<uint32_t>(span.first)), pixels(static_cast<uint32_t>(span.pixels)),
+        token_width(static_cast<uint32_t>(of.channels * patch.height * patch.width)),
+        tokens_a_line(static_cast<uint32_t>(of.width / patch.width)), patch_height(patch.height),
         patch_width(patch.width), row_width(of.width), blocks_a_row(blocks_of(span.pixels, threads)) {}
 
   int64_t blocks() const { return rows * blocks_a_row.divisor; }
@@ -85,22 +87,32 @@ struct PullBack {
     const int32_t px = first_candidate(g.inverse.x(qx, qy), g.reach_x, width);
     const int32_t py = first_candidate(g.inverse.y(qx, qy), g.reach_y, height);
     const int64_t plane = static_cast<int64_t>(height) * width;
-    const Given* from = cotangents + (first_row + r) * channels * plane + static_cast<int64_t>(c) * patch_area;
+    const Given* from[together];
+    DAVE_UNROLL
+    for (int k = 0; k < together; ++k)
+      from[k] = cotangents + (first_row + r) * channels * plane +
+                static_cast<int64_t>(c + k < channels ? c + k : c) * patch_area;
     T sums[together] = {};
+    // where the candidates' columns lie among the tokens: made once, where they are few enough for registers
+    int32_t columns[Most > 0 ? Most : 1];
+    DAVE_UNROLL
+    for (int i = 0; i < Most; ++i) columns[i] = column_offset(px + i);
     DAVE_UNROLL_BY((Most > 0 ? Most : 1))
     for (int32_t j = 0; j < (Most > 0 ? Most : g.candidates_y); ++j) {
+      const bool in_rows = j < g.candidates_y && py + j < height;
+      const int32_t line = row_offset(py + j);
       DAVE_UNROLL_BY((Most > 0 ? Most : 1))
       for (int32_t i = 0; i < (Most > 0 ? Most : g.candidates_x); ++i) {
-        if (Most > 0 && (j >= g.candidates_y || i >= g.candidates_x)) continue;
+        const bool inside = in_rows && i < g.candidates_x && px + i < width;
         const T weight = tap_weight(g.map, static_cast<T>(px) + static_cast<T>(i), static_cast<T>(py) + static_cast<T>(j),
                                     qx, qy);
-        const bool inside = px + i < width && py + j < height;
-        const int64_t at = inside ? token_element(px + i, py + j) : 0;
+        // an element that is there, and a zero in its place, instead of a branch: so the loads of all taps are under way
+        // together
+        const int32_t at = inside ? line + (Most > 0 ? columns[Most > 0 ? i : 0] : column_offset(px + i)) : 0;
         DAVE_UNROLL
         for (int k = 0; k < together; ++k) {
-          const bool there = inside && c + k < channels;
-          const T value = there ? static_cast<T>(widen(from[at + k * static_cast<int64_t>(patch_area)])) : static_cast<T>(0);
-          sums[k] = add(sums[k], mul(weight, value));
+          const T there = static_cast<T>(widen(from[k][at]));
+          sums[k] = add(sums[k], mul(weight, inside ? there : static_cast<T>(0)));
         }
       }
     }
@@ -116,12 +128,16 @@ struct PullBack {
     }
   }
 
-  // The element of channel 0 of a destination pixel among those of its row.
-  DAVE_DEVICE int64_t token_element(int32_t x, int32_t y) const {
-    uint32_t in_column = static_cast<uint32_t>(x), in_row = static_cast<uint32_t>(y);
-    const uint32_t column = patch_width.split(in_column), row = patch_height.split(in_row);
-    const uint32_t patches_x = static_cast<uint32_t>(width) / patch_width.divisor;
-    return static_cast<int64_t>(row * patches_x + column) * channels * patch_area + in_row * patch_width.divisor + in_column;
+  // The element of channel 0 of destination (x, y) in its row of tokens is row_offset(y) + column_offset(x).
+  DAVE_DEVICE int32_t column_offset(int32_t x) const {
+    uint32_t in_patch = static_cast<uint32_t>(x);
+    const uint32_t patch = patch_width.split(in_patch);
+    return static_cast<int32_t>(patch * token_width + in_patch);
+  }
+  DAVE_DEVICE int32_t row_offset(int32_t y) const {
+    uint32_t in_patch = static_cast<uint32_t>(y);
+    const uint32_t patch = patch_height.split(in_patch);
+    return static_cast<int32_t>(patch * tokens_a_line * token_width + in_patch * patch_width.divisor);
   }
 };
 
