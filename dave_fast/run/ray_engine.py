@@ -88,6 +88,8 @@ def _ray() -> Any:
     try:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # A pipeline that was given up must not start a cluster of its own to cancel its tasks in.
+        os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
         import ray
         import ray.data
     except ImportError as error:
@@ -103,13 +105,15 @@ def _cluster(ray: Any, machine: Machine) -> Iterator[tuple[int, bool]]:
     """A cluster with room for the engine: (number of actors, whether they have a GPU each)."""
     ours = not ray.is_initialized()
     if ours:
-        quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
-        try:
-            ray.init(address="auto", **quiet)
-        except ConnectionError:
-            cores = os.cpu_count() or 1
+        quiet: dict[str, Any] = {"logging_level": logging.CRITICAL, "log_to_driver": False}
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(**quiet)
+        else:
+            # Never one that happens to run here: it may be someone else's, or that of a run that was just killed.
+            cores = max(os.cpu_count() or 1, _slots(len(machine.devices)))
             ray.init(
-                num_cpus=max(cores, _slots(len(machine.devices))),
+                address="local",
+                num_cpus=cores,
                 object_store_memory=_STORE_BYTES,
                 include_dashboard=False,
                 **quiet,

@@ -6,6 +6,7 @@ import random
 import signal
 import tarfile
 import threading
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from dave_fast.errors import InputError, RunError
 from dave_fast.images import preprocessing
 from dave_fast.run.lock import Fence
 from dave_fast.run.mapper import Mapper, Setup
+from dave_fast.run.progress import Report
 from dave_fast.run.ray_engine import _by_shard, preflight
 from dave_fast.run.runner import run_dataset
 
@@ -126,7 +128,7 @@ def test_crops_are_half_the_way(size):
 
 def test_killed_and_resumed(pictures, tmp_path):
     """The driver is killed in the middle; another one finishes; the local engine then finds nothing left to do."""
-    out, settings = tmp_path / "out", {"seconds": 0.02, "engine": "ray", "shard_rows": 10}
+    out, settings = tmp_path / "out", {"seconds": 0.02, "engine": "ray", "shard_rows": 10, "watchdog_s": 300.0}
     assert kill_until_done(pictures, out, random.Random(0), 1, whole_group=False, **settings) == 1
     assert finish(start(pictures, out))["images"] == 0
 
@@ -178,12 +180,29 @@ def test_what_is_done_is_kept_when_the_mapper_fails(cluster, pictures, tmp_path,
     assert len(check(out, ids_of(pictures), all_done=False)) == 40
 
 
+class StopsAfter(Report):
+    """Sends the signal once some images are done: handlers are in place by then."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def update(self, tally):
+        if tally.images >= self.images:
+            self.images = float("inf")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 @pytest.mark.slow
 def test_stopped_in_order(cluster, pictures, tmp_path):
     out = tmp_path / "out"
-    timer = threading.Timer(12, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    timer.start()
-    summary = run_stubs.run(pictures, out, engine="ray", seconds=0.3, shard_rows=1000)
+    summary = run_stubs.run(
+        pictures,
+        out,
+        engine="ray",
+        seconds=0.3,
+        shard_rows=1000,
+        reporter=lambda total, before: nullcontext(StopsAfter(8)),
+    )
     assert summary.stopped == "SIGTERM" and 0 < summary.records < 120
     assert len(check(out, ids_of(pictures), all_done=False)) == summary.records
     assert run_stubs.run(pictures, out, engine="ray").records == 120

@@ -37,6 +37,7 @@ def test_killed_many_times(pictures, tmp_path, seed, engine):
     for number in range(120, 1200):
         shutil.copy(pictures / "0/000.png", pictures / f"{number % 3}" / f"{number:04d}.png")
     settings = {"seconds": 0.004, "commit_s": 0.1, "shard_rows": 5 if engine == "local" else 25, "engine": engine}
+    settings["watchdog_s"] = 300.0
     settings["devices"] = ["cpu"] * (1 + seed % 2)
     kills = 20 if engine == "local" else 5
     killed = kill_until_done(
