@@ -1,10 +1,12 @@
 """How much memory an explanation takes, as a formula: documented, checked against measurement, used for admission.
 
-    peak = weights + rows · row + images · S · C·H·W · bytes(contribution) + workspace of the pixel ops
+    peak = weights + rows · row + images · (storage + 3 images) + workspace of the pixel ops
 
 weights: the plan's, both directions. row: what one (image, sample) row of a micro-batch holds at the end of the
-forward walk (operators of every block) plus the widest activations alive at once. Linear in tokens, but for P,
-which a CPU keeps below 400 tokens.
+forward walk (operators of every block) plus the widest activations alive at once, tokens and contribution. storage:
+S·C·H·W values an image, of the images that are aggregated together. workspace: none to speak of in C++ and CUDA; the
+PyTorch forms of the pixel ops take some copies of what they work on. Linear in tokens, but for P, which a CPU keeps
+below 400 tokens. The user's own model comes on top.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from dave_fast.buckets import hidden_width
 from dave_fast.errors import InputError
 from dave_fast.ops.attention import KEEP_PROBABILITIES
+from dave_fast.precision import statistics_dtype
 
 if TYPE_CHECKING:
     from dave_fast.plan import Layer, ViTPlan
@@ -27,6 +30,10 @@ if TYPE_CHECKING:
 # P's rows are rounded up to whole vectors
 PADDING = 15
 CGROUP = "/sys/fs/cgroup"
+# the images, raw, and raw as it is returned
+IMAGE_COPIES = 3
+# temporaries of the warps' and the mean's PyTorch forms; a chunk of rows has so many values
+PIXEL_COPIES, MEAN_COPIES, CHUNK = 12, 4, 1 << 22
 # share of the free memory that an explanation may take when nobody says otherwise
 SHARE = 0.5
 
@@ -74,7 +81,8 @@ def engine_row_bytes(plan: ViTPlan) -> int:
     hidden = layer.fc1.bias.shape[0]
     alive = plan.tokens * (4 * plan.width + 3 * hidden) * item
     height, width = plan.image_size
-    pixels = 2 * plan.channels * height * width * item
+    # tokens in and out, and the contribution before it is stored
+    pixels = plan.channels * height * width * (2 * item + statistics_dtype(plan.dtype).itemsize)
     tail = 4 * plan.read * plan.width * 4
     return saved + alive + pixels + tail
 
@@ -95,6 +103,24 @@ class Storage:
     tokens: bool
     dtype: torch.dtype
     bytes: int
+
+
+def workspace_bytes(rows: int, n_samples: int, image_shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """What the PyTorch forms of the pixel ops take beside their results, at most."""
+    pixels = torch.Size(image_shape).numel()
+    warps = PIXEL_COPIES * min(rows * pixels, max(CHUNK, pixels))
+    return max(warps, MEAN_COPIES * n_samples * pixels) * dtype.itemsize
+
+
+def explanation_bytes(
+    plan: ViTPlan, n_images: int, n_samples: int, rows: int, *, storage: Storage, together: int, pytorch: bool = False
+) -> int:
+    """The module's formula. together: images whose samples wait together; pytorch: whether pixel ops are PyTorch's."""
+    shape, dtype = (plan.channels, *plan.image_size), statistics_dtype(plan.dtype)
+    workspace = workspace_bytes(rows, n_samples, shape, dtype) if pytorch else 0
+    images = IMAGE_COPIES * n_images * torch.Size(shape).numel() * dtype.itemsize
+    micro_batch = rows * engine_row_bytes(plan)
+    return plan_bytes(plan) + micro_batch + together * storage.bytes + images + workspace
 
 
 def choose_storage(

@@ -1,5 +1,11 @@
 """The documented formula for memory against what a process really takes."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -10,6 +16,8 @@ from dave_fast.engine import Engine
 from dave_fast.memory import contribution_bytes, engine_row_bytes
 from dave_fast.ops.linear import pack_ref
 from dave_fast.plan import make_plan
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def peak_bytes(run):
@@ -66,3 +74,45 @@ def test_average_pooling_and_gated_hidden_layers_count():
 
 def test_contributions_are_samples_times_image():
     assert contribution_bytes(50, (3, 224, 224), torch.float32) == 50 * 3 * 224 * 224 * 4
+
+
+CASES = [
+    # size, width, depth, precision, backend, images, samples, rows
+    [224, 512, 2, "fp32", "auto", 2, 20, 4],
+    [224, 512, 2, "bf16", "auto", 2, 20, 4],
+    [224, 128, 1, "fp32", "torch", 1, 10, 4],
+    # above 400 tokens: 785 and 3,137
+    [448, 128, 1, "fp32", "auto", 1, 2, 2],
+    [896, 128, 1, "fp32", "auto", 1, 2, 2],
+]
+# freed memory goes back to the system at once, so that what is resident is what is held
+GLIBC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+@pytest.fixture(scope="module")
+def peaks():
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("resident memory is read from /proc, which this system does not have")
+    command = [sys.executable, "-m", "tests.peak_memory", json.dumps(CASES)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | GLIBC, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=lambda i: "-".join(map(str, CASES[i])))
+def test_the_formula_bounds_a_processs_peak(peaks, case):
+    measured, formula = peaks[case]
+    assert measured <= 1.1 * formula
+
+
+@pytest.mark.parametrize("case", [0, 1])
+def test_the_formula_is_near_where_weights_and_blocks_dominate(peaks, case):
+    measured, formula = peaks[case]
+    assert measured >= 0.8 * formula
+
+
+def test_a_processs_peak_is_linear_in_tokens(peaks):
+    small, large = peaks[-2][0], peaks[-1][0]
+    assert large <= 4.2 * small

@@ -1,0 +1,53 @@
+"""Run by tests/test_memory.py in a process of its own: peak memory of whole explanations, weights included, as JSON.
+
+python -m tests.peak_memory '[[size, width, depth, precision, backend, images, samples, rows], ...]'
+
+Prints [measured, formula] in bytes for each; measured is the growth of the process's resident memory.
+"""
+
+import gc
+import json
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+import dave_fast
+from dave_fast.memory import choose_storage, explanation_bytes
+
+
+def resident(field):
+    """VmRSS or VmHWM, in bytes."""
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def measure(size, width, depth, precision, backend, n_images, n_samples, rows):
+    model = VisionTransformer(img_size=size, patch_size=16, embed_dim=width, depth=depth, num_heads=width // 32)
+    images = torch.randn(n_images, 3, size, size)
+    gc.collect()
+    # the kernel's own way to start the high-water mark anew
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    explainer = dave_fast.DAVE(
+        model.eval(), precision=precision, backend=backend, noise_alpha=0.5, internal_batch_size=rows
+    )
+    explainer.explain(images, 1, n_samples=n_samples)
+    measured = resident("VmHWM") - before
+    plan = explainer._route(images).plan
+    storage = choose_storage(n_samples, tuple(images.shape[1:]), images.dtype, plan.dtype, 1 << 40)
+    formula = explanation_bytes(
+        plan, n_images, n_samples, rows, storage=storage, together=n_images, pytorch=backend == "torch"
+    )
+    return [measured, formula]
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    # what libraries take once
+    measure(32, 32, 1, "fp32", "auto", 1, 1, 1)
+    measure(32, 32, 1, "bf16", "auto", 1, 1, 1)
+    print(json.dumps([measure(*case) for case in json.loads(sys.argv[1])]))
