@@ -28,7 +28,7 @@ from dave_fast.serve.middleware import Held
 from dave_fast.serve.models import ServedModel
 from dave_fast.serve.schemas import Health, ModelInfo, Options, StoredImage
 from dave_fast.serve.service import DeadlineError, Service
-from dave_fast.serve.uploads import Body, Store, read_body
+from dave_fast.serve.uploads import Body, Keeps, Store, read_body
 
 # seconds without an event after which a comment keeps the connection open
 KEEP_ALIVE = 10.0
@@ -37,11 +37,11 @@ KEEP_ALIVE = 10.0
 class Api:
     """The routes of one service."""
 
-    def __init__(self, service: Service, limits: Limits) -> None:
+    def __init__(self, service: Service, limits: Limits, store: Keeps | None = None) -> None:
         self.service = service
         self.limits = limits
         self.held = Held(limits.held_bytes)
-        self.store = Store(limits, self.held)
+        self.store: Keeps = store or Store(limits, self.held)
 
     # ---- from a request to an ask ----
 
@@ -64,7 +64,7 @@ class Api:
         if bool(body.content) == (options.image is not None):
             given = "both a body and an image id were" if body.content else "no image was"
             raise HTTPException(422, f"{given} given; send an image file, or image= with an id of /v1/images.")
-        content = body.content or self.store.get(options.image or "")
+        content = body.content or await self.store.get(options.image or "")
         image = await run_in_threadpool(self._prepared, model, content)
         return model, self.asked(model, image, options, began, refined=refined), options
 
@@ -184,13 +184,13 @@ class Api:
             raise HTTPException(422, "no image was given; send an image file.")
         decode = partial(decode_image, max_pixels=self.limits.pixels, formats=FORMATS)
         image = await run_in_threadpool(decode, body.content, "the image")
-        name = self.store.put(body.content)
+        name = await self.store.put(body.content)
         return StoredImage(image=name, width=image.width, height=image.height, expires_in_s=self.limits.stored_seconds)
 
     async def crop(self, image: str, model: Annotated[str | None, Query(max_length=200)] = None) -> Response:
         """What a model sees of a stored image: PNG."""
         served = self.model(model)
-        content = self.store.get(image)
+        content = await self.store.get(image)
 
         def draw() -> bytes:
             from PIL import Image

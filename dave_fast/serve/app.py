@@ -5,8 +5,6 @@ from __future__ import annotations
 import hmac
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
-from importlib.resources import files
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
@@ -17,15 +15,15 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, StreamingResponse
 
 from dave_fast import __version__
-from dave_fast.demo import demo_scene
 from dave_fast.errors import InputError, NonFiniteError, RefusedError
 from dave_fast.serve import formats, kserve
 from dave_fast.serve.api import Api, in_words, status_of
 from dave_fast.serve.limits import Limits
 from dave_fast.serve.middleware import Front
+from dave_fast.serve.page import add_page
 from dave_fast.serve.schemas import Answer, Health, ModelInfo, StoredImage, problems
 from dave_fast.serve.service import DeadlineError, Service
-from dave_fast.serve.uploads import FORM
+from dave_fast.serve.uploads import FORM, Keeps
 
 
 def create_app(
@@ -34,11 +32,12 @@ def create_app(
     *,
     api_keys: Sequence[str] = (),
     cors_origins: Sequence[str] = (),
+    store: Keeps | None = None,
 ) -> FastAPI:
     """The ASGI app. It starts the service with its lifespan, and stops it.
 
     api_keys: where there are some, routes below /v1 and /v2 want one (Authorization: Bearer, or X-API-Key).
-    cors_origins: whose pages may call; none by default.
+    cors_origins: whose pages may call; none by default. store: of images, where several servers share one.
     """
     limits = limits or Limits()
 
@@ -50,7 +49,7 @@ def create_app(
 
     app = FastAPI(title="dave-fast", version=__version__, lifespan=lifespan, description=__doc__.split("\n")[0])
     app.state.service = service
-    api = Api(service, limits)
+    api = Api(service, limits, store)
     app.include_router(_explanations(api, api_keys))
     app.include_router(_about(api))
     app.include_router(kserve.router(api, _key_checked(api_keys)))
@@ -139,9 +138,7 @@ def _about(api: Api) -> APIRouter:
         response_class=Response,
         responses=text,  # type: ignore[arg-type]
     )
-    for path, (name, kind) in _PAGE.items():
-        router.add_api_route(path, partial(_asset, name, kind), methods=["GET"], include_in_schema=False)
-    router.add_api_route("/example.png", _example, methods=["GET"], include_in_schema=False)
+    add_page(router)
     return router
 
 
@@ -151,25 +148,6 @@ _EVENT = {
     "properties": {"event": {"enum": ["prediction", "maps", "done", "error"]}, "data": {"type": "string"}},
     "required": ["event", "data"],
 }
-
-# the page: paths, files, types
-_PAGE = {
-    "/": ("index.html", "text/html; charset=utf-8"),
-    "/page.css": ("page.css", "text/css"),
-    "/page.js": ("page.js", "text/javascript"),
-}
-_POLICY = "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
-
-
-async def _asset(name: str, kind: str) -> Response:
-    content = files("dave_fast.serve.page").joinpath(name).read_bytes()
-    return Response(content, media_type=kind, headers={"content-security-policy": _POLICY, "cache-control": "no-cache"})
-
-
-async def _example() -> Response:
-    """The embedded scene: what the page shows to whoever has no image at hand."""
-    picture = await run_in_threadpool(lambda: formats.png(demo_scene().image))
-    return Response(picture, media_type=formats.PNG)
 
 
 def _key_checked(api_keys: Sequence[str]) -> list[Any]:

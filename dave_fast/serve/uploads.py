@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import create_form_parser
@@ -83,6 +83,16 @@ def _form(content_type: str, content: bytes) -> Body:
     return body
 
 
+class Keeps(Protocol):
+    """What keeps images for later requests: `Store`, or what stands for one that several servers share."""
+
+    async def put(self, content: bytes) -> str:
+        """Keep an image; its id."""
+
+    async def get(self, name: str) -> bytes:
+        """An image that was kept."""
+
+
 class Store:
     """Images under ids that cannot be guessed; old ones are forgotten, and the oldest make room."""
 
@@ -90,7 +100,7 @@ class Store:
         self.limits, self.held, self._clock = limits, held, clock
         self._images: OrderedDict[str, tuple[float, bytes]] = OrderedDict()
 
-    def put(self, content: bytes) -> str:
+    async def put(self, content: bytes) -> str:
         """Keep an image; its id."""
         self._forget_old()
         while self._images and (
@@ -102,7 +112,7 @@ class Store:
         self._images[name] = (self._clock(), content)
         return name
 
-    def get(self, name: str) -> bytes:
+    async def get(self, name: str) -> bytes:
         """An image that was kept; HTTPException 404 where there is none of that id, or none any more."""
         self._forget_old()
         if name not in self._images:

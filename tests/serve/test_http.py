@@ -163,7 +163,7 @@ def test_health_documentation_metrics_and_page(http, photo):
         assert f"dave_fast_{name}" in text
     assert 'dave_fast_requests_total{route="/v1/explain",status="200"}' in text
     page = http.get("/")
-    assert page.headers["content-type"].startswith("text/html") and "default-src 'self'" in str(page.headers)
+    assert page.headers["content-type"].startswith("text/html") and "default-src 'none'" in str(page.headers)
     assert http.get("/page.css").status_code == http.get("/page.js").status_code == 200
 
 

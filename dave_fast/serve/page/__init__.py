@@ -1,1 +1,46 @@
-"""The page at /: one HTML file, one of style, one of script; no other origin is asked for anything."""
+"""The page at /: HTML, style and scripts; no other origin is asked for anything, and the policy sees to it."""
+
+from __future__ import annotations
+
+from functools import partial
+from importlib.resources import files
+
+from fastapi import APIRouter, Response
+from fastapi.concurrency import run_in_threadpool
+
+from dave_fast.demo import demo_scene
+from dave_fast.serve import formats
+
+_FILES = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/page.css": ("page.css", "text/css; charset=utf-8"),
+    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "/pictures.js": ("pictures.js", "text/javascript; charset=utf-8"),
+    "/server.js": ("server.js", "text/javascript; charset=utf-8"),
+}
+_HEADERS = {
+    "content-security-policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+        "form-action 'none'; base-uri 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
+
+
+def add_page(router: APIRouter) -> None:
+    """The routes of the page, and of the picture that it shows to whoever has none at hand."""
+    for path, (name, kind) in _FILES.items():
+        router.add_api_route(path, partial(_asset, name, kind), methods=["GET"], include_in_schema=False)
+    router.add_api_route("/example.png", _example, methods=["GET"], include_in_schema=False)
+
+
+async def _asset(name: str, kind: str) -> Response:
+    return Response(files(__name__).joinpath(name).read_bytes(), media_type=kind, headers=_HEADERS)
+
+
+async def _example() -> Response:
+    """The embedded scene."""
+    picture = await run_in_threadpool(lambda: formats.png(demo_scene().image))
+    return Response(picture, media_type=formats.PNG)

@@ -1,0 +1,113 @@
+// Maps over photographs, as dave_fast.figures draws them, and the plot of the error.
+
+const BRIGHTEST = 0.995;
+const GAMMA = 0.7;
+const [SATURATION, DIMMING, LIFT] = [0.4, 0.62, 0.05];
+const [OPACITY, OPAQUE_FROM] = [0.92, 0.75];
+const STOPS = [ // matplotlib's "inferno", nine of its colours
+  [0, 0, 4], [31, 12, 72], [85, 15, 109], [136, 34, 106], [186, 54, 85],
+  [227, 89, 51], [249, 140, 10], [249, 201, 50], [252, 255, 164],
+];
+export const COLOURS = 5; // of the plot, in page.css
+
+function colour(strength) {
+  const place = strength * (STOPS.length - 1);
+  const low = Math.min(STOPS.length - 2, Math.floor(place));
+  return STOPS[low].map((value, channel) => value + (place - low) * (STOPS[low + 1][channel] - value));
+}
+
+// a map of the server, uint8, to what every byte is shown as: [strength, red, green, blue]
+function table(bytes) {
+  const sorted = Uint8Array.from(bytes).sort();
+  const top = sorted[Math.floor(BRIGHTEST * (sorted.length - 1))] || sorted[sorted.length - 1] || 1;
+  return Array.from({ length: 256 }, (_, byte) => {
+    const strength = Math.min(1, byte / top) ** GAMMA;
+    return [strength, ...colour(strength)];
+  });
+}
+
+// photo: ImageData of the crop; opacity 0 shows the photograph alone, 1 what dave-fast writes to files
+export function paint(canvas, photo, map, opacity) {
+  const bytes = Uint8Array.from(atob(map.data), (letter) => letter.charCodeAt(0));
+  const shown = table(bytes);
+  canvas.width = photo.width;
+  canvas.height = photo.height;
+  const picture = new ImageData(photo.width, photo.height);
+  for (let i = 0; i < bytes.length; i++) {
+    const [strength, ...over] = shown[bytes[i]];
+    const alpha = opacity * OPACITY * Math.min(1, strength / OPAQUE_FROM);
+    const [red, green, blue] = photo.data.subarray(4 * i, 4 * i + 3);
+    const grey = 0.299 * red + 0.587 * green + 0.114 * blue;
+    for (let channel = 0; channel < 3; channel++) {
+      const seen = photo.data[4 * i + channel];
+      const dimmed = 255 * LIFT + DIMMING * (grey + SATURATION * (seen - grey));
+      const under = seen + opacity * (dimmed - seen);
+      picture.data[4 * i + channel] = under + alpha * (over[channel] - under);
+    }
+    picture.data[4 * i + 3] = 255;
+  }
+  canvas.getContext("2d").putImageData(picture, 0, 0);
+}
+
+// PNG of a canvas, enlarged by a whole number until its shorter side has 448 pixels
+export function png(source) {
+  const scale = Math.max(1, Math.ceil(448 / Math.min(source.width, source.height)));
+  const canvas = Object.assign(document.createElement("canvas"), { width: scale * source.width, height: scale * source.height });
+  const context = canvas.getContext("2d");
+  context.imageSmoothingQuality = "high";
+  context.drawImage(source, 0, 0, canvas.width, canvas.height);
+  return new Promise((done) => canvas.toBlob(done, "image/png"));
+}
+
+// points: {samples, maps: [{error, error_bound}]}, errors null where unknown; each class a line, up to its bound a band
+export function plot(svg, points, last, tolerance) {
+  const [width, height] = [Math.max(280, svg.clientWidth), 190];
+  const [left, right, top, bottom] = [46, width - 14, 12, height - 40];
+  svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  const most = Math.max(tolerance, ...points.flatMap((point) => point.maps.map((one) => one.error_bound ?? one.error ?? 0)));
+  const ceiling = Math.max(0.1, Math.ceil(most * 5) / 5);
+  const first = Math.min(points[0].samples, last / 2);
+  const x = (samples) => left + ((right - left) * Math.log(samples / first)) / Math.log(last / first);
+  const y = (error) => bottom - ((bottom - top) * error) / ceiling;
+  const parts = [];
+  for (let step = 0; step <= 4; step++) {
+    const error = (ceiling * step) / 4;
+    parts.push(shape("line", { class: "grid", x1: left, x2: right, y1: y(error), y2: y(error) }));
+    parts.push(words(left - 8, y(error) + 4, "end", `${Math.round(100 * error)} %`));
+  }
+  const ticks = [];
+  for (let samples = last; samples >= first * 0.999 && ticks.length < 9; samples /= 2) ticks.push(Math.round(samples));
+  for (const samples of ticks) parts.push(words(x(Math.max(first, samples)), bottom + 18, "middle", samples));
+  parts.push(words((left + right) / 2, height - 4, "middle", "samples"));
+  if (tolerance > 0) {
+    parts.push(shape("line", { class: "wanted", x1: left, x2: right, y1: y(tolerance), y2: y(tolerance) }));
+    parts.push(words(right, y(tolerance) - 5, "end", "good enough"));
+  }
+  points[0].maps.forEach((_, number) => {
+    const line = points
+      .map((point) => ({ samples: point.samples, ...point.maps[number] }))
+      .filter((point) => point.error !== null && point.error_bound !== null);
+    if (!line.length) return;
+    const lower = line.map((point) => `${x(point.samples).toFixed(1)},${y(point.error).toFixed(1)}`);
+    const upper = line.map((point) => `${x(point.samples).toFixed(1)},${y(point.error_bound).toFixed(1)}`);
+    const end = line[line.length - 1];
+    parts.push(
+      shape("polygon", { class: `band c${number % COLOURS}`, points: [...lower, ...upper.reverse()].join(" ") }),
+      shape("polyline", { class: `line c${number % COLOURS}`, points: lower.join(" ") }),
+      shape("circle", { class: `dot c${number % COLOURS}`, cx: x(end.samples), cy: y(end.error), r: 4 }),
+    );
+  });
+  svg.replaceChildren(...parts);
+}
+
+function shape(tag, attributes) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  return made;
+}
+
+function words(x, y, anchor, text) {
+  const made = shape("text", { x, y, "text-anchor": anchor });
+  made.textContent = text;
+  return made;
+}

@@ -1,0 +1,445 @@
+"""The page in a real browser: Chromium, driven by Selenium, that can reach nothing but loopback."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from serving import file_of, serve_model, serving
+
+from dave_fast.client import Client
+from dave_fast.demo import demo_scene
+from dave_fast.serve.limits import Limits
+from dave_fast.serve.models import load_models
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+DRIVER = shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None or DRIVER is None,
+    reason="no Chromium with its driver; on Debian: apt-get install chromium chromium-driver",
+)
+PATIENCE = 60.0
+SAMPLES = 32
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    folder = tmp_path_factory.mktemp("chromium")
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    switches = "headless no-sandbox disable-gpu disable-dev-shm-usage disable-background-networking no-first-run"
+    for switch in (
+        *switches.split(),
+        "disable-component-update",
+        "disable-sync",
+        f"user-data-dir={folder / 'profile'}",
+    ):
+        options.add_argument(f"--{switch}")
+    # no name is resolved: what the page shows, it has from the server
+    options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(str(DRIVER)))
+    driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(folder)})
+    driver.downloads = folder  # type: ignore[attr-defined]
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """The embedded model first, and a small one."""
+    with serving(models=[load_models(["demo"], [None])["demo"], serve_model()]) as (address, _):
+        yield address
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("images") / "scene.png"
+    demo_scene().image.save(path)
+    return path
+
+
+class Page:
+    """What a person does and sees."""
+
+    def __init__(self, browser: Any, address: str) -> None:
+        self.browser = browser
+        self.emulate()
+        browser.get_log("browser")
+        browser.get(address)
+        self.until(lambda: self.all("#model option"), "models")
+        self.run(f"document.getElementById('samples').value = {SAMPLES}")
+        # everything that is seen and heard, as it comes
+        self.run("""
+            window.seen = {}
+            for (const id of ["told-samples", "told-bound", "heard", "status"]) {
+              const list = (window.seen[id] = [])
+              const look = () => list.push(document.getElementById(id).textContent)
+              new MutationObserver(look).observe(document.getElementById(id), { childList: true, characterData: true, subtree: true })
+            }
+        """)
+
+    def emulate(
+        self, width: int = 1280, height: int = 900, scheme: str = "light", motion: str = "no-preference"
+    ) -> None:
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        features = {"prefers-color-scheme": scheme, "prefers-reduced-motion": motion}
+        told = [{"name": name, "value": value} for name, value in features.items()]
+        self.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": told})
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        return self.browser.execute_script(script, *arguments)
+
+    def all(self, selector: str) -> list[Any]:
+        return self.browser.find_elements("css selector", selector)
+
+    def one(self, selector: str) -> Any:
+        return self.browser.find_element("css selector", selector)
+
+    def text(self, selector: str) -> str:
+        return str(self.run("return document.querySelector(arguments[0]).textContent", selector))
+
+    def seen(self, name: str) -> list[str]:
+        return list(self.run("return window.seen[arguments[0]]", name))
+
+    def until(self, holds: Callable[[], Any], what: str) -> Any:
+        end = time.monotonic() + PATIENCE
+        while not (value := holds()):
+            assert time.monotonic() < end, f"no {what}: {self.text('#status')!r}, {self.text('#problem')!r}"
+            time.sleep(0.05)
+        return value
+
+    def give(self, path: Path) -> None:
+        self.one("#file").send_keys(str(path))
+
+    def done(self, classes: int = 1) -> None:
+        def holds() -> bool:
+            assert not self.text("#problem"), self.text("#problem")
+            over = self.text("#status").startswith(("Done", "Good enough"))
+            return over and len(self.all("#maps article")) == classes
+
+        self.until(holds, "answer")
+
+    def problem(self) -> str:
+        return str(self.until(lambda: self.text("#problem"), "problem"))
+
+    def pixels(self, selector: str) -> np.ndarray:
+        """A canvas, uint8 (H, W, 3)."""
+        width, height, data = self.run(
+            """
+            const canvas = document.querySelector(arguments[0])
+            const { width, height } = canvas
+            return [width, height, [...canvas.getContext("2d").getImageData(0, 0, width, height).data]]
+            """,
+            selector,
+        )
+        return np.array(data, np.uint8).reshape(height, width, 4)[..., :3]
+
+    def file(self, name: str) -> bytes:
+        """A download; it is removed."""
+        path = self.browser.downloads / name
+        self.until(path.exists, f"file {name}")
+        content = path.read_bytes()
+        path.unlink()
+        return content
+
+    def flaws(self) -> list[str]:
+        """What axe-core finds, WCAG 2 A and AA and its best practices."""
+        # the package is for another driver; what is wanted is the axe-core in it
+        found = find_spec("axe_playwright_python")
+        assert found is not None and found.submodule_search_locations
+        (script,) = Path(found.submodule_search_locations[0]).rglob("axe.min.js")
+        self.run(script.read_text(encoding="utf-8"))
+        result = self.browser.execute_async_script("axe.run().then(arguments[0])")
+        assert len(result["passes"]) > 20
+        return [f"{flaw['id']}: {[node['html'] for node in flaw['nodes']]}" for flaw in result["violations"]]
+
+
+@pytest.fixture
+def page(browser: Any, address: str) -> Iterator[Page]:
+    page = Page(browser, address)
+    yield page
+    # the policy refuses nothing that the page needs, and no script fails; refusals of the server are logged too
+    wrong = [entry["message"] for entry in browser.get_log("browser") if entry["source"] in ("security", "javascript")]
+    assert not wrong
+
+
+@pytest.fixture
+def explained(page: Page, scene: Path) -> Page:
+    page.give(scene)
+    page.done()
+    return page
+
+
+def test_it_sharpens_live_and_screen_readers_hear_the_beginning_and_the_end(page: Page, scene: Path) -> None:
+    page.give(scene)
+    page.done()
+    samples = [int(text.split("/")[0]) for text in page.seen("told-samples") if "/" in text]
+    assert len(set(samples)) >= 3 and samples == sorted(samples) and samples[-1] == SAMPLES
+    bounds = [float(text.rstrip(" %")) for text in page.seen("told-bound") if text != "–"]
+    assert bounds[-1] < bounds[0]
+    heard = [text for text in page.seen("heard") if text]
+    assert heard[0] == "Explaining." and heard[-1].startswith(f"Done: {SAMPLES} samples, error below")
+    assert len(heard) == 2 and page.one("#heard").get_attribute("role") == "status"
+    assert page.text("#maps h3").startswith("four")
+    names = [name.text for name in page.all("#top .name")]
+    assert names[:2] == ["four", "six"] and len(names) == 5
+    assert page.all("#curve polyline") and page.all("#curve polygon")
+
+
+def test_every_byte_comes_from_the_server_under_a_strict_policy(explained: Page, address: str) -> None:
+    asked = explained.run("return performance.getEntriesByType('resource').map((entry) => entry.name)")
+    assert len(asked) >= 8 and all(name.startswith((address, "data:")) for name in asked)
+    policy = explained.run("return fetch('/').then((answer) => answer.headers.get('content-security-policy'))")
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+    assert explained.run("try { document.body.innerHTML = '<p>' } catch (error) { return error.name }") == "TypeError"
+    # it says so in the log, where the other tests want nothing
+    assert "TrustedHTML" in str(explained.browser.get_log("browser"))
+
+
+def test_the_picture_is_the_one_that_files_have(explained: Page, address: str, scene: Path) -> None:
+    shown = explained.pixels("#maps canvas").astype(float)
+    with Client(address) as client:
+        answer = client._http.post(
+            "/v1/explain", params={"n_samples": SAMPLES}, content=scene.read_bytes(), headers={"accept": "image/png"}
+        )
+    file = Image.open(io.BytesIO(answer.content)).convert("RGB").resize((128, 128), Image.Resampling.BOX)
+    assert np.corrcoef(shown.ravel(), np.asarray(file, float).ravel())[0, 1] > 0.99
+    # without the map there is the photograph
+    explained.run(
+        "const slider = arguments[0]; slider.value = 0; slider.dispatchEvent(new Event('input'))",
+        explained.one("#opacity"),
+    )
+    assert (explained.pixels("#maps canvas") == explained.pixels("#photo")).all()
+    assert (explained.pixels("#photo") == np.asarray(demo_scene().image)).all()
+    assert explained.text("#opacity-value") == "0 %"
+
+
+def test_classes_switch_by_the_arrow_keys_and_compare_side_by_side(explained: Page) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    four = explained.pixels("#maps canvas")
+    explained.one("#top input:checked").send_keys(Keys.ARROW_DOWN)
+    explained.until(lambda: explained.text("#maps h3").startswith("six"), "map of six")
+    explained.done()
+    assert explained.run("return document.activeElement.dataset.target") == "6"
+    assert (explained.pixels("#maps canvas") != four).any()
+    explained.one("#compare").click()
+    explained.one("#top input[data-target='4']").click()
+    explained.until(lambda: len(explained.all("#maps article")) == 2, "second map")
+    explained.done(2)
+    assert [title.text.split("\n")[0] for title in explained.all("#maps h3")] == ["six", "four"]
+    assert (explained.pixels("#maps article:nth-child(2) canvas") == four).mean() > 0.99
+    assert len(explained.all("#curve polyline")) == 2
+    # a class that is not among the five, by its name
+    explained.one("#other").send_keys("seven\n")
+    explained.until(lambda: len(explained.all("#maps article")) == 3, "third map")
+    explained.done(3)
+    explained.one("#compare").click()
+    explained.done(1)
+
+
+def test_downloads_hold_what_is_shown(explained: Page, address: str, scene: Path) -> None:
+    png, npz = explained.all("#maps article button")
+    png.click()
+    picture = Image.open(io.BytesIO(explained.file("dave-four.png")))
+    assert picture.size == (512, 512)
+    small = np.asarray(picture.convert("RGB").resize((128, 128), Image.Resampling.BOX), float)
+    assert np.abs(small - explained.pixels("#maps canvas")).mean() < 3
+    npz.click()
+    with np.load(io.BytesIO(explained.file("dave-four.npz"))) as arrays, Client(address) as client:
+        expected = client.explain(scene, "four", n_samples=SAMPLES, seed=0)
+        np.testing.assert_allclose(arrays["maps"], expected.maps, atol=1e-5)
+        assert (
+            arrays["targets"].tolist() == [4]
+            and arrays["samples"] == SAMPLES
+            and arrays["input"].shape == (128, 128, 3)
+        )
+
+
+def test_drop_paste_and_another_model(page: Page, photo: bytes) -> None:
+    page.run("document.getElementById('model').value = 'tiny'")
+    give = """
+        const made = new DataTransfer()
+        const [kind, name, bytes] = arguments
+        made.items.add(new File([new Uint8Array(bytes)], name, { type: "image/png" }))
+        const event = kind === "drop" ? new DragEvent("drop", { dataTransfer: made, bubbles: true, cancelable: true })
+                                      : new ClipboardEvent("paste", { clipboardData: made, bubbles: true })
+        document.body.dispatchEvent(event)
+    """
+    page.run(give, "drop", "dropped.png", list(photo))
+    page.done()
+    assert any("dropped.png" in text for text in page.seen("status"))
+    page.run(give, "paste", "pasted.png", list(photo))
+    page.until(lambda: any("pasted.png" in text for text in page.seen("status")), "pasted image")
+    page.done()
+    page.run(
+        "const model = arguments[0]; model.value = 'demo'; model.dispatchEvent(new Event('change'))", page.one("#model")
+    )
+    page.until(lambda: page.pixels("#photo").shape == (128, 128, 3), "crop of the other model")
+    page.done()
+
+
+def test_tolerance_ends_early(page: Page, scene: Path) -> None:
+    page.run("document.getElementById('tolerance').value = '0.5'; document.getElementById('samples').value = 512")
+    page.give(scene)
+    page.done()
+    assert page.text("#status").startswith("Good enough") and page.all("#curve .wanted")
+    assert int(page.text("#told-samples").split("/")[0]) < 512
+
+
+def test_stop_ends_it(page: Page, scene: Path) -> None:
+    page.run("document.getElementById('samples').value = 1024")
+    page.give(scene)
+    page.until(lambda: "/" in page.text("#told-samples"), "first samples")
+    page.one("#stop").click()
+    assert page.text("#status") == "Stopped" and not page.one("#stop").is_enabled()
+    assert page.run("return document.activeElement.id") == "again"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(page: Page, scene: Path, scheme: str) -> None:
+    page.emulate(scheme=scheme)
+    assert page.flaws() == []
+    page.give(scene)
+    page.done()
+    page.one("summary").click()
+    assert page.flaws() == []
+    page.one("#other").send_keys("no such class\n")
+    assert "no such class" in page.problem()
+    assert page.flaws() == []
+
+
+def test_the_keyboard_reaches_everything_in_order(explained: Page) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    explained.run("document.activeElement.blur(); window.scrollTo(0, 0)")
+    order: list[str] = []
+    while "opacity" not in order and len(order) < 20:
+        ActionChains(explained.browser).send_keys(Keys.TAB).perform()
+        order.append(
+            explained.run("const at = document.activeElement; return at.id || at.name || at.textContent.trim()")
+        )
+        assert explained.run("return document.activeElement.matches(':focus-visible')")
+    assert order[:3] == ["file", "model", "class"]
+    rest = [
+        "compare",
+        "other",
+        "add",
+        "Samples and accuracy",
+        "again",
+        "Save PNG of four",
+        "Save .npz of four",
+        "opacity",
+    ]
+    assert order[3:] == rest
+
+
+def test_narrow_screens_and_reduced_motion(explained: Page) -> None:
+    for width in (320, 640, 1920):
+        explained.emulate(width=width, motion="reduce")
+        assert explained.run("return document.documentElement.scrollWidth") <= width
+    assert explained.run("return getComputedStyle(document.querySelector('.bar span')).transitionDuration") == "0s"
+
+
+def test_what_is_no_image_is_said(page: Page, tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("not an image")
+    page.give(path)
+    assert "image" in page.problem() and page.text("#status") == "Not explained"
+    assert page.one("#problem").get_attribute("role") == "alert"
+    page.run("const f = document.getElementById('seed'); f.value = ''; f.dispatchEvent(new Event('change'))")
+    assert page.run("return document.getElementById('seed').matches(':invalid')")
+
+
+def test_an_image_that_the_server_forgot_is_sent_again(browser: Any, scene: Path) -> None:
+    with serving(Limits(stored_images=1)) as (address, _), Client(address) as client:
+        page = Page(browser, address)
+        page.give(scene)
+        page.done()
+        client._http.post("/v1/images", content=file_of(np.zeros((32, 32, 3), np.uint8)))
+        page.one("#again").click()
+        page.done()
+        assert page.seen("heard").count("Explaining.") == 2
+
+
+@contextmanager
+def occupied(address: str, photo: bytes) -> Iterator[None]:
+    """A server whose only place is taken until the block is left."""
+    leave, there = threading.Event(), threading.Event()
+
+    def stay() -> None:
+        with Client(address) as client:
+            while not leave.is_set():
+                for _ in client.stream(photo, n_samples=1024):
+                    there.set()
+                    if leave.is_set():
+                        break
+
+    thread = threading.Thread(target=stay)
+    thread.start()
+    try:
+        assert there.wait(PATIENCE)
+        yield
+    finally:
+        leave.set()
+        thread.join()
+
+
+def test_a_busy_server_is_asked_again(browser: Any, photo: bytes, scene: Path) -> None:
+    with serving(Limits(requests=1)) as (address, _):
+        page = Page(browser, address)
+        with occupied(address, photo):
+            page.give(scene)
+            page.until(lambda: "busy" in page.text("#status"), "wait")
+        page.done()
+
+
+def test_a_server_that_goes_away_is_said(browser: Any, scene: Path) -> None:
+    with serving() as (address, _):
+        page = Page(browser, address)
+        page.give(scene)
+        page.done()
+    page.one("#again").click()
+    assert "does not answer" in page.problem()
+    assert page.one("#again").is_enabled()
+
+
+def test_a_key_is_asked_for(browser: Any, scene: Path) -> None:
+    with serving(api_keys=["open sesame"]) as (address, _):
+        browser.execute_cdp_cmd("Network.enable", {})
+        browser.get(address)
+        dialog = browser.find_element("id", "key-dialog")
+        end = time.monotonic() + PATIENCE
+        while not dialog.is_displayed():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        browser.find_element("id", "key").send_keys("open sesame\n")
+        while not browser.find_elements("css selector", "#model option"):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        browser.find_element("id", "file").send_keys(str(scene))
+        while not browser.find_element("id", "status").text.startswith("Done"):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        assert json.loads(browser.execute_script("return JSON.stringify({...sessionStorage})")) == {
+            "dave-fast-key": "open sesame"
+        }
