@@ -145,7 +145,7 @@ class Explanations:
         loaded = load_models(settings.models, [None], **settings.model_dump(include=names))
         self._service = Service(loaded, settings.limits)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:  # noqa: N807
+    def __serve_build_asgi_app__(self) -> FastAPI:
         """The app; Ray runs its lifespan, which warms the engine before the replica takes requests."""
         app = create_app(
             self._service,

@@ -19,7 +19,6 @@ import dave_fast
 from dave_fast import DAVE
 from dave_fast.client import Client, ServerError
 from dave_fast.demo import demo_scene
-from dave_fast.serve.schemas import MOST_SAMPLES
 
 pytest.importorskip("ray.serve", reason="an extra: dave-fast[ray]")
 pytestmark = pytest.mark.filterwarnings("ignore")

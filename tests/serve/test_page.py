@@ -91,7 +91,8 @@ class Page:
             for (const id of ["told-samples", "told-bound", "heard", "status"]) {
               const list = (window.seen[id] = [])
               const look = () => list.push(document.getElementById(id).textContent)
-              new MutationObserver(look).observe(document.getElementById(id), { childList: true, characterData: true, subtree: true })
+              const wanted = { childList: true, characterData: true, subtree: true }
+              new MutationObserver(look).observe(document.getElementById(id), wanted)
             }
         """)
 
@@ -360,14 +361,29 @@ def test_narrow_screens_and_reduced_motion(explained: Page) -> None:
     assert explained.run("return getComputedStyle(document.querySelector('.bar span')).transitionDuration") == "0s"
 
 
-def test_what_is_no_image_is_said(page: Page, tmp_path: Path) -> None:
-    path = tmp_path / "notes.txt"
-    path.write_text("not an image")
-    page.give(path)
-    assert "image" in page.problem() and page.text("#status") == "Not explained"
+def test_what_is_no_image_is_said(page: Page, scene: Path, tmp_path: Path) -> None:
+    text, broken = tmp_path / "notes.txt", tmp_path / "broken.png"
+    text.write_text("not an image")
+    broken.write_bytes(scene.read_bytes()[:100])
+    page.give(text)
+    assert "“notes.txt” is no image file" in page.problem()
     assert page.one("#problem").get_attribute("role") == "alert"
-    page.run("const f = document.getElementById('seed'); f.value = ''; f.dispatchEvent(new Event('change'))")
-    assert page.run("return document.getElementById('seed').matches(':invalid')")
+    # by its name it could be one; the server knows better
+    page.give(broken)
+    page.until(lambda: "notes.txt" not in page.text("#problem") and page.text("#problem"), "problem of the server")
+    assert page.one("#welcome").is_displayed() and not page.one("#result").is_displayed()
+    page.give(scene)
+    page.done()
+    assert page.text("#problem") == "" and page.one("#result").is_displayed()
+    # what is there stays where the next is no image
+    page.give(text)
+    assert "no image" in page.problem() and page.text("#status").startswith("Done")
+
+
+def test_numbers_that_cannot_be_are_not_sent(explained: Page) -> None:
+    explained.run("const f = document.getElementById('samples'); f.value = 0; f.dispatchEvent(new Event('change'))")
+    assert explained.text("#status").startswith("Done")
+    assert explained.run("return document.getElementById('samples').matches(':invalid')")
 
 
 def test_an_image_that_the_server_forgot_is_sent_again(browser: Any, scene: Path) -> None:

@@ -68,7 +68,7 @@ async function see(mine, signal) {
 // ---- an explanation comes back ----
 
 async function explain() {
-  if (!image || ![...document.querySelectorAll("input[type=number]")].every((field) => field.reportValidity())) return;
+  if (!image || !numbersHold()) return;
   stop();
   const mine = (running = new AbortController());
   [latest, curve] = [null, []];
@@ -112,6 +112,14 @@ async function refined(mine, signal) {
     if (name === "prediction") predicted(told);
     else arrived(told, name === "done");
   }
+}
+
+function numbersHold() {
+  const wrong = [...document.querySelectorAll("input[type=number]")].find((field) => !field.checkValidity());
+  if (!wrong) return true;
+  wrong.closest("details").open = true;
+  wrong.reportValidity();
+  return false;
 }
 
 function query(mine, extra = {}) {
@@ -304,7 +312,8 @@ function hear(text) {
 }
 
 function problem(error) {
-  say("Not explained");
+  if (!latest) say("Not explained");
+  if (!image?.photo) [$("welcome").hidden, $("result").hidden] = [false, true];
   hear("");
   $("problem").textContent = error.message;
 }
@@ -329,8 +338,10 @@ async function begin() {
 }
 
 function given(files) {
-  if (files?.length) return take(files[0]);
-  return problem(new Error("That is no image file; give a PNG, JPEG, WebP, GIF, BMP, TIFF or PPM."));
+  const file = files?.[0];
+  if (file && (!file.type || file.type.startsWith("image/"))) return take(file);
+  const what = file ? `“${file.name}” is no image file` : "That is no file";
+  return problem(new Error(`${what}; give a PNG, JPEG, WebP, GIF, BMP, TIFF or PPM.`));
 }
 
 $("example").addEventListener("click", example);
