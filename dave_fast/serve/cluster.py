@@ -76,7 +76,6 @@ class Settings(BaseModel):
         return Limits(requests=self.max_requests, samples=self.max_samples, answer_seconds=self.answer_seconds)
 
 
-@serve.deployment(num_replicas=1, max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0})
 class Images:
     """The images of /v1/images for all replicas; what is kept is lost with the replica, and is then sent again."""
 
@@ -133,8 +132,6 @@ class Named:
         await self.app(scope, receive, named)
 
 
-@serve.deployment
-@serve.ingress()
 class Explanations:
     """One replica: models on one device, and the app of `dave-fast serve` over them."""
 
@@ -178,7 +175,9 @@ def application(settings: Settings) -> serve.Application:
                 "downscale_delay_s": settings.downscale_delay_s,
             }
         }
-    deployment = Explanations.options(
+    images = serve.deployment(Images, max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0})
+    explanations = serve.deployment(
+        serve.ingress()(Explanations),
         ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
         max_ongoing_requests=limits.requests + _BESIDES,
         # beyond that it is the proxy that refuses, with 503
@@ -190,4 +189,4 @@ def application(settings: Settings) -> serve.Application:
         **options,
     )
     keys = [key.strip() for key in os.environ.get(KEYS_VARIABLE, "").replace(",", "\n").splitlines() if key.strip()]
-    return deployment.bind(settings, keys, Images.bind(limits))
+    return explanations.bind(settings, keys, images.bind(limits))
