@@ -166,8 +166,8 @@ def test_model_that_cannot_be_loaded(images, tmp_path):
 
 def test_watchdog(images, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(RunError, match=r"no progress for 1 s; waiting for worker 0"):
-        run_stubs.run(images, out, fault=("hang", 40), watchdog_s=1.0, shard_rows=5)
+    with pytest.raises(RunError, match=r"no progress for \d+ s; waiting for worker 0"):
+        run_stubs.run(images, out, fault=("hang", 40), watchdog_s=6.0, shard_rows=5)
     assert len(check_committed(out)) >= 35
     assert run_stubs.run(images, out).records == 120
     check(out, ids_of(images))
@@ -182,8 +182,8 @@ def test_source_that_hangs(images, tmp_path, monkeypatch):
     source = sources.open_source(str(images))
     endless = replace(source, read=lambda skip: iter(threading.Event().wait, None))
     monkeypatch.setattr(runner, "open_source", lambda *args, **keywords: endless)
-    with pytest.raises(RunError, match=f"no progress for 1 s; waiting for the source {images}"):
-        run_stubs.run(images, tmp_path / "out", watchdog_s=1.0)
+    with pytest.raises(RunError, match=rf"no progress for \d+ s; waiting for the source {images}"):
+        run_stubs.run(images, tmp_path / "out", watchdog_s=6.0)
 
 
 def test_resume_refuses_another_run(images, tmp_path):
