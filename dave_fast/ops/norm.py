@@ -58,6 +58,10 @@ def normalize_ref(
         y of x's shape and dtype, contiguous; r (...,) float32 (float64), which `normalize_vjp` wants.
     """
     wide = x.to(weight.dtype)
+    if centres and not centred:
+        # one pass in PyTorch's own kernel
+        y, _, rstd = torch.native_layer_norm(wide, wide.shape[-1:], weight, bias, eps)
+        return y.to(x.dtype).contiguous(), rstd.squeeze(-1)
     rstd = row_rstd_ref(wide, eps, centred=not centres)
     y = (_remove_mean(wide) if centres else wide) * rstd[..., None] * weight + bias
     return (_remove_mean(y) if centred else y).to(x.dtype).contiguous(), rstd
