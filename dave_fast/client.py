@@ -40,11 +40,16 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.1, 10.0
 
 
 class ServerError(DaveFastError, RuntimeError):
-    """The server refused or failed. status: of HTTP, None where there was no answer; detail: its words."""
+    """The server refused or failed. status: of HTTP, None where there was no answer; detail: its words.
 
-    def __init__(self, status: int | None, detail: str, retry_after: float | None = None) -> None:
+    lost: the answer is that of a proxy whose server died with the request.
+    """
+
+    def __init__(
+        self, status: int | None, detail: str, retry_after: float | None = None, *, lost: bool = False
+    ) -> None:
         super().__init__(f"{detail}" if status is None else f"{status}: {detail}")
-        self.status, self.detail, self.retry_after = status, detail, retry_after
+        self.status, self.detail, self.retry_after, self.lost = status, detail, retry_after, lost
 
 
 @dataclass(frozen=True)
@@ -138,15 +143,18 @@ def _map(told: Mapping[str, Any]) -> np.ndarray:
 
 def _problem(response: httpx.Response) -> ServerError:
     """What a status other than 200 says."""
+    lost = False
     try:
         detail = response.json()["detail"]
     except (ValueError, KeyError, TypeError):
         detail = response.text[:200] or response.reason_phrase
+        # a server's own errors are JSON
+        lost = response.status_code == 500
     try:
         wait = float(response.headers.get("retry-after", ""))
     except ValueError:
         wait = None
-    return ServerError(response.status_code, str(detail), wait)
+    return ServerError(response.status_code, str(detail), wait, lost=lost)
 
 
 class _Patience:
@@ -167,7 +175,8 @@ class _Patience:
     def after(self, error: Exception) -> float:
         """Seconds to wait before the next try; raises what is final."""
         told = error if isinstance(error, ServerError) else ServerError(None, f"{type(error).__name__}: {error}")
-        if self.left <= 0 or (told.status is not None and told.status not in _AGAIN):
+        final = told.status is not None and told.status not in _AGAIN and not told.lost
+        if self.left <= 0 or final:
             raise told from error
         self.left -= 1
         wait = random.uniform(0, self._wait)

@@ -34,6 +34,8 @@ from dave_fast.serve.uploads import Store
 KEYS_VARIABLE = "DAVE_FAST_API_KEYS"
 # requests that a replica takes beyond its queue: those for the page, for models, and the ones that it refuses itself
 _BESIDES = 16
+# requests that a proxy holds while it finds them a replica: bursts, since replicas refuse for themselves
+_BURST = 256
 # seconds between the latest answer of a replica that is removed and its end
 _FLUSH = 15.0
 
@@ -181,7 +183,7 @@ def application(settings: Settings) -> serve.Application:
         ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
         max_ongoing_requests=limits.requests + _BESIDES,
         # beyond that it is the proxy that refuses, with 503
-        max_queued_requests=limits.requests,
+        max_queued_requests=_BURST,
         # a replica that is removed gets nothing new, and every request that it has is answered by then
         graceful_shutdown_timeout_s=limits.answer_seconds + _FLUSH,
         graceful_shutdown_wait_loop_s=0.2,

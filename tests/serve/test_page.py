@@ -435,8 +435,15 @@ def test_a_server_that_goes_away_is_said(browser: Any, scene: Path) -> None:
         page.give(scene)
         page.done()
     page.one("#again").click()
-    assert "does not answer" in page.problem()
+    assert "does not answer" in page.problem() and page.text("#status") == "Not explained"
     assert page.one("#again").is_enabled()
+    # the map that is there can still be looked at and kept
+    before = page.pixels("#maps canvas")
+    slide = "const slider = arguments[0]; slider.value = 0; slider.dispatchEvent(new Event('input'))"
+    page.run(slide, page.one("#opacity"))
+    assert (page.pixels("#maps canvas") != before).any()
+    page.all("#maps article button")[0].click()
+    assert Image.open(io.BytesIO(page.file(f"dave-{page.text('#maps .name').replace(' ', '-')}.png"))).width >= 448
 
 
 def test_a_key_is_asked_for(browser: Any, scene: Path) -> None:

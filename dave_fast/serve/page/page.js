@@ -24,14 +24,20 @@ async function take(file) {
     const content = new Blob([await file.arrayBuffer().catch(() => { throw new Error("That could not be read; give one image file."); })], { type: file.type });
     image = { content, name: file.name || "the image" };
     [chosen, top5, others] = [[], [], []];
-    $("maps").replaceChildren();
+    clear();
     $("classes").disabled = true;
     $("welcome").hidden = true;
     $("result").hidden = false;
     await explain();
   } catch (error) {
-    problem(error);
+    failed(error);
   }
+}
+
+// maps over another crop mean nothing; those of an explanation before stay until new ones come
+function clear() {
+  latest = null;
+  $("maps").replaceChildren();
 }
 
 async function upload(mine, signal) {
@@ -71,7 +77,8 @@ async function explain() {
   if (!image || !numbersHold()) return;
   stop();
   const mine = (running = new AbortController());
-  [latest, curve] = [null, []];
+  curve = [];
+  if (image.seenBy !== $("model").value) clear();
   show(null);
   $("again").disabled = false;
   $("stop").disabled = false;
@@ -81,7 +88,7 @@ async function explain() {
   try {
     await patiently(mine.signal, () => refined(image, mine.signal));
   } catch (error) {
-    if (error.name !== "AbortError" && running === mine) problem(error);
+    if (error.name !== "AbortError" && running === mine) failed(error);
   } finally {
     if (running === mine) finish();
   }
@@ -311,9 +318,13 @@ function hear(text) {
   $("heard").textContent = text;
 }
 
-function problem(error) {
-  if (!latest) say("Not explained");
+function failed(error) {
+  say("Not explained");
   if (!image?.photo) [$("welcome").hidden, $("result").hidden] = [false, true];
+  problem(error);
+}
+
+function problem(error) {
   hear("");
   $("problem").textContent = error.message;
 }
