@@ -1,23 +1,28 @@
 """docs/quality.md and its figures: the evaluation of the embedded scenes, with settings that were fixed beforehand.
 
-    python scripts/quality.py measure images --out DIR
-    python scripts/quality.py measure mosaics --out DIR
+    python scripts/quality.py measure PART --out DIR        # images, mosaics, mosaics-3x3, packages
     python scripts/quality.py write --out DIR
 
-The two measurements are halves of one evaluation, so that each can have a core of its own. Nothing here was changed
-after a result was seen.
+The parts are of one evaluation: the same model, scenes, mosaics and seeds, each on a core or in an environment of its
+own. Nothing here was changed after a result was seen.
 """
 
 import argparse
 import pickle
 import shutil
+from dataclasses import dataclass
+from importlib.metadata import distributions
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
+
 from dave_fast.demo import load_demo_model
-from dave_fast.evaluate import DemoScenes, Results, Settings, evaluate
-from dave_fast.evaluate.methods import Setup
+from dave_fast.evaluate import DemoScenes, Results, Settings
+from dave_fast.evaluate.methods import METHODS, Setup
 from dave_fast.evaluate.report import About, write
+from dave_fast.evaluate.scoring import Run
+from dave_fast.evaluate.settings import GRIDS, GROUPS
 from dave_fast.images import preprocessing
 from dave_fast.info import collect
 from dave_fast.labels import labels_of
@@ -26,27 +31,45 @@ from dave_fast.labels import labels_of
 SEED = 20261124
 SETUP = Setup(n_samples=50, explainer={"precision": "fp32", "noise_alpha": 0.5})
 COUNTS = {"images": 200, "probes": 16, "randomised": 2, "pairs": 16, "mosaics": 12, "seeds": 3, "seed": SEED}
-GRIDS = ("2x2", "2x2-rescaled", "3x3-rescaled")
-HALVES = {
-    "images": ("localisation", "curves", "stability", "classes", "seeds", "randomisation"),
-    "mosaics": ("grids",),
+PACKAGES = ("LeGrad", "AttnLRP")
+OTHERS = tuple(name for name in METHODS if name not in PACKAGES)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is measured together."""
+
+    methods: tuple[str, ...]
+    groups: tuple[str, ...]
+    grids: tuple[str, ...] = ()
+
+    @property
+    def settings(self) -> Settings:
+        """Mosaics are drawn from scenes of their own, and need no other image."""
+        counts = COUNTS if self.groups != ("grids",) else COUNTS | {"images": 1}
+        return Settings(**counts, grids=self.grids, groups=self.groups)
+
+
+PARTS = {
+    "images": Part(OTHERS, tuple(group for group in GROUPS if group != "grids")),
+    "mosaics": Part(OTHERS, ("grids",), ("2x2", "2x2-rescaled", "3x3-rescaled")),
+    "mosaics-3x3": Part(OTHERS, ("grids",), ("3x3",)),
+    "packages": Part(PACKAGES, GROUPS, tuple(GRIDS)),
 }
 
 
-def settings(half: str) -> Settings:
-    """Of one half of the evaluation; mosaics are drawn from scenes of their own, and need no other image."""
-    counts = COUNTS if half == "images" else COUNTS | {"images": 1}
-    return Settings(**counts, grids=GRIDS, groups=HALVES[half])
-
-
-def measure(half: str, out: Path) -> None:
-    """Run one half and keep what it found."""
-    chosen = settings(half)
+def measure(name: str, out: Path) -> None:
+    """Run one part and keep what it found."""
+    part = PARTS[name]
     model = load_demo_model().requires_grad_(False)
-    source = DemoScenes(chosen.images, SEED)
-    results = evaluate(model, source, chosen, SETUP, lambda done, total, what: print(done, total, what, flush=True))
+    source = DemoScenes(part.settings.images, SEED)
+    methods = {each: METHODS[each] for each in part.methods}
+    run = Run(model, source, part.settings, SETUP, methods, Results(), lambda *at: print(*at, flush=True))
+    results = run.all()
+    installed = {each.name: each.version for each in distributions()}
+    results.facts["packages"] = {each: installed[each] for each in ("captum", "torchcam", "lxt") if each in installed}
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{half}.pickle").write_bytes(pickle.dumps(results))
+    (out / f"{name}.pickle").write_bytes(pickle.dumps(results))
 
 
 PREFACE = """\
@@ -66,16 +89,33 @@ of it by `dave-fast evaluate` ([evaluate.md](evaluate.md)). Every interval and c
 
 
 def merged(out: Path) -> Results:
-    """Both halves as one."""
-    whole, other = (pickle.loads((out / f"{half}.pickle").read_bytes()) for half in HALVES)
-    for name, variants in other.scores.items():
-        for variant, scores in variants.items():
-            grids = {metric: values for metric, values in scores.items() if metric.startswith("GridPG")}
-            whole.scores[name][variant] |= grids
-    whole.absent |= other.absent
-    whole.facts |= {"mosaics": other.facts["mosaics"]}
+    """All parts as one."""
+    whole, *others = (pickle.loads((out / f"{name}.pickle").read_bytes()) for name in PARTS)
+    for other in others:
+        _join(whole, other)
+    whole.scores = {name: whole.scores[name] for name in METHODS if name in whole.scores}
     whole.facts.setdefault("labelled", whole.facts["images"])
     return whole
+
+
+def _join(whole: Results, other: Results) -> None:
+    """Add what another part found, of the same images."""
+    for name, variants in other.scores.items():
+        for variant, scores in variants.items():
+            row = whole.scores.setdefault(name, {}).setdefault(variant, {})
+            if twice := row.keys() & scores.keys():
+                raise ValueError(f"{name}, {variant}: {sorted(twice)} measured in two parts")
+            row |= scores
+    for protocol, (_, rows) in other.curves.items():
+        whole.curves[protocol][1].update(rows)
+    whole.randomised[1].update(other.randomised[1])
+    for ours, theirs in zip(whole.examples, other.examples, strict=False):
+        if not torch.equal(ours["image"], theirs["image"]):
+            raise ValueError(f"{ours['name']} is another image in another part")
+        ours["maps"] = theirs["maps"] | ours["maps"]
+    whole.absent |= other.absent
+    for fact in ("mosaics", "packages"):
+        whole.facts[fact] = whole.facts.get(fact, {}) | other.facts.get(fact, {})
 
 
 def write_docs(out: Path) -> None:
@@ -83,13 +123,14 @@ def write_docs(out: Path) -> None:
     root = Path(__file__).parents[1]
     model = load_demo_model()
     prepare = preprocessing(model)
-    chosen = Settings(**COUNTS, grids=GRIDS)
-    environment = {**collect("cpu").versions, "threads": "one for each half"}
+    chosen = Settings(**COUNTS, grids=tuple(GRIDS))
+    whole = merged(out)
+    environment = {**collect("cpu").versions, **whole.facts.pop("packages"), "threads": "one for each part"}
     title = "the embedded scenes (held-out glyphs)"
     about = About("demo", title, chosen, SETUP, labels_of(model), prepare, environment, "scripts/quality.py", {})
     with TemporaryDirectory() as folder:
         made = Path(folder)
-        write(made, merged(out), about)
+        write(made, whole, about)
         page = (made / "report.md").read_text().replace("(examples.png)", "(figures/quality_examples.png)")
         (root / "docs" / "quality.md").write_text(
             page.replace("# Attribution quality\n", f"# Quality\n\n{PREFACE}\n", 1)
@@ -102,15 +143,15 @@ def write_docs(out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=("measure", "write"))
-    parser.add_argument("half", nargs="?", choices=tuple(HALVES))
+    parser.add_argument("part", nargs="?", choices=tuple(PARTS))
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     if args.step == "write":
         write_docs(args.out)
-    elif args.half is None:
-        parser.error(f"measure which half? {' or '.join(HALVES)}")
+    elif args.part is None:
+        parser.error(f"measure which part? {', '.join(PARTS)}")
     else:
-        measure(args.half, args.out)
+        measure(args.part, args.out)
 
 
 if __name__ == "__main__":

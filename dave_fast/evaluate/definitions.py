@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from dave_fast.evaluate.methods import SMOOTHGRAD_SHARE, Setup
+from dave_fast.evaluate.packages import GAMMAS
 from dave_fast.evaluate.settings import Settings
 
 SHORT = {
@@ -25,8 +28,15 @@ SHORT = {
 }
 
 
-def definitions(settings: Settings, setup: Setup) -> list[tuple[str, str]]:
-    """(term, explanation), with the settings of this run."""
+PACKAGES = {
+    "LeGrad": "torchcam's, of all blocks, its map of patches enlarged bilinearly; positive, and not ⊙ input",
+    "AttnLRP": f"LXT's rules for ViT, attention probabilities constant, with γ = {GAMMAS[0]:g} on the patch embedding "
+    f"and {GAMMAS[1]:g} on linear layers, not tuned; without γ it is the frozen gradient",
+}
+
+
+def definitions(settings: Settings, setup: Setup, ran: Collection[str]) -> list[tuple[str, str]]:
+    """(term, explanation), with the settings of this run and the methods that ran."""
     spread = SMOOTHGRAD_SHARE * setup.spread
     return [
         ("explained", "the label of an image, or the predicted class where no label is known"),
@@ -37,6 +47,7 @@ def definitions(settings: Settings, setup: Setup) -> list[tuple[str, str]]:
             "15 % of the input's range) are captum's, as is input × gradient. All are ⊙ input. |x| and uniform are "
             "controls.",
         ),
+        *((name, text) for name, text in PACKAGES.items() if name in ran),
         (
             "maps",
             "as it is: the signed sum over channels; smoothed: behind DAVE's own post-processing, alike for every "

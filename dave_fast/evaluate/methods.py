@@ -2,7 +2,8 @@
 
 An `Attribute` takes images (B, C, H, W), classes (B,), an integer an image and a seed, and gives signed attributions
 (B, C, H, W). Each is ⊙ input, so that methods differ in the gradient only; the reference input is 0, a normalised
-image's mean. Baselines are captum's, with its defaults but for what is said here.
+image's mean. Baselines are captum's, with its defaults but for what is said here, and those of
+`dave_fast.evaluate.packages`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 
 from dave_fast._philox import WORD, splitmix64
 from dave_fast.errors import InputError
+from dave_fast.evaluate.packages import attnlrp, legrad
 from dave_fast.explainer import DAVE
+from dave_fast.sampling import draw
 
 Attribute = Callable[[Tensor, Tensor, Sequence[int], int], Tensor]
 
@@ -45,12 +48,16 @@ class Method:
     """make: from a model (in evaluation mode, on its device) to an Attribute. random: whether the seed matters.
 
     passes: forward and backward passes an image, for time estimates. package: what must be installed.
+    make_shared: as make, for an Attribute of one image (1, C, H, W) and its key that gives a row a class; where
+    classes of an image share work.
+    `make` raises NotTakenError where the model is not one that the package takes.
     """
 
     make: Callable[[nn.Module, Setup], Attribute]
     random: bool = False
     passes: int | None = None
     package: str | None = None
+    make_shared: Callable[[nn.Module, Setup], Attribute] | None = None
 
     def cost(self, setup: Setup) -> int:
         """Passes an image."""
@@ -79,6 +86,25 @@ def _dave(model: nn.Module, setup: Setup) -> Attribute:
 
     def attribute(images: Tensor, classes: Tensor, keys: Sequence[int], seed: int) -> Tensor:
         return explainer.explain(images, classes, setup.n_samples, seed, image_keys=keys).raw.to(images)
+
+    return attribute
+
+
+def _dave_shared(model: nn.Module, setup: Setup) -> Attribute:
+    """DAVE of several classes of one image, whose samples are walked forward once: the same maps as `_dave`'s."""
+    explainer = setup.dave(model)
+
+    def attribute(images: Tensor, classes: Tensor, keys: Sequence[int], seed: int) -> Tensor:
+        height, width = images.shape[-2:]
+        draws = draw(
+            setup.n_samples, height=height, width=width, seed=seed, image_keys=keys, sampling=explainer.sampling
+        )
+        kept = images.new_empty(len(classes), len(draws), *images.shape[1:], dtype=explainer.statistics_dtype)
+        rows = explainer.fitting_rows(images)
+        for start in range(0, len(draws), rows):
+            some = slice(start, start + rows)
+            kept[:, some] = explainer.contributions(images, draws[some], classes[None])
+        return explainer.aggregate(kept)[0].to(images)
 
     return attribute
 
@@ -138,11 +164,13 @@ def _smoothgrad(model: nn.Module, setup: Setup) -> Attribute:
 
 
 METHODS = {
-    "DAVE": Method(_dave, random=True),
+    "DAVE": Method(_dave, random=True, make_shared=_dave_shared),
     "frozen gradient": Method(_frozen, passes=1),
     "input × gradient": Method(_input_gradient, passes=1, package="captum"),
     "integrated gradients": Method(_integrated, package="captum"),
     "SmoothGrad": Method(_smoothgrad, random=True, package="captum"),
+    "LeGrad": Method(legrad, passes=1, package="torchcam"),
+    "AttnLRP": Method(attnlrp, passes=1, package="lxt"),
     CONTROLS[0]: Method(lambda model, setup: lambda images, classes, keys, seed: images.abs(), passes=0),
     CONTROLS[1]: Method(lambda model, setup: lambda images, classes, keys, seed: torch.ones_like(images), passes=0),
 }

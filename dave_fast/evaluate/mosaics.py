@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from dave_fast import metrics
 from dave_fast.errors import InputError
 from dave_fast.evaluate.maps import as_maps
-from dave_fast.evaluate.methods import Attribute
 from dave_fast.evaluate.settings import GRIDS
 
 if TYPE_CHECKING:
@@ -42,8 +41,8 @@ def score_grids(run: Run) -> None:
             run.results.absent[title] = f"the model's image size cannot be changed; try {grid}x{grid}-rescaled"
             continue
         run.results.facts.setdefault("mosaics", {})[kind] = len(mosaics)
-        for name, method in run.methods.items():
-            _score(run, name, method.make(model, run.setup), mosaics, labels, title)
+        for name in run.methods:
+            _score(run, name, model, mosaics, labels, title)
 
 
 def resized(model: nn.Module, size: tuple[int, int]) -> nn.Module | None:
@@ -87,13 +86,15 @@ def _draw(run: Run, grid: int) -> tuple[Tensor, Tensor]:
             wanted -= 1
 
 
-def _score(run: Run, name: str, attribute: Attribute, mosaics: Tensor, labels: Tensor, title: str) -> None:
+def _score(run: Run, name: str, model: nn.Module, mosaics: Tensor, labels: Tensor, title: str) -> None:
     """Averaged within each mosaic, so that intervals draw whole mosaics."""
+    method = run.methods[name]
+    attribute = (method.make_shared or method.make)(model, run.setup)
     cells = torch.arange(labels.shape[1], device=run.device)
     grid = round(labels.shape[1] ** 0.5)
     for number, (mosaic, wanted) in enumerate(zip(mosaics, labels, strict=True)):
-        images = mosaic.to(run.device).expand(len(cells), -1, -1, -1).contiguous()
-        keys = [number] * len(cells)
-        raw = run.explain(name, attribute, images, wanted.to(run.device), keys, run.settings.seed, title)
+        copies = 1 if method.make_shared else len(cells)
+        images = mosaic.to(run.device).expand(copies, -1, -1, -1).contiguous()
+        raw = run.explain(name, attribute, images, wanted.to(run.device), [number] * copies, run.settings.seed, title)
         for variant, maps in as_maps(raw).items():
             run.results.add(name, variant, title, metrics.grid_pointing_game(maps, cells, grid).mean()[None])

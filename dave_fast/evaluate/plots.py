@@ -1,4 +1,4 @@
-"""Charts as inline SVG, for a page without scripts that is read in light and dark: colours are CSS classes c0 … c6."""
+"""Charts as inline SVG, for a page without scripts that is read in light and dark: colours are CSS classes c0 … c8."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from dave_fast.evaluate.statistics import Interval
 
-COLOURS = 7
+COLOURS = 9
 _ROW, _LABEL, _PLOT, _VALUE = 22, 160, 200, 178
 _WIDTH, _HEIGHT = 420, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 42, 10, 10, 34
@@ -17,7 +17,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 42, 10, 10, 34
 
 @dataclass(frozen=True)
 class Line:
-    """A curve. colour: 0 to 6. dashed: of a control or a second kind."""
+    """A curve. colour: 0 to 8. dashed: of a control or a second kind."""
 
     name: str
     colour: int

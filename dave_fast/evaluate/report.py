@@ -111,7 +111,8 @@ def _context(results: Results, summary: Summary, about: About) -> dict[str, Any]
         "tables": [(variant, _table(summary, variant)) for variant in VARIANTS],
         "absent": results.absent,
         "skipped": about.skipped,
-        "definitions": [(m, SHORT[m]) for m in summary.metrics] + definitions(about.settings, about.setup),
+        "definitions": [(m, SHORT[m]) for m in summary.metrics]
+        + definitions(about.settings, about.setup, results.scores),
         "settings": _settings(about),
     }
 

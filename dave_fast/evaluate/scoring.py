@@ -21,6 +21,7 @@ from dave_fast.evaluate.mosaics import score_grids
 from dave_fast.evaluate.randomise import score_randomised, stages
 from dave_fast.evaluate.settings import GRIDS, VARIANTS, Results, Settings
 from dave_fast.evaluate.sources import Examples, Source
+from dave_fast.evaluate.twin import NotTakenError
 from dave_fast.ops.smooth import smooth
 
 Progress = Callable[[int, int, str], None]
@@ -52,8 +53,14 @@ class Run:
         progress: Progress | None,
     ) -> None:
         self.model, self.source, self.settings, self.setup = model, source, settings, setup
-        self.methods, self.results, self.progress = chosen, results, progress
-        self.attributes = {name: method.make(model, setup) for name, method in chosen.items()}
+        self.results, self.progress = results, progress
+        self.attributes: dict[str, Attribute] = {}
+        for name, method in chosen.items():
+            try:
+                self.attributes[name] = method.make(model, setup)
+            except NotTakenError as error:
+                results.absent[name] = str(error)
+        self.methods = {name: method for name, method in chosen.items() if name in self.attributes}
         self.device = next(model.parameters()).device
         self.images = min(settings.images, len(source))
         self.probed = self.curved = self.done = self.labelled = 0
@@ -106,13 +113,10 @@ class Run:
     ) -> Tensor:
         """Attributions (n, C, H, W), and a step of progress."""
         raw = attribute(images, classes, keys, seed)
-        self.done += self.cost(name, images)
+        self.done += len(classes) * self.methods[name].cost(self.setup)
         if self.progress is not None:
             self.progress(self.done, self.total, f"{name}: {what}")
         return raw
-
-    def cost(self, name: str, images: Tensor) -> int:
-        return len(images) * self.methods[name].cost(self.setup)
 
     @property
     def total(self) -> int:

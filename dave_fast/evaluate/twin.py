@@ -1,0 +1,98 @@
+"""A timm ViT as torchvision's VisionTransformer with the same weights, for packages that take no other.
+
+Taken is what torchvision can express: a class token, square images, a bias on every layer, LayerNorm, GELU, no
+LayerScale, no norm of queries and keys, no registers. Other parts have parameters that torchvision has no name for, and
+what has none shows in the logits, which are compared.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+
+import torch
+from torch import nn
+
+# of the largest logit, in the model's own precision
+LOGITS_AGREE = {torch.float64: 1e-9, torch.float32: 1e-3}
+# timm's names -> torchvision's; the first that matches is taken
+_NAMES = (
+    (r"^cls_token$", "class_token"),
+    (r"^pos_embed$", "encoder.pos_embedding"),
+    (r"^patch_embed\.proj\.", "conv_proj."),
+    (r"^blocks\.(\d+)\.norm1\.", r"encoder.layers.encoder_layer_\1.ln_1."),
+    (r"^blocks\.(\d+)\.norm2\.", r"encoder.layers.encoder_layer_\1.ln_2."),
+    (r"^blocks\.(\d+)\.attn\.qkv\.", r"encoder.layers.encoder_layer_\1.self_attention.in_proj_"),
+    (r"^blocks\.(\d+)\.attn\.proj\.", r"encoder.layers.encoder_layer_\1.self_attention.out_proj."),
+    (r"^blocks\.(\d+)\.mlp\.fc1\.", r"encoder.layers.encoder_layer_\1.mlp.0."),
+    (r"^blocks\.(\d+)\.mlp\.fc2\.", r"encoder.layers.encoder_layer_\1.mlp.3."),
+    (r"^norm\.", "encoder.ln."),
+    (r"^head\.", "heads.head."),
+)
+
+
+class NotTakenError(Exception):
+    """A method cannot run here; the message says why, for the report."""
+
+
+def torchvision_twin(model: nn.Module) -> nn.Module:
+    """The same function as a frozen torchvision VisionTransformer in evaluation mode, on the model's device.
+
+    Raises NotTakenError with the reason where there is no such thing.
+    """
+    from timm.models.vision_transformer import VisionTransformer
+
+    try:
+        from torchvision.models import vision_transformer
+    except ImportError as error:
+        raise NotTakenError(f"torchvision cannot be imported ({error})") from error
+    if not isinstance(model, VisionTransformer):
+        raise NotTakenError(f"it takes torchvision's ViT or a timm VisionTransformer, not {type(model).__name__}")
+    weights = {_renamed(name): value for name, value in model.state_dict().items()}
+    (height, width), (patch, other) = model.patch_embed.img_size, model.patch_embed.patch_size
+    if height != width or patch != other:
+        raise NotTakenError(f"torchvision's ViT takes square images and patches, not {height}×{width}, {patch}×{other}")
+    block: nn.Module = model.blocks[0]
+    made = vision_transformer.VisionTransformer(
+        image_size=height,
+        patch_size=patch,
+        num_layers=len(model.blocks),
+        num_heads=block.attn.num_heads,
+        hidden_dim=model.embed_dim,
+        mlp_dim=block.mlp.fc1.out_features,
+        num_classes=model.num_classes,
+        norm_layer=partial(nn.LayerNorm, eps=getattr(block.norm1, "eps", 1e-6)),
+    )
+    try:
+        made.load_state_dict(weights)
+    except RuntimeError as error:
+        raise NotTakenError(f"torchvision's ViT has other parameters: {_first_line(error)}") from error
+    parameter = next(model.parameters())
+    made = made.to(parameter).eval().requires_grad_(False)
+    _check_logits(model, made, parameter, height)
+    return made
+
+
+def _renamed(name: str) -> str:
+    for pattern, ours in _NAMES:
+        found, count = re.subn(pattern, ours, name)
+        if count:
+            return found
+    raise NotTakenError(f"torchvision's ViT has no {name}")
+
+
+def _first_line(error: RuntimeError) -> str:
+    """torch lists what is wrong below a headline."""
+    return str(error).strip().splitlines()[-1].strip()
+
+
+@torch.no_grad()
+def _check_logits(model: nn.Module, made: nn.Module, parameter: nn.Parameter, size: int) -> None:
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(parameter)
+    wanted = model(images)
+    apart = (made(images) - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)
+    if not apart <= LOGITS_AGREE.get(parameter.dtype, 0.05):
+        raise NotTakenError(
+            f"its logits as torchvision's ViT are another model's (apart by {apart:.1%}): it computes something else "
+            "with the same parameters"
+        )
