@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,7 +53,7 @@ def torchvision_twin(model: nn.Module) -> nn.Module:
     (height, width), (patch, other) = model.patch_embed.img_size, model.patch_embed.patch_size
     if height != width or patch != other:
         raise NotTakenError(f"torchvision's ViT takes square images and patches, not {height}×{width}, {patch}×{other}")
-    block: nn.Module = model.blocks[0]
+    block: Any = model.blocks[0]
     made = vision_transformer.VisionTransformer(
         image_size=height,
         patch_size=patch,

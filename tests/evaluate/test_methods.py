@@ -7,6 +7,7 @@ from dave_fast.demo.model import build_model
 from dave_fast.errors import InputError
 from dave_fast.evaluate import methods
 from dave_fast.evaluate.methods import METHODS, Setup, choose
+from tests import needs
 
 SETUP = Setup(3, {"precision": "fp32", "noise_alpha": 0.5})
 
@@ -27,7 +28,10 @@ def images():
 CLASSES = torch.tensor([3, 5])
 
 
-@pytest.mark.parametrize("name", METHODS)
+NAMES = [pytest.param(name, marks=needs.lxt if METHODS[name].package == "lxt" else ()) for name in METHODS]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_an_image_is_explained_alike_alone_and_in_company_and_by_its_seed(name, model, images):
     attribute = METHODS[name].make(model, SETUP)
     state = torch.get_rng_state()
@@ -50,6 +54,16 @@ def test_the_baselines_are_their_formulas(model, images):
     fine = METHODS["integrated gradients"].make(model, Setup(60, SETUP.explainer))(images, CLASSES, (0, 1), 0)
     rise = (model(images) - model(torch.zeros_like(images)))[[0, 1], CLASSES]
     torch.testing.assert_close(fine.sum((1, 2, 3)), rise, rtol=0.1, atol=0.02)
+
+
+def test_classes_of_one_image_share_walks_and_get_the_maps_they_get_alone(model, images):
+    explainer = SETUP.explainer | {"internal_batch_size": 2}
+    shared = METHODS["DAVE"].make_shared(model, Setup(5, explainer))
+    found = shared(images[:1], CLASSES, (7,), 3)
+    alone = METHODS["DAVE"].make(model, Setup(5, explainer))
+    wanted = alone(images[:1].expand(2, -1, -1, -1).contiguous(), CLASSES, (7, 7), 3)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6 * wanted.abs().max().item())
+    assert not torch.equal(wanted[0], wanted[1])
 
 
 def test_absent_packages_are_named_and_unknown_methods_refused(monkeypatch):
