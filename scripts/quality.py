@@ -80,15 +80,19 @@ How good the maps are, against the usual alternatives, on the one model whose ev
 the embedded demo model and its held-out scenes. A small model on drawn scenes says which method is sound, not
 how it does on ImageNet; the paper's own numbers for that are in its Table 1.
 
-One run, of settings that were committed before it (`scripts/quality.py`), on a machine that other work shared,
-so no time was measured. An earlier run, of 100 other scenes and by other code, had found the same order in
-EnergyPG (DAVE 0.468, integrated gradients 0.426) and GridPG 2x2 (0.359, frozen gradient 0.328), and in native
-3x3 mosaics, which took too long to be part of this run, intervals that touch (0.162 and 0.153). Shrunk tiles
-hold digits smaller than any that the model was trained on.
+One evaluation, of settings that were committed before it (`scripts/quality.py`), on a machine that other work
+shared, so no time was measured. It was run in parts of the same model, scenes, mosaics and seeds: first `images`
+and `mosaics`; on the same day LeGrad and AttnLRP (`packages`, in an environment with transformers 4), and native
+3x3 mosaics (`mosaics-3x3`). A first attempt at the last, with integrated gradients and SmoothGrad in it, ended early
+without a result; they take as long there as everything else together, and were then made a part of their own. What
+is not in this table is listed under *Not run*. γ of AttnLRP were not tuned.
 
-Again: `python scripts/quality.py measure images --out DIR`, the same for `mosaics`, then `write`; or any part
-of it by `dave-fast evaluate` ([evaluate.md](evaluate.md)). Every interval and curve:
-`benchmarks/results/quality.json`."""
+An earlier run, of 100 other scenes and by other code, had found the same order in EnergyPG (DAVE 0.468, integrated
+gradients 0.426) and GridPG 2x2 (0.359, frozen gradient 0.328), and in native 3x3 mosaics intervals that touch
+(0.162 and 0.153). Shrunk tiles hold digits smaller than any that the model was trained on.
+
+Again: `python scripts/quality.py measure PART --out DIR` for each part, then `write`; or any part of it by
+`dave-fast evaluate` ([evaluate.md](evaluate.md)). Every interval and curve: `benchmarks/results/quality.json`."""
 
 
 def merged(out: Path) -> Results:
