@@ -83,8 +83,8 @@ how it does on ImageNet; the paper's own numbers for that are in its Table 1.
 One evaluation, of settings that were committed before it (`scripts/quality.py`), on a machine that other work
 shared, so no time was measured. It was run in parts of the same model, scenes, mosaics and seeds: first `images`
 and `mosaics`; on the same day, when these had been seen, LeGrad and AttnLRP (`packages`, in an environment with
-transformers 4, γ not tuned). A first attempt at native 3x3 mosaics of the other methods ended early without a
-result, and what is missing of them is under *Not run*: where DAVE has no number, bold says nothing about it.
+transformers 4, γ not tuned). Native 3x3 mosaics of the other methods were begun three times, and each time stopped
+for want of machine time before a score was written: where DAVE has no number, bold says nothing about it.
 
 DAVE is ahead of every baseline in EnergyPG. **In GridPG AttnLRP is ahead of DAVE**, 2x2 and shrunk 2x2; DAVE is
 ahead of the gradient methods there in native 2x2 only. Borders between patches show least in LeGrad, whose map is
@@ -104,7 +104,10 @@ def merged(out: Path) -> Results:
     for name, part in PARTS.items():
         file = out / f"{name}.pickle"
         if part.grids == ("3x3",) and not file.exists():
-            whole.absent |= {f"{one}, mosaics of 3×3 (native)": "it would have taken too long" for one in part.methods}
+            whole.absent |= {
+                f"{one}, mosaics of 3×3 (native)": "not measured: stopped for want of machine time"
+                for one in part.methods
+            }
         elif name != "images":
             _join(whole, pickle.loads(file.read_bytes()))
     whole.scores = {name: whole.scores[name] for name in METHODS if name in whole.scores}
