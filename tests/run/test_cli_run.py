@@ -16,12 +16,6 @@ from typer.testing import CliRunner
 import dave_fast
 from dave_fast.cli import app
 from dave_fast.demo import demo_scene
-from dave_fast.run import local
-
-
-@pytest.fixture(autouse=True)
-def forked(monkeypatch):
-    monkeypatch.setattr(local, "START", "fork")
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from dave_fast import DAVE
 from dave_fast.demo import demo_scene
 from dave_fast.errors import InputError, NonFiniteError
 from dave_fast.images import decode_image
-from dave_fast.run import local
 from dave_fast.run.export import export
 from dave_fast.run.local import Machine
 from dave_fast.run.mapper import Mapper, Setup, packed_map
@@ -27,14 +26,6 @@ from dave_fast.run.runner import run_dataset
 # float32: other batch, other micro-batches, other sums; relative to a map's maximum of 1
 ROUNDING = 2e-4
 SETTINGS = {"precision": "fp32", "noise_alpha": 0.5}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def forked():
-    """Workers that need not import torch again: this is about maps; how workers live and die is tested elsewhere."""
-    before, local.START = local.START, "fork"
-    yield
-    local.START = before
 
 
 @pytest.fixture(scope="module")
