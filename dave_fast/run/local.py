@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -27,6 +27,7 @@ from dave_fast.run.progress import Report, Tally
 from dave_fast.run.records import Record
 from dave_fast.run.shards import SHARD_ROWS
 from dave_fast.run.sources import Skip, Source
+from dave_fast.run.stopping import stop_in_order
 from dave_fast.run.worker import Alive, Committed, End, Finished, Go, Hello, Job, Mapped, Stop, work
 
 # Encoded images that wait, in the parent or in one worker.
@@ -116,7 +117,7 @@ class _Parent:
     # ---- from start to end ----
 
     def run(self) -> Tally:
-        with self._signals():
+        with stop_in_order(self):
             self._hear_until(lambda: all(w.hello for w in self.workers) or self._over())
             if not self._over():
                 self._begin()
@@ -260,26 +261,6 @@ class _Parent:
             return "a worker to load the model"
         busy = [w.name for w in self.workers if w.sent]
         return f"worker {', '.join(busy)}" if busy else f"the source {self.begun.source.place}"
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end the run in order; a second one ends it at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def handle(number: int, frame: object) -> None:
-            if self.stopped_by is not None:
-                raise KeyboardInterrupt
-            self.stopped_by = number
-            self.report.note("stopping: what is done is being committed (once more to stop at once).")
-
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 class Feed:

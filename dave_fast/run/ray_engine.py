@@ -17,7 +17,6 @@ import hashlib
 import itertools
 import logging
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,6 +35,7 @@ from dave_fast.run.mapper import Setup
 from dave_fast.run.progress import Report, Tally
 from dave_fast.run.records import Record, printable, read_content
 from dave_fast.run.shards import ShardWriter, schema
+from dave_fast.run.stopping import stop_in_order
 
 if TYPE_CHECKING:
     from dave_fast.run.local import Machine
@@ -227,7 +227,7 @@ class _Run:
                 failed.append(error)
 
         thread = threading.Thread(target=work, name="ray data", daemon=True)
-        with self._signals():
+        with stop_in_order(self):
             self.report.begin(self.tally)
             thread.start()
             failure = self._watch(thread)
@@ -292,26 +292,6 @@ class _Run:
                     "`ray status` for missing resources, and resume. Give --watchdog if this is no fault."
                 )
             thread.join(_TICK_S)
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM let the pipeline run dry; a second one ends it at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def handle(number: int, frame: object) -> None:
-            if self.stopped_by is not None:
-                raise KeyboardInterrupt
-            self.stopped_by = number
-            self.report.note("stopping: what is done is being committed (once more to stop at once).")
-
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 # ---- reading ----
