@@ -17,7 +17,6 @@ import hashlib
 import itertools
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -48,6 +47,8 @@ _STORE_BYTES = 2**30
 _DECODE_BATCH = 16
 _TICK_S = 0.5
 _ALIVE_S = 5.0
+
+Part = list[Record] | Callable[[], Iterator[Record]]
 
 _CROPS = pa.schema(
     [
@@ -88,8 +89,6 @@ def _ray() -> Any:
     try:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        # A pipeline that was given up must not start a cluster of its own to cancel its tasks in.
-        os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
         import ray
         import ray.data
     except ImportError as error:
@@ -213,65 +212,35 @@ class _Run:
         self.stopped_by: int | None = None
 
     def run(self, begun: RunFolder, sink: Any) -> Tally:
-        """The pipeline on a thread; accounts, signals and watchdog here."""
+        """The pipeline in a task of its own; accounts, signals and watchdog here."""
         parts = list(_parts(begun))
         if not parts:
             self.report.begin(self.tally)
             return self.tally
-        failed: list[BaseException] = []
-
-        def work() -> None:
-            try:
-                self._pipeline(parts, begun.left() if begun.source.shards is not None else None).write_datasink(sink)
-            except BaseException as error:
-                failed.append(error)
-
-        thread = threading.Thread(target=work, name="ray data", daemon=True)
+        left = begun.left() if begun.source.shards is not None else None
+        given = parts, left, self.board, sink, self.setup, self.device, self.identity, self.actors, self.gpus
         with stop_in_order(self):
             self.report.begin(self.tally)
-            thread.start()
-            failure = self._watch(thread)
+            task = self.ray.remote(num_cpus=0, max_retries=0)(_pipeline).remote(*given)
+            failure = self._watch(task)
         self.tally.stopped_by = self.stopped_by
-        if failed:
-            cause = getattr(failed[0], "cause", failed[0])
+        try:
+            self.ray.get(task)
+        except self.ray.exceptions.RayError as error:
+            cause = _first_cause(error)
             reason = " ".join(str(cause).split())[:500].rstrip(".")
             raise RunError(
                 f"Ray could not finish the run: {type(cause).__name__}: {reason}. What is committed is kept: resume it."
-            ) from failed[0]
+            ) from error
         if failure is not None:
             raise RunError(failure)
         return self.tally
 
-    def _pipeline(self, parts: list[Any], limit: int | None) -> Any:
-        data = self.ray.data
-        context = data.DataContext.get_current()
-        context.target_max_block_size = _BLOCK_BYTES
-        context.enable_progress_bars = False
-        context.enable_rich_progress_bars = False
-        context.print_on_execution_start = False
-        # What it would tell of an error is in the error.
-        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-        crops = data.read_datasource(
-            _datasource(parts, self.board, self.identity["configuration"]["preprocessing"]),
-            override_num_blocks=len(parts),
-        )
-        if limit is not None:
-            crops = crops.limit(limit)
-        return crops.map_batches(
-            _Engine,
-            fn_constructor_args=(self.setup, self.device, self.identity, self.board),
-            batch_size=self.setup.batch_size or (16 if self.gpus else 4),
-            batch_format="pyarrow",
-            compute=data.ActorPoolStrategy(size=self.actors),
-            num_cpus=1,
-            num_gpus=int(self.gpus),
-        )
-
-    def _watch(self, thread: threading.Thread) -> str | None:
+    def _watch(self, task: Any) -> str | None:
         """Until the pipeline has ended; why it failed in an actor's eyes."""
-        told, failure = False, None
+        told = False
         while True:
-            ended = not thread.is_alive()
+            ended, _ = self.ray.wait([task], timeout=_TICK_S)
             news, commits, failure = self.ray.get(self.board.news.remote())
             for records, busy_s, errors in news:
                 self.tally.mapped("", records, busy_s, errors)
@@ -281,22 +250,64 @@ class _Run:
                 self.tally.committed(rows, size)
             self.report.update(self.tally)
             if ended:
-                return failure
+                return None if failure is None else str(failure)
             if self.stopped_by is not None and not told:
                 told = True
                 self.board.stop.remote()
             silent_s = time.monotonic() - self.tally.last_progress
             if silent_s > self.watchdog_s:
+                self.ray.cancel(task, force=True)
                 raise RunError(
                     f"no progress for {silent_s:.0f} s on Ray ({self.actors} actors). What is committed is kept: see "
                     "`ray status` for missing resources, and resume. Give --watchdog if this is no fault."
                 )
-            thread.join(_TICK_S)
+
+
+def _pipeline(
+    parts: list[Part],
+    limit: int | None,
+    board: Any,
+    sink: Any,
+    setup: Setup,
+    device: str | None,
+    identity: dict[str, Any],
+    actors: int,
+    gpus: bool,
+) -> None:
+    """Read, compute, write: to the end. In a process of its own, so that one that hangs can be given up."""
+    from ray import data
+
+    context = data.DataContext.get_current()
+    context.target_max_block_size = _BLOCK_BYTES
+    context.enable_progress_bars = False
+    context.enable_rich_progress_bars = False
+    context.print_on_execution_start = False
+    # What it would tell of an error is in the error.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    crops = data.read_datasource(
+        _datasource(parts, board, identity["configuration"]["preprocessing"]), override_num_blocks=len(parts)
+    )
+    if limit is not None:
+        crops = crops.limit(limit)
+    crops.map_batches(
+        _Engine,
+        fn_constructor_args=(setup, device, identity, board),
+        batch_size=setup.batch_size or (16 if gpus else 4),
+        batch_format="pyarrow",
+        compute=data.ActorPoolStrategy(size=actors),
+        num_cpus=1,
+        num_gpus=int(gpus),
+    ).write_datasink(sink)
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """What failed in a task, of a task, ..., as it was there."""
+    while isinstance(cause := getattr(error, "cause", None), BaseException):
+        error = cause
+    return error
 
 
 # ---- reading ----
-
-Part = list[Record] | Callable[[], Iterator[Record]]
 
 
 def _parts(begun: RunFolder) -> list[Part]:
