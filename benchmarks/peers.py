@@ -29,8 +29,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from dave_fast.errors import ModelError
-from dave_fast.models import timm_vit
-from dave_fast.plan import make_plan, why_not
+from dave_fast.folding import fold_gamma
+from dave_fast.models import families
+from dave_fast.models import reading as neutral
+from dave_fast.models.reading import NoPlanError, Reading
+from dave_fast.models.timm_parts import read_norm
+from dave_fast.plan import make_plan
 
 E4M3_MAX = 448.0
 
@@ -100,8 +104,7 @@ class Peer:
         self.tricks, self.dtype, self.device = tricks, dtype, torch.device(device)
         self.patch = tuple(vit.patch_embed.patch_size)
         self.embed, self.position, self.prefix, self.blocks = self._read(vit)
-        self.final = self._norm(timm_vit.read_norm(vit.norm, vit.embed_dim)) if _is_norm(vit.norm) else None
-        self.head_norm = self._norm(timm_vit.read_norm(vit.fc_norm, vit.embed_dim)) if _is_norm(vit.fc_norm) else None
+        self.final, self.head_norm = (self._norm(read_norm(norm)) for norm in (vit.norm, vit.fc_norm))
         self.head = Weights(self._cast(vit.head.weight), self._cast(vit.head.bias))
         self.pool = vit.global_pool
         self._graphs: dict[tuple[int, int], tuple[Any, Tensor, Tensor]] = {}
@@ -214,37 +217,38 @@ class Peer:
     def _read(self, vit: Any) -> tuple[Weights, Tensor, Tensor, list[Block]]:
         if self.tricks.algebra:
             return self._read_plan(vit)
-        embed, position, prefix = timm_vit.read_embedding(vit, timm_vit.image_size(vit))
-        blocks = [
-            self._made(
-                (b.qkv.weight, b.qkv.bias),
-                *((b.proj.weight, b.proj.bias), (b.fc1.weight, b.fc1.bias), (b.fc2.weight, b.fc2.bias)),
-                norms=(self._norm(b.norm1), self._norm(b.norm2)),
-                heads=b.heads,
-                scale=b.scale,
+        reading = families.read(vit)
+        blocks = []
+        for attention, mlp in _pairs(reading):
+            writers = (fold_gamma(attention.proj, attention.gamma), fold_gamma(mlp.fc2, mlp.gamma))
+            proj, fc2 = ((w.weight, w.bias) for w in writers)
+            blocks.append(
+                self._made(
+                    (torch.cat([p.weight for p in attention.qkv]), torch.cat([p.bias for p in attention.qkv])),
+                    *(proj, (mlp.fc1[0].weight, mlp.fc1[0].bias), fc2),
+                    norms=(self._norm(attention.norm), self._norm(mlp.norm)),
+                    heads=attention.heads,
+                    scale=attention.scale,
+                )
             )
-            for b in timm_vit.read_blocks(vit)
-        ]
-        return Weights(self._cast(embed.weight), None), self._cast(position), self._cast(prefix), blocks
+        embed, position, prefix = reading.projection.weight, reading.position, reading.prefix
+        return Weights(self._cast(embed), None), self._cast(position), self._cast(prefix), blocks
 
     def _read_plan(self, vit: Any) -> tuple[Weights, Tensor, Tensor, list[Block]]:
         """Folded and trimmed, in float64, with one cast at the end."""
         plan = make_plan(vit, dtype=torch.float64, pack=lambda matrix: matrix)
         blocks = []
-        for layer in plan.layers:
-            whole = [layer.qkv] if layer.qkv is not None else [layer.query, layer.key_value]
-            parts = [part for part in whole if part is not None]
+        for first, second in zip(plan.steps[::2], plan.steps[1::2], strict=True):
+            (attention,), (mlp,) = first.layers, second.layers
+            *parts, proj = attention.projections
             blocks.append(
                 self._made(
                     (torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])),
-                    *((p.weight, p.bias) for p in (layer.proj, layer.fc1, layer.fc2)),
-                    norms=(
-                        Norm(None, None, layer.eps1, not layer.centred1),
-                        Norm(None, None, layer.eps2, not layer.centred2),
-                    ),
-                    heads=layer.heads,
-                    scale=layer.scale,
-                    read=None if layer.qkv is not None else plan.read,
+                    *((p.weight, p.bias) for p in (proj, *mlp.projections)),
+                    norms=tuple(Norm(None, None, n.eps, not n.centred) for n in (attention.norm, mlp.norm)),
+                    heads=attention.heads,
+                    scale=attention.scale,
+                    read=plan.read if first.trimmed else None,
                 )
             )
         return Weights(self._cast(plan.embed.weight), None), self._cast(plan.position), self._cast(plan.prefix), blocks
@@ -271,8 +275,8 @@ class Peer:
             eight = (*forward, *back)
         return Weights(self._cast(matrix), self._cast(bias), eight)
 
-    def _norm(self, norm: timm_vit.Norm) -> Norm:
-        return Norm(self._cast(norm.weight), self._cast(norm.bias), norm.eps, norm.centres)
+    def _norm(self, norm: neutral.Norm | None) -> Norm | None:
+        return None if norm is None else Norm(self._cast(norm.weight), self._cast(norm.bias), norm.eps, norm.centres)
 
     def _cast(self, t: Tensor) -> Tensor:
         return t.detach().to(device=self.device, dtype=self.dtype).contiguous()
@@ -280,21 +284,34 @@ class Peer:
 
 def check(model: Any) -> None:
     """ModelError for a model that the peers are not written for."""
-    reason = why_not(model)
-    if reason is None:
-        blocks = list(timm_vit.read_blocks(model))
-        if any(b.activation != "gelu" or b.q_norm is not None or b.k_norm is not None for b in blocks):
-            reason = "its activation is no exact GELU, or it normalises q and k"
-        elif type(model.norm_pre) is not nn.Identity or model.global_pool not in ("token", "avg"):
-            reason = "it normalises before the first block, or pools by attention"
-        elif type(model.head) is not nn.Linear or hasattr(model, "head_dist"):
-            reason = "its head is not one linear layer"
-    if reason is not None:
-        raise ModelError(f"the PyTorch peers have no form of this model: {reason}")
+    try:
+        reading = families.read(model)
+        pairs = _pairs(reading)
+        if any(m.activation != "gelu" or a.q_norm is not None or a.k_norm is not None for a, m in pairs):
+            raise NoPlanError("its activation is no exact GELU, or it normalises q and k")
+        if reading.norm_pre is not None or model.global_pool not in ("token", "avg"):
+            raise NoPlanError("it normalises before the first block, or pools by attention")
+        if type(model.head) is not nn.Linear or hasattr(model, "head_dist"):
+            raise NoPlanError("its head is not one linear layer")
+    except NoPlanError as reason:
+        raise ModelError(f"the PyTorch peers have no form of this model: {reason}") from None
 
 
-def _is_norm(module: nn.Module) -> bool:
-    return type(module) is not nn.Identity
+def _pairs(reading: Reading) -> list[tuple[neutral.Attention, neutral.Mlp]]:
+    """Attention and MLP of each block; NoPlanError where a block has another form."""
+    pairs = []
+    for block in reading.blocks:
+        (attention, *beside), *rest = block
+        if beside or len(rest) != 1 or len(rest[0]) != 1 or not isinstance(rest[0][0], neutral.Mlp):
+            raise NoPlanError("its blocks are no attention with an MLP behind it")
+        mlp = rest[0][0]
+        assert isinstance(attention, neutral.Attention)
+        if any(b.norm is None or b.inner is not None or b.post is not None for b in (attention, mlp)):
+            raise NoPlanError("its norms stand elsewhere than ahead of attention and MLP")
+        if attention.rotary is not None or attention.bias is not None or attention.groups > 1:
+            raise NoPlanError("its attention has rotations, biases or shared heads")
+        pairs.append((attention, mlp))
+    return pairs
 
 
 def normed(x: Tensor, norm: Norm) -> Tensor:

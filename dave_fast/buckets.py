@@ -50,11 +50,11 @@ class Chip:
 
 
 def plan_gemms(plan: ViTPlan) -> list[Gemm]:
-    """(O, I) of the eight GEMMs of one block, forward and VJP."""
-    layer, width = plan.layers[0], plan.width
-    inner = layer.heads * layer.head_dim
-    wide = layer.fc1.bias.shape[0]
-    hidden = hidden_width(wide, layer.activation)
+    """(O, I) of the eight GEMMs of the first attention and the first MLP, forward and VJP."""
+    width, attention, mlp = plan.width, plan.attention, plan.mlp
+    inner = attention.heads * attention.head_dim
+    wide = mlp.fc1.bias.shape[0]
+    hidden = hidden_width(wide, mlp.activation)
     forward = [(3 * inner, width), (width, inner), (wide, width), (width, hidden)]
     return [*forward, (hidden, width), (width, hidden), (inner, width), (width, inner)]
 

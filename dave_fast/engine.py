@@ -20,29 +20,34 @@ import torch
 from torch import Tensor, nn
 
 from dave_fast.frozen import freeze
-from dave_fast.models.timm_vit import Norm
+from dave_fast.layers import AttentionLayer, Deviation, Layer, MlpLayer, Step
+from dave_fast.models.reading import Norm
 from dave_fast.ops import _registry
-from dave_fast.plan import Layer, Projection, ViTPlan, make_plan
+from dave_fast.plan import ViTPlan, make_plan
 from dave_fast.precision import statistics_dtype
 
 
 @dataclass
 class SavedLayer:
-    """The operators of one block: rstd (R·N,) of each norm, the attention's P, the MLP's gate (R·N, M)."""
+    """The operators of one layer.
 
-    rstd1: Tensor
-    attention: Any
-    rstd2: Tensor
-    gate: Tensor
+    core: the attention's P, or the MLP's gate (R·N, M) · scale: 1/σ (R·N,) of the norm ahead, inner: of the one
+    inside, post: of the one behind; None where there is none.
+    """
+
+    core: Any
+    scale: Tensor | None
+    inner: Tensor | None
+    post: Tensor | None
 
 
 @dataclass
 class Saved:
-    """The operators of one micro-batch."""
+    """The operators of one micro-batch, step by step."""
 
     rows: int
     rstd_pre: Tensor | None
-    layers: list[SavedLayer]
+    steps: list[list[SavedLayer]]
     tail_input: Tensor
     tail_output: Tensor
 
@@ -87,8 +92,8 @@ class Engine:
         rows = tokens.shape[0]
         x, squares, rstd_pre = self._embed(tokens)
         saved = []
-        for layer in plan.layers:
-            x, squares, operators = self._layer(layer, x, squares, rows)
+        for step in plan.steps:
+            x, squares, operators = self._step(step, x, squares, rows)
             saved.append(operators)
         x = x.view(rows, -1, plan.width).to(statistics_dtype(plan.dtype)).requires_grad_()
         with torch.enable_grad(), freeze():
@@ -104,8 +109,8 @@ class Engine:
         plan = self.plan
         (g,) = torch.autograd.grad(saved.tail_output, saved.tail_input, cotangent, retain_graph=True)
         g = g.to(plan.dtype).reshape(-1, plan.width)
-        for layer, operators in zip(reversed(plan.layers), reversed(saved.layers), strict=True):
-            g = self._layer_vjp(layer, operators, g, saved.rows)
+        for step, operators in zip(reversed(plan.steps), reversed(saved.steps), strict=True):
+            g = self._step_vjp(step, operators, g, saved.rows)
         return self._embed_vjp(g, saved)
 
     # ---- patch embedding ----
@@ -135,39 +140,78 @@ class Engine:
         patches = g.reshape(-1, plan.width)
         return self._linear(patches, plan.embed.transposed).view(saved.rows, g.shape[1], -1)
 
-    # ---- one block ----
+    # ---- one step ----
 
-    def _layer(
-        self, layer: Layer, x: Tensor, squares: Tensor | None, rows: int
-    ) -> tuple[Tensor, Tensor | None, SavedLayer]:
-        """x (R·N, C) and what is known of its squares -> both after one block, (R·read, C) after a trimmed one."""
-        rstd1 = self._row_rstd(x, layer.eps1, centred=layer.centred1, squares=squares)
-        q, k, v = self._queries_keys_values(layer, x, rstd1, rows)
-        out, attention = self._attention(q, k, v, layer.scale)
-        x = self._read(layer, x, rows)
-        x, squares = self._write(out.view(x.shape[0], -1), layer.proj, x)
-        rstd2 = self._row_rstd(x, layer.eps2, centred=layer.centred2, squares=squares)
-        hidden, gate = self._linear(x, layer.fc1.weight, layer.fc1.bias, row_scale=rstd2, activation=layer.activation)
-        x, squares = self._write(hidden, layer.fc2, x)
-        return x, squares, SavedLayer(rstd1, attention, rstd2, gate)
+    def _step(
+        self, step: Step, x: Tensor, squares: Tensor | None, rows: int
+    ) -> tuple[Tensor, Tensor | None, list[SavedLayer]]:
+        """x (R·N, C) and what is known of its squares -> both after the step, (R·read, C) after a trimmed one."""
+        stream = self._read(step, x, rows)
+        scales: dict[Deviation, Tensor] = {}
+        known, saved = None, []
+        for layer in step.layers:
+            scale = None
+            if layer.norm is not None:
+                if layer.norm not in scales:
+                    scales[layer.norm] = self._rstd(layer.norm, x, squares)
+                scale = scales[layer.norm]
+            if isinstance(layer, AttentionLayer):
+                y, core = self._attend(layer, step, x, scale, rows)
+            else:
+                scale = None if scale is None else self._read(step, scale, rows)
+                y, core = self._linear(
+                    *(self._read(step, x, rows), layer.fc1.weight, layer.fc1.bias),
+                    row_scale=scale,
+                    activation=layer.activation,
+                )
+            inner = None if layer.inner is None else self._rstd(layer.inner, y, None)
+            stream, known, post = self._write(layer, y, inner, stream)
+            saved.append(SavedLayer(core, scale, inner, post))
+        return stream, known, saved
 
-    def _write(self, y: Tensor, projection: Projection, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The residual stream x after y was projected into it, and its rows' partial sums of squares."""
-        written = self._linear(y, projection.weight, projection.bias, residual=x, squares=self._squares)
-        return written if self._squares else (written, None)
+    def _rstd(self, norm: Deviation, x: Tensor, squares: Tensor | None) -> Tensor:
+        return self._row_rstd(x, norm.eps, centred=norm.centred, squares=squares)
 
-    def _queries_keys_values(self, layer: Layer, x: Tensor, rstd: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _read(self, step: Step, x: Tensor, rows: int) -> Tensor:
+        """The tokens of x (R·N, ...) that leave the step."""
+        if not step.trimmed:
+            return x
+        return x.unflatten(0, (rows, -1))[:, : self.plan.read].flatten(0, 1).contiguous()
+
+    def _write(
+        self, layer: Layer, y: Tensor, inner: Tensor | None, x: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The stream x after y was projected into it, its rows' partial sums of squares, 1/σ of the norm between."""
+        writer, post = layer.writer, layer.post
+        if post is None:
+            written = self._linear(y, writer.weight, writer.bias, row_scale=inner, residual=x, squares=self._squares)
+            return (*written, None) if self._squares else (written, None, None)
+        y = self._linear(y, writer.weight, writer.bias, row_scale=inner)
+        y, rstd = self._normalize(y, post.weight, post.bias, post.eps, centres=post.centres, centred=self.plan.centred)
+        return y.add_(x), None, rstd
+
+    def _attend(
+        self, layer: AttentionLayer, step: Step, x: Tensor, scale: Tensor | None, rows: int
+    ) -> tuple[Tensor, Any]:
+        """The heads' outputs (R·Q, heads·D), and what attention's VJP needs."""
+        q, k, v = self._queries_keys_values(layer, step, x, scale, rows)
+        out, saved = self._attention(q, k, v, layer.scale)
+        return out.view(rows * q.shape[1], -1), saved
+
+    def _queries_keys_values(
+        self, layer: AttentionLayer, step: Step, x: Tensor, scale: Tensor | None, rows: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """q (R, Q, heads, D), k and v (R, N, heads, D): views of the projections, q- and k-norm applied."""
         shape = (rows, -1, layer.heads, layer.head_dim)
         if layer.qkv is not None:
-            qkv = self._linear(x, layer.qkv.weight, layer.qkv.bias, row_scale=rstd)
+            qkv = self._linear(x, layer.qkv.weight, layer.qkv.bias, row_scale=scale)
             q, k, v = (t.unflatten(0, (rows, -1)).view(shape) for t in qkv.chunk(3, dim=-1))
         else:
             assert layer.query is not None and layer.key_value is not None
-            read = self._read(layer, x, rows)
-            rstd_read = self._read(layer, rstd, rows)
-            q = self._linear(read, layer.query.weight, layer.query.bias, row_scale=rstd_read).view(shape)
-            kv = self._linear(x, layer.key_value.weight, layer.key_value.bias, row_scale=rstd)
+            scale_read = None if scale is None else self._read(step, scale, rows)
+            read = self._read(step, x, rows)
+            q = self._linear(read, layer.query.weight, layer.query.bias, row_scale=scale_read).view(shape)
+            kv = self._linear(x, layer.key_value.weight, layer.key_value.bias, row_scale=scale)
             k, v = (t.unflatten(0, (rows, -1)).view(shape) for t in kv.chunk(2, dim=-1))
         return self._head_norm(layer.q_norm, q), self._head_norm(layer.k_norm, k), v
 
@@ -180,21 +224,45 @@ class Engine:
             return normed
         return self._normalize(heads, norm.weight, norm.bias, norm.eps, centres=norm.centres)[0]
 
-    def _read(self, layer: Layer, x: Tensor, rows: int) -> Tensor:
-        """The tokens of x (R·N, ...) for which the block is computed to its end."""
-        if layer.qkv is not None:
-            return x
-        return x.unflatten(0, (rows, -1))[:, : self.plan.read].flatten(0, 1).contiguous()
-
-    def _layer_vjp(self, layer: Layer, saved: SavedLayer, g: Tensor, rows: int) -> Tensor:
-        """Cotangent after the block -> before it, (R·N, C)."""
-        d_hidden = self._linear(g, layer.fc2.transposed, row_scale=saved.rstd2, gate=saved.gate)
-        g = self._linear(d_hidden, layer.fc1.transposed, residual=g)
-        d_out = self._linear(g, layer.proj.transposed).view(rows, -1, layer.heads, layer.head_dim)
-        d_v = self._attention_vjp(saved.attention, d_out).view(saved.rstd1.shape[0], -1)
-        if layer.qkv is not None:
-            return self._linear(d_v, layer.qkv.transposed, row_scale=saved.rstd1, residual=g)
-        assert layer.key_value is not None
-        whole = self._linear(d_v, layer.key_value.transposed, row_scale=saved.rstd1)
-        whole.view(rows, -1, g.shape[1])[:, : self.plan.read] += g.view(rows, -1, g.shape[1])
+    def _step_vjp(self, step: Step, saved: list[SavedLayer], g: Tensor, rows: int) -> Tensor:
+        """Cotangent after the step -> before it, (R·N, C)."""
+        # of the tokens that leave the step, and of all of them where these are more
+        left, whole = g, None
+        for layer, operators in zip(step.layers, saved, strict=True):
+            if isinstance(layer, MlpLayer):
+                left = self._mlp_vjp(layer, operators, g, left)
+                continue
+            d_v = self._attend_vjp(layer, operators, g, rows)
+            values = layer.qkv or layer.key_value
+            assert values is not None
+            total = self._linear(
+                d_v, values.transposed, row_scale=operators.scale, residual=whole if step.trimmed else left
+            )
+            left, whole = (left, total) if step.trimmed else (total, None)
+        if whole is None:
+            return left
+        whole.view(rows, -1, g.shape[1])[:, : self.plan.read] += left.view(rows, -1, g.shape[1])
         return whole
+
+    def _post_vjp(self, layer: Layer, saved: SavedLayer, g: Tensor) -> Tensor:
+        post = layer.post
+        if post is None:
+            return g
+        return self._normalize_vjp(g, post.weight, saved.post, centres=post.centres, centred=self.plan.centred)
+
+    def _mlp_vjp(self, layer: MlpLayer, saved: SavedLayer, g: Tensor, total: Tensor) -> Tensor:
+        """total + the branch's share of the cotangent before it."""
+        g = self._post_vjp(layer, saved, g)
+        # both 1/σ scale rows, and so do they in one product
+        scale = saved.scale if saved.inner is None else saved.inner
+        if saved.inner is not None and saved.scale is not None:
+            scale = saved.scale * saved.inner
+        d_hidden = self._linear(g, layer.writer.transposed, row_scale=scale, gate=saved.core)
+        return self._linear(d_hidden, layer.fc1.transposed, residual=total)
+
+    def _attend_vjp(self, layer: AttentionLayer, saved: SavedLayer, g: Tensor, rows: int) -> Tensor:
+        """Cotangent of the branch's result -> of its values (R·N, heads·D)."""
+        g = self._post_vjp(layer, saved, g)
+        d_out = self._linear(g, layer.writer.transposed, row_scale=saved.inner)
+        d_v = self._attention_vjp(saved.core, d_out.view(rows, -1, layer.heads, layer.head_dim))
+        return d_v.view(-1, layer.heads * layer.head_dim)

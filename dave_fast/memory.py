@@ -21,11 +21,13 @@ from torch import Tensor, nn
 
 from dave_fast.buckets import hidden_width
 from dave_fast.errors import InputError
+from dave_fast.layers import MlpLayer
 from dave_fast.ops.attention import KEEP_PROBABILITIES
 from dave_fast.precision import statistics_dtype
 
 if TYPE_CHECKING:
-    from dave_fast.plan import Layer, ViTPlan
+    from dave_fast.layers import Layer
+    from dave_fast.plan import ViTPlan
 
 # P's rows are rounded up to whole vectors
 PADDING = 15
@@ -44,8 +46,8 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def plan_bytes(plan: ViTPlan) -> int:
-    """Bytes of a plan: packed weights of both walks, biases, positions, the tail."""
-    found = [plan.position, plan.prefix]
+    """Bytes of a plan: packed weights of both walks, biases, positions and other tables of the size, the tail."""
+    found = [plan.position, plan.prefix, *plan.tables()]
     for projection in plan.projections():
         found += [projection.bias, *_tensors(projection.weight), *_tensors(projection.transposed)]
     return sum(t.numel() * t.element_size() for t in found) + weight_bytes(plan.tail)
@@ -59,26 +61,32 @@ def _tensors(packed: object) -> list[Tensor]:
     return [tensor for part in parts if isinstance(part, Tensor) for tensor in _tensors(part)]
 
 
-def _layer_bytes(plan: ViTPlan, layer: Layer) -> int:
-    """Operators that one row keeps of one block: P or q, k, v and log-sum-exp; the gate; two 1/σ."""
+def _layer_bytes(plan: ViTPlan, layer: Layer, entering: int, leaving: int) -> int:
+    """Operators that one row keeps of one layer: P or q, k, v and log-sum-exp, or the gate; 1/σ of its norms."""
     item = plan.dtype.itemsize
-    tokens = plan.tokens
-    queries = tokens if layer.qkv is not None else plan.read
-    width = layer.heads * layer.head_dim
-    hidden = hidden_width(layer.fc1.bias.shape[0], layer.activation)
-    if tokens <= KEEP_PROBABILITIES:
-        attention = layer.heads * queries * (tokens + PADDING) * item
-    else:
-        attention = 3 * tokens * width * item + layer.heads * queries * 4
-    return attention + queries * hidden * item + 8 * (tokens + queries)
+    norms = 4 * (entering * (layer.norm is not None) + leaving * sum(n is not None for n in (layer.inner, layer.post)))
+    if isinstance(layer, MlpLayer):
+        return leaving * hidden_width(layer.fc1.bias.shape[0], layer.activation) * item + norms
+    if entering <= KEEP_PROBABILITIES:
+        return layer.heads * leaving * (entering + PADDING) * item + norms
+    return 3 * entering * layer.heads * layer.head_dim * item + layer.heads * leaving * 4 + norms
+
+
+def _saved_bytes(plan: ViTPlan) -> int:
+    """Operators that one row keeps of all layers; behind a trimmed step there are only the tokens that are read."""
+    total, entering = 0, plan.tokens
+    for step in plan.steps:
+        leaving = plan.read if step.trimmed else entering
+        total += sum(_layer_bytes(plan, layer, entering, leaving) for layer in step.layers)
+        entering = leaving
+    return total
 
 
 def engine_row_bytes(plan: ViTPlan) -> int:
     """Bytes of one row of a micro-batch: saved operators, the widest moment of a block, tokens in and out."""
     item = plan.dtype.itemsize
-    saved = sum(_layer_bytes(plan, layer) for layer in plan.layers)
-    layer = plan.layers[0]
-    hidden = layer.fc1.bias.shape[0]
+    saved = _saved_bytes(plan)
+    hidden = plan.mlp.fc1.bias.shape[0]
     alive = plan.tokens * (4 * plan.width + 3 * hidden) * item
     height, width = plan.image_size
     # tokens in and out, and the contribution before it is stored

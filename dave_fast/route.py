@@ -20,7 +20,7 @@ from dave_fast.engine import Engine
 from dave_fast.errors import InputError, ModelError
 from dave_fast.frozen import freeze, run_frozen
 from dave_fast.memory import engine_row_bytes, plan_bytes, weight_bytes
-from dave_fast.models import timm_vit
+from dave_fast.models.families import family_of
 from dave_fast.precision import DTYPES
 from dave_fast.replay import ensure_proved
 
@@ -189,13 +189,14 @@ def make_route(
     return FrozenRoute(fitting, size, dtype), line
 
 
-def _check_fit(model: Any, shape: tuple[int, int, int]) -> None:
-    """Images (C, H, W) that this timm model would refuse, with what it takes."""
-    channels = model.patch_embed.proj.in_channels
+def _check_fit(model: nn.Module, shape: tuple[int, int, int]) -> None:
+    """Images (C, H, W) that this model would refuse, with what it takes."""
+    family = family_of(model)
+    channels = family.channels(model)
     if shape[0] != channels:
         raise InputError(f"images have {shape[0]} channels and the model takes {channels}")
     if planning.why_not(model, shape[1:]) is not None:
-        built_for = "×".join(map(str, timm_vit.image_size(model)))
+        built_for = "×".join(map(str, family.image_size(model)))
         raise InputError(
             f"images are {shape[1]}×{shape[2]} and the model takes {built_for}: preprocess them as the model expects, "
             "or build it with img_size= or dynamic_img_size=True"

@@ -105,11 +105,11 @@ def planned(name):
 
 
 def test_the_last_block_is_trimmed_to_what_the_head_reads():
-    assert planned("vit").read == 1 and planned("vit").layers[-1].qkv is None
+    assert planned("vit").read == 1 and planned("vit").steps[-2].trimmed
     assert planned("deit-distilled").read == 2
     average = planned("vit-average")
-    assert average.read == average.tokens and average.layers[-1].qkv is not None
-    assert all(layer.qkv is not None for layer in planned("vit").layers[:-1])
+    assert average.read == average.tokens and not any(step.trimmed for step in average.steps)
+    assert not any(step.trimmed for step in planned("vit").steps[:-2])
 
 
 def test_only_the_read_tokens_leave_the_trimmed_block():
@@ -117,7 +117,7 @@ def test_only_the_read_tokens_leave_the_trimmed_block():
     engine = Engine.build(variant.build(), dtype=torch.float32)
     _, saved = engine.forward(patchify(variant.images(3), engine.plan.patch_size))
     assert saved.tail_input.shape[1] == 1
-    assert saved.layers[-1].gate.shape[0] == 3
+    assert saved.steps[-1][0].core.shape[0] == 3
 
 
 def test_one_forward_walk_serves_several_cotangents():

@@ -259,7 +259,7 @@ def test_image_sizes_share_their_weights():
         assert torch.equal(found.explain(images, 0, n_samples=2).raw, alone)
     plans = [route.plan for route in found._routes.values()]
     assert len(plans) == 3
-    assert all(plan.layers is plans[0].layers and plan.tail is plans[0].tail for plan in plans)
+    assert all(plan.steps is plans[0].steps and plan.tail is plans[0].tail for plan in plans)
 
 
 @pytest.mark.parametrize("route", ["engine", "frozen"])

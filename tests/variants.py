@@ -101,6 +101,9 @@ ENGINE: dict[str, Variant] = {
     "dinov2-giant-swiglu": _vit("vit_giant_patch14_dinov2", (28, 28), patch_size=14, init_values=0.5),
     "siglip": _vit("vit_base_patch16_siglip_224"),
     "clip": _vit(_CLIP),
+    "vit-swiglu": _vit(mlp_layer=SwiGLU),
+    "vit-scale-norms": _vit(scale_attn_norm=True, scale_mlp_norm=True),
+    "vit-scale-norms-swiglu": _vit(scale_attn_norm=True, scale_mlp_norm=True, mlp_layer=SwiGLU, norm_layer="rmsnorm"),
 }
 
 _SWIN = {"patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2)}
@@ -182,8 +185,6 @@ def _attention(batch_first: bool) -> Variant:
 
 
 FROZEN_ONLY: dict[str, Variant] = {
-    "vit-swiglu": _vit(mlp_layer=SwiGLU),
-    "vit-scale-norms": _vit(scale_attn_norm=True, scale_mlp_norm=True),
     "vit-post-norm": _vit(block_fn=ResPostBlock, init_values=0.5),
     "vit-parallel": _vit(block_fn=ParallelScalingBlock, init_values=0.5, qk_norm=True),
     "vit-differential": _vit(block_fn=DiffParallelScalingBlock, init_values=0.5),

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from dave_fast.errors import InputError, ModelError, UnknownModelError
-from dave_fast.models import timm_vit
-from dave_fast.plan import why_not
+from dave_fast.models import families
+from dave_fast.models.reading import Attention, Mlp, NoPlanError
 
 # tokens of a micro-batch that fill a GPU, where nobody says otherwise; a CPU's are the route's
 GPU_TOKENS = 5516
@@ -70,30 +70,33 @@ def shapes_of(model: nn.Module, samples: int, *, size: int | None = None, rows: 
     size: side of square images; the model's own by default. rows: of a micro-batch; by default what fills the device.
     Raises ModelError where there is no plan.
     """
-    reason = why_not(model)
-    if reason is not None:
-        raise ModelError(f"only models of the engine have ops to time: {reason}. Use --op engine to time it whole.")
-    vit: Any = model
-    height, width = timm_vit.image_size(vit) if size is None else (size, size)
-    block = next(timm_vit.read_blocks(vit))
-    prefix = vit.num_prefix_tokens
-    patch = tuple(vit.patch_embed.patch_size)
+    try:
+        reading = families.read(model)
+    except NoPlanError as reason:
+        raise ModelError(
+            f"only models of the engine have ops to time: {reason}. Use --op engine to time it whole."
+        ) from None
+    height, width = reading.image_size if size is None else (size, size)
+    branches = [branch for step in reading.steps for branch in step]
+    attention = next(branch for branch in branches if isinstance(branch, Attention))
+    mlp = next(branch for branch in branches if isinstance(branch, Mlp))
+    prefix, patch = len(reading.prefix), reading.patch_size
     tokens = (height // patch[0]) * (width // patch[1]) + prefix
     if rows is None:
         rows = max(1, (GPU_TOKENS if torch.cuda.is_available() else 800) // tokens)
     return Shapes(
         samples=samples,
         rows=rows,
-        image=(vit.patch_embed.proj.in_channels, height, width),
-        patch=(patch[0], patch[1]),
+        image=(reading.channels, height, width),
+        patch=patch,
         prefix=prefix,
-        width=vit.embed_dim,
-        heads=block.heads,
-        head_dim=block.head_dim,
-        hidden=block.fc2.weight.shape[1],
-        activation=block.activation,
-        blocks=len(vit.blocks),
-        read=timm_vit.read_tokens(vit) or tokens,
+        width=reading.position.shape[1],
+        heads=attention.heads,
+        head_dim=attention.head_dim,
+        hidden=mlp.fc2.weight.shape[1],
+        activation=mlp.activation,
+        blocks=len(reading.blocks),
+        read=reading.read or tokens,
     )
 
 
