@@ -64,6 +64,7 @@ class Engine:
         self._row_rstd: Callable[..., Tensor] = _registry.bind("row_rstd", backend, device)
         self._normalize: Callable[..., tuple[Tensor, Tensor]] = _registry.bind("normalize", backend, device)
         self._normalize_vjp: Callable[..., Tensor] = _registry.bind("normalize_vjp", backend, device)
+        self._rotate: Callable[..., Tensor] = _registry.bind("rotate", backend, device)
         self._attention: Callable[..., Any] = _registry.bind("attention", backend, device)
         self._attention_vjp: Callable[..., Any] = _registry.bind("attention_vjp", backend, device)
         # Triton's writers sum squares in their epilogue, so that norms need not read the stream again
@@ -195,13 +196,14 @@ class Engine:
     ) -> tuple[Tensor, Any]:
         """The heads' outputs (R·Q, heads·D), and what attention's VJP needs."""
         q, k, v = self._queries_keys_values(layer, step, x, scale, rows)
-        out, saved = self._attention(q, k, v, layer.scale)
+        bias = () if layer.bias is None else (layer.bias,)
+        out, saved = self._attention(q, k, v, layer.scale, *bias)
         return out.view(rows * q.shape[1], -1), saved
 
     def _queries_keys_values(
         self, layer: AttentionLayer, step: Step, x: Tensor, scale: Tensor | None, rows: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q (R, Q, heads, D), k and v (R, N, heads, D): views of the projections, q- and k-norm applied."""
+        """q (R, Q, heads, D), k and v (R, N, heads, D): of the projections, q and k normed and rotated."""
         shape = (rows, -1, layer.heads, layer.head_dim)
         if layer.qkv is not None:
             qkv = self._linear(x, layer.qkv.weight, layer.qkv.bias, row_scale=scale)
@@ -213,16 +215,18 @@ class Engine:
             q = self._linear(read, layer.query.weight, layer.query.bias, row_scale=scale_read).view(shape)
             kv = self._linear(x, layer.key_value.weight, layer.key_value.bias, row_scale=scale)
             k, v = (t.unflatten(0, (rows, -1)).view(shape) for t in kv.chunk(2, dim=-1))
-        return self._head_norm(layer.q_norm, q), self._head_norm(layer.k_norm, k), v
+        return self._turned(layer, layer.q_norm, q), self._turned(layer, layer.k_norm, k), v
 
-    def _head_norm(self, norm: Norm | nn.Module | None, heads: Tensor) -> Tensor:
-        """Queries or keys (R, tokens, heads, D) through their norm: frozen with P, so nothing of it is kept."""
-        if norm is None:
-            return heads
+    def _turned(self, layer: AttentionLayer, norm: Norm | nn.Module | None, heads: Tensor) -> Tensor:
+        """Queries or keys (R, tokens, heads, D) normed and rotated: frozen with P, so nothing of it is kept."""
         if isinstance(norm, nn.Module):
-            normed: Tensor = norm(heads)
-            return normed
-        return self._normalize(heads, norm.weight, norm.bias, norm.eps, centres=norm.centres)[0]
+            heads = norm(heads)
+        elif norm is not None:
+            heads = self._normalize(heads, norm.weight, norm.bias, norm.eps, centres=norm.centres)[0]
+        if layer.rotation is None:
+            return heads
+        cos, sin = (table[: heads.shape[1]] for table in (layer.rotation.cos, layer.rotation.sin))
+        return self._rotate(heads, cos, sin)
 
     def _step_vjp(self, step: Step, saved: list[SavedLayer], g: Tensor, rows: int) -> Tensor:
         """Cotangent after the step -> before it, (R·N, C)."""

@@ -1,7 +1,10 @@
 """attention: softmax attention that keeps one log-sum-exp a query, and its frozen VJP.
 
-    forward:  s = scale·q kᵀ,  L = log₂ Σ exp₂(s·log₂e),  out = exp₂(s·log₂e − L) v
-    VJP:      dv = Pᵀ d_out  with  Pᵀ = exp₂(k qᵀ·scale·log₂e − L)  made again, tile by tile
+    forward:  s = scale·q kᵀ + bias,  L = log₂ Σ exp₂(s·log₂e),  out = exp₂(s·log₂e − L) v
+    VJP:      dv = Pᵀ d_out  with  Pᵀ = exp₂(sᵀ·log₂e − L)  made again, tile by tile
+
+Scores are kept as s/scale until the exponential takes them, so a bias is divided by the scale; without one its
+pointer is None and nothing of it is compiled.
 
 The VJP is shaped like a forward kernel, not like attention's usual backward: a block of keys stands still, queries pass
 by, Pᵀ goes from the first product's registers into the second, nothing is rescaled and nothing is added atomically.
@@ -56,13 +59,27 @@ def _scores(
 
 
 @triton.jit
+def _add_bias(s, bias, over_scale, o_q, o_n, Q, N, TRANSPOSED: tl.constexpr):
+    """s + bias/scale, with s [BLOCK_Q, BLOCK_N], or [BLOCK_N, BLOCK_Q] where TRANSPOSED; bias of one head, (Q, N)."""
+    if TRANSPOSED:
+        p = bias + o_q.to(tl.int64)[None, :] * N + o_n[:, None]
+        m = (o_q < Q)[None, :] & (o_n < N)[:, None]
+    else:
+        p = bias + o_q.to(tl.int64)[:, None] * N + o_n[None, :]
+        m = (o_q < Q)[:, None] & (o_n < N)[None, :]
+    return s + tl.load(p, mask=m, other=0.0).to(tl.float32) * over_scale
+
+
+@triton.jit
 def _forward_block(
-    b_q, q, o_q, Q, stride_q, k, v, start, N, stride_k, stride_v, factor, acc, top, total,
+    b_q, q, o_q, Q, stride_q, k, v, start, N, stride_k, stride_v, factor, acc, top, total, bias, over_scale,
     D: tl.constexpr, D_BLOCK: tl.constexpr, D_STEP: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block of keys: the running maximum score `top`, sum `total` and product `acc` of the online softmax."""
     o_n = start + tl.arange(0, BLOCK_N)
     s = _scores(b_q, q, o_q, Q, stride_q, k, o_n, N, stride_k, D, D_BLOCK, D_STEP, MASKED)  # [BLOCK_Q, BLOCK_N]
+    if bias is not None:
+        s = _add_bias(s, bias, over_scale, o_q, o_n, Q, N, False)
     if MASKED:
         s = tl.where((o_n < N)[None, :], s, float("-inf"))
     higher = tl.maximum(top, tl.max(s, 1))
@@ -77,7 +94,7 @@ def _forward_block(
 @triton.jit
 def _attention_kernel(
     q, k, v, out, lse, Q, N, H, factor,
-    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
+    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, bias, over_scale,
     D: tl.constexpr, D_BLOCK: tl.constexpr, D_STEP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A block of queries of one head; all blocks of keys but the last are whole, and go without a mask."""
@@ -86,6 +103,8 @@ def _attention_kernel(
     q += i_row * q_row + i_head * q_head
     k += i_row * k_row + i_head * k_head
     v += i_row * v_row + i_head * v_head
+    if bias is not None:
+        bias += i_head * Q * N
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     b_q = _load(q, o_q, Q, q_token, D, D_BLOCK, True)  # [BLOCK_Q, D_BLOCK]
     acc = tl.zeros((BLOCK_Q, D_BLOCK), dtype=tl.float32)
@@ -94,11 +113,11 @@ def _attention_kernel(
     last = (N - 1) // BLOCK_N * BLOCK_N
     for start in range(0, last, BLOCK_N):
         acc, top, total = _forward_block(
-            b_q, q, o_q, Q, q_token, k, v, start, N, k_token, v_token, factor, acc, top, total,
+            b_q, q, o_q, Q, q_token, k, v, start, N, k_token, v_token, factor, acc, top, total, bias, over_scale,
             D, D_BLOCK, D_STEP, BLOCK_N, False,
         )  # fmt: skip
     acc, top, total = _forward_block(
-        b_q, q, o_q, Q, q_token, k, v, last, N, k_token, v_token, factor, acc, top, total,
+        b_q, q, o_q, Q, q_token, k, v, last, N, k_token, v_token, factor, acc, top, total, bias, over_scale,
         D, D_BLOCK, D_STEP, BLOCK_N, True,
     )  # fmt: skip
     m_q = o_q < Q
@@ -111,7 +130,7 @@ def _attention_kernel(
 
 @triton.jit
 def _vjp_block(
-    b_k, k, o_n, N, stride_k, q, d_out, lse, start, Q, stride_q, stride_o, factor, acc,
+    b_k, k, o_n, N, stride_k, q, d_out, lse, start, Q, stride_q, stride_o, factor, acc, bias, over_scale,
     D: tl.constexpr, D_BLOCK: tl.constexpr, D_STEP: tl.constexpr, BLOCK_Q: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """acc += Pᵀ d_out of one block of queries."""
@@ -119,6 +138,8 @@ def _vjp_block(
     # queries beyond the last have a log-sum-exp of infinity, so a probability of zero
     b_lse = tl.load(lse + o_q, mask=o_q < Q, other=float("inf")) if MASKED else tl.load(lse + o_q)
     s = _scores(b_k, k, o_n, N, stride_k, q, o_q, Q, stride_q, D, D_BLOCK, D_STEP, MASKED)  # [BLOCK_N, BLOCK_Q]
+    if bias is not None:
+        s = _add_bias(s, bias, over_scale, o_q, o_n, Q, N, True)
     p = tl.exp2(s * factor - b_lse[None, :])
     b_o = _load(d_out, o_q, Q, stride_o, D, D_BLOCK, MASKED)  # [BLOCK_Q, D_BLOCK]
     return tl.dot(p.to(b_o.dtype), b_o, acc, input_precision="ieee")
@@ -127,7 +148,7 @@ def _vjp_block(
 @triton.jit
 def _attention_vjp_kernel(
     q, k, lse, d_out, d_v, Q, N, H, factor,
-    q_row, q_token, q_head, k_row, k_token, k_head, o_row, o_token, o_head,
+    q_row, q_token, q_head, k_row, k_token, k_head, o_row, o_token, o_head, bias, over_scale,
     D: tl.constexpr, D_BLOCK: tl.constexpr, D_STEP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dv of a block of keys of one head; all blocks of queries but the last are whole, and go without a mask."""
@@ -137,17 +158,19 @@ def _attention_vjp_kernel(
     k += i_row * k_row + i_head * k_head
     d_out += i_row * o_row + i_head * o_head
     lse += tl.program_id(1).to(tl.int64) * Q
+    if bias is not None:
+        bias += i_head * Q * N
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     b_k = _load(k, o_n, N, k_token, D, D_BLOCK, True)  # [BLOCK_N, D_BLOCK]
     acc = tl.zeros((BLOCK_N, D_BLOCK), dtype=tl.float32)
     last = (Q - 1) // BLOCK_Q * BLOCK_Q
     for start in range(0, last, BLOCK_Q):
         acc = _vjp_block(
-            b_k, k, o_n, N, k_token, q, d_out, lse, start, Q, q_token, o_token, factor, acc,
+            b_k, k, o_n, N, k_token, q, d_out, lse, start, Q, q_token, o_token, factor, acc, bias, over_scale,
             D, D_BLOCK, D_STEP, BLOCK_Q, False,
         )  # fmt: skip
     acc = _vjp_block(
-        b_k, k, o_n, N, k_token, q, d_out, lse, last, Q, q_token, o_token, factor, acc,
+        b_k, k, o_n, N, k_token, q, d_out, lse, last, Q, q_token, o_token, factor, acc, bias, over_scale,
         D, D_BLOCK, D_STEP, BLOCK_Q, True,
     )  # fmt: skip
     d = tl.arange(0, D_BLOCK)
@@ -159,10 +182,21 @@ def _attention_vjp_kernel(
 class SavedTriton:
     """What the VJP needs: q (R, Q, heads, D) and k (R, N, heads, D) as they were given, lse (R, heads, Q) base 2."""
 
-    factor: float
+    scale: float
     q: Tensor
     k: Tensor
     lse: Tensor
+    bias: Tensor | None
+
+    @property
+    def factor(self) -> float:
+        """scale·log₂e."""
+        return self.scale * math.log2(math.e)
+
+    @property
+    def over_scale(self) -> float | None:
+        """1/scale, where there is a bias."""
+        return None if self.bias is None else 1 / self.scale
 
 
 def configurations(arch: int, dtype: torch.dtype, dim: int, queries: int, *, vjp: bool) -> list[triton.Config]:
@@ -191,23 +225,23 @@ def configurations(arch: int, dtype: torch.dtype, dim: int, queries: int, *, vjp
     return [configuration(128, 64, 8, 3), configuration(128, 64, 4, 3), configuration(64, 64, 4, 3)]
 
 
-def attention_triton(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Any]:
+def attention_triton(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> tuple[Tensor, Any]:
     """As `attention_ref` for positive scales and head dimensions up to 128, any strides but of the last axis."""
     rows, queries, heads, dim = q.shape
     if not _launch.covered(q) or scale <= 0 or dim > 128:
-        return attention_ref(q, k, v, scale)
+        return attention_ref(q, k, v, scale, bias)
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     tokens = k.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(rows, heads, queries, dtype=torch.float32, device=q.device)
-    saved = SavedTriton(scale * math.log2(math.e), q, k, lse)
+    saved = SavedTriton(scale, q, k, lse, None if bias is None else bias.contiguous())
     block = max(16, triton.next_power_of_2(dim))
 
     def launch(configuration: triton.Config) -> None:
         grid = (triton.cdiv(queries, configuration.kwargs["BLOCK_Q"]), rows * heads)
         _attention_kernel[grid](
             *(q, k, v, out, lse, queries, tokens, heads, saved.factor),
-            *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], dim, block),
+            *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], saved.bias, saved.over_scale, dim, block),
             **configuration.all_kwargs(),
         )
 
@@ -231,7 +265,7 @@ def attention_vjp_triton(saved: Any, d_out: Tensor) -> Tensor:
         grid = (triton.cdiv(tokens, configuration.kwargs["BLOCK_N"]), rows * heads)
         _attention_vjp_kernel[grid](
             *(q, k, saved.lse, d_out, d_v, queries, tokens, heads, saved.factor),
-            *(*q.stride()[:3], *k.stride()[:3], *d_out.stride()[:3], dim, block),
+            *(*q.stride()[:3], *k.stride()[:3], *d_out.stride()[:3], saved.bias, saved.over_scale, dim, block),
             **configuration.all_kwargs(),
         )
 

@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dave_fast.kernels import _launch, attention, fp8, linear, norm, tokens
+from dave_fast.kernels import _launch, attention, fp8, linear, norm, rotary, tokens
 
 # compute capability -> registers and bytes of shared memory of a multiprocessor
 ARCHITECTURES = {80: (65536, 163 * 1024), 90: (65536, 227 * 1024), 100: (65536, 227 * 1024)}
@@ -97,7 +97,14 @@ def linear_case(name: str, arch: int, dtype: torch.dtype = torch.bfloat16, **giv
 
 
 def attention_case(
-    name: str, arch: int, dim: int, dtype: torch.dtype = torch.bfloat16, *, vjp: bool, queries: int = 197
+    name: str,
+    arch: int,
+    dim: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    vjp: bool,
+    queries: int = 197,
+    bias: bool = False,
 ) -> Case:
     """One of the two walks' kernels for a head dimension."""
     block = max(16, triton.next_power_of_2(dim))
@@ -107,6 +114,8 @@ def attention_case(
     operands = ("q", "k", "o") if vjp else ("q", "k", "v")
     types |= dict.fromkeys((f"{t}_{axis}" for t in operands for axis in ("row", "token", "head")), "i32")
     types |= dict.fromkeys(("Q", "N", "H"), "i32")
+    if bias:
+        types |= {"bias": f"*{NAMES[dtype]}", "over_scale": "fp32"}
     kernel = attention._attention_vjp_kernel if vjp else attention._attention_kernel
     constants = {"D": dim, "D_BLOCK": block} | found.kwargs
     return Case(f"attention {name} {NAMES[dtype]}", kernel, types, constants, found)
@@ -134,6 +143,9 @@ def row_cases() -> Iterator[Case]:
     yield row_case("normalize_vjp", kernel, whole, 768, CENTRES=True, CENTRED=True, VJP=True)
     stream = dict.fromkeys(("patches", "prefix", "position", "x"), "*bf16") | {"squares": "*fp32"}
     stream |= dict.fromkeys(("T", "N", "K", "C"), "i32")
+    turned = dict.fromkeys(("T", "N", "H", "x_row", "x_token", "x_head", "table_token", "table_head"), "i32")
+    turned |= {"x": "*bf16", "y": "*bf16", "cos": "*fp32", "sin": "*fp32"}
+    yield row_case("rotate heads", rotary._rotate_kernel, turned, 32, HALF=32)
     yield row_case("assemble", tokens._assemble_kernel, stream, 768)
 
 
@@ -171,6 +183,8 @@ def cases(arch: int) -> Iterator[Case]:
     for dim in (64, 80):
         yield attention_case(f"forward, D = {dim}", arch, dim, vjp=False)
         yield attention_case(f"VJP, D = {dim}", arch, dim, vjp=True)
+    yield attention_case("forward with a bias, D = 64", arch, 64, vjp=False, bias=True)
+    yield attention_case("VJP with a bias, D = 64", arch, 64, vjp=True, bias=True)
     yield attention_case("forward of 1 query, D = 64", arch, 64, vjp=False, queries=1)
     yield attention_case("VJP of 1 query, D = 64", arch, 64, vjp=True, queries=1)
     yield attention_case("forward, D = 64", arch, 64, torch.float32, vjp=False)

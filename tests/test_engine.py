@@ -1,6 +1,9 @@
 """The engine's two walks against the frozen route, an independent oracle, and plain PyTorch in low precision."""
 
+import re
+
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -8,11 +11,14 @@ from dave_fast import plan as planning
 from dave_fast.engine import Engine
 from dave_fast.errors import ModelError
 from dave_fast.frozen import frozen_vjp
+from dave_fast.layers import AttentionLayer
 from dave_fast.ops.patches import patchify
 from tests.tolerances import EXACT, LOW_PRECISION_RATIO
-from tests.variants import ENGINE, FROZEN_ONLY, Variant
+from tests.variants import ENGINE, FROZEN_ONLY, Variant, randomise
 
 BACKENDS = ["torch", "auto"]
+# average pooling, rotations, norms inside a branch and behind it, a bias of the scores, branches side by side
+LOW_PRECISION = ["vit-average", "dinov3", "eva02-inner-norms", "eva-post-norm", "beit", "vit-parallel"]
 
 
 def walks(engine, images, cotangent):
@@ -36,9 +42,13 @@ def distance(found, expected):
     return ((found.double() - expected).norm() / expected.norm()).item()
 
 
+@pytest.mark.parametrize("resized", [False, True], ids=["square", "rectangle"])
 @pytest.mark.parametrize("name", ENGINE)
-def test_float64_agrees_with_the_frozen_route(name):
+def test_float64_agrees_with_the_frozen_route(name, resized):
     variant = ENGINE[name]
+    if resized:
+        high, wide = variant.build().patch_embed.patch_size
+        variant = variant.at((variant.size[0] + high, variant.size[1] + 2 * wide))
     images = variant.images(3, torch.float64)
     cotangent = cotangent_for(variant, images.float())
     engine = Engine.build(variant.build(torch.float64), dtype=torch.float64)
@@ -49,7 +59,7 @@ def test_float64_agrees_with_the_frozen_route(name):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["vit", "vit-average", "dinov2-giant-swiglu", "clip", "vit-rms-norm"])
+@pytest.mark.parametrize("name", ["vit", "dinov2-giant-swiglu", "clip", "vit-rms-norm", *LOW_PRECISION])
 def test_float32_stays_at_its_rounding(name, backend):
     variant = ENGINE[name]
     images = variant.images(3)
@@ -63,7 +73,7 @@ def test_float32_stays_at_its_rounding(name, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["vit", "vit-3-blocks-48", "vit-average", "deit3", "siglip", "vit-qk-norm"])
+@pytest.mark.parametrize("name", ["vit", "vit-3-blocks-48", "deit3", "siglip", "vit-qk-norm", *LOW_PRECISION])
 def test_bfloat16_is_as_good_as_plain_pytorch(name, backend):
     variant = ENGINE[name]
     images = variant.images(8)
@@ -145,6 +155,40 @@ def test_dynamic_image_sizes_resample_the_positions():
     assert distance(found, patchify(expected, (8, 8))) < EXACT
 
 
+def test_a_rotation_follows_the_image_size_and_shares_the_weights():
+    settings = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "num_classes": 7, "img_size": 32}
+    model = timm.create_model("vit_small_patch16_dinov3", dynamic_img_size=True, **settings)
+    randomise(model)
+    model = model.double().eval()
+    first = Engine.build(model, dtype=torch.float64)
+    images = torch.randn(2, 3, 56, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    engine = Engine.build(model, dtype=torch.float64, size=(56, 40), sibling=first.plan)
+    one, other = first.plan.attention, engine.plan.attention
+    assert other.qkv is one.qkv and len(other.rotation.cos) == 35 + engine.plan.prefix.shape[0] != len(one.rotation.cos)
+    _, expected = frozen_vjp(model, images, lambda output: output[:, 1])
+    _, found = walks(engine, images, torch.eye(7, dtype=torch.float64)[[1, 1]])
+    assert distance(found, patchify(expected, (8, 8))) < EXACT
+
+
+def test_a_size_that_the_caller_sets_resamples_the_bias_table():
+    model = ENGINE["beit"].build(torch.float64)
+    model.set_input_size(img_size=(40, 56))
+    images = torch.randn(2, 3, 40, 56, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    _, expected = frozen_vjp(model, images, lambda output: output[:, 1])
+    _, found = walks(Engine.build(model, dtype=torch.float64), images, torch.eye(7, dtype=torch.float64)[[1, 1]])
+    assert distance(found, patchify(expected, (8, 8))) < EXACT
+
+
+@pytest.mark.parametrize(
+    ("name", "tables"),
+    [("dinov3", 1), ("rope-mixed", 2), ("relative-position", 2), ("relative-position-shared", 1), ("vit", 0)],
+)
+def test_blocks_share_what_is_alike(name, tables):
+    attentions = [layer for layer in planned(name).layers if isinstance(layer, AttentionLayer)]
+    found = {id(a.rotation) for a in attentions if a.rotation} | {id(a.bias) for a in attentions if a.bias is not None}
+    assert len(attentions) == 2 and len(found) == tables
+
+
 @pytest.mark.parametrize("name", FROZEN_ONLY)
 def test_other_families_have_no_plan_and_say_why(name):
     reason = planning.why_not(FROZEN_ONLY[name].build())
@@ -172,6 +216,10 @@ def spoil_activation(model):
     model.blocks[1].mlp.act = nn.Hardswish()
 
 
+def spoil_dropout(model):
+    model.blocks[1].attn.proj_drop = nn.Linear(32, 32)
+
+
 def spoil_type(model):
     model.__class__ = type("Mine", (type(model),), {})
 
@@ -183,6 +231,7 @@ def spoil_type(model):
         (spoil_norm, "blocks.0: norm GroupNorm"),
         (spoil_forward, "blocks.0.attn.*replaced forward"),
         (spoil_activation, "blocks.1: activation Hardswish"),
+        (spoil_dropout, "a Linear stands at 'blocks.1.attn.proj_drop'"),
         (spoil_type, "Mine is not timm's"),
     ],
     ids=lambda value: getattr(value, "__name__", "words"),
@@ -193,6 +242,58 @@ def test_what_the_plan_cannot_read_is_named(spoil, words):
     spoil(model)
     with pytest.raises(ModelError, match=words):
         Engine.build(model, dtype=torch.float32)
+
+
+def spoil_rotary(model):
+    model.rope = type("Mine", (type(model.rope),), {})(dim=16)
+
+
+def spoil_query_norm(model):
+    model.blocks[0].attn.q_norm = nn.GroupNorm(2, 16)
+
+
+def spoil_block(model):
+    model.blocks[1].__class__ = type("Mine", (type(model.blocks[1]),), {})
+
+
+def spoil_head(model):
+    model.blocks[1].attn.rotate_half = True
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "words"),
+    [
+        ("eva02", spoil_rotary, "rotary embedding is a Mine"),
+        ("eva02", spoil_query_norm, "blocks.0: norm GroupNorm"),
+        ("eva02", spoil_head, "blocks.1: its blocks turn queries and keys in different ways"),
+        ("eva02", spoil_block, "blocks.1: a Mine"),
+        ("beit", spoil_block, "blocks.1: a Mine"),
+        ("beit", spoil_lora, "blocks.1: a LoRA"),
+        ("relative-position", spoil_block, "blocks.1: a Mine"),
+        ("relative-position", spoil_dropout, "a Linear stands at"),
+        ("vit-parallel", spoil_block, "blocks.1: a Mine"),
+    ],
+)
+def test_what_other_families_do_not_read_is_named(name, spoil, words):
+    model = ENGINE[name].build()
+    assert planning.why_not(model) is None
+    spoil(model)
+    assert re.search(words, planning.why_not(model))
+
+
+def test_training_alone_does_not_change_a_reading():
+    """Stochastic depth, dropout and moved coordinates are of training: an explanation is of the model as it infers."""
+    model = ENGINE["dinov3"].build(torch.float64)
+    augmented = timm.create_model(
+        "vit_small_patch16_dinov3", img_size=32, embed_dim=32, depth=2, num_heads=2, patch_size=8, num_classes=7,
+        rope_rescale_coords=2.0, drop_path_rate=0.5, attn_drop_rate=0.5,
+    ).double()  # fmt: skip
+    augmented.load_state_dict(model.state_dict())
+    images = ENGINE["dinov3"].images(2, torch.float64)
+    cotangent = torch.eye(7, dtype=torch.float64)[[1, 1]]
+    found = [walks(Engine.build(m, dtype=torch.float64), images, cotangent) for m in (model, augmented.train())]
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert augmented.training and augmented.rope.training
 
 
 def test_an_image_size_without_positions_is_named():

@@ -4,16 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.beit import Beit
+from timm.models.eva import Eva
+from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 from dave_fast.engine import Engine
-from dave_fast.memory import contribution_bytes, engine_row_bytes
+from dave_fast.memory import contribution_bytes, engine_row_bytes, plan_bytes
 from dave_fast.ops.linear import pack_ref
 from dave_fast.plan import make_plan
 
@@ -58,6 +61,36 @@ def test_the_formula_bounds_a_rows_memory_and_is_not_far_above_it(size, rows, dt
     walk()
     share = peak_bytes(walk) / rows / engine_row_bytes(engine.plan)
     assert 0.6 <= share <= 1.05
+
+
+@pytest.mark.parametrize("kind", ["rotations", "biases", "side by side"])
+@pytest.mark.parametrize(("size", "rows"), [(224, 12), (384, 5)])
+def test_the_formula_holds_for_other_families(kind, size, rows):
+    settings = dict(img_size=size, patch_size=16, embed_dim=192, depth=6, num_heads=3)
+    model = {
+        "rotations": partial(Eva, use_rot_pos_emb=True, swiglu_mlp=True, scale_mlp=True, mlp_ratio=8 / 3),
+        "biases": partial(Beit, use_rel_pos_bias=True),
+        "side by side": partial(VisionTransformer, block_fn=ParallelScalingBlock),
+    }[kind](**settings)
+    engine = Engine.build(model.eval(), dtype=torch.float32)
+    images = torch.randn(rows, engine.plan.position.shape[0], 768)
+
+    def walk():
+        output, saved = engine.forward(images.clone())
+        engine.vjp(saved, torch.eye(output.shape[1])[:1].expand(rows, -1))
+
+    walk()
+    share = peak_bytes(walk) / rows / engine_row_bytes(engine.plan)
+    assert 0.6 <= share <= 1.05
+
+
+def test_tables_of_positions_count():
+    settings = dict(img_size=64, patch_size=16, embed_dim=32, depth=2, num_heads=2)
+    plans = [
+        make_plan(Beit(use_rel_pos_bias=biased, **settings).eval(), dtype=torch.float32, pack=pack_ref)
+        for biased in (False, True)
+    ]
+    assert plan_bytes(plans[1]) - plan_bytes(plans[0]) == 2 * 2 * 17 * 17 * 4
 
 
 def test_memory_is_linear_in_tokens_once_probabilities_are_not_kept():

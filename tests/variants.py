@@ -1,7 +1,7 @@
 """Tiny models with random, nowhere trivial weights: what every route has to explain alike.
 
-`ENGINE` are variants of timm's VisionTransformer that the engine is expected to have a plan for, `FROZEN_ONLY` the
-families that go through the frozen route; both map a readable id to a `Variant`.
+`ENGINE` are variants of timm's families that the engine is expected to have a plan for, `FROZEN_ONLY` what goes
+through the frozen route; both map a readable id to a `Variant`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ import timm
 import torch
 import torchvision
 from timm.layers import GluMlp, SwiGLU
-from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelScalingBlock, ResPostBlock
+from timm.models.vision_transformer import (
+    DiffParallelScalingBlock,
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    ResPostBlock,
+)
 from torch import Tensor, nn
 
 CLASSES = 7
@@ -27,6 +32,12 @@ class Variant:
 
     make: Callable[[], nn.Module]
     size: tuple[int, int] = (32, 32)
+    resize: Callable[[tuple[int, int]], Variant] | None = None
+
+    def at(self, size: tuple[int, int]) -> Variant:
+        """The same constructor for images of another size."""
+        assert self.resize is not None
+        return self.resize(size)
 
     def build(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
         """The model with random weights; the global generator is left as it was."""
@@ -52,7 +63,7 @@ def randomise(model: nn.Module) -> None:
                 parameter.copy_(0.8 + 0.3 * noise)
             elif parameter.ndim == 1:
                 parameter.copy_(0.3 * noise)
-            elif name.endswith(("_token", "pos_embed", "latent", "class_token", "pos_embedding")):
+            elif name.endswith(("_token", "pos_embed", "latent", "class_token", "pos_embedding", "_table")):
                 parameter.copy_(0.5 * noise)
             else:
                 parameter.copy_(1.3 * noise / parameter[0].numel() ** 0.5)
@@ -65,15 +76,26 @@ def randomise(model: nn.Module) -> None:
 
 def _timm(name: str, size: tuple[int, int] = (32, 32), **changes: Any) -> Variant:
     settings = {"img_size": size, "num_classes": CLASSES, **changes}
-    return Variant(partial(timm.create_model, name, **settings), size)
+    return Variant(partial(timm.create_model, name, **settings), size, lambda other: _timm(name, other, **changes))
 
 
 def _vit(name: str = "vit_tiny_patch16_224", size: tuple[int, int] = (32, 32), **changes: Any) -> Variant:
     return _timm(name, size, **{"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8, **changes})
 
 
+def _eva02(size: tuple[int, int] = (28, 28), name: str = "eva02_tiny_patch14_224", **changes: Any) -> Variant:
+    return _timm(name, size, **{"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 14, **changes})
+
+
+def _eva(name: str, **changes: Any) -> Variant:
+    return _timm(name, **{"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8, **changes})
+
+
 _DINO = "vit_small_patch14_dinov2"
 _CLIP = "vit_base_patch16_clip_quickgelu_224"
+
+_SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
+_RELPOS = "vit_relpos_small_patch16_224"
 
 ENGINE: dict[str, Variant] = {
     "vit": _vit(),
@@ -101,21 +123,52 @@ ENGINE: dict[str, Variant] = {
     "dinov2-giant-swiglu": _vit("vit_giant_patch14_dinov2", (28, 28), patch_size=14, init_values=0.5),
     "siglip": _vit("vit_base_patch16_siglip_224"),
     "clip": _vit(_CLIP),
+    "vit-post-norm": _vit(block_fn=ResPostBlock, init_values=0.5),
+    "vit-post-norm-average": _vit(block_fn=ResPostBlock, class_token=False, global_pool="avg", norm_layer="rmsnorm"),
+    "vit-parallel": _vit(block_fn=ParallelScalingBlock, init_values=0.5, qk_norm=True),
+    "vit-parallel-fused": _vit(block_fn=partial(ParallelScalingBlock, fuse_out_proj=True), qkv_bias=False),
+    "vit-parallel-average": _vit(block_fn=ParallelScalingBlock, global_pool="avg", norm_layer="rmsnorm"),
+    "vit-parallel-things": _vit(block_fn=ParallelThingsBlock, init_values=0.5),
     "vit-swiglu": _vit(mlp_layer=SwiGLU),
     "vit-scale-norms": _vit(scale_attn_norm=True, scale_mlp_norm=True),
     "vit-scale-norms-swiglu": _vit(scale_attn_norm=True, scale_mlp_norm=True, mlp_layer=SwiGLU, norm_layer="rmsnorm"),
+    "eva02": _eva02(),
+    "eva02-inner-norms": _eva02(scale_mlp=True, swiglu_mlp=True, qkv_fused=False, scale_attn_inner=True),
+    "eva02-mlp-norm": _eva02(scale_mlp=True, swiglu_mlp=False, global_pool="token"),
+    "eva-post-norm": _eva02(use_post_norm=True, scale_mlp=True),
+    "eva-giant": _eva("eva_giant_patch14_224"),
+    "eva-separate-bias": _eva(
+        "eva_giant_patch14_224", init_values=0.5, global_pool="token", attn_only_layer_scale=True
+    ),
+    "dinov3": _eva("vit_small_patch16_dinov3"),
+    "dinov3-untied-bias-token": _eva("vit_small_patch16_dinov3_qkvb", global_pool="token"),
+    "dinov3-plus": _eva("vit_small_plus_patch16_dinov3"),
+    "perception-encoder": _eva("vit_pe_core_tiny_patch16_384"),
+    "perception-encoder-spatial": _eva("vit_pe_spatial_tiny_patch16_512"),
+    "rope": _eva("vit_small_patch16_rope_224"),
+    "rope-mixed": _eva("vit_small_patch16_rope_mixed_224"),
+    "rope-mixed-positions": _eva("vit_small_patch16_rope_mixed_ape_224"),
+    "rope-registers": _eva("vit_medium_patch16_rope_reg1_gap_256"),
+    "rope-mrope": _eva("vit_medium_patch16_rope_reg1_gap_256", rope_type="mrope", rope_mrope_section=(2, 3, 3)),
+    "rope-qk-norm": _eva("vit_small_patch16_rope_224", qk_norm=True, norm_layer=partial(nn.RMSNorm, eps=1e-6)),
+    "rope-shared-heads": _eva("vit_base_patch16_sapiens2", num_heads=4, num_kv_heads=(2, 4)),
+    "beit": _timm("beit_base_patch16_224", **_SMALL, init_values=0.5),
+    "beit-shared-bias": _timm(
+        "beit_base_patch16_224", **_SMALL, use_shared_rel_pos_bias=True, use_abs_pos_emb=True, global_pool="token"
+    ),
+    "beit-swiglu": _timm("beitv2_base_patch16_224", **_SMALL, swiglu_mlp=True, scale_mlp=True, use_rel_pos_bias=False),
+    "relative-position": _timm(_RELPOS, **_SMALL, init_values=0.5),
+    "relative-position-table": _timm("vit_relpos_base_patch32_plus_rpn_256", **_SMALL, rel_pos_type="bias"),
+    "relative-position-shared": _timm("vit_srelpos_small_patch16_224", **_SMALL),
+    "relative-position-swin": _timm(_RELPOS, **_SMALL, rel_pos_type="mlp_swin", qk_norm=True),
+    "relative-position-class": _timm("vit_relpos_base_patch16_cls_224", **_SMALL, rel_pos_type="bias"),
 }
 
 _SWIN = {"patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2)}
-_SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
 
 
 def _torchvision_vit() -> nn.Module:
     return torchvision.models.VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=CLASSES)
-
-
-def _eva02(**changes: Any) -> Variant:
-    return _timm("eva02_tiny_patch14_224", (28, 28), embed_dim=32, depth=2, num_heads=2, patch_size=14, **changes)
 
 
 class HandWritten(nn.Module):
@@ -185,13 +238,7 @@ def _attention(batch_first: bool) -> Variant:
 
 
 FROZEN_ONLY: dict[str, Variant] = {
-    "vit-post-norm": _vit(block_fn=ResPostBlock, init_values=0.5),
-    "vit-parallel": _vit(block_fn=ParallelScalingBlock, init_values=0.5, qk_norm=True),
     "vit-differential": _vit(block_fn=DiffParallelScalingBlock, init_values=0.5),
-    "vit-relative-position": _timm("vit_relpos_small_patch16_224", **_SMALL),
-    "eva02": _eva02(),
-    "eva02-inner-norm": _eva02(scale_mlp=True, swiglu_mlp=True, qkv_fused=False),
-    "beit": _timm("beit_base_patch16_224", **_SMALL, init_values=0.5),
     "cait": _timm("cait_xxs24_224", **_SMALL),
     "xcit": _timm("xcit_nano_12_p8_224", embed_dim=32, depth=2, num_heads=2),
     "swin": _timm("swin_tiny_patch4_window7_224", **_SWIN),

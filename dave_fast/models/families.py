@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from dave_fast.models import timm_vit
+from dave_fast.models import timm_beit, timm_eva, timm_relpos, timm_vit
 from dave_fast.models.reading import Family, NoPlanError, Reading
 
-FAMILIES: tuple[Family, ...] = (timm_vit.FAMILY,)
+FAMILIES: tuple[Family, ...] = (timm_vit.FAMILY, timm_eva.FAMILY, timm_beit.FAMILY, timm_relpos.FAMILY)
 
 
 def family_of(model: nn.Module) -> Family:

@@ -191,6 +191,22 @@ def read_linear(module: Any) -> Linear:
     return Linear(weight, torch.zeros_like(weight[:, 0]) if module.bias is None else module.bias.detach())
 
 
+def read_packed(attn: Any) -> Linear:
+    """A packed projection whose biases of q, k and v may stand beside it: EVA's and BEiT's."""
+    packed = read_linear(attn.qkv)
+    if getattr(attn, "q_bias", None) is None:
+        return packed
+    if attn.qkv.bias is not None:
+        raise NoPlanError("its qkv projection has two biases")
+    return Linear(packed.weight, torch.cat([b.detach() for b in (attn.q_bias, attn.k_bias, attn.v_bias)]))
+
+
+def split(packed: Linear) -> tuple[Linear, Linear, Linear]:
+    """Query, key and value of one packed projection."""
+    width = len(packed.bias) // 3
+    return packed.rows(0, width), packed.rows(width, 2 * width), packed.rows(2 * width, 3 * width)
+
+
 def read_gamma(scale: Any) -> Tensor | None:
     """LayerScale's γ, given as its module, its parameter or nothing."""
     if scale is None or type(scale) is nn.Identity:

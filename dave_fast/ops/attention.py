@@ -1,7 +1,7 @@
 """attention: softmax attention forward, and its frozen VJP.
 
-    P = softmax(scale · q kᵀ),   out = P v            per row and head
-    dv = Pᵀ d_out                                     P is the operator, so q and k get no gradient
+    P = softmax(scale · q kᵀ + bias),   out = P v     per row and head
+    dv = Pᵀ d_out                                     P is the operator, so q, k and the bias get no gradient
 
 (DAVE, arXiv 2602.06613, Eq. 3-5.) R rows · Q queries · N tokens · heads · D head dimension.
 """
@@ -31,33 +31,37 @@ class SavedAttention:
     probabilities: Tensor | None = None  # (R, heads, Q, N)
     q: Tensor | None = None  # (R, heads, Q, D)
     k: Tensor | None = None  # (R, heads, N, D)
-    lse: Tensor | None = None  # (R, heads, Q, 1)
+    lse: Tensor | None = None  # (R, heads, Q, 1), the bias included
+    bias: Tensor | None = None  # (heads, Q, N)
 
 
-def attention_ref(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, SavedAttention]:
+def attention_ref(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None
+) -> tuple[Tensor, SavedAttention]:
     """Forward.
 
     Args:
         q: (R, Q, heads, D), any strides.
         k, v: (R, N, heads, D), any strides.
         scale: multiplies q kᵀ.
+        bias: (heads, Q, N), finite, in q's dtype; added to the scores of every row: relative positions.
 
     Returns:
         out (R, Q, heads, D) contiguous, in q's dtype; what the VJP needs.
     """
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if k.shape[2] <= KEEP_PROBABILITIES:
-        probabilities = _scores(q, k, scale).softmax(-1, dtype=q.dtype)
+        probabilities = _scores(q, k, scale, bias).softmax(-1, dtype=q.dtype)
         out = probabilities @ v
         return out.transpose(1, 2).contiguous(), SavedAttention(scale, probabilities)
     out = torch.empty(q.shape[:1] + q.shape[2:3] + q.shape[1:2] + q.shape[3:], dtype=q.dtype, device=q.device)
     lse = []
     for start in range(0, q.shape[2], QUERY_BLOCK):
         block = slice(start, start + QUERY_BLOCK)
-        scores = _scores(q[:, :, block], k, scale)
+        scores = _scores(q[:, :, block], k, scale, None if bias is None else bias[:, block])
         lse.append(scores.to(statistics_dtype(q.dtype)).logsumexp(-1, keepdim=True))
         out[:, block] = ((scores - lse[-1]).exp_().to(q.dtype) @ v).transpose(1, 2)
-    return out, SavedAttention(scale, None, q, k, torch.cat(lse, dim=2))
+    return out, SavedAttention(scale, None, q, k, torch.cat(lse, dim=2), bias)
 
 
 def attention_vjp_ref(saved: SavedAttention, d_out: Tensor) -> Tensor:
@@ -69,22 +73,23 @@ def attention_vjp_ref(saved: SavedAttention, d_out: Tensor) -> Tensor:
     dv = torch.zeros(saved.k.shape, dtype=statistics_dtype(d_out.dtype), device=d_out.device)
     for start in range(0, saved.q.shape[2], QUERY_BLOCK):
         block = slice(start, start + QUERY_BLOCK)
-        scores = _scores(saved.q[:, :, block], saved.k, saved.scale)
+        bias = None if saved.bias is None else saved.bias[:, block]
+        scores = _scores(saved.q[:, :, block], saved.k, saved.scale, bias)
         p = (scores - saved.lse[:, :, block]).exp_().to(d_out.dtype)
         dv += p.transpose(-1, -2) @ d_out[:, :, block]
     return dv.to(d_out.dtype).transpose(1, 2).contiguous()
 
 
-def attention_native(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Any]:
+def attention_native(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> tuple[Tensor, Any]:
     """`attention_ref` in C++ on the host, one (row, head) a task, nothing quadratic in memory above 400 tokens.
 
-    float32, and bfloat16 where the CPU multiplies it; anything else stays with PyTorch.
+    float32, and bfloat16 where the CPU multiplies it, without a bias; anything else stays with PyTorch.
     """
     native = _ext.module()
     rows, queries, heads, dim = q.shape
     bf16 = q.dtype == torch.bfloat16
-    if not (q.dtype == torch.float32 or (bf16 and dim % 2 == 0 and native.multiplies_bfloat16())):
-        return attention_ref(q, k, v, scale)
+    if bias is not None or not (q.dtype == torch.float32 or (bf16 and dim % 2 == 0 and native.multiplies_bfloat16())):
+        return attention_ref(q, k, v, scale, bias)
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     shape = (rows, queries, k.shape[1], heads, dim)
     out = torch.empty(rows, queries, heads, dim, dtype=q.dtype)
@@ -146,5 +151,6 @@ def _view(heads: Tensor) -> tuple[int, list[int]]:
     return heads.data_ptr(), list(heads.stride()[:3])
 
 
-def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    return (q * scale) @ k.transpose(-1, -2)
+def _scores(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    scores = (q * scale) @ k.transpose(-1, -2)
+    return scores if bias is None else scores.add_(bias)

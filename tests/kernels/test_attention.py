@@ -32,14 +32,15 @@ def heads(shape, dtype, device, scale=1.0):
     return packed[:, :queries, 0], packed[:, :tokens, 1], packed[:, :tokens, 2], d_out.to(dtype).to(device)
 
 
-def by_formula(q, k, v, d_out, scale):
+def by_formula(q, k, v, d_out, scale, bias=None):
     q, k, v, d_out = (t.double().transpose(1, 2) for t in (q, k, v, d_out))
-    p = (scale * q @ k.transpose(-1, -2)).softmax(-1)
+    scores = scale * q @ k.transpose(-1, -2)
+    p = (scores if bias is None else scores + bias.double()).softmax(-1)
     return (p @ v).transpose(1, 2), (p.transpose(-1, -2) @ d_out).transpose(1, 2)
 
 
-def run(q, k, v, d_out, scale):
-    out, saved = attention_triton(q, k, v, scale)
+def run(q, k, v, d_out, scale, *bias):
+    out, saved = attention_triton(q, k, v, scale, *bias)
     return out, attention_vjp_triton(saved, d_out)
 
 
@@ -53,6 +54,19 @@ def test_against_the_formula(shape, dtype, device, monkeypatch):
     plain = out, attention_vjp_ref(saved, case[3])
     for got, want, reference in zip(run(*case, scale), by_formula(*case, scale), plain, strict=True):
         assert got.is_contiguous()
+        assert_as_good(got, reference, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 1, 50, 3, 16), (2, 70, 70, 2, 32), (1, 49, 33, 2, 9)], ids=str)
+def test_a_bias_is_added_to_the_scores(shape, dtype, device, monkeypatch):
+    monkeypatch.setattr(attention, "KEEP_PROBABILITIES", 0)
+    case, scale = heads(shape, dtype, device), shape[-1] ** -0.5
+    generator = torch.Generator().manual_seed(5)
+    bias = (2 * torch.randn(shape[3], *shape[1:3], generator=generator)).to(dtype).to(device)
+    out, saved = attention_ref(*case[:3], scale, bias)
+    plain = out, attention_vjp_ref(saved, case[3])
+    for got, want, reference in zip(run(*case, scale, bias), by_formula(*case, scale, bias), plain, strict=True):
         assert_as_good(got, reference, want)
 
 

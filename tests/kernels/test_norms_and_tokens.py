@@ -1,11 +1,13 @@
-"""row_rstd, whole norms and the assembly of tokens: the Triton kernels against the references in float64."""
+"""row_rstd, whole norms, the assembly of tokens, rotations: the Triton kernels against the references in float64."""
 
 import pytest
 import torch
 
 from dave_fast.kernels.norm import normalize_triton, normalize_vjp_triton, row_rstd_triton
+from dave_fast.kernels.rotary import rotate_triton
 from dave_fast.kernels.tokens import assemble_triton
 from dave_fast.ops.norm import normalize_ref, normalize_vjp_ref
+from dave_fast.ops.rotary import rotate_ref
 from dave_fast.ops.tokens import assemble_ref
 from tests.kernels.conftest import DTYPES, assert_as_good
 
@@ -62,3 +64,16 @@ def test_the_stream_and_its_squares(numbers, dtype, prefix):
     assert_as_good(x, assemble_ref(patches, tokens, position), expected)
     assert torch.equal(assemble_triton(patches, tokens, position), x)
     torch.testing.assert_close(squares.double().sum(1), x.double().square().sum(1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 9, 3, 20), (2, 50, 2, 64)], ids=str)
+@pytest.mark.parametrize("shared", [True, False])
+def test_rotated_heads(numbers, dtype, shape, shared):
+    rows, tokens, count, dim = shape
+    # a view of a packed projection
+    heads = numbers(rows, tokens, 3, count, dim, dtype=dtype)[:, :, 1]
+    angles = numbers(tokens, 1 if shared else count, dim // 2, seed=1)
+    cos, sin = angles.cos().float(), angles.sin().float()
+    expected = rotate_ref(heads.double(), cos.double(), sin.double())
+    assert_as_good(rotate_triton(heads, cos, sin), rotate_ref(heads, cos, sin), expected)

@@ -36,14 +36,15 @@ def heads(shape, dtype, seed=0, scale=1.0):
     return packed[:, :queries, 0], packed[:, :tokens, 1], packed[:, :tokens, 2], d_out.to(dtype)
 
 
-def by_formula(q, k, v, d_out, scale):
+def by_formula(q, k, v, d_out, scale, bias=None):
     q, k, v, d_out = (t.double().transpose(1, 2) for t in (q, k, v, d_out))
-    p = (scale * q @ k.transpose(-1, -2)).softmax(-1)
+    scores = scale * q @ k.transpose(-1, -2)
+    p = (scores if bias is None else scores + bias.double()).softmax(-1)
     return (p @ v).transpose(1, 2), (p.transpose(-1, -2) @ d_out).transpose(1, 2)
 
 
-def run(backend, q, k, v, d_out, scale):
-    out, saved = _registry.load("attention", backend)(q, k, v, scale)
+def run(backend, q, k, v, d_out, scale, *bias):
+    out, saved = _registry.load("attention", backend)(q, k, v, scale, *bias)
     return out, _registry.load("attention_vjp", backend)(saved, d_out)
 
 
@@ -69,6 +70,27 @@ def test_against_the_formula(backend, dtype, shape, kept, monkeypatch):
             else LOW_PRECISION_RATIO * max(error(reference, want), torch.finfo(dtype).eps)
         )
         assert error(got, want) <= limit
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 2, 50, 3, 16), (1, 197, 197, 2, 64), (2, 49, 33, 2, 9)], ids=str)
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "recomputed"])
+def test_a_bias_is_added_to_the_scores(backend, dtype, shape, kept, monkeypatch):
+    monkeypatch.setattr(attention, "KEEP_PROBABILITIES", 400 if kept else 0)
+    case = heads(shape, dtype)
+    _, queries, tokens, count, _ = shape
+    bias = (2 * torch.randn(count, queries, tokens, generator=torch.Generator().manual_seed(5))).to(dtype)
+    expected, found, plain = (
+        by_formula(*case, 0.3, bias),
+        run(backend, *case, 0.3, bias),
+        run("torch", *case, 0.3, bias),
+    )
+    unbiased = by_formula(*case, 0.3)
+    for got, want, reference, without in zip(found, expected, plain, unbiased, strict=True):
+        assert got.shape == want.shape and got.dtype == dtype
+        ratio = LOW_PRECISION_RATIO * max(error(reference, want), torch.finfo(dtype).eps)
+        assert error(got, want) <= (EXACT if dtype == torch.float64 else ratio) < error(without, want)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
