@@ -32,12 +32,12 @@ class Variant:
 
     make: Callable[[], nn.Module]
     size: tuple[int, int] = (32, 32)
-    resize: Callable[[tuple[int, int]], Variant] | None = None
+    at: Callable[[tuple[int, int]], Variant] | None = None
 
-    def at(self, size: tuple[int, int]) -> Variant:
-        """The same constructor for images of another size."""
-        assert self.resize is not None
-        return self.resize(size)
+    def resized(self) -> Variant:
+        """The same constructor for images of 1.5 × 2 times the size, whole patches where a patch is half of it."""
+        assert self.at is not None
+        return self.at((3 * self.size[0] // 2, 2 * self.size[1]))
 
     def build(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
         """The model with random weights; the global generator is left as it was."""

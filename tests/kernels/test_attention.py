@@ -58,7 +58,7 @@ def test_against_the_formula(shape, dtype, device, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(2, 1, 50, 3, 16), (2, 70, 70, 2, 32), (1, 49, 33, 2, 9)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 1, 50, 3, 16), (1, 70, 70, 2, 16), (1, 49, 33, 2, 9)], ids=str)
 def test_a_bias_is_added_to_the_scores(shape, dtype, device, monkeypatch):
     monkeypatch.setattr(attention, "KEEP_PROBABILITIES", 0)
     case, scale = heads(shape, dtype, device), shape[-1] ** -0.5

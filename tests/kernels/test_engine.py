@@ -12,12 +12,11 @@ from tests.variants import ENGINE
 
 DTYPES = [torch.float32, *([] if INTERPRETED else [torch.bfloat16])]
 # a trimmed last block, two tokens read, average pooling, LayerNorms that are not centred, RMSNorm, a norm ahead of the
-# blocks, norms of queries and keys, gated MLPs, attention pooling, every activation; rotations shared and of each head,
-# a bias of the scores, norms behind the branches, branches side by side
+# blocks, norms of queries and keys, gated MLPs, attention pooling, every activation, rotations, a bias of the scores
 NAMES = [
     *("vit", "deit-distilled", "vit-average", "vit-no-final-norm", "vit-rms-norm", "clip", "vit-qk-norm"),
     *("dinov2-giant-swiglu", "vit-glu", "siglip", "vit-tanh-gelu", "vit-relu"),
-    *("eva02", "dinov3-untied-bias-token", "rope-mixed", "beit", "beit-shared-bias", "vit-post-norm", "vit-parallel"),
+    *("dinov3-untied-bias-token", "beit-shared-bias"),
 ]
 
 
