@@ -27,8 +27,8 @@ from dave_fast.precision import statistics_dtype
 
 # rows that oneDNN lays packed weights out for; any other number of rows runs as well
 PACK_ROWS = 1024
-# Terms that oneDNN sums at once in float32 before AVX-512. Its whole sums of 768 to 4,096 terms have 2.0 to 2.3 times the
-# error of MKL's there, sums of 384 at a time 1.4 times, in 0.94 of the time (two Zen 3 cores).
+# Terms that oneDNN sums at once in float32 before AVX-512. Its whole sums of 768 to 4,096 terms have 2.0 to 2.3 times
+# the error of MKL's there, sums of 384 at a time 1.4 times, in 0.94 of the time (two Zen 3 cores).
 SUM_TERMS = 384
 
 
