@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dave_fast import targets
     from dave_fast.explainer import DAVE, Explanation, effective_gradient
     from dave_fast.run.reader import open_maps
 
 __version__ = "0.1.0"
-__all__ = ["DAVE", "Explanation", "__version__", "effective_gradient", "open_maps"]
+__all__ = ["DAVE", "Explanation", "__version__", "effective_gradient", "open_maps", "targets"]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,6 +24,8 @@ def __getattr__(name: str) -> Any:
         from dave_fast.run.reader import open_maps
 
         return open_maps
+    if name == "targets":
+        return importlib.import_module("dave_fast.targets")
     raise AttributeError(f"module 'dave_fast' has no attribute {name!r}")
 
 

@@ -1,22 +1,24 @@
 """From rows of draws to raw: the S samples of each image are kept until its robust mean, in a form that fits.
 
-Images go together in groups, so that what is kept is bounded whatever the batch (`memory.choose_storage`).
+What is kept is bounded whatever the batch and the number of targets (`memory.choose_storage`): the samples of so many
+(image, target) pairs as fit wait together. All targets of an image share its forward walks where they fit; else they
+go in groups, and the images are walked forward once a group.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from dave_fast import memory
+from dave_fast.cotangents import Cotangent
+from dave_fast.memory import Storage
 from dave_fast.micro_batch import MicroBatches, Pacer, Progress
 from dave_fast.ops.patches import patch_grid, patch_hw
 from dave_fast.route import Route
 from dave_fast.sampling import Draws
-from dave_fast.targets import ResolvedTarget
 
 logger = logging.getLogger("dave_fast")
 
@@ -33,12 +35,13 @@ class Aggregation:
         route: Route,
         images: Tensor,
         draws: Draws,
-        target: ResolvedTarget,
+        targets: Sequence[Cotangent],
         progress: Progress | None,
     ) -> Tensor:
-        """All rows of draws (host, image-major, S an image), micro-batch by micro-batch -> raw (B, C, H, W)."""
+        """All rows of draws (host, image-major, S an image), micro-batch by micro-batch -> raw (B, K, C, H, W)."""
         samples, shape = len(draws) // len(images), tuple(images.shape[1:])
         free = memory.free_bytes(images.device)
+        # for one target: the form, and with it the bits, must not depend on how many are asked
         storage = memory.choose_storage(samples, shape, images.dtype, route.dtype, free)
         if not storage.tokens and storage.dtype != images.dtype:
             logger.warning(
@@ -46,22 +49,32 @@ class Aggregation:
                 *(images.dtype, memory.megabytes(memory.contribution_bytes(samples, shape, images.dtype))),
                 memory.megabytes(free),
             )
-        together = max(1, int(memory.SHARE * memory.SHARE * free / storage.bytes))
-        pacer = Pacer(progress, len(draws), images.device)
-        raw = torch.empty_like(images)
+        together, groups = memory.fitting_pairs(storage, len(targets), free)
+        row, dtype = (_token_shape(images, route.patch_size), None) if storage.tokens else (shape, storage.dtype)
+        pacer = Pacer(progress, len(draws) * len(groups), images.device)
+        raw = images.new_empty(len(images), len(targets), *shape)
+        walked = 0
         for start in range(0, len(images), together):
             some = slice(start, min(start + together, len(images)))
-            part, done = draws[some.start * samples : some.stop * samples], pacer.after(some.start * samples)
-            if storage.tokens:
-                kept = images.new_empty(len(part), *_token_shape(images, route.patch_size), dtype=storage.dtype)
-                batches.vjps(images, part, target, kept, None, done)
-                raw[some] = self._pull_back_mean(kept, images, part.to(images.device), route.patch_size, samples)
-            else:
-                kept = images.new_empty(len(part), *shape, dtype=storage.dtype)
-                batches.vjps(images, part, target, kept, storage.dtype, done)
-                raw[some] = self._robust_mean(kept.view(-1, samples, *shape))
+            part = draws[some.start * samples : some.stop * samples]
+            for group in groups:
+                kept = images.new_empty(group.stop - group.start, len(part), *row, dtype=storage.dtype)
+                batches.vjps(images, part, targets[group], kept, dtype, pacer.after(walked))
+                for at, of_target in enumerate(kept, group.start):
+                    raw[some, at] = self._mean(of_target, images, part, route.patch_size, samples, storage)
+                walked += len(part)
+                # before the next group's are made
+                del kept, of_target
         pacer.finish()
         return raw
+
+    def _mean(
+        self, kept: Tensor, images: Tensor, draws: Draws, patch_size: tuple[int, int], samples: int, storage: Storage
+    ) -> Tensor:
+        """The robust mean of one target's rows, in the form in which they are kept: (b, C, H, W)."""
+        if storage.tokens:
+            return self._pull_back_mean(kept, images, draws.to(images.device), patch_size, samples)
+        return self._robust_mean(kept.view(-1, samples, *kept.shape[1:]))
 
 
 def _token_shape(images: Tensor, patch_size: tuple[int, int]) -> tuple[int, int]:

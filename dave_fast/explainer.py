@@ -27,16 +27,18 @@ from dave_fast.checks import (
     describe,
     refuse_non_finite,
 )
+from dave_fast.cotangents import Cotangent, Element
 from dave_fast.errors import InputError, ModelError
 from dave_fast.graphs import make_graphs
 from dave_fast.micro_batch import MicroBatches, Progress, Walk
+from dave_fast.models.adapter import kind_of
 from dave_fast.models.catalog import load_model, noise_alpha_for
 from dave_fast.ops import _registry
 from dave_fast.ops.patches import patchify, unpatchify
 from dave_fast.precision import DTYPES, choose_precision, own_arithmetic, resolve_device, statistics_dtype
 from dave_fast.route import ROUTES, Route, make_route
 from dave_fast.sampling import Draws, Sampling, draw, identity
-from dave_fast.targets import ResolvedTarget, Target, resolve_target
+from dave_fast.target_forms import Asked, Question, Target, resolve_target, split_targets
 from dave_fast.weights import fingerprint
 
 
@@ -48,6 +50,8 @@ class Explanation:
     median/MAD mean of effective gradient ⊙ image · target: (B,) int64, −1 where it is no class ·
     probability: (B,) float32, softmax of the unperturbed image's output at the target, NaN where it is no class ·
     output: (B, ...) float32, the model's output for the unperturbed images · n_samples, seed: as given.
+
+    Of K targets (`explain(targets=...)`): maps (B, K, H, W), raw (B, K, C, H, W), target and probability (B, K).
     """
 
     maps: Tensor
@@ -131,6 +135,7 @@ class DAVE:
         n_samples: int = 50,
         seed: int = 0,
         *,
+        targets: Sequence[Target] | Tensor | None = None,
         image_keys: Sequence[int] | None = None,
         internal_batch_size: int | None = None,
         progress: Progress | None = None,
@@ -140,8 +145,10 @@ class DAVE:
         Args:
             images: floating point, finite. One image may be given as (C, H, W).
             target: what is explained; None is the predicted class. All of captum's forms and callables: see
-                `dave_fast.targets`.
+                `dave_fast.target_forms`; contrasts, texts, other images and more: see `dave_fast.targets`.
             n_samples: S, perturbed samples an image; more is smoother, at linear cost.
+            targets: in place of target, K of them, each in any of its forms, or a tensor of classes (K,) or (B, K).
+                They share the forward walks and the draws; each map is that of its own call, bit for bit on a CPU.
             seed: any integer. The same seed gives the same map whatever the batch, its order and its size, up to
                 rounding; the same call gives the same bits, on a CPU for any number of threads as well (our kernels
                 never split a sum over threads; of oneDNN's and MKL's this was seen at one, two and three threads).
@@ -152,13 +159,16 @@ class DAVE:
         Raises InputError (shape, dtype, target, n_samples), ModelError, NonFiniteError.
         """
         seed, n_samples = check_integer(seed, "seed"), check_integer(n_samples, "n_samples", 1)
+        if target is not None and targets is not None:
+            raise InputError("target= and targets= were both given; targets= takes one or more, target= one")
         with own_arithmetic(self.device):
             images = self._checked(images)
             keys = check_keys(image_keys, len(images))
             route = self._route(images)
             batches = self._batches(route, check_rows(internal_batch_size))
             output = self._output(batches, images)
-            resolved = resolve_target(target, output)
+            asked = [target] if targets is None else split_targets(targets)
+            resolved = [self._resolved(each, output, images) for each in asked]
             draws = draw(
                 n_samples,
                 height=images.shape[2],
@@ -169,16 +179,25 @@ class DAVE:
             )
             raw = self._aggregation.raw(batches, route, images, draws, resolved, progress)
             refuse_non_finite(raw, "the attribution", "Try precision='fp32', or look for overflow in the model.")
-            classes = resolved.classes.expand(len(images)).clone()
+            maps = self._smooth(raw.flatten(0, 1)).view(*raw.shape[:2], *raw.shape[3:])
+            classes = torch.stack([each.classes.expand(len(images)) for each in resolved], dim=1)
+            # one target has no dimension of its own
+            at = slice(None) if targets is not None else 0
             return Explanation(
-                maps=self._smooth(raw).float(),
-                raw=raw.float(),
-                target=classes,
-                probability=_probability(output, classes),
+                maps=maps.float()[:, at],
+                raw=raw.float()[:, at],
+                target=classes[:, at],
+                probability=self._probability(output, classes)[:, at],
                 output=output.float(),
                 n_samples=n_samples,
                 seed=seed,
             )
+
+    def bind(self, question: Question) -> Question:
+        """A question with what the model has to say about it filled in (the index of a name, the embedding of a text
+        or image), so that it is asked once and not at every call. See `dave_fast.targets`."""
+        with own_arithmetic(self.device):
+            return question.bind(self._asked())
 
     def attribute(
         self,
@@ -221,10 +240,10 @@ class DAVE:
             images = self._checked(images)
             route = self._route(images)
             batches = self._batches(route)
-            resolved = resolve_target(target, self._output(batches, images))
+            resolved = self._resolved(target, self._output(batches, images), images)
             gradients = torch.empty_like(images)
             tokens = torch.empty_like(patchify(images, route.patch_size))
-            batches.vjps(images, identity(len(images)), resolved, tokens, None)
+            batches.vjps(images, identity(len(images)), [resolved], tokens[None], None)
             gradients.copy_(unpatchify(tokens, route.patch_size, *images.shape[2:]))
             refuse_non_finite(gradients, "the effective gradient", "Try precision='fp32'.")
             return gradients
@@ -253,14 +272,13 @@ class DAVE:
             images = self._checked(images)
             made: Tensor | None = None
 
-            def keep(walk: Walk, output: Tensor, at: slice, image_index: Tensor) -> None:
+            def keep(walk: Walk, output: Tensor, at: slice, rows: Draws) -> None:
                 nonlocal made
                 check_classes(targets, len(images), output)
                 if made is None:
                     made = images.new_empty(targets.shape[1], len(draws), *images.shape[1:])
                 for which, of_image in enumerate(targets.T.to(images.device)):
-                    cotangent = ResolvedTarget(places=of_image).cotangent(output, image_index)
-                    made[which, at].copy_(walk.vjp(cotangent, images.dtype))
+                    made[which, at].copy_(walk.vjp(Element(of_image)(output, rows), images.dtype))
 
             # a GPU takes its own buckets
             rows = len(draws) if self._graphs is None else None
@@ -305,6 +323,26 @@ class DAVE:
         output = batches.outputs(images)
         refuse_non_finite(output, "the model's output", "Check the weights, or try precision='fp32'.")
         return output
+
+    def _resolved(self, target: Target, output: Tensor, images: Tensor) -> Cotangent:
+        """A target's cotangent, checked against the images' output."""
+        return resolve_target(target, output, (images.shape[2], images.shape[3]), self._asked())
+
+    def _asked(self) -> Asked:
+        """What questions may ask of this explainer."""
+
+        def output(images: Tensor) -> Tensor:
+            images = self._checked(images)
+            return self._output(self._batches(self._route(images)), images)
+
+        return Asked(self.model, output)
+
+    def _probability(self, output: Tensor, classes: Tensor) -> Tensor:
+        """(B, K) of classes (B, K) int64; NaN where there is no class, or the output is no classifier's."""
+        if output.dim() != 2 or kind_of(self.model) == "embedding":
+            return torch.full(classes.shape, float("nan"))
+        chosen = output.softmax(1).cpu().gather(1, classes.clamp(min=0)).float()
+        return chosen.masked_fill(classes < 0, float("nan"))
 
     # ---- sizes ----
 
@@ -368,10 +406,3 @@ def effective_gradient(
     """
     explainer = DAVE(model, device=device, precision=precision, route=route, backend=backend, noise_alpha=0.0)
     return explainer.effective_gradient(images, target)
-
-
-def _probability(output: Tensor, classes: Tensor) -> Tensor:
-    if output.dim() != 2:
-        return torch.full(classes.shape, float("nan"))
-    chosen = output.softmax(1).cpu().gather(1, classes.clamp(min=0)[:, None])[:, 0].float()
-    return chosen.masked_fill(classes < 0, float("nan"))

@@ -1,16 +1,17 @@
 """How much memory an explanation takes, as a formula: documented, checked against measurement, used for admission.
 
-    peak = weights + rows · row + images · (storage + 3 images) + workspace of the pixel ops
+    peak = weights + rows · row + pairs · storage + images · (1 + 2 targets) images + workspace of the pixel ops
 
 weights: the plan's, both directions. row: what one (image, sample) row of a micro-batch holds at the end of the
 forward walk (operators of every block) plus the widest activations alive at once, tokens and contribution. storage:
-S·C·H·W values an image, of the images that are aggregated together. workspace: none to speak of in C++ and CUDA; the
-PyTorch forms of the pixel ops take some copies of what they work on. Linear in tokens, but for P, which a CPU keeps
-below 400 tokens. The user's own model comes on top.
+S·C·H·W values, for each (image, target) pair that is aggregated together. workspace: none to speak of in C++ and
+CUDA; the PyTorch forms of the pixel ops take some copies of what they work on. Linear in tokens, but for P, which a CPU
+keeps below 400 tokens. The user's own model comes on top.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 # P's rows are rounded up to whole vectors
 PADDING = 15
 CGROUP = "/sys/fs/cgroup"
-# the images, raw, and raw as it is returned
-IMAGE_COPIES = 3
+# of each target's raw: itself, and as it is returned
+RAW_COPIES = 2
 # temporaries of the warps' and the mean's PyTorch forms; a chunk of rows has so many values
 PIXEL_COPIES, MEAN_COPIES, CHUNK = 12, 4, 1 << 22
 # share of the free memory that an explanation may take when nobody says otherwise
@@ -121,14 +122,32 @@ def workspace_bytes(rows: int, n_samples: int, image_shape: tuple[int, ...], dty
 
 
 def explanation_bytes(
-    plan: ViTPlan, n_images: int, n_samples: int, rows: int, *, storage: Storage, together: int, pytorch: bool = False
+    plan: ViTPlan,
+    n_images: int,
+    n_samples: int,
+    rows: int,
+    *,
+    storage: Storage,
+    together: int,
+    n_targets: int = 1,
+    pytorch: bool = False,
 ) -> int:
-    """The module's formula. together: images whose samples wait together; pytorch: whether pixel ops are PyTorch's."""
+    """The module's formula. together: (image, target) pairs whose samples wait together (`fitting_pairs`); pytorch:
+    whether pixel ops are PyTorch's."""
     shape, dtype = (plan.channels, *plan.image_size), statistics_dtype(plan.dtype)
     workspace = workspace_bytes(rows, n_samples, shape, dtype) if pytorch else 0
-    images = IMAGE_COPIES * n_images * torch.Size(shape).numel() * dtype.itemsize
+    images = n_images * (1 + RAW_COPIES * n_targets) * torch.Size(shape).numel() * dtype.itemsize
     micro_batch = rows * engine_row_bytes(plan)
     return plan_bytes(plan) + micro_batch + together * storage.bytes + images + workspace
+
+
+def fitting_pairs(storage: Storage, n_targets: int, free: int) -> tuple[int, list[slice]]:
+    """How many images' samples wait together, and which of their targets: groups of almost equal size, one where all
+    fit. Images are walked forward once a group. At least one (image, target) pair always waits."""
+    pairs = max(1, int(SHARE * SHARE * free / storage.bytes))
+    size = math.ceil(n_targets / math.ceil(n_targets / pairs))
+    groups = [slice(start, min(start + size, n_targets)) for start in range(0, n_targets, size)]
+    return max(1, pairs // size), groups
 
 
 def choose_storage(

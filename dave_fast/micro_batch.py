@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -22,11 +22,11 @@ from torch import Tensor
 
 from dave_fast import memory
 from dave_fast.buckets import next_bucket
+from dave_fast.cotangents import Cotangent
 from dave_fast.errors import OutOfMemoryError
 from dave_fast.graphs import Bucket, Capture, Graphs
 from dave_fast.route import Route
 from dave_fast.sampling import Draws, identity
-from dave_fast.targets import ResolvedTarget
 
 logger = logging.getLogger("dave_fast")
 
@@ -106,7 +106,7 @@ class MicroBatches:
         """The model's output (B, ...) for the images as they are."""
         outputs = []
 
-        def keep(walk: Walk, output: Tensor, at: slice, image_index: Tensor) -> None:
+        def keep(walk: Walk, output: Tensor, at: slice, rows: Draws) -> None:
             outputs.append(output.clone())
 
         self.each(images, identity(len(images)), keep)
@@ -116,15 +116,19 @@ class MicroBatches:
         self,
         images: Tensor,
         draws: Draws,
-        target: ResolvedTarget,
+        targets: Sequence[Cotangent],
         into: Tensor,
         dtype: torch.dtype | None,
         done: Callable[[int], None] | None = None,
     ) -> None:
-        """The target's cotangent of every row pulled back, as `Walk.vjp`, `into` a tensor of all rows."""
+        """K cotangents of every row pulled back, as `Walk.vjp`, `into` a tensor (K, R, ...) of all rows.
 
-        def keep(walk: Walk, output: Tensor, at: slice, image_index: Tensor) -> None:
-            into[at].copy_(walk.vjp(target.cotangent(output, image_index), dtype))
+        The K VJPs of a micro-batch share its forward walk.
+        """
+
+        def keep(walk: Walk, output: Tensor, at: slice, rows: Draws) -> None:
+            for which, target in enumerate(targets):
+                into[which, at].copy_(walk.vjp(target(output, rows), dtype))
 
         self.each(images, draws, keep, done)
 
@@ -132,14 +136,14 @@ class MicroBatches:
         self,
         images: Tensor,
         draws: Draws,
-        keep: Callable[[Walk, Tensor, slice, Tensor], None],
+        keep: Callable[[Walk, Tensor, slice, Draws], None],
         done: Callable[[int], None] | None = None,
     ) -> None:
         """Walk all rows forward and hand each micro-batch to `keep`.
 
-        draws: on the host. keep: gets the walk, its output (r, ...), which rows these are, and each row's image index
-        on the device; it may be called again for the same rows, where memory ran out. done: gets the number of rows
-        that are queued.
+        draws: on the host. keep: gets the walk, its output (r, ...), which rows these are, and their draws on the
+        device; it may be called again for the same rows, where memory ran out. done: gets the number of rows that are
+        queued.
         """
         moved = draws.to(images.device)
         start = 0
@@ -150,7 +154,7 @@ class MicroBatches:
             try:
                 seen, local = _own_images(images, draws.image_index[at], part.image_index, size)
                 with self._walk(size, seen) as walk:
-                    keep(walk, walk.forward(seen, replace(part, image_index=local)), at, part.image_index)
+                    keep(walk, walk.forward(seen, replace(part, image_index=local)), at, part)
             except (RuntimeError, MemoryError) as error:
                 if not memory.is_out_of_memory(error):
                     raise

@@ -1,152 +1,299 @@
-"""Targets: which score of the output is explained, in captum's forms and as callables.
+"""Questions to a model, beyond "why this class?". Each is one score of the output, hence one cotangent of it.
 
-None                       the predicted class of each image
-int, or a tensor of one    that class, for every image
-list of ints, (B,) tensor  a class per image
-tuple of ints              an index into outputs with more than two dimensions, for every image
-list of tuples             one such index per image
-callable                   output (R, ...) -> scores (R,), for scores that are no class logit
-list of callables          per image: output of one row (...) -> scalar
+    Class("tiger")             a class by index or name
+    Sum(3, 5)                  several targets together
+    Contrast(3, 5)             why this and not that: a difference of two targets
+    Similarity(embedding)      likeness of the output to an embedding
+    Text("a cat")              likeness to a text prompt, for CLIP and SigLIP
+    SimilarTo(image)           likeness to another image, for DINO and other embeddings
+    Patch(row, column)         a token of the output, for dense prediction
+
+Sum and Contrast take any targets, these and captum's forms (`dave_fast.target_forms`) alike:
+`Contrast(Text("a cat"), Text("a dog"))`, `Contrast([3, 4], [5, 6])` for two images. `explain(images, targets=[...])`
+asks several of one image and walks the model forward once for all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+import math
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dave_fast import cotangents
+from dave_fast.cotangents import Cotangent
 from dave_fast.errors import InputError
+from dave_fast.images import preprocessing, read_image
+from dave_fast.labels import labels_of
+from dave_fast.models.adapter import TextImageModel
+from dave_fast.probes import load_probe
+from dave_fast.target_forms import Asked, Question, Target, resolve_target
 
-Index = tuple[int, ...]
-Score = Callable[[Tensor], Tensor]
-Target = int | Index | Tensor | Sequence[int] | Sequence[Index] | Score | Sequence[Score] | None
+__all__ = [
+    "Class",
+    "Contrast",
+    "Patch",
+    "Question",
+    "SimilarTo",
+    "Similarity",
+    "Sum",
+    "Target",
+    "Text",
+    "load_probe",
+    "tokens_of",
+]
+
+# prefix tokens that an output may have where the model does not say: a class token, two, and up to eight registers
+MOST_PREFIX = 10
 
 
 @dataclass(frozen=True)
-class ResolvedTarget:
-    """A target checked against the outputs: indices with their places, or a score, or scores.
+class Class(Question):
+    """One class. index: an int, or a name: one of the model's class names, or a part of one alone."""
 
-    indices: per image an index into one row's output · places: (B,) int64, the same as positions in one row's
-    flattened output, on the output's device · score: all rows at once · scores: one per image.
+    index: int | str
+
+    def bind(self, asked: Asked) -> Class:
+        """See `Question`. Raises InputError for a name that fits no class or several."""
+        return Class(labels_of(asked.model).resolve(self.index)) if isinstance(self.index, str) else self
+
+    def resolve(self, output: Tensor, size: tuple[int, int], asked: Asked) -> Cotangent:
+        """See `Question`."""
+        return resolve_target(self.bind(asked).index, output, size, asked)
+
+
+class _Weighted(Question):
+    """Σ weight · target."""
+
+    def _parts(self) -> Iterable[tuple[float, Target]]:
+        raise NotImplementedError
+
+    def resolve(self, output: Tensor, size: tuple[int, int], asked: Asked) -> Cotangent:
+        """See `Question`."""
+        return cotangents.Weighted(
+            tuple((weight, resolve_target(part, output, size, asked)) for weight, part in self._parts())
+        )
+
+
+class Sum(_Weighted):
+    """The sum of several targets' scores. Raises InputError for fewer than one."""
+
+    def __init__(self, *parts: Target) -> None:
+        if not parts:
+            raise InputError("Sum() has nothing to add; give targets: Sum(3, 5)")
+        self.parts = parts
+
+    def bind(self, asked: Asked) -> Sum:
+        """See `Question`."""
+        return Sum(*(_bound(part, asked) for part in self.parts))
+
+    def _parts(self) -> Iterable[tuple[float, Target]]:
+        return [(1.0, part) for part in self.parts]
+
+
+@dataclass(frozen=True)
+class Contrast(_Weighted):
+    """Why `this` and not `that`: the difference of two targets' scores."""
+
+    this: Target
+    that: Target
+
+    def bind(self, asked: Asked) -> Contrast:
+        """See `Question`."""
+        return Contrast(_bound(self.this, asked), _bound(self.that, asked))
+
+    def _parts(self) -> Iterable[tuple[float, Target]]:
+        return [(1.0, self.this), (-1.0, self.that)]
+
+
+@dataclass(frozen=True)
+class Similarity(Question):
+    """scale · cosine of the output (B, D) and an embedding, the output's norm held constant like that of any norm.
+
+    embedding: (D,), or (B, D), one an image; of any length but zero.
     """
 
-    indices: list[Index] | None = None
-    places: Tensor | None = None
-    score: Score | None = None
-    scores: list[Score] | None = None
+    embedding: Tensor
+    scale: float = 1.0
 
-    @property
-    def classes(self) -> Tensor:
-        """(B,) int64 class per image; −1 where the target is no class."""
-        if self.indices is None:
-            return torch.full((len(self.scores or [None]),), -1)
-        return torch.tensor([index[0] if len(index) == 1 else -1 for index in self.indices])
-
-    def cotangent(self, output: Tensor, image_index: Tensor) -> Tensor:
-        """∂ Σ scores / ∂ output, of output's shape.
-
-        output: (R, ...) detached; image_index: (R,) int64, the image that each row belongs to. Nothing waits for the
-        device where image_index is on the output's, but for one callable an image, which Python runs row by row.
-        """
-        if self.places is not None:
-            cotangent = torch.zeros(output.shape, dtype=output.dtype, device=output.device)
-            cotangent.view(len(output), -1).scatter_(1, self.places[image_index][:, None], 1)
-            return cotangent
-        with torch.enable_grad():
-            leaf = output.detach().requires_grad_()
-            scores = self._scores(leaf, image_index)
-            if not scores.requires_grad:
-                raise InputError("the target callable's score carries no gradient; compute it from the output by torch")
-            (cotangent,) = torch.autograd.grad(scores.sum(), leaf)
-        return cotangent
-
-    def _scores(self, output: Tensor, image_index: Tensor) -> Tensor:
-        if self.score is not None:
-            scores = self.score(output)
-            if not isinstance(scores, Tensor) or scores.shape != output.shape[:1]:
-                got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-                raise InputError(
-                    f"the target callable returned {got}; it must map the output {tuple(output.shape)} to one "
-                    f"score a row, shape {tuple(output.shape[:1])}"
-                )
-            return scores
-        assert self.scores is not None
-        listed = [self.scores[i](row) for i, row in zip(image_index.tolist(), output, strict=True)]
-        odd = next((s for s in listed if not isinstance(s, Tensor) or s.numel() != 1), None)
-        if odd is not None:
-            raise InputError(f"a target callable returned {odd!r}; it must map one image's output to a scalar tensor")
-        return torch.stack([s.reshape(()) for s in listed])
-
-
-def resolve_target(target: Target, output: Tensor) -> ResolvedTarget:
-    """Check a target against the unperturbed images' output (B, ...).
-
-    Raises InputError where the number of targets is not B, an index is out of range, or the form is unknown.
-    """
-    images = output.shape[0]
-    if target is None:
+    def resolve(self, output: Tensor, size: tuple[int, int], asked: Asked) -> Cotangent:
+        """See `Question`. Raises InputError for an embedding that does not fit the output."""
+        given = torch.as_tensor(self.embedding).detach()
         if output.dim() != 2:
             raise InputError(
-                f"target=None takes the predicted class and needs an output (B, classes); this model's is "
-                f"{tuple(output.shape)}. Give an index tuple or a callable."
+                f"the model's output is {tuple(output.shape)}; a similarity needs one embedding an image, (B, D)"
             )
-        return _of_indices([(c,) for c in output.argmax(1).tolist()], output)
-    if callable(target):
-        return ResolvedTarget(score=target)
-    listed = _as_list(target)
-    if len(listed) == 1 and not isinstance(target, list):
-        listed = listed * images
-    if len(listed) != images:
-        raise InputError(f"{len(listed)} targets were given for {images} images; give one, or one for each")
-    if all(callable(t) for t in listed):
-        return ResolvedTarget(scores=listed)
-    return _of_indices([_checked(t, output) for t in listed], output)
+        vectors = _vectors(given, output.shape[1], len(output), "the embedding")
+        vectors = vectors.to(output.device, torch.promote_types(output.dtype, torch.float32))
+        norms = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+        if not bool((norms > 0).all()):
+            raise InputError("the embedding is zero; nothing is like it")
+        return cotangents.Direction(vectors / norms, float(self.scale))
 
 
-def _of_indices(indices: list[Index], output: Tensor) -> ResolvedTarget:
-    sizes = tuple(output.shape[1:])
-    places = np.array([np.ravel_multi_index(index, sizes) if sizes else 0 for index in indices], dtype=np.int64)
-    return ResolvedTarget(indices, torch.from_numpy(places).to(output.device))
+@dataclass(frozen=True)
+class Text(Question):
+    """Likeness to a text prompt, as a model with a text tower sees it (CLIP, SigLIP).
 
+    scale: of the cosine; None is the model's own logit scale.
+    """
 
-def _as_list(target: Any) -> list[Any]:
-    """The targets as Python ints, tuples or callables; one element where one serves all images."""
-    if isinstance(target, bool):
-        raise InputError("target is a bool; give a class index")
-    if isinstance(target, int | tuple):
-        return [target]
-    if isinstance(target, np.ndarray):
-        target = torch.from_numpy(target)
-    if isinstance(target, Tensor):
-        if target.is_floating_point() or target.dtype == torch.bool or target.dim() > 1:
+    prompt: str
+    scale: float | None = None
+
+    def bind(self, asked: Asked) -> Similarity:
+        """See `Question`. Raises InputError for a model that takes no text."""
+        model: Any = asked.model
+        if not isinstance(model, TextImageModel):
             raise InputError(
-                f"target is a tensor {tuple(target.shape)} of {target.dtype}; expected integers, shape () or (B,)"
+                f"{type(model).__name__} takes no text prompts; load a CLIP or SigLIP model with its text tower "
+                "(docs/models.md), or give Similarity(embedding)"
             )
-        return target.reshape(-1).tolist()
-    if isinstance(target, Sequence) and not isinstance(target, str):
-        return [t.item() if isinstance(t, Tensor) and t.numel() == 1 else t for t in target]
-    if hasattr(target, "__index__"):
-        return [int(target)]
-    raise InputError(
-        f"target is a {type(target).__name__}; expected None, an int, a tuple, a tensor, a list of these, or a callable"
-    )
+        scale = float(model.logit_scale) if self.scale is None else self.scale
+        return Similarity(model.text_embedding([self.prompt])[0], scale)
 
 
-def _checked(target: Any, output: Tensor) -> Index:
-    if hasattr(target, "__index__") and not isinstance(target, bool):
-        target = (int(target),)
-    if not isinstance(target, tuple) or not all(hasattr(i, "__index__") for i in target):
-        raise InputError(f"target {target!r} is neither an integer nor a tuple of integers")
-    sizes = tuple(output.shape[1:])
-    if len(target) != len(sizes):
+@dataclass(frozen=True)
+class SimilarTo(Question):
+    """Likeness to another image: cosine of the two outputs.
+
+    image: normalised as the model expects it, (C, H, W), or (B, C, H, W), one an image; or a file or Pillow image,
+    which goes through the model's own preprocessing.
+    """
+
+    image: Any
+    scale: float = 1.0
+
+    def bind(self, asked: Asked) -> Similarity:
+        """See `Question`. Raises InputError and ImageError for what is no image."""
+        image = self.image
+        if not isinstance(image, Tensor):
+            image = read_image(image) if isinstance(image, str | os.PathLike) else image
+            image = preprocessing(asked.model)(image)[0]
+        output = asked.output(image)
+        if output.dim() != 2:
+            raise InputError(f"the model's output is {tuple(output.shape)}; a similarity needs one embedding an image")
+        return Similarity(output[0] if len(output) == 1 else output, self.scale)
+
+
+@dataclass(frozen=True)
+class Patch(Question):
+    """A token of the output: ⟨weights, token⟩ of the patch in `row` and `column` of the grid, both from 0.
+
+    Outputs with tokens are (B, N, D), patches in rows behind any prefix tokens, or (B, D, h, w) or (B, h, w, D); timm
+    models give them when made with num_classes=0, global_pool="", or by `tokens_of(model)`. The target follows the
+    patch's content through each sample's rotation, scaling, shift and flip.
+
+    weights: (D,), the linear probe's row for a class (`load_probe`), or (B, D), one an image; None is the patch's own
+    feature in the unperturbed image: what makes this token what it is. prefix: the number of prefix tokens, where
+    neither the model's patch size says it nor the number of tokens.
+    """
+
+    row: int
+    column: int
+    weights: Tensor | None = None
+    prefix: int | None = None
+
+    def resolve(self, output: Tensor, size: tuple[int, int], asked: Asked) -> Cotangent:
+        """See `Question`. Raises InputError for a patch outside of the grid and for outputs without tokens."""
+        if output.dim() not in (3, 4):
+            raise InputError(
+                f"the model's output is {tuple(output.shape)}; a patch needs tokens, (B, N, D) or (B, D, h, w). timm "
+                "models give them when made with num_classes=0, global_pool='', or by "
+                "dave_fast.targets.tokens_of(model)"
+            )
+        prefix, last = 0, False
+        if output.dim() == 4:
+            last = _channels_last(output, size, asked)
+            features = output if last else output.permute(0, 2, 3, 1)
+            grid, tokens = (features.shape[1], features.shape[2]), features.flatten(1, 2)
+        else:
+            prefix, grid = self._layout(output.shape[1], size, asked)
+            tokens = output[:, prefix:]
+        if not (0 <= self.row < grid[0] and 0 <= self.column < grid[1]):
+            raise InputError(
+                f"patch ({self.row}, {self.column}) is not in the grid of {grid[0]} rows and {grid[1]} columns"
+            )
+        if self.weights is None:
+            weights = torch.nn.functional.normalize(tokens[:, self.row * grid[1] + self.column], dim=1)
+        else:
+            weights = _vectors(torch.as_tensor(self.weights).detach(), tokens.shape[2], len(output), "the probe's row")
+        weights = weights.to(output.device, torch.promote_types(output.dtype, torch.float32))
+        cell = (size[0] / grid[0], size[1] / grid[1])
+        place = ((self.column + 0.5) * cell[1] - 0.5, (self.row + 0.5) * cell[0] - 0.5)
+        return cotangents.Patch(weights, place, grid, cell, prefix, last)
+
+    def _layout(self, tokens: int, size: tuple[int, int], asked: Asked) -> tuple[int, tuple[int, int]]:
+        """Prefix tokens and the grid (h, w)."""
+        patch = getattr(getattr(asked.model, "patch_embed", None), "patch_size", None)
+        if isinstance(patch, tuple):
+            grid = (size[0] // patch[0], size[1] // patch[1])
+            if self.prefix in (None, tokens - grid[0] * grid[1]) and 0 <= tokens - grid[0] * grid[1] <= MOST_PREFIX:
+                return tokens - grid[0] * grid[1], grid
+        # else the fewest prefix tokens whose rest has the image's shape
+        for prefix in range(MOST_PREFIX + 1) if self.prefix is None else [self.prefix]:
+            found = _grid(tokens - prefix, size)
+            if found is not None:
+                return prefix, found
         raise InputError(
-            f"target {target} has {len(target)} indices; an output of shape (B, *{sizes}) needs {len(sizes)}"
+            f"the output's {tokens} tokens are no grid of patches of an image of {size[0]}×{size[1]}"
+            f"{'' if self.prefix is None else f' behind {self.prefix} prefix tokens'}; give Patch(..., prefix=) "
+            "the number of tokens before the patches"
         )
-    for i, size in zip(target, sizes, strict=True):
-        if not -size <= i < size:
-            raise InputError(f"target {i} is out of range: the model's output has {size} classes, 0 to {size - 1}")
-    return tuple(int(i) % size for i, size in zip(target, sizes, strict=True))
+
+
+def tokens_of(model: nn.Module) -> nn.Module:
+    """A copy of a timm model without pooling and head, whose output is its tokens: what `Patch` asks about.
+
+    Raises InputError for a model that cannot be changed so.
+    """
+    made: Any = copy.deepcopy(model)
+    try:
+        made.reset_classifier(0, global_pool="")
+    except (AttributeError, TypeError, AssertionError) as error:
+        raise InputError(
+            f"{type(model).__name__} has no reset_classifier() as timm's models have, so its tokens are not known; "
+            "give a module whose output is (B, N, D) or (B, D, h, w)"
+        ) from error
+    return made
+
+
+def _channels_last(output: Tensor, size: tuple[int, int], asked: Asked) -> bool:
+    """Whether outputs are (B, h, w, D) and not (B, D, h, w): as timm's model says, else as the image's shape does."""
+    if getattr(asked.model, "output_fmt", None) is not None:
+        return str(asked.model.output_fmt) == "NHWC"
+    wanted = size[0] / size[1]
+    first, last = (abs(math.log(output.shape[at] / output.shape[at + 1] / wanted)) for at in (2, 1))
+    return last < first
+
+
+def _grid(patches: int, size: tuple[int, int]) -> tuple[int, int] | None:
+    """(h, w) with h·w patches, as square as patches are; None where there is none."""
+    if patches < 1:
+        return None
+    height = round((patches * size[0] / size[1]) ** 0.5)
+    width = patches // max(1, height)
+    fits = height * width == patches and height * size[1] == width * size[0]
+    return (height, width) if fits else None
+
+
+def _vectors(given: Tensor, width: int, images: int, what: str) -> Tensor:
+    """(1, D) or (B, D), checked."""
+    vectors = given[None] if given.dim() == 1 else given
+    shapes = ((1, width), (images, width))
+    if tuple(vectors.shape) not in shapes or not vectors.is_floating_point() or not bool(torch.isfinite(vectors).all()):
+        finite = ", finite" if vectors.is_floating_point() else ""
+        raise InputError(
+            f"{what} is {tuple(given.shape)} of {given.dtype}; expected floating point{finite}, ({width},) for all "
+            f"images or ({images}, {width})"
+        )
+    return vectors
+
+
+def _bound(part: Target, asked: Asked) -> Target:
+    return part.bind(asked) if isinstance(part, Question) else part

@@ -1,6 +1,6 @@
 """Run by tests/test_memory.py in a process of its own: peak memory of whole explanations, weights included, as JSON.
 
-python -m tests.peak_memory '[[size, width, depth, precision, backend, images, samples, rows], ...]'
+python -m tests.peak_memory '[[size, width, depth, precision, backend, images, samples, rows, targets], ...]'
 
 Prints [measured, formula] in bytes for each; measured is the growth of the process's resident memory.
 """
@@ -24,7 +24,7 @@ def resident(field):
     return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-def measure(size, width, depth, precision, backend, n_images, n_samples, rows):
+def measure(size, width, depth, precision, backend, n_images, n_samples, rows, n_targets=1):
     model = VisionTransformer(img_size=size, patch_size=16, embed_dim=width, depth=depth, num_heads=width // 32)
     images = torch.randn(n_images, 3, size, size)
     gc.collect()
@@ -34,12 +34,19 @@ def measure(size, width, depth, precision, backend, n_images, n_samples, rows):
     explainer = dave_fast.DAVE(
         model.eval(), precision=precision, backend=backend, noise_alpha=0.5, internal_batch_size=rows
     )
-    explainer.explain(images, 1, n_samples=n_samples)
+    explainer.explain(images, targets=range(n_targets), n_samples=n_samples)
     measured = resident("VmHWM") - before
     plan = explainer._route(images).plan
     storage = choose_storage(n_samples, tuple(images.shape[1:]), images.dtype, plan.dtype, 1 << 40)
     formula = explanation_bytes(
-        plan, n_images, n_samples, rows, storage=storage, together=n_images, pytorch=backend == "torch"
+        plan,
+        n_images,
+        n_samples,
+        rows,
+        storage=storage,
+        together=n_images * n_targets,
+        n_targets=n_targets,
+        pytorch=backend == "torch",
     )
     return [measured, formula]
 

@@ -110,10 +110,11 @@ def test_contributions_are_samples_times_image():
 
 
 CASES = [
-    # size, width, depth, precision, backend, images, samples, rows
+    # size, width, depth, precision, backend, images, samples, rows, targets
     [224, 512, 2, "fp32", "auto", 2, 20, 4],
     [224, 512, 2, "bf16", "auto", 2, 20, 4],
     [224, 128, 1, "fp32", "torch", 1, 10, 4],
+    [224, 128, 1, "fp32", "auto", 1, 8, 4, 12],
     # above 400 tokens: 785 and 3,137
     [448, 128, 1, "fp32", "auto", 1, 2, 2],
     [896, 128, 1, "fp32", "auto", 1, 2, 2],

@@ -157,13 +157,23 @@ def adjoint_warp(cotangents: Tensor, draws: Draws, rows: range | None = None) ->
 
 def inverse_and_reach(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """The inverse maps (R, 2, 3), source → destination, and the L1 norms (R, 2) of their rows; float64."""
-    a, b, c, d = matrices[:, :, :2].flatten(1).unbind(1)
-    determinant = a * d - b * c
-    if not bool((determinant != 0).all()):
+    if not bool((_determinants(matrices) != 0).all()):
         raise InputError("draws.matrices must be invertible")
-    linear = torch.stack([d, -b, -c, a], dim=1).view(-1, 2, 2) / determinant[:, None, None]
+    found = inverse(matrices)
+    return found, found[:, :, :2].abs().sum(-1)
+
+
+def inverse(matrices: Tensor) -> Tensor:
+    """The inverse maps (R, 2, 3) of invertible ones, source → destination; nothing waits for the device."""
+    a, b, c, d = matrices[:, :, :2].flatten(1).unbind(1)
+    linear = torch.stack([d, -b, -c, a], dim=1).view(-1, 2, 2) / _determinants(matrices)[:, None, None]
     offset = -(linear * matrices[:, None, :, 2]).sum(-1, keepdim=True)
-    return torch.cat([linear, offset], dim=-1), linear.abs().sum(-1)
+    return torch.cat([linear, offset], dim=-1)
+
+
+def _determinants(matrices: Tensor) -> Tensor:
+    a, b, c, d = matrices[:, :, :2].flatten(1).unbind(1)
+    return a * d - b * c
 
 
 def _candidates(reach: Tensor) -> int:

@@ -1,0 +1,63 @@
+"""Weights of linear probes, from files that hold numbers and nothing else: nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dave_fast.errors import InputError
+
+
+def load_probe(path: str | os.PathLike[str], row: int | None = None) -> Tensor:
+    """The weights of a linear layer over tokens: (classes, D) float32, or (D,) of one row.
+
+    path: .safetensors, with one matrix or one whose name ends in "weight", or .npy. A 1×1 convolution's weight
+    (classes, D, 1, 1) is one too; a vector (D,) is a layer of one class. Biases do not matter to an attribution.
+
+    Raises InputError for what cannot be read, is no such matrix, or has no such row.
+    """
+    path = Path(path)
+    try:
+        matrix = _read(path)
+    except InputError:
+        raise
+    # readers raise whatever the bytes provoke
+    except Exception as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise InputError(f"cannot read the probe {path}: {reason.rstrip('.')}.") from error
+    shape = tuple(matrix.shape)
+    matrix = matrix[None] if matrix.dim() == 1 else matrix
+    if matrix.dim() < 2 or any(side != 1 for side in matrix.shape[2:]) or not matrix.is_floating_point():
+        raise InputError(f"the probe {path} holds {shape} of {matrix.dtype}; expected floating point, (classes, D)")
+    matrix = matrix.flatten(1).float()
+    if not bool(torch.isfinite(matrix).all()):
+        raise InputError(f"the probe {path} holds NaN or infinity")
+    if row is None:
+        return matrix
+    if not 0 <= row < len(matrix):
+        raise InputError(f"row {row} is out of range: the probe {path} has the rows 0 to {len(matrix) - 1}")
+    return matrix[row]
+
+
+def _read(path: Path) -> Tensor:
+    if path.suffix == ".npy":
+        return torch.from_numpy(np.load(path, allow_pickle=False))
+    if path.suffix != ".safetensors":
+        raise InputError(
+            f"the probe is {path}; expected a .safetensors or .npy file. Save a layer with "
+            "safetensors.torch.save_file(layer.state_dict(), path)"
+        )
+    from safetensors.torch import load_file
+
+    tensors = load_file(path)
+    matrices = {name: tensor for name, tensor in tensors.items() if tensor.dim() > 1} or tensors
+    named = {name: tensor for name, tensor in matrices.items() if name.endswith("weight")}
+    found = matrices if len(matrices) == 1 else named
+    if len(found) != 1:
+        held = ", ".join(sorted(tensors)) or "nothing"
+        raise InputError(f"the probe {path} holds {held}; expected one weight matrix")
+    return next(iter(found.values()))
