@@ -31,7 +31,13 @@ def explain(
     ] = None,
     demo: Annotated[bool, typer.Option("--demo", help="Explain the embedded scene with the embedded model.")] = False,
     model: Annotated[str | None, typer.Option(help="A timm model, or 'demo'.", show_default=DEFAULT_MODEL)] = None,
-    target: Annotated[str | None, typer.Option(help="Class index or name.", show_default="the most probable")] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Class index or name, tiger+lion, tiger-lion, text:PROMPT, image:FILE, patch:ROW,COLUMN; repeatable.",
+            show_default="the most probable",
+        ),
+    ] = None,
     top_k: Annotated[
         int | None,
         typer.Option(min=1, help="Explain the k most probable classes.", show_default="1; 2 with --demo"),
@@ -76,7 +82,11 @@ def explain(
     NAME.overlay.png: the map over the photograph; NAME.map.png: the map;
     NAME.npz: map, signed contributions, class, probability, settings.
 
-    With --top-k 2 or more: a set a class, and NAME.figure.png of them all.
+    With --top-k 2 or more, or several --target: a set each, and NAME.figure.png of them all.
+
+    A --target is a class (292, tiger, "tiger"), a sum or a difference of classes
+    (tiger+lion; tiger-lion: why this and not that), or for models with embeddings or tokens
+    text:a cat, text:a cat - text:a dog, image:other.jpg, patch:3,5, patch:3,5@probe.safetensors#7.
 
     Exit code 0: all done; 1: some images could not be explained;
     2: refused or stopped, and why.
@@ -85,11 +95,11 @@ def explain(
     from dave_fast.explain_files import Settings
 
     given = Config() if config is None else load_config(config)
-    if target is not None and top_k is not None:
-        raise InputError("--target names one class and --top-k several: give one of them.")
+    if target and top_k is not None:
+        raise InputError("--target names what to explain and --top-k takes the most probable: give one of them.")
     # The embedded scene has two digits: that maps belong to classes is what there is to see.
-    top_k = top_k or (2 if demo and target is None else 1)
-    settings = Settings(out, target, top_k, n_samples or given.n_samples or 50, seed, figure=demo)
+    top_k = top_k or (2 if demo and not target else 1)
+    settings = Settings(out, tuple(target or ()), top_k, n_samples or given.n_samples or 50, seed, figure=demo)
     keywords = {
         "device": device,
         "precision": precision,
@@ -105,6 +115,8 @@ def explain(
         check_writable(out)
         sources = _demo_sources(images, model) if demo else _sources(images or [], out)
         explainer = _load(screen, "demo" if demo else model or given.model or DEFAULT_MODEL, keywords)
+        if any(text.strip().startswith("patch:") for text in target or ()):
+            explainer = _of_tokens(explainer, keywords)
         done, failed = _run(screen, explainer, sources, settings)
     _summary(done, failed, settings)
     if failed:
@@ -143,6 +155,14 @@ def _load(screen: Console, model: str, keywords: dict[str, Any]) -> Any:
         return DAVE(model, **keywords)
 
 
+def _of_tokens(explainer: Any, keywords: dict[str, Any]) -> Any:
+    """The explainer of the model's tokens, which patches are asked of."""
+    from dave_fast.explainer import DAVE
+    from dave_fast.targets import tokens_of
+
+    return DAVE(tokens_of(explainer.model), **keywords | {"noise_alpha": explainer.sampling.noise_alpha})
+
+
 def _run(
     screen: Console, explainer: Any, sources: Sequence[Source], settings: Settings
 ) -> tuple[list[Done], list[Failed]]:
@@ -151,14 +171,16 @@ def _run(
 
     done: list[Done] = []
     failed: list[Failed] = []
-    share = settings.n_samples * settings.top_k
+    share = settings.n_samples
     with progress_bar(screen) as bar:
         task = bar.add_task(sources[0].path, total=share * len(sources))
         outcomes = explain_files(
             explainer,
             sources,
             settings,
-            progress=lambda rows, _: bar.update(task, completed=share * (len(done) + len(failed)) + rows),
+            progress=lambda rows, of: bar.update(
+                task, completed=share * (len(done) + len(failed)) + share * rows // of
+            ),
             note=partial(_note, screen),
         )
         for number, outcome in enumerate(outcomes, 1):
@@ -186,9 +208,11 @@ def _summary(done: Sequence[Done], failed: Sequence[Failed], settings: Settings)
     screen = console(stderr=False)
     results = [result for one in done for result in one.results]
     if results:
-        table = Table("image", "class", "probability", "overlay", box=None, header_style="bold", pad_edge=False)
+        table = Table("image", "target", "probability", "overlay", box=None, header_style="bold", pad_edge=False)
         for result in results[:_ROWS]:
-            name, probability = f"{result.class_name} ({result.target})", percent(result.probability)
+            name, probability = result.class_name, "–"
+            if result.target >= 0:
+                name, probability = f"{name} ({result.target})", percent(result.probability)
             cells = (result.source.path, name, probability, str(result.overlay.relative_to(settings.out)))
             table.add_row(*(Text(cell, overflow="fold") for cell in cells))
         screen.print(table)

@@ -5,6 +5,7 @@ The job behind `dave-fast explain`, without a terminal: it yields what it did an
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,11 +21,14 @@ from dave_fast.errors import ImageError, InputError, NonFiniteError
 from dave_fast.files import atomically
 from dave_fast.images import Preprocessing, preprocessing, read_image
 from dave_fast.labels import Labels, labels_of
+from dave_fast.models.adapter import kind_of
+from dave_fast.target_text import describe_target, parse_target
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dave_fast.explainer import DAVE, Explanation
+    from dave_fast.target_forms import Target
 
 _BARS = 5
 
@@ -40,7 +44,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Result:
-    """One explained class of one image, and the files written for it."""
+    """One explained target of one image, and the files written for it.
+
+    target: the class, −1 where the target is none; probability: its, else NaN; class_name: the target in words.
+    """
 
     source: Source
     target: int
@@ -71,12 +78,12 @@ class Failed:
 class Settings:
     """What to explain, and where to.
 
-    target: class index or name, None for the most probable. top_k: how many of the most probable classes,
-    with target None. figure: also one picture of all classes; always written for top_k > 1.
+    targets: what to explain, in the words of `target_text`; empty for the most probable class. top_k: how many of
+    the most probable classes, without targets. figure: also one picture of all targets; always written for several.
     """
 
     out: Path
-    target: str | int | None = None
+    targets: tuple[str, ...] = ()
     top_k: int = 1
     n_samples: int = 50
     seed: int = 0
@@ -114,11 +121,12 @@ def explain_files(
     Raises InputError for a target that the model does not have, before any image is read.
     """
     labels = labels_of(explainer.model)
-    target = None if settings.target is None else labels.resolve(settings.target)
+    parsed = [parse_target(text, labels) for text in settings.targets]
+    asked = [_Asked(explainer.bind(target), describe_target(target, labels)) for target in parsed]
     prepare = preprocessing(explainer.model)
     if prepare.note:
         note(prepare.note)
-    job = _Job(explainer, labels, prepare, settings, target)
+    job = _Job(explainer, labels, prepare, settings, asked)
     for source in sources:
         try:
             yield job.explain(source, progress)
@@ -127,68 +135,91 @@ def explain_files(
 
 
 @dataclass(frozen=True)
+class _Asked:
+    """A target, and what it is called; None for a class, which the explanation tells."""
+
+    target: Target
+    name: str | None = None
+
+
+@dataclass(frozen=True)
 class _Job:
     explainer: DAVE
     labels: Labels
     prepare: Preprocessing
     settings: Settings
-    target: int | None
+    asked: Sequence[_Asked]
 
     def explain(self, source: Source, progress: Callable[[int, int], None] | None) -> Done:
         """Read, explain and write one image."""
-        import torch
-
         inputs, crop = self.prepare(source.read())
-        targets = self._targets(inputs)
+        asked = self.asked or self._most_probable_classes(inputs)
         explanation = self.explainer.explain(
-            inputs.expand(len(targets), *inputs.shape) if targets else inputs[None],
-            target=torch.tensor(targets) if targets else None,
+            inputs[None],
+            targets=[each.target for each in asked],
             n_samples=self.settings.n_samples,
             seed=self.settings.seed,
             progress=progress,
         )
-        if explanation.output.dim() != 2:
-            shape = tuple(explanation.output.shape)
-            raise InputError(f"the model's output is {shape}; files are explained for classifiers: (B, K).")
-        results = tuple(self._write(source, crop, explanation, row) for row in range(len(explanation.target)))
+        named = [
+            each.name or self.labels.name(int(target))
+            for each, target in zip(asked, explanation.target[0], strict=True)
+        ]
+        stems = self._stems(source, explanation, named)
+        results = tuple(
+            self._write(source, crop, explanation, which, name, stem)
+            for which, (name, stem) in enumerate(zip(named, stems, strict=True))
+        )
         drawn = self.settings.figure or len(results) > 1
-        return Done(results, self._write_figure(source, crop, explanation) if drawn else None)
+        return Done(results, self._write_figure(source, crop, explanation, named) if drawn else None)
 
-    def _targets(self, inputs: Tensor) -> list[int]:
-        """The classes to explain; empty where the explainer may take the most probable one itself."""
-        if self.target is not None:
-            return [self.target]
+    def _most_probable_classes(self, inputs: Tensor) -> list[_Asked]:
+        """What to explain where nothing was asked."""
         if self.settings.top_k == 1:
-            return []
-        logits = self.explainer.predict(inputs[None])[0]
-        if self.settings.top_k > len(logits):
-            raise InputError(f"top_k is {self.settings.top_k}, and the model has {len(logits)} classes.")
-        return [int(index) for index in logits.topk(self.settings.top_k).indices]
+            return [_Asked(None)]
+        output = self.explainer.predict(inputs[None])
+        if output.dim() != 2:
+            raise InputError(f"the model's output is {tuple(output.shape)}; top_k needs a classifier's: (B, K).")
+        if self.settings.top_k > output.shape[1]:
+            raise InputError(f"top_k is {self.settings.top_k}, and the model has {output.shape[1]} classes.")
+        return [_Asked(int(index)) for index in output[0].topk(self.settings.top_k).indices]
 
-    def _write(self, source: Source, crop: np.ndarray, explanation: Explanation, row: int) -> Result:
-        """The files of one class: overlay, map, arrays."""
-        target, probability = int(explanation.target[row]), float(explanation.probability[row])
-        class_name = self.labels.name(target)
-        stem = source.name if len(explanation.target) == 1 else f"{source.name}.{target}-{_slug(class_name)}"
-        heat = explanation.maps[row].cpu().numpy()
-        arrays = self._arrays(source, crop, explanation, row)
+    def _stems(self, source: Source, explanation: Explanation, names: Sequence[str]) -> list[str]:
+        """Names of the targets' files, each its own."""
+        if len(names) == 1:
+            return [source.name]
+        stems: list[str] = []
+        for target, name in zip(explanation.target[0].tolist(), names, strict=True):
+            stem = f"{source.name}.{f'{target}-' if target >= 0 else ''}{_slug(name)}"
+            stems.append(f"{stem}-{len(stems)}" if stem in stems else stem)
+        return stems
+
+    def _write(
+        self, source: Source, crop: np.ndarray, explanation: Explanation, which: int, name: str, stem: str
+    ) -> Result:
+        """The files of one target: overlay, map, arrays."""
+        heat = explanation.maps[0, which].cpu().numpy()
         paths = [self.settings.out / f"{stem}{suffix}" for suffix in (".overlay.png", ".map.png", ".npz")]
+        arrays = self._arrays(source, crop, explanation, which, name)
         figures.save_picture(figures.overlay(crop, heat), paths[0])
         figures.save_picture(figures.plain_map(heat), paths[1])
         with atomically(paths[2]) as file:
             np.savez_compressed(file, **arrays)
-        return Result(source, target, class_name, probability, *paths)
+        target, probability = int(explanation.target[0, which]), float(explanation.probability[0, which])
+        return Result(source, target, name, probability, *paths)
 
-    def _arrays(self, source: Source, crop: np.ndarray, explanation: Explanation, row: int) -> dict[str, Any]:
+    def _arrays(
+        self, source: Source, crop: np.ndarray, explanation: Explanation, which: int, name: str
+    ) -> dict[str, Any]:
         """What an .npz holds: numbers and strings only, so that it loads without pickle."""
-        names, probabilities, indices = self._most_probable(explanation, row)
+        names, probabilities, indices = self._most_probable(explanation)
         return {
-            "map": explanation.maps[row].cpu().numpy(),
-            "raw": explanation.raw[row].cpu().numpy(),
+            "map": explanation.maps[0, which].cpu().numpy(),
+            "raw": explanation.raw[0, which].cpu().numpy(),
             "input": crop,
-            "target": np.int64(explanation.target[row]),
-            "class_name": self.labels.name(int(explanation.target[row])),
-            "probability": np.float32(explanation.probability[row]),
+            "target": np.int64(explanation.target[0, which]),
+            "class_name": name,
+            "probability": np.float32(explanation.probability[0, which]),
             "top_target": np.array(indices, np.int64),
             "top_class_name": np.array(names),
             "top_probability": np.array(probabilities, np.float32),
@@ -204,26 +235,28 @@ class _Job:
             "image": source.path,
         }
 
-    def _most_probable(self, explanation: Explanation, row: int) -> tuple[list[str], list[float], list[int]]:
-        """Names, probabilities and indices of the most probable classes; five, or all that are explained."""
-        output = explanation.output[row].float()
+    def _most_probable(self, explanation: Explanation) -> tuple[list[str], list[float], list[int]]:
+        """Names, probabilities and indices of the most probable classes: five, or all that are explained; of a
+        classifier."""
+        if explanation.output.dim() != 2 or kind_of(self.explainer.model) == "embedding":
+            return [], [], []
+        output = explanation.output[0].float()
         top = output.softmax(0).topk(min(max(_BARS, self.settings.top_k), len(output)))
         indices = [int(index) for index in top.indices]
         return [self.labels.name(index) for index in indices], top.values.tolist(), indices
 
-    def _write_figure(self, source: Source, crop: np.ndarray, explanation: Explanation) -> Path:
+    def _write_figure(self, source: Source, crop: np.ndarray, explanation: Explanation, named: Sequence[str]) -> Path:
         panels = [
-            figures.Panel(heat.cpu().numpy(), self.labels.name(int(target)), float(probability))
-            for heat, target, probability in zip(
-                explanation.maps, explanation.target, explanation.probability, strict=True
-            )
+            figures.Panel(heat.cpu().numpy(), name, None if math.isnan(probability) else float(probability))
+            for heat, name, probability in zip(explanation.maps[0], named, explanation.probability[0], strict=True)
         ]
-        names, probabilities, _ = self._most_probable(explanation, 0)
+        names, probabilities, _ = self._most_probable(explanation)
         bars = list(zip(names, probabilities, strict=True))[:_BARS]
         picture = figures.figure(crop, panels, bars)
         return figures.save_figure(picture, self.settings.out / f"{source.name}.figure.png")
 
 
 def _slug(name: str) -> str:
-    """A class name for a file name: letters, digits and dashes."""
-    return re.sub(r"[^0-9a-z]+", "-", name.casefold()).strip("-")[:40] or "class"
+    """A target's name for a file name: letters, digits and dashes."""
+    name = name.replace(" + ", " and ").replace(" − ", " not ")
+    return re.sub(r"[^0-9a-z]+", "-", name.casefold()).strip("-")[:40] or "target"

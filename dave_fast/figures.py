@@ -44,11 +44,13 @@ _GREY = "0.35"
 
 @dataclass(frozen=True)
 class Panel:
-    """One explained class. heat: its map, float32 (H, W) in [0, 1]; name: its caption; probability: in [0, 1]."""
+    """One explained target. heat: its map, float32 (H, W) in [0, 1]; name: its caption; probability: of a class;
+    crop: what the model saw, uint8 (H, W, 3), where that is not what the figure's others saw."""
 
     heat: np.ndarray
     name: str
-    probability: float
+    probability: float | None = None
+    crop: np.ndarray | None = None
 
 
 def shown(heat: np.ndarray) -> np.ndarray:
@@ -129,7 +131,8 @@ def figure(crop: np.ndarray, panels: Sequence[Panel], probabilities: Sequence[tu
         grid.colorbar(0)
         return grid.figure
     for column, panel in enumerate(panels, 1):
-        grid.image(0, column, np.asarray(overlay(crop, panel.heat)), panel.name, panel.probability)
+        seen = crop if panel.crop is None else panel.crop
+        grid.image(0, column, np.asarray(overlay(seen, panel.heat)), panel.name, panel.probability)
         grid.image(1, column, np.asarray(plain_map(panel.heat)))
     grid.colorbar(1)
     if probabilities:

@@ -39,6 +39,8 @@ def models(monkeypatch):
     known = {"tiny": tiny}
 
     def load_model(name):
+        if isinstance(name, nn.Module):
+            return name, "a module"
         if name not in known:
             raise AssertionError(f"the model {name} was loaded")
         return known[name](), name
@@ -145,6 +147,44 @@ def test_most_probable_classes(models, photo, tmp_path):
     assert "picture:" in result.stdout
     for each in arrays:
         assert str(each["class_name"]) in result.stdout
+
+
+def test_sums_and_differences_of_classes(models, photo, tmp_path):
+    out = tmp_path / "maps"
+    result = explain(photo, "--out", out, "--target", "dog-thing 3", "--target", "dog", "--target", "dog + house cat")
+    stems = ["photo.1-dog", "photo.dog-and-house-cat", "photo.dog-not-thing-3"]
+    assert [name for name in tree(out) if name.endswith(".npz")] == [f"{stem}.npz" for stem in stems]
+    dog, both, contrast = (load(out / f"{stem}.npz") for stem in stems)
+    assert dog["target"] == 1 and contrast["target"] == both["target"] == -1
+    assert contrast["class_name"] == "dog − thing 3" and np.isnan(contrast["probability"])
+    assert "dog − thing 3" in result.stdout and "–" in result.stdout and "photo.figure.png" in tree(out)
+    explain(photo, "--out", tmp_path / "alone", "--target", "1-3")
+    np.testing.assert_array_equal(load(tmp_path / "alone/photo.npz")["raw"], contrast["raw"])
+
+
+def test_tokens_and_other_images_as_targets(models, photo, tmp_path):
+    def features():
+        model = tiny()
+        model.reset_classifier(0)
+        return model
+
+    models["features"] = features
+    np.save(tmp_path / "probe.npy", np.ones((2, 24), np.float32))
+    targets = ("--target", "patch:1,2", "--target", f"patch:1,2@{tmp_path / 'probe.npy'}#1")
+    explain(photo, "--out", tmp_path / "maps", *targets)
+    assert len([name for name in tree(tmp_path / "maps") if name.endswith(".npz")]) == 2
+    other = write(tmp_path / "in/other.png")
+    explain(photo, "--out", tmp_path / "like", "--target", f"image:{other}", model="features")
+    arrays = load(tmp_path / "like/photo.npz")
+    assert str(arrays["class_name"]) == f"like {other}" and len(arrays["top_target"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [("text:a cat", "takes no text prompts"), ("patch:4,2", "4 rows and 4 columns"), ("image:none.png", "none.png")],
+)
+def test_questions_that_the_model_cannot_answer(models, untouched, photo, target, message):
+    refused(explain(photo, "--out", untouched, "--target", target, code=2), message)
 
 
 def test_folder_keeps_its_shape(models, tmp_path):
