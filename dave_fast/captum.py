@@ -1,0 +1,102 @@
+"""DAVE as a captum `Attribution`: in captum's tunnels, metrics and visualisation like any of its own methods.
+
+    from dave_fast.captum import DAVE
+
+    attributions = DAVE(model).attribute(images, target=3)          # signed, of the images' shape
+    NoiseTunnel(DAVE(model)).attribute(images, target=3, nt_samples=4, stdevs=0.1)
+    sensitivity_max(DAVE(model).attribute, images, target=3)
+
+Needs captum: pip install 'dave-fast[evaluate]'. The seed is fixed, so that two calls differ by their images alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from captum.attr import Attribution
+from captum.log import log_usage
+from torch import Tensor, nn
+
+from dave_fast import explainer
+from dave_fast.checks import describe
+from dave_fast.errors import InputError
+from dave_fast.target_forms import Target
+
+Inputs = TypeVar("Inputs", Tensor, tuple[Tensor, ...])
+
+
+class _Supplied(nn.Module):
+    """A model with its further arguments."""
+
+    def __init__(self, model: nn.Module, further: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.model, self.further = model, further
+
+    def forward(self, images: Tensor) -> Any:
+        return self.model(images, *self.further)
+
+
+class DAVE(Attribution):
+    """captum's contract over `dave_fast.DAVE`.
+
+    Args:
+        forward_func: an nn.Module; DAVE looks into it, so a function of one is not enough.
+        settings: keywords of `dave_fast.DAVE` (noise_alpha, precision, device ...).
+
+    There is no convergence delta: attributions do not sum to a difference of outputs.
+    """
+
+    def __init__(self, forward_func: nn.Module, **settings: Any) -> None:
+        if not isinstance(forward_func, nn.Module):
+            raise InputError(f"forward_func is {describe(forward_func)}; DAVE looks into the model: give an nn.Module")
+        Attribution.__init__(self, forward_func)
+        self._settings = settings
+        self._explainer = explainer.DAVE(forward_func, **settings)
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        """Attributions are effective gradient ⊙ input."""
+        return True
+
+    @log_usage()
+    def attribute(
+        self,
+        inputs: Inputs,
+        target: Target = None,
+        additional_forward_args: Any = None,
+        n_samples: int = 50,
+        seed: int = 0,
+        internal_batch_size: int | None = None,
+    ) -> Inputs:
+        """Signed attributions of the inputs' shape and dtype; a tuple of one for a tuple of one.
+
+        inputs: images (B, C, H, W), normalised, or a tuple of one such tensor. target: captum's forms and those of
+        `dave_fast.targets`; None is the model's only score, or the predicted class where it has several.
+        additional_forward_args: what the model takes behind the images, the same for all of them. n_samples, seed,
+        internal_batch_size: see `dave_fast.DAVE.explain`.
+
+        Raises InputError for several inputs, and for tensors among additional_forward_args that hold a row an image.
+        """
+        (images,) = inputs if isinstance(inputs, tuple) and len(inputs) == 1 else (inputs,)
+        if isinstance(images, tuple):
+            raise InputError(f"{len(images)} inputs were given; DAVE explains one tensor of images (B, C, H, W)")
+        found = self._with(additional_forward_args).attribute(
+            images, target, n_samples=n_samples, seed=seed, internal_batch_size=internal_batch_size
+        )
+        return (found,) if isinstance(inputs, tuple) else found
+
+    def attribute_future(self, *args: Any, **kwargs: Any) -> None:
+        """captum's asynchronous call."""
+        raise NotImplementedError("attribute_future is not there; call attribute")
+
+    def _with(self, further: Any) -> explainer.DAVE:
+        """The explainer of the model with its further arguments."""
+        if further is None:
+            return self._explainer
+        further = further if isinstance(further, tuple) else (further,)
+        if any(isinstance(each, Tensor) and each.dim() for each in further):
+            raise InputError(
+                "additional_forward_args hold a tensor; samples of several images share micro-batches, so only what "
+                "is the same for all can be passed on. Wrap the model in a module that supplies it"
+            )
+        return explainer.DAVE(_Supplied(self.forward_func, further), **self._settings)
