@@ -274,4 +274,6 @@ def _locate(replay: Replay, cotangent: Tensor, step: Tensor) -> str:
     before, after = Trace(keeps_calls=True), Trace(keeps_calls=True)
     output = replay.forward(replay.x, before)
     replay.forward((replay.x + step).detach().requires_grad_(), after)
-    return find_culprit(before, after, (output * cotangent).sum())
+    # The caller may be under no_grad or in inference mode.
+    with torch.inference_mode(False), torch.enable_grad():
+        return find_culprit(before, after, (output * cotangent).sum())

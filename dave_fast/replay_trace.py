@@ -134,9 +134,15 @@ def _changes(difference: Tensor, value: Tensor) -> bool:
 
 
 def _floating(tree: Any) -> list[Tensor]:
-    return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor) and t.is_floating_point()]
+    """The floating tensors, each once: attention is called as f(x, x, x)."""
+    found = {id(t): t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor) and t.is_floating_point()}
+    return list(found.values())
 
 
 def _cloned(tree: Any) -> Any:
-    """Copies of the floating tensors: what happens to them in place later leaves the watched ones alone."""
-    return pytree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) and t.is_floating_point() else t, tree)
+    """Copies of the floating tensors: what happens to them in place later leaves the watched ones alone.
+
+    One copy of each, since modules ask whether two arguments are the same.
+    """
+    copies = {id(t): t.clone() for t in _floating(tree)}
+    return pytree.tree_map(lambda t: copies.get(id(t), t), tree)
