@@ -29,6 +29,9 @@ _STUBS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 # The brightest value that integers and floats of no declared range can be meant to have.
 _FULL_SCALES = {"I": (255.0, 65535.0), "F": (1.0, 255.0, 65535.0)}
 
+# in a preprocessing's configuration: the inverse 1 − x of each channel follows the three (B-cos models)
+ADD_INVERSE = "add_inverse"
+
 # how the names of our own pictures end
 OURS = (".overlay.png", ".map.png", ".figure.png")
 
@@ -181,7 +184,7 @@ class Preprocessing:
     """A model's own way from a photograph to its input.
 
     size: (H, W) in pixels. mean, std: per channel, of pixels in [0, 1].
-    transform: PIL RGB to normalised float32 (3, H, W). note: what had to be assumed, or None.
+    transform: PIL RGB to normalised float32 (3, H, W), (6, H, W) with ADD_INVERSE. note: what had to be assumed, or None.
     config: what timm makes the transform of, as plain values (`from_config`).
     """
 
@@ -193,7 +196,7 @@ class Preprocessing:
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, image: Image.Image) -> tuple[Tensor, np.ndarray]:
-        """The model's input, normalised float32 (3, H, W), and the crop it shows, uint8 (H, W, 3)."""
+        """The model's input, normalised float32 (C, H, W), and the crop it shows, uint8 (H, W, 3)."""
         inputs = self.transform(image)
         return inputs, self.pixels(inputs)
 
@@ -214,8 +217,8 @@ class Preprocessing:
         return Compose(steps[:middle] if first else steps[middle:])
 
     def pixels(self, inputs: Tensor) -> np.ndarray:
-        """Normalised inputs (3, H, W) back as the pixels that they were made from: uint8 (H, W, 3)."""
-        planes = inputs.detach().cpu().double().permute(1, 2, 0).numpy()
+        """Normalised inputs (C, H, W) back as the pixels that they were made from: uint8 (H, W, 3)."""
+        planes = inputs[:3].detach().cpu().double().permute(1, 2, 0).numpy()
         planes = planes * np.asarray(self.std) + np.asarray(self.mean)
         # Adding the exact half before cutting undoes the rounding of the normalisation.
         return np.clip(planes * 255 + 0.5, 0, 255).astype(np.uint8)
@@ -228,7 +231,7 @@ def preprocessing(model: Any, image_size: Sequence[int] | None = None) -> Prepro
     resizing, a central crop of 87.5 % (at 224 pixels where its size is unknown), and a note that says so.
     image_size: (H, W) where it is to be another size than that of the model, or of its configuration.
 
-    Raises InputError for a model that does not take three channels.
+    Raises InputError for a model that takes other channels than red, green and blue (and their inverse).
     """
     from timm.data.config import resolve_data_config
 
@@ -239,7 +242,10 @@ def preprocessing(model: Any, image_size: Sequence[int] | None = None) -> Prepro
     image_size = image_size or getattr(getattr(model, "patch_embed", None), "img_size", None)
     if image_size is not None:
         height, width = (int(side) for side in image_size)
-    if channels != 3:
+    inverse = bool(known and known.get(ADD_INVERSE))
+    if inverse:
+        config[ADD_INVERSE] = True
+    if channels != (6 if inverse else 3):
         raise InputError(f"the model takes {channels} channels; image files are read as 3 (RGB). Use the Python API.")
     note = None
     if not known:
@@ -253,5 +259,14 @@ def from_config(config: Mapping[str, Any], note: str | None = None) -> Preproces
 
     plain = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
     _, height, width = plain["input_size"]
-    transform = create_transform(**plain, is_training=False)
+    transform = create_transform(**{k: v for k, v in plain.items() if k != ADD_INVERSE}, is_training=False)
+    if plain.get(ADD_INVERSE):
+        transform.transforms.append(_with_inverse)
     return Preprocessing((height, width), tuple(plain["mean"]), tuple(plain["std"]), transform, note, plain)
+
+
+def _with_inverse(pixels: Tensor) -> Tensor:
+    """(3, H, W) -> (6, H, W): r, g, b, 1−r, 1−g, 1−b."""
+    import torch
+
+    return torch.cat([pixels, 1 - pixels])

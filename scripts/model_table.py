@@ -2,7 +2,7 @@
 
     python scripts/model_table.py                  prove everything again (minutes) and write docs/models.json and .md
     python scripts/model_table.py --routes         ask only which of them the engine has a plan for now
-    python scripts/model_table.py --only swin      prove the structures of one timm module and print them
+    python scripts/model_table.py --only swin_transformer beit     prove again what comes from these modules of timm
 
 The list. An architecture of timm's registry is ViT-like when one of its modules is named after attention (ATTENTION
 below), channel gates of convolutional networks left out. Architectures whose modules agree in everything but sizes
@@ -23,8 +23,8 @@ import re
 import sys
 import time
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ JSON, PAGE = ROOT / "docs" / "models.json", ROOT / "docs" / "models.md"
 ATTENTION = re.compile("Attention|Attn|MHSA|MLA|LambdaLayer|HSMSSD")
 # gates on the channels of convolutional networks (ResNeSt, SKNet): no positions are mixed
 CHANNEL_GATES = {"SplitAttn", "SelectiveKernelAttn"}
+BEGIN, END = "<!-- scripts/model_table.py -->", "<!-- end -->"
 DEPTHS = ("depth", "depths", "layers", "num_layers")
 IMAGE_SIZES = (112, 128, 224)
 
@@ -149,10 +150,8 @@ class Small:
 def smallest(name: str) -> Small:
     """The smallest form in which an architecture keeps its structure."""
     whole = structure(on_meta(Small(name, None, None).build))
-    for depth in (1, 2, 3, 4, None):
-        small = Small(name, depth, None)
-        if depth is None or _keeps(small, whole):
-            break
+    depths = (depth for depth in (1, 2, 3, 4) if structure(on_meta(Small(name, depth, None).build)) == whole)
+    small = Small(name, next(depths, None), None)
     for side in IMAGE_SIZES:
         if _keeps(dataclasses.replace(small, side=side), whole):
             return dataclasses.replace(small, side=side)
@@ -160,11 +159,16 @@ def smallest(name: str) -> Small:
 
 
 def _keeps(small: Small, whole: Structure) -> bool:
+    """Whether the small form can be built, has the whole structure, and takes its image."""
     try:
-        return structure(on_meta(small.build)) == whole
-    except (AssertionError, AttributeError, IndexError, TypeError, ValueError, RuntimeError, ZeroDivisionError):
-        # This family does not take the setting.
+        model = on_meta(small.build)
+        if structure(model) != whole:
+            return False
+        model(small.image(model).to("meta"))
+    # Families refuse a setting in many ways; what then fails as registered is not hidden but a row of the table.
+    except Exception:
         return False
+    return True
 
 
 def prove(small: Small) -> dict[str, Any]:
@@ -181,14 +185,17 @@ def prove(small: Small) -> dict[str, Any]:
             row |= {"route": "refused", "reason": "no operator of it mixes positions"}
     except DaveFastError as error:
         row |= {"route": "refused", "reason": str(error)}
+    except Exception as error:
+        # timm's own constructor or forward: a row too, so that one architecture does not hide the others
+        row |= {"route": "refused", "reason": f"it does not run: {type(error).__name__}: {error}"}
     return row
 
 
-def inventory(only: str | None = None) -> dict[Structure, list[str]]:
-    """Every ViT-like architecture, by structure; the one with the fewest parameters first."""
+def inventory(families: Collection[str] = ()) -> dict[Structure, list[str]]:
+    """Every ViT-like architecture, of these families or of all, by structure; the one with the fewest weights first."""
     groups: dict[Structure, list[tuple[int, str]]] = defaultdict(list)
     for name in timm.list_models():
-        if only is not None and family(name) != only:
+        if families and family(name) not in families:
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -198,29 +205,80 @@ def inventory(only: str | None = None) -> dict[Structure, list[str]]:
     return {kind: [name for _, name in sorted(members)] for kind, members in groups.items()}
 
 
-def prove_all(only: str | None = None) -> list[dict[str, Any]]:
+def prove_all(families: Collection[str] = ()) -> Iterator[dict[str, Any]]:
     """The rows of the table, in the order of timm's modules and names."""
-    rows = []
-    groups = sorted(inventory(only).values(), key=lambda names: (family(names[0]), names[0]))
+    groups = sorted(inventory(families).values(), key=lambda names: (family(names[0]), names[0]))
     for number, names in enumerate(groups, 1):
         started = time.perf_counter()
         small = smallest(names[0])
-        made = {"proved_on": names[0], "depth": small.depth, "side": small.side}
-        row = {"family": family(names[0]), "architectures": sorted(names), **made, **prove(small)}
+        row = {"family": family(names[0]), "architectures": sorted(names), **dataclasses.asdict(small)}
+        row |= prove(small)
         gc.collect()
         seconds = time.perf_counter() - started
-        print(f"{number}/{len(groups)} {names[0]}: {row['route']} {row['error']} {seconds:.1f} s", row["reason"] or "")
-        rows.append(row)
-    return rows
+        print(f"{number}/{len(groups)} {row['name']}: {row['route']} {row['error']} {seconds:.1f} s {row['reason'] or ''}")
+        yield row
+
+
+def small_of(row: dict[str, Any]) -> Small:
+    """What a row was proved on."""
+    return Small(row["name"], row["depth"], row["side"])
+
+
+def route_now(row: dict[str, Any]) -> str:
+    """The route of a row's model, without its proof: what the engine has a plan for."""
+    if row["route"] == "refused":
+        return "refused"
+    return "frozen" if plan.why_not(on_meta(small_of(row).build)) else "engine"
+
+
+def read() -> dict[str, Any]:
+    """The committed data."""
+    return json.loads(JSON.read_text()) if JSON.exists() else {"rows": []}
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    """The data, and the table in the page."""
+    rows = sorted(rows, key=lambda row: (row["family"], row["name"]))
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    JSON.write_text(f'{{"timm": "{timm.__version__}", "rows": [\n{lines}\n]}}\n')
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    PAGE.write_text(before + BEGIN + "\n" + table(rows) + END + rest.partition(END)[2])
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The section of docs/models.md between its marks."""
+    count: Counter[str] = Counter()
+    for row in rows:
+        count[row["route"]] += len(row["architectures"])
+    total = sum(count.values())
+    explained = total - count["refused"]
+    lines = [
+        "",
+        f"timm {timm.__version__}: {total} ViT-like architectures of {len(rows)} structures. Explained: {explained} "
+        f"({explained / total:.1%}), {count['engine']} of them by the engine; refused: {count['refused']}.",
+        "",
+        "| timm module | architectures of one structure | route | replay's error |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        names = ", ".join(f"**{name}**" if name == row["name"] else name for name in row["architectures"])
+        outcome = f"{row['error']:.0e}" if row["route"] != "refused" else row["reason"].replace("|", "\\|")
+        lines.append(f"| {row['family']} | {names} | {row['route']} | {outcome} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """See above."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", help="a module of timm, such as swin_transformer")
+    parser.add_argument("--only", nargs="+", default=[], help="modules of timm, such as swin_transformer")
     parser.add_argument("--routes", action="store_true", help="keep the proofs, ask again for plans")
     options = parser.parse_args()
-    prove_all(options.only)
+    rows = read()["rows"]
+    if options.routes:
+        write([{**row, "route": route_now(row)} for row in rows])
+        return
+    kept = [row for row in rows if options.only and row["family"] not in options.only]
+    write(kept + list(prove_all(options.only)))
 
 
 if __name__ == "__main__":

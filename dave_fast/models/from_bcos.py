@@ -1,0 +1,96 @@
+"""B-cos models (arXiv 2306.10898) of the `bcos` package: what they look at, and the explanation they bring along.
+
+A B-cos unit computes |cos(x, w)|^(B−1)·ŵᵀx with ŵ = w/‖w‖. Its dynamic scaling |cos|^(B−1) is the operator, and the
+rules of `dave_fast.frozen_rules` find that without a line of their own: |ŵᵀx| is an activation, ‖x‖ an operator, and
+their quotient meets the value ŵᵀx in a product. What is left is linear, as in the models' own explanation mode: the
+unperturbed effective gradient ⊙ image is the models' own contribution map (`inherent_contributions`).
+
+Images have six channels (r, g, b, 1−r, 1−g, 1−b), pixels in [0, 1] and nothing subtracted, so that black and white
+are equally bright to a unit without bias. Warps leave all six at zero outside the image: no evidence. Noise is drawn
+for each of the six, and in this unit: a noise_alpha tuned for normalised pixels, about four times as wide, is too much.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dave_fast.errors import InputError, ModelError
+from dave_fast.images import ADD_INVERSE
+from dave_fast.models.adapter import Adapter
+
+
+class BcosModel(Adapter):
+    """A B-cos model as images (B, 6, H, W), pixels and their inverse in [0, 1], -> (B, K) logits."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The model's own."""
+        output: Tensor = self.model(images)
+        return output
+
+
+def add_inverse(images: Tensor) -> Tensor:
+    """Pixels in [0, 1] (..., 3, H, W) -> (..., 6, H, W): r, g, b, 1−r, 1−g, 1−b.
+
+    Raises InputError for another number of channels and for pixels outside of [0, 1].
+    """
+    if images.dim() < 3 or images.shape[-3] != 3:
+        raise InputError(f"images of shape {tuple(images.shape)}; expected three channels (..., 3, H, W)")
+    if images.numel() and not (images.min() >= 0 and images.max() <= 1):
+        raise InputError(
+            f"pixels from {float(images.min()):.3g} to {float(images.max()):.3g}; B-cos models look at pixels in [0, 1]: "
+            "do not normalise them"
+        )
+    return torch.cat([images, 1 - images], dim=-3)
+
+
+def adapt(model: nn.Module) -> BcosModel:
+    """A model of `bcos.models.pretrained`, or one built of its parts, with its preprocessing; it is only read.
+
+    Raises ModelError for a model in explanation mode: its own detach() would hide operators from the proof.
+    """
+    if any(getattr(module, "detach", False) is True for module in model.modules()):
+        raise ModelError("the B-cos model is in its explanation mode, which is not needed here: leave it first")
+    return BcosModel(model, kind="classifier", num_classes=_classes(model), pretrained_cfg=preprocessing_of(model))
+
+
+def preprocessing_of(model: nn.Module) -> dict[str, Any]:
+    """The preprocessing that `bcos.models.pretrained` attaches, else that of its ImageNet models, in timm's words."""
+    resize, side, interpolation = 256, 224, "bilinear"
+    attached = getattr(model, "transform", None)
+    if attached is not None:
+        # Resize and CenterCrop lead the package's one preset for evaluation
+        resizing, crop = attached.transforms.transforms[:2]
+        resize, side, interpolation = resizing.size, crop.size[0], resizing.interpolation.value
+    return {
+        "input_size": (6, side, side),
+        "mean": (0.0, 0.0, 0.0),
+        "std": (1.0, 1.0, 1.0),
+        "interpolation": interpolation,
+        # timm resizes to floor(side / crop_pct); the half keeps rounding away from the next integer
+        "crop_pct": side / (resize + 0.5),
+        "crop_mode": "center",
+        ADD_INVERSE: True,
+    }
+
+
+def inherent_contributions(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
+    """What the model says of itself: its dynamic linear weights ⊙ image, (B, 6, H, W); their channel sum is its map.
+
+    model: of the `bcos` package, or its adapter; it is put into its explanation mode and back. images: (B, 6, H, W).
+    classes: (B,) integers. B-cos, arXiv 2306.10898, Eq. 14 and 15.
+    """
+    own = model.model if isinstance(model, BcosModel) else model
+    leaf = images.detach().clone().requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad(), own.explanation_mode():  # type: ignore[operator]
+        logits = own(leaf).gather(1, classes.view(-1, 1))
+        (weights,) = torch.autograd.grad(logits.sum(), leaf)
+    return weights * images
+
+
+def _classes(model: nn.Module) -> int:
+    """Outputs of the last layer that has weights."""
+    weights = [p for p in model.parameters() if p.dim() >= 2]
+    return len(weights[-1]) if weights else 0
