@@ -57,11 +57,13 @@ class FrozenMode(TorchFunctionMode):
     """Runs torch functions so that autograd sees every input-chosen operator as a constant.
 
     tape: where operators are kept for the affine replay; None where they are only used.
+    met: the names of the functions that were called on what depends on the input.
     """
 
     def __init__(self, tape: Tape | None = None) -> None:
         super().__init__()
         self.tape = tape
+        self.met: set[str] = set()
         self._name = ""
         self._inside: list[Function] = []
 
@@ -97,6 +99,7 @@ class FrozenMode(TorchFunctionMode):
         """One function of PyTorch's core on `live` tensors: by its rule, or as it is."""
         name, in_place = canonical(func)
         self._name = name
+        self.met.add(name)
         ranks = [rank_of(tensor) for tensor in live]
         operators_only = min(ranks) == Rank.OPERATOR
         rule = None if operators_only else RULES.get(name)

@@ -184,7 +184,8 @@ class Preprocessing:
     """A model's own way from a photograph to its input.
 
     size: (H, W) in pixels. mean, std: per channel, of pixels in [0, 1].
-    transform: PIL RGB to normalised float32 (3, H, W), (6, H, W) with ADD_INVERSE. note: what had to be assumed, or None.
+    transform: PIL RGB to normalised float32 (3, H, W), (6, H, W) with ADD_INVERSE.
+    note: what had to be assumed, or None.
     config: what timm makes the transform of, as plain values (`from_config`).
     """
 

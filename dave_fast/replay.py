@@ -27,8 +27,10 @@ from dave_fast.weights import fingerprint
 
 TOLERANCE = 1e-12
 
-# The functions in which attention's operator meets the values.
+# The functions in which attention's operator meets the values; or those in which it is made, where the values are
+# weighed one by one and summed (MobileViT v2).
 MIXING = frozenset({"scaled_dot_product_attention", "matmul", "bmm", "baddbmm", "einsum", "mm"})
+WEIGHING = frozenset({"softmax"})
 
 # A change of less than this, relative to the output, is rounding.
 _NO_CHANGE = 1e-14
@@ -45,7 +47,7 @@ class ReplayReport:
     errors: |⟨c, f(x+δ) − f(x)⟩ − ⟨w, δ⟩| / (‖c‖·(‖f(x+δ) − f(x)‖ + ‖f(x)‖/100)), one for each δ of norm ‖x‖; c is the
         cotangent.
     operators: how many operators were recorded.
-    functions: the names of the functions in which they were met.
+    functions: the names of the functions in which they were met, and those of WEIGHING that were called.
     culprit: where it failed, dotted path, class and what was seen there; None where it held.
     """
 
@@ -58,8 +60,8 @@ class ReplayReport:
 
     @property
     def has_attention(self) -> bool:
-        """Whether somewhere an operator mixes positions: attention, fused or as a matrix product."""
-        return not self.functions.isdisjoint(MIXING)
+        """Whether somewhere an operator mixes positions: attention, fused, as a matrix product, or as a softmax."""
+        return not self.functions.isdisjoint(MIXING | WEIGHING)
 
     @property
     def passed(self) -> bool:
@@ -138,6 +140,7 @@ class Replay:
         with torch.inference_mode(False):
             self.x = inputs[:1].clone().detach().double().requires_grad_()
         self.tape = OperatorTape()
+        self.functions: frozenset[str] = frozenset()
         self._passes = 0
 
     def forward(self, x: Tensor, trace: Trace) -> Tensor:
@@ -147,9 +150,10 @@ class Replay:
             # The caller's generator is put back afterwards; a model that draws must not draw the same twice.
             torch.default_generator.manual_seed(self._passes)
             try:
-                with _DoubleMode(self.tape), trace.watching(self.model):
+                with _DoubleMode(self.tape) as mode, trace.watching(self.model):
                     output = run_frozen(self.model, x)
                 self.tape.finish()
+                self.functions = frozenset(name for name, _ in self.tape.entries) | (mode.met & WEIGHING)
             except _PathError as error:
                 raise NotFrozenError(
                     f"{self.name} takes a path that its input chooses, which has no frozen form: in {trace.where} the "
@@ -190,8 +194,7 @@ def affine_replay(
     slope = replay.backward(output, cotangent)
     steps = [_step(replay.x, generator) for _ in range(2)]
     errors = tuple(_error(replay, output, cotangent, slope, step) for step in steps)
-    functions = frozenset(name for name, _ in replay.tape.entries)
-    report = ReplayReport(replay.name, errors, len(replay.tape.entries), functions, tolerance)
+    report = ReplayReport(replay.name, errors, len(replay.tape.entries), replay.functions, tolerance)
     return report if report.passed else replace(report, culprit=_locate(replay, cotangent, steps[0]))
 
 

@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import gc
 import importlib
-import inspect
 import json
 import re
 import sys
@@ -148,27 +147,23 @@ class Small:
 
 
 def smallest(name: str) -> Small:
-    """The smallest form in which an architecture keeps its structure."""
+    """The smallest form in which an architecture keeps its structure and takes an image."""
     whole = structure(on_meta(Small(name, None, None).build))
-    depths = (depth for depth in (1, 2, 3, 4) if structure(on_meta(Small(name, depth, None).build)) == whole)
-    small = Small(name, next(depths, None), None)
-    for side in IMAGE_SIZES:
-        if _keeps(dataclasses.replace(small, side=side), whole):
-            return dataclasses.replace(small, side=side)
-    return small
 
-
-def _keeps(small: Small, whole: Structure) -> bool:
-    """Whether the small form can be built, has the whole structure, and takes its image."""
-    try:
-        model = on_meta(small.build)
-        if structure(model) != whole:
+    def keeps(small: Small, *, run: bool) -> bool:
+        try:
+            model = on_meta(small.build)
+            if run:
+                model(small.image(model).to("meta"))
+        # Families refuse a setting in many ways; what fails as registered is not hidden but a row of the table.
+        except Exception:
             return False
-        model(small.image(model).to("meta"))
-    # Families refuse a setting in many ways; what then fails as registered is not hidden but a row of the table.
-    except Exception:
-        return False
-    return True
+        return structure(model) == whole
+
+    cuts = (Small(name, depth, None) for depth in (1, 2, 3, 4))
+    small = next((cut for cut in cuts if keeps(cut, run=False)), Small(name, None, None))
+    sides = (dataclasses.replace(small, side=side) for side in IMAGE_SIZES)
+    return next((side for side in sides if keeps(side, run=True)), small)
 
 
 def prove(small: Small) -> dict[str, Any]:
@@ -215,7 +210,8 @@ def prove_all(families: Collection[str] = ()) -> Iterator[dict[str, Any]]:
         row |= prove(small)
         gc.collect()
         seconds = time.perf_counter() - started
-        print(f"{number}/{len(groups)} {row['name']}: {row['route']} {row['error']} {seconds:.1f} s {row['reason'] or ''}")
+        outcome = row["reason"] or row["error"]
+        print(f"{number}/{len(groups)} {row['name']}: {row['route']}, {outcome}, {seconds:.1f} s")
         yield row
 
 

@@ -282,3 +282,8 @@ def test_attention_is_noticed() -> None:
     assert affine_replay(ENGINE["vit"].build(), ENGINE["vit"].images()).has_attention
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten()).eval()
     assert not affine_replay(network, ENGINE["vit"].images()).has_attention
+
+
+def test_attention_by_weights_that_are_summed_is_noticed() -> None:
+    pool = Planted(lambda x: (x * torch.softmax(x.sum(1, keepdim=True).flatten(2), -1).view(-1, 1, 32, 32)).sum((2, 3)))
+    assert affine_replay(pool.eval(), ENGINE["vit"].images()).has_attention

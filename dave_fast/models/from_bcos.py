@@ -40,8 +40,8 @@ def add_inverse(images: Tensor) -> Tensor:
         raise InputError(f"images of shape {tuple(images.shape)}; expected three channels (..., 3, H, W)")
     if images.numel() and not (images.min() >= 0 and images.max() <= 1):
         raise InputError(
-            f"pixels from {float(images.min()):.3g} to {float(images.max()):.3g}; B-cos models look at pixels in [0, 1]: "
-            "do not normalise them"
+            f"pixels from {float(images.min()):.3g} to {float(images.max()):.3g}; B-cos models look at pixels in "
+            "[0, 1]: do not normalise them"
         )
     return torch.cat([images, 1 - images], dim=-3)
 
