@@ -145,9 +145,7 @@ def test_the_adapter_is_the_model():
     assert adapted.num_classes == CLASSES and adapted.kind == "classifier"
     assert torch.equal(adapted(images), model(images))
     classes = torch.tensor([0, 1])
-    assert torch.equal(
-        inherent_contributions(adapted, images, classes), inherent_contributions(model, images, classes)
-    )
+    assert torch.equal(inherent_contributions(adapted, images, classes), inherent_contributions(model, images, classes))
 
 
 def test_plain_errors():
