@@ -152,7 +152,7 @@ class Text(Question):
         if not isinstance(model, TextImageModel):
             raise InputError(
                 f"{type(model).__name__} takes no text prompts; load a CLIP or SigLIP model with its text tower "
-                "(docs/models.md), or give Similarity(embedding)"
+                "(open_clip:ViT-B-16:TAG, hf:openai/clip-vit-base-patch16), or give Similarity(embedding)"
             )
         scale = float(model.logit_scale) if self.scale is None else self.scale
         return Similarity(model.text_embedding([self.prompt])[0], scale)

@@ -385,11 +385,11 @@ def test_targets_share_the_forward_walks(model, images, monkeypatch):
 ONE = 4 * 3 * HEIGHT * WIDTH * 5  # bytes of the contributions of one image and target
 
 
-@pytest.mark.parametrize(("fitting", "walks"), [(50, 1), (10, 1), (4, 3), (1, 10)])
+@pytest.mark.parametrize(("fitting", "walks"), [(60, 1), (17, 3), (1, 50)])
 def test_memory_is_bounded_and_the_bits_are_the_same(model, images, monkeypatch, fitting, walks):
     """Samples of `fitting` pairs of image and target fit; images are walked forward as often as that takes."""
     explain = explainer(model)
-    asked = [i % 5 for i in range(10)]
+    asked = [i % 5 for i in range(50)]
     ample = explain.explain(images[:1], targets=asked, n_samples=5, internal_batch_size=4)
     made = []
     empty = torch.Tensor.new_empty
@@ -403,7 +403,8 @@ def test_memory_is_bounded_and_the_bits_are_the_same(model, images, monkeypatch,
     monkeypatch.setattr(torch.Tensor, "new_empty", counting)
     tight = explain.explain(images[:1], targets=asked, n_samples=5, internal_batch_size=4)
     assert torch.equal(tight.raw, ample.raw) and torch.equal(tight.maps, ample.maps)
-    assert max(made) <= ONE * max(2, fitting)
+    result = tight.raw.numel() * tight.raw.element_size()
+    assert max(size for size in made if size != result) <= ONE * fitting
     seen = []
     explain.explain(images[:1], targets=asked, n_samples=5, internal_batch_size=4, progress=lambda *of: seen.append(of))
     assert seen[-1] == (5 * walks, 5 * walks)
