@@ -1,0 +1,270 @@
+"""A gallery of one image: several classes, contrasts, numbers of samples, noise levels and resolutions.
+
+    python scripts/gallery.py                                              the embedded scene and model
+    python scripts/gallery.py photo.jpg --model deit3_base_patch16_224.fb_in1k --out gallery/
+    python scripts/gallery.py --page docs/gallery.md --out docs/figures    what the documentation shows
+
+Writes a figure a question under --out, and a page that says what they show and how alike their maps are. A model is any
+that `dave_fast.DAVE` takes by name; resolutions need one whose position embeddings timm can resample.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import io
+import logging
+import os
+import textwrap
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+import dave_fast
+from dave_fast import figures
+from dave_fast.figures import Panel
+from dave_fast.files import atomically
+from dave_fast.images import Preprocessing, preprocessing, read_image
+from dave_fast.labels import Labels, labels_of
+from dave_fast.metrics import correlation
+from dave_fast.targets import Contrast, Sum, Target
+
+CLASSES = 4
+SAMPLES = (1, 4, 16, 50, 200)
+ALPHAS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
+# sides, as shares of the model's own
+RESOLUTIONS = (0.75, 1.0, 1.5, 2.0)
+DPI = 120
+# of a line of the page
+WIDTH = 140
+COLOURS = 256
+
+
+@dataclass(frozen=True)
+class Question:
+    """One figure of the gallery. text: Markdown behind it."""
+
+    name: str
+    title: str
+    text: str
+    picture: Image.Image
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the gallery is about."""
+
+    explainer: dave_fast.DAVE
+    image: Image.Image
+    n_samples: int
+    converged: int
+
+    @cached_property
+    def prepare(self) -> Preprocessing:
+        return preprocessing(self.explainer.model)
+
+    @cached_property
+    def seen(self) -> tuple[Tensor, np.ndarray]:
+        """The model's input (3, H, W) and the pixels that it shows."""
+        return self.prepare(self.image)
+
+    @cached_property
+    def labels(self) -> Labels:
+        return labels_of(self.explainer.model)
+
+    @cached_property
+    def ranked(self) -> list[int]:
+        """The most probable classes."""
+        logits = self.explainer.predict(self.seen[0][None])[0]
+        return [int(index) for index in logits.topk(min(max(CLASSES, 5), len(logits))).indices]
+
+    @property
+    def first(self) -> int:
+        return self.ranked[0]
+
+    def maps(self, targets: list[Target], n_samples: int | None = None) -> Tensor:
+        """(K, H, W) of K targets."""
+        return self.explainer.explain(self.seen[0], targets=targets, n_samples=n_samples or self.n_samples).maps[0]
+
+    def name(self, index: int) -> str:
+        return self.labels.name(index)
+
+
+def classes(subject: Subject) -> Question:
+    """The most probable classes of one image, from one call."""
+    shown = subject.ranked[:CLASSES]
+    found = subject.explainer.explain(subject.seen[0], targets=list(shown), n_samples=subject.n_samples)
+    panels = [
+        Panel(heat.numpy(), subject.name(index), float(probability))
+        for heat, index, probability in zip(found.maps[0].cpu(), shown, found.probability[0], strict=True)
+    ]
+    chances = found.output[0].softmax(0).topk(min(5, found.output.shape[1]))
+    bars = [(subject.name(int(i)), float(p)) for p, i in zip(chances.values, chances.indices, strict=True)]
+    text = (
+        f"The {len(shown)} most probable classes, explained in one call that walks the perturbed images forward "
+        "once. Each map is "
+        "divided by its own maximum: a class that the model hardly believes in has a bright map too, of what "
+        "little speaks for it."
+    )
+    return Question("classes", "Several classes", text, drawn(subject, panels, bars))
+
+
+def contrast(subject: Subject) -> Question:
+    """Two classes, their sum and their differences."""
+    a, b = subject.ranked[:2]
+    one, other = subject.name(a), subject.name(b)
+    asked: dict[str, Target] = {
+        one: a,
+        other: b,
+        f"{one} + {other}": Sum(a, b),
+        f"{one} − {other}": Contrast(a, b),
+        f"{other} − {one}": Contrast(b, a),
+    }
+    maps = subject.maps(list(asked.values())).cpu()
+    panels = [Panel(heat.numpy(), name) for heat, name in zip(maps, asked, strict=True)]
+    alike = correlation(maps[0][None], maps[3][None]).item()
+    text = (
+        f"“Why {one}?”, “why {other}?”, either, and “why {one} and not {other}?” with its reverse. In a difference "
+        "pixels that speak "
+        "for both cancel, and those that speak against the second class speak for the first. Here the maps of "
+        f"“{one}” and of "
+        f"“{one} − {other}” correlate {alike:.2f}."
+    )
+    return Question("contrast", "Why this and not that", text, drawn(subject, panels))
+
+
+def samples(subject: Subject) -> Question:
+    """From one perturbed sample to many."""
+    most = subject.converged
+    counts = [count for count in SAMPLES if count < most]
+    found = {count: subject.maps([subject.first], count) for count in (*counts, most)}
+    alike = [f"{correlation(found[count], found[most]).item():.2f} at S = {count}" for count in counts]
+    panels = [Panel(found[count][0].cpu().numpy(), f"S = {count}") for count in counts]
+    text = (
+        f"The predicted class with more and more perturbed samples. Correlation with the map at S = {most:,}: "
+        f"{', '.join(alike)}. The first 4 samples of 16 are the 4 of 4, so a map can be refined."
+    )
+    return Question("samples", "How many samples", text, drawn(subject, panels))
+
+
+def alphas(subject: Subject) -> Question:
+    """The noise level, the one number that has to be tuned for a model."""
+    maps = {}
+    for alpha in ALPHAS:
+        with_alpha = dave_fast.DAVE(subject.explainer.model, precision=subject.explainer.precision, noise_alpha=alpha)
+        maps[alpha] = Subject(with_alpha, subject.image, subject.n_samples, subject.converged).maps([subject.first])
+    panels = [Panel(heat[0].cpu().numpy(), f"α = {alpha}") for alpha, heat in maps.items()]
+    own = min(ALPHAS, key=lambda alpha: abs(alpha - subject.explainer.sampling.noise_alpha))
+    told = ", ".join(f"{correlation(maps[alpha], maps[own]).item():.2f} at {alpha}" for alpha in ALPHAS if alpha != own)
+    text = (
+        "The predicted class at several highest noise levels, `noise_alpha`. Correlation with the map at "
+        f"α = {own}: {told}. How much it matters depends on the model; `dave-fast tune` chooses it for one."
+    )
+    return Question("alpha", "The noise level α", text, drawn(subject, panels))
+
+
+def resolutions(subject: Subject) -> Question | None:
+    """The same image at other sizes; None for a model whose position embeddings cannot be resampled."""
+    model = subject.explainer.model
+    if not hasattr(model, "set_input_size"):
+        return None
+    patch = model.patch_embed.patch_size
+    panels, told = [], []
+    for share in RESOLUTIONS:
+        size = tuple(round(side * share / p) * p for side, p in zip(subject.prepare.size, patch, strict=True))
+        resized = copy.deepcopy(model)
+        resized.set_input_size(img_size=size)
+        explainer = dave_fast.DAVE(
+            resized, precision=subject.explainer.precision, noise_alpha=subject.explainer.sampling.noise_alpha
+        )
+        inputs, crop = preprocessing(resized, size)(subject.image)
+        found = explainer.explain(inputs, subject.first, n_samples=subject.n_samples)
+        panels.append(Panel(found.maps[0].cpu().numpy(), "×".join(map(str, size)), crop=crop))
+        told.append(f"{figures.percent(float(found.probability[0]))} at {panels[-1].name}")
+    text = (
+        "The same image at other sizes, position embeddings resampled: a map has the resolution of its input. What the "
+        f"model believes changes with the size too, so look at both. Probability of “{subject.name(subject.first)}”: "
+        f"{', '.join(told)}."
+    )
+    return Question("resolution", "Resolution", text, drawn(subject, panels))
+
+
+def drawn(subject: Subject, panels: list[Panel], bars: list[tuple[str, float]] | None = None) -> Image.Image:
+    """A figure as a picture small enough for a repository."""
+    buffer = io.BytesIO()
+    figures.figure(subject.seen[1], panels, bars or []).savefig(buffer, format="png", dpi=DPI)
+    return Image.open(buffer).convert("RGB").quantize(COLOURS, kmeans=2, dither=Image.Dither.NONE)
+
+
+def questions(subject: Subject) -> Iterator[Question]:
+    """The gallery, figure by figure."""
+    for make in (classes, contrast, samples, alphas, resolutions):
+        made = make(subject)
+        if made is not None:
+            yield made
+
+
+def page(subject: Subject, made: list[tuple[Question, Path]], target: Path, command: str) -> str:
+    """The gallery as Markdown; pictures relative to it."""
+    about = (
+        f"One image and the model `{subject.explainer.model_name}`; S = {subject.n_samples} and "
+        f"α = {subject.explainer.sampling.noise_alpha} where nothing else is said. Above: the map over the image; "
+        f"below: the map alone. Made by `{command}`, which takes your image and your model as well."
+    )
+    lines = ["# Gallery", "", textwrap.fill(about, WIDTH)]
+    for question, path in made:
+        link = os.path.relpath(path, target.parent)
+        lines += [
+            "",
+            f"## {question.title}",
+            "",
+            f"![{question.title}]({link})",
+            "",
+            textwrap.fill(question.text, WIDTH),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Explain, draw, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("image", nargs="?", type=Path, help="a photograph; the embedded scene")
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--n-samples", type=int, default=50)
+    parser.add_argument("--converged", type=int, default=800, help="samples of the map that others are compared with")
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--out", type=Path, default=Path("gallery"))
+    parser.add_argument("--page", type=Path, help="OUT/gallery.md")
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.getLogger("dave_fast").setLevel(logging.ERROR)
+    if given.image is None:
+        from dave_fast.demo import demo_scene
+
+        image = demo_scene().image
+    else:
+        image = read_image(given.image)
+    subject = Subject(dave_fast.DAVE(given.model, precision=given.precision), image, given.n_samples, given.converged)
+    made = []
+    for question in questions(subject):
+        path = given.out / f"gallery_{question.name}.png"
+        with atomically(path) as file:
+            question.picture.save(file, format="PNG", optimize=True)
+        made.append((question, path))
+        print(f"{path}: {path.stat().st_size / 1024:.0f} KiB")
+    target = given.page or given.out / "gallery.md"
+    options = " ".join(f"--{name} {getattr(given, name)}" for name in ("model",) if getattr(given, name) != "demo")
+    command = " ".join(filter(None, ["python scripts/gallery.py", str(given.image or ""), options]))
+    with atomically(target) as file:
+        file.write(page(subject, made, target, command).encode())
+    print(target)
+
+
+if __name__ == "__main__":
+    main()
