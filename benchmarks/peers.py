@@ -289,7 +289,7 @@ def check(model: Any) -> None:
         pairs = _pairs(reading)
         if any(m.activation != "gelu" or a.q_norm is not None or a.k_norm is not None for a, m in pairs):
             raise NoPlanError("its activation is no exact GELU, or it normalises q and k")
-        if reading.norm_pre is not None or model.global_pool not in ("token", "avg"):
+        if reading.norm_pre is not None or reading.patch_norm is not None or model.global_pool not in ("token", "avg"):
             raise NoPlanError("it normalises before the first block, or pools by attention")
         if type(model.head) is not nn.Linear or hasattr(model, "head_dist"):
             raise NoPlanError("its head is not one linear layer")

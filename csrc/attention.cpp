@@ -68,10 +68,19 @@ struct Task {
     }
   }
 
-  // scores of queries [first, first + count): (count, columns), unscaled
-  void score(const T* q, int64_t stride, int64_t first, int64_t count) {
+  // scores of queries [first, first + count): (count, columns), unscaled, so with bias/scale
+  void score(const T* q, int64_t stride, int64_t head, int64_t first, int64_t count) {
     const auto* words = reinterpret_cast<const uint32_t*>(q + first * stride);
     multiply<T>(words, stride / pair, 1, count, keys, columns, columns, scores, columns, depth, false);
+    if (!shape.bias) return;
+    const float over_scale = 1.0f / shape.scale;
+    for (int64_t i = 0; i < count; ++i) {
+      const T* bias = static_cast<const T*>(shape.bias) + (head * shape.queries + first + i) * shape.tokens;
+      float* s = scores + i * columns;
+      int64_t n = 0;
+      for (; n + lanes <= shape.tokens; n += lanes) store(s + n, load(s + n) + load(bias + n) * over_scale);
+      for (; n < shape.tokens; ++n) s[n] += widen(bias[n]) * over_scale;
+    }
   }
 
   // One row of scores -> exp(scale·s − its maximum), zero past the last token. Returns the sum, and the maximum.
@@ -158,7 +167,7 @@ void run_forward(const AttentionShape& shape, const Heads& q, const Heads& k, co
         const int64_t index = row * shape.heads + head;
         for (int64_t first = 0; first < shape.queries; first += query_block) {
           const int64_t count = first + query_block < shape.queries ? query_block : shape.queries - first;
-          task.score(at<T>(q, row, head), q.token, first, count);
+          task.score(at<T>(q, row, head), q.token, head, first, count);
           task.softmax(count, lse ? lse + index * shape.queries + first : nullptr);
           if (saved.words) task.save(count, saved.words + index * saved.head + first / task.pair * task.columns);
           multiply<T>(task.rows_of_words(count), task.columns / task.pair, 1, count, task.values, task.width,
@@ -188,7 +197,7 @@ void run_vjp(const AttentionShape& shape, const Heads& q, const Heads& k, const 
           const int64_t count = first + block < shape.queries ? block : shape.queries - first;
           const uint32_t* words = saved.words + index * saved.head;
           if (!saved.words) {
-            task.score(at<T>(q, row, head), q.token, first, count);
+            task.score(at<T>(q, row, head), q.token, head, first, count);
             task.probabilities(count, lse + index * shape.queries + first);
             task.save(count, task.rows);
             words = task.rows;

@@ -1,4 +1,4 @@
-// attention on the host:  P = softmax(scale·q kᵀ), out = P v;  frozen VJP: dv = Pᵀ d_out.
+// attention on the host:  P = softmax(scale·q kᵀ + bias), out = P v;  frozen VJP: dv = Pᵀ d_out.
 // DAVE, arXiv 2602.06613, Eq. 3-5.
 //
 // R rows · Q queries · N tokens · heads · D head dimension. A *word* is 32 bits: one float, or two bfloat16 that
@@ -23,6 +23,8 @@ struct AttentionShape {
   float scale;
   // float32, or bfloat16 where `multiplies_bfloat16`
   Dtype dtype;
+  // (heads, Q, N) of that type, contiguous, the same for all rows; null without a bias
+  const void* bias = nullptr;
 };
 
 // Words of one (row, head)'s saved P: float32 (Q, padded N), bfloat16 pairs of queries (⌈Q/2⌉, padded N).

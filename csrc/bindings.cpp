@@ -78,29 +78,30 @@ dave::Heads heads_of(uintptr_t data, const std::vector<int64_t>& strides) {
 }
 
 // shape: rows, queries, tokens, heads, D
-dave::AttentionShape attention_shape(const std::vector<int64_t>& shape, float scale, int dtype) {
+dave::AttentionShape attention_shape(const std::vector<int64_t>& shape, float scale, int dtype, uintptr_t bias) {
   if (shape.size() != 5) throw std::invalid_argument("an attention shape has five sizes");
   const auto type = dtype_of(dtype);
   if (type == dave::Dtype::float64 || (type == dave::Dtype::bfloat16 && !dave::kernels().multiplies_bfloat16))
     throw std::invalid_argument("this instruction set's attention does not take that type");
   if (type == dave::Dtype::bfloat16 && shape[4] % 2) throw std::invalid_argument("bfloat16 needs an even head dimension");
   if (!(scale > 0)) throw std::invalid_argument("attention's scale must be positive");
-  return {shape[0], shape[1], shape[2], shape[3], shape[4], scale, type};
+  return {shape[0], shape[1], shape[2], shape[3], shape[4], scale, type, pointer<const void>(bias)};
 }
 
-void attention(const std::vector<int64_t>& shape, float scale, int dtype, uintptr_t q, const std::vector<int64_t>& q_strides,
-               uintptr_t k, const std::vector<int64_t>& k_strides, uintptr_t v, const std::vector<int64_t>& v_strides,
-               uintptr_t out, uintptr_t lse, uintptr_t saved, int64_t saved_head, int threads) {
-  dave::kernels().attention(attention_shape(shape, scale, dtype), heads_of(q, q_strides), heads_of(k, k_strides),
+void attention(const std::vector<int64_t>& shape, float scale, int dtype, uintptr_t bias, uintptr_t q,
+               const std::vector<int64_t>& q_strides, uintptr_t k, const std::vector<int64_t>& k_strides, uintptr_t v,
+               const std::vector<int64_t>& v_strides, uintptr_t out, uintptr_t lse, uintptr_t saved, int64_t saved_head,
+               int threads) {
+  dave::kernels().attention(attention_shape(shape, scale, dtype, bias), heads_of(q, q_strides), heads_of(k, k_strides),
                             heads_of(v, v_strides), pointer<void>(out), pointer<float>(lse),
                             {pointer<uint32_t>(saved), saved_head}, threads);
 }
 
-void attention_vjp(const std::vector<int64_t>& shape, float scale, int dtype, uintptr_t q,
+void attention_vjp(const std::vector<int64_t>& shape, float scale, int dtype, uintptr_t bias, uintptr_t q,
                    const std::vector<int64_t>& q_strides, uintptr_t k, const std::vector<int64_t>& k_strides, uintptr_t lse,
                    uintptr_t saved, int64_t saved_head, uintptr_t d_out, const std::vector<int64_t>& d_out_strides,
                    uintptr_t d_v, int threads) {
-  dave::kernels().attention_vjp(attention_shape(shape, scale, dtype), heads_of(q, q_strides), heads_of(k, k_strides),
+  dave::kernels().attention_vjp(attention_shape(shape, scale, dtype, bias), heads_of(q, q_strides), heads_of(k, k_strides),
                                 pointer<const float>(lse), {pointer<uint32_t>(saved), saved_head},
                                 heads_of(d_out, d_out_strides), pointer<void>(d_v), threads);
 }

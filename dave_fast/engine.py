@@ -46,6 +46,7 @@ class Saved:
     """The operators of one micro-batch, step by step."""
 
     rows: int
+    rstd_patch: Tensor | None
     rstd_pre: Tensor | None
     steps: list[list[SavedLayer]]
     tail_input: Tensor
@@ -91,7 +92,7 @@ class Engine:
         """tokens (R, n, c·p_h·p_w) in the plan's dtype -> logits (R, K) float32 (float64), operators."""
         plan = self.plan
         rows = tokens.shape[0]
-        x, squares, rstd_pre = self._embed(tokens)
+        x, squares, rstd_patch, rstd_pre = self._embed(tokens)
         saved = []
         for step in plan.steps:
             x, squares, operators = self._step(step, x, squares, rows)
@@ -99,7 +100,7 @@ class Engine:
         x = x.view(rows, -1, plan.width).to(statistics_dtype(plan.dtype)).requires_grad_()
         with torch.enable_grad(), freeze():
             logits = plan.tail(x)
-        return logits.detach(), Saved(rows, rstd_pre, saved, x, logits)
+        return logits.detach(), Saved(rows, rstd_patch, rstd_pre, saved, x, logits)
 
     @torch.no_grad()
     def vjp(self, saved: Saved, cotangent: Tensor) -> Tensor:
@@ -116,21 +117,26 @@ class Engine:
 
     # ---- patch embedding ----
 
-    def _embed(self, tokens: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The stream (R·N, C), what is known of its squares, and the first norm's 1/σ where there is one."""
-        plan = self.plan
+    def _embed(self, tokens: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """The stream (R·N, C), what is known of its squares, and 1/σ of the norms of patches and of all tokens."""
+        plan, rstd_patch = self.plan, None
         rows, patches, _ = tokens.shape
         embedded = self._linear(tokens.reshape(rows * patches, -1), plan.embed.weight, plan.embed.bias)
-        embedded = embedded.view(rows, patches, -1)
         norm = plan.norm_pre
+        if plan.patch_norm is not None:
+            embedded, rstd_patch = self._normed(plan.patch_norm, embedded, centred=plan.centred and norm is None)
+        embedded = embedded.view(rows, patches, -1)
         squares = self._squares and norm is None
         assembled = self._assemble(embedded, plan.prefix, plan.position, squares=squares)
         x, sums = assembled if squares else (assembled, None)
         if norm is None:
-            return x, sums, None
+            return x, sums, rstd_patch, None
         # a real norm ahead of the blocks: the stream starts behind it, centred where the plan is
-        x, rstd = self._normalize(x, norm.weight, norm.bias, norm.eps, centres=norm.centres, centred=plan.centred)
-        return x, None, rstd
+        x, rstd = self._normed(norm, x, centred=plan.centred)
+        return x, None, rstd_patch, rstd
+
+    def _normed(self, norm: Norm, x: Tensor, *, centred: bool) -> tuple[Tensor, Tensor]:
+        return self._normalize(x, norm.weight, norm.bias, norm.eps, centres=norm.centres, centred=centred)
 
     def _embed_vjp(self, g: Tensor, saved: Saved) -> Tensor:
         plan = self.plan
@@ -138,7 +144,12 @@ class Engine:
         if norm is not None and saved.rstd_pre is not None:
             g = self._normalize_vjp(g, norm.weight, saved.rstd_pre, centres=norm.centres, centred=plan.centred)
         g = g.view(saved.rows, plan.tokens, plan.width)[:, plan.prefix.shape[0] :]
-        patches = g.reshape(-1, plan.width)
+        patches, first = g.reshape(-1, plan.width), plan.patch_norm
+        if first is not None:
+            centred = plan.centred and norm is None
+            patches = self._normalize_vjp(
+                patches, first.weight, saved.rstd_patch, centres=first.centres, centred=centred
+            )
         return self._linear(patches, plan.embed.transposed).view(saved.rows, g.shape[1], -1)
 
     # ---- one step ----
@@ -188,7 +199,7 @@ class Engine:
             written = self._linear(y, writer.weight, writer.bias, row_scale=inner, residual=x, squares=self._squares)
             return (*written, None) if self._squares else (written, None, None)
         y = self._linear(y, writer.weight, writer.bias, row_scale=inner)
-        y, rstd = self._normalize(y, post.weight, post.bias, post.eps, centres=post.centres, centred=self.plan.centred)
+        y, rstd = self._normed(post, y, centred=self.plan.centred)
         return y.add_(x), None, rstd
 
     def _attend(
@@ -222,7 +233,7 @@ class Engine:
         if isinstance(norm, nn.Module):
             heads = norm(heads)
         elif norm is not None:
-            heads = self._normalize(heads, norm.weight, norm.bias, norm.eps, centres=norm.centres)[0]
+            heads = self._normed(norm, heads, centred=False)[0]
         if layer.rotation is None:
             return heads
         cos, sin = (table[: heads.shape[1]] for table in (layer.rotation.cos, layer.rotation.sin))

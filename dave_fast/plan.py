@@ -26,9 +26,9 @@ from dave_fast.precision import statistics_dtype
 class ViTPlan:
     """A Vision Transformer laid out for the engine. C width, n patches, N tokens, K classes.
 
-    embed: patch projection (C, c·p_h·p_w), its bias left out · position: (n, C) added to the patches, the
-    projection's bias included · prefix: (N − n, C) class, distillation and register tokens ·
-    norm_pre: (weight, bias, eps, centres) where the model normalises before the first block ·
+    embed: patch projection (C, c·p_h·p_w), its bias left out but ahead of a norm · patch_norm: of the patches alone ·
+    position: (n, C) added to the patches, with the projection's bias where that was left out · prefix: (N − n, C)
+    class, distillation and register tokens · norm_pre: of all tokens, before the first block ·
     read: leading tokens that the tail reads · tail: final norm, pooling and head as a module.
     """
 
@@ -38,6 +38,7 @@ class ViTPlan:
     dtype: torch.dtype
     device: torch.device
     embed: Projection
+    patch_norm: Norm | None
     position: Tensor
     prefix: Tensor
     norm_pre: Norm | None
@@ -124,7 +125,9 @@ def make_plan(
     maker = Maker(dtype, pack, torch.device(device), read, centred)
     embed, position, prefix = double(read.projection), read.position, read.prefix
     if centred and read.norm_pre is None:
-        embed, position, prefix = centre_writer(embed), remove_mean(position), remove_mean(prefix)
+        position, prefix = remove_mean(position), remove_mean(prefix)
+        # behind a norm the norm's own result is centred
+        embed = centre_writer(embed) if read.patch_norm is None else embed
     if sibling is not None:
         # all but positions, rotations and biases is the same for every image size
         return replace(
@@ -141,6 +144,7 @@ def make_plan(
         dtype=dtype,
         device=maker.device,
         embed=maker.projection(embed),
+        patch_norm=maker.norm(read.patch_norm),
         position=maker.cast(position),
         prefix=maker.cast(prefix),
         norm_pre=maker.norm(read.norm_pre),

@@ -123,6 +123,8 @@ ENGINE: dict[str, Variant] = {
     "dinov2-giant-swiglu": _vit("vit_giant_patch14_dinov2", (28, 28), patch_size=14, init_values=0.5),
     "siglip": _vit("vit_base_patch16_siglip_224"),
     "clip": _vit(_CLIP),
+    "vit-patch-norm": _vit("aimv2_large_patch14_224", (28, 28), patch_size=14),
+    "vit-patch-norm-centred": _vit(embed_norm_layer="layernorm"),
     "vit-post-norm": _vit(block_fn=ResPostBlock, init_values=0.5),
     "vit-post-norm-average": _vit(block_fn=ResPostBlock, class_token=False, global_pool="avg", norm_layer="rmsnorm"),
     "vit-parallel": _vit(block_fn=ParallelScalingBlock, init_values=0.5, qk_norm=True),

@@ -110,7 +110,8 @@ Step = tuple[Branch, ...]
 class Reading:
     """A model for images of one size.
 
-    projection: of patches (C, c·p_h·p_w) · position: (n, C) is added to the patches, the projection's bias included ·
+    projection: of patches (C, c·p_h·p_w), its bias only where `patch_norm` follows it · position: (n, C) is added to
+    the patches, the projection's bias included where it is not there ·
     prefix: (k, C) class, distillation and register tokens · read: leading tokens that the tail reads, None for all ·
     tail: makes what follows the last block, (R, tokens, C) -> output, in a dtype · blind: whether the tail is blind to
     a token's mean.
@@ -120,6 +121,7 @@ class Reading:
     patch_size: tuple[int, int]
     channels: int
     projection: Linear
+    patch_norm: Norm | None
     position: Tensor
     prefix: Tensor
     norm_pre: Norm | None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -62,9 +63,11 @@ def _read(
     projection, position, prefix = _read_embedding(model, shape)
     norm_pre = getattr(model, "norm_pre", nn.Identity())
     try:
-        normed = read_norm(norm_pre)
+        patch_norm, normed = read_norm(model.patch_embed.norm), read_norm(norm_pre)
     except NoPlanError as reason:
-        raise NoPlanError(f"norm_pre: {reason}") from None
+        raise NoPlanError(f"ahead of the blocks: {reason}") from None
+    if patch_norm is None:
+        projection, position = replace(projection, bias=0 * projection.bias), position + projection.bias.double()
     read_block = block_reader(model, shape)
     blocks = []
     for i, block in enumerate(model.blocks):
@@ -79,6 +82,7 @@ def _read(
         patch_size=tuple(model.patch_embed.patch_size),
         channels=_channels(model),
         projection=projection,
+        patch_norm=patch_norm,
         position=position,
         prefix=prefix,
         norm_pre=normed,
@@ -124,8 +128,8 @@ def _channels(model: Any) -> int:
 def grid(model: Any, size: tuple[int, int]) -> tuple[int, int]:
     """The patch grid for images of `size`; NoPlanError where the model would refuse them."""
     embed = model.patch_embed
-    if type(embed) is not PatchEmbed or type(embed.norm) is not nn.Identity:
-        raise NoPlanError(f"its patch embedding is a {type(embed).__name__} with a norm or another form")
+    if type(embed) is not PatchEmbed:
+        raise NoPlanError(f"its patch embedding is a {type(embed).__name__}")
     if embed.dynamic_img_pad:
         raise NoPlanError("its patch embedding pads images")
     conv, patch = embed.proj, tuple(embed.patch_size)
@@ -140,9 +144,10 @@ def grid(model: Any, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _read_embedding(model: Any, shape: tuple[int, int]) -> tuple[Linear, Tensor, Tensor]:
-    """(patch projection without its bias, its bias with the positions (n, C), prefix tokens (k, C)), float64."""
+    """(patch projection, positions (n, C), prefix tokens (k, C)), the latter two in float64."""
     conv = model.patch_embed.proj
     weight = conv.weight.detach().flatten(1)
+    bias = torch.zeros_like(weight[:, 0]) if conv.bias is None else conv.bias.detach()
     tokens = [getattr(model, name, None) for name in ("cls_token", "dist_token", "reg_token")]
     found = [t.detach()[0].double() for t in tokens if t is not None]
     prefix = torch.cat(found) if found else weight.new_zeros(0, len(weight)).double()
@@ -157,9 +162,7 @@ def _read_embedding(model: Any, shape: tuple[int, int]) -> tuple[Linear, Tensor,
             )
         position = table[0, skipped:].double()
         prefix[:skipped] += table[0, :skipped].double()
-    if conv.bias is not None:
-        position = position + conv.bias.detach().double()
-    return Linear(weight, torch.zeros_like(weight[:, 0])), position, prefix
+    return Linear(weight, bias), position, prefix
 
 
 # ---- parts of blocks ----

@@ -6,7 +6,7 @@ order of preference; a backend asked for by name is taken for every op that has 
 `BackendError`, with the reason, where it cannot be loaded. Ops that lack it keep their default.
 
 A backend's function hands what its kernels do not cover (float64 in linear and attention, bfloat16 on a CPU that
-does not multiply it, a bias of the scores in C++) to PyTorch: the same result, not the same speed.
+does not multiply it) to PyTorch: the same result, not the same speed.
 
 The choice is made once per engine (`bind`), never per call.
 """

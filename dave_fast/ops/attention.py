@@ -83,12 +83,12 @@ def attention_vjp_ref(saved: SavedAttention, d_out: Tensor) -> Tensor:
 def attention_native(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> tuple[Tensor, Any]:
     """`attention_ref` in C++ on the host, one (row, head) a task, nothing quadratic in memory above 400 tokens.
 
-    float32, and bfloat16 where the CPU multiplies it, without a bias; anything else stays with PyTorch.
+    float32, and bfloat16 where the CPU multiplies it; anything else stays with PyTorch.
     """
     native = _ext.module()
     rows, queries, heads, dim = q.shape
     bf16 = q.dtype == torch.bfloat16
-    if bias is not None or not (q.dtype == torch.float32 or (bf16 and dim % 2 == 0 and native.multiplies_bfloat16())):
+    if not (q.dtype == torch.float32 or (bf16 and dim % 2 == 0 and native.multiplies_bfloat16())):
         return attention_ref(q, k, v, scale, bias)
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     shape = (rows, queries, k.shape[1], heads, dim)
@@ -99,9 +99,19 @@ def attention_native(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor
         words = torch.empty(rows, heads, -(-queries // (2 if bf16 else 1)), -(-shape[2] // 16) * 16, dtype=torch.int32)
     else:
         lse = torch.empty(rows, heads, queries, dtype=torch.float32)
-    saved = SavedNative(shape, scale, words, None if words is not None else (q, k), lse)
+    bias = None if bias is None else bias.contiguous()
+    saved = SavedNative(shape, scale, words, None if words is not None else (q, k), lse, bias)
     native.attention(
-        *(shape, scale, _ext.DTYPE_CODES[q.dtype], *_view(q), *_view(k), *_view(v), out.data_ptr()),
+        *(
+            shape,
+            scale,
+            _ext.DTYPE_CODES[q.dtype],
+            saved.address(bias),
+            *_view(q),
+            *_view(k),
+            *_view(v),
+            out.data_ptr(),
+        ),
         *(saved.address(lse), saved.address(words), saved.stride, _ext.threads()),
     )
     return out, saved
@@ -116,7 +126,8 @@ def attention_vjp_native(saved: Any, d_out: Tensor) -> Tensor:
     d_v = torch.empty(rows, tokens, heads, dim, dtype=d_out.dtype)
     q, k = saved.queries_keys or (d_out, d_out)
     _ext.module().attention_vjp(
-        *(saved.shape, saved.scale, _ext.DTYPE_CODES[d_out.dtype], *_view(q), *_view(k), saved.address(saved.lse)),
+        *(saved.shape, saved.scale, _ext.DTYPE_CODES[d_out.dtype], saved.address(saved.bias)),
+        *(*_view(q), *_view(k), saved.address(saved.lse)),
         *(saved.address(saved.words), saved.stride, *_view(d_out), d_v.data_ptr(), _ext.threads()),
     )
     return d_v
@@ -126,7 +137,8 @@ def attention_vjp_native(saved: Any, d_out: Tensor) -> Tensor:
 class SavedNative:
     """What the C++ VJP needs: P as words of 32 bits, else q and k and each query's log-sum-exp.
 
-    shape: (R, Q, N, heads, D) · words: (R, heads, ·, N rounded up to 16) int32 · lse: (R, heads, Q) float32.
+    shape: (R, Q, N, heads, D) · words: (R, heads, ·, N rounded up to 16) int32 · lse: (R, heads, Q) float32 ·
+    bias: (heads, Q, N).
     """
 
     shape: tuple[int, int, int, int, int]
@@ -134,6 +146,7 @@ class SavedNative:
     words: Tensor | None
     queries_keys: tuple[Tensor, Tensor] | None
     lse: Tensor | None
+    bias: Tensor | None
 
     @property
     def stride(self) -> int:

@@ -163,8 +163,8 @@ def test_memory_that_is_not_there_is_an_error_and_no_end():
     native, strides = _ext.module(), [8, 8, 8]
     shape = (0, 1, 2**50, 1, 8)
     with pytest.raises(MemoryError):
-        native.attention(shape, 1.0, 0, 0, strides, 0, strides, 0, strides, 0, 0, 0, 0, 2)
+        native.attention(shape, 1.0, 0, 0, 0, strides, 0, strides, 0, strides, 0, 0, 0, 0, 2)
     with pytest.raises(MemoryError):
-        native.attention_vjp(shape, 1.0, 0, 0, strides, 0, strides, 0, 0, 0, 0, strides, 0, 2)
+        native.attention_vjp(shape, 1.0, 0, 0, 0, strides, 0, strides, 0, 0, 0, 0, strides, 0, 2)
     with pytest.raises(ValueError, match="scale must be positive"):
-        native.attention((0, 1, 1, 1, 8), 0.0, 0, 0, strides, 0, strides, 0, strides, 0, 0, 0, 0, 2)
+        native.attention((0, 1, 1, 1, 8), 0.0, 0, 0, 0, strides, 0, strides, 0, strides, 0, 0, 0, 0, 2)
