@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dave_fast.errors import InputError, ModelError
-from dave_fast.frozen_ranks import KEEPS_ACTIVATION, Rank, canonical, rank_of, set_rank
+from dave_fast.frozen_ranks import KEEPS_ACTIVATION, TAKES_A_FORM, Rank, canonical, rank_of, set_rank
 from dave_fast.frozen_rules import RULES
 
 Function = Callable[..., Any]
@@ -100,6 +100,8 @@ class FrozenMode(TorchFunctionMode):
         name, in_place = canonical(func)
         self._name = name
         self.met.add(name)
+        if name in TAKES_A_FORM:
+            live = live_tensors(args[:1]) or live
         ranks = [rank_of(tensor) for tensor in live]
         operators_only = min(ranks) == Rank.OPERATOR
         rule = None if operators_only else RULES.get(name)

@@ -62,7 +62,10 @@ _SYNONYMS = {
 _KEEPS_ACTIVATION = (
     "add sub rsub neg mul div clone contiguous to type type_as float double half bfloat16 dropout feature_dropout view "
     "view_as reshape flatten unflatten transpose permute movedim swapaxes t unsqueeze squeeze expand expand_as get "
-    "repeat repeat_interleave broadcast_to"
+    "repeat repeat_interleave broadcast_to reshape_as"
 )
 # Functions of one tensor through which an activation stays one.
 KEEPS_ACTIVATION = frozenset(_KEEPS_ACTIVATION.split())
+
+# Functions that take of their second tensor its shape or its type: its rank is no matter.
+TAKES_A_FORM = frozenset({"view_as", "reshape_as", "expand_as", "type_as"})

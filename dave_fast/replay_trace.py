@@ -94,7 +94,7 @@ def find_culprit(before: Trace, after: Trace, score: Tensor) -> str:
         reason = _broken(call, moved, reached)
         if reason is not None:
             return f"{call.name}: {reason}"
-    return "a step outside of any module"
+    return f"a step outside of any module, or rounding (no module is off by more than {_LOCAL_TOLERANCE:.0e})"
 
 
 def _broken(call: Call, moved: Call, reached: set[int]) -> str | None:

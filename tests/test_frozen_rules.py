@@ -88,6 +88,8 @@ PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "in-place": lambda a, b: F.silu(a).mul_(b),
     "in-place-value": lambda a, b: (b + 0).mul_(F.silu(a)),
     "augmented": lambda a, b: _augmented(F.silu(a), b),
+    "expanded-as-the-value": lambda a, b: b * F.silu(a).expand_as(b),
+    "in-the-form-of-the-value": lambda a, b: F.silu(a).type_as(b).reshape_as(b).view_as(b) * b,
     "reshaped": lambda a, b: (F.silu(a).view(-1, 1, 6) * b[:, None]).squeeze(1),
     "dropped-out-and-scaled": lambda a, b: 2 * F.dropout(F.silu(a), 0.5, training=False) * (b / 2),
     "einsum": lambda a, b: torch.einsum("bi,bi->bi", F.silu(a), b),
@@ -115,6 +117,13 @@ def test_a_sigmoid_gate_freezes_even_beside_an_activation() -> None:
     gradient = slope(lambda x: F.gelu(x[:, :6]) * torch.sigmoid(x[:, 6:]), x, cotangent)
     expected = torch.special.ndtr(a) * torch.sigmoid(b) * cotangent
     assert relative(gradient[:, :6], expected) < EXACT and not gradient[:, 6:].any()
+
+
+def test_a_channel_gate_that_takes_the_shape_of_its_value_freezes() -> None:
+    x, cotangent = normal(2, 3, 4, 4), normal(2, 3, 4, 4, seed=1)
+    gate = torch.sigmoid(x.mean((2, 3), keepdim=True))
+    gradient = slope(lambda x: x * torch.sigmoid(x.mean((2, 3), keepdim=True)).expand_as(x), x, cotangent)
+    assert relative(gradient, gate * cotangent) < EXACT
 
 
 def _scale(x: Tensor, eps: float, centre: bool) -> Tensor:

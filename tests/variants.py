@@ -53,7 +53,7 @@ class Variant:
         return torch.randn(n, 3, *self.size, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def randomise(model: nn.Module) -> None:
+def randomise(model: nn.Module, gain: float = 1.3) -> None:
     """Vectors away from their 0 and 1, matrices large enough that attention and gates are far from uniform."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -66,7 +66,7 @@ def randomise(model: nn.Module) -> None:
             elif name.endswith(("_token", "pos_embed", "latent", "class_token", "pos_embedding", "_table")):
                 parameter.copy_(0.5 * noise)
             else:
-                parameter.copy_(1.3 * noise / parameter[0].numel() ** 0.5)
+                parameter.copy_(gain * noise / parameter[0].numel() ** 0.5)
         for buffer_name, buffer in model.named_buffers():
             if buffer_name.endswith("running_mean"):
                 buffer.copy_(0.2 * torch.randn(buffer.shape))
