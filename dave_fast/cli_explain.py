@@ -97,6 +97,11 @@ def explain(
     given = Config() if config is None else load_config(config)
     if target and top_k is not None:
         raise InputError("--target names what to explain and --top-k takes the most probable: give one of them.")
+    of_patches = [text.strip().startswith("patch:") for text in target or ()]
+    if any(of_patches) and not all(of_patches):
+        raise InputError(
+            "patch:ROW,COLUMN asks the model's tokens and other targets its output: one run for each kind."
+        )
     # The embedded scene has two digits: that maps belong to classes is what there is to see.
     top_k = top_k or (2 if demo and not target else 1)
     settings = Settings(out, tuple(target or ()), top_k, n_samples or given.n_samples or 50, seed, figure=demo)
@@ -115,7 +120,7 @@ def explain(
         check_writable(out)
         sources = _demo_sources(images, model) if demo else _sources(images or [], out)
         explainer = _load(screen, "demo" if demo else model or given.model or DEFAULT_MODEL, keywords)
-        if any(text.strip().startswith("patch:") for text in target or ()):
+        if any(of_patches):
             explainer = _of_tokens(explainer, keywords)
         done, failed = _run(screen, explainer, sources, settings)
     _summary(done, failed, settings)

@@ -278,6 +278,11 @@ def test_target_and_top_k(models, untouched, photo):
     refused(result, "give one of them")
 
 
+def test_patches_and_classes(models, untouched, photo):
+    result = explain(photo, "--out", untouched, "--target", "patch:1,2", "--target", "dog", model="never", code=2)
+    refused(result, "one run for each kind")
+
+
 @pytest.mark.parametrize("option", ["--n-samples", "--top-k", "--internal-batch-size"])
 def test_numbers_below_one(models, untouched, photo, option):
     result = run("explain", photo, "--out", untouched, "--model", "never", option, 0, code=2)

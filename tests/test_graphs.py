@@ -14,6 +14,7 @@ from dave_fast.errors import InputError, ModelError
 from dave_fast.graphs import Graphs, direct, fill
 from dave_fast.micro_batch import AHEAD, Pacer
 from dave_fast.sampling import draw, join
+from dave_fast.targets import Contrast, Patch
 from tests.variants import randomise
 
 SIZE = 16
@@ -81,6 +82,20 @@ def test_replays_give_the_bits_of_running_directly(model, images, precision):
     assert torch.equal(replayed.raw, ran.raw) and torch.equal(replayed.output, ran.output)
     if precision == "fp32":
         assert same(replayed.raw, plain(model).explain(images, n_samples=5, seed=3).raw)
+
+
+def test_several_questions_replay_one_forward_walk(images):
+    dense = tiny(num_classes=0, global_pool="")
+    probe = torch.randn(24, generator=torch.Generator().manual_seed(4))
+    asked = [Patch(0, 1), Patch(1, 1, probe), Contrast(Patch(0, 0, probe), Patch(1, 0)), (2, 5)]
+    explainer, capture = buffered(dense)
+    found = explainer.explain(images, targets=asked, n_samples=5, seed=3)
+    ran = buffered(dense, direct)[0].explain(images, targets=asked, n_samples=5, seed=3)
+    assert torch.equal(found.raw, ran.raw)
+    assert same(found.raw, plain(dense).explain(images, targets=asked, n_samples=5, seed=3).raw)
+    # 15 rows in 4 buckets: a forward replay each but the first, which is captured, and four VJPs
+    forward, back = 4 + 1, 4 * len(asked)
+    assert capture.captured == 2 and capture.replayed == forward + back
 
 
 def test_work_is_captured_once_a_bucket(model, images):

@@ -7,11 +7,12 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from tolerances import EXACT
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import dave_fast
-from dave_fast import targets
+from dave_fast import cotangents, targets
 from dave_fast.errors import InputError
-from dave_fast.sampling import Sampling, draw, identity
+from dave_fast.sampling import Draws, Sampling, draw, identity
 from dave_fast.target_forms import Asked, resolve_target
 from tests.toys import normal, relative
 from tests.variants import randomise
@@ -192,6 +193,36 @@ def test_another_image_may_be_a_file(tmp_path):
     expected = explain.effective_gradient(image, targets.SimilarTo(inputs))
     for given in (pixels, tmp_path / "other.png", str(tmp_path / "other.png")):
         assert torch.equal(explain.effective_gradient(image, targets.SimilarTo(given)), expected)
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, 25, 8), (4, 8, 4, 6)], ids=["classes", "tokens", "map"])
+def test_linear_questions_never_wait_for_the_device(shape):
+    """Tensors without values: whatever reads one on the host, as a wait does, raises."""
+    with FakeTensorMode():
+        rows = draws_without_values(4)
+        output, weights = torch.empty(shape), torch.empty(2, shape[1] if len(shape) != 3 else shape[2])
+        one = cotangents.Element(torch.empty(2, dtype=torch.int64))
+        asked = [one, cotangents.Weighted(((1.0, one), (-1.0, one)))]
+        if len(shape) == 2:
+            asked.append(cotangents.Direction(weights, 2.0))
+        else:
+            asked.append(cotangents.Patch(weights, (3.0, 4.0), (4, 6), (8.0, 8.0), 1))
+        for each in asked:
+            assert each(output, rows).shape == shape
+        with pytest.raises(DataDependentOutputException):
+            cotangents.Gradients((lambda y: y[0], lambda y: y[1]))(output, rows)
+
+
+def draws_without_values(rows):
+    integers, numbers = {"dtype": torch.int64}, {"dtype": torch.float64}
+    return Draws(
+        image_index=torch.empty(rows, **integers),
+        matrices=torch.empty(rows, 2, 3, **numbers),
+        signal=torch.empty(rows, **numbers),
+        noise=torch.empty(rows, **numbers),
+        keys=torch.empty(rows, 2, **integers),
+        samples=torch.empty(rows, **integers),
+    )
 
 
 # patches

@@ -12,6 +12,7 @@ from dave_fast import DAVE
 from dave_fast.demo import draw_scenes, load_demo_model
 from dave_fast.metrics import correlation
 from dave_fast.precision import has_bf16, why_no_fp8
+from dave_fast.targets import Contrast, Similarity
 from tests.gpu.conftest import REHEARSAL
 from tests.tolerances import EXACT, LOW_PRECISION_RATIO
 from tests.variants import ENGINE
@@ -44,6 +45,16 @@ def test_float64_agrees_with_the_frozen_route(name: str, device: str) -> None:
     found = dave_fast.effective_gradient(model, images, 1, precision="fp64", route="engine", device=device)
     truth = dave_fast.effective_gradient(model, images, 1, precision="fp64", route="frozen", device=device)
     assert relative(found, truth) < EXACT
+
+
+def test_questions_of_one_image_are_those_of_their_own_calls(device: str) -> None:
+    images, _ = scenes(2)
+    found = demo(device=device, precision="fp32")
+    asked: list[Any] = [4, Contrast(4, 6), Similarity(torch.ones(10)), lambda y: y.log_softmax(1)[:, 3]]
+    together = found.explain(images, targets=asked, n_samples=SAMPLES)
+    for which, target in enumerate(asked):
+        alone = found.explain(images, target, n_samples=SAMPLES)
+        assert relative(together.raw[:, which], alone.raw) < 1e-5
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
