@@ -1,4 +1,4 @@
-"""A gallery of one image: several classes, contrasts, numbers of samples, noise levels and resolutions.
+"""A gallery of one image: several classes, contrasts, patches, numbers of samples, noise levels and resolutions.
 
     python scripts/gallery.py                                              the embedded scene and model
     python scripts/gallery.py photo.jpg --model deit3_base_patch16_224.fb_in1k --out gallery/
@@ -23,17 +23,19 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 import dave_fast
 from dave_fast import figures
+from dave_fast.errors import InputError
 from dave_fast.figures import Panel
 from dave_fast.files import atomically
 from dave_fast.images import Preprocessing, preprocessing, read_image
 from dave_fast.labels import Labels, labels_of
 from dave_fast.metrics import correlation
-from dave_fast.targets import Contrast, Sum, Target
+from dave_fast.targets import Contrast, Patch, Sum, Target, tokens_of
 
 CLASSES = 4
 SAMPLES = (1, 4, 16, 50, 200)
@@ -139,6 +141,38 @@ def contrast(subject: Subject) -> Question:
     return Question("contrast", "Why this and not that", text, drawn(subject, panels))
 
 
+def patches(subject: Subject) -> Question | None:
+    """The tokens where the first two classes have most of their maps; None for a model whose tokens are not known."""
+    try:
+        model = tokens_of(subject.explainer.model)
+    except InputError:
+        return None
+    side = model.patch_embed.patch_size
+    maps = F.avg_pool2d(subject.maps(list(subject.ranked[:2])), side)
+    places = [divmod(int(one.argmax()), one.shape[1]) for one in maps]
+    asked = [Patch(*place) for place in dict.fromkeys(places)]
+    settings = dict(precision=subject.explainer.precision, noise_alpha=subject.explainer.sampling.noise_alpha)
+    explainer = dave_fast.DAVE(model, **settings)
+    found = explainer.explain(subject.seen[0], targets=list(asked), n_samples=subject.n_samples).maps[0].cpu()
+    panels = []
+    for question, heat in zip(asked, found, strict=True):
+        crop = subject.seen[1].copy()
+        framed(crop[question.row * side[0] :][: side[0], question.column * side[1] :][:, : side[1]])
+        panels.append(Panel(heat.numpy(), f"row {question.row}, column {question.column}", crop=crop))
+    text = (
+        "What makes a token what it is? Framed patches, each explained by its own feature in the unperturbed image; "
+        "the question follows the patch through every rotation, shift and flip. With a linear probe's weights it asks "
+        "why the patch gets its label."
+    )
+    return Question("patches", "A token of the output", text, drawn(subject, panels))
+
+
+def framed(pixels: np.ndarray) -> None:
+    """Draw a white frame along the border of pixels (h, w, 3), in place."""
+    pixels[[0, -1]] = 255
+    pixels[:, [0, -1]] = 255
+
+
 def samples(subject: Subject) -> Question:
     """From one perturbed sample to many."""
     most = subject.converged
@@ -204,7 +238,7 @@ def drawn(subject: Subject, panels: list[Panel], bars: list[tuple[str, float]] |
 
 def questions(subject: Subject) -> Iterator[Question]:
     """The gallery, figure by figure."""
-    for make in (classes, contrast, samples, alphas, resolutions):
+    for make in (classes, contrast, patches, samples, alphas, resolutions):
         made = make(subject)
         if made is not None:
             yield made

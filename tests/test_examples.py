@@ -50,7 +50,9 @@ def gallery(tmp_path_factory):
 def test_the_gallery_is_a_page_with_its_figures(gallery):
     page = (gallery / "gallery.md").read_text()
     figures = sorted(path.name for path in gallery.glob("*.png"))
-    assert figures == [f"gallery_{name}.png" for name in ("alpha", "classes", "contrast", "resolution", "samples")]
+    assert figures == [
+        f"gallery_{name}.png" for name in ("alpha", "classes", "contrast", "patches", "resolution", "samples")
+    ]
     for name in figures:
         assert f"]({name})" in page
         with Image.open(gallery / name) as picture:
@@ -59,6 +61,6 @@ def test_the_gallery_is_a_page_with_its_figures(gallery):
 
 def test_the_documents_figures_are_small():
     figures = list((ROOT / "docs/figures").glob("gallery_*.png"))
-    assert len(figures) == 5 and all(path.stat().st_size < 300_000 for path in figures)
+    assert len(figures) == 6 and all(path.stat().st_size < 300_000 for path in figures)
     page = (ROOT / "docs/gallery.md").read_text()
     assert all(f"(figures/{path.name})" in page for path in figures)
