@@ -441,6 +441,17 @@ def test_memory_is_bounded_and_the_bits_are_the_same(model, images, monkeypatch,
     assert seen[-1] == (5 * walks, 5 * walks)
 
 
+@pytest.mark.parametrize("fitting", [7, 4, 2, 1])
+def test_images_and_questions_go_together_as_they_fit(model, images, monkeypatch, fitting):
+    """Two images and three questions: all at once, image by image, question by question."""
+    explain, asked = explainer(model), [0, targets.Contrast(1, 2), [3, 4]]
+    settings = {"n_samples": 5, "internal_batch_size": 5}
+    ample = explain.explain(images, targets=asked, **settings)
+    monkeypatch.setattr("dave_fast.memory.free_bytes", lambda device: int(ONE * fitting * 4 + ONE))
+    tight = explain.explain(images, targets=asked, **settings)
+    assert torch.equal(tight.raw, ample.raw) and torch.equal(tight.maps, ample.maps)
+
+
 def test_token_storage_serves_several_targets(model, images, monkeypatch):
     explain = explainer(model, "bf16")
     ample = explain.explain(images[:1], targets=[0, 1, 2], n_samples=5, internal_batch_size=4)
