@@ -9,6 +9,7 @@ Torch and timm are imported where they are first needed: finding and reading fil
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,8 +30,9 @@ _STUBS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 # The brightest value that integers and floats of no declared range can be meant to have.
 _FULL_SCALES = {"I": (255.0, 65535.0), "F": (1.0, 255.0, 65535.0)}
 
-# in a preprocessing's configuration: the inverse 1 − x of each channel follows the three (B-cos models)
-ADD_INVERSE = "add_inverse"
+# beside timm's words for a preprocessing, two of ours: the inverse 1 − x of each channel follows the three (B-cos
+# models); offsets of the crop are rounded down
+ADD_INVERSE, CROP_FLOOR = "add_inverse", "crop_floor"
 
 # how the names of our own pictures end
 OURS = (".overlay.png", ".map.png", ".figure.png")
@@ -237,10 +239,16 @@ def preprocessing(model: Any, image_size: Sequence[int] | None = None) -> Prepro
     from timm.data.config import resolve_data_config
 
     known = getattr(model, "pretrained_cfg", None)
+    # class names alone are no preprocessing
+    known = known if known and not known.keys().isdisjoint(("input_size", "mean")) else None
     config = resolve_data_config(pretrained_cfg=known or {"input_size": (3, 224, 224)})
+    if known and known.get(CROP_FLOOR):
+        config[CROP_FLOOR] = True
     channels, height, width = config["input_size"]
     # A model may have been made for another size than its configuration names.
     image_size = image_size or getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if image_size is None and known is None:
+        image_size = _own_size(model)
     if image_size is not None:
         height, width = (int(side) for side in image_size)
     inverse = bool(known and known.get(ADD_INVERSE))
@@ -254,13 +262,24 @@ def preprocessing(model: Any, image_size: Sequence[int] | None = None) -> Prepro
     return from_config({**config, "input_size": (channels, height, width)}, note)
 
 
+def _own_size(model: Any) -> Sequence[int] | None:
+    """`image_size` of torchvision's ViT (a side) and of adapters (H, W)."""
+    size = getattr(model, "image_size", None)
+    return (size, size) if isinstance(size, int) else size if isinstance(size, tuple | list) else None
+
+
 def from_config(config: Mapping[str, Any], note: str | None = None) -> Preprocessing:
     """The preprocessing that `Preprocessing.config` describes, without the model; lists may stand for tuples."""
     from timm.data.transforms_factory import create_transform
+    from torchvision.transforms import CenterCrop
 
     plain = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
     _, height, width = plain["input_size"]
-    transform = create_transform(**{k: v for k, v in plain.items() if k != ADD_INVERSE}, is_training=False)
+    known = {key: value for key, value in plain.items() if key not in (ADD_INVERSE, CROP_FLOOR)}
+    transform = create_transform(**known, is_training=False)
+    if plain.get(CROP_FLOOR):
+        steps = transform.transforms
+        transform.transforms = [_FloorCrop(step.size) if isinstance(step, CenterCrop) else step for step in steps]
     if plain.get(ADD_INVERSE):
         transform.transforms.append(_with_inverse)
     return Preprocessing((height, width), tuple(plain["mean"]), tuple(plain["std"]), transform, note, plain)
@@ -271,3 +290,56 @@ def _with_inverse(pixels: Tensor) -> Tensor:
     import torch
 
     return torch.cat([pixels, 1 - pixels])
+
+
+def describe_preprocessing(
+    size: tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    resize: int | tuple[int, int] | None = None,
+    interpolation: str = "bicubic",
+    crop_floor: bool = False,
+) -> dict[str, Any]:
+    """A preprocessing in timm's words, as `pretrained_cfg` holds them: resize, central crop, normalisation.
+
+    size: (H, W) of the input. resize: the shorter side in pixels; or (H, W), whatever the shape; None: to `size`.
+    mean, std: per channel, of pixels in [0, 1]. interpolation: "bicubic", "bilinear", "nearest", "lanczos" ...
+    crop_floor: an odd remainder leaves its extra pixel on the right and below, as in Hugging Face's processors;
+    torchvision and timm round to even.
+
+    Raises InputError for a crop that is larger than the resized image, or that timm has no words for.
+    """
+    height, width = size
+    if resize is None:
+        resize = (height, width)
+    squash = not isinstance(resize, int)
+    resized = (resize, resize) if isinstance(resize, int) else tuple(resize)
+    # timm resizes to floor(size / crop_pct); the half keeps rounding away from the next integer
+    crop_pct = 1.0 if resized == (height, width) else height / (resized[0] + 0.5)
+    if (math.floor(height / crop_pct), math.floor(width / crop_pct)) != resized or crop_pct > 1:
+        raise InputError(
+            f"images resized to {resized[0]}×{resized[1]} and cropped to {height}×{width}: expected a crop that is no "
+            "larger, and of the same shape."
+        )
+    return {
+        "input_size": (3, height, width),
+        "mean": tuple(float(value) for value in mean),
+        "std": tuple(float(value) for value in std),
+        "interpolation": interpolation,
+        "crop_pct": crop_pct,
+        "crop_mode": "squash" if squash else "center",
+        **({CROP_FLOOR: True} if crop_floor else {}),
+    }
+
+
+@dataclass(frozen=True)
+class _FloorCrop:
+    """The central crop of `size` (H, W) whose offsets are rounded down."""
+
+    size: tuple[int, int]
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        height, width = self.size
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        return image.crop((left, top, left + width, top + height))

@@ -13,30 +13,38 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from dave_fast.errors import InputError
+
 Kind = Literal["classifier", "embedding"]
 
 
 class Adapter(nn.Module):
     """A model as images (B, 3, H, W), normalised, -> (B, K) logits or (B, D) embedding.
 
-    Subclasses write `forward`. The wrapped model is only read.
+    As it is, for a bare module of that form to which preprocessing and class names are added; subclasses write
+    `forward` for other forms. The wrapped model is only read.
 
     Attributes:
         kind: "classifier": the output is logits; "embedding": it is a feature vector, not normalised, and there is no
             predicted class.
         num_classes: K, 0 for embeddings.
         pretrained_cfg: preprocessing in timm's words (input_size, mean, std, interpolation, crop_pct, crop_mode), and
-            the names of the classes as label_names; empty where neither is known.
+            the names of the classes as label_names; empty where neither is known. `images.describe_preprocessing`
+            writes the first.
     """
 
     def __init__(
         self, model: nn.Module, *, kind: Kind, num_classes: int = 0, pretrained_cfg: Mapping[str, Any] | None = None
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.kind: Kind = kind
         self.num_classes = num_classes
         self.pretrained_cfg: dict[str, Any] = dict(pretrained_cfg or {})
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The wrapped model's output."""
+        return self.model(images)
 
 
 @runtime_checkable
@@ -66,3 +74,18 @@ def kind_of(model: nn.Module) -> Kind:
     if kind in ("classifier", "embedding"):
         return kind
     return "embedding" if getattr(model, "num_classes", None) == 0 else "classifier"
+
+
+def require_classifier(model: nn.Module, name: str) -> None:
+    """Raise InputError for a model of embeddings where classes are explained."""
+    if kind_of(model) == "embedding":
+        raise InputError(
+            f"{name} gives embeddings and has no classes. Explain a similarity (DAVE.explain with a callable as the "
+            "target), or give a model with a head."
+        )
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Raise InputError for what is no list of texts."""
+    if isinstance(texts, str) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise InputError(f"the texts are {texts!r}; expected a list of one or more texts that are not empty")

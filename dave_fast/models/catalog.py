@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
+import importlib
+import sys
 import warnings
+from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import nn
 
-from dave_fast.errors import UnknownModelError
+from dave_fast.errors import InputError, UnknownModelError
+from dave_fast.models.adapter import require_classifier
+from dave_fast.models.spec import ModelSpec, as_spec, class_names
+from dave_fast.models.weights_file import load_weights
 
 DEFAULT_NOISE_ALPHA = 0.5
 # The authors' tuned values (github.com/a-vrobell/DAVE, model configurations at ee412e5). A name without a tag
@@ -27,43 +34,127 @@ class NoiseAlphaWarning(UserWarning):
     """The model's noise_alpha was never tuned."""
 
 
-def load_model(model: str | nn.Module) -> tuple[nn.Module, str]:
-    """A timm name, "demo" or a module -> the module and its name.
+def load_model(model: str | ModelSpec | nn.Module) -> tuple[nn.Module, str]:
+    """A name, a spec or a module -> the module, in evaluation mode where it was loaded here, and its name.
 
-    Raises UnknownModelError where timm has no such model, or its weights cannot be fetched.
+    Names: `dave_fast.models.spec`. Modules of transformers and open_clip come back in an adapter, others as they are.
+
+    Raises UnknownModelError where there is no such model, its library is missing, or its weights cannot be fetched;
+    InputError for weights and class names that do not fit it.
     """
     if isinstance(model, nn.Module):
-        return model, model_name(model)
-    if not isinstance(model, str):
+        return _adapted(model), model_name(model)
+    if not isinstance(model, str | ModelSpec):
         raise UnknownModelError(
-            f"the model is a {type(model).__name__}; expected a timm model name, 'demo' or an nn.Module"
+            f"the model is a {type(model).__name__}; expected a name (timm's, 'demo', hf:..., torchvision:..., "
+            "open_clip:...), a ModelSpec or an nn.Module"
         )
-    if model == "demo":
-        from dave_fast.demo import load_demo_model
+    spec = as_spec(model)
+    source, name = spec.source
+    with torch.random.fork_rng(devices=[]):
+        # what has no weights yet gets the same ones each time
+        torch.manual_seed(0)
+        try:
+            loaded = _LOADERS[source](name, spec)
+        except ModuleNotFoundError as error:
+            extra = f": pip install 'dave-fast[{_EXTRAS[source]}]'" if source in _EXTRAS else ""
+            raise UnknownModelError(
+                f"{spec.name!r} needs the package {error.name}, which is missing{extra}."
+            ) from error
+    if spec.labels is not None:
+        _name_classes(loaded, spec)
+    return loaded.eval(), spec.name
 
-        return load_demo_model(), "demo"
-    import timm
 
-    if not timm.is_model(model):
-        near = difflib.get_close_matches(model, ["demo", *timm.list_models()], n=3, cutoff=0.6)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models()."
-        raise UnknownModelError(f"timm has no model {model!r}; {hint} 'demo' is the embedded one.")
+def _demo(name: str, spec: ModelSpec) -> nn.Module:
+    from dave_fast.demo.model import build_model, load_demo_model
+
+    if spec.num_classes is not None:
+        raise InputError("the demo model has ten classes: leave num_classes out.")
+    if spec.weights is None and not spec.random_weights:
+        return load_demo_model()
+    model = build_model()
+    if spec.weights is not None:
+        load_weights(model, spec.weights, spec.name)
+    return model
+
+
+def _python(name: str, spec: ModelSpec) -> nn.Module:
+    """What an importable function returns."""
+    made = load_object(name)()
+    if not isinstance(made, nn.Module):
+        raise InputError(f"{name} returned a {type(made).__name__}; expected a torch.nn.Module")
+    if spec.num_classes is not None:
+        raise InputError(f"{name} makes its model itself: leave num_classes out.")
+    if spec.weights is not None:
+        load_weights(made, spec.weights, name)
+    return _adapted(made)
+
+
+def load_object(path: str) -> Any:
+    """What "package.module:name" names; InputError where it is not there."""
+    module, _, name = path.partition(":")
     try:
-        return timm.create_model(model, pretrained=True).eval(), model
-    except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).rstrip('. ')}"
-        raise UnknownModelError(
-            f"the weights of {model!r} could not be loaded: {reason}. Check the network and the tag, download them "
-            "beforehand, or pass a model that you have built: DAVE(timm.create_model(name, checkpoint_path=...))."
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"{path!r} cannot be loaded: {error}; expected 'package.module:function', or one of "
+            "hf:, torchvision:, open_clip: before a name"
         ) from error
 
 
+def _later(module: str) -> Callable[[str, ModelSpec], nn.Module]:
+    """`load` of a module that is imported when it is needed: with it comes a library."""
+    return lambda name, spec: importlib.import_module(f"dave_fast.models.{module}").load(name, spec)
+
+
+_LOADERS: dict[str, Callable[[str, ModelSpec], nn.Module]] = {
+    "demo": _demo,
+    "timm": _later("from_timm"),
+    "hf": _later("from_huggingface"),
+    "torchvision": _later("from_torchvision"),
+    "open_clip": _later("from_open_clip"),
+    "python": _python,
+}
+_EXTRAS = {"hf": "hf", "open_clip": "openclip"}
+
+
+def _adapted(model: nn.Module) -> nn.Module:
+    """A module whose forward takes or gives more than tensors, in its adapter; any other as it is."""
+    for library, kind, module in (
+        ("transformers", "PreTrainedModel", "from_huggingface"),
+        ("open_clip", "CLIP", "from_open_clip"),
+        ("open_clip", "CustomTextCLIP", "from_open_clip"),
+    ):
+        # where nobody has imported the library, the module is none of its
+        known = getattr(sys.modules.get(library), kind, None)
+        if known is not None and isinstance(model, known):
+            return importlib.import_module(f"dave_fast.models.{module}").adapt(model)
+    return model
+
+
+def _name_classes(model: nn.Module, spec: ModelSpec) -> None:
+    """Give a model that was loaded here the names of its classes. Raises InputError where their number differs."""
+    assert spec.labels is not None
+    require_classifier(model, spec.name)
+    names = class_names(spec.labels)
+    count = getattr(model, "num_classes", None)
+    if count is not None and count != len(names):
+        where = spec.labels if isinstance(spec.labels, str) else "the labels"
+        raise InputError(f"{where}: {len(names)} class names were given, and {spec.name} has {count} classes.")
+    known: Any = model
+    known.num_classes = len(names)
+    known.pretrained_cfg = {**(getattr(model, "pretrained_cfg", None) or {}), "label_names": names}
+    known.pretrained_cfg.pop("label_descriptions", None)
+
+
 def model_name(model: nn.Module) -> str:
-    """architecture.tag as timm writes it, else the class name."""
+    """architecture.tag as timm writes it, hf:PLACE where a model of transformers knows it, else the class name."""
     config = getattr(model, "pretrained_cfg", None) or {}
     architecture = config.get("architecture")
     if not architecture:
-        return type(model).__name__
+        place = getattr(model, "name_or_path", None)
+        return f"hf:{place}" if isinstance(place, str) and place else type(model).__name__
     tag = config.get("tag")
     return f"{architecture}.{tag}" if tag else str(architecture)
 

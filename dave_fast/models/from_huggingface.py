@@ -1,0 +1,329 @@
+"""Models of Hugging Face transformers: classifiers by their logits, others by their pooled embedding.
+
+The configuration's `architectures` decide: ...ForImageClassification is a classifier; a model with a text tower (CLIP,
+SigLIP) gives the projected image embedding and answers prompts; any other gives what it pools, or its class token. Attention is PyTorch's own ("sdpa", else "eager"), which the frozen route sees.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dave_fast.errors import InputError, ModelError, UnknownModelError
+from dave_fast.images import describe_preprocessing
+from dave_fast.models.adapter import Adapter, check_texts
+from dave_fast.models.hub import loading
+from dave_fast.models.spec import ModelSpec
+from dave_fast.models.weights_file import check_fit, read_weights
+
+SEEN_ATTENTION = (None, "sdpa", "eager")
+# BERT's pooler, kept in some vision models: trained for another task, or not at all
+_POOLERS = ("pooler.dense.weight", "pooler.dense.bias")
+
+
+class Transformers(Adapter):
+    """images (B, 3, H, W) -> (B, K) logits or (B, D) embeddings of a transformers model.
+
+    Position encodings are interpolated for images of another size than the configuration's, where the model can.
+    place, revision: where its tokenizer lies.
+    """
+
+    def __init__(self, model: nn.Module, values: Mapping[str, Any] | None, place: str, revision: str | None) -> None:
+        """values: of its image processor; None where it has none."""
+        config: Any = model.config
+        classifier = "ForImageClassification" in type(model).__name__
+        names = _names(config) if classifier else None
+        super().__init__(
+            model,
+            kind="classifier" if classifier else "embedding",
+            num_classes=config.num_labels if classifier else 0,
+            pretrained_cfg=({} if values is None else preprocessing_of(values))
+            | ({} if names is None else {"label_names": names}),
+        )
+        self.image_size = _size(config)
+        self.place, self.revision = place, revision
+        self.interpolates = "interpolate_pos_encoding" in inspect.signature(self._image_side(model.forward)).parameters
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, or what the model pools, or its class token."""
+        other = self.interpolates and tuple(images.shape[-2:]) != self.image_size
+        call = self._image_side(self.model)
+        output = call(pixel_values=images, **({"interpolate_pos_encoding": True} if other else {}))
+        # before version 5 the projected embedding itself
+        if isinstance(output, Tensor):
+            return output
+        if self.kind == "classifier":
+            return output.logits
+        pooled = output.get("pooler_output")
+        if pooled is None or hasattr(getattr(self.model, "pooler", None), "dense"):
+            return output.last_hidden_state[:, 0]
+        return pooled
+
+    def _image_side(self, whole: Callable[..., Any]) -> Callable[..., Any]:
+        """What gives the projected image embedding, where there is a text side too; else `whole`."""
+        return getattr(self.model, "get_image_features", whole)
+
+
+class TransformersTextImage(Transformers):
+    """The same for CLIP and SigLIP, which answer prompts: see `dave_fast.models.adapter.TextImageModel`."""
+
+    @property
+    def logit_scale(self) -> float:
+        """See `TextImageModel`."""
+        return float(self.model.logit_scale.detach().exp())
+
+    @property
+    def logit_bias(self) -> float:
+        """See `TextImageModel`; 0 for CLIP."""
+        bias = getattr(self.model, "logit_bias", None)
+        return 0.0 if bias is None else float(bias.detach())
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's own. Raises UnknownModelError where it cannot be had."""
+        from transformers import AutoTokenizer
+
+        if not self.place:
+            raise UnknownModelError("the model does not say where its tokenizer lies: load it by name, as hf:ORG/NAME.")
+        remote = not os.path.isdir(self.place)
+        with loading(f"the tokenizer of {self.place}", remote=remote):
+            return AutoTokenizer.from_pretrained(self.place, revision=self.revision or "main")
+
+    @torch.no_grad()
+    def text_embedding(self, texts: Sequence[str]) -> Tensor:
+        """See `TextImageModel`; SigLIP was trained with texts padded to its full length."""
+        check_texts(texts)
+        config = self.model.config
+        padding = "max_length" if config.model_type.startswith("siglip") else True
+        length = config.text_config.max_position_embeddings
+        tokens = self.tokenizer(
+            list(texts), padding=padding, max_length=length, truncation=True, return_tensors="pt"
+        ).to(next(self.model.parameters()).device)
+        features = self.model.get_text_features(**tokens)
+        features = features if isinstance(features, Tensor) else features.pooler_output
+        return nn.functional.normalize(features.float(), dim=-1)
+
+
+def load(name: str, spec: ModelSpec) -> nn.Module:
+    """The model at the hub or in a folder, of whichever of three libraries it is.
+
+    Raises UnknownModelError, InputError, ModelError.
+    """
+    local = name.startswith((".", "~", os.sep)) or os.path.isdir(name)
+    place, _, revision = (os.path.expanduser(name), "", "") if local else name.partition("@")
+    if local and not os.path.isdir(place):
+        raise UnknownModelError(f"{spec.name!r}: there is no folder {place}.")
+    with loading(spec.name, remote=not local):
+        config = _read_config(place, revision, local)
+    if config is None:
+        raise UnknownModelError(
+            f"{spec.name!r} has neither config.json nor open_clip_config.json, so that nothing says what model it is. "
+            "For a file of weights alone name the architecture, and give the file as its weights (--weights FILE)."
+        )
+    suffix = f"@{revision}" if revision else ""
+    if "model_cfg" in config:
+        from dave_fast.models import from_open_clip
+
+        scheme = f"local-dir:{place}" if local else f"hf-hub:{place}{suffix}"
+        return from_open_clip.create(scheme, spec, {}, pretrained=None, remote=not local)
+    if "architecture" in config:
+        from dave_fast.models import from_timm
+
+        scheme = f"local-dir:{place}" if local else f"hf-hub:{place}{suffix}"
+        return from_timm.create(scheme, spec, remote=not local)
+    return _load(place, revision or None, spec, local)
+
+
+def _read_config(place: str, revision: str, local: bool) -> dict[str, Any] | None:
+    """What the model's configuration says; None where it has none."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    for file in ("config.json", "open_clip_config.json"):
+        try:
+            path = Path(place, file) if local else hf_hub_download(place, file, revision=revision or None)
+            return dict(json.loads(Path(path).read_bytes()))
+        except LocalEntryNotFoundError:
+            raise
+        except (FileNotFoundError, EntryNotFoundError):
+            continue
+    return None
+
+
+def _load(place: str, revision: str | None, spec: ModelSpec, local: bool) -> nn.Module:
+    """A model of transformers."""
+    from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+
+    with loading(spec.name, remote=not local), _without_bars():
+        heads = {} if spec.num_classes is None else {"num_labels": spec.num_classes}
+        config = AutoConfig.from_pretrained(place, revision=revision or "main", **heads)
+        if config.model_type == "siglip2":
+            raise ModelError(f"{spec.name} takes patches of images of any shape (NaFlex), which is not supported.")
+        architecture = (config.architectures or [""])[0]
+        classifier = "ForImageClassification" in architecture or spec.num_classes is not None
+        auto: Any = AutoModelForImageClassification if classifier else AutoModel
+        model = _with_weights(auto, config, place, revision, spec)
+        values = _processor(place, revision, local_files_only=False)
+    return _adapter(model, values, place, revision)
+
+
+def _with_weights(auto: Any, config: Any, place: str, revision: str | None, spec: ModelSpec) -> nn.Module:
+    """The module of a configuration with the weights that the spec asks for, all of them."""
+    if spec.random_weights:
+        return _seen(partial(auto.from_config, config, dtype=torch.float32))
+    settings = {"config": config, "dtype": torch.float32, "output_loading_info": True}
+    build: Callable[..., Any]
+    if spec.weights is None:
+        where = place
+        build = partial(auto.from_pretrained, place, revision=revision or "main", **settings)
+    else:
+        where = spec.weights
+        # names of earlier versions are renamed on the way, as for a folder
+        build = partial(
+            type(auto.from_config(config)).from_pretrained, None, state_dict=read_weights(where), **settings
+        )
+    try:
+        model, info = _seen(build)
+    except RuntimeError as error:
+        if spec.weights is None:
+            raise
+        raise InputError(
+            f"the weights in {where} do not fit {spec.name}: {' '.join(str(error).split())[:400]}"
+        ) from error
+    missing = [key for key in info["missing_keys"] if not key.endswith(_POOLERS)]
+    other = [str(key) for key in info.get("mismatched_keys", ())]
+    check_fit(where, spec.name, missing, info["unexpected_keys"] if spec.weights else (), other)
+    return model
+
+
+def _seen(build: Callable[..., Any]) -> Any:
+    """Built with an attention that the frozen route sees."""
+    try:
+        return build(attn_implementation="sdpa")
+    except ValueError as error:
+        if "attention" not in str(error):
+            raise
+        return build(attn_implementation="eager")
+
+
+def adapt(model: nn.Module) -> Transformers:
+    """A module of transformers that is already there, with the processor of the place that it came from.
+
+    Raises ModelError for an attention that the frozen route does not see.
+    """
+    config: Any = model.config
+    used = {getattr(c, "_attn_implementation", None) for c in (config, getattr(config, "vision_config", config))}
+    if not used.issubset(SEEN_ATTENTION):
+        raise ModelError(
+            f"the model's attention is {', '.join(sorted(map(str, used)))}, whose operators cannot be seen: load it with "
+            'attn_implementation="sdpa".'
+        )
+    place = getattr(config, "name_or_path", "") or ""
+    return _adapter(model, _processor(place, None, local_files_only=True) if place else None, place, None)
+
+
+def _adapter(model: nn.Module, values: Mapping[str, Any] | None, place: str, revision: str | None) -> Transformers:
+    two_towers = hasattr(model, "get_image_features") and hasattr(model, "get_text_features")
+    return (TransformersTextImage if two_towers else Transformers)(model, values, place, revision)
+
+
+def _processor(place: str, revision: str | None, *, local_files_only: bool) -> dict[str, Any] | None:
+    """The settings of the image processor; None where the place has none."""
+    from transformers import AutoImageProcessor
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(
+            place, revision=revision or "main", local_files_only=local_files_only
+        )
+    except OSError:
+        return None
+    return dict(processor.to_dict())
+
+
+def preprocessing_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an image processor, in timm's words.
+
+    Raises ModelError for a step that they have no words for.
+    """
+    for step, value in (("do_rescale", False), ("do_resize", False), ("do_pad", True)):
+        if values.get(step) is value:
+            raise _unsupported(f"{step}={value}")
+    if abs(values.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
+        raise _unsupported(f"rescale_factor={values['rescale_factor']}")
+    normalised = values.get("do_normalize", True)
+    mean = values["image_mean"] if normalised else (0.0, 0.0, 0.0)
+    std = values["image_std"] if normalised else (1.0, 1.0, 1.0)
+    resize, crop = _resize(values["size"], values.get("crop_pct"))
+    if crop is None and values.get("do_center_crop"):
+        size = values["crop_size"]
+        crop = (size, size) if isinstance(size, int) else (size["height"], size["width"])
+    if crop is None:
+        if isinstance(resize, int):
+            raise _unsupported(f"images that keep their shape (size={values['size']} without a crop)")
+        crop = resize
+    interpolation = _interpolation(values.get("resample", 3))
+    return describe_preprocessing(crop, mean, std, resize=resize, interpolation=interpolation, crop_floor=True)
+
+
+def _resize(size: Any, crop_pct: float | None) -> tuple[int | tuple[int, int], tuple[int, int] | None]:
+    """What images are resized to (the shorter side, or both), and the crop that follows from it, if one does."""
+    if isinstance(size, int):
+        size = {"shortest_edge": size}
+    if "height" in size:
+        return (int(size["height"]), int(size["width"])), None
+    if "shortest_edge" not in size or size.get("longest_edge"):
+        raise _unsupported(f"size={dict(size)}")
+    edge = int(size["shortest_edge"])
+    if crop_pct is None:
+        return edge, None
+    # ConvNeXt's way: small sizes are cut from larger images, others squashed
+    return (int(edge / crop_pct), (edge, edge)) if edge < 384 else ((edge, edge), (edge, edge))
+
+
+def _interpolation(resample: int) -> str:
+    from PIL.Image import Resampling
+
+    return Resampling(resample).name.lower()
+
+
+def _unsupported(what: str) -> ModelError:
+    return ModelError(
+        f"the model's image processor has {what}, which is not supported: prepare the images by it, and give them to "
+        "DAVE.explain in Python."
+    )
+
+
+def _names(config: Any) -> tuple[str, ...] | None:
+    """Class names of a configuration; None for placeholders."""
+    names = {int(index): str(name) for index, name in (config.id2label or {}).items()}
+    if sorted(names) != list(range(config.num_labels)) or all(n == f"LABEL_{i}" for i, n in names.items()):
+        return None
+    return tuple(names[index] for index in range(config.num_labels))
+
+
+def _size(config: Any) -> tuple[int, int] | None:
+    size = getattr(getattr(config, "vision_config", config), "image_size", None)
+    return (size, size) if isinstance(size, int) else None if size is None else (size[0], size[1])
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Reading weights takes a moment: no bar of its own. Downloads keep theirs."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

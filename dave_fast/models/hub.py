@@ -1,0 +1,101 @@
+"""The network, asked once: where a hub does not answer within seconds, only what is on disk is used.
+
+Hubs' clients try again for half a minute a file, or wait without end where packets are lost.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from urllib.parse import urlsplit
+
+from dave_fast.errors import DaveFastError, UnknownModelError
+
+SECONDS = 5.0
+LOCAL = (
+    "download it where there is a network, and copy the folder or the file here (hf:./FOLDER, or the architecture's "
+    "name with --weights FILE)"
+)
+_lock = threading.Lock()
+
+
+def answers(url: str) -> bool:
+    """Whether the host of a URL answers at all within SECONDS, by the user's proxies."""
+    from huggingface_hub.utils import get_session
+
+    place = urlsplit(url)
+    try:
+        get_session().head(f"{place.scheme}://{place.netloc}", timeout=SECONDS)
+    # httpx or requests, by the version of huggingface_hub: whatever they raise means no answer
+    except Exception:
+        return False
+    return True
+
+
+@contextmanager
+def loading(name: str, *, remote: bool) -> Iterator[None]:
+    """Load a model of another library in here.
+
+    remote: from the Hugging Face hub; where that does not answer, from its cache on this machine.
+
+    Raises UnknownModelError, with the reason, the model's name and the local alternative, for whatever fails inside
+    and is not an error of ours.
+    """
+    from huggingface_hub import constants
+
+    with _lock if remote else nullcontext():
+        before = constants.HF_HUB_OFFLINE
+        silent = remote and not before and not answers(constants.ENDPOINT)
+        if silent:
+            # the clients of timm and open_clip take no argument that would say so
+            constants.HF_HUB_OFFLINE = True
+        try:
+            yield
+        except DaveFastError:
+            raise
+        except Exception as error:
+            if not remote:
+                raise UnknownModelError(f"{name!r} could not be loaded: {reason(error)}.") from error
+            raise UnknownModelError(_why(name, error, constants.ENDPOINT, silent, before)) from error
+        finally:
+            if silent:
+                constants.HF_HUB_OFFLINE = before
+
+
+def _why(name: str, error: Exception, endpoint: str, silent: bool, offline: bool) -> str:
+    if silent:
+        return (
+            f"{name!r} is not on this machine, and {endpoint} does not answer (asked for {SECONDS:g} s). Check the "
+            f"network, or {LOCAL}."
+        )
+    if offline:
+        return f"{name!r} is not on this machine, and the hub is switched off (HF_HUB_OFFLINE). Unset it, or {LOCAL}."
+    return f"{name!r} could not be loaded: {reason(error)}. Check the name and the tag, or {LOCAL}."
+
+
+@contextmanager
+def download(name: str, url: str, file: str | os.PathLike[str]) -> Iterator[None]:
+    """Load a file from a URL in here, as torch.hub does, unless it is on disk already.
+
+    Raises UnknownModelError as `hub`.
+    """
+    place = urlsplit(url)
+    if not os.path.exists(file) and not answers(url):
+        raise UnknownModelError(
+            f"{name!r} is not on this machine, and {place.scheme}://{place.netloc} does not answer (asked for "
+            f"{SECONDS:g} s). Check the network, or {LOCAL}."
+        )
+    try:
+        yield
+    except Exception as error:
+        raise UnknownModelError(
+            f"{name!r} could not be loaded: {reason(error)}. Check the network and the disk, or {LOCAL}."
+        ) from error
+
+
+def reason(error: Exception) -> str:
+    """An error of another library in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0].rstrip('. ')[:300] if lines else 'it does not say why'}"

@@ -1,0 +1,120 @@
+"""How a model is named: one form for the command line, configuration files, workers, servers and Python.
+
+    demo                                  the embedded model
+    NAME[.TAG]                            timm, as deit3_base_patch16_224.fb_in1k
+    hf:ORG/NAME[@REVISION]                the Hugging Face hub: models of transformers, timm and open_clip
+    hf:FOLDER                             the same in a local folder, as `save_pretrained` writes it
+    torchvision:NAME[:WEIGHTS]            torchvision, as torchvision:vit_b_16:IMAGENET1K_V1; without WEIGHTS the best
+    open_clip:NAME[:TAG|:FILE]            open_clip, as open_clip:ViT-B-16:laion2b_s34b_b88k
+    MODULE:FUNCTION                       your own: an importable function that returns an nn.Module
+
+A `ModelSpec` adds what a fine-tuned model needs: a file of weights, its number of classes, their names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dave_fast.errors import InputError, UnknownModelError
+
+SOURCES = ("demo", "timm", "hf", "torchvision", "open_clip", "python")
+# timm's own schemes say the same as hf:
+_SCHEMES = {**{name: name for name in ("timm", "hf", "torchvision", "open_clip")}, "hf-hub": "hf", "local-dir": "hf"}
+_WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which model, with which weights. It can be pickled, and loads nothing.
+
+    name: see above. weights: a file, safetensors or one that `torch.save` wrote of tensors; None: those of the name.
+    num_classes: of the head, where it is not the name's own; it needs weights. labels: the names of the classes, or a
+    file of them: a name a line, a JSON list, or a JSON object from index to name.
+    random_weights: fresh ones, the same each time, to try the mechanics.
+    """
+
+    name: str
+    weights: str | None = None
+    num_classes: int | None = None
+    labels: str | Sequence[str] | None = None
+    random_weights: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises InputError for what cannot be meant together."""
+        if self.weights is not None and self.random_weights:
+            raise InputError("a file of weights and random weights exclude each other: give one of them.")
+        if self.weights is not None and not os.path.isfile(self.weights):
+            raise InputError(f"the weights {self.weights}: there is no such file.")
+        if self.num_classes is not None and self.num_classes < 1:
+            raise InputError(f"num_classes is {self.num_classes}; expected an integer ≥ 1.")
+        if self.num_classes is not None and self.weights is None and not self.random_weights:
+            raise InputError(
+                f"num_classes={self.num_classes} without weights would explain a head of random numbers: give the file "
+                "of your fine-tuned weights (--weights FILE)."
+            )
+
+    @property
+    def source(self) -> tuple[str, str]:
+        """One of SOURCES, and the rest of the name.
+
+        Raises UnknownModelError for what is no name but a file, a folder or nothing.
+        """
+        name = self.name
+        if not name.strip():
+            raise UnknownModelError("the model's name is empty; expected a timm name, 'demo', hf:ORG/NAME ...")
+        if name == "demo":
+            return "demo", ""
+        scheme, colon, rest = name.partition(":")
+        if colon and scheme in _SCHEMES:
+            if not rest:
+                raise UnknownModelError(f"the model {name!r} names nothing after the colon.")
+            return _SCHEMES[scheme], rest
+        if os.path.isdir(name):
+            raise UnknownModelError(f"{name} is a folder: write hf:{name} for one that `save_pretrained` wrote.")
+        if name.lower().endswith(_WEIGHT_FILES) or os.path.isfile(name):
+            raise UnknownModelError(
+                f"{name} is a file, and a file of weights does not say what model they are of: give the architecture as "
+                f"the model, and the file as its weights (--model vit_base_patch16_224 --weights {name})."
+            )
+        return ("python" if colon else "timm"), name
+
+
+def as_spec(model: str | ModelSpec) -> ModelSpec:
+    """A name as a spec."""
+    return model if isinstance(model, ModelSpec) else ModelSpec(model)
+
+
+def class_names(labels: str | Sequence[str]) -> tuple[str, ...]:
+    """The names of classes, given or in a file. Raises InputError for a file that has none."""
+    if not isinstance(labels, str | os.PathLike):
+        return tuple(str(name) for name in labels)
+    try:
+        text = Path(labels).read_text(encoding="utf-8-sig")
+        names = _from_json(json.loads(text)) if text.lstrip()[:1] in ("[", "{") else text.splitlines()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"cannot read the class names in {labels}: {reason.rstrip('.')}.") from error
+    names = [name.strip() for name in names]
+    while names and not names[-1]:
+        names.pop()
+    if not names or not all(names):
+        raise InputError(f"{labels} has an empty class name; expected a name a line, in the order of the classes.")
+    return tuple(names)
+
+
+def _from_json(values: Any) -> list[str]:
+    """A list, an object from index to name, or a transformers configuration with `id2label`."""
+    if isinstance(values, dict):
+        values = values.get("id2label", values)
+        indexed = {int(index): name for index, name in values.items()}
+        if sorted(indexed) != list(range(len(indexed))):
+            raise ValueError("its indices are not 0, 1, 2 ...")
+        values = [indexed[index] for index in range(len(indexed))]
+    if not all(isinstance(name, str) for name in values):
+        raise ValueError("expected a JSON list of names, or an object from index to name")
+    return list(values)
