@@ -27,6 +27,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import machine
+from dave_fast.models.spec import ModelSpec
 from dave_fast.run.local import Machine
 from dave_fast.run.mapper import Mapper, Setup, _record_columns, packed_map
 from dave_fast.run.records import image_key
@@ -178,7 +179,8 @@ def main() -> None:
     parser.add_argument("--ray", action="store_true")
     given = parser.parse_args()
     screen = Console()
-    setup = Setup(given.model, random_weights=True, n_samples=given.samples, options={"noise_alpha": NOISE_ALPHA})
+    spec = ModelSpec(given.model, random_weights=True)
+    setup = Setup(spec, n_samples=given.samples, options={"noise_alpha": NOISE_ALPHA})
     content: dict[str, Any] = {"environment": machine.environment("pyarrow", "ray"), "settings": vars(given)}
     with tempfile.TemporaryDirectory() as folder:
         place = manifest(given.images, given.count, Path(folder))

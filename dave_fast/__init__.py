@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dave_fast import targets
     from dave_fast.explainer import DAVE, Explanation, effective_gradient
+    from dave_fast.models.spec import ModelSpec
     from dave_fast.run.reader import open_maps
 
 __version__ = "0.1.0"
-__all__ = ["DAVE", "Explanation", "__version__", "effective_gradient", "open_maps", "targets"]
+__all__ = ["DAVE", "Explanation", "ModelSpec", "__version__", "effective_gradient", "open_maps", "targets"]
 
 
 def __getattr__(name: str) -> Any:
@@ -20,6 +21,10 @@ def __getattr__(name: str) -> Any:
         from dave_fast import explainer
 
         return getattr(explainer, name)
+    if name == "ModelSpec":
+        from dave_fast.models.spec import ModelSpec
+
+        return ModelSpec
     if name == "open_maps":
         from dave_fast.run.reader import open_maps
 

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dave_fast import cli_options
+from dave_fast.cli_options import MACHINE
 from dave_fast.errors import InputError
 from dave_fast.terminal import console, plain_warnings
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_WHAT, _HOW, _RESULT = "What", "How", "Result"
+_WHAT, _HOW, _RESULT = "What", MACHINE, "Result"
 
 
 def bench(
@@ -25,12 +27,11 @@ def bench(
             metavar="engine|all|OP", help="The whole engine, an op of `dave-fast info`, or all.", rich_help_panel=_WHAT
         ),
     ] = "engine",
-    model: Annotated[
-        str,
-        typer.Option(help="'demo', a timm model, or module:function that makes yours.", rich_help_panel=_WHAT),
-    ] = "demo",
+    model: cli_options.ModelOrDemo = None,
+    weights: cli_options.Weights = None,
+    num_classes: cli_options.NumClasses = None,
     pretrained: Annotated[
-        bool, typer.Option("--pretrained", help="Fetch a timm model's weights; else random.", rich_help_panel=_WHAT)
+        bool, typer.Option("--pretrained", help="Fetch the model's weights; else random.", rich_help_panel=_WHAT)
     ] = False,
     size: Annotated[
         int | None, typer.Option(min=1, help="Pixels a side.", show_default="the model's", rich_help_panel=_WHAT)
@@ -41,10 +42,8 @@ def bench(
         int | None,
         typer.Option(min=1, help="Samples of a micro-batch.", show_default="what fits", rich_help_panel=_WHAT),
     ] = None,
-    device: Annotated[str | None, typer.Option(show_default="best there is", rich_help_panel=_HOW)] = None,
-    precision: Annotated[
-        str | None, typer.Option(metavar="fp64|fp32|bf16|...", show_default="by device", rich_help_panel=_HOW)
-    ] = None,
+    device: cli_options.Device = None,
+    precision: cli_options.Precision = None,
     backend: Annotated[
         str | None,
         typer.Option(help="One of `dave-fast info`.", show_default="all; engine: auto", rich_help_panel=_HOW),
@@ -90,7 +89,9 @@ def bench(
     place = resolve_device(device, nn.Identity(), named=device is None)
     wanted = {
         "op": op,
-        "model": model,
+        "model": model or "demo",
+        "weights": None if weights is None else str(weights.resolve()),
+        "num_classes": num_classes,
         "pretrained": pretrained,
         "size": size,
         "samples": samples,

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dave_fast import cli_options
+from dave_fast.cli_options import MACHINE, METHOD
 from dave_fast.errors import InputError
 from dave_fast.files import check_writable
 from dave_fast.terminal import console, plain_warnings, progress_bar
@@ -19,8 +21,9 @@ if TYPE_CHECKING:
 
     from dave_fast.evaluate import Settings, Source
     from dave_fast.evaluate.summary import Summary
+    from dave_fast.models.spec import ModelSpec
 
-_HOW_MUCH, _METHOD, _MACHINE = "How much", "Method", "Machine"
+_HOW_MUCH = "How much"
 
 
 def evaluate(
@@ -28,14 +31,18 @@ def evaluate(
         str | None,
         typer.Argument(metavar="[SOURCE]", help="A folder of images; the embedded scenes by default."),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="A timm model, or 'demo'.", show_default="demo")] = None,
+    model: cli_options.ModelOrDemo = None,
+    weights: cli_options.Weights = None,
+    num_classes: cli_options.NumClasses = None,
+    labels: cli_options.ClassNames = None,
+    image_size: cli_options.ImageSize = None,
+    config: cli_options.ConfigFile = None,
     out: Annotated[Path, typer.Option(help="The folder for the report.")] = Path("evaluation"),
     boxes: Annotated[
         Path | None,
         typer.Option(help="Where the objects are: a folder of ImageNet's XML files, a .csv, or a COCO .json."),
     ] = None,
     masks: Annotated[Path | None, typer.Option(help="A folder of PNG masks, named as the images.")] = None,
-    config: Annotated[Path | None, typer.Option(help="Settings of the model, as `tune` writes them.")] = None,
     methods: Annotated[
         str | None, typer.Option(help="Baselines to compare, separated by commas.", show_default="all there are")
     ] = None,
@@ -62,21 +69,13 @@ def evaluate(
         str, typer.Option(help="Some of dave, rise-deletion, rise-insertion, quantus.", rich_help_panel=_HOW_MUCH)
     ] = "dave,rise-deletion,rise-insertion",
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of the random methods.", rich_help_panel=_HOW_MUCH)] = 3,
-    n_samples: Annotated[
-        int | None, typer.Option(min=1, help="Perturbed samples an image.", show_default="50", rich_help_panel=_METHOD)
-    ] = None,
-    noise_alpha: Annotated[
-        float | None, typer.Option(help="The highest noise level.", show_default="by model", rich_help_panel=_METHOD)
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="The first seed.", rich_help_panel=_METHOD)] = 0,
-    device: Annotated[
-        str | None, typer.Option(metavar="cpu|cuda|...", show_default="best there is", rich_help_panel=_MACHINE)
-    ] = None,
-    precision: Annotated[
-        str | None, typer.Option(metavar="fp64|fp32|bf16", show_default="by device", rich_help_panel=_MACHINE)
-    ] = None,
-    backend: Annotated[str, typer.Option(help="See `dave-fast info`.", rich_help_panel=_MACHINE)] = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.", rich_help_panel=_MACHINE)] = 16,
+    n_samples: cli_options.Samples = None,
+    noise_alpha: cli_options.NoiseAlpha = None,
+    seed: Annotated[int, typer.Option(min=0, help="The first seed.", rich_help_panel=METHOD)] = 0,
+    device: cli_options.Device = None,
+    precision: cli_options.Precision = None,
+    backend: cli_options.Backend = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.", rich_help_panel=MACHINE)] = 16,
 ) -> None:
     """Measure how good attribution maps are, beside other methods on the same images.
 
@@ -84,6 +83,7 @@ def evaluate(
     accuracy and mosaics (folders named by class or WordNet id, or the annotations' own), and --boxes or --masks for
     the pointing games; what cannot be measured without them is left out.
     """
+    from dave_fast.config import Config, load_config
     from dave_fast.evaluate.settings import GROUPS, Settings
 
     chosen = Settings(
@@ -104,7 +104,12 @@ def evaluate(
     screen = console()
     with plain_warnings(screen):
         check_writable(out)
-        _run(screen, source, model, config, n_samples, keywords, (boxes, masks), chosen, out)
+        given = Config() if config is None else load_config(config)
+        spec = cli_options.model_spec(model, weights, num_classes, labels, image_size, config=given)
+        if noise_alpha is None:
+            keywords["noise_alpha"] = given.noise_alpha
+        samples = n_samples or given.n_samples or 50
+        _run(screen, source, spec, samples, keywords, (boxes, masks), chosen, out)
 
 
 def _listed(text: str) -> tuple[str, ...]:
@@ -114,16 +119,14 @@ def _listed(text: str) -> tuple[str, ...]:
 def _run(
     screen: Console,
     source: str | None,
-    model: str | None,
-    config: Path | None,
-    n_samples: int | None,
+    spec: ModelSpec,
+    n_samples: int,
     keywords: dict[str, Any],
     known: tuple[Path | None, Path | None],
     settings: Settings,
     out: Path,
 ) -> None:
     """Load, evaluate, write, tell."""
-    from dave_fast.config import Config, load_config
     from dave_fast.evaluate import evaluate as measure
     from dave_fast.evaluate.methods import Setup
     from dave_fast.evaluate.report import About, write
@@ -131,14 +134,12 @@ def _run(
     from dave_fast.images import preprocessing
     from dave_fast.info import collect
     from dave_fast.labels import labels_of
+    from dave_fast.models.adapter import require_classifier
 
-    given = Config() if config is None else load_config(config)
-    name = model or given.model or "demo"
-    if keywords["noise_alpha"] is None:
-        keywords["noise_alpha"] = given.noise_alpha
-    found = _files(source, name, known)
-    with screen.status(f"loading {name}"):
-        explainer = DAVE(name, **keywords)
+    found = _files(source, spec.name, known)
+    with screen.status(f"loading {spec.name}"):
+        explainer = DAVE(spec, **keywords)
+    require_classifier(explainer.model, spec.name)
     network = explainer.model.to(explainer.device).eval().requires_grad_(False)
     prepare = preprocessing(network)
     if prepare.note:
@@ -150,7 +151,7 @@ def _run(
         "backend": explainer.backend,
         "noise_alpha": explainer.sampling.noise_alpha,
     }
-    setup = Setup(n_samples or given.n_samples or 50, used, 1 / min(prepare.std))
+    setup = Setup(n_samples, used, 1 / min(prepare.std))
     with progress_bar(screen) as bar:
         task = bar.add_task("evaluating", total=None)
         results = measure(
@@ -164,7 +165,7 @@ def _run(
     versions = {**environment.versions, "device": environment.devices[-1].name, "threads": environment.threads}
     command = shlex.join(["dave-fast", *sys.argv[1:]])
     labels = labels_of(network)
-    about = About(name, images.title, settings, setup, labels, prepare, versions, command, images.skipped)
+    about = About(spec.name, images.title, settings, setup, labels, prepare, versions, command, images.skipped)
     _tell(write(out, results, about), results.absent, images.skipped, out)
 
 

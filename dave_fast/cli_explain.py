@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dave_fast import cli_options
 from dave_fast.errors import InputError
 from dave_fast.files import check_writable
 from dave_fast.terminal import console, plain_warnings, progress_bar, refuse
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dave_fast.explain_files import Done, Failed, Settings, Source
+    from dave_fast.explainer import DAVE
+    from dave_fast.models.spec import ModelSpec
 
-DEFAULT_MODEL = "deit3_base_patch16_224.fb_in1k"
 _ROWS = 20
-_METHOD, _MACHINE = "Method", "Machine"
 
 
 def explain(
@@ -30,7 +30,11 @@ def explain(
         typer.Argument(metavar="[IMAGES|FOLDER]...", help="Image files, or folders of them."),
     ] = None,
     demo: Annotated[bool, typer.Option("--demo", help="Explain the embedded scene with the embedded model.")] = False,
-    model: Annotated[str | None, typer.Option(help="A timm model, or 'demo'.", show_default=DEFAULT_MODEL)] = None,
+    model: cli_options.Model = None,
+    weights: cli_options.Weights = None,
+    num_classes: cli_options.NumClasses = None,
+    labels: cli_options.ClassNames = None,
+    image_size: cli_options.ImageSize = None,
     target: Annotated[
         list[str] | None,
         typer.Option(
@@ -43,37 +47,16 @@ def explain(
         typer.Option(min=1, help="Explain the k most probable classes.", show_default="1; 2 with --demo"),
     ] = None,
     out: Annotated[Path, typer.Option(help="The folder for the results.")] = Path("maps"),
-    config: Annotated[
-        Path | None,
-        typer.Option(help="Settings that `dave-fast tune` wrote.", rich_help_panel=_METHOD),
-    ] = None,
-    n_samples: Annotated[
-        int | None,
-        typer.Option(min=1, help="Perturbed samples an image.", show_default="50", rich_help_panel=_METHOD),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Equal seeds give equal maps.", rich_help_panel=_METHOD)] = 0,
-    noise_alpha: Annotated[
-        float | None,
-        typer.Option(help="The highest noise level.", show_default="by model", rich_help_panel=_METHOD),
-    ] = None,
-    schedule: Annotated[
-        str,
-        typer.Option(metavar="sequence|paper", help="How noise levels are spread.", rich_help_panel=_METHOD),
-    ] = "sequence",
-    device: Annotated[
-        str | None,
-        typer.Option(metavar="cpu|cuda|...", show_default="best there is", rich_help_panel=_MACHINE),
-    ] = None,
-    precision: Annotated[
-        str | None,
-        typer.Option(metavar="fp64|fp32|bf16|fp8", show_default="by device", rich_help_panel=_MACHINE),
-    ] = None,
-    backend: Annotated[str, typer.Option(help="See `dave-fast info`.", rich_help_panel=_MACHINE)] = "auto",
-    route: Annotated[str, typer.Option(metavar="auto|engine|frozen", rich_help_panel=_MACHINE)] = "auto",
-    internal_batch_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Samples at a time.", show_default="what fits", rich_help_panel=_MACHINE),
-    ] = None,
+    config: cli_options.ConfigFile = None,
+    n_samples: cli_options.Samples = None,
+    seed: cli_options.Seed = 0,
+    noise_alpha: cli_options.NoiseAlpha = None,
+    schedule: cli_options.Schedule = "sequence",
+    device: cli_options.Device = None,
+    precision: cli_options.Precision = None,
+    backend: cli_options.Backend = "auto",
+    route: cli_options.Route = "auto",
+    internal_batch_size: cli_options.InternalBatchSize = None,
 ) -> None:
     """Explain what a model sees in images.
 
@@ -114,12 +97,14 @@ def explain(
         "schedule": schedule,
         "internal_batch_size": internal_batch_size,
     }
-    screen = console()
+    screen, default = console(), "demo" if demo else cli_options.DEFAULT_MODEL
     with plain_warnings(screen):
         # Before a model is loaded for nothing.
         check_writable(out)
-        sources = _demo_sources(images, model) if demo else _sources(images or [], out)
-        explainer = _load(screen, "demo" if demo else model or given.model or DEFAULT_MODEL, keywords)
+        flags = (model, weights, num_classes, labels, image_size)
+        sources = _demo_sources(images, flags) if demo else _sources(images or [], out)
+        spec = cli_options.model_spec(*flags, config=None if demo else given, default=default)
+        explainer = _load(screen, spec, keywords)
         if any(of_patches):
             explainer = _of_tokens(explainer, keywords)
         done, failed = _run(screen, explainer, sources, settings)
@@ -141,23 +126,21 @@ def _sources(images: Sequence[Path], out: Path) -> list[Source]:
     return sources
 
 
-def _demo_sources(images: Sequence[Path] | None, model: str | None) -> list[Source]:
+def _demo_sources(images: Sequence[Path] | None, flags: Sequence[Any]) -> list[Source]:
     """The embedded scene."""
     from dave_fast.demo import demo_scene
     from dave_fast.explain_files import Source
 
-    if images or model not in (None, "demo"):
+    if images or flags[0] not in (None, "demo") or any(flags[1:]):
         raise InputError("--demo brings its own image and model; for yours, leave --demo out.")
     return [Source("demo", "the embedded scene", lambda: demo_scene().image)]
 
 
-def _load(screen: Console, model: str, keywords: dict[str, Any]) -> Any:
-    with screen.status(f"loading {model}"):
+def _load(screen: Console, spec: ModelSpec, keywords: dict[str, Any]) -> DAVE:
+    with screen.status(f"loading {spec.name}"):
         from dave_fast.explainer import DAVE
 
-        # It tells of every retry; what comes of them is told by the error.
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-        return DAVE(model, **keywords)
+        return DAVE(spec, **keywords)
 
 
 def _of_tokens(explainer: Any, keywords: dict[str, Any]) -> Any:

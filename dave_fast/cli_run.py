@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dave_fast.cli_explain import DEFAULT_MODEL
+from dave_fast import cli_options
+from dave_fast.cli_options import MACHINE, MODEL
 from dave_fast.errors import InputError
 from dave_fast.terminal import console
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from dave_fast.run.progress import Report
     from dave_fast.run.runner import Summary
 
-_METHOD, _MACHINE, _RESULTS = "Method", "Machine", "Results"
+_RESULTS = "Results"
 _INT64 = 2**63
 
 
@@ -24,9 +25,21 @@ def run(
     source: Annotated[
         str, typer.Argument(help="Folder, list (txt, csv, jsonl), Parquet manifest, tars, hf://NAME:SPLIT; or a URL.")
     ],
-    model: Annotated[str | None, typer.Option(help="A timm model, or 'demo'.", show_default=DEFAULT_MODEL)] = None,
+    model: cli_options.Model = None,
+    weights: cli_options.Weights = None,
+    num_classes: cli_options.NumClasses = None,
+    labels: cli_options.ClassNames = None,
+    image_size: cli_options.ImageSize = None,
+    random_weights: Annotated[
+        bool,
+        typer.Option(
+            "--random-weights",
+            help="Fresh weights, to try the mechanics: the maps mean nothing.",
+            rich_help_panel=MODEL,
+        ),
+    ] = False,
+    config: cli_options.ConfigFile = None,
     out: Annotated[Path, typer.Option(help="The run's folder; the same again resumes it.")] = Path("run"),
-    config: Annotated[Path | None, typer.Option(help="Settings that `dave-fast tune` wrote.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many rows in all.")] = None,
     target: Annotated[
         str | None,
@@ -34,10 +47,6 @@ def run(
             metavar="CLASS|predicted|label", help="What is explained.", show_default="the record's own, else predicted"
         ),
     ] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="A file of weights for the timm model.")] = None,
-    random_weights: Annotated[
-        bool, typer.Option("--random-weights", help="Fresh weights, to try the mechanics: the maps mean nothing.")
-    ] = False,
     retry_errors: Annotated[
         bool, typer.Option("--retry-errors", help="Do records again whose row is an error.")
     ] = False,
@@ -57,18 +66,11 @@ def run(
     commit_every: Annotated[
         float, typer.Option(min=0.1, help="Seconds after which rows are committed.", rich_help_panel=_RESULTS)
     ] = 300.0,
-    n_samples: Annotated[
-        int | None, typer.Option(min=1, help="Perturbed samples an image.", show_default="50", rich_help_panel=_METHOD)
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Equal seeds give equal maps.", rich_help_panel=_METHOD)] = 0,
-    noise_alpha: Annotated[
-        float | None,
-        typer.Option(help="The highest noise level.", show_default="by model", rich_help_panel=_METHOD),
-    ] = None,
-    schedule: Annotated[
-        str, typer.Option(metavar="sequence|paper", help="How noise levels are spread.", rich_help_panel=_METHOD)
-    ] = "sequence",
-    engine: Annotated[str, typer.Option(metavar="local|ray", rich_help_panel=_MACHINE)] = "local",
+    n_samples: cli_options.Samples = None,
+    seed: cli_options.Seed = 0,
+    noise_alpha: cli_options.NoiseAlpha = None,
+    schedule: cli_options.Schedule = "sequence",
+    engine: Annotated[str, typer.Option(metavar="local|ray", rich_help_panel=MACHINE)] = "local",
     devices: Annotated[
         str | None,
         typer.Option(
@@ -77,29 +79,29 @@ def run(
             metavar="cuda:0,cuda:1|all|cpu",
             help="A process each.",
             show_default="best there is",
-            rich_help_panel=_MACHINE,
+            rich_help_panel=MACHINE,
         ),
     ] = None,
-    precision: Annotated[
-        str | None, typer.Option(metavar="fp64|fp32|bf16", show_default="by device", rich_help_panel=_MACHINE)
-    ] = None,
-    backend: Annotated[str, typer.Option(help="See `dave-fast info`.", rich_help_panel=_MACHINE)] = "auto",
-    route: Annotated[str, typer.Option(metavar="auto|engine|frozen", rich_help_panel=_MACHINE)] = "auto",
+    precision: cli_options.Precision = None,
+    backend: cli_options.Backend = "auto",
+    route: cli_options.Route = "auto",
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Images at a time.", show_default="4; 16 on a GPU", rich_help_panel=_MACHINE),
+        typer.Option(min=1, help="Images at a time.", show_default="4; 16 on a GPU", rich_help_panel=MACHINE),
     ] = None,
-    internal_batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Samples at a time.", show_default="what fits", rich_help_panel=_MACHINE)
-    ] = None,
+    internal_batch_size: cli_options.InternalBatchSize = None,
     workers: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Decoding threads of each device.", show_default="the processors", rich_help_panel=_MACHINE
+            min=1,
+            help="Decoding threads of each device.",
+            show_default="the processors",
+            rich_help_panel=MACHINE,
         ),
     ] = None,
     watchdog: Annotated[
-        float, typer.Option(min=1, help="Seconds without progress that end the run.", rich_help_panel=_MACHINE)
+        float,
+        typer.Option(min=1, help="Seconds without progress that end the run.", rich_help_panel=MACHINE),
     ] = 900.0,
 ) -> None:
     """Make attribution maps for a whole dataset, as Parquet shards in the folder --out.
@@ -119,15 +121,18 @@ def run(
         raise InputError(f"--map-dtype is {map_dtype!r}; expected one of {', '.join(MAP_DTYPES)}.")
     if not -_INT64 <= seed < _INT64:
         raise InputError(f"--seed is {seed}; expected an integer of 64 bits.")
-    if checkpoint is not None and random_weights:
-        raise InputError("--checkpoint and --random-weights exclude each other: give one of them.")
-    if checkpoint is not None and not checkpoint.is_file():
-        raise InputError(f"--checkpoint: there is no file {checkpoint}.")
     given = load_config(config) if config is not None else Config()
     setup = Setup(
-        model=model or given.model or DEFAULT_MODEL,
-        checkpoint=None if checkpoint is None else str(checkpoint.resolve()),
-        random_weights=random_weights,
+        model=cli_options.model_spec(
+            model,
+            weights,
+            num_classes,
+            labels,
+            image_size,
+            config=given,
+            default=cli_options.DEFAULT_MODEL,
+            random_weights=random_weights,
+        ),
         n_samples=n_samples or given.n_samples or 50,
         seed=seed,
         target=target,

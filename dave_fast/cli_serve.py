@@ -5,38 +5,38 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from dave_fast import cli_options
+from dave_fast.cli_options import MACHINE
 from dave_fast.errors import InputError
 from dave_fast.terminal import console, plain_warnings
 
-_MACHINE, _LIMITS, _ACCESS = "Machine", "Limits", "Access"
+_LIMITS, _ACCESS = "Limits", "Access"
 KEYS_VARIABLE = "DAVE_FAST_API_KEYS"
 MISSING = "serving needs more packages; install them with: pip install 'dave-fast[serve]'"
 
 
 def serve(
-    models: Annotated[list[str] | None, typer.Argument(metavar="[MODEL]...", help="timm models, or 'demo'.")] = None,
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="[[NAME=]MODEL]...", help=cli_options.NAMES, show_default="demo")
+    ] = None,
+    weights: cli_options.Weights = None,
+    num_classes: cli_options.NumClasses = None,
+    labels: cli_options.ClassNames = None,
+    image_size: cli_options.ImageSize = None,
     host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 for every network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     device: Annotated[
         list[str] | None,
-        typer.Option(metavar="cpu|cuda:0|...", help="One engine each; give several.", rich_help_panel=_MACHINE),
+        typer.Option(metavar="cpu|cuda:0|...", help="One engine each; give several.", rich_help_panel=MACHINE),
     ] = None,
-    precision: Annotated[
-        str | None,
-        typer.Option(metavar="fp64|fp32|bf16", show_default="by device", rich_help_panel=_MACHINE),
-    ] = None,
-    backend: Annotated[str, typer.Option(help="See `dave-fast info`.", rich_help_panel=_MACHINE)] = "auto",
-    noise_alpha: Annotated[
-        float | None, typer.Option(help="The highest noise level.", show_default="by model", rich_help_panel=_MACHINE)
-    ] = None,
-    internal_batch_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Samples a micro-batch.", show_default="what fits", rich_help_panel=_MACHINE),
-    ] = None,
+    precision: cli_options.Precision = None,
+    backend: cli_options.Backend = "auto",
+    noise_alpha: cli_options.NoiseAlpha = None,
+    internal_batch_size: cli_options.InternalBatchSize = None,
     max_requests: Annotated[int, typer.Option(min=1, help="In the queue.", rich_help_panel=_LIMITS)] = 64,
     max_samples: Annotated[int, typer.Option(min=1, help="Of one request.", rich_help_panel=_LIMITS)] = 1024,
     max_megabytes: Annotated[int, typer.Option(min=1, help="Of one upload.", rich_help_panel=_LIMITS)] = 20,
@@ -60,11 +60,15 @@ def serve(
     SIGTERM or Ctrl-C, after what was accepted is answered: exit code 0.
     """
     keys = _keys(api_keys)
-    settings = {
+    settings: dict[str, Any] = {
         "precision": precision,
         "backend": backend,
         "noise_alpha": noise_alpha,
         "internal_batch_size": internal_batch_size,
+        "weights": _file(weights),
+        "num_classes": num_classes,
+        "labels": _file(labels),
+        "image_size": image_size,
     }
     # the port is taken before models are loaded for nothing
     with _bound(host, port) as listening:
@@ -93,6 +97,10 @@ def serve(
         where = f"http://{host}:{listening.getsockname()[1]}"
         screen.print(f"serving {', '.join(loaded)} at {where} (docs at /docs); Ctrl-C ends it", soft_wrap=True)
         make_server(app, limits).run([listening])
+
+
+def _file(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def _bound(host: str, port: int) -> socket.socket:

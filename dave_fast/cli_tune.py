@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dave_fast import cli_options
 from dave_fast.errors import ImageError, InputError
 from dave_fast.files import check_writable
 from dave_fast.terminal import console, plain_warnings, progress_bar
@@ -15,6 +16,7 @@ from dave_fast.terminal import console, plain_warnings, progress_bar
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from dave_fast.models.spec import ModelSpec
     from dave_fast.tune import Tuning
 
 CONFIG, PICTURE = "dave-fast.toml", "tune.png"
@@ -26,16 +28,20 @@ def tune(
         list[Path] | None,
         typer.Argument(metavar="[IMAGES|FOLDER]...", help="Images that the model is used on; none for 'demo'."),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="A timm model, or 'demo'.", show_default="demo")] = None,
+    model: cli_options.ModelOrDemo = None,
+    weights: cli_options.Weights = None,
+    num_classes: cli_options.NumClasses = None,
+    labels: cli_options.ClassNames = None,
+    image_size: cli_options.ImageSize = None,
     out: Annotated[Path, typer.Option(help="The folder for the configuration and the picture.")] = Path("tuned"),
     images: Annotated[int, typer.Option(min=3, help="How many of the images to use.")] = 8,
     quality: Annotated[
         float, typer.Option(help="Correlation with the converged map that n_samples is chosen for.")
     ] = 0.9,
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal results.")] = 0,
-    device: Annotated[str | None, typer.Option(metavar="cpu|cuda|...", show_default="best there is")] = None,
-    precision: Annotated[str | None, typer.Option(metavar="fp64|fp32|bf16", show_default="by device")] = None,
-    backend: Annotated[str, typer.Option(help="See `dave-fast info`.")] = "auto",
+    device: cli_options.Device = None,
+    precision: cli_options.Precision = None,
+    backend: cli_options.Backend = "auto",
 ) -> None:
     """Choose noise_alpha and n_samples for a model, without labels.
 
@@ -49,27 +55,38 @@ def tune(
     screen = console()
     with plain_warnings(screen):
         check_writable(out)
-        name = model or "demo"
-        found = _run(screen, paths or [], name, images, quality, seed, (device, precision, backend))
-    save_config(Config(name, found.noise_alpha, found.n_samples), out / CONFIG)
+        spec = cli_options.model_spec(model, weights, num_classes, labels, image_size)
+        found = _run(screen, paths or [], spec, images, quality, seed, (device, precision, backend))
+    # names of classes are a file here
+    names = spec.labels if isinstance(spec.labels, str) else None
+    chosen = (spec.name, found.noise_alpha, found.n_samples, spec.weights, spec.num_classes, names, spec.image_size)
+    save_config(Config(*chosen), out / CONFIG)
     picture(found, out / PICTURE)
     _tell(found, out)
 
 
 def _run(
-    screen: Console, paths: Sequence[Path], name: str, images: int, quality: float, seed: int, machine: tuple[Any, ...]
+    screen: Console,
+    paths: Sequence[Path],
+    spec: ModelSpec,
+    images: int,
+    quality: float,
+    seed: int,
+    machine: tuple[Any, ...],
 ) -> Tuning:
     from dave_fast.explainer import DAVE
     from dave_fast.images import find_images
+    from dave_fast.models.adapter import require_classifier
     from dave_fast.tune import tune as measure
 
-    if not paths and name != "demo":
-        raise InputError(f"name images that {name} is used on, or a folder of them: tuning takes three or more.")
+    if not paths and spec.name != "demo":
+        raise InputError(f"name images that {spec.name} is used on, or a folder of them: tuning takes three or more.")
     files = find_images(paths) if paths else []
     device, precision, backend = machine
-    with screen.status(f"loading {name}"):
+    with screen.status(f"loading {spec.name}"):
         # the level is what is sought: any serves to begin with
-        explainer = DAVE(name, device=device, precision=precision, backend=backend, noise_alpha=0.5)
+        explainer = DAVE(spec, device=device, precision=precision, backend=backend, noise_alpha=0.5)
+    require_classifier(explainer.model, spec.name)
     inputs = _inputs(screen, explainer, files, images, seed)
     with progress_bar(screen) as bar:
         task = bar.add_task("tuning", total=None)

@@ -1,8 +1,12 @@
 """The settings that belong to a model, in a file: written by `tune`, taken by every command as --config.
 
-A TOML file with the keys `model`, `noise_alpha` and `n_samples`, all optional:
+A TOML file, every key optional; files are named as seen from the folder that it lies in:
 
     model = "vit_base_patch16_224"
+    weights = "mine.safetensors"
+    num_classes = 12
+    labels = "names.txt"
+    image_size = 224
     noise_alpha = 0.3
     n_samples = 50
 
@@ -20,7 +24,16 @@ from typing import Any
 from dave_fast.errors import InputError
 from dave_fast.files import atomically
 
-_KINDS: dict[str, tuple[type, ...]] = {"model": (str,), "noise_alpha": (float, int), "n_samples": (int,)}
+_KINDS: dict[str, tuple[type, ...]] = {
+    "model": (str,),
+    "noise_alpha": (float, int),
+    "n_samples": (int,),
+    "weights": (str,),
+    "num_classes": (int,),
+    "labels": (str,),
+    "image_size": (int,),
+}
+_FILES = ("weights", "labels")
 
 
 @dataclass(frozen=True)
@@ -30,6 +43,10 @@ class Config:
     model: str | None = None
     noise_alpha: float | None = None
     n_samples: int | None = None
+    weights: str | None = None
+    num_classes: int | None = None
+    labels: str | None = None
+    image_size: int | None = None
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:
@@ -47,12 +64,15 @@ def load_config(path: str | os.PathLike[str]) -> Config:
             raise InputError(f"{path} has the key {key!r}; expected only {', '.join(known)}.")
         if not isinstance(value, _KINDS[key]) or isinstance(value, bool):
             raise InputError(f"{path}: {key} is {value!r}; expected {' or '.join(k.__name__ for k in _KINDS[key])}.")
-    alpha, samples = values.get("noise_alpha"), values.get("n_samples")
+    alpha = values.get("noise_alpha")
     if alpha is not None and not 0 <= alpha <= 1:
         raise InputError(f"{path}: noise_alpha is {alpha}; expected 0 ≤ noise_alpha ≤ 1.")
-    if samples is not None and samples < 1:
-        raise InputError(f"{path}: n_samples is {samples}; expected an integer ≥ 1.")
-    return Config(values.get("model"), None if alpha is None else float(alpha), samples)
+    for key in ("n_samples", "num_classes", "image_size"):
+        if key in values and values[key] < 1:
+            raise InputError(f"{path}: {key} is {values[key]}; expected an integer ≥ 1.")
+    folder = os.path.dirname(os.path.abspath(path))
+    values |= {key: os.path.join(folder, values[key]) for key in _FILES if key in values}
+    return Config(**values | ({} if alpha is None else {"noise_alpha": float(alpha)}))
 
 
 def save_config(config: Config, path: str | os.PathLike[str]) -> None:

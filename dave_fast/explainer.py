@@ -33,6 +33,7 @@ from dave_fast.graphs import make_graphs
 from dave_fast.micro_batch import MicroBatches, Progress, Walk
 from dave_fast.models.adapter import kind_of
 from dave_fast.models.catalog import load_model, noise_alpha_for
+from dave_fast.models.spec import ModelSpec
 from dave_fast.ops import _registry
 from dave_fast.ops.patches import patchify, unpatchify
 from dave_fast.precision import DTYPES, choose_precision, own_arithmetic, resolve_device, statistics_dtype
@@ -67,8 +68,9 @@ class DAVE:
     """Explains the decisions of a Vision Transformer.
 
     Args:
-        model: a timm name, "demo" (the embedded model) or any nn.Module. It is only read; changes that you make to
-            its weights, modules, hooks and settings are noticed at the next call (see `dave_fast.weights`).
+        model: a name (timm's, "demo", "hf:...", "torchvision:...", "open_clip:...": see `dave_fast.models.spec`), a
+            ModelSpec with weights and class names of your own, or any nn.Module. A module is only read; changes that
+            you make to its weights, modules, hooks and settings are noticed at the next call (see `dave_fast.weights`).
         device: where to compute; by default the model's own for a module, else a GPU where there is one.
         precision: "fp64", "fp32", "bf16" or "fp8" (e4m3 operands in the GEMMs: see `dave_fast.ops.fp8`); by default
             bf16 where the device has it, else fp32.
@@ -85,7 +87,7 @@ class DAVE:
 
     def __init__(
         self,
-        model: str | nn.Module,
+        model: str | ModelSpec | nn.Module,
         *,
         device: str | torch.device | None = None,
         precision: str | None = None,
@@ -101,7 +103,7 @@ class DAVE:
         graphs: bool | None = None,
     ) -> None:
         self.model, self.model_name = load_model(model)
-        self.device = resolve_device(device, self.model, named=isinstance(model, str))
+        self.device = resolve_device(device, self.model, named=not isinstance(model, nn.Module))
         self.precision = choose_precision(precision, self.device, backend)
         self.backend = backend
         if noise_alpha is None:
@@ -391,7 +393,7 @@ class DAVE:
 
 
 def effective_gradient(
-    model: str | nn.Module,
+    model: str | ModelSpec | nn.Module,
     images: Tensor,
     target: Target = None,
     *,

@@ -38,12 +38,12 @@ def models(monkeypatch):
     """Names of models that exist here, in place of the hub's; "never" must not be loaded."""
     known = {"tiny": tiny}
 
-    def load_model(name):
-        if isinstance(name, nn.Module):
-            return name, "a module"
-        if name not in known:
-            raise AssertionError(f"the model {name} was loaded")
-        return known[name](), name
+    def load_model(spec):
+        if isinstance(spec, nn.Module):
+            return spec, "a module"
+        if spec.name not in known:
+            raise AssertionError(f"the model {spec.name} was loaded")
+        return known[spec.name](), spec.name
 
     monkeypatch.setattr(explainer, "load_model", load_model)
     monkeypatch.setattr(explainer, "noise_alpha_for", lambda name: 0.5)

@@ -13,9 +13,10 @@ import torch
 from dave_fast.bench import rates
 from dave_fast.bench.agreement import check, loader, reference
 from dave_fast.bench.cases import PACKS, Case, Operands, cases_of
-from dave_fast.bench.shapes import Shapes, load_object
+from dave_fast.bench.shapes import Shapes
 from dave_fast.bench.timing import host_seconds, in_turns, spread
 from dave_fast.errors import BackendError, InputError
+from dave_fast.models.catalog import load_object
 from dave_fast.ops import _registry
 
 YOURS = "yours"

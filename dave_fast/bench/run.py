@@ -16,10 +16,11 @@ from dave_fast.bench.compare import compare
 from dave_fast.bench.op_tests import run_tests
 from dave_fast.bench.ops import YOURS, bench_op
 from dave_fast.bench.rates import DTYPES
-from dave_fast.bench.shapes import Shapes, build_model, shapes_of
+from dave_fast.bench.shapes import Shapes, build_model, shapes_of, spec_of
 from dave_fast.bench.sweep import latency_against_samples, memory_against_size
 from dave_fast.errors import InputError
 from dave_fast.explainer import DAVE
+from dave_fast.models.spec import ModelSpec
 from dave_fast.plan import why_not
 
 ENGINE = "engine"
@@ -37,14 +38,14 @@ def run(
 ) -> dict[str, Any]:
     """The whole result, as it is written to JSON.
 
-    wanted: op, model, pretrained, size, samples, images, rows, device, precision, backend, repeats, budget, as the
-    command's options. before: a git revision to compare with, and the share by which it may be slower. tests: run the
-    ops' tests first. yours: a backend "yours" is registered. sweep: also latency against S and memory against
-    resolution. say: is told what is being done.
+    wanted: op, model, weights, num_classes, pretrained, size, samples, images, rows, device, precision, backend,
+    repeats, budget, as the command's options. before: a git revision to compare with, and the share by which it may
+    be slower. tests: run the ops' tests first. yours: a backend "yours" is registered. sweep: also latency against S
+    and memory against resolution. say: is told what is being done.
 
     result["red"] holds what is refused, and why. Raises InputError, ModelError, BackendError.
     """
-    network: Any = build_model(wanted["model"], wanted["size"], pretrained=wanted["pretrained"])
+    network: Any = build_model(spec_of(wanted), wanted["size"], pretrained=wanted["pretrained"])
     shapes = None
     if why_not(network) is None or wanted["op"] != ENGINE:
         shapes = shapes_of(network, wanted["samples"], size=wanted["size"], rows=wanted["rows"])
@@ -149,7 +150,7 @@ def _sweep(
     say("latency against S")
     explainer = DAVE(network, device=device, precision=precision, noise_alpha=whole.NOISE_ALPHA)
     result["latency"] = latency_against_samples(explainer, image, wanted["budget"])
-    if wanted["model"] == "demo" or ":" in wanted["model"]:
+    if ModelSpec(wanted["model"]).source[0] != "timm":
         return
     say("memory against resolution")
     build = partial(build_model, wanted["model"])

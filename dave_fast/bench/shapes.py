@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from dave_fast.errors import InputError, ModelError, UnknownModelError
+from dave_fast.errors import InputError, ModelError
 from dave_fast.models import families
+from dave_fast.models.catalog import load_model
 from dave_fast.models.reading import Attention, Mlp, NoPlanError
+from dave_fast.models.spec import ModelSpec, as_spec
 
 # tokens of a micro-batch that fill a GPU, where nobody says otherwise; a CPU's are the route's
 GPU_TOKENS = 5516
@@ -100,39 +102,23 @@ def shapes_of(model: nn.Module, samples: int, *, size: int | None = None, rows: 
     )
 
 
-def build_model(name: str, size: int | None = None, *, pretrained: bool = False) -> nn.Module:
-    """A model to time: "demo", a timm name (random weights unless `pretrained`), or "module:function" that makes one.
+def spec_of(wanted: Mapping[str, Any]) -> ModelSpec:
+    """The model that the command's options name."""
+    return ModelSpec(wanted["model"], wanted.get("weights"), wanted.get("num_classes"))
 
-    size: side of the images, for timm models. Raises UnknownModelError, InputError.
+
+def build_model(model: str | ModelSpec, size: int | None = None, *, pretrained: bool = False) -> nn.Module:
+    """A model to time, by any name of `dave_fast.models.spec`; its weights are random unless `pretrained`.
+
+    The demo model, modules of your own and those with a file of weights have theirs. size: side of the images, which
+    timm's models are built for; others must take it. Raises UnknownModelError, InputError.
     """
-    if ":" in name:
-        made = load_object(name)()
-        if not isinstance(made, nn.Module):
-            raise InputError(f"{name} returned a {type(made).__name__}; expected a torch.nn.Module")
-        return made.eval()
-    if name == "demo":
-        if size is not None:
-            raise InputError("the demo model takes images of 128 pixels; leave --size out")
-        from dave_fast.demo import load_demo_model
-
-        return load_demo_model()
-    import timm
-
-    if not timm.is_model(name):
-        raise UnknownModelError(f"timm has no model {name!r}; see timm.list_models(), or give 'module:function'")
-    settings = {} if size is None else {"img_size": size}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        try:
-            return timm.create_model(name, pretrained=pretrained, **settings).eval().requires_grad_(False)
-        except (TypeError, AssertionError) as error:
-            raise InputError(f"{name} cannot be built for {size} pixels: {error}") from error
-
-
-def load_object(path: str) -> Any:
-    """What "package.module:name" names; InputError where it is not there."""
-    module, _, name = path.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"{path!r} cannot be loaded: {error}; expected 'package.module:function'") from error
+    spec = as_spec(model)
+    source, _ = spec.source
+    if source == "demo" and size is not None:
+        raise InputError("the demo model takes images of 128 pixels; leave --size out")
+    if not pretrained and spec.weights is None and source not in ("demo", "python"):
+        spec = replace(spec, random_weights=True)
+    if source == "timm":
+        spec = replace(spec, image_size=size)
+    return load_model(spec)[0].requires_grad_(False)

@@ -36,13 +36,13 @@ def prepare(wanted: dict[str, Any]) -> tuple[dict[str, Callable[[], float]], dic
     from dave_fast.bench.agreement import check, loader
     from dave_fast.bench.cases import cases_of
     from dave_fast.bench.rates import DTYPES
-    from dave_fast.bench.shapes import build_model, shapes_of
+    from dave_fast.bench.shapes import build_model, shapes_of, spec_of
     from dave_fast.bench.timing import clock
 
     torch.set_num_threads(wanted["threads"])
     device, dtype = wanted["device"], DTYPES[wanted["precision"]]
     load = loader(wanted["backend"], device)
-    model = build_model(wanted["model"], wanted["size"], pretrained=wanted["pretrained"])
+    model = build_model(spec_of(wanted), wanted["size"], pretrained=wanted["pretrained"])
     clocks, refused = {}, {}
     for op in wanted["ops"]:
         if op == "engine":

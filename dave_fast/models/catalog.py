@@ -51,6 +51,8 @@ def load_model(model: str | ModelSpec | nn.Module) -> tuple[nn.Module, str]:
         )
     spec = as_spec(model)
     source, name = spec.source
+    if spec.image_size is not None and source not in ("timm", "hf"):
+        raise InputError(f"{spec.name} takes images of its own size: leave image_size out.")
     with torch.random.fork_rng(devices=[]):
         # what has no weights yet gets the same ones each time
         torch.manual_seed(0)

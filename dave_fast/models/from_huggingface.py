@@ -1,7 +1,8 @@
 """Models of Hugging Face transformers: classifiers by their logits, others by their pooled embedding.
 
-The configuration's `architectures` decide: ...ForImageClassification is a classifier; a model with a text tower (CLIP,
-SigLIP) gives the projected image embedding and answers prompts; any other gives what it pools, or its class token. Attention is PyTorch's own ("sdpa", else "eager"), which the frozen route sees.
+The configuration's `architectures` decide: ...ForImageClassification is a classifier; a model with a text tower
+(CLIP, SigLIP) gives the projected image embedding and answers prompts; any other gives what it pools, or its class
+token. Attention is PyTorch's own ("sdpa", else "eager"), which the frozen route sees.
 """
 
 from __future__ import annotations
@@ -49,13 +50,13 @@ class Transformers(Adapter):
             pretrained_cfg=({} if values is None else preprocessing_of(values))
             | ({} if names is None else {"label_names": names}),
         )
-        self.image_size = _size(config)
+        self.image_size = self.own_size = _size(config)
         self.place, self.revision = place, revision
         self.interpolates = "interpolate_pos_encoding" in inspect.signature(self._image_side(model.forward)).parameters
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, or what the model pools, or its class token."""
-        other = self.interpolates and tuple(images.shape[-2:]) != self.image_size
+        other = self.interpolates and tuple(images.shape[-2:]) != self.own_size
         call = self._image_side(self.model)
         output = call(pixel_values=images, **({"interpolate_pos_encoding": True} if other else {}))
         # before version 5 the projected embedding itself
@@ -67,6 +68,14 @@ class Transformers(Adapter):
         if pooled is None or hasattr(getattr(self.model, "pooler", None), "dense"):
             return output.last_hidden_state[:, 0]
         return pooled
+
+    def prepare_for(self, size: tuple[int, int]) -> None:
+        """Images are prepared at this size (H, W). Raises InputError where the model takes only its own."""
+        if not self.interpolates and self.own_size not in (None, size) and not _any_size(self.model.config):
+            raise InputError(f"{type(self.model).__name__} takes images of {self.own_size}: leave image_size out.")
+        self.image_size = size
+        if "input_size" in self.pretrained_cfg:
+            self.pretrained_cfg["input_size"] = (3, *size)
 
     def _image_side(self, whole: Callable[..., Any]) -> Callable[..., Any]:
         """What gives the projected image embedding, where there is a text side too; else `whole`."""
@@ -173,7 +182,10 @@ def _load(place: str, revision: str | None, spec: ModelSpec, local: bool) -> nn.
         auto: Any = AutoModelForImageClassification if classifier else AutoModel
         model = _with_weights(auto, config, place, revision, spec)
         values = _processor(place, revision, local_files_only=False)
-    return _adapter(model, values, place, revision)
+    adapter = _adapter(model, values, place, revision)
+    if spec.image_size is not None:
+        adapter.prepare_for((spec.image_size, spec.image_size))
+    return adapter
 
 
 def _with_weights(auto: Any, config: Any, place: str, revision: str | None, spec: ModelSpec) -> nn.Module:
@@ -224,8 +236,8 @@ def adapt(model: nn.Module) -> Transformers:
     used = {getattr(c, "_attn_implementation", None) for c in (config, getattr(config, "vision_config", config))}
     if not used.issubset(SEEN_ATTENTION):
         raise ModelError(
-            f"the model's attention is {', '.join(sorted(map(str, used)))}, whose operators cannot be seen: load it with "
-            'attn_implementation="sdpa".'
+            f"the model's attention is {', '.join(sorted(map(str, used)))}, whose operators cannot be seen: load it "
+            'with attn_implementation="sdpa".'
         )
     place = getattr(config, "name_or_path", "") or ""
     return _adapter(model, _processor(place, None, local_files_only=True) if place else None, place, None)
@@ -308,6 +320,11 @@ def _names(config: Any) -> tuple[str, ...] | None:
     if sorted(names) != list(range(config.num_labels)) or all(n == f"LABEL_{i}" for i, n in names.items()):
         return None
     return tuple(names[index] for index in range(config.num_labels))
+
+
+def _any_size(config: Any) -> bool:
+    """Models that take images of any size, and have no word for it."""
+    return config.model_type.startswith(("dino", "swin"))
 
 
 def _size(config: Any) -> tuple[int, int] | None:

@@ -85,7 +85,9 @@ def create(name: str, spec: ModelSpec, preprocess: dict[str, Any], *, pretrained
     import open_clip
 
     if spec.num_classes is not None:
-        raise InputError(f"{spec.name} gives embeddings and has no classes: leave --num-classes out.")
+        raise InputError(f"{spec.name} gives embeddings and has no classes: leave num_classes out.")
+    if spec.image_size is not None:
+        raise InputError(f"{spec.name} takes images of its own size: leave image_size out.")
     fetched = spec.weights is None and not spec.random_weights
     with loading(spec.name, remote=remote), _quiet():
         model = open_clip.create_model(

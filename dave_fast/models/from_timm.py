@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from dave_fast.errors import UnknownModelError
+from dave_fast.errors import InputError, UnknownModelError
 from dave_fast.models.hub import loading
 from dave_fast.models.spec import ModelSpec
 from dave_fast.models.weights_file import load_weights
@@ -32,10 +32,16 @@ def create(name: str, spec: ModelSpec, *, remote: bool) -> nn.Module:
     import timm
 
     own = spec.weights is None and not spec.random_weights
-    heads: dict[str, Any] = {} if spec.num_classes is None else {"num_classes": spec.num_classes}
+    given = {"num_classes": spec.num_classes, "img_size": spec.image_size}
+    settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     needed = own or ":" in name
     with loading(spec.name, remote=remote and needed):
-        model = timm.create_model(name, pretrained=own, **heads)
+        try:
+            model = timm.create_model(name, pretrained=own, **settings)
+        except (TypeError, AssertionError) as error:
+            if spec.image_size is None:
+                raise
+            raise InputError(f"{spec.name} cannot be built for {spec.image_size} pixels: {error}.") from error
     if spec.weights is not None:
         load_weights(model, spec.weights, spec.name)
     return model

@@ -35,13 +35,16 @@ class ModelSpec:
     name: see above. weights: a file, safetensors or one that `torch.save` wrote of tensors; None: those of the name.
     num_classes: of the head, where it is not the name's own; it needs weights. labels: the names of the classes, or a
     file of them: a name a line, a JSON list, or a JSON object from index to name.
-    random_weights: fresh ones, the same each time, to try the mechanics.
+    image_size: side of the images in pixels, where it is not the model's own: timm's models are built for it,
+    transformers' interpolate their position encodings. random_weights: fresh ones, the same each time, to try the
+    mechanics.
     """
 
     name: str
     weights: str | None = None
     num_classes: int | None = None
     labels: str | Sequence[str] | None = None
+    image_size: int | None = None
     random_weights: bool = False
 
     def __post_init__(self) -> None:
@@ -52,6 +55,8 @@ class ModelSpec:
             raise InputError(f"the weights {self.weights}: there is no such file.")
         if self.num_classes is not None and self.num_classes < 1:
             raise InputError(f"num_classes is {self.num_classes}; expected an integer ≥ 1.")
+        if self.image_size is not None and self.image_size < 1:
+            raise InputError(f"image_size is {self.image_size}; expected pixels, an integer ≥ 1.")
         if self.num_classes is not None and self.weights is None and not self.random_weights:
             raise InputError(
                 f"num_classes={self.num_classes} without weights would explain a head of random numbers: give the file "
@@ -78,8 +83,8 @@ class ModelSpec:
             raise UnknownModelError(f"{name} is a folder: write hf:{name} for one that `save_pretrained` wrote.")
         if name.lower().endswith(_WEIGHT_FILES) or os.path.isfile(name):
             raise UnknownModelError(
-                f"{name} is a file, and a file of weights does not say what model they are of: give the architecture as "
-                f"the model, and the file as its weights (--model vit_base_patch16_224 --weights {name})."
+                f"{name} is a file, and a file of weights does not say of what model they are: give the architecture "
+                f"as the model, and the file as its weights (--model vit_base_patch16_224 --weights {name})."
             )
         return ("python" if colon else "timm"), name
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from dave_fast.errors import DaveFastError, ImageError, InputError, NonFiniteError
 from dave_fast.images import Preprocessing, decode_image, preprocessing
+from dave_fast.models.spec import ModelSpec
 from dave_fast.run.identity import weights_hash
 from dave_fast.run.records import Record, image_key, printable, read_content
 
@@ -35,15 +36,13 @@ Progress = Callable[[int, int], None]
 class Setup:
     """Everything that a worker needs to know to make maps.
 
-    model: a timm name, "demo" or a module. checkpoint: a file of weights for a timm name. random_weights: fresh ones
-    instead, to try the mechanics. target: class index or name for all records; None: each record's own where it has
-    one, else the predicted class; "predicted": that always; "label": the source's label, else the predicted class.
-    options: further keywords of `dave_fast.DAVE`. make: what builds the mapper on a device, for tests and benchmarks.
+    model: a name, a spec of it with its weights and class names, or a module. target: class index or name for all
+    records; None: each record's own where it has one, else the predicted class; "predicted": that always; "label":
+    the source's label, else the predicted class. options: further keywords of `dave_fast.DAVE`. make: what builds the
+    mapper on a device, for tests and benchmarks.
     """
 
-    model: str | nn.Module = "demo"
-    checkpoint: str | None = None
-    random_weights: bool = False
+    model: str | ModelSpec | nn.Module = "demo"
     n_samples: int = 50
     seed: int = 0
     target: str | int | None = None
@@ -65,43 +64,22 @@ class Setup:
         return Mapper(self, device)
 
 
-def load(setup: Setup) -> tuple[str | nn.Module, float | None]:
-    """What `dave_fast.DAVE` takes as the model, and the noise_alpha that goes with its name."""
-    from dave_fast.models.catalog import noise_alpha_for
-
-    alpha = setup.options.get("noise_alpha")
-    if setup.checkpoint is None and not setup.random_weights:
-        return setup.model, alpha
-    import timm
-    import torch
-
-    if not isinstance(setup.model, str) or not timm.is_model(setup.model):
-        raise InputError(f"--checkpoint and --random-weights need the name of a timm model; got {setup.model!r}.")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        try:
-            model = timm.create_model(setup.model, pretrained=False, checkpoint_path=setup.checkpoint or "")
-        except Exception as error:
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(f"the weights in {setup.checkpoint} do not fit {setup.model}: {reason}") from error
-    return model.eval(), noise_alpha_for(setup.model) if alpha is None else alpha
-
-
 class Mapper:
     """A model on a device, and what a run asks of it."""
 
     def __init__(self, setup: Setup, device: str | None) -> None:
         from dave_fast.explainer import DAVE
         from dave_fast.labels import labels_of
+        from dave_fast.models.adapter import require_classifier
 
         self.setup = setup
         self.notes: list[str] = []
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            model, alpha = load(setup)
-            self.explainer: DAVE = DAVE(model, device=device, **{**setup.options, "noise_alpha": alpha})
+            self.explainer: DAVE = DAVE(setup.model, device=device, **setup.options)
+        require_classifier(self.explainer.model, self.explainer.model_name)
         self.notes += [str(warning.message) for warning in caught]
-        if setup.random_weights:
+        if isinstance(setup.model, ModelSpec) and setup.model.random_weights:
             self.notes.append("the weights are random: the maps show the mechanics and mean nothing.")
         self.prepare: Preprocessing = preprocessing(self.explainer.model)
         self.notes += [self.prepare.note] if self.prepare.note else []
@@ -129,9 +107,8 @@ class Mapper:
     def configuration(self) -> dict[str, Any]:
         """Every setting that changes a map by more than rounding, as plain values."""
         setup, explainer = self.setup, self.explainer
-        name = setup.model if isinstance(setup.model, str) else explainer.model_name
         return {
-            "model": name,
+            "model": explainer.model_name,
             "n_samples": setup.n_samples,
             "seed": setup.seed,
             "target": self.target if self.target is not None else setup.target,

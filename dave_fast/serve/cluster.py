@@ -43,7 +43,8 @@ _FLUSH = 15.0
 class Settings(BaseModel):
     """What `serve run` and the args of a RayService may set; API keys come from DAVE_FAST_API_KEYS.
 
-    models: names, or one string with commas. cpus, gpus: of a replica, as Ray counts them. target_requests: waiting or
+    models: as `serve` takes them, or one string with commas. weights, num_classes, labels, image_size: of a single
+    model, files as every replica sees them. cpus, gpus: of a replica, as Ray counts them. target_requests: waiting or
     computed in each replica, what the autoscaler keeps to. Equal min_replicas and max_replicas do not scale.
     The rest is as for `dave-fast serve`.
     """
@@ -51,6 +52,10 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     models: list[str] = ["demo"]
+    weights: str | None = None
+    num_classes: int | None = None
+    labels: str | None = None
+    image_size: int | None = None
     precision: str | None = None
     noise_alpha: float | None = None
     internal_batch_size: int | None = None
@@ -140,7 +145,7 @@ class Explanations:
     def __init__(self, settings: Settings, api_keys: list[str], images: DeploymentHandle) -> None:
         log_to_stderr()
         self._settings, self._api_keys, self._images = settings, api_keys, images
-        names = {"precision", "noise_alpha", "internal_batch_size"}
+        names = {"precision", "noise_alpha", "internal_batch_size", "weights", "num_classes", "labels", "image_size"}
         loaded = load_models(settings.models, [None], **settings.model_dump(include=names))
         self._service = Service(loaded, settings.limits)
 

@@ -1,14 +1,10 @@
 """Models of other libraries: real constructors with random weights, offline; what they give, and how it is prepared."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dave_fast import DAVE
-from dave_fast.errors import InputError, ModelError, UnknownModelError
 from dave_fast.images import preprocessing
 from dave_fast.labels import labels_of
 from dave_fast.models.adapter import TextImageModel, kind_of
@@ -128,3 +124,110 @@ def theirs(model, pixels):
         return projected
     found = model(pixel_values=pixels)
     return found.logits if "logits" in found else found.last_hidden_state[:, 0]
+
+
+def test_torchvision_models_come_with_preprocessing_and_pass_the_proof():
+    for name, size in (("vit_b_16", 224), ("swin_t", 224), ("swin_v2_t", 256), ("maxvit_t", 224)):
+        with torch.device("meta"):
+            model, _ = load_model(ModelSpec(f"torchvision:{name}", random_weights=True))
+        prepare = preprocessing(model)
+        assert prepare.size == (size, size) and prepare.note is None
+        assert labels_of(model).count == 1000 and labels_of(model).name(0) == "tench"
+
+
+@pytest.mark.parametrize("build", ["vit", "swin", "maxvit"])
+def test_torchvision_architectures_pass_the_proof(build):
+    from torchvision.models import MaxVit, SwinTransformer, VisionTransformer
+
+    torch.manual_seed(0)
+    model = {
+        "vit": lambda: VisionTransformer(32, 8, 2, 2, 32, 48, num_classes=3),
+        "swin": lambda: SwinTransformer([4, 4], 16, [1, 1], [2, 2], [4, 4], num_classes=3),
+        "maxvit": lambda: MaxVit((32, 32), 8, 2, [16], [1], 8, 0.0, num_classes=3),
+    }[build]()
+    torch.nn.init.normal_(model.heads[0].weight) if build == "vit" else None
+    assert prove_frozen(load_model(model)[0].eval(), images()[:1]).has_attention
+
+
+def open_clip_model():
+    import open_clip
+
+    torch.manual_seed(0)
+    vision = dict(layers=2, width=32, head_width=16, patch_size=8, image_size=32)
+    text = dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=1)
+    return open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text).eval()
+
+
+def test_open_clip_models_pass_the_proof_and_embed_texts():
+    bare = open_clip_model()
+    model, _ = load_model(bare)
+    assert kind_of(model) == "embedding" and isinstance(model, TextImageModel)
+    assert torch.equal(model(images()), bare.encode_image(images()))
+    assert prove_frozen(model, images()[:1]).has_attention
+    embedded = model.text_embedding(["a cat", "two newts on a stone"])
+    assert embedded.shape == (2, 16) and embedded.dtype == torch.float32
+    torch.testing.assert_close(embedded.norm(dim=1), torch.ones(2))
+    import open_clip
+
+    tokens = open_clip.get_tokenizer("ViT-B-32")(["a cat"])
+    torch.testing.assert_close(bare.encode_text(tokens, normalize=True), embedded[:1])
+    assert model.logit_scale == pytest.approx(1 / 0.07, rel=1e-5) and model.logit_bias == 0
+
+
+# Preprocessing, ours against theirs on a photograph. We resize by Pillow; processors that resize tensors round otherwise.
+LEVELS = 2.01
+
+
+PROCESSORS = {
+    "ViTImageProcessor": dict(size=dict(height=32, width=40)),
+    "DeiTImageProcessor": dict(size=dict(height=36, width=36), crop_size=dict(height=32, width=32)),
+    "BitImageProcessor": dict(size=dict(shortest_edge=37), crop_size=dict(height=32, width=32)),
+    "CLIPImageProcessor": dict(size=dict(shortest_edge=32), crop_size=dict(height=32, width=32)),
+    "SiglipImageProcessor": dict(size=dict(height=32, width=32)),
+    "ConvNextImageProcessor": dict(size=dict(shortest_edge=32)),
+    "DINOv3ViTImageProcessor": dict(size=dict(height=32, width=32)),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_images_are_prepared_as_by_the_image_processor(name, photo):
+    import transformers
+
+    from dave_fast.images import from_config
+    from dave_fast.models.from_huggingface import preprocessing_of
+
+    processor = getattr(transformers, name)(**PROCESSORS[name])
+    prepare = from_config(preprocessing_of(processor.to_dict()))
+    for turned in (photo, photo.transpose(Image.Transpose.ROTATE_90), photo.resize((64, 61))):
+        ours = prepare.transform(turned)
+        theirs = processor(turned, return_tensors="pt")["pixel_values"][0]
+        assert ours.shape == theirs.shape
+        levels = (ours - theirs).abs().amax(dim=(1, 2)) * 255 * torch.tensor(prepare.std)
+        assert levels.max() < LEVELS, levels
+        other = getattr(transformers, f"{name}Pil", None)
+        if other is not None:
+            same = other(**PROCESSORS[name])(turned, return_tensors="pt")["pixel_values"][0]
+            torch.testing.assert_close(ours, same, rtol=0, atol=1e-6)
+        assert torch.equal(prepare.normalised(prepare.crop(turned)), ours)
+
+
+def test_images_are_prepared_as_by_torchvision_bit_for_bit(photo):
+    from torchvision.models import MaxVit_T_Weights, Swin_T_Weights, Swin_V2_T_Weights, ViT_B_16_Weights
+
+    from dave_fast.images import from_config
+    from dave_fast.models.from_torchvision import preprocessing_of
+
+    for known in (*ViT_B_16_Weights, *Swin_T_Weights, *Swin_V2_T_Weights, *MaxVit_T_Weights):
+        prepare = from_config(preprocessing_of(known))
+        assert torch.equal(prepare.transform(photo), known.transforms()(photo)), known
+
+
+@pytest.mark.parametrize("mode", ["shortest", "squash"])
+def test_images_are_prepared_as_by_open_clip_bit_for_bit(mode, photo):
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    settings = PreprocessCfg(size=33, resize_mode=mode, interpolation="bilinear" if mode == "squash" else "bicubic")
+    model = open_clip_model()
+    model.visual.preprocess_cfg = vars(settings)
+    prepare = preprocessing(load_model(model)[0])
+    assert torch.equal(prepare.transform(photo), image_transform_v2(settings, is_train=False)(photo))

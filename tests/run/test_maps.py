@@ -16,6 +16,7 @@ from dave_fast import DAVE
 from dave_fast.demo import demo_scene
 from dave_fast.errors import InputError, NonFiniteError
 from dave_fast.images import decode_image
+from dave_fast.models.spec import ModelSpec
 from dave_fast.run.export import export
 from dave_fast.run.local import Machine
 from dave_fast.run.mapper import Mapper, Setup, packed_map
@@ -212,16 +213,14 @@ def test_out_of_memory_makes_smaller_batches():
 def test_random_weights_and_checkpoints(tmp_path):
     import timm
 
-    name = "vit_tiny_patch16_224"
-    one = Mapper(setup(model=name, random_weights=True), "cpu")
-    assert Mapper(setup(model=name, random_weights=True), "cpu").weights == one.weights
-    torch.save(timm.create_model(name, pretrained=False).state_dict(), tmp_path / "w.pth")
-    other = Mapper(setup(model=name, checkpoint=str(tmp_path / "w.pth")), "cpu")
+    name, file = "vit_tiny_patch16_224", str(tmp_path / "w.pth")
+    one = Mapper(setup(model=ModelSpec(name, random_weights=True)), "cpu")
+    assert Mapper(setup(model=ModelSpec(name, random_weights=True)), "cpu").weights == one.weights
+    torch.save(timm.create_model(name, pretrained=False).state_dict(), file)
+    other = Mapper(pickle.loads(pickle.dumps(setup(model=ModelSpec(name, file)))), "cpu")
     assert other.weights != one.weights and other.configuration["model"] == name
     with pytest.raises(InputError, match="do not fit vit_small_patch16_224"):
-        Mapper(setup(model="vit_small_patch16_224", checkpoint=str(tmp_path / "w.pth")), "cpu")
-    with pytest.raises(InputError, match="need the name of a timm model"):
-        Mapper(setup(random_weights=True), "cpu")
+        Mapper(setup(model=ModelSpec("vit_small_patch16_224", file)), "cpu")
 
 
 # Reading
