@@ -67,11 +67,14 @@ def loading(name: str, *, remote: bool) -> Iterator[None]:
 def _why(name: str, error: Exception, endpoint: str, silent: bool, offline: bool) -> str:
     if silent:
         return (
-            f"{name!r} is not on this machine, and {endpoint} does not answer (asked for {SECONDS:g} s). Check the "
-            f"network, or {LOCAL}."
+            f"{endpoint} does not answer, and {name!r} could not be loaded from this machine: {reason(error)}. Check "
+            f"the network, or {LOCAL}."
         )
     if offline:
-        return f"{name!r} is not on this machine, and the hub is switched off (HF_HUB_OFFLINE). Unset it, or {LOCAL}."
+        return (
+            f"the hub is switched off (HF_HUB_OFFLINE), and {name!r} could not be loaded from this machine: "
+            f"{reason(error)}. Unset it, or {LOCAL}."
+        )
     return f"{name!r} could not be loaded: {reason(error)}. Check the name and the tag, or {LOCAL}."
 
 
@@ -84,8 +87,8 @@ def download(name: str, url: str, file: str | os.PathLike[str]) -> Iterator[None
     place = urlsplit(url)
     if not os.path.exists(file) and not answers(url):
         raise UnknownModelError(
-            f"{name!r} is not on this machine, and {place.scheme}://{place.netloc} does not answer (asked for "
-            f"{SECONDS:g} s). Check the network, or {LOCAL}."
+            f"{place.scheme}://{place.netloc} does not answer, and the weights of {name!r} are not on this machine. "
+            f"Check the network, or {LOCAL}."
         )
     try:
         yield

@@ -174,7 +174,7 @@ def test_open_clip_models_pass_the_proof_and_embed_texts():
     assert model.logit_scale == pytest.approx(1 / 0.07, rel=1e-5) and model.logit_bias == 0
 
 
-# Preprocessing, ours against theirs on a photograph. We resize by Pillow; processors that resize tensors round otherwise.
+# Preprocessing, ours and theirs, on a photograph. We resize by Pillow; processors that resize tensors round otherwise.
 LEVELS = 2.01
 
 
