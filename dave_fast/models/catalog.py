@@ -28,6 +28,12 @@ NOISE_ALPHA = {
     "vit_small_patch16_224": 0.1,
     "demo": 0.5,
 }
+# the same weights under another name
+_ALSO = {
+    "hf:facebook/deit-base-patch16-224": "deit_base_patch16_224.fb_in1k",
+    "hf:facebook/deit-small-patch16-224": "deit_small_patch16_224.fb_in1k",
+}
+_TIMM = ("timm:", "hf:timm/", "hf-hub:timm/")
 
 
 class NoiseAlphaWarning(UserWarning):
@@ -163,7 +169,10 @@ def model_name(model: nn.Module) -> str:
 
 def noise_alpha_for(name: str) -> float:
     """The tuned noise_alpha of a model; where nobody tuned it, the default and a warning."""
-    for known in (name, name.partition(".")[0] if _has_default_tag(name) else name):
+    same = _ALSO.get(name, name)
+    for prefix in _TIMM:
+        same = same.removeprefix(prefix)
+    for known in (same, same.partition(".")[0] if _has_default_tag(same) else same):
         if known in NOISE_ALPHA:
             return NOISE_ALPHA[known]
     warnings.warn(

@@ -28,20 +28,40 @@ def load(name: str, spec: ModelSpec) -> nn.Module:
 
 
 def create(name: str, spec: ModelSpec, *, remote: bool) -> nn.Module:
-    """The model of any name that `timm.create_model` takes. remote: its weights, or its configuration, are fetched."""
+    """The model of any name that `timm.create_model` takes. remote: its weights, or its configuration, are fetched.
+
+    Weights from a file may be of the model's own image size, which is then resampled, or of the one asked for.
+    """
+    own = spec.weights is None and not spec.random_weights
+    if spec.weights is None:
+        return _made(name, spec, spec.image_size, pretrained=own, remote=remote and (own or ":" in name))
+    elsewhere = remote and ":" in name
+    model: Any = _made(name, spec, None, pretrained=False, remote=elsewhere)
+    try:
+        load_weights(model, spec.weights, spec.name)
+    except InputError:
+        if spec.image_size is None:
+            raise
+        model = _made(name, spec, spec.image_size, pretrained=False, remote=elsewhere)
+        load_weights(model, spec.weights, spec.name)
+        return model
+    if spec.image_size is not None:
+        if not hasattr(model, "set_input_size"):
+            raise InputError(f"{spec.name} takes images of its own size: leave image_size out.")
+        model.set_input_size((spec.image_size, spec.image_size))
+    return model
+
+
+def _made(name: str, spec: ModelSpec, size: int | None, *, pretrained: bool, remote: bool) -> nn.Module:
+    """A model by its name. Raises InputError where it cannot be built for images of this size."""
     import timm
 
-    own = spec.weights is None and not spec.random_weights
-    given = {"num_classes": spec.num_classes, "img_size": spec.image_size}
+    given = {"num_classes": spec.num_classes, "img_size": size}
     settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    needed = own or ":" in name
-    with loading(spec.name, remote=remote and needed):
+    with loading(spec.name, remote=remote):
         try:
-            model = timm.create_model(name, pretrained=own, **settings)
+            return timm.create_model(name, pretrained=pretrained, **settings)
         except (TypeError, AssertionError) as error:
-            if spec.image_size is None:
+            if size is None:
                 raise
-            raise InputError(f"{spec.name} cannot be built for {spec.image_size} pixels: {error}.") from error
-    if spec.weights is not None:
-        load_weights(model, spec.weights, spec.name)
-    return model
+            raise InputError(f"{spec.name} cannot be built for images of {size} pixels: {error}.") from error

@@ -65,17 +65,22 @@ def loading(name: str, *, remote: bool) -> Iterator[None]:
 
 
 def _why(name: str, error: Exception, endpoint: str, silent: bool, offline: bool) -> str:
-    if silent:
-        return (
-            f"{endpoint} does not answer, and {name!r} could not be loaded from this machine: {reason(error)}. Check "
-            f"the network, or {LOCAL}."
-        )
-    if offline:
-        return (
-            f"the hub is switched off (HF_HUB_OFFLINE), and {name!r} could not be loaded from this machine: "
-            f"{reason(error)}. Unset it, or {LOCAL}."
-        )
+    if silent or offline:
+        hub = f"{endpoint} does not answer" if silent else "the hub is switched off (HF_HUB_OFFLINE)"
+        found = "is not on this machine" if _absent(error) else f"could not be loaded from here: {reason(error)}"
+        return f"{hub}, and {name!r} {found}. {'Check the network' if silent else 'Unset it'}, or {LOCAL}."
     return f"{name!r} could not be loaded: {reason(error)}. Check the name and the tag, or {LOCAL}."
+
+
+def _absent(error: BaseException | None) -> bool:
+    """Whether an error comes of a file that is not in the cache."""
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    while error is not None:
+        if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @contextmanager
