@@ -199,12 +199,14 @@ class SavedTriton:
         return None if self.bias is None else 1 / self.scale
 
 
-def configurations(arch: int, dtype: torch.dtype, dim: int, queries: int, *, vjp: bool) -> list[triton.Config]:
+def configurations(
+    arch: int, dtype: torch.dtype, dim: int, queries: int, *, vjp: bool, biased: bool = False
+) -> list[triton.Config]:
     """The fixed configuration, then the other candidates. dim: D_BLOCK.
 
     The tile that stands still (queries, or keys in the VJP) has 128 tokens on tensor cores, what passes by 64; wide
-    heads and float32, which is multiplied without tensor cores, get smaller ones, for registers. The one or two queries
-    of a trimmed block take the smallest tile that a product has.
+    heads and float32, which is multiplied without tensor cores, get smaller ones, for registers, and so do
+    those that read a bias. The one or two queries of a trimmed block take the smallest tile that a product has.
     """
     few = queries <= 16
 
@@ -220,6 +222,10 @@ def configurations(arch: int, dtype: torch.dtype, dim: int, queries: int, *, vjp
         return [configuration(32, 16, 8, 1) if dim > 64 else configuration(64, 32, 4, 1)]
     if few and not vjp:
         return [configuration(16, 64, 4, 2)]
+    if biased and dim > 64:
+        return [configuration(64, 16, 8, 2)] if vjp else [configuration(64, 32, 8, 2)]
+    if biased and vjp:
+        return [configuration(128, 32, 8, 2), configuration(64, 32, 4, 2)]
     if dim > 64:
         return [configuration(128, 64 if arch >= 90 else 32, 8, 2), configuration(128, 32, 8, 3)]
     return [configuration(128, 64, 8, 3), configuration(128, 64, 4, 3), configuration(64, 64, 4, 3)]
@@ -245,8 +251,10 @@ def attention_triton(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor
             **configuration.all_kwargs(),
         )
 
-    found = configurations(_launch.architecture(q.device), q.dtype, block, queries, vjp=False)
-    _launch.run(("attention", *q.shape, tokens, q.dtype, q.device), found, launch, tune=_launch.autotuning())
+    found = configurations(_launch.architecture(q.device), q.dtype, block, queries, vjp=False, biased=bias is not None)
+    _launch.run(
+        ("attention", *q.shape, tokens, q.dtype, q.device, bias is not None), found, launch, tune=_launch.autotuning()
+    )
     return out, saved
 
 
@@ -269,6 +277,13 @@ def attention_vjp_triton(saved: Any, d_out: Tensor) -> Tensor:
             **configuration.all_kwargs(),
         )
 
-    found = configurations(_launch.architecture(q.device), q.dtype, block, queries, vjp=True)
-    _launch.run(("attention_vjp", *q.shape, tokens, q.dtype, q.device), found, launch, tune=_launch.autotuning())
+    found = configurations(
+        _launch.architecture(q.device), q.dtype, block, queries, vjp=True, biased=saved.bias is not None
+    )
+    _launch.run(
+        ("attention_vjp", *q.shape, tokens, q.dtype, q.device, saved.bias is not None),
+        found,
+        launch,
+        tune=_launch.autotuning(),
+    )
     return d_v

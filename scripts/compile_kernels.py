@@ -108,7 +108,7 @@ def attention_case(
 ) -> Case:
     """One of the two walks' kernels for a head dimension."""
     block = max(16, triton.next_power_of_2(dim))
-    found = attention.configurations(arch, dtype, block, queries, vjp=vjp)[0]
+    found = attention.configurations(arch, dtype, block, queries, vjp=vjp, biased=bias)[0]
     pointers = ("q", "k", "d_out", "d_v") if vjp else ("q", "k", "v", "out")
     types = dict.fromkeys(pointers, f"*{NAMES[dtype]}") | {"lse": "*fp32", "factor": "fp32"}
     operands = ("q", "k", "o") if vjp else ("q", "k", "v")
