@@ -57,6 +57,47 @@ def test_float64_agrees_with_the_frozen_route(name, resized):
     assert distance(found, patchify(expected, engine.plan.patch_size)) < EXACT
 
 
+# one or two of each family in the width that timm gives them; tests.variants has narrow ones of the same names
+REAL = [
+    *("vit_small_patch14_reg4_dinov2", "vit_base_patch16_siglip_224", "deit_small_distilled_patch16_224"),
+    *("eva02_small_patch14_224", "vit_small_patch16_dinov3_qkvb", "vit_pe_core_small_patch16_384"),
+    *("vit_small_patch16_rope_mixed_ape_224", "beit_base_patch16_224", "vit_relpos_small_patch16_224"),
+]
+
+
+def agrees_by_name(name, size, **settings):
+    model = timm.create_model(name, depth=2, img_size=size, num_classes=7, **settings)
+    randomise(model)
+    model = model.double().eval().requires_grad_(False)
+    images = torch.randn(1, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    _, expected = frozen_vjp(model, images, lambda output: output[:, 1])
+    engine = Engine.build(model, dtype=torch.float64)
+    output, saved = engine.forward(patchify(images, engine.plan.patch_size))
+    found = engine.vjp(saved, torch.eye(output.shape[1], dtype=torch.float64)[[1]])
+    assert distance(found, patchify(expected, engine.plan.patch_size)) < EXACT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL)
+def test_models_as_they_are_configured(name):
+    side = 14 if "patch14" in name else 16
+    agrees_by_name(name, (2 * side, 3 * side))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("vit_small_patch14_dinov2", (1036, 518)),
+        ("vit_small_patch16_dinov3", (1024, 512)),
+        ("eva02_tiny_patch14_224", (518, 1036)),
+        ("beit_base_patch16_224", (672, 336)),
+    ],
+)
+def test_models_as_they_are_configured_at_high_resolution(name, size):
+    agrees_by_name(name, size)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["vit", "dinov2-giant-swiglu", "clip", "vit-rms-norm", *LOW_PRECISION])
 def test_float32_stays_at_its_rounding(name, backend):
