@@ -199,7 +199,7 @@ def _check_fit(model: nn.Module, shape: tuple[int, int, int]) -> None:
         built_for = "×".join(map(str, family.image_size(model)))
         raise InputError(
             f"images are {shape[1]}×{shape[2]} and the model takes {built_for}: preprocess them as the model expects, "
-            "or build it with img_size= or dynamic_img_size=True"
+            f"or build it with img_size={' or dynamic_img_size=True' if hasattr(model, 'dynamic_img_size') else ''}"
         )
 
 

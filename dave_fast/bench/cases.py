@@ -278,6 +278,22 @@ def _assemble(shapes: Shapes) -> list[Case]:
     return [Case("assemble", "assemble", operands, bind, ("patches", "prefix", "position"))]
 
 
+def _rotate(shapes: Shapes) -> list[Case]:
+    """Queries of a packed projection, turned by angles that all heads share."""
+
+    def operands(generator: torch.Generator, dtype: torch.dtype) -> Operands:
+        angles = 3 * _numbers(generator, shapes.tokens, 1, shapes.head_dim // 2)
+        tables = {"cos": angles.cos(), "sin": angles.sin()}
+        packed = _numbers(generator, shapes.rows, shapes.tokens, 3, shapes.heads, shapes.head_dim).to(dtype)
+        return {"qkv": packed} | {name: table.to(statistics_dtype(dtype)) for name, table in tables.items()}
+
+    def bind(load: Load, given: Operands, dtype: torch.dtype) -> Callable[[], Any]:
+        run = load("rotate")
+        return lambda: run(given["qkv"][:, :, 0], given["cos"], given["sin"])
+
+    return [Case("rotate", "rotate", operands, bind, ("qkv", "cos", "sin"))]
+
+
 CASES: dict[str, Callable[[Shapes], list[Case]]] = {
     "perturb": _perturb,
     "pull_back": _pull_back,
@@ -288,6 +304,7 @@ CASES: dict[str, Callable[[Shapes], list[Case]]] = {
     "linear_fp8": partial(_linear, op="linear_fp8"),
     "attention": _attention,
     "attention_vjp": _attention_vjp,
+    "rotate": _rotate,
     "row_rstd": _row_rstd,
     "normalize": _normalize,
     "normalize_vjp": partial(_normalize, vjp=True),
