@@ -9,10 +9,11 @@ if TYPE_CHECKING:
     from dave_fast import targets
     from dave_fast.explainer import DAVE, Explanation, effective_gradient
     from dave_fast.models.spec import ModelSpec
+    from dave_fast.pipeline import pipeline
     from dave_fast.run.reader import open_maps
 
 __version__ = "0.1.0"
-__all__ = ["DAVE", "Explanation", "ModelSpec", "__version__", "effective_gradient", "open_maps", "targets"]
+__all__ = ["DAVE", "Explanation", "ModelSpec", "__version__", "effective_gradient", "open_maps", "pipeline", "targets"]
 
 
 def __getattr__(name: str) -> Any:

@@ -249,3 +249,22 @@ def test_a_hub_that_does_not_answer_is_an_error_within_seconds(name, silent):
     assert name in str(raised.value) and "\n" not in str(raised.value)
     # most of it is reading the libraries and building the model; their clients alone would take 23 to 47 s
     assert time.perf_counter() - begun < 20
+
+
+def test_the_pipeline_gives_labels_scores_maps_and_overlays(tmp_path):
+    import dave_fast
+    from dave_fast.demo import demo_scene
+
+    scene = demo_scene().image
+    scene.save(tmp_path / "scene.png")
+    pipe = dave_fast.pipeline("demo")
+    four, six = pipe(tmp_path / "scene.png", top_k=2, n_samples=2)
+    assert {four["label"], six["label"]} == {"four", "six"} and four["score"] > six["score"] > 0
+    assert four["map"].shape == (128, 128) and four["map"].max() == pytest.approx(1)
+    assert four["overlay"].mode == "RGB" and four["overlay"].width >= 128
+    ((again,),) = pipe([scene], target=four["label"], n_samples=2)
+    assert again["target"] == four["target"] and abs(again["map"] - four["map"]).max() < 1e-4
+    with pytest.raises(InputError, match="one class and top_k several"):
+        pipe(scene, target=4, top_k=2)
+    with pytest.raises(InputError, match="the model has 10 classes"):
+        pipe(scene, top_k=11)
