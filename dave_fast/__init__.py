@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from dave_fast import targets
     from dave_fast.explainer import DAVE, Explanation, effective_gradient
     from dave_fast.models.spec import ModelSpec
-    from dave_fast.pipeline import pipeline
+    from dave_fast.pipelines import pipeline
     from dave_fast.run.reader import open_maps
 
 __version__ = "0.1.0"
@@ -30,6 +30,10 @@ def __getattr__(name: str) -> Any:
         from dave_fast.run.reader import open_maps
 
         return open_maps
+    if name == "pipeline":
+        from dave_fast.pipelines import pipeline
+
+        return pipeline
     if name == "targets":
         return importlib.import_module("dave_fast.targets")
     raise AttributeError(f"module 'dave_fast' has no attribute {name!r}")
