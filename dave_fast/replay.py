@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dave_fast.errors import ModelError, NonFiniteError, NotFrozenError
 from dave_fast.frozen import FrozenMode, check_scores, live_tensors, run_frozen
+from dave_fast.frozen_ranks import canonical
 from dave_fast.replay_trace import Trace, find_culprit
 from dave_fast.weights import fingerprint
 
@@ -38,6 +39,8 @@ _NO_CHANGE = 1e-14
 # adds a small change to a large constant (CaiT's class token behind a LayerScale of 1e-5).
 _OUTPUT_SHARE = 0.01
 _LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
+# Functions that take no tensors of different types, and never write into one.
+_SAME_TYPE = frozenset("matmul mm bmm mv dot linear conv1d conv2d conv3d addmm baddbmm".split())
 
 
 @dataclass(frozen=True)
@@ -119,13 +122,19 @@ class _DoubleMode(FrozenMode):
         if live_tensors((*args, *kwargs.values())):
             if getattr(func, "__name__", "") in ("float", "half", "bfloat16"):
                 return args[0]
-            args = [_lifted(a) for a in args]
-            kwargs = {key: _lifted(value) for key, value in kwargs.items()}
+            products = canonical(func)[0] in _SAME_TYPE
+            args = [_lifted(a, products) for a in args]
+            kwargs = {key: _lifted(value, products) for key, value in kwargs.items()}
         return super().__torch_function__(func, types, args, kwargs)
 
 
-def _lifted(value: Any) -> Any:
-    return torch.float64 if isinstance(value, torch.dtype) and value in _LOW_PRECISION else value
+def _lifted(value: Any, products: bool) -> Any:
+    """A lower precision as float64; in products that ask for equal types, constants of a lower precision too."""
+    if isinstance(value, torch.dtype) and value in _LOW_PRECISION:
+        return torch.float64
+    if products and isinstance(value, Tensor) and value.dtype in _LOW_PRECISION:
+        return value.double()
+    return value
 
 
 class Replay:

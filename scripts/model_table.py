@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 
 from dave_fast import plan  # noqa: E402
 from dave_fast.errors import DaveFastError  # noqa: E402
-from dave_fast.replay import prove_frozen  # noqa: E402
+from dave_fast.replay import affine_replay  # noqa: E402
 from tests.variants import randomise  # noqa: E402
 
 JSON, PAGE = ROOT / "docs" / "models.json", ROOT / "docs" / "models.md"
@@ -155,6 +155,8 @@ def smallest(name: str) -> Small:
             model = on_meta(small.build)
             if run:
                 model(small.image(model).to("meta"))
+                if any(side % patch for side, patch in zip(small.image(model).shape[-2:], _patch(model), strict=True)):
+                    return False
         # Families refuse a setting in many ways; what fails as registered is not hidden but a row of the table.
         except Exception:
             return False
@@ -166,6 +168,12 @@ def smallest(name: str) -> Small:
     return next((side for side in sides if keeps(side, run=True)), small)
 
 
+def _patch(model: nn.Module) -> tuple[int, int]:
+    """The patch's sides, in pixels; 1 where a model has no patch embedding by that name."""
+    size = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
+    return (size, size) if isinstance(size, int) else tuple(size)[:2]
+
+
 def prove(small: Small) -> dict[str, Any]:
     """The proof of one structure, as a row of the table."""
     with torch.random.fork_rng(devices=[]):
@@ -175,12 +183,14 @@ def prove(small: Small) -> dict[str, Any]:
         randomise(model, gain=1.0)
     row: dict[str, Any] = {"route": "frozen" if plan.why_not(model) else "engine", "error": None, "reason": None}
     try:
-        report = prove_frozen(model, small.image(model))
+        report = affine_replay(model, small.image(model))
         row |= {"error": float(f"{max(report.errors):.1e}"), "operators": report.operators}
-        if not report.has_attention:
+        if not report.passed:
+            row |= {"route": "refused", "error": None, "reason": report.culprit}
+        elif not report.has_attention:
             row |= {"route": "refused", "reason": "no operator of it mixes positions"}
     except DaveFastError as error:
-        row |= {"route": "refused", "reason": str(error)}
+        row |= {"route": "refused", "reason": f"{type(error).__name__}: {error}"}
     except Exception as error:
         # timm's own constructor or forward: a row too, so that one architecture does not hide the others
         row |= {"route": "refused", "reason": f"it does not run: {type(error).__name__}: {error}"}

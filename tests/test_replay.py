@@ -232,6 +232,12 @@ def test_casts_to_lower_precision_are_lifted() -> None:
     assert prove_frozen(model, images).passed
 
 
+def test_constants_that_are_made_in_lower_precision_are_lifted() -> None:
+    model, images = ENGINE["vit"].build(), ENGINE["vit"].images()
+    model.blocks[0].ls1 = Planted(lambda x: torch.full((17, 17), 0.1, dtype=torch.float32) @ x.float())
+    assert prove_frozen(model, images).passed
+
+
 def test_models_in_any_precision_and_in_training_mode_are_proved_in_evaluation() -> None:
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         model = ENGINE["vit"].build(dtype).train()
