@@ -40,7 +40,7 @@ _NO_CHANGE = 1e-14
 _OUTPUT_SHARE = 0.01
 _LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
 # Functions that take no tensors of different types, and never write into one.
-_SAME_TYPE = frozenset("matmul mm bmm mv dot linear conv1d conv2d conv3d addmm baddbmm".split())
+_SAME_TYPE = frozenset(["matmul", "mm", "bmm", "mv", "dot", "linear", "conv1d", "conv2d", "conv3d", "addmm", "baddbmm"])
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,7 @@ def _adapted(model: nn.Module) -> nn.Module:
         ("transformers", "PreTrainedModel", "from_huggingface"),
         ("open_clip", "CLIP", "from_open_clip"),
         ("open_clip", "CustomTextCLIP", "from_open_clip"),
+        ("bcos", "BcosUtilMixin", "from_bcos"),
     ):
         # where nobody has imported the library, the module is none of its
         known = getattr(sys.modules.get(library), kind, None)

@@ -148,6 +148,13 @@ def test_the_adapter_is_the_model():
     assert torch.equal(inherent_contributions(adapted, images, classes), inherent_contributions(model, images, classes))
 
 
+def test_a_model_of_the_package_is_known_by_its_class():
+    from dave_fast.models.catalog import load_model
+
+    model, name = load_model(tiny())
+    assert type(model).__name__ == "BcosModel" and name == "BcosSequential"
+
+
 def test_plain_errors():
     with pytest.raises(InputError, match=r"pixels from -\d.* do not normalise"):
         add_inverse(torch.randn(1, 3, 4, 4))
