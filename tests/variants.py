@@ -97,7 +97,8 @@ _CLIP = "vit_base_patch16_clip_quickgelu_224"
 _SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
 _RELPOS = "vit_relpos_small_patch16_224"
 
-ENGINE: dict[str, Variant] = {
+# the forms that tests/oracle.py writes out
+PLAIN: dict[str, Variant] = {
     "vit": _vit(),
     "vit-3-blocks-48": _vit(embed_dim=48, depth=3, num_heads=3),
     "vit-patch16": _vit(patch_size=16, size=(64, 64)),
@@ -123,6 +124,9 @@ ENGINE: dict[str, Variant] = {
     "dinov2-giant-swiglu": _vit("vit_giant_patch14_dinov2", (28, 28), patch_size=14, init_values=0.5),
     "siglip": _vit("vit_base_patch16_siglip_224"),
     "clip": _vit(_CLIP),
+}
+
+ENGINE: dict[str, Variant] = PLAIN | {
     "vit-patch-norm": _vit("aimv2_large_patch14_224", (28, 28), patch_size=14),
     "vit-patch-norm-centred": _vit(embed_norm_layer="layernorm"),
     "vit-post-norm": _vit(block_fn=ResPostBlock, init_values=0.5),
