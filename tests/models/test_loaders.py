@@ -1,5 +1,7 @@
 """Models of other libraries: real constructors with random weights, offline; what they give, and how it is prepared."""
 
+import string
+
 import numpy as np
 import pytest
 import torch
@@ -124,6 +126,23 @@ def theirs(model, pixels):
         return projected
     found = model(pixel_values=pixels)
     return found.logits if "logits" in found else found.last_hidden_state[:, 0]
+
+
+def test_prompts_of_a_hugging_face_folder_are_embedded_as_the_model_does(tmp_path):
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+    words = [*string.ascii_lowercase, *(f"{c}</w>" for c in string.ascii_lowercase), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={word: at for at, word in enumerate(words)}, merges=[])
+    ends = dict(vocab_size=54, bos_token_id=52, eos_token_id=53, pad_token_id=53)
+    torch.manual_seed(0)
+    theirs = CLIPModel(CLIPConfig(text_config=TEXT | ends, vision_config=SMALL, projection_dim=16)).eval()
+    theirs.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    texts = ["a cat", "two newts on a stone"]
+    model, _ = load_model(f"hf:{tmp_path}")
+    assert isinstance(model, TextImageModel) and model.logit_bias == 0
+    expected = theirs(pixel_values=images()[:1], **tokenizer(texts, padding=True, return_tensors="pt")).text_embeds
+    torch.testing.assert_close(model.text_embedding(texts), expected.detach())
 
 
 def test_torchvision_models_come_with_preprocessing_and_pass_the_proof():
