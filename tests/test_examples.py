@@ -47,6 +47,7 @@ def gallery(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_the_gallery_is_a_page_with_its_figures(gallery):
     page = (gallery / "gallery.md").read_text()
     figures = sorted(path.name for path in gallery.glob("*.png"))
