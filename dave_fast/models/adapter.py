@@ -47,6 +47,23 @@ class Adapter(nn.Module):
         return self.model(images)
 
 
+class LogitOfLikeness:
+    """The scale and the bias of `TextImageModel` as CLIP and SigLIP keep them, for an Adapter of such a model."""
+
+    model: Any
+
+    @property
+    def logit_scale(self) -> float:
+        """What a cosine is multiplied by."""
+        return float(self.model.logit_scale.detach().exp())
+
+    @property
+    def logit_bias(self) -> float:
+        """What is added to it; 0 for models without one."""
+        bias = getattr(self.model, "logit_bias", None)
+        return 0.0 if bias is None else float(bias.detach())
+
+
 @runtime_checkable
 class TextImageModel(Protocol):
     """An embedding model that was trained with texts (CLIP, SigLIP): what text prompts are answered with.

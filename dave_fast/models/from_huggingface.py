@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dave_fast.errors import InputError, ModelError, UnknownModelError
 from dave_fast.images import describe_preprocessing
-from dave_fast.models.adapter import Adapter, check_texts
+from dave_fast.models.adapter import Adapter, LogitOfLikeness, check_texts
 from dave_fast.models.hub import loading
 from dave_fast.models.spec import ModelSpec
 from dave_fast.models.weights_file import check_fit, read_weights
@@ -82,19 +82,8 @@ class Transformers(Adapter):
         return getattr(self.model, "get_image_features", whole)
 
 
-class TransformersTextImage(Transformers):
+class TransformersTextImage(LogitOfLikeness, Transformers):
     """The same for CLIP and SigLIP, which answer prompts: see `dave_fast.models.adapter.TextImageModel`."""
-
-    @property
-    def logit_scale(self) -> float:
-        """See `TextImageModel`."""
-        return float(self.model.logit_scale.detach().exp())
-
-    @property
-    def logit_bias(self) -> float:
-        """See `TextImageModel`; 0 for CLIP."""
-        bias = getattr(self.model, "logit_bias", None)
-        return 0.0 if bias is None else float(bias.detach())
 
     @cached_property
     def tokenizer(self) -> Any:

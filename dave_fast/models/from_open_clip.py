@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from dave_fast.errors import InputError, ModelError, UnknownModelError
 from dave_fast.images import describe_preprocessing
-from dave_fast.models.adapter import Adapter, check_texts
+from dave_fast.models.adapter import Adapter, LogitOfLikeness, check_texts
 from dave_fast.models.hub import loading
 from dave_fast.models.spec import ModelSpec
 from dave_fast.models.weights_file import load_weights
 
 
-class OpenClip(Adapter):
+class OpenClip(LogitOfLikeness, Adapter):
     """images (B, 3, H, W) -> (B, D) embeddings of open_clip's image tower, behind its projection, not normalised.
 
     name: what `open_clip.get_tokenizer` takes.
@@ -32,17 +32,6 @@ class OpenClip(Adapter):
     def forward(self, images: Tensor) -> Tensor:
         """`encode_image` without its normalisation."""
         return self.model.encode_image(images, normalize=False)
-
-    @property
-    def logit_scale(self) -> float:
-        """See `TextImageModel`."""
-        return float(self.model.logit_scale.detach().exp())
-
-    @property
-    def logit_bias(self) -> float:
-        """See `TextImageModel`; 0 for models without one."""
-        bias = getattr(self.model, "logit_bias", None)
-        return 0.0 if bias is None else float(bias.detach())
 
     @torch.no_grad()
     def text_embedding(self, texts: Sequence[str]) -> Tensor:
