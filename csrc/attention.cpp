@@ -99,25 +99,27 @@ struct Task {
     return sum_of(total);
   }
 
-  // Rows of scores -> P in place, and the log-sum-exp of each query.
-  void softmax(int64_t count, float* lse) {
+  // Rows of scores -> P in place, and the peak and share of each query.
+  void softmax(int64_t count, PeakAndShare kept, int64_t first) {
     for (int64_t i = 0; i < count; ++i) {
       float* s = scores + i * columns;
       float peak;
       const float total = exponentials(s, peak);
-      const vfloat share = splat(1.0f / total);
+      const float share = 1.0f / total;
       for (int64_t n = 0; n < columns; n += lanes) store(s + n, load(s + n) * share);
-      if (lse) lse[i] = peak + __builtin_logf(total);
+      if (!kept.peak) continue;
+      kept.peak[first + i] = peak;
+      kept.share[first + i] = share;
     }
   }
 
-  // P again, from the scores and each query's log-sum-exp.
-  void probabilities(int64_t count, const float* lse) {
+  // P again, from the scores and each query's peak and share.
+  void probabilities(int64_t count, PeakAndShare kept, int64_t first) {
     for (int64_t i = 0; i < count; ++i) {
       float* s = scores + i * columns;
       for (int64_t n = shape.tokens; n < columns; ++n) s[n] = -INFINITY;
       for (int64_t n = 0; n < columns; n += lanes)
-        store(s + n, exponential(load(s + n) * shape.scale - lse[i]));
+        store(s + n, exponential(load(s + n) * shape.scale - kept.peak[first + i]) * kept.share[first + i]);
     }
   }
 
@@ -152,8 +154,8 @@ struct Task {
 };
 
 template <typename T>
-void run_forward(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v, void* out, float* lse,
-                 SavedProbabilities saved, int threads) {
+void run_forward(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v, void* out,
+                 PeakAndShare kept, SavedProbabilities saved, int threads) {
   const int64_t stride = shape.heads * shape.dim;
   const PerThread<Task<T>> tasks(threads, shape);
 #pragma omp parallel num_threads(threads)
@@ -168,7 +170,7 @@ void run_forward(const AttentionShape& shape, const Heads& q, const Heads& k, co
         for (int64_t first = 0; first < shape.queries; first += query_block) {
           const int64_t count = first + query_block < shape.queries ? query_block : shape.queries - first;
           task.score(at<T>(q, row, head), q.token, head, first, count);
-          task.softmax(count, lse ? lse + index * shape.queries + first : nullptr);
+          task.softmax(count, kept, index * shape.queries + first);
           if (saved.words) task.save(count, saved.words + index * saved.head + first / task.pair * task.columns);
           multiply<T>(task.rows_of_words(count), task.columns / task.pair, 1, count, task.values, task.width,
                       task.width, task.out, task.width, (shape.tokens + task.pair - 1) / task.pair, false);
@@ -180,8 +182,8 @@ void run_forward(const AttentionShape& shape, const Heads& q, const Heads& k, co
 }
 
 template <typename T>
-void run_vjp(const AttentionShape& shape, const Heads& q, const Heads& k, const float* lse, SavedProbabilities saved,
-             const Heads& d_out, void* d_v, int threads) {
+void run_vjp(const AttentionShape& shape, const Heads& q, const Heads& k, PeakAndShare kept,
+             SavedProbabilities saved, const Heads& d_out, void* d_v, int threads) {
   const int64_t stride = shape.heads * shape.dim;
   const PerThread<Task<T>> tasks(threads, shape);
 #pragma omp parallel num_threads(threads)
@@ -198,7 +200,7 @@ void run_vjp(const AttentionShape& shape, const Heads& q, const Heads& k, const 
           const uint32_t* words = saved.words + index * saved.head;
           if (!saved.words) {
             task.score(at<T>(q, row, head), q.token, head, first, count);
-            task.probabilities(count, lse + index * shape.queries + first);
+            task.probabilities(count, kept, index * shape.queries + first);
             task.save(count, task.rows);
             words = task.rows;
           }
@@ -215,16 +217,16 @@ void run_vjp(const AttentionShape& shape, const Heads& q, const Heads& k, const 
 
 const bool takes_bfloat16 = multiplies_bfloat16;
 
-void attention(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v, void* out, float* lse,
-               SavedProbabilities saved, int threads) {
-  if (shape.dtype == Dtype::bfloat16) return run_forward<bfloat16>(shape, q, k, v, out, lse, saved, threads);
-  run_forward<float>(shape, q, k, v, out, lse, saved, threads);
+void attention(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v, void* out,
+               PeakAndShare kept, SavedProbabilities saved, int threads) {
+  if (shape.dtype == Dtype::bfloat16) return run_forward<bfloat16>(shape, q, k, v, out, kept, saved, threads);
+  run_forward<float>(shape, q, k, v, out, kept, saved, threads);
 }
 
-void attention_vjp(const AttentionShape& shape, const Heads& q, const Heads& k, const float* lse,
+void attention_vjp(const AttentionShape& shape, const Heads& q, const Heads& k, PeakAndShare kept,
                    SavedProbabilities saved, const Heads& d_out, void* d_v, int threads) {
-  if (shape.dtype == Dtype::bfloat16) return run_vjp<bfloat16>(shape, q, k, lse, saved, d_out, d_v, threads);
-  run_vjp<float>(shape, q, k, lse, saved, d_out, d_v, threads);
+  if (shape.dtype == Dtype::bfloat16) return run_vjp<bfloat16>(shape, q, k, kept, saved, d_out, d_v, threads);
+  run_vjp<float>(shape, q, k, kept, saved, d_out, d_v, threads);
 }
 
 }  // namespace dave::DAVE_ISA

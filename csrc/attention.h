@@ -1,6 +1,9 @@
 // attention on the host:  P = softmax(scale·q kᵀ + bias), out = P v;  frozen VJP: dv = Pᵀ d_out.
 // DAVE, arXiv 2602.06613, Eq. 3-5.
 //
+// P is made again as exp(s − peak)·share, from each query's largest score and 1/Σ exp(s − peak): its log-sum-exp in
+// two parts, since one float of it would cost P digits.
+//
 // R rows · Q queries · N tokens · heads · D head dimension. A *word* is 32 bits: one float, or two bfloat16 that
 // follow each other along the axis that is summed over, as the dot-product instruction takes them.
 #pragma once
@@ -25,6 +28,11 @@ struct AttentionShape {
   Dtype dtype;
   // (heads, Q, N) of that type, contiguous, the same for all rows; null without a bias
   const void* bias = nullptr;
+};
+
+// (rows, heads, queries) each; null where they are not wanted
+struct PeakAndShare {
+  float *peak, *share;
 };
 
 // Words of one (row, head)'s saved P: float32 (Q, padded N), bfloat16 pairs of queries (⌈Q/2⌉, padded N).

@@ -88,21 +88,28 @@ dave::AttentionShape attention_shape(const std::vector<int64_t>& shape, float sc
   return {shape[0], shape[1], shape[2], shape[3], shape[4], scale, type, pointer<const void>(bias)};
 }
 
+// (2, rows, heads, queries) by its address, 0 for none
+dave::PeakAndShare peak_and_share(uintptr_t data, const std::vector<int64_t>& shape) {
+  if (!data) return {};
+  auto* peak = pointer<float>(data);
+  return {peak, peak + shape[0] * shape[3] * shape[1]};
+}
+
 void attention(const std::vector<int64_t>& shape, float scale, int dtype, uintptr_t bias, uintptr_t q,
                const std::vector<int64_t>& q_strides, uintptr_t k, const std::vector<int64_t>& k_strides, uintptr_t v,
-               const std::vector<int64_t>& v_strides, uintptr_t out, uintptr_t lse, uintptr_t saved, int64_t saved_head,
+               const std::vector<int64_t>& v_strides, uintptr_t out, uintptr_t kept, uintptr_t saved, int64_t saved_head,
                int threads) {
   dave::kernels().attention(attention_shape(shape, scale, dtype, bias), heads_of(q, q_strides), heads_of(k, k_strides),
-                            heads_of(v, v_strides), pointer<void>(out), pointer<float>(lse),
+                            heads_of(v, v_strides), pointer<void>(out), peak_and_share(kept, shape),
                             {pointer<uint32_t>(saved), saved_head}, threads);
 }
 
 void attention_vjp(const std::vector<int64_t>& shape, float scale, int dtype, uintptr_t bias, uintptr_t q,
-                   const std::vector<int64_t>& q_strides, uintptr_t k, const std::vector<int64_t>& k_strides, uintptr_t lse,
+                   const std::vector<int64_t>& q_strides, uintptr_t k, const std::vector<int64_t>& k_strides, uintptr_t kept,
                    uintptr_t saved, int64_t saved_head, uintptr_t d_out, const std::vector<int64_t>& d_out_strides,
                    uintptr_t d_v, int threads) {
   dave::kernels().attention_vjp(attention_shape(shape, scale, dtype, bias), heads_of(q, q_strides), heads_of(k, k_strides),
-                                pointer<const float>(lse), {pointer<uint32_t>(saved), saved_head},
+                                peak_and_share(kept, shape), {pointer<uint32_t>(saved), saved_head},
                                 heads_of(d_out, d_out_strides), pointer<void>(d_v), threads);
 }
 

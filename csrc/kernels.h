@@ -49,11 +49,11 @@ struct Kernels {
   void (*smooth)(const Images& raw, void* maps, int threads);
   // Whether attention takes bfloat16.
   bool multiplies_bfloat16;
-  // out (rows, queries, heads, D); lse (rows, heads, queries) and saved where they are not null
-  void (*attention)(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v, void* out, float* lse,
-                    SavedProbabilities saved, int threads);
-  // d_v (rows, tokens, heads, D), from saved P where it is not null, else from q, k and lse
-  void (*attention_vjp)(const AttentionShape& shape, const Heads& q, const Heads& k, const float* lse,
+  // out (rows, queries, heads, D); kept and saved where they are not null
+  void (*attention)(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v, void* out,
+                    PeakAndShare kept, SavedProbabilities saved, int threads);
+  // d_v (rows, tokens, heads, D), from saved P where it is not null, else from q, k and what was kept
+  void (*attention_vjp)(const AttentionShape& shape, const Heads& q, const Heads& k, PeakAndShare kept,
                         SavedProbabilities saved, const Heads& d_out, void* d_v, int threads);
   // float32 or bfloat16 (rows, width), as below
   void (*row_rstd)(const void* x, Dtype dtype, int64_t rows, int64_t width, float eps, bool centred, float* rstd,

@@ -15,9 +15,9 @@ void robust_mean(const void* contributions, Dtype given, int64_t images, int64_t
                  int threads);
 void smooth(const Images& raw, void* maps, int threads);
 
-void attention(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v, void* out, float* lse,
-               SavedProbabilities saved, int threads);
-void attention_vjp(const AttentionShape& shape, const Heads& q, const Heads& k, const float* lse,
+void attention(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v, void* out,
+               PeakAndShare kept, SavedProbabilities saved, int threads);
+void attention_vjp(const AttentionShape& shape, const Heads& q, const Heads& k, PeakAndShare kept,
                    SavedProbabilities saved, const Heads& d_out, void* d_v, int threads);
 void row_rstd(const void* x, Dtype dtype, int64_t rows, int64_t width, float eps, bool centred, float* rstd,
               int threads);

@@ -63,14 +63,14 @@ def _tensors(packed: object) -> list[Tensor]:
 
 
 def _layer_bytes(plan: ViTPlan, layer: Layer, entering: int, leaving: int) -> int:
-    """Operators that one row keeps of one layer: P or q, k, v and log-sum-exp, or the gate; 1/σ of its norms."""
+    """Operators that one row keeps of one layer: P or q, k and two numbers a query, or the gate; 1/σ of its norms."""
     item = plan.dtype.itemsize
     norms = 4 * (entering * (layer.norm is not None) + leaving * sum(n is not None for n in (layer.inner, layer.post)))
     if isinstance(layer, MlpLayer):
         return leaving * hidden_width(layer.fc1.bias.shape[0], layer.activation) * item + norms
     if entering <= KEEP_PROBABILITIES:
         return layer.heads * leaving * (entering + PADDING) * item + norms
-    return 3 * entering * layer.heads * layer.head_dim * item + layer.heads * leaving * 4 + norms
+    return 3 * entering * layer.heads * layer.head_dim * item + layer.heads * leaving * 2 * 4 + norms
 
 
 def _saved_bytes(plan: ViTPlan) -> int:

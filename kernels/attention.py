@@ -1,8 +1,9 @@
-"""attention: softmax attention that keeps one log-sum-exp a query, and its frozen VJP.
+"""attention: softmax attention that keeps two numbers a query, and its frozen VJP.
 
-    forward:  s = scale·q kᵀ + bias,  L = log₂ Σ exp₂(s·log₂e),  out = exp₂(s·log₂e − L) v
-    VJP:      dv = Pᵀ d_out  with  Pᵀ = exp₂(sᵀ·log₂e − L)  made again, tile by tile
+    forward:  s = log₂e·(scale·q kᵀ + bias),  peak = max s,  share = 1/Σ exp₂(s − peak),  out = share·exp₂(s − peak) v
+    VJP:      dv = Pᵀ d_out  with  Pᵀ = exp₂(sᵀ − peak)·share  made again, tile by tile
 
+Peak and share are the log-sum-exp in two parts: one float32 of it would cost P up to three binary digits.
 Scores are kept as s/scale until the exponential takes them, so a bias is divided by the scale; without one its
 pointer is None and nothing of it is compiled.
 
@@ -93,7 +94,7 @@ def _forward_block(
 
 @triton.jit
 def _attention_kernel(
-    q, k, v, out, lse, Q, N, H, factor,
+    q, k, v, out, peak, share, Q, N, H, factor,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, bias, over_scale,
     D: tl.constexpr, D_BLOCK: tl.constexpr, D_STEP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -121,8 +122,9 @@ def _attention_kernel(
         D, D_BLOCK, D_STEP, BLOCK_N, True,
     )  # fmt: skip
     m_q = o_q < Q
-    o_lse = tl.program_id(1).to(tl.int64) * Q + o_q
-    tl.store(lse + o_lse, top * factor + tl.log2(total), mask=m_q)
+    o_kept = tl.program_id(1).to(tl.int64) * Q + o_q
+    tl.store(peak + o_kept, top * factor, mask=m_q)
+    tl.store(share + o_kept, 1 / total, mask=m_q)
     d = tl.arange(0, D_BLOCK)
     p = out + ((i_row * Q + o_q)[:, None] * H + i_head) * D + d[None, :]
     tl.store(p, (acc / total[:, None]).to(out.dtype.element_ty), mask=m_q[:, None] & (d < D)[None, :])
@@ -130,24 +132,25 @@ def _attention_kernel(
 
 @triton.jit
 def _vjp_block(
-    b_k, k, o_n, N, stride_k, q, d_out, lse, start, Q, stride_q, stride_o, factor, acc, bias, over_scale,
+    b_k, k, o_n, N, stride_k, q, d_out, peak, share, start, Q, stride_q, stride_o, factor, acc, bias, over_scale,
     D: tl.constexpr, D_BLOCK: tl.constexpr, D_STEP: tl.constexpr, BLOCK_Q: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """acc += Pᵀ d_out of one block of queries."""
     o_q = start + tl.arange(0, BLOCK_Q)
-    # queries beyond the last have a log-sum-exp of infinity, so a probability of zero
-    b_lse = tl.load(lse + o_q, mask=o_q < Q, other=float("inf")) if MASKED else tl.load(lse + o_q)
+    # queries beyond the last have no share, and a peak that keeps the exponential finite
+    b_peak = tl.load(peak + o_q, mask=o_q < Q, other=float("inf")) if MASKED else tl.load(peak + o_q)
+    b_share = tl.load(share + o_q, mask=o_q < Q, other=0.0) if MASKED else tl.load(share + o_q)
     s = _scores(b_k, k, o_n, N, stride_k, q, o_q, Q, stride_q, D, D_BLOCK, D_STEP, MASKED)  # [BLOCK_N, BLOCK_Q]
     if bias is not None:
         s = _add_bias(s, bias, over_scale, o_q, o_n, Q, N, True)
-    p = tl.exp2(s * factor - b_lse[None, :])
+    p = tl.exp2(s * factor - b_peak[None, :]) * b_share[None, :]
     b_o = _load(d_out, o_q, Q, stride_o, D, D_BLOCK, MASKED)  # [BLOCK_Q, D_BLOCK]
     return tl.dot(p.to(b_o.dtype), b_o, acc, input_precision="ieee")
 
 
 @triton.jit
 def _attention_vjp_kernel(
-    q, k, lse, d_out, d_v, Q, N, H, factor,
+    q, k, peak, share, d_out, d_v, Q, N, H, factor,
     q_row, q_token, q_head, k_row, k_token, k_head, o_row, o_token, o_head, bias, over_scale,
     D: tl.constexpr, D_BLOCK: tl.constexpr, D_STEP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -157,7 +160,8 @@ def _attention_vjp_kernel(
     q += i_row * q_row + i_head * q_head
     k += i_row * k_row + i_head * k_head
     d_out += i_row * o_row + i_head * o_head
-    lse += tl.program_id(1).to(tl.int64) * Q
+    peak += tl.program_id(1).to(tl.int64) * Q
+    share += tl.program_id(1).to(tl.int64) * Q
     if bias is not None:
         bias += i_head * Q * N
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -166,11 +170,11 @@ def _attention_vjp_kernel(
     last = (Q - 1) // BLOCK_Q * BLOCK_Q
     for start in range(0, last, BLOCK_Q):
         acc = _vjp_block(
-            b_k, k, o_n, N, k_token, q, d_out, lse, start, Q, q_token, o_token, factor, acc, bias, over_scale,
+            b_k, k, o_n, N, k_token, q, d_out, peak, share, start, Q, q_token, o_token, factor, acc, bias, over_scale,
             D, D_BLOCK, D_STEP, BLOCK_Q, False,
         )  # fmt: skip
     acc = _vjp_block(
-        b_k, k, o_n, N, k_token, q, d_out, lse, last, Q, q_token, o_token, factor, acc, bias, over_scale,
+        b_k, k, o_n, N, k_token, q, d_out, peak, share, last, Q, q_token, o_token, factor, acc, bias, over_scale,
         D, D_BLOCK, D_STEP, BLOCK_Q, True,
     )  # fmt: skip
     d = tl.arange(0, D_BLOCK)
@@ -180,12 +184,13 @@ def _attention_vjp_kernel(
 
 @dataclass(frozen=True)
 class SavedTriton:
-    """What the VJP needs: q (R, Q, heads, D) and k (R, N, heads, D) as they were given, lse (R, heads, Q) base 2."""
+    """What the VJP needs: q (R, Q, heads, D) and k (R, N, heads, D) as they were given; peak, share (R, heads, Q)."""
 
     scale: float
     q: Tensor
     k: Tensor
-    lse: Tensor
+    peak: Tensor
+    share: Tensor
     bias: Tensor | None
 
     @property
@@ -239,14 +244,14 @@ def attention_triton(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     tokens = k.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(rows, heads, queries, dtype=torch.float32, device=q.device)
-    saved = SavedTriton(scale, q, k, lse, None if bias is None else bias.contiguous())
+    peak, share = torch.empty(2, rows, heads, queries, dtype=torch.float32, device=q.device)
+    saved = SavedTriton(scale, q, k, peak, share, None if bias is None else bias.contiguous())
     block = max(16, triton.next_power_of_2(dim))
 
     def launch(configuration: triton.Config) -> None:
         grid = (triton.cdiv(queries, configuration.kwargs["BLOCK_Q"]), rows * heads)
         _attention_kernel[grid](
-            *(q, k, v, out, lse, queries, tokens, heads, saved.factor),
+            *(q, k, v, out, peak, share, queries, tokens, heads, saved.factor),
             *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], saved.bias, saved.over_scale, dim, block),
             **configuration.all_kwargs(),
         )
@@ -272,7 +277,7 @@ def attention_vjp_triton(saved: Any, d_out: Tensor) -> Tensor:
     def launch(configuration: triton.Config) -> None:
         grid = (triton.cdiv(tokens, configuration.kwargs["BLOCK_N"]), rows * heads)
         _attention_vjp_kernel[grid](
-            *(q, k, saved.lse, d_out, d_v, queries, tokens, heads, saved.factor),
+            *(q, k, saved.peak, saved.share, d_out, d_v, queries, tokens, heads, saved.factor),
             *(*q.stride()[:3], *k.stride()[:3], *d_out.stride()[:3], saved.bias, saved.over_scale, dim, block),
             **configuration.all_kwargs(),
         )

@@ -110,7 +110,7 @@ def attention_case(
     block = max(16, triton.next_power_of_2(dim))
     found = attention.configurations(arch, dtype, block, queries, vjp=vjp, biased=bias)[0]
     pointers = ("q", "k", "d_out", "d_v") if vjp else ("q", "k", "v", "out")
-    types = dict.fromkeys(pointers, f"*{NAMES[dtype]}") | {"lse": "*fp32", "factor": "fp32"}
+    types = dict.fromkeys(pointers, f"*{NAMES[dtype]}") | {"peak": "*fp32", "share": "*fp32", "factor": "fp32"}
     operands = ("q", "k", "o") if vjp else ("q", "k", "v")
     types |= dict.fromkeys((f"{t}_{axis}" for t in operands for axis in ("row", "token", "head")), "i32")
     types |= dict.fromkeys(("Q", "N", "H"), "i32")

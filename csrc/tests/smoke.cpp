@@ -136,14 +136,15 @@ void attend(dave::AttentionShape shape, int threads) {
   const auto values = static_cast<size_t>(shape.rows * shape.tokens * width);
   const int64_t saved_head = (shape.queries + pair - 1) / pair * columns;
   std::vector<uint32_t> words(static_cast<size_t>(shape.rows * shape.heads * saved_head), 0xFFFFFFFF);
-  std::vector<float> lse(static_cast<size_t>(shape.rows * shape.heads * shape.queries), NAN);
+  const auto queries = static_cast<size_t>(shape.rows * shape.heads * shape.queries);
+  std::vector<float> peak(queries, NAN), share(queries, NAN);
   std::vector<T> out(outputs, stored<T>(NAN)), again = out, d_v(values, stored<T>(NAN)), d_v_again = d_v;
   const auto cotangent = stored_values<T>(static_cast<int64_t>(outputs), 7);
   const dave::Heads d_out{cotangent.data(), shape.queries * width, width, shape.dim};
-  kernels.attention(shape, part(0), part(1), part(2), out.data(), nullptr, {words.data(), saved_head}, threads);
-  kernels.attention(shape, part(0), part(1), part(2), again.data(), lse.data(), {nullptr, 0}, threads);
-  kernels.attention_vjp(shape, {}, {}, nullptr, {words.data(), saved_head}, d_out, d_v.data(), threads);
-  kernels.attention_vjp(shape, part(0), part(1), lse.data(), {nullptr, 0}, d_out, d_v_again.data(), threads);
+  kernels.attention(shape, part(0), part(1), part(2), out.data(), {}, {words.data(), saved_head}, threads);
+  kernels.attention(shape, part(0), part(1), part(2), again.data(), {peak.data(), share.data()}, {nullptr, 0}, threads);
+  kernels.attention_vjp(shape, {}, {}, {}, {words.data(), saved_head}, d_out, d_v.data(), threads);
+  kernels.attention_vjp(shape, part(0), part(1), {peak.data(), share.data()}, {nullptr, 0}, d_out, d_v_again.data(), threads);
   // a row of P sums to one: no output is larger than the largest value
   for (size_t i = 0; i < outputs; ++i) {
     require(std::abs(read(out[i])) <= 2.1f, "attention left something unwritten or is out of range");

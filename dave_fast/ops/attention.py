@@ -25,13 +25,18 @@ QUERY_BLOCK = 128
 
 @dataclass(frozen=True)
 class SavedAttention:
-    """What the VJP needs: P itself where it is small, else q, k and each query's log-sum-exp."""
+    """What the VJP needs: P itself where it is small, else what makes it again, exp(s − peak)·share.
+
+    Peak and share, a query's largest score and 1/Σ exp(s − peak), are its log-sum-exp in two parts: one number of it
+    would cost P digits.
+    """
 
     scale: float
     probabilities: Tensor | None = None  # (R, heads, Q, N)
     q: Tensor | None = None  # (R, heads, Q, D)
     k: Tensor | None = None  # (R, heads, N, D)
-    lse: Tensor | None = None  # (R, heads, Q, 1), the bias included
+    peak: Tensor | None = None  # (R, heads, Q, 1), the bias included
+    share: Tensor | None = None  # (R, heads, Q, 1)
     bias: Tensor | None = None  # (heads, Q, N)
 
 
@@ -55,13 +60,16 @@ def attention_ref(
         out = probabilities @ v
         return out.transpose(1, 2).contiguous(), SavedAttention(scale, probabilities)
     out = torch.empty(q.shape[:1] + q.shape[2:3] + q.shape[1:2] + q.shape[3:], dtype=q.dtype, device=q.device)
-    lse = []
+    peaks, shares = [], []
     for start in range(0, q.shape[2], QUERY_BLOCK):
         block = slice(start, start + QUERY_BLOCK)
         scores = _scores(q[:, :, block], k, scale, None if bias is None else bias[:, block])
-        lse.append(scores.to(statistics_dtype(q.dtype)).logsumexp(-1, keepdim=True))
-        out[:, block] = ((scores - lse[-1]).exp_().to(q.dtype) @ v).transpose(1, 2)
-    return out, SavedAttention(scale, None, q, k, torch.cat(lse, dim=2), bias)
+        scores = scores.to(statistics_dtype(q.dtype))
+        peaks.append(scores.amax(-1, keepdim=True))
+        p = scores.sub_(peaks[-1]).exp_()
+        shares.append(1 / p.sum(-1, keepdim=True))
+        out[:, block] = (p.mul_(shares[-1]).to(q.dtype) @ v).transpose(1, 2)
+    return out, SavedAttention(scale, None, q, k, torch.cat(peaks, dim=2), torch.cat(shares, dim=2), bias)
 
 
 def attention_vjp_ref(saved: SavedAttention, d_out: Tensor) -> Tensor:
@@ -69,13 +77,13 @@ def attention_vjp_ref(saved: SavedAttention, d_out: Tensor) -> Tensor:
     d_out = d_out.transpose(1, 2)
     if saved.probabilities is not None:
         return (saved.probabilities.transpose(-1, -2) @ d_out).transpose(1, 2).contiguous()
-    assert saved.q is not None and saved.k is not None and saved.lse is not None
+    assert saved.q is not None and saved.k is not None and saved.peak is not None and saved.share is not None
     dv = torch.zeros(saved.k.shape, dtype=statistics_dtype(d_out.dtype), device=d_out.device)
     for start in range(0, saved.q.shape[2], QUERY_BLOCK):
         block = slice(start, start + QUERY_BLOCK)
         bias = None if saved.bias is None else saved.bias[:, block]
         scores = _scores(saved.q[:, :, block], saved.k, saved.scale, bias)
-        p = (scores - saved.lse[:, :, block]).exp_().to(d_out.dtype)
+        p = (scores - saved.peak[:, :, block]).exp_().mul_(saved.share[:, :, block]).to(d_out.dtype)
         dv += p.transpose(-1, -2) @ d_out[:, :, block]
     return dv.to(d_out.dtype).transpose(1, 2).contiguous()
 
@@ -93,14 +101,14 @@ def attention_native(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     shape = (rows, queries, k.shape[1], heads, dim)
     out = torch.empty(rows, queries, heads, dim, dtype=q.dtype)
-    words = lse = None
+    words = kept = None
     if shape[2] <= KEEP_PROBABILITIES:
         # a word holds one float, or bfloat16 of two queries
         words = torch.empty(rows, heads, -(-queries // (2 if bf16 else 1)), -(-shape[2] // 16) * 16, dtype=torch.int32)
     else:
-        lse = torch.empty(rows, heads, queries, dtype=torch.float32)
+        kept = torch.empty(2, rows, heads, queries, dtype=torch.float32)
     bias = None if bias is None else bias.contiguous()
-    saved = SavedNative(shape, scale, words, None if words is not None else (q, k), lse, bias)
+    saved = SavedNative(shape, scale, words, None if words is not None else (q, k), kept, bias)
     native.attention(
         *(
             shape,
@@ -112,7 +120,7 @@ def attention_native(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor
             *_view(v),
             out.data_ptr(),
         ),
-        *(saved.address(lse), saved.address(words), saved.stride, _ext.threads()),
+        *(saved.address(kept), saved.address(words), saved.stride, _ext.threads()),
     )
     return out, saved
 
@@ -127,7 +135,7 @@ def attention_vjp_native(saved: Any, d_out: Tensor) -> Tensor:
     q, k = saved.queries_keys or (d_out, d_out)
     _ext.module().attention_vjp(
         *(saved.shape, saved.scale, _ext.DTYPE_CODES[d_out.dtype], saved.address(saved.bias)),
-        *(*_view(q), *_view(k), saved.address(saved.lse)),
+        *(*_view(q), *_view(k), saved.address(saved.peak_and_share)),
         *(saved.address(saved.words), saved.stride, *_view(d_out), d_v.data_ptr(), _ext.threads()),
     )
     return d_v
@@ -135,17 +143,17 @@ def attention_vjp_native(saved: Any, d_out: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SavedNative:
-    """What the C++ VJP needs: P as words of 32 bits, else q and k and each query's log-sum-exp.
+    """What the C++ VJP needs: P as words of 32 bits, else q and k and each query's peak and share.
 
-    shape: (R, Q, N, heads, D) · words: (R, heads, ·, N rounded up to 16) int32 · lse: (R, heads, Q) float32 ·
-    bias: (heads, Q, N).
+    shape: (R, Q, N, heads, D) · words: (R, heads, ·, N rounded up to 16) int32 · peak_and_share: (2, R, heads, Q)
+    float32 · bias: (heads, Q, N).
     """
 
     shape: tuple[int, int, int, int, int]
     scale: float
     words: Tensor | None
     queries_keys: tuple[Tensor, Tensor] | None
-    lse: Tensor | None
+    peak_and_share: Tensor | None
     bias: Tensor | None
 
     @property

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from dave_fast.kernels.attention import attention_triton, attention_vjp_triton
-from dave_fast.ops import attention
 from dave_fast.ops.attention import attention_ref, attention_vjp_ref
 from tests.kernels.conftest import DTYPES, assert_as_good, error
 
@@ -46,10 +45,9 @@ def run(q, k, v, d_out, scale, *bias):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_against_the_formula(shape, dtype, device, monkeypatch):
-    # plain PyTorch that makes P again from a log-sum-exp, as the kernels do
-    monkeypatch.setattr(attention, "KEEP_PROBABILITIES", 0)
+def test_against_the_formula(shape, dtype, device):
     case, scale = heads(shape, dtype, device), shape[-1] ** -0.5
+    # plain PyTorch keeps P
     out, saved = attention_ref(*case[:3], scale)
     plain = out, attention_vjp_ref(saved, case[3])
     for got, want, reference in zip(run(*case, scale), by_formula(*case, scale), plain, strict=True):
@@ -59,8 +57,7 @@ def test_against_the_formula(shape, dtype, device, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(2, 1, 50, 3, 16), (1, 70, 70, 2, 16), (1, 49, 33, 2, 9)], ids=str)
-def test_a_bias_is_added_to_the_scores(shape, dtype, device, monkeypatch):
-    monkeypatch.setattr(attention, "KEEP_PROBABILITIES", 0)
+def test_a_bias_is_added_to_the_scores(shape, dtype, device):
     case, scale = heads(shape, dtype, device), shape[-1] ** -0.5
     generator = torch.Generator().manual_seed(5)
     bias = (2 * torch.randn(shape[3], *shape[1:3], generator=generator)).to(dtype).to(device)
@@ -91,7 +88,7 @@ def test_nothing_quadratic_is_saved(device):
     q, k, v, _ = heads((1, 300, 300, 1, 8), torch.float32, device)
     _, saved = attention_triton(q, k, v, 0.3)
     kept = [t for t in vars(saved).values() if isinstance(t, torch.Tensor)]
-    assert sum(t.numel() for t in kept) == 300 * (8 + 8 + 1)
+    assert sum(t.numel() for t in kept) == 300 * (8 + 8 + 2)
 
 
 @pytest.mark.parametrize("spot", [("q", 0, 3, 0, 2), ("k", 0, 20, 0, 7), ("v", 0, 18, 0, 0)], ids=str)

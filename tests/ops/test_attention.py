@@ -57,11 +57,12 @@ def error(found, expected):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "recomputed"])
 def test_against_the_formula(backend, dtype, shape, kept, monkeypatch):
-    monkeypatch.setattr(attention, "KEEP_PROBABILITIES", 400 if kept else 0)
     case = heads(shape, dtype)
     expected = by_formula(*case, 0.3)
-    found = run(backend, *case, 0.3)
+    # plain PyTorch keeps P
     plain = run("torch", *case, 0.3)
+    monkeypatch.setattr(attention, "KEEP_PROBABILITIES", 400 if kept else 0)
+    found = run(backend, *case, 0.3)
     for got, want, reference in zip(found, expected, plain, strict=True):
         assert got.shape == want.shape and got.dtype == dtype and got.is_contiguous()
         limit = (
@@ -77,15 +78,12 @@ def test_against_the_formula(backend, dtype, shape, kept, monkeypatch):
 @pytest.mark.parametrize("shape", [(2, 2, 50, 3, 16), (1, 197, 197, 2, 64), (2, 49, 33, 2, 9)], ids=str)
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "recomputed"])
 def test_a_bias_is_added_to_the_scores(backend, dtype, shape, kept, monkeypatch):
-    monkeypatch.setattr(attention, "KEEP_PROBABILITIES", 400 if kept else 0)
     case = heads(shape, dtype)
     _, queries, tokens, count, _ = shape
     bias = (2 * torch.randn(count, queries, tokens, generator=torch.Generator().manual_seed(5))).to(dtype)
-    expected, found, plain = (
-        by_formula(*case, 0.3, bias),
-        run(backend, *case, 0.3, bias),
-        run("torch", *case, 0.3, bias),
-    )
+    expected, plain = by_formula(*case, 0.3, bias), run("torch", *case, 0.3, bias)
+    monkeypatch.setattr(attention, "KEEP_PROBABILITIES", 400 if kept else 0)
+    found = run(backend, *case, 0.3, bias)
     unbiased = by_formula(*case, 0.3)
     for got, want, reference, without in zip(found, expected, plain, unbiased, strict=True):
         assert got.shape == want.shape and got.dtype == dtype
@@ -145,13 +143,8 @@ def test_what_is_no_number_is_seen(backend, dtype, kept, value, spot, shape, mon
     expected = by_formula(*operands, d_out, 0.3)
     out, saved = _registry.load("attention", backend)(*operands, 0.3)
     found = out, _registry.load("attention_vjp", backend)(saved, d_out)
-    recomputed_by_torch = isinstance(saved, attention.SavedAttention) and not kept
     assert not all(want.isfinite().all() for want in expected)
     for name, got, want in zip(("out", "d_v"), found, expected, strict=True):
-        if name == "d_v" and recomputed_by_torch and abs(value) == torch.inf:
-            # with a log-sum-exp of infinity PyTorch has NaN at the infinite score alone, 0 at the others
-            assert bool(got.isnan().any()) == bool(want.isnan().any())
-            continue
         finite = want.isfinite()
         assert torch.equal(got.isnan(), want.isnan()), name
         assert torch.equal(got.isposinf(), want.isposinf()) and torch.equal(got.isneginf(), want.isneginf()), name
