@@ -129,6 +129,31 @@ void activate(uintptr_t u, int dtype, int activation, int gated, int64_t rows, i
                            static_cast<dave::Gated>(gated), rows, hidden, pointer<void>(h), pointer<void>(gate), threads);
 }
 
+// Columns that linear's weights have, whole panels.
+int64_t linear_columns(int64_t out) {
+  if (out < 1) throw std::invalid_argument("linear needs an out-feature");
+  const int64_t panel = dave::kernels().linear_panel;
+  if (!panel) throw std::invalid_argument("this instruction set leaves linear to a library");
+  return (out + panel - 1) / panel * panel;
+}
+
+void pack_linear(uintptr_t matrix, int64_t out, int64_t in, uintptr_t weights) {
+  linear_columns(out);
+  if (in < 1) throw std::invalid_argument("linear needs an in-feature");
+  dave::kernels().pack_linear(pointer<const float>(matrix), out, in, pointer<float>(weights));
+}
+
+// columns: what linear_columns was when the weights were packed; operands: bias, row_scale, gate, residual
+void linear(uintptr_t x, int64_t rows, int64_t stride, int64_t in, uintptr_t weights, int64_t columns, int64_t out,
+            const std::vector<uintptr_t>& operands, int activation, uintptr_t new_gate, uintptr_t y, int threads) {
+  if (columns != linear_columns(out)) throw std::invalid_argument("the weights were packed for another instruction set");
+  if (operands.size() != 4 || activation < -1 || activation > 4) throw std::invalid_argument("unknown epilogue");
+  const auto operand = [&](size_t i) { return pointer<const float>(operands[i]); };
+  dave::kernels().linear(pointer<const float>(x), rows, stride, in, pointer<const float>(weights), out,
+                         {operand(0), operand(1), operand(2), operand(3), activation, pointer<float>(new_gate)},
+                         pointer<float>(y), threads);
+}
+
 std::vector<std::string> usable_isas() {
   std::vector<std::string> names;
   for (int i = 0; dave::usable_isa(i); ++i) names.emplace_back(dave::usable_isa(i));
@@ -158,6 +183,10 @@ PYBIND11_MODULE(_native, module) {
   module.def("row_rstd", &row_rstd, release());
   module.def("scale_rows", &scale_rows, release());
   module.def("activate", &activate, release());
+  module.def("linear_panel", [] { return dave::kernels().linear_panel; }, "Columns of a panel of linear's weights; 0: it has no linear.");
+  module.def("linear_columns", &linear_columns, "Columns of a packed weight.");
+  module.def("pack_linear", &pack_linear, release());
+  module.def("linear", &linear, release());
   module.def("multiplies_bfloat16", [] { return dave::kernels().multiplies_bfloat16; }, "Whether attention takes bfloat16.");
   module.def("isa", [] { return std::string(dave::kernels().isa); }, "The instruction set in use.");
   module.def("usable_isas", &usable_isas, "The instruction sets this machine can run, best first.");

@@ -5,6 +5,7 @@
 
 #include "attention.h"
 #include "epilogue.h"
+#include "linear.h"
 #include "numerics.h"
 
 namespace dave {
@@ -61,6 +62,13 @@ struct Kernels {
   void (*scale_rows)(const void* x, Dtype dtype, const float* scale, int64_t rows, int64_t width, void* y, int threads);
   void (*activate)(const void* u, Dtype dtype, Activation activation, Gated gated, int64_t rows, int64_t hidden, void* h,
                    void* gate, int threads);
+  // Columns of a panel of linear's weights, 0 where linear is left to a library.
+  int64_t linear_panel;
+  // matrix (out, in) -> weights of in · (out rounded up to whole panels) floats, zero where there is no column
+  void (*pack_linear)(const float* matrix, int64_t out, int64_t in, float* weights);
+  // x (rows, in), `stride` from row to row -> y (rows, out) contiguous
+  void (*linear)(const float* x, int64_t rows, int64_t stride, int64_t in, const float* weights, int64_t out,
+                 const Epilogue& epilogue, float* y, int threads);
 };
 
 }  // namespace dave

@@ -25,6 +25,11 @@ void scale_rows(const void* x, Dtype dtype, const float* scale, int64_t rows, in
 void activate(const void* u, Dtype dtype, Activation activation, Gated gated, int64_t rows, int64_t hidden, void* h,
               void* gate, int threads);
 
+void pack_linear(const float* matrix, int64_t out, int64_t in, float* weights);
+void linear(const float* x, int64_t rows, int64_t stride, int64_t in, const float* weights, int64_t out,
+            const Epilogue& epilogue, float* y, int threads);
+
+extern const int64_t linear_panel;
 extern const bool takes_bfloat16;
 extern const Kernels kernels;
 

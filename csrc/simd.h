@@ -55,6 +55,23 @@ DAVE_HD void store(bfloat16* to, vfloat a) {
   __builtin_memcpy(to, &half, sizeof half);
 }
 
+// One vector of a row of which n values are left; a shorter one goes through a buffer padded with zeros.
+template <typename T>
+DAVE_HD vfloat load_part(const T* from, int64_t n) {
+  if (n >= lanes) return load(from);
+  T part[lanes] = {};
+  for (int64_t i = 0; i < n; ++i) part[i] = from[i];
+  return load(part);
+}
+
+template <typename T>
+DAVE_HD void store_part(T* to, vfloat value, int64_t n) {
+  if (n >= lanes) return store(to, value);
+  T part[lanes];
+  store(part, value);
+  for (int64_t i = 0; i < n; ++i) to[i] = part[i];
+}
+
 DAVE_HD float sum_of(vfloat a) {
   float total = 0;
   for (int i = 0; i < lanes; ++i) total += a[i];

@@ -1,4 +1,4 @@
-// C = A·B on words, from registers: the matrix products inside of attention, too small for a library.
+// C = A·B on words, from registers: the matrix products inside of attention and linear.
 //
 //     C[i, j] (+)= Σ_k A[i·a_row + k·a_step] · B[k·ldb + j]        float words: one product; bfloat16 pairs: two
 //
@@ -41,7 +41,7 @@ void tile(const uint32_t* a, int64_t a_row, int64_t a_step, const uint32_t* b, i
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 8
-    for (int j = 0; j < vectors; ++j) total[i][j] = add_to ? load(c + i * ldc + j * lanes) : vfloat{};
+    for (int j = 0; j < vectors; ++j) total[i][j] = vfloat{};
   for (int64_t k = 0; k < steps; ++k) {
     vword column[vectors];
 #pragma GCC unroll 8
@@ -56,7 +56,11 @@ void tile(const uint32_t* a, int64_t a_row, int64_t a_step, const uint32_t* b, i
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 8
-    for (int j = 0; j < vectors; ++j) store(c + i * ldc + j * lanes, total[i][j]);
+    for (int j = 0; j < vectors; ++j) {
+      float* to = c + i * ldc + j * lanes;
+      // a sum of its own, then added: the error of a long sum grows with what it is added to
+      store(to, add_to ? load(to) + total[i][j] : total[i][j]);
+    }
 }
 
 template <typename T, int vectors>

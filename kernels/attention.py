@@ -122,12 +122,13 @@ def _attention_kernel(
         D, D_BLOCK, D_STEP, BLOCK_N, True,
     )  # fmt: skip
     m_q = o_q < Q
-    o_kept = tl.program_id(1).to(tl.int64) * Q + o_q
-    tl.store(peak + o_kept, top * factor, mask=m_q)
-    tl.store(share + o_kept, 1 / total, mask=m_q)
+    b_share = 1 / total
     d = tl.arange(0, D_BLOCK)
     p = out + ((i_row * Q + o_q)[:, None] * H + i_head) * D + d[None, :]
-    tl.store(p, (acc / total[:, None]).to(out.dtype.element_ty), mask=m_q[:, None] & (d < D)[None, :])
+    tl.store(p, (acc * b_share[:, None]).to(out.dtype.element_ty), mask=m_q[:, None] & (d < D)[None, :])
+    o_kept = tl.program_id(1).to(tl.int64) * Q + o_q
+    tl.store(peak + o_kept, top * factor, mask=m_q)
+    tl.store(share + o_kept, b_share, mask=m_q)
 
 
 @triton.jit
@@ -224,7 +225,7 @@ def configurations(
     if arch == 0:
         return [configuration(64, 32, 4, 1)]
     if dtype == torch.float32:
-        return [configuration(32, 16, 8, 1) if dim > 64 else configuration(64, 32, 4, 1)]
+        return [configuration(32, 16, 8, 1) if dim > 64 else configuration(64, 32, 8, 1)]
     if few and not vjp:
         return [configuration(16, 64, 4, 2)]
     if biased and dim > 64:

@@ -212,6 +212,40 @@ void epilogues(dave::Dtype dtype, int threads) {
   }
 }
 
+// y of one row and out-feature, summed in double
+double linear_at(const std::vector<float>& x, const std::vector<float>& matrix, int64_t in, int64_t row, int64_t out) {
+  double sum = 0;
+  for (int64_t i = 0; i < in; ++i)
+    sum += static_cast<double>(x[static_cast<size_t>(row * in + i)]) * matrix[static_cast<size_t>(out * in + i)];
+  return sum;
+}
+
+// Every operand ends with its last value, so that reading past it is seen.
+void linears(int threads) {
+  const auto& kernels = dave::kernels();
+  if (!kernels.linear_panel) return;
+  const int64_t shapes[][3] = {{1, 1, 1}, {5, 300, 50}, {131, 17, 24}, {70, 513, 73}};
+  for (const auto& [rows, in, out] : shapes) {
+    const int64_t columns = (out + kernels.linear_panel - 1) / kernels.linear_panel * kernels.linear_panel;
+    const auto x = stored_values<float>(rows * in), matrix = stored_values<float>(out * in, 3);
+    const auto bias = stored_values<float>(out, 5), scale = stored_values<float>(rows, 7);
+    const auto other = stored_values<float>(rows * out, 9);
+    std::vector<float> weights(static_cast<size_t>(columns * in), NAN), y(other.size(), NAN), gate = y;
+    kernels.pack_linear(matrix.data(), out, in, weights.data());
+    for (int activation : {-1, static_cast<int>(dave::Activation::relu)}) {
+      kernels.linear(x.data(), rows, in, in, weights.data(), out,
+                     {bias.data(), scale.data(), other.data(), other.data(), activation, gate.data()}, y.data(), threads);
+      for (int64_t i = 0; i < rows * out; ++i) {
+        const auto row = static_cast<size_t>(i / out), column = static_cast<size_t>(i % out), at = static_cast<size_t>(i);
+        double expected = linear_at(x, matrix, in, i / out, i % out) * scale[row] + bias[column];
+        if (activation >= 0 && expected < 0) expected = 0;
+        expected = expected * other[at] + other[at];
+        require(near(y[at], static_cast<float>(expected), 1e-5 * (1 + std::abs(expected))), "linear is wrong");
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -225,6 +259,7 @@ int main() {
       statistics<double>(dave::Dtype::float64, threads);
       attentions<float>(dave::Dtype::float32, threads);
       if (dave::kernels().multiplies_bfloat16) attentions<uint16_t>(dave::Dtype::bfloat16, threads);
+      linears(threads);
       epilogues<float>(dave::Dtype::float32, threads);
       epilogues<uint16_t>(dave::Dtype::bfloat16, threads);
       for (int64_t elements : {1, 5, 1025}) {

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dave_fast.ops import _registry
-from dave_fast.ops.linear import linear_onednn, pack_onednn
+from dave_fast.ops.linear import before_avx512, linear_onednn, pack_onednn
 
 # what a precision is held against on a device; "mkl" and "cublas" are F.linear, "packed" is oneDNN with weights laid
 # out beforehand (as they are where its oneDNN does not pack the type)
@@ -46,9 +46,10 @@ class Ceiling:
 
 
 def kind_of(precision: str, device: str) -> str:
-    """The ceiling that a precision is held against; oneDNN's where this PyTorch has it."""
+    """The ceiling that a precision is held against: on a CPU the faster library's, oneDNN's where this PyTorch has it."""
     kind = KINDS[device][precision]
-    return kind if _registry.why_not("linear", "onednn", "cpu") is None else kind.replace("packed", "mkl")
+    packs = _registry.why_not("linear", "onednn", "cpu") is None and not (kind == "packed-fp32" and before_avx512())
+    return kind if packs else kind.replace("packed", "mkl")
 
 
 def ceiling(

@@ -101,7 +101,7 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "pack_weight": {
         "torch": "dave_fast.ops.linear:pack_ref",
         "onednn": "dave_fast.ops.linear:pack_onednn",
-        "native": "dave_fast.ops.linear:pack_onednn",
+        "native": "dave_fast.ops.linear:pack_native",
         "triton": "dave_fast.kernels.linear:pack_triton",
     },
     "linear": {

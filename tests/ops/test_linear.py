@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from dave_fast import _ext
 from dave_fast.ops import _registry
 from dave_fast.ops.activation import GATES, activate_native, activate_ref
 from dave_fast.ops.linear import _scale_native, _scale_ref
@@ -170,3 +171,61 @@ def test_what_is_no_number_goes_through_a_norm(backend, dtype, value):
     found = (_scale_ref if backend == "torch" else _scale_native)(x, scale)
     assert torch.equal(found.isnan(), (x * scale[:, None]).isnan())
     assert torch.equal(found[1].isinf(), x[1].isinf())
+
+
+# rows, in-features, out-features: several sums of which the last is shorter, panels of which the last is narrower, few
+# rows whose panels the threads share, and many
+LONG = [(3, 600, 77), (70, 777, 24), (300, 513, 50), (1, 257, 23)]
+
+
+@pytest.fixture(params=["as it is", "avx2"])
+def native(request):
+    """C++ with the instruction set of this machine, and as on one that has AVX2 alone."""
+    if (reason := _registry.why_not("linear", "native", "cpu")) is not None:
+        pytest.skip(str(reason))
+    extension = _ext.module()
+    before = extension.isa()
+    if request.param not in ("as it is", *extension.usable_isas()):
+        pytest.skip(f"this machine has no {request.param}")
+    if request.param == "avx2":
+        extension.use_isa("avx2")
+    yield extension
+    extension.use_isa(before)
+
+
+@pytest.mark.parametrize("shape", LONG, ids=str)
+def test_long_sums_and_every_epilogue_at_once(native, shape):
+    x, matrix, bias, scale = case(shape, torch.float32)
+    gate, residual = (numbers(shape[0], shape[2], dtype=torch.float32, seed=seed) for seed in (4, 5))
+    expected = scale.double()[:, None] * (x.double() @ matrix.double().T) + bias.double()
+    expected = expected * gate.double() + residual.double()
+    plain = F.linear(x * scale[:, None], matrix, bias) * gate + residual
+    found = run("native", x, matrix, bias, row_scale=scale, gate=gate, residual=residual)
+    assert_as_good(found, plain, expected)
+
+
+@pytest.mark.parametrize("shape", LONG, ids=str)
+def test_bits_depend_neither_on_other_rows_nor_on_threads(native, shape):
+    x, matrix, bias, scale = case(shape, torch.float32)
+    weight = _registry.load("pack_weight", "native")(matrix)
+    linear = _registry.load("linear", "native")
+    whole, gates = linear(x, weight, bias, row_scale=scale, activation="gelu")
+    for rows in (slice(0, 1), slice(1, 6), slice(2, None)):
+        some, some_gates = linear(x[rows], weight, bias, row_scale=scale[rows], activation="gelu")
+        assert torch.equal(some, whole[rows]) and torch.equal(some_gates, gates[rows])
+    wide = torch.cat([x, x], dim=1)
+    assert torch.equal(linear(wide[:, : shape[1]], weight, bias, row_scale=scale, activation="gelu")[0], whole)
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(linear(x, weight, bias, row_scale=scale, activation="gelu")[0], whole)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_weights_of_another_instruction_set_are_refused(native):
+    if native.isa() != "avx2":
+        pytest.skip("only AVX2 has panels")
+    weight = _registry.load("pack_weight", "native")(torch.eye(30))
+    native.use_isa("baseline")
+    with pytest.raises(ValueError, match="leaves linear to a library"):
+        _registry.load("linear", "native")(torch.eye(30), weight)
