@@ -88,7 +88,9 @@ def engine_row_bytes(plan: ViTPlan) -> int:
     item = plan.dtype.itemsize
     saved = _saved_bytes(plan)
     hidden = plan.mlp.fc1.bias.shape[0]
-    alive = plan.tokens * (4 * plan.width + 3 * hidden) * item
+    # what an activation reads and, half as wide with a gated MLP, its two results
+    hidden += 2 * hidden_width(hidden, plan.mlp.activation)
+    alive = plan.tokens * (4 * plan.width + hidden) * item
     height, width = plan.image_size
     # tokens in and out, and the contribution before it is stored
     pixels = plan.channels * height * width * (2 * item + statistics_dtype(plan.dtype).itemsize)

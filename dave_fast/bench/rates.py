@@ -46,7 +46,7 @@ class Ceiling:
 
 
 def kind_of(precision: str, device: str) -> str:
-    """The ceiling that a precision is held against: on a CPU the faster library's, oneDNN's where this PyTorch has it."""
+    """The ceiling that a precision is held against; on a CPU that of the faster library."""
     kind = KINDS[device][precision]
     packs = _registry.why_not("linear", "onednn", "cpu") is None and not (kind == "packed-fp32" and before_avx512())
     return kind if packs else kind.replace("packed", "mkl")
