@@ -53,12 +53,23 @@ struct Block {
     first = first_, count = count_;
     for (int64_t start = 0; start < m.in; start += m.length) {
       const int64_t size = lesser(m.length, m.in - start);
-      for (int64_t i = 0; i < count; ++i) {
+      for (int64_t i = 0; i < count; i += tile_rows) {
         const float* from = m.x + (first + i) * m.stride + start;
-        float* to = operand + start * height + i / tile_rows * tile_rows * size + i % tile_rows;
-        for (int64_t k = 0; k < size; ++k) to[k * tile_rows] = from[k];
+        float* to = operand + start * height + i * size;
+        if (i + tile_rows <= count)
+          interleave<tile_rows>(from, size, to);
+        else
+          for (int64_t last = 0; last < count - i; ++last) interleave<1>(from + last * m.stride, size, to + last);
       }
     }
+  }
+
+  // (rows, size) -> (size, tile_rows)
+  template <int rows>
+  void interleave(const float* from, int64_t size, float* to) const {
+    for (int64_t k = 0; k < size; ++k)
+#pragma GCC unroll 8
+      for (int i = 0; i < rows; ++i) to[k * tile_rows + i] = from[i * m.stride + k];
   }
 
   void multiply_panel(int64_t p, int64_t start) {
