@@ -230,7 +230,8 @@ def _attention_vjp(shapes: Shapes) -> list[Case]:
         _, saved = load("attention")(q, k, v, shapes.head_dim**-0.5)
         return lambda: vjp(saved, given["d_out"])
 
-    flops = _attention_gigaflops(shapes)
+    # Pᵀ d_out alone: a form that makes P again does as much once more
+    flops = _attention_gigaflops(shapes) / 2
     return [Case("attention_vjp", "attention_vjp", _heads(shapes), bind, ("qkv", "d_out"), flops)]
 
 

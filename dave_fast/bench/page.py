@@ -23,7 +23,9 @@ INTRODUCTION = """# Performance
 How to read this page: every figure was measured in one run, in turns with what it is compared with, on the machine
 named above it. *One image* is what someone who waits for one map sees (median; 99th percentile where at least 100
 runs were made, else the slowest of them and their number). *Of ceiling* is the achieved rate over the machine's own
-rate for matrix products at the model's shapes, measured in between, repeat by repeat. *Error* is the relative
+rate for matrix products at the model's shapes, measured in between, repeat by repeat; what is counted is the least
+arithmetic that the result takes, whatever a form does besides (dave-fast walks the image itself forward once more, for
+its prediction and probability). *Error* is the relative
 distance of single contributions from float64 at equal draws, and beside it that of plain PyTorch in the same
 precision: a form with more than twice that is refused, not reported.
 """
