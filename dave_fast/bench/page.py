@@ -60,7 +60,8 @@ def _section(result: dict[str, Any], folder: Path) -> str:
     setting, where = result["setting"], result["environment"]
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items() if number != "not installed")
     lines = [
-        f"## {where['device']}: {setting['model']}, {setting['image']}, S = {setting['samples']}",
+        f"## {where['device']}: {setting['model']}, {setting['image']}, S = {setting['samples']}, "
+        + ("op by op" if result.get("ops") else "side by side"),
         "",
         f"Commit {where['commit']}, {where['threads']} threads, Python {where['python']}, {versions}."
         + (f" {setting['note']}" if setting.get("note") else ""),
@@ -158,6 +159,8 @@ class Roofline(_Plot):
     """GFLOP/s of every op that multiplies against its arithmetic for each byte, under the measured ceilings."""
 
     def __call__(self, result: dict[str, Any]) -> Figure:
+        from matplotlib.ticker import NullFormatter
+
         figure, axes = _axes("FLOP a byte (least traffic)", "GFLOP/s")
         rows = [row for row in result["ops"] if row.get("GFLOP/s")]
         copies = [row["ceiling"] for row in result["ops"] if row.get("of") == "copying memory"]
@@ -165,13 +168,20 @@ class Roofline(_Plot):
         axes.set(xscale="log", yscale="log")
         if rows:
             peak = max(row["ceiling"] for row in rows)
-            span = [min(intensity) / 2, max(intensity) * 2]
-            axes.set_xlim(*span)
-            axes.axhline(peak, color="0.4", linewidth=1)
-            label = axes.text(0.02, peak * 1.05, "matrix products, measured", transform=axes.get_yaxis_transform())
+            # the corner of the roof is in the picture, wherever the ops are
+            corner = peak / max(copies) if copies else min(intensity)
+            left, right = min(*intensity, corner) / 2, max(*intensity, corner) * 2
+            axes.set(xlim=(left, right), ylim=(min(peak / 4, *(row["GFLOP/s"] for row in rows)) / 1.5, peak * 1.6))
+            axes.plot([corner, right], [peak, peak], color="0.4", linewidth=1)
+            label = axes.text(right / 1.1, peak * 1.2, "matrix products, measured", ha="right")
             label.set(fontsize=6.5, color="0.35")
             if copies:
-                axes.plot(span, [min(peak, max(copies) * x) for x in span], color="0.4", linewidth=1, linestyle="--")
+                axes.plot([left, corner], [peak * left / corner, peak], color="0.4", linewidth=1, linestyle="--")
+                slope = axes.text(left * 1.1, peak * 1.2, "copying memory, measured", ha="left")
+                slope.set(fontsize=6.5, color="0.35")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_formatter("{x:g}")
+                axis.set_minor_formatter(NullFormatter())
         for backend in dict.fromkeys(row["backend"] for row in rows):
             own = [(x, row["GFLOP/s"]) for x, row in zip(intensity, rows, strict=True) if row["backend"] == backend]
             axes.scatter([x for x, _ in own], [y for _, y in own], s=16, label=backend)
@@ -203,7 +213,7 @@ class Memory(_Plot):
         rows = result["memory"]
         sizes = [row["size"] for row in rows]
         formula = [(row["weight bytes"] + row["rows"] * row["row bytes"]) / 2**30 for row in rows]
-        axes.plot(sizes, formula, marker="o", ms=3, lw=1, label=f"formula: weights + {rows[0]['rows']} row(s)")
+        axes.plot(sizes, formula, marker="o", ms=3, lw=1, label=f"formula: weights, {rows[0]['rows']} × a row")
         measured = [(row["size"], row["peak bytes"] / 2**30) for row in rows if row.get("peak bytes")]
         if measured:
             at, peaks = [size for size, _ in measured], [peak for _, peak in measured]
