@@ -90,6 +90,7 @@ dave::AttentionShape attention_shape(const std::vector<int64_t>& shape, float sc
 
 // (2, rows, heads, queries) by its address, 0 for none
 dave::PeakAndShare peak_and_share(uintptr_t data, const std::vector<int64_t>& shape) {
+  if (shape.size() != 5) throw std::invalid_argument("an attention shape has five sizes");
   if (!data) return {};
   auto* peak = pointer<float>(data);
   return {peak, peak + shape[0] * shape[3] * shape[1]};
@@ -129,25 +130,20 @@ void activate(uintptr_t u, int dtype, int activation, int gated, int64_t rows, i
                            static_cast<dave::Gated>(gated), rows, hidden, pointer<void>(h), pointer<void>(gate), threads);
 }
 
-// Columns that linear's weights have, whole panels.
-int64_t linear_columns(int64_t out) {
-  if (out < 1) throw std::invalid_argument("linear needs an out-feature");
-  const int64_t panel = dave::kernels().linear_panel;
-  if (!panel) throw std::invalid_argument("this instruction set leaves linear to a library");
-  return (out + panel - 1) / panel * panel;
-}
-
 void pack_linear(uintptr_t matrix, int64_t out, int64_t in, uintptr_t weights) {
-  linear_columns(out);
-  if (in < 1) throw std::invalid_argument("linear needs an in-feature");
+  if (!dave::kernels().linear_panel) throw std::invalid_argument("this instruction set leaves linear to a library");
+  if (out < 1 || in < 1) throw std::invalid_argument("linear needs an in-feature and an out-feature");
   dave::kernels().pack_linear(pointer<const float>(matrix), out, in, pointer<float>(weights));
 }
 
-// columns: what linear_columns was when the weights were packed; operands: bias, row_scale, gate, residual
-void linear(uintptr_t x, int64_t rows, int64_t stride, int64_t in, uintptr_t weights, int64_t columns, int64_t out,
+// panel: what linear_panel was when the weights were packed; operands: bias, row_scale, gate, residual
+void linear(uintptr_t x, int64_t rows, int64_t stride, int64_t in, uintptr_t weights, int64_t panel, int64_t out,
             const std::vector<uintptr_t>& operands, int activation, uintptr_t new_gate, uintptr_t y, int threads) {
-  if (columns != linear_columns(out)) throw std::invalid_argument("the weights were packed for another instruction set");
+  if (!panel || panel != dave::kernels().linear_panel)
+    throw std::invalid_argument("the weights were packed for another instruction set");
   if (operands.size() != 4 || activation < -1 || activation > 4) throw std::invalid_argument("unknown epilogue");
+  if (activation >= 0 && ((rows && !new_gate) || operands[2] || operands[3]))
+    throw std::invalid_argument("an activation writes its gate, and goes with neither a gate nor a residual");
   const auto operand = [&](size_t i) { return pointer<const float>(operands[i]); };
   dave::kernels().linear(pointer<const float>(x), rows, stride, in, pointer<const float>(weights), out,
                          {operand(0), operand(1), operand(2), operand(3), activation, pointer<float>(new_gate)},
@@ -184,7 +180,6 @@ PYBIND11_MODULE(_native, module) {
   module.def("scale_rows", &scale_rows, release());
   module.def("activate", &activate, release());
   module.def("linear_panel", [] { return dave::kernels().linear_panel; }, "Columns of a panel of linear's weights; 0: it has no linear.");
-  module.def("linear_columns", &linear_columns, "Columns of a packed weight.");
   module.def("pack_linear", &pack_linear, release());
   module.def("linear", &linear, release());
   module.def("multiplies_bfloat16", [] { return dave::kernels().multiplies_bfloat16; }, "Whether attention takes bfloat16.");

@@ -1,4 +1,4 @@
-// What linear does around its GEMM on the host, a pass each:
+// What linear does around a library's GEMM on the host, a pass each, and the walks around linear:
 //
 //     row_rstd     r = 1/√(mean(x²) + eps), or with the variance for rows that have a mean
 //     scale_rows   y = r ⊙ x

@@ -97,9 +97,10 @@ struct Block {
         const vfloat gate = gate_of<static_cast<Activation>(activation)>(y);
         store_part(e.new_gate + at + j, gate, n - j);
         y *= gate;
+      } else {
+        if (e.gate) y *= load_part(e.gate + at + j, n - j);
+        if (e.residual) y += load_part(e.residual + at + j, n - j);
       }
-      if (e.gate) y *= load_part(e.gate + at + j, n - j);
-      if (e.residual) y += load_part(e.residual + at + j, n - j);
       store_part(m.y + at + j, y, n - j);
     }
   }

@@ -12,7 +12,8 @@
 
 namespace dave {
 
-// (T, O) contiguous but bias (O) and row_scale (T); null where there is none. With an activation the gate is written.
+// (T, O) contiguous but bias (O) and row_scale (T); null where there is none. With an activation its gate is written, and
+// there is neither a gate nor a residual.
 struct Epilogue {
   const float *bias, *row_scale, *gate, *residual;
   // of Activation, or -1

@@ -48,7 +48,8 @@ void tile(const uint32_t* a, int64_t a_row, int64_t a_step, const uint32_t* b, i
     for (int j = 0; j < vectors; ++j) column[j] = load_raw<vword>(b + k * ldb + j * lanes);
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
-      const uint32_t word = a[i * a_row + k * a_step];
+      // through bytes: linear's operand was written as floats
+      const auto word = load_raw<uint32_t>(a + i * a_row + k * a_step);
 #pragma GCC unroll 8
       for (int j = 0; j < vectors; ++j) total[i][j] = multiply_add<T>(total[i][j], word, column[j]);
     }

@@ -1,11 +1,12 @@
 """How much memory an explanation takes, as a formula: documented, checked against measurement, used for admission.
 
-    peak = weights + rows · row + pairs · storage + images · (1 + 2 targets) images + workspace of the pixel ops
+    peak = weights + rows · row + pairs · storage + images · (1 + 2 targets) images + workspace
 
 weights: the plan's, both directions. row: what one (image, sample) row of a micro-batch holds at the end of the
 forward walk (operators of every block) plus the widest activations alive at once, tokens and contribution. storage:
-S·C·H·W values, for each (image, target) pair that is aggregated together. workspace: none to speak of in C++ and
-CUDA; the PyTorch forms of the pixel ops take some copies of what they work on. Linear in tokens, but for P, which a CPU
+S·C·H·W values, for each (image, target) pair that is aggregated together. workspace: the PyTorch forms of the pixel ops
+take some copies of what they work on, C++ and CUDA none to speak of; C++'s float32 products take the operand of some
+rows for each thread. Linear in tokens, but for P, which a CPU
 keeps below 400 tokens. The user's own model comes on top.
 """
 
@@ -24,6 +25,7 @@ from dave_fast.buckets import hidden_width
 from dave_fast.errors import InputError
 from dave_fast.layers import MlpLayer
 from dave_fast.ops.attention import KEEP_PROBABILITIES
+from dave_fast.ops.linear import BLOCK_ROWS, NativeWeight
 from dave_fast.precision import statistics_dtype
 
 if TYPE_CHECKING:
@@ -123,6 +125,13 @@ def workspace_bytes(rows: int, n_samples: int, image_shape: tuple[int, ...], dty
     return max(warps, MEAN_COPIES * n_samples * pixels) * dtype.itemsize
 
 
+def operand_bytes(plan: ViTPlan) -> int:
+    """What C++'s float32 products (`csrc/linear.cpp`) take, at most: the operand of a block of rows for each thread."""
+    packed = [p for projection in plan.projections() for p in (projection.weight, projection.transposed)]
+    widest = max((p.features[1] for p in packed if isinstance(p, NativeWeight)), default=0)
+    return torch.get_num_threads() * BLOCK_ROWS * widest * 4
+
+
 def explanation_bytes(
     plan: ViTPlan,
     n_images: int,
@@ -137,7 +146,7 @@ def explanation_bytes(
     """The module's formula. together: (image, target) pairs whose samples wait together (`fitting_pairs`); pytorch:
     whether pixel ops are PyTorch's."""
     shape, dtype = (plan.channels, *plan.image_size), statistics_dtype(plan.dtype)
-    workspace = workspace_bytes(rows, n_samples, shape, dtype) if pytorch else 0
+    workspace = operand_bytes(plan) + (workspace_bytes(rows, n_samples, shape, dtype) if pytorch else 0)
     images = n_images * (1 + RAW_COPIES * n_targets) * torch.Size(shape).numel() * dtype.itemsize
     micro_batch = rows * engine_row_bytes(plan)
     return plan_bytes(plan) + micro_batch + together * storage.bytes + images + workspace

@@ -138,13 +138,15 @@ def _vjp_block(
 ):  # fmt: skip
     """acc += Pᵀ d_out of one block of queries."""
     o_q = start + tl.arange(0, BLOCK_Q)
-    # queries beyond the last have no share, and a peak that keeps the exponential finite
-    b_peak = tl.load(peak + o_q, mask=o_q < Q, other=float("inf")) if MASKED else tl.load(peak + o_q)
+    b_peak = tl.load(peak + o_q, mask=o_q < Q, other=0.0) if MASKED else tl.load(peak + o_q)
     b_share = tl.load(share + o_q, mask=o_q < Q, other=0.0) if MASKED else tl.load(share + o_q)
     s = _scores(b_k, k, o_n, N, stride_k, q, o_q, Q, stride_q, D, D_BLOCK, D_STEP, MASKED)  # [BLOCK_N, BLOCK_Q]
     if bias is not None:
         s = _add_bias(s, bias, over_scale, o_q, o_n, Q, N, True)
     p = tl.exp2(s * factor - b_peak[None, :]) * b_share[None, :]
+    if MASKED:
+        # a key with an infinite component has no number for a score with the zeros beyond the last query
+        p = tl.where((o_q < Q)[None, :], p, 0.0)
     b_o = _load(d_out, o_q, Q, stride_o, D, D_BLOCK, MASKED)  # [BLOCK_Q, D_BLOCK]
     return tl.dot(p.to(b_o.dtype), b_o, acc, input_precision="ieee")
 
@@ -245,7 +247,8 @@ def attention_triton(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     tokens = k.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    peak, share = torch.empty(2, rows, heads, queries, dtype=torch.float32, device=q.device)
+    # two allocations: kernels are compiled for aligned addresses
+    peak, share = (torch.empty(rows, heads, queries, dtype=torch.float32, device=q.device) for _ in range(2))
     saved = SavedTriton(scale, q, k, peak, share, None if bias is None else bias.contiguous())
     block = max(16, triton.next_power_of_2(dim))
 

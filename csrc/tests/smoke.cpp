@@ -224,24 +224,27 @@ double linear_at(const std::vector<float>& x, const std::vector<float>& matrix, 
 void linears(int threads) {
   const auto& kernels = dave::kernels();
   if (!kernels.linear_panel) return;
-  const int64_t shapes[][3] = {{1, 1, 1}, {5, 300, 50}, {131, 17, 24}, {70, 513, 73}};
+  // several panels at a time, and fewer rows than threads can share
+  const int64_t shapes[][3] = {{1, 1, 1}, {5, 300, 50}, {131, 17, 24}, {70, 257, 777}};
   for (const auto& [rows, in, out] : shapes) {
     const int64_t columns = (out + kernels.linear_panel - 1) / kernels.linear_panel * kernels.linear_panel;
     const auto x = stored_values<float>(rows * in), matrix = stored_values<float>(out * in, 3);
     const auto bias = stored_values<float>(out, 5), scale = stored_values<float>(rows, 7);
     const auto other = stored_values<float>(rows * out, 9);
-    std::vector<float> weights(static_cast<size_t>(columns * in), NAN), y(other.size(), NAN), gate = y;
+    std::vector<float> weights(static_cast<size_t>(columns * in), NAN), y(other.size(), NAN), gate = y, h = y;
     kernels.pack_linear(matrix.data(), out, in, weights.data());
-    for (int activation : {-1, static_cast<int>(dave::Activation::relu)}) {
-      kernels.linear(x.data(), rows, in, in, weights.data(), out,
-                     {bias.data(), scale.data(), other.data(), other.data(), activation, gate.data()}, y.data(), threads);
-      for (int64_t i = 0; i < rows * out; ++i) {
-        const auto row = static_cast<size_t>(i / out), column = static_cast<size_t>(i % out), at = static_cast<size_t>(i);
-        double expected = linear_at(x, matrix, in, i / out, i % out) * scale[row] + bias[column];
-        if (activation >= 0 && expected < 0) expected = 0;
-        expected = expected * other[at] + other[at];
-        require(near(y[at], static_cast<float>(expected), 1e-5 * (1 + std::abs(expected))), "linear is wrong");
-      }
+    kernels.linear(x.data(), rows, in, in, weights.data(), out,
+                   {bias.data(), scale.data(), other.data(), other.data(), -1, nullptr}, y.data(), threads);
+    kernels.linear(x.data(), rows, in, in, weights.data(), out,
+                   {bias.data(), scale.data(), nullptr, nullptr, static_cast<int>(dave::Activation::relu), gate.data()},
+                   h.data(), threads);
+    for (int64_t i = 0; i < rows * out; ++i) {
+      const auto row = static_cast<size_t>(i / out), column = static_cast<size_t>(i % out), at = static_cast<size_t>(i);
+      const double sum = linear_at(x, matrix, in, i / out, i % out) * scale[row] + bias[column];
+      const double tolerance = 1e-5 * (1 + std::abs(sum));
+      require(near(y[at], static_cast<float>(sum * other[at] + other[at]), tolerance), "linear is wrong");
+      require(near(h[at], static_cast<float>(sum > 0 ? sum : 0), tolerance), "linear's activation is wrong");
+      require(gate[at] == (h[at] > 0 ? 1.0f : 0.0f), "linear's gate is wrong");
     }
   }
 }
@@ -251,6 +254,7 @@ void linears(int threads) {
 int main() {
   for (int i = 0; dave::usable_isa(i); ++i) {
     require(dave::use_isa(dave::usable_isa(i)), "a usable instruction set cannot be used");
+    for (int threads : {1, 3, 4, 8}) linears(threads);
     for (int threads : {1, 3}) {
       warps<float>(dave::Dtype::float32, 3, 10, 14, {5, 7}, threads);
       warps<double>(dave::Dtype::float64, 1, 9, 3, {3, 1}, threads);
@@ -259,7 +263,6 @@ int main() {
       statistics<double>(dave::Dtype::float64, threads);
       attentions<float>(dave::Dtype::float32, threads);
       if (dave::kernels().multiplies_bfloat16) attentions<uint16_t>(dave::Dtype::bfloat16, threads);
-      linears(threads);
       epilogues<float>(dave::Dtype::float32, threads);
       epilogues<uint16_t>(dave::Dtype::bfloat16, threads);
       for (int64_t elements : {1, 5, 1025}) {

@@ -14,7 +14,7 @@ from dave_fast.ops import _registry
 from dave_fast.ops.linear import before_avx512, linear_onednn, pack_onednn
 
 # what a precision is held against on a device; "mkl" and "cublas" are F.linear, "packed" is oneDNN with weights laid
-# out beforehand (as they are where its oneDNN does not pack the type)
+# out beforehand (as they are where its oneDNN does not pack the type); `kind_of` has what stands in for it
 KINDS = {
     # a CPU has no e4m3: its reference multiplies in float32
     "cpu": {"fp64": "mkl-fp64", "fp32": "packed-fp32", "bf16": "packed-bf16", "fp8": "packed-fp32"},

@@ -13,6 +13,7 @@ Every backend comes as a pair: `pack_<backend>` lays a weight out once, `linear_
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dave_fast import _ext
+from dave_fast.errors import BackendError
 from dave_fast.ops import _registry
 from dave_fast.ops.activation import GATES, activate_native, activate_ref, widen_gate
 from dave_fast.precision import statistics_dtype
@@ -31,6 +33,8 @@ PACK_ROWS = 1024
 # Terms that oneDNN sums at once in float32 before AVX-512. Its whole sums of 768 to 4,096 terms have 2.0 to 2.3 times
 # the error of MKL's there, sums of 384 at a time 1.4 times, in 0.94 of the time (two Zen 3 cores).
 SUM_TERMS = 384
+# rows whose operand C++ lays out at once, for each thread, at most
+BLOCK_ROWS = 128
 
 
 def pack_ref(matrix: Tensor) -> Tensor:
@@ -56,7 +60,7 @@ def linear_ref(
         weight: what `pack_ref` returned for a matrix (O, I) of x's dtype.
         bias: (O,) of x's dtype.
         row_scale: (T,) float32 (float64 for float64 operands), multiplies the product before the bias.
-        activation: a name of `ops.activation`; the gate is returned too.
+        activation: a name of `ops.activation`; the gate is returned too. Not with a gate or a residual.
         gate: (T, O) multiplies the result; of uint8, gate/255 does.
         residual: (T, O) is added to the result.
         squares: the sums of squares of y, as it is stored, are returned too; not with an activation.
@@ -95,8 +99,9 @@ def pack_onednn(matrix: Tensor) -> Any:
 
 
 def before_avx512() -> bool:
-    """Whether this CPU's float32 products are faster in MKL than in oneDNN (measured on Zen 3 and Zen 4)."""
-    return not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    """Whether this is an x86 CPU on which MKL's float32 products beat oneDNN's: so on Zen 3, and not on Zen 4."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return x86 and not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def _sum_terms(matrix: Tensor) -> int:
@@ -118,28 +123,35 @@ def linear_onednn(x: Tensor, weight: Any, bias: Tensor | None = None, **epilogue
 
 @dataclass(frozen=True)
 class NativeWeight:
-    """A float32 matrix (O, I) in the panels of `csrc/linear.h`: (I, columns) values, columns ≥ O in whole panels."""
+    """A float32 matrix in the panels of `csrc/linear.h`.
 
-    panels: Tensor
+    values: I times O in whole panels · panel: out-features of one · features: (O, I).
+    """
+
+    values: Tensor
+    panel: int
     features: tuple[int, int]
 
 
 def pack_native(matrix: Tensor) -> Any:
     """matrix (O, I) in panels where this instruction set multiplies them itself, else as `pack_onednn` does."""
     native = _ext.module()
-    if matrix.dtype != torch.float32 or not native.linear_panel():
+    panel = native.linear_panel()
+    if matrix.dtype != torch.float32 or not panel:
         return pack_onednn(matrix)
-    matrix = matrix.contiguous()
-    panels = torch.empty(matrix.shape[1], native.linear_columns(matrix.shape[0]))
-    native.pack_linear(_ext.address(matrix), *matrix.shape, _ext.address(panels))
-    return NativeWeight(panels, (matrix.shape[0], matrix.shape[1]))
+    matrix, (outs, ins) = matrix.contiguous(), matrix.shape
+    values = torch.empty(ins * -(-outs // panel) * panel)
+    native.pack_linear(_ext.address(matrix), outs, ins, _ext.address(values))
+    return NativeWeight(values, panel, (outs, ins))
 
 
 def linear_native(x: Tensor, weight: Any, bias: Tensor | None = None, **epilogue: Any) -> Any:
     """As `linear_ref` in C++ on the host, for what `pack_native` returned.
 
-    float32 on AVX2 is one pass: 12 to 16 % faster than oneDNN's packed weights, with less error, and unlike MKL's
+    float32 on AVX2 is one pass: 9 to 24 % faster than oneDNN's packed weights, with less error, and unlike MKL's
     products a row has the same bits whatever its batch. Anything else is oneDNN's product with epilogues in C++.
+
+    Raises BackendError for operands of another type or shape than `linear_ref` names: C++ would read past them.
     """
     if isinstance(weight, NativeWeight):
         return _linear_panels(x, weight, bias, **epilogue)
@@ -157,16 +169,22 @@ def _linear_panels(
     residual: Tensor | None = None,
     squares: bool = False,
 ) -> Any:
-    x = x if x.stride(1) == 1 else x.contiguous()
-    outs, ins = weight.features
-    y = x.new_empty(len(x), outs)
+    (outs, ins), rows = weight.features, len(x)
     # a gated MLP's two halves meet in a pass of their own
     fused = activation if activation in GATES else None
+    gate = None if gate is None else widen_gate(gate, x.dtype)
+    _checked("x", x, (rows, ins))
+    x = x if x.stride(1) == 1 else x.contiguous()
+    operands = [
+        _checked("bias", bias, (outs,)),
+        _checked("row_scale", row_scale, (rows,)),
+        _checked("gate", gate, (rows, outs)),
+        _checked("residual", residual, (rows, outs)),
+    ]
+    y = x.new_empty(rows, outs)
     new_gate = None if fused is None else torch.empty_like(y)
-    operands = [bias, row_scale, None if gate is None else widen_gate(gate, x.dtype), residual]
-    operands = [None if operand is None else operand.contiguous() for operand in operands]
     _ext.module().linear(
-        *(x.data_ptr(), len(x), x.stride(0), ins, _ext.address(weight.panels), weight.panels.shape[1], outs),
+        *(x.data_ptr(), rows, x.stride(0), ins, _ext.address(weight.values), weight.panel, outs),
         [0 if operand is None else _ext.address(operand) for operand in operands],
         *(-1 if fused is None else list(GATES).index(fused), 0 if new_gate is None else _ext.address(new_gate)),
         *(_ext.address(y), _ext.threads()),
@@ -174,6 +192,18 @@ def _linear_panels(
     if activation is not None:
         return (y, new_gate) if fused else activate_native(y, activation)
     return (y, row_squares(y)) if squares else y
+
+
+def _checked(name: str, operand: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    """An operand as C++ reads it, contiguous."""
+    if operand is None:
+        return None
+    if operand.dtype != torch.float32 or operand.shape != shape or operand.device.type != "cpu":
+        raise BackendError(
+            f"linear's {name} is {operand.dtype} of {tuple(operand.shape)} on {operand.device}; these weights go with "
+            f"torch.float32 of {shape} on cpu"
+        )
+    return operand.contiguous()
 
 
 def _linear_packed(
@@ -194,15 +224,18 @@ def _linear_packed(
         return linear_ref(x, weight, bias, **epilogue, squares=squares)
     if row_scale is not None:
         x = scale(x, row_scale)
-    y = residual
+    gate = None if gate is None else widen_gate(gate, x.dtype)
+    y = residual if gate is None else None
     *before, last = zip(x.split(weight[0].shape[1], dim=1), weight, strict=True)
     for part, packed in before:
         y = _product(part, packed, None, y, "add")
-    if gate is not None and y is None:
-        return _product(*last, bias, widen_gate(gate, x.dtype), "mul")
-    y = _product(*last, bias, y, "add")
-    if gate is not None:
-        return y.mul_(widen_gate(gate, x.dtype))
+    if y is None and gate is not None:
+        y = _product(*last, bias, gate, "mul")
+    else:
+        y = _product(*last, bias, y, "add")
+        y = y if gate is None else y.mul_(gate)
+    if gate is not None and residual is not None:
+        y += residual
     if activation is not None:
         return activate(y, activation)
     return (y, row_squares(y)) if squares else y
@@ -224,6 +257,7 @@ def _scale_ref(x: Tensor, row_scale: Tensor) -> Tensor:
 
 
 def _scale_native(x: Tensor, row_scale: Tensor) -> Tensor:
+    x = x.contiguous()
     y = torch.empty_like(x)
     _ext.module().scale_rows(
         *(_ext.address(x), _ext.DTYPE_CODES[x.dtype], _ext.address(row_scale), *x.shape),

@@ -91,11 +91,14 @@ def test_nothing_quadratic_is_saved(device):
     assert sum(t.numel() for t in kept) == 300 * (8 + 8 + 2)
 
 
-@pytest.mark.parametrize("spot", [("q", 0, 3, 0, 2), ("k", 0, 20, 0, 7), ("v", 0, 18, 0, 0)], ids=str)
-def test_what_is_no_number_is_seen(spot, device):
+# the infinite key ends with scores of either sign, of -∞ alone, and of +∞ alone
+@pytest.mark.parametrize("queries", [33, 1])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("spot", [("q", 0, 0, 0, 2), ("k", 0, 20, 0, 7), ("v", 0, 18, 0, 0)], ids=str)
+def test_what_is_no_number_is_seen(spot, value, queries, device):
     """NaN exactly where softmax attention by the formula has it: one query's row, one key's head, one component."""
-    case = heads((1, 33, 33, 2, 16), torch.float32, device)
-    dict(zip("qkv", case, strict=False))[spot[0]][spot[1:]] = torch.nan
+    case = heads((1, queries, 33, 2, 16), torch.float32, device)
+    dict(zip("qkv", case, strict=False))[spot[0]][spot[1:]] = value
     for got, want in zip(run(*case, 0.3), by_formula(*case, 0.3), strict=True):
         assert torch.equal(got.isnan(), want.isnan())
 

@@ -7,6 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from dave_fast import _ext
+from dave_fast.bench import rates
+from dave_fast.errors import BackendError
 from dave_fast.ops import _registry
 from dave_fast.ops.activation import GATES, activate_native, activate_ref
 from dave_fast.ops.linear import _scale_native, _scale_ref
@@ -173,9 +175,9 @@ def test_what_is_no_number_goes_through_a_norm(backend, dtype, value):
     assert torch.equal(found[1].isinf(), x[1].isinf())
 
 
-# rows, in-features, out-features: several sums of which the last is shorter, panels of which the last is narrower, few
-# rows whose panels the threads share, and many
-LONG = [(3, 600, 77), (70, 777, 24), (300, 513, 50), (1, 257, 23)]
+# rows, in-features, out-features: several sums of which the last is shorter, panels of which the last is narrower,
+# more panels than go together, few rows whose panels the threads share, and many
+LONG = [(3, 600, 77), (70, 257, 777), (300, 513, 50), (1, 257, 23)]
 
 
 @pytest.fixture(params=["as it is", "avx2"])
@@ -215,11 +217,52 @@ def test_bits_depend_neither_on_other_rows_nor_on_threads(native, shape):
         assert torch.equal(some, whole[rows]) and torch.equal(some_gates, gates[rows])
     wide = torch.cat([x, x], dim=1)
     assert torch.equal(linear(wide[:, : shape[1]], weight, bias, row_scale=scale, activation="gelu")[0], whole)
-    torch.set_num_threads(3)
-    try:
-        assert torch.equal(linear(x, weight, bias, row_scale=scale, activation="gelu")[0], whole)
-    finally:
-        torch.set_num_threads(1)
+    for threads in (3, 4, 8):
+        torch.set_num_threads(threads)
+        try:
+            assert torch.equal(linear(x, weight, bias, row_scale=scale, activation="gelu")[0], whole)
+        finally:
+            torch.set_num_threads(1)
+
+
+def test_what_is_no_number_goes_through_a_product(native):
+    x, matrix, bias, _ = case((9, 300, 50), torch.float32)
+    x[0, 299], x[3, 0], x[4, 7], matrix[49, 1] = torch.nan, torch.inf, -torch.inf, torch.inf
+    expected, found = F.linear(x, matrix, bias), run("native", x, matrix, bias)
+    assert torch.equal(found.isnan(), expected.isnan()) and expected.isnan().any()
+    assert torch.equal(found.isposinf(), expected.isposinf()) and torch.equal(found.isneginf(), expected.isneginf())
+
+
+def test_operands_of_any_strides(native):
+    x, matrix, bias, _ = case((40, 300, 50), torch.float32)
+    weight = _registry.load("pack_weight", "native")(matrix.T.contiguous().T)
+    linear = _registry.load("linear", "native")
+    wide = numbers(40, 100, dtype=torch.float32, seed=4)
+    plain = linear(x, weight, bias, residual=wide[:, ::2].contiguous())
+    assert torch.equal(linear(x.T.contiguous().T, weight, bias, residual=wide[:, ::2]), plain)
+    row = bias.expand(40, 50)
+    assert torch.equal(linear(x, weight, gate=row), linear(x, weight, gate=row.contiguous()))
+
+
+@pytest.mark.parametrize(
+    ("operand", "wrong"),
+    [
+        ("x", torch.ones(4, 30, dtype=torch.float64)),
+        ("x", torch.ones(4, 29)),
+        ("bias", torch.ones(29)),
+        ("row_scale", torch.ones(4, 1)),
+        ("gate", torch.ones(4, 30, dtype=torch.bfloat16)),
+        ("residual", torch.ones(30)),
+    ],
+    ids=str,
+)
+def test_operands_that_would_be_read_past_are_refused(native, operand, wrong):
+    if native.isa() != "avx2":
+        pytest.skip("only AVX2 has panels; elsewhere oneDNN checks")
+    weight = _registry.load("pack_weight", "native")(torch.eye(30))
+    given = {"x": torch.ones(4, 30), operand: wrong}
+    with pytest.raises(BackendError, match=f"linear's {operand} is {wrong.dtype}"):
+        _registry.load("linear", "native")(given.pop("x"), weight, **given)
 
 
 def test_weights_of_another_instruction_set_are_refused(native):
@@ -227,5 +270,17 @@ def test_weights_of_another_instruction_set_are_refused(native):
         pytest.skip("only AVX2 has panels")
     weight = _registry.load("pack_weight", "native")(torch.eye(30))
     native.use_isa("baseline")
-    with pytest.raises(ValueError, match="leaves linear to a library"):
+    with pytest.raises(ValueError, match="packed for another instruction set"):
         _registry.load("linear", "native")(torch.eye(30), weight)
+
+
+def test_libraries_are_compared_where_they_were(monkeypatch):
+    """MKL stands for the ceiling of float32 on x86 before AVX-512, oneDNN elsewhere."""
+    if _registry.why_not("linear", "onednn", "cpu") is not None:
+        pytest.skip("this PyTorch has no oneDNN")
+    machines = {("x86_64", "AVX2"): "mkl", ("x86_64", "AVX512_VNNI"): "packed", ("aarch64", "DEFAULT"): "packed"}
+    for (machine, capability), library in machines.items():
+        monkeypatch.setattr("platform.machine", lambda machine=machine: machine)
+        monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda capability=capability: capability)
+        assert rates.kind_of("fp32", "cpu") == f"{library}-fp32"
+        assert rates.kind_of("bf16", "cpu") == "packed-bf16"
