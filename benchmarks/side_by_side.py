@@ -67,10 +67,10 @@ def agreement(samples: int, n_images: int, device: str) -> dict[str, Any]:
 
 
 def ratios(rows: list[dict[str, Any]], other: str) -> None:
-    """How many times the images a second of `other` each row has, repeat by repeat, into the row."""
+    """How many times the images a second of `other` each row of as many samples has, repeat by repeat, into the row."""
     base = next((row for row in rows if row["name"] == other and "images a second" in row), None)
     for row in rows:
-        if base is not None and row is not base and "images a second" in row:
+        if base is not None and row is not base and "images a second" in row and row["samples"] == base["samples"]:
             pairs = zip(row["images a second"]["all"], base["images a second"]["all"], strict=True)
             row[f"times {other}"] = whole.spread([own / theirs for own, theirs in pairs])
 

@@ -4,7 +4,7 @@
     python scripts/quality.py write --out DIR
 
 The parts are of one evaluation: the same model, scenes, mosaics and seeds, each on a core or in an environment of its
-own. Nothing here was changed after a result was seen.
+own. The settings of a part were committed before it was run.
 """
 
 import argparse
@@ -80,11 +80,10 @@ How good the maps are, against the usual alternatives, on the one model whose ev
 the embedded demo model and its held-out scenes. A small model on drawn scenes says which method is sound, not
 how it does on ImageNet; the paper's own numbers for that are in its Table 1.
 
-One evaluation, of settings that were committed before it (`scripts/quality.py`), on a machine that other work
-shared, so no time was measured. It was run in parts of the same model, scenes, mosaics and seeds: first `images`
-and `mosaics`; on the same day, when these had been seen, LeGrad and AttnLRP (`packages`, in an environment with
-transformers 4, γ not tuned); last the native 3x3 mosaics of the other methods (`mosaics-3x3`, `mosaics-3x3-paths`),
-begun three times before and stopped, for want of machine time, before a score was written.
+One evaluation in parts of the same model, scenes, mosaics and seeds, the settings of each committed before it was run
+(`scripts/quality.py`), on a machine that other work shared, so no time was measured: first `images` and `mosaics`; on
+the same day, when these had been seen, LeGrad and AttnLRP (`packages`, in an environment with transformers 4, γ not
+tuned); last the native 3x3 mosaics of the other methods (`mosaics-3x3`, `mosaics-3x3-paths`).
 
 DAVE is ahead of every baseline in EnergyPG. **In GridPG AttnLRP is ahead of DAVE**, 2x2, 3x3 and shrunk 2x2; DAVE is
 ahead of the gradient methods in native mosaics only, in 3x3 with an interval that touches the frozen gradient's.

@@ -12,7 +12,7 @@ from dave_fast import _ext
 from dave_fast.ops import _registry
 from tests import serial_cuda
 
-INTEGER_POISON = -7
+INTEGER_POISON, BYTE_POISON = -7, 173
 
 # tests are small, and often run side by side; those about threads ask for them
 torch.set_num_threads(1)
@@ -25,6 +25,8 @@ def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
             return fresh.fill_(torch.nan)
         if fresh.dtype in (torch.int8, torch.int16, torch.int32, torch.int64):
             return fresh.fill_(INTEGER_POISON)
+        if fresh.dtype == torch.uint8:
+            return fresh.fill_(BYTE_POISON)
         return fresh
 
     return poisoned

@@ -153,7 +153,10 @@ def test_reasons_why_a_precision_is_not_measured():
 
 
 def rows_of(**images_a_second: list[float]) -> list[dict]:
-    return [{"name": name, "images a second": whole.spread(values)} for name, values in images_a_second.items()]
+    return [
+        {"name": name, "samples": 8, "images a second": whole.spread(values)}
+        for name, values in images_a_second.items()
+    ]
 
 
 def test_ratios_are_taken_repeat_by_repeat():
@@ -161,7 +164,10 @@ def test_ratios_are_taken_repeat_by_repeat():
     side_by_side.ratios(rows, "plain")
     assert rows[1]["times plain"]["all"] == [4, 10]
     side_by_side.ratios(rows, "nobody")
-    assert set(rows[0]) == {"name", "images a second"}
+    assert set(rows[0]) == {"name", "samples", "images a second"}
+    rows[1] = rows_of(others=[4.0, 5.0])[0] | {"samples": 50}
+    side_by_side.ratios(rows, "plain")
+    assert "times plain" not in rows[1]
 
 
 def test_ratios_do_not_count_for_a_slow_baseline_or_other_maps():

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dave_fast import _ext
 from dave_fast.files import atomically
 
 # the folder that holds the package: a checkout, or site-packages
@@ -30,10 +31,11 @@ def device_name(device: torch.device | str | None = None) -> str:
 
 
 def environment(*packages: str, device: torch.device | str | None = None) -> dict[str, Any]:
-    """Device, threads, commit and versions of torch, timm, triton and other packages."""
+    """Device, its instruction set as the native core uses it, threads, commit and versions of packages."""
     versions = {name: _version(name) for name in ("dave-fast", "torch", "timm", "triton", "numpy", *packages)}
     return {
         "device": device_name(device),
+        "isa": _ext.isa(),
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
         "python": platform.python_version(),

@@ -21,13 +21,13 @@ INTRODUCTION = """# Performance
 {gpu}
 
 How to read this page: every figure was measured in one run, in turns with what it is compared with, on the machine
-named above it. *One image* is what someone who waits for one map sees (median; 99th percentile where at least 100
-runs were made, else the slowest of them and their number). *Of ceiling* is the achieved rate over the machine's own
-rate for matrix products at the model's shapes, measured in between, repeat by repeat; what is counted is the least
-arithmetic that the result takes, whatever a form does besides (dave-fast walks the image itself forward once more, for
-its prediction and probability). *Error* is the relative
-distance of single contributions from float64 at equal draws, and beside it that of plain PyTorch in the same
-precision: a form with more than twice that is refused, not reported.
+named above it, but for memory against resolution on a CPU, which is the engine's own formula. *One image* is what
+someone who waits for one map sees (median; 99th percentile where at least 100 runs were made, else the slowest of them
+and their number). *Of ceiling* is the achieved rate over the machine's own rate for matrix products at the model's
+shapes, measured in between, repeat by repeat; what is counted is the least arithmetic that the result takes, whatever a
+form does besides (dave-fast walks the image itself forward once more, for its prediction and probability). *Error* is
+the relative distance of single contributions from float64 at equal draws, and beside it that of plain PyTorch in the
+same precision: a form with more than twice that is refused, not reported.
 """
 NO_GPU = "**Nothing here was measured on a GPU yet.** `scripts/gpu` does all of it there, in one command."
 NOTHING = "No result of the bench is kept here yet.\n"
@@ -59,11 +59,12 @@ def _section(result: dict[str, Any], folder: Path) -> str:
     """One result: where, how, tables, plots."""
     setting, where = result["setting"], result["environment"]
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items() if number != "not installed")
+    isa = f", {where['isa']}" if where.get("isa") else ""
     lines = [
         f"## {where['device']}: {setting['model']}, {setting['image']}, S = {setting['samples']}, "
         + ("op by op" if result.get("ops") else "side by side"),
         "",
-        f"Commit {where['commit']}, {where['threads']} threads, Python {where['python']}, {versions}."
+        f"Commit {where['commit']}, {where['threads']} threads{isa}, Python {where['python']}, {versions}."
         + (f" {setting['note']}" if setting.get("note") else ""),
         "",
     ]

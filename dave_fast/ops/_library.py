@@ -5,6 +5,9 @@ ops call it while torch.compile traces them, which makes each one node of the gr
 through it, and engines call the bound functions directly. What a call costs, smooth of 2×2 pixels on a busy two-core
 machine, least of 15 repeats: 27 µs bound, 50 µs the public op, 82 µs through the dispatcher.
 
+The ops inside of the walks have none: they take packed weights, which are no tensors, and are called by the engine
+alone, which is a graph of its own on a GPU; a traced model meets the pixel ops.
+
 None of them carries a gradient. draws: the six tensors of a Draws, in the order of its fields; g: cotangents of
 tokens.
 """

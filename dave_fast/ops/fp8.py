@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dave_fast.ops.linear import linear_ref, row_squares
+from dave_fast.precision import statistics_dtype
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -45,21 +46,24 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
-def dequantise(codes: Tensor, scale: Tensor) -> Tensor:
-    """codes·scale, float32."""
-    return codes.float() * scale[:, None]
+def dequantise(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """codes·scale, float32 or wider."""
+    return codes.to(dtype) * scale.to(dtype)[:, None]
 
 
 def linear_fp8_ref(x: Tensor, weight: Fp8Weight, bias: Tensor | None = None, **epilogue: Any) -> Any:
     """As `linear_ref`, with e4m3 operands; for devices without fp8 hardware it shows the precision, not the speed.
 
-    x: (T, I) bfloat16 or float32; weight: what `pack_fp8` returned; epilogues as `linear_ref`'s, results in x's dtype.
+    x: (T, I) bfloat16 or float32, or float64: then the same codes are multiplied in float64. weight: what `pack_fp8`
+    returned; epilogues as `linear_ref`'s, results in x's dtype.
     """
-    given = epilogue.items()
-    widened: dict[str, Any] = {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in given}
+    wide = statistics_dtype(x.dtype)
+    widened: dict[str, Any] = {
+        k: v.to(wide) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in epilogue.items()
+    }
     squares = widened.pop("squares", False)
-    operand, matrix = dequantise(*quantise(x)), dequantise(*weight)
-    result = linear_ref(operand, matrix, None if bias is None else bias.float(), **widened)
+    operand, matrix = dequantise(*quantise(x), wide), dequantise(*weight, wide)
+    result = linear_ref(operand, matrix, None if bias is None else bias.to(wide), **widened)
     if isinstance(result, tuple):
         return tuple(t.to(x.dtype) for t in result)
     result = result.to(x.dtype)

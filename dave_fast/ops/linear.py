@@ -140,7 +140,7 @@ def pack_native(matrix: Tensor) -> Any:
     if matrix.dtype != torch.float32 or not panel:
         return pack_onednn(matrix)
     matrix, (outs, ins) = matrix.contiguous(), matrix.shape
-    values = torch.empty(ins * -(-outs // panel) * panel)
+    values = matrix.new_empty(ins * -(-outs // panel) * panel)
     native.pack_linear(_ext.address(matrix), outs, ins, _ext.address(values))
     return NativeWeight(values, panel, (outs, ins))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import timm
 import torch
 
 import dave_fast
@@ -87,6 +88,21 @@ def test_the_devices_maps_are_the_cpus(device: str) -> None:
     images, labels = scenes(2)
     maps = [demo(precision="fp32", device=each).explain(images, labels, SAMPLES).maps.cpu() for each in (device, "cpu")]
     assert correlation(*maps).min() > 0.9999
+
+
+@pytest.mark.device_only
+def test_raw_of_a_random_vit_b_is_as_near_to_float64_as_plain_bfloat16(device: str) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("vit_base_patch16_224").eval()
+    images = torch.randn(1, 3, 224, 224)
+
+    def raw(precision: str, route: str) -> torch.Tensor:
+        explainer = DAVE(model, precision=precision, route=route, noise_alpha=NOISE_ALPHA, device=device)
+        return explainer.explain(images, 3, n_samples=4).raw
+
+    exact = raw("fp64", "engine")
+    plain = relative(raw("bf16", "frozen"), exact)
+    assert relative(raw("bf16", "engine"), exact) <= LOW_PRECISION_RATIO * plain
 
 
 @pytest.mark.device_only

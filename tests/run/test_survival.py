@@ -78,7 +78,6 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))
 sys.argv = ["run_stubs", {str(images)!r}, {str(out)!r}, '{{"shard_rows": 100}}']
 import run_stubs
-from run_killing import PROGRAM, check, finish, ids_of, kill_until_done, start
 run_stubs.main()
 """
     root = Path(dave_fast.__file__).parent.parent
