@@ -59,10 +59,10 @@ def _section(result: dict[str, Any], folder: Path) -> str:
     """One result: where, how, tables, plots."""
     setting, where = result["setting"], result["environment"]
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items() if number != "not installed")
+    what = ", op by op" if result.get("ops") else ", side by side" if len(result.get("engine", ())) > 1 else ""
     isa = f", {where['isa']}" if where.get("isa") else ""
     lines = [
-        f"## {where['device']}: {setting['model']}, {setting['image']}, S = {setting['samples']}, "
-        + ("op by op" if result.get("ops") else "side by side"),
+        f"## {where['device']}: {setting['model']}, {setting['image']}, S = {setting['samples']}" + what,
         "",
         f"Commit {where['commit']}, {where['threads']} threads{isa}, Python {where['python']}, {versions}."
         + (f" {setting['note']}" if setting.get("note") else ""),
