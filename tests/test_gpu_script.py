@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import side_by_side
+
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "gpu"
 
 
@@ -112,5 +114,18 @@ def test_what_a_stage_names_is_there(script, tmp_path):
     root = SCRIPT.parents[1]
     for path in ("tests/gpu", "tests/kernels", "benchmarks"):
         assert path in commands and (root / path).is_dir()
+    assert "tests/test_cuda_engine.py" in commands and (root / "tests" / "test_cuda_engine.py").is_file()
     assert {"benchmarks.first_measurements", "benchmarks.side_by_side"} <= set(commands)
     assert f"--benchmark-json={tmp_path}/suites.json" in commands
+
+
+def test_every_comparison_is_one_that_the_benchmark_takes(script, tmp_path):
+    """Options that only a GPU machine would find wrong, the authors' code at a path with a space among them."""
+    authors = tmp_path / "their code"
+    stages = script.stages(tmp_path, "90a", authors)
+    module = "benchmarks.side_by_side"
+    commands = [command for each in stages for command in each.commands if module in command]
+    parsed = [side_by_side.parser().parse_args(command[command.index(module) + 1 :]) for command in commands]
+    assert {each.out.name for each in parsed} >= {"goals.json", "px672.json", "s200.json", "s8.json", "peers.json"}
+    assert [each.authors for each in parsed if "authors" in each.groups] == [authors]
+    assert "authors" not in {each.name for each in script.stages(tmp_path, "90a")}

@@ -33,7 +33,7 @@ PACK_ROWS = 1024
 # Terms that oneDNN sums at once in float32 before AVX-512. Its whole sums of 768 to 4,096 terms have 2.0 to 2.3 times
 # the error of MKL's there, sums of 384 at a time 1.4 times, in 0.94 of the time (two Zen 3 cores).
 SUM_TERMS = 384
-# rows whose operand C++ lays out at once, for each thread, at most
+# rows whose operand C++ lays out at once, for each thread, at most: longest_block of csrc/linear.cpp
 BLOCK_ROWS = 128
 
 
