@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 import os
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,7 +35,8 @@ class Info:
     """versions: package -> version. ops: op -> backend -> "default", "yes" or the reason why not.
 
     device: the one that `ops` speaks of. native: None where the native core is there, else why it is not.
-    isa: the instruction set that the native core takes, None without it.
+    isa: the instruction set that the native core takes, None without it. choices: of the GPU's kernels, problem ->
+    rows -> the candidate that was measured to be fastest (see `dave_fast.choices`), kept in `choices_file`.
     """
 
     versions: dict[str, str]
@@ -45,6 +46,8 @@ class Info:
     isa: str | None
     native: str | None
     ops: dict[str, dict[str, str]]
+    choices: dict[str, dict[int, str]] = field(default_factory=dict)
+    choices_file: str | None = None
 
 
 def _installed(package: str) -> str:
@@ -63,6 +66,7 @@ def collect(device: str | None = None) -> Info:
     import torch
 
     from dave_fast import _ext
+    from dave_fast.choices import Choices
     from dave_fast.ops import _registry
 
     devices = _devices()
@@ -74,7 +78,12 @@ def collect(device: str | None = None) -> Info:
     own = {"dave-fast": __version__, "python": platform.python_version()}
     versions = own | {name: _installed(name) for name in _PACKAGES}
     isa = None if native else _ext.isa()
-    return Info(versions, devices, device, torch.get_num_threads(), isa, native, _table(device))
+    found = Info(versions, devices, device, torch.get_num_threads(), isa, native, _table(device))
+    if device != "cuda" or not torch.cuda.is_available():
+        return found
+    kept = Choices.of(torch.cuda.get_device_name())
+    choices = {name: {rows: each.name for rows, each in by_rows.items()} for name, by_rows in kept.all().items()}
+    return replace(found, choices=choices, choices_file=str(kept.path))
 
 
 def _devices() -> tuple[Device, ...]:
@@ -141,7 +150,24 @@ def render(found: Info) -> RenderableType:
     facts.add_row("native core", Text(native))
     table, reasons = _ops_table(found)
     notes = [Text(f"  [{number}] {reason}", style="dim") for reason, number in reasons.items()]
-    return Group(facts, "", table, *notes)
+    return Group(facts, "", table, *notes, *_choices_table(found))
+
+
+def _choices_table(found: Info) -> list[RenderableType]:
+    """What was measured to be fastest on the GPU; nothing where no GPU is spoken of."""
+    from rich.table import Table
+    from rich.text import Text
+
+    if found.choices_file is None:
+        return []
+    if not found.choices:
+        return ["", Text("kernels: none measured here; DAVE_FAST_AUTOTUNE=1 times the candidates of each shape once")]
+    table = Table("kernel", "rows", "fastest candidate", title_justify="left", box=None, pad_edge=False)
+    table.title = f"kernels measured on this GPU, kept in {found.choices_file}"
+    for problem, by_rows in found.choices.items():
+        for rows, name in by_rows.items():
+            table.add_row(problem, str(rows), name)
+    return ["", table]
 
 
 def _ops_table(found: Info) -> tuple[RenderableType, dict[str, int]]:

@@ -1,25 +1,45 @@
-"""What launchers share: the device's architecture, the dtypes that kernels take, and which configuration runs.
+"""What launchers share: the device's architecture, the dtypes that kernels take, and which candidate runs.
 
-A configuration is a `triton.Config`: tile sizes, warps, stages. Every op has a fixed one for an architecture, which
-needs no search and is what docs/kernels.md lists. With DAVE_FAST_AUTOTUNE=1 the op's candidates are timed at the first
-call of each shape, and the fastest is kept for the process. The interpreter (TRITON_INTERPRET=1) has small fixed tiles.
+A candidate is a `triton.Config` (tile sizes, warps, stages) or a `Library`, a routine of PyTorch's in place of a
+kernel. The first candidate of an op is fixed for an architecture, needs no search, and is what docs/kernels.md lists.
+With DAVE_FAST_AUTOTUNE=1 all candidates are timed at the first call of each shape, and the fastest is kept on disk
+(`dave_fast.choices`), from where every later process takes it. The interpreter (TRITON_INTERPRET=1) has small fixed
+tiles.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
+
+from dave_fast.choices import Choice, Choices
+
+logger = logging.getLogger("dave_fast")
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
-_fastest: dict[Hashable, triton.Config] = {}
+
+@dataclass(frozen=True)
+class Library:
+    """A routine of PyTorch's that does an op's work, by name."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Candidate = triton.Config | Library
+# (problem, rows, device) -> what runs
+_taken: dict[tuple[str, int, torch.device], Candidate] = {}
 
 
 @cache
@@ -54,21 +74,61 @@ def autotuning() -> bool:
     return not INTERPRETED and os.environ.get("DAVE_FAST_AUTOTUNE", "0") == "1"
 
 
+@cache
+def choices(device: torch.device) -> Choices:
+    """The measured choices of a device, on disk."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return Choices.of(name)
+
+
 def run(
-    key: Hashable, candidates: Sequence[triton.Config], launch: Callable[[triton.Config], Any], *, tune: bool
-) -> None:
-    """Launches with the first of the candidates, or, to be tuned, with the one that was fastest for this key."""
-    chosen = candidates[0]
-    if tune and len(candidates) > 1:
-        if key not in _fastest:
-            _fastest[key] = min(candidates, key=partial(_milliseconds, launch))
-        chosen = _fastest[key]
-    launch(chosen)
+    problem: str,
+    rows: int,
+    device: torch.device,
+    candidates: Sequence[Candidate],
+    launch: Callable[[Candidate], Any],
+    trial: Callable[[Candidate], Any] | None = None,
+) -> Any:
+    """Launch with the candidate that was measured to be fastest here, or with the first where none was measured.
+
+    Args:
+        problem: names all that decides but the rows: op, dtype, features, epilogue.
+        rows: of the operands.
+        device: of the operands.
+        candidates: the fixed one first.
+        launch: does the op's work by a candidate.
+        trial: does it for timing, many times over; `launch` itself unless that changes its operands.
+
+    Returns:
+        what `launch` returned.
+    """
+    key = problem, rows, device
+    if key not in _taken:
+        _taken[key] = _choose(problem, rows, device, candidates, trial or launch)
+    return launch(_taken[key])
 
 
-def _milliseconds(launch: Callable[[triton.Config], Any], candidate: triton.Config) -> float:
-    """Median time of a launch; infinite where the device lacks the shared memory for it."""
+def _choose(
+    problem: str, rows: int, device: torch.device, candidates: Sequence[Candidate], trial: Callable[[Candidate], Any]
+) -> Candidate:
+    if INTERPRETED or len(candidates) == 1:
+        return candidates[0]
+    known = choices(device)
+    measured = known.all().get(problem, {}).get(rows)
+    if autotuning() and measured is None:
+        milliseconds = {str(each): _milliseconds(trial, each, problem) for each in candidates}
+        timed = {name: value for name, value in milliseconds.items() if value is not None}
+        if timed:
+            known.keep(problem, rows, Choice(min(timed, key=timed.__getitem__), milliseconds))
+    name = known.find(problem, rows)
+    # a choice that is no candidate any more was made by another version of the kernels
+    return next((each for each in candidates if str(each) == name), candidates[0])
+
+
+def _milliseconds(trial: Callable[[Candidate], Any], candidate: Candidate, problem: str) -> float | None:
+    """Median time of a launch; None, and a line in the log, for a candidate that cannot run here."""
     try:
-        return float(triton.testing.do_bench(partial(launch, candidate), warmup=10, rep=40, return_mode="median"))
-    except OutOfResources:
-        return float("inf")
+        return float(triton.testing.do_bench(partial(trial, candidate), warmup=10, rep=40, return_mode="median"))
+    except (RuntimeError, triton.TritonError) as error:
+        logger.warning("%s: the candidate %s cannot run: %s", problem, candidate, " ".join(str(error).split())[:200])
+        return None

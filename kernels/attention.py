@@ -252,7 +252,7 @@ def attention_triton(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor
     saved = SavedTriton(scale, q, k, peak, share, None if bias is None else bias.contiguous())
     block = max(16, triton.next_power_of_2(dim))
 
-    def launch(configuration: triton.Config) -> None:
+    def launch(configuration: Any) -> None:
         grid = (triton.cdiv(queries, configuration.kwargs["BLOCK_Q"]), rows * heads)
         _attention_kernel[grid](
             *(q, k, v, out, peak, share, queries, tokens, heads, saved.factor),
@@ -261,9 +261,7 @@ def attention_triton(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor
         )
 
     found = configurations(_launch.architecture(q.device), q.dtype, block, queries, vjp=False, biased=bias is not None)
-    _launch.run(
-        ("attention", *q.shape, tokens, q.dtype, q.device, bias is not None), found, launch, tune=_launch.autotuning()
-    )
+    _launch.run(_problem("attention", q, tokens, bias), rows * heads, q.device, found, launch)
     return out, saved
 
 
@@ -278,7 +276,7 @@ def attention_vjp_triton(saved: Any, d_out: Tensor) -> Tensor:
     d_v = torch.empty(rows, tokens, heads, dim, dtype=d_out.dtype, device=d_out.device)
     block = max(16, triton.next_power_of_2(dim))
 
-    def launch(configuration: triton.Config) -> None:
+    def launch(configuration: Any) -> None:
         grid = (triton.cdiv(tokens, configuration.kwargs["BLOCK_N"]), rows * heads)
         _attention_vjp_kernel[grid](
             *(q, k, saved.peak, saved.share, d_out, d_v, queries, tokens, heads, saved.factor),
@@ -289,10 +287,11 @@ def attention_vjp_triton(saved: Any, d_out: Tensor) -> Tensor:
     found = configurations(
         _launch.architecture(q.device), q.dtype, block, queries, vjp=True, biased=saved.bias is not None
     )
-    _launch.run(
-        ("attention_vjp", *q.shape, tokens, q.dtype, q.device, saved.bias is not None),
-        found,
-        launch,
-        tune=_launch.autotuning(),
-    )
+    _launch.run(_problem("attention_vjp", q, tokens, saved.bias), rows * heads, q.device, found, launch)
     return d_v
+
+
+def _problem(op: str, q: Tensor, tokens: int, bias: Tensor | None) -> str:
+    """What decides between candidates, but the number of rows and heads."""
+    dtype = str(q.dtype).removeprefix("torch.")
+    return f"{op} {dtype} Q={q.shape[1]} N={tokens} D={q.shape[3]}{'' if bias is None else ' bias'}"

@@ -293,7 +293,7 @@ def linear_triton(
         sums = torch.empty(T, triton.cdiv(O, PART.value), dtype=torch.float32, device=x.device)
     aligned = all(t.stride(0) * t.itemsize % 16 == 0 and t.data_ptr() % 16 == 0 for t in (x, weight))
 
-    def launch(configuration: triton.Config) -> None:
+    def launch(configuration: Any) -> None:
         tile = configuration.kwargs
         x_desc = w_desc = None
         if tile["DESCRIPTORS"]:
@@ -312,8 +312,16 @@ def linear_triton(
         )
 
     found = configurations(_launch.architecture(x.device), x.dtype, glu=bool(glu), descriptors=aligned)
-    key = ("linear", T, O, I, x.dtype, activation, gate is None, residual is None, squares, aligned, x.device)
-    _launch.run(key, found, launch, tune=_launch.autotuning())
+    epilogue = {
+        "scale": row_scale,
+        "gate": gate,
+        "residual": residual,
+        "squares": squares or None,
+        "TMA": aligned or None,
+    }
+    named = [activation, *(name for name, value in epilogue.items() if value is not None)]
+    dtype = str(x.dtype).removeprefix("torch.")
+    _launch.run(f"linear {dtype} O={O} I={I} {' '.join(filter(None, named))}", T, x.device, found, launch)
     if squares:
         return y, sums
     return y if new_gate is None else (y, new_gate)

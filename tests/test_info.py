@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -54,6 +55,15 @@ def test_reasons_are_told_once_each():
     text = printed(Info({"torch": "2.0"}, (Device("cpu", "a chip", 8.0),), "cpu", 2, None, reason, ops))
     assert text.count("no [1]") == 2 and text.count(f"[1] {reason}") == 1
     assert "not available: the extension" in text and "8 GiB" in text
+
+
+def test_measured_choices_are_shown_where_a_gpu_is_spoken_of():
+    versions, chips, ops = {"torch": "2.0"}, (Device("cuda", "a chip", 80.0),), {"smooth": {"torch": "default"}}
+    on_gpu = Info(versions, chips, "cuda", 2, None, None, ops, {}, "choices.json")
+    assert "none measured here" in printed(on_gpu)
+    text = printed(replace(on_gpu, choices={"linear O=768": {28: "library"}}))
+    assert "choices.json" in text and "linear O=768" in text and "library" in text
+    assert "measured" not in printed(replace(on_gpu, choices_file=None))
 
 
 def test_screen():

@@ -9,40 +9,85 @@ from dave_fast.kernels import _launch, attention, linear
 from dave_fast.kernels.linear import linear_triton
 
 SLOW, FAST, HUGE = (triton.Config({"BLOCK": n}) for n in (1, 2, 3))
+LIBRARY = _launch.Library("library")
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def launches(monkeypatch):
-    """What was launched and timed; HUGE does not fit the device."""
+def launches(monkeypatch, tmp_path):
+    """What was launched and timed, with nothing measured before; HUGE does not fit the device."""
     log = []
 
     def timing(call, **_):
         call()
-        return {1: 5.0, 2: 1.0}[log[-1].kwargs["BLOCK"]]
+        return {str(SLOW): 5.0, str(FAST): 1.0, str(LIBRARY): 3.0}[str(log[-1])]
 
-    def launch(configuration):
-        if configuration is HUGE:
+    def launch(candidate):
+        if candidate is HUGE:
             raise OutOfResources(300000, 232448, "shared memory")
-        log.append(configuration)
+        log.append(candidate)
+        return "result"
 
     monkeypatch.setattr(triton.testing, "do_bench", timing)
-    monkeypatch.setattr(_launch, "_fastest", {})
-    return log, launch
+    monkeypatch.setattr(_launch, "INTERPRETED", False)
+    monkeypatch.setenv("DAVE_FAST_CACHE_DIR", str(tmp_path))
+    new_process(monkeypatch)
+    yield log, launch
+    _launch.choices.cache_clear()
 
 
-def test_the_fixed_configuration_runs_untimed(launches):
+def new_process(monkeypatch, tune="0"):
+    """Forget what this process knows; files stay."""
+    monkeypatch.setenv("DAVE_FAST_AUTOTUNE", tune)
+    monkeypatch.setattr(_launch, "_taken", {})
+    _launch.choices.cache_clear()
+
+
+def test_without_tuning_the_first_candidate_runs_untimed(launches):
     log, launch = launches
-    _launch.run("shape", [SLOW, FAST, HUGE], launch, tune=False)
+    assert _launch.run("problem", 100, CPU, [SLOW, FAST, HUGE], launch) == "result"
     assert log == [SLOW]
 
 
-def test_tuning_times_each_once_a_shape_and_takes_the_fastest(launches):
+def test_tuning_times_each_once_a_shape_and_takes_the_fastest(launches, monkeypatch):
     log, launch = launches
+    new_process(monkeypatch, tune="1")
     for _ in range(2):
-        _launch.run("shape", [SLOW, HUGE, FAST], launch, tune=True)
-    assert log == [SLOW, FAST, FAST, FAST]
-    _launch.run("other shape", [SLOW, FAST], launch, tune=True)
-    assert log[4:] == [SLOW, FAST, FAST]
+        _launch.run("problem", 100, CPU, [SLOW, HUGE, LIBRARY, FAST], launch)
+    assert log == [SLOW, LIBRARY, FAST, FAST, FAST]
+    _launch.run("other problem", 100, CPU, [SLOW, LIBRARY], launch)
+    assert log[5:] == [SLOW, LIBRARY, LIBRARY]
+
+
+def test_choices_are_found_by_the_next_process_for_near_numbers_of_rows(launches, monkeypatch):
+    log, launch = launches
+    new_process(monkeypatch, tune="1")
+    _launch.run("problem", 100, CPU, [SLOW, FAST], launch)
+    new_process(monkeypatch)
+    del log[:]
+    for rows in (100, 149, 151, 60):
+        _launch.run("problem", rows, CPU, [SLOW, FAST], launch)
+    assert log == [FAST, FAST, SLOW, SLOW]
+    # a candidate that is none any more
+    new_process(monkeypatch)
+    _launch.run("problem", 100, CPU, [SLOW, LIBRARY], launch)
+    assert log[-1] is SLOW
+
+
+def test_trials_for_timing_leave_the_operands_alone(launches, monkeypatch):
+    log, launch = launches
+    new_process(monkeypatch, tune="1")
+    launched = []
+    _launch.run("problem", 100, CPU, [SLOW, FAST], lambda candidate: launched.append(candidate), trial=launch)
+    assert log == [SLOW, FAST] and launched == [FAST]
+
+
+def test_where_no_candidate_can_be_timed_nothing_is_kept(launches, monkeypatch, caplog):
+    _, launch = launches
+    new_process(monkeypatch, tune="1")
+    with pytest.raises(OutOfResources):
+        _launch.run("problem", 100, CPU, [HUGE, HUGE], launch)
+    assert "the candidate BLOCK: 3" in caplog.text and not _launch.choices(CPU).all()
 
 
 @pytest.mark.parametrize("arch", [80, 86, 90, 100, 120])

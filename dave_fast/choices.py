@@ -1,0 +1,108 @@
+"""Measured choices between kernels, kept on disk: one file for each GPU and its versions of PyTorch and Triton.
+
+A choice is made by timing the candidates of a problem once (DAVE_FAST_AUTOTUNE=1, see `kernels/_launch.py`). It is kept
+under the problem's name and number of rows, and every later process takes it, with or without that variable. A number
+of rows that nobody timed takes the choice of the nearest one, where that is near enough.
+
+The folder is $DAVE_FAST_CACHE_DIR, else $XDG_CACHE_HOME/dave-fast, else ~/.cache/dave-fast. Deleting a file forgets its
+choices. `dave-fast info` lists them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from dave_fast.errors import InputError
+from dave_fast.files import atomically
+
+logger = logging.getLogger("dave_fast")
+
+# the ratio of two numbers of rows up to which the choice of one is taken for the other
+NEAR = 1.5
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The fastest candidate of a problem.
+
+    Args:
+        name: of the candidate.
+        milliseconds: candidate -> median time of a launch; None for a candidate that could not run.
+    """
+
+    name: str
+    milliseconds: dict[str, float | None]
+
+
+def folder() -> Path:
+    """Return the folder that choices are kept in."""
+    given = os.environ.get("DAVE_FAST_CACHE_DIR")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dave-fast"
+
+
+class Choices:
+    """The choices of one file.
+
+    A file that cannot be read or written is reported in the log, and choices are then kept in memory alone.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._known: dict[str, dict[int, Choice]] | None = None
+
+    @staticmethod
+    def of(gpu: str) -> Choices:
+        """Return the choices of a GPU by its name, for the installed versions of PyTorch and Triton."""
+        name = re.sub(r"[^A-Za-z0-9.+]+", "-", f"{gpu} torch {version('torch')} triton {version('triton')}")
+        return Choices(folder() / f"choices-{name}.json")
+
+    def all(self) -> dict[str, dict[int, Choice]]:
+        """Return every choice: problem -> rows -> choice."""
+        if self._known is None:
+            self._known = self._read()
+        return self._known
+
+    def find(self, problem: str, rows: int) -> str | None:
+        """Return the candidate for a problem, measured with these rows or the nearest; None for none."""
+        measured = self.all().get(problem)
+        if not measured:
+            return None
+        nearest = min(measured, key=lambda known: max(known / rows, rows / known))
+        return measured[nearest].name if max(nearest / rows, rows / nearest) <= NEAR else None
+
+    def keep(self, problem: str, rows: int, choice: Choice) -> None:
+        """Add a choice, here and in the file, beside what other processes wrote there meanwhile."""
+        merged = self._read()
+        for known, by_rows in self.all().items():
+            merged.setdefault(known, {}).update(by_rows)
+        merged.setdefault(problem, {})[rows] = choice
+        self._known = merged
+        text = json.dumps(
+            {name: {str(n): vars(kept) for n, kept in by_rows.items()} for name, by_rows in merged.items()}, indent=1
+        )
+        try:
+            with atomically(self.path) as file:
+                file.write(text.encode())
+        except InputError as error:
+            logger.warning("the choice of a kernel is kept for this process alone: %s", error)
+
+    def _read(self) -> dict[str, dict[int, Choice]]:
+        try:
+            found = json.loads(self.path.read_text())
+            return {
+                problem: {int(rows): Choice(**kept) for rows, kept in by_rows.items()}
+                for problem, by_rows in found.items()
+            }
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            logger.warning("the choices of kernels in %s cannot be read, and are measured anew: %s", self.path, error)
+            return {}
