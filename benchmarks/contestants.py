@@ -198,6 +198,22 @@ def _normalised(matrices: Tensor, height: int, width: int) -> Tensor:
     return (torch.linalg.inv(to_pixels) @ torch.cat([matrices, last], dim=1) @ to_pixels)[:, :2]
 
 
+class Within(nn.Module):
+    """A copy of a model that runs in `dtype`, for images, outputs and gradients in float32.
+
+    captum makes float32 of narrower images (its noise), which weights of another type refuse. Nothing but the images
+    and the logits is converted, so the model's whole forward and backward walks stay in `dtype`.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = copy.deepcopy(model).to(dtype), dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.model(images.to(self.dtype))
+        return logits.float()
+
+
 def captum_methods(model: nn.Module, image: Tensor) -> list[Contestant]:
     """Integrated gradients and SmoothGrad with STEPS forward and backward passes, on the same model."""
     device = image.device.type
@@ -209,15 +225,14 @@ def captum_methods(model: nn.Module, image: Tensor) -> list[Contestant]:
     best = "bf16" if has_bf16(image.device) else "fp32"
     found = []
     for precision in dict.fromkeys(("fp32", best)):
-        cast = copy.deepcopy(model).to(rates.DTYPES[precision])
-        integrated, tunnel = IntegratedGradients(cast), NoiseTunnel(Saliency(cast))
+        inner = Within(model, rates.DTYPES[precision])
+        integrated, tunnel = IntegratedGradients(inner), NoiseTunnel(Saliency(inner))
 
-        def gradients(images: Tensor, rows: int | None, method: Any = integrated, to: Any = precision) -> Any:
-            given = images.to(rates.DTYPES[to])
-            return method.attribute(given, target=0, n_steps=STEPS, internal_batch_size=rows or STEPS)
+        def gradients(images: Tensor, rows: int | None, method: Any = integrated) -> Any:
+            return method.attribute(images, target=0, n_steps=STEPS, internal_batch_size=rows or STEPS)
 
-        def smooth(images: Tensor, rows: int | None, method: Any = tunnel, to: Any = precision) -> Any:
-            given = images.to(rates.DTYPES[to]).requires_grad_()
+        def smooth(images: Tensor, rows: int | None, method: Any = tunnel) -> Any:
+            given = images.detach().requires_grad_()
             settings = {"nt_samples": STEPS, "nt_samples_batch_size": rows or STEPS}
             return method.attribute(given, target=0, stdevs=0.3, **settings)
 

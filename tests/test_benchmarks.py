@@ -7,8 +7,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import dave_fast
-from benchmarks import plain, side_by_side
-from benchmarks.contestants import captum_methods, ours, peer, plain_way, why_no
+from benchmarks import contestants, plain, side_by_side
+from benchmarks.contestants import Within, captum_methods, ours, peer, plain_way, why_no
 from benchmarks.peers import LADDER
 from dave_fast.bench import whole
 from dave_fast.bench.rates import ceiling
@@ -137,13 +137,32 @@ def test_a_run_has_a_row_for_everyone_and_refuses_what_is_wrong(small):
     assert "e4m3" in rows["dave-fast fp8"]["not measured"]
 
 
-def test_captum_explains_with_its_passes(small):
+@pytest.mark.parametrize("precisions", [["fp32"], ["fp32", "bf16"]])
+def test_captum_explains_with_its_passes(small, precisions, monkeypatch):
+    """Whatever this CPU has: bfloat16 is emulated where it must be."""
     model, _, image, _ = small
+    monkeypatch.setattr(contestants, "has_bf16", lambda device: "bf16" in precisions)
     methods = captum_methods(model, image)
-    assert [method.name for method in methods][:2] == ["captum IG-50, fp32", "captum SmoothGrad-50, fp32"]
+    expected = [f"captum {name}-50, {precision}" for precision in precisions for name in ("IG", "SmoothGrad")]
+    assert [method.name for method in methods] == expected
     for method in methods:
         assert method.not_measured is None
         assert method.explain(image[None], 8).shape == (1, 3, 32, 32)
+
+
+def test_captums_model_runs_in_bfloat16_between_float32_images_and_gradients(small):
+    model, _, image, _ = small
+    seen = []
+    inner = Within(model, torch.bfloat16)
+    for block in inner.model.blocks:
+        block.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+        block.register_full_backward_hook(lambda module, inputs, outputs: seen.append(outputs[0].dtype))
+    images = image[None].clone().requires_grad_()
+    output = inner(images)
+    (gradient,) = torch.autograd.grad(output[0, 0], images)
+    assert seen == 4 * [torch.bfloat16]
+    assert output.dtype == gradient.dtype == torch.float32
+    assert next(model.parameters()).dtype == torch.float32
 
 
 def test_reasons_why_a_precision_is_not_measured():
