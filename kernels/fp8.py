@@ -16,20 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from dave_fast.kernels import _launch
+from dave_fast.kernels._linear import nearest_e4m3
 from dave_fast.kernels.linear import linear_triton
 from dave_fast.ops.fp8 import E4M3, LARGEST, Fp8Weight
 
 # numbers that a program holds at once
 WIDEST = 4096
-
-
-@triton.jit
-def _nearest(u):
-    """u as e4m3 has it, to nearest even, in float32: the interpreter's own conversion does not carry the mantissa."""
-    bits = u.to(tl.int32, bitcast=True)
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
-    # below 2⁻⁶ steps are of 2⁻⁹; adding 1.5·2¹⁴ rounds to them
-    return tl.where(tl.abs(u) < 0.015625, (u + 24576.0) - 24576.0, normal)
 
 
 @triton.jit
@@ -52,7 +44,7 @@ def _quantise_kernel(
         b_x = tl.load(x + t * stride_x + i + o_i, mask=m, other=0.0).to(tl.float32)  # [BLOCK_I]
         u = tl.minimum(tl.maximum(tl.div_rn(b_x, s), -LARGEST), LARGEST)
         if INTERPRETED:
-            u = _nearest(u)
+            u = nearest_e4m3(u)
         tl.store(codes + t * I + i + o_i, u.to(codes.dtype.element_ty), mask=m)
     if row_scale is not None:
         s *= tl.load(row_scale + t)

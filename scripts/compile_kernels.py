@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dave_fast.kernels import _launch, attention, fp8, linear, norm, rotary, tokens
+from dave_fast.kernels import _launch, _linear, attention, fp8, linear, norm, rotary, tokens
 
 # compute capability -> registers and bytes of shared memory of a multiprocessor
 ARCHITECTURES = {80: (65536, 163 * 1024), 90: (65536, 227 * 1024), 100: (65536, 227 * 1024)}
@@ -76,24 +76,31 @@ class Row:
 
 
 def linear_case(name: str, arch: int, dtype: torch.dtype = torch.bfloat16, **given: Any) -> Case:
-    """given: optional pointers by name with their types, ACTIVATION, GLU; `candidate` is an index of configurations."""
+    """given: optional pointers by name with their types, ACTIVATION, GLU; `candidate` is an index of configurations,
+    `few` asks for those of few rows."""
     eight = dtype.itemsize == 1
-    glu = given.get("GLU", 0)
-    found = linear.configurations(arch, dtype, glu=bool(glu), descriptors=True)[given.pop("candidate", 0)]
+    glu, few = given.get("GLU", 0), given.pop("few", False)
+    form = {"glu": bool(glu), "few": few, "twice": "codes" in given and given.get("wide", True)}
+    found = linear.configurations(arch, dtype, descriptors=True, **form)[given.pop("candidate", 0)]
     tile = found.kwargs
     element = NAMES[dtype]
     stored = "bf16" if eight else element
-    types = {"x": f"*{element}", "w": f"*{element}", "y": f"*{stored}"}
+    types = {"x": f"*{element}", "w": f"*{element}"} | ({"y": f"*{stored}"} if given.pop("wide", True) else {})
     if tile["DESCRIPTORS"]:
         types["x_desc"] = f"tensordesc<{element}[{tile['BLOCK_T']}, {tile['BLOCK_I']}]>"
         types["w_desc"] = f"tensordesc<{element}[{tile['BLOCK_O']}, {tile['BLOCK_I']}]>"
     types |= dict.fromkeys(("T", "O", "I", "stride_x", "stride_w", "parts"), "i32")
     constants: dict[str, Any] = {"ACTIVATION": None, "GLU": 0, "EXACT": dtype == torch.float32, "EVEN_I": True}
+    constants |= {"PART": linear.FEW_PART if few else linear.PART, "ROW_PARTS": 1, "INTERPRETED": False}
     if eight:
-        given["column_scale"] = "*fp32"
+        given |= {"column_scale": "*fp32", "x_scale": "fp32"}
+    if "row_sums" in given:
+        given |= {"row_parts": "i32", "count": "i32", "eps": "fp32", "ROW_PARTS": 16}
+    if "codes" in given:
+        given["code_scale"] = "fp32"
     for key, value in given.items():
         (constants if key.isupper() else types)[key] = value
-    return Case(f"linear {name} {element}", linear._linear_kernel, types, constants | tile, found)
+    return Case(f"linear {name} {element}", _linear._linear_kernel, types, constants | tile, found)
 
 
 def attention_case(
@@ -158,7 +165,7 @@ def quantise_case() -> Case:
 
 def cases(arch: int) -> Iterator[Case]:
     """Every form that the walks launch."""
-    scale, bias, gate = {"row_scale": "*fp32"}, {"bias": "*bf16"}, {"gate": "*u8"}
+    scale, bias, gate = {"row_sums": "*fp32"}, {"bias": "*bf16"}, {"gate": "*u8"}
     residual, squares = {"residual": "*bf16"}, {"squares": "*fp32"}
     kept = {"new_gate": "*u8", "ACTIVATION": "gelu"}
     forms: dict[str, dict[str, Any]] = {
@@ -173,12 +180,18 @@ def cases(arch: int) -> Iterator[Case]:
     for name, form in forms.items():
         yield linear_case(name, arch, **form)
     yield linear_case("fc1 SwiGLU", arch, **scale, **bias, new_gate="*bf16", ACTIVATION="silu", GLU=1)
+    for name in ("fc1", "proj, fc2"):
+        yield linear_case(f"{name} of few rows", arch, **forms[name], few=True)
     wide = {key: value.replace("bf16", "fp32") for key, value in (scale | bias).items()}
     yield linear_case("fc1", arch, torch.float32, **wide, new_gate="*fp32", ACTIVATION="gelu")
     if arch >= 90:
-        yield linear_case("fc1", arch, torch.float8_e4m3fn, **scale, **bias, **kept)
-        yield linear_case("proj, fc2", arch, torch.float8_e4m3fn, **scale, **bias, **residual, **squares)
-        yield linear_case("VJP fc2", arch, torch.float8_e4m3fn, **scale, **gate)
+        eight, codes = torch.float8_e4m3fn, {"codes": "*fp8e4nv"}
+        yield linear_case("qkv", arch, eight, **scale, **bias)
+        yield linear_case("fc1", arch, eight, **scale, **bias, **kept, **codes, wide=False)
+        yield linear_case("proj, fc2", arch, eight, **bias, **residual, **squares, **codes)
+        yield linear_case("VJP fc2", arch, eight, **scale, **gate, **codes, wide=False)
+        yield linear_case("VJP fc1", arch, eight, **residual, **codes)
+        yield linear_case("VJP qkv", arch, eight, **scale, **residual, **codes)
         yield quantise_case()
     for dim in (64, 80):
         yield attention_case(f"forward, D = {dim}", arch, dim, vjp=False)
@@ -200,7 +213,7 @@ def compiled(case: Case, arch: int) -> Row:
     constants = {name: case.constants.get(name) for name in kernel.arg_names if name not in case.types}
     signature = {name: case.types.get(name, "constexpr") for name in kernel.arg_names}
     # what Triton finds at a launch: addresses and sizes are multiples of 16, token counts and eps are not
-    odd = {"T", "N", "Q", "K", "parts", "H"}
+    odd = {"T", "N", "Q", "K", "parts", "row_parts", "H"}
     attributes = {
         (at,): [["tt.divisibility", 16]]
         for at, name in enumerate(kernel.arg_names)
@@ -248,7 +261,8 @@ Other versions allot registers in their own way. Of the forms for sm_90 that wer
 form, proj and fc2, VJP fc2, VJP qkv, attention's VJP) Triton 3.6 spills nothing in any, and Triton 3.9 spills 56 bytes
 in fc1 and 40 in its SwiGLU form.
 
-`DAVE_FAST_AUTOTUNE=1` times other configurations at the first call of a shape and takes the fastest, for the process.
+`DAVE_FAST_AUTOTUNE=1` times other configurations at the first call of a shape, takes the fastest, and keeps the choice
+on disk for every later process (`dave-fast info` lists what is kept).
 
 Head dimensions that are no power of two are padded to one (80 to 128). What kernels do not cover goes to PyTorch:
 float64, head dimensions above 128, scales that are not positive, and in Triton's interpreter bfloat16, which it

@@ -14,6 +14,7 @@ T rows (tokens) · I in-features · O out-features.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,27 @@ class Fp8Weight(NamedTuple):
     scale: Tensor
 
 
+@dataclass(frozen=True)
+class Codes:
+    """A product's result as the next product reads it: values·scale, with one scale for all of it.
+
+    Args:
+        values: (T, O) e4m3; NaN where a number lies beyond 448·scale.
+        scale: a power of two.
+        wide: (T, O) the result itself, in the engine's dtype; None where nobody reads it.
+    """
+
+    values: Tensor
+    scale: float
+    wide: Tensor | None
+
+
+def encode(x: Tensor, scale: float) -> Tensor:
+    """x (T, I) -> e4m3 codes of x/scale; NaN beyond e4m3's range, so that nothing is cut in silence."""
+    wide = x.to(statistics_dtype(x.dtype)) / scale
+    return wide.where(wide.abs() <= LARGEST, torch.nan).to(E4M3)
+
+
 def pack_fp8(matrix: Tensor) -> Fp8Weight:
     """matrix (O, I) of any floating dtype, one scale an output channel."""
     return Fp8Weight(*quantise(matrix))
@@ -41,7 +63,8 @@ def pack_fp8(matrix: Tensor) -> Fp8Weight:
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (T, I) -> e4m3 codes (T, I), scales (T,) float32, so that codes·scale is near x. NaN rows stay NaN."""
     wide = x.float()
-    scale = (wide.abs().amax(-1) / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
+    # by a tensor: on a GPU PyTorch multiplies with the reciprocal of a Python number, which rounds in another way
+    scale = (wide.abs().amax(-1) / wide.new_full((), LARGEST)).clamp(min=torch.finfo(torch.float32).tiny)
     codes = (wide / scale[:, None]).clamp(-LARGEST, LARGEST).to(E4M3)
     return codes, scale
 

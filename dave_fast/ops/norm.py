@@ -11,10 +11,31 @@ normalize: a norm that cannot be folded, ahead of the blocks or of queries and k
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from dave_fast import _ext
+
+
+@dataclass(frozen=True)
+class RowSums:
+    """1/σ of centred rows, not made yet: readers of the rows make it of the sums of squares that their writer left.
+
+    Args:
+        sums: (T, parts) float32, sums of squares of parts of each row.
+        count: values of a row.
+        eps: is added to the mean square.
+    """
+
+    sums: Tensor
+    count: int
+    eps: float
+
+    def rstd(self) -> Tensor:
+        """Return 1/√(Σ sums / count + eps), (T,) float32."""
+        return (self.sums.sum(-1) / self.count + self.eps).rsqrt_()
 
 
 def row_rstd_ref(x: Tensor, eps: float, *, centred: bool, squares: Tensor | None = None) -> Tensor:
@@ -24,7 +45,7 @@ def row_rstd_ref(x: Tensor, eps: float, *, centred: bool, squares: Tensor | None
     them; what is centred is then not read again.
     """
     if centred and squares is not None:
-        return (squares.sum(-1) / x.shape[-1] + eps).rsqrt_()
+        return RowSums(squares, x.shape[-1], eps).rstd()
     x = x if x.dtype == torch.float64 else x.float()
     variance = x.square().mean(-1) if centred else x.var(-1, correction=0)
     return (variance + eps).rsqrt_()

@@ -5,9 +5,11 @@ import torch
 from torch.nn import functional as F
 
 from dave_fast.kernels import linear as kernels
-from dave_fast.kernels.linear import linear_triton
+from dave_fast.kernels.linear import FEW, linear_triton
 from dave_fast.kernels.norm import row_rstd_triton
 from dave_fast.ops.activation import GATES, activate_ref
+from dave_fast.ops.fp8 import encode
+from dave_fast.ops.norm import RowSums
 from tests.kernels.conftest import DTYPES, assert_as_good, error
 from tests.tolerances import LOW_PRECISION_RATIO
 
@@ -146,3 +148,56 @@ def test_what_is_no_number_goes_through(numbers):
     y, squares = linear_triton(x, matrix, residual=y, squares=True)
     assert squares.isnan().any(1).tolist() == [False, True, False]
     assert row_rstd_triton(y, 1e-6, centred=True, squares=squares).isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("parts", [1, 3, 12])
+@pytest.mark.parametrize("activation", [None, "gelu", "silu_glu"])
+def test_rows_scaled_by_their_sums_of_squares(numbers, dtype, parts, activation):
+    x, matrix = numbers(70, 40, dtype=dtype), numbers(54, 40, dtype=dtype, seed=1) / 8
+    sums = RowSums(numbers(70, parts, dtype=torch.float32, seed=2).square(), 40, 1e-3)
+    scale = sums.rstd()
+    expected = linear_triton(x, matrix, row_scale=scale, activation=activation)
+    found = linear_triton(x, matrix, row_scale=sums, activation=activation)
+    for got, want in zip(*((t if isinstance(t, tuple) else (t,)) for t in (found, expected)), strict=True):
+        # scales differ by the order of a sum
+        assert error(got, want.double()) <= LOW_PRECISION_RATIO * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_result_in_the_residuals_memory_is_the_same(numbers, dtype):
+    x, matrix = numbers(130, 40, dtype=dtype), numbers(96, 40, dtype=dtype, seed=1)
+    residual = numbers(130, 96, dtype=dtype, seed=2)
+    expected = linear_triton(x, matrix, residual=residual)
+    found = linear_triton(x, matrix, residual=residual, overwrite=True)
+    assert found.data_ptr() == residual.data_ptr() and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("rows", [1, FEW, FEW + 1])
+def test_parts_of_squares_for_few_and_many_rows(numbers, rows):
+    x, matrix = numbers(rows, 32, dtype=torch.float16), numbers(200, 32, dtype=torch.float16, seed=1)
+    y, squares = linear_triton(x, matrix, residual=numbers(rows, 200, dtype=torch.float16, seed=2), squares=True)
+    assert squares.shape == (rows, 7 if rows <= FEW else 4)
+    torch.testing.assert_close(squares.double().sum(1), y.double().square().sum(1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("activation", [None, "gelu", "silu_glu"])
+def test_results_in_eight_bits(numbers, wide, activation):
+    x, matrix = numbers(70, 40, dtype=torch.float16), numbers(54, 40, dtype=torch.float16, seed=1)
+    given = {"activation": activation}
+    expected = linear_triton(x, matrix, **given, dtype=torch.float32)
+    found = linear_triton(x, matrix, **given, dtype=torch.float32, code_scale=0.25, wide=wide)
+    if activation:
+        assert torch.equal(found[1], expected[1])
+        found, expected = found[0], expected[0]
+    assert found.scale == 0.25 and (found.wide is not None) == wide
+    torch.testing.assert_close(found.values.float(), encode(expected, 0.25).float(), rtol=0, atol=0, equal_nan=True)
+    assert found.wide is None or torch.equal(found.wide, expected)
+
+
+def test_results_beyond_the_range_of_eight_bits_are_nan(numbers):
+    x = torch.tensor([[447.0], [449.0], [-1e4], [torch.nan], [0.0]], dtype=torch.float16, device=numbers(1).device)
+    found = linear_triton(x, torch.ones(32, 1, dtype=x.dtype, device=x.device), code_scale=1.0).values.float()
+    assert found.isnan().all(1).tolist() == [False, True, True, True, False]
+    assert found[0].eq(448).all() and found[4].eq(0).all()

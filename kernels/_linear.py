@@ -1,0 +1,231 @@
+"""The kernel of `linear` (see `kernels/linear.py` for what it computes and how tiles are chosen).
+
+Tiles of x and W come through pointers, or through tensor descriptors (TMA) from sm_90 on; a program makes one tile, or
+walks over tiles with a stride (persistent).
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _phi(u):
+    """Φ(u) to 7.3e-5 by an odd polynomial of degree 13, exactly 0 and 1 beyond ±3.8: a third of erf's instructions."""
+    v = tl.minimum(tl.maximum(u, -3.8), 3.8)
+    s = v * v
+    p = 3.850931840143552e-08
+    p = p * s - 2.3639352338128164e-06
+    p = p * s + 6.244880220100117e-05
+    p = p * s - 0.0009482466727460911
+    p = p * s + 0.00939636095924164
+    p = p * s - 0.0658943310229152
+    p = p * s + 0.39880382690223
+    return tl.minimum(tl.maximum(p * v + 0.5, 0.0), 1.0)
+
+
+@triton.jit
+def _gate(u, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    """act(u)/u, and its limit at 0."""
+    if ACTIVATION == "gelu":
+        g = 0.5 + 0.5 * tl.math.erf(u * 0.7071067811865476) if EXACT else _phi(u)
+    elif ACTIVATION == "gelu_tanh":
+        g = tl.sigmoid(1.5957691216057308 * (u + 0.044715 * u * u * u))
+    elif ACTIVATION == "silu":
+        g = tl.sigmoid(u)
+    elif ACTIVATION == "quick_gelu":
+        g = tl.sigmoid(1.702 * u)
+    else:
+        tl.static_assert(ACTIVATION == "relu")
+        g = tl.where(u > 0, 1.0, 0.0)
+    return g
+
+
+@triton.jit
+def _product(
+    x, w, x_desc, w_desc, i_t, i_o, T, O, I, stride_x, stride_w,
+    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, EVEN_I: tl.constexpr, GLU: tl.constexpr,
+):  # fmt: skip
+    """Σ_i x[t, i] W[o, i] of one tile; with GLU that of W's second half as well."""
+    acc = tl.zeros((BLOCK_T, BLOCK_O), dtype=tl.float32)
+    second = tl.zeros((BLOCK_T, BLOCK_O), dtype=tl.float32) if GLU else acc
+    o_i = tl.arange(0, BLOCK_I)
+    if not DESCRIPTORS:
+        # rows beyond the last are read as others are, and never stored: no mask in the loop
+        o_t = ((i_t * BLOCK_T + tl.arange(0, BLOCK_T)) % T).to(tl.int64)
+        o_o = ((i_o * BLOCK_O + tl.arange(0, BLOCK_O)) % O).to(tl.int64)
+        p_x = x + o_t[:, None] * stride_x + o_i[None, :]
+        p_w = w + o_o[:, None] * stride_w + o_i[None, :]
+        p_second = p_w + tl.cast(O, tl.int64) * stride_w
+    for i in range(0, I, BLOCK_I):
+        if DESCRIPTORS:
+            b_x = x_desc.load([i_t * BLOCK_T, i])  # [BLOCK_T, BLOCK_I]
+            b_w = w_desc.load([i_o * BLOCK_O, i])  # [BLOCK_O, BLOCK_I]
+        elif EVEN_I:
+            b_x = tl.load(p_x + i)
+            b_w = tl.load(p_w + i)
+        else:
+            m_i = o_i[None, :] < I - i
+            b_x = tl.load(p_x + i, mask=m_i, other=0.0)
+            b_w = tl.load(p_w + i, mask=m_i, other=0.0)
+        acc = tl.dot(b_x, b_w.T, acc, input_precision="ieee")
+        if GLU:
+            if DESCRIPTORS:
+                b_w = w_desc.load([O + i_o * BLOCK_O, i])
+            elif EVEN_I:
+                b_w = tl.load(p_second + i)
+            else:
+                b_w = tl.load(p_second + i, mask=m_i, other=0.0)
+            second = tl.dot(b_x, b_w.T, second, input_precision="ieee")
+    return acc, second
+
+
+@triton.jit
+def _row_scale(
+    row_scale, row_sums, start, T, row_parts, count, eps, BLOCK_T: tl.constexpr, ROW_PARTS: tl.constexpr
+):  # fmt: skip
+    """The factors of BLOCK_T rows, as they are or of sums of squares in row_parts ≤ ROW_PARTS parts; None for none."""
+    t = start + tl.arange(0, BLOCK_T)
+    if row_sums is not None:
+        part = tl.arange(0, ROW_PARTS)
+        m = (t < T)[:, None] & (part < row_parts)[None, :]
+        b_sums = tl.load(row_sums + t.to(tl.int64)[:, None] * row_parts + part[None, :], mask=m, other=0.0)
+        scale = tl.rsqrt(tl.sum(b_sums, 1) / count + eps)
+    elif row_scale is not None:
+        scale = tl.load(row_scale + t, mask=t < T, other=0.0)
+    else:
+        scale = None
+    return scale
+
+
+@triton.jit
+def encode_e4m3(values, scale, INTERPRETED: tl.constexpr):
+    """values/scale in e4m3, NaN beyond its range: the conversion alone would cut what does not fit."""
+    u = values * (1 / scale)
+    u = tl.where(tl.abs(u) <= 448.0, u, float("nan"))
+    if INTERPRETED:
+        # whose conversion knows no NaN
+        code = tl.where(u == u, nearest_e4m3(u).to(tl.float8e4nv).to(tl.uint8, bitcast=True), 127).to(tl.uint8)
+        return code.to(tl.float8e4nv, bitcast=True)
+    else:
+        return u.to(tl.float8e4nv)
+
+
+@triton.jit
+def nearest_e4m3(u):
+    """u as e4m3 has it, to nearest even, in float32: the interpreter's own conversion does not carry the mantissa."""
+    bits = u.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+    # below 2⁻⁶ steps are of 2⁻⁹; adding 1.5·2¹⁴ rounds to them
+    return tl.where(tl.abs(u) < 0.015625, (u + 24576.0) - 24576.0, normal)
+
+
+@triton.jit
+def _affine(acc, bias, scale, x_scale, column_scale, t, o, T, O, START):
+    """scale ⊙ x_scale · column_scale ⊙ acc + bias, of the columns that start at START."""
+    if scale is not None:
+        acc *= scale[:, None]
+    if column_scale is not None:
+        acc *= tl.load(column_scale + START + o, mask=o < O, other=0.0)[None, :] * x_scale
+    if bias is not None:
+        acc += tl.load(bias + START + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
+def _halves(acc):
+    """The left and the right half of a tile's columns."""
+    return tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _epilogue(
+    acc, second, bias, scale, x_scale, column_scale, gate, residual, y, codes, code_scale, new_gate, squares,
+    i_t, start, T, O, parts, BLOCK_T: tl.constexpr, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, GLU: tl.constexpr,
+    EXACT: tl.constexpr, PART: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """All that follows the product, for WIDTH columns from `start` on, in registers, and the stores."""
+    # the tile's corner in 64 bits, what lies in it in 32: offsets are half of the registers here
+    corner = (i_t * BLOCK_T).to(tl.int64) * O + start
+    at = tl.arange(0, BLOCK_T)[:, None] * O + tl.arange(0, WIDTH)[None, :]
+    t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    o = start + tl.arange(0, WIDTH)
+    m = (t < T)[:, None] & (o < O)[None, :]
+    acc = _affine(acc, bias, scale, x_scale, column_scale, t, o, T, O, 0)
+    if ACTIVATION is not None:
+        if GLU:
+            second = _affine(second, bias, scale, x_scale, column_scale, t, o, T, O, O)
+            # "_glu" gates with the first half, "_glu_last" with the second
+            gated = acc if GLU == 1 else second
+            g = _gate(gated, ACTIVATION, EXACT) * gated
+            acc = g * (second if GLU == 1 else acc)
+        else:
+            g = _gate(acc, ACTIVATION, EXACT)
+            acc *= g
+        if new_gate.dtype.element_ty == tl.uint8:
+            g = g * 255.0 + 0.5
+        # read again in the VJP alone: it shall not push the stream out of the L2
+        tl.store(new_gate + corner + at, g.to(new_gate.dtype.element_ty), mask=m, eviction_policy="evict_first")
+    if gate is not None:
+        g = tl.load(gate + corner + at, mask=m, other=0, eviction_policy="evict_first").to(tl.float32)
+        acc *= g * (1 / 255) if gate.dtype.element_ty == tl.uint8 else g
+    if residual is not None:
+        acc += tl.load(residual + corner + at, mask=m, other=0.0).to(tl.float32)
+    if codes is not None:
+        tl.store(codes + corner + at, encode_e4m3(acc, code_scale, INTERPRETED), mask=m)
+    if y is not None:
+        stored = acc.to(y.dtype.element_ty)
+        tl.store(y + corner + at, stored, mask=m)
+    if squares is not None:
+        kept = tl.where(m, stored.to(tl.float32), 0.0)
+        part = tl.arange(0, WIDTH // PART)
+        sums = tl.where(part[None, :] == 0, tl.sum(kept * kept, 1)[:, None], 0.0)
+        part += start // PART
+        tl.store(
+            squares + t.to(tl.int64)[:, None] * parts + part[None, :],
+            sums,
+            mask=(t < T)[:, None] & (part < parts)[None, :],
+        )
+
+
+@triton.jit
+def _linear_kernel(
+    x, w, x_desc, w_desc, bias, row_scale, row_sums, column_scale, gate, residual, y, codes, new_gate, squares,
+    T, O, I, stride_x, stride_w, parts, row_parts, count, eps, x_scale, code_scale,
+    ACTIVATION: tl.constexpr, GLU: tl.constexpr, EXACT: tl.constexpr, PART: tl.constexpr, ROW_PARTS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, GROUP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PERSISTENT: tl.constexpr, EVEN_I: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """The module's formula; one tile [BLOCK_T, BLOCK_O] a program, or every num_programs-th of them."""
+    tiles_t, tiles_o = tl.cdiv(T, BLOCK_T), tl.cdiv(O, BLOCK_O)
+    tiles = tiles_t * tiles_o
+    stop = tiles if PERSISTENT else tl.program_id(0) + 1
+    for tile in range(tl.program_id(0), stop, tl.num_programs(0)):
+        # GROUP rows of tiles go together, so that tiles of W and x are found in the L2
+        first = tile // (GROUP * tiles_o) * GROUP
+        high = tl.minimum(tiles_t - first, GROUP)
+        i_t = first + tile % (GROUP * tiles_o) % high
+        i_o = tile % (GROUP * tiles_o) // high
+        if not GLU:
+            # ahead of the product, which hides the wait; two accumulators leave no registers to keep it in
+            scale = _row_scale(row_scale, row_sums, i_t * BLOCK_T, T, row_parts, count, eps, BLOCK_T, ROW_PARTS)
+        acc, second = _product(
+            x, w, x_desc, w_desc, i_t, i_o, T, O, I, stride_x, stride_w,
+            BLOCK_T, BLOCK_O, BLOCK_I, DESCRIPTORS, EVEN_I, GLU,
+        )  # fmt: skip
+        if GLU:
+            scale = _row_scale(row_scale, row_sums, i_t * BLOCK_T, T, row_parts, count, eps, BLOCK_T, ROW_PARTS)
+        if BLOCK_O > PART:
+            # one half after the other: what an epilogue holds beside the product fits the registers
+            acc, right = _halves(acc)
+            second, second_right = _halves(second)
+            _epilogue(
+                right, second_right, bias, scale, x_scale, column_scale, gate, residual, y, codes, code_scale, new_gate,
+                squares, i_t, i_o * BLOCK_O + BLOCK_O // 2, T, O, parts, BLOCK_T, BLOCK_O // 2, ACTIVATION, GLU, EXACT,
+                PART, INTERPRETED,
+            )  # fmt: skip
+        _epilogue(
+            acc, second, bias, scale, x_scale, column_scale, gate, residual, y, codes, code_scale, new_gate,
+            squares, i_t, i_o * BLOCK_O, T, O, parts, BLOCK_T, acc.shape[1], ACTIVATION, GLU, EXACT,
+            PART, INTERPRETED,
+        )  # fmt: skip
