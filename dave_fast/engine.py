@@ -13,8 +13,8 @@ R rows (image, sample) of one micro-batch · n patches · N tokens · C width ·
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -23,20 +23,23 @@ from dave_fast.frozen import freeze
 from dave_fast.layers import AttentionLayer, Deviation, Layer, MlpLayer, Step
 from dave_fast.models.reading import Norm
 from dave_fast.ops import _registry
+from dave_fast.ops.norm import RowSums
 from dave_fast.plan import ViTPlan, make_plan
 from dave_fast.precision import statistics_dtype
+
+Scale = Tensor | RowSums
 
 
 @dataclass
 class SavedLayer:
     """The operators of one layer.
 
-    core: the attention's P, or the MLP's gate (R·N, M) · scale: 1/σ (R·N,) of the norm ahead, inner: of the one
-    inside, post: of the one behind; None where there is none.
+    core: the attention's P, or the MLP's gate (R·N, M) · scale: 1/σ (R·N,) of the norm ahead, or what it is made of,
+    inner: of the one inside, post: of the one behind; None where there is none.
     """
 
     core: Any
-    scale: Tensor | None
+    scale: Scale | None
     inner: Tensor | None
     post: Tensor | None
 
@@ -68,7 +71,7 @@ class Engine:
         self._rotate: Callable[..., Tensor] = _registry.bind("rotate", backend, device)
         self._attention: Callable[..., Any] = _registry.bind("attention", backend, device)
         self._attention_vjp: Callable[..., Any] = _registry.bind("attention_vjp", backend, device)
-        # Triton's writers sum squares in their epilogue, so that norms need not read the stream again
+        # Triton's writers sum squares in their epilogue, of which readers make 1/σ: a norm has no kernel of its own
         self._squares = _registry.choose(linear, backend, device) == "triton"
 
     @staticmethod
@@ -111,6 +114,9 @@ class Engine:
         plan = self.plan
         (g,) = torch.autograd.grad(saved.tail_output, saved.tail_input, cotangent, retain_graph=True)
         g = g.to(plan.dtype).reshape(-1, plan.width)
+        if g.data_ptr() == cotangent.data_ptr():
+            # a tail that hands its input on: the walk writes into g, and the cotangent is the caller's
+            g = g.clone()
         for step, operators in zip(reversed(plan.steps), reversed(saved.steps), strict=True):
             g = self._step_vjp(step, operators, g, saved.rows)
         return self._embed_vjp(g, saved)
@@ -158,8 +164,8 @@ class Engine:
         self, step: Step, x: Tensor, squares: Tensor | None, rows: int
     ) -> tuple[Tensor, Tensor | None, list[SavedLayer]]:
         """x (R·N, C) and what is known of its squares -> both after the step, (R·read, C) after a trimmed one."""
-        stream = self._read(step, x, rows)
-        scales: dict[Deviation, Tensor] = {}
+        read = stream = self._read(step, x, rows)
+        scales: dict[Deviation, Scale] = {}
         known, saved = None, []
         for layer in step.layers:
             scale = None
@@ -168,51 +174,71 @@ class Engine:
                     scales[layer.norm] = self._rstd(layer.norm, x, squares)
                 scale = scales[layer.norm]
             if isinstance(layer, AttentionLayer):
-                y, core = self._attend(layer, step, x, scale, rows)
+                y, core = self._attend(layer, step, x, read, scale, rows)
             else:
                 scale = None if scale is None else self._read(step, scale, rows)
                 y, core = self._linear(
-                    *(self._read(step, x, rows), layer.fc1.weight, layer.fc1.bias),
-                    row_scale=scale,
-                    activation=layer.activation,
+                    read, layer.fc1.weight, layer.fc1.bias, row_scale=scale, activation=layer.activation
                 )
-            inner = None if layer.inner is None else self._rstd(layer.inner, y, None)
-            stream, known, post = self._write(layer, y, inner, stream)
+            inner = None if layer.inner is None else self._row_rstd(y, layer.inner.eps, centred=layer.inner.centred)
+            # what the step read is free once its last layer has read it
+            free = stream is not read or layer is step.layers[-1]
+            stream, known, post = self._write(layer, y, inner, stream, overwrite=free)
             saved.append(SavedLayer(core, scale, inner, post))
         return stream, known, saved
 
-    def _rstd(self, norm: Deviation, x: Tensor, squares: Tensor | None) -> Tensor:
-        return self._row_rstd(x, norm.eps, centred=norm.centred, squares=squares)
+    def _rstd(self, norm: Deviation, x: Tensor, squares: Tensor | None) -> Scale:
+        """1/σ of the rows of x, or the sums of squares that the product that reads x makes it of."""
+        if norm.centred and squares is not None:
+            return RowSums(squares, x.shape[1], norm.eps)
+        return self._row_rstd(x, norm.eps, centred=norm.centred)
 
-    def _read(self, step: Step, x: Tensor, rows: int) -> Tensor:
+    @overload
+    def _read(self, step: Step, x: Tensor, rows: int) -> Tensor: ...
+    @overload
+    def _read(self, step: Step, x: Scale, rows: int) -> Scale: ...
+    def _read(self, step: Step, x: Scale, rows: int) -> Scale:
         """The tokens of x (R·N, ...) that leave the step."""
         if not step.trimmed:
             return x
+        if isinstance(x, RowSums):
+            return replace(x, sums=self._read(step, x.sums, rows))
         return x.unflatten(0, (rows, -1))[:, : self.plan.read].flatten(0, 1).contiguous()
 
     def _write(
-        self, layer: Layer, y: Tensor, inner: Tensor | None, x: Tensor
+        self, layer: Layer, y: Tensor, inner: Tensor | None, x: Tensor, *, overwrite: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The stream x after y was projected into it, its rows' partial sums of squares, 1/σ of the norm between."""
+        """The stream x after y was projected into it, its rows' partial sums of squares, 1/σ of the norm between.
+
+        overwrite: whether nobody reads x any more.
+        """
         writer, post = layer.writer, layer.post
         if post is None:
-            written = self._linear(y, writer.weight, writer.bias, row_scale=inner, residual=x, squares=self._squares)
+            written = self._add(
+                y, writer.weight, writer.bias, row_scale=inner, residual=x, overwrite=overwrite, squares=self._squares
+            )
             return (*written, None) if self._squares else (written, None, None)
         y = self._linear(y, writer.weight, writer.bias, row_scale=inner)
         y, rstd = self._normed(post, y, centred=self.plan.centred)
         return y.add_(x), None, rstd
 
+    def _add(self, x: Tensor, weight: Any, bias: Tensor | None = None, *, overwrite: bool, **epilogue: Any) -> Any:
+        """A product that is added to the residual, in its memory where that is free and the backend can."""
+        if self._squares:
+            epilogue["overwrite"] = overwrite
+        return self._linear(x, weight, bias, **epilogue)
+
     def _attend(
-        self, layer: AttentionLayer, step: Step, x: Tensor, scale: Tensor | None, rows: int
+        self, layer: AttentionLayer, step: Step, x: Tensor, read: Tensor, scale: Scale | None, rows: int
     ) -> tuple[Tensor, Any]:
-        """The heads' outputs (R·Q, heads·D), and what attention's VJP needs."""
-        q, k, v = self._queries_keys_values(layer, step, x, scale, rows)
+        """The heads' outputs (R·Q, heads·D), and what attention's VJP needs; read: of x, the tokens with queries."""
+        q, k, v = self._queries_keys_values(layer, step, x, read, scale, rows)
         bias = () if layer.bias is None else (layer.bias,)
         out, saved = self._attention(q, k, v, layer.scale, *bias)
         return out.view(rows * q.shape[1], -1), saved
 
     def _queries_keys_values(
-        self, layer: AttentionLayer, step: Step, x: Tensor, scale: Tensor | None, rows: int
+        self, layer: AttentionLayer, step: Step, x: Tensor, read: Tensor, scale: Scale | None, rows: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q (R, Q, heads, D), k and v (R, N, heads, D): of the projections, q and k normed and rotated."""
         shape = (rows, -1, layer.heads, layer.head_dim)
@@ -222,7 +248,6 @@ class Engine:
         else:
             assert layer.query is not None and layer.key_value is not None
             scale_read = None if scale is None else self._read(step, scale, rows)
-            read = self._read(step, x, rows)
             q = self._linear(read, layer.query.weight, layer.query.bias, row_scale=scale_read).view(shape)
             kv = self._linear(x, layer.key_value.weight, layer.key_value.bias, row_scale=scale)
             k, v = (t.unflatten(0, (rows, -1)).view(shape) for t in kv.chunk(2, dim=-1))
@@ -244,14 +269,18 @@ class Engine:
         # of the tokens that leave the step, and of all of them where these are more
         left, whole = g, None
         for layer, operators in zip(step.layers, saved, strict=True):
+            free = left is not g or layer is step.layers[-1]
             if isinstance(layer, MlpLayer):
-                left = self._mlp_vjp(layer, operators, g, left)
+                left = self._mlp_vjp(layer, operators, g, left, overwrite=free)
                 continue
             d_v = self._attend_vjp(layer, operators, g, rows)
             values = layer.qkv or layer.key_value
             assert values is not None
-            total = self._linear(
-                d_v, values.transposed, row_scale=operators.scale, residual=whole if step.trimmed else left
+            total = self._add(
+                *(d_v, values.transposed),
+                row_scale=operators.scale,
+                residual=whole if step.trimmed else left,
+                overwrite=free or step.trimmed,
             )
             left, whole = (left, total) if step.trimmed else (total, None)
         if whole is None:
@@ -265,15 +294,16 @@ class Engine:
             return g
         return self._normalize_vjp(g, post.weight, saved.post, centres=post.centres, centred=self.plan.centred)
 
-    def _mlp_vjp(self, layer: MlpLayer, saved: SavedLayer, g: Tensor, total: Tensor) -> Tensor:
-        """total + the branch's share of the cotangent before it."""
+    def _mlp_vjp(self, layer: MlpLayer, saved: SavedLayer, g: Tensor, total: Tensor, *, overwrite: bool) -> Tensor:
+        """total + the branch's share of the cotangent before it; overwrite: whether nobody reads total any more."""
         g = self._post_vjp(layer, saved, g)
-        # both 1/σ scale rows, and so do they in one product
-        scale = saved.scale if saved.inner is None else saved.inner
-        if saved.inner is not None and saved.scale is not None:
-            scale = saved.scale * saved.inner
+        scale = saved.scale
+        if saved.inner is not None:
+            # both 1/σ scale rows, and so do they in one product
+            ahead = scale.rstd() if isinstance(scale, RowSums) else scale
+            scale = saved.inner if ahead is None else ahead * saved.inner
         d_hidden = self._linear(g, layer.writer.transposed, row_scale=scale, gate=saved.core)
-        return self._linear(d_hidden, layer.fc1.transposed, residual=total)
+        return self._add(d_hidden, layer.fc1.transposed, residual=total, overwrite=overwrite)
 
     def _attend_vjp(self, layer: AttentionLayer, saved: SavedLayer, g: Tensor, rows: int) -> Tensor:
         """Cotangent of the branch's result -> of its values (R·N, heads·D)."""

@@ -106,9 +106,10 @@ def encode_e4m3(values, scale, INTERPRETED: tl.constexpr):
     if INTERPRETED:
         # whose conversion knows no NaN
         code = tl.where(u == u, nearest_e4m3(u).to(tl.float8e4nv).to(tl.uint8, bitcast=True), 127).to(tl.uint8)
-        return code.to(tl.float8e4nv, bitcast=True)
+        code = code.to(tl.float8e4nv, bitcast=True)
     else:
-        return u.to(tl.float8e4nv)
+        code = u.to(tl.float8e4nv)
+    return code
 
 
 @triton.jit

@@ -1,4 +1,6 @@
-"""linear with e4m3 operands: rows are quantised by one kernel, multiplied by `linear`'s with scales in its epilogue.
+"""linear with e4m3 operands, multiplied by `linear`'s kernel with scales in its epilogue.
+
+An x that its producer stored in e4m3 (`ops.fp8.Codes`) is read as it is. Any other is quantised row by row first:
 
     s[t] = max_i |x[t, i]| / 448        codes[t, i] = e4m3(x[t, i] / s[t])
     y[t, o] = row_scale[t] · s[t] · s_w[o] · Σ_i codes[t, i] codes_w[o, i] + …
@@ -18,7 +20,8 @@ from torch import Tensor
 from dave_fast.kernels import _launch
 from dave_fast.kernels._linear import nearest_e4m3
 from dave_fast.kernels.linear import linear_triton
-from dave_fast.ops.fp8 import E4M3, LARGEST, Fp8Weight
+from dave_fast.ops.fp8 import E4M3, LARGEST, Codes, Fp8Weight
+from dave_fast.ops.norm import RowSums
 
 # numbers that a program holds at once
 WIDEST = 4096
@@ -69,10 +72,16 @@ def quantise_triton(x: Tensor, row_scale: Tensor | None = None) -> tuple[Tensor,
 
 
 def linear_fp8_triton(
-    x: Tensor, weight: Fp8Weight, bias: Tensor | None = None, *, row_scale: Tensor | None = None, **epilogue: Any
+    x: Tensor | Codes,
+    weight: Fp8Weight,
+    bias: Tensor | None = None,
+    *,
+    row_scale: Tensor | RowSums | None = None,
+    **epilogue: Any,
 ) -> Any:
-    """As `linear_fp8_ref`; gates in [0, 1] are kept in eight bits."""
-    codes, scale = quantise_triton(x, row_scale)
-    return linear_triton(
-        codes, weight.codes, bias, row_scale=scale, column_scale=weight.scale, dtype=x.dtype, **epilogue
-    )
+    """As `linear_fp8_ref`; gates in [0, 1] are kept in eight bits. Only an x without codes takes a second launch."""
+    epilogue |= {"column_scale": weight.scale, "dtype": x.dtype}
+    if isinstance(x, Codes):
+        return linear_triton(x.values, weight.codes, bias, row_scale=row_scale, x_scale=x.scale, **epilogue)
+    codes, scale = quantise_triton(x, row_scale.rstd() if isinstance(row_scale, RowSums) else row_scale)
+    return linear_triton(codes, weight.codes, bias, row_scale=scale, **epilogue)

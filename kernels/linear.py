@@ -188,7 +188,7 @@ def linear_triton(
             INTERPRETED=_launch.INTERPRETED,
             **candidate.all_kwargs(),
         )
-        result = y if codes is None else Codes(codes, code_scale, y)
+        result = y if codes is None else Codes(codes, code_scale, stored, y)
         if squares:
             return result, sums
         return result if new_gate is None else (result, new_gate)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dave_fast.ops.linear import linear_ref, row_squares
+from dave_fast.ops.norm import RowSums
 from dave_fast.precision import statistics_dtype
 
 E4M3 = torch.float8_e4m3fn
@@ -41,11 +42,13 @@ class Codes:
     Args:
         values: (T, O) e4m3; NaN where a number lies beyond 448·scale.
         scale: a power of two.
-        wide: (T, O) the result itself, in the engine's dtype; None where nobody reads it.
+        dtype: of the result before it was encoded.
+        wide: (T, O) the result itself; None where nobody reads it.
     """
 
     values: Tensor
     scale: float
+    dtype: torch.dtype
     wide: Tensor | None
 
 
@@ -74,20 +77,46 @@ def dequantise(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32)
     return codes.to(dtype) * scale.to(dtype)[:, None]
 
 
-def linear_fp8_ref(x: Tensor, weight: Fp8Weight, bias: Tensor | None = None, **epilogue: Any) -> Any:
+def linear_fp8_ref(
+    x: Tensor | Codes,
+    weight: Fp8Weight,
+    bias: Tensor | None = None,
+    *,
+    row_scale: Tensor | RowSums | None = None,
+    code_scale: float | None = None,
+    wide: bool = True,
+    overwrite: bool = False,
+    **epilogue: Any,
+) -> Any:
     """As `linear_ref`, with e4m3 operands; for devices without fp8 hardware it shows the precision, not the speed.
 
-    x: (T, I) bfloat16 or float32, or float64: then the same codes are multiplied in float64. weight: what `pack_fp8`
-    returned; epilogues as `linear_ref`'s, results in x's dtype.
+    Args:
+        x: (T, I) bfloat16 or float32, or float64: then the same codes are multiplied in float64; or codes.
+        weight: what `pack_fp8` returned.
+        code_scale: `Codes` of the result with this scale take its place.
+        wide: with code_scale, whether the result itself is kept beside its codes.
+        overwrite: nothing here; kernels then write into the residual's memory.
+        row_scale, epilogue: as `linear_ref`'s; results in x's dtype.
     """
-    wide = statistics_dtype(x.dtype)
+    exact = statistics_dtype(x.dtype)
+    operand = x.values.to(exact) * x.scale if isinstance(x, Codes) else dequantise(*quantise(x), exact)
     widened: dict[str, Any] = {
-        k: v.to(wide) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in epilogue.items()
+        k: v.to(exact) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in epilogue.items()
     }
     squares = widened.pop("squares", False)
-    operand, matrix = dequantise(*quantise(x), wide), dequantise(*weight, wide)
-    result = linear_ref(operand, matrix, None if bias is None else bias.to(wide), **widened)
-    if isinstance(result, tuple):
-        return tuple(t.to(x.dtype) for t in result)
-    result = result.to(x.dtype)
-    return (result, row_squares(result)) if squares else result
+    scale = row_scale.rstd() if isinstance(row_scale, RowSums) else row_scale
+    result = linear_ref(
+        operand,
+        dequantise(*weight, exact),
+        None if bias is None else bias.to(exact),
+        row_scale=None if scale is None else scale.to(exact),
+        **widened,
+    )
+    result, *gate = result if isinstance(result, tuple) else (result,)
+    stored = result.to(x.dtype)
+    first = stored
+    if code_scale is not None:
+        first = Codes(encode(result, code_scale), code_scale, x.dtype, stored if wide else None)
+    if gate:
+        return first, gate[0].to(x.dtype)
+    return (first, row_squares(stored)) if squares else first
