@@ -12,10 +12,10 @@ from torch import Tensor
 from dave_fast.errors import InputError, NonFiniteError
 
 
-def check_images(images: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """images (B, C, H, W), or one (C, H, W), as contiguous (B, C, H, W) on the device, in `dtype`.
+def check_images(images: Any, dtype: torch.dtype) -> Tensor:
+    """images (B, C, H, W), or one (C, H, W), as contiguous (B, C, H, W) in `dtype`, where they are.
 
-    Raises InputError for what is no such tensor of floating point, NonFiniteError for NaN or infinity.
+    Raises InputError for what is no such tensor of floating point.
     """
     if not isinstance(images, Tensor) or images.dim() not in (3, 4) or 0 in images.shape:
         raise InputError(f"images must be a tensor (B, C, H, W) or (C, H, W); got {describe(images)}")
@@ -27,9 +27,7 @@ def check_images(images: Any, device: torch.device, dtype: torch.dtype) -> Tenso
     images = images.detach() if images.dim() == 4 else images.detach()[None]
     # a copy where the caller's inference mode made a tensor that autograd may not keep
     images = images.clone() if images.is_inference() else images
-    images = images.to(device=device, dtype=dtype).contiguous()
-    refuse_non_finite(images, "the pixels", "Look for NaN or infinity in how they were loaded and normalised.")
-    return images
+    return images.to(dtype).contiguous()
 
 
 def describe(value: Any) -> str:
@@ -37,10 +35,15 @@ def describe(value: Any) -> str:
     return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
-def refuse_non_finite(values: Tensor, what: str, advice: str) -> None:
-    """NonFiniteError that names the images (rows of `values`) with NaN or infinity."""
-    if not torch.isfinite(values).all():
-        bad = (~torch.isfinite(values)).flatten(1).any(1).nonzero()[:, 0].tolist()
+def finite_rows(values: Tensor) -> Tensor:
+    """(B,) bool, on the device of `values` (B, ...): whether all of a row is finite."""
+    return torch.isfinite(values).reshape(len(values), -1).all(1)
+
+
+def refuse_rows(finite: Tensor, what: str, advice: str) -> None:
+    """NonFiniteError that names the images whose `finite` (B,), on the host, is False."""
+    if not finite.all():
+        bad = (~finite).nonzero()[:, 0].tolist()
         raise NonFiniteError(f"NaN or infinity in {what} of image {', '.join(map(str, bad))}. {advice}")
 
 

@@ -30,7 +30,8 @@ def no_class() -> Tensor:
 
 
 class Cotangent(Protocol):
-    """∂ score / ∂ output of every row. classes: (B,) or (1,) int64, the class of each image, −1 where it is none."""
+    """∂ score / ∂ output of every row. classes: (B,) or (1,) int64, the class of each image, −1 where it is none, on
+    the host or on the output's device."""
 
     @property
     def classes(self) -> Tensor: ...

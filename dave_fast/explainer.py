@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +25,14 @@ from dave_fast.checks import (
     check_keys,
     check_rows,
     describe,
-    refuse_non_finite,
 )
 from dave_fast.cotangents import Cotangent, Element
+from dave_fast.end_of_call import EndOfCall, WeightsChangedError
 from dave_fast.errors import InputError, ModelError
 from dave_fast.graphs import make_graphs
 from dave_fast.micro_batch import MicroBatches, Progress, Walk
 from dave_fast.models.adapter import kind_of
-from dave_fast.models.catalog import load_model, noise_alpha_for
+from dave_fast.models.catalog import is_private, load_model, noise_alpha_for
 from dave_fast.models.spec import ModelSpec
 from dave_fast.ops import _registry
 from dave_fast.ops.patches import patchify, unpatchify
@@ -40,7 +40,10 @@ from dave_fast.precision import DTYPES, choose_precision, own_arithmetic, resolv
 from dave_fast.route import ROUTES, Route, make_route
 from dave_fast.sampling import Draws, Sampling, draw, identity
 from dave_fast.target_forms import Asked, Question, Target, resolve_target, split_targets
-from dave_fast.weights import fingerprint
+from dave_fast.transfers import moved, to_device
+from dave_fast.weights import State
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,9 @@ class DAVE:
     Args:
         model: a name (timm's, "demo", "hf:...", "torchvision:...", "open_clip:...": see `dave_fast.models.spec`), a
             ModelSpec with weights and class names of your own, or any nn.Module. A module is only read; changes that
-            you make to its weights, modules, hooks and settings are noticed at the next call (see `dave_fast.weights`).
+            you make to its weights, modules, hooks and settings are noticed by the next call (see `dave_fast.weights`).
+            Of a model given by name the weights are this explainer's own, and are not read again at every call: to
+            write to them through `.data`, which leaves no other trace, load the model yourself and give the module.
         device: where to compute; by default the model's own for a module, else a GPU where there is one.
         precision: "fp64", "fp32", "bf16" or "fp8" (e4m3 operands in the GEMMs: see `dave_fast.ops.fp8`); by default
             bf16 where the device has it, else fp32.
@@ -115,7 +120,10 @@ class DAVE:
         self._route_wanted = route
         self._routes: dict[tuple[int, ...], Route] = {}
         self._lock = threading.Lock()
-        self._fingerprint: object = None
+        self._state: State | None = None
+        self._reads_values = not is_private(model)
+        # on a GPU what the host must know is read at the end of a call: see `dave_fast.end_of_call`
+        self._defers = self.device.type != "cpu"
         self._graphs_wanted = graphs
         self._make_graphs = partial(make_graphs, self.device, graphs)
         self._graphs = self._make_graphs()
@@ -163,13 +171,13 @@ class DAVE:
         seed, n_samples = check_integer(seed, "seed"), check_integer(n_samples, "n_samples", 1)
         if target is not None and targets is not None:
             raise InputError("target= and targets= were both given; targets= takes one or more, target= one")
-        with own_arithmetic(self.device):
-            images = self._checked(images)
+        rows = check_rows(internal_batch_size)
+        asked = [target] if targets is None else split_targets(targets)
+
+        def work(images: Tensor, route: Route, end: EndOfCall) -> Explanation:
             keys = check_keys(image_keys, len(images))
-            route = self._route(images)
-            batches = self._batches(route, check_rows(internal_batch_size))
-            output = self._output(batches, images)
-            asked = [target] if targets is None else split_targets(targets)
+            batches = self._batches(route, rows)
+            output = self._output(batches, images, end)
             resolved = [self._resolved(each, output, images) for each in asked]
             draws = draw(
                 n_samples,
@@ -180,20 +188,24 @@ class DAVE:
                 sampling=self.sampling,
             )
             raw = self._aggregation.raw(batches, route, images, draws, resolved, progress)
-            refuse_non_finite(raw, "the attribution", "Try precision='fp32', or look for overflow in the model.")
+            end.refuse_non_finite(raw, "the attribution", "Try precision='fp32', or look for overflow in the model.")
             maps = self._smooth(raw.flatten(0, 1)).view(*raw.shape[:2], *raw.shape[3:])
-            classes = torch.stack([each.classes.expand(len(images)) for each in resolved], dim=1)
+            of_each = moved([each.classes for each in resolved], output.device)
+            classes = torch.stack([each.expand(len(images)) for each in of_each], dim=1)
+            classes, probability = end.read(classes, self._probability(output, classes))
             # one target has no dimension of its own
             at = slice(None) if targets is not None else 0
             return Explanation(
                 maps=maps.float()[:, at],
                 raw=raw.float()[:, at],
                 target=classes[:, at],
-                probability=self._probability(output, classes)[:, at],
+                probability=probability[:, at],
                 output=output.float(),
                 n_samples=n_samples,
                 seed=seed,
             )
+
+        return self._answered(images, work)
 
     def bind(self, question: Question) -> Question:
         """A question with what the model has to say about it filled in (the index of a name, the embedding of a text
@@ -229,26 +241,32 @@ class DAVE:
 
     def predict(self, images: Tensor) -> Tensor:
         """The model's output for unperturbed images (B, C, H, W): (B, ...) float32, in this precision and route."""
-        with own_arithmetic(self.device):
-            images = self._checked(images)
-            return self._output(self._batches(self._route(images)), images).float()
+
+        def work(images: Tensor, route: Route, end: EndOfCall) -> Tensor:
+            output = self._output(self._batches(route), images, end).float()
+            end.read()
+            return output
+
+        return self._answered(images, work)
 
     def effective_gradient(self, images: Tensor, target: Target = None) -> Tensor:
         """One row of the effective transformation per image, unperturbed: (B, C, H, W).
 
         float64 in fp64, else float32. DAVE, arXiv 2602.06613, Eq. 5.
         """
-        with own_arithmetic(self.device):
-            images = self._checked(images)
-            route = self._route(images)
+
+        def work(images: Tensor, route: Route, end: EndOfCall) -> Tensor:
             batches = self._batches(route)
-            resolved = self._resolved(target, self._output(batches, images), images)
+            resolved = self._resolved(target, self._output(batches, images, end), images)
             gradients = torch.empty_like(images)
             tokens = torch.empty_like(patchify(images, route.patch_size))
             batches.vjps(images, identity(len(images)), [resolved], tokens[None], None)
             gradients.copy_(unpatchify(tokens, route.patch_size, *images.shape[2:]))
-            refuse_non_finite(gradients, "the effective gradient", "Try precision='fp32'.")
+            end.refuse_non_finite(gradients, "the effective gradient", "Try precision='fp32'.")
+            end.read()
             return gradients
+
+        return self._answered(images, work)
 
     @property
     def route(self) -> str:
@@ -270,24 +288,29 @@ class DAVE:
 
         Raises InputError, ModelError, NonFiniteError (for pixels; contributions are not looked at).
         """
-        with own_arithmetic(self.device):
-            images = self._checked(images)
+
+        def work(images: Tensor, route: Route, end: EndOfCall) -> Tensor:
             made: Tensor | None = None
+            of_image: list[Cotangent] = []
 
             def keep(walk: Walk, output: Tensor, at: slice, rows: Draws) -> None:
                 nonlocal made
-                check_classes(targets, len(images), output)
                 if made is None:
-                    made = images.new_empty(targets.shape[1], len(draws), *images.shape[1:])
-                for which, of_image in enumerate(targets.T.to(images.device)):
-                    made[which, at].copy_(walk.vjp(Element(of_image)(output, rows), images.dtype))
+                    check_classes(targets, len(images), output)
+                    of_image.extend(map(Element, to_device(targets.T.contiguous(), images.device)))
+                    made = images.new_empty(len(of_image), len(draws), *images.shape[1:])
+                for which, target in enumerate(of_image):
+                    made[which, at].copy_(walk.vjp(target(output, rows), images.dtype))
 
             # a GPU takes its own buckets
             rows = len(draws) if self._graphs is None else None
-            self._batches(self._route(images), rows).each(images, draws, keep)
+            self._batches(route, rows).each(images, draws, keep)
             if made is None:
                 raise InputError("draws hold no rows")
+            end.read()
             return made
+
+        return self._answered(images, work)
 
     def aggregate(self, contributions: Tensor) -> tuple[Tensor, Tensor]:
         """Contributions (B, S, C, H, W) -> raw (B, C, H, W) and maps (B, H, W): the end of `explain`.
@@ -305,7 +328,8 @@ class DAVE:
 
     def fitting_rows(self, images: Tensor) -> int:
         """How many rows `contributions` should be given at once for images (B, C, H, W)."""
-        return self.internal_batch_size or self._fitting_rows(self._route(self._checked(images)))
+        images = self._checked(images, EndOfCall(defers=self._defers))
+        return self.internal_batch_size or self._fitting_rows(self._route(images))
 
     # ---- micro-batches ----
 
@@ -320,10 +344,10 @@ class DAVE:
             )
         return MicroBatches(route, self._perturb, self._pull_back, wanted, graphs=graphs, pixels=self._pixels)
 
-    def _output(self, batches: MicroBatches, images: Tensor) -> Tensor:
+    def _output(self, batches: MicroBatches, images: Tensor, end: EndOfCall) -> Tensor:
         """The model's output for the unperturbed images."""
         output = batches.outputs(images)
-        refuse_non_finite(output, "the model's output", "Check the weights, or try precision='fp32'.")
+        end.refuse_non_finite(output, "the model's output", "Check the weights, or try precision='fp32'.")
         return output
 
     def _resolved(self, target: Target, output: Tensor, images: Tensor) -> Cotangent:
@@ -333,17 +357,18 @@ class DAVE:
     def _asked(self) -> Asked:
         """What questions may ask of this explainer."""
 
-        def output(images: Tensor) -> Tensor:
-            images = self._checked(images)
-            return self._output(self._batches(self._route(images)), images)
+        def work(images: Tensor, route: Route, end: EndOfCall) -> Tensor:
+            output = self._output(self._batches(route), images, end)
+            end.read()
+            return output
 
-        return Asked(self.model, output)
+        return Asked(self.model, lambda images: self._answered(images, work))
 
     def _probability(self, output: Tensor, classes: Tensor) -> Tensor:
         """(B, K) of classes (B, K) int64; NaN where there is no class, or the output is no classifier's."""
         if output.dim() != 2 or kind_of(self.model) == "embedding":
-            return torch.full(classes.shape, float("nan"))
-        chosen = output.softmax(1).cpu().gather(1, classes.clamp(min=0)).float()
+            return torch.full(classes.shape, float("nan"), device=classes.device)
+        chosen = output.softmax(1).gather(1, classes.clamp(min=0)).float()
         return chosen.masked_fill(classes < 0, float("nan"))
 
     # ---- sizes ----
@@ -360,19 +385,45 @@ class DAVE:
 
     # ---- the route ----
 
-    def _route(self, images: Tensor) -> Route:
-        """The walks for images of `shape`, made anew when the user has changed the model."""
+    def _answered(self, images: Any, work: Callable[[Tensor, Route, EndOfCall], T]) -> T:
+        """What `work` makes of images on the device, by the walks of the model as it is, ending with `end.read()`.
+
+        Where the end finds that the weights were changed since the walks were made, walks and work are made anew.
+        Raises ModelError where the weights change again meanwhile.
+        """
+        with own_arithmetic(self.device):
+            for _ in range(2):
+                end = EndOfCall(defers=self._defers)
+                given = self._checked(images, end)
+                try:
+                    return work(given, self._route(given, end), end)
+                except WeightsChangedError:
+                    self._forget(end.state)
+        raise ModelError("the model's weights changed twice during one call: explain a copy, or between the changes")
+
+    def _route(self, images: Tensor, end: EndOfCall | None = None) -> Route:
+        """The walks for images of this size, made anew where the user has changed the model.
+
+        end: gets the state of the model that they were made from.
+        """
         shape = (images.shape[1], images.shape[2], images.shape[3])
         with self._lock:
-            now = fingerprint(self.model)
-            if now != self._fingerprint:
+            if self._state is None or not self._state.holds(values=not self._defers):
                 self._routes.clear()
                 self._graphs = self._make_graphs()
-                self._fingerprint = now
+                self._state = State(self.model, values=self._reads_values)
+            if end is not None:
+                end.state = self._state
             # the last one used stands last
             route = self._routes.pop(shape, None) or self._made(shape)
             self._routes[shape] = route
             return route
+
+    def _forget(self, state: State | None) -> None:
+        """The model is no longer in this state: the next call makes its walks anew."""
+        with self._lock:
+            if self._state is state:
+                self._state = None
 
     def _made(self, shape: tuple[int, int, int]) -> Route:
         made, line = make_route(
@@ -388,8 +439,12 @@ class DAVE:
             warnings.warn(line, stacklevel=5)
         return made
 
-    def _checked(self, images: Any) -> Tensor:
-        return check_images(images, self.device, statistics_dtype(DTYPES[self.precision]))
+    def _checked(self, images: Any, end: EndOfCall) -> Tensor:
+        """images (B, C, H, W) on the device. Those that are given on the host are looked at there."""
+        images = check_images(images, self.statistics_dtype)
+        advice = "Look for NaN or infinity in how they were loaded and normalised."
+        end.refuse_non_finite(images, "the pixels", advice, now=images.device.type != self.device.type)
+        return to_device(images, self.device)
 
 
 def effective_gradient(

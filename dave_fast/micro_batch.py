@@ -27,6 +27,7 @@ from dave_fast.errors import OutOfMemoryError
 from dave_fast.graphs import Bucket, Capture, Graphs
 from dave_fast.route import Route
 from dave_fast.sampling import Draws, identity
+from dave_fast.transfers import moved
 
 logger = logging.getLogger("dave_fast")
 
@@ -145,14 +146,14 @@ class MicroBatches:
         device; it may be called again for the same rows, where memory ran out. done: gets the number of rows that are
         queued.
         """
-        moved = draws.to(images.device)
+        on_device, index = draws.to(images.device), draws.image_index.tolist()
         start = 0
         while start < len(draws):
             size = self._size(len(draws) - start)
             at = slice(start, min(start + size, len(draws)))
-            part = moved[at]
+            part = on_device[at]
             try:
-                seen, local = _own_images(images, draws.image_index[at], part.image_index, size)
+                seen, local = _own_images(images, index[at], part.image_index, size)
                 with self._walk(size, seen) as walk:
                     keep(walk, walk.forward(seen, replace(part, image_index=local)), at, part)
             except (RuntimeError, MemoryError) as error:
@@ -207,16 +208,18 @@ class MicroBatches:
             torch.cuda.empty_cache()
 
 
-def _own_images(images: Tensor, index: Tensor, on_device: Tensor, most: int) -> tuple[Tensor, Tensor]:
+def _own_images(images: Tensor, index: Sequence[int], on_device: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """At most `most` images to which these rows belong, and the rows' indices among them.
 
-    index: (r,) on the host, on_device: the same there. Rows in the images' order need no copy and no wait.
+    index: r integers, on_device: the same there. Rows in the images' order need no copy.
     """
-    first, last = int(index.min()), int(index.max())
+    first, last = min(index), max(index)
     if last - first < most:
         return images[first : last + 1], on_device - first
-    used, local = index.unique(return_inverse=True)
-    return images[used.to(images.device)], local.to(images.device)
+    used = sorted(set(index))
+    place = {image: at for at, image in enumerate(used)}
+    chosen, local = moved([torch.tensor(used), torch.tensor([place[image] for image in index])], images.device)
+    return images[chosen], local
 
 
 @dataclass(frozen=True)

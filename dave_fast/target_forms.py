@@ -10,6 +10,8 @@ list of tuples             one such index per image
 callable                   output (R, ...) -> scores (R,), for scores that are no class logit
 list of callables          per image: output of one row (...) -> scalar
 
+Classes in a tensor on a GPU are checked on the host, which waits for them; so does a list of callables.
+
 `resolve_target` checks a target against the unperturbed output and makes its cotangent. Questions beyond the class
 are `Question`s, from `dave_fast.targets`.
 """
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 from dave_fast.cotangents import Cotangent, Element, Gradient, Gradients, Score
 from dave_fast.errors import InputError
 from dave_fast.models.adapter import kind_of
+from dave_fast.transfers import to_device
 
 Index = tuple[int, ...]
 
@@ -103,7 +106,8 @@ def _predicted(output: Tensor, model: nn.Module) -> Cotangent:
             "an index tuple, a callable, or a question of dave_fast.targets: SimilarTo(image), Text('...') for CLIP "
             "and SigLIP, Patch(row, column) for outputs with tokens"
         )
-    return _of_indices([(c,) for c in output.argmax(1).tolist()], output)
+    predicted = output.argmax(1)
+    return Element(predicted, predicted)
 
 
 def _listed(target: Target, output: Tensor) -> Cotangent:
@@ -128,7 +132,7 @@ def _of_indices(indices: list[Index], output: Tensor) -> Element:
     sizes = tuple(output.shape[1:])
     places = np.array([np.ravel_multi_index(index, sizes) if sizes else 0 for index in indices], dtype=np.int64)
     classes = torch.tensor([index[0] if len(index) == 1 else -1 for index in indices])
-    return Element(torch.from_numpy(places).to(output.device), classes)
+    return Element(to_device(torch.from_numpy(places), output.device), classes)
 
 
 def _as_list(target: Any) -> list[Any]:

@@ -33,6 +33,7 @@ from dave_fast.labels import labels_of
 from dave_fast.models.adapter import TextImageModel
 from dave_fast.probes import load_probe
 from dave_fast.target_forms import Asked, Question, Target, resolve_target
+from dave_fast.transfers import to_device
 
 __all__ = [
     "Class",
@@ -129,11 +130,12 @@ class Similarity(Question):
                 f"the model's output is {tuple(output.shape)}; a similarity needs one embedding an image, (B, D)"
             )
         vectors = _vectors(given, output.shape[1], len(output), "the embedding")
-        vectors = vectors.to(output.device, torch.promote_types(output.dtype, torch.float32))
+        vectors = vectors.to(torch.promote_types(output.dtype, torch.float32))
         norms = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+        # looked at where it was given: an embedding on the host costs no wait for the device
         if not bool((norms > 0).all()):
             raise InputError("the embedding is zero; nothing is like it")
-        return cotangents.Direction(vectors / norms, float(self.scale))
+        return cotangents.Direction(to_device(vectors / norms, output.device), float(self.scale))
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ class Patch(Question):
             weights = torch.nn.functional.normalize(tokens[:, self.row * grid[1] + self.column], dim=1)
         else:
             weights = _vectors(torch.as_tensor(self.weights).detach(), tokens.shape[2], len(output), "the probe's row")
-        weights = weights.to(output.device, torch.promote_types(output.dtype, torch.float32))
+        weights = to_device(weights.to(torch.promote_types(output.dtype, torch.float32)), output.device)
         cell = (size[0] / grid[0], size[1] / grid[1])
         place = ((self.column + 0.5) * cell[1] - 0.5, (self.row + 0.5) * cell[0] - 0.5)
         return cotangents.Patch(weights, place, grid, cell, prefix, last)

@@ -1,32 +1,91 @@
-"""Has the user changed the model? A fingerprint of its modules, settings and weights."""
+"""Has the user changed the model? A fingerprint of its modules, settings and weights.
+
+The structure (replaced modules, parameters and buffers, hooks, replaced forwards, settings such as `eps`, and in-place
+updates, by autograd's version counter) is compared on the host. Writes through `.data` leave no trace there; they are
+noticed by checksums of the weights' bits, one read of the weights on their own device.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
+from dave_fast.transfers import moved
+
 # what a module's settings are made of; `training` is no setting, since explanations are always in evaluation mode
 SETTINGS = (bool, int, float, str, tuple, type(None))
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# bytes of a tensor that is compared itself; larger ones are summed in so many segments of 64-bit words
+SMALL, SEGMENTS, WORD = 1 << 14, 16, 8
+HOST = torch.device("cpu")
+
+
+class State:
+    """What a model was at one time.
+
+    Args:
+        model: is only read.
+        values: whether the weights' values count beside the structure.
+    """
+
+    def __init__(self, model: nn.Module, *, values: bool) -> None:
+        self._model, self._values = model, values
+        self._structure = structure(model)
+        self._checksums = moved(self.checksums(), HOST)
+
+    def holds(self, *, values: bool) -> bool:
+        """Whether the model is still what it was: its structure, and its values where asked (which waits for them)."""
+        if structure(self._model) != self._structure:
+            return False
+        return not values or self.has(moved(self.checksums(), HOST))
+
+    def checksums(self) -> list[Tensor]:
+        """The model's checksums now, queued on its devices; none where values do not count."""
+        return checksums(self._model) if self._values else []
+
+    def has(self, checksums: Sequence[Tensor]) -> bool:
+        """Whether these, read back to the host, are the checksums of that time."""
+        return len(checksums) == len(self._checksums) and all(map(torch.equal, checksums, self._checksums))
 
 
 def fingerprint(model: nn.Module) -> tuple[object, ...]:
-    """Differs between two calls when the model was changed in between.
+    """Differs between two calls when the model was changed in between; waits for the devices of its weights.
 
-    Notices replaced modules, parameters and buffers, hooks, replaced forwards, and settings such as `eps`; in-place
-    updates, by autograd's version counter; and writes through `.data`, which leave no other trace, by the sum of each
-    tensor: one read of the weights. Writes through `.data` that keep every sum are missed.
+    Misses writes through `.data` that keep what `checksums` sums.
     """
+    return structure(model), tuple(read.numpy().tobytes() for read in moved(checksums(model), HOST))
+
+
+def structure(model: nn.Module) -> tuple[object, ...]:
+    """What can be compared without a look at the weights' values."""
     modules = tuple((name, id(module), *_settings(module)) for name, module in model.named_modules())
-    tensors = [*model.parameters(), *model.buffers()]
-    return modules, tuple(_identity(t) for t in tensors), _sums(tensors)
+    return modules, tuple(map(_identity, _tensors(model)))
 
 
 def _settings(module: nn.Module) -> tuple[object, ...]:
     own = module.__dict__
-    settings = tuple((k, v) for k, v in own.items() if k != "training" and isinstance(v, SETTINGS))
-    hooks = tuple(id(hook) for kind in HOOKS for hook in own.get(kind, {}).values())
+    settings = tuple([item for item in own.items() if _is_setting(item[1].__class__) and item[0] != "training"])
+    hooks = tuple([id(hook) for kind in HOOKS if own.get(kind) for hook in own[kind].values()])
     return settings, hooks, id(own.get("forward"))
+
+
+@lru_cache(maxsize=1024)
+def _is_setting(kind: type) -> bool:
+    """Asked of every attribute of every module at every call, so remembered."""
+    return issubclass(kind, SETTINGS)
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    """Parameters and buffers, each once."""
+    found = {}
+    for module in model.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                found[id(tensor)] = tensor
+    return list(found.values())
 
 
 def _identity(tensor: Tensor) -> tuple[object, ...]:
@@ -36,6 +95,40 @@ def _identity(tensor: Tensor) -> tuple[object, ...]:
 
 
 @torch.no_grad()
-def _sums(tensors: list[Tensor]) -> tuple[float, ...]:
-    sums = [tensor.detach().sum(dtype=torch.float64).cpu() for tensor in tensors if not tensor.is_complex()]
-    return tuple(torch.stack(sums).tolist()) if sums else ()
+def checksums(model: nn.Module) -> list[Tensor]:
+    """For each device of the weights a tensor of bytes on it, the same for the same bits whatever the threads.
+
+    Tensors of up to 16 KiB stand there themselves. Of a larger one there are 16 sums, each over a sixteenth of its
+    bits as 64-bit integers modulo 2⁶⁴: exact, so that NaN is a value as any other and every change of one element is
+    noticed. What is missed keeps all 16 sums, such as two words of one sixteenth that change places.
+    """
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for tensor in _tensors(model):
+        # a meta tensor has no values
+        if not tensor.is_meta:
+            by_device.setdefault(tensor.device, []).append(_bits(tensor))
+    return [_checksum(tensors) for tensors in by_device.values()]
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """A tensor's bytes as flat 64-bit words can be viewed: (n,) uint8, the tensor's own memory where that is possible.
+
+    Of tensors whose memory is not their values alone (sparse, quantised, subclasses of other libraries) their sum.
+    """
+    tensor = tensor.detach()
+    if tensor.layout != torch.strided or tensor.is_quantized or type(tensor) is not Tensor:
+        tensor = tensor.sum(dtype=torch.float64).reshape(1)
+    flat = tensor.resolve_conj().resolve_neg().contiguous().view(-1)
+    aligned = flat.storage_offset() * flat.itemsize % WORD == 0
+    return (flat if aligned else flat.clone()).view(torch.uint8)
+
+
+def _checksum(tensors: Sequence[Tensor]) -> Tensor:
+    large = [tensor for tensor in tensors if tensor.nbytes > SMALL]
+    exact = [tensor for tensor in tensors if tensor.nbytes <= SMALL]
+    sums = torch.empty(len(large), SEGMENTS, dtype=torch.int64, device=tensors[0].device)
+    for tensor, segments in zip(large, sums, strict=True):
+        summed = tensor.nbytes // (SEGMENTS * WORD) * (SEGMENTS * WORD)
+        torch.sum(tensor[:summed].view(torch.int64).view(SEGMENTS, -1), 1, out=segments)
+        exact.append(tensor[summed:])
+    return torch.cat([sums.view(torch.uint8).view(-1), *exact])

@@ -74,6 +74,11 @@ def load_model(model: str | ModelSpec | nn.Module) -> tuple[nn.Module, str]:
     return loaded.eval(), spec.name
 
 
+def is_private(model: str | ModelSpec | nn.Module) -> bool:
+    """Whether `load_model` makes a module that nobody else holds; a function that a name imports may keep its own."""
+    return not isinstance(model, nn.Module) and as_spec(model).source[0] != "python"
+
+
 def _demo(name: str, spec: ModelSpec) -> nn.Module:
     from dave_fast.demo.model import build_model, load_demo_model
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -146,3 +149,44 @@ def test_a_side_stream_and_a_second_thread_get_the_same_maps(device: str) -> Non
         found = explainer.explain(images, labels, 8).raw
     stream.synchronize()
     assert relative(found, expected) < 1e-5
+
+
+@contextmanager
+def host_waits() -> Iterator[list[warnings.WarningMessage]]:
+    """Every wait of the host for the device within the block, as PyTorch reports it."""
+    with warnings.catch_warnings(record=True) as reported:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        found: list[warnings.WarningMessage] = []
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            found += [each for each in reported if "synchronizing CUDA operation" in str(each.message)]
+
+
+@pytest.mark.device_only
+@pytest.mark.parametrize("weights", ["cpu", "cuda"])
+def test_the_host_waits_once_a_call_and_never_in_its_loop(
+    weights: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, _ = scenes(3)
+    explainer = DAVE(load_demo_model().to(weights), noise_alpha=NOISE_ALPHA, device=device)
+    raw = explainer._aggregation.raw
+
+    def strict(*args: Any) -> torch.Tensor:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return raw(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("warn")
+
+    asked: list[dict[str, Any]] = [{}, {"target": 3}, {"targets": [1, Contrast(2, 3), Similarity(torch.ones(10))]}]
+    for each in asked:
+        # the first captures graphs
+        expected = explainer.explain(images, n_samples=SAMPLES, **each).raw
+        with monkeypatch.context() as patch, host_waits() as waits:
+            patch.setattr(explainer._aggregation, "raw", strict)
+            found = explainer.explain(images, n_samples=SAMPLES, **each).raw
+        assert len(waits) == 1, [str(wait.filename) for wait in waits]
+        assert torch.equal(found, expected)
