@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.first_measurements import shapes
+from benchmarks.gpu.setting import vit_shapes
 from dave_fast.bench.agreement import check, loader
 from dave_fast.bench.cases import CASES, Case, cases_of
 from dave_fast.ops import _registry
@@ -24,7 +24,7 @@ from dave_fast.sampling import draw, normal
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REHEARSAL = os.environ.get("DAVE_FAST_REHEARSE") == "1"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SHAPES = shapes("S/16", 1, size=32, samples=3) if REHEARSAL else shapes("B/16", 56 if DEVICE == "cuda" else 4)
+SHAPES = vit_shapes("S/16", 1, size=32, samples=3) if REHEARSAL else vit_shapes("B/16", 56 if DEVICE == "cuda" else 4)
 
 CASES_BY_NAME = {f"{op} {case.name}": case for op in CASES for case in cases_of(op, SHAPES)}
 

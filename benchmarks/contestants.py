@@ -148,10 +148,18 @@ def peers(
     return found
 
 
-def peer(model: nn.Module, tricks: Tricks, precision: str, samples: int, shapes: Shapes, image: Tensor) -> Contestant:
-    """One step of the ladder. Its arithmetic is counted as what the job needs: the engine's."""
+def peer(
+    model: nn.Module,
+    tricks: Tricks,
+    precision: str,
+    samples: int,
+    shapes: Shapes,
+    image: Tensor,
+    mode: str | None = None,
+) -> Contestant:
+    """One step of the ladder. Its arithmetic is counted as what the job needs: the engine's. mode: of torch.compile."""
     device = image.device.type
-    walks = Peer(model, tricks, rates.DTYPES[precision], device)
+    walks = Peer(model, tricks, rates.DTYPES[precision], device, mode=mode)
     sampling = Sampling(noise_alpha=NOISE_ALPHA)
 
     def contributions(images: Tensor, draws: Draws, noise: Tensor | None = None) -> Tensor:

@@ -96,9 +96,17 @@ class Block:
 
 
 class Peer:
-    """A model behind the tricks. dtype: of weights and activations."""
+    """A model behind the tricks. dtype: of weights and activations. mode: of torch.compile, in place of the above."""
 
-    def __init__(self, model: nn.Module, tricks: Tricks, dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tricks: Tricks,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        *,
+        mode: str | None = None,
+    ) -> None:
         check(model)
         vit: Any = model
         self.tricks, self.dtype, self.device = tricks, dtype, torch.device(device)
@@ -110,8 +118,8 @@ class Peer:
         self._graphs: dict[tuple[int, int], tuple[Any, Tensor, Tensor]] = {}
         self._logits: Callable[[Tensor], Tensor] = self.logits
         if tricks.compiled:
-            mode = "max-autotune-no-cudagraphs" if self.device.type == "cuda" else "default"
-            self._logits = torch.compile(self.logits, mode=mode, dynamic=False, fullgraph=True)
+            own = "max-autotune-no-cudagraphs" if self.device.type == "cuda" else "default"
+            self._logits = torch.compile(self.logits, mode=mode or own, dynamic=False, fullgraph=True)
 
     # ---- what is timed ----
 

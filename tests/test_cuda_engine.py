@@ -94,5 +94,6 @@ def test_low_precision_against_float64(precision):
 def test_micro_batches_are_sized_for_this_chip():
     chip = Chip.of(torch.device("cuda"))
     assert chip.multiprocessors >= 1 and chip.l2_bytes > 0
-    explainer = dave_fast.DAVE("vit_base_patch16_224", device="cuda", precision="bf16", noise_alpha=0.3)
+    model = timm.create_model("vit_base_patch16_224").eval()
+    explainer = dave_fast.DAVE(model, device="cuda", precision="bf16", noise_alpha=0.3)
     assert 1 <= explainer.fitting_rows(torch.randn(1, 3, 224, 224)) <= 64

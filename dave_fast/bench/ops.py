@@ -115,7 +115,7 @@ def _bench_case(
     budget: float,
 ) -> list[dict[str, Any]]:
     seed = secrets.randbits(32)
-    sets = _operand_sets(case, dtype, device, seed, budget)
+    sets = operand_sets(case, dtype, device, seed, budget)
     rows, contestants, gigabytes = {}, {}, 0.0
     for name, reason in backends.items():
         row: dict[str, Any] = {"op": case.op, "case": case.name, "backend": name, "precision": precision}
@@ -138,7 +138,7 @@ def _bench_case(
     return list(rows.values())
 
 
-def _operand_sets(case: Case, dtype: torch.dtype, device: str, seed: int, budget: float) -> list[Operands]:
+def operand_sets(case: Case, dtype: torch.dtype, device: str, seed: int, budget: float) -> list[Operands]:
     """Operands from consecutive seeds, as many as no cache holds; one where plain PyTorch is slow on them."""
 
     def make(at: int) -> Operands:

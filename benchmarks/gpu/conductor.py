@@ -1,0 +1,189 @@
+"""Runs the stages one after the other, each within its time, and keeps what they leave. Standard library alone.
+
+A stage is a process group of its own. At its limit it is interrupted as by Ctrl-C, so that pytest writes its report
+and Python says where it was; GRACE seconds later it is killed. Where this program is killed itself, its stages end too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.gpu import build, rows
+from benchmarks.gpu.stages import Stage
+
+ROOT = build.ROOT
+GRACE = 8.0
+# seconds that a stage must have left to be worth its start
+LEAST = 5.0
+# bytes of the log that a stage may fill: what is more is cut out of its middle
+LOG_BYTES = 1 << 20
+PR_SET_PDEATHSIG = 1
+PROBE = """
+import json, platform, torch
+found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+if torch.cuda.is_available():
+    chip = torch.cuda.get_device_properties(0)
+    found |= {"device": chip.name, "GiB": round(chip.total_memory / 2**30), "L2 MiB": chip.L2_cache_size >> 20}
+    found["multiprocessors"] = chip.multi_processor_count
+    found["architecture"] = f"{chip.major}{chip.minor}" + ("a" if chip.major == 9 else "")
+print(json.dumps(found))
+"""
+
+
+@dataclass
+class Run:
+    """One run of the script.
+
+    Args:
+        out: the folder of rows.jsonl, table.txt, logs.txt and junit.xml.
+        work: a folder that is emptied beforehand.
+        rehearsal: on the CPU.
+        ends: by `time.monotonic`.
+        before: rows that the file held at the start.
+    """
+
+    out: Path
+    work: Path
+    rehearsal: bool
+    ends: float
+    before: int = 0
+
+    def start(self, environment: dict[str, str]) -> dict[str, str]:
+        """Make the folders, read the machine, write the first row; return the stages' environment."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir(parents=True)
+        machine = probe()
+        device = "CPU, a rehearsal" if self.rehearsal else machine.get("device", "no GPU")
+        os.environ |= {rows.FILE: str(self.out / "rows.jsonl"), rows.DEVICE: device, **environment}
+        self.before = len(rows.read(self.out / "rows.jsonl"))
+        self.write(
+            "machine",
+            rows.row("machine", "measured", note=", ".join(f"{k} {v}" for k, v in machine.items()), **machine),
+        )
+        return machine
+
+    def failed(self) -> bool:
+        """Return whether a row of this run says so; the file may hold those of others before it."""
+        return any(made["state"] in rows.BAD for made in rows.read(self.out / "rows.jsonl")[self.before :])
+
+    def write(self, stage: str, made: rows.Row) -> None:
+        """Write a row of a stage, and the table anew."""
+        os.environ[rows.STAGE] = stage
+        rows.write(made)
+        temporary = self.out / "table.tmp"
+        temporary.write_text(rows.table(rows.read(self.out / "rows.jsonl")))
+        temporary.replace(self.out / "table.txt")
+
+    def stage(self, stage: Stage, reason: str | None) -> None:
+        """Run a stage and write what became of it; reason: why it cannot run here."""
+        commands = stage.rehearsal if self.rehearsal else stage.commands
+        left = self.ends - time.monotonic() - GRACE
+        began = time.monotonic()
+        if commands is None:
+            state, note = "needs a GPU", stage.what
+        elif reason is not None:
+            state, note = "failed", reason
+        elif left < LEAST:
+            state, note = "no time left", stage.what
+        else:
+            print(f"{stage.name}: {stage.what}", flush=True)
+            os.environ[rows.STAGE] = stage.name
+            state, note = "interrupted", ""
+            try:
+                state, note = run(stage, commands, self.out / "logs.txt", min(stage.limit, left))
+            finally:
+                if state == "interrupted":
+                    self.write(stage.name, rows.row("the stage", state, time.monotonic() - began, "s"))
+        self.write(stage.name, rows.row("the stage", state, time.monotonic() - began, "s", note))
+
+
+def run(stage: Stage, commands: list[list[str]], log: Path, limit: float) -> tuple[str, str]:
+    """Run the commands until one fails or the time is over; return the state, and the log's last line."""
+    ends = time.monotonic() + limit
+    state = "passed"
+    with log.open("ab+") as file:
+        start = file.tell()
+        for command in commands:
+            file.write(f"==== {stage.name}: {' '.join(command)}\n".encode())
+            file.flush()
+            state = run_one(command, file.fileno(), os.environ | stage.environment, ends, lambda: trim(log, start))
+            if state != "passed":
+                break
+        trim(log, start)
+        file.seek(start)
+        lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    return state, "" if state == "passed" else lines[-1].strip()[: rows.NOTE]
+
+
+def run_one(command: list[str], output: int, environment: dict[str, str], ends: float, tick: Callable[[], None]) -> str:
+    """Run one command in a process group of its own, which ends with it; return its state."""
+    try:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=output,
+            process_group=0,
+            preexec_fn=_end_with_parent,
+        )
+    except FileNotFoundError:
+        os.write(output, f"{command[0]} is not installed\n".encode())
+        return "failed"
+    try:
+        while process.poll() is None and time.monotonic() < ends:
+            tick()
+            time.sleep(0.05)
+        if process.poll() is not None:
+            return "passed" if process.returncode == 0 else "failed"
+        return "out of time"
+    finally:
+        _stop(process)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Interrupt what still runs of the group, and kill what is left of it after GRACE seconds."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _end_with_parent() -> None:
+    """Between fork and exec: have the kernel kill this process when the script's own ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def trim(log: Path, start: int) -> None:
+    """Cut the middle out of what follows `start`, where it is more than LOG_BYTES."""
+    size = log.stat().st_size - start
+    if size <= LOG_BYTES:
+        return
+    half = LOG_BYTES // 4
+    with log.open("r+b") as file:
+        file.seek(start + size - half)
+        end = file.read()
+        file.seek(start + half)
+        file.write(f"\n… {size - 2 * half} bytes left out …\n".encode() + end)
+        file.truncate()
+
+
+def probe() -> dict[str, str]:
+    """Return what this machine has, by its own PyTorch; why not, where PyTorch itself fails."""
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=False)
+    return json.loads(done.stdout) if done.returncode == 0 else {"error": done.stderr.strip()[-300:]}

@@ -1,0 +1,121 @@
+"""What the stages share: the device, the model, its images, and what becomes of an error.
+
+In a rehearsal (DAVE_FAST_REHEARSE=1) everything runs on a CPU with the demo model and tiny shapes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.gpu.rows import Row, failed, row
+from dave_fast import DAVE
+from dave_fast.bench.shapes import Shapes, build_model
+from dave_fast.bench.timing import host_seconds, spread
+from dave_fast.bench.whole import NOISE_ALPHA
+from dave_fast.precision import has_bf16, why_no_fp8
+
+REHEARSAL = os.environ.get("DAVE_FAST_REHEARSE") == "1"
+DEVICE = "cpu" if REHEARSAL else "cuda"
+MODEL = "vit_base_patch16_224"
+# model -> width, heads, blocks
+VITS = {"S/16": (384, 6, 12), "B/16": (768, 12, 12), "L/16": (1024, 16, 24)}
+
+
+def vit_shapes(model: str, rows: int, *, size: int = 224, patch: int = 16, samples: int = 50) -> Shapes:
+    """Return what a ViT with a class token asks of the ops.
+
+    Args:
+        model: of VITS.
+        rows: of a micro-batch.
+        size: side of the image in pixels.
+        patch: side of a patch in pixels.
+        samples: S.
+    """
+    width, heads, blocks = VITS[model]
+    return Shapes(
+        samples=samples,
+        rows=rows,
+        image=(3, size, size),
+        patch=(patch, patch),
+        prefix=1,
+        width=width,
+        heads=heads,
+        head_dim=width // heads,
+        hidden=4 * width,
+        activation="gelu",
+        blocks=blocks,
+        read=1,
+    )
+
+
+def shapes_here(rows: int, *, size: int = 224, samples: int = 50) -> Shapes:
+    """Return ViT-B/16's shapes; tiny ones in a rehearsal."""
+    return (
+        vit_shapes("S/16", 1, size=32, samples=3) if REHEARSAL else vit_shapes("B/16", rows, size=size, samples=samples)
+    )
+
+
+def model_here(size: int | None = None) -> nn.Module:
+    """Return ViT-B/16 with random weights, the same in every process, on the device; the demo model in a rehearsal."""
+    torch.manual_seed(0)
+    return build_model("demo") if REHEARSAL else build_model(MODEL, size).to(DEVICE)
+
+
+def images_here(number: int, size: int | None = None) -> Tensor:
+    """Return random images (number, 3, size, size) on the device."""
+    side = 128 if REHEARSAL else size or 224
+    return torch.randn(number, 3, side, side, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+
+
+def explainer_here(model: nn.Module, precision: str, **settings: Any) -> DAVE:
+    """Return dave-fast on the device; a rehearsal's fp8 is the reference in PyTorch, its bf16 what the CPU has."""
+    if REHEARSAL and precision == "fp8":
+        settings = {"backend": "torch"}
+    elif REHEARSAL:
+        settings = {}
+        precision = "fp32" if precision == "bf16" and not has_bf16(torch.device(DEVICE)) else precision
+    return DAVE(model, precision=precision, noise_alpha=NOISE_ALPHA, device=DEVICE, **settings)
+
+
+def why_no(precision: str) -> str | None:
+    """Return why the device lacks a precision; None where it has it. A rehearsal has all of them."""
+    if REHEARSAL:
+        return None
+    if precision == "fp8":
+        return why_no_fp8(torch.device(DEVICE))
+    if precision == "bf16" and not has_bf16(torch.device(DEVICE)):
+        return "this device does not multiply bfloat16"
+    return None
+
+
+def guarded(name: str, make: Callable[[], Iterator[Row]]) -> Iterator[Row]:
+    """Yield the rows of one part of a stage; what it raises is a row too, and the next part goes on."""
+    try:
+        yield from make()
+    except Exception as error:
+        yield failed(name, error)
+
+
+def needs_gpu(name: str) -> Row:
+    """Return the row of what a rehearsal leaves out."""
+    return row(name, "needs a GPU")
+
+
+def timed(call: Callable[[], Any], repeats: int, budget: float) -> dict[str, Any]:
+    """Return the spread of the seconds until the call's result is there, as its caller waits for it.
+
+    Args:
+        call: run once beforehand, uncounted.
+        repeats: at most.
+        budget: seconds after which no further repeat begins; one always does.
+    """
+    call()
+    seconds: list[float] = []
+    while not seconds or (len(seconds) < repeats and sum(seconds) < budget):
+        seconds.append(host_seconds(call, DEVICE))
+    return spread(seconds)

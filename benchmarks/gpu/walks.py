@@ -1,0 +1,79 @@
+"""ViT-B/16 whole: contributions against the frozen route in float64, maps against float32's, graphs against eager."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from benchmarks.gpu.rows import Row, row
+from benchmarks.gpu.setting import (
+    DEVICE,
+    REHEARSAL,
+    explainer_here,
+    guarded,
+    images_here,
+    model_here,
+    needs_gpu,
+    why_no,
+)
+from dave_fast.bench import whole
+from dave_fast.bench.agreement import distance
+from dave_fast.demo import draw_scenes, load_demo_model
+
+SAMPLES = 2 if REHEARSAL else 50
+
+
+def rows(args: argparse.Namespace) -> Iterator[Row]:
+    """Yield the verdicts, precision by precision."""
+    model = model_here()
+    truth = whole.find_truth(model, images_here(1)[0], ["bf16"], DEVICE)
+    for precision in args.precisions:
+        reason = why_no(precision)
+        if reason is not None:
+            yield row(precision, "not measured", note=reason)
+            continue
+        yield from guarded(f"{precision} against float64", partial(_contributions, model, truth, precision))
+        yield from guarded(f"{precision} graphs against eager", partial(_graphs, model, precision))
+        yield from guarded(f"{precision} maps against fp32", partial(_maps, precision))
+
+
+def _contributions(model: torch.nn.Module, truth: whole.Truth, precision: str) -> Iterator[Row]:
+    """The engine's contributions at equal draws: twice plain PyTorch's error at most; fp8 has no plain form."""
+    explainer = explainer_here(model, precision)
+    targets = torch.zeros(len(truth.images), 1, dtype=torch.int64)
+    found = explainer.contributions(truth.images, truth.draws, targets)[0]
+    error = distance((found,), (truth.contributions,))
+    reason = whole.refusal(precision, error, truth)
+    plain = truth.plain.get(precision)
+    note = reason or ("no plain form" if plain is None else f"plain {plain:.2g}")
+    yield row(f"{precision} against float64", "failed" if reason else "passed", error, note=note, plain=plain)
+
+
+def _graphs(model: torch.nn.Module, precision: str) -> Iterator[Row]:
+    """The same buckets captured and launched one by one promise the same bits."""
+    name = f"{precision} graphs against eager"
+    if REHEARSAL:
+        yield needs_gpu(name)
+        return
+    images = images_here(2)
+    raw = {}
+    for graphs in (True, False):
+        explainer = explainer_here(model, precision, graphs=graphs)
+        # the second call replays what the first captured, with other draws
+        raw[graphs] = [explainer.explain(images, 0, SAMPLES, seed).raw for seed in (0, 1)]
+    apart = max(distance((replayed,), (eager,)) for replayed, eager in zip(raw[True], raw[False], strict=True))
+    yield row(name, "passed" if apart == 0 else "failed", apart, note="equal bits" if apart == 0 else "other bits")
+
+
+def _maps(precision: str) -> Iterator[Row]:
+    """Final maps of the trained demo model correlate with float32's."""
+    model = load_demo_model().to(DEVICE)
+    scenes = draw_scenes(1 if REHEARSAL else 4, seed=7, split="test")
+    images = torch.from_numpy(scenes.images).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous().to(DEVICE)
+    low, exact = (explainer_here(model, each) for each in (precision, "fp32"))
+    found, least = whole.map_agreement(low, exact, images, 16 if REHEARSAL else 50), whole.MAPS_MUST_AGREE[precision]
+    state = "passed" if found >= least else "failed"
+    yield row(f"{precision} maps against fp32", state, found, note=f"Pearson, at least {least}; demo model")
