@@ -1,131 +1,393 @@
-"""scripts/gpu, rehearsed on the CPU: its stages, its files, and what it does with a stage that fails or hangs."""
+"""scripts/gpu on the CPU: its stages and rows, and what becomes of a stage that fails, hangs or is killed."""
 
-import importlib.util
+from __future__ import annotations
+
 import json
 import os
+import random
 import subprocess
 import sys
-import tarfile
 import time
-from importlib.machinery import SourceFileLoader
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from benchmarks import side_by_side
+from benchmarks.gpu import __main__ as stage_program
+from benchmarks.gpu import build, conductor, rows, stages
+from benchmarks.gpu.stages import Stage
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "gpu"
-
-
-@pytest.fixture
-def script():
-    """The script as a module."""
-    loader = SourceFileLoader("gpu_script", str(SCRIPT))
-    spec = importlib.util.spec_from_loader("gpu_script", loader)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_script"] = module
-    loader.exec_module(module)
-    yield module
-    del sys.modules["gpu_script"]
-
-
-def rehearse(out, *arguments):
-    environment = {key: value for key, value in os.environ.items() if key != "OUT"} | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), "--rehearse", "--out", str(out), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
-
-def check_rehearsal(done, out, names):
-    assert done.returncode == 0, done.stdout + done.stderr
-    results = json.loads((out / "results.json").read_text())
-    states = {stage["name"]: stage["state"] for stage in results["stages"]}
-    assert list(states) == names
-    for name, state in states.items():
-        assert state == ("not run: needs a GPU" if name in ("machine", "peers", "sanitizer", "tune") else "passed")
-    assert results["machine"]["rehearsal"] is True and results["machine"]["commit"]
-    assert (out / "table.txt").read_text().strip() in done.stdout
-    return results
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "scripts" / "gpu"
+MOST_FILES, MOST_BYTES = 8, 16 << 20
+# a stage that writes numbered rows without end
+COUNTING = """
+import itertools, time
+from benchmarks.gpu.rows import row, write
+for number in itertools.count():
+    write(row(f"row {number}", "measured", number, number=number))
+    time.sleep(0.001)
+"""
+# the script with stages of a test's own, and no wait for PyTorch
+DRIVER = """
+import sys, runpy
+sys.path.insert(0, {root!r})
+from benchmarks.gpu import conductor, stages
+conductor.probe = dict
+stages.short = lambda *_: [stages.Stage(name, "", 60.0, [], [[sys.executable, "-c", code]]) for name, code in {given!r}]
+sys.argv = ["gpu", "short", "--rehearse", "--out", {out!r}]
+runpy.run_path({script!r}, run_name="__main__")
+"""
 
 
-def test_a_rehearsal_leaves_four_files_and_says_what_was_not_run(tmp_path):
-    names = ["machine", "tests", "sanitizer", "tune", "bench"]
-    results = check_rehearsal(rehearse(tmp_path, "--only", *names), tmp_path, names)
-    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {
-        *("table.txt", "results.json", "logs.txt", "files.tar.gz")
-    }
-    assert results["bench"]["ops"][0]["op"] == "row_rstd"
-    assert "passed" in (tmp_path / "logs.txt").read_text()
-    with tarfile.open(tmp_path / "files.tar.gz") as archive:
-        assert "docs/performance.md" in archive.getnames()
+def plain_environment():
+    return {key: value for key, value in os.environ.items() if key != "OUT"} | {"OMP_NUM_THREADS": "1"}
+
+
+def rehearse(form, out, *arguments):
+    command = [sys.executable, str(SCRIPT), form, "--rehearse", "--out", str(out), *arguments]
+    return subprocess.run(command, env=plain_environment(), capture_output=True, text=True, check=False)
+
+
+def driven(out, *given):
+    """A process of the script whose stages are (name, Python code)."""
+    code = DRIVER.format(root=str(ROOT), script=str(SCRIPT), out=str(out), given=list(given))
+    return subprocess.Popen([sys.executable, "-c", code], env=plain_environment(), stdout=subprocess.DEVNULL)
+
+
+def ended(out):
+    """Stage -> what became of it."""
+    return {made["stage"]: made["state"] for made in rows.read(out / "rows.jsonl") if made["name"] == "the stage"}
+
+
+def check_files(out):
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert {"rows.jsonl", "table.txt", "logs.txt"} <= {path.name for path in files}
+    assert len(files) <= MOST_FILES and all(path.stat().st_size < MOST_BYTES for path in files)
+
+
+def wait_for(condition, seconds=30.0):
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends, "nothing happened"
+        time.sleep(0.02)
+
+
+def alive(pid):
+    """Whether a process runs; one that is dead and not yet waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+# ---- rows ----
+
+
+def test_nan_and_paths_are_strict_json(tmp_path, monkeypatch):
+    monkeypatch.setenv(rows.FILE, str(tmp_path / "rows.jsonl"))
+    monkeypatch.setenv(rows.STAGE, "here")
+    rows.write(rows.row("a", "measured", float("nan"), "ms", path=tmp_path, every=[float("inf"), 1.0]))
+    (made,) = (
+        json.loads(text, parse_constant=pytest.fail) for text in (tmp_path / "rows.jsonl").read_text().splitlines()
+    )
+    assert (made["stage"], made["value"], made["every"]) == ("here", "nan", ["inf", 1.0])
+    assert "nan" in rows.table([made])
+
+
+def test_rows_of_processes_that_write_at_once_do_not_mix(tmp_path):
+    code = "from benchmarks.gpu.rows import row, write\nfor i in range(200): write(row('x' * 500, 'measured', i))"
+    environment = plain_environment() | {rows.FILE: str(tmp_path / "rows.jsonl")}
+    running = [
+        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+        for _ in range(3)
+    ]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    assert sorted(made["value"] for made in rows.read(tmp_path / "rows.jsonl")) == sorted(3 * list(range(200)))
+
+
+# ---- stages that fail, hang, print without end ----
+
+
+def run_stage(tmp_path, code, limit):
+    command = [sys.executable, "-c", code]
+    return conductor.run(Stage("x", "", limit, [command], None), [command], tmp_path / "logs.txt", limit)
+
+
+def test_a_failing_stage_leaves_its_last_line(tmp_path):
+    assert run_stage(tmp_path, "raise ValueError('seven')", 20.0) == ("failed", "ValueError: seven")
+
+
+def test_a_missing_program_is_named(tmp_path):
+    state, note = conductor.run(Stage("x", "", 5.0, [["no-such"]], None), [["no-such"]], tmp_path / "logs.txt", 5.0)
+    assert (state, note) == ("failed", "no-such is not installed")
+
+
+def test_a_late_stage_is_interrupted_and_may_say_where_it_was(tmp_path):
+    code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('asleep'); raise SystemExit(1)"
+    began = time.monotonic()
+    assert run_stage(tmp_path, code, 1.0) == ("out of time", "asleep")
+    assert time.monotonic() - began < 5
+
+
+def test_a_stage_that_ignores_the_interrupt_is_killed_with_its_children(tmp_path, monkeypatch):
+    monkeypatch.setattr(conductor, "GRACE", 0.5)
+    code = f"""
+import signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+open({str(tmp_path / "pid")!r}, "w").write(str(child.pid))
+time.sleep(60)
+"""
+    assert run_stage(tmp_path, code, 2.0)[0] == "out of time"
+    assert not alive(int((tmp_path / "pid").read_text()))
+
+
+def test_a_log_without_end_loses_its_middle(tmp_path, monkeypatch):
+    monkeypatch.setattr(conductor, "LOG_BYTES", 1 << 14)
+    log = tmp_path / "logs.txt"
+    log.write_text("of a stage before\n")
+    assert (
+        run_stage(tmp_path, "for i in range(20000): print('line', i)\nraise SystemExit('the end')", 20.0)[1]
+        == "the end"
+    )
+    text = log.read_text()
+    assert len(text) < 1 << 15 and "bytes left out" in text
+    assert text.startswith("of a stage before\n") and "line 3\n" in text and "line 19999\n" in text
+
+
+def test_after_a_failed_and_a_hanging_stage_the_next_one_runs(tmp_path):
+    given = [("fails", "raise SystemExit(3)"), ("works", "print('fine')")]
+    assert driven(tmp_path, *given).wait() == 1
+    assert ended(tmp_path) == {"fails": "failed", "works": "passed"}
+    check_files(tmp_path)
+
+
+# ---- kills ----
+
+
+def test_sigkill_keeps_every_row_and_ends_the_stage(tmp_path):
+    pid = f"import os; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
+    process = driven(tmp_path / "out", ("first", "print('fine')"), ("second", pid + COUNTING))
+    path = tmp_path / "out" / "rows.jsonl"
+    wait_for(lambda: path.exists() and path.read_text().count("\n") > 100)
+    process.kill()
+    process.wait()
+    wait_for(lambda: not alive(int((tmp_path / "pid").read_text())))
+    made = rows.read(path)
+    assert ended(tmp_path / "out") == {"first": "passed"}
+    numbers = [each["number"] for each in made if "number" in each]
+    assert len(numbers) > 90 and numbers == list(range(len(numbers)))
+    assert "the stage" in (tmp_path / "out" / "table.txt").read_text()
+
+
+def test_sigterm_leaves_a_table(tmp_path):
+    process = driven(tmp_path, ("long", COUNTING))
+    wait_for(lambda: (tmp_path / "rows.jsonl").exists() and (tmp_path / "rows.jsonl").read_text().count("\n") > 10)
+    process.terminate()
+    assert process.wait() != 0
+    assert ended(tmp_path) == {"long": "interrupted"}
+    assert "row 5 " in (tmp_path / "table.txt").read_text()
 
 
 @pytest.mark.slow
-def test_the_whole_rehearsal(tmp_path, script):
-    names = [stage.name for stage in script.stages(tmp_path, "90a")]
-    results = check_rehearsal(rehearse(tmp_path), tmp_path, names)
-    assert {"goals", "first_linear", "first_attention", "first_pixels", "first_rows", "suites"} <= set(results)
+def test_a_rehearsal_killed_at_any_moment_keeps_what_it_printed(tmp_path):
+    for attempt in range(3):
+        out = tmp_path / str(attempt)
+        command = [sys.executable, str(SCRIPT), "short", "--rehearse", "--out", str(out)]
+        process = subprocess.Popen(command, env=plain_environment(), stdout=subprocess.DEVNULL, start_new_session=True)
+        wait_for(lambda out=out: (out / "logs.txt").exists(), 60.0)
+        time.sleep(random.uniform(2.0, 25.0))
+        process.kill()
+        process.wait()
+        # what the interrupted stage's children still print
+        time.sleep(1.0)
+        kept = [rows.line(made) for made in rows.read(out / "rows.jsonl")]
+        printed = [text for text in (out / "logs.txt").read_text().splitlines() if text.startswith("  ")]
+        measured = [text for text in printed if any(f" {state} " in text + " " for state in ("passed", "measured"))]
+        assert measured and set(measured) <= set(kept)
+
+
+# ---- the whole ----
+
+
+def check_rehearsal(done, out, expected):
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (out / "table.txt").read_text().strip() in done.stdout
+    found = ended(out)
+    assert found == {name: found[name] if state == "any" else state for name, state in expected.items()}
+    first, *others = rows.read(out / "rows.jsonl")
+    assert first["stage"] == "machine" and first["torch"] and first["device"] == "CPU, a rehearsal"
+    assert all(made["commit"] == "abc" and made["stage"] in expected for made in others)
+    check_files(out)
+
+
+def test_a_rehearsal_of_two_stages(tmp_path):
+    done = rehearse("full", tmp_path, "--commit", "abc", "--only", "build", "sanitizer")
+    check_rehearsal(done, tmp_path, {"build": "passed", "sanitizer": "needs a GPU"})
+    assert any(made["name"] == "versions" and made["versions"]["torch"] for made in rows.read(tmp_path / "rows.jsonl"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["short", "full"])
+def test_the_whole_rehearsal(tmp_path, form):
+    expected = {
+        stage.name: "needs a GPU" if stage.rehearsal is None else "passed"
+        for stage in getattr(stages, form)(tmp_path, tmp_path, "90a")
+    }
+    check_rehearsal(rehearse(form, tmp_path, "--commit", "abc"), tmp_path, expected)
+    kept = rows.read(tmp_path / "rows.jsonl")
+    measured = {
+        made["stage"] for made in kept if made["name"] != "the stage" and made["state"] in ("measured", "passed")
+    }
+    # nothing was tuned here
+    assert measured >= {name for name, state in expected.items() if state == "passed"} - {"choices"}
+    if form == "short":
+        assert sum(made.get("test", False) and made["state"] == "passed" for made in kept) > 10
 
 
 def test_an_unknown_stage_is_refused_with_the_names(tmp_path):
-    done = rehearse(tmp_path, "--only", "polish")
+    done = rehearse("short", tmp_path, "--only", "polish")
     assert done.returncode == 2
-    assert "no such stage: polish" in done.stdout and "goals" in done.stdout
+    assert "no such stage: polish" in done.stdout and "kernels" in done.stdout
+    assert not list(tmp_path.iterdir())
 
 
-def test_without_a_gpu_every_stage_fails_plainly(tmp_path, script, monkeypatch):
-    monkeypatch.setattr(script, "probe", lambda: {"torch": "2.11"})
-    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path), "--only", "machine"])
-    assert script.main() == 1
+def test_without_a_gpu_every_stage_fails_plainly(tmp_path):
+    environment = plain_environment() | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(SCRIPT), "short", "--out", str(tmp_path), "--only", "ops", "speed"]
+    assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 1
+    assert ended(tmp_path) == {"ops": "failed", "speed": "failed"}
     assert "PyTorch sees no GPU" in (tmp_path / "table.txt").read_text()
 
 
-def stage(script, *commands, limit=20.0):
-    return script.Stage("x", "", limit, [], [[sys.executable, "-c", code] for code in commands])
+def test_when_the_time_is_over_the_rest_is_not_run(tmp_path):
+    done = rehearse("short", tmp_path, "--seconds", "1")
+    assert done.returncode == 0
+    assert set(ended(tmp_path).values()) == {"no time left"}
 
 
-def test_a_failed_or_hanging_stage_does_not_stop_the_next(tmp_path, script, monkeypatch):
-    hanging = stage(script, "import subprocess, sys; subprocess.run(['sleep', '60'])", limit=2.0)
-    failing = stage(script, "print('oh'); raise SystemExit(3)", "print('never')")
-    missing = script.Stage("x", "", 5.0, [], [["no-such-program"]])
-    good = stage(script, "print('fine')")
-    monkeypatch.setattr(script, "stages", lambda *_: [hanging, failing, missing, good])
-    monkeypatch.setattr(script, "probe", dict)
-    monkeypatch.setattr(sys, "argv", ["gpu", "--rehearse", "--out", str(tmp_path)])
-    began = time.monotonic()
-    assert script.main() == 1
-    assert time.monotonic() - began < 20
-    states = [each["state"] for each in json.loads((tmp_path / "results.json").read_text())["stages"]]
-    assert states == ["out of time", "failed", "failed", "passed"]
-    logs = (tmp_path / "logs.txt").read_text()
-    assert "never" not in logs.replace("print('never')", "") and "no-such-program is not installed" in logs
+def test_a_second_run_appends(tmp_path):
+    for _ in range(2):
+        assert driven(tmp_path, ("only", "print('fine')")).wait() == 0
+    assert [made["stage"] for made in rows.read(tmp_path / "rows.jsonl")] == ["machine", "only"] * 2
 
 
-def test_when_the_time_is_over_the_rest_is_not_run(tmp_path, script, monkeypatch):
-    monkeypatch.setattr(script, "stages", lambda *_: [stage(script, "pass")])
-    monkeypatch.setattr(script, "probe", dict)
-    monkeypatch.setattr(sys, "argv", ["gpu", "--rehearse", "--minutes", "0.1", "--out", str(tmp_path)])
-    assert script.main() == 0
-    assert "not run: no time left" in (tmp_path / "table.txt").read_text()
+# ---- command lines ----
 
 
-def test_what_a_stage_names_is_there(script, tmp_path):
-    """Modules, test folders and CMake targets that only a GPU machine would miss."""
-    commands = [part for each in script.stages(tmp_path, "90a") for command in each.commands for part in command]
-    root = SCRIPT.parents[1]
-    for path in ("tests/gpu", "tests/kernels", "benchmarks"):
-        assert path in commands and (root / path).is_dir()
-    assert "tests/test_cuda_engine.py" in commands and (root / "tests" / "test_cuda_engine.py").is_file()
-    assert {"benchmarks.first_measurements", "benchmarks.side_by_side"} <= set(commands)
-    assert f"--benchmark-json={tmp_path}/suites.json" in commands
+def command_lines(tmp_path):
+    """Every command of both forms, with paths that hold a space."""
+    authors, wheels, work = (tmp_path / name for name in ("their code", "some wheels", "my work"))
+    wheels.mkdir()
+    wheel(wheels)
+    every = stages.short(work, work, "90a") + stages.full(work, work, "90a", authors, wheels)
+    return [command for stage in every for command in [*stage.commands, *(stage.rehearsal or [])]]
 
 
-def test_every_comparison_is_one_that_the_benchmark_takes(script, tmp_path):
-    """Options that only a GPU machine would find wrong, the authors' code at a path with a space among them."""
-    authors = tmp_path / "their code"
-    stages = script.stages(tmp_path, "90a", authors)
-    module = "benchmarks.side_by_side"
-    commands = [command for each in stages for command in each.commands if module in command]
-    parsed = [side_by_side.parser().parse_args(command[command.index(module) + 1 :]) for command in commands]
-    assert {each.out.name for each in parsed} >= {"goals.json", "px672.json", "s200.json", "s8.json", "peers.json"}
-    assert [each.authors for each in parsed if "authors" in each.groups] == [authors]
-    assert "authors" not in {each.name for each in script.stages(tmp_path, "90a")}
+def wheel(folder):
+    """The smallest package that pip installs."""
+    name = "tiny_thing-1.0"
+    with zipfile.ZipFile(folder / f"{name}-py3-none-any.whl", "w") as archive:
+        archive.writestr("tiny_thing.py", "")
+        archive.writestr(f"{name}.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-thing\nVersion: 1.0\n")
+        archive.writestr(f"{name}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{name}.dist-info/RECORD", "")
+
+
+def after(command, program):
+    return command[command.index(program) + 1 :]
+
+
+def test_every_stage_takes_its_options(tmp_path):
+    commands = [command for command in command_lines(tmp_path) if "benchmarks.gpu" in command]
+    parsed = [stage_program.parser().parse_args(after(command, "benchmarks.gpu")) for command in commands]
+    assert {args.stage for args in parsed} == set(stage_program.STAGES)
+    assert {args.authors for args in parsed} == {None, tmp_path / "their code"}
+    assert any(args.micro_batches == [None, 14, 28, 50, 56, 112] for args in parsed)
+
+
+def test_pytest_takes_its_options_and_finds_its_folders(tmp_path):
+    # a rehearsal runs the third
+    commands = [
+        command for command in command_lines(tmp_path) if "pytest" in command and "one-token" not in str(command)
+    ]
+    assert len(commands) == 2
+    environment = plain_environment() | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    for command in commands:
+        # --help ends pytest once it has read everything else
+        line = [sys.executable, "-m", "pytest", "-p", "xdist", *after(command, "pytest"), "--help"]
+        done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert all((ROOT / part).exists() for part in command if part.startswith("tests/"))
+
+
+def test_pip_takes_its_options(tmp_path):
+    (command,) = (command for command in command_lines(tmp_path) if "--no-index" in command)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "my work" / "site" / "tiny_thing.py").exists()
+
+
+def test_the_sanitizers_program_is_built_by_cmake(tmp_path):
+    commands = command_lines(tmp_path)
+    assert any(command[0] == "cmake" and build.SMOKE in command for command in commands) or any(
+        command[:2] == ["cp", str(build.PREBUILT / build.SMOKE)] for command in commands
+    )
+    assert f"add_executable({build.SMOKE} " in (ROOT / "CMakeLists.txt").read_text()
+    tools = [command[4] for command in commands if command[0] == "compute-sanitizer" and command[3] == "--tool"]
+    assert tools == ["memcheck", "racecheck", "memcheck"]
+
+
+# ---- tests as rows ----
+
+
+def test_after_a_sticky_cuda_error_another_process_runs_the_other_tests(tmp_path):
+    suite = tmp_path / "test_suite.py"
+    suite.write_text(
+        "import os\n"
+        "def test_fine(): pass\n"
+        "def test_lost(): raise RuntimeError('CUDA error: an illegal memory access was encountered')\n"
+        "def test_later(): print(os.getpid())\n"
+    )
+    plugins = ["-p", "benchmarks.gpu.tests", "-p", "xdist", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *plugins, "-n", "1", "-c", "/dev/null", str(suite)]
+    environment = plain_environment() | {
+        rows.FILE: str(tmp_path / "rows.jsonl"),
+        "PYTHONPATH": str(ROOT),
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    }
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "replacing crashed worker" in done.stdout, done.stdout + done.stderr
+    states = [(made["name"].split("::")[-1], made["state"]) for made in rows.read(tmp_path / "rows.jsonl")]
+    assert set(states) == {("test_fine", "passed"), ("test_lost", "failed"), ("test_later", "passed")}
+    notes = [made["note"] for made in rows.read(tmp_path / "rows.jsonl") if made["state"] == "failed"]
+    assert any("an illegal memory access" in note for note in notes)
+
+
+# ---- prebuilt ----
+
+
+@pytest.fixture
+def prebuilt(tmp_path):
+    """A folder of modules that import, made of these sources."""
+    folder = tmp_path / "prebuilt"
+    folder.mkdir()
+    for name in ("_native", "_cuda"):
+        (folder / f"{name}.py").write_text("")
+    (folder / "sources").write_text(build.sources() + "\n")
+    return folder
+
+
+def test_prebuilt_modules_of_these_sources_are_taken(prebuilt):
+    assert build.why_not_prebuilt(prebuilt) is None
+
+
+def test_prebuilt_modules_of_other_sources_are_not_taken(prebuilt):
+    (prebuilt / "sources").write_text("0" * 64)
+    assert "other sources" in build.why_not_prebuilt(prebuilt)
+
+
+def test_prebuilt_modules_that_do_not_import_are_not_taken(prebuilt):
+    (prebuilt / "_cuda.py").write_text("raise ImportError('GLIBC_9.9 not found')")
+    assert "GLIBC_9.9 not found" in build.why_not_prebuilt(prebuilt)

@@ -137,7 +137,7 @@ def run_one(command: list[str], output: int, environment: dict[str, str], ends: 
             stdout=output,
             stderr=output,
             process_group=0,
-            preexec_fn=_end_with_parent,
+            preexec_fn=end_with_parent,
         )
     except FileNotFoundError:
         os.write(output, f"{command[0]} is not installed\n".encode())
@@ -164,8 +164,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _end_with_parent() -> None:
-    """Between fork and exec: have the kernel kill this process when the script's own ends."""
+def end_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it ends, however that ends."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

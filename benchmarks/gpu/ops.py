@@ -16,6 +16,7 @@ from importlib.util import find_spec
 
 import torch
 
+from benchmarks.gpu.conductor import end_with_parent
 from benchmarks.gpu.rows import Row, failed, row, write
 from benchmarks.gpu.setting import DEVICE, REHEARSAL, shapes_here
 from dave_fast.bench.agreement import check, loader
@@ -81,6 +82,7 @@ def verdict(job: Job) -> Row:
 
 
 def _run(job: Job) -> None:
+    end_with_parent()
     try:
         made = verdict(job)
     except Exception as error:

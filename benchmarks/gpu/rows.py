@@ -32,21 +32,21 @@ def failed(name: str, error: BaseException) -> Row:
     return row(name, "failed", note=f"{type(error).__name__}: {' '.join(str(error).split())}"[:NOTE])
 
 
-def write(made: Row) -> None:
-    """Append a row to the file of $DAVE_FAST_ROWS and print it: whole or not at all, whoever else writes there."""
+def write(made: Row, *, show: bool = True) -> None:
+    """Append a row to the file of $DAVE_FAST_ROWS, whole or not at all, whoever else writes there; then print it."""
     said = {key.removeprefix("DAVE_FAST_").lower(): os.environ.get(key, "unknown") for key in (STAGE, DEVICE, COMMIT)}
-    print(line(made), flush=True)
     path = os.environ.get(FILE)
-    if path is None:
-        return
-    data = json.dumps(_plain(said | made), ensure_ascii=False, allow_nan=False) + "\n"
-    # one write to the end of the file: lines of several processes do not mix
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(file, data.encode())
-        os.fsync(file)
-    finally:
-        os.close(file)
+    if path is not None:
+        data = json.dumps(_plain(said | made), ensure_ascii=False, allow_nan=False) + "\n"
+        # one write to the end of the file: lines of several processes do not mix
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(file, data.encode())
+            os.fsync(file)
+        finally:
+            os.close(file)
+    if show:
+        print(line(made), flush=True)
 
 
 def _plain(value: Any) -> Any:
@@ -67,7 +67,7 @@ def read(path: Path) -> list[Row]:
 
 def line(made: Row) -> str:
     """Return a row as one line of the table."""
-    value = "" if made["value"] is None else f"{made['value']:.4g} {made['unit']}"
+    value = "" if made["value"] is None else f"{float(made['value']):.4g} {made['unit']}"
     return f"  {made['name'][:64]:64} {made['state']:12} {value:>14}  {made['note'][:120]}".rstrip()
 
 

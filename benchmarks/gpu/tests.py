@@ -26,7 +26,7 @@ class Rows:
             # pytest marks what was raised by an E
             raised = [line[1:].strip() for line in lines if line.startswith("E ")] or lines[-1:]
             note = " ".join(raised)[:600] if report.outcome != "passed" else ""
-            write(row(report.nodeid, report.outcome, report.duration, "s", note, test=True))
+            write(row(report.nodeid, report.outcome, report.duration, "s", note, test=True), show=False)
 
 
 class Worker:

@@ -29,14 +29,14 @@ form does besides (dave-fast walks the image itself forward once more, for its p
 the relative distance of single contributions from float64 at equal draws, and beside it that of plain PyTorch in the
 same precision: a form with more than twice that is refused, not reported.
 """
-NO_GPU = "**Nothing here was measured on a GPU yet.** `scripts/gpu` does all of it there, in one command."
+NO_GPU = "**Nothing here was measured on a GPU yet.** `scripts/gpu` does it there, in two commands."
 NOTHING = "No result of the bench is kept here yet.\n"
 GPU = "Devices: {devices}."
 AGAIN = """## Again
 
     dave-fast bench --op all --model {model} --samples {samples} --docs docs/    # ops and engine, anywhere
     python -m benchmarks.side_by_side --model {model} --samples {samples}        # beside the peers, from a checkout
-    scripts/gpu                                                                  # everything, on a GPU machine
+    scripts/gpu short; scripts/gpu full                                          # on a GPU machine
 """
 
 
