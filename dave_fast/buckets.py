@@ -1,11 +1,16 @@
-"""How many rows a micro-batch on a GPU has: enough to fill the chip, few enough to keep a layer in its L2 cache.
+"""How many rows a micro-batch on a GPU has, by a count of tiles and an estimate of what a micro-batch costs besides.
 
-    fill(m) = useful tiles / (waves · multiprocessors)      over the GEMMs of one block, weighted by their work
+    fill(m) = useful tiles / (waves · programs)      over the GEMMs of one block, weighted by their work
+    cost(m) = m / fill(m) + overhead                 in rows at full fill
 
-A GEMM of m·N token rows runs as whole waves of output tiles over the multiprocessors; what the last wave leaves idle
-is lost. Within a block the stream and the hidden layer are written and read again by the next kernel, so they should
-stay in L2. The full micro-batch m* is the number of rows with the best fill whose live tensors fit there. What is
-left over at the end goes into m*/2, m*/4, … rows, padded: a bucket has a fixed shape, as a captured graph needs.
+A GEMM of m·N token rows runs as whole waves of output tiles, one a program, as many programs at once as are resident
+on the multiprocessors; what the last wave leaves idle is lost. (A last wave with one program a multiprocessor is
+counted as a whole one, though it may end sooner.) The overhead is what a micro-batch costs whatever its rows: launches,
+the trimmed block, reading the weights once more.
+
+The full micro-batch m* is the smallest with almost the least cost a row: of equal ones it keeps the most in the L2.
+What is left over at the end goes into m*/2, m*/4, … rows, padded: a bucket has a fixed shape, as a captured graph
+needs. The samples of one image may have a bucket of their own, of just so many rows.
 
 Everything here is arithmetic; nothing has been measured on a device. m rows · N tokens · O × I a GEMM's weight.
 """
@@ -13,9 +18,9 @@ Everything here is arithmetic; nothing has been measured on a device. m rows · 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,40 +28,84 @@ import torch
 if TYPE_CHECKING:
     from dave_fast.plan import ViTPlan
 
-# output tiles that the kernels choose between
-TILES = ((128, 128), (128, 256))
-# share of L2 that a block's live tensors may take beside the weights that stream through
-L2_SHARE = 0.7
-# fills that differ by less are equal, and the larger micro-batch reads the weights less often
-SAME_FILL = 0.005
-# what a micro-batch costs beside its rows, in rows: launches, and reading the weights once more
-OVERHEAD = 1.0
+# costs a row that differ by less than this share are equal
+SAME_COST = 0.05
+# no full micro-batch has more rows
+MOST_ROWS = 512
+# buckets of an image size that have just one image's samples; the first that are asked for
+OWN_BUCKETS = 4
 
 Gemm = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Chip:
-    """What of a GPU decides: its multiprocessors and the bytes of its L2 cache."""
+class Kernel:
+    """What of a GEMM kernel decides.
 
-    multiprocessors: int
-    l2_bytes: int
+    Args:
+        tile: (rows, columns) of the output that a program makes; the first of `kernels.linear.configurations`.
+        resident: programs on a multiprocessor at once.
+        overhead: floating-point operations of products that take as long as a micro-batch's overhead, a block.
+    """
+
+    tile: tuple[int, int]
+    resident: int
+    overhead: float
 
     @staticmethod
-    def of(device: torch.device) -> Chip:
-        """Read off the device."""
-        found = torch.cuda.get_device_properties(device)
-        return Chip(found.multi_processor_count, found.L2_cache_size)
+    def of(itemsize: int) -> Kernel:
+        """Return that of operands with so many bytes.
+
+        The overhead is an estimate until it is measured: about 148 launches and the trimmed block of a ViT-B are 0.5 ms
+        a micro-batch, so 42 µs for each of its 12 blocks. At 600 TFLOP/s (bfloat16) these are 25 GFLOP, or five rows
+        of 197 tokens; at 45 TFLOP/s (float32) 1.9 GFLOP. A register file of 256 KiB holds two programs of 128×128.
+        """
+        return Kernel((128, 128), 2, 25e9) if itemsize <= 2 else Kernel((64, 64), 2, 1.9e9)
 
 
-def plan_gemms(plan: ViTPlan) -> list[Gemm]:
+@dataclass(frozen=True)
+class Cost:
+    """What micro-batches of one model and image size cost on a chip; called with a number of rows, in rows.
+
+    Args:
+        tokens: N.
+        gemms: of one block, both walks.
+        kernel: that runs them.
+        multiprocessors: of the chip.
+    """
+
+    tokens: int
+    gemms: tuple[Gemm, ...]
+    kernel: Kernel
+    multiprocessors: int
+
+    def __call__(self, rows: int) -> float:
+        return rows / self.fill(rows) + self.overhead
+
+    @property
+    def overhead(self) -> float:
+        """What a micro-batch costs beside its rows, in rows at full fill."""
+        return self.kernel.overhead / (2 * self.tokens * sum(outputs * inputs for outputs, inputs in self.gemms))
+
+    def fill(self, rows: int) -> float:
+        """Return the share of the programs' time that is useful, in (0, 1]."""
+        (high, wide), programs = self.kernel.tile, self.kernel.resident * self.multiprocessors
+        work = time = 0.0
+        for outputs, inputs in self.gemms:
+            waves = math.ceil(math.ceil(rows * self.tokens / high) * math.ceil(outputs / wide) / programs)
+            work += rows * self.tokens * outputs * inputs
+            time += high * wide * programs * waves * inputs
+        return work / time
+
+
+def plan_gemms(plan: ViTPlan) -> tuple[Gemm, ...]:
     """(O, I) of the eight GEMMs of the first attention and the first MLP, forward and VJP."""
     width, attention, mlp = plan.width, plan.attention, plan.mlp
     inner = attention.heads * attention.head_dim
     wide = mlp.fc1.bias.shape[0]
     hidden = hidden_width(wide, mlp.activation)
     forward = [(3 * inner, width), (width, inner), (wide, width), (width, hidden)]
-    return [*forward, (hidden, width), (width, hidden), (inner, width), (width, inner)]
+    return (*forward, (hidden, width), (width, hidden), (inner, width), (width, inner))
 
 
 def hidden_width(wide: int, activation: str) -> int:
@@ -64,31 +113,17 @@ def hidden_width(wide: int, activation: str) -> int:
     return wide // 2 if "_glu" in activation else wide
 
 
-def fill(rows: int, tokens: int, gemms: Sequence[Gemm], multiprocessors: int) -> float:
-    """Share of the multiprocessors' time that is useful, in (0, 1], each GEMM with its better tile."""
-    work = time = 0.0
-    for outputs, inputs in gemms:
-        shares = []
-        for high, wide in TILES:
-            waves = math.ceil(math.ceil(rows * tokens / high) * math.ceil(outputs / wide) / multiprocessors)
-            shares.append(rows * tokens * outputs / (high * wide * waves * multiprocessors))
-        work += outputs * inputs
-        time += outputs * inputs / max(shares)
-    return work / time
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def live_bytes(tokens: int, width: int, wide: int, itemsize: int) -> int:
-    """Bytes of one row that a block's kernels hand to each other: the stream and the hidden layer."""
-    return tokens * (width + wide) * itemsize
-
-
-def full_rows(tokens: int, gemms: Sequence[Gemm], itemsize: int, chip: Chip, most: int) -> int:
-    """m*: the rows with the best fill among those that stay in L2, and no more than `most`."""
-    outputs, width = gemms[2]
-    fitting = int(L2_SHARE * chip.l2_bytes / live_bytes(tokens, width, outputs, itemsize))
-    fills = {m: fill(m, tokens, gemms, chip.multiprocessors) for m in range(1, max(1, min(fitting, most)) + 1)}
-    enough = max(fills.values()) - SAME_FILL
-    return max(m for m, share in fills.items() if share >= enough)
+@lru_cache(maxsize=64)
+def full_rows(cost: Callable[[int], float], most: int) -> int:
+    """m*: the fewest rows with almost the least cost a row, and no more than `most`."""
+    a_row = {rows: cost(rows) / rows for rows in range(1, max(1, min(most, MOST_ROWS)) + 1)}
+    enough = min(a_row.values()) * (1 + SAME_COST)
+    return min(rows for rows, value in a_row.items() if value <= enough)
 
 
 def ladder(full: int) -> tuple[int, ...]:
@@ -96,31 +131,33 @@ def ladder(full: int) -> tuple[int, ...]:
     return (full, *ladder(full // 2)) if full > 1 else (1,)
 
 
-def next_bucket(remaining: int, full: int, cost: Callable[[int], float]) -> int:
-    """The bucket for the next rows when `remaining` are left: m* while it fills, then what ends soonest.
+@lru_cache(maxsize=4096)
+def next_bucket(remaining: int, full: int, cost: Callable[[int], float], own: int | None = None) -> int:
+    """The bucket for the next rows when `remaining` are left: m* while many are left, then what ends soonest.
 
-    cost: of one micro-batch of so many rows, in any unit.
+    Args:
+        remaining: rows.
+        full: m*.
+        cost: of one micro-batch of so many rows, in any unit.
+        own: one more size that is allowed, of any number of rows.
     """
-    if remaining >= full:
+    sizes = ladder(full) if own is None else (*ladder(full), own)
+    if remaining >= 2 * max(sizes):
         return full
-    return _tail(remaining, ladder(full), cost)[1]
+    return _ways(remaining, sizes, cost)
 
 
-def _tail(remaining: int, sizes: tuple[int, ...], cost: Callable[[int], float]) -> tuple[float, int]:
-    """(least cost, first bucket) for the rows that are left; of equal ways the one with fewer micro-batches."""
-
-    @cache
-    def best(left: int) -> tuple[float, int]:
-        ways = []
-        for size in sizes:
-            rest = best(left - size)[0] if size < left else 0.0
-            ways.append((cost(size) + rest, -size))
-        least, size = min(ways)
-        return least, -size
-
-    return best(remaining)
+def _ways(rows: int, sizes: tuple[int, ...], cost: Callable[[int], float]) -> int:
+    """The first and largest bucket of the cheapest way to walk so many rows; of equal ways that with the fewest."""
+    # whole numbers: sums that are equal in any order
+    costs = {size: round(1e6 * cost(size)) for size in sizes}
+    best = [(0, 0, 0)]
+    for left in range(1, rows + 1):
+        after = {size: best[max(0, left - size)] for size in sizes}
+        best.append(min((costs[size] + after[size][0], after[size][1] + 1, -size) for size in sizes))
+    return -best[rows][2]
 
 
-def row_cost(rows: int, tokens: int, gemms: Sequence[Gemm], multiprocessors: int) -> float:
-    """The cost of a micro-batch on a chip, in rows at full fill."""
-    return rows / fill(rows, tokens, gemms, multiprocessors) + OVERHEAD
+def flat_cost(rows: int) -> float:
+    """Where no chip is known: a micro-batch costs as much as one more row."""
+    return rows + 1.0

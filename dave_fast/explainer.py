@@ -176,7 +176,7 @@ class DAVE:
 
         def work(images: Tensor, route: Route, end: EndOfCall) -> Explanation:
             keys = check_keys(image_keys, len(images))
-            batches = self._batches(route, rows)
+            batches = self._batches(route, rows, n_samples)
             output = self._output(batches, images, end)
             resolved = [self._resolved(each, output, images) for each in asked]
             draws = draw(
@@ -333,16 +333,25 @@ class DAVE:
 
     # ---- micro-batches ----
 
-    def _batches(self, route: Route, rows: int | None = None) -> MicroBatches:
-        """The loop over micro-batches; rows: of a full one, where the caller says so."""
-        wanted = rows or self.internal_batch_size or self._fitting_rows(route)
+    def _batches(self, route: Route, rows: int | None = None, samples: int | None = None) -> MicroBatches:
+        """The loop over micro-batches.
+
+        Args:
+            route: the walks.
+            rows: of a full micro-batch, where the caller says so.
+            samples: of one image, where a bucket may have just so many rows.
+        """
+        best, asked = self._fitting_rows(route), rows or self.internal_batch_size
+        if samples is not None and asked is not None and samples > asked:
+            samples = None
         graphs = self._graphs if route.capturable else None
         if self._graphs_wanted and graphs is None:
             raise ModelError(
                 f"graphs=True was asked for, but the {route.name} route runs the model's own forward, which may wait "
                 "for the device. Use graphs=None."
             )
-        return MicroBatches(route, self._perturb, self._pull_back, wanted, graphs=graphs, pixels=self._pixels)
+        ops = (self._perturb, self._pull_back)
+        return MicroBatches(route, *ops, asked or best, graphs=graphs, pixels=self._pixels, samples=samples)
 
     def _output(self, batches: MicroBatches, images: Tensor, end: EndOfCall) -> Tensor:
         """The model's output for the unperturbed images."""
@@ -380,7 +389,9 @@ class DAVE:
         """
         if self._graphs is not None and route.full_rows is not None:
             return route.full_rows
-        route.full_rows = route.best_rows(int(memory.SHARE * memory.free_bytes(self.device) / max(1, route.row_bytes)))
+        free = memory.SHARE * memory.free_bytes(self.device)
+        route.fitting_rows = int(free / max(1, route.row_bytes))
+        route.full_rows = route.best_rows(route.fitting_rows)
         return route.full_rows
 
     # ---- the route ----

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dave_fast import memory
-from dave_fast.buckets import next_bucket
+from dave_fast.buckets import OWN_BUCKETS, next_bucket
 from dave_fast.cotangents import Cotangent
 from dave_fast.errors import OutOfMemoryError
 from dave_fast.graphs import Bucket, Capture, Graphs
@@ -86,8 +86,11 @@ class Eager:
 class MicroBatches:
     """The loop over micro-batches for images of one size.
 
-    rows: of a full micro-batch. graphs: the buckets of a GPU, None where micro-batches are walked as they come.
-    pixels: whether perturb and pull_back can be captured.
+    Args:
+        rows: of a full micro-batch.
+        graphs: the buckets of a GPU, None where micro-batches are walked as they come.
+        pixels: whether perturb and pull_back can be captured.
+        samples: of one image: a size that a bucket may have besides those of the ladder.
     """
 
     def __init__(
@@ -99,9 +102,11 @@ class MicroBatches:
         *,
         graphs: Graphs | None = None,
         pixels: bool = True,
+        samples: int | None = None,
     ) -> None:
         self._route, self._ops, self._rows = route, (perturb, pull_back), rows
         self._graphs, self._pixels = graphs, pixels
+        self._samples = samples
 
     def outputs(self, images: Tensor) -> Tensor:
         """The model's output (B, ...) for the images as they are."""
@@ -172,7 +177,21 @@ class MicroBatches:
         rows = min(self._rows, self._route.most_rows)
         if self._graphs is None:
             return min(rows, remaining)
-        return next_bucket(remaining, rows, self._route.row_cost)
+        own = self._own(rows)
+        size = next_bucket(remaining, rows, self._route.row_cost, own)
+        if size == own and own not in self._route.own_rows:
+            self._route.own_rows.append(own)
+        return size
+
+    def _own(self, full: int) -> int | None:
+        """The samples of one image, where they may have a bucket: the first few numbers that are asked for, as long as
+        memory has room for all buckets together. So calls with ever other numbers capture no graphs without end."""
+        samples, known = self._samples, self._route.own_rows
+        if samples is None or samples > self._route.most_rows:
+            return None
+        # the buckets of the ladder together have less than twice the rows of the full one
+        fits = 2 * full + sum(known) + samples <= self._route.fitting_rows
+        return samples if samples in known or (fits and len(known) < OWN_BUCKETS) else None
 
     @contextmanager
     def _walk(self, size: int, images: Tensor) -> Iterator[Walk]:
@@ -201,6 +220,7 @@ class MicroBatches:
 
     def _shrink(self, size: int, device: torch.device) -> None:
         self._route.most_rows = size // 2
+        self._route.own_rows.clear()
         logger.warning("memory ran out with %d rows a micro-batch; going on with %d", size, size // 2)
         if self._graphs is not None:
             self._graphs.clear()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dave_fast import plan as planning
-from dave_fast.buckets import OVERHEAD, Chip, full_rows, plan_gemms, row_cost
+from dave_fast.buckets import Cost, Kernel, flat_cost, full_rows, multiprocessors, plan_gemms
 from dave_fast.engine import Engine
 from dave_fast.errors import InputError, ModelError
 from dave_fast.frozen import freeze, run_frozen
@@ -34,8 +35,9 @@ class Route(Protocol):
     """A pair of walks for one model, image size, precision and device.
 
     row_bytes, weights: bytes that a row of a micro-batch and the weights take · capturable: whether the walks never
-    wait for the device · full_rows: rows of a micro-batch once they have been chosen · most_rows: where memory ran
-    out before, the rows that still fitted.
+    wait for the device · full_rows: rows of a micro-batch once they have been chosen · fitting_rows: those that memory
+    had room for then · own_rows: the sizes of buckets that have one image's samples · row_cost: what a micro-batch of
+    so many rows costs, in rows · most_rows: where memory ran out before, the rows that still fitted.
     """
 
     name: str
@@ -45,14 +47,13 @@ class Route(Protocol):
     weights: int
     capturable: bool
     full_rows: int | None
+    fitting_rows: int
+    own_rows: list[int]
+    row_cost: Callable[[int], float]
     most_rows: int
 
     def best_rows(self, fitting: int) -> int:
         """Rows of a full micro-batch where memory would hold `fitting`."""
-        ...
-
-    def row_cost(self, rows: int) -> float:
-        """What a micro-batch of so many rows costs, in rows."""
         ...
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Any]:
@@ -78,24 +79,21 @@ class EngineRoute:
         self.row_bytes = engine_row_bytes(plan)
         self.weights = plan_bytes(plan)
         self.full_rows: int | None = None
+        self.fitting_rows = 0
+        self.own_rows: list[int] = []
         self.most_rows = sys.maxsize
+        self.row_cost: Callable[[int], float] = flat_cost
+        if plan.device.type == "cuda":
+            kernel, processors = Kernel.of(plan.dtype.itemsize), multiprocessors(plan.device)
+            self.row_cost = Cost(plan.tokens, plan_gemms(plan), kernel, processors)
         self.forward = engine.forward
         self.vjp = engine.vjp
-        self._gemms = plan_gemms(plan)
-        self._chip = Chip.of(plan.device) if plan.device.type == "cuda" else None
 
     def best_rows(self, fitting: int) -> int:
         """See `Route`."""
-        plan = self.plan
-        if self._chip is None:
-            return max(1, min(64, CPU_TOKENS // plan.tokens, fitting))
-        return full_rows(plan.tokens, self._gemms, plan.dtype.itemsize, self._chip, fitting)
-
-    def row_cost(self, rows: int) -> float:
-        """See `Route`."""
-        if self._chip is None:
-            return rows + OVERHEAD
-        return row_cost(rows, self.plan.tokens, self._gemms, self._chip.multiprocessors)
+        if self.row_cost is flat_cost:
+            return max(1, min(64, CPU_TOKENS // self.plan.tokens, fitting))
+        return full_rows(self.row_cost, fitting)
 
 
 @dataclass
@@ -119,15 +117,14 @@ class FrozenRoute:
         self.row_bytes = 0
         self.weights = weight_bytes(model)
         self.full_rows: int | None = None
+        self.fitting_rows = 0
+        self.own_rows: list[int] = []
+        self.row_cost: Callable[[int], float] = flat_cost
         self.most_rows = sys.maxsize
 
     def best_rows(self, fitting: int) -> int:
         """See `Route`."""
         return max(1, min(FROZEN_ROWS, fitting))
-
-    def row_cost(self, rows: int) -> float:
-        """See `Route`."""
-        return float(rows)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, _SavedGraph]:
         """One token an image (R, 1, C·H·W) -> output (R, ...), the graph."""

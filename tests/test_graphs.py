@@ -10,6 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import dave_fast
 from dave_fast import graphs
+from dave_fast.buckets import OWN_BUCKETS
 from dave_fast.errors import InputError, ModelError
 from dave_fast.graphs import Graphs, direct, fill
 from dave_fast.micro_batch import AHEAD, Pacer
@@ -108,6 +109,46 @@ def test_work_is_captured_once_a_bucket(model, images):
     assert capture.captured == 4 and capture.replayed == 2 * replayed
     assert torch.equal(explainer.explain(images, n_samples=6).raw, first.raw)
     assert not torch.equal(second.raw, first.raw)
+
+
+def test_one_images_samples_have_a_bucket_of_their_own(model, images):
+    """7 rows in one bucket of 7; by the ladder of 16 they would be padded to 8."""
+    explainer, _ = buffered(model, internal_batch_size=16)
+    found = explainer.explain(images[:1], 0, n_samples=7).raw
+    assert explainer._route(images).own_rows == [7]
+    assert sorted(size for _, size in explainer._graphs._buckets) == [1, 7]
+    assert torch.equal(found, buffered(model, direct, internal_batch_size=7)[0].explain(images[:1], 0, n_samples=7).raw)
+
+
+def test_ever_other_numbers_of_samples_capture_no_graphs_without_end(model, images):
+    explainer, capture = buffered(model, internal_batch_size=16)
+    for samples in range(1, 17):
+        explainer.explain(images[:1], 0, n_samples=samples)
+    route = explainer._route(images)
+    assert len(route.own_rows) == OWN_BUCKETS
+    # the ladder of 16 has five
+    assert len(explainer._graphs) <= 5 + OWN_BUCKETS
+    captured = capture.captured
+    for samples in range(16, 0, -1):
+        found = explainer.explain(images[:1], 0, n_samples=samples).raw
+        assert same(found, plain(model).explain(images[:1], 0, n_samples=samples).raw)
+    assert capture.captured == captured
+
+
+def test_short_memory_allows_no_bucket_besides_the_ladder(model, images):
+    explainer, _ = buffered(model, internal_batch_size=16)
+    explainer._batches(explainer._route(images))
+    explainer._route(images).fitting_rows = 2 * 16 + 6
+    explainer.explain(images[:1], 0, n_samples=7)
+    assert explainer._route(images).own_rows == []
+    explainer.explain(images[:1], 0, n_samples=6)
+    assert explainer._route(images).own_rows == [6]
+
+
+def test_an_internal_batch_size_is_the_most_rows_of_any_bucket(model, images):
+    explainer, _ = buffered(model, internal_batch_size=4)
+    explainer.explain(images[:1], 0, n_samples=7)
+    assert max(size for _, size in explainer._graphs._buckets) == 4
 
 
 def test_padding_repeats_the_last_row():
