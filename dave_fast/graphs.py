@@ -61,16 +61,17 @@ class CudaCapture:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Run) -> Run:
-        """Capture what `run` launches; the result replays it and returns the same tensor, filled anew."""
+        """Capture what `run` launches; the result replays it and returns the same tensor, filled anew.
+
+        Raises what `run` raises, and RuntimeError where its work cannot be captured.
+        """
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
+        # restores the caller's stream, which a capture that fails to end leaves behind
         with torch.cuda.stream(self._stream):
             for _ in range(WARM_UPS):
                 run()
-        graph = torch.cuda.CUDAGraph()
-        # other threads may allocate and copy meanwhile: only what this stream does is recorded
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            output = run()
+            graph, output = self._recorded(run)
         current.wait_stream(self._stream)
 
         def replay() -> Tensor:
@@ -78,6 +79,29 @@ class CudaCapture:
             return output
 
         return replay
+
+    def _recorded(self, run: Run) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        cause: BaseException | None = None
+        try:
+            # other threads may allocate and copy meanwhile: only what this stream does is recorded
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                try:
+                    output = run()
+                except BaseException as error:
+                    cause = error
+                    raise
+        except BaseException:
+            # ending a capture in which nothing was launched is an error of its own, which would hide the cause
+            if cause is None:
+                raise
+        try:
+            if cause is not None:
+                raise cause
+        finally:
+            # the error refers to this frame: a way back would keep the memory that ran out
+            del cause
+        return graph, output
 
 
 class Bucket:

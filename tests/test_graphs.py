@@ -1,8 +1,11 @@
 """Static buffers, buckets and replays; the stand-in for CUDA graphs runs the recorded work on the same buffers."""
 
 import copy
+import gc
 import logging
 import threading
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ import dave_fast
 from dave_fast import graphs
 from dave_fast.buckets import OWN_BUCKETS
 from dave_fast.errors import InputError, ModelError
-from dave_fast.graphs import Graphs, direct, fill
+from dave_fast.graphs import CudaCapture, Graphs, direct, fill
 from dave_fast.micro_batch import AHEAD, Pacer
 from dave_fast.sampling import draw, join
 from dave_fast.targets import Contrast, Patch
@@ -296,3 +299,104 @@ def test_without_progress_nothing_waits(monkeypatch):
     pacer = Pacer(None, 10, torch.device("cuda"))
     pacer.queued(10)
     pacer.finish()
+
+
+class Held:
+    """Counts those that are alive."""
+
+    alive = 0
+
+    def __init__(self):
+        Held.alive += 1
+
+    def __del__(self):
+        Held.alive -= 1
+
+
+class Capturing:
+    """Stands for PyTorch's capture on a CPU; as there, ending one in which nothing was launched is an error."""
+
+    def __init__(self, patch):
+        self.streams, self.active = ["caller's"], False
+        patch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(wait_stream=lambda other: None))
+        patch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(wait_stream=lambda other: None))
+        patch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+        patch.setattr(torch.cuda, "stream", self.stream)
+        patch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+        patch.setattr(torch.cuda, "graph", self.graph)
+
+    @contextmanager
+    def stream(self, stream):
+        before = list(self.streams)
+        self.streams.append("capturing")
+        try:
+            yield
+        finally:
+            self.streams[:] = before
+
+    @contextmanager
+    def graph(self, graph, pool, stream, capture_error_mode):
+        self.streams.append("capturing")
+        self.active = True
+        try:
+            yield
+        except BaseException:
+            # the stream stays current
+            raise RuntimeError("CUDA Graph is empty") from None
+        finally:
+            self.active = False
+        self.streams.pop()
+
+
+def test_what_fails_within_a_capture_is_what_is_raised_and_its_memory_is_freed(monkeypatch):
+    capturing = Capturing(monkeypatch)
+    capture = CudaCapture(torch.device("cuda"))
+
+    def work():
+        held = Held()
+        if capturing.active:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return held
+
+    # no cycle through the error may keep what the work held until garbage is collected
+    gc.disable()
+    raised = None
+    try:
+        capture(work)
+    except RuntimeError as error:
+        raised = type(error)
+    finally:
+        gc.enable()
+    assert raised is torch.OutOfMemoryError and Held.alive == 0 and capturing.streams == ["caller's"]
+
+
+def test_a_capture_that_cannot_end_says_so_itself(monkeypatch):
+    Capturing(monkeypatch)
+
+    @contextmanager
+    def broken(*args, **settings):
+        yield
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "graph", broken)
+    with pytest.raises(RuntimeError, match="a previous error during capture"):
+        CudaCapture(torch.device("cuda"))(lambda: torch.zeros(1))
+
+
+def test_memory_that_runs_out_within_a_capture_halves_the_micro_batch(model, images, monkeypatch, caplog):
+    capturing = Capturing(monkeypatch)
+    explainer, _ = buffered(model, CudaCapture(torch.device("cuda")), internal_batch_size=8)
+    route = explainer._route(images)
+    forward = route.forward
+
+    def scarce(tokens):
+        if capturing.active and len(tokens) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(tokens)
+
+    route.forward = scarce
+    with caplog.at_level(logging.WARNING, "dave_fast"):
+        explainer.explain(images, 1, n_samples=8)
+    assert "8 rows a micro-batch; going on with 4" in caplog.text
+    assert "launched one by one" not in caplog.text
+    assert max(size for _, size in explainer._graphs._buckets) == 4
