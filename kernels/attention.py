@@ -3,7 +3,8 @@
     forward:  s = log₂e·(scale·q kᵀ + bias),  peak = max s,  share = 1/Σ exp₂(s − peak),  out = share·exp₂(s − peak) v
     VJP:      dv = Pᵀ d_out  with  Pᵀ = exp₂(sᵀ − peak)·share  made again, tile by tile
 
-Peak and share are the log-sum-exp in two parts: one float32 of it would cost P up to three binary digits.
+Peak and share are the log-sum-exp in two parts: one float32 of it would cost P up to three binary digits. Operands of
+sixteen bits have no use for these: for them peak is the log-sum-exp itself, log₂ Σ exp₂ s, and there is no share.
 Scores are kept as s/scale until the exponential takes them, so a bias is divided by the scale; without one its
 pointer is None and nothing of it is compiled.
 
@@ -30,6 +31,14 @@ from dave_fast.ops.attention import attention_ref, attention_vjp_ref
 
 
 @triton.jit
+def _place(tokens, H, BLOCK: tl.constexpr):
+    """This program's block of tokens, row · H + head, row and head. One axis: CUDA's others end at 65,535 programs."""
+    blocks = tl.cdiv(tokens, BLOCK)
+    i_flat = (tl.program_id(0) // blocks).to(tl.int64)
+    return tl.program_id(0) % blocks, i_flat, i_flat // H, i_flat % H
+
+
+@triton.jit
 def _load(base, o, limit, stride, D: tl.constexpr, D_BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """Tokens o of one head: [BLOCK, D_BLOCK], zeros beyond `limit` where MASKED, and beyond D."""
     d = tl.arange(0, D_BLOCK)
@@ -46,15 +55,20 @@ def _scores(
     b_still, still, o_still, limit_still, stride_still, passing, o_passing, limit_passing, stride_passing,
     D: tl.constexpr, D_BLOCK: tl.constexpr, D_STEP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """still · passingᵀ of two blocks of tokens, D_STEP components at a time; whole, `still` is kept in b_still."""
+    """still · passingᵀ of two blocks of tokens, D_STEP components at a time; whole, `still` is kept in b_still.
+
+    Beyond the last token that passes, where MASKED, scores are those of the last.
+    """
+    if MASKED:
+        o_passing = tl.minimum(o_passing, limit_passing - 1)
     if D_STEP == D_BLOCK:
-        b_passing = _load(passing, o_passing, limit_passing, stride_passing, D, D_BLOCK, MASKED)
+        b_passing = _load(passing, o_passing, limit_passing, stride_passing, D, D_BLOCK, False)
         s = tl.dot(b_still, b_passing.T, input_precision="ieee")
     else:
         s = tl.zeros((o_still.shape[0], o_passing.shape[0]), dtype=tl.float32)
         for d in tl.static_range(0, D_BLOCK, D_STEP):
             b_still = _load(still + d, o_still, limit_still, stride_still, D - d, D_STEP, True)
-            b_passing = _load(passing + d, o_passing, limit_passing, stride_passing, D - d, D_STEP, MASKED)
+            b_passing = _load(passing + d, o_passing, limit_passing, stride_passing, D - d, D_STEP, False)
             s = tl.dot(b_still, b_passing.T, s, input_precision="ieee")
     return s
 
@@ -97,10 +111,10 @@ def _attention_kernel(
     q, k, v, out, peak, share, Q, N, H, factor,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, bias, over_scale,
     D: tl.constexpr, D_BLOCK: tl.constexpr, D_STEP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    PEELED: tl.constexpr,
 ):  # fmt: skip
-    """A block of queries of one head; all blocks of keys but the last are whole, and go without a mask."""
-    i_q = tl.program_id(0)
-    i_row, i_head = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    """A block of queries of one head; PEELED: the last block of keys has code of its own, the others go unmasked."""
+    i_q, i_flat, i_row, i_head = _place(Q, H, BLOCK_Q)
     q += i_row * q_row + i_head * q_head
     k += i_row * k_row + i_head * k_head
     v += i_row * v_row + i_head * v_head
@@ -112,23 +126,26 @@ def _attention_kernel(
     top = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
     last = (N - 1) // BLOCK_N * BLOCK_N
-    for start in range(0, last, BLOCK_N):
+    for start in range(0, last if PEELED else N, BLOCK_N):
         acc, top, total = _forward_block(
             b_q, q, o_q, Q, q_token, k, v, start, N, k_token, v_token, factor, acc, top, total, bias, over_scale,
-            D, D_BLOCK, D_STEP, BLOCK_N, False,
+            D, D_BLOCK, D_STEP, BLOCK_N, not PEELED,
         )  # fmt: skip
-    acc, top, total = _forward_block(
-        b_q, q, o_q, Q, q_token, k, v, last, N, k_token, v_token, factor, acc, top, total, bias, over_scale,
-        D, D_BLOCK, D_STEP, BLOCK_N, True,
-    )  # fmt: skip
+    if PEELED:
+        acc, top, total = _forward_block(
+            b_q, q, o_q, Q, q_token, k, v, last, N, k_token, v_token, factor, acc, top, total, bias, over_scale,
+            D, D_BLOCK, D_STEP, BLOCK_N, True,
+        )  # fmt: skip
     m_q = o_q < Q
-    b_share = 1 / total
     d = tl.arange(0, D_BLOCK)
     p = out + ((i_row * Q + o_q)[:, None] * H + i_head) * D + d[None, :]
-    tl.store(p, (acc * b_share[:, None]).to(out.dtype.element_ty), mask=m_q[:, None] & (d < D)[None, :])
-    o_kept = tl.program_id(1).to(tl.int64) * Q + o_q
-    tl.store(peak + o_kept, top * factor, mask=m_q)
-    tl.store(share + o_kept, b_share, mask=m_q)
+    tl.store(p, (acc * (1 / total)[:, None]).to(out.dtype.element_ty), mask=m_q[:, None] & (d < D)[None, :])
+    o_kept = i_flat * Q + o_q
+    if share is not None:
+        tl.store(peak + o_kept, top * factor, mask=m_q)
+        tl.store(share + o_kept, 1 / total, mask=m_q)
+    else:
+        tl.store(peak + o_kept, top * factor + tl.log2(total), mask=m_q)
 
 
 @triton.jit
@@ -138,15 +155,14 @@ def _vjp_block(
 ):  # fmt: skip
     """acc += Pᵀ d_out of one block of queries."""
     o_q = start + tl.arange(0, BLOCK_Q)
-    b_peak = tl.load(peak + o_q, mask=o_q < Q, other=0.0) if MASKED else tl.load(peak + o_q)
-    b_share = tl.load(share + o_q, mask=o_q < Q, other=0.0) if MASKED else tl.load(share + o_q)
+    # an infinite peak makes every p beyond the last query zero
+    b_peak = tl.load(peak + o_q, mask=o_q < Q, other=float("inf")) if MASKED else tl.load(peak + o_q)
     s = _scores(b_k, k, o_n, N, stride_k, q, o_q, Q, stride_q, D, D_BLOCK, D_STEP, MASKED)  # [BLOCK_N, BLOCK_Q]
     if bias is not None:
         s = _add_bias(s, bias, over_scale, o_q, o_n, Q, N, True)
-    p = tl.exp2(s * factor - b_peak[None, :]) * b_share[None, :]
-    if MASKED:
-        # a key with an infinite component has no number for a score with the zeros beyond the last query
-        p = tl.where((o_q < Q)[None, :], p, 0.0)
+    p = tl.exp2(s * factor - b_peak[None, :])
+    if share is not None:
+        p *= (tl.load(share + o_q, mask=o_q < Q, other=0.0) if MASKED else tl.load(share + o_q))[None, :]
     b_o = _load(d_out, o_q, Q, stride_o, D, D_BLOCK, MASKED)  # [BLOCK_Q, D_BLOCK]
     return tl.dot(p.to(b_o.dtype), b_o, acc, input_precision="ieee")
 
@@ -156,30 +172,32 @@ def _attention_vjp_kernel(
     q, k, peak, share, d_out, d_v, Q, N, H, factor,
     q_row, q_token, q_head, k_row, k_token, k_head, o_row, o_token, o_head, bias, over_scale,
     D: tl.constexpr, D_BLOCK: tl.constexpr, D_STEP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    PEELED: tl.constexpr,
 ):  # fmt: skip
-    """dv of a block of keys of one head; all blocks of queries but the last are whole, and go without a mask."""
-    i_n = tl.program_id(0)
-    i_row, i_head = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    """dv of a block of keys of one head; PEELED: the last block of queries has code of its own."""
+    i_n, i_flat, i_row, i_head = _place(N, H, BLOCK_N)
     q += i_row * q_row + i_head * q_head
     k += i_row * k_row + i_head * k_head
     d_out += i_row * o_row + i_head * o_head
-    peak += tl.program_id(1).to(tl.int64) * Q
-    share += tl.program_id(1).to(tl.int64) * Q
+    peak += i_flat * Q
+    if share is not None:
+        share += i_flat * Q
     if bias is not None:
         bias += i_head * Q * N
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     b_k = _load(k, o_n, N, k_token, D, D_BLOCK, True)  # [BLOCK_N, D_BLOCK]
     acc = tl.zeros((BLOCK_N, D_BLOCK), dtype=tl.float32)
     last = (Q - 1) // BLOCK_Q * BLOCK_Q
-    for start in range(0, last, BLOCK_Q):
+    for start in range(0, last if PEELED else Q, BLOCK_Q):
         acc = _vjp_block(
             b_k, k, o_n, N, k_token, q, d_out, peak, share, start, Q, q_token, o_token, factor, acc, bias, over_scale,
-            D, D_BLOCK, D_STEP, BLOCK_Q, False,
+            D, D_BLOCK, D_STEP, BLOCK_Q, not PEELED,
         )  # fmt: skip
-    acc = _vjp_block(
-        b_k, k, o_n, N, k_token, q, d_out, peak, share, last, Q, q_token, o_token, factor, acc, bias, over_scale,
-        D, D_BLOCK, D_STEP, BLOCK_Q, True,
-    )  # fmt: skip
+    if PEELED:
+        acc = _vjp_block(
+            b_k, k, o_n, N, k_token, q, d_out, peak, share, last, Q, q_token, o_token, factor, acc, bias, over_scale,
+            D, D_BLOCK, D_STEP, BLOCK_Q, True,
+        )  # fmt: skip
     d = tl.arange(0, D_BLOCK)
     p = d_v + ((i_row * N + o_n)[:, None] * H + i_head) * D + d[None, :]
     tl.store(p, acc.to(d_v.dtype.element_ty), mask=(o_n < N)[:, None] & (d < D)[None, :])
@@ -187,13 +205,13 @@ def _attention_vjp_kernel(
 
 @dataclass(frozen=True)
 class SavedTriton:
-    """What the VJP needs: q (R, Q, heads, D) and k (R, N, heads, D) as they were given; peak, share (R, heads, Q)."""
+    """What the VJP needs: q (R, Q, heads, D), k (R, N, heads, D) as they were given; peak and share (R, heads, Q)."""
 
     scale: float
     q: Tensor
     k: Tensor
     peak: Tensor
-    share: Tensor
+    share: Tensor | None
     bias: Tensor | None
 
     @property
@@ -212,17 +230,19 @@ def configurations(
 ) -> list[triton.Config]:
     """The fixed configuration, then the other candidates. dim: D_BLOCK.
 
-    The tile that stands still (queries, or keys in the VJP) has 128 tokens on tensor cores, what passes by 64; wide
-    heads and float32, which is multiplied without tensor cores, get smaller ones, for registers, and so do
-    those that read a bias. The one or two queries of a trimmed block take the smallest tile that a product has.
+    The tile that stands still (queries, or keys in the VJP) has 128 tokens on tensor cores, what passes by 64, in as
+    many stages as leave registers for two programs a multiprocessor; wide heads and float32, which is multiplied
+    without tensor cores, get smaller ones, for registers, and so do those that read a bias. The one or two queries of
+    a trimmed block take the smallest tile that a product has. Every block is masked: a last block with code of its own
+    (PEELED) makes sm_90 wait for each product before the next.
     """
     few = queries <= 16
 
-    def configuration(still: int, passing: int, warps: int, stages: int) -> triton.Config:
+    def configuration(still: int, passing: int, warps: int, stages: int, *, peeled: bool = False) -> triton.Config:
         block_q, block_n = (passing, still) if vjp else (still, passing)
         tile = {"BLOCK_Q": 16 if few else block_q, "BLOCK_N": block_n}
         step = 16 if dtype == torch.float32 else dim
-        return triton.Config(tile | {"D_STEP": step}, num_warps=warps, num_stages=stages)
+        return triton.Config(tile | {"D_STEP": step, "PEELED": peeled}, num_warps=warps, num_stages=stages)
 
     if arch == 0:
         return [configuration(64, 32, 4, 1)]
@@ -231,12 +251,18 @@ def configurations(
     if few and not vjp:
         return [configuration(16, 64, 4, 2)]
     if biased and dim > 64:
-        return [configuration(64, 16, 8, 2)] if vjp else [configuration(64, 32, 8, 2)]
-    if biased and vjp:
-        return [configuration(128, 32, 8, 2), configuration(64, 32, 4, 2)]
+        return [configuration(64, 32, 4, 2)] if vjp else [configuration(64, 32, 8, 2)]
+    if biased:
+        return [configuration(128, 32 if vjp else 64, 8, 2), configuration(64, 32, 4, 2)]
     if dim > 64:
-        return [configuration(128, 64 if arch >= 90 else 32, 8, 2), configuration(128, 32, 8, 3)]
-    return [configuration(128, 64, 8, 3), configuration(128, 64, 4, 3), configuration(64, 64, 4, 3)]
+        high = 64 if arch >= 90 else 32
+        return [configuration(64, high, 4, 2), configuration(128, high, 8, 2), configuration(128, 32, 8, 3)]
+    return [
+        configuration(128, 64, 8, 2 if vjp else 3),
+        configuration(64, 64, 4, 2),
+        configuration(128, 32, 8, 3),
+        configuration(128, 64, 8, 3, peeled=True),
+    ]
 
 
 def attention_triton(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> tuple[Tensor, Any]:
@@ -247,14 +273,14 @@ def attention_triton(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     tokens = k.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    # two allocations: kernels are compiled for aligned addresses
-    peak, share = (torch.empty(rows, heads, queries, dtype=torch.float32, device=q.device) for _ in range(2))
+    peak = torch.empty(rows, heads, queries, dtype=torch.float32, device=q.device)
+    share = torch.empty_like(peak) if q.dtype == torch.float32 else None
     saved = SavedTriton(scale, q, k, peak, share, None if bias is None else bias.contiguous())
     block = max(16, triton.next_power_of_2(dim))
 
     def launch(configuration: Any) -> None:
-        grid = (triton.cdiv(queries, configuration.kwargs["BLOCK_Q"]), rows * heads)
-        _attention_kernel[grid](
+        grid = triton.cdiv(queries, configuration.kwargs["BLOCK_Q"]) * rows * heads
+        _attention_kernel[(grid,)](
             *(q, k, v, out, peak, share, queries, tokens, heads, saved.factor),
             *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], saved.bias, saved.over_scale, dim, block),
             **configuration.all_kwargs(),
@@ -277,8 +303,8 @@ def attention_vjp_triton(saved: Any, d_out: Tensor) -> Tensor:
     block = max(16, triton.next_power_of_2(dim))
 
     def launch(configuration: Any) -> None:
-        grid = (triton.cdiv(tokens, configuration.kwargs["BLOCK_N"]), rows * heads)
-        _attention_vjp_kernel[grid](
+        grid = triton.cdiv(tokens, configuration.kwargs["BLOCK_N"]) * rows * heads
+        _attention_vjp_kernel[(grid,)](
             *(q, k, saved.peak, saved.share, d_out, d_v, queries, tokens, heads, saved.factor),
             *(*q.stride()[:3], *k.stride()[:3], *d_out.stride()[:3], saved.bias, saved.over_scale, dim, block),
             **configuration.all_kwargs(),

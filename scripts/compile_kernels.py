@@ -26,13 +26,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dave_fast.kernels import _launch, _linear, attention, fp8, linear, norm, rotary, tokens
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
-# compute capability -> registers and bytes of shared memory of a multiprocessor
-ARCHITECTURES = {80: (65536, 163 * 1024), 90: (65536, 227 * 1024), 100: (65536, 227 * 1024)}
-# what the driver keeps of every program's shared memory
-RESERVED = 1024
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
+from benchmarks.ptxas import ARCHITECTURES, Resources  # noqa: E402
+from dave_fast.kernels import _launch, _linear, attention, fp8, linear, norm, rotary, tokens  # noqa: E402
+
+PAGE = ROOT / "docs" / "kernels.md"
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv"}
 
 
@@ -49,7 +49,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """What ptxas and the PTX say of one case. Shared memory in bytes; spills: bytes stored and loaded again."""
+    """What ptxas and the PTX say of one case. Shared memory in bytes; spills, warnings: as in `Resources`."""
 
     name: str
     arch: int
@@ -59,20 +59,15 @@ class Row:
     registers: int
     spills: int
     shared: int
+    resident: int
     instructions: str
-
-    @property
-    def resident(self) -> int:
-        """Programs that a multiprocessor holds at once, by registers and shared memory."""
-        registers, shared = ARCHITECTURES[self.arch]
-        # registers are given out in eights a thread
-        by_registers = registers // (-(-self.registers // 8) * 8 * 32 * self.warps)
-        return min(by_registers, shared // (self.shared + RESERVED), 64 // self.warps)
+    warnings: tuple[str, ...]
 
     def line(self) -> str:
         """A line of the page's table."""
         cells = (self.name, self.tiles, self.warps, self.stages, self.registers, self.spills, self.shared)
-        return f"| {' | '.join(map(str, cells))} | {self.resident} | {self.instructions} |"
+        made = ", ".join([self.instructions, *self.warnings])
+        return f"| {' | '.join(map(str, cells))} | {self.resident} | {made} |"
 
 
 def linear_case(name: str, arch: int, dtype: torch.dtype = torch.bfloat16, **given: Any) -> Case:
@@ -117,10 +112,12 @@ def attention_case(
     block = max(16, triton.next_power_of_2(dim))
     found = attention.configurations(arch, dtype, block, queries, vjp=vjp, biased=bias)[0]
     pointers = ("q", "k", "d_out", "d_v") if vjp else ("q", "k", "v", "out")
-    types = dict.fromkeys(pointers, f"*{NAMES[dtype]}") | {"peak": "*fp32", "share": "*fp32", "factor": "fp32"}
+    types = dict.fromkeys(pointers, f"*{NAMES[dtype]}") | {"peak": "*fp32", "factor": "fp32"}
     operands = ("q", "k", "o") if vjp else ("q", "k", "v")
     types |= dict.fromkeys((f"{t}_{axis}" for t in operands for axis in ("row", "token", "head")), "i32")
     types |= dict.fromkeys(("Q", "N", "H"), "i32")
+    if dtype == torch.float32:
+        types["share"] = "*fp32"
     if bias:
         types |= {"bias": f"*{NAMES[dtype]}", "over_scale": "fp32"}
     kernel = attention._attention_vjp_kernel if vjp else attention._attention_kernel
@@ -231,15 +228,14 @@ def compiled(case: Case, arch: int) -> Row:
         triton.knobs.nvidia.dump_ptxas_log = True
         with contextlib.redirect_stdout(log):
             made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    text, ptx = log.getvalue(), made.asm["ptx"]
-    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", text))
-    (registers,) = re.findall(r"Used (\d+) registers", text)
+    ptx, ptxas, shared = made.asm["ptx"], Resources.read(log.getvalue()), made.metadata.shared
     kinds = ("wgmma", "tcgen05.mma", "mma.sync", "cp.async.bulk.tensor", "cp.async")
     used = [kind for kind in kinds if re.search(rf"\b{re.escape(kind)}[. ](?!bulk)", ptx)]
     tiles = "×".join(str(v) for k, v in case.configuration.kwargs.items() if k.startswith("BLOCK"))
+    warps = case.configuration.num_warps
     return Row(
-        *(case.name, arch, tiles, case.configuration.num_warps, case.configuration.num_stages),
-        *(int(registers), spills, made.metadata.shared, ", ".join(used)),
+        *(case.name, arch, tiles, warps, case.configuration.num_stages, ptxas.registers, ptxas.spills, shared),
+        *(ptxas.resident(arch, warps, shared), ", ".join(used), ptxas.warnings),
     )
 
 
@@ -255,7 +251,7 @@ the operands (fp8e4nv: e4m3).
 - resident: programs that a multiprocessor holds at once, by registers and shared memory. Two of them let one's
   epilogue hide behind the other's product.
 - instructions: how products and tiles come about: wgmma and tensor copies (TMA) on sm_90, tcgen05 on sm_100. float32
-  products are IEEE, which tensor cores are not.
+  products are IEEE, which tensor cores are not. C7515: ptxas makes the kernel's wgmma wait for each other.
 
 Other versions allot registers in their own way. Of the forms for sm_90 that were compiled with them (fc1, its SwiGLU
 form, proj and fc2, VJP fc2, VJP qkv, attention's VJP) Triton 3.6 spills nothing in any, and Triton 3.9 spills 56 bytes

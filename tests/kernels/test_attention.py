@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dave_fast.kernels import attention
 from dave_fast.kernels.attention import attention_triton, attention_vjp_triton
 from dave_fast.ops.attention import attention_ref, attention_vjp_ref
 from tests.kernels.conftest import DTYPES, assert_as_good, error
@@ -18,6 +19,19 @@ SHAPES = [
     (1, 49, 33, 2, 9),
     (1, 17, 20, 1, 128),
 ]
+
+
+@pytest.fixture(params=[False, True], ids=["masked", "peeled"], autouse=True)
+def _form(request, monkeypatch):
+    """Both forms of the kernels: every block masked, or the last one with code of its own."""
+    fixed = attention.configurations
+
+    def configurations(*arguments, **settings):
+        configuration = fixed(*arguments, **settings)[0]
+        configuration.kwargs["PEELED"] = request.param
+        return [configuration]
+
+    monkeypatch.setattr(attention, "configurations", configurations)
 
 
 def heads(shape, dtype, device, scale=1.0):
@@ -94,10 +108,13 @@ def test_nothing_quadratic_is_saved(device):
 # the infinite key ends with scores of either sign, of -∞ alone, and of +∞ alone
 @pytest.mark.parametrize("queries", [33, 1])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("spot", [("q", 0, 0, 0, 2), ("k", 0, 20, 0, 7), ("v", 0, 18, 0, 0)], ids=str)
-def test_what_is_no_number_is_seen(spot, value, queries, device):
+@pytest.mark.parametrize(
+    "spot", [("q", 0, 0, 0, 2), ("k", 0, 20, 0, 7), ("k", 0, 32, 0, 7), ("v", 0, 32, 0, 0)], ids=str
+)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_what_is_no_number_is_seen(spot, value, queries, dtype, device):
     """NaN exactly where softmax attention by the formula has it: one query's row, one key's head, one component."""
-    case = heads((1, queries, 33, 2, 16), torch.float32, device)
+    case = heads((1, queries, 33, 2, 16), dtype, device)
     dict(zip("qkv", case, strict=False))[spot[0]][spot[1:]] = value
     for got, want in zip(run(*case, 0.3), by_formula(*case, 0.3), strict=True):
         assert torch.equal(got.isnan(), want.isnan())
