@@ -247,7 +247,10 @@ def configurations(
     if arch == 0:
         return [configuration(64, 32, 4, 1)]
     if dtype == torch.float32:
-        return [configuration(32, 16, 8, 1) if dim > 64 else configuration(64, 32, 8, 1)]
+        if dim > 64:
+            # masked, the VJP spills on sm_100
+            return [configuration(32, 16, 8, 1, peeled=vjp and arch >= 100)]
+        return [configuration(64, 32 if dim > 32 else 16, 8, 1)]
     if few and not vjp:
         return [configuration(16, 64, 4, 2)]
     if biased and dim > 64:
@@ -255,7 +258,7 @@ def configurations(
     if biased:
         return [configuration(128, 32 if vjp else 64, 8, 2), configuration(64, 32, 4, 2)]
     if dim > 64:
-        high = 64 if arch >= 90 else 32
+        high = 64 if 90 <= arch < 100 else 32
         return [configuration(64, high, 4, 2), configuration(128, high, 8, 2), configuration(128, 32, 8, 3)]
     return [
         configuration(128, 64, 8, 2 if vjp else 3),
