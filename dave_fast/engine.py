@@ -12,22 +12,26 @@ R rows (image, sample) of one micro-batch · n patches · N tokens · C width ·
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dave_fast.calibration import Scales, calibrate
 from dave_fast.frozen import freeze
 from dave_fast.layers import AttentionLayer, Deviation, Layer, MlpLayer, Step
 from dave_fast.models.reading import Norm
 from dave_fast.ops import _registry
+from dave_fast.ops.fp8 import Codes, encode, wide
 from dave_fast.ops.norm import RowSums
 from dave_fast.plan import ViTPlan, make_plan
 from dave_fast.precision import statistics_dtype
 
 Scale = Tensor | RowSums
+# rows of the residual stream, or of its cotangent
+Stream = Tensor | Codes
 
 
 @dataclass
@@ -63,7 +67,9 @@ class Engine:
         device = plan.device.type
         self.plan = plan
         linear = "linear_fp8" if fp8 else "linear"
-        self._linear: Callable[..., Any] = _registry.bind(linear, backend, device)
+        self.multiply: Callable[..., Any] = _registry.bind(linear, backend, device)
+        # eight bits are too few for pixels, and a hundredth of the work is little to save
+        self._embed_multiply: Callable[..., Any] = _registry.bind("linear", backend, device)
         self._assemble: Callable[..., Any] = _registry.bind("assemble", backend, device)
         self._row_rstd: Callable[..., Tensor] = _registry.bind("row_rstd", backend, device)
         self._normalize: Callable[..., tuple[Tensor, Tensor]] = _registry.bind("normalize", backend, device)
@@ -73,6 +79,10 @@ class Engine:
         self._attention_vjp: Callable[..., Any] = _registry.bind("attention_vjp", backend, device)
         # Triton's writers sum squares in their epilogue, of which readers make 1/σ: a norm has no kernel of its own
         self._squares = _registry.choose(linear, backend, device) == "triton"
+        self._fp8 = fp8
+        self._scales = Scales({})
+        if fp8:
+            self._scales = calibrate(self)
 
     @staticmethod
     def build(
@@ -85,9 +95,10 @@ class Engine:
         sibling: ViTPlan | None = None,
         fp8: bool = False,
     ) -> Engine:
-        """Plan and engine in one; arguments as `make_plan`. fp8: e4m3 operands in every GEMM (`ops.fp8`)."""
-        pack = _registry.bind("pack_weight_fp8" if fp8 else "pack_weight", backend, torch.device(device).type)
-        plan = make_plan(model, dtype=dtype, pack=pack, size=size, device=device, sibling=sibling)
+        """Plan and engine in one; arguments as `make_plan`. fp8: e4m3 operands in the blocks' GEMMs (`ops.fp8`)."""
+        plain = _registry.bind("pack_weight", backend, torch.device(device).type)
+        pack = _registry.bind("pack_weight_fp8", backend, torch.device(device).type) if fp8 else plain
+        plan = make_plan(model, dtype=dtype, pack=pack, pack_embed=plain, size=size, device=device, sibling=sibling)
         return Engine(plan, backend, fp8=fp8)
 
     @torch.no_grad()
@@ -97,13 +108,13 @@ class Engine:
         rows = tokens.shape[0]
         x, squares, rstd_patch, rstd_pre = self._embed(tokens)
         saved = []
-        for step in plan.steps:
-            x, squares, operators = self._step(step, x, squares, rows)
+        for i, step in enumerate(plan.steps):
+            x, squares, operators = self._step(step, x, squares, rows, self._codes(_readers(plan.steps[i + 1 : i + 2])))
             saved.append(operators)
-        x = x.view(rows, -1, plan.width).to(statistics_dtype(plan.dtype)).requires_grad_()
+        stream = wide(x).view(rows, -1, plan.width).to(statistics_dtype(plan.dtype)).requires_grad_()
         with torch.enable_grad(), freeze():
-            logits = plan.tail(x)
-        return logits.detach(), Saved(rows, rstd_patch, rstd_pre, saved, x, logits)
+            logits = plan.tail(stream)
+        return logits.detach(), Saved(rows, rstd_patch, rstd_pre, saved, stream, logits)
 
     @torch.no_grad()
     def vjp(self, saved: Saved, cotangent: Tensor) -> Tensor:
@@ -117,23 +128,37 @@ class Engine:
         if g.data_ptr() == cotangent.data_ptr():
             # a tail that hands its input on: the walk writes into g, and the cotangent is the caller's
             g = g.clone()
-        for step, operators in zip(reversed(plan.steps), reversed(saved.steps), strict=True):
-            g = self._step_vjp(step, operators, g, saved.rows)
-        return self._embed_vjp(g, saved)
+        size = None
+        if self._fp8:
+            # static scales fit cotangents of one size: every row's largest number lies between a half and one
+            largest = g.view(saved.rows, -1).abs().amax(1).float().clamp(min=torch.finfo(torch.float32).tiny)
+            size = torch.exp2(largest.log2().ceil())
+            g = (g.view(saved.rows, -1) / size[:, None]).view_as(g).to(g.dtype)
+        flow: Stream = g
+        for i in reversed(range(len(plan.steps))):
+            codes = self._codes(_vjp_readers(plan.steps[i - 1 : i] if i else ()))
+            flow = self._step_vjp(plan.steps[i], saved.steps[i], flow, saved.rows, codes)
+        return self._embed_vjp(wide(flow), saved, size)
+
+    def _codes(self, weights: list[Any], **settings: Any) -> dict[str, Any]:
+        """What tells a product to store its result in e4m3 for those who read it; nothing where that has no scale."""
+        scale = self._scales.of(*weights) if self._scales.operands else None
+        return {} if scale is None else {"code_scale": scale, **settings}
 
     # ---- patch embedding ----
 
-    def _embed(self, tokens: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    def _embed(self, tokens: Tensor) -> tuple[Stream, Tensor | None, Tensor | None, Tensor | None]:
         """The stream (R·N, C), what is known of its squares, and 1/σ of the norms of patches and of all tokens."""
         plan, rstd_patch = self.plan, None
         rows, patches, _ = tokens.shape
-        embedded = self._linear(tokens.reshape(rows * patches, -1), plan.embed.weight, plan.embed.bias)
+        embedded = self._embed_multiply(tokens.reshape(rows * patches, -1), plan.embed.weight, plan.embed.bias)
         norm = plan.norm_pre
         if plan.patch_norm is not None:
             embedded, rstd_patch = self._normed(plan.patch_norm, embedded, centred=plan.centred and norm is None)
         embedded = embedded.view(rows, patches, -1)
         squares = self._squares and norm is None
-        assembled = self._assemble(embedded, plan.prefix, plan.position, squares=squares)
+        codes = self._codes(_readers(plan.steps[:1])) if norm is None else {}
+        assembled = self._assemble(embedded, plan.prefix, plan.position, squares=squares, **codes)
         x, sums = assembled if squares else (assembled, None)
         if norm is None:
             return x, sums, rstd_patch, None
@@ -144,7 +169,8 @@ class Engine:
     def _normed(self, norm: Norm, x: Tensor, *, centred: bool) -> tuple[Tensor, Tensor]:
         return self._normalize(x, norm.weight, norm.bias, norm.eps, centres=norm.centres, centred=centred)
 
-    def _embed_vjp(self, g: Tensor, saved: Saved) -> Tensor:
+    def _embed_vjp(self, g: Tensor, saved: Saved, size: Tensor | None) -> Tensor:
+        """g (R·N, C) -> cotangent of the tokens, multiplied by its row's `size` where there is one."""
         plan = self.plan
         norm = plan.norm_pre
         if norm is not None and saved.rstd_pre is not None:
@@ -156,14 +182,19 @@ class Engine:
             patches = self._normalize_vjp(
                 patches, first.weight, saved.rstd_patch, centres=first.centres, centred=centred
             )
-        return self._linear(patches, plan.embed.transposed).view(saved.rows, g.shape[1], -1)
+        scale = None if size is None else size.repeat_interleave(g.shape[1])
+        tokens = self._embed_multiply(patches, plan.embed.transposed, row_scale=scale)
+        return tokens.view(saved.rows, g.shape[1], -1)
 
     # ---- one step ----
 
     def _step(
-        self, step: Step, x: Tensor, squares: Tensor | None, rows: int
-    ) -> tuple[Tensor, Tensor | None, list[SavedLayer]]:
-        """x (R·N, C) and what is known of its squares -> both after the step, (R·read, C) after a trimmed one."""
+        self, step: Step, x: Stream, squares: Tensor | None, rows: int, codes: dict[str, Any]
+    ) -> tuple[Stream, Tensor | None, list[SavedLayer]]:
+        """x (R·N, C) and what is known of its squares -> both after the step, (R·read, C) after a trimmed one.
+
+        codes: how the next step wants the stream.
+        """
         read = stream = self._read(step, x, rows)
         scales: dict[Deviation, Scale] = {}
         known, saved = None, []
@@ -177,79 +208,96 @@ class Engine:
                 y, core = self._attend(layer, step, x, read, scale, rows)
             else:
                 scale = None if scale is None else self._read(step, scale, rows)
-                y, core = self._linear(
-                    read, layer.fc1.weight, layer.fc1.bias, row_scale=scale, activation=layer.activation
+                hidden = self._codes([layer.writer.weight], wide=False) if layer.inner is None else {}
+                y, core = self.multiply(
+                    *(read, layer.fc1.weight, layer.fc1.bias),
+                    row_scale=scale,
+                    activation=layer.activation,
+                    **hidden,
                 )
-            inner = None if layer.inner is None else self._row_rstd(y, layer.inner.eps, centred=layer.inner.centred)
+            inner = layer.inner
+            rstd = None if inner is None else self._row_rstd(wide(y), inner.eps, centred=inner.centred)
+            last = layer is step.layers[-1]
             # what the step read is free once its last layer has read it
-            free = stream is not read or layer is step.layers[-1]
-            stream, known, post = self._write(layer, y, inner, stream, overwrite=free)
-            saved.append(SavedLayer(core, scale, inner, post))
+            free = last or stream is not read
+            stream, known, post = self._write(layer, y, rstd, wide(stream), overwrite=free, codes=codes if last else {})
+            saved.append(SavedLayer(core, scale, rstd, post))
         return stream, known, saved
 
-    def _rstd(self, norm: Deviation, x: Tensor, squares: Tensor | None) -> Scale:
+    def _rstd(self, norm: Deviation, x: Stream, squares: Tensor | None) -> Scale:
         """1/σ of the rows of x, or the sums of squares that the product that reads x makes it of."""
         if norm.centred and squares is not None:
             return RowSums(squares, x.shape[1], norm.eps)
-        return self._row_rstd(x, norm.eps, centred=norm.centred)
+        return self._row_rstd(wide(x), norm.eps, centred=norm.centred)
 
-    @overload
-    def _read(self, step: Step, x: Tensor, rows: int) -> Tensor: ...
-    @overload
-    def _read(self, step: Step, x: Scale, rows: int) -> Scale: ...
-    def _read(self, step: Step, x: Scale, rows: int) -> Scale:
-        """The tokens of x (R·N, ...) that leave the step."""
+    def _read(self, step: Step, x: Any, rows: int) -> Any:
+        """The tokens of x (R·N, ...) that leave the step: of a tensor, of a stream in codes, or of sums of squares."""
         if not step.trimmed:
             return x
+
+        def leading(t: Tensor) -> Tensor:
+            return t.unflatten(0, (rows, -1))[:, : self.plan.read].flatten(0, 1).contiguous()
+
         if isinstance(x, RowSums):
-            return replace(x, sums=self._read(step, x.sums, rows))
-        return x.unflatten(0, (rows, -1))[:, : self.plan.read].flatten(0, 1).contiguous()
+            return replace(x, sums=leading(x.sums))
+        return x.map(leading) if isinstance(x, Codes) else leading(x)
 
     def _write(
-        self, layer: Layer, y: Tensor, inner: Tensor | None, x: Tensor, *, overwrite: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        self, layer: Layer, y: Stream, inner: Tensor | None, x: Tensor, *, overwrite: bool, codes: dict[str, Any]
+    ) -> tuple[Stream, Tensor | None, Tensor | None]:
         """The stream x after y was projected into it, its rows' partial sums of squares, 1/σ of the norm between.
 
-        overwrite: whether nobody reads x any more.
+        overwrite: whether nobody reads x any more · codes: how the stream is wanted.
         """
         writer, post = layer.writer, layer.post
         if post is None:
             written = self._add(
-                y, writer.weight, writer.bias, row_scale=inner, residual=x, overwrite=overwrite, squares=self._squares
+                *(y, writer.weight, writer.bias),
+                row_scale=inner,
+                residual=x,
+                overwrite=overwrite,
+                squares=self._squares,
+                **codes,
             )
             return (*written, None) if self._squares else (written, None, None)
-        y = self._linear(y, writer.weight, writer.bias, row_scale=inner)
-        y, rstd = self._normed(post, y, centred=self.plan.centred)
-        return y.add_(x), None, rstd
+        projected = self.multiply(y, writer.weight, writer.bias, row_scale=inner)
+        normed, rstd = self._normed(post, projected, centred=self.plan.centred)
+        return normed.add_(x), None, rstd
 
-    def _add(self, x: Tensor, weight: Any, bias: Tensor | None = None, *, overwrite: bool, **epilogue: Any) -> Any:
+    def _add(self, x: Stream, weight: Any, bias: Tensor | None = None, *, overwrite: bool, **epilogue: Any) -> Any:
         """A product that is added to the residual, in its memory where that is free and the backend can."""
         if self._squares:
             epilogue["overwrite"] = overwrite
-        return self._linear(x, weight, bias, **epilogue)
+        return self.multiply(x, weight, bias, **epilogue)
 
     def _attend(
-        self, layer: AttentionLayer, step: Step, x: Tensor, read: Tensor, scale: Scale | None, rows: int
-    ) -> tuple[Tensor, Any]:
+        self, layer: AttentionLayer, step: Step, x: Stream, read: Stream, scale: Scale | None, rows: int
+    ) -> tuple[Stream, Any]:
         """The heads' outputs (R·Q, heads·D), and what attention's VJP needs; read: of x, the tokens with queries."""
         q, k, v = self._queries_keys_values(layer, step, x, read, scale, rows)
         bias = () if layer.bias is None else (layer.bias,)
         out, saved = self._attention(q, k, v, layer.scale, *bias)
-        return out.view(rows * q.shape[1], -1), saved
+        out = out.view(rows * q.shape[1], -1)
+        return (self._coded(out, layer.writer.weight) if layer.inner is None else out), saved
+
+    def _coded(self, x: Tensor, weight: Any) -> Stream:
+        """An attention's result as the product with `weight` reads it."""
+        codes = self._codes([weight])
+        return Codes(encode(x, codes["code_scale"]), codes["code_scale"], x.dtype, None) if codes else x
 
     def _queries_keys_values(
-        self, layer: AttentionLayer, step: Step, x: Tensor, read: Tensor, scale: Scale | None, rows: int
+        self, layer: AttentionLayer, step: Step, x: Stream, read: Stream, scale: Scale | None, rows: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q (R, Q, heads, D), k and v (R, N, heads, D): of the projections, q and k normed and rotated."""
         shape = (rows, -1, layer.heads, layer.head_dim)
         if layer.qkv is not None:
-            qkv = self._linear(x, layer.qkv.weight, layer.qkv.bias, row_scale=scale)
+            qkv = self.multiply(x, layer.qkv.weight, layer.qkv.bias, row_scale=scale)
             q, k, v = (t.unflatten(0, (rows, -1)).view(shape) for t in qkv.chunk(3, dim=-1))
         else:
             assert layer.query is not None and layer.key_value is not None
             scale_read = None if scale is None else self._read(step, scale, rows)
-            q = self._linear(read, layer.query.weight, layer.query.bias, row_scale=scale_read).view(shape)
-            kv = self._linear(x, layer.key_value.weight, layer.key_value.bias, row_scale=scale)
+            q = self.multiply(read, layer.query.weight, layer.query.bias, row_scale=scale_read).view(shape)
+            kv = self.multiply(x, layer.key_value.weight, layer.key_value.bias, row_scale=scale)
             k, v = (t.unflatten(0, (rows, -1)).view(shape) for t in kv.chunk(2, dim=-1))
         return self._turned(layer, layer.q_norm, q), self._turned(layer, layer.k_norm, k), v
 
@@ -264,14 +312,15 @@ class Engine:
         cos, sin = (table[: heads.shape[1]] for table in (layer.rotation.cos, layer.rotation.sin))
         return self._rotate(heads, cos, sin)
 
-    def _step_vjp(self, step: Step, saved: list[SavedLayer], g: Tensor, rows: int) -> Tensor:
-        """Cotangent after the step -> before it, (R·N, C)."""
+    def _step_vjp(self, step: Step, saved: list[SavedLayer], g: Stream, rows: int, codes: dict[str, Any]) -> Stream:
+        """Cotangent after the step -> before it, (R·N, C); codes: how the step before wants it."""
         # of the tokens that leave the step, and of all of them where these are more
         left, whole = g, None
         for layer, operators in zip(step.layers, saved, strict=True):
-            free = left is not g or layer is step.layers[-1]
+            last = layer is step.layers[-1]
+            free, stored = last or left is not g, codes if last else {}
             if isinstance(layer, MlpLayer):
-                left = self._mlp_vjp(layer, operators, g, left, overwrite=free)
+                left = self._mlp_vjp(layer, operators, g, wide(left), overwrite=free, codes=stored)
                 continue
             d_v = self._attend_vjp(layer, operators, g, rows)
             values = layer.qkv or layer.key_value
@@ -279,35 +328,74 @@ class Engine:
             total = self._add(
                 *(d_v, values.transposed),
                 row_scale=operators.scale,
-                residual=whole if step.trimmed else left,
+                residual=(None if whole is None else wide(whole)) if step.trimmed else wide(left),
                 overwrite=free or step.trimmed,
+                **stored,
             )
             left, whole = (left, total) if step.trimmed else (total, None)
-        if whole is None:
-            return left
-        whole.view(rows, -1, g.shape[1])[:, : self.plan.read] += left.view(rows, -1, g.shape[1])
+        return left if whole is None else self._joined(whole, wide(left), rows)
+
+    def _joined(self, whole: Stream, left: Tensor, rows: int) -> Stream:
+        """whole (R·N, C) + left (R·read, C), in the memory of whole."""
+
+        def leading(t: Tensor) -> Tensor:
+            return t.view(rows, -1, t.shape[1])[:, : self.plan.read]
+
+        added = leading(wide(whole))
+        added += left.view_as(added)
+        if isinstance(whole, Codes):
+            leading(whole.values).copy_(encode(added, whole.scale))
         return whole
 
-    def _post_vjp(self, layer: Layer, saved: SavedLayer, g: Tensor) -> Tensor:
+    def _post_vjp(self, layer: Layer, saved: SavedLayer, g: Stream) -> Stream:
         post = layer.post
         if post is None:
             return g
-        return self._normalize_vjp(g, post.weight, saved.post, centres=post.centres, centred=self.plan.centred)
+        return self._normalize_vjp(wide(g), post.weight, saved.post, centres=post.centres, centred=self.plan.centred)
 
-    def _mlp_vjp(self, layer: MlpLayer, saved: SavedLayer, g: Tensor, total: Tensor, *, overwrite: bool) -> Tensor:
-        """total + the branch's share of the cotangent before it; overwrite: whether nobody reads total any more."""
+    def _mlp_vjp(
+        self,
+        layer: MlpLayer,
+        saved: SavedLayer,
+        g: Stream,
+        total: Tensor,
+        *,
+        overwrite: bool,
+        codes: dict[str, Any],
+    ) -> Stream:
+        """total + the branch's share of the cotangent before it; overwrite, codes: as `_write`'s."""
         g = self._post_vjp(layer, saved, g)
         scale = saved.scale
         if saved.inner is not None:
             # both 1/σ scale rows, and so do they in one product
             ahead = scale.rstd() if isinstance(scale, RowSums) else scale
             scale = saved.inner if ahead is None else ahead * saved.inner
-        d_hidden = self._linear(g, layer.writer.transposed, row_scale=scale, gate=saved.core)
-        return self._add(d_hidden, layer.fc1.transposed, residual=total, overwrite=overwrite)
+        hidden = self._codes([layer.fc1.transposed], wide=False)
+        d_hidden = self.multiply(g, layer.writer.transposed, row_scale=scale, gate=saved.core, **hidden)
+        return self._add(d_hidden, layer.fc1.transposed, residual=total, overwrite=overwrite, **codes)
 
-    def _attend_vjp(self, layer: AttentionLayer, saved: SavedLayer, g: Tensor, rows: int) -> Tensor:
+    def _attend_vjp(self, layer: AttentionLayer, saved: SavedLayer, g: Stream, rows: int) -> Stream:
         """Cotangent of the branch's result -> of its values (R·N, heads·D)."""
         g = self._post_vjp(layer, saved, g)
-        d_out = self._linear(g, layer.writer.transposed, row_scale=saved.inner)
+        d_out = self.multiply(g, layer.writer.transposed, row_scale=saved.inner)
         d_v = self._attention_vjp(saved.core, d_out.view(rows, -1, layer.heads, layer.head_dim))
-        return d_v.view(-1, layer.heads * layer.head_dim)
+        values = layer.qkv or layer.key_value
+        assert values is not None
+        return self._coded(d_v.view(-1, layer.heads * layer.head_dim), values.transposed)
+
+
+def _readers(steps: Sequence[Step]) -> list[Any]:
+    """The packed weights that the stream ahead of these steps is multiplied with, forward."""
+    layers = [layer for step in steps for layer in step.layers]
+    return [
+        projection.weight
+        for layer in layers
+        for projection in ([layer.fc1] if isinstance(layer, MlpLayer) else [layer.qkv, layer.query, layer.key_value])
+        if projection is not None
+    ]
+
+
+def _vjp_readers(steps: Sequence[Step]) -> list[Any]:
+    """The packed weights that the cotangent behind these steps is multiplied with; none where a norm reads it too."""
+    layers = [layer for step in steps for layer in step.layers]
+    return [] if any(layer.post for layer in layers) else [layer.writer.transposed for layer in layers]

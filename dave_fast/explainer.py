@@ -188,7 +188,7 @@ class DAVE:
                 sampling=self.sampling,
             )
             raw = self._aggregation.raw(batches, route, images, draws, resolved, progress)
-            end.refuse_non_finite(raw, "the attribution", "Try precision='fp32', or look for overflow in the model.")
+            end.refuse_non_finite(raw, "the attribution", f"{self._advice}, or look for overflow in the model.")
             maps = self._smooth(raw.flatten(0, 1)).view(*raw.shape[:2], *raw.shape[3:])
             of_each = moved([each.classes for each in resolved], output.device)
             classes = torch.stack([each.expand(len(images)) for each in of_each], dim=1)
@@ -262,7 +262,7 @@ class DAVE:
             tokens = torch.empty_like(patchify(images, route.patch_size))
             batches.vjps(images, identity(len(images)), [resolved], tokens[None], None)
             gradients.copy_(unpatchify(tokens, route.patch_size, *images.shape[2:]))
-            end.refuse_non_finite(gradients, "the effective gradient", "Try precision='fp32'.")
+            end.refuse_non_finite(gradients, "the effective gradient", f"{self._advice}.")
             end.read()
             return gradients
 
@@ -331,6 +331,13 @@ class DAVE:
         images = self._checked(images, EndOfCall(defers=self._defers))
         return self.internal_batch_size or self._fitting_rows(self._route(images))
 
+    @property
+    def _advice(self) -> str:
+        """What to do about a number that is none."""
+        if self.precision == "fp8":
+            return "A number may have left the range of e4m3 (see `dave_fast.calibration`): try precision='bf16'"
+        return "Try precision='fp32'"
+
     # ---- micro-batches ----
 
     def _batches(self, route: Route, rows: int | None = None, samples: int | None = None) -> MicroBatches:
@@ -356,7 +363,7 @@ class DAVE:
     def _output(self, batches: MicroBatches, images: Tensor, end: EndOfCall) -> Tensor:
         """The model's output for the unperturbed images."""
         output = batches.outputs(images)
-        end.refuse_non_finite(output, "the model's output", "Check the weights, or try precision='fp32'.")
+        end.refuse_non_finite(output, "the model's output", f"Check the weights. {self._advice}.")
         return output
 
     def _resolved(self, target: Target, output: Tensor, images: Tensor) -> Cotangent:

@@ -100,6 +100,7 @@ def make_plan(
     *,
     dtype: torch.dtype,
     pack: Pack,
+    pack_embed: Pack | None = None,
     size: tuple[int, int] | None = None,
     device: torch.device | str = "cpu",
     sibling: ViTPlan | None = None,
@@ -110,6 +111,7 @@ def make_plan(
         model: a model for which `why_not` returns None.
         dtype: of weights and activations: float64, float32 or bfloat16.
         pack: what the engine's `linear` wants made of a matrix (O, I) in `dtype`.
+        pack_embed: the same for the patch embedding, where that is another `linear`'s.
         size: (H, W) of the images; the model's own by default.
         sibling: a plan of the same model, dtype and device for another size, whose weights are shared.
 
@@ -143,7 +145,7 @@ def make_plan(
         channels=read.channels,
         dtype=dtype,
         device=maker.device,
-        embed=maker.projection(embed),
+        embed=replace(maker, pack=pack_embed or pack).projection(embed),
         patch_norm=maker.norm(read.patch_norm),
         position=maker.cast(position),
         prefix=maker.cast(prefix),

@@ -15,11 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from dave_fast.kernels import _launch
+from dave_fast.kernels._linear import encode_e4m3
+from dave_fast.ops.fp8 import E4M3, Codes
 from dave_fast.ops.tokens import assemble_ref
 
 
 @triton.jit
-def _assemble_kernel(patches, prefix, position, x, squares, T, N, K, C, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+def _assemble_kernel(
+    patches, prefix, position, x, codes, squares, T, N, K, C, code_scale,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
     """BLOCK_T of the T = R·N tokens, each whole."""
     t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     c = tl.arange(0, BLOCK_C)
@@ -32,23 +37,30 @@ def _assemble_kernel(patches, prefix, position, x, squares, T, N, K, C, BLOCK_T:
     b += tl.load(prefix + token[:, None] * C + c[None, :], mask=m & (token < K)[:, None], other=0.0).to(tl.float32)
     stored = b.to(x.dtype.element_ty)
     tl.store(x + t[:, None] * C + c[None, :], stored, mask=m)
+    if codes is not None:
+        tl.store(codes + t[:, None] * C + c[None, :], encode_e4m3(b, code_scale, INTERPRETED), mask=m)
     if squares is not None:
         b = stored.to(tl.float32)
         tl.store(squares + t, tl.sum(b * b, 1), mask=t < T)
 
 
-def assemble_triton(patches: Tensor, prefix: Tensor, position: Tensor, *, squares: bool = False) -> Any:
+def assemble_triton(
+    patches: Tensor, prefix: Tensor, position: Tensor, *, squares: bool = False, code_scale: float | None = None
+) -> Any:
     """As `assemble_ref`, for contiguous tensors."""
     if not _launch.covered(patches):
-        return assemble_ref(patches, prefix, position, squares=squares)
+        return assemble_ref(patches, prefix, position, squares=squares, code_scale=code_scale)
     rows, count, width = patches.shape
     tokens = len(prefix) + count
     x = torch.empty(rows * tokens, width, dtype=patches.dtype, device=patches.device)
     sums = torch.empty(len(x), 1, dtype=torch.float32, device=x.device) if squares else None
+    codes = None if code_scale is None else torch.empty(x.shape, dtype=E4M3, device=x.device)
     block_t, block_c = _launch.row_blocks(width)
     _assemble_kernel[(triton.cdiv(len(x), block_t),)](
-        *(patches, prefix, position, x, sums, len(x), tokens, len(prefix), width),
+        *(patches, prefix, position, x, codes, sums, len(x), tokens, len(prefix), width, code_scale),
         BLOCK_T=block_t,
         BLOCK_C=block_c,
+        INTERPRETED=_launch.INTERPRETED,
     )
-    return (x, sums) if squares else x
+    made = x if codes is None else Codes(codes, code_scale, x.dtype, x)
+    return (made, sums) if squares else made

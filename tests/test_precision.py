@@ -59,14 +59,15 @@ def test_raw_of_a_random_vit_b_is_as_near_to_float64_as_plain_bfloat16():
     assert error(raw("bf16", route="engine")) <= LOW_PRECISION_RATIO * plain
 
 
-def test_every_gemm_has_e4m3_operands_and_activations_stay_bfloat16():
+def test_every_gemm_of_the_blocks_has_e4m3_operands_and_activations_stay_bfloat16():
     explainer = dave_fast.DAVE(ENGINE["vit"].build(), precision="fp8", backend="torch", noise_alpha=0.5)
     images = ENGINE["vit"].images(2)
     found = explainer.explain(images, n_samples=3)
     assert found.raw.isfinite().all() and explainer.route == "engine"
     plan = explainer._route(images).plan
     assert plan.dtype == torch.bfloat16
-    assert all(isinstance(p.weight, Fp8Weight) and isinstance(p.transposed, Fp8Weight) for p in plan.projections())
+    eight = [isinstance(w, Fp8Weight) for p in plan.projections() for w in (p.weight, p.transposed)]
+    assert not any(eight[:2]) and all(eight[2:]) and len(eight) > 2
 
 
 def test_fp8_without_hardware_is_refused_unless_the_reference_is_asked_for(monkeypatch):

@@ -14,7 +14,8 @@ T rows (tokens) · I in-features · O out-features.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +51,23 @@ class Codes:
     scale: float
     dtype: torch.dtype
     wide: Tensor | None
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the result."""
+        return self.values.shape
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Codes:
+        """Return the same with a change of shape made to both forms."""
+        return replace(self, values=change(self.values), wide=None if self.wide is None else change(self.wide))
+
+
+def wide(x: Tensor | Codes) -> Tensor:
+    """Return a result in the engine's dtype, which must have been kept."""
+    if isinstance(x, Tensor):
+        return x
+    assert x.wide is not None
+    return x.wide
 
 
 def encode(x: Tensor, scale: float) -> Tensor:

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dave_fast.ops.fp8 import Codes, encode
 from dave_fast.ops.linear import row_squares
 
 
-def assemble_ref(patches: Tensor, prefix: Tensor, position: Tensor, *, squares: bool = False) -> Any:
+def assemble_ref(
+    patches: Tensor, prefix: Tensor, position: Tensor, *, squares: bool = False, code_scale: float | None = None
+) -> Any:
     """The stream ahead of the first block.
 
     Args:
@@ -23,6 +26,7 @@ def assemble_ref(patches: Tensor, prefix: Tensor, position: Tensor, *, squares: 
         prefix: (k, C) class, distillation and register tokens.
         position: (n, C) is added to the patches, their bias included.
         squares: the sums of squares of x are returned too, as `linear` does.
+        code_scale: x in e4m3 with this scale as well: `ops.fp8.Codes` take its place.
 
     Returns:
         x (R·N, C) in the patches' dtype, or (x, (R·N, parts) float32).
@@ -32,4 +36,5 @@ def assemble_ref(patches: Tensor, prefix: Tensor, position: Tensor, *, squares: 
     x[:, : len(prefix)] = prefix
     torch.add(patches, position, out=x[:, len(prefix) :])
     x = x.view(-1, width)
-    return (x, row_squares(x)) if squares else x
+    made = x if code_scale is None else Codes(encode(x, code_scale), code_scale, x.dtype, x)
+    return (made, row_squares(x)) if squares else made
