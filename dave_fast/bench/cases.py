@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from dave_fast.bench.shapes import Shapes
+from dave_fast.ops.pull_back import pull_back_ref
+from dave_fast.ops.robust_mean import EPSILON, KEPT_SIGMAS, MAD_TO_SIGMA
 from dave_fast.precision import statistics_dtype
 from dave_fast.sampling import draw
 
@@ -33,7 +35,8 @@ class Case:
     """One op at one shape.
 
     operands: generator, dtype -> named operands on the generator's device · bind: functions by op, operands, dtype
-    -> the call that is timed · reads: operands that the call reads.
+    -> the call that is timed · reads: operands that the call reads · undecided: operands in float64 -> elements of the
+    result that rounding decides, which no two forms need to have in common.
     """
 
     op: str
@@ -42,6 +45,7 @@ class Case:
     bind: Callable[[Load, Operands, torch.dtype], Callable[[], Any]]
     reads: tuple[str, ...]
     gigaflops: float = 0.0
+    undecided: Callable[[Operands], Tensor] | None = None
 
     def gigabytes(self, operands: Operands, results: tuple[Tensor, ...]) -> float:
         """The least traffic with memory."""
@@ -115,7 +119,29 @@ def _pull_back_mean(shapes: Shapes) -> list[Case]:
         run = load("pull_back_mean")
         return lambda: run(given["cotangents"], given["images"], given["draws"], shapes.patch, shapes.samples)
 
-    return [replace(case, op="pull_back_mean", name="pull_back_mean", bind=bind)]
+    def undecided(wide: Operands) -> Tensor:
+        contributions = pull_back_ref(wide["cotangents"], wide["images"], wide["draws"], shapes.patch)
+        # float32 rounds the warp's source positions, in pixels, and neighbouring cotangents have nothing in common
+        share = 1e-4 + 5e-6 * max(shapes.image[1:])
+        return threshold_is_near(contributions.unflatten(0, (-1, shapes.samples)), share)
+
+    return [replace(case, op="pull_back_mean", name="pull_back_mean", bind=bind, undecided=undecided)]
+
+
+def threshold_is_near(contributions: Tensor, share: float) -> Tensor:
+    """Where a sample is so near the threshold of `robust_mean` that an error decides whether it is kept.
+
+    Args:
+        contributions: (B, S, ...) float64.
+        share: errors of contributions and threshold, as a share of the largest contribution.
+
+    Returns:
+        (B, ...) bool.
+    """
+    deviations = (contributions - contributions.median(dim=1, keepdim=True).values).abs()
+    threshold = KEPT_SIGMAS * (MAD_TO_SIGMA * deviations.median(dim=1, keepdim=True).values + EPSILON)
+    near = (deviations - threshold).abs() <= share * contributions.abs().amax(1, keepdim=True)
+    return ((deviations > 0) & near).any(1)
 
 
 def _robust_mean(shapes: Shapes) -> list[Case]:
@@ -128,7 +154,10 @@ def _robust_mean(shapes: Shapes) -> list[Case]:
         run = load("robust_mean")
         return lambda: run(given["contributions"])
 
-    return [Case("robust_mean", "robust_mean", operands, bind, ("contributions",))]
+    def undecided(wide: Operands) -> Tensor:
+        return threshold_is_near(wide["contributions"], 1e-6)
+
+    return [Case("robust_mean", "robust_mean", operands, bind, ("contributions",), undecided=undecided)]
 
 
 def _smooth(shapes: Shapes) -> list[Case]:
