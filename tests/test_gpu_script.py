@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from pathlib import Path
@@ -62,7 +63,8 @@ def ended(out):
 
 def check_files(out):
     files = [path for path in out.rglob("*") if path.is_file()]
-    assert {"rows.jsonl", "table.txt", "logs.txt"} <= {path.name for path in files}
+    assert {path.name for path in files} <= {"rows.jsonl", "table.txt", "logs.txt", "junit.xml"}
+    assert {"rows.jsonl", "table.txt"} <= {path.name for path in files}
     assert len(files) <= MOST_FILES and all(path.stat().st_size < MOST_BYTES for path in files)
 
 
@@ -391,3 +393,14 @@ def test_prebuilt_modules_of_other_sources_are_not_taken(prebuilt):
 def test_prebuilt_modules_that_do_not_import_are_not_taken(prebuilt):
     (prebuilt / "_cuda.py").write_text("raise ImportError('GLIBC_9.9 not found')")
     assert "GLIBC_9.9 not found" in build.why_not_prebuilt(prebuilt)
+
+
+def test_caches_are_packed_for_the_next_machine_unless_they_are_too_large(tmp_path, monkeypatch):
+    (tmp_path / "cache" / "triton").mkdir(parents=True)
+    (tmp_path / "cache" / "triton" / "kernel.cubin").write_bytes(os.urandom(1 << 12))
+    archive = tmp_path / "cache.tar.gz"
+    assert "too large" not in build.keep_caches(tmp_path / "cache", archive)
+    with tarfile.open(archive) as packed:
+        assert "triton/kernel.cubin" in packed.getnames()
+    monkeypatch.setattr(build, "MOST_BYTES", 1 << 10)
+    assert "too large" in build.keep_caches(tmp_path / "cache", archive) and not archive.exists()

@@ -16,11 +16,14 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PREBUILT = ROOT / "prebuilt"
 SMOKE = "cuda_smoke"
+# what Triton compiled, and what tuning chose; the largest file that a GPU machine may give back, with room to spare
+CACHES, MOST_BYTES = ("triton", "choices"), 15 << 20
 
 
 def sources() -> str:
@@ -60,6 +63,18 @@ def smoke(work: Path) -> list[list[str]]:
         ["cmake", "--build", build, "--target", SMOKE, "--parallel"],
         ["cp", f"{build}/{SMOKE}", str(work / SMOKE)],
     ]
+
+
+def keep_caches(cache: Path, archive: Path) -> str:
+    """Pack the caches, to be unpacked into prebuilt/cache for the next machine; return what became of it."""
+    with tarfile.open(archive, "w:gz") as packed:
+        for name in CACHES:
+            if (cache / name).is_dir():
+                packed.add(cache / name, name)
+    size = archive.stat().st_size
+    if size > MOST_BYTES:
+        archive.unlink()
+    return f"{archive.name}: {size / 2**20:.1f} MiB" + (", too large to be kept" if size > MOST_BYTES else "")
 
 
 def install() -> int:

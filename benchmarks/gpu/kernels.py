@@ -67,6 +67,8 @@ def profiled(call: Callable[[], Any]) -> list[tuple[str, int, float]]:
             if gpu:
                 torch.cuda.synchronize()
     wanted = DeviceType.CUDA if gpu else DeviceType.CPU
-    events = [event for event in profiler.key_averages() if event.device_type == wanted]
+    events = [
+        event for event in profiler.key_averages() if event.device_type == wanted and not event.is_user_annotation
+    ]
     times = [(e.key, e.count, 1e-6 * (e.self_device_time_total if gpu else e.self_cpu_time_total)) for e in events]
     return sorted((each for each in times if each[2] > 0), key=lambda each: -each[2])

@@ -27,7 +27,8 @@ from dave_fast.ops import _registry
 AT_ONCE = 2 if REHEARSAL else 8
 # seconds for one case, kernels compiled
 LIMIT = 60.0
-ROWS, SAMPLES = 2, 50
+# of a micro-batch that fills the GPU, so that the stages behind this one find its kernels compiled
+ROWS, SAMPLES = 28, 50
 # what a rehearsal tries of the products
 FEW = 2
 

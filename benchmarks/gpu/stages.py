@@ -58,7 +58,8 @@ def built(architecture: str) -> Stage:
 def short(out: Path, work: Path, architecture: str) -> list[Stage]:
     """Return what the first minutes on a GPU are for: is it right, how fast is it, and where does the time go."""
     parallel = "-n 8" if importlib.util.find_spec("xdist") else ""
-    pytest = "python -m pytest -p benchmarks.gpu.tests -p no:cacheprovider -W default"
+    junit = shlex.quote(str(out / "junit.xml"))
+    pytest = f"python -m pytest -p benchmarks.gpu.tests -p no:cacheprovider -W default -v --junitxml={junit}"
     return [
         built(architecture),
         measure("ops", "each op against float64, a process each", 70.0, PYTORCH_NVML_BASED_CUDA_CHECK="1"),
@@ -71,8 +72,8 @@ def short(out: Path, work: Path, architecture: str) -> list[Stage]:
             "tests",
             "the GPU suites",
             SECONDS["short"],
-            [words(f"{pytest} {parallel} -v --junitxml={shlex.quote(str(out / 'junit.xml'))} {SUITES}")],
-            [words(f"{pytest} -v tests/gpu -k 'one-token and fp32 or the_cpus or graphs'")],
+            [words(f"{pytest} {parallel} {SUITES}")],
+            [words(f"{pytest} tests/gpu -k 'one-token and fp32 or the_cpus or graphs'")],
         ),
     ]
 
@@ -89,8 +90,8 @@ def full(
         *build.smoke(work),
         words(f"{compute_sanitizer} memcheck {program}"),
         words(f"{compute_sanitizer} racecheck {program}"),
-        words(f"{compute_sanitizer} memcheck python -m pytest -q -W default {one_op}"),
     ]
+    triton = [words(f"{compute_sanitizer} memcheck python -m pytest -q -W default {one_op}")]
     arch = {"CUDAARCHS": f"{architecture}-real"}
     return [
         built(architecture),
@@ -100,7 +101,8 @@ def full(
         measure("plain", "one image at S = 200 beside the plain way at S = 8", 30.0),
         *([their_code(work, authors, wheels)] if authors else []),
         measure("attention", "beside SDPA", 25.0),
-        Stage("sanitizer", "the CUDA kernels and a Triton kernel, watched", 70.0, watched, None, arch),
+        Stage("sanitizer", "the CUDA kernels, watched for wrong reads and races", 60.0, watched, None, arch),
+        Stage("triton-memcheck", "a Triton kernel, watched for wrong reads", 40.0, triton, None),
         measure("tune", "every kernel's candidates, timed", 90.0, "--precisions bf16", "speed", DAVE_FAST_AUTOTUNE="1"),
         measure("choices", "what tuning chose", 15.0),
         measure("tuned", "the goals, with what tuning chose", 30.0, "--micro-batches own 28 --budget 0.5", "speed"),
