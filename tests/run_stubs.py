@@ -186,7 +186,8 @@ def run(place: str, out: str | Path, **settings: Any) -> Any:
         settings.get("workers", 2),
         settings.get("shard_rows", 7),
         settings.get("commit_s", 0.5),
-        settings.get("watchdog_s", 60.0),
+        # only tests of the watchdog are about it: starting Ray's actors takes minutes on a busy machine
+        settings.get("watchdog_s", 600.0),
     )
     more = {name: settings[name] for name in ("engine", "limit", "retry_errors", "reporter") if name in settings}
     return run_dataset(str(place), out, setup_of(settings), machine, **more)

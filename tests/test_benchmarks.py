@@ -137,6 +137,39 @@ def test_a_run_has_a_row_for_everyone_and_refuses_what_is_wrong(small):
     assert "e4m3" in rows["dave-fast fp8"]["not measured"]
 
 
+def test_one_wrong_patch_of_one_sample_is_refused(small):
+    _, _, _, truth = small
+    found = truth.plain_contributions["fp32"].clone()
+    assert whole._refused_in_a_part("fp32", found, truth) is None
+    size = truth.contributions[0].square().mean().sqrt()
+    found[0, 0, :8, :8] += 1e-4 * size
+    assert "its error against float64 in " in whole._refused_in_a_part("fp32", found, truth)
+
+
+def test_what_fails_leaves_the_rows_of_the_others(small):
+    """A micro-batch that fails is no choice; a contestant without any, or without contributions, has a reason."""
+    model, shapes, image, truth = small
+    right = ours(model, image, 6, shapes, "cpu")[0]
+
+    def fails(images, rows):
+        if rows != 4:
+            raise RuntimeError("CUDA error:\n  invalid argument")
+        return right.explain(images, None)
+
+    def none(images, draws):
+        raise RuntimeError("no contributions")
+
+    some = whole.Contestant("some", "fp32", 6, fails, rows=(2, 4))
+    every = whole.Contestant("every", "fp32", 6, fails, rows=(2,))
+    contributions = whole.Contestant("contributions", "fp32", 6, right.explain, none)
+    settings = {"shapes": shapes, "images": 1, "device": "cpu", "repeats": 1, "latencies": 1, "budget": 5.0}
+    rows = {row["name"]: row for row in whole.measure([every, some, contributions, right], truth, **settings)}
+    assert rows["some"]["rows"] == 4 and "images a second" in rows["some"]
+    assert rows["every"]["not measured"] == "with 2 rows: RuntimeError: CUDA error: invalid argument"
+    assert rows["contributions"]["not measured"] == "RuntimeError: no contributions"
+    assert "images a second" in rows[right.name]
+
+
 @pytest.mark.parametrize("precisions", [["fp32"], ["fp32", "bf16"]])
 def test_captum_explains_with_its_passes(small, precisions, monkeypatch):
     """Whatever this CPU has: bfloat16 is emulated where it must be."""

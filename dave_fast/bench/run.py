@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from dave_fast.bench import machine, whole
-from dave_fast.bench.cases import CASES
+from dave_fast.bench.agreement import check, loader
+from dave_fast.bench.cases import CASES, cases_of
 from dave_fast.bench.compare import compare
 from dave_fast.bench.op_tests import run_tests
 from dave_fast.bench.ops import YOURS, bench_op
@@ -21,6 +22,7 @@ from dave_fast.bench.sweep import latency_against_samples, memory_against_size
 from dave_fast.errors import InputError
 from dave_fast.explainer import DAVE
 from dave_fast.models.spec import ModelSpec
+from dave_fast.ops import _registry
 from dave_fast.plan import why_not
 
 ENGINE = "engine"
@@ -63,6 +65,8 @@ def run(
         return result
     if ENGINE in green:
         result["engine"] = _engine(network, shapes, image, wanted, yours, say)
+        if yours and shapes is not None:
+            result["red"] += _yours_alone(shapes, wanted)
     result["ops"] = _ops(shapes, [name for name in green if name != ENGINE], wanted, say)
     if sweep and ENGINE in green:
         _sweep(result, network, image, wanted, say)
@@ -140,6 +144,19 @@ def _engine(
         budget=wanted["budget"],
         progress=say,
     )
+
+
+def _yours_alone(shapes: Shapes, wanted: dict[str, Any]) -> list[str]:
+    """Why your kernels are refused by themselves: in the whole engine a low precision hides what an op shows."""
+    refused = []
+    dtype, device, load = DTYPES[wanted["precision"]], wanted["device"], loader(YOURS, wanted["device"])
+    for op in CASES:
+        for case in cases_of(op, shapes) if YOURS in _registry.IMPLEMENTATIONS[op] else ():
+            operands = case.operands(torch.Generator(device).manual_seed(secrets.randbits(32)), dtype)
+            agreement, _ = check(case, load, operands, dtype)
+            if agreement.reason is not None:
+                refused.append(f"{op} {case.name} by {YOURS}: {agreement.reason}")
+    return refused
 
 
 def _sweep(

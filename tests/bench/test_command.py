@@ -61,6 +61,10 @@ def test_your_own_kernel_in_the_whole_engine():
     done = run("--precision", "fp32", "--kernel", f"row_rstd={KERNELS}:careless_row_rstd")
     assert done.exit_code == 1 and "refused: dave-fast fp32, yours: its error" in done.output, done.output
 
+    # bfloat16 throughout hides a thousandth
+    done = run("--precision", "bf16", "--kernel", f"row_rstd={KERNELS}:wrong_row_rstd")
+    assert done.exit_code == 1 and "row_rstd by yours: its error against float64" in done.output, done.output
+
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
