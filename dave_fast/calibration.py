@@ -69,6 +69,9 @@ def calibrate(engine: Engine) -> Scales:
 
 
 def _scale(largest: float) -> float:
+    if not math.isfinite(largest):
+        # the model has no finite output, which the front end refuses
+        return 1.0
     return 2.0 ** math.ceil(math.log2(max(HEADROOM * largest / LARGEST, 2.0**-100)))
 
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from dave_fast.layers import Layer
     from dave_fast.plan import ViTPlan
 
+# columns whose squares are summed together on a GPU: PART of kernels/linear.py
+SQUARES = 64
 # P's rows are rounded up to whole vectors
 PADDING = 15
 CGROUP = "/sys/fs/cgroup"
@@ -67,7 +69,10 @@ def _tensors(packed: object) -> list[Tensor]:
 def _layer_bytes(plan: ViTPlan, layer: Layer, entering: int, leaving: int) -> int:
     """Operators that one row keeps of one layer: P or q, k and two numbers a query, or the gate; 1/σ of its norms."""
     item = plan.dtype.itemsize
-    norms = 4 * (entering * (layer.norm is not None) + leaving * sum(n is not None for n in (layer.inner, layer.post)))
+    # where products sum squares, 1/σ of the norm ahead is kept as these sums
+    ahead = math.ceil(plan.width / SQUARES) if plan.device.type == "cuda" else 1
+    inside = sum(norm is not None for norm in (layer.inner, layer.post))
+    norms = 4 * (ahead * entering * (layer.norm is not None) + leaving * inside)
     if isinstance(layer, MlpLayer):
         return leaving * hidden_width(layer.fc1.bias.shape[0], layer.activation) * item + norms
     if entering <= KEEP_PROBABILITIES:
