@@ -5,9 +5,8 @@
     y = row_scale ⊙ (x̂ ŵᵀ) + bias, and the epilogues of `ops.linear`, in float32, rounded once to x's dtype
 
 e4m3 has four exponent and three mantissa bits: the largest number is 448, a normal one is off by at most 2⁻⁴ of itself.
-The scale of a row depends on that row alone, so neither on batch mates nor on a calibration. Scales that are static per
-layer, from other images, gave the same maps on the demo model (docs/gpu.md has the figures), but would have to be
-measured for each model, and cotangents of another target or scale of the logits may leave their range.
+The scale of a row depends on that row alone, and takes one more read of it. Where the producer of x knew one scale for
+all rows beforehand (`dave_fast.calibration`), it has stored the codes itself: `Codes`. docs/gpu.md compares the two.
 
 T rows (tokens) · I in-features · O out-features.
 """
