@@ -4,7 +4,6 @@ import copy
 import gc
 import logging
 import threading
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -313,38 +312,47 @@ class Held:
         Held.alive -= 1
 
 
+class Entered:
+    """A context manager of a class, as PyTorch's are: those of generators keep the error of a failed block."""
+
+    def __init__(self, enter, leave):
+        self._enter, self._leave = enter, leave
+
+    def __enter__(self):
+        self._enter()
+
+    def __exit__(self, kind, error, traceback):
+        self._leave(kind is not None)
+
+
 class Capturing:
     """Stands for PyTorch's capture on a CPU; as there, ending one in which nothing was launched is an error."""
 
     def __init__(self, patch):
         self.streams, self.active = ["caller's"], False
-        patch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(wait_stream=lambda other: None))
-        patch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(wait_stream=lambda other: None))
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        for name in ("Stream", "current_stream"):
+            patch.setattr(torch.cuda, name, lambda device: stream)
         patch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
-        patch.setattr(torch.cuda, "stream", self.stream)
         patch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
-        patch.setattr(torch.cuda, "graph", self.graph)
+        patch.setattr(torch.cuda, "stream", lambda stream: Entered(self._push, self._restore))
+        patch.setattr(torch.cuda, "graph", lambda graph, **settings: Entered(self._begin, self._end))
 
-    @contextmanager
-    def stream(self, stream):
-        before = list(self.streams)
+    def _push(self):
         self.streams.append("capturing")
-        try:
-            yield
-        finally:
-            self.streams[:] = before
 
-    @contextmanager
-    def graph(self, graph, pool, stream, capture_error_mode):
-        self.streams.append("capturing")
+    def _restore(self, failed):
+        del self.streams[1:]
+
+    def _begin(self):
+        self._push()
         self.active = True
-        try:
-            yield
-        except BaseException:
-            # the stream stays current
-            raise RuntimeError("CUDA Graph is empty") from None
-        finally:
-            self.active = False
+
+    def _end(self, failed):
+        self.active = False
+        if failed:
+            # and the stream stays current
+            raise RuntimeError("CUDA Graph is empty")
         self.streams.pop()
 
 
@@ -373,12 +381,10 @@ def test_what_fails_within_a_capture_is_what_is_raised_and_its_memory_is_freed(m
 def test_a_capture_that_cannot_end_says_so_itself(monkeypatch):
     Capturing(monkeypatch)
 
-    @contextmanager
-    def broken(*args, **settings):
-        yield
+    def end(failed):
         raise RuntimeError("operation failed due to a previous error during capture")
 
-    monkeypatch.setattr(torch.cuda, "graph", broken)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **settings: Entered(lambda: None, end))
     with pytest.raises(RuntimeError, match="a previous error during capture"):
         CudaCapture(torch.device("cuda"))(lambda: torch.zeros(1))
 
