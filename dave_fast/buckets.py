@@ -133,7 +133,7 @@ def ladder(full: int) -> tuple[int, ...]:
 
 @lru_cache(maxsize=4096)
 def next_bucket(remaining: int, full: int, cost: Callable[[int], float], own: int | None = None) -> int:
-    """The bucket for the next rows when `remaining` are left: m* while many are left, then what ends soonest.
+    """The bucket for the next rows when `remaining` are left: the cheapest a row of many, then what ends soonest.
 
     Args:
         remaining: rows.
@@ -143,7 +143,7 @@ def next_bucket(remaining: int, full: int, cost: Callable[[int], float], own: in
     """
     sizes = ladder(full) if own is None else (*ladder(full), own)
     if remaining >= 2 * max(sizes):
-        return full
+        return min(sizes, key=lambda size: cost(size) / size)
     return _ways(remaining, sizes, cost)
 
 

@@ -160,8 +160,9 @@ def test_one_image_has_a_bucket_of_its_own_where_that_is_cheapest():
     # several images: full micro-batches first, then what ends soonest, of either kind
     assert walk(400, 113, cost, own=50)[:2] == [113, 113]
     assert walk(8, 113, cost, own=50) == [14]
-    # more rows than a full micro-batch: one launch of everything, where it is allowed
+    # more rows than a full micro-batch: one launch of everything, where it is allowed, of each image
     assert walk(200, 113, cost, own=200) == [200]
+    assert walk(1600, 113, cost, own=200) == [200] * 8
     # 21 rows fill the chip where 20 do not
     assert walk(20, full_rows(cost_of("B", 448), MANY), cost_of("B", 448), own=20) == [21]
 
