@@ -203,26 +203,25 @@ def _attention_vjp_kernel(
     tl.store(p, acc.to(d_v.dtype.element_ty), mask=(o_n < N)[:, None] & (d < D)[None, :])
 
 
+# PyTorch's flash attention, which returns the log-sum-exp; it has no form with a bias
+FLASH = _launch.Library("scaled_dot_product_flash_attention")
+
+
 @dataclass(frozen=True)
 class SavedTriton:
-    """What the VJP needs: q (R, Q, heads, D), k (R, N, heads, D) as they were given; peak and share (R, heads, Q)."""
+    """What the VJP needs.
 
-    scale: float
+    factor: scale·log₂e · q: (R, Q, heads, D), k: (R, N, heads, D), as they were given · peak, share: (R, heads, Q) ·
+    bias: (heads, Q, N), over_scale: 1/scale; None without a bias.
+    """
+
+    factor: float
     q: Tensor
     k: Tensor
     peak: Tensor
     share: Tensor | None
     bias: Tensor | None
-
-    @property
-    def factor(self) -> float:
-        """scale·log₂e."""
-        return self.scale * math.log2(math.e)
-
-    @property
-    def over_scale(self) -> float | None:
-        """1/scale, where there is a bias."""
-        return None if self.bias is None else 1 / self.scale
+    over_scale: float | None
 
 
 def configurations(
@@ -274,24 +273,40 @@ def attention_triton(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor
     if not _launch.covered(q) or scale <= 0 or dim > 128:
         return attention_ref(q, k, v, scale, bias)
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    tokens = k.shape[1]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    peak = torch.empty(rows, heads, queries, dtype=torch.float32, device=q.device)
-    share = torch.empty_like(peak) if q.dtype == torch.float32 else None
-    saved = SavedTriton(scale, q, k, peak, share, None if bias is None else bias.contiguous())
+    tokens, factor = k.shape[1], scale * math.log2(math.e)
+    bias, over_scale = (None, None) if bias is None else (bias.contiguous(), 1 / scale)
     block = max(16, triton.next_power_of_2(dim))
 
-    def launch(configuration: Any) -> None:
-        grid = triton.cdiv(queries, configuration.kwargs["BLOCK_Q"]) * rows * heads
+    def launch(candidate: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        if candidate is FLASH:
+            return *_flash(q, k, v, scale), None
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        peak = torch.empty(rows, heads, queries, dtype=torch.float32, device=q.device)
+        share = torch.empty_like(peak) if q.dtype == torch.float32 else None
+        grid = triton.cdiv(queries, candidate.kwargs["BLOCK_Q"]) * rows * heads
         _attention_kernel[(grid,)](
-            *(q, k, v, out, peak, share, queries, tokens, heads, saved.factor),
-            *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], saved.bias, saved.over_scale, dim, block),
-            **configuration.all_kwargs(),
+            *(q, k, v, out, peak, share, queries, tokens, heads, factor),
+            *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], bias, over_scale, dim, block),
+            **candidate.all_kwargs(),
         )
+        return out, peak, share
 
-    found = configurations(_launch.architecture(q.device), q.dtype, block, queries, vjp=False, biased=bias is not None)
-    _launch.run(_problem("attention", q, tokens, bias), rows * heads, q.device, found, launch)
-    return out, saved
+    arch = _launch.architecture(q.device)
+    found: list[_launch.Candidate] = [
+        *configurations(arch, q.dtype, block, queries, vjp=False, biased=bias is not None)
+    ]
+    if arch and bias is None and q.dtype != torch.float32 and dim % 8 == 0:
+        found.append(FLASH)
+    problem = _problem("attention", q, tokens, bias)
+    out, peak, share = _launch.run(problem, rows * heads, q.device, found, launch)
+    return out, SavedTriton(factor, q, k, peak, share, bias, over_scale)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Return the heads' outputs (R, Q, heads, D) and log₂ Σ exp₂ s (R, heads, Q), both contiguous."""
+    heads = (t.transpose(1, 2) for t in (q, k, v))
+    out, log_sum, *_ = torch.ops.aten._scaled_dot_product_flash_attention(*heads, scale=scale)
+    return out.transpose(1, 2).contiguous(), (log_sum * math.log2(math.e)).contiguous()
 
 
 def attention_vjp_triton(saved: Any, d_out: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dave_fast.kernels import attention
+from dave_fast.kernels import _launch, attention
 from dave_fast.kernels.attention import attention_triton, attention_vjp_triton
 from dave_fast.ops.attention import attention_ref, attention_vjp_ref
 from tests.kernels.conftest import DTYPES, assert_as_good, error
@@ -87,6 +87,27 @@ def test_large_scores_do_not_overflow(dtype, device):
     for got, want in zip(run(*case, 1.0), by_formula(*case, 1.0), strict=True):
         assert got.isfinite().all()
         assert error(got, want) <= (1e-3 if dtype == torch.float32 else 0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("shape", [(4, 1, 197, 3, 64), (2, 70, 70, 2, 80)], ids=str)
+def test_the_librarys_flash_attention_feeds_the_vjp(shape, dtype, device, monkeypatch):
+    if device == "cpu":
+        on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention", on_cpu)
+    forward, scale = _launch.run, shape[-1] ** -0.5
+
+    def run_flash(problem, rows, device, candidates, launch):
+        flash = problem.startswith("attention ")
+        return launch(attention.FLASH) if flash else forward(problem, rows, device, candidates, launch)
+
+    monkeypatch.setattr(_launch, "run", run_flash)
+    case = heads(shape, dtype, device)
+    out, saved = attention_ref(*case[:3], scale)
+    plain = out, attention_vjp_ref(saved, case[3])
+    for got, want, reference in zip(run(*case, scale), by_formula(*case, scale), plain, strict=True):
+        assert got.is_contiguous()
+        assert_as_good(got, reference, want)
 
 
 def test_cotangents_of_any_strides(device):
