@@ -10,6 +10,8 @@ No GPU is needed: kernels go through Triton's JIT and ptxas, and what would be l
     waves, fill          programs / (resident · 132 multiprocessors), and the share of whole waves that is used
     MB                   of all tensors given to the launches, read or written once: a floor of the traffic
     notes                what ptxas warned of; C7515: its wgmma wait for each other
+
+PyTorch's own ops of a micro-batch (the tail, its derivative, what the walks add to it) are counted by name below.
 """
 
 from __future__ import annotations
@@ -19,14 +21,16 @@ import math
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import timm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.ptxas import ARCHITECTURES  # noqa: E402
-from tests.fake_gpu import Kernel, Launch, fake_gpu, walk  # noqa: E402
+from tests.fake_gpu import Kernel, Launch, build, fake_gpu, walk  # noqa: E402
 
 HEADING = (
     "launches", "kernel", "sizes", "grid", "warps", "registers", "spills", "shared", "resident", "waves", "fill", "MB",
@@ -34,6 +38,20 @@ HEADING = (
 )  # fmt: skip
 # the optional operands that tell one form of `linear` from another
 OPERANDS = ("row_scale", "row_sums", "column_scale", "bias", "gate", "residual", "codes", "squares")
+
+
+class PyTorchOps(TorchDispatchMode):
+    """How often PyTorch's own ops ran, by name, without views and allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if not func.is_view and not name.startswith(("empty", "new_empty", "detach", "_unsafe_view")):
+            self.counted[name] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def form(kernel: Kernel) -> str:
@@ -77,8 +95,12 @@ def main() -> None:
     settings = {"depth": given.depth} if given.depth else {}
     model = timm.create_model(given.model, **settings).eval()
     with fake_gpu(given.arch) as launches:
-        walk(model, given.rows, given.precision, given.size and (given.size, given.size))
+        engine = build(model, given.precision, given.size and (given.size, given.size))
+        launches.clear()
+        with PyTorchOps() as ops:
+            walk(engine, given.rows)
     print(table(launches))
+    print(f"PyTorch's own: {ops.counted.total()}:", ", ".join(f"{n} {name}" for name, n in ops.counted.most_common()))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver as drivers
 
 from benchmarks.ptxas import ARCHITECTURES, Resources
+from dave_fast import calibration
 from dave_fast.engine import Engine
 from dave_fast.kernels import _launch
 from dave_fast.ops import _registry
@@ -130,13 +131,19 @@ def fake_gpu(arch: int = 90) -> Iterator[list[Launch]]:
             gc.collect()
 
 
-def walk(model: nn.Module, rows: int, precision: str, size: tuple[int, int] | None = None) -> None:
-    """Launch what a micro-batch of the engine launches, forward and VJP, for precision fp32, bf16 or fp8."""
+def build(model: nn.Module, precision: str, size: tuple[int, int] | None = None) -> Engine:
+    """An engine on the stand-in, in fp32, bf16 or fp8; the walks that find eight-bit scales are launched."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}[precision]
-    engine = Engine.build(model, dtype=dtype, size=size, backend="triton", fp8=precision == "fp8")
+    # of what is found in uninitialised memory there is no scale
+    with mock.patch.object(calibration, "_scale", return_value=1.0):
+        return Engine.build(model, dtype=dtype, size=size, backend="triton", fp8=precision == "fp8")
+
+
+def walk(engine: Engine, rows: int) -> None:
+    """Launch what a micro-batch of so many rows launches, forward and VJP."""
     plan = engine.plan
     inputs = plan.channels * math.prod(plan.patch_size)
-    output, saved = engine.forward(torch.empty(rows, plan.position.shape[0], inputs, dtype=dtype))
+    output, saved = engine.forward(torch.empty(rows, plan.position.shape[0], inputs, dtype=plan.dtype))
     engine.vjp(saved, torch.ones_like(output))
 
 
