@@ -24,7 +24,7 @@ from dave_fast.frozen import freeze
 from dave_fast.layers import AttentionLayer, Deviation, Layer, MlpLayer, Step
 from dave_fast.models.reading import Norm
 from dave_fast.ops import _registry
-from dave_fast.ops.fp8 import Codes, encode, wide
+from dave_fast.ops.fp8 import Codes, coded, encode, wide
 from dave_fast.ops.norm import RowSums
 from dave_fast.plan import ViTPlan, make_plan
 from dave_fast.precision import statistics_dtype
@@ -276,14 +276,17 @@ class Engine:
         """The heads' outputs (R·Q, heads·D), and what attention's VJP needs; read: of x, the tokens with queries."""
         q, k, v = self._queries_keys_values(layer, step, x, read, scale, rows)
         bias = () if layer.bias is None else (layer.bias,)
-        out, saved = self._attention(q, k, v, layer.scale, *bias)
-        out = out.view(rows * q.shape[1], -1)
-        return (self._coded(out, layer.writer.weight) if layer.inner is None else out), saved
+        settings = self._codes([layer.writer.weight]) if layer.inner is None else {}
+        # Triton's kernels store codes themselves
+        stored = settings if self._squares else {}
+        out, saved = self._attention(q, k, v, layer.scale, *bias, **stored)
+        return self._rows_of_heads(out, settings), saved
 
-    def _coded(self, x: Tensor, weight: Any) -> Stream:
-        """An attention's result as the product with `weight` reads it."""
-        codes = self._codes([weight])
-        return Codes(encode(x, codes["code_scale"]), codes["code_scale"], x.dtype, None) if codes else x
+    def _rows_of_heads(self, heads: Stream, settings: dict[str, Any]) -> Stream:
+        """An attention's result (R, tokens, heads, D) as the product that reads it wants it, (R·tokens, heads·D)."""
+        if isinstance(heads, Codes):
+            return heads.map(lambda t: t.view(t.shape[0] * t.shape[1], -1))
+        return coded(heads.view(heads.shape[0] * heads.shape[1], -1), settings.get("code_scale"))
 
     def _queries_keys_values(
         self, layer: AttentionLayer, step: Step, x: Stream, read: Stream, scale: Scale | None, rows: int
@@ -378,10 +381,12 @@ class Engine:
         """Cotangent of the branch's result -> of its values (R·N, heads·D)."""
         g = self._post_vjp(layer, saved, g)
         d_out = self.multiply(g, layer.writer.transposed, row_scale=saved.inner)
-        d_v = self._attention_vjp(saved.core, d_out.view(rows, -1, layer.heads, layer.head_dim))
         values = layer.qkv or layer.key_value
         assert values is not None
-        return self._coded(d_v.view(-1, layer.heads * layer.head_dim), values.transposed)
+        settings = self._codes([values.transposed])
+        heads = d_out.view(rows, -1, layer.heads, layer.head_dim)
+        d_v = self._attention_vjp(saved.core, heads, **(settings if self._squares else {}))
+        return self._rows_of_heads(d_v, settings)
 
 
 def _readers(steps: Sequence[Step]) -> list[Any]:

@@ -107,6 +107,7 @@ def attention_case(
     vjp: bool,
     queries: int = 197,
     bias: bool = False,
+    codes: bool = False,
 ) -> Case:
     """One of the two walks' kernels for a head dimension."""
     block = max(16, triton.next_power_of_2(dim))
@@ -120,8 +121,10 @@ def attention_case(
         types["share"] = "*fp32"
     if bias:
         types |= {"bias": f"*{NAMES[dtype]}", "over_scale": "fp32"}
+    if codes:
+        types |= {"d_v" if vjp else "out": "*fp8e4nv", "code_scale": "fp32"}
     kernel = attention._attention_vjp_kernel if vjp else attention._attention_kernel
-    constants = {"D": dim, "D_BLOCK": block} | found.kwargs
+    constants = {"D": dim, "D_BLOCK": block, "INTERPRETED": False} | found.kwargs
     return Case(f"attention {name} {NAMES[dtype]}", kernel, types, constants, found)
 
 
@@ -189,6 +192,8 @@ def cases(arch: int) -> Iterator[Case]:
         yield linear_case("VJP fc2", arch, eight, **scale, **gate, **codes, wide=False)
         yield linear_case("VJP fc1", arch, eight, **residual, **codes)
         yield linear_case("VJP qkv", arch, eight, **scale, **residual, **codes)
+        yield attention_case("forward to e4m3, D = 64", arch, 64, vjp=False, codes=True)
+        yield attention_case("VJP to e4m3, D = 64", arch, 64, vjp=True, codes=True)
         yield quantise_case()
     for dim in (64, 80):
         yield attention_case(f"forward, D = {dim}", arch, dim, vjp=False)

@@ -75,6 +75,11 @@ def encode(x: Tensor, scale: float) -> Tensor:
     return wide.where(wide.abs() <= LARGEST, torch.nan).to(E4M3)
 
 
+def coded(x: Tensor, code_scale: float | None) -> Tensor | Codes:
+    """Return codes of x with a scale, in place of x; x itself for no scale."""
+    return x if code_scale is None else Codes(encode(x, code_scale), code_scale, x.dtype, None)
+
+
 def pack_fp8(matrix: Tensor) -> Fp8Weight:
     """matrix (O, I) of any floating dtype, one scale an output channel."""
     return Fp8Weight(*quantise(matrix))

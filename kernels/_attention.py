@@ -1,0 +1,190 @@
+"""The kernels of `attention` (see `kernels/attention.py` for what they compute and how tiles are chosen).
+
+R rows · Q queries · N tokens · H heads · D head dimension, in blocks of D_BLOCK ≥ D.
+"""
+
+import triton
+import triton.language as tl
+
+from dave_fast.kernels._linear import encode_e4m3
+
+
+@triton.jit
+def _place(tokens, H, BLOCK: tl.constexpr):
+    """This program's block of tokens, row · H + head, row and head. One axis: CUDA's others end at 65,535 programs."""
+    blocks = tl.cdiv(tokens, BLOCK)
+    i_flat = (tl.program_id(0) // blocks).to(tl.int64)
+    return tl.program_id(0) % blocks, i_flat, i_flat // H, i_flat % H
+
+
+@triton.jit
+def _load(base, o, limit, stride, D: tl.constexpr, D_BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """Tokens o of one head: [BLOCK, D_BLOCK], zeros beyond `limit` where MASKED, and beyond D."""
+    d = tl.arange(0, D_BLOCK)
+    p = base + o.to(tl.int64)[:, None] * stride + d[None, :]
+    if MASKED:
+        return tl.load(p, mask=(o < limit)[:, None] & (d < D)[None, :], other=0.0)
+    if D == D_BLOCK:
+        return tl.load(p)
+    return tl.load(p, mask=(d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _store(p, values, code_scale, m, INTERPRETED: tl.constexpr):
+    """values in the pointers' dtype, or in e4m3 where there is a scale."""
+    if code_scale is not None:
+        values = encode_e4m3(values, code_scale, INTERPRETED)
+    tl.store(p, values.to(p.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def _scores(
+    b_still, still, o_still, limit_still, stride_still, passing, o_passing, limit_passing, stride_passing,
+    D: tl.constexpr, D_BLOCK: tl.constexpr, D_STEP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """still · passingᵀ of two blocks of tokens, D_STEP components at a time; whole, `still` is kept in b_still.
+
+    Beyond the last token that passes, where MASKED, scores are those of the last.
+    """
+    if MASKED:
+        o_passing = tl.minimum(o_passing, limit_passing - 1)
+    if D_STEP == D_BLOCK:
+        b_passing = _load(passing, o_passing, limit_passing, stride_passing, D, D_BLOCK, False)
+        s = tl.dot(b_still, b_passing.T, input_precision="ieee")
+    else:
+        s = tl.zeros((o_still.shape[0], o_passing.shape[0]), dtype=tl.float32)
+        for d in tl.static_range(0, D_BLOCK, D_STEP):
+            b_still = _load(still + d, o_still, limit_still, stride_still, D - d, D_STEP, True)
+            b_passing = _load(passing + d, o_passing, limit_passing, stride_passing, D - d, D_STEP, False)
+            s = tl.dot(b_still, b_passing.T, s, input_precision="ieee")
+    return s
+
+
+@triton.jit
+def _add_bias(s, bias, over_scale, o_q, o_n, Q, N, TRANSPOSED: tl.constexpr):
+    """s + bias/scale, with s [BLOCK_Q, BLOCK_N], or [BLOCK_N, BLOCK_Q] where TRANSPOSED; bias of one head, (Q, N)."""
+    if TRANSPOSED:
+        p = bias + o_q.to(tl.int64)[None, :] * N + o_n[:, None]
+        m = (o_q < Q)[None, :] & (o_n < N)[:, None]
+    else:
+        p = bias + o_q.to(tl.int64)[:, None] * N + o_n[None, :]
+        m = (o_q < Q)[:, None] & (o_n < N)[None, :]
+    return s + tl.load(p, mask=m, other=0.0).to(tl.float32) * over_scale
+
+
+@triton.jit
+def _forward_block(
+    b_q, q, o_q, Q, stride_q, k, v, start, N, stride_k, stride_v, factor, acc, top, total, bias, over_scale,
+    D: tl.constexpr, D_BLOCK: tl.constexpr, D_STEP: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One block of keys: the running maximum score `top`, sum `total` and product `acc` of the online softmax."""
+    o_n = start + tl.arange(0, BLOCK_N)
+    s = _scores(b_q, q, o_q, Q, stride_q, k, o_n, N, stride_k, D, D_BLOCK, D_STEP, MASKED)  # [BLOCK_Q, BLOCK_N]
+    if bias is not None:
+        s = _add_bias(s, bias, over_scale, o_q, o_n, Q, N, False)
+    if MASKED:
+        s = tl.where((o_n < N)[None, :], s, float("-inf"))
+    higher = tl.maximum(top, tl.max(s, 1))
+    p = tl.exp2(s * factor - (higher * factor)[:, None])
+    shrink = tl.exp2((top - higher) * factor)
+    total = total * shrink + tl.sum(p, 1)
+    b_v = _load(v, o_n, N, stride_v, D, D_BLOCK, MASKED)  # [BLOCK_N, D_BLOCK]
+    acc = tl.dot(p.to(b_v.dtype), b_v, acc * shrink[:, None], input_precision="ieee")
+    return acc, higher, total
+
+
+@triton.jit
+def _attention_kernel(
+    q, k, v, out, peak, share, Q, N, H, factor,
+    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, bias, over_scale, code_scale,
+    D: tl.constexpr, D_BLOCK: tl.constexpr, INTERPRETED: tl.constexpr, D_STEP: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr, PEELED: tl.constexpr,
+):  # fmt: skip
+    """A block of queries of one head; PEELED: the last block of keys has code of its own, the others go unmasked."""
+    i_q, i_flat, i_row, i_head = _place(Q, H, BLOCK_Q)
+    q += i_row * q_row + i_head * q_head
+    k += i_row * k_row + i_head * k_head
+    v += i_row * v_row + i_head * v_head
+    if bias is not None:
+        bias += i_head * Q * N
+    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    b_q = _load(q, o_q, Q, q_token, D, D_BLOCK, True)  # [BLOCK_Q, D_BLOCK]
+    acc = tl.zeros((BLOCK_Q, D_BLOCK), dtype=tl.float32)
+    top = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+    last = (N - 1) // BLOCK_N * BLOCK_N
+    for start in range(0, last if PEELED else N, BLOCK_N):
+        acc, top, total = _forward_block(
+            b_q, q, o_q, Q, q_token, k, v, start, N, k_token, v_token, factor, acc, top, total, bias, over_scale,
+            D, D_BLOCK, D_STEP, BLOCK_N, not PEELED,
+        )  # fmt: skip
+    if PEELED:
+        acc, top, total = _forward_block(
+            b_q, q, o_q, Q, q_token, k, v, last, N, k_token, v_token, factor, acc, top, total, bias, over_scale,
+            D, D_BLOCK, D_STEP, BLOCK_N, True,
+        )  # fmt: skip
+    m_q = o_q < Q
+    d = tl.arange(0, D_BLOCK)
+    p = out + ((i_row * Q + o_q)[:, None] * H + i_head) * D + d[None, :]
+    _store(p, acc * (1 / total)[:, None], code_scale, m_q[:, None] & (d < D)[None, :], INTERPRETED)
+    o_kept = i_flat * Q + o_q
+    if share is not None:
+        tl.store(peak + o_kept, top * factor, mask=m_q)
+        tl.store(share + o_kept, 1 / total, mask=m_q)
+    else:
+        tl.store(peak + o_kept, top * factor + tl.log2(total), mask=m_q)
+
+
+@triton.jit
+def _vjp_block(
+    b_k, k, o_n, N, stride_k, q, d_out, peak, share, start, Q, stride_q, stride_o, factor, acc, bias, over_scale,
+    D: tl.constexpr, D_BLOCK: tl.constexpr, D_STEP: tl.constexpr, BLOCK_Q: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """acc += Pᵀ d_out of one block of queries."""
+    o_q = start + tl.arange(0, BLOCK_Q)
+    # an infinite peak makes every p beyond the last query zero
+    b_peak = tl.load(peak + o_q, mask=o_q < Q, other=float("inf")) if MASKED else tl.load(peak + o_q)
+    s = _scores(b_k, k, o_n, N, stride_k, q, o_q, Q, stride_q, D, D_BLOCK, D_STEP, MASKED)  # [BLOCK_N, BLOCK_Q]
+    if bias is not None:
+        s = _add_bias(s, bias, over_scale, o_q, o_n, Q, N, True)
+    p = tl.exp2(s * factor - b_peak[None, :])
+    if share is not None:
+        p *= (tl.load(share + o_q, mask=o_q < Q, other=0.0) if MASKED else tl.load(share + o_q))[None, :]
+    b_o = _load(d_out, o_q, Q, stride_o, D, D_BLOCK, MASKED)  # [BLOCK_Q, D_BLOCK]
+    return tl.dot(p.to(b_o.dtype), b_o, acc, input_precision="ieee")
+
+
+@triton.jit
+def _attention_vjp_kernel(
+    q, k, peak, share, d_out, d_v, Q, N, H, factor,
+    q_row, q_token, q_head, k_row, k_token, k_head, o_row, o_token, o_head, bias, over_scale, code_scale,
+    D: tl.constexpr, D_BLOCK: tl.constexpr, INTERPRETED: tl.constexpr, D_STEP: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr, PEELED: tl.constexpr,
+):  # fmt: skip
+    """dv of a block of keys of one head; PEELED: the last block of queries has code of its own."""
+    i_n, i_flat, i_row, i_head = _place(N, H, BLOCK_N)
+    q += i_row * q_row + i_head * q_head
+    k += i_row * k_row + i_head * k_head
+    d_out += i_row * o_row + i_head * o_head
+    peak += i_flat * Q
+    if share is not None:
+        share += i_flat * Q
+    if bias is not None:
+        bias += i_head * Q * N
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    b_k = _load(k, o_n, N, k_token, D, D_BLOCK, True)  # [BLOCK_N, D_BLOCK]
+    acc = tl.zeros((BLOCK_N, D_BLOCK), dtype=tl.float32)
+    last = (Q - 1) // BLOCK_Q * BLOCK_Q
+    for start in range(0, last if PEELED else Q, BLOCK_Q):
+        acc = _vjp_block(
+            b_k, k, o_n, N, k_token, q, d_out, peak, share, start, Q, q_token, o_token, factor, acc, bias, over_scale,
+            D, D_BLOCK, D_STEP, BLOCK_Q, not PEELED,
+        )  # fmt: skip
+    if PEELED:
+        acc = _vjp_block(
+            b_k, k, o_n, N, k_token, q, d_out, peak, share, last, Q, q_token, o_token, factor, acc, bias, over_scale,
+            D, D_BLOCK, D_STEP, BLOCK_Q, True,
+        )  # fmt: skip
+    d = tl.arange(0, D_BLOCK)
+    p = d_v + ((i_row * N + o_n)[:, None] * H + i_head) * D + d[None, :]
+    _store(p, acc, code_scale, (o_n < N)[:, None] & (d < D)[None, :], INTERPRETED)
