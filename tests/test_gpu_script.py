@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -404,3 +405,32 @@ def test_caches_are_packed_for_the_next_machine_unless_they_are_too_large(tmp_pa
         assert "triton/kernel.cubin" in packed.getnames()
     monkeypatch.setattr(build, "MOST_BYTES", 1 << 10)
     assert "too large" in build.keep_caches(tmp_path / "cache", archive) and not archive.exists()
+
+
+def test_a_cache_of_triton_is_found_in_another_folder(tmp_path):
+    cache = pytest.importorskip("triton.runtime.cache")
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        (folder / "KEY").mkdir(parents=True)
+    kernel = cache.FileCacheManager("KEY")
+    kernel.cache_dir = str(here / "KEY")
+    files = {name: kernel.put(name.encode(), name) for name in ("k.cubin", "k.ttir", "k.json")}
+    kernel.put_group("k.json", files)
+    build.adopt(here, there)
+    shutil.rmtree(here)
+    kernel.cache_dir = str(there / "KEY")
+    assert kernel.get_group("k.json") == {name: str(there / "KEY" / name) for name in ("k.cubin", "k.json")}
+
+
+@pytest.mark.slow
+def test_kernels_are_compiled_for_the_cache_without_a_gpu(tmp_path, monkeypatch):
+    precompile = pytest.importorskip("benchmarks.gpu.precompile")
+    monkeypatch.setattr(precompile, "PRECISIONS", ("bf16",))
+    monkeypatch.setattr(precompile, "ROWS", (2,))
+    monkeypatch.setattr(precompile, "MODEL", "vit_tiny_patch16_224")
+    kernels = precompile.compile_all(tmp_path / "cache", 90, candidates=False)
+    assert kernels > 10
+    groups = [json.loads(path.read_text())["child_paths"] for path in (tmp_path / "cache").glob("*/__grp__*.json")]
+    kept = [Path(path) for group in groups for path in group.values()]
+    assert len(groups) == kernels and all(path.exists() for path in kept)
+    assert {path.suffix for path in kept} == {".cubin", ".json"}

@@ -1,10 +1,10 @@
 """The native modules on a GPU machine: those that travelled along where they fit, else a build.
 
     python -m benchmarks.gpu.build                install the tree, with prebuilt/ or by compiling
-    python -m benchmarks.gpu.build --prebuilt     compile into prebuilt/, for a machine with the same Python
+    python -m benchmarks.gpu.build --prebuilt     compile into prebuilt/, for a machine with the same versions
 
 prebuilt/ holds the two modules, the program that compute-sanitizer watches, the SHA-256 of the sources they were made
-of, and, if you put it there, a folder "cache" with Triton's and Inductor's caches. What was made of other sources, or
+of, and a folder "cache" with what Triton compiled (`benchmarks.gpu.precompile`). What was made of other sources, or
 does not import, is not used, and a line says so. Standard library alone: nothing is installed yet.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -24,6 +25,9 @@ PREBUILT = ROOT / "prebuilt"
 SMOKE = "cuda_smoke"
 # what Triton compiled, and what tuning chose; the largest file that a GPU machine may give back, with room to spare
 CACHES, MOST_BYTES = ("triton", "choices"), 15 << 20
+# of what Triton keeps of a kernel, what no launch needs
+SUFFIXES = (".source", ".ttir", ".ttgir", ".llir", ".ptx")
+INTERMEDIATE = tuple(f"*{suffix}" for suffix in SUFFIXES)
 
 
 def sources() -> str:
@@ -65,12 +69,28 @@ def smoke(work: Path) -> list[list[str]]:
     ]
 
 
+def adopt(source: Path, target: Path) -> None:
+    """Copy a cache of Triton's, the launchable part of it: it names its files by their absolute paths."""
+    shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*INTERMEDIATE))
+    for group in target.glob("*/__grp__*.json"):
+        paths = {name: group.parent / name for name in json.loads(group.read_text())["child_paths"]}
+        kept = {name: str(path) for name, path in paths.items() if path.exists()}
+        group.write_text(json.dumps({"child_paths": kept}))
+
+
+def adopt_caches(cache: Path) -> None:
+    """Copy what travelled along in prebuilt/cache into the cache of this machine."""
+    for name in CACHES:
+        if (PREBUILT / "cache" / name).is_dir():
+            adopt(PREBUILT / "cache" / name, cache / name)
+
+
 def keep_caches(cache: Path, archive: Path) -> str:
     """Pack the caches, to be unpacked into prebuilt/cache for the next machine; return what became of it."""
     with tarfile.open(archive, "w:gz") as packed:
         for name in CACHES:
             if (cache / name).is_dir():
-                packed.add(cache / name, name)
+                packed.add(cache / name, name, filter=lambda each: None if each.name.endswith(SUFFIXES) else each)
     size = archive.stat().st_size
     if size > MOST_BYTES:
         archive.unlink()
@@ -90,8 +110,8 @@ def install() -> int:
     return subprocess.run(command, env=environment, check=False).returncode
 
 
-def prebuild() -> int:
-    """Compile into prebuilt/; return 0, or raise CalledProcessError."""
+def prebuild(more: list[str]) -> int:
+    """Compile into prebuilt/; return 0, or raise CalledProcessError. more: options of `benchmarks.gpu.precompile`."""
     work = ROOT / "build" / "prebuild"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -105,6 +125,8 @@ def prebuild() -> int:
     for path in [*(work / "lib" / "dave_fast").glob("_*.so"), work / SMOKE]:
         shutil.copy2(path, PREBUILT)
     (PREBUILT / "sources").write_text(sources() + "\n")
+    kernels = [sys.executable, "-m", "benchmarks.gpu.precompile", str(PREBUILT / "cache" / "triton"), *more]
+    subprocess.run(kernels, cwd=ROOT, check=True)
     print(f"{PREBUILT}: {why_not_prebuilt() or 'imports here'}")
     return 0
 
@@ -112,4 +134,6 @@ def prebuild() -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prebuilt", action="store_true", help="compile into prebuilt/")
-    sys.exit(prebuild() if parser.parse_args().prebuilt else install())
+    parser.add_argument("--candidates", action="store_true", help="also the kernels that tuning tries")
+    args = parser.parse_args()
+    sys.exit(prebuild(["--candidates"] * args.candidates) if args.prebuilt else install())
