@@ -190,6 +190,27 @@ def _epilogue(
 
 
 @triton.jit
+def _epilogues(
+    acc, second, bias, scale, x_scale, column_scale, gate, residual, y, codes, code_scale, new_gate, squares,
+    i_t, start, T, O, parts, BLOCK_T: tl.constexpr, ACTIVATION: tl.constexpr, GLU: tl.constexpr, EXACT: tl.constexpr,
+    PART: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """One half of the columns after the other: what an epilogue holds beside the product fits the registers."""
+    if acc.shape[1] > (32 if ACTIVATION is not None else PART):
+        acc, right = _halves(acc)
+        second, second_right = _halves(second)
+        _epilogue(
+            right, second_right, bias, scale, x_scale, column_scale, gate, residual, y, codes, code_scale, new_gate,
+            squares, i_t, start + right.shape[1], T, O, parts, BLOCK_T, right.shape[1], ACTIVATION, GLU, EXACT,
+            PART, INTERPRETED,
+        )  # fmt: skip
+    _epilogue(
+        acc, second, bias, scale, x_scale, column_scale, gate, residual, y, codes, code_scale, new_gate,
+        squares, i_t, start, T, O, parts, BLOCK_T, acc.shape[1], ACTIVATION, GLU, EXACT, PART, INTERPRETED,
+    )  # fmt: skip
+
+
+@triton.jit
 def _linear_kernel(
     x, w, x_desc, w_desc, bias, row_scale, row_sums, column_scale, gate, residual, y, codes, new_gate, squares,
     T, O, I, stride_x, stride_w, parts, row_parts, count, eps, x_scale, code_scale,
@@ -207,26 +228,21 @@ def _linear_kernel(
         high = tl.minimum(tiles_t - first, GROUP)
         i_t = first + tile % (GROUP * tiles_o) % high
         i_o = tile % (GROUP * tiles_o) // high
-        if not GLU:
-            # ahead of the product, which hides the wait; two accumulators leave no registers to keep it in
-            scale = _row_scale(row_scale, row_sums, i_t * BLOCK_T, T, row_parts, count, eps, BLOCK_T, ROW_PARTS)
+        # ahead of the product, which hides the wait
+        scale = _row_scale(row_scale, row_sums, i_t * BLOCK_T, T, row_parts, count, eps, BLOCK_T, ROW_PARTS)
         acc, second = _product(
             x, w, x_desc, w_desc, i_t, i_o, T, O, I, stride_x, stride_w,
             BLOCK_T, BLOCK_O, BLOCK_I, DESCRIPTORS, EVEN_I, GLU,
         )  # fmt: skip
-        if GLU:
-            scale = _row_scale(row_scale, row_sums, i_t * BLOCK_T, T, row_parts, count, eps, BLOCK_T, ROW_PARTS)
-        if BLOCK_O > PART:
-            # one half after the other: what an epilogue holds beside the product fits the registers
+        start = i_o * BLOCK_O
+        if ACTIVATION is not None and BLOCK_O > PART:
             acc, right = _halves(acc)
             second, second_right = _halves(second)
-            _epilogue(
+            _epilogues(
                 right, second_right, bias, scale, x_scale, column_scale, gate, residual, y, codes, code_scale, new_gate,
-                squares, i_t, i_o * BLOCK_O + BLOCK_O // 2, T, O, parts, BLOCK_T, BLOCK_O // 2, ACTIVATION, GLU, EXACT,
-                PART, INTERPRETED,
+                squares, i_t, start + BLOCK_O // 2, T, O, parts, BLOCK_T, ACTIVATION, GLU, EXACT, PART, INTERPRETED,
             )  # fmt: skip
-        _epilogue(
+        _epilogues(
             acc, second, bias, scale, x_scale, column_scale, gate, residual, y, codes, code_scale, new_gate,
-            squares, i_t, i_o * BLOCK_O, T, O, parts, BLOCK_T, acc.shape[1], ACTIVATION, GLU, EXACT,
-            PART, INTERPRETED,
+            squares, i_t, start, T, O, parts, BLOCK_T, ACTIVATION, GLU, EXACT, PART, INTERPRETED,
         )  # fmt: skip

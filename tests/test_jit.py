@@ -32,7 +32,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "vit_relpos_base_patch16_224": {},
 }
 # other versions allot registers in their own way
-VERSIONS = ("3.6.0", "3.8.0")
+VERSIONS = ("3.6.0", "3.8.0", "3.9.0")
 
 
 def launched(name: str, precision: str, **settings: Any) -> list[Launch]:
