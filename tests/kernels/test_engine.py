@@ -1,5 +1,7 @@
 """The engine on Triton kernels, end to end, against the frozen route in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,11 +14,13 @@ from tests.variants import ENGINE
 
 DTYPES = [torch.float32, *([] if INTERPRETED else [torch.bfloat16])]
 # a trimmed last block, two tokens read, average pooling, LayerNorms that are not centred, RMSNorm, a norm ahead of the
-# blocks, norms of queries and keys, gated MLPs, attention pooling, every activation, rotations, a bias of the scores
+# blocks, norms of queries and keys, gated MLPs, attention pooling, every activation, rotations, a bias of the scores,
+# branches in parallel, norms behind and inside branches
 NAMES = [
     *("vit", "deit-distilled", "vit-average", "vit-no-final-norm", "vit-rms-norm", "clip", "vit-qk-norm"),
     *("dinov2-giant-swiglu", "vit-glu", "siglip", "vit-tanh-gelu", "vit-relu"),
     *("dinov3-untied-bias-token", "beit-shared-bias"),
+    *("vit-parallel", "vit-post-norm", "eva02-inner-norms"),
 ]
 
 
@@ -39,7 +43,23 @@ def test_the_walks_are_as_good_as_plain_pytorch(name, dtype, device):
     low_logits, plain = frozen_vjp(model, images.to(dtype), lambda output: (output * cotangent).sum(1))
     engine = Engine.build(variant.build(), dtype=dtype, device=device, backend="triton")
     output, saved = engine.forward(patchify(images, engine.plan.patch_size).to(dtype))
+    given = cotangent.clone()
     found = engine.vjp(saved, cotangent)
+    # the walk works in its own memory: another VJP of the same forward walk is the same
+    assert torch.equal(engine.vjp(saved, cotangent), found) and torch.equal(cotangent, given)
     assert distance(output, logits) <= LOW_PRECISION_RATIO * distance(low_logits, logits)
     expected, plain = (patchify(t, engine.plan.patch_size) for t in (expected, plain))
     assert distance(found, expected) <= LOW_PRECISION_RATIO * distance(plain, expected)
+
+
+def test_a_tail_that_hands_its_input_on_leaves_the_cotangent_alone(device):
+    engine = Engine.build(
+        ENGINE["vit-average-all-tokens"].build(), dtype=torch.float32, device=device, backend="triton"
+    )
+    engine.plan = replace(engine.plan, tail=torch.nn.Identity())
+    images = ENGINE["vit-average-all-tokens"].images(2).to(device)
+    output, saved = engine.forward(patchify(images, engine.plan.patch_size))
+    cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(3)).to(device)
+    given = cotangent.clone()
+    engine.vjp(saved, cotangent)
+    assert torch.equal(cotangent, given)
