@@ -24,7 +24,7 @@ import triton
 from benchmarks.gpu.build import adopt
 from dave_fast.bench.shapes import build_model
 from dave_fast.kernels import _launch
-from tests.fake_gpu import fake_gpu, walk
+from tests.fake_gpu import build, fake_gpu, walk
 
 MODEL = "vit_base_patch16_224"
 PRECISIONS = ("bf16", "fp8", "fp32")
@@ -41,10 +41,11 @@ def compile_all(folder: Path, arch: int, *, candidates: bool) -> int:
         triton.knobs.cache.dir = whole
         model = build_model(MODEL)
         for precision in PRECISIONS:
+            engine = build(model, precision)
             for rows in ROWS:
                 choose = _every if candidates and rows in TUNED else _first
                 with mock.patch.object(_launch, "_choose", choose), mock.patch.object(_launch, "_taken", {}):
-                    walk(model, rows, precision)
+                    walk(engine, rows)
                 print(f"{precision}, {rows} rows: {len(list(Path(whole).iterdir()))} in all", flush=True)
         assert launches
         shutil.rmtree(folder, ignore_errors=True)
