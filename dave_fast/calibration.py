@@ -43,12 +43,13 @@ class Scales:
     operands: dict[int, float]
 
     def of(self, *weights: Any) -> float | None:
-        """Return the one scale for an operand that all of these packed weights read; None for no weights."""
-        return max((self.operands[id(weight)] for weight in weights), default=None)
+        """Return the one scale for an operand that all of these packed weights read; None where none was found."""
+        found = (self.operands.get(id(weight)) for weight in weights)
+        return max((scale for scale in found if scale is not None), default=None)
 
 
 def calibrate(engine: Engine) -> Scales:
-    """Return the scales of an engine whose operands have none yet."""
+    """Return the scales of an engine's operands, as it finds them when it has none."""
     plan, largest = engine.plan, dict[int, float]()
     multiply = engine.multiply
 

@@ -63,7 +63,9 @@ class Saved:
 class Engine:
     """The two walks over one plan, bound to the ops of one backend."""
 
-    def __init__(self, plan: ViTPlan, backend: str = "auto", *, fp8: bool = False) -> None:
+    def __init__(
+        self, plan: ViTPlan, backend: str = "auto", *, fp8: bool = False, scales: Scales | None = None
+    ) -> None:
         device = plan.device.type
         self.plan = plan
         linear = "linear_fp8" if fp8 else "linear"
@@ -77,12 +79,10 @@ class Engine:
         self._rotate: Callable[..., Tensor] = _registry.bind("rotate", backend, device)
         self._attention: Callable[..., Any] = _registry.bind("attention", backend, device)
         self._attention_vjp: Callable[..., Any] = _registry.bind("attention_vjp", backend, device)
-        # Triton's writers sum squares in their epilogue, of which readers make 1/σ: a norm has no kernel of its own
-        self._squares = _registry.choose(linear, backend, device) == "triton"
+        # Triton's products sum squares, of which readers make 1/σ, and write into residuals; its attention stores codes
+        self._fused = _registry.choose(linear, backend, device) == "triton"
         self._fp8 = fp8
-        self._scales = Scales({})
-        if fp8:
-            self._scales = calibrate(self)
+        self._scales = scales or Scales({})
 
     @staticmethod
     def build(
@@ -99,7 +99,9 @@ class Engine:
         plain = _registry.bind("pack_weight", backend, torch.device(device).type)
         pack = _registry.bind("pack_weight_fp8", backend, torch.device(device).type) if fp8 else plain
         plan = make_plan(model, dtype=dtype, pack=pack, pack_embed=plain, size=size, device=device, sibling=sibling)
-        return Engine(plan, backend, fp8=fp8)
+        # by PyTorch's own forms: kernels need not be compiled for it
+        scales = calibrate(Engine(plan, "torch", fp8=True)) if fp8 else None
+        return Engine(plan, backend, fp8=fp8, scales=scales)
 
     @torch.no_grad()
     def forward(self, tokens: Tensor) -> tuple[Tensor, Saved]:
@@ -142,7 +144,7 @@ class Engine:
 
     def _codes(self, weights: list[Any], **settings: Any) -> dict[str, Any]:
         """What tells a product to store its result in e4m3 for those who read it; nothing where that has no scale."""
-        scale = self._scales.of(*weights) if self._scales.operands else None
+        scale = self._scales.of(*weights)
         return {} if scale is None else {"code_scale": scale, **settings}
 
     # ---- patch embedding ----
@@ -156,7 +158,7 @@ class Engine:
         if plan.patch_norm is not None:
             embedded, rstd_patch = self._normed(plan.patch_norm, embedded, centred=plan.centred and norm is None)
         embedded = embedded.view(rows, patches, -1)
-        squares = self._squares and norm is None
+        squares = self._fused and norm is None
         codes = self._codes(_readers(plan.steps[:1])) if norm is None else {}
         assembled = self._assemble(embedded, plan.prefix, plan.position, squares=squares, **codes)
         x, sums = assembled if squares else (assembled, None)
@@ -256,17 +258,17 @@ class Engine:
                 row_scale=inner,
                 residual=x,
                 overwrite=overwrite,
-                squares=self._squares,
+                squares=self._fused,
                 **codes,
             )
-            return (*written, None) if self._squares else (written, None, None)
+            return (*written, None) if self._fused else (written, None, None)
         projected = self.multiply(y, writer.weight, writer.bias, row_scale=inner)
         normed, rstd = self._normed(post, projected, centred=self.plan.centred)
         return normed.add_(x), None, rstd
 
     def _add(self, x: Stream, weight: Any, bias: Tensor | None = None, *, overwrite: bool, **epilogue: Any) -> Any:
         """A product that is added to the residual, in its memory where that is free and the backend can."""
-        if self._squares:
+        if self._fused:
             epilogue["overwrite"] = overwrite
         return self.multiply(x, weight, bias, **epilogue)
 
@@ -278,7 +280,7 @@ class Engine:
         bias = () if layer.bias is None else (layer.bias,)
         settings = self._codes([layer.writer.weight]) if layer.inner is None else {}
         # Triton's kernels store codes themselves
-        stored = settings if self._squares else {}
+        stored = settings if self._fused else {}
         out, saved = self._attention(q, k, v, layer.scale, *bias, **stored)
         return self._rows_of_heads(out, settings), saved
 
@@ -385,7 +387,7 @@ class Engine:
         assert values is not None
         settings = self._codes([values.transposed])
         heads = d_out.view(rows, -1, layer.heads, layer.head_dim)
-        d_v = self._attention_vjp(saved.core, heads, **(settings if self._squares else {}))
+        d_v = self._attention_vjp(saved.core, heads, **(settings if self._fused else {}))
         return self._rows_of_heads(d_v, settings)
 
 

@@ -258,9 +258,7 @@ the operands (fp8e4nv: e4m3).
 - instructions: how products and tiles come about: wgmma and tensor copies (TMA) on sm_90, tcgen05 on sm_100. float32
   products are IEEE, which tensor cores are not. C7515: ptxas makes the kernel's wgmma wait for each other.
 
-Other versions allot registers in their own way. Of the forms for sm_90 that were compiled with them (fc1, its SwiGLU
-form, proj and fc2, VJP fc2, VJP qkv, attention's VJP) Triton 3.6 spills nothing in any, and Triton 3.9 spills 56 bytes
-in fc1 and 40 in its SwiGLU form.
+Other versions allot registers in their own way: for sm_90 Triton 3.6 and 3.9 spill nothing either, in any of these forms.
 
 `DAVE_FAST_AUTOTUNE=1` times other configurations at the first call of a shape, takes the fastest, and keeps the choice
 on disk for every later process (`dave-fast info` lists what is kept).
