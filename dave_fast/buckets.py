@@ -57,8 +57,9 @@ class Kernel:
         """Return that of operands with so many bytes.
 
         The overhead is an estimate until it is measured: about 124 launches, PyTorch's own and the trimmed block of a
-        ViT-B are 0.5 ms a micro-batch, so 42 µs for each of its 12 blocks. At 600 TFLOP/s (bfloat16) these are 25 GFLOP, or five rows
-        of 197 tokens; at 45 TFLOP/s (float32) 1.9 GFLOP. A register file of 256 KiB holds two programs of 128×128.
+        ViT-B are 0.5 ms a micro-batch, so 42 µs for each of its 12 blocks. At 600 TFLOP/s (bfloat16) these are
+        25 GFLOP, or five rows of 197 tokens; at 45 TFLOP/s (float32) 1.9 GFLOP. A register file of 256 KiB holds two
+        programs of 128×128.
         """
         return Kernel((128, 128), 2, 25e9) if itemsize <= 2 else Kernel((64, 64), 2, 1.9e9)
 

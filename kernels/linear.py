@@ -68,7 +68,7 @@ def configurations(
 
     128×128 tiles in three stages of 64 in-features take 96 KiB: on sm_90 two programs of 128 registers share a
     multiprocessor, and one's epilogue hides behind the other's product; e4m3 has 128 in-features and half of the
-    warps, each with twice the registers. sm_80 has less shared memory: 32 in-features, four stages. On sm_100
+    warps. sm_80 has less shared memory: 32 in-features, four stages. On sm_100
     accumulators have a memory of their own. float32 has no tensor cores here: smaller tiles, for registers. A gated
     MLP has two accumulators, each half as wide. Few rows fill no chip: narrow tiles make more programs, and steps are
     deep because each waits for memory.
@@ -89,7 +89,8 @@ def configurations(
         _configuration(128, width, deep, 4, stages, descriptors=tma),
         _configuration(64, width, deep, 4, 4, descriptors=tma),
     ]
-    if dtype.itemsize == 1 and arch < 100:
+    # half of the warps, each with twice the registers, spill nothing there
+    if arch < 100 and (dtype.itemsize == 1 or (arch < 90 and not glu)):
         found[:2] = found[1::-1]
     if not glu:
         narrow = _configuration(128, 64, deep, 4, 4, descriptors=tma)

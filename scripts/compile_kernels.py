@@ -258,7 +258,7 @@ the operands (fp8e4nv: e4m3).
 - instructions: how products and tiles come about: wgmma and tensor copies (TMA) on sm_90, tcgen05 on sm_100. float32
   products are IEEE, which tensor cores are not. C7515: ptxas makes the kernel's wgmma wait for each other.
 
-Other versions allot registers in their own way: for sm_90 Triton 3.6 and 3.9 spill nothing either, in any of these forms.
+Other versions allot registers in their own way: for sm_90 Triton 3.6 and 3.9 spill nothing either in these forms.
 
 `DAVE_FAST_AUTOTUNE=1` times other configurations at the first call of a shape, takes the fastest, and keeps the choice
 on disk for every later process (`dave-fast info` lists what is kept).
