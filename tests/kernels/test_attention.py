@@ -21,7 +21,7 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(params=[False, True], ids=["masked", "peeled"], autouse=True)
+@pytest.fixture(params=[False, True], ids=["masked", "peeled"])
 def _form(request, monkeypatch):
     """Both forms of the kernels: every block masked, or the last one with code of its own."""
     fixed = attention.configurations
@@ -32,6 +32,9 @@ def _form(request, monkeypatch):
         return [configuration]
 
     monkeypatch.setattr(attention, "configurations", configurations)
+
+
+both_forms = pytest.mark.usefixtures("_form")
 
 
 def heads(shape, dtype, device, scale=1.0):
@@ -69,6 +72,7 @@ def test_against_the_formula(shape, dtype, device):
         assert_as_good(got, reference, want)
 
 
+@both_forms
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(2, 1, 50, 3, 16), (1, 70, 70, 2, 16), (1, 49, 33, 2, 9)], ids=str)
 def test_a_bias_is_added_to_the_scores(shape, dtype, device):
@@ -81,6 +85,7 @@ def test_a_bias_is_added_to_the_scores(shape, dtype, device):
         assert_as_good(got, reference, want)
 
 
+@both_forms
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_scores_do_not_overflow(dtype, device):
     case = heads((1, 70, 70, 2, 16), dtype, device, scale=30.0)
@@ -127,6 +132,7 @@ def test_nothing_quadratic_is_saved(device):
 
 
 # the infinite key ends with scores of either sign, of -∞ alone, and of +∞ alone
+@both_forms
 @pytest.mark.parametrize("queries", [33, 1])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize(
