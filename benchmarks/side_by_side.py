@@ -27,7 +27,6 @@ from dave_fast.bench import whole
 from dave_fast.bench.report import engine_table
 from dave_fast.bench.shapes import build_model, shapes_of
 from dave_fast.demo import draw_scenes, load_demo_model
-from dave_fast.precision import has_bf16
 
 PLAIN_MUST_REACH = 0.85
 MAPS_MUST_AGREE = whole.MAPS_MUST_AGREE
@@ -98,8 +97,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     shapes = shapes_of(model, args.samples, size=args.size)
     image = torch.randn(*shapes.image, generator=torch.Generator().manual_seed(0)).to(device)
     say("float64 truth")
-    best = "bf16" if has_bf16(image.device) else "fp32"
-    truth = whole.find_truth(model, image, sorted({"fp32", best}), device)
+    precisions = [precision for precision in whole.PLAIN if contestants.why_no(precision, device) is None]
+    truth = whole.find_truth(model, image, precisions, device)
     rows = whole.measure(
         field(args, model, image, shapes),
         truth,

@@ -93,7 +93,7 @@ def small():
     model = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=16)
     model = model.eval().requires_grad_(False)
     image = torch.randn(3, 32, 32)
-    return model, shapes_of(model, 6), image, whole.find_truth(model, image, ["fp32"], "cpu")
+    return model, shapes_of(model, 6), image, whole.find_truth(model, image, ["fp32", "fp8"], "cpu")
 
 
 def test_all_contestants_make_the_same_contributions(small):
@@ -144,6 +144,34 @@ def test_one_wrong_patch_of_one_sample_is_refused(small):
     size = truth.contributions[0].square().mean().sqrt()
     found[0, 0, :8, :8] += 1e-4 * size
     assert "its error against float64 in " in whole._refused_in_a_part("fp32", found, truth)
+
+
+def test_an_engine_in_fp8_is_held_against_pytorchs_forms(small):
+    """Right as it is; refused with the scale of one product of the way back half too large."""
+    model, shapes, _, truth = small
+    made = whole.dave(model, "fp8", 6, shapes, backend="torch")
+    row = {}
+    assert whole._try(made, truth, row) is None and "reason" not in row
+    assert row["error"] == row["plain error"] < 0.1
+    (explainer,) = made.contributions.args
+    explainer._route(truth.images).plan.projections()[2].transposed.scale.mul_(1.5)
+    assert whole._try(made, truth, row) is None
+    assert row["error"] < 0.5 and f"(plain PyTorch: {truth.plain['fp8']:.1e})" in row["reason"]
+
+
+def test_one_wrong_patch_of_one_sample_in_fp8_is_refused(small):
+    _, _, _, truth = small
+    found = truth.plain_contributions["fp8"].clone()
+    assert whole._refused_in_a_part("fp8", found, truth) is None
+    found[0, 0, :8, :8] *= 3
+    error = whole.distance((found,), (truth.contributions,))
+    assert whole.refusal("fp8", error, truth) is None
+    assert "its error against float64 in " in whole._refused_in_a_part("fp8", found, truth)
+
+
+def test_a_precision_without_a_plain_form_is_refused(small):
+    *_, truth = small
+    assert "nothing was computed plainly in bf16" in whole.refusal("bf16", 1e-9, truth)
 
 
 def test_what_fails_leaves_the_rows_of_the_others(small):

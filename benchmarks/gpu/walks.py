@@ -29,26 +29,26 @@ SAMPLES = 2 if REHEARSAL else 50
 def rows(args: argparse.Namespace) -> Iterator[Row]:
     """Yield the verdicts, precision by precision."""
     model = model_here()
-    truth = whole.find_truth(model, images_here(1)[0], ["bf16"], DEVICE)
     for precision in args.precisions:
         reason = why_no(precision)
         if reason is not None:
             yield row(precision, "not measured", note=reason)
             continue
-        yield from guarded(f"{precision} against float64", partial(_contributions, model, truth, precision))
+        yield from guarded(f"{precision} against float64", partial(_contributions, model, precision))
         yield from guarded(f"{precision} graphs against eager", partial(_graphs, model, precision))
         yield from guarded(f"{precision} maps against fp32", partial(_maps, precision))
 
 
-def _contributions(model: torch.nn.Module, truth: whole.Truth, precision: str) -> Iterator[Row]:
-    """The engine's contributions at equal draws: twice plain PyTorch's error at most; fp8 has no plain form."""
+def _contributions(model: torch.nn.Module, precision: str) -> Iterator[Row]:
+    """The engine's contributions at equal draws: twice plain PyTorch's error at most."""
+    truth = whole.find_truth(model, images_here(1)[0], [precision], DEVICE)
     explainer = explainer_here(model, precision)
     targets = torch.zeros(len(truth.images), 1, dtype=torch.int64)
     found = explainer.contributions(truth.images, truth.draws, targets)[0]
     error = distance((found,), (truth.contributions,))
     reason = whole.refusal(precision, error, truth)
-    plain = truth.plain.get(precision)
-    note = reason or ("no plain form" if plain is None else f"plain {plain:.2g}")
+    plain = truth.plain[precision]
+    note = reason or f"plain {plain:.2g}"
     yield row(f"{precision} against float64", "failed" if reason else "passed", error, note=note, plain=plain)
 
 
