@@ -11,6 +11,8 @@ namespace {
 
 // queries whose scores are alive together: even, and small enough for the second-level cache
 constexpr int64_t query_block = 48;
+// words of a score's dot product that are summed on their own: one sum over a wide head has twice plain PyTorch's error
+constexpr int64_t depth_block = 32;
 
 template <typename T>
 const T* at(const Heads& heads, int64_t row, int64_t head) {
@@ -71,7 +73,11 @@ struct Task {
   // scores of queries [first, first + count): (count, columns), unscaled, so with bias/scale
   void score(const T* q, int64_t stride, int64_t head, int64_t first, int64_t count) {
     const auto* words = reinterpret_cast<const uint32_t*>(q + first * stride);
-    multiply<T>(words, stride / pair, 1, count, keys, columns, columns, scores, columns, depth, false);
+    for (int64_t d = 0; d < depth; d += depth_block) {
+      const int64_t steps = depth - d < depth_block ? depth - d : depth_block;
+      multiply<T>(words + d, stride / pair, 1, count, keys + d * columns, columns, columns, scores, columns, steps,
+                  d > 0);
+    }
     if (!shape.bias) return;
     const float over_scale = 1.0f / shape.scale;
     for (int64_t i = 0; i < count; ++i) {
