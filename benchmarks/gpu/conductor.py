@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from benchmarks.gpu import build, rows
@@ -118,7 +119,7 @@ def run(stage: Stage, commands: list[list[str]], log: Path, limit: float) -> tup
         for command in commands:
             file.write(f"==== {stage.name}: {' '.join(command)}\n".encode())
             file.flush()
-            state = run_one(command, file.fileno(), os.environ | stage.environment, ends, lambda: trim(log, start))
+            state = run_one(command, file.fileno(), os.environ | stage.environment, ends, partial(trim, log, start))
             if state != "passed":
                 break
         trim(log, start)
@@ -127,8 +128,10 @@ def run(stage: Stage, commands: list[list[str]], log: Path, limit: float) -> tup
     return state, "" if state == "passed" else lines[-1].strip()[: rows.NOTE]
 
 
-def run_one(command: list[str], output: int, environment: dict[str, str], ends: float, tick: Callable[[], None]) -> str:
-    """Run one command in a process group of its own, which ends with it; return its state."""
+def run_one(
+    command: list[str], output: int, environment: dict[str, str], ends: float, tick: Callable[[int], None]
+) -> str:
+    """Run one command in a process group of its own, which ends with it; return its state. tick: is told the group."""
     try:
         process = subprocess.Popen(
             command,
@@ -144,7 +147,7 @@ def run_one(command: list[str], output: int, environment: dict[str, str], ends: 
         return "failed"
     try:
         while process.poll() is None and time.monotonic() < ends:
-            tick()
+            tick(process.pid)
             time.sleep(0.05)
         if process.poll() is not None:
             return "passed" if process.returncode == 0 else "failed"
@@ -169,11 +172,26 @@ def end_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def trim(log: Path, start: int) -> None:
-    """Cut the middle out of what follows `start`, where it is more than LOG_BYTES."""
-    size = log.stat().st_size - start
-    if size <= LOG_BYTES:
+def trim(log: Path, start: int, writers: int | None = None) -> None:
+    """Cut the middle out of what follows `start`, where it is more than LOG_BYTES.
+
+    writers: the process group of those who still write: it stands still meanwhile, or a line would be lost.
+    """
+    if log.stat().st_size - start <= LOG_BYTES:
         return
+    if writers is not None:
+        os.killpg(writers, signal.SIGSTOP)
+        os.waitid(os.P_PID, writers, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    try:
+        _cut(log, start)
+    finally:
+        if writers is not None:
+            os.killpg(writers, signal.SIGCONT)
+
+
+def _cut(log: Path, start: int) -> None:
+    """Keep a quarter of LOG_BYTES from either end of what follows `start`."""
+    size = log.stat().st_size - start
     half = LOG_BYTES // 4
     with log.open("r+b") as file:
         file.seek(start + size - half)
