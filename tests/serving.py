@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import queue
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,8 +24,18 @@ from dave_fast.serve.models import ServedModel
 from dave_fast.serve.server import running
 from dave_fast.serve.service import Service
 
+# seconds for what happens at once on an idle machine
+PATIENCE = 120
 SIZE = 32
 NAMES = ["cat", "dog", *(f"thing {number}" for number in range(2, 10))]
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait until it holds; fail where it never does."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "it never came to be"
+        time.sleep(0.01)
 
 
 def tiny(seed: int = 0) -> nn.Module:
@@ -79,7 +90,7 @@ class Wants:
         """Everything that is told, to the end."""
         seen = []
         while not seen or not isinstance(seen[-1], Ended | Failed):
-            seen.append(self.events[job].get(timeout=60))
+            seen.append(self.events[job].get(timeout=PATIENCE))
         return seen
 
     def end(self, job: Any) -> Any:

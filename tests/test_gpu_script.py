@@ -12,6 +12,7 @@ import tarfile
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,6 +23,8 @@ from benchmarks.gpu.stages import Stage
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "gpu"
 MOST_FILES, MOST_BYTES = 8, 16 << 20
+# seconds for what happens at once on an idle machine
+PATIENCE = 120.0
 # a stage that writes numbered rows without end
 COUNTING = """
 import itertools, time
@@ -36,7 +39,8 @@ import sys, runpy
 sys.path.insert(0, {root!r})
 from benchmarks.gpu import conductor, stages
 conductor.probe = dict
-stages.short = lambda *_: [stages.Stage(name, "", 60.0, [], [[sys.executable, "-c", code]]) for name, code in {given!r}]
+one = lambda name, code: stages.Stage(name, "", {patience}, [], [[sys.executable, "-c", code]])
+stages.short = lambda *_: [one(*each) for each in {given!r}]
 sys.argv = ["gpu", "short", "--rehearse", "--out", {out!r}]
 runpy.run_path({script!r}, run_name="__main__")
 """
@@ -53,7 +57,7 @@ def rehearse(form, out, *arguments):
 
 def driven(out, *given):
     """A process of the script whose stages are (name, Python code)."""
-    code = DRIVER.format(root=str(ROOT), script=str(SCRIPT), out=str(out), given=list(given))
+    code = DRIVER.format(patience=PATIENCE, root=str(ROOT), script=str(SCRIPT), out=str(out), given=list(given))
     return subprocess.Popen([sys.executable, "-c", code], env=plain_environment(), stdout=subprocess.DEVNULL)
 
 
@@ -69,8 +73,8 @@ def check_files(out):
     assert len(files) <= MOST_FILES and all(path.stat().st_size < MOST_BYTES for path in files)
 
 
-def wait_for(condition, seconds=30.0):
-    ends = time.monotonic() + seconds
+def wait_for(condition):
+    ends = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < ends, "nothing happened"
         time.sleep(0.02)
@@ -118,7 +122,7 @@ def run_stage(tmp_path, code, limit):
 
 
 def test_a_failing_stage_leaves_its_last_line(tmp_path):
-    assert run_stage(tmp_path, "raise ValueError('seven')", 20.0) == ("failed", "ValueError: seven")
+    assert run_stage(tmp_path, "raise ValueError('seven')", PATIENCE) == ("failed", "ValueError: seven")
 
 
 def test_a_missing_program_is_named(tmp_path):
@@ -126,24 +130,46 @@ def test_a_missing_program_is_named(tmp_path):
     assert (state, note) == ("failed", "no-such is not installed")
 
 
-def test_a_late_stage_is_interrupted_and_may_say_where_it_was(tmp_path):
-    code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('asleep'); raise SystemExit(1)"
+def is_late_when(monkeypatch, told):
+    """Give the conductor a clock that stands still until the stage has written the file `told`: then the time is up."""
+
+    def now():
+        return 1e9 if told.exists() and told.read_text() else 0.0
+
+    monkeypatch.setattr(conductor, "time", SimpleNamespace(monotonic=now, sleep=time.sleep))
+
+
+def test_a_late_stage_is_interrupted_and_may_say_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(conductor, "GRACE", 2 * PATIENCE)
+    is_late_when(monkeypatch, tmp_path / "told")
+    code = f"""
+import time
+try:
+    open({str(tmp_path / "told")!r}, "w").write("x")
+    time.sleep({4 * PATIENCE})
+except KeyboardInterrupt:
+    print("asleep")
+    raise SystemExit(1)
+"""
     began = time.monotonic()
     assert run_stage(tmp_path, code, 1.0) == ("out of time", "asleep")
-    assert time.monotonic() - began < 5
+    # nobody waited for what had ended
+    assert time.monotonic() - began < conductor.GRACE
 
 
 def test_a_stage_that_ignores_the_interrupt_is_killed_with_its_children(tmp_path, monkeypatch):
     monkeypatch.setattr(conductor, "GRACE", 0.5)
+    is_late_when(monkeypatch, tmp_path / "pid")
     code = f"""
 import signal, subprocess, sys, time
 signal.signal(signal.SIGINT, signal.SIG_IGN)
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep({4 * PATIENCE})"])
 open({str(tmp_path / "pid")!r}, "w").write(str(child.pid))
-time.sleep(60)
+time.sleep({4 * PATIENCE})
 """
-    assert run_stage(tmp_path, code, 2.0)[0] == "out of time"
-    assert not alive(int((tmp_path / "pid").read_text()))
+    assert run_stage(tmp_path, code, 1.0)[0] == "out of time"
+    # whoever adopts a child takes a moment to see it end
+    wait_for(lambda: not alive(int((tmp_path / "pid").read_text())))
 
 
 def test_a_log_without_end_loses_its_middle(tmp_path, monkeypatch):
@@ -151,7 +177,7 @@ def test_a_log_without_end_loses_its_middle(tmp_path, monkeypatch):
     log = tmp_path / "logs.txt"
     log.write_text("of a stage before\n")
     assert (
-        run_stage(tmp_path, "for i in range(20000): print('line', i)\nraise SystemExit('the end')", 20.0)[1]
+        run_stage(tmp_path, "for i in range(20000): print('line', i)\nraise SystemExit('the end')", PATIENCE)[1]
         == "the end"
     )
     text = log.read_text()
@@ -199,7 +225,7 @@ def test_a_rehearsal_killed_at_any_moment_keeps_what_it_printed(tmp_path):
         out = tmp_path / str(attempt)
         command = [sys.executable, str(SCRIPT), "short", "--rehearse", "--out", str(out)]
         process = subprocess.Popen(command, env=plain_environment(), stdout=subprocess.DEVNULL, start_new_session=True)
-        wait_for(lambda out=out: (out / "logs.txt").exists(), 60.0)
+        wait_for(lambda out=out: (out / "logs.txt").exists())
         time.sleep(random.uniform(2.0, 25.0))
         process.kill()
         process.wait()

@@ -4,7 +4,8 @@ import json
 import os
 import pickle
 import socket
-import time
+from contextlib import suppress
+from functools import partial
 
 import pytest
 import torch
@@ -216,9 +217,20 @@ def test_what_the_hub_has_under_another_name_keeps_its_level():
     assert noise_alpha_for("hf:facebook/deit-base-patch16-224") == 0.7
 
 
+def waiting_connections(server):
+    """Return how many connections were made that nobody has accepted yet."""
+    server.setblocking(False)
+    count = 0
+    with suppress(BlockingIOError):
+        while True:
+            server.accept()[0].close()
+            count += 1
+    return count
+
+
 @pytest.fixture
 def silent(monkeypatch, tmp_path):
-    """A hub that takes connections and never answers, an empty cache, and the wait that is allowed."""
+    """A hub that takes connections and never answers, and an empty cache; how often it was asked."""
     from huggingface_hub import constants
 
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -227,7 +239,7 @@ def silent(monkeypatch, tmp_path):
         monkeypatch.setattr(hub, "SECONDS", 0.5)
         monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
         monkeypatch.setattr(hub, "answers", lambda url, ask=hub.answers: ask(constants.ENDPOINT))
-        yield constants
+        yield partial(waiting_connections, server)
         assert constants.HF_HUB_OFFLINE is False
 
 
@@ -240,15 +252,14 @@ def silent(monkeypatch, tmp_path):
         "open_clip:ViT-B-32:laion2b_s34b_b79k",
     ],
 )
-def test_a_hub_that_does_not_answer_is_an_error_within_seconds(name, silent):
-    begun = time.perf_counter()
+def test_a_hub_that_does_not_answer_is_asked_once(name, silent):
+    """The libraries' own clients ask again and again, for 23 to 47 s."""
     with pytest.raises(
         UnknownModelError, match=r"does not answer, and .*(is|are) not on this machine.*--weights FILE"
     ) as raised:
         load_model(name)
     assert name in str(raised.value) and "\n" not in str(raised.value)
-    # most of it is reading the libraries and building the model; their clients alone would take 23 to 47 s
-    assert time.perf_counter() - begun < 20
+    assert silent() == 1
 
 
 def test_the_pipeline_gives_labels_scores_maps_and_overlays(tmp_path):

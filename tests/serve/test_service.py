@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from serving import Wants, serve_model, started
+from serving import Wants, serve_model, started, until
 
 from dave_fast.convergence import checkpoints
 from dave_fast.errors import InputError, NonFiniteError, RefusedError
@@ -122,10 +122,7 @@ def test_cancelled_requests_free_their_rows_and_hear_no_more(service, images):
 
 def assert_empty(service):
     """Nothing is held when all is answered; a micro-batch may still be on its way back."""
-    for _ in range(500):
-        if not service.scheduler.requests:
-            break
-        time.sleep(0.01)
+    until(lambda: not service.scheduler.requests)
     assert (service.scheduler.rows, service.scheduler.requests, service.scheduler.bytes) == (0, 0, 0)
     assert service.jobs() == []
 
@@ -193,11 +190,7 @@ def test_an_engine_that_failed_is_tried_again_where_nobody_asks(service, images,
     for _ in range(FAILURES):
         wants.end(wants.ask(images[0], n_samples=2))
     assert service.why_not_ready() is not None
-    for _ in range(200):
-        if service.why_not_ready() is None:
-            break
-        time.sleep(0.02)
-    assert service.why_not_ready() is None
+    until(lambda: service.why_not_ready() is None)
 
 
 def test_a_model_of_nan_is_found_when_it_is_warmed():
