@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dave_fast.errors import NonFiniteError
 from dave_fast.ops.fp8 import LARGEST, Codes
 from dave_fast.ops.patches import patchify
 
@@ -43,9 +44,9 @@ class Scales:
     operands: dict[int, float]
 
     def of(self, *weights: Any) -> float | None:
-        """Return the one scale for an operand that all of these packed weights read; None where none was found."""
-        found = (self.operands.get(id(weight)) for weight in weights)
-        return max((scale for scale in found if scale is not None), default=None)
+        """Return the one scale for an operand that all of these packed weights read; None where one has none."""
+        found = [self.operands.get(id(weight)) for weight in weights]
+        return max((scale for scale in found if scale is not None), default=None) if None not in found else None
 
 
 def calibrate(engine: Engine) -> Scales:
@@ -55,7 +56,13 @@ def calibrate(engine: Engine) -> Scales:
 
     def recording(x: Tensor | Codes, weight: Any, *given: Any, **epilogue: Any) -> Any:
         assert isinstance(x, Tensor)
-        largest[id(weight)] = max(largest.get(id(weight), 0.0), float(x.abs().amax()))
+        found = float(x.abs().amax())
+        if not math.isfinite(found):
+            raise NonFiniteError(
+                "the model has NaN or infinity inside for the images that eight-bit scales are found with. Check the "
+                "weights, or try precision='bf16'"
+            )
+        largest[id(weight)] = max(largest.get(id(weight), 0.0), found)
         return multiply(x, weight, *given, **epilogue)
 
     images = made_images(ROWS, (plan.channels, *plan.image_size)).to(plan.device)
@@ -66,13 +73,11 @@ def calibrate(engine: Engine) -> Scales:
             engine.vjp(saved, cotangent)
     finally:
         engine.multiply = multiply
-    return Scales({weight: _scale(most) for weight, most in largest.items()})
+    # an operand that none of these images moves keeps scales of its rows
+    return Scales({weight: _scale(most) for weight, most in largest.items() if most > 0})
 
 
 def _scale(largest: float) -> float:
-    if not math.isfinite(largest):
-        # the model has no finite output, which the front end refuses
-        return 1.0
     return 2.0 ** math.ceil(math.log2(max(HEADROOM * largest / LARGEST, 2.0**-100)))
 
 
@@ -99,7 +104,7 @@ def made_images(count: int, shape: tuple[int, int, int]) -> Tensor:
 def _cotangents(output: Tensor) -> list[Tensor]:
     """One element of each row's output, another one for each row, and a random direction."""
     generator = torch.Generator().manual_seed(SEED)
-    flat = output.flatten(1)
+    flat = output.reshape(len(output), -1)
     chosen = torch.randint(flat.shape[1], (len(flat), 1), generator=generator).to(flat.device)
     one = torch.zeros_like(flat).scatter_(1, chosen, 1.0)
     any_direction = torch.randn(flat.shape, generator=generator).to(flat)

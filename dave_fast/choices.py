@@ -15,7 +15,6 @@ import logging
 import os
 import re
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 from dave_fast.errors import InputError
@@ -45,7 +44,7 @@ def folder() -> Path:
     given = os.environ.get("DAVE_FAST_CACHE_DIR")
     if given:
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dave-fast"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "dave-fast"
 
 
 class Choices:
@@ -60,8 +59,11 @@ class Choices:
 
     @staticmethod
     def of(gpu: str) -> Choices:
-        """Return the choices of a GPU by its name, for the installed versions of PyTorch and Triton."""
-        name = re.sub(r"[^A-Za-z0-9.+]+", "-", f"{gpu} torch {version('torch')} triton {version('triton')}")
+        """Return the choices of a GPU by its name, for the versions of PyTorch and Triton that are imported here."""
+        import torch
+        import triton
+
+        name = re.sub(r"[^A-Za-z0-9.+]+", "-", f"{gpu} torch {torch.__version__} triton {triton.__version__}")
         return Choices(folder() / f"choices-{name}.json")
 
     def all(self) -> dict[str, dict[int, Choice]]:

@@ -126,7 +126,8 @@ class Engine:
         """
         plan = self.plan
         (g,) = torch.autograd.grad(saved.tail_output, saved.tail_input, cotangent, retain_graph=True)
-        g = g.to(plan.dtype).reshape(-1, plan.width)
+        # a tail may hand back a view of any strides
+        g = g.to(plan.dtype).reshape(-1, plan.width).contiguous()
         if g.data_ptr() == cotangent.data_ptr():
             # a tail that hands its input on: the walk writes into g, and the cotangent is the caller's
             g = g.clone()
@@ -134,7 +135,7 @@ class Engine:
         if self._fp8:
             # static scales fit cotangents of one size: every row's largest number lies between a half and one
             largest = g.view(saved.rows, -1).abs().amax(1).float().clamp(min=torch.finfo(torch.float32).tiny)
-            size = torch.exp2(largest.log2().ceil())
+            size = torch.exp2(largest.log2().ceil().clamp(max=127.0))
             g = (g.view(saved.rows, -1) / size[:, None]).view_as(g).to(g.dtype)
         flow: Stream = g
         for i in reversed(range(len(plan.steps))):

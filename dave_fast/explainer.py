@@ -335,7 +335,10 @@ class DAVE:
     def _advice(self) -> str:
         """What to do about a number that is none."""
         if self.precision == "fp8":
-            return "A number may have left the range of e4m3 (see `dave_fast.calibration`): try precision='bf16'"
+            return (
+                "A number may have left the range of e4m3, which is made for images that are normalised as the model "
+                "expects them (standard deviation about 1; see `dave_fast.calibration`): try precision='bf16'"
+            )
         return "Try precision='fp32'"
 
     # ---- micro-batches ----

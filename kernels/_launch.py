@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -38,6 +39,8 @@ class Library:
 
 
 Candidate = triton.Config | Library
+# one thread at a time: what runs beside a candidate would be timed with it
+_choosing = threading.Lock()
 # (problem, rows, device) -> what runs
 _taken: dict[tuple[str, int, torch.device], Candidate] = {}
 
@@ -103,9 +106,13 @@ def run(
         what `launch` returned.
     """
     key = problem, rows, device
-    if key not in _taken:
-        _taken[key] = _choose(problem, rows, device, candidates, trial or launch)
-    return launch(_taken[key])
+    taken = _taken.get(key)
+    # operands that lie in another way may have other candidates
+    if not any(type(each) is type(taken) and each == taken for each in candidates):
+        with _choosing:
+            taken = _taken[key] = _choose(problem, rows, device, candidates, trial or launch)
+    assert taken is not None
+    return launch(taken)
 
 
 def _choose(
@@ -113,16 +120,16 @@ def _choose(
 ) -> Candidate:
     if INTERPRETED or len(candidates) == 1:
         return candidates[0]
-    known = choices(device)
+    known, offered = choices(device), {str(each): each for each in candidates}
     measured = known.all().get(problem, {}).get(rows)
-    if autotuning() and measured is None:
-        milliseconds = {str(each): _milliseconds(trial, each, problem) for each in candidates}
+    # candidates that were not timed then are timed now, with those that were
+    if autotuning() and (measured is None or not offered.keys() <= measured.milliseconds.keys()):
+        milliseconds = {name: _milliseconds(trial, each, problem) for name, each in offered.items()}
         timed = {name: value for name, value in milliseconds.items() if value is not None}
         if timed:
             known.keep(problem, rows, Choice(min(timed, key=timed.__getitem__), milliseconds))
-    name = known.find(problem, rows)
     # a choice that is no candidate any more was made by another version of the kernels
-    return next((each for each in candidates if str(each) == name), candidates[0])
+    return offered.get(known.find(problem, rows) or "", candidates[0])
 
 
 def _milliseconds(trial: Callable[[Candidate], Any], candidate: Candidate, problem: str) -> float | None:

@@ -148,17 +148,20 @@ def linear_triton(
     name, _, order = (activation or "").partition("_glu")
     glu = 0 if activation is None or "_glu" not in activation else 2 if order else 1
     x = x if x.stride(1) == 1 else x.contiguous()
+    # both are read, and the residual written, as y lies
+    gate, residual = (t if t is None or t.is_contiguous() else t.contiguous() for t in (gate, residual))
+    epilogue |= {"gate": gate, "residual": residual}
     (T, I), O = x.shape, weight.shape[0] // (2 if glu else 1)
     aligned = all(t.stride(0) * t.itemsize % 16 == 0 and t.data_ptr() % 16 == 0 for t in (x, weight))
     few, stored = T <= FEW, dtype or x.dtype
     part = FEW_PART if few else PART
     given = _row_arguments(row_scale)
+    # nothing follows the product but the residual
+    bare = bias is None and row_scale is None and activation is None and gate is None and not squares
 
     def launch(candidate: Any, *, into: bool = overwrite) -> Any:
         if candidate is LIBRARY:
-            if into and residual is not None:
-                return residual.addmm_(x, weight.T)
-            return plain()
+            return residual.addmm_(x, weight.T) if into and bare and residual is not None else plain()
         y = codes = new_gate = sums = None
         if wide:
             y = residual if into and residual is not None else torch.empty(T, O, dtype=stored, device=x.device)
@@ -200,12 +203,13 @@ def linear_triton(
             arch, x.dtype, glu=bool(glu), descriptors=aligned, few=few, twice=code_scale is not None and wide
         )
     ]
-    bare = bias is None and row_scale is None and activation is None and gate is None and not squares
     if x.dtype in (torch.bfloat16, torch.float16) and code_scale is None and (few or bare):
         found.append(LIBRARY)
-    asked = epilogue | {"row_scale": given["row_scale"], "row_sums": given["row_sums"], "codes": code_scale}
+    asked = epilogue | {"bias": bias, "row_scale": given["row_scale"], "row_sums": given["row_sums"]}
     words = [key for key, value in asked.items() if value is not None and key != "activation"]
-    problem = f"linear {str(x.dtype)[6:]} O={O} I={I} {' '.join([*words, *filter(None, [activation])])}"
+    options = {"squares": squares, "codes": code_scale is not None, "wide": wide and code_scale is not None}
+    words += [word for word, on in options.items() if on] + [activation] * (activation is not None)
+    problem = f"linear {str(x.dtype)[6:]} O={O} I={I} {' '.join(words)}"
     return _launch.run(problem, T, x.device, found, launch, trial=partial(launch, into=False))
 
 

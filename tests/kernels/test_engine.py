@@ -63,3 +63,23 @@ def test_a_tail_that_hands_its_input_on_leaves_the_cotangent_alone(device):
     given = cotangent.clone()
     engine.vjp(saved, cotangent)
     assert torch.equal(cotangent, given)
+
+
+class Transposed(torch.nn.Module):
+    """A tail whose input's cotangent is no contiguous tensor."""
+
+    def forward(self, x):
+        return x.transpose(1, 2)
+
+
+def test_a_row_is_the_same_alone_where_the_tail_transposes(device):
+    engine = Engine.build(
+        ENGINE["vit-average-all-tokens"].build(), dtype=torch.float32, device=device, backend="triton"
+    )
+    engine.plan = replace(engine.plan, tail=Transposed())
+    tokens = patchify(ENGINE["vit-average-all-tokens"].images(2).to(device), engine.plan.patch_size)
+    output, saved = engine.forward(tokens)
+    cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(3)).to(device)
+    both = engine.vjp(saved, cotangent)
+    _, saved = engine.forward(tokens[:1])
+    assert distance(engine.vjp(saved, cotangent[:1]), both[:1]) < 1e-5

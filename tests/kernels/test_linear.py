@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from dave_fast.kernels import _launch
 from dave_fast.kernels import linear as kernels
 from dave_fast.kernels.linear import FEW, linear_triton
 from dave_fast.kernels.norm import row_rstd_triton
@@ -201,3 +202,37 @@ def test_results_beyond_the_range_of_eight_bits_are_nan(numbers):
     found = linear_triton(x, torch.ones(32, 1, dtype=x.dtype, device=x.device), code_scale=1.0).values.float()
     assert found.isnan().all(1).tolist() == [False, True, True, True, False]
     assert found[0].eq(448).all() and found[4].eq(0).all()
+
+
+@pytest.mark.parametrize("rows", [4, FEW + 6])
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("squares", [False, True])
+@pytest.mark.parametrize("given", [(), ("bias",), ("row_scale",), ("bias", "row_scale")], ids=str)
+def test_pytorchs_product_is_the_kernels_whatever_the_epilogue(numbers, monkeypatch, rows, overwrite, squares, given):
+    """As where a measurement had chosen it: it stands among the candidates of just the products that it can do."""
+    operands = {"bias": numbers(64, dtype=torch.float16), "row_scale": numbers(rows, dtype=torch.float32, seed=3).abs()}
+    settings = {name: operands[name] for name in given} | {"squares": squares, "overwrite": overwrite}
+    x, matrix = numbers(rows, 32, dtype=torch.float16), numbers(64, 32, dtype=torch.float16, seed=1)
+    residual, offered = numbers(rows, 64, dtype=torch.float16, seed=2), []
+
+    def last(problem, count, device, candidates, launch, trial=None):
+        offered.append(candidates[-1] is kernels.LIBRARY)
+        return launch(candidates[-1])
+
+    expected = linear_triton(x, matrix, residual=residual.clone(), **settings)
+    monkeypatch.setattr(_launch, "run", last)
+    found = linear_triton(x, matrix, residual=residual.clone(), **settings)
+    assert offered == [rows <= FEW or not (given or squares)]
+    pair = zip(*((t if isinstance(t, tuple) else (t,)) for t in (found, expected)), strict=True)
+    (got, want), *sums = pair
+    assert error(got, want.double()) <= LOW_PRECISION_RATIO * torch.finfo(torch.float16).eps
+    for got, want in sums:
+        torch.testing.assert_close(got.sum(1), want.sum(1), rtol=5e-3, atol=0)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_gates_and_residuals_of_any_strides(numbers, overwrite):
+    x, matrix = numbers(30, 32, dtype=torch.float16), numbers(48, 32, dtype=torch.float16, seed=1)
+    other = numbers(48, 30, dtype=torch.float16, seed=2).T
+    expected = linear_triton(x, matrix, residual=other.contiguous(), gate=other.contiguous())
+    assert torch.equal(linear_triton(x, matrix, residual=other, gate=other, overwrite=overwrite), expected)
