@@ -94,13 +94,18 @@ class Engine:
         backend: str = "auto",
         sibling: ViTPlan | None = None,
         fp8: bool = False,
+        scales: Scales | None = None,
     ) -> Engine:
-        """Plan and engine in one; arguments as `make_plan`. fp8: e4m3 operands in the blocks' GEMMs (`ops.fp8`)."""
+        """Plan and engine in one; arguments as `make_plan`.
+
+        fp8: e4m3 operands in the blocks' GEMMs (`ops.fp8`), with these static scales, by default those of `calibrate`.
+        """
         plain = _registry.bind("pack_weight", backend, torch.device(device).type)
         pack = _registry.bind("pack_weight_fp8", backend, torch.device(device).type) if fp8 else plain
         plan = make_plan(model, dtype=dtype, pack=pack, pack_embed=plain, size=size, device=device, sibling=sibling)
         # by PyTorch's own forms: kernels need not be compiled for it
-        scales = calibrate(Engine(plan, "torch", fp8=True)) if fp8 else None
+        if fp8 and scales is None:
+            scales = calibrate(Engine(plan, "torch", fp8=True))
         return Engine(plan, backend, fp8=fp8, scales=scales)
 
     @torch.no_grad()
@@ -243,7 +248,9 @@ class Engine:
 
         if isinstance(x, RowSums):
             return replace(x, sums=leading(x.sums))
-        return x.map(leading) if isinstance(x, Codes) else leading(x)
+        if isinstance(x, Codes):
+            return replace(x.map(leading), scale=x.scale.leading())
+        return leading(x)
 
     def _write(
         self, layer: Layer, y: Stream, inner: Tensor | None, x: Tensor, *, overwrite: bool, codes: dict[str, Any]
@@ -322,9 +329,11 @@ class Engine:
         """Cotangent after the step -> before it, (R·N, C); codes: how the step before wants it."""
         # of the tokens that leave the step, and of all of them where these are more
         left, whole = g, None
+        # the layer whose product is what leaves the step
+        of_all = [layer for layer in step.layers if isinstance(layer, AttentionLayer)] if step.trimmed else step.layers
+        final = of_all[-1]
         for layer, operators in zip(step.layers, saved, strict=True):
-            last = layer is step.layers[-1]
-            free, stored = last or left is not g, codes if last else {}
+            free, stored = layer is step.layers[-1] or left is not g, codes if layer is final else {}
             if isinstance(layer, MlpLayer):
                 left = self._mlp_vjp(layer, operators, g, wide(left), overwrite=free, codes=stored)
                 continue
@@ -350,7 +359,8 @@ class Engine:
         added = leading(wide(whole))
         added += left.view_as(added)
         if isinstance(whole, Codes):
-            leading(whole.values).copy_(encode(added, whole.scale))
+            codes = encode(added.flatten(0, 1), whole.scale.leading())
+            leading(whole.values).copy_(codes.view_as(added))
         return whole
 
     def _post_vjp(self, layer: Layer, saved: SavedLayer, g: Stream) -> Stream:

@@ -30,10 +30,10 @@ def _load(base, o, limit, stride, D: tl.constexpr, D_BLOCK: tl.constexpr, MASKED
 
 
 @triton.jit
-def _store(p, values, code_scale, m, INTERPRETED: tl.constexpr):
-    """values in the pointers' dtype, or in e4m3 where there is a scale."""
-    if code_scale is not None:
-        values = encode_e4m3(values, code_scale, INTERPRETED)
+def _store(p, values, o, code_lead, code_rest, code_read, m, INTERPRETED: tl.constexpr):
+    """values of tokens o in the pointers' dtype, or in e4m3 where there are scales."""
+    if code_lead is not None:
+        values = encode_e4m3(values, tl.where(o < code_read, code_lead, code_rest)[:, None], INTERPRETED)
     tl.store(p, values.to(p.dtype.element_ty), mask=m)
 
 
@@ -96,9 +96,9 @@ def _forward_block(
 @triton.jit
 def _attention_kernel(
     q, k, v, out, peak, share, Q, N, H, factor,
-    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, bias, over_scale, code_scale,
-    D: tl.constexpr, D_BLOCK: tl.constexpr, INTERPRETED: tl.constexpr, D_STEP: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_N: tl.constexpr, PEELED: tl.constexpr,
+    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, bias, over_scale, code_lead, code_rest,
+    code_read, D: tl.constexpr, D_BLOCK: tl.constexpr, INTERPRETED: tl.constexpr, D_STEP: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PEELED: tl.constexpr,
 ):  # fmt: skip
     """A block of queries of one head; PEELED: the last block of keys has code of its own, the others go unmasked."""
     i_q, i_flat, i_row, i_head = _place(Q, H, BLOCK_Q)
@@ -126,7 +126,16 @@ def _attention_kernel(
     m_q = o_q < Q
     d = tl.arange(0, D_BLOCK)
     p = out + ((i_row * Q + o_q)[:, None] * H + i_head) * D + d[None, :]
-    _store(p, acc * (1 / total)[:, None], code_scale, m_q[:, None] & (d < D)[None, :], INTERPRETED)
+    _store(
+        p,
+        acc * (1 / total)[:, None],
+        o_q,
+        code_lead,
+        code_rest,
+        code_read,
+        m_q[:, None] & (d < D)[None, :],
+        INTERPRETED,
+    )
     o_kept = i_flat * Q + o_q
     if share is not None:
         tl.store(peak + o_kept, top * factor, mask=m_q)
@@ -157,9 +166,9 @@ def _vjp_block(
 @triton.jit
 def _attention_vjp_kernel(
     q, k, peak, share, d_out, d_v, Q, N, H, factor,
-    q_row, q_token, q_head, k_row, k_token, k_head, o_row, o_token, o_head, bias, over_scale, code_scale,
-    D: tl.constexpr, D_BLOCK: tl.constexpr, INTERPRETED: tl.constexpr, D_STEP: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_N: tl.constexpr, PEELED: tl.constexpr,
+    q_row, q_token, q_head, k_row, k_token, k_head, o_row, o_token, o_head, bias, over_scale, code_lead, code_rest,
+    code_read, D: tl.constexpr, D_BLOCK: tl.constexpr, INTERPRETED: tl.constexpr, D_STEP: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PEELED: tl.constexpr,
 ):  # fmt: skip
     """dv of a block of keys of one head; PEELED: the last block of queries has code of its own."""
     i_n, i_flat, i_row, i_head = _place(N, H, BLOCK_N)
@@ -187,4 +196,4 @@ def _attention_vjp_kernel(
         )  # fmt: skip
     d = tl.arange(0, D_BLOCK)
     p = d_v + ((i_row * N + o_n)[:, None] * H + i_head) * D + d[None, :]
-    _store(p, acc, code_scale, (o_n < N)[:, None] & (d < D)[None, :], INTERPRETED)
+    _store(p, acc, o_n, code_lead, code_rest, code_read, (o_n < N)[:, None] & (d < D)[None, :], INTERPRETED)

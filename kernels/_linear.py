@@ -82,7 +82,8 @@ def _product(
 
 @triton.jit
 def _row_scale(
-    row_scale, row_sums, start, T, row_parts, count, eps, BLOCK_T: tl.constexpr, ROW_PARTS: tl.constexpr
+    row_scale, row_sums, x_lead, x_rest, x_tokens, x_read, start, T, row_parts, count, eps,
+    BLOCK_T: tl.constexpr, ROW_PARTS: tl.constexpr,
 ):  # fmt: skip
     """The factors of BLOCK_T rows, as they are or of sums of squares in row_parts ≤ ROW_PARTS parts; None for none."""
     t = start + tl.arange(0, BLOCK_T)
@@ -95,6 +96,9 @@ def _row_scale(
         scale = tl.load(row_scale + t, mask=t < T, other=0.0)
     else:
         scale = None
+    if x_lead is not None:
+        own = tl.where(t % x_tokens < x_read, x_lead, x_rest)
+        scale = own if scale is None else scale * own
     return scale
 
 
@@ -122,12 +126,12 @@ def nearest_e4m3(u):
 
 
 @triton.jit
-def _affine(acc, bias, scale, x_scale, column_scale, t, o, T, O, START):
-    """scale ⊙ x_scale · column_scale ⊙ acc + bias, of the columns that start at START."""
+def _affine(acc, bias, scale, column_scale, t, o, T, O, START):
+    """scale ⊙ column_scale ⊙ acc + bias, of the columns that start at START."""
     if scale is not None:
         acc *= scale[:, None]
     if column_scale is not None:
-        acc *= tl.load(column_scale + START + o, mask=o < O, other=0.0)[None, :] * x_scale
+        acc *= tl.load(column_scale + START + o, mask=o < O, other=0.0)[None, :]
     if bias is not None:
         acc += tl.load(bias + START + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
     return acc
@@ -141,8 +145,9 @@ def _halves(acc):
 
 @triton.jit
 def _epilogue(
-    acc, second, bias, scale, x_scale, column_scale, gate, residual, y, codes, code_scale, new_gate, squares,
-    i_t, start, T, O, parts, BLOCK_T: tl.constexpr, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, GLU: tl.constexpr,
+    acc, second, bias, scale, column_scale, gate, residual, y, codes, code_lead, code_rest,
+    code_tokens, code_read, new_gate, squares, i_t, start, T, O, parts, BLOCK_T: tl.constexpr,
+    WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, GLU: tl.constexpr,
     EXACT: tl.constexpr, PART: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """All that follows the product, for WIDTH columns from `start` on, in registers, and the stores."""
@@ -152,10 +157,10 @@ def _epilogue(
     t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
     o = start + tl.arange(0, WIDTH)
     m = (t < T)[:, None] & (o < O)[None, :]
-    acc = _affine(acc, bias, scale, x_scale, column_scale, t, o, T, O, 0)
+    acc = _affine(acc, bias, scale, column_scale, t, o, T, O, 0)
     if ACTIVATION is not None:
         if GLU:
-            second = _affine(second, bias, scale, x_scale, column_scale, t, o, T, O, O)
+            second = _affine(second, bias, scale, column_scale, t, o, T, O, O)
             # "_glu" gates with the first half, "_glu_last" with the second
             gated = acc if GLU == 1 else second
             g = _gate(gated, ACTIVATION, EXACT) * gated
@@ -173,7 +178,8 @@ def _epilogue(
     if residual is not None:
         acc += tl.load(residual + corner + at, mask=m, other=0.0).to(tl.float32)
     if codes is not None:
-        tl.store(codes + corner + at, encode_e4m3(acc, code_scale, INTERPRETED), mask=m)
+        own = tl.where(t % code_tokens < code_read, code_lead, code_rest)[:, None]
+        tl.store(codes + corner + at, encode_e4m3(acc, own, INTERPRETED), mask=m)
     if y is not None:
         stored = acc.to(y.dtype.element_ty)
         tl.store(y + corner + at, stored, mask=m)
@@ -191,8 +197,9 @@ def _epilogue(
 
 @triton.jit
 def _epilogues(
-    acc, second, bias, scale, x_scale, column_scale, gate, residual, y, codes, code_scale, new_gate, squares,
-    i_t, start, T, O, parts, BLOCK_T: tl.constexpr, ACTIVATION: tl.constexpr, GLU: tl.constexpr, EXACT: tl.constexpr,
+    acc, second, bias, scale, column_scale, gate, residual, y, codes, code_lead, code_rest,
+    code_tokens, code_read, new_gate, squares, i_t, start, T, O, parts, BLOCK_T: tl.constexpr,
+    ACTIVATION: tl.constexpr, GLU: tl.constexpr, EXACT: tl.constexpr,
     PART: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One half of the columns after the other: what an epilogue holds beside the product fits the registers."""
@@ -200,20 +207,22 @@ def _epilogues(
         acc, right = _halves(acc)
         second, second_right = _halves(second)
         _epilogue(
-            right, second_right, bias, scale, x_scale, column_scale, gate, residual, y, codes, code_scale, new_gate,
-            squares, i_t, start + right.shape[1], T, O, parts, BLOCK_T, right.shape[1], ACTIVATION, GLU, EXACT,
-            PART, INTERPRETED,
+            right, second_right, bias, scale, column_scale, gate, residual, y, codes, code_lead, code_rest,
+            code_tokens, code_read, new_gate, squares, i_t, start + right.shape[1], T, O, parts, BLOCK_T,
+            right.shape[1], ACTIVATION, GLU, EXACT, PART, INTERPRETED,
         )  # fmt: skip
     _epilogue(
-        acc, second, bias, scale, x_scale, column_scale, gate, residual, y, codes, code_scale, new_gate,
-        squares, i_t, start, T, O, parts, BLOCK_T, acc.shape[1], ACTIVATION, GLU, EXACT, PART, INTERPRETED,
+        acc, second, bias, scale, column_scale, gate, residual, y, codes, code_lead, code_rest,
+        code_tokens, code_read, new_gate, squares, i_t, start, T, O, parts, BLOCK_T, acc.shape[1],
+        ACTIVATION, GLU, EXACT, PART, INTERPRETED,
     )  # fmt: skip
 
 
 @triton.jit
 def _linear_kernel(
     x, w, x_desc, w_desc, bias, row_scale, row_sums, column_scale, gate, residual, y, codes, new_gate, squares,
-    T, O, I, stride_x, stride_w, parts, row_parts, count, eps, x_scale, code_scale,
+    T, O, I, stride_x, stride_w, parts, row_parts, count, eps, x_lead, x_rest, x_tokens, x_read,
+    code_lead, code_rest, code_tokens, code_read,
     ACTIVATION: tl.constexpr, GLU: tl.constexpr, EXACT: tl.constexpr, PART: tl.constexpr, ROW_PARTS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, GROUP: tl.constexpr,
     DESCRIPTORS: tl.constexpr, PERSISTENT: tl.constexpr, EVEN_I: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -229,7 +238,10 @@ def _linear_kernel(
         i_t = first + tile % (GROUP * tiles_o) % high
         i_o = tile % (GROUP * tiles_o) // high
         # ahead of the product, which hides the wait
-        scale = _row_scale(row_scale, row_sums, i_t * BLOCK_T, T, row_parts, count, eps, BLOCK_T, ROW_PARTS)
+        scale = _row_scale(
+            row_scale, row_sums, x_lead, x_rest, x_tokens, x_read, i_t * BLOCK_T, T, row_parts, count, eps,
+            BLOCK_T, ROW_PARTS,
+        )  # fmt: skip
         acc, second = _product(
             x, w, x_desc, w_desc, i_t, i_o, T, O, I, stride_x, stride_w,
             BLOCK_T, BLOCK_O, BLOCK_I, DESCRIPTORS, EVEN_I, GLU,
@@ -239,10 +251,12 @@ def _linear_kernel(
             acc, right = _halves(acc)
             second, second_right = _halves(second)
             _epilogues(
-                right, second_right, bias, scale, x_scale, column_scale, gate, residual, y, codes, code_scale, new_gate,
-                squares, i_t, start + BLOCK_O // 2, T, O, parts, BLOCK_T, ACTIVATION, GLU, EXACT, PART, INTERPRETED,
+                right, second_right, bias, scale, column_scale, gate, residual, y, codes, code_lead, code_rest,
+                code_tokens, code_read, new_gate, squares, i_t, start + BLOCK_O // 2, T, O, parts,
+                BLOCK_T, ACTIVATION, GLU, EXACT, PART, INTERPRETED,
             )  # fmt: skip
         _epilogues(
-            acc, second, bias, scale, x_scale, column_scale, gate, residual, y, codes, code_scale, new_gate,
-            squares, i_t, start, T, O, parts, BLOCK_T, ACTIVATION, GLU, EXACT, PART, INTERPRETED,
+            acc, second, bias, scale, column_scale, gate, residual, y, codes, code_lead, code_rest,
+            code_tokens, code_read, new_gate, squares, i_t, start, T, O, parts,
+            BLOCK_T, ACTIVATION, GLU, EXACT, PART, INTERPRETED,
         )  # fmt: skip

@@ -28,7 +28,7 @@ from torch import Tensor
 from dave_fast.kernels import _launch
 from dave_fast.kernels._attention import _attention_kernel, _attention_vjp_kernel
 from dave_fast.ops.attention import attention_ref, attention_vjp_ref
-from dave_fast.ops.fp8 import E4M3, Codes, coded
+from dave_fast.ops.fp8 import E4M3, Codes, TokenScales
 
 # PyTorch's flash attention, which returns the log-sum-exp; it has no form with a bias
 FLASH = _launch.Library("scaled_dot_product_flash_attention")
@@ -95,16 +95,15 @@ def configurations(
 
 
 def attention_triton(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None, *, code_scale: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None, *, code_scale: TokenScales | None = None
 ) -> tuple[Tensor | Codes, Any]:
     """As `attention_ref` for positive scales and head dimensions up to 128, any strides but of the last axis.
 
-    code_scale: the result is stored in e4m3 with this scale instead: `ops.fp8.Codes`.
+    code_scale: the result is stored in e4m3 with these scales instead: `ops.fp8.Codes`.
     """
     rows, queries, heads, dim = q.shape
     if not _launch.covered(q) or scale <= 0 or dim > 128:
-        plain, kept = attention_ref(q, k, v, scale, bias)
-        return coded(plain, code_scale), kept
+        return attention_ref(q, k, v, scale, bias)
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     tokens, factor = k.shape[1], scale * math.log2(math.e)
     bias, over_scale = (None, None) if bias is None else (bias.contiguous(), 1 / scale)
@@ -119,7 +118,8 @@ def attention_triton(
         grid = triton.cdiv(queries, candidate.kwargs["BLOCK_Q"]) * rows * heads
         _attention_kernel[(grid,)](
             *(q, k, v, out, peak, share, queries, tokens, heads, factor),
-            *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], bias, over_scale, code_scale, dim, block),
+            *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], bias, over_scale),
+            *(*_scale_arguments(code_scale), dim, block),
             INTERPRETED=_launch.INTERPRETED,
             **candidate.all_kwargs(),
         )
@@ -144,10 +144,10 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
     return out.transpose(1, 2).contiguous(), (log_sum * math.log2(math.e)).contiguous()
 
 
-def attention_vjp_triton(saved: Any, d_out: Tensor, *, code_scale: float | None = None) -> Tensor | Codes:
+def attention_vjp_triton(saved: Any, d_out: Tensor, *, code_scale: TokenScales | None = None) -> Tensor | Codes:
     """As `attention_vjp_ref`, for what `attention_triton` saved; code_scale: as there."""
     if not isinstance(saved, SavedTriton):
-        return coded(attention_vjp_ref(saved, d_out), code_scale)
+        return attention_vjp_ref(saved, d_out)
     q, k = saved.q, saved.k
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
     rows, tokens, heads, dim = k.shape
@@ -160,16 +160,8 @@ def attention_vjp_triton(saved: Any, d_out: Tensor, *, code_scale: float | None 
         grid = triton.cdiv(tokens, configuration.kwargs["BLOCK_N"]) * rows * heads
         _attention_vjp_kernel[(grid,)](
             *(q, k, saved.peak, saved.share, d_out, d_v, queries, tokens, heads, saved.factor),
-            *(
-                *q.stride()[:3],
-                *k.stride()[:3],
-                *d_out.stride()[:3],
-                saved.bias,
-                saved.over_scale,
-                code_scale,
-                dim,
-                block,
-            ),
+            *(*q.stride()[:3], *k.stride()[:3], *d_out.stride()[:3], saved.bias, saved.over_scale),
+            *(*_scale_arguments(code_scale), dim, block),
             INTERPRETED=_launch.INTERPRETED,
             **configuration.all_kwargs(),
         )
@@ -182,7 +174,12 @@ def attention_vjp_triton(saved: Any, d_out: Tensor, *, code_scale: float | None 
     return d_v if code_scale is None else Codes(d_v, code_scale, d_out.dtype, None)
 
 
-def _problem(op: str, q: Tensor, tokens: int, bias: Tensor | None, code_scale: float | None) -> str:
+def _scale_arguments(scales: TokenScales | None) -> tuple[float | int | None, ...]:
+    """Return the kernels' arguments for static scales of tokens."""
+    return (None,) * 3 if scales is None else (scales.lead, scales.rest, scales.read)
+
+
+def _problem(op: str, q: Tensor, tokens: int, bias: Tensor | None, code_scale: TokenScales | None) -> str:
     """What decides between candidates, but the number of rows and heads."""
     options = [name for name, given in (("bias", bias), ("codes", code_scale)) if given is not None]
     dtype = str(q.dtype).removeprefix("torch.")

@@ -1,9 +1,9 @@
 """linear: the GEMM of both walks and its epilogue in one kernel.
 
-    y[t, o] = row_scale[t] · x_scale · column_scale[o] · Σ_i x[t, i] W[o, i] + bias[o]
+    y[t, o] = row_scale[t] · x_scale[t] · column_scale[o] · Σ_i x[t, i] W[o, i] + bias[o]
     activation:  g = act(y)/y,  y ← g·y, g kept          gate:  y ← y·g
     residual:    y ← y + residual                        squares[t, part] = Σ y[t, o]² over the part's columns
-    codes:       e4m3(y / code_scale), beside y or in its place
+    codes:       e4m3(y / code_scale[t]), beside y or in its place
 
 row_scale is read, or made of the sums of squares that the writer of x left (`RowSums`): a norm needs no kernel of its
 own. T rows · O out-features · I in-features. Products accumulate in float32, but for e4m3 operands on sm_90, where
@@ -23,7 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dave_fast.kernels import _launch
 from dave_fast.kernels._linear import _linear_kernel
-from dave_fast.ops.fp8 import E4M3, Codes
+from dave_fast.ops.fp8 import E4M3, Codes, TokenScales
 from dave_fast.ops.linear import linear_ref
 from dave_fast.ops.norm import RowSums
 
@@ -122,9 +122,9 @@ def linear_triton(
     squares: bool = False,
     overwrite: bool = False,
     column_scale: Tensor | None = None,
-    x_scale: float = 1.0,
+    x_scale: TokenScales | None = None,
     dtype: torch.dtype | None = None,
-    code_scale: float | None = None,
+    code_scale: TokenScales | None = None,
     wide: bool = True,
 ) -> Any:
     """As `linear_ref`; float32, float16, bfloat16 and e4m3 operands, rows of x with any stride.
@@ -132,9 +132,9 @@ def linear_triton(
     Args:
         row_scale: (T,) float32, or the sums of squares that it is made of.
         overwrite: y may be written into the residual's memory.
-        column_scale, x_scale: (O,) float32 and a number: the scales of eight-bit weights and of an eight-bit x.
+        column_scale, x_scale: (O,) float32 and of rows: the scales of eight-bit weights and of an eight-bit x.
         dtype: of y; x's by default.
-        code_scale: the result is stored in e4m3 as well, divided by this scale: `ops.fp8.Codes` takes y's place.
+        code_scale: the result is stored in e4m3 as well, divided by these scales: `ops.fp8.Codes` takes y's place.
         wide: with code_scale, whether y itself is stored too.
     """
     epilogue: dict[str, Any] = {"activation": activation, "gate": gate, "residual": residual}
@@ -182,7 +182,8 @@ def linear_triton(
         _linear_kernel[(grid,)](
             *(x, weight, x_desc, w_desc, bias, given["row_scale"], given["row_sums"], column_scale, gate, residual),
             *(y, codes, new_gate, sums, T, O, I, x.stride(0), weight.stride(0), 0 if sums is None else sums.shape[1]),
-            *(given["row_parts"], given["count"], given["eps"], x_scale, code_scale),
+            *(given["row_parts"], given["count"], given["eps"]),
+            *(*_scale_arguments(x_scale), *_scale_arguments(code_scale)),
             ACTIVATION=name or None,
             GLU=glu,
             EXACT=x.dtype == torch.float32,
@@ -211,6 +212,11 @@ def linear_triton(
     words += [word for word, on in options.items() if on] + [activation] * (activation is not None)
     problem = f"linear {str(x.dtype)[6:]} O={O} I={I} {' '.join(words)}"
     return _launch.run(problem, T, x.device, found, launch, trial=partial(launch, into=False))
+
+
+def _scale_arguments(scales: TokenScales | None) -> tuple[float | int | None, ...]:
+    """Return the kernel's arguments for static scales of rows."""
+    return (None,) * 4 if scales is None else (scales.lead, scales.rest, scales.tokens, scales.read)
 
 
 def _row_arguments(row_scale: Tensor | RowSums | None) -> dict[str, Any]:

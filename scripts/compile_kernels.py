@@ -70,6 +70,11 @@ class Row:
         return f"| {' | '.join(map(str, cells))} | {self.resident} | {made} |"
 
 
+def _scales(of: str) -> dict[str, str]:
+    """Return the arguments for static scales of rows."""
+    return {f"{of}_lead": "fp32", f"{of}_rest": "fp32", f"{of}_tokens": "i32", f"{of}_read": "i32"}
+
+
 def linear_case(name: str, arch: int, dtype: torch.dtype = torch.bfloat16, **given: Any) -> Case:
     """given: optional pointers by name with their types, ACTIVATION, GLU; `candidate` is an index of configurations,
     `few` asks for those of few rows."""
@@ -88,11 +93,11 @@ def linear_case(name: str, arch: int, dtype: torch.dtype = torch.bfloat16, **giv
     constants: dict[str, Any] = {"ACTIVATION": None, "GLU": 0, "EXACT": dtype == torch.float32, "EVEN_I": True}
     constants |= {"PART": linear.FEW_PART if few else linear.PART, "ROW_PARTS": 1, "INTERPRETED": False}
     if eight:
-        given |= {"column_scale": "*fp32", "x_scale": "fp32"}
+        given |= {"column_scale": "*fp32"} | (_scales("x") if "row_scale" not in given else {})
     if "row_sums" in given:
         given |= {"row_parts": "i32", "count": "i32", "eps": "fp32", "ROW_PARTS": 16}
     if "codes" in given:
-        given["code_scale"] = "fp32"
+        given |= _scales("code")
     for key, value in given.items():
         (constants if key.isupper() else types)[key] = value
     return Case(f"linear {name} {element}", _linear._linear_kernel, types, constants | tile, found)
@@ -122,7 +127,8 @@ def attention_case(
     if bias:
         types |= {"bias": f"*{NAMES[dtype]}", "over_scale": "fp32"}
     if codes:
-        types |= {"d_v" if vjp else "out": "*fp8e4nv", "code_scale": "fp32"}
+        types |= {"d_v" if vjp else "out": "*fp8e4nv"} | _scales("code")
+        del types["code_tokens"]
     kernel = attention._attention_vjp_kernel if vjp else attention._attention_kernel
     constants = {"D": dim, "D_BLOCK": block, "INTERPRETED": False} | found.kwargs
     return Case(f"attention {name} {NAMES[dtype]}", kernel, types, constants, found)
@@ -215,7 +221,7 @@ def compiled(case: Case, arch: int) -> Row:
     constants = {name: case.constants.get(name) for name in kernel.arg_names if name not in case.types}
     signature = {name: case.types.get(name, "constexpr") for name in kernel.arg_names}
     # what Triton finds at a launch: addresses and sizes are multiples of 16, token counts and eps are not
-    odd = {"T", "N", "Q", "K", "parts", "row_parts", "H"}
+    odd = {"T", "N", "Q", "K", "parts", "row_parts", "H", "x_tokens", "x_read", "code_tokens", "code_read"}
     attributes = {
         (at,): [["tt.divisibility", 16]]
         for at, name in enumerate(kernel.arg_names)

@@ -34,6 +34,7 @@ from benchmarks.ptxas import ARCHITECTURES, Resources
 from dave_fast import engine
 from dave_fast.kernels import _launch
 from dave_fast.ops import _registry
+from dave_fast.ops.fp8 import TokenScales
 
 # of an H100 and an H200
 MULTIPROCESSORS = 132
@@ -134,7 +135,7 @@ def build(model: nn.Module, precision: str, size: tuple[int, int] | None = None)
     """An engine on the stand-in, in fp32, bf16 or fp8."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}[precision]
     # eight-bit scales are found by PyTorch's own ops, for numbers that nobody reads here
-    scales = SimpleNamespace(of=lambda *weights: 1.0 if weights else None)
+    scales = SimpleNamespace(of=lambda *weights: TokenScales(1.0, 0.5, 197, 1) if weights else None)
     with mock.patch.object(engine, "calibrate", return_value=scales):
         return engine.Engine.build(model, dtype=dtype, size=size, backend="triton", fp8=precision == "fp8")
 

@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 import dave_fast
 from dave_fast import calibration
 from dave_fast.calibration import Scales, made_images
 from dave_fast.engine import Engine
 from dave_fast.errors import NonFiniteError
-from dave_fast.ops.fp8 import Codes
+from dave_fast.ops.fp8 import Codes, TokenScales
 from dave_fast.ops.patches import patchify
 from tests.tolerances import LOW_PRECISION_RATIO
 from tests.variants import ENGINE
@@ -45,14 +46,14 @@ def distance(found, expected):
     return ((found - expected).norm() / expected.norm()).item()
 
 
-def test_scales_are_powers_of_two_and_the_same_in_every_process():
+def test_scales_are_powers_of_two_and_do_not_depend_on_the_global_generator():
     torch.manual_seed(1)
     first = build()
     torch.manual_seed(2)
     second = build()
     scales = list(first._scales.operands.values())
     assert scales == list(second._scales.operands.values())
-    assert all(math.log2(scale).is_integer() for scale in scales)
+    assert all(math.log2(scale).is_integer() for each in scales for scale in (each.lead, each.rest))
 
 
 def test_images_fall_off_with_frequency_and_are_the_same_twice():
@@ -102,7 +103,42 @@ def test_the_size_of_a_cotangent_does_not_matter():
 
 
 def test_numbers_beyond_the_room_are_refused_by_name(monkeypatch):
-    monkeypatch.setattr(calibration, "HEADROOM", 2.0**-6)
+    monkeypatch.setattr(calibration, "ROOM", 2.0**-6)
     explainer = dave_fast.DAVE(ENGINE["vit"].build(), precision="fp8", backend="torch", noise_alpha=0.5)
     with pytest.raises(NonFiniteError, match=r"NaN or infinity.*precision='bf16'"):
         explainer.explain(ENGINE["vit"].images(1), 1, n_samples=3)
+
+
+def test_patches_keep_their_cotangents_where_a_class_token_with_an_outlier_is_read():
+    torch.manual_seed(0)
+    settings = {"img_size": 64, "patch_size": 4, "embed_dim": 48, "depth": 4, "num_heads": 2, "num_classes": 0}
+    model = VisionTransformer(**settings).eval().requires_grad_(False)
+    model.norm.weight[1] = 40.0
+    for block in model.blocks:
+        for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+            linear.weight *= 3
+    images = torch.randn(2, 3, 64, 64)
+    engines = {
+        "exact": Engine.build(model, dtype=torch.float32, backend="torch"),
+        "static": Engine.build(model, dtype=torch.bfloat16, backend="torch", fp8=True),
+        "rows": Engine.build(model, dtype=torch.bfloat16, backend="torch", fp8=True, scales=Scales({})),
+        "one scale": Engine.build(model, dtype=torch.bfloat16, backend="torch", fp8=True),
+    }
+    found = engines["one scale"]._scales.operands
+    most = {key: TokenScales.uniform(max(each.lead, each.rest)) for key, each in found.items()}
+    engines["one scale"]._scales = Scales(most)
+    patches = {}
+    for name, engine in engines.items():
+        output, saved = engine.forward(patchify(images, engine.plan.patch_size).to(engine.plan.dtype))
+        cotangent = torch.zeros_like(output)
+        cotangent[:, 1] = 1
+        patches[name] = engine.vjp(saved, cotangent).float()
+    off = {name: distance(each, patches["exact"]) for name, each in patches.items()}
+    assert off["static"] <= 1.5 * off["rows"] < off["one scale"], off
+
+
+def test_a_reader_without_scales_makes_an_operand_keep_scales_of_its_rows():
+    weights = [object() for _ in range(3)]
+    scales = Scales({id(weights[0]): TokenScales(1.0, 4.0, 9, 1), id(weights[1]): TokenScales.uniform(2.0)})
+    assert scales.of(*weights[:2]) == TokenScales(2.0, 4.0, 9, 1)
+    assert scales.of(*weights) is None and scales.of() is None

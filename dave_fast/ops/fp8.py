@@ -36,18 +36,49 @@ class Fp8Weight(NamedTuple):
 
 
 @dataclass(frozen=True)
+class TokenScales:
+    """Static scales of an operand's rows, which are the tokens of images one after the other.
+
+    Args:
+        lead, rest: scales of an image's first `read` tokens and of the others, powers of two.
+        tokens: rows of an image.
+        read: how many of them are leading tokens.
+    """
+
+    lead: float
+    rest: float
+    tokens: int
+    read: int
+
+    @staticmethod
+    def uniform(scale: float) -> TokenScales:
+        """Return one scale for all rows."""
+        return TokenScales(scale, scale, 1, 1)
+
+    def leading(self) -> TokenScales:
+        """Return the scales of an operand that has the leading tokens alone."""
+        return TokenScales.uniform(self.lead)
+
+    def rows(self, like: Tensor) -> Tensor:
+        """Return (T, 1), a scale for each row of `like` (T, ...), in its dtype."""
+        of_image = like.new_full((self.tokens, 1), self.rest)
+        of_image[: self.read] = self.lead
+        return of_image.repeat(len(like) // self.tokens, 1)
+
+
+@dataclass(frozen=True)
 class Codes:
-    """A product's result as the next product reads it: values·scale, with one scale for all of it.
+    """A product's result as the next product reads it: values·scale, with scales that were known beforehand.
 
     Args:
         values: (T, O) e4m3; NaN where a number lies beyond 448·scale.
-        scale: a power of two.
+        scale: of its rows.
         dtype: of the result before it was encoded.
         wide: (T, O) the result itself; None where nobody reads it.
     """
 
     values: Tensor
-    scale: float
+    scale: TokenScales
     dtype: torch.dtype
     wide: Tensor | None
 
@@ -69,14 +100,15 @@ def wide(x: Tensor | Codes) -> Tensor:
     return x.wide
 
 
-def encode(x: Tensor, scale: float) -> Tensor:
+def encode(x: Tensor, scale: TokenScales) -> Tensor:
     """x (T, I) -> e4m3 codes of x/scale; NaN beyond e4m3's range, so that nothing is cut in silence."""
-    wide = x.to(statistics_dtype(x.dtype)) / scale
+    exact = x.to(statistics_dtype(x.dtype))
+    wide = exact / scale.rows(exact)
     return wide.where(wide.abs() <= LARGEST, torch.nan).to(E4M3)
 
 
-def coded(x: Tensor, code_scale: float | None) -> Tensor | Codes:
-    """Return codes of x with a scale, in place of x; x itself for no scale."""
+def coded(x: Tensor, code_scale: TokenScales | None) -> Tensor | Codes:
+    """Return codes of x (T, I) with scales, in place of x; x itself for none."""
     return x if code_scale is None else Codes(encode(x, code_scale), code_scale, x.dtype, None)
 
 
@@ -105,7 +137,7 @@ def linear_fp8_ref(
     bias: Tensor | None = None,
     *,
     row_scale: Tensor | RowSums | None = None,
-    code_scale: float | None = None,
+    code_scale: TokenScales | None = None,
     wide: bool = True,
     overwrite: bool = False,
     **epilogue: Any,
@@ -115,13 +147,17 @@ def linear_fp8_ref(
     Args:
         x: (T, I) bfloat16 or float32, or float64: then the same codes are multiplied in float64; or codes.
         weight: what `pack_fp8` returned.
-        code_scale: `Codes` of the result with this scale take its place.
+        code_scale: `Codes` of the result with these scales take its place.
         wide: with code_scale, whether the result itself is kept beside its codes.
         overwrite: nothing here; kernels then write into the residual's memory.
         row_scale, epilogue: as `linear_ref`'s; results in x's dtype.
     """
     exact = statistics_dtype(x.dtype)
-    operand = x.values.to(exact) * x.scale if isinstance(x, Codes) else dequantise(*quantise(x), exact)
+    if isinstance(x, Codes):
+        values = x.values.to(exact)
+        operand = values * x.scale.rows(values)
+    else:
+        operand = dequantise(*quantise(x), exact)
     widened: dict[str, Any] = {
         k: v.to(exact) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in epilogue.items()
     }

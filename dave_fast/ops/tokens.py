@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dave_fast.ops.fp8 import Codes, encode
+from dave_fast.ops.fp8 import Codes, TokenScales, encode
 from dave_fast.ops.linear import row_squares
 
 
 def assemble_ref(
-    patches: Tensor, prefix: Tensor, position: Tensor, *, squares: bool = False, code_scale: float | None = None
+    patches: Tensor, prefix: Tensor, position: Tensor, *, squares: bool = False, code_scale: TokenScales | None = None
 ) -> Any:
     """The stream ahead of the first block.
 
@@ -26,7 +26,7 @@ def assemble_ref(
         prefix: (k, C) class, distillation and register tokens.
         position: (n, C) is added to the patches, their bias included.
         squares: the sums of squares of x are returned too, as `linear` does.
-        code_scale: x in e4m3 with this scale as well: `ops.fp8.Codes` take its place.
+        code_scale: x in e4m3 with these scales as well: `ops.fp8.Codes` take its place.
 
     Returns:
         x (R·N, C) in the patches' dtype, or (x, (R·N, parts) float32).

@@ -6,6 +6,7 @@ import torch
 from dave_fast.kernels import _launch, attention
 from dave_fast.kernels.attention import attention_triton, attention_vjp_triton
 from dave_fast.ops.attention import attention_ref, attention_vjp_ref
+from dave_fast.ops.fp8 import TokenScales
 from tests.kernels.conftest import DTYPES, assert_as_good, error
 
 # rows, queries, tokens, heads, head dimension
@@ -160,10 +161,13 @@ def test_results_in_eight_bits(shape, dtype, device):
     q, k, v, d_out = heads(shape, dtype, device)
     expected, saved = attention_triton(q, k, v, 0.25)
     expected_vjp = attention_vjp_triton(saved, d_out)
-    found, saved = attention_triton(q, k, v, 0.25, code_scale=0.125)
-    for got, want in ((found, expected), (attention_vjp_triton(saved, d_out, code_scale=0.125), expected_vjp)):
-        assert got.scale == 0.125 and got.dtype == dtype and got.wide is None and got.values.shape == want.shape
+    scales = [TokenScales(0.125, 2.0**-5, tokens, 1) for tokens in (q.shape[1], k.shape[1])]
+    found, saved = attention_triton(q, k, v, 0.25, code_scale=scales[0])
+    pairs = ((found, expected), (attention_vjp_triton(saved, d_out, code_scale=scales[1]), expected_vjp))
+    for scale, (got, want) in zip(scales, pairs, strict=True):
+        assert got.scale == scale and got.dtype == dtype and got.wide is None and got.values.shape == want.shape
         # codes come of the sum in float32, the other result was rounded to its dtype first
-        assert error(got.values.double() * got.scale, want.double()) <= 2**-4
-    with_nan = attention_triton(q, k, v, 0.25, code_scale=2.0**-20)[0]
-    assert with_nan.values.float().isnan().any()
+        values = got.values.double().flatten(0, 1).flatten(1)
+        assert error(values * scale.rows(values), want.double().flatten(0, 1).flatten(1)) <= 2**-4
+    tiny = TokenScales.uniform(2.0**-20)
+    assert attention_triton(q, k, v, 0.25, code_scale=tiny)[0].values.float().isnan().any()

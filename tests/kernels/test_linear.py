@@ -9,13 +9,15 @@ from dave_fast.kernels import linear as kernels
 from dave_fast.kernels.linear import FEW, linear_triton
 from dave_fast.kernels.norm import row_rstd_triton
 from dave_fast.ops.activation import GATES, activate_ref
-from dave_fast.ops.fp8 import encode
+from dave_fast.ops.fp8 import TokenScales, encode
 from dave_fast.ops.norm import RowSums
 from tests.kernels.conftest import DTYPES, assert_as_good, error
 from tests.tolerances import LOW_PRECISION_RATIO
 
 # rows, in-features, out-features
 SHAPES = [(1, 32, 64), (7, 37, 65), (197, 48, 32), (257, 64, 130)]
+# of the first two of ten tokens, and of the others
+SCALES = TokenScales(0.25, 2.0**-4, 10, 2)
 ACTIVATIONS = [*GATES, "silu_glu", "gelu_glu_last"]
 
 
@@ -188,18 +190,20 @@ def test_results_in_eight_bits(numbers, wide, activation):
     x, matrix = numbers(70, 40, dtype=torch.float16), numbers(54, 40, dtype=torch.float16, seed=1)
     given = {"activation": activation}
     expected = linear_triton(x, matrix, **given, dtype=torch.float32)
-    found = linear_triton(x, matrix, **given, dtype=torch.float32, code_scale=0.25, wide=wide)
+    found = linear_triton(x, matrix, **given, dtype=torch.float32, code_scale=SCALES, wide=wide)
     if activation:
         assert torch.equal(found[1], expected[1])
         found, expected = found[0], expected[0]
-    assert found.scale == 0.25 and (found.wide is not None) == wide
-    torch.testing.assert_close(found.values.float(), encode(expected, 0.25).float(), rtol=0, atol=0, equal_nan=True)
+    assert found.scale == SCALES and (found.wide is not None) == wide
+    torch.testing.assert_close(found.values.float(), encode(expected, SCALES).float(), rtol=0, atol=0, equal_nan=True)
     assert found.wide is None or torch.equal(found.wide, expected)
 
 
 def test_results_beyond_the_range_of_eight_bits_are_nan(numbers):
     x = torch.tensor([[447.0], [449.0], [-1e4], [torch.nan], [0.0]], dtype=torch.float16, device=numbers(1).device)
-    found = linear_triton(x, torch.ones(32, 1, dtype=x.dtype, device=x.device), code_scale=1.0).values.float()
+    found = linear_triton(
+        x, torch.ones(32, 1, dtype=x.dtype, device=x.device), code_scale=TokenScales.uniform(1.0)
+    ).values.float()
     assert found.isnan().all(1).tolist() == [False, True, True, True, False]
     assert found[0].eq(448).all() and found[4].eq(0).all()
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dave_fast.ops.fp8 import E4M3, LARGEST, coded, dequantise, encode, linear_fp8_ref, pack_fp8, quantise
+from dave_fast.ops.fp8 import E4M3, LARGEST, TokenScales, coded, dequantise, encode, linear_fp8_ref, pack_fp8, quantise
 
 SHAPES = [(1, 37, 65), (7, 33, 16), (197, 48, 130)]
 
@@ -51,27 +51,38 @@ def test_scales_are_divided_by_a_tensor():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_codes_of_one_scale_are_off_by_a_sixteenth_or_half_a_step(dtype):
     x = numbers(9, 33, seed=0, dtype=dtype)
-    codes = encode(x, 2.0**-5).double() * 2.0**-5
-    limit = (x.double().abs() / 16).clamp(min=2.0**-10 * 2.0**-5)
+    scales = TokenScales(2.0**-5, 2.0**-3, 3, 1)
+    of_rows = scales.rows(x.double())
+    assert of_rows.flatten().tolist() == [2.0**-5, 2.0**-3, 2.0**-3] * 3
+    codes = encode(x, scales).double() * of_rows
+    limit = (x.double().abs() / 16).clamp(min=2.0**-10 * of_rows)
     assert ((codes - x.double()).abs() <= limit * 1.0001).all()
 
 
 def test_numbers_beyond_the_range_are_nan_and_the_largest_are_kept():
     x = torch.tensor([448.0, -448.0, 449.0, -1e9, torch.inf, torch.nan])
-    assert encode(x, 1.0).float().isnan().tolist() == [False, False, True, True, True, True]
+    assert encode(x[:, None], TokenScales.uniform(1.0)).float()[:, 0].isnan().tolist() == [
+        False,
+        False,
+        True,
+        True,
+        True,
+        True,
+    ]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_products_of_codes_are_those_of_what_they_stand_for(shape):
     x, matrix, bias, scale = case(shape)
-    codes, weight = coded(x, 0.25), pack_fp8(matrix)
-    found = linear_fp8_ref(codes, weight, bias, row_scale=scale, code_scale=0.5)
-    stands_for = codes.values.double() * 0.25
+    codes, weight = coded(x, TokenScales(0.25, 0.0625, len(x), 1)), pack_fp8(matrix)
+    half = TokenScales.uniform(0.5)
+    found = linear_fp8_ref(codes, weight, bias, row_scale=scale, code_scale=half)
+    stands_for = codes.values.double() * codes.scale.rows(x.double())
     exact = scale.double()[:, None] * (stands_for @ dequantise(*weight).double().T) + bias.double()
     assert found.dtype == found.wide.dtype == torch.bfloat16 and found.shape == exact.shape
     assert ((found.wide.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-4).all()
     assert ((found.values.double() * 0.5 - exact).abs() <= exact.abs() / 15 + 1e-3).all()
-    assert linear_fp8_ref(codes, weight, code_scale=0.5, wide=False).wide is None
+    assert linear_fp8_ref(codes, weight, code_scale=half, wide=False).wide is None
 
 
 def test_zeros_stay_and_nan_is_not_hidden():
