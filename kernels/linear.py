@@ -93,7 +93,7 @@ def configurations(
     if arch < 100 and (dtype.itemsize == 1 or (arch < 90 and not glu)):
         found[:2] = found[1::-1]
     if not glu:
-        narrow = _configuration(128, 64, deep, 4, 4, descriptors=tma)
+        narrow = _configuration(128, 64, deep, 8 if twice and arch >= 100 else 4, 4, descriptors=tma)
         # two stores of a wide tile do not fit the registers (Triton 3.6 spills 160 to 500 bytes)
         found.insert(0 if twice else len(found), narrow)
     if tma and not glu:
