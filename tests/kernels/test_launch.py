@@ -1,11 +1,13 @@
 """Which configuration runs, what is too large for 32 bits, and what only launchers decide."""
 
+from itertools import product
+
 import pytest
 import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
-from dave_fast.kernels import _launch, attention, linear
+from dave_fast.kernels import _launch, linear
 from dave_fast.kernels.linear import linear_triton
 
 SLOW, FAST, HUGE = (triton.Config({"BLOCK": n}) for n in (1, 2, 3))
@@ -94,8 +96,8 @@ def test_where_no_candidate_can_be_timed_nothing_is_kept(launches, monkeypatch, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("glu", [False, True])
 def test_candidates_suit_their_architecture(arch, dtype, glu):
-    for aligned in (False, True):
-        found = linear.configurations(arch, dtype, glu=glu, descriptors=aligned)
+    for aligned, few, twice in product((False, True), repeat=3):
+        found = linear.configurations(arch, dtype, glu=glu, descriptors=aligned, few=few, twice=twice)
         assert len(found) > 1 and len({str(c) for c in found}) == len(found)
         assert not any(c.kwargs["DESCRIPTORS"] for c in found) or (aligned and arch >= 90)
         for c in found:
@@ -104,9 +106,8 @@ def test_candidates_suit_their_architecture(arch, dtype, glu):
             stage = (c.kwargs["BLOCK_T"] + wide) * c.kwargs["BLOCK_I"] * dtype.itemsize
             assert stage * (c.num_stages - (arch < 90)) <= (99 if arch == 86 else 227 if arch >= 90 else 163) * 1024
             assert c.kwargs["BLOCK_T"] * wide <= 128 * 32 * c.num_warps
-    if not glu:
-        for vjp in (False, True):
-            assert len({str(c) for c in attention.configurations(arch, dtype, 64, 197, vjp=vjp)}) >= 1
+            # parts of sums of squares: a tile's halves are whole ones
+            assert c.kwargs["BLOCK_O"] % (linear.FEW_PART if few else linear.PART) == 0 or glu or dtype == torch.float32
 
 
 def test_rows_further_apart_than_32_bits_reach(device):
@@ -120,3 +121,25 @@ def test_rows_further_apart_than_32_bits_reach(device):
     matrix = torch.eye(32, device=device).to(x.dtype)
     found = linear_triton(x, matrix, dtype=torch.float16)
     assert found[-1].eq(1).all() and found[:-1].eq(0).all()
+
+
+def test_candidates_that_were_not_timed_are_timed_beside_the_others(launches, monkeypatch):
+    log, launch = launches
+    new_process(monkeypatch, tune="1")
+    _launch.run("problem", 100, CPU, [SLOW, LIBRARY], launch)
+    new_process(monkeypatch, tune="1")
+    del log[:]
+    _launch.run("problem", 100, CPU, [SLOW, LIBRARY, FAST], launch)
+    assert log == [SLOW, LIBRARY, FAST, FAST]
+
+
+def test_a_candidate_is_not_launched_where_it_is_not_offered(launches, monkeypatch):
+    log, launch = launches
+    new_process(monkeypatch, tune="1")
+    _launch.run("problem", 100, CPU, [SLOW, FAST], launch)
+    new_process(monkeypatch)
+    del log[:]
+    _launch.run("problem", 100, CPU, [SLOW, FAST], launch)
+    # operands that lie in another way, in the same process
+    _launch.run("problem", 100, CPU, [SLOW, LIBRARY], launch)
+    assert log == [FAST, SLOW]
