@@ -4,8 +4,9 @@
     python -m benchmarks.gpu.build --prebuilt     compile into prebuilt/, for a machine with the same versions
 
 prebuilt/ holds the two modules, the program that compute-sanitizer watches, the SHA-256 of the sources they were made
-of, and a folder "cache" with what Triton compiled (`benchmarks.gpu.precompile`). What was made of other sources, or
-does not import, is not used, and a line says so. Standard library alone: nothing is installed yet.
+of, the architectures that they were made for, and a folder "cache" with what Triton compiled
+(`benchmarks.gpu.precompile`). What was made of other sources or for another GPU, or does not import, is not used, and a
+line says so. Standard library alone: nothing is installed yet.
 """
 
 from __future__ import annotations
@@ -14,20 +15,31 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PREBUILT = ROOT / "prebuilt"
 SMOKE = "cuda_smoke"
-# what Triton compiled, and what tuning chose; the largest file that a GPU machine may give back, with room to spare
-CACHES, MOST_BYTES = ("triton", "choices"), 15 << 20
+# what Triton compiled for us and for the peers, and what tuning chose
+TRITON, PEERS, CHOICES = "triton", "peers", "choices"
+# the largest file that a GPU machine may give back, with room to spare; shares of it are estimates: aim a little lower
+MOST_BYTES, AIM = 15 << 20, 0.95
 # of what Triton keeps of a kernel, what no launch needs
 SUFFIXES = (".source", ".ttir", ".ttgir", ".llir", ".ptx")
 INTERMEDIATE = tuple(f"*{suffix}" for suffix in SUFFIXES)
+# imports the modules and prints the device's compute capability
+IMPORTS = """
+import sys, torch
+sys.path.insert(0, {folder!r})
+import _native, _cuda
+print("%d%d" % torch.cuda.get_device_capability() if torch.cuda.is_available() else "")
+"""
 
 
 def sources() -> str:
@@ -39,23 +51,46 @@ def sources() -> str:
     return digest.hexdigest()
 
 
+@cache
 def why_not_prebuilt(folder: Path = PREBUILT) -> str | None:
-    """Return why the prebuilt modules cannot be used; None where they can."""
+    """Return why the prebuilt modules cannot be used; None where they can. Found out once a process."""
     if not folder.is_dir():
         return "nothing prebuilt travelled along"
     made_of = folder / "sources"
     if not made_of.exists() or made_of.read_text().strip() != sources():
         return f"{folder} was made of other sources"
     # torch's OpenMP first, as the package loads them
-    code = f"import sys, torch; sys.path.insert(0, {str(folder)!r}); import _native, _cuda"
-    tried = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    return None if tried.returncode == 0 else (tried.stderr.strip().splitlines() or ["it does not import"])[-1]
+    tried = subprocess.run(
+        [sys.executable, "-c", IMPORTS.format(folder=str(folder))], capture_output=True, text=True, check=False
+    )
+    if tried.returncode != 0:
+        return (tried.stderr.strip().splitlines() or ["it does not import"])[-1]
+    made_for = folder / "architectures"
+    return why_not_for(made_for.read_text().strip() if made_for.exists() else "", tried.stdout.strip())
+
+
+def why_not_for(architectures: str, device: str) -> str | None:
+    """Return why modules cannot be used on a device; None where they can.
+
+    Args:
+        architectures: that they were made for, as $CUDAARCHS names them: "80;90a-real".
+        device: compute capability of the device, "90"; "" where there is none, which anything fits.
+    """
+    numbers = re.findall(r"\d+", architectures)
+    if not device or device in numbers:
+        return None
+    return f"made for {' and '.join(f'sm_{number}' for number in numbers) or 'nobody knows what'}, not for sm_{device}"
 
 
 def smoke(work: Path) -> list[list[str]]:
     """Return the commands that leave the program for compute-sanitizer at `work`/cuda_smoke."""
     if why_not_prebuilt() is None and (PREBUILT / SMOKE).exists():
         return [["cp", str(PREBUILT / SMOKE), str(work / SMOKE)]]
+    return compile_smoke(work)
+
+
+def compile_smoke(work: Path) -> list[list[str]]:
+    """Return the commands that compile the program for compute-sanitizer."""
     build = str(work / "smoke")
     pybind11 = subprocess.run(
         [sys.executable, "-m", "pybind11", "--cmakedir"], capture_output=True, text=True, check=False
@@ -70,8 +105,14 @@ def smoke(work: Path) -> list[list[str]]:
 
 
 def adopt(source: Path, target: Path) -> None:
-    """Copy a cache of Triton's, the launchable part of it: it names its files by their absolute paths."""
-    shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*INTERMEDIATE))
+    """Copy what a cache of Triton's lacks, the launchable part of it: it names its files by their absolute paths."""
+
+    def copy(new: str, old: str) -> None:
+        if not Path(old).exists():
+            shutil.copy2(new, old)
+
+    ignored = shutil.ignore_patterns(*INTERMEDIATE)
+    shutil.copytree(source, target, dirs_exist_ok=True, ignore=ignored, copy_function=copy)
     for group in target.glob("*/__grp__*.json"):
         paths = {name: group.parent / name for name in json.loads(group.read_text())["child_paths"]}
         kept = {name: str(path) for name, path in paths.items() if path.exists()}
@@ -79,22 +120,53 @@ def adopt(source: Path, target: Path) -> None:
 
 
 def adopt_caches(cache: Path) -> None:
-    """Copy what travelled along in prebuilt/cache into the cache of this machine."""
-    for name in CACHES:
+    """Copy what travelled along in prebuilt/cache and is not in the cache of this machine."""
+    for name in (CHOICES, TRITON):
         if (PREBUILT / "cache" / name).is_dir():
             adopt(PREBUILT / "cache" / name, cache / name)
 
 
+def choices_of(cache: Path) -> list[Path]:
+    """Return the files of what tuning chose."""
+    return sorted((cache / CHOICES).glob("choices-*.json"))
+
+
+def keep_choices(cache: Path, out: Path) -> None:
+    """Copy what tuning chose into the results."""
+    for path in choices_of(cache):
+        shutil.copy2(path, out)
+
+
 def keep_caches(cache: Path, archive: Path) -> str:
-    """Pack the caches, to be unpacked into prebuilt/cache for the next machine; return what became of it."""
-    with tarfile.open(archive, "w:gz") as packed:
-        for name in CACHES:
-            if (cache / name).is_dir():
-                packed.add(cache / name, name, filter=lambda each: None if each.name.endswith(SUFFIXES) else each)
-    size = archive.stat().st_size
-    if size > MOST_BYTES:
-        archive.unlink()
-    return f"{archive.name}: {size / 2**20:.1f} MiB" + (", too large to be kept" if size > MOST_BYTES else "")
+    """Pack the caches, to be unpacked into prebuilt/cache for the next machine; return what became of it.
+
+    What tuning chose comes first. Of the kernels the largest are left out, as many as the archive has no room for.
+    """
+    kernels = {path: _bytes(path) for path in (cache / TRITON).glob("*") if path.is_dir()}
+    smallest = sorted(kernels, key=kernels.__getitem__)
+    choices = choices_of(cache)
+    while (size := _pack(cache, archive, [*choices, *smallest])) > MOST_BYTES and smallest:
+        # what is packed shrinks about as what is read
+        room = AIM * MOST_BYTES / size * sum(map(kernels.__getitem__, smallest))
+        smallest.pop()
+        while smallest and sum(map(kernels.__getitem__, smallest)) > room:
+            smallest.pop()
+    left_out = len(kernels) - len(smallest)
+    note = f"{archive.name}: {size / 2**20:.1f} MiB, {len(choices)} files of choices, {len(smallest)} kernels"
+    return note + (f"; the {left_out} largest had no room" if left_out else "")
+
+
+def _pack(cache: Path, archive: Path, paths: list[Path]) -> int:
+    """Write the archive of these files and folders; return its size."""
+    with tarfile.open(archive, "w:gz", compresslevel=6) as packed:
+        for path in paths:
+            name = str(path.relative_to(cache))
+            packed.add(path, name, filter=lambda each: None if each.name.endswith(SUFFIXES) else each)
+    return archive.stat().st_size
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir() if not path.name.endswith(SUFFIXES))
 
 
 def install() -> int:
@@ -120,11 +192,12 @@ def prebuild(more: list[str]) -> int:
     # setup.py knows how to build; the modules are left in a folder of their own
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(work / "lib"), "--build-temp", str(work)]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
-    for made in smoke(work):
+    for made in compile_smoke(work):
         subprocess.run(made, cwd=ROOT, env=environment, check=True)
     for path in [*(work / "lib" / "dave_fast").glob("_*.so"), work / SMOKE]:
         shutil.copy2(path, PREBUILT)
     (PREBUILT / "sources").write_text(sources() + "\n")
+    (PREBUILT / "architectures").write_text(environment["CUDAARCHS"] + "\n")
     kernels = [sys.executable, "-m", "benchmarks.gpu.precompile", str(PREBUILT / "cache" / "triton"), *more]
     subprocess.run(kernels, cwd=ROOT, check=True)
     print(f"{PREBUILT}: {why_not_prebuilt() or 'imports here'}")
