@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
@@ -15,9 +16,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks.gpu import __main__ as stage_program
-from benchmarks.gpu import build, conductor, rows, stages
+from benchmarks.gpu import build, conductor, rows, setting, speed, stages
 from benchmarks.gpu.stages import Stage
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,6 +125,28 @@ def run_stage(tmp_path, code, limit):
 
 def test_a_failing_stage_leaves_its_last_line(tmp_path):
     assert run_stage(tmp_path, "raise ValueError('seven')", PATIENCE) == ("failed", "ValueError: seven")
+
+
+def endless_stage(tmp_path, monkeypatch, state):
+    """What becomes of a stage that takes the time that is left, writes one row and is not done then."""
+    monkeypatch.setenv(rows.FILE, str(tmp_path / "rows.jsonl"))
+    monkeypatch.setenv(rows.STAGE, "tests")
+    code = f"from benchmarks.gpu import rows; rows.write(rows.row('a', {state!r})); import time; time.sleep(1000)"
+    run = conductor.Run(tmp_path, tmp_path / "work", False, 1e9)
+    monkeypatch.setattr(conductor, "GRACE", 0.5)
+    monkeypatch.setattr(run, "ends", 100.0)
+    is_late_when(monkeypatch, tmp_path / "rows.jsonl")
+    command = [sys.executable, "-c", code]
+    run.stage(Stage("tests", "", math.inf, [command], None), None)
+    return ended(tmp_path)["tests"]
+
+
+def test_the_runs_end_is_no_failure_of_tests_that_all_passed(tmp_path, monkeypatch):
+    assert endless_stage(tmp_path, monkeypatch, "passed") == "no time left"
+
+
+def test_the_runs_end_hides_no_failed_test(tmp_path, monkeypatch):
+    assert endless_stage(tmp_path, monkeypatch, "failed") == "out of time"
 
 
 def test_a_missing_program_is_named(tmp_path):
@@ -368,6 +392,55 @@ def test_the_sanitizers_program_is_built_by_cmake(tmp_path):
     assert tools == ["memcheck", "racecheck", "memcheck"]
 
 
+# ---- what is measured ----
+
+
+def speed_rows(monkeypatch, broken):
+    """Rows of three micro-batches at S = 2; broken: rows of the micro-batch whose attributions have a wrong image."""
+    monkeypatch.setattr(speed, "REHEARSAL", True)
+    monkeypatch.setattr(speed, "DEVICE", "cpu")
+    raw = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(speed, "images_here", lambda number, size: raw[:number])
+    monkeypatch.setattr(speed, "timed", lambda *_: {"median": 1.0, "min": 1.0, "max": 1.0, "repeats": 1})
+    monkeypatch.setattr(speed, "as_graphs", lambda made, explainer: made)
+
+    def explain(images, target, samples, internal_batch_size):
+        wrong = torch.tensor([1.0, 1.5 if internal_batch_size == broken else 1.0])
+        return SimpleNamespace(raw=images * wrong[:, None, None, None])
+
+    explainer = SimpleNamespace(explain=explain, fitting_rows=lambda images: 1)
+    monkeypatch.setattr(speed, "explainer_here", lambda model, precision: explainer)
+    args = stage_program.parser().parse_args(["speed", "--micro-batches", "own", "1", "28", "56"])
+    return list(speed._images(args, torch.nn.Identity(), "bf16", 2))
+
+
+def test_a_rehearsal_runs_each_micro_batch_once_and_equal_ones_are_measured(monkeypatch):
+    made = speed_rows(monkeypatch, broken=0)
+    assert [(each["rows"], each["state"], each["apart"]) for each in made] == [
+        (None, "measured", None),
+        (1, "measured", 0.0),
+        (2, "measured", 0.0),
+    ]
+
+
+def test_a_micro_batch_with_one_wrong_image_fails(monkeypatch):
+    made = speed_rows(monkeypatch, broken=2)
+    assert [each["state"] for each in made] == ["measured", "measured", "failed"]
+    assert made[2]["apart"] == pytest.approx(0.5) and "at most 0.17" in made[2]["note"]
+
+
+def test_goals_hold_for_fifty_samples_alone():
+    assert speed.goal_of(None, 50, "bf16", 1) == 7.0 and speed.goal_of(672, 50, "bf16", 4) == 67.0
+    assert speed.goal_of(None, 200, "bf16", 1) is None and speed.goal_of(448, 50, "bf16", 1) is None
+
+
+def test_eager_launches_are_told_and_fail(monkeypatch):
+    monkeypatch.setattr(setting, "REHEARSAL", False)
+    made = setting.as_graphs(rows.row("a", "measured", 1.0, note="x"), SimpleNamespace(_graphs=None))
+    assert (made["state"], made["value"], made["graphs"]) == ("failed", 1.0, False)
+    assert "one by one; x" in made["note"]
+
+
 # ---- tests as rows ----
 
 
@@ -405,6 +478,7 @@ def prebuilt(tmp_path):
     for name in ("_native", "_cuda"):
         (folder / f"{name}.py").write_text("")
     (folder / "sources").write_text(build.sources() + "\n")
+    (folder / "architectures").write_text("90a-real\n")
     return folder
 
 
@@ -422,15 +496,56 @@ def test_prebuilt_modules_that_do_not_import_are_not_taken(prebuilt):
     assert "GLIBC_9.9 not found" in build.why_not_prebuilt(prebuilt)
 
 
-def test_caches_are_packed_for_the_next_machine_unless_they_are_too_large(tmp_path, monkeypatch):
-    (tmp_path / "cache" / "triton").mkdir(parents=True)
-    (tmp_path / "cache" / "triton" / "kernel.cubin").write_bytes(os.urandom(1 << 12))
-    archive = tmp_path / "cache.tar.gz"
-    assert "too large" not in build.keep_caches(tmp_path / "cache", archive)
-    with tarfile.open(archive) as packed:
-        assert "triton/kernel.cubin" in packed.getnames()
+@pytest.mark.parametrize(
+    ("made_for", "device", "fits"),
+    [
+        ("90a-real", "90", True),
+        ("80-real;90a-real", "90", True),
+        ("80-real", "90", False),
+        ("", "90", False),
+        ("80-real", "", True),
+    ],
+)
+def test_prebuilt_modules_of_another_architecture_are_not_taken(made_for, device, fits):
+    reason = build.why_not_for(made_for, device)
+    assert reason is None if fits else "not for sm_90" in reason
+
+
+def test_of_caches_that_are_too_large_the_largest_kernels_are_left_out(tmp_path, monkeypatch):
+    cache, archive = tmp_path / "cache", tmp_path / "cache.tar.gz"
+    for size in (1, 2, 3, 4, 40):
+        (cache / "triton" / f"of {size} KiB").mkdir(parents=True)
+        (cache / "triton" / f"of {size} KiB" / "k.cubin").write_bytes(os.urandom(size << 10))
+    (cache / "choices").mkdir()
+    (cache / "choices" / "choices-GPU.json").write_text("{}")
+
+    def kept():
+        with tarfile.open(archive) as packed:
+            names = packed.getnames()
+        assert names[0] == "choices/choices-GPU.json"
+        return {name.split()[1] for name in names if name.endswith("cubin")}
+
+    assert "no room" not in build.keep_caches(cache, archive) and kept() == {"1", "2", "3", "4", "40"}
+    monkeypatch.setattr(build, "MOST_BYTES", 16 << 10)
+    assert "the 1 largest had no room" in build.keep_caches(cache, archive) and kept() == {"1", "2", "3", "4"}
     monkeypatch.setattr(build, "MOST_BYTES", 1 << 10)
-    assert "too large" in build.keep_caches(tmp_path / "cache", archive) and not archive.exists()
+    assert "the 5 largest had no room" in build.keep_caches(cache, archive) and kept() == set()
+
+
+def test_choices_that_travelled_replace_none_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "PREBUILT", tmp_path / "prebuilt")
+    for folder, names in ((tmp_path / "prebuilt" / "cache", "ab"), (tmp_path / "here", "b")):
+        (folder / "choices").mkdir(parents=True)
+        for name in names:
+            (folder / "choices" / f"choices-{name}.json").write_text(folder.name)
+    build.adopt_caches(tmp_path / "here")
+    out = tmp_path / "out"
+    out.mkdir()
+    build.keep_choices(tmp_path / "here", out)
+    assert {path.name: path.read_text() for path in out.iterdir()} == {
+        "choices-a.json": "cache",
+        "choices-b.json": "here",
+    }
 
 
 def test_a_cache_of_triton_is_found_in_another_folder(tmp_path):

@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 
 from benchmarks.gpu.rows import write
+from benchmarks.gpu.setting import tuned
 
 # stage -> module:function
 STAGES = {
@@ -61,7 +62,7 @@ def main() -> int:
     module, function = STAGES[args.stage].split(":")
     bad = False
     for made in getattr(importlib.import_module(f"benchmarks.gpu.{module}"), function)(args):
-        write(made)
+        write({"tuned": tuned()} | made)
         bad |= made["state"] == "failed"
     return int(bad)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import shutil
 import signal
@@ -77,9 +78,10 @@ class Run:
         )
         return machine
 
-    def failed(self) -> bool:
-        """Return whether a row of this run says so; the file may hold those of others before it."""
-        return any(made["state"] in rows.BAD for made in rows.read(self.out / "rows.jsonl")[self.before :])
+    def failed(self, since: int | None = None) -> bool:
+        """Return whether a row says so. since: of the rows after so many; by default of this run's."""
+        since = self.before if since is None else since
+        return any(made["state"] in rows.BAD for made in rows.read(self.out / "rows.jsonl")[since:])
 
     def write(self, stage: str, made: rows.Row) -> None:
         """Write a row of a stage, and the table anew."""
@@ -106,7 +108,10 @@ class Run:
             state, note = "interrupted", ""
             try:
                 limit = stage.limit * (REHEARSAL if self.rehearsal else 1.0)
+                before = len(rows.read(self.out / "rows.jsonl"))
                 state, note = run(stage, commands, self.out / "logs.txt", min(limit, left))
+                if state == "out of time" and math.isinf(stage.limit) and not self.failed(before):
+                    state, note = "no time left", "cut short where the run ends"
             finally:
                 if state == "interrupted":
                     self.write(stage.name, rows.row("the stage", state, time.monotonic() - began, "s"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -12,8 +13,24 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.rows import Row, row
-from benchmarks.gpu.setting import DEVICE, REHEARSAL, explainer_here, guarded, images_here, model_here, timed, why_no
+from benchmarks.gpu.setting import (
+    DEVICE,
+    REHEARSAL,
+    as_graphs,
+    explainer_here,
+    guarded,
+    images_here,
+    model_here,
+    replays,
+    timed,
+    why_no,
+)
+from dave_fast import DAVE
+from dave_fast.cotangents import Element
+from dave_fast.precision import own_arithmetic
 from dave_fast.sampling import draw
+from dave_fast.transfers import moved
+from dave_fast.weights import HOST, State
 
 ROWS = 2 if REHEARSAL else 28
 REPEATS, BUDGET = (1, 1.0) if REHEARSAL else (20, 2.0)
@@ -21,7 +38,7 @@ MOST = 40
 
 
 def rows(args: argparse.Namespace) -> Iterator[Row]:
-    """Yield a row a kernel and a sum, for each precision of the arguments."""
+    """Yield a row a kernel and a sum, for each precision of the arguments; then the checks of a call."""
     model = model_here()
     for precision in args.precisions:
         reason = why_no(precision)
@@ -29,31 +46,56 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
             yield row(precision, "not measured", note=reason)
             continue
         yield from guarded(precision, partial(_micro_batch, model, precision))
+    yield from guarded("checks of the weights", partial(_checks, model, "their own device"))
+    # as DAVE(model, device="cuda") finds a model that was never moved
+    yield from guarded("checks on the host", partial(_checks, deepcopy(model).cpu(), "the host"))
 
 
 def _micro_batch(model: torch.nn.Module, precision: str) -> Iterator[Row]:
-    """Perturb, both walks and pull_back of one micro-batch, from images to contributions."""
-    images = images_here(1)
-    targets = torch.zeros(1, 1, dtype=torch.int64)
-
-    def work(**settings: Any) -> Callable[[], Any]:
-        explainer = explainer_here(model, precision, internal_batch_size=ROWS, **settings)
-        draws = draw(ROWS, height=images.shape[2], width=images.shape[3], sampling=explainer.sampling)
-        return partial(explainer.contributions, images, draws, targets)
-
-    eager = work(graphs=False)
+    """Perturb, both walks and pull_back of one micro-batch, from images to contributions, nothing else."""
+    eager = _work(explainer_here(model, precision, internal_batch_size=ROWS, graphs=False))
     wall = timed(eager, REPEATS, BUDGET)["median"]
     found = profiled(eager)
     busy = sum(seconds for _, _, seconds in found)
     for name, calls, seconds in found[:MOST]:
         note = f"{seconds / busy:.1%}, {calls} calls"
         yield row(f"{precision} {name}", "measured", 1e6 * seconds, "µs", note, calls=calls, share=seconds / busy)
-    replayed = None if REHEARSAL else timed(work(), REPEATS, BUDGET)["median"]
+    replayed, explainer = None, explainer_here(model, precision, internal_batch_size=ROWS)
+    if not REHEARSAL:
+        replayed = timed(_work(explainer), REPEATS, BUDGET)["median"]
     note = f"{len(found)} kernels; wall {1e3 * wall:.2f} ms one by one"
-    note += "" if replayed is None else f", {1e3 * replayed:.2f} ms as graphs"
+    note += "" if replayed is None else f", {1e3 * replayed:.2f} ms {'as graphs' if replays(explainer) else 'the same'}"
     launches = sum(calls for _, calls, _ in found)
     more = {"wall seconds": wall, "graphs seconds": replayed, "launches": launches}
-    yield row(f"{precision} GPU in all, {ROWS} rows", "measured", 1e3 * busy, "ms", note, **more)
+    made = row(f"{precision} GPU in all, {ROWS} rows", "measured", 1e3 * busy, "ms", note, **more)
+    if not found:
+        made |= {"state": "failed", "value": None, "note": f"the profiler saw no kernel: is CUPTI permitted? {note}"}
+    yield as_graphs(made, explainer)
+
+
+def _work(explainer: DAVE) -> Callable[[], Any]:
+    """Return what walks one micro-batch. The explainer's own calls would read the weights and look at the modules."""
+    images = images_here(1)
+    draws = draw(ROWS, height=images.shape[2], width=images.shape[3], sampling=explainer.sampling)
+    target = Element(torch.zeros(1, dtype=torch.int64, device=DEVICE))
+    into = images.new_empty(1, ROWS, *images.shape[1:])
+
+    def work() -> None:
+        with own_arithmetic(explainer.device):
+            batches.vjps(images, draws, [target], into, images.dtype)
+
+    with own_arithmetic(explainer.device):
+        batches = explainer._batches(explainer._route(images), ROWS)
+    return work
+
+
+def _checks(model: torch.nn.Module, where: str) -> Iterator[Row]:
+    """What every call pays to notice a changed model: checksums of the weights, and a look at its modules."""
+    state = State(model, values=True)
+    structure = timed(partial(state.holds, values=False), REPEATS, BUDGET)["median"]
+    seconds = timed(lambda: moved(state.checksums(), HOST), REPEATS, BUDGET)["median"]
+    note = f"of each call; the modules' structure, on the host: {1e3 * structure:.3g} ms"
+    yield row(f"checksums of the weights on {where}", "measured", 1e3 * seconds, "ms", note, structure=structure)
 
 
 def profiled(call: Callable[[], Any]) -> list[tuple[str, int, float]]:

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.gpu.conductor import end_with_parent
 from benchmarks.gpu.rows import Row, failed, row, write
-from benchmarks.gpu.setting import DEVICE, REHEARSAL, shapes_here
+from benchmarks.gpu.setting import DEVICE, REHEARSAL, shapes_here, tuned
 from dave_fast.bench.agreement import check, loader
 from dave_fast.bench.cases import CASES, cases_of
 from dave_fast.bench.rates import DTYPES
@@ -88,7 +88,7 @@ def _run(job: Job) -> None:
         made = verdict(job)
     except Exception as error:
         made = failed(job.name, error)
-    write(made)
+    write({"tuned": tuned()} | made)
     raise SystemExit(made["state"] == "failed")
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import contestants
+from benchmarks.gpu import build
 from benchmarks.gpu.rows import Row, row
-from benchmarks.gpu.setting import DEVICE, REHEARSAL, explainer_here, guarded, images_here, model_here
+from benchmarks.gpu.setting import DEVICE, REHEARSAL, as_graphs, explainer_here, guarded, images_here, model_here
 from benchmarks.peers import LADDER
 from dave_fast.bench import whole
 from dave_fast.bench.agreement import distance
@@ -29,6 +32,7 @@ REPEATS, BUDGET = (1, 1.0) if REHEARSAL else (10, 4.0)
 
 def peers(args: argparse.Namespace) -> Iterator[Row]:
     """Yield P3 of `benchmarks.peers` beside dave-fast, for one image and for eight."""
+    _own_cache()
     model = model_here()
     image = images_here(1)[0]
     best = "bf16" if has_bf16(torch.device(DEVICE)) else "fp32"
@@ -40,6 +44,14 @@ def peers(args: argparse.Namespace) -> Iterator[Row]:
             tricks = replace(LADDER[step], compiled=not REHEARSAL)
             make = partial(contestants.peer, model, tricks, best, samples, shapes, image, mode)
             yield from guarded(f"{step}, {mode}", partial(_peer, f"{step}, {mode}", make, model, truth, samples, best))
+
+
+def _own_cache() -> None:
+    """Have what Inductor compiles kept apart from our kernels, of which this process gets a copy."""
+    given = os.environ.get("TRITON_CACHE_DIR")
+    if given and Path(given).is_dir():
+        build.adopt(Path(given), Path(given).parent / build.PEERS)
+        os.environ["TRITON_CACHE_DIR"] = str(Path(given).parent / build.PEERS)
 
 
 def _peer(
@@ -59,7 +71,8 @@ def _peer(
             "dave-fast": [partial(ours.explain, images, 0, samples)],
             name: [partial(made.explain, images, ROWS)],
         }
-        yield _ratio(name, in_turns(calls, REPEATS, DEVICE, budget=BUDGET, host=True), number, samples, error=error)
+        seconds = in_turns(calls, REPEATS, DEVICE, budget=BUDGET, host=True)
+        yield as_graphs(_ratio(name, seconds, number, samples, error=error), ours)
     reason = whole.refusal(precision, error, truth)
     yield row(f"{name} against float64", "failed" if reason else "passed", error, note=reason or "")
 
@@ -95,7 +108,7 @@ def plain(args: argparse.Namespace) -> Iterator[Row]:
     }
     seconds = in_turns(calls, 1 if REHEARSAL else 5, DEVICE, budget=2 * BUDGET, host=True)
     made = _ratio("plain", seconds, 1, few)
-    yield made | {"name": f"dave-fast at S = {many} beside the plain way at S = {few}"}
+    yield as_graphs(made | {"name": f"dave-fast at S = {many} beside the plain way at S = {few}"}, ours)
 
 
 def authors(args: argparse.Namespace) -> Iterator[Row]:
@@ -117,4 +130,5 @@ def authors(args: argparse.Namespace) -> Iterator[Row]:
             each.name: [partial(each.explain, images, None)],
         }
         repeats = 1 if REHEARSAL else 5
-        yield _ratio(each.name, in_turns(calls, repeats, DEVICE, budget=4 * BUDGET, host=True), 1, samples)
+        seconds = in_turns(calls, repeats, DEVICE, budget=4 * BUDGET, host=True)
+        yield as_graphs(_ratio(each.name, seconds, 1, samples), ours)

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.gpu import rows
 from benchmarks.gpu.rows import Row, failed, row
 from dave_fast import DAVE
 from dave_fast.bench.shapes import Shapes, build_model
 from dave_fast.bench.timing import host_seconds, spread
 from dave_fast.bench.whole import NOISE_ALPHA
+from dave_fast.choices import Choices, folder
+from dave_fast.graphs import CudaCapture
 from dave_fast.precision import has_bf16, why_no_fp8
 
 REHEARSAL = os.environ.get("DAVE_FAST_REHEARSE") == "1"
@@ -91,6 +95,32 @@ def why_no(precision: str) -> str | None:
     if precision == "bf16" and not has_bf16(torch.device(DEVICE)):
         return "this device does not multiply bfloat16"
     return None
+
+
+def tuned() -> bool:
+    """Return whether a measured choice is on disk for this GPU and these versions; by hand: for any GPU.
+
+    The GPU is not touched: a stage may fork later.
+    """
+    if REHEARSAL or find_spec("triton") is None:
+        return False
+    gpu = os.environ.get(rows.DEVICE)
+    return any(folder().glob("choices-*.json")) if gpu is None else Choices.of(gpu).path.exists()
+
+
+def replays(explainer: DAVE) -> bool:
+    """Return whether the explainer's micro-batches so far were replayed as CUDA graphs."""
+    graphs = explainer._graphs
+    return graphs is not None and isinstance(graphs._wanted, CudaCapture)
+
+
+def as_graphs(made: Row, explainer: DAVE) -> Row:
+    """Return a row that says whether graphs were replayed: failed where they should have been and were not."""
+    replayed = replays(explainer)
+    if REHEARSAL or replayed:
+        return made | {"graphs": replayed}
+    why = "no CUDA graph could be captured: kernels were launched one by one"
+    return made | {"graphs": False, "state": "failed", "note": f"{why}; {made['note']}"}
 
 
 def guarded(name: str, make: Callable[[], Iterator[Row]]) -> Iterator[Row]:

@@ -42,7 +42,8 @@ def products(args: argparse.Namespace) -> Iterator[Row]:
     """Yield the eight products of a block at the micro-batches of the arguments, beside cuBLAS without an epilogue."""
     peaks: dict[str, float] = {}
     yield from peak_rows(args.precisions, peaks)
-    for rows in args.micro_batches:
+    # a rehearsal's shapes have one row
+    for rows in args.micro_batches[: 1 if REHEARSAL else None]:
         for precision in args.precisions:
             if why_no(precision) is not None:
                 continue
@@ -161,7 +162,8 @@ def compare(
     if backend not in contestants:
         yield row(name, "failed", note=refused[backend])
         return
-    seconds = in_turns(contestants, REPEATS, DEVICE, budget=BUDGET)
+    captured: dict[str, bool] = {}
+    seconds = in_turns(contestants, REPEATS, DEVICE, budget=BUDGET, captured=captured)
     micro = {label: 1e6 * median(values) for label, values in seconds.items()}
     gigabytes = case.gigabytes(sets[0], results)
     floor = 1e6 * max(case.gigaflops / peaks.get(precision, float("inf")), gigabytes / peaks["copy"])
@@ -169,10 +171,12 @@ def compare(
     note = f"{1e3 * case.gigaflops / own:.0f} TFLOP/s, " if case.gigaflops else ""
     note += f"{1e6 * gigabytes / own:.0f} GB/s, floor {floor:.3g}"
     note += "".join(f", {label} {value:.4g}" for label, value in micro.items() if label != backend)
+    eager = [] if REHEARSAL else [label for label, graph in captured.items() if not graph]
+    note += f", not captured: {' and '.join(eager)}" if eager else ""
     note += "".join(f", {label} not: {why}" for label, why in refused.items())
     yield row(
         *(name, "failed" if agreement.reason else "measured", own, "µs", agreement.reason or note),
         **{"µs": micro, "backend": backend, "floor µs": floor, "gigaflops": case.gigaflops, "gigabytes": gigabytes},
         **{"error": agreement.error, "plain error": agreement.plain, "refused": refused},
-        tuned=os.environ.get("DAVE_FAST_AUTOTUNE") == "1",
+        captured=captured,
     )

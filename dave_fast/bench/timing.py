@@ -28,13 +28,19 @@ def in_turns(
     warmup: int = 1,
     budget: float | None = None,
     host: bool = False,
+    captured: dict[str, bool] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds a call of every contestant in every repeat; nobody always runs behind the same neighbour.
 
     warmup: uncounted runs of each beforehand. budget: seconds after which no further repeat begins (one always does).
-    host: the host's clock also on a GPU, as whoever waits for the result reads it.
+    host: the host's clock also on a GPU, as whoever waits for the result reads it. captured: is told whether each was
+    timed as a graph (never by the host's clock); those that cannot be captured are timed as they run.
     """
-    clocks = {name: clock(calls, device, warmup, host=host) for name, calls in contestants.items()}
+    clocks = {}
+    for name, calls in contestants.items():
+        clocks[name], graph = clock(calls, device, warmup, host=host)
+        if captured is not None:
+            captured[name] = graph
     seconds: dict[str, list[float]] = {name: [] for name in clocks}
     names = list(clocks)
     began = time.perf_counter()
@@ -49,8 +55,8 @@ def in_turns(
 
 def clock(
     calls: Sequence[Call], device: torch.device | str, warmup: int = 1, *, host: bool = False
-) -> Callable[[], float]:
-    """A function that runs the calls once and tells the seconds of one of them; warmed up."""
+) -> tuple[Callable[[], float], bool]:
+    """A function that runs the calls once and tells the seconds of one of them, warmed up; whether it is a graph."""
 
     def once() -> None:
         for call in calls:
@@ -59,9 +65,9 @@ def clock(
     for _ in range(warmup):
         once()
     if host or torch.device(device).type != "cuda":
-        return lambda: host_seconds(once, device) / len(calls)
-    run, times = _many(calls)
-    return lambda: _by_events(run) / (len(calls) * times)
+        return lambda: host_seconds(once, device) / len(calls), False
+    run, times, captured = _many(calls)
+    return lambda: _by_events(run) / (len(calls) * times), captured
 
 
 def _by_events(run: Call) -> float:
@@ -73,8 +79,8 @@ def _by_events(run: Call) -> float:
     return float(start.elapsed_time(stop)) * 1e-3
 
 
-def _many(calls: Sequence[Call]) -> tuple[Call, int]:
-    """The calls often enough for the GPU's clock, as a graph where they can be captured; and how often."""
+def _many(calls: Sequence[Call]) -> tuple[Call, int, bool]:
+    """The calls often enough for the GPU's clock, how often, and whether as a graph: where they can be captured."""
 
     def once() -> None:
         for call in calls:
@@ -89,7 +95,7 @@ def _many(calls: Sequence[Call]) -> tuple[Call, int]:
             once()
 
     if waiting:
-        return eager, times
+        return eager, times, False
     try:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -98,8 +104,8 @@ def _many(calls: Sequence[Call]) -> tuple[Call, int]:
     except RuntimeError:
         # what cannot be captured is timed as it runs
         torch.cuda.synchronize()
-        return eager, times
-    return graph.replay, times
+        return eager, times, False
+    return graph.replay, times, True
 
 
 def _waits(call: Call) -> bool:

@@ -46,7 +46,7 @@ def prepare(wanted: dict[str, Any]) -> tuple[dict[str, Callable[[], float]], dic
     clocks, refused = {}, {}
     for op in wanted["ops"]:
         if op == "engine":
-            clocks[op] = clock([_engine_call(model, wanted)], device, host=True)
+            clocks[op], _ = clock([_engine_call(model, wanted)], device, host=True)
             continue
         shapes = shapes_of(model, wanted["samples"], size=wanted["size"], rows=wanted["rows"])
         for case in cases_of(op, shapes):
@@ -54,7 +54,7 @@ def prepare(wanted: dict[str, Any]) -> tuple[dict[str, Callable[[], float]], dic
             operands = case.operands(torch.Generator(device).manual_seed(wanted["seed"]), dtype)
             agreement, _ = check(case, load, operands, dtype)
             if agreement.reason is None:
-                clocks[name] = clock([case.bind(load, operands, dtype)], device)
+                clocks[name], _ = clock([case.bind(load, operands, dtype)], device)
             else:
                 refused[name] = agreement.reason
     return clocks, refused
