@@ -2,7 +2,7 @@
 
 The structure (replaced modules, parameters and buffers, hooks, replaced forwards, settings such as `eps`, and in-place
 updates, by autograd's version counter) is compared on the host. Writes through `.data` leave no trace there; they are
-noticed by checksums of the weights' bits, one read of the weights on their own device.
+noticed by checksums of the weights' bits, made on the weights' own device.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from dave_fast.transfers import moved
 # what a module's settings are made of; `training` is no setting, since explanations are always in evaluation mode
 SETTINGS = (bool, int, float, str, tuple, type(None))
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# bytes of a tensor that is compared itself; larger ones are summed in so many segments of 64-bit words
-SMALL, SEGMENTS, WORD = 1 << 14, 16, 8
+# A tensor's 64-bit words are laid out in rows of COLUMNS words, and summed along both. COLUMNS is a prime: the same
+# power of two added to each word of a row (in float64 a sign is the highest bit) does not cancel, as it would in an
+# even number, and the columns are none of the tensor's own. Columns are summed in groups of rows first: faster.
+WORD, GROUP, COLUMNS = 8, 7, 509
 HOST = torch.device("cpu")
 
 
@@ -54,7 +56,7 @@ class State:
 def fingerprint(model: nn.Module) -> tuple[object, ...]:
     """Differs between two calls when the model was changed in between; waits for the devices of its weights.
 
-    Misses writes through `.data` that keep what `checksums` sums.
+    Misses only writes through `.data` that `checksums` misses.
     """
     return structure(model), tuple(read.numpy().tobytes() for read in moved(checksums(model), HOST))
 
@@ -68,7 +70,8 @@ def structure(model: nn.Module) -> tuple[object, ...]:
 def _settings(module: nn.Module) -> tuple[object, ...]:
     own = module.__dict__
     settings = tuple([item for item in own.items() if _is_setting(item[1].__class__) and item[0] != "training"])
-    hooks = tuple([id(hook) for kind in HOOKS if own.get(kind) for hook in own[kind].values()])
+    # a new hook may have the address of a removed one, but never the number of its handle
+    hooks = tuple([(key, id(hook)) for kind in HOOKS if own.get(kind) for key, hook in own[kind].items()])
     return settings, hooks, id(own.get("forward"))
 
 
@@ -98,9 +101,13 @@ def _identity(tensor: Tensor) -> tuple[object, ...]:
 def checksums(model: nn.Module) -> list[Tensor]:
     """For each device of the weights a tensor of bytes on it, the same for the same bits whatever the threads.
 
-    Tensors of up to 16 KiB stand there themselves. Of a larger one there are 16 sums, each over a sixteenth of its
-    bits as 64-bit integers modulo 2⁶⁴: exact, so that NaN is a value as any other and every change of one element is
-    noticed. What is missed keeps all 16 sums, such as two words of one sixteenth that change places.
+    A tensor of less than 28 KiB, and what a larger one has left over, stands there itself. The rest are 64-bit words in
+    rows of 509, of which there are the sums of every row and of every column, modulo 2⁶⁴: exact, so that NaN is a value
+    as any other. A change of one to three words is always noticed, so also any two words that change places, and so is
+    the sign of all values in float64. What is missed cancels in every row and every column at once: four words or more,
+    in the simplest case the corners of a rectangle (+a, −a, −a, +a, or the signs of four float64 values). That can be
+    made on purpose; for words that become random ones it has a probability of at most 2⁻⁶⁴, for signs of float64 that
+    are flipped at random 2^-(rows + columns - 1).
     """
     by_device: dict[torch.device, list[Tensor]] = {}
     for tensor in _tensors(model):
@@ -124,11 +131,13 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _checksum(tensors: Sequence[Tensor]) -> Tensor:
-    large = [tensor for tensor in tensors if tensor.nbytes > SMALL]
-    exact = [tensor for tensor in tensors if tensor.nbytes <= SMALL]
-    sums = torch.empty(len(large), SEGMENTS, dtype=torch.int64, device=tensors[0].device)
-    for tensor, segments in zip(large, sums, strict=True):
-        summed = tensor.nbytes // (SEGMENTS * WORD) * (SEGMENTS * WORD)
-        torch.sum(tensor[:summed].view(torch.int64).view(SEGMENTS, -1), 1, out=segments)
+    """The sums of tensors of bytes on one device, and the bytes that are not summed: (n,) uint8."""
+    sums, exact = [], []
+    for tensor in tensors:
+        groups = tensor.nbytes // (WORD * GROUP * COLUMNS)
+        summed = groups * (WORD * GROUP * COLUMNS)
+        if groups:
+            words = tensor[:summed].view(torch.int64).view(groups, GROUP, COLUMNS)
+            sums += [words.sum(2), words.sum(1).sum(0)]
         exact.append(tensor[summed:])
-    return torch.cat([sums.view(torch.uint8).view(-1), *exact])
+    return torch.cat([part.view(-1).view(torch.uint8) for part in (*sums, *exact)])

@@ -159,6 +159,20 @@ def test_a_write_through_data_is_noticed_by_the_call_itself(model, images, route
     assert torch.equal(explainer.contributions(*asked), fresh.contributions(*asked))
 
 
+@pytest.mark.parametrize("make", [plain, rehearsal])
+def test_signs_and_powers_of_two_in_float64_are_noticed(model, images, make):
+    model = copy.deepcopy(model).double()
+    # large enough to be summed, an even number of words
+    model.register_buffer("unused", torch.randn(1 << 16, dtype=torch.float64))
+    explainer = make(model)
+    explainer.explain(images, 0, n_samples=2)
+    for change in (torch.Tensor.neg_, lambda t: t.mul_(2), lambda t: t.mul_(0.5), lambda t: t.copy_(t.flip(0))):
+        walks = explainer._route(images)
+        change(model.unused.data)
+        explainer.explain(images, 0, n_samples=2)
+        assert explainer._route(images) is not walks
+
+
 def test_an_unchanged_model_is_walked_once(model, images):
     explainer = rehearsal(model)
     explainer.explain(images, n_samples=2)
