@@ -16,7 +16,8 @@ import torch
 
 from benchmarks.gpu.setting import vit_shapes
 from dave_fast.bench.agreement import check, loader
-from dave_fast.bench.cases import CASES, Case, cases_of
+from dave_fast.bench.case import Case
+from dave_fast.bench.cases import CASES, cases_of
 from dave_fast.ops import _registry
 from dave_fast.precision import has_bf16
 from dave_fast.sampling import draw, normal

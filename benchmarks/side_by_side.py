@@ -95,12 +95,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     say = print if args.verbose else lambda _: None
     model: Any = build_model(args.model, args.size).to(device)
     shapes = shapes_of(model, args.samples, size=args.size)
-    image = torch.randn(*shapes.image, generator=torch.Generator().manual_seed(0)).to(device)
+    images = torch.randn(whole.CHECKED, *shapes.image, generator=torch.Generator().manual_seed(0)).to(device)
     say("float64 truth")
     precisions = [precision for precision in whole.PLAIN if contestants.why_no(precision, device) is None]
-    truth = whole.find_truth(model, image, precisions, device)
+    truth = whole.find_truth(model, images, precisions, device)
     rows = whole.measure(
-        field(args, model, image, shapes),
+        field(args, model, images[0], shapes),
         truth,
         shapes=shapes,
         images=args.images,

@@ -92,8 +92,8 @@ def small():
     torch.manual_seed(0)
     model = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=16)
     model = model.eval().requires_grad_(False)
-    image = torch.randn(3, 32, 32)
-    return model, shapes_of(model, 6), image, whole.find_truth(model, image, ["fp32", "fp8"], "cpu")
+    images = torch.randn(whole.CHECKED, 3, 32, 32)
+    return model, shapes_of(model, 6), images[0], whole.find_truth(model, images, ["fp32", "fp8"], "cpu")
 
 
 def test_all_contestants_make_the_same_contributions(small):

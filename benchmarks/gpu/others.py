@@ -36,7 +36,7 @@ def peers(args: argparse.Namespace) -> Iterator[Row]:
     model = model_here()
     image = images_here(1)[0]
     best = "bf16" if has_bf16(torch.device(DEVICE)) else "fp32"
-    truth = whole.find_truth(model, image, [best], DEVICE)
+    truth = whole.find_truth(model, images_here(whole.CHECKED), [best], DEVICE)
     samples = 2 if REHEARSAL else args.samples
     shapes = shapes_of(model, samples)
     for mode in args.modes:

@@ -22,7 +22,8 @@ from benchmarks.gpu.rows import Row, failed, row
 from benchmarks.gpu.setting import DEVICE, REHEARSAL, guarded, shapes_here, why_no
 from dave_fast.bench import rates
 from dave_fast.bench.agreement import check, loader
-from dave_fast.bench.cases import Case, Operands, cases_of
+from dave_fast.bench.case import Case, Operands
+from dave_fast.bench.cases import cases_of
 from dave_fast.bench.ops import operand_sets
 from dave_fast.bench.timing import in_turns
 
@@ -60,14 +61,14 @@ def attention(args: argparse.Namespace) -> Iterator[Row]:
     yield from peak_rows(["bf16"], peaks)
     for size, rows in list(SIZES.items())[: 1 if REHEARSAL else None]:
         for op in ("attention", "attention_vjp"):
-            (case,) = cases_of(op, shapes_here(rows, size=size))
+            case, *_ = cases_of(op, shapes_here(rows, size=size))
             library = partial(_sdpa, gradient=op == "attention_vjp")
             name = f"{op}, {shapes_here(rows, size=size).tokens} tokens, {rows} rows"
             yield from guarded(name, partial(compare, name, case, "bf16", peaks, library))
 
 
 def pixels(args: argparse.Namespace) -> Iterator[Row]:
-    """Yield warps, medians and smoothing at S = 50."""
+    """Yield warps of 50 rows, and medians and smoothing of three images, S = 50."""
     peaks: dict[str, float] = {}
     yield from peak_rows([], peaks)
     for op in PIXEL_OPS:

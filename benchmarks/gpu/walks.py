@@ -41,7 +41,7 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
 
 def _contributions(model: torch.nn.Module, precision: str) -> Iterator[Row]:
     """The engine's contributions at equal draws: twice plain PyTorch's error at most."""
-    truth = whole.find_truth(model, images_here(1)[0], [precision], DEVICE)
+    truth = whole.find_truth(model, images_here(whole.CHECKED), [precision], DEVICE)
     explainer = explainer_here(model, precision)
     targets = torch.zeros(len(truth.images), 1, dtype=torch.int64)
     found = explainer.contributions(truth.images, truth.draws, targets)[0]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
 from dave_fast.bench import rates
-from dave_fast.bench.agreement import check, loader, reference
-from dave_fast.bench.cases import PACKS, Case, Operands, cases_of
+from dave_fast.bench.agreement import Expected, check, loader, poisoned, reference
+from dave_fast.bench.case import Case, Operands, results_of, size_of
+from dave_fast.bench.cases import PACKS, cases_of
 from dave_fast.bench.shapes import Shapes
 from dave_fast.bench.timing import host_seconds, in_turns, spread
 from dave_fast.errors import BackendError, InputError
@@ -133,9 +134,26 @@ def _bench_case(
     seconds = in_turns(
         {**contestants, **{name: [run] for name, (_, run) in limit.items()}}, repeats, device, budget=budget
     )
-    for name in contestants:
+    for name, refused in _held_again(case, {name: calls[-1] for name, calls in contestants.items()}, sets[-1], dtype):
+        if refused["reason"] is not None:
+            rows[name] |= refused
+            continue
         rows[name] |= _rates(case, gigabytes, seconds, name, limit) | {"seed": seed, "sets": len(sets)}
     return list(rows.values())
+
+
+def _held_again(
+    case: Case, calls: Mapping[str, Callable[[], Any]], operands: Operands, dtype: torch.dtype
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield how each contestant agrees once it was timed, on the operands of its call."""
+    expected = Expected.of(case, operands, dtype) if calls else None
+    for name, call in calls.items():
+        assert expected is not None
+        with poisoned():
+            found = results_of(call())
+        agreement = expected.agreement(found)
+        reason = None if agreement.reason is None else f"after it was timed: {agreement.reason}"
+        yield name, asdict(replace(agreement, reason=reason))
 
 
 def operand_sets(case: Case, dtype: torch.dtype, device: str, seed: int, budget: float) -> list[Operands]:
@@ -148,7 +166,7 @@ def operand_sets(case: Case, dtype: torch.dtype, device: str, seed: int, budget:
     if host_seconds(case.bind(reference, first, dtype), device) > SLOW * budget:
         return [first]
     cache = CPU_CACHE_BYTES if device == "cpu" else 3 * torch.cuda.get_device_properties(device).L2_cache_size
-    size = sum(first[name].numel() * first[name].element_size() for name in case.reads)
+    size = size_of(case.reads(first))
     return [first, *(make(at) for at in range(1, min(MOST_SETS, -(-cache // size))))]
 
 

@@ -132,7 +132,7 @@ def _engine(
         made.rows = (wanted["rows"],)
         contestants.append(made)
     say("float64 truth")
-    truth = whole.find_truth(network, torch.randn(image).to(device), [precision], device)
+    truth = whole.find_truth(network, torch.randn(whole.CHECKED, *image).to(device), [precision], device)
     return whole.measure(
         contestants,
         truth,

@@ -23,6 +23,7 @@ from dave_fast.bench import agreement, rates
 from dave_fast.bench.agreement import EXACT, RATIO, distance
 from dave_fast.bench.shapes import Shapes
 from dave_fast.bench.timing import host_seconds, in_turns, peak_memory, spread
+from dave_fast.errors import InputError
 from dave_fast.explainer import DAVE
 from dave_fast.metrics import correlation
 from dave_fast.sampling import Draws, draw
@@ -30,7 +31,7 @@ from dave_fast.sampling import Draws, draw
 NOISE_ALPHA = 0.5
 # the plain form of a precision: autograd, which has no e4m3; there the engine with every op in PyTorch's form
 PLAIN = {"fp32": "frozen", "bf16": "frozen", "fp8": "engine"}
-# rows (image, sample) of which contributions are compared
+# different images of which contributions are compared, a sample of each
 CHECKED = 4
 MAPS_MUST_AGREE = {"bf16": 0.999, "fp8": 0.99}
 # GFLOP of matrix products that a rate is measured by, at most
@@ -94,17 +95,18 @@ def _contributions(explainer: DAVE, images: Tensor, draws: Draws) -> Tensor:
     return explainer.contributions(images, draws, torch.zeros(len(images), 1, dtype=torch.int64))[0]
 
 
-def find_truth(model: nn.Module, image: Tensor, precisions: Sequence[str], device: str) -> Truth:
-    """Return float64 contributions of one image at CHECKED draws, by autograd, and those of plain PyTorch.
+def find_truth(model: nn.Module, images: Tensor, precisions: Sequence[str], device: str) -> Truth:
+    """Return float64 contributions at one draw of each image, by autograd, and those of plain PyTorch.
 
     Args:
-        image: (C, H, W).
+        images: (CHECKED, C, H, W), no two alike: a row that is given another row's image must show.
         precisions: that contestants have; float64 has no plain form, since its error must be next to nothing.
     """
-    images = image.expand(CHECKED, *image.shape).contiguous()
+    if len(images.flatten(1).unique(dim=0)) != CHECKED:
+        raise InputError(f"images must be {CHECKED} different ones, (C, H, W) each; got {tuple(images.shape)}")
     explain = partial(DAVE, model, noise_alpha=NOISE_ALPHA, backend="torch", device=device)
     exact = explain(precision="fp64", route="frozen")
-    draws = draw(1, height=image.shape[1], width=image.shape[2], image_keys=range(CHECKED), sampling=exact.sampling)
+    draws = draw(1, height=images.shape[2], width=images.shape[3], image_keys=range(CHECKED), sampling=exact.sampling)
     contributions = _contributions(exact, images, draws)
     found = {
         precision: _contributions(explain(precision=precision, route=PLAIN[precision]), images, draws)

@@ -57,6 +57,27 @@ def test_the_products_of_a_block_are_all_there():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_bytes_are_those_that_are_read():
+    s = shapes()
+    inner, tokens = s.heads * s.head_dim, s.rows * s.tokens
+
+    def read(op, dtype=torch.float32, name=None):
+        (case,) = [case for case in cases_of(op, s) if case.name == (name or op)]
+        return 1e9 * case.gigabytes(operands(case, dtype), ())
+
+    # queries alone and the tables; queries, keys and the cotangent
+    assert read("rotate") == pytest.approx(4 * (tokens * inner + s.tokens * s.head_dim))
+    assert read("attention_vjp") == pytest.approx(4 * 3 * tokens * inner)
+    # x, weights, scales, and the gate, which narrow results have in eight bits
+    numbers = tokens * s.width + s.hidden * s.width
+    assert read("linear", name="fc2 back") == pytest.approx(4 * (numbers + tokens + tokens * s.hidden))
+    narrow = read("linear", torch.bfloat16, "fc2 back")
+    assert narrow == pytest.approx(2 * numbers + 4 * tokens + tokens * s.hidden)
+    # one row sees one image
+    (case,) = cases_of("perturb", shapes(samples=1))
+    assert 1e9 * case.gigabytes(operands(case), ()) == pytest.approx(4 * 3 * s.image[1] * s.image[2])
+
+
 def test_a_row_for_every_backend_with_its_share():
     rows = bench_op("attention", shapes(), dtype=torch.float32, precision="fp32", repeats=2, budget=2)
     assert {row["backend"] for row in rows} == set(_registry.IMPLEMENTATIONS["attention"])
@@ -85,6 +106,14 @@ def test_a_wrong_kernel_is_refused_and_not_timed(kernel, said):
         rows = bench_op("row_rstd", shapes(), dtype=torch.float32, precision="fp32", repeats=1, budget=1)
     refused = {row["backend"]: row for row in rows}[YOURS]
     assert said in refused["reason"] and "seconds" not in refused
+
+
+def test_a_kernel_that_fails_while_it_is_timed_is_refused():
+    with registered({"row_rstd": f"{HERE}:tired_row_rstd"}, "cpu"):
+        rows = bench_op("row_rstd", shapes(), dtype=torch.float32, precision="fp32", repeats=5, budget=5)
+    refused, *others = [row for row in rows if row["backend"] == YOURS and row["case"] == "row_rstd"]
+    assert not others and refused["reason"].startswith("after it was timed: its error") and "seconds" not in refused
+    assert all("seconds" in row and row["reason"] is None for row in rows if row["backend"] == "torch")
 
 
 def test_poison_reaches_every_way_to_make_a_buffer_and_ends_with_the_context():

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dave_fast.bench.agreement import check, loader
-from dave_fast.bench.cases import CASES, Case, cases_of
+from dave_fast.bench.case import Case
+from dave_fast.bench.cases import CASES, cases_of
 from dave_fast.bench.shapes import Shapes
 from dave_fast.ops import _registry
 from dave_fast.precision import has_bf16

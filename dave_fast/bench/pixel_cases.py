@@ -1,0 +1,143 @@
+"""Cases of the pixel ops: several different images, and rows that belong to them in no order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dave_fast.bench.case import Case, Load, Operands, Undecided, named, numbers
+from dave_fast.bench.shapes import Shapes
+from dave_fast.ops.pull_back import pull_back_ref
+from dave_fast.ops.robust_mean import EPSILON, KEPT_SIGMAS, MAD_TO_SIGMA
+from dave_fast.precision import statistics_dtype
+from dave_fast.sampling import Draws, draw
+
+# different ones: a form that takes the first for all of them is wrong
+IMAGES = 3
+
+
+def _images(generator: torch.Generator, dtype: torch.dtype, shapes: Shapes) -> Tensor:
+    return numbers(generator, IMAGES, *shapes.image).to(statistics_dtype(dtype))
+
+
+def _draws(generator: torch.Generator, shapes: Shapes, rows: int) -> Draws:
+    """Draws whose neighbours belong to different images, the first row to the last; on the generator's device."""
+    each = -(-rows // IMAGES)
+    made = draw(each, height=shapes.image[1], width=shapes.image[2], image_keys=range(IMAGES))
+    order = torch.arange(IMAGES * each).view(IMAGES, each).flip(0).T.flatten()
+    return made[order[:rows]].to(generator.device)
+
+
+def _seen(given: Operands) -> Tensor:
+    """Those of the images that a row belongs to."""
+    return given["images"][given["draws"].image_index.unique()]
+
+
+def perturb(shapes: Shapes) -> list[Case]:
+    """S rows."""
+
+    def operands(generator: torch.Generator, dtype: torch.dtype) -> Operands:
+        images = _images(generator, dtype, shapes)
+        return {"images": images, "draws": _draws(generator, shapes, shapes.samples)}
+
+    def bind(load: Load, given: Operands, dtype: torch.dtype) -> Callable[[], Any]:
+        run = load("perturb")
+        return lambda: run(given["images"], given["draws"], shapes.patch, dtype=dtype)
+
+    return [Case("perturb", "perturb", operands, bind, lambda given: [_seen(given)])]
+
+
+def _cotangents(shapes: Shapes, rows: int) -> Callable[[torch.Generator, torch.dtype], Operands]:
+    def operands(generator: torch.Generator, dtype: torch.dtype) -> Operands:
+        channels, _, _ = shapes.image
+        length = channels * shapes.patch[0] * shapes.patch[1]
+        cotangents = numbers(generator, rows, shapes.patches, length).to(dtype)
+        images, draws = _images(generator, dtype, shapes), _draws(generator, shapes, rows)
+        return {"images": images, "draws": draws, "cotangents": cotangents}
+
+    return operands
+
+
+def pull_back(shapes: Shapes) -> list[Case]:
+    """S rows."""
+
+    def bind(load: Load, given: Operands, dtype: torch.dtype) -> Callable[[], Any]:
+        run, stored = load("pull_back"), given["images"].dtype
+        return lambda: run(given["cotangents"], given["images"], given["draws"], shapes.patch, dtype=stored)
+
+    def reads(given: Operands) -> list[Tensor]:
+        return [_seen(given), given["cotangents"]]
+
+    return [Case("pull_back", "pull_back", _cotangents(shapes, shapes.samples), bind, reads)]
+
+
+def pull_back_mean(shapes: Shapes) -> list[Case]:
+    """As many means of S rows as there are images; each mean is of rows of all of them."""
+    (case,) = pull_back(shapes)
+
+    def bind(load: Load, given: Operands, dtype: torch.dtype) -> Callable[[], Any]:
+        run = load("pull_back_mean")
+        return lambda: run(given["cotangents"], given["images"], given["draws"], shapes.patch, shapes.samples)
+
+    def undecided(wide: Operands) -> Undecided:
+        contributions = pull_back_ref(wide["cotangents"], wide["images"], wide["draws"], shapes.patch)
+        # float32 rounds the warp's source positions, in pixels, and neighbouring cotangents have nothing in common
+        share = 1e-4 + 5e-6 * max(shapes.image[1:])
+        return threshold_is_near(contributions.unflatten(0, (-1, shapes.samples)), share)
+
+    operands = _cotangents(shapes, IMAGES * shapes.samples)
+    op = "pull_back_mean"
+    return [replace(case, op=op, name=op, operands=operands, bind=bind, undecided=undecided)]
+
+
+def threshold_is_near(contributions: Tensor, share: float) -> Undecided:
+    """Where a sample is so near the threshold of `robust_mean` that an error decides whether it is kept.
+
+    The mean then lies between the least and the largest of the samples that may be kept.
+
+    Args:
+        contributions: (B, S, ...) float64.
+        share: errors of contributions and threshold, as a share of the largest contribution.
+    """
+    deviations = (contributions - contributions.median(dim=1, keepdim=True).values).abs()
+    threshold = KEPT_SIGMAS * (MAD_TO_SIGMA * deviations.median(dim=1, keepdim=True).values + EPSILON)
+    slack = share * contributions.abs().amax(1, keepdim=True)
+    near = (deviations - threshold).abs() <= slack
+    dropped, slack = deviations > threshold + slack, slack.squeeze(1)
+    least, most = (contributions.masked_fill(dropped, end) for end in (torch.inf, -torch.inf))
+    return Undecided(((deviations > 0) & near).any(1), least.amin(1) - slack, most.amax(1) + slack)
+
+
+def robust_mean(shapes: Shapes) -> list[Case]:
+    """S samples of every image."""
+
+    def operands(generator: torch.Generator, dtype: torch.dtype) -> Operands:
+        values = numbers(generator, IMAGES, shapes.samples, *shapes.image)
+        # a cube has the tails that the mean is there for
+        return {"contributions": (values**3).to(statistics_dtype(dtype))}
+
+    def bind(load: Load, given: Operands, dtype: torch.dtype) -> Callable[[], Any]:
+        run = load("robust_mean")
+        return lambda: run(given["contributions"])
+
+    def undecided(wide: Operands) -> Undecided:
+        return threshold_is_near(wide["contributions"], 1e-6)
+
+    return [Case("robust_mean", "robust_mean", operands, bind, named("contributions"), undecided=undecided)]
+
+
+def smooth(shapes: Shapes) -> list[Case]:
+    """A map of every image."""
+
+    def operands(generator: torch.Generator, dtype: torch.dtype) -> Operands:
+        return {"raw": 0.05 * _images(generator, dtype, shapes)}
+
+    def bind(load: Load, given: Operands, dtype: torch.dtype) -> Callable[[], Any]:
+        run = load("smooth")
+        return lambda: run(given["raw"])
+
+    return [Case("smooth", "smooth", operands, bind, named("raw"))]
