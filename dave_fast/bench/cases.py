@@ -20,6 +20,7 @@ from torch import Tensor
 from dave_fast.bench import pixel_cases
 from dave_fast.bench.case import Case, Load, Operands, named, numbers
 from dave_fast.bench.shapes import Shapes
+from dave_fast.ops.fp8 import TokenScales, coded
 from dave_fast.precision import statistics_dtype
 
 EPS = 1e-6
@@ -27,6 +28,8 @@ EPS = 1e-6
 LARGE_EPS = 0.1
 # of the usual 1/√head_dim
 OTHER_SCALE = 1.3
+# of an x in e4m3: normal deviates have room up to 14
+X_SCALE = 2.0**-5
 # how a product's weights are laid out
 PACKS = {"linear": "pack_weight", "linear_fp8": "pack_weight_fp8"}
 
@@ -65,6 +68,8 @@ def _product(
 ) -> Case:
     """One product of a block: x (T, inner) Wᵀ, with the epilogue that the engine asks for there."""
     rows = shapes.rows * shapes.tokens
+    # as the engine has it: codes that the producer stored, but for the cotangent that enters the VJP
+    codes = op == "linear_fp8" and not gate
 
     def operands(generator: torch.Generator, dtype: torch.dtype) -> Operands:
         made = {
@@ -87,10 +92,13 @@ def _product(
         if gate:
             # the gate as the same backend stored it on its way forward
             _, settings["gate"] = linear(given["x"], pack(given["first"]), activation=shapes.activation)
-        return lambda: linear(given["x"], weight, **settings)
+        x = coded(given["x"], TokenScales.uniform(X_SCALE)) if codes else given["x"]
+        return lambda: linear(x, weight, **settings)
 
     def reads(given: Operands) -> list[Tensor]:
         read = [given[key] for key in ("x", "weight", *epilogue)]
+        if codes:
+            read[0] = torch.empty(rows, inner, dtype=torch.uint8, device="meta")
         if gate:
             # it is made in `bind`, and some backends keep narrow ones in eight bits
             kind = torch.uint8 if given["x"].element_size() == 2 else given["x"].dtype

@@ -295,9 +295,10 @@ def test_samples_on_the_threshold_are_few_and_a_nan_is_refused_there():
 @pytest.mark.parametrize("op", ["robust_mean", "pull_back_mean"])
 def test_an_undecided_mean_beyond_its_samples_is_refused(op):
     (case,) = cases_of(op, shapes(samples=50))
-    given = operands(case, torch.float32, seed())
+    # rounding decides few elements of a mean, and with some seeds none
+    tried = (operands(case, torch.float32, seed()) for _ in range(100))
+    given = next(each for each in tried if case.undecided(widened(each)).where.any())
     undecided = case.undecided(widened(given))
-    assert undecided.where.any()
 
     middle = (undecided.least + undecided.most) / 2
     for value, accepted in ((middle, True), (torch.full_like(middle, 1e30), False)):
