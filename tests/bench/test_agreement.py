@@ -34,8 +34,11 @@ LARGE = shapes(rows=8, image=(3, 128, 128), hidden=512)
 
 
 def seed():
-    """Another one in every run; DAVE_FAST_SEED repeats one."""
-    return int(os.environ.get("DAVE_FAST_SEED") or int.from_bytes(os.urandom(4), "little"))
+    """One for all runs, since chance decides at the boundary of what can be seen; DAVE_FAST_SEED: another.
+
+    Right forms meet fresh seeds in tests/gpu/test_ops.py.
+    """
+    return int(os.environ.get("DAVE_FAST_SEED") or 2)
 
 
 def operands(case, dtype, number):
@@ -296,7 +299,7 @@ def test_samples_on_the_threshold_are_few_and_a_nan_is_refused_there():
 def test_an_undecided_mean_beyond_its_samples_is_refused(op):
     (case,) = cases_of(op, shapes(samples=50))
     # rounding decides few elements of a mean, and with some seeds none
-    tried = (operands(case, torch.float32, seed()) for _ in range(100))
+    tried = (operands(case, torch.float32, seed() + i) for i in range(100))
     given = next(each for each in tried if case.undecided(widened(each)).where.any())
     undecided = case.undecided(widened(given))
 
