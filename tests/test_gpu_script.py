@@ -169,7 +169,9 @@ def test_a_late_stage_is_interrupted_and_may_say_where_it_was(tmp_path, monkeypa
     code = f"""
 import time
 try:
-    open({str(tmp_path / "told")!r}, "w").write("x")
+    # closed by name: an interrupt while a forgotten file is closed would be lost
+    with open({str(tmp_path / "told")!r}, "w") as file:
+        file.write("x")
     time.sleep({4 * PATIENCE})
 except KeyboardInterrupt:
     print("asleep")
