@@ -102,7 +102,7 @@ setup(
     package_data={
         "dave_fast": ["py.typed"],
         "dave_fast.evaluate": ["page.html"],
-        "dave_fast.demo": ["*.npz", "*.safetensors", "*.md"],
+        "dave_fast.models.demo": ["*.npz", "*.safetensors", "*.md"],
         "dave_fast.serve.page": ["*.html", "*.css", "*.js"],
     },
     ext_modules=extensions(),

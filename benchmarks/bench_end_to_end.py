@@ -2,8 +2,8 @@
 
     pytest benchmarks/bench_end_to_end.py [-k "base and 224"] --benchmark-group-by=group
 
-What does not fit the device, by the formula of `dave_fast.memory`, or would take longer than BENCH_SECONDS (60) a call
-at the device's measured rate of matrix products, is skipped and says so.
+What does not fit the device, by the formula of `dave_fast.engine.memory`, or would take longer than BENCH_SECONDS (60)
+a call at the device's measured rate of matrix products, is skipped and says so.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from dave_fast.bench import rates
 from dave_fast.bench.shapes import build_model, shapes_of
 from dave_fast.bench.timing import host_seconds
 from dave_fast.bench.whole import dave
-from dave_fast.memory import engine_row_bytes, free_bytes
-from dave_fast.plan import make_plan
-from dave_fast.precision import DTYPES, has_bf16, why_no_fp8
+from dave_fast.engine.free_memory import free_bytes
+from dave_fast.engine.memory import engine_row_bytes
+from dave_fast.ops.precision import DTYPES, has_bf16, why_no_fp8
+from dave_fast.plan.vit_plan import make_plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODELS = ("vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224")

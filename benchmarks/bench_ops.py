@@ -19,7 +19,7 @@ from dave_fast.bench.agreement import check, loader
 from dave_fast.bench.case import Case
 from dave_fast.bench.cases import CASES, cases_of
 from dave_fast.ops import _registry
-from dave_fast.precision import has_bf16
+from dave_fast.ops.precision import has_bf16
 from dave_fast.sampling import draw, normal
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -22,7 +22,7 @@ from dave_fast.bench.shapes import Shapes
 from dave_fast.bench.whole import NOISE_ALPHA, Contestant
 from dave_fast.errors import DaveFastError
 from dave_fast.ops.patches import patchify, unpatchify
-from dave_fast.precision import has_bf16, why_no_fp8
+from dave_fast.ops.precision import has_bf16, why_no_fp8
 from dave_fast.sampling import Draws, Sampling, draw, normal
 
 STEPS = 50
@@ -101,7 +101,7 @@ def noise_of(draws: Draws, images: Tensor) -> Tensor:
 def authors_code(
     checkout: Path | None, model: nn.Module, image: Tensor, samples: int, work: float | None
 ) -> list[Contestant]:
-    """Their code in float32 and TF32. Its draws cannot be given, so nothing is compared here: tests/test_authors.py."""
+    """Their code in float32 and TF32. Its draws cannot be given; tests/explain/test_authors.py compares."""
     found = []
     device = image.device.type
     for precision in ("fp32", "tf32"):

@@ -1,4 +1,4 @@
-"""How far a map is from its limit, and whether the bounds that `dave_fast.convergence` states hold.
+"""How far a map is from its limit, and whether the bounds that `dave_fast.explain.convergence` states hold.
 
     python -m benchmarks.convergence samples --set fit          one file a scene in build/convergence, resumable
     python -m benchmarks.convergence samples --set validation
@@ -26,8 +26,8 @@ from torch import Tensor
 
 import dave_fast
 from benchmarks import machine
-from dave_fast.convergence import FACTORS, estimate, factor, relative_distance
-from dave_fast.demo import draw_scenes
+from dave_fast.explain.convergence import FACTORS, estimate, factor, relative_distance
+from dave_fast.models.demo import draw_scenes
 from dave_fast.sampling import draw, join
 
 # samples a block, and how many blocks of a size are kept; a block's halves are blocks of the size below

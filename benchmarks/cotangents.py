@@ -27,7 +27,7 @@ from torch import Tensor
 import dave_fast
 from benchmarks import machine
 from dave_fast.bench.timing import in_turns, spread
-from dave_fast.figures import save_figure
+from dave_fast.images.drawing import save_figure
 from dave_fast.targets import Contrast, Target
 
 COUNTS = (1, 2, 5, 10, 50)
@@ -40,8 +40,8 @@ def subject(name: str) -> tuple[dave_fast.DAVE, Tensor, list[Target]]:
     """An explainer, one image and as many questions as are asked at most."""
     most = max(COUNTS)
     if name == "demo":
-        from dave_fast.demo import demo_scene
         from dave_fast.images import preprocessing
+        from dave_fast.models.demo import demo_scene
 
         explainer = dave_fast.DAVE("demo", precision="fp32")
         image = preprocessing(explainer.model)(demo_scene().image)[0]

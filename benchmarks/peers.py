@@ -29,12 +29,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from dave_fast.errors import ModelError
-from dave_fast.folding import fold_gamma
-from dave_fast.models import families
-from dave_fast.models import reading as neutral
-from dave_fast.models.reading import NoPlanError, Reading
-from dave_fast.models.timm_parts import read_norm
-from dave_fast.plan import make_plan
+from dave_fast.plan import families
+from dave_fast.plan import reading as neutral
+from dave_fast.plan.folding import fold_gamma
+from dave_fast.plan.reading import NoPlanError, Reading
+from dave_fast.plan.timm_parts import read_norm
+from dave_fast.plan.vit_plan import make_plan
 
 E4M3_MAX = 448.0
 

@@ -46,7 +46,7 @@ class FixedPace(Mapper):
         from timm.models import create_model
 
         from dave_fast.images import preprocessing
-        from dave_fast.labels import Labels
+        from dave_fast.models.labels import Labels
 
         torch.set_num_threads(1)
         self.setup, self.device, self.notes, self.target = setup, "stub", [], None

@@ -36,7 +36,7 @@ import numpy as np
 
 from benchmarks import machine
 from dave_fast.client import AsyncClient, Client, ServerError
-from dave_fast.demo import demo_scene
+from dave_fast.models.demo import demo_scene
 from dave_fast.serve.formats import png
 from dave_fast.serve.scheduler import MicroBatch, Part, Queued, Scheduler
 
@@ -112,7 +112,7 @@ def serve(way: str, threads: int, row_ms: float | None) -> None:
     from dave_fast.serve import server as serving
     from dave_fast.serve.app import create_app
     from dave_fast.serve.limits import Limits
-    from dave_fast.serve.models import load_models
+    from dave_fast.serve.served import load_models
     from dave_fast.serve.service import Service
 
     torch.set_num_threads(threads)

@@ -6,8 +6,9 @@ Times the whole pipeline, from normalised images to their maps, in turns, with t
 between, because both move from minute to minute. All get the same model, image and number of samples (captum its own 50
 passes), each the best of the same micro-batches, each warmed up, compiled and captured beforehand. Before anything is
 timed its contributions are compared with float64 at equal draws; the authors' draws cannot be given, and are compared
-in tests/test_authors.py instead. What final maps have in common is measured in the same run on the demo model, whose
-weights are trained. A ratio to the plain way counts only where that reaches 85 % of the rate of the library it runs on.
+in tests/explain/test_authors.py instead. What final maps have in common is measured in the same run on the demo model,
+whose weights are trained. A ratio to the plain way counts only where that reaches 85 % of the rate of the library it
+runs on.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from dave_fast import DAVE
 from dave_fast.bench import whole
 from dave_fast.bench.report import engine_table
 from dave_fast.bench.shapes import build_model, shapes_of
-from dave_fast.demo import draw_scenes, load_demo_model
+from dave_fast.models.demo import draw_scenes, load_demo_model
 
 PLAIN_MUST_REACH = 0.85
 MAPS_MUST_AGREE = whole.MAPS_MUST_AGREE

@@ -1,4 +1,4 @@
-// Philox4x32-10 and the normal deviates of the noise, bit for bit those of dave_fast/_philox.py.
+// Philox4x32-10 and the normal deviates of the noise, bit for bit those of dave_fast/sampling/philox.py.
 //
 //   words(block, sample, stream)  = Philox(counter = (block, sample, stream, 0), key)
 //   u = (word + ½)·2⁻³²      r = √(-2 ln u_even)      θ = 2π·u_odd      deviates r·cos θ, r·sin θ

@@ -5,21 +5,22 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from dave_fast._version import __version__
+
 if TYPE_CHECKING:
     from dave_fast import targets
-    from dave_fast.explainer import DAVE, Explanation, effective_gradient
+    from dave_fast.explain.explainer import DAVE, Explanation, effective_gradient
+    from dave_fast.explain.pipeline import pipeline
     from dave_fast.models.spec import ModelSpec
-    from dave_fast.pipelines import pipeline
     from dave_fast.run.reader import open_maps
 
-__version__ = "0.1.0"
 __all__ = ["DAVE", "Explanation", "ModelSpec", "__version__", "effective_gradient", "open_maps", "pipeline", "targets"]
 
 
 def __getattr__(name: str) -> Any:
     # torch and timm take seconds to import: `dave-fast --help` need not wait for them
     if name in ("DAVE", "Explanation", "effective_gradient"):
-        from dave_fast import explainer
+        from dave_fast.explain import explainer
 
         return getattr(explainer, name)
     if name == "ModelSpec":
@@ -31,7 +32,7 @@ def __getattr__(name: str) -> Any:
 
         return open_maps
     if name == "pipeline":
-        from dave_fast.pipelines import pipeline
+        from dave_fast.explain.pipeline import pipeline
 
         return pipeline
     if name == "targets":

@@ -17,10 +17,10 @@ from captum.attr import Attribution
 from captum.log import log_usage
 from torch import Tensor, nn
 
-from dave_fast import explainer
-from dave_fast.checks import describe
+from dave_fast.engine.checks import describe
 from dave_fast.errors import InputError
-from dave_fast.target_forms import Target
+from dave_fast.explain import explainer
+from dave_fast.targets.forms import Target
 
 Inputs = TypeVar("Inputs", Tensor, tuple[Tensor, ...])
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from dave_fast import explainer
 from dave_fast.errors import InputError
+from dave_fast.explain import explainer
 
 
 class DAVE:

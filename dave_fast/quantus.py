@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dave_fast.errors import InputError
-from dave_fast.explainer import DAVE
+from dave_fast.explain.explainer import DAVE
 
 
 def explain(

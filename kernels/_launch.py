@@ -3,7 +3,7 @@
 A candidate is a `triton.Config` (tile sizes, warps, stages) or a `Library`, a routine of PyTorch's in place of a
 kernel. The first candidate of an op is fixed for an architecture, needs no search, and is what docs/kernels.md lists.
 With DAVE_FAST_AUTOTUNE=1 all candidates are timed at the first call of each shape, and the fastest is kept on disk
-(`dave_fast.choices`), from where every later process takes it. The interpreter (TRITON_INTERPRET=1) has small fixed
+(`dave_fast.ops.choices`), from where every later process takes it. The interpreter (TRITON_INTERPRET=1) has small fixed
 tiles.
 """
 
@@ -21,7 +21,7 @@ import torch
 import triton
 from torch import Tensor
 
-from dave_fast.choices import Choice, Choices
+from dave_fast.ops.choices import Choice, Choices
 
 logger = logging.getLogger("dave_fast")
 

@@ -28,13 +28,13 @@ from PIL import Image
 from torch import Tensor
 
 import dave_fast
-from dave_fast import figures
 from dave_fast.errors import InputError
-from dave_fast.figures import Panel
+from dave_fast.evaluate.metrics import correlation
 from dave_fast.files import atomically
 from dave_fast.images import Preprocessing, preprocessing, read_image
-from dave_fast.labels import Labels, labels_of
-from dave_fast.metrics import correlation
+from dave_fast.images import drawing as figures
+from dave_fast.images.drawing import Panel
+from dave_fast.models.labels import Labels, labels_of
 from dave_fast.targets import Contrast, Patch, Sum, Target, tokens_of
 
 CLASSES = 4
@@ -279,7 +279,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.getLogger("dave_fast").setLevel(logging.ERROR)
     if given.image is None:
-        from dave_fast.demo import demo_scene
+        from dave_fast.models.demo import demo_scene
 
         image = demo_scene().image
     else:

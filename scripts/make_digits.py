@@ -1,4 +1,4 @@
-"""Write `dave_fast/demo/digits.npz`: the handwritten digits that the demo scenes are drawn from.
+"""Write `dave_fast/models/demo/digits.npz`: the handwritten digits that the demo scenes are drawn from.
 
 scikit-learn ships the 1,797 8×8 glyphs; packing them once means that drawing scenes does not need it.
 """

@@ -8,7 +8,7 @@ The list. An architecture of timm's registry is ViT-like when one of its modules
 below), channel gates of convolutional networks left out. Architectures whose modules agree in everything but sizes
 (`structure`) share one proof, given on the smallest of them: built by timm's own entry point with its depth cut as far
 as no kind of module is lost, random weights that are nowhere trivial (tests/variants.py), and an image as small as
-the model takes. Explained means that the affine replay passes in float64 (dave_fast/replay.py).
+the model takes. Explained means that the affine replay passes in float64 (dave_fast/frozen/proof.py).
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from dave_fast import plan  # noqa: E402
 from dave_fast.errors import DaveFastError  # noqa: E402
-from dave_fast.replay import affine_replay  # noqa: E402
+from dave_fast.frozen.proof import affine_replay  # noqa: E402
+from dave_fast.plan import vit_plan as plan  # noqa: E402
 from tests.variants import randomise  # noqa: E402
 
 JSON, PAGE = ROOT / "docs" / "models.json", ROOT / "docs" / "models.md"

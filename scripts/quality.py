@@ -17,15 +17,16 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from dave_fast.demo import load_demo_model
+from dave_fast.cli.info import collect
 from dave_fast.evaluate import DemoScenes, Results, Settings
+from dave_fast.evaluate.evaluation import score_all
 from dave_fast.evaluate.methods import METHODS, Setup
 from dave_fast.evaluate.report import About, write
 from dave_fast.evaluate.scoring import Run
 from dave_fast.evaluate.settings import GRIDS, GROUPS
 from dave_fast.images import preprocessing
-from dave_fast.info import collect
-from dave_fast.labels import labels_of
+from dave_fast.models.demo import load_demo_model
+from dave_fast.models.labels import labels_of
 
 # never drawn from before, by training, tuning or an earlier table
 SEED = 20261124
@@ -68,7 +69,7 @@ def measure(name: str, out: Path) -> None:
     source = DemoScenes(part.settings.images, SEED)
     methods = {each: METHODS[each] for each in part.methods}
     run = Run(model, source, part.settings, SETUP, methods, Results(), lambda *at: print(*at, flush=True))
-    results = run.all()
+    results = score_all(run)
     installed = {each.name: each.version for each in distributions()}
     results.facts["packages"] = {each: installed[each] for each in ("captum", "torchcam", "lxt") if each in installed}
     out.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""Record a run of the DAVE authors' released code on the demo model, for tests/test_authors.py.
+"""Record a run of the DAVE authors' released code on the demo model, for tests/explain/test_authors.py.
 
-    python -m scripts.record_authors --authors PATH [--out tests/data/authors_pipeline.npz]
+    python -m scripts.record_authors --authors PATH [--out tests/explain/data/authors_pipeline.npz]
 
 PATH is a checkout of github.com/a-vrobell/DAVE; its needs (kornia, PyYAML) must be installed. Their code has no
 licence, so nothing of it is kept here: it runs beside us, and only its numbers are written.
@@ -25,9 +25,9 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.authors import load_explainer
-from dave_fast.demo import load_demo_model
-from dave_fast.demo.scenes import draw_scenes
 from dave_fast.images import preprocessing
+from dave_fast.models.demo import load_demo_model
+from dave_fast.models.demo.scenes import draw_scenes
 
 SCENE_SEED, SCENE_INDEX = 2026, 0
 N_SAMPLES, NOISE_ALPHA = 6, 0.5
@@ -161,7 +161,7 @@ def record(authors: Path) -> dict[str, np.ndarray]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--authors", type=Path, required=True, help="a checkout of their repository")
-    parser.add_argument("--out", type=Path, default=Path("tests/data/authors_pipeline.npz"))
+    parser.add_argument("--out", type=Path, default=Path("tests/explain/data/authors_pipeline.npz"))
     args = parser.parse_args()
     numbers = record(args.authors.resolve())
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -3,8 +3,8 @@
     export OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1
     python scripts/train_demo.py --out stage1.safetensors
 
-The card (dave_fast/demo/CARD.md) lists the stages that follow. Without the first line NumPy and PyTorch each start
-a thread a core in every process, which then wait for one another.
+The card (dave_fast/models/demo/CARD.md) lists the stages that follow. Without the first line NumPy and PyTorch each
+start a thread a core in every process, which then wait for one another.
 
 Two things make a small ViT learn this quickly. Background and input noise fade in from nothing: from full
 clutter at once it learns next to nothing in the first epochs. And each patch has to tell which digit it is part
@@ -30,9 +30,9 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from dave_fast.demo.clutter import draw_clutter, to_uint8
-from dave_fast.demo.model import CLASS_NAMES, IMAGE_SIZE, build_model
-from dave_fast.demo.scenes import draw_scenes, write_digits
+from dave_fast.models.demo.clutter import draw_clutter, to_uint8
+from dave_fast.models.demo.model import CLASS_NAMES, IMAGE_SIZE, build_model
+from dave_fast.models.demo.scenes import draw_scenes, write_digits
 
 PATCH_SIZE = 16
 PATCHES = IMAGE_SIZE // PATCH_SIZE

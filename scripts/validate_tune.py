@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
-from dave_fast import DAVE, metrics
-from dave_fast.demo import draw_scenes, load_demo_model
+from dave_fast import DAVE
+from dave_fast.evaluate import metrics
 from dave_fast.evaluate.statistics import over_images, paired
-from dave_fast.tune import ALPHAS, tune
+from dave_fast.evaluate.tuning import ALPHAS, tune
+from dave_fast.models.demo import draw_scenes, load_demo_model
 
 TUNED_ON, COMPARED_ON = 501, 502
 SCENES = {"demo": 16, "noised": 16, "large": 8}

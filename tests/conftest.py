@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dave_fast import _ext
-from dave_fast.ops import _registry
+from dave_fast.ops import _ext, _registry
 from tests import serial_cuda
 
 INTEGER_POISON, BYTE_POISON = -7, 173

@@ -1,4 +1,4 @@
-"""Run by tests/test_memory.py in a process of its own: peak memory of whole explanations, weights included, as JSON.
+"""Run by tests/engine/test_memory.py in a process of its own: peak memory of explanations, weights included, as JSON.
 
 python -m tests.peak_memory '[[size, width, depth, precision, backend, images, samples, rows, targets], ...]'
 
@@ -16,7 +16,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import dave_fast
-from dave_fast.memory import choose_storage, explanation_bytes
+from dave_fast.engine.memory import choose_storage, explanation_bytes
 
 
 def resident(field):

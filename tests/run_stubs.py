@@ -21,10 +21,11 @@ import numpy as np
 
 from dave_fast.errors import DaveFastError, InputError
 from dave_fast.images import decode_image
-from dave_fast.labels import Labels
+from dave_fast.models.labels import Labels
+from dave_fast.run.contents import read_content
 from dave_fast.run.local import Machine
 from dave_fast.run.mapper import Mapper, Setup, _record_columns, packed_map
-from dave_fast.run.records import Record, image_key, read_content
+from dave_fast.run.records import Record, image_key
 from dave_fast.run.runner import run_dataset
 
 SIDE = 8

@@ -16,11 +16,11 @@ from torch import nn
 
 from dave_fast import DAVE
 from dave_fast.images import preprocessing
-from dave_fast.labels import labels_of
+from dave_fast.models.labels import labels_of
 from dave_fast.serve.app import create_app
 from dave_fast.serve.jobs import Ask, Ended, Failed
 from dave_fast.serve.limits import Limits
-from dave_fast.serve.models import ServedModel
+from dave_fast.serve.served import ServedModel
 from dave_fast.serve.server import running
 from dave_fast.serve.service import Service
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dave_fast.frozen import frozen_vjp
+from dave_fast.frozen.mode import frozen_vjp
 
 
 class Calls(nn.Module):

@@ -10,7 +10,7 @@ from benchmarks.gpu.rows import Row, row
 from benchmarks.gpu.setting import DEVICE
 from dave_fast.bench.cases import CASES
 from dave_fast.bench.machine import device_name, environment
-from dave_fast.choices import Choices
+from dave_fast.ops.choices import Choices
 
 
 def rows(args: argparse.Namespace) -> Iterator[Row]:

@@ -26,11 +26,11 @@ from benchmarks.gpu.setting import (
     why_no,
 )
 from dave_fast import DAVE
-from dave_fast.cotangents import Element
-from dave_fast.precision import own_arithmetic
+from dave_fast.models.fingerprint import HOST, State
+from dave_fast.ops.precision import own_arithmetic
 from dave_fast.sampling import draw
+from dave_fast.targets.cotangents import Element
 from dave_fast.transfers import moved
-from dave_fast.weights import HOST, State
 
 ROWS = 2 if REHEARSAL else 28
 REPEATS, BUDGET = (1, 1.0) if REHEARSAL else (20, 2.0)

@@ -21,7 +21,7 @@ from dave_fast.bench import whole
 from dave_fast.bench.agreement import distance
 from dave_fast.bench.shapes import shapes_of
 from dave_fast.bench.timing import in_turns, spread
-from dave_fast.precision import has_bf16
+from dave_fast.ops.precision import has_bf16
 
 STEPS = ("P3 and folded, trimmed", "P3 frozen SDPA, V apart")
 MODES = {"default": STEPS, "max-autotune-no-cudagraphs": STEPS[:1]}

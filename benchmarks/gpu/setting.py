@@ -19,9 +19,9 @@ from dave_fast import DAVE
 from dave_fast.bench.shapes import Shapes, build_model
 from dave_fast.bench.timing import host_seconds, spread
 from dave_fast.bench.whole import NOISE_ALPHA
-from dave_fast.choices import Choices, folder
-from dave_fast.graphs import CudaCapture
-from dave_fast.precision import has_bf16, why_no_fp8
+from dave_fast.engine.graphs import CudaCapture
+from dave_fast.ops.choices import Choices, folder
+from dave_fast.ops.precision import has_bf16, why_no_fp8
 
 REHEARSAL = os.environ.get("DAVE_FAST_REHEARSE") == "1"
 DEVICE = "cpu" if REHEARSAL else "cuda"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.gpu import build
 
-SUITES = "tests/gpu tests/kernels tests/test_cuda_engine.py"
+SUITES = "tests/gpu tests/kernels tests/engine/test_cuda_engine.py"
 # seconds of a whole run
 SECONDS = {"short": 240.0, "full": 400.0}
 

@@ -21,7 +21,7 @@ from benchmarks.gpu.setting import (
 )
 from dave_fast.bench import whole
 from dave_fast.bench.agreement import distance
-from dave_fast.demo import draw_scenes, load_demo_model
+from dave_fast.models.demo import draw_scenes, load_demo_model
 
 SAMPLES = 2 if REHEARSAL else 50
 

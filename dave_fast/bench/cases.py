@@ -21,7 +21,7 @@ from dave_fast.bench import pixel_cases
 from dave_fast.bench.case import Case, Load, Operands, named, numbers
 from dave_fast.bench.shapes import Shapes
 from dave_fast.ops.fp8 import TokenScales, coded
-from dave_fast.precision import statistics_dtype
+from dave_fast.ops.precision import statistics_dtype
 
 EPS = 1e-6
 # one that shows in a result whose rows have a variance of 1

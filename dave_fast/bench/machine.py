@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from dave_fast import _ext
 from dave_fast.files import atomically
+from dave_fast.ops import _ext
 
 # the folder that holds the package: a checkout, or site-packages
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from dave_fast.bench.case import Case, Load, Operands, Undecided, named, numbers
 from dave_fast.bench.shapes import Shapes
+from dave_fast.ops.precision import statistics_dtype
 from dave_fast.ops.pull_back import pull_back_ref
 from dave_fast.ops.robust_mean import EPSILON, KEPT_SIGMAS, MAD_TO_SIGMA
-from dave_fast.precision import statistics_dtype
 from dave_fast.sampling import Draws, draw
 
 # different ones: a form that takes the first for all of them is wrong

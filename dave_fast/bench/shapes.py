@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from dave_fast.errors import InputError, ModelError
-from dave_fast.models import families
 from dave_fast.models.catalog import load_model
-from dave_fast.models.reading import Attention, Mlp, NoPlanError
 from dave_fast.models.spec import ModelSpec, as_spec
+from dave_fast.plan import families
+from dave_fast.plan.reading import Attention, Mlp, NoPlanError
 
 # tokens of a micro-batch that fill a GPU, where nobody says otherwise; a CPU's are the route's
 GPU_TOKENS = 5516

@@ -12,10 +12,10 @@ from torch import nn
 
 from dave_fast.bench.timing import host_seconds, peak_memory, spread
 from dave_fast.bench.whole import NOISE_ALPHA
-from dave_fast.explainer import DAVE
-from dave_fast.memory import engine_row_bytes, plan_bytes
-from dave_fast.plan import make_plan, why_not
-from dave_fast.precision import DTYPES
+from dave_fast.engine.memory import engine_row_bytes, plan_bytes
+from dave_fast.explain.explainer import DAVE
+from dave_fast.ops.precision import DTYPES
+from dave_fast.plan.vit_plan import make_plan, why_not
 
 SAMPLES = (8, 16, 32, 50, 100, 200)
 SIZES = (224, 336, 448, 560, 672)
@@ -49,7 +49,7 @@ def memory_against_size(
     rows: int = 1,
     sizes: Sequence[int] = SIZES,
 ) -> list[dict[str, Any]]:
-    """Bytes of one micro-batch by the formula of `dave_fast.memory`; on a GPU also the measured peak of an explanation.
+    """Return the bytes of one micro-batch by the formula of `dave_fast.engine.memory`; on a GPU also the measured peak.
 
     build: side of the image -> model. Sizes that the model cannot be built for, or that the device cannot hold, end
     the list.

@@ -24,8 +24,8 @@ from dave_fast.bench.agreement import EXACT, RATIO, distance
 from dave_fast.bench.shapes import Shapes
 from dave_fast.bench.timing import host_seconds, in_turns, peak_memory, spread
 from dave_fast.errors import InputError
-from dave_fast.explainer import DAVE
-from dave_fast.metrics import correlation
+from dave_fast.evaluate.metrics import correlation
+from dave_fast.explain.explainer import DAVE
 from dave_fast.sampling import Draws, draw
 
 NOISE_ALPHA = 0.5

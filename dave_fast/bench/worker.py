@@ -64,7 +64,7 @@ def _engine_call(model: Any, wanted: dict[str, Any]) -> Callable[[], Any]:
     """One explanation by the public API."""
     import torch
 
-    from dave_fast import DAVE
+    from dave_fast.explain.explainer import DAVE
 
     settings = {key: wanted[key] for key in ("precision", "backend", "device")}
     explainer = DAVE(model, noise_alpha=0.5, internal_batch_size=wanted["rows"], **settings)

@@ -6,10 +6,10 @@
     statistics   intervals over images and seeds, paired differences, verdicts
     report       HTML, Markdown, JSON, CSV
 
-Definitions of the metrics, ties and undefined cases: `dave_fast.metrics`.
+Definitions of the metrics, ties and undefined cases: `dave_fast.evaluate.metrics`.
 """
 
-from dave_fast.evaluate.scoring import evaluate
+from dave_fast.evaluate.evaluation import evaluate
 from dave_fast.evaluate.settings import METRICS, Results, Settings
 from dave_fast.evaluate.sources import DemoScenes, Examples, ImageFiles, Source
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from dave_fast.errors import InputError
 from dave_fast.images import read_image
-from dave_fast.labels import Labels
+from dave_fast.models.labels import Labels
 
 Box = tuple[float, float, float, float]
 COLUMNS = ("image", "xmin", "ymin", "xmax", "ymax")

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dave_fast._philox import WORD, splitmix64
 from dave_fast.errors import InputError
 from dave_fast.evaluate.packages import attnlrp, legrad
-from dave_fast.explainer import DAVE
+from dave_fast.explain.explainer import DAVE
 from dave_fast.sampling import draw
+from dave_fast.sampling.philox import WORD, splitmix64
 
 Attribute = Callable[[Tensor, Tensor, Sequence[int], int], Tensor]
 

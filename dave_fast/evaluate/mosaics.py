@@ -7,18 +7,15 @@ resampled (timm's `set_input_size`). Rescaled tiles are shrunk, so that a mosaic
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dave_fast import metrics
 from dave_fast.errors import InputError
-from dave_fast.evaluate.maps import as_maps
+from dave_fast.evaluate import metrics
+from dave_fast.evaluate.scoring import Run, as_maps
 from dave_fast.evaluate.settings import GRIDS
-
-if TYPE_CHECKING:
-    from dave_fast.evaluate.scoring import Run
 
 # classes run out at different times, and not every image is named rightly with confidence
 POOL = 4

@@ -20,10 +20,10 @@ from dave_fast.evaluate.methods import CONTROLS, METHODS, Setup
 from dave_fast.evaluate.settings import METRICS, VARIANTS, Results, Settings
 from dave_fast.evaluate.statistics import Interval, Verdict
 from dave_fast.evaluate.summary import Summary, as_csv, as_json, summarise
-from dave_fast.figures import SHORTEST_SIDE, plain_map, save_picture
 from dave_fast.files import atomically
 from dave_fast.images import Preprocessing
-from dave_fast.labels import Labels
+from dave_fast.images.drawing import SHORTEST_SIDE, plain_map, save_picture
+from dave_fast.models.labels import Labels
 
 SECTIONS = (
     ("Where the attribution lies", tuple(METRICS)[:8]),

@@ -13,30 +13,20 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from dave_fast import metrics
-from dave_fast.errors import InputError
-from dave_fast.evaluate.maps import as_maps
-from dave_fast.evaluate.methods import CONTROLS, Attribute, Method, Setup, choose
-from dave_fast.evaluate.mosaics import score_grids
-from dave_fast.evaluate.randomise import score_randomised, stages
+from dave_fast.evaluate import metrics
+from dave_fast.evaluate.methods import CONTROLS, Attribute, Method, Setup
 from dave_fast.evaluate.settings import GRIDS, VARIANTS, Results, Settings
 from dave_fast.evaluate.sources import Examples, Source
+from dave_fast.evaluate.stages import stages
 from dave_fast.evaluate.twin import NotTakenError
 from dave_fast.ops.smooth import smooth
 
 Progress = Callable[[int, int, str], None]
 
 
-def evaluate(
-    model: nn.Module, source: Source, settings: Settings, setup: Setup, progress: Progress | None = None
-) -> Results:
-    """Run every method on the source and score it; the model, in evaluation mode on its device, is only read.
-
-    Explained is the label of an image, or the predicted class where none is known. Raises InputError where the source
-    has no image that can be read.
-    """
-    chosen, absent = choose(settings.methods)
-    return Run(model, source, settings, setup, chosen, Results(absent=absent), progress).all()
+def as_maps(raw: Tensor) -> dict[str, Tensor]:
+    """An attribution (n, C, H, W) as maps (n, H, W): as it is (signed sum over channels), and smoothed."""
+    return {VARIANTS[0]: raw.sum(1), VARIANTS[1]: smooth(raw)}
 
 
 class Run:
@@ -69,32 +59,6 @@ class Run:
         self.seed_scores: dict[tuple[str, str, int], list[Tensor]] = defaultdict(list)
         self.kept: list[tuple[Examples, Tensor]] = []
         self.kept_raw: dict[str, list[Tensor]] = defaultdict(list)
-
-    def all(self) -> Results:
-        """Every group that was asked for."""
-        for start in range(0, self.images, self.settings.batch_size):
-            batch = self.source.read(start, min(start + self.settings.batch_size, self.images))
-            if batch is not None:
-                self._score_batch(batch.to(self.device))
-        if not self.right:
-            raise InputError(
-                f"no image of {self.source.title} could be read: {next(iter(self.source.skipped.values()))}"
-            )
-        self._close_seeds()
-        if self.wants("classes"):
-            self._score_pairs()
-        if self.wants("randomisation"):
-            score_randomised(self)
-        if self.wants("grids"):
-            score_grids(self)
-        known = torch.cat(self.areas)
-        self.results.facts |= {
-            "images": len(self.right),
-            "labelled": self.labelled,
-            "accuracy": sum(self.right) / len(self.right),
-            "object area": known[known > 0].mean().item() if (known > 0).any() else None,
-        }
-        return self.results
 
     def wants(self, group: str) -> bool:
         return group in self.settings.groups
@@ -137,7 +101,7 @@ class Run:
     def logits(self, images: Tensor) -> Tensor:
         return torch.cat([self.model(some) for some in images.split(self.settings.batch_size)])
 
-    def _score_batch(self, batch: Examples) -> None:
+    def score_batch(self, batch: Examples) -> None:
         probability = self.logits(batch.images).softmax(1)
         predicted = probability.argmax(1)
         classes = torch.where(batch.labels < 0, predicted, batch.labels)
@@ -210,7 +174,7 @@ class Run:
         drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(key)) for key in batch.keys]
         return torch.stack(drawn).to(batch.images)
 
-    def _close_seeds(self) -> None:
+    def close_seeds(self) -> None:
         """A mean EnergyPG a seed, where there is ground truth and more than one seed."""
         for (name, variant, _), parts in sorted(self.seed_scores.items()):
             mean = torch.cat(parts).nanmean().item()
@@ -256,7 +220,7 @@ class Run:
 
     # ---- the other groups ----
 
-    def _score_pairs(self) -> None:
+    def score_pairs(self) -> None:
         """Images with two objects: the share on the explained one, and there when the other is explained."""
         for start in range(0, self.settings.pairs, self.settings.batch_size):
             both = self.source.read_pairs(start, min(start + self.settings.batch_size, self.settings.pairs))

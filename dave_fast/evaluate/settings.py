@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from dave_fast import metrics
 from dave_fast.errors import InputError
+from dave_fast.evaluate import metrics
+from dave_fast.evaluate.metrics.perturbation import protocol_of
 from dave_fast.evaluate.statistics import MOST_SEEDS
-from dave_fast.metrics.perturbation import protocol_of
 
 VARIANTS = ("as it is", "smoothed")
 GROUPS = ("localisation", "curves", "stability", "classes", "seeds", "randomisation", "grids")

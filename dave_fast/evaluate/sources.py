@@ -96,7 +96,7 @@ class DemoScenes:
         return DemoScenes(count, self.seed + 2)
 
     def _draw(self, start: int, stop: int, seed: int, digits: int) -> tuple[Examples, Examples]:
-        from dave_fast.demo import draw_scenes
+        from dave_fast.models.demo import draw_scenes
 
         scenes = draw_scenes(stop - start, seed, n_digits=digits, split="test", start=start)
         images = torch.from_numpy(scenes.images).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()

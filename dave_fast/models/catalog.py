@@ -80,7 +80,7 @@ def is_private(model: str | ModelSpec | nn.Module) -> bool:
 
 
 def _demo(name: str, spec: ModelSpec) -> nn.Module:
-    from dave_fast.demo.model import build_model, load_demo_model
+    from dave_fast.models.demo.model import build_model, load_demo_model
 
     if spec.num_classes is not None:
         raise InputError("the demo model has ten classes: leave num_classes out.")

@@ -1,7 +1,7 @@
 """B-cos models (arXiv 2306.10898) of the `bcos` package: what they look at, and the explanation they bring along.
 
 A B-cos unit computes |cos(x, w)|^(B−1)·ŵᵀx with ŵ = w/‖w‖. Its dynamic scaling |cos|^(B−1) is the operator, and the
-rules of `dave_fast.frozen_rules` find that without a line of their own: |ŵᵀx| is an activation, ‖x‖ an operator, and
+rules of `dave_fast.frozen.rules` find that without a line of their own: |ŵᵀx| is an activation, ‖x‖ an operator, and
 their quotient meets the value ŵᵀx in a product. What is left is linear, as in the models' own explanation mode: the
 unperturbed effective gradient ⊙ image is the models' own contribution map (`inherent_contributions`).
 

@@ -24,13 +24,13 @@ from dave_fast.errors import BackendError
 
 
 def _native_unavailable() -> str | None:
-    from dave_fast import _ext
+    from dave_fast.ops import _ext
 
     return _ext.unavailable()
 
 
 def _cuda_unavailable() -> str | None:
-    from dave_fast import _ext
+    from dave_fast.ops import _ext
 
     return _ext.cuda_unavailable()
 

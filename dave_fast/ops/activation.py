@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dave_fast import _ext
+from dave_fast.ops import _ext
 
 
 def _gelu_gate(u: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dave_fast import _ext
-from dave_fast.precision import statistics_dtype
+from dave_fast.ops import _ext
+from dave_fast.ops.precision import statistics_dtype
 
 # up to this many keys a CPU keeps P, which costs less than computing it twice
 KEEP_PROBABILITIES = 400

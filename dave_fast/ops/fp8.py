@@ -6,7 +6,7 @@
 
 e4m3 has four exponent and three mantissa bits: the largest number is 448, a normal one is off by at most 2⁻⁴ of itself.
 The scale of a row depends on that row alone, and takes one more read of it. Where the producer of x knew one scale for
-all rows beforehand (`dave_fast.calibration`), it has stored the codes itself: `Codes`. docs/gpu.md compares the two.
+all rows beforehand (`engine.calibration`), it has stored the codes itself: `Codes`. docs/gpu.md compares the two.
 
 T rows (tokens) · I in-features · O out-features.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dave_fast.ops.linear import linear_ref, row_squares
 from dave_fast.ops.norm import RowSums
-from dave_fast.precision import statistics_dtype
+from dave_fast.ops.precision import statistics_dtype
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -64,6 +64,22 @@ class TokenScales:
         of_image = like.new_full((self.tokens, 1), self.rest)
         of_image[: self.read] = self.lead
         return of_image.repeat(len(like) // self.tokens, 1)
+
+
+@dataclass(frozen=True)
+class Scales:
+    """operands: id of a packed weight -> the scales of what it is multiplied with."""
+
+    operands: dict[int, TokenScales]
+
+    def of(self, *weights: Any) -> TokenScales | None:
+        """Return the scales for an operand that all of these packed weights read; None where one has none."""
+        found = [self.operands[id(weight)] for weight in weights if id(weight) in self.operands]
+        if not found or len(found) < len(weights):
+            return None
+        lead, rest = max(each.lead for each in found), max(each.rest for each in found)
+        # a reader of the leading tokens alone reads them off an operand of all
+        return replace(max(found, key=lambda each: each.tokens), lead=lead, rest=rest)
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dave_fast import _ext
 from dave_fast.errors import BackendError
-from dave_fast.ops import _registry
+from dave_fast.ops import _ext, _registry
 from dave_fast.ops.activation import GATES, activate_native, activate_ref, widen_gate
-from dave_fast.precision import statistics_dtype
+from dave_fast.ops.precision import statistics_dtype
 
 # rows that oneDNN lays packed weights out for; any other number of rows runs as well
 PACK_ROWS = 1024

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dave_fast import _ext
+from dave_fast.ops import _ext
 
 
 @dataclass(frozen=True)

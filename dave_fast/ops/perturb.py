@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dave_fast import _ext
-from dave_fast.ops import _library, _registry, _warp
+from dave_fast.ops import _ext, _library, _registry, _warp
 from dave_fast.ops.patches import patch_grid, patch_hw, patchify
 from dave_fast.sampling import Draws, normal
 

@@ -10,9 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from dave_fast import _ext
 from dave_fast.errors import InputError
-from dave_fast.ops import _library, _registry, _warp
+from dave_fast.ops import _ext, _library, _registry, _warp
 from dave_fast.ops.patches import patch_hw, unpatchify
 from dave_fast.sampling import Draws
 

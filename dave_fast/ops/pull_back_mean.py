@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dave_fast import _ext
 from dave_fast.errors import InputError
-from dave_fast.ops import _library, _registry, _warp
+from dave_fast.ops import _ext, _library, _registry, _warp
 from dave_fast.ops.patches import patch_hw, unpatchify
 from dave_fast.ops.pull_back import adjoint_warp, check
 from dave_fast.ops.robust_mean import robust_mean_ref

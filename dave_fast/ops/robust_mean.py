@@ -7,9 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from dave_fast import _ext
 from dave_fast.errors import InputError
-from dave_fast.ops import _library, _registry
+from dave_fast.ops import _ext, _library, _registry
 
 READ = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # MAD of a normal distribution to its standard deviation; how many deviations are kept; what keeps a MAD of 0 apart

@@ -8,9 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dave_fast import _ext
 from dave_fast.errors import InputError
-from dave_fast.ops import _library, _registry
+from dave_fast.ops import _ext, _library, _registry
 
 BLUR_TAPS, BLUR_SIGMA = 11, 7.0
 BILATERAL_TAPS, SPATIAL_SIGMA, RANGE_SIGMA = 5, 0.5, 0.05

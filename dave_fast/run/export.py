@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from dave_fast import figures
 from dave_fast.errors import ImageError, InputError
 from dave_fast.files import atomically
-from dave_fast.images import decode_image, from_config
+from dave_fast.images import decode_image, drawing, from_config
+from dave_fast.run.contents import read_content
 from dave_fast.run.reader import Maps, Row
-from dave_fast.run.records import Record, read_content
+from dave_fast.run.records import Record
 
 Progress = Callable[[int], None]
 # Maps of one Zarr shard: one writer a shard, and few files.
@@ -147,11 +147,11 @@ def _png(maps: Maps, target: Path, progress: Progress) -> int:
             name = _file_name(row.id)
             heat = row.map
             assert heat is not None
-            figures.save_picture(figures.plain_map(heat), folder / f"{name}.map.png")
+            drawing.save_picture(drawing.plain_map(heat), folder / f"{name}.map.png")
             try:
                 image = decode_image(read_content(Record(row.id, row.uri)), row.uri)
                 crop = prepare.pixels(prepare.transform(image))
-                figures.save_picture(figures.overlay(crop, heat), folder / f"{name}.overlay.png")
+                drawing.save_picture(drawing.overlay(crop, heat), folder / f"{name}.overlay.png")
             except ImageError as error:
                 missing, first = missing + 1, first or str(error)
             progress(number + 1)

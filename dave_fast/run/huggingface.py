@@ -8,8 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from dave_fast.errors import InputError
-from dave_fast.run.records import Record, as_int64, read_uri
-from dave_fast.run.sources import Skip, Source
+from dave_fast.run.records import Record, Skip, Source, as_int64, read_uri
 
 _COLUMNS = ("id", "target", "seed", "label")
 _ROWS = 4096

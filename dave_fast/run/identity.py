@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dave_fast import __version__
+from dave_fast._version import __version__
 from dave_fast.errors import InputError
 from dave_fast.files import atomically
 

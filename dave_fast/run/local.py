@@ -24,9 +24,9 @@ from dave_fast.errors import DaveFastError, InputError, RunError
 from dave_fast.run.folder import RunFolder
 from dave_fast.run.mapper import Setup
 from dave_fast.run.progress import Report, Tally
-from dave_fast.run.records import Record
+from dave_fast.run.records import Record, Skip
 from dave_fast.run.shards import SHARD_ROWS
-from dave_fast.run.sources import Skip, Source
+from dave_fast.run.sources import Source
 from dave_fast.run.stopping import stop_in_order
 from dave_fast.run.worker import Alive, Committed, End, Finished, Go, Hello, Job, Mapped, Stop, work
 

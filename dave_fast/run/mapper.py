@@ -16,13 +16,14 @@ import numpy as np
 from dave_fast.errors import DaveFastError, ImageError, InputError, NonFiniteError
 from dave_fast.images import Preprocessing, decode_image, preprocessing
 from dave_fast.models.spec import ModelSpec
+from dave_fast.run.contents import read_content
 from dave_fast.run.identity import weights_hash
-from dave_fast.run.records import Record, image_key, printable, read_content
+from dave_fast.run.records import Record, image_key, printable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from dave_fast.explainer import DAVE, Explanation
+    from dave_fast.explain.explainer import DAVE, Explanation
     from dave_fast.run.shards import Row
 
 MAP_DTYPES = ("float16", "uint8")
@@ -68,9 +69,9 @@ class Mapper:
     """A model on a device, and what a run asks of it."""
 
     def __init__(self, setup: Setup, device: str | None) -> None:
-        from dave_fast.explainer import DAVE
-        from dave_fast.labels import labels_of
+        from dave_fast.explain.explainer import DAVE
         from dave_fast.models.adapter import require_classifier
+        from dave_fast.models.labels import labels_of
 
         self.setup = setup
         self.notes: list[str] = []

@@ -28,11 +28,12 @@ import pyarrow as pa
 
 from dave_fast.errors import DaveFastError, InputError, RunError
 from dave_fast.images import Preprocessing, decode_image, from_config
+from dave_fast.run.contents import read_content
 from dave_fast.run.folder import RunFolder
 from dave_fast.run.lock import Fence
 from dave_fast.run.mapper import Setup
 from dave_fast.run.progress import Report, Tally
-from dave_fast.run.records import Record, printable, read_content
+from dave_fast.run.records import Record, printable
 from dave_fast.run.shards import ShardWriter, schema
 from dave_fast.run.stopping import stop_in_order
 

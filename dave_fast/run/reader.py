@@ -5,14 +5,13 @@ Opening reads the small columns of every shard; maps are read a row group at a t
 
 from __future__ import annotations
 
-import json
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -160,9 +159,7 @@ class Maps:
 
     def torch(self) -> torch.utils.data.Dataset[dict[str, Any]]:
         """A map-style Dataset of {"id", "map": (H, W) float32, "target", "prediction", "probability"[, "raw"]}."""
-        from dave_fast.run.reader_torch import MapDataset
-
-        return MapDataset(self)
+        return cast("torch.utils.data.Dataset[dict[str, Any]]", MapDataset(self))
 
     def _number(self, key: Any) -> int:
         if isinstance(key, str):
@@ -179,6 +176,34 @@ class Maps:
         if small["status"] != "ok":
             return _row(small, {})
         return _row(small, self._shards.row(small["_shard"], small["_row"]))
+
+
+class MapDataset:
+    """A run's maps as a map-style dataset: dictionaries that torch's own collation takes.
+
+    `torch.utils.data.DataLoader` needs `__len__` and `__getitem__` alone; torch is imported with the first item.
+    """
+
+    def __init__(self, maps: Maps) -> None:
+        self.maps = maps
+
+    def __len__(self) -> int:
+        return len(self.maps)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        import torch
+
+        row = self.maps[index]
+        if row.map is None:
+            raise InputError(f"{row.id} has no map; choose with maps.filter(status='ok').torch().")
+        item = {
+            "id": row.id,
+            "map": torch.from_numpy(row.map),
+            "target": row.target,
+            "prediction": row.prediction,
+            "probability": row.probability,
+        }
+        return item if row.raw is None else item | {"raw": torch.from_numpy(row.raw)}
 
 
 class _Shards:
@@ -225,8 +250,3 @@ def _row(small: dict[str, Any], large: dict[str, Any]) -> Row:
             output = np.frombuffer(large["output"], "<f4").astype(np.float32)
     names = ("id", "uri", "target", "prediction", "probability", "seed", "n_samples", "status", "error")
     return Row(**{name: small[name] for name in names}, map=heat, raw=raw, output=output)
-
-
-def shard_identity(path: Path) -> dict[str, Any]:
-    """The identity in a shard's own metadata: what it was made of, wherever it has been moved."""
-    return json.loads(pq.read_schema(path).metadata[b"dave_fast"])

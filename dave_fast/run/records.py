@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from dave_fast.errors import ImageError, InputError
+from dave_fast.errors import InputError
 
 _INT64 = 2**63
 
@@ -27,35 +29,43 @@ class Record:
     content: bytes | None = field(default=None, repr=False)
 
 
+Skip = Callable[[str], bool]
+
+
+def _none(record_id: str) -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Source:
+    """Records, in an order that is always the same.
+
+    place: as the user named it. identity: what must be equal for a run to be resumed. count: None where nobody can
+    know without reading everything. read(skip): the records whose id is not skipped. shards: where records carry their
+    images, the parts that can be read apart from each other, by the name that ids of each begin with.
+    """
+
+    place: str
+    identity: dict[str, Any]
+    count: int | None
+    read: Callable[[Skip], Iterator[Record]]
+    shards: Mapping[str, Callable[[Skip], Iterator[Record]]] | None = None
+
+    def records(self, skip: Skip = _none) -> Iterator[Record]:
+        """The records, but for those whose id `skip` holds for."""
+        return self.read(skip)
+
+
 def image_key(record_id: str) -> int:
     """The image key of a record's draws: 64 bits of the BLAKE2b hash of its id."""
     return int.from_bytes(hashlib.blake2b(record_id.encode(), digest_size=8).digest(), "little")
 
 
-def read_content(record: Record) -> bytes:
-    """The encoded image of a record. Raises ImageError, with the uri and the reason, where it cannot be read."""
-    if record.content is not None:
-        return record.content
-    try:
-        return read_uri(record.uri)
-    # Each file system of fsspec raises errors of its own.
-    except Exception as error:
-        if isinstance(error, OSError) and error.strerror:
-            reason = error.strerror.lower()
-        else:
-            reason = str(error).rstrip(".") or type(error).__name__
-        raise ImageError(f"cannot read {record.uri}: {reason}.") from error
-
-
 def read_uri(uri: str) -> bytes:
-    """The bytes behind a path, an fsspec URL, or a row `hf://NAME:SPLIT#ROW` of a dataset."""
+    """Return the bytes behind a path or an fsspec URL."""
     if is_local(uri):
         with open(uri, "rb") as file:
             return file.read()
-    if uri.startswith("hf://") and "#" in uri:
-        from dave_fast.run.huggingface import row_content
-
-        return row_content(uri)
     import fsspec
 
     # fsspec tells compression by the name, and does not know this one.

@@ -20,43 +20,18 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from dave_fast.errors import InputError
 from dave_fast.images import walk_images
-from dave_fast.run.records import Record, as_int64, is_local, located, printable
+from dave_fast.run.huggingface import dataset_source, is_saved_dataset
+from dave_fast.run.records import Record, Source, as_int64, is_local, located, printable
+from dave_fast.run.tars import TARS, tar_source
 
-Skip = Callable[[str], bool]
 LISTS = (".txt", ".csv", ".tsv", ".jsonl")
-TARS = (".tar", ".tar.gz", ".tgz")
 _ROWS = 65536
-
-
-def _none(record_id: str) -> bool:
-    return False
-
-
-@dataclass(frozen=True)
-class Source:
-    """Records, in an order that is always the same.
-
-    place: as the user named it. identity: what must be equal for a run to be resumed. count: None where nobody can
-    know without reading everything. read(skip): the records whose id is not skipped. shards: where records carry their
-    images, the parts that can be read apart from each other, by the name that ids of each begin with.
-    """
-
-    place: str
-    identity: dict[str, Any]
-    count: int | None
-    read: Callable[[Skip], Iterator[Record]]
-    shards: Mapping[str, Callable[[Skip], Iterator[Record]]] | None = None
-
-    def records(self, skip: Skip = _none) -> Iterator[Record]:
-        """The records, but for those whose id `skip` holds for."""
-        return self.read(skip)
 
 
 def open_source(place: str, *, labels: bool = False, leave_out: str | os.PathLike[str] | None = None) -> Source:
@@ -65,9 +40,6 @@ def open_source(place: str, *, labels: bool = False, leave_out: str | os.PathLik
     labels: take the labels of tars (.cls) and datasets (`label`) as targets. leave_out: a folder that is no source,
     where it lies in one: that of the results. Raises InputError where there is none, or it is not in order.
     """
-    from dave_fast.run.huggingface import dataset_source, is_saved_dataset
-    from dave_fast.run.tars import tar_source
-
     name = place.lower().split("::", 1)[0].split("?", 1)[0]
     if name.endswith(TARS):
         return tar_source(place, labels=labels)

@@ -17,8 +17,9 @@ from typing import Any
 
 from dave_fast.errors import InputError
 from dave_fast.images import is_image
-from dave_fast.run.records import Record, as_int64, is_local, printable
-from dave_fast.run.sources import TARS, Skip, Source
+from dave_fast.run.records import Record, Skip, Source, as_int64, is_local, printable
+
+TARS = (".tar", ".tar.gz", ".tgz")
 
 
 def tar_source(place: str, *, labels: bool) -> Source:

@@ -18,15 +18,15 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
 
-from dave_fast.convergence import Refined
 from dave_fast.errors import ImageError, InputError, NonFiniteError, RefusedError, TooLargeError
+from dave_fast.explain.convergence import Refined
 from dave_fast.images import decode_image
 from dave_fast.serve import formats
 from dave_fast.serve.jobs import Ask, Ended, Event, Failed, Job, Predicted
 from dave_fast.serve.limits import FORMATS, Limits
 from dave_fast.serve.middleware import Held
-from dave_fast.serve.models import ServedModel
 from dave_fast.serve.schemas import Health, ModelInfo, Options, StoredImage
+from dave_fast.serve.served import ServedModel
 from dave_fast.serve.service import DeadlineError, Service
 from dave_fast.serve.uploads import Body, Keeps, Store, read_body
 

@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dave_fast.serve.app import create_app
 from dave_fast.serve.limits import Limits
 from dave_fast.serve.middleware import Held
-from dave_fast.serve.models import load_models
+from dave_fast.serve.served import load_models
 from dave_fast.serve.server import log_to_stderr
 from dave_fast.serve.service import Service
 from dave_fast.serve.uploads import Store

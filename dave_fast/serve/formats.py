@@ -13,11 +13,12 @@ from PIL import Image
 from pydantic import BaseModel
 from torch import Tensor
 
-from dave_fast import __version__, figures
-from dave_fast.convergence import Refined
+from dave_fast._version import __version__
+from dave_fast.explain.convergence import Refined
+from dave_fast.images import drawing
 from dave_fast.serve.jobs import Ask, Ended, Predicted
-from dave_fast.serve.models import ServedModel
 from dave_fast.serve.schemas import Answer, Array, ClassMap, ClassProbability, Maps, Prediction, finite
+from dave_fast.serve.served import ServedModel
 
 JSON, PNG, NPY, NPZ = "application/json", "image/png", "application/x-npy", "application/x-npz"
 TYPES = (JSON, PNG, NPY, NPZ)
@@ -125,7 +126,7 @@ def picture(model: ServedModel, ask: Ask, refined: Refined, view: str) -> bytes:
     """PNG: the classes side by side, over what the model saw or as plain maps."""
     crop = model.prepare.pixels(ask.image)
     drawn = [
-        np.asarray(figures.overlay(crop, heat.numpy()) if view == "overlay" else figures.plain_map(heat.numpy()))
+        np.asarray(drawing.overlay(crop, heat.numpy()) if view == "overlay" else drawing.plain_map(heat.numpy()))
         for heat in refined.maps
     ]
     return png(Image.fromarray(np.concatenate(drawn, axis=1)))

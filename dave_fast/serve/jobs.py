@@ -14,10 +14,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dave_fast.convergence import FACTORS, Refined, checkpoints
+from dave_fast.explain.convergence import FACTORS, Refined, checkpoints
 from dave_fast.sampling import Draws, draw
-from dave_fast.serve.models import ServedModel
 from dave_fast.serve.scheduler import Queued
+from dave_fast.serve.served import ServedModel
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ from pydantic import BaseModel, Field, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from dave_fast import __version__
+from dave_fast._version import __version__
 from dave_fast.errors import InputError
 from dave_fast.images import decode_image
 from dave_fast.serve.limits import FORMATS
-from dave_fast.serve.models import ServedModel
 from dave_fast.serve.schemas import Options, finite, problems
+from dave_fast.serve.served import ServedModel
 
 _TYPES = {"UINT8": np.uint8, "FP32": np.float32}
 Flat = list[bool] | list[float] | list[int] | list[str]

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dave_fast.serve.limits import Limits
-from dave_fast.serve.metrics import Metrics
+from dave_fast.serve.prometheus import Metrics
 
 log = logging.getLogger("dave_fast.serve.access")
 

@@ -23,16 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dave_fast.convergence import Refined, refine
+from dave_fast.engine.free_memory import SHARE, free_bytes
 from dave_fast.errors import DaveFastError, InputError, NonFiniteError
-from dave_fast.explainer import DAVE
-from dave_fast.memory import SHARE, free_bytes
+from dave_fast.explain.convergence import Refined, refine
+from dave_fast.explain.explainer import DAVE
 from dave_fast.sampling import join
 from dave_fast.serve.jobs import Ask, Ended, Failed, Job, Listener, Predicted
 from dave_fast.serve.limits import Limits
-from dave_fast.serve.metrics import Metrics
-from dave_fast.serve.models import ServedModel
+from dave_fast.serve.prometheus import Metrics
 from dave_fast.serve.scheduler import MicroBatch, Part, Queued, QueueLimits, Scheduler
+from dave_fast.serve.served import ServedModel
 
 log = logging.getLogger("dave_fast.serve")
 

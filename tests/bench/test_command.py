@@ -84,7 +84,7 @@ def test_what_cannot_be_measured_ends_with_2_and_one_line(arguments, words):
 
 
 def test_red_tests_of_an_op_keep_it_from_being_reported(monkeypatch):
-    monkeypatch.setattr("dave_fast.bench.run.run_tests", lambda op: ("red: FAILED here", True))
+    monkeypatch.setattr("dave_fast.bench.measure.run_tests", lambda op: ("red: FAILED here", True))
     done = CliRunner().invoke(app, ["bench", *MODEL, "--op", "row_rstd"])
     assert done.exit_code == 1
     assert "row_rstd is not timed" in done.output and "GB/s" not in done.output

@@ -10,9 +10,7 @@ from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
-from dave_fast import explainer as explainer_module
 from dave_fast.cli import app
-from dave_fast.demo.model import build_model
 from dave_fast.errors import InputError
 from dave_fast.evaluate import DemoScenes, Settings, evaluate
 from dave_fast.evaluate.methods import Setup
@@ -20,6 +18,8 @@ from dave_fast.evaluate.mosaics import resized
 from dave_fast.evaluate.randomise import stages
 from dave_fast.evaluate.report import table
 from dave_fast.evaluate.settings import METRICS, VARIANTS
+from dave_fast.explain import explainer as explainer_module
+from dave_fast.models.demo.model import build_model
 
 SMALL = ("--images", 3, "--probes", 1, "--randomised", 1, "--mosaics", 1, "--seeds", 2, "--batch-size", 2)
 METHOD = ("--n-samples", 2, "--precision", "fp32", "--methods", "input × gradient", "--grids", "2x2-rescaled")

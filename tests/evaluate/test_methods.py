@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from dave_fast.demo.model import build_model
 from dave_fast.errors import InputError
 from dave_fast.evaluate import methods
 from dave_fast.evaluate.methods import METHODS, Setup, choose
+from dave_fast.models.demo.model import build_model
 from tests import needs
 
 SETUP = Setup(3, {"precision": "fp32", "noise_alpha": 0.5})

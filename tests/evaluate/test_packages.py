@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 from dave_fast import effective_gradient
 from dave_fast.cli import app
-from dave_fast.demo import load_demo_model
 from dave_fast.evaluate import DemoScenes, Settings, evaluate, methods, packages
 from dave_fast.evaluate.methods import METHODS, Setup
 from dave_fast.evaluate.twin import NotTakenError, torchvision_twin
+from dave_fast.models.demo import load_demo_model
 from tests import needs
 from tests.tolerances import EXACT
 

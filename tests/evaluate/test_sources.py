@@ -11,7 +11,7 @@ from dave_fast.errors import InputError
 from dave_fast.evaluate import DemoScenes, ImageFiles
 from dave_fast.evaluate.annotations import Annotations, class_of, read_boxes
 from dave_fast.images import from_config
-from dave_fast.labels import Labels
+from dave_fast.models.labels import Labels
 
 LABELS = Labels(3, ("cat, house cat", "dog", "tiger"))
 XML = """<annotation><size><width>{w}</width><height>{h}</height></size>

@@ -13,9 +13,9 @@ import torch
 
 import dave_fast
 from dave_fast import DAVE
-from dave_fast.demo import draw_scenes, load_demo_model
-from dave_fast.metrics import correlation
-from dave_fast.precision import has_bf16, why_no_fp8
+from dave_fast.evaluate.metrics import correlation
+from dave_fast.models.demo import draw_scenes, load_demo_model
+from dave_fast.ops.precision import has_bf16, why_no_fp8
 from dave_fast.targets import Contrast, Similarity
 from tests.gpu.conftest import REHEARSAL
 from tests.tolerances import EXACT, LOW_PRECISION_RATIO

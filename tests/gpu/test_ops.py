@@ -10,7 +10,7 @@ from dave_fast.bench.case import Case
 from dave_fast.bench.cases import CASES, cases_of
 from dave_fast.bench.shapes import Shapes
 from dave_fast.ops import _registry
-from dave_fast.precision import has_bf16
+from dave_fast.ops.precision import has_bf16
 from tests.gpu.conftest import DEVICE, REHEARSAL
 
 # name -> samples, rows, side, patch, prefix tokens, heads, head dimension, hidden, activation

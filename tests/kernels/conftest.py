@@ -1,6 +1,6 @@
 """The Triton kernels run here: on a GPU, or by Triton's interpreter in a process with TRITON_INTERPRET=1.
 
-`tests/test_triton.py` starts that process: the variable must be set before Triton is imported, and would keep every
+`tests/ops/test_triton.py` starts that process: the variable must be set before Triton is imported, and would keep every
 other test of the process from compiling.
 """
 

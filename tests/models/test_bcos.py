@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import dave_fast
 from dave_fast.errors import InputError, ModelError
+from dave_fast.frozen.proof import prove_frozen
 from dave_fast.images import from_config, preprocessing
 from dave_fast.models.from_bcos import adapt, add_inverse, inherent_contributions
-from dave_fast.replay import prove_frozen
 from tests.tolerances import EXACT
 from tests.toys import relative
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
+from dave_fast.frozen.proof import prove_frozen
 from dave_fast.images import preprocessing
-from dave_fast.labels import labels_of
 from dave_fast.models.adapter import TextImageModel, kind_of
 from dave_fast.models.catalog import load_model
+from dave_fast.models.labels import labels_of
 from dave_fast.models.spec import ModelSpec
-from dave_fast.replay import prove_frozen
 
 SMALL = dict(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=32, patch_size=8

@@ -16,10 +16,10 @@ from torch import nn
 from dave_fast import DAVE
 from dave_fast.errors import InputError, UnknownModelError
 from dave_fast.images import preprocessing
-from dave_fast.labels import labels_of
 from dave_fast.models import hub
 from dave_fast.models.adapter import Adapter, kind_of, require_classifier
 from dave_fast.models.catalog import load_model, noise_alpha_for
+from dave_fast.models.labels import labels_of
 from dave_fast.models.spec import ModelSpec, class_names
 from dave_fast.models.weights_file import load_weights, read_weights
 
@@ -264,7 +264,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(name, silent):
 
 def test_the_pipeline_gives_labels_scores_maps_and_overlays(tmp_path):
     import dave_fast
-    from dave_fast.demo import demo_scene
+    from dave_fast.models.demo import demo_scene
 
     scene = demo_scene().image
     scene.save(tmp_path / "scene.png")

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from dave_fast import _ext
-from dave_fast.ops import _registry, attention
+from dave_fast.ops import _ext, _registry, attention
 from tests.tolerances import EXACT, LOW_PRECISION_RATIO
 
 BACKENDS = [

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dave_fast import _ext
 from dave_fast.bench import rates
 from dave_fast.errors import BackendError
-from dave_fast.ops import _registry
+from dave_fast.ops import _ext, _registry
 from dave_fast.ops.activation import GATES, activate_native, activate_ref
 from dave_fast.ops.linear import _scale_native, _scale_ref
 from tests.tolerances import LOW_PRECISION_RATIO

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import dave_fast
 from dave_fast.cli import app
-from dave_fast.demo import demo_scene
+from dave_fast.models.demo import demo_scene
 
 
 @pytest.fixture

@@ -13,14 +13,13 @@ from torch.utils.data import DataLoader
 
 import dave_fast
 from dave_fast import DAVE
-from dave_fast.demo import demo_scene
 from dave_fast.errors import InputError, NonFiniteError
 from dave_fast.images import decode_image
+from dave_fast.models.demo import demo_scene
 from dave_fast.models.spec import ModelSpec
 from dave_fast.run.export import export
 from dave_fast.run.local import Machine
 from dave_fast.run.mapper import Mapper, Setup, packed_map
-from dave_fast.run.reader import shard_identity
 from dave_fast.run.records import Record, image_key
 from dave_fast.run.runner import run_dataset
 
@@ -138,7 +137,7 @@ def test_resume_notices_other_weights_and_settings(photos, whole, tmp_path):
 def test_shards_say_what_they_are(whole):
     identity = json.loads((whole / "run.json").read_bytes())
     (shard,) = whole.glob("*.parquet")
-    assert shard_identity(shard) == identity
+    assert json.loads(pq.read_schema(shard).metadata[b"dave_fast"]) == identity
     assert identity["version"] == dave_fast.__version__ and len(identity["weights"]) == 32
     table = pq.read_table(shard)
     assert table.schema.field("map").type == pa.binary()

@@ -15,9 +15,9 @@ from PIL import Image
 from run_killing import check, finish, ids_of, kill_until_done, start
 
 import dave_fast
-from dave_fast.demo import demo_scene
 from dave_fast.errors import InputError, RunError
 from dave_fast.images import preprocessing
+from dave_fast.models.demo import demo_scene
 from dave_fast.run.lock import Fence
 from dave_fast.run.mapper import Mapper, Setup
 from dave_fast.run.progress import Report

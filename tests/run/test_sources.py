@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from dave_fast.errors import ImageError, InputError
-from dave_fast.run.records import Record, image_key, read_content
+from dave_fast.run.contents import read_content
+from dave_fast.run.records import Record, image_key
 from dave_fast.run.sources import open_source
 from dave_fast.run.tars import expand_braces
 

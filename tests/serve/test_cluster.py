@@ -21,8 +21,8 @@ from serving import serving, until
 
 import dave_fast
 from dave_fast.client import Client, ServerError, picture_bytes
-from dave_fast.demo import demo_scene
-from dave_fast.serve.models import load_models
+from dave_fast.models.demo import demo_scene
+from dave_fast.serve.served import load_models
 
 pytest.importorskip("ray.serve", reason="an extra: dave-fast[ray]")
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -15,7 +15,7 @@ import torch
 from serving import PATIENCE, serve_model, serving, until
 from typer.testing import CliRunner
 
-from dave_fast import cli
+from dave_fast.cli import app as cli
 from dave_fast.client import Client, ServerError
 from dave_fast.serve.limits import Limits
 

@@ -19,9 +19,9 @@ from PIL import Image
 from serving import file_of, serve_model, serving
 
 from dave_fast.client import Client
-from dave_fast.demo import demo_scene
+from dave_fast.models.demo import demo_scene
 from dave_fast.serve.limits import Limits
-from dave_fast.serve.models import load_models
+from dave_fast.serve.served import load_models
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")

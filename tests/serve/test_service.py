@@ -7,8 +7,8 @@ import pytest
 import torch
 from serving import Wants, serve_model, started, until
 
-from dave_fast.convergence import checkpoints
 from dave_fast.errors import InputError, NonFiniteError, RefusedError
+from dave_fast.explain.convergence import checkpoints
 from dave_fast.serve.jobs import Ended, Failed, Predicted
 from dave_fast.serve.limits import Limits
 from dave_fast.serve.service import FAILURES, DeadlineError, Service

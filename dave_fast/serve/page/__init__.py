@@ -8,7 +8,7 @@ from importlib.resources import files
 from fastapi import APIRouter, Response
 from fastapi.concurrency import run_in_threadpool
 
-from dave_fast.demo import demo_scene
+from dave_fast.models.demo import demo_scene
 from dave_fast.serve import formats
 
 _FILES = {

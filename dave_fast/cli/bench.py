@@ -1,0 +1,166 @@
+"""`dave-fast bench`: how fast the ops and the engine are here, for your model and shapes, or your own kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dave_fast.cli import options as cli_options
+from dave_fast.cli.options import MACHINE
+from dave_fast.cli.terminal import console, plain_warnings
+from dave_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_WHAT, _HOW, _RESULT = "What", MACHINE, "Result"
+
+
+def bench(
+    op: Annotated[
+        str,
+        typer.Option(
+            metavar="engine|all|OP", help="The whole engine, an op of `dave-fast info`, or all.", rich_help_panel=_WHAT
+        ),
+    ] = "engine",
+    model: cli_options.ModelOrDemo = None,
+    weights: cli_options.Weights = None,
+    num_classes: cli_options.NumClasses = None,
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained", help="Fetch the model's weights; else random.", rich_help_panel=_WHAT)
+    ] = False,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Pixels a side.", show_default="the model's", rich_help_panel=_WHAT)
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples S an image.", rich_help_panel=_WHAT)] = 50,
+    images: Annotated[int, typer.Option(min=1, help="Images at once, for throughput.", rich_help_panel=_WHAT)] = 1,
+    rows: Annotated[
+        int | None,
+        typer.Option(min=1, help="Samples of a micro-batch.", show_default="what fits", rich_help_panel=_WHAT),
+    ] = None,
+    device: cli_options.Device = None,
+    precision: cli_options.Precision = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(help="One of `dave-fast info`.", show_default="all; engine: auto", rich_help_panel=_HOW),
+    ] = None,
+    kernel: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[OP=]MODULE:FUNCTION", help="Your own kernel for an op, as backend 'yours'.", rich_help_panel=_HOW
+        ),
+    ] = None,
+    compare: Annotated[
+        str | None, typer.Option(metavar="REV", help="Before (a git revision) and after.", rich_help_panel=_HOW)
+    ] = None,
+    threshold: Annotated[
+        str, typer.Option(help="With --compare: exit code 1 where it is slower by more.", rich_help_panel=_HOW)
+    ] = "5%",
+    repeats: Annotated[int, typer.Option(min=1, help="Turns.", rich_help_panel=_HOW)] = 20,
+    budget: Annotated[
+        float, typer.Option(min=0.1, help="Seconds of timing, for each op's case or the engine.", rich_help_panel=_HOW)
+    ] = 10.0,
+    tests: Annotated[
+        bool, typer.Option("--tests/--no-tests", help="Run the op's tests first, in a checkout.", rich_help_panel=_HOW)
+    ] = True,
+    json: Annotated[Path | None, typer.Option(help="Write the numbers here.", rich_help_panel=_RESULT)] = None,
+    docs: Annotated[
+        Path | None, typer.Option(help="Write a page with plots into this folder.", rich_help_panel=_RESULT)
+    ] = None,
+) -> None:
+    """Time the engine or its ops, beside plain PyTorch and beside float64.
+
+    Nothing is reported that is wrong: every form is first compared with float64 on the operands that it is timed on
+    (at most twice plain PyTorch's error), and in a checkout the op's tests are run.
+
+    Exit code 0: measured; 1: something is refused or slower than before; 2: cannot be measured, and why.
+    """
+    from torch import nn
+
+    from dave_fast.bench.measure import run
+    from dave_fast.bench.ops import registered
+    from dave_fast.ops.precision import choose_precision, resolve_device
+
+    screen = console()
+    place = resolve_device(device, nn.Identity(), named=device is None)
+    wanted = {
+        "op": op,
+        "model": model or "demo",
+        "weights": None if weights is None else str(weights.resolve()),
+        "num_classes": num_classes,
+        "pretrained": pretrained,
+        "size": size,
+        "samples": samples,
+        "images": images,
+        "rows": rows,
+        "device": place.type,
+        "precision": choose_precision(precision, place),
+        "backend": backend,
+        "repeats": repeats,
+        "budget": budget,
+    }
+    before = None if compare is None else (compare, _share(threshold))
+    with plain_warnings(screen), registered(_kernels(kernel or [], op), place.type), _status(screen) as say:
+        result = run(wanted, before=before, tests=tests, yours=bool(kernel), sweep=docs is not None, say=say)
+    _show(result)
+    if json is not None:
+        from dave_fast.bench.machine import write_json
+
+        write_json(json, result)
+    if docs is not None:
+        from dave_fast.bench.page import write_page
+
+        screen.print(f"wrote {write_page([result], docs)}")
+    if result["red"]:
+        for reason in result["red"]:
+            screen.print(f"refused: {reason}", style="red", soft_wrap=True)
+        raise typer.Exit(1)
+
+
+def _share(text: str) -> float:
+    """ "5%" or "0.05" -> 0.05."""
+    try:
+        value = float(text.rstrip("% ")) / (100 if text.rstrip().endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if value < 0:
+        raise InputError(f"--threshold is {text!r}; expected a share such as 5% or 0.05")
+    return value
+
+
+def _kernels(given: list[str], op: str) -> dict[str, str]:
+    """OP=MODULE:FUNCTION or, with --op, MODULE:FUNCTION -> op -> "module:function"."""
+    found = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals:
+            name, path = op, text
+        if name in ("engine", "all"):
+            raise InputError(f"--kernel {text!r} does not say for which op; write OP={text} or give --op OP")
+        found[name] = path
+    return found
+
+
+@contextmanager
+def _status(screen: Console) -> Iterator[Callable[[str], None]]:
+    """A line that says what is being done, where somebody watches."""
+    with screen.status("starting") as status:
+        yield lambda text: status.update(text)
+
+
+def _show(result: dict[str, Any]) -> None:
+    from dave_fast.bench import report
+
+    out = console(stderr=False)
+    if result.get("engine"):
+        out.print(report.engine_table(result))
+    if result.get("ops"):
+        out.print(report.ops_table(result))
+    if "compare" in result:
+        out.print(report.comparison_table(result))
+    for name, said in result["tests"].items():
+        out.print(f"tests of {name} {said}", style="dim")

@@ -1,0 +1,234 @@
+"""`dave-fast evaluate`: are the maps right? A source of images in, a report out."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dave_fast.cli import options as cli_options
+from dave_fast.cli.options import MACHINE, METHOD
+from dave_fast.cli.terminal import console, plain_warnings, progress_bar
+from dave_fast.errors import InputError
+from dave_fast.files import check_writable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dave_fast.evaluate import Settings, Source
+    from dave_fast.evaluate.summary import Summary
+    from dave_fast.models.spec import ModelSpec
+
+_HOW_MUCH = "How much"
+
+
+def evaluate(
+    source: Annotated[
+        str | None,
+        typer.Argument(metavar="[SOURCE]", help="A folder of images; the embedded scenes by default."),
+    ] = None,
+    model: cli_options.ModelOrDemo = None,
+    weights: cli_options.Weights = None,
+    num_classes: cli_options.NumClasses = None,
+    labels: cli_options.ClassNames = None,
+    image_size: cli_options.ImageSize = None,
+    config: cli_options.ConfigFile = None,
+    out: Annotated[Path, typer.Option(help="The folder for the report.")] = Path("evaluation"),
+    boxes: Annotated[
+        Path | None,
+        typer.Option(help="Where the objects are: a folder of ImageNet's XML files, a .csv, or a COCO .json."),
+    ] = None,
+    masks: Annotated[Path | None, typer.Option(help="A folder of PNG masks, named as the images.")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Baselines to compare, separated by commas.", show_default="all there are")
+    ] = None,
+    groups: Annotated[
+        str | None,
+        typer.Option(
+            help="localisation, curves, stability, classes, seeds, randomisation, grids.", show_default="all of them"
+        ),
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, help="Images for localisation.", rich_help_panel=_HOW_MUCH)] = 100,
+    probes: Annotated[
+        int, typer.Option(min=0, help="Of them for curves, stability, classes, seeds.", rich_help_panel=_HOW_MUCH)
+    ] = 16,
+    randomised: Annotated[
+        int, typer.Option(min=0, help="Of them for parameter randomisation.", rich_help_panel=_HOW_MUCH)
+    ] = 4,
+    mosaics: Annotated[
+        int, typer.Option(min=1, help="2×2 mosaics; 3×3 as many as make as many maps.", rich_help_panel=_HOW_MUCH)
+    ] = 4,
+    grids: Annotated[
+        str, typer.Option(help="Some of 2x2, 3x3, 2x2-rescaled, 3x3-rescaled.", rich_help_panel=_HOW_MUCH)
+    ] = "2x2,3x3",
+    protocols: Annotated[
+        str, typer.Option(help="Some of dave, rise-deletion, rise-insertion, quantus.", rich_help_panel=_HOW_MUCH)
+    ] = "dave,rise-deletion,rise-insertion",
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of the random methods.", rich_help_panel=_HOW_MUCH)] = 3,
+    n_samples: cli_options.Samples = None,
+    noise_alpha: cli_options.NoiseAlpha = None,
+    seed: Annotated[int, typer.Option(min=0, help="The first seed.", rich_help_panel=METHOD)] = 0,
+    device: cli_options.Device = None,
+    precision: cli_options.Precision = None,
+    backend: cli_options.Backend = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.", rich_help_panel=MACHINE)] = 16,
+) -> None:
+    """Measure how good attribution maps are, beside other methods on the same images.
+
+    Writes report.html, report.md, results.json, scores.csv and examples.png into --out. Files need labels for
+    accuracy and mosaics (folders named by class or WordNet id, or the annotations' own), and --boxes or --masks for
+    the pointing games; what cannot be measured without them is left out.
+    """
+    from dave_fast.cli.config import Config, load_config
+    from dave_fast.evaluate.settings import GROUPS, Settings
+
+    chosen = Settings(
+        images=images,
+        probes=probes,
+        randomised=randomised,
+        pairs=probes,
+        mosaics=mosaics,
+        grids=_listed(grids),
+        protocols=_listed(protocols),
+        seeds=seeds,
+        seed=seed,
+        batch_size=batch_size,
+        methods=None if methods is None else _listed(methods),
+        groups=GROUPS if groups is None else _listed(groups),
+    )
+    keywords = {"device": device, "precision": precision, "backend": backend, "noise_alpha": noise_alpha}
+    screen = console()
+    with plain_warnings(screen):
+        check_writable(out)
+        given = Config() if config is None else load_config(config)
+        spec = cli_options.model_spec(model, weights, num_classes, labels, image_size, config=given)
+        if noise_alpha is None:
+            keywords["noise_alpha"] = given.noise_alpha
+        samples = n_samples or given.n_samples or 50
+        _run(screen, source, spec, samples, keywords, (boxes, masks), chosen, out)
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _run(
+    screen: Console,
+    source: str | None,
+    spec: ModelSpec,
+    n_samples: int,
+    keywords: dict[str, Any],
+    known: tuple[Path | None, Path | None],
+    settings: Settings,
+    out: Path,
+) -> None:
+    """Load, evaluate, write, tell."""
+    from dave_fast.cli.info import collect
+    from dave_fast.evaluate import evaluate as measure
+    from dave_fast.evaluate.methods import Setup
+    from dave_fast.evaluate.report import About, write
+    from dave_fast.explain.explainer import DAVE
+    from dave_fast.images import preprocessing
+    from dave_fast.models.adapter import require_classifier
+    from dave_fast.models.labels import labels_of
+
+    found = _files(source, spec.name, known)
+    with screen.status(f"loading {spec.name}"):
+        explainer = DAVE(spec, **keywords)
+    require_classifier(explainer.model, spec.name)
+    network = explainer.model.to(explainer.device).eval().requires_grad_(False)
+    prepare = preprocessing(network)
+    if prepare.note:
+        screen.print(f"note: {prepare.note}", style="yellow", soft_wrap=True)
+    images = _source(found, known, settings, network, prepare)
+    used = {
+        "device": str(explainer.device),
+        "precision": explainer.precision,
+        "backend": explainer.backend,
+        "noise_alpha": explainer.sampling.noise_alpha,
+    }
+    setup = Setup(n_samples, used, 1 / min(prepare.std))
+    with progress_bar(screen) as bar:
+        task = bar.add_task("evaluating", total=None)
+        results = measure(
+            network,
+            images,
+            settings,
+            setup,
+            lambda done, total, what: bar.update(task, completed=done, total=max(done, total), description=what),
+        )
+    environment = collect(explainer.device.type)
+    versions = {**environment.versions, "device": environment.devices[-1].name, "threads": environment.threads}
+    command = shlex.join(["dave-fast", *sys.argv[1:]])
+    labels = labels_of(network)
+    about = About(spec.name, images.title, settings, setup, labels, prepare, versions, command, images.skipped)
+    _tell(write(out, results, about), results.absent, images.skipped, out)
+
+
+def _files(source: str | None, model: str, known: tuple[Path | None, Path | None]) -> list[Path] | None:
+    """The image files of a folder; None for the embedded scenes."""
+    from dave_fast.images import find_images
+
+    if source in (None, "demo"):
+        if model != "demo" or any(known):
+            raise InputError("the embedded scenes go with the model 'demo' and its masks: name a folder instead.")
+        return None
+    return find_images([Path(source)])
+
+
+def _source(
+    found: Sequence[Path] | None,
+    known: tuple[Path | None, Path | None],
+    settings: Settings,
+    network: Any,
+    prepare: Any,
+) -> Source:
+    from dave_fast.evaluate import DemoScenes, ImageFiles
+    from dave_fast.evaluate.annotations import Annotations, read_boxes
+    from dave_fast.models.labels import labels_of
+
+    if found is None:
+        return DemoScenes(settings.images, settings.seed)
+    boxes, masks = known
+    if masks is not None and not masks.is_dir():
+        raise InputError(f"--masks {masks}: there is no such folder.")
+    noted = {} if boxes is None else read_boxes(boxes)
+    annotations = Annotations(labels_of(network), noted, masks)
+    title = f"{len(found)} files of {Path(found[0]).parent.parent.name or '.'}"
+    return ImageFiles(_spread(found), prepare, annotations, title)
+
+
+def _spread(files: Sequence[Path]) -> list[Path]:
+    """Files in turns from each folder, so that the first images are of many classes."""
+    folders: dict[Path, list[Path]] = {}
+    for file in files:
+        folders.setdefault(file.parent, []).append(file)
+    turns = [(turn, number, file) for number, each in enumerate(folders.values()) for turn, file in enumerate(each)]
+    return [file for _, _, file in sorted(turns, key=lambda one: one[:2])]
+
+
+def _tell(summary: Summary, absent: dict[str, str], skipped: dict[str, str], out: Path) -> None:
+    """The verdicts, what was not run, and where the report lies."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from dave_fast.evaluate.report import span
+    from dave_fast.evaluate.settings import VARIANTS
+
+    screen = console(stderr=False)
+    table = Table("metric", "maps", "DAVE", "rival", "of the rival", "verdict", box=None, header_style="bold")
+    for metric in summary.metrics:
+        for variant in VARIANTS:
+            if found := summary.verdicts[variant].get(metric):
+                cells = (metric, variant, span(found.dave), found.rival, span(found.other), found.words)
+                table.add_row(*(Text(cell) for cell in cells))
+    screen.print(table)
+    for name, why in absent.items():
+        screen.print(f"not run: {name}: {why}", style="dim", soft_wrap=True)
+    if skipped:
+        screen.print(f"{len(skipped)} files left out; the report names them", style="yellow", soft_wrap=True)
+    screen.print(f"report: {out / 'report.html'}", soft_wrap=True)

@@ -1,0 +1,215 @@
+"""`dave-fast explain`: image files in, pictures and arrays out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dave_fast.cli import options as cli_options
+from dave_fast.cli.terminal import console, plain_warnings, progress_bar, refuse
+from dave_fast.errors import InputError
+from dave_fast.files import check_writable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dave_fast.explain.explainer import DAVE
+    from dave_fast.explain.image_files import Done, Failed, Settings, Source
+    from dave_fast.models.spec import ModelSpec
+
+_ROWS = 20
+
+
+def explain(
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[IMAGES|FOLDER]...", help="Image files, or folders of them."),
+    ] = None,
+    demo: Annotated[bool, typer.Option("--demo", help="Explain the embedded scene with the embedded model.")] = False,
+    model: cli_options.Model = None,
+    weights: cli_options.Weights = None,
+    num_classes: cli_options.NumClasses = None,
+    labels: cli_options.ClassNames = None,
+    image_size: cli_options.ImageSize = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Class index or name, tiger+lion, tiger-lion, text:PROMPT, image:FILE, patch:ROW,COLUMN; repeatable.",
+            show_default="the most probable",
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(min=1, help="Explain the k most probable classes.", show_default="1; 2 with --demo"),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder for the results.")] = Path("maps"),
+    config: cli_options.ConfigFile = None,
+    n_samples: cli_options.Samples = None,
+    seed: cli_options.Seed = 0,
+    noise_alpha: cli_options.NoiseAlpha = None,
+    schedule: cli_options.Schedule = "sequence",
+    device: cli_options.Device = None,
+    precision: cli_options.Precision = None,
+    backend: cli_options.Backend = "auto",
+    route: cli_options.Route = "auto",
+    internal_batch_size: cli_options.InternalBatchSize = None,
+) -> None:
+    """Explain what a model sees in images.
+
+    Writes for every image, beside each other in the folder --out:
+
+    NAME.overlay.png: the map over the photograph; NAME.map.png: the map;
+    NAME.npz: map, signed contributions, class, probability, settings.
+
+    With --top-k 2 or more, or several --target: a set each, and NAME.figure.png of them all.
+
+    A --target is a class (292, tiger, "tiger"), a sum or a difference of classes
+    (tiger+lion; tiger-lion: why this and not that), or for models with embeddings or tokens
+    text:a cat, text:a cat - text:a dog, image:other.jpg, patch:3,5, patch:3,5@probe.safetensors#7.
+
+    Exit code 0: all done; 1: some images could not be explained;
+    2: refused or stopped, and why.
+    """
+    from dave_fast.cli.config import Config, load_config
+    from dave_fast.explain.image_files import Settings
+
+    given = Config() if config is None else load_config(config)
+    if target and top_k is not None:
+        raise InputError("--target names what to explain and --top-k takes the most probable: give one of them.")
+    of_patches = [text.strip().startswith("patch:") for text in target or ()]
+    if any(of_patches) and not all(of_patches):
+        raise InputError(
+            "patch:ROW,COLUMN asks the model's tokens and other targets its output: one run for each kind."
+        )
+    # The embedded scene has two digits: that maps belong to classes is what there is to see.
+    top_k = top_k or (2 if demo and not target else 1)
+    settings = Settings(out, tuple(target or ()), top_k, n_samples or given.n_samples or 50, seed, figure=demo)
+    keywords = {
+        "device": device,
+        "precision": precision,
+        "backend": backend,
+        "route": route,
+        "noise_alpha": given.noise_alpha if noise_alpha is None else noise_alpha,
+        "schedule": schedule,
+        "internal_batch_size": internal_batch_size,
+    }
+    screen, default = console(), "demo" if demo else cli_options.DEFAULT_MODEL
+    with plain_warnings(screen):
+        # Before a model is loaded for nothing.
+        check_writable(out)
+        flags = (model, weights, num_classes, labels, image_size)
+        sources = _demo_sources(images, flags) if demo else _sources(images or [], out)
+        spec = cli_options.model_spec(*flags, config=None if demo else given, default=default)
+        explainer = _load(screen, spec, keywords)
+        if any(of_patches):
+            explainer = _of_tokens(explainer, keywords)
+        done, failed = _run(screen, explainer, sources, settings)
+    _summary(done, failed, settings)
+    if failed:
+        raise typer.Exit(1 if done else 2)
+
+
+def _sources(images: Sequence[Path], out: Path) -> list[Source]:
+    """The images to explain; a single one is read at once, since without it there is nothing to do."""
+    from dave_fast.explain.image_files import sources_of
+    from dave_fast.images import find_images
+
+    if not images:
+        raise InputError("no image was given: name image files or a folder, or try --demo.")
+    sources = sources_of(find_images(images, skip=out), images)
+    if len(sources) == 1:
+        sources[0].read()
+    return sources
+
+
+def _demo_sources(images: Sequence[Path] | None, flags: Sequence[Any]) -> list[Source]:
+    """The embedded scene."""
+    from dave_fast.explain.image_files import Source
+    from dave_fast.models.demo import demo_scene
+
+    if images or flags[0] not in (None, "demo") or any(flags[1:]):
+        raise InputError("--demo brings its own image and model; for yours, leave --demo out.")
+    return [Source("demo", "the embedded scene", lambda: demo_scene().image)]
+
+
+def _load(screen: Console, spec: ModelSpec, keywords: dict[str, Any]) -> DAVE:
+    with screen.status(f"loading {spec.name}"):
+        from dave_fast.explain.explainer import DAVE
+
+        return DAVE(spec, **keywords)
+
+
+def _of_tokens(explainer: Any, keywords: dict[str, Any]) -> Any:
+    """The explainer of the model's tokens, which patches are asked of."""
+    from dave_fast.explain.explainer import DAVE
+    from dave_fast.targets import tokens_of
+
+    return DAVE(tokens_of(explainer.model), **keywords | {"noise_alpha": explainer.sampling.noise_alpha})
+
+
+def _run(
+    screen: Console, explainer: Any, sources: Sequence[Source], settings: Settings
+) -> tuple[list[Done], list[Failed]]:
+    """Explain all sources under a progress bar; failures are told as they come."""
+    from dave_fast.explain.image_files import Done, explain_files
+
+    done: list[Done] = []
+    failed: list[Failed] = []
+    share = settings.n_samples
+    with progress_bar(screen) as bar:
+        task = bar.add_task(sources[0].path, total=share * len(sources))
+        outcomes = explain_files(
+            explainer,
+            sources,
+            settings,
+            progress=lambda rows, of: bar.update(
+                task, completed=share * (len(done) + len(failed)) + share * rows // of
+            ),
+            note=partial(_note, screen),
+        )
+        for number, outcome in enumerate(outcomes, 1):
+            if isinstance(outcome, Done):
+                done.append(outcome)
+            else:
+                failed.append(outcome)
+                refuse(outcome.error, screen)
+            following = sources[min(number, len(sources) - 1)].path
+            bar.update(task, completed=share * number, description=following)
+    return done, failed
+
+
+def _note(screen: Console, text: str) -> None:
+    screen.print(f"note: {text}", style="yellow", soft_wrap=True)
+
+
+def _summary(done: Sequence[Done], failed: Sequence[Failed], settings: Settings) -> None:
+    """What was explained, as what, and where it lies."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from dave_fast.images.drawing import percent
+
+    screen = console(stderr=False)
+    results = [result for one in done for result in one.results]
+    if results:
+        table = Table("image", "target", "probability", "overlay", box=None, header_style="bold", pad_edge=False)
+        for result in results[:_ROWS]:
+            name, probability = result.class_name, "–"
+            if result.target >= 0:
+                name, probability = f"{name} ({result.target})", percent(result.probability)
+            cells = (result.source.path, name, probability, str(result.overlay.relative_to(settings.out)))
+            table.add_row(*(Text(cell, overflow="fold") for cell in cells))
+        screen.print(table)
+        if len(results) > _ROWS:
+            screen.print(f"… and {len(results) - _ROWS} more")
+    images = "1 image" if len(done) == 1 else f"{len(done)} images"
+    failures = f"; {len(failed)} could not be explained" if failed else ""
+    screen.print(f"{images} explained in {settings.out}{failures}", soft_wrap=True)
+    if results:
+        screen.print("beside each NAME.overlay.png: NAME.map.png and NAME.npz", style="dim", soft_wrap=True)
+    if len(done) == 1 and done[0].figure:
+        screen.print(f"picture: {done[0].figure}", soft_wrap=True)

@@ -1,0 +1,35 @@
+"""`dave-fast export`: the maps of a run in the forms that other tools read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dave_fast.cli.terminal import console
+
+
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    to: Annotated[str, typer.Option(metavar="zarr|npy|png|virelay", help="The form.")],
+    out: Annotated[Path, typer.Option(help="A new folder; a new file for virelay.")],
+    target: Annotated[int | None, typer.Option(min=0, help="Only maps of this class.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
+) -> None:
+    """Write the maps of a run as a Zarr v3 group, as .npy, as PNG overlays or as ViRelAy's HDF5.
+
+    Exit code 0: all written; 1: some images of overlays could not be read again; 2: refused, and why.
+    """
+    from dave_fast.run.export import export as write
+    from dave_fast.run.progress import simple_bar
+    from dave_fast.run.reader import open_maps
+
+    maps = open_maps(folder).filter(status="ok", target=target)
+    maps = maps if limit is None else maps[:limit]
+    with simple_bar(console(), f"exporting to {to}", len(maps)) as progress:
+        missing = write(maps, to, out, progress)
+    console(stderr=False).print(f"{len(maps)} maps written to {out}", soft_wrap=True)
+    if missing:
+        console().print(f"{missing} images could not be read again: they have no overlay", style="yellow")
+        raise typer.Exit(1)

@@ -1,0 +1,202 @@
+"""What this machine has and which backend runs each op: `dave-fast info`."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import os
+import platform
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dave_fast._version import __version__
+from dave_fast.cli.terminal import console
+from dave_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_PACKAGES = ("torch", "timm", "triton", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device that torch can use. type: torch's word; name: of the chip; memory: GiB, None where unknown."""
+
+    type: str
+    name: str
+    memory: float | None = None
+
+
+@dataclass(frozen=True)
+class Info:
+    """versions: package -> version. ops: op -> backend -> "default", "yes" or the reason why not.
+
+    device: the one that `ops` speaks of. native: None where the native core is there, else why it is not.
+    isa: the instruction set that the native core takes, None without it. choices: of the GPU's kernels, problem ->
+    rows -> the candidate that was measured to be fastest (see `dave_fast.ops.choices`), kept in `choices_file`.
+    """
+
+    versions: dict[str, str]
+    devices: tuple[Device, ...]
+    device: str
+    threads: int
+    isa: str | None
+    native: str | None
+    ops: dict[str, dict[str, str]]
+    choices: dict[str, dict[int, str]] = field(default_factory=dict)
+    choices_file: str | None = None
+
+
+def _installed(package: str) -> str:
+    """The version of a package, or "not installed"."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def collect(device: str | None = None) -> Info:
+    """What is here. device: the one to tell backends of, "cpu", "cuda" ...; None takes the best there is.
+
+    Raises InputError for a device that no backend runs on.
+    """
+    import torch
+
+    from dave_fast.ops import _ext, _registry
+    from dave_fast.ops.choices import Choices
+
+    devices = _devices()
+    device = device or devices[-1].type
+    known = {name: None for backend in _registry.BACKENDS.values() for name in backend.devices}
+    if device not in known:
+        raise InputError(f"device {device!r} is unknown; backends are for {', '.join(known)}.")
+    native = _ext.unavailable()
+    own = {"dave-fast": __version__, "python": platform.python_version()}
+    versions = own | {name: _installed(name) for name in _PACKAGES}
+    isa = None if native else _ext.isa()
+    found = Info(versions, devices, device, torch.get_num_threads(), isa, native, _table(device))
+    if device != "cuda" or not torch.cuda.is_available():
+        return found
+    kept = Choices.of(torch.cuda.get_device_name())
+    choices = {name: {rows: each.name for rows, each in by_rows.items()} for name, by_rows in kept.all().items()}
+    return replace(found, choices=choices, choices_file=str(kept.path))
+
+
+def _devices() -> tuple[Device, ...]:
+    """The CPU, then accelerators."""
+    import torch
+
+    found = [Device("cpu", _processor(), _host_memory())]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            chip = torch.cuda.get_device_properties(index)
+            found.append(Device("cuda", chip.name, chip.total_memory / 2**30))
+    elif torch.backends.mps.is_available():
+        found.append(Device("mps", "Apple GPU"))
+    return tuple(found)
+
+
+def _processor() -> str:
+    """The name of the CPU."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+            return next(named, platform.machine())
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def _host_memory() -> float | None:
+    """GiB of main memory; None on systems that do not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _table(device: str) -> dict[str, dict[str, str]]:
+    """op -> backend -> "default", "yes" or the reason why not."""
+    from dave_fast.ops import _registry
+
+    table = {}
+    for op, forms in _registry.IMPLEMENTATIONS.items():
+        chosen = _registry.choose(op, "auto", device)
+        table[op] = {
+            backend: "default" if backend == chosen else _registry.why_not(op, backend, device) or "yes"
+            for backend in _registry.BACKENDS
+            if backend in forms
+        }
+    return table
+
+
+def render(found: Info) -> RenderableType:
+    """Info as a screen of text: versions, devices, the native core, and the table op × backend."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    facts = Table.grid(padding=(0, 2))
+    versions = ", ".join(f"{name} {number}" for name, number in found.versions.items())
+    facts.add_row("versions", Text(versions))
+    for device in found.devices:
+        memory = f", {device.memory:.0f} GiB" if device.memory else ""
+        facts.add_row("device", Text(f"{device.type}: {device.name}{memory}"))
+    facts.add_row("threads", str(found.threads))
+    native = f"not available: {found.native}" if found.native else f"yes, {found.isa}"
+    facts.add_row("native core", Text(native))
+    table, reasons = _ops_table(found)
+    notes = [Text(f"  [{number}] {reason}", style="dim") for reason, number in reasons.items()]
+    return Group(facts, "", table, *notes, *_choices_table(found))
+
+
+def _choices_table(found: Info) -> list[RenderableType]:
+    """What was measured to be fastest on the GPU; nothing where no GPU is spoken of."""
+    from rich.table import Table
+    from rich.text import Text
+
+    if found.choices_file is None:
+        return []
+    if not found.choices:
+        return ["", Text("kernels: none measured here; DAVE_FAST_AUTOTUNE=1 times the candidates of each shape once")]
+    table = Table("kernel", "rows", "fastest candidate", title_justify="left", box=None, pad_edge=False)
+    table.title = f"kernels measured on this GPU, kept in {found.choices_file}"
+    for problem, by_rows in found.choices.items():
+        for rows, name in by_rows.items():
+            table.add_row(problem, str(rows), name)
+    return ["", table]
+
+
+def _ops_table(found: Info) -> tuple[RenderableType, dict[str, int]]:
+    """The table op × backend, and its footnotes: reasons are long, and most are shared by many ops."""
+    from rich.table import Table
+    from rich.text import Text
+
+    backends = list(dict.fromkeys(backend for row in found.ops.values() for backend in row))
+    table = Table("op", *backends, title=f"backends on {found.device}", title_justify="left", box=None, pad_edge=False)
+    reasons: dict[str, int] = {}
+    for op, row in found.ops.items():
+        cells = []
+        for backend in backends:
+            text = row.get(backend, "-")
+            if text not in ("default", "yes", "-"):
+                text = f"no [{reasons.setdefault(text, len(reasons) + 1)}]"
+            cells.append(Text(text, style={"default": "bold green", "yes": "green"}.get(text, "dim")))
+        table.add_row(op, *cells)
+    return table, reasons
+
+
+def info(
+    device: Annotated[
+        str | None, typer.Option(metavar="cpu|cuda|...", help="List the backends of this device.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List versions, devices, and the backends of every op, or why they cannot be used."""
+    found = collect(device)
+    if json:
+        typer.echo(jsonlib.dumps(asdict(found), indent=2))
+        return
+    console(stderr=False).print(render(found))

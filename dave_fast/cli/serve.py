@@ -1,0 +1,133 @@
+"""`dave-fast serve`: explanations over HTTP."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dave_fast.cli import options as cli_options
+from dave_fast.cli.options import MACHINE
+from dave_fast.cli.terminal import console, plain_warnings
+from dave_fast.errors import InputError
+
+_LIMITS, _ACCESS = "Limits", "Access"
+KEYS_VARIABLE = "DAVE_FAST_API_KEYS"
+MISSING = "serving needs more packages; install them with: pip install 'dave-fast[serve]'"
+
+
+def serve(
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="[[NAME=]MODEL]...", help=cli_options.NAMES, show_default="demo")
+    ] = None,
+    weights: cli_options.Weights = None,
+    num_classes: cli_options.NumClasses = None,
+    labels: cli_options.ClassNames = None,
+    image_size: cli_options.ImageSize = None,
+    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 for every network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(metavar="cpu|cuda:0|...", help="One engine each; give several.", rich_help_panel=MACHINE),
+    ] = None,
+    precision: cli_options.Precision = None,
+    backend: cli_options.Backend = "auto",
+    noise_alpha: cli_options.NoiseAlpha = None,
+    internal_batch_size: cli_options.InternalBatchSize = None,
+    max_requests: Annotated[int, typer.Option(min=1, help="In the queue.", rich_help_panel=_LIMITS)] = 64,
+    max_samples: Annotated[int, typer.Option(min=1, help="Of one request.", rich_help_panel=_LIMITS)] = 1024,
+    max_megabytes: Annotated[int, typer.Option(min=1, help="Of one upload.", rich_help_panel=_LIMITS)] = 20,
+    max_megapixels: Annotated[float, typer.Option(min=0.1, help="Of one image.", rich_help_panel=_LIMITS)] = 25.0,
+    drain_seconds: Annotated[
+        float, typer.Option(min=0, help="For accepted requests, after SIGTERM.", rich_help_panel=_LIMITS)
+    ] = 30.0,
+    api_keys: Annotated[
+        Path | None,
+        typer.Option(help=f"A file with a key a line; or {KEYS_VARIABLE}.", rich_help_panel=_ACCESS),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="A site whose pages may call; give several.", rich_help_panel=_ACCESS)
+    ] = None,
+) -> None:
+    """Serve explanations over HTTP, with a page to try them.
+
+    The page is at /, the documentation of the routes at /docs.
+
+    It is ready when every engine has explained an image; it ends on
+    SIGTERM or Ctrl-C, after what was accepted is answered: exit code 0.
+    """
+    keys = _keys(api_keys)
+    settings: dict[str, Any] = {
+        "precision": precision,
+        "backend": backend,
+        "noise_alpha": noise_alpha,
+        "internal_batch_size": internal_batch_size,
+        "weights": _file(weights),
+        "num_classes": num_classes,
+        "labels": _file(labels),
+        "image_size": image_size,
+    }
+    # the port is taken before models are loaded for nothing
+    with _bound(host, port) as listening:
+        try:
+            from dave_fast.serve.app import create_app
+            from dave_fast.serve.limits import Limits
+            from dave_fast.serve.served import load_models
+            from dave_fast.serve.server import log_to_stderr, make_server
+            from dave_fast.serve.service import Service
+        except ModuleNotFoundError as error:
+            raise InputError(f"{MISSING} ({error.name} is missing).") from error
+
+        names = models or ["demo"]
+        screen = console()
+        with plain_warnings(screen), screen.status(f"loading {', '.join(names)}"):
+            loaded = load_models(names, device or [None], **settings)
+        limits = Limits(
+            samples=max_samples,
+            requests=max_requests,
+            body_bytes=max_megabytes << 20,
+            pixels=int(max_megapixels * 1e6),
+            drain_seconds=drain_seconds,
+        )
+        app = create_app(Service(loaded, limits), limits, api_keys=keys, cors_origins=cors_origin or ())
+        log_to_stderr()
+        where = f"http://{host}:{listening.getsockname()[1]}"
+        screen.print(f"serving {', '.join(loaded)} at {where} (docs at /docs); Ctrl-C ends it", soft_wrap=True)
+        make_server(app, limits).run([listening])
+
+
+def _file(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket that has the port."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        made = socket.socket(family, kind)
+        try:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            made.bind(address)
+        except OSError:
+            made.close()
+            raise
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise InputError(f"cannot listen at {host}:{port}: {reason}. Choose another --host or --port.") from error
+    return made
+
+
+def _keys(path: Path | None) -> list[str]:
+    """Keys of a file or of the environment; none for none."""
+    text = os.environ.get(KEYS_VARIABLE, "").replace(",", "\n")
+    if path is not None:
+        try:
+            text = path.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read the API keys in {path}: {getattr(error, 'strerror', error)}.") from error
+        if not text.strip():
+            raise InputError(f"{path} has no API key; give one a line, or leave --api-keys out.")
+    return [line.strip() for line in text.splitlines() if line.strip()]

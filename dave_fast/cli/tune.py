@@ -1,0 +1,193 @@
+"""`dave-fast tune`: noise_alpha and the number of samples for a model, from a few of its own images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dave_fast.cli import options as cli_options
+from dave_fast.cli.terminal import console, plain_warnings, progress_bar
+from dave_fast.errors import ImageError, InputError
+from dave_fast.files import check_writable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dave_fast.evaluate.tuning import Tuning
+    from dave_fast.models.spec import ModelSpec
+
+CONFIG, PICTURE = "dave-fast.toml", "tune.png"
+_BAR = 30
+
+
+def tune(
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[IMAGES|FOLDER]...", help="Images that the model is used on; none for 'demo'."),
+    ] = None,
+    model: cli_options.ModelOrDemo = None,
+    weights: cli_options.Weights = None,
+    num_classes: cli_options.NumClasses = None,
+    labels: cli_options.ClassNames = None,
+    image_size: cli_options.ImageSize = None,
+    out: Annotated[Path, typer.Option(help="The folder for the configuration and the picture.")] = Path("tuned"),
+    images: Annotated[int, typer.Option(min=3, help="How many of the images to use.")] = 8,
+    quality: Annotated[
+        float, typer.Option(help="Correlation with the converged map that n_samples is chosen for.")
+    ] = 0.9,
+    seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal results.")] = 0,
+    device: cli_options.Device = None,
+    precision: cli_options.Precision = None,
+    backend: cli_options.Backend = "auto",
+) -> None:
+    """Choose noise_alpha and n_samples for a model, without labels.
+
+    Takes the largest noise level at which two maps of an image, of different draws, still agree as well as at any
+    other, while half of the samples still see the model's own decision; and the samples for a map of --quality.
+
+    Writes dave-fast.toml, which explain, run and evaluate take as --config, and tune.png, the curves.
+    """
+    from dave_fast.cli.config import Config, save_config
+
+    screen = console()
+    with plain_warnings(screen):
+        check_writable(out)
+        spec = cli_options.model_spec(model, weights, num_classes, labels, image_size)
+        found = _run(screen, paths or [], spec, images, quality, seed, (device, precision, backend))
+    # names of classes are a file here
+    names = spec.labels if isinstance(spec.labels, str) else None
+    chosen = (spec.name, found.noise_alpha, found.n_samples, spec.weights, spec.num_classes, names, spec.image_size)
+    save_config(Config(*chosen), out / CONFIG)
+    picture(found, out / PICTURE)
+    _tell(found, out)
+
+
+def _run(
+    screen: Console,
+    paths: Sequence[Path],
+    spec: ModelSpec,
+    images: int,
+    quality: float,
+    seed: int,
+    machine: tuple[Any, ...],
+) -> Tuning:
+    from dave_fast.evaluate.tuning import tune as measure
+    from dave_fast.explain.explainer import DAVE
+    from dave_fast.images import find_images
+    from dave_fast.models.adapter import require_classifier
+
+    if not paths and spec.name != "demo":
+        raise InputError(f"name images that {spec.name} is used on, or a folder of them: tuning takes three or more.")
+    files = find_images(paths) if paths else []
+    device, precision, backend = machine
+    with screen.status(f"loading {spec.name}"):
+        # the level is what is sought: any serves to begin with
+        explainer = DAVE(spec, device=device, precision=precision, backend=backend, noise_alpha=0.5)
+    require_classifier(explainer.model, spec.name)
+    inputs = _inputs(screen, explainer, files, images, seed)
+    with progress_bar(screen) as bar:
+        task = bar.add_task("tuning", total=None)
+        return measure(
+            explainer,
+            inputs,
+            quality=quality,
+            seed=seed,
+            progress=lambda done, total, what: bar.update(task, completed=done, total=total, description=what),
+        )
+
+
+def _inputs(screen: Console, explainer: Any, files: Sequence[Path], images: int, seed: int) -> Any:
+    """The images as the model sees them; files in equal steps through the list, unreadable ones left out and named."""
+    import torch
+
+    from dave_fast.images import preprocessing, read_image
+    from dave_fast.models.demo import draw_scenes
+
+    if not files:
+        scenes = draw_scenes(images, seed, split="test").images
+        return torch.from_numpy(scenes).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
+    prepare = preprocessing(explainer.model)
+    made: list[Any] = []
+    for file in files[:: max(1, len(files) // images)]:
+        if len(made) == images:
+            break
+        try:
+            made.append(prepare.transform(read_image(file)))
+        except ImageError as error:
+            screen.print(f"note: {error}", style="yellow", soft_wrap=True)
+    if len(made) < 3:
+        raise InputError(f"{len(made)} images could be read: tuning takes three or more; eight are better.")
+    return torch.stack(made)
+
+
+def _tell(found: Tuning, out: Path) -> None:
+    """The curve in the terminal, and what was chosen."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from dave_fast.evaluate.tuning import KEPT
+
+    screen = console(stderr=False)
+    table = Table(
+        "noise_alpha", "repeatability", "", "decision kept", "", box=None, header_style="bold", pad_edge=False
+    )
+    low, high = min(found.means.min(), 0.0), max(found.means.max(), 1e-9)
+    for alpha, mean, kept in zip(found.alphas, found.means, found.kept, strict=True):
+        bar = "█" * round(_BAR * (mean - low) / (high - low))
+        mark = "← chosen" if alpha == found.noise_alpha else "" if kept >= KEPT else "decision lost"
+        table.add_row(*map(Text, (f"{alpha:g}", f"{mean:.3f}", bar, f"{kept:.0%}", mark)))
+    screen.print(table)
+    screen.print(f"noise_alpha = {found.noise_alpha:g}")
+    last, error = list(found.errors.items())[-1]
+    screen.print(
+        f"n_samples = {found.n_samples} for a correlation of {found.quality:g} with the converged map "
+        f"(relative error below {error:.2f} at {last} samples, nine times in ten)",
+        soft_wrap=True,
+    )
+    screen.print(f"configuration: {out / CONFIG}   picture: {out / PICTURE}", soft_wrap=True)
+
+
+def picture(found: Tuning, path: Path) -> None:
+    """The three curves that decided: repeatability and decision by noise_alpha, error by samples."""
+    import matplotlib as mpl
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from dave_fast.evaluate.tuning import KEPT, TOLERANCE
+    from dave_fast.images.drawing import save_figure
+
+    with mpl.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(8.4, 2.7), dpi=200, layout="constrained")
+        FigureCanvasAgg(figure)
+        left, middle, right = figure.subplots(1, 3)
+        left.plot(found.alphas, found.repeatability, color="0.8", lw=0.7)
+        left.plot(found.alphas, found.means, color="#d9480f", lw=1.8, marker="o", ms=3)
+        left.fill_between(
+            found.alphas, found.means - found.spread, found.means + found.spread, color="#d9480f", alpha=0.2
+        )
+        left.axhline(found.means[found.best] * (1 - TOLERANCE), color="0.5", lw=0.8, ls="--")
+        left.set(xlabel="noise_alpha", title="two maps of an image agree by", ylabel="correlation")
+        middle.plot(found.alphas, found.kept, color="#1971c2", lw=1.8, marker="o", ms=3)
+        middle.axhline(KEPT, color="0.5", lw=0.8, ls="--")
+        middle.set(xlabel="noise_alpha", title="samples that keep the decision", ylabel="share", ylim=(0, 1.05))
+        for axes in (left, middle):
+            axes.axvline(found.noise_alpha, color="0.2", lw=0.9)
+        sizes = np.array(list(found.errors))
+        last, error = list(found.errors.items())[-1]
+        reach = np.array([min(found.n_samples, last), max(found.n_samples, last)])
+        right.plot(sizes, list(found.errors.values()), color="#2b8a3e", lw=1.8, marker="o", ms=3)
+        right.plot(reach, error * np.sqrt(last / reach), color="#2b8a3e", lw=0.9, ls=":")
+        right.axhline(np.sqrt(1 - found.quality**2), color="0.5", lw=0.8, ls="--")
+        right.axvline(found.n_samples, color="0.2", lw=0.9)
+        right.set(
+            xlabel="samples", title=f"error; dashed: correlation {found.quality:g}", ylabel="relative error, bound"
+        )
+        right.set_xscale("log", base=2)
+        right.xaxis.set_major_formatter("{x:g}")
+        for axes, value in ((left, found.noise_alpha), (right, found.n_samples)):
+            axes.annotate(f" {value:g}", (value, 0), xycoords=("data", "axes fraction"), va="bottom")
+        save_figure(figure, path)

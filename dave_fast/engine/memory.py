@@ -1,0 +1,190 @@
+"""How much memory an explanation takes, as a formula: documented, checked against measurement, used for admission.
+
+    peak = weights + rows · row + pairs · storage + images · (1 + 2 targets) images + workspace
+
+weights: the plan's, both directions. row: what one (image, sample) row of a micro-batch holds at the end of the
+forward walk (operators of every block) plus the widest activations alive at once, tokens and contribution. storage:
+S·C·H·W values, for each (image, target) pair that is aggregated together. workspace: the PyTorch forms of the pixel ops
+take some copies of what they work on, C++ and CUDA none to speak of; C++'s float32 products take the operand of some
+rows for each thread. Linear in tokens, but for P, which a CPU
+keeps below 400 tokens. The user's own model comes on top.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from dave_fast.engine.buckets import hidden_width
+from dave_fast.engine.free_memory import SHARE
+from dave_fast.errors import InputError
+from dave_fast.ops.attention import KEEP_PROBABILITIES
+from dave_fast.ops.linear import BLOCK_ROWS, NativeWeight
+from dave_fast.ops.precision import statistics_dtype
+from dave_fast.plan.layers import MlpLayer
+
+if TYPE_CHECKING:
+    from dave_fast.plan.layers import Layer
+    from dave_fast.plan.vit_plan import ViTPlan
+
+# columns whose squares are summed together on a GPU: PART of kernels/linear.py
+SQUARES = 64
+# P's rows are rounded up to whole vectors
+PADDING = 15
+# of each target's raw: itself, and as it is returned
+RAW_COPIES = 2
+# temporaries of the warps' and the mean's PyTorch forms; a chunk of rows has so many values
+PIXEL_COPIES, MEAN_COPIES, CHUNK = 12, 4, 1 << 22
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers."""
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+
+
+def plan_bytes(plan: ViTPlan) -> int:
+    """Bytes of a plan: packed weights of both walks, biases, positions and other tables of the size, the tail."""
+    found = [plan.position, plan.prefix, *plan.tables()]
+    for projection in plan.projections():
+        found += [projection.bias, *_tensors(projection.weight), *_tensors(projection.transposed)]
+    return sum(t.numel() * t.element_size() for t in found) + weight_bytes(plan.tail)
+
+
+def _tensors(packed: object) -> list[Tensor]:
+    """The tensors of what a backend made of a weight."""
+    if isinstance(packed, Tensor):
+        return [packed]
+    parts = packed if isinstance(packed, list | tuple) else vars(packed).values()
+    return [tensor for part in parts if isinstance(part, Tensor) for tensor in _tensors(part)]
+
+
+def _layer_bytes(plan: ViTPlan, layer: Layer, entering: int, leaving: int) -> int:
+    """Operators that one row keeps of one layer: P or q, k and two numbers a query, or the gate; 1/σ of its norms."""
+    item = plan.dtype.itemsize
+    # where products sum squares, 1/σ of the norm ahead is kept as these sums
+    ahead = math.ceil(plan.width / SQUARES) if plan.device.type == "cuda" else 1
+    inside = sum(norm is not None for norm in (layer.inner, layer.post))
+    norms = 4 * (ahead * entering * (layer.norm is not None) + leaving * inside)
+    if isinstance(layer, MlpLayer):
+        return leaving * hidden_width(layer.fc1.bias.shape[0], layer.activation) * item + norms
+    if entering <= KEEP_PROBABILITIES:
+        return layer.heads * leaving * (entering + PADDING) * item + norms
+    return 3 * entering * layer.heads * layer.head_dim * item + layer.heads * leaving * 2 * 4 + norms
+
+
+def _saved_bytes(plan: ViTPlan) -> int:
+    """Operators that one row keeps of all layers; behind a trimmed step there are only the tokens that are read."""
+    total, entering = 0, plan.tokens
+    for step in plan.steps:
+        leaving = plan.read if step.trimmed else entering
+        total += sum(_layer_bytes(plan, layer, entering, leaving) for layer in step.layers)
+        entering = leaving
+    return total
+
+
+def engine_row_bytes(plan: ViTPlan) -> int:
+    """Bytes of one row of a micro-batch: saved operators, the widest moment of a block, tokens in and out."""
+    item = plan.dtype.itemsize
+    saved = _saved_bytes(plan)
+    hidden = plan.mlp.fc1.bias.shape[0]
+    # what an activation reads and, half as wide with a gated MLP, its two results
+    hidden += 2 * hidden_width(hidden, plan.mlp.activation)
+    alive = plan.tokens * (4 * plan.width + hidden) * item
+    height, width = plan.image_size
+    # tokens in and out, and the contribution before it is stored
+    pixels = plan.channels * height * width * (2 * item + statistics_dtype(plan.dtype).itemsize)
+    tail = 4 * plan.read * plan.width * 4
+    return saved + alive + pixels + tail
+
+
+def contribution_bytes(n_samples: int, image_shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes of the S contributions of one image (C, H, W)."""
+    return n_samples * torch.Size(image_shape).numel() * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How an image's S samples wait for the robust mean, S·C·H·W values of `dtype` in `bytes`.
+
+    tokens: as cotangents of tokens, pulled back and aggregated in spatial tiles (`ops.pull_back_mean`); else as
+    contributions.
+    """
+
+    tokens: bool
+    dtype: torch.dtype
+    bytes: int
+
+
+def workspace_bytes(rows: int, n_samples: int, image_shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """What the PyTorch forms of the pixel ops take beside their results, at most."""
+    pixels = torch.Size(image_shape).numel()
+    warps = PIXEL_COPIES * min(rows * pixels, max(CHUNK, pixels))
+    return max(warps, MEAN_COPIES * n_samples * pixels) * dtype.itemsize
+
+
+def operand_bytes(plan: ViTPlan) -> int:
+    """What C++'s float32 products (`csrc/linear.cpp`) take, at most: the operand of a block of rows for each thread."""
+    packed = [p for projection in plan.projections() for p in (projection.weight, projection.transposed)]
+    widest = max((p.features[1] for p in packed if isinstance(p, NativeWeight)), default=0)
+    return torch.get_num_threads() * BLOCK_ROWS * widest * 4
+
+
+def explanation_bytes(
+    plan: ViTPlan,
+    n_images: int,
+    n_samples: int,
+    rows: int,
+    *,
+    storage: Storage,
+    together: int,
+    n_targets: int = 1,
+    pytorch: bool = False,
+) -> int:
+    """The module's formula. together: (image, target) pairs whose samples wait together (`fitting_pairs`); pytorch:
+    whether pixel ops are PyTorch's."""
+    shape, dtype = (plan.channels, *plan.image_size), statistics_dtype(plan.dtype)
+    workspace = operand_bytes(plan) + (workspace_bytes(rows, n_samples, shape, dtype) if pytorch else 0)
+    images = n_images * (1 + RAW_COPIES * n_targets) * torch.Size(shape).numel() * dtype.itemsize
+    micro_batch = rows * engine_row_bytes(plan)
+    return plan_bytes(plan) + micro_batch + together * storage.bytes + images + workspace
+
+
+def fitting_pairs(storage: Storage, n_targets: int, free: int) -> tuple[int, list[slice]]:
+    """How many images' samples wait together, and which of their targets: groups of almost equal size, one where all
+    fit. Images are walked forward once a group. At least one (image, target) pair always waits."""
+    pairs = max(1, int(SHARE * SHARE * free / storage.bytes))
+    size = math.ceil(n_targets / math.ceil(n_targets / pairs))
+    groups = [slice(start, min(start + size, n_targets)) for start in range(0, n_targets, size)]
+    return max(1, pairs // size), groups
+
+
+def choose_storage(
+    n_samples: int, image_shape: tuple[int, ...], statistics: torch.dtype, engine: torch.dtype, free: int
+) -> Storage:
+    """The first form that leaves half of the memory free; else the first that fits at all.
+
+    1. Contributions in the dtype of the statistics.
+    2. Token cotangents in the engine's dtype, where that is narrower: the same result, bit for bit.
+    3. Contributions rounded to bfloat16, where the statistics are float32: raw is then off by
+       2 % (L2; 0.018 to 0.023 for three scenes of the demo model, S = 50).
+
+    Raises InputError where none fits.
+    """
+    forms = [(False, statistics)]
+    if engine.itemsize < statistics.itemsize:
+        forms.append((True, engine))
+    elif statistics == torch.float32:
+        forms.append((False, torch.bfloat16))
+    found = [Storage(*form, contribution_bytes(n_samples, image_shape, form[1])) for form in forms]
+    for limit in (SHARE * free, free):
+        fitting = next((storage for storage in found if storage.bytes <= limit), None)
+        if fitting is not None:
+            return fitting
+    raise InputError(
+        f"{n_samples} samples of {image_shape} take {found[-1].bytes / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are "
+        "free; ask for fewer samples or smaller images"
+    )

@@ -1,0 +1,212 @@
+"""The two routes to the effective transformation, behind one pair of walks.
+
+`engine` where there is a plan, `frozen` for every other module. Both take tokens (R, n, c·p_h·p_w) of their
+`patch_size` and return cotangents of the same shape; the frozen route's one token is the whole image.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dave_fast.engine.buckets import Cost, Kernel, flat_cost, full_rows, multiprocessors, plan_gemms
+from dave_fast.engine.build import build_engine
+from dave_fast.engine.memory import engine_row_bytes, plan_bytes, weight_bytes
+from dave_fast.engine.walks import Engine
+from dave_fast.errors import InputError, ModelError
+from dave_fast.frozen.mode import freeze, run_frozen
+from dave_fast.frozen.proof import ensure_proved
+from dave_fast.ops.precision import DTYPES
+from dave_fast.plan import vit_plan as planning
+from dave_fast.plan.families import family_of
+
+ROUTES = ("auto", "engine", "frozen")
+# tokens that a CPU micro-batch aims at: enough rows for full GEMM tiles, few enough to stay in the caches
+CPU_TOKENS = 800
+FROZEN_ROWS = 4
+
+
+class Route(Protocol):
+    """A pair of walks for one model, image size, precision and device.
+
+    row_bytes, weights: bytes that a row of a micro-batch and the weights take · capturable: whether the walks never
+    wait for the device · full_rows: rows of a micro-batch once they have been chosen · fitting_rows: those that memory
+    had room for then · own_rows: the sizes of buckets that have one image's samples · row_cost: what a micro-batch of
+    so many rows costs, in rows · most_rows: where memory ran out before, the rows that still fitted.
+    """
+
+    name: str
+    patch_size: tuple[int, int]
+    dtype: torch.dtype
+    row_bytes: int
+    weights: int
+    capturable: bool
+    full_rows: int | None
+    fitting_rows: int
+    own_rows: list[int]
+    row_cost: Callable[[int], float]
+    most_rows: int
+
+    def best_rows(self, fitting: int) -> int:
+        """Rows of a full micro-batch where memory would hold `fitting`."""
+        ...
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Any]:
+        """tokens (R, n, c·p_h·p_w) -> output (R, ...) detached, and what `vjp` needs."""
+        ...
+
+    def vjp(self, saved: Any, cotangent: Tensor) -> Tensor:
+        """Cotangent of the output -> of the tokens."""
+        ...
+
+
+class EngineRoute:
+    """The walks over a plan."""
+
+    name = "engine"
+    capturable = True
+
+    def __init__(self, engine: Engine) -> None:
+        plan = engine.plan
+        self.plan = plan
+        self.patch_size = plan.patch_size
+        self.dtype = plan.dtype
+        self.row_bytes = engine_row_bytes(plan)
+        self.weights = plan_bytes(plan)
+        self.full_rows: int | None = None
+        self.fitting_rows = 0
+        self.own_rows: list[int] = []
+        self.most_rows = sys.maxsize
+        self.row_cost: Callable[[int], float] = flat_cost
+        if plan.device.type == "cuda":
+            kernel, processors = Kernel.of(plan.dtype.itemsize), multiprocessors(plan.device)
+            self.row_cost = Cost(plan.tokens, plan_gemms(plan), kernel, processors)
+        self.forward = engine.forward
+        self.vjp = engine.vjp
+
+    def best_rows(self, fitting: int) -> int:
+        """See `Route`."""
+        if self.row_cost is flat_cost:
+            return max(1, min(64, CPU_TOKENS // self.plan.tokens, fitting))
+        return full_rows(self.row_cost, fitting)
+
+
+@dataclass
+class _SavedGraph:
+    leaf: Tensor
+    output: Tensor
+
+
+class FrozenRoute:
+    """Autograd through the model's own forward with frozen operators. Its memory is autograd's."""
+
+    name = "frozen"
+    capturable = False
+
+    def __init__(self, model: nn.Module, size: tuple[int, int], dtype: torch.dtype) -> None:
+        self.model = model
+        self._size = size
+        self.patch_size = size
+        self.dtype = dtype
+        # what autograd keeps is unknown before it ran: few rows, and fewer where they do not fit
+        self.row_bytes = 0
+        self.weights = weight_bytes(model)
+        self.full_rows: int | None = None
+        self.fitting_rows = 0
+        self.own_rows: list[int] = []
+        self.row_cost: Callable[[int], float] = flat_cost
+        self.most_rows = sys.maxsize
+
+    def best_rows(self, fitting: int) -> int:
+        """See `Route`."""
+        return max(1, min(FROZEN_ROWS, fitting))
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, _SavedGraph]:
+        """One token an image (R, 1, C·H·W) -> output (R, ...), the graph."""
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = tokens.detach().clone().requires_grad_()
+            with freeze():
+                output = run_frozen(self.model, leaf.view(len(tokens), -1, *self._size))
+        return output.detach(), _SavedGraph(leaf, output)
+
+    def vjp(self, saved: _SavedGraph, cotangent: Tensor) -> Tensor:
+        """Cotangent of the output -> (R, 1, C·H·W)."""
+        with freeze():
+            (gradient,) = torch.autograd.grad(saved.output, saved.leaf, cotangent, retain_graph=True)
+        return gradient
+
+
+def _as(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The model itself where it fits, else a copy: the user's stays as it is."""
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    fits = all(t.dtype == dtype and t.device == device for t in tensors)
+    if fits and not any(m.training for m in model.modules()):
+        return model
+    return copy.deepcopy(model).to(device=device, dtype=dtype).eval()
+
+
+def make_route(
+    model: nn.Module,
+    shape: tuple[int, int, int],
+    *,
+    route: str,
+    precision: str,
+    device: torch.device,
+    backend: str,
+    sibling: Route | None = None,
+) -> tuple[Route, str | None]:
+    """The route for a model, and a line that says why where "auto" had to take `frozen`.
+
+    sibling: this model's route for another image size, in the same precision and on the same device.
+
+    Raises ModelError where route="engine" or precision="fp8" has no plan, or the model fails the proof
+    (NotFrozenError).
+    """
+    size, dtype, fp8 = shape[1:], DTYPES[precision], precision == "fp8"
+    reason = planning.why_not(model)
+    if reason is None:
+        _check_fit(model, shape)
+    if route == "engine" and reason is not None:
+        raise ModelError(f"route='engine' was asked for, but {reason}. Use route='auto' or 'frozen'.")
+    if route != "frozen" and reason is None:
+        plan = sibling.plan if isinstance(sibling, EngineRoute) else None
+        engine = build_engine(model, dtype=dtype, size=size, device=device, backend=backend, sibling=plan, fp8=fp8)
+        return EngineRoute(engine), None
+    if fp8:
+        why = "route='frozen' was asked for" if reason is None else reason
+        raise ModelError(f"precision='fp8' needs the engine's GEMMs, but {why}. Use precision='bf16'.")
+    _prove(model, shape)
+    line = None if route == "frozen" else f"the frozen route is taken (slower, more memory): {reason}"
+    fitting = sibling.model if isinstance(sibling, FrozenRoute) else _as(model, dtype, device)
+    return FrozenRoute(fitting, size, dtype), line
+
+
+def _check_fit(model: nn.Module, shape: tuple[int, int, int]) -> None:
+    """Images (C, H, W) that this model would refuse, with what it takes."""
+    family = family_of(model)
+    channels = family.channels(model)
+    if shape[0] != channels:
+        raise InputError(f"images have {shape[0]} channels and the model takes {channels}")
+    if planning.why_not(model, shape[1:]) is not None:
+        built_for = "×".join(map(str, family.image_size(model)))
+        raise InputError(
+            f"images are {shape[1]}×{shape[2]} and the model takes {built_for}: preprocess them as the model expects, "
+            f"or build it with img_size={' or dynamic_img_size=True' if hasattr(model, 'dynamic_img_size') else ''}"
+        )
+
+
+def _prove(model: nn.Module, shape: tuple[int, int, int]) -> None:
+    """The affine replay, once a model; ModelError for a model that is proved to have no attention."""
+    example = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    parameter = next(model.parameters(), example)
+    if not ensure_proved(model, example.to(parameter.device)).has_attention:
+        raise ModelError(
+            f"{type(model).__name__} has no attention: DAVE explains transformers. Give a Vision Transformer, or use a "
+            "gradient method for this model"
+        )

@@ -1,0 +1,79 @@
+"""Comparing maps: of an image and a disturbed one, of two classes, of a model and a random one; patch borders."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dave_fast.errors import InputError
+from dave_fast.evaluate.metrics.localisation import same_shape
+
+
+def correlation(maps: Tensor, others: Tensor) -> Tensor:
+    """Pearson correlation over the pixels of two maps: (B,) float64. NaN where one of them is constant.
+
+    maps, others: (B, ...), of equal shape. Stability: the map of x against the map of x + small noise, equal seeds.
+    """
+    same_shape(maps, others)
+    centred = [m.flatten(1).double() for m in (maps, others)]
+    centred = [m - m.mean(1, keepdim=True) for m in centred]
+    norms = [m.norm(dim=1) for m in centred]
+    # what rounding leaves of a constant map is no signal
+    flat = torch.stack([(m.flatten(1) == m.flatten(1)[:, :1]).all(1) for m in (maps, others)]).any(0)
+    return ((centred[0] * centred[1]).sum(1) / (norms[0] * norms[1])).masked_fill(flat, torch.nan)
+
+
+def rank_correlation(maps: Tensor, others: Tensor) -> Tensor:
+    """Spearman correlation over the pixels of two maps: (B,) float64. Ties share their mean rank. NaN as above.
+
+    maps, others: (B, ...), of equal shape. Parameter randomisation (Adebayo et al., Sanity checks for saliency maps,
+    NeurIPS 2018): the map of a model against that of a copy with random weights.
+    """
+    same_shape(maps, others)
+    return correlation(_mean_ranks(maps), _mean_ranks(others))
+
+
+def relative_change(maps: Tensor, others: Tensor) -> Tensor:
+    """‖others − maps‖₂ / ‖maps‖₂: (B,) float64. NaN where `maps` is zero. maps, others: (B, ...)."""
+    same_shape(maps, others)
+    reference = maps.flatten(1).double()
+    norm = reference.norm(dim=1)
+    change = (others.flatten(1).double() - reference).norm(dim=1) / norm
+    return change.masked_fill(norm == 0, torch.nan)
+
+
+def border_excess(attributions: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
+    """How much stronger an attribution is along the patch grid than inside the patches: (B,) float64, 0 for no grid.
+
+    attributions: (B, H, W) or (B, C, H, W); |·| is summed over channels. Mean over the pixels that touch a border
+    between two patches ÷ mean over the others − 1; the outermost pixels of the image, which border on nothing,
+    belong to neither. NaN where the others are all zero or there is no border between patches.
+    """
+    strength = attributions.double().abs()
+    strength = strength.sum(1) if strength.ndim == 4 else strength
+    height, width = strength.shape[1:]
+    ph, pw = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    if height % ph or width % pw:
+        raise InputError(f"patch size {ph}×{pw} does not divide attributions of {height}×{width} pixels.")
+    border = _touches_border(height, ph)[:, None] | _touches_border(width, pw)
+    border = border[1:-1, 1:-1].to(strength.device)
+    inner = strength[:, 1:-1, 1:-1]
+    interior = inner[:, ~border].mean(1)
+    return (inner[:, border].mean(1) / interior - 1).masked_fill(interior == 0, torch.nan)
+
+
+def _mean_ranks(maps: Tensor) -> Tensor:
+    """Ranks of the values of each map, equal values with the mean of theirs: (B, pixels) float64; NaN stays NaN."""
+    flat = maps.flatten(1).double()
+    ordered = flat.sort(dim=1).values
+    below = torch.searchsorted(ordered, flat, side="left")
+    upto = torch.searchsorted(ordered, flat, side="right")
+    return ((below + upto).double() / 2).masked_fill(flat.isnan(), torch.nan)
+
+
+def _touches_border(size: int, patch: int) -> Tensor:
+    """Which of the pixels of one axis lie next to a border between two patches: (size,) bool."""
+    place = torch.arange(size)
+    after = (place % patch == 0) & (place > 0)
+    before = (place % patch == patch - 1) & (place < size - 1)
+    return after | before

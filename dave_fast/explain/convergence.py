@@ -1,0 +1,104 @@
+"""How far a map is from its limit, told from its own samples.
+
+The error of the final map m_S of S samples is its relative L2 distance to its limit, ‖m_S − m_∞‖ / ‖m_∞‖. A median,
+a ReLU and a division by the maximum stand between samples and map, so there is no formula from per-pixel variances.
+Instead the samples are split into two halves, each of which is made a map of its own, A and B:
+
+    ê² = ½·(‖A − m_S‖² + ‖B − m_S‖²) / ‖m_S‖²
+
+For a plain mean of independent samples the distance from half the samples to all has exactly the variance that all have
+to the limit, 1/(S/2) − 1/S = 1/S; by the parallelogram law ê² also holds the square of the bias between S/2 and S,
+‖m_S − ½(A + B)‖², which the difference of two halves cannot see. Halves are of consecutive samples: in the van der
+Corput schedule every run of consecutive samples is a fair sample of noise levels, whereas every second one is not.
+
+The bound is factor(S)·ê, the factor being the 0.9 quantile of error/ê over scenes of the demo model
+(`benchmarks/convergence.py`, with the validation on other scenes beside it in benchmarks/results).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from dave_fast.explain.explainer import DAVE
+
+# S -> 0.9 quantile of error/ê; between two, linear in log S, and beyond the last, the last
+FACTORS = {8: 1.34, 16: 1.36, 32: 1.35, 64: 1.32, 128: 1.32, 256: 1.33}
+
+
+@dataclass(frozen=True)
+class Refined:
+    """The maps of one image from its first S samples, K classes.
+
+    maps: (K, H, W) float32 · raw: (K, C, H, W) float32 · samples: S · errors: the estimate ê of each class ·
+    bounds: what each error is below with a probability of 0.9; infinity below eight samples.
+    """
+
+    maps: Tensor
+    raw: Tensor
+    samples: int
+    errors: list[float]
+    bounds: list[float]
+
+    @property
+    def bound(self) -> float:
+        """The largest of the bounds."""
+        return max(self.bounds)
+
+
+def refine(explainer: DAVE, contributions: Tensor) -> Refined:
+    """Maps and error estimates from contributions (K, S, C, H, W): those of K classes, S samples."""
+    samples = contributions.shape[1]
+    raw, maps = explainer.aggregate(contributions)
+    half = samples // 2
+    errors = [math.inf] * len(maps)
+    if half > 0:
+        # the last sample of an odd number is in neither half
+        halves = [explainer.aggregate(contributions[:, start : start + half])[1] for start in (0, half)]
+        errors = estimate(maps, *halves)
+    bounds = [factor(samples) * error for error in errors]
+    return Refined(maps.float().cpu(), raw.float().cpu(), samples, errors, bounds)
+
+
+def estimate(maps: Tensor, first: Tensor, second: Tensor) -> list[float]:
+    """ê of maps (K, H, W), given the maps of both halves of their samples; infinity for a map of zeros."""
+    distance = (_squares(first - maps) + _squares(second - maps)) / 2
+    return [math.sqrt(d / n) if n > 0 else math.inf for d, n in zip(distance.tolist(), _squares(maps), strict=True)]
+
+
+def relative_distance(maps: Tensor, limit: Tensor) -> list[float]:
+    """The error itself: ‖m − m_∞‖ / ‖m_∞‖ of maps (K, H, W)."""
+    return (_squares(maps - limit) / _squares(limit)).sqrt().tolist()
+
+
+def factor(samples: int) -> float:
+    """By how much ê is multiplied to be a bound that holds nine times in ten; infinity where nothing was measured."""
+    known = sorted(FACTORS)
+    if samples < known[0]:
+        return math.inf
+    for below, above in pairwise(known):
+        if samples < above:
+            share = math.log(samples / below) / math.log(above / below)
+            return (1 - share) * FACTORS[below] + share * FACTORS[above]
+    return FACTORS[known[-1]]
+
+
+def checkpoints(n_samples: int) -> Iterator[int]:
+    """The numbers of samples at which a map is worth looking at: 1, 2, 3, 4, 6, 8, 12, 16, 24 … and the last."""
+    power = 1
+    while power < n_samples:
+        yield power
+        if power > 1 and power * 3 // 2 < n_samples:
+            yield power * 3 // 2
+        power *= 2
+    yield n_samples
+
+
+def _squares(maps: Tensor) -> Tensor:
+    return maps.double().square().sum(dim=(-2, -1)).cpu()

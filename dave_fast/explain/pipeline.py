@@ -1,0 +1,94 @@
+"""The one-liner that users of Hugging Face's pipelines know: a model in, a function of images out.
+
+pipe = dave_fast.pipeline("demo")
+pipe("photo.jpg", top_k=3)     # [{"label": ..., "score": ..., "target": ..., "map": ..., "overlay": ...}, ...]
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image, ImageOps
+from torch import nn
+
+from dave_fast.engine.checks import check_integer
+from dave_fast.errors import InputError
+from dave_fast.explain.explainer import DAVE
+from dave_fast.images import drawing, preprocessing, read_image
+from dave_fast.models.adapter import require_classifier
+from dave_fast.models.labels import labels_of
+from dave_fast.models.spec import ModelSpec
+
+Picture = str | os.PathLike[str] | Image.Image
+Answer = dict[str, Any]
+
+
+class Pipeline:
+    """A classifier with its preprocessing and class names; `explainer` is its `DAVE`."""
+
+    def __init__(self, explainer: DAVE) -> None:
+        require_classifier(explainer.model, explainer.model_name)
+        self.explainer = explainer
+        self.prepare = preprocessing(explainer.model)
+        self.labels = labels_of(explainer.model)
+
+    def __call__(
+        self,
+        images: Picture | Sequence[Picture],
+        *,
+        top_k: int = 1,
+        target: str | int | None = None,
+        n_samples: int = 50,
+        seed: int = 0,
+    ) -> list[Answer] | list[list[Answer]]:
+        """Explain the most probable classes of an image, or one class; for a list of images a list each.
+
+        images: a path or a PIL image, or a list of them. target: a class by index or name, in place of top_k.
+
+        Each answer holds label, score (probability), target (index), map ((H, W) float32 in [0, 1]) and overlay (a PIL
+        image). Raises ImageError, InputError.
+        """
+        check_integer(top_k, "top_k", 1)
+        if target is not None and top_k != 1:
+            raise InputError("target names one class and top_k several: give one of them.")
+        if isinstance(images, str | os.PathLike | Image.Image):
+            return self._answers(images, top_k, target, n_samples, seed)
+        return [self._answers(image, top_k, target, n_samples, seed) for image in images]
+
+    def _answers(
+        self, picture: Picture, top_k: int, target: str | int | None, n_samples: int, seed: int
+    ) -> list[Answer]:
+        inputs, crop = self.prepare(_read(picture))
+        logits = self.explainer.predict(inputs[None])[0]
+        if top_k > len(logits):
+            raise InputError(f"top_k is {top_k}, and the model has {len(logits)} classes.")
+        classes = [self.labels.resolve(target)] if target is not None else logits.topk(top_k).indices.tolist()
+        scores = logits.softmax(0)
+        found = self.explainer.explain(inputs[None], targets=classes, n_samples=n_samples, seed=seed)
+        maps = found.maps[0].cpu().numpy()
+        return [
+            {
+                "label": self.labels.name(index),
+                "score": float(scores[index]),
+                "target": index,
+                "map": heat,
+                "overlay": drawing.overlay(crop, heat),
+            }
+            for index, heat in zip(classes, maps, strict=True)
+        ]
+
+
+def pipeline(model: str | ModelSpec | nn.Module = "demo", **settings: Any) -> Pipeline:
+    """A `Pipeline` of any model that `DAVE` takes. settings: keywords of `DAVE`, as precision or noise_alpha.
+
+    Raises what `DAVE` raises, and InputError for a model that has no classes.
+    """
+    return Pipeline(DAVE(model, **settings))
+
+
+def _read(picture: Picture) -> Image.Image:
+    if isinstance(picture, Image.Image):
+        return ImageOps.exif_transpose(picture).convert("RGB")
+    return read_image(picture)

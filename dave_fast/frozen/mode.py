@@ -1,0 +1,259 @@
+"""The frozen route: the effective transformation of any nn.Module, by autograd through its own forward pass.
+
+DAVE (arXiv 2602.06613, Eq. 3-5) writes every sub-layer as F(X) = L(X)·X + b with an operator L(X) that the input
+chooses, and keeps L(X) of the gradient. `freeze()` is a TorchFunctionMode: under it a model's forward runs as
+written, each L(X) is a constant, and what autograd returns is the frozen vector-Jacobian product.
+
+How an operator is told from a value. Every tensor that depends on the input has a rank:
+
+    VALUE        what flows through the model: linear in the stream
+    ACTIVATION   the output of act(u) with act(0) = 0. It is the value gate·u with the frozen gate act(u)/u, and
+                 stays so through reshapes and constants; but multiplied by a VALUE it is the operator, entirely:
+                 silu(a)·b, x·(1 + tanh(…))
+    OPERATOR     the output of any other nonlinear function (softmax, sigmoid, exp, rsqrt, a norm …), and whatever
+                 is computed from OPERATORs and constants alone
+
+In a product of two factors that depend on the input the one of higher rank is detached; in a quotient, the
+denominator. Norm layers and attention keep r and P; indices, masks and the winners of a maximum are operators too.
+So softmax(q·kᵀ)·v, x·rsqrt(mean x² + eps) and hand-written activations freeze as written, without a list of modules.
+An OPERATOR is detached where it meets a value and not before: one that is used as a value (x + sigmoid(x)), or a
+product of two VALUEs (x·x), has no rule, keeps autograd's gradient, and is found by `frozen.proof`, which proves
+the freezing on every model. The rules are in `dave_fast/frozen/rules.py`.
+
+The model is only called. Its parameters enter every function as detached aliases, so none gets a gradient, and
+nothing is hooked, swapped or set. Memory is autograd's: gates and norm scales of every layer, and P where the model
+writes attention as two matrix products, until the backward pass.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from dave_fast.errors import InputError, ModelError
+from dave_fast.frozen.ranks import KEEPS_ACTIVATION, TAKES_A_FORM, Rank, canonical, rank_of, set_rank
+from dave_fast.frozen.rules import RULES
+
+Function = Callable[..., Any]
+
+_DISPATCH_CHECKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+_ATTRIBUTE_ACCESS = ("__get__", "__set__", "__delete__", "requires_grad_", "register_hook")
+
+
+class Tape(Protocol):
+    """Keeps the operators of a forward pass: see `dave_fast.frozen.proof`."""
+
+    def keep(self, name: str, operator: Tensor) -> Tensor:
+        """Write down the operator and return it, or return the one written before."""
+        ...
+
+
+class FrozenMode(TorchFunctionMode):
+    """Runs torch functions so that autograd sees every input-chosen operator as a constant.
+
+    tape: where operators are kept for the affine replay; None where they are only used.
+    met: the names of the functions that were called on what depends on the input.
+    """
+
+    def __init__(self, tape: Tape | None = None) -> None:
+        super().__init__()
+        self.tape = tape
+        self.met: set[str] = set()
+        self._name = ""
+        self._inside: list[Function] = []
+
+    def __torch_function__(
+        self,
+        func: Function,
+        types: Iterable[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        name = getattr(func, "__name__", "")
+        if name in _ATTRIBUTE_ACCESS and name != "__get__":
+            return func(*args, **kwargs)
+        if name != "__get__" or not _is_parameter(args):
+            args = [_constant(a) for a in args]
+            kwargs = {key: _constant(value) for key, value in kwargs.items()}
+        live = live_tensors((*args, *kwargs.values()))
+        if not live:
+            return func(*args, **kwargs)
+        # Tensor.unflatten and its like call their own name once more, by super().
+        composite = None if self._inside and self._inside[-1] is func else _entered(func)
+        if composite is None:
+            return self._call(func, args, kwargs, live)
+        self._inside.append(func)
+        try:
+            with self:
+                return composite(*args, **kwargs)
+        finally:
+            self._inside.pop()
+
+    def _call(self, func: Function, args: Sequence[Any], kwargs: dict[str, Any], live: list[Tensor]) -> Any:
+        """One function of PyTorch's core on `live` tensors: by its rule, or as it is."""
+        name, in_place = canonical(func)
+        self._name = name
+        self.met.add(name)
+        if name in TAKES_A_FORM:
+            live = live_tensors(args[:1]) or live
+        ranks = [rank_of(tensor) for tensor in live]
+        operators_only = min(ranks) == Rank.OPERATOR
+        rule = None if operators_only else RULES.get(name)
+        result = NotImplemented if rule is None else rule(self.operator, func, args, kwargs)
+        if result is NotImplemented:
+            kept = operators_only or (len(live) == 1 and name in KEEPS_ACTIVATION)
+            result = self._as_is(func(*args, **kwargs), ranks[0] if kept else Rank.VALUE)
+        if in_place and result is not args[0]:
+            # The rule computed beside its argument; whoever holds the argument expects the result in it.
+            result = set_rank(args[0].copy_(result), rank_of(result))
+        return result
+
+    def operator(self, tensor: Tensor) -> Tensor:
+        """The tensor as an operator: a constant; in a replay, the one of the recorded pass."""
+        constant = tensor.detach()
+        return constant if self.tape is None else self.tape.keep(self._name, constant)
+
+    def _as_is(self, result: Any, rank: Rank) -> Any:
+        """Rank what a function returned; indices and masks that the input chose (argsort, x > 0) are operators."""
+        if isinstance(result, list | tuple):
+            for tensor in live_tensors(result):
+                set_rank(tensor, rank)
+        elif isinstance(result, Tensor):
+            if result.requires_grad:
+                return set_rank(result, rank)
+            if not result.is_floating_point():
+                return self.operator(result)
+        return result
+
+
+def freeze() -> FrozenMode:
+    """Context in which any model's forward pass has frozen operators: `with freeze(): output = model(x)`.
+
+    The input must require a gradient. Activation checkpointing recomputes in the backward pass, so call
+    `torch.autograd.grad` within the context too. A context serves one `with` at a time; take one per thread.
+    """
+    return FrozenMode()
+
+
+def frozen_forward(model: nn.Module, inputs: Tensor) -> Tensor:
+    """The model's output for inputs (B,C,H,W) with frozen operators; it carries autograd's graph to `inputs`.
+
+    The graph is built also under `torch.no_grad()`. Raises ModelError for a model in training mode, and where the
+    output is no tensor (and has no tensor `logits`) or does not depend on the inputs.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), freeze():
+        return run_frozen(model, inputs)
+
+
+def frozen_vjp(model: nn.Module, inputs: Tensor, target_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Rows of the effective transformation (DAVE, arXiv 2602.06613, Eq. 3-5), one per image.
+
+    model: any nn.Module in evaluation mode, in any floating dtype; it is called and not changed.
+    inputs: (B,C,H,W) of the model's dtype and device.
+    target_fn: output (B,K) → scores (B,), differentiable. Score b may depend on row b of the output alone: one
+        backward pass of the sum then serves the batch.
+
+    Returns the output (B,K), detached, and the gradient (B,C,H,W) in the dtype of `inputs`.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = inputs.clone().detach().requires_grad_()
+        with freeze():
+            output = run_frozen(model, leaf)
+        scores = target_fn(output)
+        check_scores(scores, leaf)
+        # A checkpointed model runs its forward again in here.
+        with freeze():
+            (gradient,) = torch.autograd.grad(scores.sum(), leaf)
+    return output.detach(), gradient
+
+
+def run_frozen(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Call the model within an active mode and check what it returns."""
+    _require_evaluation(model)
+    # A copy, so that a model that works in place leaves the caller's tensor alone.
+    output = model(inputs.clone())
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ModelError(
+            f"the model {type(model).__name__} returned {type(output).__name__}; expected a tensor (B, classes): "
+            "wrap the model in a module that returns its logits"
+        )
+    if not logits.requires_grad:
+        raise ModelError(
+            f"the output of {type(model).__name__} does not depend on its input by any differentiable path: does "
+            "its forward use torch.no_grad() or detach()?"
+        )
+    return logits
+
+
+def _require_evaluation(model: nn.Module) -> None:
+    """Dropout and batch statistics are no part of what a model predicts; switching modes is the user's to do."""
+    by_mode = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
+    for path, module in model.named_modules():
+        if module.training and (module is model or isinstance(module, by_mode)):
+            where = f"its module {path!r} ({type(module).__name__})" if path else "it"
+            raise ModelError(
+                f"the model {type(model).__name__} is to be explained as it predicts, but {where} is in training "
+                "mode: call model.eval() first"
+            )
+
+
+def check_scores(scores: Tensor, inputs: Tensor) -> None:
+    """One differentiable score per image, or a plain error."""
+    if scores.shape != inputs.shape[:1]:
+        raise InputError(
+            f"target_fn returned shape {tuple(scores.shape)}; expected one score per image, ({inputs.shape[0]},)"
+        )
+    if not scores.requires_grad:
+        raise InputError("target_fn returned scores that carry no gradient; compute them from the model's output")
+
+
+def live_tensors(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors that depend on the input, also those in lists and tuples."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.requires_grad:
+                found.append(value)
+        elif isinstance(value, list | tuple):
+            found += live_tensors(value)
+    return found
+
+
+def _is_parameter(args: Sequence[Any]) -> bool:
+    return bool(args) and isinstance(args[0], nn.Parameter)
+
+
+def _constant(value: Any) -> Any:
+    """Parameters as constants: a detached alias instead of requires_grad = False on the user's model."""
+    if isinstance(value, nn.Parameter):
+        return value.detach()
+    if isinstance(value, list | tuple) and any(isinstance(v, nn.Parameter) for v in value):
+        return [_constant(v) for v in value]
+    return value
+
+
+def _never(*_: Any) -> bool:
+    return False
+
+
+def _entered(func: Function) -> Function | None:
+    """A copy of a Python composite that does not hand itself to the mode, while the functions it calls do.
+
+    F.multi_head_attention_forward, F.normalize, Tensor.norm … ask first whether a mode is active and hand
+    themselves over as one opaque call. With that question answered "no" their bodies run in view of the mode.
+    """
+    if not isinstance(func, types.FunctionType):
+        return None
+    if not any(name in func.__globals__ for name in _DISPATCH_CHECKS if name in func.__code__.co_names):
+        return None
+    scope = {**func.__globals__, **dict.fromkeys(_DISPATCH_CHECKS, _never)}
+    copy = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return copy

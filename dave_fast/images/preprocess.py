@@ -1,0 +1,191 @@
+"""Photographs on disk, and what a model sees of them.
+
+`read_image` gives 8-bit RGB from any file that Pillow reads, `find_images` the files behind paths and
+folders, `preprocessing` the model's own resize, crop and normalisation.
+
+Torch and timm are imported where they are first needed: finding and reading files needs neither.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from dave_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+# beside timm's words for a preprocessing, two of ours: the inverse 1 − x of each channel follows the three (B-cos
+# models); offsets of the crop are rounded down
+ADD_INVERSE, CROP_FLOOR = "add_inverse", "crop_floor"
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """A model's own way from a photograph to its input.
+
+    size: (H, W) in pixels. mean, std: per channel, of pixels in [0, 1].
+    transform: PIL RGB to normalised float32 (3, H, W), (6, H, W) with ADD_INVERSE.
+    note: what had to be assumed, or None.
+    config: what timm makes the transform of, as plain values (`from_config`).
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    transform: Callable[[Image.Image], Tensor]
+    note: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, image: Image.Image) -> tuple[Tensor, np.ndarray]:
+        """The model's input, normalised float32 (C, H, W), and the crop it shows, uint8 (H, W, 3)."""
+        inputs = self.transform(image)
+        return inputs, self.pixels(inputs)
+
+    def crop(self, image: Image.Image) -> np.ndarray:
+        """The first half of the way: resized and cropped, uint8 (H, W, 3)."""
+        return np.asarray(self._half(first=True)(image))
+
+    def normalised(self, crop: np.ndarray) -> Tensor:
+        """The second half: `normalised(crop(image))` is `transform(image)`, bit for bit."""
+        return self._half(first=False)(Image.fromarray(crop))
+
+    def _half(self, *, first: bool) -> Callable[[Any], Any]:
+        from timm.data.transforms import MaybeToTensor
+        from torchvision.transforms import Compose, ToTensor
+
+        steps = self.transform.transforms  # type: ignore[attr-defined]
+        middle = next(n for n, step in enumerate(steps) if isinstance(step, MaybeToTensor | ToTensor))
+        return Compose(steps[:middle] if first else steps[middle:])
+
+    def pixels(self, inputs: Tensor) -> np.ndarray:
+        """Normalised inputs (C, H, W) back as the pixels that they were made from: uint8 (H, W, 3)."""
+        planes = inputs[:3].detach().cpu().double().permute(1, 2, 0).numpy()
+        planes = planes * np.asarray(self.std) + np.asarray(self.mean)
+        # Adding the exact half before cutting undoes the rounding of the normalisation.
+        return np.clip(planes * 255 + 0.5, 0, 255).astype(np.uint8)
+
+
+def preprocessing(model: Any, image_size: Sequence[int] | None = None) -> Preprocessing:
+    """The preprocessing that a model was trained for, as timm knows it.
+
+    model: an nn.Module. Without a `pretrained_cfg` it gets ImageNet's mean and standard deviation, bicubic
+    resizing, a central crop of 87.5 % (at 224 pixels where its size is unknown), and a note that says so.
+    image_size: (H, W) where it is to be another size than that of the model, or of its configuration.
+
+    Raises InputError for a model that takes other channels than red, green and blue (and their inverse).
+    """
+    from timm.data.config import resolve_data_config
+
+    known = getattr(model, "pretrained_cfg", None)
+    # class names alone are no preprocessing
+    known = known if known and not known.keys().isdisjoint(("input_size", "mean")) else None
+    config = resolve_data_config(pretrained_cfg=known or {"input_size": (3, 224, 224)})
+    if known and known.get(CROP_FLOOR):
+        config[CROP_FLOOR] = True
+    channels, height, width = config["input_size"]
+    # A model may have been made for another size than its configuration names.
+    image_size = image_size or getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if image_size is None and known is None:
+        image_size = _own_size(model)
+    if image_size is not None:
+        height, width = (int(side) for side in image_size)
+    inverse = bool(known and known.get(ADD_INVERSE))
+    if inverse:
+        config[ADD_INVERSE] = True
+    if channels != (6 if inverse else 3):
+        raise InputError(f"the model takes {channels} channels; image files are read as 3 (RGB). Use the Python API.")
+    note = None
+    if not known:
+        note = f"the model names no preprocessing: those of ImageNet at {height}×{width} are used."
+    return from_config({**config, "input_size": (channels, height, width)}, note)
+
+
+def _own_size(model: Any) -> Sequence[int] | None:
+    """`image_size` of torchvision's ViT (a side) and of adapters (H, W)."""
+    size = getattr(model, "image_size", None)
+    return (size, size) if isinstance(size, int) else size if isinstance(size, tuple | list) else None
+
+
+def from_config(config: Mapping[str, Any], note: str | None = None) -> Preprocessing:
+    """The preprocessing that `Preprocessing.config` describes, without the model; lists may stand for tuples."""
+    from timm.data.transforms_factory import create_transform
+    from torchvision.transforms import CenterCrop
+
+    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
+    _, height, width = plain["input_size"]
+    known = {key: value for key, value in plain.items() if key not in (ADD_INVERSE, CROP_FLOOR)}
+    transform = create_transform(**known, is_training=False)
+    if plain.get(CROP_FLOOR):
+        steps = transform.transforms
+        transform.transforms = [_FloorCrop(step.size) if isinstance(step, CenterCrop) else step for step in steps]
+    if plain.get(ADD_INVERSE):
+        transform.transforms.append(_with_inverse)
+    return Preprocessing((height, width), tuple(plain["mean"]), tuple(plain["std"]), transform, note, plain)
+
+
+def _with_inverse(pixels: Tensor) -> Tensor:
+    """(3, H, W) -> (6, H, W): r, g, b, 1−r, 1−g, 1−b."""
+    import torch
+
+    return torch.cat([pixels, 1 - pixels])
+
+
+def describe_preprocessing(
+    size: tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    resize: int | tuple[int, int] | None = None,
+    interpolation: str = "bicubic",
+    crop_floor: bool = False,
+) -> dict[str, Any]:
+    """A preprocessing in timm's words, as `pretrained_cfg` holds them: resize, central crop, normalisation.
+
+    size: (H, W) of the input. resize: the shorter side in pixels; or (H, W), whatever the shape; None: to `size`.
+    mean, std: per channel, of pixels in [0, 1]. interpolation: "bicubic", "bilinear", "nearest", "lanczos" ...
+    crop_floor: an odd remainder leaves its extra pixel on the right and below, as in Hugging Face's processors;
+    torchvision and timm round to even.
+
+    Raises InputError for a crop that is larger than the resized image, or that timm has no words for.
+    """
+    height, width = size
+    if resize is None:
+        resize = (height, width)
+    squash = not isinstance(resize, int)
+    resized = (resize, resize) if isinstance(resize, int) else tuple(resize)
+    # timm resizes to floor(size / crop_pct); the half keeps rounding away from the next integer
+    crop_pct = 1.0 if resized == (height, width) else height / (resized[0] + 0.5)
+    if (math.floor(height / crop_pct), math.floor(width / crop_pct)) != resized or crop_pct > 1:
+        raise InputError(
+            f"images resized to {resized[0]}×{resized[1]} and cropped to {height}×{width}: expected a crop that is no "
+            "larger, and of the same shape."
+        )
+    return {
+        "input_size": (3, height, width),
+        "mean": tuple(float(value) for value in mean),
+        "std": tuple(float(value) for value in std),
+        "interpolation": interpolation,
+        "crop_pct": crop_pct,
+        "crop_mode": "squash" if squash else "center",
+        **({CROP_FLOOR: True} if crop_floor else {}),
+    }
+
+
+@dataclass(frozen=True)
+class _FloorCrop:
+    """The central crop of `size` (H, W) whose offsets are rounded down."""
+
+    size: tuple[int, int]
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        height, width = self.size
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        return image.crop((left, top, left + width, top + height))

@@ -1,0 +1,169 @@
+"""Find image files and read them as 8-bit RGB. Needs Pillow only, neither torch nor timm."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from dave_fast.errors import ImageError, InputError, TooLargeError
+
+# Formats that Pillow recognises but cannot draw without a program or plug-in of its own.
+_STUBS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+
+
+# The brightest value that integers and floats of no declared range can be meant to have.
+_FULL_SCALES = {"I": (255.0, 65535.0), "F": (1.0, 255.0, 65535.0)}
+
+
+# how the names of our own pictures end
+OURS = (".overlay.png", ".map.png", ".figure.png")
+
+
+def read_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Read a file as 8-bit RGB, turned upright by its EXIF orientation.
+
+    Transparent pixels are shown on white. Animations give their first frame. 16-bit grey is divided by 257;
+    32-bit integers and floats are divided by the smallest of 1 (floats only), 255 and 65535 that holds them,
+    or stretched from minimum to maximum where none does.
+
+    Raises ImageError, with the path and the reason, for whatever cannot be read in full.
+    """
+    try:
+        if os.path.getsize(path) == 0:
+            raise ImageError("the file is empty")
+        # A handle keeps Pillow from mapping the file, which garbles turned TIFFs (seen in Pillow 13.0).
+        with open(path, "rb") as file:
+            return _decoded(file)
+    # Decoders raise whatever the bytes provoke (struct.error, SyntaxError, zlib.error, EOFError ...).
+    except Exception as error:
+        raise ImageError(f"cannot read {os.fspath(path)}: {_reason(error)}.") from error
+
+
+def decode_image(
+    content: bytes, name: str, *, max_pixels: int | None = None, formats: tuple[str, ...] | None = None
+) -> Image.Image:
+    """The bytes of an image file as 8-bit RGB, as `read_image`. name: what messages call it.
+
+    max_pixels: width × height above which nothing is decoded. formats: those of Pillow that are tried; None is all.
+
+    Raises ImageError for whatever cannot be read in full, TooLargeError for more than max_pixels.
+    """
+    try:
+        if not content:
+            raise ImageError("the file is empty")
+        return _decoded(io.BytesIO(content), max_pixels, formats)
+    except (TooLargeError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise TooLargeError(f"cannot read {name}: {_reason(error)}.") from error
+    except Exception as error:
+        raise ImageError(f"cannot read {name}: {_reason(error)}.") from error
+
+
+def _decoded(file: IO[bytes], max_pixels: int | None = None, formats: tuple[str, ...] | None = None) -> Image.Image:
+    with Image.open(file, formats=formats) as image:
+        if max_pixels is not None and image.width * image.height > max_pixels:
+            raise TooLargeError(f"it has {image.width}×{image.height} pixels; at most {max_pixels} are taken")
+        # Lazy until here: this decodes all pixels, so a truncated file is noticed.
+        image.load()
+        return _rgb(ImageOps.exif_transpose(image))
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with an image file, in words."""
+    if isinstance(error, UnidentifiedImageError):
+        return "it is not an image that Pillow can read"
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return f"it is too large ({error})"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return str(error).rstrip(".") or type(error).__name__
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """An image of any Pillow mode as RGB."""
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _eight_bit(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """A one-channel image of more than eight bits as mode L; Pillow itself would clip at 255."""
+    values = np.asarray(image, dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise ImageError("it holds pixels that are not finite (NaN or infinity)")
+    low, high = float(values.min()), float(values.max())
+    scales = _FULL_SCALES.get(image.mode, (65535.0,))
+    full = next((scale for scale in scales if low >= 0 and high <= scale), None)
+    if full is None:
+        values, full = values - low, (high - low) or 1.0
+    return Image.fromarray(np.rint(values * (255 / full)).astype(np.uint8))
+
+
+def find_images(paths: Iterable[str | os.PathLike[str]], *, skip: str | os.PathLike[str] | None = None) -> list[Path]:
+    """The image files behind paths: files as given, folders searched with all below them, in sorted order.
+
+    In folders, files count by their suffix; hidden ones are left out, and so are the pictures that an earlier run
+    made: all in the folder `skip`, where results go, and what bears their names. A file that is reached twice is
+    listed once.
+
+    Raises InputError for a path that does not exist, a folder that cannot be listed, or no image at all.
+    """
+    given = [Path(path) for path in paths]
+    found: dict[Path, Path] = {}
+    for path in given:
+        if not path.exists():
+            raise InputError(f"there is no file or folder {path}.")
+        for file in _below(path, skip) if path.is_dir() else [path]:
+            found.setdefault(file.resolve(), file)
+    if not found:
+        where = ", ".join(map(str, given)) or "nothing was given"
+        raise InputError(f"no image to explain ({where}): give image files, or a folder that has some.")
+    return list(found.values())
+
+
+def _below(folder: Path, skip: str | os.PathLike[str] | None) -> list[Path]:
+    """Files in a folder and below whose suffix is that of an image, sorted."""
+    return sorted(Path(path) for path in walk_images(folder, skip=skip))
+
+
+def walk_images(
+    folder: str | os.PathLike[str], *, skip: str | os.PathLike[str] | None = None, follow: bool = False
+) -> Iterator[str]:
+    """The paths of the images in a folder and below, one at a time, in an order that is always the same.
+
+    What counts as an image, and what `skip` leaves out: see `find_images`. follow: also into folders behind links.
+    Raises InputError for a folder that cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        reason = (error.strerror or "unreadable").lower()
+        raise InputError(f"cannot list the folder {error.filename}: {reason}.")
+
+    skipped = None if skip is None else Path(skip).resolve()
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=follow):
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and Path(root, f).resolve() != skipped)
+        for name in sorted(names):
+            if not name.startswith(".") and not name.endswith(OURS) and is_image(name):
+                yield os.path.join(root, name)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's suffix is that of an image which this Pillow reads."""
+    return os.path.splitext(name)[1].lower() in _suffixes()
+
+
+@cache
+def _suffixes() -> frozenset[str]:
+    """Suffixes, in lower case with their dot, of the formats that this Pillow reads."""
+    Image.init()
+    readable = set(Image.OPEN) - _STUBS
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in readable)

@@ -1,0 +1,261 @@
+"""From a reading to layers: folding, in float64, with one cast at the end.
+
+With P = I − 11ᵀ/C (the projection that removes a token's mean):
+
+- A norm's weight and bias go into the linear layer that reads it: W ← W·diag(w), b ← b + W·β. Of the norm
+  itself one scalar a row is left, its 1/σ, in the forward walk and in the VJP alike. So it is for the norm ahead of
+  a branch and for one inside it, on the attention's output or the hidden layer.
+- A LayerNorm's centring goes into the same reader: W ← W·P. So the reader may be given rows with a mean.
+- Where everything that reads the residual stream is blind to a token's mean (all norms are LayerNorms, the
+  tail's too), the writers are centred as well: W ← P·W, b ← P·b. The stream then has no mean, 1/σ is that
+  of an RMSNorm, and no low-precision digits are spent on the mean. Otherwise 1/σ is taken from the variance.
+- LayerScale goes into the writer before it is centred.
+- Heads of keys and values that several query heads share are repeated in the weights.
+- A rotary embedding whose neighbours turn with each other becomes one whose halves do: the rows of q and k are
+  permuted within each head, which q·k does not notice.
+
+The forward half of this is known (Jiang et al., arXiv 2305.14858); the frozen VJP half holds because the
+operators that remain are the same.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dave_fast.ops.precision import statistics_dtype
+from dave_fast.plan import reading
+from dave_fast.plan.layers import AttentionLayer, Deviation, Layer, MlpLayer, Projection, Rotation, Step
+from dave_fast.plan.reading import Linear, Norm, Reading, Rotary
+
+Pack = Callable[[Tensor], Any]
+
+
+@dataclass(frozen=True)
+class Maker:
+    dtype: torch.dtype
+    pack: Pack
+    device: torch.device
+    source: Reading
+    centred: bool
+    # tables that layers share, by the identity of what makes them
+    shared: dict[int, Any] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.source.position) + len(self.source.prefix)
+
+    @property
+    def read(self) -> int:
+        return self.source.read or self.tokens
+
+    def cast(self, t: Tensor) -> Tensor:
+        return t.to(device=self.device, dtype=self.dtype).contiguous()
+
+    def projection(self, linear: Linear, transposed: Tensor | None = None) -> Projection:
+        """transposed: what the VJP multiplies with, where it is not the whole weight."""
+        back = linear.weight if transposed is None else transposed
+        return Projection(self.pack(self.cast(linear.weight)), self.cast(linear.bias), self.pack(self.cast(back.T)))
+
+    def norm(self, norm: Norm | None) -> Norm | None:
+        """A norm that is not folded: its numbers on the device, in the dtype of statistics."""
+        if norm is None:
+            return None
+        weight, bias = (t.to(self.device, statistics_dtype(self.dtype)) for t in (norm.weight, norm.bias))
+        return replace(norm, weight=weight, bias=bias)
+
+    # ---- layers ----
+
+    def step(self, branches: reading.Step, index: int) -> Step:
+        last = max(i for i, step in enumerate(self.source.steps) if any(map(_attends, step)))
+        trimmed = index == last and self.read < self.tokens
+        layers = (self.attention(b, trimmed) if isinstance(b, reading.Attention) else self.mlp(b) for b in branches)
+        return Step(tuple(layers), trimmed)
+
+    def attention(self, branch: reading.Attention, trimmed: bool) -> AttentionLayer:
+        width = branch.heads * branch.head_dim
+        order = None if branch.rotary is None or branch.rotary.half else _halves(branch.head_dim)
+        parts = [double(part) for part in branch.qkv]
+        parts = [parts[0], *(_repeat_heads(part, branch.groups, branch.head_dim) for part in parts[1:])]
+        parts = [*(_permute_heads(part, order) for part in parts[:2]), parts[2]]
+        qkv = _fold_reader(_stack(parts), branch.norm)
+        values = qkv.weight[2 * width :]
+        whole = query = key_value = None
+        if trimmed:
+            query = self.projection(qkv.rows(0, width))
+            key_value = self.projection(qkv.rows(width, 3 * width), values)
+        else:
+            whole = self.projection(qkv, values)
+        return AttentionLayer(
+            norm=self._deviation(branch.norm),
+            qkv=whole,
+            query=query,
+            key_value=key_value,
+            heads=branch.heads,
+            head_dim=branch.head_dim,
+            scale=branch.scale,
+            q_norm=self._head_norm(branch.q_norm, order),
+            k_norm=self._head_norm(branch.k_norm, order),
+            rotation=self._rotation(branch.rotary),
+            bias=self._bias(branch.bias, trimmed),
+            inner=_inner(branch.inner),
+            writer=self._writer(branch.proj, branch),
+            post=self.norm(branch.post),
+        )
+
+    def mlp(self, branch: reading.Mlp) -> MlpLayer:
+        fc1 = _fold_reader(_stack([double(part) for part in branch.fc1]), branch.norm)
+        return MlpLayer(
+            norm=self._deviation(branch.norm),
+            fc1=self.projection(fc1, _value_half(fc1.weight, branch.activation)),
+            activation=branch.activation,
+            inner=_inner(branch.inner),
+            writer=self._writer(branch.fc2, branch),
+            post=self.norm(branch.post),
+        )
+
+    def resized(self, steps: tuple[Step, ...], branches: list[reading.Step]) -> tuple[Step, ...]:
+        """The same layers with this size's rotations and biases; the very same where there are none."""
+
+        def resize(layer: Layer, branch: reading.Branch, trimmed: bool) -> Layer:
+            if not isinstance(layer, AttentionLayer) or not isinstance(branch, reading.Attention):
+                return layer
+            if branch.rotary is None and branch.bias is None:
+                return layer
+            rotation, bias = self._rotation(branch.rotary), self._bias(branch.bias, trimmed)
+            return replace(layer, rotation=rotation, bias=bias)
+
+        made = []
+        for step, step_branches in zip(steps, branches, strict=True):
+            pairs = zip(step.layers, step_branches, strict=True)
+            layers = tuple(resize(layer, branch, step.trimmed) for layer, branch in pairs)
+            same = all(a is b for a, b in zip(layers, step.layers, strict=True))
+            made.append(step if same else replace(step, layers=layers))
+        unchanged = all(a is b for a, b in zip(made, steps, strict=True))
+        return steps if unchanged else tuple(made)
+
+    def _deviation(self, norm: Norm | None) -> Deviation | None:
+        return None if norm is None else Deviation(norm.eps, self.centred or not norm.centres)
+
+    def _writer(self, linear: Linear, branch: reading.Branch) -> Projection:
+        """γ W₂ with the inner norm folded in; centred where the stream is and no norm follows."""
+        linear = _fold_reader(double(linear), branch.inner)
+        linear = fold_gamma(linear, branch.gamma)
+        return self.projection(centre_writer(linear) if self.centred and branch.post is None else linear)
+
+    def _head_norm(self, norm: Norm | nn.Module | None, order: Tensor | None) -> Norm | nn.Module | None:
+        """A norm of queries or keys whose components are permuted; a module as it is."""
+        if isinstance(norm, nn.Module):
+            assert order is None, "a module cannot follow permuted components"
+            return copy.deepcopy(norm).to(device=self.device, dtype=self.dtype).requires_grad_(False)
+        if norm is None or order is None:
+            return self.norm(norm)
+        order = order.to(norm.weight.device)
+        return self.norm(replace(norm, weight=norm.weight[order], bias=norm.bias[order]))
+
+    def _rotation(self, rotary: Rotary | None) -> Rotation | None:
+        if rotary is None:
+            return None
+        if id(rotary) not in self.shared:
+            self.shared[id(rotary)] = self._make_rotation(rotary)
+        rotation: Rotation = self.shared[id(rotary)]
+        return rotation
+
+    def _make_rotation(self, rotary: Rotary) -> Rotation:
+        half = rotary.cos.shape[-1] // 2
+        once = slice(0, half) if rotary.half else slice(0, None, 2)
+        tables = []
+        for table, still in ((rotary.cos, 1.0), (rotary.sin, 0.0)):
+            # (heads or 1, n, D/2) behind the tokens that stay
+            turning = (table if table.ndim == 3 else table[None])[..., once].double()
+            staying = turning.new_full((len(turning), rotary.skip, half), still)
+            rows = torch.cat([staying, turning], dim=1).transpose(0, 1)
+            tables.append(rows.to(self.device, statistics_dtype(self.dtype)).contiguous())
+        return Rotation(*tables)
+
+    def _bias(self, bias: Callable[[], Tensor] | None, trimmed: bool) -> Tensor | None:
+        if bias is None:
+            return None
+        if id(bias) not in self.shared:
+            self.shared[id(bias)] = self.cast(bias())
+        table: Tensor = self.shared[id(bias)]
+        return table[:, : self.read].contiguous() if trimmed else table
+
+
+def _attends(branch: reading.Branch) -> bool:
+    return isinstance(branch, reading.Attention)
+
+
+def double(linear: Linear) -> Linear:
+    """In float64."""
+    return Linear(linear.weight.double(), linear.bias.double())
+
+
+def _stack(parts: list[Linear]) -> Linear:
+    return Linear(torch.cat([p.weight for p in parts]), torch.cat([p.bias for p in parts]))
+
+
+def _repeat_heads(linear: Linear, groups: int, head_dim: int) -> Linear:
+    """Every head `groups` times in a row."""
+    if groups == 1:
+        return linear
+    weight = linear.weight.unflatten(0, (-1, head_dim)).repeat_interleave(groups, 0).flatten(0, 1)
+    return Linear(weight, linear.bias.unflatten(0, (-1, head_dim)).repeat_interleave(groups, 0).flatten())
+
+
+def _halves(head_dim: int) -> Tensor:
+    """Order of the components of a head that puts the first of each pair ahead of all the second ones."""
+    return torch.cat([torch.arange(0, head_dim, 2), torch.arange(1, head_dim, 2)])
+
+
+def _permute_heads(linear: Linear, order: Tensor | None) -> Linear:
+    if order is None:
+        return linear
+    order = order.to(linear.weight.device)
+    weight, bias = (t.unflatten(0, (-1, len(order)))[:, order].flatten(0, 1) for t in (linear.weight, linear.bias))
+    return Linear(weight, bias)
+
+
+def _value_half(weight: Tensor, activation: str) -> Tensor:
+    """The rows of a gated MLP's first weight that make the value; all rows where there is no gate."""
+    if "_glu" not in activation:
+        return weight
+    first, last = weight.chunk(2)
+    return first if activation.endswith("_glu_last") else last
+
+
+def fold_gamma(linear: Linear, gamma: Tensor | None) -> Linear:
+    """γ W and γ b, float64."""
+    linear = double(linear)
+    if gamma is None:
+        return linear
+    return Linear(linear.weight * gamma.double()[:, None], linear.bias * gamma.double())
+
+
+def remove_mean(rows: Tensor) -> Tensor:
+    """Rows without their means."""
+    return rows - rows.mean(-1, keepdim=True)
+
+
+def _fold_reader(linear: Linear, norm: Norm | None) -> Linear:
+    """W·diag(w)[·P] and b + W·β."""
+    if norm is None:
+        return linear
+    scale, shift = norm.weight.to(linear.weight), norm.bias.to(linear.weight)
+    weight = linear.weight * scale
+    return Linear(remove_mean(weight) if norm.centres else weight, linear.bias + linear.weight @ shift)
+
+
+def _inner(norm: Norm | None) -> Deviation | None:
+    """Of a norm inside a branch: nothing centres its rows."""
+    return None if norm is None else Deviation(norm.eps, not norm.centres)
+
+
+def centre_writer(linear: Linear) -> Linear:
+    """P·W and P·b."""
+    return Linear(linear.weight - linear.weight.mean(0), linear.bias - linear.bias.mean())

@@ -1,0 +1,23 @@
+"""Read the encoded image of a record: from a path, an fsspec URL or a row of a dataset."""
+
+from __future__ import annotations
+
+from dave_fast.errors import ImageError
+from dave_fast.run.huggingface import row_content
+from dave_fast.run.records import Record, read_uri
+
+
+def read_content(record: Record) -> bytes:
+    """The encoded image of a record. Raises ImageError, with the uri and the reason, where it cannot be read."""
+    if record.content is not None:
+        return record.content
+    try:
+        of_dataset = record.uri.startswith("hf://") and "#" in record.uri
+        return row_content(record.uri) if of_dataset else read_uri(record.uri)
+    # Each file system of fsspec raises errors of its own.
+    except Exception as error:
+        if isinstance(error, OSError) and error.strerror:
+            reason = error.strerror.lower()
+        else:
+            reason = str(error).rstrip(".") or type(error).__name__
+        raise ImageError(f"cannot read {record.uri}: {reason}.") from error

@@ -1,0 +1,10 @@
+"""Everything random in the method, as numbers: perturbations are functions of (seed, image key, sample) alone.
+
+draws    Sampling, Draws, draw: affine matrices, noise levels and keys of the noise
+philox   Philox4x32-10, uniform words and normal deviates, bit for bit those of the C++ and CUDA kernels
+"""
+
+from dave_fast.sampling.draws import SCHEDULES, Draws, Sampling, draw, identity, join
+from dave_fast.sampling.philox import normal
+
+__all__ = ["SCHEDULES", "Draws", "Sampling", "draw", "identity", "join", "normal"]

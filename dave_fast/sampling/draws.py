@@ -1,0 +1,237 @@
+"""Everything random in the method, as numbers: the draws τ_s, t_s and the keys of the noise ε_s.
+
+Sample s of an image is a function of (seed, image key, s) alone, so that any split of the work into batches, any
+order, and any backend sees the same perturbations; schedule="paper" adds the total number of samples. No generator
+of torch is read or set.
+
+    key       splitmix64(seed xor splitmix64(image key)), low word then high word
+    counter   (block, sample, stream, 0)
+    stream 0  blocks 0 and 1: flip, angle, scale, x-translation, y-translation
+    stream 1  the noise, block e div 4 for element e
+    stream 2  block 0 of sample 0: the shift of the schedule
+
+Seeds and image keys are any integers, taken modulo 2⁶⁴. Source: DAVE, arXiv 2602.06613, Eq. 6 and 7.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from dave_fast.errors import InputError
+from dave_fast.sampling.philox import WORD, philox4x32, splitmix64, uniform
+from dave_fast.transfers import moved
+
+SCHEDULES = ("sequence", "paper")
+# stream 1 is the noise's: `_philox.normal`
+TRANSFORM_STREAM, SCHEDULE_STREAM = 0, 2
+
+
+def _require(condition: bool, what: str, given: object) -> None:
+    if not condition:
+        raise InputError(f"{what}; got {given!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The settings of the method.
+
+    noise_alpha: largest t, in [0, 1]; the input keeps the share 1 - t and gets noise of √(1 - (1 - t)²).
+    schedule: "sequence" (t_s = α·v_s, v a shifted van der Corput sequence; any first S samples are a fair sample) or
+        "paper" (t_s = s·α/(S - 1)).
+    rotation: largest angle in degrees. scale: smallest and largest zoom. translation: largest shift as a share of the
+        width and of the height. flip: probability of a horizontal flip.
+    """
+
+    noise_alpha: float = 0.5
+    schedule: str = "sequence"
+    rotation: float = 20.0
+    scale: tuple[float, float] = (0.9, 1.1)
+    translation: float = 0.1
+    flip: float = 0.5
+
+    def __post_init__(self) -> None:
+        _require(
+            _is_number(self.noise_alpha) and 0 <= self.noise_alpha <= 1,
+            "noise_alpha must be in [0, 1]",
+            self.noise_alpha,
+        )
+        _require(self.schedule in SCHEDULES, f"schedule must be one of {', '.join(SCHEDULES)}", self.schedule)
+        _require(
+            _is_number(self.rotation) and self.rotation >= 0, "rotation must be an angle ≥ 0 in degrees", self.rotation
+        )
+        _require(
+            isinstance(self.scale, tuple | list)
+            and len(self.scale) == 2
+            and all(map(_is_number, self.scale))
+            and 0 < self.scale[0] <= self.scale[1],
+            "scale must be (smallest, largest) with 0 < smallest ≤ largest",
+            self.scale,
+        )
+        _require(
+            _is_number(self.translation) and self.translation >= 0, "translation must be a share ≥ 0", self.translation
+        )
+        _require(_is_number(self.flip) and 0 <= self.flip <= 1, "flip must be a probability in [0, 1]", self.flip)
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """R perturbations, one a row; CPU tensors, or moved together by `to`. `draws[start:stop]` is a Draws again."""
+
+    image_index: Tensor
+    """(R,) int64: which image of the batch."""
+    matrices: Tensor
+    """(R, 2, 3) float64: destination → source, in pixels, the flip composed in."""
+    signal: Tensor
+    """(R,) float64: 1 - t."""
+    noise: Tensor
+    """(R,) float64: √(1 - (1 - t)²)."""
+    keys: Tensor
+    """(R, 2) int64: Philox key words, low and high, each below 2³²."""
+    samples: Tensor
+    """(R,) int64: the sample's number, word 1 of the Philox counter."""
+
+    def __len__(self) -> int:
+        return len(self.signal)
+
+    def __getitem__(self, rows: slice | Tensor) -> Draws:
+        return Draws(*(tensor[rows] for tensor in self.tensors()))
+
+    def tensors(self) -> list[Tensor]:
+        """The six tensors, in the order of the fields."""
+        return [getattr(self, field.name) for field in fields(self)]
+
+    def to(self, device: torch.device) -> Draws:
+        """The same draws on a device; a GPU gets them in one copy that is not waited for."""
+        return Draws(*moved(self.tensors(), torch.device(device)))
+
+
+def draw(
+    n_samples: int,
+    *,
+    height: int,
+    width: int,
+    seed: int = 0,
+    image_keys: Sequence[int] = (0,),
+    first_sample: int = 0,
+    sampling: Sampling | None = None,
+    schedule_length: int | None = None,
+) -> Draws:
+    """The perturbations of samples first_sample … first_sample + n_samples - 1 of every image; rows image-major.
+
+    height, width: of the images, in pixels. image_keys: one integer an image; equal keys get equal draws.
+    schedule_length: the total number of samples S, which schedule="paper" needs when a run is continued; n_samples
+    where it is left out.
+    """
+    sampling = Sampling() if sampling is None else sampling
+    _require(isinstance(n_samples, int) and n_samples >= 1, "n_samples must be an integer ≥ 1", n_samples)
+    _require(isinstance(first_sample, int) and first_sample >= 0, "first_sample must be an integer ≥ 0", first_sample)
+    _require(first_sample + n_samples <= 2**32, "samples are numbered below 2³²", first_sample + n_samples)
+    _require(height >= 1 and width >= 1, "height and width must be ≥ 1", (height, width))
+    _require(len(image_keys) >= 1, "image_keys must hold one integer an image", image_keys)
+
+    one_image = torch.arange(first_sample, first_sample + n_samples)
+    samples = one_image.repeat(len(image_keys))
+    image_index = torch.arange(len(image_keys)).repeat_interleave(n_samples)
+    keys = _philox_keys(seed, image_keys)[image_index]
+    if sampling.schedule == "paper":
+        t = _paper_schedule(samples, sampling.noise_alpha, _length(n_samples, first_sample, schedule_length))
+    else:
+        shift = _uniforms(0, keys, SCHEDULE_STREAM, 0)[0]
+        t = sampling.noise_alpha * ((_van_der_corput(one_image).repeat(len(image_keys)) + shift) % 1.0)
+    # t·(2 - t) = 1 - (1 - t)², without its cancellation
+    return Draws(
+        image_index, _matrices(samples, keys, height, width, sampling), 1 - t, (t * (2 - t)).sqrt(), keys, samples
+    )
+
+
+def identity(n_images: int) -> Draws:
+    """One unperturbed row an image: no warp, t = 0."""
+    _require(isinstance(n_images, int) and n_images >= 1, "n_images must be an integer ≥ 1", n_images)
+    return Draws(
+        image_index=torch.arange(n_images),
+        matrices=torch.eye(2, 3, dtype=torch.float64).repeat(n_images, 1, 1),
+        signal=torch.ones(n_images, dtype=torch.float64),
+        noise=torch.zeros(n_images, dtype=torch.float64),
+        keys=torch.zeros(n_images, 2, dtype=torch.int64),
+        samples=torch.zeros(n_images, dtype=torch.int64),
+    )
+
+
+def join(parts: Sequence[Draws]) -> Draws:
+    """The rows of several draws, one after the other; part i's rows belong to image i, whatever they did before."""
+    _require(len(parts) >= 1, "parts must hold draws", parts)
+    index = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts]))
+    others = (torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Draws)[1:])
+    return Draws(index, *others)
+
+
+def _philox_keys(seed: int, image_keys: Sequence[int]) -> Tensor:
+    mixed = [splitmix64((int(seed) ^ splitmix64(int(key))) & 0xFFFFFFFFFFFFFFFF) for key in image_keys]
+    return torch.tensor([(value & WORD, value >> 32) for value in mixed], dtype=torch.int64)
+
+
+def _uniforms(samples: Tensor | int, keys: Tensor, stream: int, block: int) -> list[Tensor]:
+    words = philox4x32((block, samples, stream, 0), (keys[:, 0], keys[:, 1]))
+    return [uniform(word) for word in words]
+
+
+def _length(n_samples: int, first_sample: int, schedule_length: int | None) -> int:
+    if schedule_length is None:
+        _require(first_sample == 0, "schedule='paper' needs schedule_length, the total S, when first_sample > 0", None)
+        return n_samples
+    enough = isinstance(schedule_length, int) and schedule_length >= first_sample + n_samples
+    _require(
+        enough, f"schedule_length must be an integer ≥ {first_sample + n_samples}, the last sample", schedule_length
+    )
+    return schedule_length
+
+
+def _paper_schedule(samples: Tensor, noise_alpha: float, length: int) -> Tensor:
+    return samples.double() * noise_alpha / max(length - 1, 1)
+
+
+def _van_der_corput(samples: Tensor) -> Tensor:
+    """The base-2 van der Corput sequence: the 32 bits of a sample's number, reversed, as a fraction."""
+    reversed_bits = torch.zeros_like(samples)
+    for bit in range(32):
+        reversed_bits |= ((samples >> bit) & 1) << (31 - bit)
+    return reversed_bits.double() * 2.0**-32
+
+
+def _matrices(samples: Tensor, keys: Tensor, height: int, width: int, sampling: Sampling) -> Tensor:
+    """Destination → source matrices (R, 2, 3): the inverse of q = m + T + s·R(θ)·F·(p - m).
+
+    m is the pixel centre, F the flip, R counter-clockwise as seen on screen, where y points down.
+    """
+    flip, angle, zoom, shift_x = _uniforms(samples, keys, TRANSFORM_STREAM, 0)
+    shift_y = _uniforms(samples, keys, TRANSFORM_STREAM, 1)[0]
+
+    # libm, an angle at a time: a vector cosine may round differently at the ends of a tensor
+    angles = ((2 * angle - 1) * math.radians(sampling.rotation)).tolist()
+    cos = torch.tensor([math.cos(a) for a in angles], dtype=torch.float64)
+    sin = torch.tensor([math.sin(a) for a in angles], dtype=torch.float64)
+    smallest, largest = sampling.scale
+    scale = smallest + (largest - smallest) * zoom
+    mirror = torch.where(flip < sampling.flip, -1.0, 1.0).double()
+
+    linear = torch.stack([mirror * cos, -mirror * sin, sin, cos], dim=-1).view(-1, 2, 2) / scale[:, None, None]
+    centre = torch.tensor([(width - 1) / 2, (height - 1) / 2], dtype=torch.float64)
+    size = torch.tensor([width, height], dtype=torch.float64)
+    moved = centre + (2 * torch.stack([shift_x, shift_y], dim=-1) - 1) * sampling.translation * size
+    offset = torch.stack(
+        [
+            centre[0] - (linear[:, 0, 0] * moved[:, 0] + linear[:, 0, 1] * moved[:, 1]),
+            centre[1] - (linear[:, 1, 0] * moved[:, 0] + linear[:, 1, 1] * moved[:, 1]),
+        ],
+        dim=-1,
+    )
+    return torch.cat([linear, offset[:, :, None]], dim=-1)

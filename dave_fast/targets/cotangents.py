@@ -1,0 +1,195 @@
+"""Cotangents: all that the walks know of a question is ∂ score / ∂ output, made anew for each micro-batch.
+
+A cotangent maps the output (R, ...) of a micro-batch, detached, and its rows' draws to a tensor of output's shape.
+Linear scores name theirs in closed form: no autograd, and nothing waits for the device, so that on a GPU it lies
+between two graphs that are replayed (`engine.graphs`). A norm in the score is an operator that the input chooses,
+and is held constant as everywhere (DAVE, arXiv 2602.06613, Eq. 5).
+
+R rows (image, sample) · B images · D width of an embedding or token · (h, w) grid of patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dave_fast.errors import InputError
+from dave_fast.ops import pull_back
+from dave_fast.sampling import Draws
+
+Score = Callable[[Tensor], Tensor]
+
+
+def no_class() -> Tensor:
+    """What `Cotangent.classes` is where the score is no class."""
+    return torch.full((1,), -1)
+
+
+class Cotangent(Protocol):
+    """∂ score / ∂ output of every row. classes: (B,) or (1,) int64, the class of each image, −1 where it is none, on
+    the host or on the output's device."""
+
+    @property
+    def classes(self) -> Tensor: ...
+
+    def __call__(self, output: Tensor, rows: Draws) -> Tensor:
+        """output (R, ...), rows: its draws on the same device -> (R, ...) in output's dtype."""
+        ...
+
+
+@dataclass(frozen=True)
+class Element:
+    """One element of each image's output, such as a class logit. places: (B,) int64, its position in the flattened
+    output, on the output's device."""
+
+    places: Tensor
+    classes: Tensor = field(default_factory=no_class)
+
+    def __call__(self, output: Tensor, rows: Draws) -> Tensor:
+        """See `Cotangent`."""
+        cotangent = torch.zeros(output.shape, dtype=output.dtype, device=output.device)
+        cotangent.view(len(output), -1).scatter_(1, self.places[rows.image_index][:, None], 1)
+        return cotangent
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """Σ weight · score."""
+
+    parts: tuple[tuple[float, Cotangent], ...]
+    classes: Tensor = field(default_factory=no_class)
+
+    def __call__(self, output: Tensor, rows: Draws) -> Tensor:
+        """See `Cotangent`."""
+        (weight, first), *others = self.parts
+        total = weight * first(output, rows)
+        for weight, part in others:
+            total += weight * part(output, rows)
+        return total
+
+
+@dataclass(frozen=True)
+class Direction:
+    """scale · ⟨f/‖f‖, e⟩ of an embedding f, its norm held constant: the cotangent is scale · e/‖f‖.
+
+    Autograd's gradient of the same score has no part along f and vanishes where f and e agree; with the norm held
+    constant, as that of an RMSNorm is, the score is a linear function of f. directions: (B, D) or (1, D), of norm 1.
+    """
+
+    directions: Tensor
+    scale: float
+    classes: Tensor = field(default_factory=no_class)
+
+    def __call__(self, output: Tensor, rows: Draws) -> Tensor:
+        """See `Cotangent`."""
+        norms = torch.linalg.vector_norm(output.to(self.directions.dtype), dim=1, keepdim=True)
+        chosen = _of_rows(self.directions, rows)
+        smallest = torch.finfo(norms.dtype).tiny
+        return (self.scale * chosen / norms.clamp_min(smallest)).to(output.dtype)
+
+
+@dataclass(frozen=True)
+class Patch:
+    """⟨weights, token⟩ of the patch that shows a given place of the image, wherever a row's warp has moved it.
+
+    The place goes through the row's τ; the tokens around where it lands share the cotangent bilinearly, and a place
+    that leaves the frame gives zero. So the score is equivariant, as the average over τ needs (Eq. 6).
+
+    weights: (B, D) or (1, D). place: (x, y) in pixels of the unperturbed image. cell: (height, width) of a patch in
+    pixels. prefix: tokens before the patches in outputs (R, N, D). channels_last: whether outputs with four dimensions
+    are (R, h, w, D) and not (R, D, h, w).
+    """
+
+    weights: Tensor
+    place: tuple[float, float]
+    grid: tuple[int, int]
+    cell: tuple[float, float]
+    prefix: int = 0
+    channels_last: bool = False
+    classes: Tensor = field(default_factory=no_class)
+
+    def __call__(self, output: Tensor, rows: Draws) -> Tensor:
+        """See `Cotangent`."""
+        shares = self._shares(rows).to(self.weights.dtype)
+        patches = shares[..., None] * _of_rows(self.weights, rows)[:, None, None]
+        cotangent = torch.zeros(output.shape, dtype=output.dtype, device=output.device)
+        if output.dim() == 3:
+            cotangent[:, self.prefix :] = patches.flatten(1, 2)
+        else:
+            cotangent.copy_(patches if self.channels_last else patches.permute(0, 3, 1, 2))
+        return cotangent
+
+    def _shares(self, rows: Draws) -> Tensor:
+        """(R, h, w) float64: how much of each row's cotangent each patch gets."""
+        moved = pull_back.inverse(rows.matrices)
+        x = moved[:, 0, 0] * self.place[0] + moved[:, 0, 1] * self.place[1] + moved[:, 0, 2]
+        y = moved[:, 1, 0] * self.place[0] + moved[:, 1, 1] * self.place[1] + moved[:, 1, 2]
+        along = []
+        for position, size, count in ((y, self.cell[0], self.grid[0]), (x, self.cell[1], self.grid[1])):
+            centres = torch.arange(count, dtype=position.dtype, device=position.device)
+            along.append((1 - (((position + 0.5) / size - 0.5)[:, None] - centres).abs()).clamp_min(0))
+        return along[0][:, :, None] * along[1][:, None]
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """A callable of all rows, output (R, ...) -> scores (R,), through autograd."""
+
+    score: Score
+    classes: Tensor = field(default_factory=no_class)
+
+    def __call__(self, output: Tensor, rows: Draws) -> Tensor:
+        """See `Cotangent`. Raises InputError for scores of another shape, or without gradient."""
+
+        def scores(leaf: Tensor) -> Tensor:
+            found = self.score(leaf)
+            if not isinstance(found, Tensor) or found.shape != leaf.shape[:1]:
+                got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+                raise InputError(
+                    f"the target callable returned {got}; it must map the output {tuple(leaf.shape)} to one "
+                    f"score a row, shape {tuple(leaf.shape[:1])}"
+                )
+            return found
+
+        return _gradient(scores, output)
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """A callable an image, output of one row (...) -> scalar. Python runs them row by row and waits for the device."""
+
+    scores: tuple[Score, ...]
+    classes: Tensor = field(default_factory=no_class)
+
+    def __call__(self, output: Tensor, rows: Draws) -> Tensor:
+        """See `Cotangent`. Raises InputError for what is no scalar, or has no gradient."""
+
+        def scores(leaf: Tensor) -> Tensor:
+            listed = [self.scores[i](row) for i, row in zip(rows.image_index.tolist(), leaf, strict=True)]
+            odd = next((s for s in listed if not isinstance(s, Tensor) or s.numel() != 1), None)
+            if odd is not None:
+                raise InputError(
+                    f"a target callable returned {odd!r}; it must map one image's output to a scalar tensor"
+                )
+            return torch.stack([s.reshape(()) for s in listed])
+
+        return _gradient(scores, output)
+
+
+def _gradient(score: Score, output: Tensor) -> Tensor:
+    with torch.enable_grad():
+        leaf = output.detach().requires_grad_()
+        scores = score(leaf)
+        if not scores.requires_grad:
+            raise InputError("the target callable's score carries no gradient; compute it from the output by torch")
+        (cotangent,) = torch.autograd.grad(scores.sum(), leaf)
+    return cotangent
+
+
+def _of_rows(vectors: Tensor, rows: Draws) -> Tensor:
+    """(R, D) of one vector an image, (B, D), or of one for all, (1, D)."""
+    return vectors.expand(len(rows), -1) if len(vectors) == 1 else vectors[rows.image_index]

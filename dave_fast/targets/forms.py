@@ -1,0 +1,176 @@
+"""The forms of a target: which score of the output is explained.
+
+Captum's forms and callables:
+
+None                       the predicted class of each image
+int, or a tensor of one    that class, for every image
+list of ints, (B,) tensor  a class per image
+tuple of ints              an index into outputs with more than two dimensions, for every image
+list of tuples             one such index per image
+callable                   output (R, ...) -> scores (R,), for scores that are no class logit
+list of callables          per image: output of one row (...) -> scalar
+
+Classes in a tensor on a GPU are checked on the host, which waits for them; so does a list of callables.
+
+`resolve_target` checks a target against the unperturbed output and makes its cotangent. Questions beyond the class
+are `Question`s, from `dave_fast.targets`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dave_fast.errors import InputError
+from dave_fast.models.adapter import kind_of
+from dave_fast.targets.cotangents import Cotangent, Element, Gradient, Gradients, Score
+from dave_fast.transfers import to_device
+
+Index = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a question may ask: the model, and its output (B, ...) for other images (B, C, H, W)."""
+
+    model: nn.Module
+    output: Callable[[Tensor], Tensor]
+
+
+class Question:
+    """A target in a form of its own.
+
+    `bind` asks the model what only it can say (the index of a name, the embedding of a text): what it returns is the
+    same question, and asks nothing more. `resolve` makes the cotangent.
+    """
+
+    def bind(self, asked: Asked) -> Question:
+        """The same question, with what the model has to say about it filled in."""
+        return self
+
+    def resolve(self, output: Tensor, size: tuple[int, int], asked: Asked) -> Cotangent:
+        """The cotangent, checked against the output (B, ...) for the unperturbed images, of `size` (H, W)."""
+        bound = self.bind(asked)
+        if bound is self:
+            raise NotImplementedError(f"{type(self).__name__} must bind to another question, or resolve itself")
+        return bound.resolve(output, size, asked)
+
+
+Target = int | Index | Tensor | np.ndarray | Sequence[Any] | Score | Question | None
+
+
+def resolve_target(target: Target, output: Tensor, size: tuple[int, int], asked: Asked) -> Cotangent:
+    """The cotangent of a target, checked against the unperturbed images' output (B, ...).
+
+    size: (H, W) of the images. Raises InputError where the number of targets is not B, an index is out of range, the
+    form is unknown, or the model cannot answer that question.
+    """
+    if target is None:
+        return _predicted(output, asked.model)
+    if isinstance(target, Question):
+        return target.resolve(output, size, asked)
+    if callable(target):
+        return Gradient(target)
+    return _listed(target, output)
+
+
+def split_targets(targets: Any) -> list[Target]:
+    """The K targets of `targets`: a sequence of targets, a tensor or array (K,) of classes, or (B, K), K an image."""
+    if isinstance(targets, np.ndarray):
+        targets = torch.from_numpy(targets)
+    if isinstance(targets, Tensor):
+        if targets.dim() not in (1, 2) or targets.is_floating_point() or targets.dtype == torch.bool:
+            raise InputError(
+                f"targets are a tensor {tuple(targets.shape)} of {targets.dtype}; expected integers, (K,) or (B, K)"
+            )
+        targets = list(targets.unbind(-1))
+    if not isinstance(targets, Sequence) or isinstance(targets, str) or not len(targets):
+        got = "nothing" if isinstance(targets, Sequence) and not len(targets) else f"a {type(targets).__name__}"
+        raise InputError(f"targets are {got}; expected a list of at least one target, or a tensor (K,) or (B, K)")
+    return list(targets)
+
+
+def _predicted(output: Tensor, model: nn.Module) -> Cotangent:
+    if output.dim() == 1:
+        # captum's rule for models with one score an image
+        return Element(torch.zeros(len(output), dtype=torch.int64, device=output.device))
+    if output.dim() != 2 or kind_of(model) == "embedding":
+        what = "an embedding" if output.dim() == 2 else tuple(output.shape)
+        raise InputError(
+            f"target=None takes the predicted class and needs an output (B, classes); this model's is {what}. Give "
+            "an index tuple, a callable, or a question of dave_fast.targets: SimilarTo(image), Text('...') for CLIP "
+            "and SigLIP, Patch(row, column) for outputs with tokens"
+        )
+    predicted = output.argmax(1)
+    return Element(predicted, predicted)
+
+
+def _listed(target: Target, output: Tensor) -> Cotangent:
+    """Indices, or lists of indices or callables."""
+    images = output.shape[0]
+    listed = _as_list(target)
+    if len(listed) == 1 and not isinstance(target, list):
+        listed = listed * images
+    if any(isinstance(t, Question) for t in listed):
+        raise InputError(
+            "target is a list of questions; a list holds one class or callable an image. For several questions of each "
+            "image give targets=[...]; questions that differ by image take lists themselves: Contrast([3, 4], [5, 6])"
+        )
+    if len(listed) != images:
+        raise InputError(f"{len(listed)} targets were given for {images} images; give one, or one for each")
+    if all(callable(t) for t in listed):
+        return Gradients(tuple(listed))
+    return _of_indices([_checked(t, output) for t in listed], output)
+
+
+def _of_indices(indices: list[Index], output: Tensor) -> Element:
+    sizes = tuple(output.shape[1:])
+    places = np.array([np.ravel_multi_index(index, sizes) if sizes else 0 for index in indices], dtype=np.int64)
+    classes = torch.tensor([index[0] if len(index) == 1 else -1 for index in indices])
+    return Element(to_device(torch.from_numpy(places), output.device), classes)
+
+
+def _as_list(target: Any) -> list[Any]:
+    """The targets as Python ints, tuples or callables; one element where one serves all images."""
+    if isinstance(target, bool):
+        raise InputError("target is a bool; give a class index")
+    if isinstance(target, int | tuple):
+        return [target]
+    if isinstance(target, np.ndarray):
+        target = torch.from_numpy(target)
+    if isinstance(target, Tensor):
+        if target.is_floating_point() or target.dtype == torch.bool or target.dim() > 1:
+            raise InputError(
+                f"target is a tensor {tuple(target.shape)} of {target.dtype}; expected integers, shape () or (B,)"
+            )
+        return target.reshape(-1).tolist()
+    if isinstance(target, Sequence) and not isinstance(target, str):
+        return [t.item() if isinstance(t, Tensor) and t.numel() == 1 else t for t in target]
+    if hasattr(target, "__index__"):
+        return [int(target)]
+    hint = f" (a class by name is dave_fast.targets.Class({target!r}))" if isinstance(target, str) else ""
+    raise InputError(
+        f"target is a {type(target).__name__}; expected None, an int, a tuple, a tensor, a list of these, a callable, "
+        f"or a question of dave_fast.targets{hint}"
+    )
+
+
+def _checked(target: Any, output: Tensor) -> Index:
+    if hasattr(target, "__index__") and not isinstance(target, bool):
+        target = (int(target),)
+    if not isinstance(target, tuple) or not all(hasattr(i, "__index__") for i in target):
+        raise InputError(f"target {target!r} is neither an integer nor a tuple of integers")
+    sizes = tuple(output.shape[1:])
+    if len(target) != len(sizes):
+        raise InputError(
+            f"target {target} has {len(target)} indices; an output of shape (B, *{sizes}) needs {len(sizes)}"
+        )
+    for i, size in zip(target, sizes, strict=True):
+        if not -size <= i < size:
+            raise InputError(f"target {i} is out of range: the model's output has {size} classes, 0 to {size - 1}")
+    return tuple(int(i) % size for i, size in zip(target, sizes, strict=True))

@@ -1,0 +1,273 @@
+"""Targets beyond captum's forms, each one score of the output, hence one cotangent of it."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dave_fast.errors import InputError
+from dave_fast.images import preprocessing, read_image
+from dave_fast.models.adapter import TextImageModel
+from dave_fast.models.labels import labels_of
+from dave_fast.targets import cotangents
+from dave_fast.targets.cotangents import Cotangent
+from dave_fast.targets.forms import Asked, Question, Target, resolve_target
+from dave_fast.transfers import to_device
+
+# prefix tokens that an output may have where the model does not say: a class token, two, and up to eight registers
+MOST_PREFIX = 10
+
+
+@dataclass(frozen=True)
+class Class(Question):
+    """One class. index: an int, or a name: one of the model's class names, or a part of one alone."""
+
+    index: int | str
+
+    def bind(self, asked: Asked) -> Class:
+        """See `Question`. Raises InputError for a name that fits no class or several."""
+        return Class(labels_of(asked.model).resolve(self.index)) if isinstance(self.index, str) else self
+
+    def resolve(self, output: Tensor, size: tuple[int, int], asked: Asked) -> Cotangent:
+        """See `Question`."""
+        return resolve_target(self.bind(asked).index, output, size, asked)
+
+
+class _Weighted(Question):
+    """Σ weight · target."""
+
+    def _parts(self) -> Iterable[tuple[float, Target]]:
+        raise NotImplementedError
+
+    def resolve(self, output: Tensor, size: tuple[int, int], asked: Asked) -> Cotangent:
+        """See `Question`."""
+        return cotangents.Weighted(
+            tuple((weight, resolve_target(part, output, size, asked)) for weight, part in self._parts())
+        )
+
+
+class Sum(_Weighted):
+    """The sum of several targets' scores. Raises InputError for fewer than one."""
+
+    def __init__(self, *parts: Target) -> None:
+        if not parts:
+            raise InputError("Sum() has nothing to add; give targets: Sum(3, 5)")
+        self.parts = parts
+
+    def bind(self, asked: Asked) -> Sum:
+        """See `Question`."""
+        return Sum(*(_bound(part, asked) for part in self.parts))
+
+    def _parts(self) -> Iterable[tuple[float, Target]]:
+        return [(1.0, part) for part in self.parts]
+
+
+@dataclass(frozen=True)
+class Contrast(_Weighted):
+    """Why `this` and not `that`: the difference of two targets' scores."""
+
+    this: Target
+    that: Target
+
+    def bind(self, asked: Asked) -> Contrast:
+        """See `Question`."""
+        return Contrast(_bound(self.this, asked), _bound(self.that, asked))
+
+    def _parts(self) -> Iterable[tuple[float, Target]]:
+        return [(1.0, self.this), (-1.0, self.that)]
+
+
+@dataclass(frozen=True)
+class Similarity(Question):
+    """scale · cosine of the output (B, D) and an embedding, the output's norm held constant like that of any norm.
+
+    embedding: (D,), or (B, D), one an image; of any length but zero.
+    """
+
+    embedding: Tensor
+    scale: float = 1.0
+
+    def resolve(self, output: Tensor, size: tuple[int, int], asked: Asked) -> Cotangent:
+        """See `Question`. Raises InputError for an embedding that does not fit the output."""
+        given = torch.as_tensor(self.embedding).detach()
+        if output.dim() != 2:
+            raise InputError(
+                f"the model's output is {tuple(output.shape)}; a similarity needs one embedding an image, (B, D)"
+            )
+        vectors = _vectors(given, output.shape[1], len(output), "the embedding")
+        vectors = vectors.to(torch.promote_types(output.dtype, torch.float32))
+        norms = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+        # looked at where it was given: an embedding on the host costs no wait for the device
+        if not bool((norms > 0).all()):
+            raise InputError("the embedding is zero; nothing is like it")
+        return cotangents.Direction(to_device(vectors / norms, output.device), float(self.scale))
+
+
+@dataclass(frozen=True)
+class Text(Question):
+    """Likeness to a text prompt, as a model with a text tower sees it (CLIP, SigLIP).
+
+    scale: of the cosine; None is the model's own logit scale.
+    """
+
+    prompt: str
+    scale: float | None = None
+
+    def bind(self, asked: Asked) -> Similarity:
+        """See `Question`. Raises InputError for a model that takes no text."""
+        model: Any = asked.model
+        if not isinstance(model, TextImageModel):
+            raise InputError(
+                f"{type(model).__name__} takes no text prompts; load a CLIP or SigLIP model with its text tower "
+                "(open_clip:ViT-B-16:TAG, hf:openai/clip-vit-base-patch16), or give Similarity(embedding)"
+            )
+        scale = float(model.logit_scale) if self.scale is None else self.scale
+        return Similarity(model.text_embedding([self.prompt])[0], scale)
+
+
+@dataclass(frozen=True)
+class SimilarTo(Question):
+    """Likeness to another image: cosine of the two outputs.
+
+    image: normalised as the model expects it, (C, H, W), or (B, C, H, W), one an image; or a file or Pillow image,
+    which goes through the model's own preprocessing.
+    """
+
+    image: Any
+    scale: float = 1.0
+
+    def bind(self, asked: Asked) -> Similarity:
+        """See `Question`. Raises InputError and ImageError for what is no image."""
+        image = self.image
+        if not isinstance(image, Tensor):
+            image = read_image(image) if isinstance(image, str | os.PathLike) else image
+            image = preprocessing(asked.model)(image)[0]
+        output = asked.output(image)
+        if output.dim() != 2:
+            raise InputError(f"the model's output is {tuple(output.shape)}; a similarity needs one embedding an image")
+        return Similarity(output[0] if len(output) == 1 else output, self.scale)
+
+
+@dataclass(frozen=True)
+class Patch(Question):
+    """A token of the output: ⟨weights, token⟩ of the patch in `row` and `column` of the grid, both from 0.
+
+    Outputs with tokens are (B, N, D), patches in rows behind any prefix tokens, or (B, D, h, w) or (B, h, w, D); timm
+    models give them when made with num_classes=0, global_pool="", or by `tokens_of(model)`. The target follows the
+    patch's content through each sample's rotation, scaling, shift and flip.
+
+    weights: (D,), the linear probe's row for a class (`load_probe`), or (B, D), one an image; None is the patch's own
+    feature in the unperturbed image: what makes this token what it is. prefix: the number of prefix tokens, where
+    neither the model's patch size says it nor the number of tokens.
+    """
+
+    row: int
+    column: int
+    weights: Tensor | None = None
+    prefix: int | None = None
+
+    def resolve(self, output: Tensor, size: tuple[int, int], asked: Asked) -> Cotangent:
+        """See `Question`. Raises InputError for a patch outside of the grid and for outputs without tokens."""
+        if output.dim() not in (3, 4):
+            raise InputError(
+                f"the model's output is {tuple(output.shape)}; a patch needs tokens, (B, N, D) or (B, D, h, w). timm "
+                "models give them when made with num_classes=0, global_pool='', or by "
+                "dave_fast.targets.tokens_of(model)"
+            )
+        prefix, last = 0, False
+        if output.dim() == 4:
+            last = _channels_last(output, size, asked)
+            features = output if last else output.permute(0, 2, 3, 1)
+            grid, tokens = (features.shape[1], features.shape[2]), features.flatten(1, 2)
+        else:
+            prefix, grid = self._layout(output.shape[1], size, asked)
+            tokens = output[:, prefix:]
+        if not (0 <= self.row < grid[0] and 0 <= self.column < grid[1]):
+            raise InputError(
+                f"patch ({self.row}, {self.column}) is not in the grid of {grid[0]} rows and {grid[1]} columns"
+            )
+        if self.weights is None:
+            weights = torch.nn.functional.normalize(tokens[:, self.row * grid[1] + self.column], dim=1)
+        else:
+            weights = _vectors(torch.as_tensor(self.weights).detach(), tokens.shape[2], len(output), "the probe's row")
+        weights = to_device(weights.to(torch.promote_types(output.dtype, torch.float32)), output.device)
+        cell = (size[0] / grid[0], size[1] / grid[1])
+        place = ((self.column + 0.5) * cell[1] - 0.5, (self.row + 0.5) * cell[0] - 0.5)
+        return cotangents.Patch(weights, place, grid, cell, prefix, last)
+
+    def _layout(self, tokens: int, size: tuple[int, int], asked: Asked) -> tuple[int, tuple[int, int]]:
+        """Prefix tokens and the grid (h, w)."""
+        patch = getattr(getattr(asked.model, "patch_embed", None), "patch_size", None)
+        if isinstance(patch, tuple):
+            grid = (size[0] // patch[0], size[1] // patch[1])
+            if self.prefix in (None, tokens - grid[0] * grid[1]) and 0 <= tokens - grid[0] * grid[1] <= MOST_PREFIX:
+                return tokens - grid[0] * grid[1], grid
+        # else the fewest prefix tokens whose rest has the image's shape
+        for prefix in range(MOST_PREFIX + 1) if self.prefix is None else [self.prefix]:
+            found = _grid(tokens - prefix, size)
+            if found is not None:
+                return prefix, found
+        raise InputError(
+            f"the output's {tokens} tokens are no grid of patches of an image of {size[0]}×{size[1]}"
+            f"{'' if self.prefix is None else f' behind {self.prefix} prefix tokens'}; give Patch(..., prefix=) "
+            "the number of tokens before the patches"
+        )
+
+
+def tokens_of(model: nn.Module) -> nn.Module:
+    """A copy of a timm model without pooling and head, whose output is its tokens: what `Patch` asks about.
+
+    Raises InputError for a model that cannot be changed so.
+    """
+    made: Any = copy.deepcopy(model)
+    try:
+        made.reset_classifier(0, global_pool="")
+    except (AttributeError, TypeError, AssertionError) as error:
+        raise InputError(
+            f"{type(model).__name__} has no reset_classifier() as timm's models have, so its tokens are not known; "
+            "give a module whose output is (B, N, D) or (B, D, h, w)"
+        ) from error
+    return made
+
+
+def _channels_last(output: Tensor, size: tuple[int, int], asked: Asked) -> bool:
+    """Whether outputs are (B, h, w, D) and not (B, D, h, w): as timm's model says, else as the image's shape does."""
+    if getattr(asked.model, "output_fmt", None) is not None:
+        return str(asked.model.output_fmt) == "NHWC"
+    wanted = size[0] / size[1]
+    first, last = (abs(math.log(output.shape[at] / output.shape[at + 1] / wanted)) for at in (2, 1))
+    return last < first
+
+
+def _grid(patches: int, size: tuple[int, int]) -> tuple[int, int] | None:
+    """(h, w) with h·w patches, as square as patches are; None where there is none."""
+    if patches < 1:
+        return None
+    height = round((patches * size[0] / size[1]) ** 0.5)
+    width = patches // max(1, height)
+    fits = height * width == patches and height * size[1] == width * size[0]
+    return (height, width) if fits else None
+
+
+def _vectors(given: Tensor, width: int, images: int, what: str) -> Tensor:
+    """(1, D) or (B, D), checked."""
+    vectors = given[None] if given.dim() == 1 else given
+    shapes = ((1, width), (images, width))
+    if tuple(vectors.shape) not in shapes or not vectors.is_floating_point() or not bool(torch.isfinite(vectors).all()):
+        finite = ", finite" if vectors.is_floating_point() else ""
+        raise InputError(
+            f"{what} is {tuple(given.shape)} of {given.dtype}; expected floating point{finite}, ({width},) for all "
+            f"images or ({images}, {width})"
+        )
+    return vectors
+
+
+def _bound(part: Target, asked: Asked) -> Target:
+    return part.bind(asked) if isinstance(part, Question) else part

@@ -1,0 +1,429 @@
+"""The command line: what is written, what is said, and that bad input changes nothing."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from typer.testing import CliRunner
+
+from dave_fast.cli import app
+from dave_fast.errors import UnknownModelError
+from dave_fast.explain import explainer
+
+
+def tiny():
+    """A small ViT with random weights and ten named classes."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=10)
+    nn.init.normal_(model.head.weight)
+    names = ["cat", "dog", "house cat", *(f"thing {i}" for i in range(3, 10))]
+    model.pretrained_cfg = {
+        "input_size": (3, 32, 32),
+        "num_classes": 10,
+        "label_names": names,
+        "crop_pct": 1.0,
+    }
+    return model.eval()
+
+
+@pytest.fixture
+def models(monkeypatch):
+    """Names of models that exist here, in place of the hub's; "never" must not be loaded."""
+    known = {"tiny": tiny}
+
+    def load_model(spec):
+        if isinstance(spec, nn.Module):
+            return spec, "a module"
+        if spec.name not in known:
+            raise AssertionError(f"the model {spec.name} was loaded")
+        return known[spec.name](), spec.name
+
+    monkeypatch.setattr(explainer, "load_model", load_model)
+    monkeypatch.setattr(explainer, "noise_alpha_for", lambda name: 0.5)
+    return known
+
+
+def write(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 40, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture
+def photo(tmp_path):
+    return write(tmp_path / "in/photo.png")
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result
+
+
+def explain(*arguments, model="tiny", code=0):
+    settings = ("--n-samples", 3, "--precision", "fp32", "--backend", "torch")
+    return run("explain", *arguments, "--model", model, *settings, code=code)
+
+
+def size(path):
+    with Image.open(path) as picture:
+        return picture.size
+
+
+def load(path):
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def tree(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+# What is written
+
+
+def test_one_image(models, photo, tmp_path):
+    out = tmp_path / "maps"
+    result = explain(photo, "--out", out)
+    assert tree(out) == ["photo.map.png", "photo.npz", "photo.overlay.png"]
+    assert size(out / "photo.overlay.png") == size(out / "photo.map.png") == (448, 448)
+    assert f"1 image explained in {out}" in result.stdout
+
+
+def test_arrays(models, photo, tmp_path):
+    explain(photo, "--out", tmp_path / "maps", "--target", "dog", "--seed", 7)
+    arrays = load(tmp_path / "maps/photo.npz")
+    assert arrays["map"].shape == (32, 32) and arrays["map"].dtype == np.float32
+    assert arrays["map"].min() >= 0 and arrays["map"].max() == 1
+    assert arrays["raw"].shape == (3, 32, 32) and (arrays["raw"] < 0).any()
+    assert arrays["input"].shape == (32, 32, 3) and arrays["input"].dtype == np.uint8
+    assert arrays["target"] == 1 and arrays["class_name"] == "dog"
+    assert arrays["n_samples"] == 3 and arrays["seed"] == 7
+    assert arrays["model"] == "tiny" and arrays["precision"] == "fp32"
+    assert str(arrays["image"]) == str(photo) and arrays["dave_fast_version"]
+    assert len(arrays["top_target"]) == 5 and (np.diff(arrays["top_probability"]) <= 0).all()
+    rank = list(arrays["top_target"]).index(1) if 1 in arrays["top_target"] else None
+    assert rank is None or arrays["top_probability"][rank] == pytest.approx(float(arrays["probability"]))
+
+
+@pytest.mark.parametrize(("seed", "saved"), [(-3, -3), (2**64 + 5, 5), (2**64 - 1, 2**64 - 1)])
+def test_any_seed_is_saved(models, photo, tmp_path, seed, saved):
+    explain(photo, "--out", tmp_path / "maps", "--seed", seed)
+    assert load(tmp_path / "maps/photo.npz")["seed"] == saved
+
+
+def test_names_are_not_markup(models, tmp_path):
+    write(tmp_path / "in/[red] ä b.v2.png")
+    result = explain(tmp_path / "in", "--out", tmp_path / "maps")
+    assert "maps/[red] ä b.v2.npz" in {f"maps/{name}" for name in tree(tmp_path / "maps")}
+    assert "[red] ä b.v2.overlay.png" in result.stdout
+
+
+def test_equal_seeds_give_equal_files(models, photo, tmp_path):
+    for out in ("a", "b"):
+        explain(photo, "--out", tmp_path / out)
+    for name in tree(tmp_path / "a"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_most_probable_classes(models, photo, tmp_path):
+    out = tmp_path / "maps"
+    result = explain(photo, "--out", out, "--top-k", 3)
+    names = tree(out)
+    assert len(names) == 10 and "photo.figure.png" in names
+    arrays = [load(out / name) for name in names if name.endswith(".npz")]
+    expected = arrays[0]["top_target"][:3].tolist()
+    assert sorted(int(a["target"]) for a in arrays) == sorted(expected)
+    assert "picture:" in result.stdout
+    for each in arrays:
+        assert str(each["class_name"]) in result.stdout
+
+
+def test_sums_and_differences_of_classes(models, photo, tmp_path):
+    out = tmp_path / "maps"
+    result = explain(photo, "--out", out, "--target", "dog-thing 3", "--target", "dog", "--target", "dog + house cat")
+    stems = ["photo.1-dog", "photo.dog-and-house-cat", "photo.dog-not-thing-3"]
+    assert [name for name in tree(out) if name.endswith(".npz")] == [f"{stem}.npz" for stem in stems]
+    dog, both, contrast = (load(out / f"{stem}.npz") for stem in stems)
+    assert dog["target"] == 1 and contrast["target"] == both["target"] == -1
+    assert contrast["class_name"] == "dog − thing 3" and np.isnan(contrast["probability"])
+    assert "dog − thing 3" in result.stdout and "–" in result.stdout and "photo.figure.png" in tree(out)
+    explain(photo, "--out", tmp_path / "alone", "--target", "1-3")
+    np.testing.assert_array_equal(load(tmp_path / "alone/photo.npz")["raw"], contrast["raw"])
+
+
+def test_tokens_and_other_images_as_targets(models, photo, tmp_path):
+    def features():
+        model = tiny()
+        model.reset_classifier(0)
+        return model
+
+    models["features"] = features
+    np.save(tmp_path / "probe.npy", np.ones((2, 24), np.float32))
+    targets = ("--target", "patch:1,2", "--target", f"patch:1,2@{tmp_path / 'probe.npy'}#1")
+    explain(photo, "--out", tmp_path / "maps", *targets)
+    assert len([name for name in tree(tmp_path / "maps") if name.endswith(".npz")]) == 2
+    other = write(tmp_path / "in/other.png")
+    explain(photo, "--out", tmp_path / "like", "--target", f"image:{other}", model="features")
+    arrays = load(tmp_path / "like/photo.npz")
+    assert str(arrays["class_name"]) == f"like {other}" and len(arrays["top_target"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [("text:a cat", "takes no text prompts"), ("patch:4,2", "4 rows and 4 columns"), ("image:none.png", "none.png")],
+)
+def test_questions_that_the_model_cannot_answer(models, untouched, photo, target, message):
+    refused(explain(photo, "--out", untouched, "--target", target, code=2), message)
+
+
+def test_folder_keeps_its_shape(models, tmp_path):
+    for name in ("in/a.png", "in/b/a.png", "in/b/c.jpg", "in/b/c.png"):
+        write(tmp_path / name)
+    explain(tmp_path / "in", "--out", tmp_path / "maps")
+    stems = {name.removesuffix(".npz") for name in tree(tmp_path / "maps") if name.endswith(".npz")}
+    assert stems == {"a", "b/a", "b/c", "b/c.png"}
+
+
+def test_results_inside_the_folder_are_not_explained(models, tmp_path):
+    write(tmp_path / "a.png")
+    for _ in range(2):
+        result = explain(tmp_path, "--out", tmp_path / "maps")
+        assert "1 image explained" in result.stdout
+
+
+def test_notes_are_plain_lines_told_once(models, photo, tmp_path):
+    models["bare"] = lambda: setattr(model := tiny(), "pretrained_cfg", None) or model
+    write(tmp_path / "in/b.png")
+    result = explain(tmp_path / "in", "--out", tmp_path / "maps", model="bare")
+    assert result.stderr.count("note: the model names no preprocessing") == 1
+    assert "class " in result.stdout
+
+
+# Bad input
+
+
+def refused(result, message):
+    """One red line, no traceback."""
+    lines = [line for line in result.stderr.splitlines() if line]
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    assert message in lines[0]
+
+
+@pytest.fixture
+def untouched(tmp_path):
+    """After the test no file and no folder is there that was not there when it began."""
+    out = tmp_path / "maps"
+    yield out
+    assert not out.exists()
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_no_image_given(untouched):
+    refused(explain("--out", untouched, model="never", code=2), "no image was given")
+
+
+def test_missing_file(models, untouched, tmp_path):
+    refused(explain(tmp_path / "none.jpg", "--out", untouched, model="never", code=2), "no file or folder")
+
+
+def test_empty_folder(models, untouched, tmp_path):
+    (tmp_path / "in").mkdir()
+    refused(explain(tmp_path / "in", "--out", untouched, model="never", code=2), "no image to explain")
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", "half"], ids=["empty", "text", "truncated"])
+def test_unreadable_image(models, untouched, photo, content):
+    photo.write_bytes(photo.read_bytes()[:2000] if content == "half" else content)
+    refused(explain(photo, "--out", untouched, model="never", code=2), f"cannot read {photo}")
+
+
+def test_non_finite_pixels(models, untouched, tmp_path):
+    Image.fromarray(np.full((32, 32), np.nan, np.float32)).save(tmp_path / "a.tif")
+    refused(explain(tmp_path / "a.tif", "--out", untouched, model="never", code=2), "not finite")
+
+
+@pytest.mark.parametrize("bad", ["file", "/proc/maps"])
+def test_output_folder_that_cannot_be_written(models, photo, tmp_path, bad):
+    if bad == "/proc/maps" and not os.path.isdir("/proc/self"):
+        pytest.skip("needs a folder that even root cannot write to")
+    (tmp_path / "file").write_bytes(b"kept")
+    refused(explain(photo, "--out", tmp_path / bad, model="never", code=2), "cannot write to")
+    assert (tmp_path / "file").read_bytes() == b"kept"
+
+
+@pytest.mark.parametrize(
+    ("target", "message"), [("10", "out of range"), ("walrus", "no class"), ("thing", "fits 7 classes")]
+)
+def test_target_that_the_model_lacks(models, untouched, photo, target, message):
+    refused(explain(photo, "--out", untouched, "--target", target, code=2), message)
+
+
+def test_more_classes_than_there_are(models, untouched, photo):
+    refused(explain(photo, "--out", untouched, "--top-k", 11, code=2), "the model has 10 classes")
+
+
+def test_target_and_top_k(models, untouched, photo):
+    result = explain(photo, "--out", untouched, "--target", 1, "--top-k", 2, model="never", code=2)
+    refused(result, "give one of them")
+
+
+def test_patches_and_classes(models, untouched, photo):
+    result = explain(photo, "--out", untouched, "--target", "patch:1,2", "--target", "dog", model="never", code=2)
+    refused(result, "one run for each kind")
+
+
+@pytest.mark.parametrize("option", ["--n-samples", "--top-k", "--internal-batch-size"])
+def test_numbers_below_one(models, untouched, photo, option):
+    result = run("explain", photo, "--out", untouched, "--model", "never", option, 0, code=2)
+    assert option in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--precision", "fp3"), ("--backend", "no"), ("--schedule", "no"), ("--route", "no")],
+)
+def test_settings_that_do_not_exist(models, untouched, photo, option, value):
+    result = run("explain", photo, "--out", untouched, "--model", "tiny", option, value, code=2)
+    refused(result, value)
+
+
+def test_unknown_model(untouched, photo):
+    refused(explain(photo, "--out", untouched, model="vit_bse_patch16_224", code=2), "vit_base_patch16_224")
+
+
+def test_hub_out_of_reach(untouched, photo, monkeypatch):
+    import timm
+
+    def fail(*_, **__):
+        raise OSError("We couldn't connect to\nthe hub")
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    result = explain(photo, "--out", untouched, model="vit_tiny_patch16_224", code=2)
+    assert result.stderr.splitlines()[-1].startswith("error: ") and "couldn't connect" in result.stderr
+
+
+def test_model_without_attention(models, untouched, photo):
+    convolutions = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.Flatten(), nn.LazyLinear(10))
+    convolutions(torch.zeros(1, 3, 224, 224))
+    models["convolutions"] = convolutions.eval
+    result = explain(photo, "--out", untouched, model="convolutions", code=2)
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert "attention" in result.stderr
+
+
+def test_model_without_a_plan(models, untouched, photo):
+    convolutions = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.Flatten(), nn.LazyLinear(10))
+    convolutions(torch.zeros(1, 3, 224, 224))
+    models["convolutions"] = convolutions.eval
+    result = explain(photo, "--out", untouched, "--route", "engine", model="convolutions", code=2)
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert "not timm's VisionTransformer" in result.stderr
+
+
+def test_exception_in_the_model_keeps_its_traceback(models, untouched, photo):
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny()
+
+        def forward(self, images):
+            raise ZeroDivisionError("in the user's model")
+
+    models["broken"] = lambda: Broken().eval()
+    with pytest.raises(Exception, match="in the user's model"):
+        explain(photo, "--out", untouched, model="broken")
+
+
+def test_non_finite_weights(models, untouched, photo):
+    def poisoned():
+        model = tiny()
+        nn.init.constant_(model.head.weight, float("nan"))
+        return model
+
+    models["poisoned"] = poisoned
+    result = explain(photo, "--out", untouched, model="poisoned", code=2)
+    assert "NaN or infinity" in result.stderr and "0 images explained" in result.stdout
+
+
+def test_one_bad_file_in_a_folder(models, tmp_path):
+    for name in ("in/a.png", "in/b.png", "in/c.png"):
+        write(tmp_path / name)
+    bad = tmp_path / "in/b.png"
+    bad.write_bytes(bad.read_bytes()[:2000])
+    result = explain(tmp_path / "in", "--out", tmp_path / "maps", code=1)
+    refused(result, f"cannot read {bad}")
+    assert "2 images explained" in result.stdout and "1 could not be explained" in result.stdout
+    assert [name for name in tree(tmp_path / "maps") if name.endswith(".npz")] == ["a.npz", "c.npz"]
+
+
+def test_disk_that_fills_up(models, photo, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dave_fast.files.os.replace", full)
+    refused(explain(photo, "--out", tmp_path / "maps", code=2), "no space left on device")
+    assert tree(tmp_path / "maps") == []
+
+
+def test_debug_shows_the_traceback(photo, untouched):
+    with pytest.raises(UnknownModelError):
+        explain(photo, "--out", untouched, "--debug", model="no_such_model")
+
+
+# The program itself
+
+
+def program(*arguments, cwd):
+    command = [sys.executable, "-m", "dave_fast", *map(str, arguments)]
+    root = os.path.dirname(os.path.dirname(os.path.abspath(explainer.__file__)))
+    environment = os.environ | {"PYTHONPATH": root, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_demo(tmp_path):
+    done = program("explain", "--demo", "--n-samples", 4, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    names = tree(tmp_path / "maps")
+    assert {name.split(".", 2)[-1] for name in names} == {"png", "overlay.png", "map.png", "npz"}
+    picture = tmp_path / done.stdout.strip().splitlines()[-1].removeprefix("picture: ")
+    assert size(picture)[0] > 1000
+
+
+def test_demo_takes_no_images(tmp_path, photo):
+    done = program("explain", photo, "--demo", cwd=tmp_path)
+    assert done.returncode == 2 and "--demo brings its own image" in done.stderr
+
+
+def test_refusal_is_one_line(tmp_path):
+    done = program("explain", "none.jpg", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: there is no file or folder none.jpg.\n"
+
+
+def test_help_and_version_do_not_wait_for_torch(tmp_path):
+    code = "import sys; from dave_fast import cli; print({'torch', 'timm', 'matplotlib'} & set(sys.modules))"
+    root = os.path.dirname(os.path.dirname(os.path.abspath(explainer.__file__)))
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "set()", done.stderr
+    assert program("--version", cwd=tmp_path).stdout.startswith("dave-fast ")
+
+
+def test_settings_of_a_file_are_taken_unless_said_otherwise(photo, models, tmp_path):
+    (tmp_path / "tuned.toml").write_text('model = "tiny"\nnoise_alpha = 0.25\nn_samples = 2\n')
+    quick = ("--precision", "fp32", "--backend", "torch", "--out", tmp_path / "out")
+    for options, samples, alpha in (((), 2, 0.25), (("--n-samples", 3, "--noise-alpha", 0.5), 3, 0.5)):
+        run("explain", photo, "--config", tmp_path / "tuned.toml", *quick, *options)
+        with np.load(tmp_path / "out" / "photo.npz") as arrays:
+            assert arrays["n_samples"] == samples
+            assert arrays["noise_alpha"] == alpha

@@ -1,0 +1,134 @@
+"""Memory that runs out: smaller micro-batches, the same result, and a plain error at one row."""
+
+import logging
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+import dave_fast
+from dave_fast.engine.free_memory import is_out_of_memory
+from dave_fast.engine.graphs import Graphs, direct
+from dave_fast.errors import OutOfMemoryError
+from tests.variants import randomise
+
+SHORTAGES = {
+    "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    "torch-c++": RuntimeError("std::bad_alloc"),
+    "native": MemoryError("std::bad_alloc"),
+}
+
+
+class Scarce:
+    """An engine's forward walk that has memory for so many rows."""
+
+    def __init__(self, forward, most, error):
+        self.forward, self.most, self.error = forward, most, error
+        self.tried = []
+
+    def __call__(self, tokens):
+        self.tried.append(len(tokens))
+        if len(tokens) > self.most:
+            raise self.error
+        return self.forward(tokens)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=5).eval()
+    randomise(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def explainer(model, **settings):
+    return dave_fast.DAVE(model, **({"precision": "fp32", "noise_alpha": 0.5} | settings))
+
+
+def scarce(made, images, most, error):
+    """The explainer's route, with memory for `most` rows."""
+    route = made._route(images)
+    route.forward = Scarce(route.forward, most, error)
+    return route
+
+
+@pytest.mark.parametrize("error", SHORTAGES.values(), ids=SHORTAGES)
+@pytest.mark.parametrize("route", ["engine", "frozen"])
+def test_the_micro_batch_is_halved_and_the_result_is_the_same(model, images, route, error, caplog):
+    expected = explainer(model, route=route, internal_batch_size=2).explain(images, 1, n_samples=8)
+    made = explainer(model, route=route, internal_batch_size=10)
+    walks = scarce(made, images, 3, error)
+    with caplog.at_level(logging.WARNING, "dave_fast"):
+        found = made.explain(images, 1, n_samples=8)
+    assert torch.equal(found.raw, expected.raw) and torch.equal(found.maps, expected.maps)
+    # two images' outputs fit; ten rows do not, nor five
+    assert walks.forward.tried[:3] == [2, 10, 5] and set(walks.forward.tried[3:]) == {2}
+    assert "10 rows a micro-batch; going on with 5" in caplog.text
+    assert "5 rows a micro-batch; going on with 2" in caplog.text
+
+
+def test_the_size_is_remembered(model, images):
+    made = explainer(model, internal_batch_size=8)
+    walks = scarce(made, images, 4, SHORTAGES["cpu"])
+    first = made.explain(images, 1, n_samples=8)
+    walks.forward.tried.clear()
+    second = made.explain(images, 1, n_samples=8)
+    assert max(walks.forward.tried) == 4
+    assert torch.equal(first.raw, second.raw)
+
+
+def test_progress_still_counts_every_row_once(model, images):
+    made = explainer(model, internal_batch_size=8)
+    scarce(made, images, 4, SHORTAGES["cpu"])
+    seen = []
+    made.explain(images, 1, n_samples=6, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(4, 12), (8, 12), (12, 12)]
+
+
+def test_several_classes_survive_it_too(model, images):
+    draws = dave_fast.sampling.draw(6, height=16, width=16)
+    targets = torch.tensor([[0, 3]])
+    expected = explainer(model).contributions(images[:1], draws, targets)
+    made = explainer(model)
+    scarce(made, images, 3, SHORTAGES["native"])
+    found = made.contributions(images[:1], draws, targets)
+    assert (found - expected).abs().max() <= 2e-6 * expected.abs().max()
+
+
+def test_buckets_are_given_up_before_smaller_ones_are_made(model, images):
+    made = explainer(model, internal_batch_size=8)
+    made._make_graphs = lambda: Graphs(made.device, direct, strict=True)
+    walks = scarce(made, images, 4, SHORTAGES["cuda"])
+    found = made.explain(images, 1, n_samples=8)
+    assert max(walks.forward.tried[walks.forward.tried.index(8) + 1 :]) == 4
+    expected = explainer(model, internal_batch_size=4).explain(images, 1, n_samples=8)
+    assert torch.equal(found.raw, expected.raw)
+
+
+@pytest.mark.parametrize(("route", "words"), [("engine", r"takes [\d.]+ MiB by the formula"), ("frozen", "autograd's")])
+def test_one_row_that_does_not_fit_is_said_in_numbers(model, images, route, words):
+    made = explainer(model, route=route)
+    scarce(made, images, 0, SHORTAGES["cpu"])
+    with pytest.raises(OutOfMemoryError, match=words) as raised:
+        made.explain(images, n_samples=4)
+    assert "MiB are free on cpu" in str(raised.value) and raised.value.__cause__ is SHORTAGES["cpu"]
+
+
+def test_other_errors_are_not_taken_for_it(model, images):
+    made = explainer(model)
+    scarce(made, images, 0, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        made.explain(images, n_samples=4)
+    assert not is_out_of_memory(ValueError("out of memory"))
+
+
+def test_pytorchs_own_shortage_is_recognised():
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**62, dtype=torch.uint8)
+    assert is_out_of_memory(raised.value)

@@ -1,0 +1,90 @@
+"""What each precision costs in fidelity, on trained weights and on random ones, and where it is refused."""
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import dave_fast
+from dave_fast.errors import InputError, ModelError
+from dave_fast.images import preprocessing
+from dave_fast.models.demo.scenes import draw_scenes
+from dave_fast.ops.fp8 import Fp8Weight
+from dave_fast.ops.precision import choose_precision, why_no_fp8
+from tests.tolerances import LOW_PRECISION_RATIO, PEARSON
+from tests.variants import ENGINE
+
+
+def pearson(found, expected):
+    """Of each map (B, H, W) with its like."""
+    a, b = (t.flatten(1) - t.flatten(1).mean(1, keepdim=True) for t in (found, expected))
+    return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    found = draw_scenes(2, seed=7, split="test", size=128)
+    read = preprocessing(dave_fast.DAVE("demo", precision="fp32").model)
+    return torch.stack([read(Image.fromarray(image))[0] for image in found.images])
+
+
+@pytest.fixture(scope="module")
+def single(scenes):
+    return dave_fast.DAVE("demo", precision="fp32").explain(scenes, n_samples=50)
+
+
+@pytest.mark.parametrize(("precision", "backend"), [("bf16", "auto"), ("fp8", "torch")])
+def test_final_maps_of_the_demo_model_keep_to_float32(scenes, single, precision, backend):
+    found = dave_fast.DAVE("demo", precision=precision, backend=backend).explain(scenes, single.target, n_samples=50)
+    assert pearson(found.maps, single.maps).min() >= PEARSON[precision]
+    assert torch.equal(found.output.argmax(1), single.target)
+
+
+@pytest.mark.slow
+def test_raw_of_a_random_vit_b_is_as_near_to_float64_as_plain_bfloat16():
+    torch.manual_seed(0)
+    model = timm.create_model("vit_base_patch16_224").eval()
+    images = torch.randn(1, 3, 224, 224)
+
+    def raw(precision, **settings):
+        explainer = dave_fast.DAVE(model, precision=precision, noise_alpha=0.5, **settings)
+        return explainer.explain(images, 3, n_samples=4).raw.double()
+
+    exact = raw("fp64", route="engine")
+
+    def error(found):
+        return ((found - exact).norm() / exact.norm()).item()
+
+    plain = error(raw("bf16", route="frozen"))
+    assert error(raw("bf16", route="engine")) <= LOW_PRECISION_RATIO * plain
+
+
+def test_every_gemm_of_the_blocks_has_e4m3_operands_and_activations_stay_bfloat16():
+    explainer = dave_fast.DAVE(ENGINE["vit"].build(), precision="fp8", backend="torch", noise_alpha=0.5)
+    images = ENGINE["vit"].images(2)
+    found = explainer.explain(images, n_samples=3)
+    assert found.raw.isfinite().all() and explainer.route == "engine"
+    plan = explainer._route(images).plan
+    assert plan.dtype == torch.bfloat16
+    eight = [isinstance(w, Fp8Weight) for p in plan.projections() for w in (p.weight, p.transposed)]
+    assert not any(eight[:2]) and all(eight[2:]) and len(eight) > 2
+
+
+def test_fp8_without_hardware_is_refused_unless_the_reference_is_asked_for(monkeypatch):
+    with pytest.raises(InputError, match=r"a CPU does not multiply e4m3.*backend='torch'"):
+        dave_fast.DAVE("demo", precision="fp8")
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert "NVIDIA A100 (compute capability 8.0) has no e4m3" in why_no_fp8(cuda)
+    assert choose_precision("fp8", cuda, "torch") == "fp8"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert choose_precision("fp8", cuda) == "fp8"
+
+
+@pytest.mark.parametrize("route", ["auto", "frozen"])
+def test_fp8_needs_the_engine(route):
+    model = ENGINE["vit"].build() if route == "frozen" else torch.nn.Sequential(torch.nn.Flatten())
+    explainer = dave_fast.DAVE(model, precision="fp8", backend="torch", route=route, noise_alpha=0.5)
+    with pytest.raises(ModelError, match="fp8' needs the engine's GEMMs, but"):
+        explainer.explain(ENGINE["vit"].images(1))

@@ -1,0 +1,109 @@
+"""The native extension's loading: reasons are kept, an explicit choice raises, "auto" takes PyTorch instead."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from dave_fast.errors import BackendError
+from dave_fast.ops import _ext, _registry
+from dave_fast.ops.robust_mean import robust_mean, robust_mean_ref
+
+
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """What was loaded is forgotten before and after the test, in the extension's loader and in the registry."""
+    caches = [_ext._load, _registry.BACKENDS["native"].unavailable]
+    for function in caches:
+        function.cache_clear()
+    yield
+    for function in caches:
+        function.cache_clear()
+
+
+@pytest.mark.usefixtures("forgotten")
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(ModuleNotFoundError("gone"), "was not built"), (ImportError("libgomp.so.1: version GOMP_9 not found"), "GOMP_9")],
+    ids=["not-built", "not-loadable"],
+)
+def test_without_the_extension(monkeypatch, error, message):
+    def fail(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(_ext, "import_module", fail)
+    assert message in _ext.unavailable()
+    assert _ext.isa() is None
+    with pytest.raises(BackendError, match=message):
+        _ext.module()
+    for op in ("perturb", "pull_back", "robust_mean", "smooth"):
+        assert _registry.choose(op) == "torch"
+        with pytest.raises(BackendError, match=f"'native' was asked for and cannot run '{op}'.*{message}"):
+            _registry.choose(op, "native")
+    contributions = torch.randn(1, 5, 4)
+    assert torch.equal(robust_mean(contributions), robust_mean_ref(contributions))
+    with pytest.raises(BackendError, match=message):
+        robust_mean(contributions, backend="native")
+
+
+needs_extension = pytest.mark.skipif(_ext.unavailable() is not None, reason=str(_ext.unavailable()))
+
+
+@needs_extension
+def test_auto_takes_the_extension():
+    for op in ("perturb", "pull_back", "robust_mean", "smooth"):
+        assert _registry.choose(op) == "native"
+        assert _registry.bind(op).__name__ == f"{op}_native"
+
+
+@needs_extension
+def test_the_extension_says_what_it_uses():
+    native = _ext.module()
+    assert native.usable_isas()[-1] == "baseline"
+    assert _ext.isa() in native.usable_isas()
+    assert _ext.threads() == torch.get_num_threads()
+    with pytest.raises(ValueError, match=r"'mmx' is unknown or not in this machine; it has .*baseline"):
+        native.use_isa("mmx")
+
+
+@needs_extension
+@pytest.mark.usefixtures("forgotten")
+def test_the_environment_chooses_the_instruction_set(monkeypatch):
+    best = _ext.isa()
+    monkeypatch.setenv("DAVE_FAST_ISA", "baseline")
+    _ext._load.cache_clear()
+    try:
+        assert _ext.isa() == "baseline"
+    finally:
+        _ext.module().use_isa(best)
+    monkeypatch.setenv("DAVE_FAST_ISA", "mmx")
+    _ext._load.cache_clear()
+    # an explicit choice never falls back silently
+    with pytest.raises(BackendError, match="DAVE_FAST_ISA: instruction set 'mmx'"):
+        _ext.unavailable()
+
+
+@needs_extension
+def test_addresses_are_checked_before_memory_is_touched():
+    native = _ext.module()
+    index, keys = torch.tensor([3]), torch.zeros(1, 2, dtype=torch.int64)
+    matrix, one = torch.eye(2, 3, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    addresses = [field.data_ptr() for field in (index, matrix, one, one, keys, index)]
+    image, tokens = torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 4)
+    with pytest.raises(ValueError, match="image_index"):
+        native.perturb(image.data_ptr(), 0, image.shape, addresses, 1, 2, 2, tokens.data_ptr(), 0, 1)
+    with pytest.raises(BackendError, match="contiguous CPU"):
+        _ext.address(torch.zeros(3, 3).T)
+
+
+@needs_extension
+def test_it_shares_openmp_with_torch():
+    # in a process of its own: other tests load libraries that bring a runtime of theirs
+    code = "import dave_fast.ops._ext as e; e.module(); print(open('/proc/self/maps').read())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    runtimes = {line.split()[-1] for line in done.stdout.splitlines() if "libgomp" in line}
+    assert len(runtimes) <= 1, runtimes
