@@ -29,7 +29,7 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from dave_fast.errors import DaveFastError, InputError
+from dave_fast.errors import DaveFastError, InputError, reason_of
 
 __all__ = ["AsyncClient", "Client", "Explained", "ServerError"]
 
@@ -102,7 +102,7 @@ def picture_bytes(picture: Picture) -> bytes:
     try:
         return Path(picture).read_bytes()
     except OSError as error:
-        raise InputError(f"cannot read {os.fspath(picture)}: {(error.strerror or str(error)).lower()}.") from error
+        raise InputError(f"cannot read {os.fspath(picture)}: {reason_of(error)}.") from error
 
 
 def _query(target: Any, options: Mapping[str, Any]) -> dict[str, Any]:

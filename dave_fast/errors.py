@@ -72,3 +72,15 @@ class RunError(DaveFastError, RuntimeError):
 
 class NonFiniteError(DaveFastError, ArithmeticError):
     """NaN or infinity where finite numbers are needed."""
+
+
+def reason_of(error: Exception) -> str:
+    """Return what an error says, fit to stand inside of a sentence.
+
+    The system's own words for an error of the operating system, else the first line of the message, else the error's
+    class; without a full stop, and at most 300 characters.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return (error.strerror[0].lower() + error.strerror[1:]).rstrip(".")
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".")[:300] if lines else type(error).__name__

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from dave_fast.errors import InputError
+from dave_fast.errors import InputError, reason_of
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def atomically(path: str | os.PathLike[str], *, durable: bool = False) -> Iterat
         if durable:
             sync_folder(path.parent)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {_reason(error)}.") from error
+        raise InputError(f"cannot write {path}: {reason_of(error)}.") from error
     finally:
         if part.exists():
             part.unlink()
@@ -64,8 +64,4 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise InputError(f"cannot write to {folder}: {_reason(error)}. Choose another --out.") from error
-
-
-def _reason(error: OSError) -> str:
-    return (error.strerror or str(error)).lower()
+        raise InputError(f"cannot write to {folder}: {reason_of(error)}. Choose another --out.") from error

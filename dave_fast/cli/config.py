@@ -21,7 +21,7 @@ import tomllib
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from dave_fast.errors import InputError
+from dave_fast.errors import InputError, reason_of
 from dave_fast.files import atomically
 
 _KINDS: dict[str, tuple[type, ...]] = {
@@ -55,7 +55,7 @@ def load_config(path: str | os.PathLike[str]) -> Config:
         with open(path, "rb") as file:
             values = tomllib.load(file)
     except OSError as error:
-        raise InputError(f"cannot read the configuration {path}: {(error.strerror or str(error)).lower()}.") from error
+        raise InputError(f"cannot read the configuration {path}: {reason_of(error)}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is no TOML file: {error}.") from error
     known = [field.name for field in fields(Config)]

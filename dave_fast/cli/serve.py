@@ -12,7 +12,7 @@ import typer
 from dave_fast.cli import options as cli_options
 from dave_fast.cli.options import MACHINE
 from dave_fast.cli.terminal import console, plain_warnings
-from dave_fast.errors import InputError
+from dave_fast.errors import InputError, reason_of
 
 _LIMITS, _ACCESS = "Limits", "Access"
 KEYS_VARIABLE = "DAVE_FAST_API_KEYS"
@@ -115,8 +115,9 @@ def _bound(host: str, port: int) -> socket.socket:
             made.close()
             raise
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise InputError(f"cannot listen at {host}:{port}: {reason}. Choose another --host or --port.") from error
+        raise InputError(
+            f"cannot listen at {host}:{port}: {reason_of(error)}. Choose another --host or --port."
+        ) from error
     return made
 
 
@@ -127,7 +128,7 @@ def _keys(path: Path | None) -> list[str]:
         try:
             text = path.read_text()
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read the API keys in {path}: {getattr(error, 'strerror', error)}.") from error
+            raise InputError(f"cannot read the API keys in {path}: {reason_of(error)}.") from error
         if not text.strip():
             raise InputError(f"{path} has no API key; give one a line, or leave --api-keys out.")
     return [line.strip() for line in text.splitlines() if line.strip()]

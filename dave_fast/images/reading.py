@@ -12,7 +12,7 @@ from typing import IO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dave_fast.errors import ImageError, InputError, TooLargeError
+from dave_fast.errors import ImageError, InputError, TooLargeError, reason_of
 
 # Formats that Pillow recognises but cannot draw without a program or plug-in of its own.
 _STUBS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -80,9 +80,7 @@ def _reason(error: Exception) -> str:
         return "it is not an image that Pillow can read"
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return f"it is too large ({error})"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
-    return str(error).rstrip(".") or type(error).__name__
+    return reason_of(error)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -145,8 +143,7 @@ def walk_images(
     """
 
     def refuse(error: OSError) -> None:
-        reason = (error.strerror or "unreadable").lower()
-        raise InputError(f"cannot list the folder {error.filename}: {reason}.")
+        raise InputError(f"cannot list the folder {error.filename}: {reason_of(error)}.")
 
     skipped = None if skip is None else Path(skip).resolve()
     for root, folders, names in os.walk(folder, onerror=refuse, followlinks=follow):

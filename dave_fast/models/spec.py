@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dave_fast.errors import InputError, UnknownModelError
+from dave_fast.errors import InputError, UnknownModelError, reason_of
 
 SOURCES = ("demo", "timm", "hf", "torchvision", "open_clip", "python")
 # timm's own schemes say the same as hf:
@@ -102,8 +102,7 @@ def class_names(labels: str | Sequence[str]) -> tuple[str, ...]:
         text = Path(labels).read_text(encoding="utf-8-sig")
         names = _from_json(json.loads(text)) if text.lstrip()[:1] in ("[", "{") else text.splitlines()
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"cannot read the class names in {labels}: {reason.rstrip('.')}.") from error
+        raise InputError(f"cannot read the class names in {labels}: {reason_of(error)}.") from error
     names = [name.strip() for name in names]
     while names and not names[-1]:
         names.pop()

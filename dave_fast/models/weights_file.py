@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dave_fast.errors import InputError
+from dave_fast.errors import InputError, reason_of
 
 # where training scripts put the weights, averages first
 _KEYS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "module")
@@ -38,11 +38,11 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise InputError(
             f"the weights {path} hold other objects than tensors, which would have to be run and are not: save "
-            f"model.state_dict(), best by safetensors.torch.save_file ({_first_line(error)})."
+            f"model.state_dict(), best by safetensors.torch.save_file ({reason_of(error)})."
         ) from error
     # readers raise whatever the bytes provoke
     except Exception as error:
-        raise InputError(f"cannot read the weights {path}: {_first_line(error)}.") from error
+        raise InputError(f"cannot read the weights {path}: {reason_of(error)}.") from error
     while isinstance(found, Mapping):
         inner = next((found[key] for key in _KEYS if isinstance(found.get(key), Mapping)), None)
         if inner is None:
@@ -109,8 +109,3 @@ def _without(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _some(names: Collection[str]) -> str:
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(sorted(names)[:_NAMED]) + more
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".")[:300] if lines else type(error).__name__

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dave_fast.errors import ImageError
+from dave_fast.errors import ImageError, reason_of
 from dave_fast.run.huggingface import row_content
 from dave_fast.run.records import Record, read_uri
 
@@ -16,8 +16,4 @@ def read_content(record: Record) -> bytes:
         return row_content(record.uri) if of_dataset else read_uri(record.uri)
     # Each file system of fsspec raises errors of its own.
     except Exception as error:
-        if isinstance(error, OSError) and error.strerror:
-            reason = error.strerror.lower()
-        else:
-            reason = str(error).rstrip(".") or type(error).__name__
-        raise ImageError(f"cannot read {record.uri}: {reason}.") from error
+        raise ImageError(f"cannot read {record.uri}: {reason_of(error)}.") from error

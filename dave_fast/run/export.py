@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dave_fast.errors import ImageError, InputError
+from dave_fast.errors import ImageError, InputError, reason_of
 from dave_fast.files import atomically
 from dave_fast.images import decode_image, drawing, from_config
 from dave_fast.run.contents import read_content
@@ -70,7 +70,7 @@ def _whole(target: Path, *, folder: bool) -> Iterator[Path]:
         yield part
         os.rename(part, target)
     except OSError as error:
-        raise InputError(f"cannot write {target}: {(error.strerror or str(error)).lower()}.") from error
+        raise InputError(f"cannot write {target}: {reason_of(error)}.") from error
     finally:
         if folder:
             shutil.rmtree(part, ignore_errors=True)

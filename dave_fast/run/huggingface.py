@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
-from dave_fast.errors import InputError
+from dave_fast.errors import InputError, reason_of
 from dave_fast.run.records import Record, Skip, Source, as_int64, read_uri
 
 _COLUMNS = ("id", "target", "seed", "label")
@@ -85,8 +85,7 @@ def _opened(place: str) -> tuple[Any, str, str, str]:
         else:
             loaded = datasets.load_dataset(name)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
-        raise InputError(f"cannot open the dataset {name}: {reason}.") from error
+        raise InputError(f"cannot open the dataset {name}: {reason_of(error)}.") from error
     if isinstance(loaded, dict):
         if not split and len(loaded) == 1:
             split = next(iter(loaded))

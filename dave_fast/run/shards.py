@@ -30,7 +30,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dave_fast.errors import InputError
+from dave_fast.errors import InputError, reason_of
 from dave_fast.files import atomically
 from dave_fast.run.identity import METADATA_KEY
 
@@ -158,9 +158,8 @@ def read_column(path: Path, *columns: str) -> pa.Table:
     try:
         return pq.read_table(path, columns=list(columns), memory_map=False, partitioning=None)
     except (OSError, pa.ArrowInvalid, KeyError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
         raise InputError(
-            f"{path} is no readable shard: {reason}. Move it away and resume; its maps are made anew."
+            f"{path} is no readable shard: {reason_of(error)}. Move it away and resume; its maps are made anew."
         ) from error
 
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dave_fast.errors import InputError
+from dave_fast.errors import InputError, reason_of
 from dave_fast.images import walk_images
 from dave_fast.run.huggingface import dataset_source, is_saved_dataset
 from dave_fast.run.records import Record, Source, as_int64, is_local, located, printable
@@ -148,7 +148,7 @@ def _text(place: str) -> io.TextIOWrapper:
     try:
         file = open(place, "rb") if is_local(place) else fsspec.open(place, "rb").open()  # noqa: SIM115
     except (OSError, ImportError, ValueError) as error:
-        raise InputError(f"cannot read {place}: {_reason(error)}.") from error
+        raise InputError(f"cannot read {place}: {reason_of(error)}.") from error
     return io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
@@ -168,7 +168,7 @@ def _parquet_records(place: str) -> Iterator[Record]:
                         number += 1
                         yield record_of(row, folder, f"{path}, row {number}")
         except (OSError, ImportError, pa.ArrowInvalid) as error:
-            raise InputError(f"cannot read {path}: {_reason(error)}.") from error
+            raise InputError(f"cannot read {path}: {reason_of(error)}.") from error
 
 
 def _parquet_files(place: str) -> list[str]:
@@ -195,8 +195,3 @@ def _binary(place: str) -> Any:
 def _folder_of(place: str) -> str:
     """What relative uris in a list are relative to."""
     return os.path.dirname(os.path.abspath(place)) if is_local(place) else place.rsplit("/", 1)[0]
-
-
-def _reason(error: Exception) -> str:
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error).rstrip(".")
-    return text or type(error).__name__

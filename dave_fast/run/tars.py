@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from dave_fast.errors import InputError
+from dave_fast.errors import InputError, reason_of
 from dave_fast.images import is_image
 from dave_fast.run.records import Record, Skip, Source, as_int64, is_local, printable
 
@@ -71,7 +71,7 @@ def _shards(place: str) -> list[tuple[str, int]]:
             for each in sorted(fs.glob(path)) if glob.has_magic(path) else [path]:
                 found[fs.unstrip_protocol(each)] = fs.size(each) or 0
         except (OSError, ImportError, ValueError) as error:
-            raise InputError(f"cannot list {pattern}: {str(error).rstrip('.')}.") from error
+            raise InputError(f"cannot list {pattern}: {reason_of(error)}.") from error
     if not found:
         raise InputError(f"there is no tar {place}.")
     return list(found.items())
@@ -127,7 +127,7 @@ def _samples(url: str, shard: str, labels: bool, skip: Skip) -> Iterator[Record]
                     label = _content(tar, member).decode(errors="replace").strip()
             yield from sample()
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise InputError(f"cannot read {url}: {str(error).rstrip('.')}. What came before it is kept.") from error
+        raise InputError(f"cannot read {url}: {reason_of(error)}. What came before it is kept.") from error
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

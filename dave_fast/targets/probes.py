@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dave_fast.errors import InputError
+from dave_fast.errors import InputError, reason_of
 
 
 def load_probe(path: str | os.PathLike[str], row: int | None = None) -> Tensor:
@@ -27,8 +27,7 @@ def load_probe(path: str | os.PathLike[str], row: int | None = None) -> Tensor:
         raise
     # readers raise whatever the bytes provoke
     except Exception as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise InputError(f"cannot read the probe {path}: {reason.rstrip('.')}.") from error
+        raise InputError(f"cannot read the probe {path}: {reason_of(error)}.") from error
     shape = tuple(matrix.shape)
     matrix = matrix[None] if matrix.dim() == 1 else matrix
     if matrix.dim() < 2 or any(side != 1 for side in matrix.shape[2:]) or not matrix.is_floating_point():
