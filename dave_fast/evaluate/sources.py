@@ -156,6 +156,4 @@ class ImageFiles:
     def _seen(self, mask: np.ndarray) -> Tensor:
         """What the model's crop leaves of a photograph's mask (H, W): the pixels that it covers by at least half."""
         white = Image.fromarray(mask.astype(np.uint8) * 255).convert("RGB")
-        # through the very transform of the photograph, so that no geometry is computed twice
-        planes = self.prepare.pixels(self.prepare.transform(white))
-        return torch.from_numpy(planes[..., 0] >= 128)
+        return torch.from_numpy(self.prepare.crop(white)[..., 0] >= 128)

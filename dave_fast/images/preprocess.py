@@ -1,7 +1,4 @@
-"""Photographs on disk, and what a model sees of them.
-
-`read_image` gives 8-bit RGB from any file that Pillow reads, `find_images` the files behind paths and
-folders, `preprocessing` the model's own resize, crop and normalisation.
+"""A model's preprocessing: resize, crop and normalisation, as timm describes it.
 
 Torch and timm are imported where they are first needed: finding and reading files needs neither.
 """
@@ -22,19 +19,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# beside timm's words for a preprocessing, two of ours: the inverse 1 − x of each channel follows the three (B-cos
-# models); offsets of the crop are rounded down
+# Two keys of our own beside timm's: ADD_INVERSE appends the inverse 1 − x of each channel (B-cos models), CROP_FLOOR
+# rounds the crop's offsets down.
 ADD_INVERSE, CROP_FLOOR = "add_inverse", "crop_floor"
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """A model's own way from a photograph to its input.
+    """The preprocessing of one model: from a photograph to the model's input.
 
-    size: (H, W) in pixels. mean, std: per channel, of pixels in [0, 1].
-    transform: PIL RGB to normalised float32 (3, H, W), (6, H, W) with ADD_INVERSE.
-    note: what had to be assumed, or None.
-    config: what timm makes the transform of, as plain values (`from_config`).
+    Attributes:
+        size: (H, W) of the input in pixels.
+        mean: of each channel, for pixels in [0, 1].
+        std: standard deviation of each channel, for pixels in [0, 1].
+        transform: PIL RGB to normalised float32 (3, H, W), or (6, H, W) with ADD_INVERSE.
+        note: what had to be assumed, or None.
+        config: timm's description of the transform, as plain values (see `from_config`).
     """
 
     size: tuple[int, int]
@@ -45,16 +45,16 @@ class Preprocessing:
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, image: Image.Image) -> tuple[Tensor, np.ndarray]:
-        """The model's input, normalised float32 (C, H, W), and the crop it shows, uint8 (H, W, 3)."""
-        inputs = self.transform(image)
-        return inputs, self.pixels(inputs)
+        """Return the model's input, normalised float32 (C, H, W), and the crop that it shows, uint8 (H, W, 3)."""
+        crop = self.crop(image)
+        return self.normalised(crop), crop
 
     def crop(self, image: Image.Image) -> np.ndarray:
-        """The first half of the way: resized and cropped, uint8 (H, W, 3)."""
-        return np.asarray(self._half(first=True)(image))
+        """Return the image resized and cropped, uint8 (H, W, 3): the first half of the transform."""
+        return np.array(self._half(first=True)(image))
 
     def normalised(self, crop: np.ndarray) -> Tensor:
-        """The second half: `normalised(crop(image))` is `transform(image)`, bit for bit."""
+        """Return the input for a crop: `normalised(crop(image))` is bit for bit `transform(image)`."""
         return self._half(first=False)(Image.fromarray(crop))
 
     def _half(self, *, first: bool) -> Callable[[Any], Any]:
@@ -66,7 +66,7 @@ class Preprocessing:
         return Compose(steps[:middle] if first else steps[middle:])
 
     def pixels(self, inputs: Tensor) -> np.ndarray:
-        """Normalised inputs (C, H, W) back as the pixels that they were made from: uint8 (H, W, 3)."""
+        """Return the pixels, uint8 (H, W, 3), that normalised inputs (C, H, W) were made from."""
         planes = inputs[:3].detach().cpu().double().permute(1, 2, 0).numpy()
         planes = planes * np.asarray(self.std) + np.asarray(self.mean)
         # Adding the exact half before cutting undoes the rounding of the normalisation.
@@ -74,18 +74,20 @@ class Preprocessing:
 
 
 def preprocessing(model: Any, image_size: Sequence[int] | None = None) -> Preprocessing:
-    """The preprocessing that a model was trained for, as timm knows it.
+    """Return the preprocessing that a model was trained with, as timm knows it.
 
-    model: an nn.Module. Without a `pretrained_cfg` it gets ImageNet's mean and standard deviation, bicubic
-    resizing, a central crop of 87.5 % (at 224 pixels where its size is unknown), and a note that says so.
-    image_size: (H, W) where it is to be another size than that of the model, or of its configuration.
+    Args:
+        model: an nn.Module. Without a `pretrained_cfg` it gets ImageNet's mean and standard deviation, bicubic
+            resizing, a central crop of 87.5 % (at 224 pixels where its size is unknown), and a note that says so.
+        image_size: (H, W) of the input; None takes the model's own, else its configuration's.
 
-    Raises InputError for a model that takes other channels than red, green and blue (and their inverse).
+    Raises:
+        InputError: the model takes other channels than red, green and blue (and their inverse).
     """
     from timm.data.config import resolve_data_config
 
     known = getattr(model, "pretrained_cfg", None)
-    # class names alone are no preprocessing
+    # A configuration that only lists class names describes no preprocessing.
     known = known if known and not known.keys().isdisjoint(("input_size", "mean")) else None
     config = resolve_data_config(pretrained_cfg=known or {"input_size": (3, 224, 224)})
     if known and known.get(CROP_FLOOR):
@@ -104,18 +106,18 @@ def preprocessing(model: Any, image_size: Sequence[int] | None = None) -> Prepro
         raise InputError(f"the model takes {channels} channels; image files are read as 3 (RGB). Use the Python API.")
     note = None
     if not known:
-        note = f"the model names no preprocessing: those of ImageNet at {height}×{width} are used."
+        note = f"the model names no preprocessing: that of ImageNet at {height}×{width} is used."
     return from_config({**config, "input_size": (channels, height, width)}, note)
 
 
 def _own_size(model: Any) -> Sequence[int] | None:
-    """`image_size` of torchvision's ViT (a side) and of adapters (H, W)."""
+    """Return `image_size` of torchvision's ViT (one side) or of an adapter (H, W) as (H, W)."""
     size = getattr(model, "image_size", None)
     return (size, size) if isinstance(size, int) else size if isinstance(size, tuple | list) else None
 
 
 def from_config(config: Mapping[str, Any], note: str | None = None) -> Preprocessing:
-    """The preprocessing that `Preprocessing.config` describes, without the model; lists may stand for tuples."""
+    """Return the preprocessing of a `Preprocessing.config`, without its model; lists may stand for tuples."""
     from timm.data.transforms_factory import create_transform
     from torchvision.transforms import CenterCrop
 
@@ -132,7 +134,7 @@ def from_config(config: Mapping[str, Any], note: str | None = None) -> Preproces
 
 
 def _with_inverse(pixels: Tensor) -> Tensor:
-    """(3, H, W) -> (6, H, W): r, g, b, 1−r, 1−g, 1−b."""
+    """Return (6, H, W) for (3, H, W): r, g, b, 1−r, 1−g, 1−b."""
     import torch
 
     return torch.cat([pixels, 1 - pixels])
@@ -147,21 +149,26 @@ def describe_preprocessing(
     interpolation: str = "bicubic",
     crop_floor: bool = False,
 ) -> dict[str, Any]:
-    """A preprocessing in timm's words, as `pretrained_cfg` holds them: resize, central crop, normalisation.
+    """Describe a preprocessing as a timm `pretrained_cfg`: resize, central crop, normalisation.
 
-    size: (H, W) of the input. resize: the shorter side in pixels; or (H, W), whatever the shape; None: to `size`.
-    mean, std: per channel, of pixels in [0, 1]. interpolation: "bicubic", "bilinear", "nearest", "lanczos" ...
-    crop_floor: an odd remainder leaves its extra pixel on the right and below, as in Hugging Face's processors;
-    torchvision and timm round to even.
+    Args:
+        size: (H, W) of the input.
+        mean: of each channel, for pixels in [0, 1].
+        std: standard deviation of each channel, for pixels in [0, 1].
+        resize: pixels of the shorter side; or (H, W), which ignores the aspect ratio; None resizes to `size`.
+        interpolation: "bicubic", "bilinear", "nearest", "lanczos" ...
+        crop_floor: whether an odd remainder leaves its extra pixel on the right and below, as in Hugging Face's
+            processors; torchvision and timm round to even.
 
-    Raises InputError for a crop that is larger than the resized image, or that timm has no words for.
+    Raises:
+        InputError: the crop is larger than the resized image, or timm cannot describe it.
     """
     height, width = size
     if resize is None:
         resize = (height, width)
     squash = not isinstance(resize, int)
     resized = (resize, resize) if isinstance(resize, int) else tuple(resize)
-    # timm resizes to floor(size / crop_pct); the half keeps rounding away from the next integer
+    # timm resizes to floor(size / crop_pct); the added half keeps rounding errors from reaching another integer.
     crop_pct = 1.0 if resized == (height, width) else height / (resized[0] + 0.5)
     if (math.floor(height / crop_pct), math.floor(width / crop_pct)) != resized or crop_pct > 1:
         raise InputError(
@@ -181,7 +188,7 @@ def describe_preprocessing(
 
 @dataclass(frozen=True)
 class _FloorCrop:
-    """The central crop of `size` (H, W) whose offsets are rounded down."""
+    """A central crop of `size` (H, W) whose offsets are rounded down."""
 
     size: tuple[int, int]
 

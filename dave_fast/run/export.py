@@ -150,8 +150,7 @@ def _png(maps: Maps, target: Path, progress: Progress) -> int:
             drawing.save_picture(drawing.plain_map(heat), folder / f"{name}.map.png")
             try:
                 image = decode_image(read_content(Record(row.id, row.uri)), row.uri)
-                crop = prepare.pixels(prepare.transform(image))
-                drawing.save_picture(drawing.overlay(crop, heat), folder / f"{name}.overlay.png")
+                drawing.save_picture(drawing.overlay(prepare.crop(image), heat), folder / f"{name}.overlay.png")
             except ImageError as error:
                 missing, first = missing + 1, first or str(error)
             progress(number + 1)

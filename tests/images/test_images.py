@@ -7,6 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dave_fast.errors import ImageError, InputError
@@ -300,6 +301,7 @@ def picture():
 def test_crop_is_what_the_model_sees(picture, mode):
     prepare = preprocessing(Model(**CONFIG, crop_mode=mode))
     inputs, crop = prepare(picture)
+    assert torch.equal(inputs, prepare.transform(picture))
     assert inputs.shape == (3, 32, 32) and crop.shape == (32, 32, 3) and crop.dtype == np.uint8
     # Resize and crop, without the normalisation that follows them.
     geometry = prepare.transform.transforms[:2]
@@ -312,7 +314,8 @@ def test_crop_is_what_the_model_sees(picture, mode):
 def test_every_pixel_value_survives_the_way_there_and_back():
     ramp = Image.fromarray(np.repeat(RAMP[..., None], 3, axis=2))
     prepare = preprocessing(Model(**{**CONFIG, "crop_pct": 1.0}), image_size=(16, 16))
-    assert (prepare(ramp)[1] == RAMP[..., None]).all()
+    inputs, crop = prepare(ramp)
+    assert (crop == RAMP[..., None]).all() and (prepare.pixels(inputs) == crop).all()
 
 
 def test_size_can_be_that_of_the_model(picture):
