@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from dave_fast.bench import compare, machine, op_tests
 from dave_fast.bench.page import write_page
-from dave_fast.cli import app
+from dave_fast.cli.app import app
 from dave_fast.errors import BackendError, InputError
 
 MODEL = ["--model", "tests.bench.kernels:model", "--samples", "5", "--repeats", "2", "--budget", "1"]

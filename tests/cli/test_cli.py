@@ -11,7 +11,8 @@ from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
-from dave_fast.cli import app
+import dave_fast
+from dave_fast.cli.app import app
 from dave_fast.errors import UnknownModelError
 from dave_fast.explain import explainer
 
@@ -386,7 +387,7 @@ def test_debug_shows_the_traceback(photo, untouched):
 
 def program(*arguments, cwd):
     command = [sys.executable, "-m", "dave_fast", *map(str, arguments)]
-    root = os.path.dirname(os.path.dirname(os.path.abspath(explainer.__file__)))
+    root = os.path.dirname(os.path.dirname(os.path.abspath(dave_fast.__file__)))
     environment = os.environ | {"PYTHONPATH": root, "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -412,8 +413,8 @@ def test_refusal_is_one_line(tmp_path):
 
 
 def test_help_and_version_do_not_wait_for_torch(tmp_path):
-    code = "import sys; from dave_fast import cli; print({'torch', 'timm', 'matplotlib'} & set(sys.modules))"
-    root = os.path.dirname(os.path.dirname(os.path.abspath(explainer.__file__)))
+    code = "import sys; from dave_fast.cli import app; print({'torch', 'timm', 'matplotlib'} & set(sys.modules))"
+    root = os.path.dirname(os.path.dirname(os.path.abspath(dave_fast.__file__)))
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "set()", done.stderr
     assert program("--version", cwd=tmp_path).stdout.startswith("dave-fast ")

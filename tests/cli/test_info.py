@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dave_fast import __version__
-from dave_fast.cli import app
+from dave_fast.cli.app import app
 from dave_fast.cli.info import Device, Info, collect, render
 from dave_fast.ops import _registry
 

@@ -10,7 +10,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import dave_fast
-from dave_fast.engine import end_of_call, transfers
+from dave_fast import transfers
+from dave_fast.engine import end_of_call
 from dave_fast.engine.graphs import Graphs, direct
 from dave_fast.errors import ModelError, NonFiniteError
 from dave_fast.models.catalog import is_private

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
-from dave_fast.cli import app
+from dave_fast.cli.app import app
 from dave_fast.errors import InputError
 from dave_fast.evaluate import DemoScenes, Settings, evaluate
 from dave_fast.evaluate.methods import Setup

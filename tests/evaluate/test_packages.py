@@ -12,7 +12,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from dave_fast import effective_gradient
-from dave_fast.cli import app
+from dave_fast.cli.app import app
 from dave_fast.evaluate import DemoScenes, Settings, evaluate, methods, packages
 from dave_fast.evaluate.methods import METHODS, Setup
 from dave_fast.evaluate.twin import NotTakenError, torchvision_twin

@@ -8,7 +8,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from dave_fast import DAVE
-from dave_fast.cli import app
+from dave_fast.cli.app import app
 from dave_fast.cli.config import load_config
 from dave_fast.errors import InputError
 from dave_fast.evaluate.tuning import choose_alpha, samples_for, tune

@@ -14,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import dave_fast
-from dave_fast.cli import app
+from dave_fast.cli.app import app
 from dave_fast.models.demo import demo_scene
 
 

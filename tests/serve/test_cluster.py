@@ -53,7 +53,7 @@ def test_manifests_of_the_documentation_are_what_ray_and_the_server_take():
     from ray.serve.schema import ServeDeploySchema
     from typer.testing import CliRunner
 
-    from dave_fast.cli import app
+    from dave_fast.cli.app import app
     from dave_fast.serve.cluster import Settings, application
 
     text = (Path(__file__).parents[2] / "docs" / "cluster-serving.md").read_text()
