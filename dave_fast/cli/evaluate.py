@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from dave_fast.evaluate import Settings, Source
     from dave_fast.evaluate.summary import Summary
+    from dave_fast.explain.subject import Subject
     from dave_fast.models.spec import ModelSpec
 
 _HOW_MUCH = "How much"
@@ -131,20 +132,16 @@ def _run(
     from dave_fast.evaluate import evaluate as measure
     from dave_fast.evaluate.methods import Setup
     from dave_fast.evaluate.report import About, write
-    from dave_fast.explain.explainer import DAVE
-    from dave_fast.images import preprocessing
-    from dave_fast.models.adapter import require_classifier
-    from dave_fast.models.labels import labels_of
+    from dave_fast.explain.subject import Subject
 
     found = _files(source, spec.name, known)
     with screen.status(f"loading {spec.name}"):
-        explainer = DAVE(spec, **keywords)
-    require_classifier(explainer.model, spec.name)
+        subject = Subject.load(spec, **keywords)
+    explainer, prepare, labels = subject
     network = explainer.model.to(explainer.device).eval().requires_grad_(False)
-    prepare = preprocessing(network)
     if prepare.note:
         screen.print(f"note: {prepare.note}", style="yellow", soft_wrap=True)
-    images = _source(found, known, settings, network, prepare)
+    images = _source(found, known, settings, subject)
     used = {
         "device": str(explainer.device),
         "precision": explainer.precision,
@@ -164,7 +161,6 @@ def _run(
     environment = collect(explainer.device.type)
     versions = {**environment.versions, "device": environment.devices[-1].name, "threads": environment.threads}
     command = shlex.join(["dave-fast", *sys.argv[1:]])
-    labels = labels_of(network)
     about = About(spec.name, images.title, settings, setup, labels, prepare, versions, command, images.skipped)
     _tell(write(out, results, about), results.absent, images.skipped, out)
 
@@ -184,12 +180,10 @@ def _source(
     found: Sequence[Path] | None,
     known: tuple[Path | None, Path | None],
     settings: Settings,
-    network: Any,
-    prepare: Any,
+    subject: Subject,
 ) -> Source:
     from dave_fast.evaluate import DemoScenes, ImageFiles
     from dave_fast.evaluate.annotations import Annotations, read_boxes
-    from dave_fast.models.labels import labels_of
 
     if found is None:
         return DemoScenes(settings.images, settings.seed)
@@ -197,9 +191,9 @@ def _source(
     if masks is not None and not masks.is_dir():
         raise InputError(f"--masks {masks}: there is no such folder.")
     noted = {} if boxes is None else read_boxes(boxes)
-    annotations = Annotations(labels_of(network), noted, masks)
+    annotations = Annotations(subject.labels, noted, masks)
     title = f"{len(found)} files of {Path(found[0]).parent.parent.name or '.'}"
-    return ImageFiles(_spread(found), prepare, annotations, title)
+    return ImageFiles(_spread(found), subject.prepare, annotations, title)
 
 
 def _spread(files: Sequence[Path]) -> list[Path]:

@@ -17,8 +17,8 @@ from dave_fast.files import check_writable
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dave_fast.explain.explainer import DAVE
     from dave_fast.explain.image_files import Done, Failed, Settings, Source
+    from dave_fast.explain.subject import Subject
     from dave_fast.models.spec import ModelSpec
 
 _ROWS = 20
@@ -104,10 +104,9 @@ def explain(
         flags = (model, weights, num_classes, labels, image_size)
         sources = _demo_sources(images, flags) if demo else _sources(images or [], out)
         spec = cli_options.model_spec(*flags, config=None if demo else given, default=default)
-        explainer = _load(screen, spec, keywords)
-        if any(of_patches):
-            explainer = _of_tokens(explainer, keywords)
-        done, failed = _run(screen, explainer, sources, settings)
+        with screen.status(f"loading {spec.name}"):
+            subject = _load(spec, keywords, of_tokens=any(of_patches))
+        done, failed = _run(screen, subject, sources, settings)
     _summary(done, failed, settings)
     if failed:
         raise typer.Exit(1 if done else 2)
@@ -136,23 +135,21 @@ def _demo_sources(images: Sequence[Path] | None, flags: Sequence[Any]) -> list[S
     return [Source("demo", "the embedded scene", lambda: demo_scene().image)]
 
 
-def _load(screen: Console, spec: ModelSpec, keywords: dict[str, Any]) -> DAVE:
-    with screen.status(f"loading {spec.name}"):
-        from dave_fast.explain.explainer import DAVE
-
-        return DAVE(spec, **keywords)
-
-
-def _of_tokens(explainer: Any, keywords: dict[str, Any]) -> Any:
-    """The explainer of the model's tokens, which patches are asked of."""
+def _load(spec: ModelSpec, keywords: dict[str, Any], *, of_tokens: bool) -> Subject:
+    """Load a model; with `of_tokens` its output is the tokens, which targets of patches ask about."""
     from dave_fast.explain.explainer import DAVE
+    from dave_fast.explain.subject import Subject
     from dave_fast.targets import tokens_of
 
-    return DAVE(tokens_of(explainer.model), **keywords | {"noise_alpha": explainer.sampling.noise_alpha})
+    explainer = DAVE(spec, **keywords)
+    if of_tokens:
+        keywords = keywords | {"noise_alpha": explainer.sampling.noise_alpha}
+        explainer = DAVE(tokens_of(explainer.model), **keywords)
+    return Subject.of(explainer)
 
 
 def _run(
-    screen: Console, explainer: Any, sources: Sequence[Source], settings: Settings
+    screen: Console, subject: Subject, sources: Sequence[Source], settings: Settings
 ) -> tuple[list[Done], list[Failed]]:
     """Explain all sources under a progress bar; failures are told as they come."""
     from dave_fast.explain.image_files import Done, explain_files
@@ -163,7 +160,7 @@ def _run(
     with progress_bar(screen) as bar:
         task = bar.add_task(sources[0].path, total=share * len(sources))
         outcomes = explain_files(
-            explainer,
+            subject,
             sources,
             settings,
             progress=lambda rows, of: bar.update(

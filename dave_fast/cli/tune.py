@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dave_fast.evaluate.tuning import Tuning
+    from dave_fast.images import Preprocessing
     from dave_fast.models.spec import ModelSpec
 
 CONFIG, PICTURE = "dave-fast.toml", "tune.png"
@@ -75,9 +76,8 @@ def _run(
     machine: tuple[Any, ...],
 ) -> Tuning:
     from dave_fast.evaluate.tuning import tune as measure
-    from dave_fast.explain.explainer import DAVE
+    from dave_fast.explain.subject import Subject
     from dave_fast.images import find_images
-    from dave_fast.models.adapter import require_classifier
 
     if not paths and spec.name != "demo":
         raise InputError(f"name images that {spec.name} is used on, or a folder of them: tuning takes three or more.")
@@ -85,13 +85,12 @@ def _run(
     device, precision, backend = machine
     with screen.status(f"loading {spec.name}"):
         # the level is what is sought: any serves to begin with
-        explainer = DAVE(spec, device=device, precision=precision, backend=backend, noise_alpha=0.5)
-    require_classifier(explainer.model, spec.name)
-    inputs = _inputs(screen, explainer, files, images, seed)
+        subject = Subject.load(spec, device=device, precision=precision, backend=backend, noise_alpha=0.5)
+    inputs = _inputs(screen, subject.prepare, files, images, seed)
     with progress_bar(screen) as bar:
         task = bar.add_task("tuning", total=None)
         return measure(
-            explainer,
+            subject.explainer,
             inputs,
             quality=quality,
             seed=seed,
@@ -99,17 +98,16 @@ def _run(
         )
 
 
-def _inputs(screen: Console, explainer: Any, files: Sequence[Path], images: int, seed: int) -> Any:
+def _inputs(screen: Console, prepare: Preprocessing, files: Sequence[Path], images: int, seed: int) -> Any:
     """The images as the model sees them; files in equal steps through the list, unreadable ones left out and named."""
     import torch
 
-    from dave_fast.images import preprocessing, read_image
+    from dave_fast.images import read_image
     from dave_fast.models.demo import draw_scenes
 
     if not files:
         scenes = draw_scenes(images, seed, split="test").images
         return torch.from_numpy(scenes).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
-    prepare = preprocessing(explainer.model)
     made: list[Any] = []
     for file in files[:: max(1, len(files) // images)]:
         if len(made) == images:

@@ -19,15 +19,15 @@ from PIL import Image
 from dave_fast._version import __version__
 from dave_fast.errors import ImageError, InputError, NonFiniteError
 from dave_fast.files import atomically
-from dave_fast.images import Preprocessing, drawing, preprocessing, read_image
+from dave_fast.images import drawing, read_image
 from dave_fast.models.adapter import kind_of
-from dave_fast.models.labels import Labels, labels_of
 from dave_fast.targets.text import describe_target, parse_target
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dave_fast.explain.explainer import DAVE, Explanation
+    from dave_fast.explain.explainer import Explanation
+    from dave_fast.explain.subject import Subject
     from dave_fast.targets.forms import Target
 
 _BARS = 5
@@ -108,7 +108,7 @@ def sources_of(files: Iterable[Path], given: Sequence[Path]) -> list[Source]:
 
 
 def explain_files(
-    explainer: DAVE,
+    subject: Subject,
     sources: Sequence[Source],
     settings: Settings,
     *,
@@ -120,13 +120,11 @@ def explain_files(
     progress: called with (rows done, rows in all) of the image at work. note: told what had to be assumed.
     Raises InputError for a target that the model does not have, before any image is read.
     """
-    labels = labels_of(explainer.model)
-    parsed = [parse_target(text, labels) for text in settings.targets]
-    asked = [_Asked(explainer.bind(target), describe_target(target, labels)) for target in parsed]
-    prepare = preprocessing(explainer.model)
-    if prepare.note:
-        note(prepare.note)
-    job = _Job(explainer, labels, prepare, settings, asked)
+    parsed = [parse_target(text, subject.labels) for text in settings.targets]
+    asked = [_Asked(subject.explainer.bind(target), describe_target(target, subject.labels)) for target in parsed]
+    if subject.prepare.note:
+        note(subject.prepare.note)
+    job = _Job(subject, settings, asked)
     for source in sources:
         try:
             yield job.explain(source, progress)
@@ -144,17 +142,15 @@ class _Asked:
 
 @dataclass(frozen=True)
 class _Job:
-    explainer: DAVE
-    labels: Labels
-    prepare: Preprocessing
+    subject: Subject
     settings: Settings
     asked: Sequence[_Asked]
 
     def explain(self, source: Source, progress: Callable[[int, int], None] | None) -> Done:
         """Read, explain and write one image."""
-        inputs, crop = self.prepare(source.read())
+        inputs, crop = self.subject.prepare(source.read())
         asked = self.asked or self._most_probable_classes(inputs)
-        explanation = self.explainer.explain(
+        explanation = self.subject.explainer.explain(
             inputs[None],
             targets=[each.target for each in asked],
             n_samples=self.settings.n_samples,
@@ -162,7 +158,7 @@ class _Job:
             progress=progress,
         )
         named = [
-            each.name or self.labels.name(int(target))
+            each.name or self.subject.labels.name(int(target))
             for each, target in zip(asked, explanation.target[0], strict=True)
         ]
         stems = self._stems(source, explanation, named)
@@ -177,7 +173,7 @@ class _Job:
         """What to explain where nothing was asked."""
         if self.settings.top_k == 1:
             return [_Asked(None)]
-        output = self.explainer.predict(inputs[None])
+        output = self.subject.explainer.predict(inputs[None])
         if output.dim() != 2:
             raise InputError(f"the model's output is {tuple(output.shape)}; top_k needs a classifier's: (B, K).")
         if self.settings.top_k > output.shape[1]:
@@ -224,13 +220,13 @@ class _Job:
             "top_class_name": np.array(names),
             "top_probability": np.array(probabilities, np.float32),
             "n_samples": np.int64(explanation.n_samples),
-            "noise_alpha": np.float64(self.explainer.sampling.noise_alpha),
+            "noise_alpha": np.float64(self.subject.explainer.sampling.noise_alpha),
             # Draws depend on a seed modulo 2⁶⁴; a larger integer would need pickle.
             "seed": np.int64(explanation.seed)
             if abs(explanation.seed) < 2**63
             else np.uint64(explanation.seed % 2**64),
-            "model": self.explainer.model_name,
-            "precision": self.explainer.precision,
+            "model": self.subject.explainer.model_name,
+            "precision": self.subject.explainer.precision,
             "dave_fast_version": __version__,
             "image": source.path,
         }
@@ -238,12 +234,12 @@ class _Job:
     def _most_probable(self, explanation: Explanation) -> tuple[list[str], list[float], list[int]]:
         """Names, probabilities and indices of the most probable classes: five, or all that are explained; of a
         classifier."""
-        if explanation.output.dim() != 2 or kind_of(self.explainer.model) == "embedding":
+        if explanation.output.dim() != 2 or kind_of(self.subject.explainer.model) == "embedding":
             return [], [], []
         output = explanation.output[0].float()
         top = output.softmax(0).topk(min(max(_BARS, self.settings.top_k), len(output)))
         indices = [int(index) for index in top.indices]
-        return [self.labels.name(index) for index in indices], top.values.tolist(), indices
+        return [self.subject.labels.name(index) for index in indices], top.values.tolist(), indices
 
     def _write_figure(self, source: Source, crop: np.ndarray, explanation: Explanation, named: Sequence[str]) -> Path:
         panels = [

@@ -15,10 +15,8 @@ from torch import nn
 
 from dave_fast.engine.checks import check_integer
 from dave_fast.errors import InputError
-from dave_fast.explain.explainer import DAVE
-from dave_fast.images import drawing, preprocessing, read_image
-from dave_fast.models.adapter import require_classifier
-from dave_fast.models.labels import labels_of
+from dave_fast.explain.subject import Subject
+from dave_fast.images import drawing, read_image
 from dave_fast.models.spec import ModelSpec
 
 Picture = str | os.PathLike[str] | Image.Image
@@ -28,11 +26,8 @@ Answer = dict[str, Any]
 class Pipeline:
     """A classifier with its preprocessing and class names; `explainer` is its `DAVE`."""
 
-    def __init__(self, explainer: DAVE) -> None:
-        require_classifier(explainer.model, explainer.model_name)
-        self.explainer = explainer
-        self.prepare = preprocessing(explainer.model)
-        self.labels = labels_of(explainer.model)
+    def __init__(self, subject: Subject) -> None:
+        self.explainer, self.prepare, self.labels = subject
 
     def __call__(
         self,
@@ -85,7 +80,7 @@ def pipeline(model: str | ModelSpec | nn.Module = "demo", **settings: Any) -> Pi
 
     Raises what `DAVE` raises, and InputError for a model that has no classes.
     """
-    return Pipeline(DAVE(model, **settings))
+    return Pipeline(Subject.load(model, **settings))
 
 
 def _read(picture: Picture) -> Image.Image:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dave_fast.errors import DaveFastError, ImageError, InputError, NonFiniteError
-from dave_fast.images import Preprocessing, decode_image, preprocessing
+from dave_fast.images import decode_image
 from dave_fast.models.spec import ModelSpec
 from dave_fast.run.contents import read_content
 from dave_fast.run.identity import weights_hash
@@ -23,7 +23,7 @@ from dave_fast.run.records import Record, image_key, printable
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from dave_fast.explain.explainer import DAVE, Explanation
+    from dave_fast.explain.explainer import Explanation
     from dave_fast.run.shards import Row
 
 MAP_DTYPES = ("float16", "uint8")
@@ -69,22 +69,18 @@ class Mapper:
     """A model on a device, and what a run asks of it."""
 
     def __init__(self, setup: Setup, device: str | None) -> None:
-        from dave_fast.explain.explainer import DAVE
-        from dave_fast.models.adapter import require_classifier
-        from dave_fast.models.labels import labels_of
+        from dave_fast.explain.subject import Subject
 
         self.setup = setup
         self.notes: list[str] = []
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            self.explainer: DAVE = DAVE(setup.model, device=device, **setup.options)
-        require_classifier(self.explainer.model, self.explainer.model_name)
+            subject = Subject.load(setup.model, device=device, **setup.options)
+        self.explainer, self.prepare, self.labels = subject
         self.notes += [str(warning.message) for warning in caught]
         if isinstance(setup.model, ModelSpec) and setup.model.random_weights:
             self.notes.append("the weights are random: the maps show the mechanics and mean nothing.")
-        self.prepare: Preprocessing = preprocessing(self.explainer.model)
         self.notes += [self.prepare.note] if self.prepare.note else []
-        self.labels = labels_of(self.explainer.model)
         named = setup.target not in (None, PREDICTED, LABEL)
         self.target = self.labels.resolve(setup.target) if named and setup.target is not None else None
         self.weights = weights_hash(self.explainer.model)

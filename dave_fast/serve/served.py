@@ -13,9 +13,9 @@ from torch import Tensor
 from dave_fast.engine.memory import contribution_bytes
 from dave_fast.errors import InputError
 from dave_fast.explain.explainer import DAVE
-from dave_fast.images import Preprocessing, preprocessing
-from dave_fast.models.adapter import require_classifier
-from dave_fast.models.labels import Labels, labels_of
+from dave_fast.explain.subject import Subject
+from dave_fast.images import Preprocessing
+from dave_fast.models.labels import Labels
 from dave_fast.models.spec import ModelSpec
 
 
@@ -83,12 +83,10 @@ def load_models(
         name, model = served_name(text)
         if name in served:
             raise InputError(f"two models would be served as {name!r}: write NAME=MODEL to tell them apart.")
-        first = DAVE(ModelSpec(model, *own), device=devices[0], **settings)
-        require_classifier(first.model, model)
+        first, prepare, found = Subject.load(ModelSpec(model, *own), device=devices[0], **settings)
         given = {**settings, "noise_alpha": first.sampling.noise_alpha}
         explainers = (first, *(DAVE(first.model, device=device or first.device, **given) for device in devices[1:]))
-        found = labels_of(first.model)
         if found.count is None:
             raise InputError(f"the model {name!r} does not say how many classes it has; only classifiers are served.")
-        served[name] = ServedModel(name, explainers, preprocessing(first.model), found)
+        served[name] = ServedModel(name, explainers, prepare, found)
     return served
