@@ -18,9 +18,9 @@ from tempfile import TemporaryDirectory
 import torch
 
 from dave_fast.cli.info import collect
-from dave_fast.evaluate import DemoScenes, Results, Settings
+from dave_fast.evaluate import DemoScenes, EvaluationSettings, Results
 from dave_fast.evaluate.evaluation import score_all
-from dave_fast.evaluate.methods import METHODS, Setup
+from dave_fast.evaluate.methods import METHODS, MethodSettings
 from dave_fast.evaluate.report import About, write
 from dave_fast.evaluate.scoring import Run
 from dave_fast.evaluate.settings import GRIDS, GROUPS
@@ -30,7 +30,7 @@ from dave_fast.models.labels import labels_of
 
 # never drawn from before, by training, tuning or an earlier table
 SEED = 20261124
-SETUP = Setup(n_samples=50, explainer={"precision": "fp32", "noise_alpha": 0.5})
+SETUP = MethodSettings(n_samples=50, explainer={"precision": "fp32", "noise_alpha": 0.5})
 COUNTS = {"images": 200, "probes": 16, "randomised": 2, "pairs": 16, "mosaics": 12, "seeds": 3, "seed": SEED}
 PACKAGES = ("LeGrad", "AttnLRP")
 OTHERS = tuple(name for name in METHODS if name not in PACKAGES)
@@ -47,10 +47,10 @@ class Part:
     grids: tuple[str, ...] = ()
 
     @property
-    def settings(self) -> Settings:
+    def settings(self) -> EvaluationSettings:
         """Mosaics are drawn from scenes of their own, and need no other image."""
         counts = COUNTS if self.groups != ("grids",) else COUNTS | {"images": 1}
-        return Settings(**counts, grids=self.grids, groups=self.groups)
+        return EvaluationSettings(**counts, grids=self.grids, groups=self.groups)
 
 
 PARTS = {
@@ -134,7 +134,7 @@ def write_docs(out: Path) -> None:
     root = Path(__file__).parents[1]
     model = load_demo_model()
     prepare = preprocessing(model)
-    chosen = Settings(**COUNTS, grids=tuple(GRIDS))
+    chosen = EvaluationSettings(**COUNTS, grids=tuple(GRIDS))
     whole = merged(out)
     environment = {**collect("cpu").versions, **whole.facts.pop("packages"), "threads": "one for each part"}
     title = "the embedded scenes (held-out glyphs)"

@@ -29,7 +29,7 @@ from dave_fast import DAVE
 from dave_fast.models.fingerprint import HOST, State
 from dave_fast.ops.precision import own_arithmetic
 from dave_fast.sampling import draw
-from dave_fast.targets.cotangents import Element
+from dave_fast.targets.cotangents import ElementCotangent
 from dave_fast.transfers import moved
 
 ROWS = 2 if REHEARSAL else 28
@@ -77,7 +77,7 @@ def _work(explainer: DAVE) -> Callable[[], Any]:
     """Return what walks one micro-batch. The explainer's own calls would read the weights and look at the modules."""
     images = images_here(1)
     draws = draw(ROWS, height=images.shape[2], width=images.shape[3], sampling=explainer.sampling)
-    target = Element(torch.zeros(1, dtype=torch.int64, device=DEVICE))
+    target = ElementCotangent(torch.zeros(1, dtype=torch.int64, device=DEVICE))
     into = images.new_empty(1, ROWS, *images.shape[1:])
 
     def work() -> None:

@@ -19,7 +19,7 @@ from dave_fast.files import check_writable
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dave_fast.evaluate import Settings, Source
+    from dave_fast.evaluate import EvaluationSettings, ExampleSource
     from dave_fast.evaluate.summary import Summary
     from dave_fast.explain.subject import Subject
     from dave_fast.models.spec import ModelSpec
@@ -85,9 +85,9 @@ def evaluate(
     the pointing games; what cannot be measured without them is left out.
     """
     from dave_fast.cli.config import Config, load_config
-    from dave_fast.evaluate.settings import GROUPS, Settings
+    from dave_fast.evaluate.settings import GROUPS, EvaluationSettings
 
-    chosen = Settings(
+    chosen = EvaluationSettings(
         images=images,
         probes=probes,
         randomised=randomised,
@@ -124,13 +124,13 @@ def _run(
     n_samples: int,
     keywords: dict[str, Any],
     known: tuple[Path | None, Path | None],
-    settings: Settings,
+    settings: EvaluationSettings,
     out: Path,
 ) -> None:
     """Load, evaluate, write, tell."""
     from dave_fast.cli.info import collect
     from dave_fast.evaluate import evaluate as measure
-    from dave_fast.evaluate.methods import Setup
+    from dave_fast.evaluate.methods import MethodSettings
     from dave_fast.evaluate.report import About, write
     from dave_fast.explain.subject import Subject
 
@@ -148,7 +148,7 @@ def _run(
         "backend": explainer.backend,
         "noise_alpha": explainer.sampling.noise_alpha,
     }
-    setup = Setup(n_samples, used, 1 / min(prepare.std))
+    setup = MethodSettings(n_samples, used, 1 / min(prepare.std))
     with progress_bar(screen) as bar:
         task = bar.add_task("evaluating", total=None)
         results = measure(
@@ -179,9 +179,9 @@ def _files(source: str | None, model: str, known: tuple[Path | None, Path | None
 def _source(
     found: Sequence[Path] | None,
     known: tuple[Path | None, Path | None],
-    settings: Settings,
+    settings: EvaluationSettings,
     subject: Subject,
-) -> Source:
+) -> ExampleSource:
     from dave_fast.evaluate import DemoScenes, ImageFiles
     from dave_fast.evaluate.annotations import Annotations, read_boxes
 

@@ -10,7 +10,16 @@ Definitions of the metrics, ties and undefined cases: `dave_fast.evaluate.metric
 """
 
 from dave_fast.evaluate.evaluation import evaluate
-from dave_fast.evaluate.settings import METRICS, Results, Settings
-from dave_fast.evaluate.sources import DemoScenes, Examples, ImageFiles, Source
+from dave_fast.evaluate.settings import METRICS, EvaluationSettings, Results
+from dave_fast.evaluate.sources import DemoScenes, Examples, ExampleSource, ImageFiles
 
-__all__ = ["METRICS", "DemoScenes", "Examples", "ImageFiles", "Results", "Settings", "Source", "evaluate"]
+__all__ = [
+    "METRICS",
+    "DemoScenes",
+    "EvaluationSettings",
+    "ExampleSource",
+    "Examples",
+    "ImageFiles",
+    "Results",
+    "evaluate",
+]

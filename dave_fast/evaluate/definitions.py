@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from dave_fast.evaluate.methods import SMOOTHGRAD_SHARE, Setup
+from dave_fast.evaluate.methods import SMOOTHGRAD_SHARE, MethodSettings
 from dave_fast.evaluate.packages import GAMMAS
-from dave_fast.evaluate.settings import Settings
+from dave_fast.evaluate.settings import EvaluationSettings
 
 SHORT = {
     "EnergyPG": "share of the positive attribution inside the object",
@@ -35,7 +35,7 @@ PACKAGES = {
 }
 
 
-def definitions(settings: Settings, setup: Setup, ran: Collection[str]) -> list[tuple[str, str]]:
+def definitions(settings: EvaluationSettings, setup: MethodSettings, ran: Collection[str]) -> list[tuple[str, str]]:
     """(term, explanation), with the settings of this run and the methods that ran."""
     spread = SMOOTHGRAD_SHARE * setup.spread
     return [

@@ -6,16 +6,20 @@ import torch
 from torch import nn
 
 from dave_fast.errors import InputError
-from dave_fast.evaluate.methods import Setup, choose
+from dave_fast.evaluate.methods import MethodSettings, choose
 from dave_fast.evaluate.mosaics import score_grids
 from dave_fast.evaluate.randomise import score_randomised
 from dave_fast.evaluate.scoring import Progress, Run
-from dave_fast.evaluate.settings import Results, Settings
-from dave_fast.evaluate.sources import Source
+from dave_fast.evaluate.settings import EvaluationSettings, Results
+from dave_fast.evaluate.sources import ExampleSource
 
 
 def evaluate(
-    model: nn.Module, source: Source, settings: Settings, setup: Setup, progress: Progress | None = None
+    model: nn.Module,
+    source: ExampleSource,
+    settings: EvaluationSettings,
+    setup: MethodSettings,
+    progress: Progress | None = None,
 ) -> Results:
     """Run every method on the source and score it; the model, in evaluation mode on its device, is only read.
 

@@ -31,7 +31,7 @@ CONTROLS = ("|x|", "uniform")
 
 
 @dataclass(frozen=True)
-class Setup:
+class MethodSettings:
     """How methods are run. explainer: keywords of DAVE for every model. spread: the range of a normalised pixel."""
 
     n_samples: int = 50
@@ -53,13 +53,13 @@ class Method:
     `make` raises NotTakenError where the model is not one that the package takes.
     """
 
-    make: Callable[[nn.Module, Setup], Attribute]
+    make: Callable[[nn.Module, MethodSettings], Attribute]
     random: bool = False
     passes: int | None = None
     package: str | None = None
-    make_shared: Callable[[nn.Module, Setup], Attribute] | None = None
+    make_shared: Callable[[nn.Module, MethodSettings], Attribute] | None = None
 
-    def cost(self, setup: Setup) -> int:
+    def cost(self, setup: MethodSettings) -> int:
         """Passes an image."""
         return setup.n_samples if self.passes is None else self.passes
 
@@ -81,7 +81,7 @@ def choose(names: Sequence[str] | None) -> tuple[dict[str, Method], dict[str, st
     return chosen, absent
 
 
-def _dave(model: nn.Module, setup: Setup) -> Attribute:
+def _dave(model: nn.Module, setup: MethodSettings) -> Attribute:
     explainer = setup.dave(model)
 
     def attribute(images: Tensor, classes: Tensor, keys: Sequence[int], seed: int) -> Tensor:
@@ -90,7 +90,7 @@ def _dave(model: nn.Module, setup: Setup) -> Attribute:
     return attribute
 
 
-def _dave_shared(model: nn.Module, setup: Setup) -> Attribute:
+def _dave_shared(model: nn.Module, setup: MethodSettings) -> Attribute:
     """DAVE of several classes of one image, whose samples are walked forward once: the same maps as `_dave`'s."""
     explainer = setup.dave(model)
 
@@ -109,12 +109,12 @@ def _dave_shared(model: nn.Module, setup: Setup) -> Attribute:
     return attribute
 
 
-def _frozen(model: nn.Module, setup: Setup) -> Attribute:
+def _frozen(model: nn.Module, setup: MethodSettings) -> Attribute:
     explainer = setup.dave(model)
     return lambda images, classes, keys, seed: explainer.effective_gradient(images, classes).to(images) * images
 
 
-def _input_gradient(model: nn.Module, setup: Setup) -> Attribute:
+def _input_gradient(model: nn.Module, setup: MethodSettings) -> Attribute:
     from captum.attr import InputXGradient
 
     method = InputXGradient(model)
@@ -123,7 +123,7 @@ def _input_gradient(model: nn.Module, setup: Setup) -> Attribute:
     ).detach()
 
 
-def _integrated(model: nn.Module, setup: Setup) -> Attribute:
+def _integrated(model: nn.Module, setup: MethodSettings) -> Attribute:
     from captum.attr import IntegratedGradients
 
     method = IntegratedGradients(model)
@@ -136,7 +136,7 @@ def _integrated(model: nn.Module, setup: Setup) -> Attribute:
     return attribute
 
 
-def _smoothgrad(model: nn.Module, setup: Setup) -> Attribute:
+def _smoothgrad(model: nn.Module, setup: MethodSettings) -> Attribute:
     """The mean gradient over noisy copies, ⊙ the clean input; an image's noise depends on its key and the seed."""
     from captum.attr import NoiseTunnel, Saliency
 

@@ -16,8 +16,8 @@ from PIL import Image
 
 from dave_fast.evaluate import plots
 from dave_fast.evaluate.definitions import SHORT, definitions
-from dave_fast.evaluate.methods import CONTROLS, METHODS, Setup
-from dave_fast.evaluate.settings import METRICS, VARIANTS, Results, Settings
+from dave_fast.evaluate.methods import CONTROLS, METHODS, MethodSettings
+from dave_fast.evaluate.settings import METRICS, VARIANTS, EvaluationSettings, Results
 from dave_fast.evaluate.statistics import Interval, Verdict
 from dave_fast.evaluate.summary import Summary, as_csv, as_json, summarise
 from dave_fast.files import atomically
@@ -39,8 +39,8 @@ class About:
 
     model: str
     source: str
-    settings: Settings
-    setup: Setup
+    settings: EvaluationSettings
+    setup: MethodSettings
     labels: Labels
     prepare: Preprocessing
     environment: dict[str, Any]

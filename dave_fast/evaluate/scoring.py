@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from dave_fast.evaluate import metrics
-from dave_fast.evaluate.methods import CONTROLS, Attribute, Method, Setup
-from dave_fast.evaluate.settings import GRIDS, VARIANTS, Results, Settings
-from dave_fast.evaluate.sources import Examples, Source
+from dave_fast.evaluate.methods import CONTROLS, Attribute, Method, MethodSettings
+from dave_fast.evaluate.settings import GRIDS, VARIANTS, EvaluationSettings, Results
+from dave_fast.evaluate.sources import Examples, ExampleSource
 from dave_fast.evaluate.stages import stages
 from dave_fast.evaluate.twin import NotTakenError
 from dave_fast.ops.smooth import smooth
@@ -35,9 +35,9 @@ class Run:
     def __init__(
         self,
         model: nn.Module,
-        source: Source,
-        settings: Settings,
-        setup: Setup,
+        source: ExampleSource,
+        settings: EvaluationSettings,
+        setup: MethodSettings,
         chosen: dict[str, Method],
         results: Results,
         progress: Progress | None,

@@ -32,7 +32,7 @@ METRICS: dict[str, bool | None] = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvaluationSettings:
     """What to measure, and on how many images.
 
     images: for localisation. probes: of them for curves, stability, class similarity and seeds; randomised: for

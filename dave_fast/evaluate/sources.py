@@ -47,7 +47,7 @@ class Examples:
         return Examples(*moved, self.names, self.keys)
 
 
-class Source(Protocol):
+class ExampleSource(Protocol):
     """What can be evaluated on.
 
     title: what it is, for reports. skipped: files that could not be used, and why; filled while reading.
@@ -64,7 +64,7 @@ class Source(Protocol):
     def read_pairs(self, start: int, stop: int) -> tuple[Examples, Examples] | None:
         """Images with two objects of different classes, as examples of either; None where there are none."""
 
-    def pool(self, count: int) -> Source:
+    def pool(self, count: int) -> ExampleSource:
         """Examples for mosaics, about `count` of them."""
 
 

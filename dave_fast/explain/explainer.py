@@ -39,8 +39,8 @@ from dave_fast.ops import _registry
 from dave_fast.ops.patches import patchify, unpatchify
 from dave_fast.ops.precision import DTYPES, choose_precision, own_arithmetic, resolve_device, statistics_dtype
 from dave_fast.sampling import Draws, Sampling, draw, identity
-from dave_fast.targets.cotangents import Cotangent, Element
-from dave_fast.targets.forms import Asked, Question, Target, resolve_target, split_targets
+from dave_fast.targets.cotangents import Cotangent, ElementCotangent
+from dave_fast.targets.forms import ModelView, Question, Target, resolve_target, split_targets
 from dave_fast.transfers import moved, to_device
 
 T = TypeVar("T")
@@ -211,7 +211,7 @@ class DAVE:
         """A question with what the model has to say about it filled in (the index of a name, the embedding of a text
         or image), so that it is asked once and not at every call. See `dave_fast.targets`."""
         with own_arithmetic(self.device):
-            return question.bind(self._asked())
+            return question.bind(self._view())
 
     def attribute(
         self,
@@ -297,7 +297,7 @@ class DAVE:
                 nonlocal made
                 if made is None:
                     check_classes(targets, len(images), output)
-                    of_image.extend(map(Element, to_device(targets.T.contiguous(), images.device)))
+                    of_image.extend(map(ElementCotangent, to_device(targets.T.contiguous(), images.device)))
                     made = images.new_empty(len(of_image), len(draws), *images.shape[1:])
                 for which, target in enumerate(of_image):
                     made[which, at].copy_(walk.vjp(target(output, rows), images.dtype))
@@ -371,9 +371,9 @@ class DAVE:
 
     def _resolved(self, target: Target, output: Tensor, images: Tensor) -> Cotangent:
         """A target's cotangent, checked against the images' output."""
-        return resolve_target(target, output, (images.shape[2], images.shape[3]), self._asked())
+        return resolve_target(target, output, (images.shape[2], images.shape[3]), self._view())
 
-    def _asked(self) -> Asked:
+    def _view(self) -> ModelView:
         """What questions may ask of this explainer."""
 
         def work(images: Tensor, route: Route, end: EndOfCall) -> Tensor:
@@ -381,7 +381,7 @@ class DAVE:
             end.read()
             return output
 
-        return Asked(self.model, lambda images: self._answered(images, work))
+        return ModelView(self.model, lambda images: self._answered(images, work))
 
     def _probability(self, output: Tensor, classes: Tensor) -> Tensor:
         """(B, K) of classes (B, K) int64; NaN where there is no class, or the output is no classifier's."""

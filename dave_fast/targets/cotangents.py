@@ -42,7 +42,7 @@ class Cotangent(Protocol):
 
 
 @dataclass(frozen=True)
-class Element:
+class ElementCotangent:
     """One element of each image's output, such as a class logit. places: (B,) int64, its position in the flattened
     output, on the output's device."""
 
@@ -57,7 +57,7 @@ class Element:
 
 
 @dataclass(frozen=True)
-class Weighted:
+class WeightedCotangent:
     """Σ weight · score."""
 
     parts: tuple[tuple[float, Cotangent], ...]
@@ -73,7 +73,7 @@ class Weighted:
 
 
 @dataclass(frozen=True)
-class Direction:
+class DirectionCotangent:
     """scale · ⟨f/‖f‖, e⟩ of an embedding f, its norm held constant: the cotangent is scale · e/‖f‖.
 
     Autograd's gradient of the same score has no part along f and vanishes where f and e agree; with the norm held
@@ -93,7 +93,7 @@ class Direction:
 
 
 @dataclass(frozen=True)
-class Patch:
+class PatchCotangent:
     """⟨weights, token⟩ of the patch that shows a given place of the image, wherever a row's warp has moved it.
 
     The place goes through the row's τ; the tokens around where it lands share the cotangent bilinearly, and a place
@@ -136,7 +136,7 @@ class Patch:
 
 
 @dataclass(frozen=True)
-class Gradient:
+class GradientCotangent:
     """A callable of all rows, output (R, ...) -> scores (R,), through autograd."""
 
     score: Score
@@ -159,7 +159,7 @@ class Gradient:
 
 
 @dataclass(frozen=True)
-class Gradients:
+class RowGradientCotangent:
     """A callable an image, output of one row (...) -> scalar. Python runs them row by row and waits for the device."""
 
     scores: tuple[Score, ...]

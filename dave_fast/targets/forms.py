@@ -28,14 +28,14 @@ from torch import Tensor, nn
 
 from dave_fast.errors import InputError
 from dave_fast.models.adapter import kind_of
-from dave_fast.targets.cotangents import Cotangent, Element, Gradient, Gradients, Score
+from dave_fast.targets.cotangents import Cotangent, ElementCotangent, GradientCotangent, RowGradientCotangent, Score
 from dave_fast.transfers import to_device
 
 Index = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Asked:
+class ModelView:
     """What a question may ask: the model, and its output (B, ...) for other images (B, C, H, W)."""
 
     model: nn.Module
@@ -49,33 +49,33 @@ class Question:
     same question, and asks nothing more. `resolve` makes the cotangent.
     """
 
-    def bind(self, asked: Asked) -> Question:
+    def bind(self, view: ModelView) -> Question:
         """The same question, with what the model has to say about it filled in."""
         return self
 
-    def resolve(self, output: Tensor, size: tuple[int, int], asked: Asked) -> Cotangent:
+    def resolve(self, output: Tensor, size: tuple[int, int], view: ModelView) -> Cotangent:
         """The cotangent, checked against the output (B, ...) for the unperturbed images, of `size` (H, W)."""
-        bound = self.bind(asked)
+        bound = self.bind(view)
         if bound is self:
             raise NotImplementedError(f"{type(self).__name__} must bind to another question, or resolve itself")
-        return bound.resolve(output, size, asked)
+        return bound.resolve(output, size, view)
 
 
 Target = int | Index | Tensor | np.ndarray | Sequence[Any] | Score | Question | None
 
 
-def resolve_target(target: Target, output: Tensor, size: tuple[int, int], asked: Asked) -> Cotangent:
+def resolve_target(target: Target, output: Tensor, size: tuple[int, int], view: ModelView) -> Cotangent:
     """The cotangent of a target, checked against the unperturbed images' output (B, ...).
 
     size: (H, W) of the images. Raises InputError where the number of targets is not B, an index is out of range, the
     form is unknown, or the model cannot answer that question.
     """
     if target is None:
-        return _predicted(output, asked.model)
+        return _predicted(output, view.model)
     if isinstance(target, Question):
-        return target.resolve(output, size, asked)
+        return target.resolve(output, size, view)
     if callable(target):
-        return Gradient(target)
+        return GradientCotangent(target)
     return _listed(target, output)
 
 
@@ -98,7 +98,7 @@ def split_targets(targets: Any) -> list[Target]:
 def _predicted(output: Tensor, model: nn.Module) -> Cotangent:
     if output.dim() == 1:
         # captum's rule for models with one score an image
-        return Element(torch.zeros(len(output), dtype=torch.int64, device=output.device))
+        return ElementCotangent(torch.zeros(len(output), dtype=torch.int64, device=output.device))
     if output.dim() != 2 or kind_of(model) == "embedding":
         what = "an embedding" if output.dim() == 2 else tuple(output.shape)
         raise InputError(
@@ -107,7 +107,7 @@ def _predicted(output: Tensor, model: nn.Module) -> Cotangent:
             "and SigLIP, Patch(row, column) for outputs with tokens"
         )
     predicted = output.argmax(1)
-    return Element(predicted, predicted)
+    return ElementCotangent(predicted, predicted)
 
 
 def _listed(target: Target, output: Tensor) -> Cotangent:
@@ -124,15 +124,15 @@ def _listed(target: Target, output: Tensor) -> Cotangent:
     if len(listed) != images:
         raise InputError(f"{len(listed)} targets were given for {images} images; give one, or one for each")
     if all(callable(t) for t in listed):
-        return Gradients(tuple(listed))
+        return RowGradientCotangent(tuple(listed))
     return _of_indices([_checked(t, output) for t in listed], output)
 
 
-def _of_indices(indices: list[Index], output: Tensor) -> Element:
+def _of_indices(indices: list[Index], output: Tensor) -> ElementCotangent:
     sizes = tuple(output.shape[1:])
     places = np.array([np.ravel_multi_index(index, sizes) if sizes else 0 for index in indices], dtype=np.int64)
     classes = torch.tensor([index[0] if len(index) == 1 else -1 for index in indices])
-    return Element(to_device(torch.from_numpy(places), output.device), classes)
+    return ElementCotangent(to_device(torch.from_numpy(places), output.device), classes)
 
 
 def _as_list(target: Any) -> list[Any]:

@@ -18,7 +18,7 @@ from dave_fast.models.adapter import TextImageModel
 from dave_fast.models.labels import labels_of
 from dave_fast.targets import cotangents
 from dave_fast.targets.cotangents import Cotangent
-from dave_fast.targets.forms import Asked, Question, Target, resolve_target
+from dave_fast.targets.forms import ModelView, Question, Target, resolve_target
 from dave_fast.transfers import to_device
 
 # prefix tokens that an output may have where the model does not say: a class token, two, and up to eight registers
@@ -31,13 +31,13 @@ class Class(Question):
 
     index: int | str
 
-    def bind(self, asked: Asked) -> Class:
+    def bind(self, view: ModelView) -> Class:
         """See `Question`. Raises InputError for a name that fits no class or several."""
-        return Class(labels_of(asked.model).resolve(self.index)) if isinstance(self.index, str) else self
+        return Class(labels_of(view.model).resolve(self.index)) if isinstance(self.index, str) else self
 
-    def resolve(self, output: Tensor, size: tuple[int, int], asked: Asked) -> Cotangent:
+    def resolve(self, output: Tensor, size: tuple[int, int], view: ModelView) -> Cotangent:
         """See `Question`."""
-        return resolve_target(self.bind(asked).index, output, size, asked)
+        return resolve_target(self.bind(view).index, output, size, view)
 
 
 class _Weighted(Question):
@@ -46,10 +46,10 @@ class _Weighted(Question):
     def _parts(self) -> Iterable[tuple[float, Target]]:
         raise NotImplementedError
 
-    def resolve(self, output: Tensor, size: tuple[int, int], asked: Asked) -> Cotangent:
+    def resolve(self, output: Tensor, size: tuple[int, int], view: ModelView) -> Cotangent:
         """See `Question`."""
-        return cotangents.Weighted(
-            tuple((weight, resolve_target(part, output, size, asked)) for weight, part in self._parts())
+        return cotangents.WeightedCotangent(
+            tuple((weight, resolve_target(part, output, size, view)) for weight, part in self._parts())
         )
 
 
@@ -61,9 +61,9 @@ class Sum(_Weighted):
             raise InputError("Sum() has nothing to add; give targets: Sum(3, 5)")
         self.parts = parts
 
-    def bind(self, asked: Asked) -> Sum:
+    def bind(self, view: ModelView) -> Sum:
         """See `Question`."""
-        return Sum(*(_bound(part, asked) for part in self.parts))
+        return Sum(*(_bound(part, view) for part in self.parts))
 
     def _parts(self) -> Iterable[tuple[float, Target]]:
         return [(1.0, part) for part in self.parts]
@@ -76,9 +76,9 @@ class Contrast(_Weighted):
     this: Target
     that: Target
 
-    def bind(self, asked: Asked) -> Contrast:
+    def bind(self, view: ModelView) -> Contrast:
         """See `Question`."""
-        return Contrast(_bound(self.this, asked), _bound(self.that, asked))
+        return Contrast(_bound(self.this, view), _bound(self.that, view))
 
     def _parts(self) -> Iterable[tuple[float, Target]]:
         return [(1.0, self.this), (-1.0, self.that)]
@@ -94,7 +94,7 @@ class Similarity(Question):
     embedding: Tensor
     scale: float = 1.0
 
-    def resolve(self, output: Tensor, size: tuple[int, int], asked: Asked) -> Cotangent:
+    def resolve(self, output: Tensor, size: tuple[int, int], view: ModelView) -> Cotangent:
         """See `Question`. Raises InputError for an embedding that does not fit the output."""
         given = torch.as_tensor(self.embedding).detach()
         if output.dim() != 2:
@@ -107,7 +107,7 @@ class Similarity(Question):
         # looked at where it was given: an embedding on the host costs no wait for the device
         if not bool((norms > 0).all()):
             raise InputError("the embedding is zero; nothing is like it")
-        return cotangents.Direction(to_device(vectors / norms, output.device), float(self.scale))
+        return cotangents.DirectionCotangent(to_device(vectors / norms, output.device), float(self.scale))
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,9 @@ class Text(Question):
     prompt: str
     scale: float | None = None
 
-    def bind(self, asked: Asked) -> Similarity:
+    def bind(self, view: ModelView) -> Similarity:
         """See `Question`. Raises InputError for a model that takes no text."""
-        model: Any = asked.model
+        model: Any = view.model
         if not isinstance(model, TextImageModel):
             raise InputError(
                 f"{type(model).__name__} takes no text prompts; load a CLIP or SigLIP model with its text tower "
@@ -143,13 +143,13 @@ class SimilarTo(Question):
     image: Any
     scale: float = 1.0
 
-    def bind(self, asked: Asked) -> Similarity:
+    def bind(self, view: ModelView) -> Similarity:
         """See `Question`. Raises InputError and ImageError for what is no image."""
         image = self.image
         if not isinstance(image, Tensor):
             image = read_image(image) if isinstance(image, str | os.PathLike) else image
-            image = preprocessing(asked.model)(image)[0]
-        output = asked.output(image)
+            image = preprocessing(view.model)(image)[0]
+        output = view.output(image)
         if output.dim() != 2:
             raise InputError(f"the model's output is {tuple(output.shape)}; a similarity needs one embedding an image")
         return Similarity(output[0] if len(output) == 1 else output, self.scale)
@@ -173,7 +173,7 @@ class Patch(Question):
     weights: Tensor | None = None
     prefix: int | None = None
 
-    def resolve(self, output: Tensor, size: tuple[int, int], asked: Asked) -> Cotangent:
+    def resolve(self, output: Tensor, size: tuple[int, int], view: ModelView) -> Cotangent:
         """See `Question`. Raises InputError for a patch outside of the grid and for outputs without tokens."""
         if output.dim() not in (3, 4):
             raise InputError(
@@ -183,11 +183,11 @@ class Patch(Question):
             )
         prefix, last = 0, False
         if output.dim() == 4:
-            last = _channels_last(output, size, asked)
+            last = _channels_last(output, size, view)
             features = output if last else output.permute(0, 2, 3, 1)
             grid, tokens = (features.shape[1], features.shape[2]), features.flatten(1, 2)
         else:
-            prefix, grid = self._layout(output.shape[1], size, asked)
+            prefix, grid = self._layout(output.shape[1], size, view)
             tokens = output[:, prefix:]
         if not (0 <= self.row < grid[0] and 0 <= self.column < grid[1]):
             raise InputError(
@@ -200,11 +200,11 @@ class Patch(Question):
         weights = to_device(weights.to(torch.promote_types(output.dtype, torch.float32)), output.device)
         cell = (size[0] / grid[0], size[1] / grid[1])
         place = ((self.column + 0.5) * cell[1] - 0.5, (self.row + 0.5) * cell[0] - 0.5)
-        return cotangents.Patch(weights, place, grid, cell, prefix, last)
+        return cotangents.PatchCotangent(weights, place, grid, cell, prefix, last)
 
-    def _layout(self, tokens: int, size: tuple[int, int], asked: Asked) -> tuple[int, tuple[int, int]]:
+    def _layout(self, tokens: int, size: tuple[int, int], view: ModelView) -> tuple[int, tuple[int, int]]:
         """Prefix tokens and the grid (h, w)."""
-        patch = getattr(getattr(asked.model, "patch_embed", None), "patch_size", None)
+        patch = getattr(getattr(view.model, "patch_embed", None), "patch_size", None)
         if isinstance(patch, tuple):
             grid = (size[0] // patch[0], size[1] // patch[1])
             if self.prefix in (None, tokens - grid[0] * grid[1]) and 0 <= tokens - grid[0] * grid[1] <= MOST_PREFIX:
@@ -237,10 +237,10 @@ def tokens_of(model: nn.Module) -> nn.Module:
     return made
 
 
-def _channels_last(output: Tensor, size: tuple[int, int], asked: Asked) -> bool:
+def _channels_last(output: Tensor, size: tuple[int, int], view: ModelView) -> bool:
     """Whether outputs are (B, h, w, D) and not (B, D, h, w): as timm's model says, else as the image's shape does."""
-    if getattr(asked.model, "output_fmt", None) is not None:
-        return str(asked.model.output_fmt) == "NHWC"
+    if getattr(view.model, "output_fmt", None) is not None:
+        return str(view.model.output_fmt) == "NHWC"
     wanted = size[0] / size[1]
     first, last = (abs(math.log(output.shape[at] / output.shape[at + 1] / wanted)) for at in (2, 1))
     return last < first
@@ -269,5 +269,5 @@ def _vectors(given: Tensor, width: int, images: int, what: str) -> Tensor:
     return vectors
 
 
-def _bound(part: Target, asked: Asked) -> Target:
-    return part.bind(asked) if isinstance(part, Question) else part
+def _bound(part: Target, view: ModelView) -> Target:
+    return part.bind(view) if isinstance(part, Question) else part

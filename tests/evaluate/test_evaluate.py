@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from dave_fast.cli.app import app
 from dave_fast.errors import InputError
-from dave_fast.evaluate import DemoScenes, Settings, evaluate
-from dave_fast.evaluate.methods import Setup
+from dave_fast.evaluate import DemoScenes, EvaluationSettings, evaluate
+from dave_fast.evaluate.methods import MethodSettings
 from dave_fast.evaluate.mosaics import resized
 from dave_fast.evaluate.randomise import stages
 from dave_fast.evaluate.report import table
@@ -171,8 +171,10 @@ def test_the_model_is_only_read():
     torch.manual_seed(0)
     model = build_model().eval().requires_grad_(False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    settings = Settings(images=1, probes=1, randomised=1, pairs=0, groups=("localisation", "randomisation"), methods=())
-    evaluate(model, DemoScenes(1, 0), settings, Setup(1, {"precision": "fp32", "noise_alpha": 0.1}))
+    settings = EvaluationSettings(
+        images=1, probes=1, randomised=1, pairs=0, groups=("localisation", "randomisation"), methods=()
+    )
+    evaluate(model, DemoScenes(1, 0), settings, MethodSettings(1, {"precision": "fp32", "noise_alpha": 0.1}))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -182,7 +184,12 @@ def test_a_source_without_a_readable_image_is_refused(tmp_path):
             self.skipped["a.png"] = "cannot read a.png: it is empty."
 
     with pytest.raises(InputError, match="it is empty"):
-        evaluate(build_model().eval(), Nothing(1, 0), Settings(images=1, methods=()), Setup(1, {"noise_alpha": 0.1}))
+        evaluate(
+            build_model().eval(),
+            Nothing(1, 0),
+            EvaluationSettings(images=1, methods=()),
+            MethodSettings(1, {"noise_alpha": 0.1}),
+        )
 
 
 def test_bars_do_not_end_cells():

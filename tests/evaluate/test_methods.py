@@ -5,11 +5,11 @@ import torch
 
 from dave_fast.errors import InputError
 from dave_fast.evaluate import methods
-from dave_fast.evaluate.methods import METHODS, Setup, choose
+from dave_fast.evaluate.methods import METHODS, MethodSettings, choose
 from dave_fast.models.demo.model import build_model
 from tests import needs
 
-SETUP = Setup(3, {"precision": "fp32", "noise_alpha": 0.5})
+SETUP = MethodSettings(3, {"precision": "fp32", "noise_alpha": 0.5})
 
 
 @pytest.fixture(scope="module")
@@ -51,16 +51,16 @@ def test_the_baselines_are_their_formulas(model, images):
     (gradient,) = torch.autograd.grad(model(leaf)[[0, 1], CLASSES].sum(), leaf)
     found = METHODS["input × gradient"].make(model, SETUP)(images, CLASSES, (0, 1), 0)
     torch.testing.assert_close(found, gradient * images, rtol=1e-4, atol=1e-6)
-    fine = METHODS["integrated gradients"].make(model, Setup(60, SETUP.explainer))(images, CLASSES, (0, 1), 0)
+    fine = METHODS["integrated gradients"].make(model, MethodSettings(60, SETUP.explainer))(images, CLASSES, (0, 1), 0)
     rise = (model(images) - model(torch.zeros_like(images)))[[0, 1], CLASSES]
     torch.testing.assert_close(fine.sum((1, 2, 3)), rise, rtol=0.1, atol=0.02)
 
 
 def test_classes_of_one_image_share_walks_and_get_the_maps_they_get_alone(model, images):
     explainer = SETUP.explainer | {"internal_batch_size": 2}
-    shared = METHODS["DAVE"].make_shared(model, Setup(5, explainer))
+    shared = METHODS["DAVE"].make_shared(model, MethodSettings(5, explainer))
     found = shared(images[:1], CLASSES, (7,), 3)
-    alone = METHODS["DAVE"].make(model, Setup(5, explainer))
+    alone = METHODS["DAVE"].make(model, MethodSettings(5, explainer))
     wanted = alone(images[:1].expand(2, -1, -1, -1).contiguous(), CLASSES, (7, 7), 3)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6 * wanted.abs().max().item())
     assert not torch.equal(wanted[0], wanted[1])

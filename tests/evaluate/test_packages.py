@@ -13,14 +13,14 @@ from typer.testing import CliRunner
 
 from dave_fast import effective_gradient
 from dave_fast.cli.app import app
-from dave_fast.evaluate import DemoScenes, Settings, evaluate, methods, packages
-from dave_fast.evaluate.methods import METHODS, Setup
+from dave_fast.evaluate import DemoScenes, EvaluationSettings, evaluate, methods, packages
+from dave_fast.evaluate.methods import METHODS, MethodSettings
 from dave_fast.evaluate.twin import NotTakenError, torchvision_twin
 from dave_fast.models.demo import load_demo_model
 from tests import needs
 from tests.tolerances import EXACT
 
-SETUP = Setup(2, {"precision": "fp32", "noise_alpha": 0.5})
+SETUP = MethodSettings(2, {"precision": "fp32", "noise_alpha": 0.5})
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 4}
 
 
@@ -97,7 +97,7 @@ def test_a_method_that_does_not_take_the_model_is_listed_and_the_others_run():
     torch.manual_seed(0)
     model = load_demo_model()
     model.blocks[0].ls1 = LayerScale(144, init_values=0.5)
-    settings = Settings(images=1, groups=("localisation",), methods=("LeGrad",))
+    settings = EvaluationSettings(images=1, groups=("localisation",), methods=("LeGrad",))
     found = evaluate(model.requires_grad_(False), DemoScenes(1, 0), settings, SETUP)
     assert "blocks.0.ls1.gamma" in found.absent["LeGrad"]
     assert set(found.scores) == {"DAVE", "|x|", "uniform"}
@@ -105,7 +105,7 @@ def test_a_method_that_does_not_take_the_model_is_listed_and_the_others_run():
 
 def test_legrad_is_run_and_scored_and_leaves_no_hook():
     model = load_demo_model().requires_grad_(False)
-    settings = Settings(images=2, groups=("localisation",), methods=("LeGrad",))
+    settings = EvaluationSettings(images=2, groups=("localisation",), methods=("LeGrad",))
     found = evaluate(model, DemoScenes(2, 0), settings, SETUP)
     assert len(found.scores["LeGrad"]["as it is"]["EnergyPG"]) == 2
     attribute = METHODS["LeGrad"].make(model, SETUP)
@@ -138,7 +138,7 @@ def test_attnlrp_is_run_and_scored_and_patches_nothing_that_others_use():
     kinds = (nn.GELU, nn.LayerNorm, nn.MultiheadAttention, nn.Linear, nn.Conv2d, BasicHook, Gamma)
     before = [(dict(vars(kind)), kind.forward) for kind in kinds]
     model = load_demo_model().requires_grad_(False)
-    settings = Settings(images=2, groups=("localisation",), methods=("AttnLRP",))
+    settings = EvaluationSettings(images=2, groups=("localisation",), methods=("AttnLRP",))
     found = evaluate(model, DemoScenes(2, 0), settings, SETUP)
     assert len(found.scores["AttnLRP"]["as it is"]["EnergyPG"]) == 2
     assert [(dict(vars(kind)), kind.forward) for kind in kinds] == before

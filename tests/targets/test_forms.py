@@ -9,7 +9,7 @@ from torch import nn
 
 from dave_fast.errors import InputError
 from dave_fast.sampling import identity
-from dave_fast.targets.forms import Asked, resolve_target, split_targets
+from dave_fast.targets.forms import ModelView, resolve_target, split_targets
 
 OUTPUT = torch.tensor([[0.1, 0.9, 0.3], [2.0, -1.0, 0.5]])
 ROWS = torch.tensor([0, 0, 1])
@@ -20,7 +20,7 @@ def nothing_asked(images):
 
 
 def resolve(target, output=OUTPUT, size=(16, 16), model=None):
-    return resolve_target(target, output, size, Asked(model or nn.Identity(), nothing_asked))
+    return resolve_target(target, output, size, ModelView(model or nn.Identity(), nothing_asked))
 
 
 def rows_of(index):

@@ -14,7 +14,7 @@ from dave_fast import targets
 from dave_fast.errors import InputError
 from dave_fast.sampling import Draws, Sampling, draw, identity
 from dave_fast.targets import cotangents
-from dave_fast.targets.forms import Asked, resolve_target
+from dave_fast.targets.forms import ModelView, resolve_target
 from tests.toys import normal, relative
 from tests.variants import randomise
 
@@ -51,7 +51,7 @@ def explainer(model, precision="fp32", **settings):
 
 
 def asked(model=None, output=None):
-    return Asked(model or nn.Identity(), output or (lambda images: images))
+    return ModelView(model or nn.Identity(), output or (lambda images: images))
 
 
 def cotangent(question, output, rows=None, model=None, size=SIZE):
@@ -170,7 +170,7 @@ def test_texts_are_the_models_own_score(images):
 def test_another_image_is_its_output(model, images, tmp_path):
     explain = explainer(model, "fp64")
     other = normal(3, *SIZE, seed=4)
-    output = explain._asked().output(other)[0]
+    output = explain._view().output(other)[0]
     found = explain.effective_gradient(images, targets.SimilarTo(other))
     assert torch.equal(found, explain.effective_gradient(images, targets.Similarity(output)))
     own = explain.effective_gradient(images, targets.SimilarTo(images))
@@ -202,16 +202,16 @@ def test_linear_questions_never_wait_for_the_device(shape):
     with FakeTensorMode():
         rows = draws_without_values(4)
         output, weights = torch.empty(shape), torch.empty(2, shape[1] if len(shape) != 3 else shape[2])
-        one = cotangents.Element(torch.empty(2, dtype=torch.int64))
-        asked = [one, cotangents.Weighted(((1.0, one), (-1.0, one)))]
+        one = cotangents.ElementCotangent(torch.empty(2, dtype=torch.int64))
+        asked = [one, cotangents.WeightedCotangent(((1.0, one), (-1.0, one)))]
         if len(shape) == 2:
-            asked.append(cotangents.Direction(weights, 2.0))
+            asked.append(cotangents.DirectionCotangent(weights, 2.0))
         else:
-            asked.append(cotangents.Patch(weights, (3.0, 4.0), (4, 6), (8.0, 8.0), 1))
+            asked.append(cotangents.PatchCotangent(weights, (3.0, 4.0), (4, 6), (8.0, 8.0), 1))
         for each in asked:
             assert each(output, rows).shape == shape
         with pytest.raises(DataDependentOutputException):
-            cotangents.Gradients((lambda y: y[0], lambda y: y[1]))(output, rows)
+            cotangents.RowGradientCotangent((lambda y: y[0], lambda y: y[1]))(output, rows)
 
 
 def draws_without_values(rows):
@@ -242,7 +242,7 @@ def test_a_patch_is_the_gradient_of_its_token(dense, images):
 
 def test_a_patch_without_weights_is_its_own_feature(dense, images):
     explain = explainer(dense, "fp64")
-    tokens = explain._asked().output(images)
+    tokens = explain._view().output(images)
     own = torch.nn.functional.normalize(tokens[:, 2 + 7], dim=1)
     found = explain.effective_gradient(images, targets.Patch(1, 1))
     assert torch.equal(found, explain.effective_gradient(images, targets.Patch(1, 1, own)))
