@@ -31,7 +31,7 @@ from dave_fast.models.spec import ModelSpec
 from dave_fast.run.local import Machine
 from dave_fast.run.mapper import Mapper, Setup, _record_columns, packed_map
 from dave_fast.run.records import image_key
-from dave_fast.run.runner import Summary, run_dataset
+from dave_fast.run.runner import RunSummary, run_dataset
 from dave_fast.run.sources import open_source
 
 STUB_SECONDS = 0.005
@@ -153,7 +153,7 @@ def measure_stub(place: str, repeats: int, threads: int, engine: str) -> list[di
     return results
 
 
-def stub_run(place: str, threads: int, engine: str) -> Summary:
+def stub_run(place: str, threads: int, engine: str) -> RunSummary:
     """A whole run with the stub."""
     setup = Setup(make=FixedPace)
     with tempfile.TemporaryDirectory() as out:

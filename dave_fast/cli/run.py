@@ -15,7 +15,7 @@ from dave_fast.errors import InputError
 
 if TYPE_CHECKING:
     from dave_fast.run.progress import Report
-    from dave_fast.run.runner import Summary
+    from dave_fast.run.runner import RunSummary
 
 _RESULTS = "Results"
 _INT64 = 2**63
@@ -185,7 +185,7 @@ def _devices(named: str | None) -> list[str | None]:
     return names
 
 
-def _tell(summary: Summary, out: Path) -> None:
+def _tell(summary: RunSummary, out: Path) -> None:
     """The summary, in a few lines."""
     from dave_fast.run.progress import duration, size, speed
 

@@ -20,7 +20,7 @@ from dave_fast.errors import ImageError, InputError, reason_of
 from dave_fast.files import atomically
 from dave_fast.images import decode_image, drawing, from_config
 from dave_fast.run.contents import read_content
-from dave_fast.run.reader import Maps, Row
+from dave_fast.run.reader import MapRecord, Maps
 from dave_fast.run.records import Record
 
 Progress = Callable[[int], None]
@@ -196,7 +196,7 @@ def _virelay(maps: Maps, target: Path, progress: Progress) -> int:
     return 0
 
 
-def _prediction(row: Row, classes: int) -> np.ndarray:
+def _prediction(row: MapRecord, classes: int) -> np.ndarray:
     if row.output is not None:
         exponents = np.exp(row.output - row.output.max())
         return exponents / exponents.sum()

@@ -9,7 +9,7 @@ from dave_fast.errors import InputError
 from dave_fast.run.identity import RUN_FILE, load_identity, make_identity, refuse_other, save_identity
 from dave_fast.run.lock import Fence, Lock
 from dave_fast.run.shards import committed_ids, drop_errors, remove_leftovers, shard_files
-from dave_fast.run.sources import Source
+from dave_fast.run.sources import RecordSource
 
 
 class RunFolder:
@@ -19,7 +19,7 @@ class RunFolder:
     """
 
     def __init__(
-        self, folder: Path, lock: Lock, source: Source, *, limit: int | None = None, retry_errors: bool = False
+        self, folder: Path, lock: Lock, source: RecordSource, *, limit: int | None = None, retry_errors: bool = False
     ) -> None:
         self.folder, self.lock, self.source, self.limit, self.retry_errors = folder, lock, source, limit, retry_errors
         # Whoever still works for an earlier run, somewhere, is kept out from here on.

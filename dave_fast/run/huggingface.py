@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from dave_fast.errors import InputError, reason_of
-from dave_fast.run.records import Record, Skip, Source, as_int64, read_uri
+from dave_fast.run.records import Record, RecordSource, Skip, as_int64, read_uri
 
 _COLUMNS = ("id", "target", "seed", "label")
 _ROWS = 4096
@@ -19,7 +19,7 @@ def is_saved_dataset(place: str) -> bool:
     return any(os.path.exists(os.path.join(place, name)) for name in ("dataset_dict.json", "state.json"))
 
 
-def dataset_source(place: str, *, labels: bool) -> Source:
+def dataset_source(place: str, *, labels: bool) -> RecordSource:
     """hf://NAME[:SPLIT], NAME a folder or a name on the hub; ids are those of the column `id`, else SPLIT/ROW."""
     dataset, _, name, split = _opened(place)
     if labels and "label" not in dataset.column_names:
@@ -43,7 +43,7 @@ def dataset_source(place: str, *, labels: bool) -> Source:
                     seed = as_int64(given.get("seed"), f"{record_id}: seed")
                     yield Record(record_id, f"hf://{name}:{split}#{row}", target, seed)
 
-    return Source(place, identity, len(dataset), read)
+    return RecordSource(place, identity, len(dataset), read)
 
 
 def row_content(uri: str) -> bytes:

@@ -26,9 +26,9 @@ from dave_fast.run.mapper import Setup
 from dave_fast.run.progress import Report, Tally
 from dave_fast.run.records import Record, Skip
 from dave_fast.run.shards import SHARD_ROWS
-from dave_fast.run.sources import Source
+from dave_fast.run.sources import RecordSource
 from dave_fast.run.stopping import stop_in_order
-from dave_fast.run.worker import Alive, Committed, End, Finished, Go, Hello, Job, Mapped, Stop, work
+from dave_fast.run.worker import Alive, Committed, End, Finished, Go, Hello, Mapped, Stop, WorkerTask, work
 
 # Encoded images that wait, in the parent or in one worker.
 CONTENT_BYTES = 64 * 2**20
@@ -68,7 +68,7 @@ def run_local(begun: RunFolder, setup: Setup, machine: Machine, report: Report) 
 
 
 @dataclass
-class _Worker:
+class _WorkerHandle:
     process: SpawnProcess
     connection: Connection
     hello: Hello | None = None
@@ -95,7 +95,7 @@ class _Parent:
         self.stopped_by: int | None = None
         self._told_to_stop = False
         context = multiprocessing.get_context(START)
-        self.workers: list[_Worker] = []
+        self.workers: list[_WorkerHandle] = []
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         share = max(1, cores // len(machine.devices))
         try:
@@ -103,13 +103,13 @@ class _Parent:
                 ours, theirs = context.Pipe()
                 decoders = machine.workers or min(_DECODERS, share)
                 rows = machine.shard_rows or SHARD_ROWS
-                job = Job(setup, device, share, decoders, begun.folder, f"{number:03d}", rows, machine.commit_s)
+                task = WorkerTask(setup, device, share, decoders, begun.folder, f"{number:03d}", rows, machine.commit_s)
                 process = context.Process(
-                    target=work, args=(job, begun.lock, theirs), name=f"{number} ({device or 'auto'})"
+                    target=work, args=(task, begun.lock, theirs), name=f"{number} ({device or 'auto'})"
                 )
                 process.start()
                 theirs.close()
-                self.workers.append(_Worker(process, ours))
+                self.workers.append(_WorkerHandle(process, ours))
         except BaseException:
             self.end()
             raise
@@ -196,7 +196,7 @@ class _Parent:
 
     # ---- messages ----
 
-    def _send(self, worker: _Worker, message: object) -> None:
+    def _send(self, worker: _WorkerHandle, message: object) -> None:
         try:
             worker.connection.send(message)
         except (BrokenPipeError, ConnectionResetError):
@@ -229,7 +229,7 @@ class _Parent:
                 "for a hanging disk, network or device, and resume. Give --watchdog if this is no fault."
             )
 
-    def _heard(self, worker: _Worker, message: object) -> None:
+    def _heard(self, worker: _WorkerHandle, message: object) -> None:
         if isinstance(message, Hello):
             worker.hello = message
             self.tally.alive()
@@ -246,7 +246,7 @@ class _Parent:
         elif isinstance(message, Finished):
             worker.last, worker.ended = message, True
 
-    def _died(self, worker: _Worker) -> None:
+    def _died(self, worker: _WorkerHandle) -> None:
         worker.process.join(5.0)
         code = worker.process.exitcode
         how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with {code}"
@@ -266,7 +266,7 @@ class _Parent:
 class Feed:
     """Records of a source, read ahead on a thread; bounded in number and in bytes."""
 
-    def __init__(self, source: Source, skip: Skip, limit: int | None, ahead: int = 1024) -> None:
+    def __init__(self, source: RecordSource, skip: Skip, limit: int | None, ahead: int = 1024) -> None:
         self.error: BaseException | None = None
         # Records whose id came before in this run: only sources that cannot be checked beforehand have them.
         self.doubles: list[str] = []

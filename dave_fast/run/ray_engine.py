@@ -81,7 +81,7 @@ def run_ray(begun: RunFolder, setup: Setup, machine: Machine, report: Report) ->
         identity = begun.check(configuration, weights)
         fence = Fence.renew(begun.folder)
         board = ray.remote(num_cpus=0)(_Board).remote()
-        run = _Run(ray, board, setup, device, actors, gpus, identity, report, machine.watchdog_s)
+        run = _RayRun(ray, board, setup, device, actors, gpus, identity, report, machine.watchdog_s)
         sink = _sink(begun.folder.resolve(), identity, fence, machine.shard_rows or SHARD_ROWS, board)
         return run.run(begun, sink)
 
@@ -194,7 +194,7 @@ class _Board:
 # ---- the driver ----
 
 
-class _Run:
+class _RayRun:
     def __init__(
         self,
         ray: Any,
@@ -291,7 +291,7 @@ def _pipeline(
     if limit is not None:
         crops = crops.limit(limit)
     crops.map_batches(
-        _Engine,
+        _MapActor,
         fn_constructor_args=(setup, device, identity, board),
         batch_size=setup.batch_size or (16 if gpus else 4),
         batch_format="pyarrow",
@@ -377,7 +377,7 @@ def _datasource(parts: list[Part], board: Any, config: dict[str, Any]) -> Any:
 # ---- the engine ----
 
 
-class _Engine:
+class _MapActor:
     """The actor: crops to rows. After a failure that is no image's fault it stops the run, and gives no more rows."""
 
     def __init__(self, setup: Setup, device: str | None, identity: dict[str, Any], board: Any) -> None:

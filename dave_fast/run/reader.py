@@ -24,12 +24,12 @@ from dave_fast.run.shards import SMALL, read_column, shard_files
 if TYPE_CHECKING:
     import torch
 
-# Row groups that are kept, of 32 maps each.
+# MapRecord groups that are kept, of 32 maps each.
 _KEPT_GROUPS = 8
 
 
 @dataclass(frozen=True)
-class Row:
+class MapRecord:
     """A record's row. map: float32 (H, W) in [0, 1], None where status is "error"; raw: float32 (3, H, W) or None;
     output: float32 (K,) or None; target, prediction, probability: None where there is no map.
     """
@@ -70,7 +70,7 @@ def open_maps(folder: str | os.PathLike[str]) -> Maps:
 
 
 class Maps:
-    """Rows of a run, lazily. `maps["id"]` and `maps[7]` are a `Row`; slices and lists of either are Maps again.
+    """Rows of a run, lazily. `maps["id"]` and `maps[7]` are a `MapRecord`; slices and lists of either are Maps again.
 
     identity: what the run was made of (`run.json`). Can be pickled, for the workers of a DataLoader.
     """
@@ -83,7 +83,7 @@ class Maps:
     def __len__(self) -> int:
         return self._table.num_rows
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[MapRecord]:
         return (self[number] for number in range(len(self)))
 
     def __contains__(self, record_id: object) -> bool:
@@ -171,7 +171,7 @@ class Maps:
             raise IndexError(f"row {number} of {len(self)}")
         return number % len(self)
 
-    def _row(self, number: int) -> Row:
+    def _row(self, number: int) -> MapRecord:
         (small,) = self._table.slice(number, 1).to_pylist()
         if small["status"] != "ok":
             return _row(small, {})
@@ -236,7 +236,7 @@ class _Shards:
         return found
 
 
-def _row(small: dict[str, Any], large: dict[str, Any]) -> Row:
+def _row(small: dict[str, Any], large: dict[str, Any]) -> MapRecord:
     raw = output = heat = None
     if large:
         shape = small["height"], small["width"]
@@ -249,4 +249,4 @@ def _row(small: dict[str, Any], large: dict[str, Any]) -> Row:
         if large.get("output") is not None:
             output = np.frombuffer(large["output"], "<f4").astype(np.float32)
     names = ("id", "uri", "target", "prediction", "probability", "seed", "n_samples", "status", "error")
-    return Row(**{name: small[name] for name in names}, map=heat, raw=raw, output=output)
+    return MapRecord(**{name: small[name] for name in names}, map=heat, raw=raw, output=output)

@@ -37,7 +37,7 @@ def _none(record_id: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Source:
+class RecordSource:
     """Records, in an order that is always the same.
 
     place: as the user named it. identity: what must be equal for a run to be resumed. count: None where nobody can

@@ -17,7 +17,7 @@ from dave_fast.run.lock import FENCE_FILE, LOCK_FILE, Lock
 from dave_fast.run.mapper import LABEL, Setup
 from dave_fast.run.progress import Report, Tally
 from dave_fast.run.shards import committed_ids, shard_files
-from dave_fast.run.sources import Source, open_source
+from dave_fast.run.sources import RecordSource, open_source
 
 ENGINES = ("local", "ray")
 SUMMARY_FILE = "summary.json"
@@ -26,7 +26,7 @@ Reporter = Callable[[int | None, int], AbstractContextManager[Report]]
 
 
 @dataclass(frozen=True)
-class Summary:
+class RunSummary:
     """What a run has done. records: with a row in all, those of earlier runs included; images: explained this time.
 
     errors: records without a map, this time. seconds: since the devices were ready. device_share: in [0, 1].
@@ -57,7 +57,7 @@ def run_dataset(
     limit: int | None = None,
     retry_errors: bool = False,
     reporter: Reporter = lambda total, before: nullcontext(Report()),
-) -> Summary:
+) -> RunSummary:
     """Explain every record of a source that has no row in `out` yet. See `docs/datasets.md`.
 
     place: see `dave_fast.run.sources`. limit: rows in all, at most. retry_errors: records whose row is an error are
@@ -91,15 +91,15 @@ def run_dataset(
             _remove_if_unused(folder)
 
 
-def _total(source: Source, limit: int | None) -> int | None:
+def _total(source: RecordSource, limit: int | None) -> int | None:
     if source.count is None or limit is None:
         return source.count if limit is None else limit
     return min(source.count, limit)
 
 
-def _summary(folder: Path, tally: Tally) -> Summary:
+def _summary(folder: Path, tally: Tally) -> RunSummary:
     stopped = None if tally.stopped_by is None else signal.Signals(tally.stopped_by).name
-    return Summary(
+    return RunSummary(
         records=len(committed_ids(folder)),
         images=tally.images,
         errors=tally.errors,

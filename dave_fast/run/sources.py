@@ -27,14 +27,14 @@ from typing import Any
 from dave_fast.errors import InputError, reason_of
 from dave_fast.images import walk_images
 from dave_fast.run.huggingface import dataset_source, is_saved_dataset
-from dave_fast.run.records import Record, Source, as_int64, is_local, located, printable
+from dave_fast.run.records import Record, RecordSource, as_int64, is_local, located, printable
 from dave_fast.run.tars import TARS, tar_source
 
 LISTS = (".txt", ".csv", ".tsv", ".jsonl")
 _ROWS = 65536
 
 
-def open_source(place: str, *, labels: bool = False, leave_out: str | os.PathLike[str] | None = None) -> Source:
+def open_source(place: str, *, labels: bool = False, leave_out: str | os.PathLike[str] | None = None) -> RecordSource:
     """The source behind what the user named.
 
     labels: take the labels of tars (.cls) and datasets (`label`) as targets. leave_out: a folder that is no source,
@@ -59,7 +59,7 @@ def open_source(place: str, *, labels: bool = False, leave_out: str | os.PathLik
 # ---- folders ----
 
 
-def _folder(place: str, leave_out: str | os.PathLike[str] | None) -> Source:
+def _folder(place: str, leave_out: str | os.PathLike[str] | None) -> RecordSource:
     if not is_local(place):
         raise InputError(f"{place!r} is no list, manifest or tar; a remote folder needs a list of its images.")
     if not os.path.exists(place):
@@ -82,7 +82,7 @@ def _folder(place: str, leave_out: str | os.PathLike[str] | None) -> Source:
 # ---- lists and manifests ----
 
 
-def _listed(place: str, kind: str, records: Callable[[], Iterator[Record]]) -> Source:
+def _listed(place: str, kind: str, records: Callable[[], Iterator[Record]]) -> RecordSource:
     """A source whose records are cheap to go through: counted, digested and checked for doubles beforehand."""
     digest, seen = hashlib.blake2b(digest_size=16), set()
     for record in records():
@@ -94,7 +94,7 @@ def _listed(place: str, kind: str, records: Callable[[], Iterator[Record]]) -> S
     if not count and kind != "folder":
         raise InputError(f"{place} names no image.")
     identity = {"kind": kind, "records": count, "digest": digest.hexdigest()}
-    return Source(place, identity, count, lambda skip: (r for r in records() if not skip(r.id)))
+    return RecordSource(place, identity, count, lambda skip: (r for r in records() if not skip(r.id)))
 
 
 def record_of(row: dict[str, Any], folder: str, where: str) -> Record:

@@ -17,12 +17,12 @@ from typing import Any
 
 from dave_fast.errors import InputError, reason_of
 from dave_fast.images import is_image
-from dave_fast.run.records import Record, Skip, Source, as_int64, is_local, printable
+from dave_fast.run.records import Record, RecordSource, Skip, as_int64, is_local, printable
 
 TARS = (".tar", ".tar.gz", ".tgz")
 
 
-def tar_source(place: str, *, labels: bool) -> Source:
+def tar_source(place: str, *, labels: bool) -> RecordSource:
     """The samples of tars: a path or fsspec URL, with {000..099} and globs."""
     shards = _shards(place)
     names = _names([url for url, _ in shards])
@@ -37,7 +37,7 @@ def tar_source(place: str, *, labels: bool) -> Source:
         for part in parts.values():
             yield from part(skip)
 
-    return Source(place, identity, None, read, parts)
+    return RecordSource(place, identity, None, read, parts)
 
 
 def expand_braces(text: str) -> list[str]:

@@ -42,7 +42,7 @@ _TICK_S = 0.5
 
 
 @dataclass(frozen=True)
-class Job:
+class WorkerTask:
     """What one worker is to do. commit_s: seconds after which rows are committed, however few they are."""
 
     setup: Setup
@@ -118,21 +118,21 @@ class _StoppedError(Exception):
     """Raised between two micro-batches, to leave the batch at work."""
 
 
-def work(job: Job, lock: Lock, connection: Connection) -> None:
+def work(task: WorkerTask, lock: Lock, connection: Connection) -> None:
     """The worker's process, from start to end. `lock` is held for as long as it lives."""
     # The parent says when to stop; a terminal sends Ctrl-C to everyone.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     error: DaveFastError | None = None
     try:
-        _Worker(job, connection).run()
+        _Worker(task, connection).run()
     except DaveFastError as raised:
         error = raised
     except (EOFError, BrokenPipeError, ConnectionResetError):
         os._exit(1)
     except BaseException as raised:
         traceback.print_exc()
-        error = RunError(f"the worker on {job.device or 'the device'} failed: {type(raised).__name__}: {raised}")
+        error = RunError(f"the worker on {task.device or 'the device'} failed: {type(raised).__name__}: {raised}")
     try:
         connection.send(Finished(error))
     except OSError:
@@ -142,8 +142,8 @@ def work(job: Job, lock: Lock, connection: Connection) -> None:
 
 
 class _Worker:
-    def __init__(self, job: Job, connection: Connection) -> None:
-        self.job = job
+    def __init__(self, task: WorkerTask, connection: Connection) -> None:
+        self.task = task
         self.connection = connection
         self.stopping = threading.Event()
         self._sending = threading.Lock()
@@ -156,18 +156,18 @@ class _Worker:
             self.connection.send(message)
 
     def run(self) -> None:
-        job = self.job
-        mapper = job.setup.mapper(job.device, job.threads)
+        task = self.task
+        mapper = task.setup.mapper(task.device, task.threads)
         mapper.warm_up()
-        window = 3 * mapper.batch_size + 2 * job.decoders
+        window = 3 * mapper.batch_size + 2 * task.decoders
         window = max(mapper.batch_size, min(window, WAITING_BYTES // mapper.input_bytes))
         self.send(Hello(mapper.configuration, mapper.weights, mapper.notes, mapper.device, window))
         go = self.connection.recv()
         if not isinstance(go, Go):
             return
-        with ThreadPoolExecutor(job.decoders, thread_name_prefix="decoder") as decoders:
+        with ThreadPoolExecutor(task.decoders, thread_name_prefix="decoder") as decoders:
             threading.Thread(target=self._receive, args=(mapper, decoders), daemon=True).start()
-            committer = Committer(job, go.identity, lambda rows, size: self.send(Committed(rows, size)))
+            committer = Committer(task, go.identity, lambda rows, size: self.send(Committed(rows, size)))
             try:
                 self._map(mapper, committer)
             finally:
@@ -273,11 +273,11 @@ class _Worker:
 class Committer:
     """Rows to shards on a thread of its own. An error there is raised by the next call of `put`, or by `close`."""
 
-    def __init__(self, job: Job, identity: dict[str, Any], committed: Callable[[int, int], None]) -> None:
-        self._job = job
+    def __init__(self, task: WorkerTask, identity: dict[str, Any], committed: Callable[[int, int], None]) -> None:
+        self._task = task
         self._schema = schema(identity)
         self._committed = committed
-        self._names = next_name(job.folder, job.name)
+        self._names = next_name(task.folder, task.name)
         self._rows: queue.Queue[list[Row] | None] = queue.Queue(maxsize=8)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="committer", daemon=True)
@@ -317,7 +317,7 @@ class Committer:
                 if rows:
                     if writer is None:
                         writer = ShardWriter(next(self._names), self._schema)
-                        due = time.monotonic() + self._job.commit_s
+                        due = time.monotonic() + self._task.commit_s
                     writer.add(rows)
                 if writer is not None and (not more or self._full(writer) or time.monotonic() >= due):
                     self._commit(writer)
@@ -332,4 +332,4 @@ class Committer:
         self._committed(writer.rows, path.stat().st_size)
 
     def _full(self, writer: ShardWriter) -> bool:
-        return writer.rows >= self._job.shard_rows or writer.bytes >= SHARD_BYTES
+        return writer.rows >= self._task.shard_rows or writer.bytes >= SHARD_BYTES

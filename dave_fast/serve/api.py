@@ -24,11 +24,11 @@ from dave_fast.images import decode_image
 from dave_fast.serve import formats
 from dave_fast.serve.jobs import Ask, Ended, Event, Failed, Job, Predicted
 from dave_fast.serve.limits import FORMATS, Limits
-from dave_fast.serve.middleware import Held
+from dave_fast.serve.middleware import UploadBudget
 from dave_fast.serve.schemas import Health, ModelInfo, Options, StoredImage
 from dave_fast.serve.served import ServedModel
 from dave_fast.serve.service import DeadlineError, Service
-from dave_fast.serve.uploads import Body, Keeps, Store, read_body
+from dave_fast.serve.uploads import Body, ImageStore, MemoryStore, read_body
 
 # seconds without an event after which a comment keeps the connection open
 KEEP_ALIVE = 10.0
@@ -37,11 +37,11 @@ KEEP_ALIVE = 10.0
 class Api:
     """The routes of one service."""
 
-    def __init__(self, service: Service, limits: Limits, store: Keeps | None = None) -> None:
+    def __init__(self, service: Service, limits: Limits, store: ImageStore | None = None) -> None:
         self.service = service
         self.limits = limits
-        self.held = Held(limits.held_bytes)
-        self.store: Keeps = store or Store(limits, self.held)
+        self.held = UploadBudget(limits.held_bytes)
+        self.store: ImageStore = store or MemoryStore(limits, self.held)
 
     # ---- from a request to an ask ----
 

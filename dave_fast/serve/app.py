@@ -19,11 +19,11 @@ from dave_fast.errors import InputError, NonFiniteError, RefusedError
 from dave_fast.serve import formats, kserve
 from dave_fast.serve.api import Api, in_words, status_of
 from dave_fast.serve.limits import Limits
-from dave_fast.serve.middleware import Front
+from dave_fast.serve.middleware import LimitsMiddleware
 from dave_fast.serve.page import add_page
 from dave_fast.serve.schemas import Answer, Health, ModelInfo, StoredImage, problems
 from dave_fast.serve.service import DeadlineError, Service
-from dave_fast.serve.uploads import FORM, Keeps
+from dave_fast.serve.uploads import FORM, ImageStore
 
 
 def create_app(
@@ -32,7 +32,7 @@ def create_app(
     *,
     api_keys: Sequence[str] = (),
     cors_origins: Sequence[str] = (),
-    store: Keeps | None = None,
+    store: ImageStore | None = None,
 ) -> FastAPI:
     """The ASGI app. It starts the service with its lifespan, and stops it.
 
@@ -56,7 +56,7 @@ def create_app(
     for error in (RefusedError, InputError, NonFiniteError, DeadlineError, Exception):
         app.add_exception_handler(error, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
-    app.add_middleware(Front, metrics=service.metrics, limits=limits, held=api.held)
+    app.add_middleware(LimitsMiddleware, metrics=service.metrics, limits=limits, held=api.held)
     if cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -25,11 +25,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dave_fast.serve.app import create_app
 from dave_fast.serve.limits import Limits
-from dave_fast.serve.middleware import Held
+from dave_fast.serve.middleware import UploadBudget
 from dave_fast.serve.served import load_models
 from dave_fast.serve.server import log_to_stderr
 from dave_fast.serve.service import Service
-from dave_fast.serve.uploads import Store
+from dave_fast.serve.uploads import MemoryStore
 
 KEYS_VARIABLE = "DAVE_FAST_API_KEYS"
 # requests that a replica takes beyond its queue: those for the page, for models, and the ones that it refuses itself
@@ -40,7 +40,7 @@ _BURST = 256
 _FLUSH = 15.0
 
 
-class Settings(BaseModel):
+class ClusterSettings(BaseModel):
     """What `serve run` and the args of a RayService may set; API keys come from DAVE_FAST_API_KEYS.
 
     models: as `serve` takes them, or one string with commas. weights, num_classes, labels, image_size: of a single
@@ -87,29 +87,29 @@ class Images:
     """The images of /v1/images for all replicas; what is kept is lost with the replica, and is then sent again."""
 
     def __init__(self, limits: Limits) -> None:
-        self._store = Store(limits, Held(limits.held_bytes))
+        self._store = MemoryStore(limits, UploadBudget(limits.held_bytes))
 
     async def put(self, content: bytes) -> str:
-        """As `Store.put`."""
+        """As `MemoryStore.put`."""
         return await self._store.put(content)
 
     async def get(self, name: str) -> bytes:
-        """As `Store.get`."""
+        """As `MemoryStore.get`."""
         return await self._store.get(name)
 
 
 class RemoteStore:
-    """A `Store` that asks the `Images` deployment."""
+    """A `MemoryStore` that asks the `Images` deployment."""
 
     def __init__(self, images: DeploymentHandle) -> None:
         self._images = images
 
     async def put(self, content: bytes) -> str:
-        """As `Store.put`."""
+        """As `MemoryStore.put`."""
         return str(await self._told(self._images.put.remote(content)))
 
     async def get(self, name: str) -> bytes:
-        """As `Store.get`."""
+        """As `MemoryStore.get`."""
         return bytes(await self._told(self._images.get.remote(name)))
 
     @staticmethod
@@ -122,7 +122,7 @@ class RemoteStore:
             raise
 
 
-class Named:
+class ReplicaHeader:
     """Middleware that says in `x-dave-replica` who answered."""
 
     def __init__(self, app: ASGIApp, name: str) -> None:
@@ -142,7 +142,7 @@ class Named:
 class Explanations:
     """One replica: models on one device, and the app of `dave-fast serve` over them."""
 
-    def __init__(self, settings: Settings, api_keys: list[str], images: DeploymentHandle) -> None:
+    def __init__(self, settings: ClusterSettings, api_keys: list[str], images: DeploymentHandle) -> None:
         log_to_stderr()
         self._settings, self._api_keys, self._images = settings, api_keys, images
         names = {"precision", "noise_alpha", "internal_batch_size", "weights", "num_classes", "labels", "image_size"}
@@ -158,7 +158,7 @@ class Explanations:
             cors_origins=self._settings.cors_origins,
             store=RemoteStore(self._images),
         )
-        app.add_middleware(Named, name=serve.get_replica_context().replica_id.unique_id)
+        app.add_middleware(ReplicaHeader, name=serve.get_replica_context().replica_id.unique_id)
         return app
 
     def check_health(self) -> None:
@@ -168,7 +168,7 @@ class Explanations:
             raise RuntimeError(reason)
 
 
-def application(settings: Settings) -> serve.Application:
+def application(settings: ClusterSettings) -> serve.Application:
     """The application, for `serve run`, `serve deploy` and a RayService's import_path."""
     limits = settings.limits
     options: dict[str, Any] = {"num_replicas": settings.min_replicas}

@@ -27,7 +27,7 @@ _CLOSE = {"connection": "close"}
 
 
 @dataclass
-class Held:
+class UploadBudget:
     """Bytes of uploads in memory, over all clients."""
 
     most: int
@@ -40,10 +40,10 @@ class Held:
         self.now += more
 
 
-class Front:
+class LimitsMiddleware:
     """The middleware."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, limits: Limits, held: Held) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, limits: Limits, held: UploadBudget) -> None:
         self.app, self.metrics, self.limits, self.held = app, metrics, limits, held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -68,7 +68,7 @@ class Front:
 class _Exchange:
     """One request and its answer."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, limits: Limits, held: Held) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, limits: Limits, held: UploadBudget) -> None:
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"")
         self.name: bytes = given if _ID.fullmatch(given) else secrets.token_hex(8).encode()

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from dave_fast.serve.limits import Limits
-from dave_fast.serve.middleware import Held
+from dave_fast.serve.middleware import UploadBudget
 
 # a body of one of these types is the image itself; the last is what curl says where it is told nothing
 RAW = ("image/", "application/octet-stream", "application/x-www-form-urlencoded")
@@ -83,8 +83,8 @@ def _form(content_type: str, content: bytes) -> Body:
     return body
 
 
-class Keeps(Protocol):
-    """What keeps images for later requests: `Store`, or what stands for one that several servers share."""
+class ImageStore(Protocol):
+    """What keeps images for later requests: `MemoryStore`, or what stands for one that several servers share."""
 
     async def put(self, content: bytes) -> str:
         """Keep an image; its id."""
@@ -93,10 +93,10 @@ class Keeps(Protocol):
         """An image that was kept."""
 
 
-class Store:
+class MemoryStore:
     """Images under ids that cannot be guessed; old ones are forgotten, and the oldest make room."""
 
-    def __init__(self, limits: Limits, held: Held, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, limits: Limits, held: UploadBudget, clock: Callable[[], float] = time.monotonic) -> None:
         self.limits, self.held, self._clock = limits, held, clock
         self._images: OrderedDict[str, tuple[float, bytes]] = OrderedDict()
 

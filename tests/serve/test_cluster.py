@@ -31,9 +31,11 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def test_settings_from_a_command_line_and_what_they_become():
     from pydantic import ValidationError
 
-    from dave_fast.serve.cluster import Settings, application
+    from dave_fast.serve.cluster import ClusterSettings, application
 
-    settings = Settings.model_validate({"models": "demo, vit_tiny_patch16_224", "max_replicas": "4", "gpus": "0.5"})
+    settings = ClusterSettings.model_validate(
+        {"models": "demo, vit_tiny_patch16_224", "max_replicas": "4", "gpus": "0.5"}
+    )
     assert settings.models == ["demo", "vit_tiny_patch16_224"] and settings.max_replicas == 4
     deployment = application(settings)._bound_deployment
     scaling = deployment._deployment_config.autoscaling_config
@@ -42,10 +44,10 @@ def test_settings_from_a_command_line_and_what_they_become():
     # a replica refuses for itself, with Retry-After, before Ray stops sending
     assert deployment.max_ongoing_requests > settings.limits.requests
     assert deployment._deployment_config.graceful_shutdown_timeout_s > settings.limits.answer_seconds
-    fixed = application(Settings(min_replicas=2, max_replicas=2))._bound_deployment
+    fixed = application(ClusterSettings(min_replicas=2, max_replicas=2))._bound_deployment
     assert fixed._deployment_config.autoscaling_config is None and fixed.num_replicas == 2
     with pytest.raises(ValidationError):
-        Settings.model_validate({"replicas": 3})
+        ClusterSettings.model_validate({"replicas": 3})
 
 
 def test_manifests_of_the_documentation_are_what_ray_and_the_server_take():
@@ -54,7 +56,7 @@ def test_manifests_of_the_documentation_are_what_ray_and_the_server_take():
     from typer.testing import CliRunner
 
     from dave_fast.cli.app import app
-    from dave_fast.serve.cluster import Settings, application
+    from dave_fast.serve.cluster import ClusterSettings, application
 
     text = (Path(__file__).parents[2] / "docs" / "cluster-serving.md").read_text()
     manifests = [one for block in re.findall(r"```yaml\n(.*?)```", text, re.S) for one in yaml.safe_load_all(block)]
@@ -62,7 +64,7 @@ def test_manifests_of_the_documentation_are_what_ray_and_the_server_take():
     assert set(by_kind) == {"RayService", "Deployment", "Service"}
     config = ServeDeploySchema.model_validate(yaml.safe_load(by_kind["RayService"]["serveConfigV2"]))
     (deployed,) = config.applications
-    settings = Settings.model_validate(deployed.args)
+    settings = ClusterSettings.model_validate(deployed.args)
     assert deployed.import_path == f"{application.__module__}:{application.__name__}"
     (workers,) = by_kind["RayService"]["rayClusterConfig"]["workerGroupSpecs"]
     grace = workers["template"]["spec"]["terminationGracePeriodSeconds"]
@@ -143,9 +145,11 @@ def cluster() -> Iterator[str]:
 def deploy(**settings: Any) -> None:
     from ray import serve
 
-    from dave_fast.serve.cluster import Settings, application
+    from dave_fast.serve.cluster import ClusterSettings, application
 
-    serve.run(application(Settings(answer_seconds=60.0, precision="fp32", **settings)), name="dave", route_prefix="/")
+    serve.run(
+        application(ClusterSettings(answer_seconds=60.0, precision="fp32", **settings)), name="dave", route_prefix="/"
+    )
 
 
 @pytest.fixture(scope="module")
