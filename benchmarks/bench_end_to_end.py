@@ -22,6 +22,7 @@ from dave_fast.bench.whole import dave
 from dave_fast.engine.free_memory import free_bytes
 from dave_fast.engine.memory import engine_row_bytes
 from dave_fast.ops.precision import DTYPES, has_bf16, why_no_fp8
+from dave_fast.plan import families
 from dave_fast.plan.vit_plan import make_plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -60,7 +61,7 @@ def test_explain(benchmark: Any, name: str, size: int, precision: str, what: str
     expected = shapes.gigaflops() * SAMPLES * IMAGES[what] / gigaflops_a_second(precision)
     if expected > SECONDS:
         pytest.skip(f"a call would take {expected:.0f} s at this device's rate; BENCH_SECONDS allows {SECONDS:.0f}")
-    row = engine_row_bytes(make_plan(model, dtype=DTYPES[precision], pack=lambda matrix: matrix))
+    row = engine_row_bytes(make_plan(families.read(model), dtype=DTYPES[precision], pack=lambda matrix: matrix))
     if row > free_bytes(torch.device(DEVICE)):
         pytest.skip(f"one row takes {row / 2**30:.1f} GiB, more than is free")
     contestant = dave(model.to(DEVICE), precision, SAMPLES, shapes, device=DEVICE)

@@ -244,7 +244,7 @@ class Peer:
 
     def _read_plan(self, vit: Any) -> tuple[Weights, Tensor, Tensor, list[Block]]:
         """Folded and trimmed, in float64, with one cast at the end."""
-        plan = make_plan(vit, dtype=torch.float64, pack=lambda matrix: matrix)
+        plan = make_plan(families.read(vit), dtype=torch.float64, pack=lambda matrix: matrix)
         blocks = []
         for first, second in zip(plan.steps[::2], plan.steps[1::2], strict=True):
             (attention,), (mlp,) = first.layers, second.layers

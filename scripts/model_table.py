@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 
 from dave_fast.errors import DaveFastError  # noqa: E402
 from dave_fast.frozen.proof import affine_replay  # noqa: E402
-from dave_fast.plan import vit_plan as plan  # noqa: E402
+from dave_fast.plan.families import why_not  # noqa: E402
 from tests.variants import randomise  # noqa: E402
 
 JSON, PAGE = ROOT / "docs" / "models.json", ROOT / "docs" / "models.md"
@@ -182,7 +182,7 @@ def prove(small: Small) -> dict[str, Any]:
         model = small.build()
         # matrices of gain one: in deep convolutional stacks a larger gain takes float64's last digits
         randomise(model, gain=1.0)
-    row: dict[str, Any] = {"route": "frozen" if plan.why_not(model) else "engine", "error": None, "reason": None}
+    row: dict[str, Any] = {"route": "frozen" if why_not(model) else "engine", "error": None, "reason": None}
     try:
         report = affine_replay(model, small.image(model))
         row["error"] = float(f"{max(report.errors):.1e}")
@@ -244,7 +244,7 @@ def route_now(row: dict[str, Any]) -> str:
     """The route of a row's model, without its proof: what the engine has a plan for."""
     if row["route"] in ("refused", "open"):
         return str(row["route"])
-    return "frozen" if plan.why_not(on_meta(small_of(row).build)) else "engine"
+    return "frozen" if why_not(on_meta(small_of(row).build)) else "engine"
 
 
 def read() -> dict[str, Any]:

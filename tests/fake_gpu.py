@@ -31,11 +31,12 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver as drivers
 
 from benchmarks.ptxas import ARCHITECTURES, Resources
+from dave_fast.engine import build as building
 from dave_fast.engine import walks as engine
-from dave_fast.engine.build import build_engine
 from dave_fast.kernels import _launch
 from dave_fast.ops import _registry
 from dave_fast.ops.fp8 import TokenScales
+from tests.toys import engine_of
 
 # of an H100 and an H200
 MULTIPROCESSORS = 132
@@ -137,8 +138,8 @@ def build(model: nn.Module, precision: str, size: tuple[int, int] | None = None)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}[precision]
     # eight-bit scales are found by PyTorch's own ops, for numbers that nobody reads here
     scales = SimpleNamespace(of=lambda *weights: TokenScales(1.0, 0.5, 197, 1) if weights else None)
-    with mock.patch.object(engine, "calibrate", return_value=scales):
-        return build_engine(model, dtype=dtype, size=size, backend="triton", fp8=precision == "fp8")
+    with mock.patch.object(building, "calibrate", return_value=scales):
+        return engine_of(model, dtype=dtype, size=size, backend="triton", fp8=precision == "fp8")
 
 
 def walk(built: engine.Engine, rows: int) -> None:

@@ -23,7 +23,7 @@ from dave_fast.errors import InputError
 from dave_fast.explain.explainer import DAVE
 from dave_fast.models.spec import ModelSpec
 from dave_fast.ops import _registry
-from dave_fast.plan.vit_plan import why_not
+from dave_fast.plan.families import why_not
 
 ENGINE = "engine"
 Say = Callable[[str], None]

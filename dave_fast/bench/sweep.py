@@ -15,7 +15,9 @@ from dave_fast.bench.whole import NOISE_ALPHA
 from dave_fast.engine.memory import engine_row_bytes, plan_bytes
 from dave_fast.explain.explainer import DAVE
 from dave_fast.ops.precision import DTYPES
-from dave_fast.plan.vit_plan import make_plan, why_not
+from dave_fast.plan import families
+from dave_fast.plan.reading import NoPlanError
+from dave_fast.plan.vit_plan import make_plan
 
 SAMPLES = (8, 16, 32, 50, 100, 200)
 SIZES = (224, 336, 448, 560, 672)
@@ -57,9 +59,11 @@ def memory_against_size(
     found: list[dict[str, Any]] = []
     for size in sizes:
         model = build(size)
-        if why_not(model, (size, size)) is not None:
+        try:
+            reading = families.read(model, (size, size))
+        except NoPlanError:
             break
-        plan = make_plan(model, dtype=DTYPES[precision], pack=lambda matrix: matrix, size=(size, size))
+        plan = make_plan(reading, dtype=DTYPES[precision], pack=lambda matrix: matrix)
         row: dict[str, Any] = {
             "size": size,
             "tokens": plan.tokens,

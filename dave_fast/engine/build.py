@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from dave_fast.engine.calibration import calibrate
 from dave_fast.engine.walks import Engine
 from dave_fast.ops import _registry
 from dave_fast.ops.fp8 import Scales
+from dave_fast.plan.reading import Reading
 from dave_fast.plan.vit_plan import ViTPlan, make_plan
 
 
 def build_engine(
-    model: nn.Module,
+    reading: Reading,
     *,
     dtype: torch.dtype,
-    size: tuple[int, int] | None = None,
     device: torch.device | str = "cpu",
     backend: str = "auto",
     sibling: ViTPlan | None = None,
     fp8: bool = False,
     scales: Scales | None = None,
 ) -> Engine:
-    """Plan and engine in one; arguments as `make_plan`.
+    """Return the engine of a model that was read (`plan.families.read`).
 
-    fp8: e4m3 operands in the blocks' GEMMs (`ops.fp8`), with these static scales, by default those of `calibrate`.
+    Args:
+        reading: the model for images of one size.
+        dtype: of weights and activations: float64, float32 or bfloat16.
+        device: on which the engine runs.
+        backend: a name of `ops._registry`, or "auto".
+        sibling: a plan of the same model, dtype and device for another image size, whose weights are shared.
+        fp8: whether the blocks' GEMMs take e4m3 operands (`ops.fp8`).
+        scales: static scales of these operands; by default those of `calibrate`.
     """
     plain = _registry.bind("pack_weight", backend, torch.device(device).type)
     pack = _registry.bind("pack_weight_fp8", backend, torch.device(device).type) if fp8 else plain
-    plan = make_plan(model, dtype=dtype, pack=pack, pack_embed=plain, size=size, device=device, sibling=sibling)
+    plan = make_plan(reading, dtype=dtype, pack=pack, pack_embed=plain, device=device, sibling=sibling)
     # by PyTorch's own forms: kernels need not be compiled for it
     if fp8 and scales is None:
         scales = calibrate(Engine(plan, "torch", fp8=True))

@@ -23,8 +23,8 @@ from dave_fast.errors import InputError, ModelError
 from dave_fast.frozen.mode import freeze, run_frozen
 from dave_fast.frozen.proof import ensure_proved
 from dave_fast.ops.precision import DTYPES
-from dave_fast.plan import vit_plan as planning
-from dave_fast.plan.families import family_of
+from dave_fast.plan import families
+from dave_fast.plan.reading import NoPlanError, Reading
 
 ROUTES = ("auto", "engine", "frozen")
 # tokens that a CPU micro-batch aims at: enough rows for full GEMM tiles, few enough to stay in the caches
@@ -168,37 +168,45 @@ def make_route(
     Raises ModelError where route="engine" or precision="fp8" has no plan, or the model fails the proof
     (NotFrozenError).
     """
-    size, dtype, fp8 = shape[1:], DTYPES[precision], precision == "fp8"
-    reason = planning.why_not(model)
-    if reason is None:
-        _check_fit(model, shape)
-    if route == "engine" and reason is not None:
-        raise ModelError(f"route='engine' was asked for, but {reason}. Use route='auto' or 'frozen'.")
-    if route != "frozen" and reason is None:
+    dtype, fp8 = DTYPES[precision], precision == "fp8"
+    read = _read(model, shape)
+    if route != "frozen" and isinstance(read, Reading):
         plan = sibling.plan if isinstance(sibling, EngineRoute) else None
-        engine = build_engine(model, dtype=dtype, size=size, device=device, backend=backend, sibling=plan, fp8=fp8)
+        engine = build_engine(read, dtype=dtype, device=device, backend=backend, sibling=plan, fp8=fp8)
         return EngineRoute(engine), None
+    if route == "engine":
+        raise ModelError(f"route='engine' was asked for, but {read}. Use route='auto' or 'frozen'.")
     if fp8:
-        why = "route='frozen' was asked for" if reason is None else reason
+        why = read if isinstance(read, str) else "route='frozen' was asked for"
         raise ModelError(f"precision='fp8' needs the engine's GEMMs, but {why}. Use precision='bf16'.")
     _prove(model, shape)
-    line = None if route == "frozen" else f"the frozen route is taken (slower, more memory): {reason}"
+    line = None if route == "frozen" else f"the frozen route is taken (slower, more memory): {read}"
     fitting = sibling.model if isinstance(sibling, FrozenRoute) else _as(model, dtype, device)
-    return FrozenRoute(fitting, size, dtype), line
+    return FrozenRoute(fitting, shape[1:], dtype), line
 
 
-def _check_fit(model: nn.Module, shape: tuple[int, int, int]) -> None:
-    """Images (C, H, W) that this model would refuse, with what it takes."""
-    family = family_of(model)
-    channels = family.channels(model)
-    if shape[0] != channels:
-        raise InputError(f"images have {shape[0]} channels and the model takes {channels}")
-    if planning.why_not(model, shape[1:]) is not None:
-        built_for = "×".join(map(str, family.image_size(model)))
+def _read(model: nn.Module, shape: tuple[int, int, int]) -> Reading | str:
+    """Return the model read for images (C, H, W), or why the engine has no plan for it.
+
+    Raises InputError for images that the model does not take.
+    """
+    try:
+        reading = families.read(model, shape[1:])
+    except NoPlanError:
+        # only the size may be at fault
+        try:
+            reading = families.read(model)
+        except NoPlanError as reason:
+            return str(reason)
+    if shape[0] != reading.channels:
+        raise InputError(f"images have {shape[0]} channels and the model takes {reading.channels}")
+    if shape[1:] != reading.image_size:
+        built_for = "×".join(map(str, reading.image_size))
         raise InputError(
             f"images are {shape[1]}×{shape[2]} and the model takes {built_for}: preprocess them as the model expects, "
             f"or build it with img_size={' or dynamic_img_size=True' if hasattr(model, 'dynamic_img_size') else ''}"
         )
+    return reading
 
 
 def _prove(model: nn.Module, shape: tuple[int, int, int]) -> None:

@@ -10,15 +10,28 @@ from dave_fast.plan.reading import Family, NoPlanError, Reading
 FAMILIES: tuple[Family, ...] = (timm_vit.FAMILY, timm_eva.FAMILY, timm_beit.FAMILY, timm_relpos.FAMILY)
 
 
-def family_of(model: nn.Module) -> Family:
-    """The family of a model; raises NoPlanError where it has none."""
+def read(model: nn.Module, size: tuple[int, int] | None = None) -> Reading:
+    """Read a model into the neutral form from which plans are made; the model itself is not changed.
+
+    Args:
+        model: any module.
+        size: (H, W) of the images in pixels; by default those that the model was built for.
+
+    Raises:
+        NoPlanError: the model belongs to no family, has a part that its family's reader does not know, or does not
+            take images of this size.
+    """
     family = next((f for f in FAMILIES if type(model) in f.classes), None)
     if family is None:
         known = ", ".join(c.__name__ for f in FAMILIES for c in f.classes)
         raise NoPlanError(f"{type(model).__name__} is not timm's {known}")
-    return family
+    return family.read(model, size)
 
 
-def read(model: nn.Module, size: tuple[int, int] | None = None) -> Reading:
-    """The neutral form of a model for images (H, W), by default those it was built for; raises NoPlanError."""
-    return family_of(model).read(model, size)
+def why_not(model: nn.Module, size: tuple[int, int] | None = None) -> str | None:
+    """Return why the engine has no plan for a model at an image size (H, W), or None where it has one."""
+    try:
+        read(model, size)
+    except NoPlanError as reason:
+        return str(reason)
+    return None

@@ -141,10 +141,7 @@ class Family:
     """Model classes, exactly these, and their reader.
 
     read: (model, (H, W) of the images, or None for those the model was built for) -> Reading; raises NoPlanError.
-    image_size: (H, W) that a model was built for. channels: of its images.
     """
 
     classes: tuple[type[nn.Module], ...]
     read: Callable[[Any, tuple[int, int] | None], Reading]
-    image_size: Callable[[Any], tuple[int, int]]
-    channels: Callable[[Any], int]

@@ -52,7 +52,7 @@ BlockReader = Callable[[Any, int], tuple[Step, ...]]
 
 def timm_family(*classes: type[nn.Module], block_reader: Callable[[Any, tuple[int, int]], BlockReader]) -> Family:
     """A family of timm's. block_reader: (model, patch grid) -> reader of a block and its index."""
-    return Family(classes, partial(_read, block_reader), _image_size, _channels)
+    return Family(classes, partial(_read, block_reader))
 
 
 def _read(
@@ -80,7 +80,7 @@ def _read(
     return Reading(
         image_size=size or _image_size(model),
         patch_size=tuple(model.patch_embed.patch_size),
-        channels=_channels(model),
+        channels=model.patch_embed.proj.in_channels,
         projection=projection,
         patch_norm=patch_norm,
         position=position,
@@ -118,11 +118,6 @@ def _is_patched(module: nn.Module) -> bool:
 def _image_size(model: Any) -> tuple[int, int]:
     height, width = model.patch_embed.img_size
     return int(height), int(width)
-
-
-def _channels(model: Any) -> int:
-    channels: int = model.patch_embed.proj.in_channels
-    return channels
 
 
 def grid(model: Any, size: tuple[int, int]) -> tuple[int, int]:

@@ -10,16 +10,15 @@ token): keys and values are still made for all tokens, everything else, from the
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dave_fast.errors import ModelError
 from dave_fast.ops.precision import statistics_dtype
-from dave_fast.plan import families
 from dave_fast.plan.folding import Maker, Pack, centre_writer, double, remove_mean
 from dave_fast.plan.layers import AttentionLayer, Layer, MlpLayer, Projection, Step
-from dave_fast.plan.reading import NoPlanError, Norm
+from dave_fast.plan.reading import Norm, Reading
 
 
 @dataclass(frozen=True)
@@ -86,72 +85,48 @@ class ViTPlan:
         return list(found.values())
 
 
-def why_not(model: nn.Module, size: tuple[int, int] | None = None) -> str | None:
-    """Why the engine has no plan for this model (at this image size); None when it has one."""
-    try:
-        families.read(model, size)
-    except NoPlanError as reason:
-        return str(reason)
-    return None
-
-
 def make_plan(
-    model: nn.Module,
+    reading: Reading,
     *,
     dtype: torch.dtype,
     pack: Pack,
     pack_embed: Pack | None = None,
-    size: tuple[int, int] | None = None,
     device: torch.device | str = "cpu",
     sibling: ViTPlan | None = None,
 ) -> ViTPlan:
-    """Lay a model out for the walks; the model itself is only read.
+    """Lay out a model that was read (`families.read`) for the two walks.
 
     Args:
-        model: a model for which `why_not` returns None.
+        reading: the model for images of one size.
         dtype: of weights and activations: float64, float32 or bfloat16.
-        pack: what the engine's `linear` wants made of a matrix (O, I) in `dtype`.
-        pack_embed: the same for the patch embedding, where that is another `linear`'s.
-        size: (H, W) of the images; the model's own by default.
-        sibling: a plan of the same model, dtype and device for another size, whose weights are shared.
-
-    Raises ModelError where there is no plan, with the reason.
+        pack: makes the form that the engine's `linear` takes of a matrix (O, I) in `dtype`.
+        pack_embed: the same for the patch embedding; `pack` by default.
+        device: on which the plan's tensors are made.
+        sibling: a plan of the same model, dtype and device for another image size, whose weights are shared.
     """
-    try:
-        read = families.read(model, size)
-    except NoPlanError as reason:
-        raise ModelError(f"the engine has no plan for this model: {reason}. Use route='auto' or 'frozen'.") from None
-    steps = read.steps
-    norms = [branch.norm for step in steps for branch in step]
-    centred = read.blind and all(norm is not None and norm.centres for norm in norms)
-    maker = Maker(dtype, pack, torch.device(device), read, centred)
-    embed, position, prefix = double(read.projection), read.position, read.prefix
-    if centred and read.norm_pre is None:
+    norms = [branch.norm for step in reading.steps for branch in step]
+    centred = reading.blind and all(norm is not None and norm.centres for norm in norms)
+    maker = Maker(dtype, pack, torch.device(device), reading, centred)
+    embed, position, prefix = double(reading.projection), reading.position, reading.prefix
+    if centred and reading.norm_pre is None:
         position, prefix = remove_mean(position), remove_mean(prefix)
         # behind a norm the norm's own result is centred
-        embed = centre_writer(embed) if read.patch_norm is None else embed
+        embed = centre_writer(embed) if reading.patch_norm is None else embed
+    sized: dict[str, Any] = {"image_size": reading.image_size, "position": maker.cast(position), "read": maker.read}
     if sibling is not None:
-        # all but positions, rotations and biases is the same for every image size
-        return replace(
-            sibling,
-            image_size=read.image_size,
-            position=maker.cast(position),
-            read=maker.read,
-            steps=maker.resized(sibling.steps, steps),
-        )
+        # the other fields do not depend on the image size
+        return replace(sibling, steps=maker.resized(sibling.steps, reading.steps), **sized)
     return ViTPlan(
-        image_size=read.image_size,
-        patch_size=read.patch_size,
-        channels=read.channels,
+        **sized,
+        patch_size=reading.patch_size,
+        channels=reading.channels,
         dtype=dtype,
         device=maker.device,
         embed=replace(maker, pack=pack_embed or pack).projection(embed),
-        patch_norm=maker.norm(read.patch_norm),
-        position=maker.cast(position),
+        patch_norm=maker.norm(reading.patch_norm),
         prefix=maker.cast(prefix),
-        norm_pre=maker.norm(read.norm_pre),
+        norm_pre=maker.norm(reading.norm_pre),
         centred=centred,
-        steps=tuple(maker.step(step, i) for i, step in enumerate(steps)),
-        read=maker.read,
-        tail=read.tail(statistics_dtype(dtype)).to(maker.device),
+        steps=tuple(maker.step(step, i) for i, step in enumerate(reading.steps)),
+        tail=reading.tail(statistics_dtype(dtype)).to(maker.device),
     )

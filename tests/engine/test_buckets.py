@@ -19,6 +19,7 @@ from dave_fast.engine.buckets import (
     plan_gemms,
 )
 from dave_fast.ops.linear import pack_ref
+from dave_fast.plan.families import read
 from dave_fast.plan.vit_plan import make_plan
 
 # of an H100 and of an H200
@@ -118,7 +119,7 @@ def test_float32_has_smaller_tiles_and_a_smaller_share_of_overhead():
 
 def test_the_gemms_of_a_plan_are_those_of_its_blocks():
     model = VisionTransformer(img_size=32, patch_size=16, embed_dim=64, depth=1, num_heads=2, mlp_ratio=3)
-    plan = make_plan(model.eval(), dtype=torch.float32, pack=pack_ref)
+    plan = make_plan(read(model.eval()), dtype=torch.float32, pack=pack_ref)
     assert plan_gemms(plan) == (
         (192, 64),
         (64, 64),

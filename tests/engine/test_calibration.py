@@ -8,12 +8,12 @@ from timm.models.vision_transformer import VisionTransformer
 
 import dave_fast
 from dave_fast.engine import calibration
-from dave_fast.engine.build import build_engine
 from dave_fast.engine.calibration import Scales, made_images
 from dave_fast.errors import NonFiniteError
 from dave_fast.ops.fp8 import Codes, TokenScales
 from dave_fast.ops.patches import patchify
 from tests.tolerances import LOW_PRECISION_RATIO
+from tests.toys import engine_of
 from tests.variants import ENGINE
 
 # plain blocks, two tokens read, all tokens read, a norm ahead of the blocks, norms inside and behind branches, two
@@ -32,7 +32,7 @@ NAMES = [
 
 
 def build(name="vit"):
-    return build_engine(ENGINE[name].build(), dtype=torch.bfloat16, backend="torch", fp8=True)
+    return engine_of(ENGINE[name].build(), dtype=torch.bfloat16, backend="torch", fp8=True)
 
 
 def walk(engine, images, size=1.0):
@@ -70,7 +70,7 @@ def test_images_fall_off_with_frequency_and_are_the_same_twice():
 def test_walks_with_static_scales_are_as_near_to_bfloat16_as_with_scales_of_rows(name):
     images = ENGINE[name].images(2)
     engine = build(name)
-    exact = walk(build_engine(ENGINE[name].build(), dtype=torch.bfloat16, backend="torch"), images)
+    exact = walk(engine_of(ENGINE[name].build(), dtype=torch.bfloat16, backend="torch"), images)
     static = walk(engine, images)
     engine._scales = Scales({})
     dynamic = walk(engine, images)
@@ -119,10 +119,10 @@ def test_patches_keep_their_cotangents_where_a_class_token_with_an_outlier_is_re
             linear.weight *= 3
     images = torch.randn(2, 3, 64, 64)
     engines = {
-        "exact": build_engine(model, dtype=torch.float32, backend="torch"),
-        "static": build_engine(model, dtype=torch.bfloat16, backend="torch", fp8=True),
-        "rows": build_engine(model, dtype=torch.bfloat16, backend="torch", fp8=True, scales=Scales({})),
-        "one scale": build_engine(model, dtype=torch.bfloat16, backend="torch", fp8=True),
+        "exact": engine_of(model, dtype=torch.float32, backend="torch"),
+        "static": engine_of(model, dtype=torch.bfloat16, backend="torch", fp8=True),
+        "rows": engine_of(model, dtype=torch.bfloat16, backend="torch", fp8=True, scales=Scales({})),
+        "one scale": engine_of(model, dtype=torch.bfloat16, backend="torch", fp8=True),
     }
     found = engines["one scale"]._scales.operands
     most = {key: TokenScales.uniform(max(each.lead, each.rest)) for key, each in found.items()}

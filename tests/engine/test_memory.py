@@ -15,10 +15,11 @@ from timm.models.vision_transformer import ParallelScalingBlock, VisionTransform
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
-from dave_fast.engine.build import build_engine
 from dave_fast.engine.memory import contribution_bytes, engine_row_bytes, plan_bytes
 from dave_fast.ops.linear import pack_ref
+from dave_fast.plan.families import read
 from dave_fast.plan.vit_plan import make_plan
+from tests.toys import engine_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,7 +44,7 @@ def peak_bytes(run):
 
 def tiny_plan(size, **changes):
     settings = dict(img_size=size, patch_size=16, embed_dim=64, depth=3, num_heads=2) | changes
-    return make_plan(VisionTransformer(**settings).eval(), dtype=torch.float32, pack=pack_ref)
+    return make_plan(read(VisionTransformer(**settings).eval()), dtype=torch.float32, pack=pack_ref)
 
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])
@@ -51,7 +52,7 @@ def tiny_plan(size, **changes):
 @pytest.mark.parametrize(("size", "rows"), [(224, 12), (384, 5)])
 def test_the_formula_bounds_a_rows_memory_and_is_not_far_above_it(size, rows, dtype, backend):
     model = VisionTransformer(img_size=size, patch_size=16, embed_dim=192, depth=6, num_heads=3).eval()
-    engine = build_engine(model, dtype=dtype, backend=backend)
+    engine = engine_of(model, dtype=dtype, backend=backend)
     images = torch.randn(rows, engine.plan.tokens - 1, 768, dtype=dtype)
 
     def walk():
@@ -72,7 +73,7 @@ def test_the_formula_holds_for_other_families(kind, size, rows):
         "biases": partial(Beit, use_rel_pos_bias=True),
         "side by side": partial(VisionTransformer, block_fn=ParallelScalingBlock),
     }[kind](**settings)
-    engine = build_engine(model.eval(), dtype=torch.float32)
+    engine = engine_of(model.eval(), dtype=torch.float32)
     images = torch.randn(rows, engine.plan.position.shape[0], 768)
 
     def walk():
@@ -87,7 +88,7 @@ def test_the_formula_holds_for_other_families(kind, size, rows):
 def test_tables_of_positions_count():
     settings = dict(img_size=64, patch_size=16, embed_dim=32, depth=2, num_heads=2)
     plans = [
-        make_plan(Beit(use_rel_pos_bias=biased, **settings).eval(), dtype=torch.float32, pack=pack_ref)
+        make_plan(read(Beit(use_rel_pos_bias=biased, **settings).eval()), dtype=torch.float32, pack=pack_ref)
         for biased in (False, True)
     ]
     assert plan_bytes(plans[1]) - plan_bytes(plans[0]) == 2 * 2 * 17 * 17 * 4

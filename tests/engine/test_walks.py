@@ -7,13 +7,13 @@ import timm
 import torch
 from torch import nn
 
-from dave_fast.engine.build import build_engine
-from dave_fast.errors import ModelError
 from dave_fast.frozen.mode import frozen_vjp
 from dave_fast.ops.patches import patchify
-from dave_fast.plan import vit_plan as planning
+from dave_fast.plan.families import why_not
 from dave_fast.plan.layers import AttentionLayer
+from dave_fast.plan.reading import NoPlanError
 from tests.tolerances import EXACT, LOW_PRECISION_RATIO
+from tests.toys import engine_of
 from tests.variants import ENGINE, FROZEN_ONLY, Variant, randomise
 
 BACKENDS = ["torch", "auto"]
@@ -47,7 +47,7 @@ def distance(found, expected):
 def test_float64_agrees_with_the_frozen_route(name, resized):
     variant = ENGINE[name].resized() if resized else ENGINE[name]
     model, images = variant.build(torch.float64), variant.images(3, torch.float64)
-    engine = build_engine(model, dtype=torch.float64)
+    engine = engine_of(model, dtype=torch.float64)
     tokens = patchify(images, engine.plan.patch_size)
     output, saved = engine.forward(tokens)
     cotangent = torch.randn(output.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -71,7 +71,7 @@ def agrees_by_name(name, size, **settings):
     model = model.double().eval().requires_grad_(False)
     images = torch.randn(1, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     _, expected = frozen_vjp(model, images, lambda output: output[:, 1])
-    engine = build_engine(model, dtype=torch.float64)
+    engine = engine_of(model, dtype=torch.float64)
     output, saved = engine.forward(patchify(images, engine.plan.patch_size))
     found = engine.vjp(saved, torch.eye(output.shape[1], dtype=torch.float64)[[1]])
     assert distance(found, patchify(expected, engine.plan.patch_size)) < EXACT
@@ -104,7 +104,7 @@ def test_float32_stays_at_its_rounding(name, backend):
     variant = ENGINE[name]
     images = variant.images(3)
     cotangent = cotangent_for(variant, images)
-    engine = build_engine(variant.build(), dtype=torch.float32, backend=backend)
+    engine = engine_of(variant.build(), dtype=torch.float32, backend=backend)
     _, found = walks(engine, images, cotangent)
     _, expected = truth(variant, images, cotangent)
     _, plain = frozen_vjp(variant.build(), images, lambda output: (output * cotangent.float()).sum(1))
@@ -118,7 +118,7 @@ def test_bfloat16_is_as_good_as_plain_pytorch(name, backend):
     variant = ENGINE[name]
     images = variant.images(8)
     cotangent = cotangent_for(variant, images)
-    engine = build_engine(variant.build(), dtype=torch.bfloat16, backend=backend)
+    engine = engine_of(variant.build(), dtype=torch.bfloat16, backend=backend)
     _, found = walks(engine, images, cotangent)
     _, expected = truth(variant, images, cotangent)
     low = variant.build(torch.bfloat16)
@@ -142,7 +142,7 @@ def test_large_means_in_the_stream_cost_nothing_in_float64():
         model.blocks[0].attn.proj.bias += 30.0
     images = variant.images(2, torch.float64)
     _, expected = frozen_vjp(model, images, lambda output: output[:, 0])
-    engine = build_engine(model, dtype=torch.float64)
+    engine = engine_of(model, dtype=torch.float64)
     cotangent = torch.zeros(2, expected.shape[0] and model.num_classes, dtype=torch.float64)
     cotangent[:, 0] = 1
     _, found = walks(engine, images, cotangent)
@@ -151,7 +151,7 @@ def test_large_means_in_the_stream_cost_nothing_in_float64():
 
 def planned(name):
     variant = ENGINE[name]
-    return build_engine(variant.build(), dtype=torch.float32, backend="torch").plan
+    return engine_of(variant.build(), dtype=torch.float32, backend="torch").plan
 
 
 def test_the_last_block_is_trimmed_to_what_the_head_reads():
@@ -164,7 +164,7 @@ def test_the_last_block_is_trimmed_to_what_the_head_reads():
 
 def test_only_the_read_tokens_leave_the_trimmed_block():
     variant = ENGINE["vit"]
-    engine = build_engine(variant.build(), dtype=torch.float32)
+    engine = engine_of(variant.build(), dtype=torch.float32)
     _, saved = engine.forward(patchify(variant.images(3), engine.plan.patch_size))
     assert saved.tail_input.shape[1] == 1
     assert saved.steps[-1][0].core.shape[0] == 3
@@ -173,7 +173,7 @@ def test_only_the_read_tokens_leave_the_trimmed_block():
 def test_one_forward_walk_serves_several_cotangents():
     variant = ENGINE["deit3"]
     images = variant.images(2)
-    engine = build_engine(variant.build(), dtype=torch.float32)
+    engine = engine_of(variant.build(), dtype=torch.float32)
     output, saved = engine.forward(patchify(images, engine.plan.patch_size))
     one, two = torch.eye(output.shape[1])[[0, 1]], torch.eye(output.shape[1])[[2, 2]]
     first, second = engine.vjp(saved, one), engine.vjp(saved, two)
@@ -190,7 +190,7 @@ def test_dynamic_image_sizes_resample_the_positions():
     dynamic = dynamic.double().eval()
     images = torch.randn(2, 3, 48, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     _, expected = frozen_vjp(dynamic, images, lambda output: output[:, 1])
-    engine = build_engine(dynamic, dtype=torch.float64, size=(48, 40))
+    engine = engine_of(dynamic, dtype=torch.float64, size=(48, 40))
     _, found = walks(engine, images, torch.eye(7, dtype=torch.float64)[[1, 1]])
     assert distance(found, patchify(expected, (8, 8))) < EXACT
 
@@ -200,9 +200,9 @@ def test_a_rotation_follows_the_image_size_and_shares_the_weights():
     model = timm.create_model("vit_small_patch16_dinov3", dynamic_img_size=True, **settings)
     randomise(model)
     model = model.double().eval()
-    first = build_engine(model, dtype=torch.float64)
+    first = engine_of(model, dtype=torch.float64)
     images = torch.randn(2, 3, 56, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    engine = build_engine(model, dtype=torch.float64, size=(56, 40), sibling=first.plan)
+    engine = engine_of(model, dtype=torch.float64, size=(56, 40), sibling=first.plan)
     one, other = first.plan.attention, engine.plan.attention
     assert other.qkv is one.qkv and len(other.rotation.cos) == 35 + engine.plan.prefix.shape[0] != len(one.rotation.cos)
     _, expected = frozen_vjp(model, images, lambda output: output[:, 1])
@@ -216,7 +216,7 @@ def test_a_size_that_the_caller_sets_resamples_the_bias_table():
     model.set_input_size(img_size=(40, 56))
     images = torch.randn(2, 3, 40, 56, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     _, expected = frozen_vjp(model, images, lambda output: output[:, 1])
-    _, found = walks(build_engine(model, dtype=torch.float64), images, torch.eye(7, dtype=torch.float64)[[1, 1]])
+    _, found = walks(engine_of(model, dtype=torch.float64), images, torch.eye(7, dtype=torch.float64)[[1, 1]])
     assert distance(found, patchify(expected, (8, 8))) < EXACT
 
 
@@ -232,10 +232,10 @@ def test_blocks_share_what_is_alike(name, tables):
 
 @pytest.mark.parametrize("name", FROZEN_ONLY)
 def test_other_families_have_no_plan_and_say_why(name):
-    reason = planning.why_not(FROZEN_ONLY[name].build())
+    reason = why_not(FROZEN_ONLY[name].build())
     assert reason is not None
-    with pytest.raises(ModelError, match="no plan"):
-        build_engine(FROZEN_ONLY[name].build(), dtype=torch.float32)
+    with pytest.raises(NoPlanError, match=re.escape(reason)):
+        engine_of(FROZEN_ONLY[name].build(), dtype=torch.float32)
 
 
 def spoil_lora(model):
@@ -279,10 +279,10 @@ def spoil_type(model):
 )
 def test_what_the_plan_cannot_read_is_named(spoil, words):
     model = ENGINE["vit"].build()
-    assert planning.why_not(model) is None
+    assert why_not(model) is None
     spoil(model)
-    with pytest.raises(ModelError, match=words):
-        build_engine(model, dtype=torch.float32)
+    with pytest.raises(NoPlanError, match=words):
+        engine_of(model, dtype=torch.float32)
 
 
 def spoil_rotary(model):
@@ -317,9 +317,9 @@ def spoil_head(model):
 )
 def test_what_other_families_do_not_read_is_named(name, spoil, words):
     model = ENGINE[name].build()
-    assert planning.why_not(model) is None
+    assert why_not(model) is None
     spoil(model)
-    assert re.search(words, planning.why_not(model))
+    assert re.search(words, why_not(model))
 
 
 def test_training_alone_does_not_change_a_reading():
@@ -332,13 +332,13 @@ def test_training_alone_does_not_change_a_reading():
     augmented.load_state_dict(model.state_dict())
     images = ENGINE["dinov3"].images(2, torch.float64)
     cotangent = torch.eye(7, dtype=torch.float64)[[1, 1]]
-    found = [walks(build_engine(m, dtype=torch.float64), images, cotangent) for m in (model, augmented.train())]
+    found = [walks(engine_of(m, dtype=torch.float64), images, cotangent) for m in (model, augmented.train())]
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
     assert augmented.training and augmented.rope.training
 
 
 def test_an_image_size_without_positions_is_named():
     model = ENGINE["vit"].build()
-    assert "64×32" in planning.why_not(model, (64, 32))
-    with pytest.raises(ModelError, match="33×32"):
-        build_engine(model, dtype=torch.float32, size=(33, 32))
+    assert "64×32" in why_not(model, (64, 32))
+    with pytest.raises(NoPlanError, match="33×32"):
+        engine_of(model, dtype=torch.float32, size=(33, 32))

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dave_fast.engine.build import build_engine
 from dave_fast.frozen.mode import frozen_vjp
 from dave_fast.ops.patches import patchify
 from tests.kernels.conftest import INTERPRETED
 from tests.tolerances import LOW_PRECISION_RATIO
+from tests.toys import engine_of
 from tests.variants import ENGINE
 
 DTYPES = [torch.float32, *([] if INTERPRETED else [torch.bfloat16])]
@@ -41,7 +41,7 @@ def test_the_walks_are_as_good_as_plain_pytorch(name, dtype, device):
     double = variant.build(torch.float64).to(device)
     logits, expected = frozen_vjp(double, images.double(), lambda output: (output * cotangent).sum(1))
     low_logits, plain = frozen_vjp(model, images.to(dtype), lambda output: (output * cotangent).sum(1))
-    engine = build_engine(variant.build(), dtype=dtype, device=device, backend="triton")
+    engine = engine_of(variant.build(), dtype=dtype, device=device, backend="triton")
     output, saved = engine.forward(patchify(images, engine.plan.patch_size).to(dtype))
     given = cotangent.clone()
     found = engine.vjp(saved, cotangent)
@@ -53,9 +53,7 @@ def test_the_walks_are_as_good_as_plain_pytorch(name, dtype, device):
 
 
 def test_a_tail_that_hands_its_input_on_leaves_the_cotangent_alone(device):
-    engine = build_engine(
-        ENGINE["vit-average-all-tokens"].build(), dtype=torch.float32, device=device, backend="triton"
-    )
+    engine = engine_of(ENGINE["vit-average-all-tokens"].build(), dtype=torch.float32, device=device, backend="triton")
     engine.plan = replace(engine.plan, tail=torch.nn.Identity())
     images = ENGINE["vit-average-all-tokens"].images(2).to(device)
     output, saved = engine.forward(patchify(images, engine.plan.patch_size))
@@ -73,9 +71,7 @@ class Transposed(torch.nn.Module):
 
 
 def test_a_row_is_the_same_alone_where_the_tail_transposes(device):
-    engine = build_engine(
-        ENGINE["vit-average-all-tokens"].build(), dtype=torch.float32, device=device, backend="triton"
-    )
+    engine = engine_of(ENGINE["vit-average-all-tokens"].build(), dtype=torch.float32, device=device, backend="triton")
     engine.plan = replace(engine.plan, tail=Transposed())
     tokens = patchify(ENGINE["vit-average-all-tokens"].images(2).to(device), engine.plan.patch_size)
     output, saved = engine.forward(tokens)

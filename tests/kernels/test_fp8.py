@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from dave_fast.engine.build import build_engine
 from dave_fast.kernels.fp8 import WIDEST, linear_fp8_triton, quantise_triton
 from dave_fast.ops.fp8 import dequantise, linear_fp8_ref, pack_fp8, quantise
 from dave_fast.ops.patches import patchify
+from tests.toys import engine_of
 from tests.variants import ENGINE
 
 SHAPES = [(1, 32, 64), (7, 37, 65), (33, 64, 130)]
@@ -65,7 +65,7 @@ def test_the_engine_walks_with_eight_bit_operands(device):
     images = variant.images(1)
     walks = {}
     for backend in ("torch", "triton"):
-        engine = build_engine(variant.build(), dtype=torch.bfloat16, device=device, backend=backend, fp8=True)
+        engine = engine_of(variant.build(), dtype=torch.bfloat16, device=device, backend=backend, fp8=True)
         output, saved = engine.forward(patchify(images, engine.plan.patch_size).bfloat16().to(device))
         walks[backend] = output, engine.vjp(saved, torch.eye(output.shape[1], device=device)[[1]]).float()
     for found, expected in zip(walks["triton"], walks["torch"], strict=True):

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dave_fast.engine.build import build_engine
 from dave_fast.errors import BackendError
 from dave_fast.ops import _registry
+from tests.toys import engine_of
 from tests.variants import ENGINE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,7 +121,7 @@ def test_a_gpu_takes_triton_for_the_walks(faked):
 def test_a_cpu_has_no_triton_unless_it_interprets(faked):
     faked()
     with pytest.raises(BackendError, match="runs on cuda, not on cpu"):
-        build_engine(ENGINE["vit"].build(), dtype=torch.float32, backend="triton")
+        engine_of(ENGINE["vit"].build(), dtype=torch.float32, backend="triton")
     for op in _registry.IMPLEMENTATIONS:
         assert _registry.choose(op, "auto", "cpu") != "triton"
 
