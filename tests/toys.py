@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dave_fast.engine.build import build_engine
 from dave_fast.engine.walks import Engine
-from dave_fast.frozen.mode import frozen_vjp
+from dave_fast.frozen.mode import check_scores, freeze, run_frozen
 from dave_fast.plan.families import read
 
 
@@ -35,6 +35,29 @@ def second_score(output: Tensor) -> Tensor:
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def frozen_forward(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Return a model's output for inputs (B,C,H,W) with frozen operators and autograd's graph, also under `no_grad`."""
+    with torch.inference_mode(False), torch.enable_grad(), freeze():
+        return run_frozen(model, inputs)
+
+
+def frozen_vjp(model: nn.Module, inputs: Tensor, target_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Return a model's output (B,K) and the frozen gradient (B,C,H,W) of one score an image.
+
+    target_fn maps the output to scores (B,); score b may depend on row b alone, so that one backward pass of the sum
+    serves the batch.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = inputs.clone().detach().requires_grad_()
+        output = frozen_forward(model, leaf)
+        scores = target_fn(output)
+        check_scores(scores, leaf)
+        # a checkpointed model runs its forward again in here
+        with freeze():
+            (gradient,) = torch.autograd.grad(scores.sum(), leaf)
+    return output.detach(), gradient
 
 
 def slope(function: Callable[[Tensor], Tensor], x: Tensor, cotangent: Tensor) -> Tensor:

@@ -31,7 +31,6 @@ import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -139,38 +138,6 @@ def freeze() -> FrozenMode:
     `torch.autograd.grad` within the context too. A context serves one `with` at a time; take one per thread.
     """
     return FrozenMode()
-
-
-def frozen_forward(model: nn.Module, inputs: Tensor) -> Tensor:
-    """The model's output for inputs (B,C,H,W) with frozen operators; it carries autograd's graph to `inputs`.
-
-    The graph is built also under `torch.no_grad()`. Raises ModelError for a model in training mode, and where the
-    output is no tensor (and has no tensor `logits`) or does not depend on the inputs.
-    """
-    with torch.inference_mode(False), torch.enable_grad(), freeze():
-        return run_frozen(model, inputs)
-
-
-def frozen_vjp(model: nn.Module, inputs: Tensor, target_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Rows of the effective transformation (DAVE, arXiv 2602.06613, Eq. 3-5), one per image.
-
-    model: any nn.Module in evaluation mode, in any floating dtype; it is called and not changed.
-    inputs: (B,C,H,W) of the model's dtype and device.
-    target_fn: output (B,K) → scores (B,), differentiable. Score b may depend on row b of the output alone: one
-        backward pass of the sum then serves the batch.
-
-    Returns the output (B,K), detached, and the gradient (B,C,H,W) in the dtype of `inputs`.
-    """
-    with torch.inference_mode(False), torch.enable_grad():
-        leaf = inputs.clone().detach().requires_grad_()
-        with freeze():
-            output = run_frozen(model, leaf)
-        scores = target_fn(output)
-        check_scores(scores, leaf)
-        # A checkpointed model runs its forward again in here.
-        with freeze():
-            (gradient,) = torch.autograd.grad(scores.sum(), leaf)
-    return output.detach(), gradient
 
 
 def run_frozen(model: nn.Module, inputs: Tensor) -> Tensor:

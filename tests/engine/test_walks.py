@@ -7,13 +7,12 @@ import timm
 import torch
 from torch import nn
 
-from dave_fast.frozen.mode import frozen_vjp
 from dave_fast.ops.patches import patchify
 from dave_fast.plan.families import why_not
 from dave_fast.plan.layers import AttentionLayer
 from dave_fast.plan.reading import NoPlanError
 from tests.tolerances import EXACT, LOW_PRECISION_RATIO
-from tests.toys import engine_of
+from tests.toys import engine_of, frozen_vjp
 from tests.variants import ENGINE, FROZEN_ONLY, Variant, randomise
 
 BACKENDS = ["torch", "auto"]

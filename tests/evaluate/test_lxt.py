@@ -13,10 +13,9 @@ from pathlib import Path
 
 import torch
 
-from dave_fast.frozen.mode import frozen_vjp
 from tests import needs
 from tests.tolerances import EXACT
-from tests.toys import relative
+from tests.toys import frozen_vjp, relative
 from tests.variants import FROZEN_ONLY
 
 ROOT = Path(__file__).resolve().parents[2]

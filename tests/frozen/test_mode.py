@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
 from dave_fast.errors import InputError, ModelError
-from dave_fast.frozen.mode import freeze, frozen_forward, frozen_vjp
+from dave_fast.frozen.mode import freeze
 from tests.oracle import oracle_vjp
 from tests.tolerances import EXACT
-from tests.toys import Calls, normal, relative, second_score, slope
+from tests.toys import Calls, frozen_forward, frozen_vjp, normal, relative, second_score, slope
 from tests.variants import ENGINE, FROZEN_ONLY, PLAIN
 
 # Against the oracle

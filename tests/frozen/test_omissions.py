@@ -18,10 +18,9 @@ from torch import Tensor, nn
 import dave_fast
 from dave_fast.errors import NotFrozenError
 from dave_fast.frozen import mode as frozen
-from dave_fast.frozen.mode import frozen_vjp
 from dave_fast.frozen.proof import prove_frozen
 from dave_fast.frozen.rules import RULES
-from tests.toys import second_score
+from tests.toys import frozen_vjp, second_score
 from tests.variants import ENGINE, FROZEN_ONLY, randomise
 
 

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dave_fast.frozen.mode import frozen_vjp
 from tests.tolerances import EXACT
-from tests.toys import normal, relative, slope
+from tests.toys import frozen_vjp, normal, relative, slope
 
 
 def test_a_linear_model_is_its_weight() -> None:

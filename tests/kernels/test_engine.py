@@ -5,11 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dave_fast.frozen.mode import frozen_vjp
 from dave_fast.ops.patches import patchify
 from tests.kernels.conftest import INTERPRETED
 from tests.tolerances import LOW_PRECISION_RATIO
-from tests.toys import engine_of
+from tests.toys import engine_of, frozen_vjp
 from tests.variants import ENGINE
 
 DTYPES = [torch.float32, *([] if INTERPRETED else [torch.bfloat16])]
