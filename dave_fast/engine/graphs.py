@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dave_fast.engine.eager import Eager
 from dave_fast.engine.free_memory import is_out_of_memory
 from dave_fast.errors import InputError
 from dave_fast.sampling import Draws, identity
@@ -107,11 +108,11 @@ class CudaCapture:
 class Bucket:
     """The static buffers of one (image size, rows), and what was captured over them.
 
-    work: a walk as `micro_batch.Walk`, which sees the buffers alone. pixels: whether perturb and pull_back belong to
+    work: a micro-batch that sees the buffers alone. pixels: whether perturb and pull_back belong to
     what is captured; where they do not, the first buffer holds tokens.
     """
 
-    def __init__(self, work: Any, rows: int, images: Tensor, capture: Capture, *, pixels: bool) -> None:
+    def __init__(self, work: Eager, rows: int, images: Tensor, capture: Capture, *, pixels: bool) -> None:
         self._work, self._rows, self._capture, self._pixels = work, rows, capture, pixels
         self._images = images.new_zeros(rows, *images.shape[1:])
         self._draws = identity(rows).to(images.device)
@@ -122,7 +123,7 @@ class Bucket:
         self._real = 0
 
     def forward(self, images: Tensor, draws: Draws) -> Tensor:
-        """As `micro_batch.Walk.forward`, for at most `rows` rows of at most as many images."""
+        """As `Walk.forward`, for at most `rows` rows of at most as many images."""
         self._real = len(draws)
         self._images[: len(images)].copy_(images)
         for buffer, values in zip(self._draws.tensors(), draws.tensors(), strict=True):
@@ -138,7 +139,7 @@ class Bucket:
         return self._forward()[: self._real]
 
     def vjp(self, cotangent: Tensor, dtype: torch.dtype | None) -> Tensor:
-        """As `micro_batch.Walk.vjp`, for the last forward; valid until the bucket's next VJP or forward."""
+        """As `Walk.vjp`, for the last forward; valid until the bucket's next VJP or forward."""
         if self._cotangent is None:
             self._cotangent = cotangent.new_zeros(self._rows, *cotangent.shape[1:])
         fill(self._cotangent, cotangent)

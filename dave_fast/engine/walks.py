@@ -24,7 +24,7 @@ from dave_fast.ops import _registry
 from dave_fast.ops.fp8 import Codes, Scales, coded, encode, wide
 from dave_fast.ops.norm import RowSums
 from dave_fast.ops.precision import statistics_dtype
-from dave_fast.plan.layers import AttentionLayer, Deviation, Layer, MlpLayer, Step
+from dave_fast.plan.layers import AttentionLayer, FoldedNorm, Layer, MlpLayer, Step
 from dave_fast.plan.reading import Norm
 from dave_fast.plan.vit_plan import ViTPlan
 
@@ -179,7 +179,7 @@ class Engine:
         codes: how the next step wants the stream.
         """
         read = stream = self._read(step, x, rows)
-        scales: dict[Deviation, Scale] = {}
+        scales: dict[FoldedNorm, Scale] = {}
         known, saved = None, []
         for layer in step.layers:
             scale = None
@@ -207,7 +207,7 @@ class Engine:
             saved.append(SavedLayer(core, scale, rstd, post))
         return stream, known, saved
 
-    def _rstd(self, norm: Deviation, x: Stream, squares: Tensor | None) -> Scale:
+    def _rstd(self, norm: FoldedNorm, x: Stream, squares: Tensor | None) -> Scale:
         """1/σ of the rows of x, or the sums of squares that the product that reads x makes it of."""
         if norm.centred and squares is not None:
             return RowSums(squares, x.shape[1], norm.eps)

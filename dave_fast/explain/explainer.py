@@ -26,9 +26,10 @@ from dave_fast.engine.checks import (
     check_rows,
     describe,
 )
+from dave_fast.engine.eager import Walk
 from dave_fast.engine.end_of_call import EndOfCall, WeightsChangedError
 from dave_fast.engine.graphs import make_graphs
-from dave_fast.engine.micro_batches import MicroBatches, Progress, Walk
+from dave_fast.engine.micro_batches import MicroBatches, Progress
 from dave_fast.engine.route import ROUTES, Route, make_route
 from dave_fast.errors import InputError, ModelError
 from dave_fast.models.adapter import kind_of

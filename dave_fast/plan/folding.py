@@ -30,14 +30,14 @@ from torch import Tensor, nn
 
 from dave_fast.ops.precision import statistics_dtype
 from dave_fast.plan import reading
-from dave_fast.plan.layers import AttentionLayer, Deviation, Layer, MlpLayer, Projection, Rotation, Step
+from dave_fast.plan.layers import AttentionLayer, FoldedNorm, Layer, MlpLayer, Projection, Rotation, Step
 from dave_fast.plan.reading import Linear, Norm, Reading, Rotary
 
 Pack = Callable[[Tensor], Any]
 
 
 @dataclass(frozen=True)
-class Maker:
+class LayerBuilder:
     dtype: torch.dtype
     pack: Pack
     device: torch.device
@@ -92,7 +92,7 @@ class Maker:
         else:
             whole = self.projection(qkv, values)
         return AttentionLayer(
-            norm=self._deviation(branch.norm),
+            norm=self._folded_norm(branch.norm),
             qkv=whole,
             query=query,
             key_value=key_value,
@@ -111,7 +111,7 @@ class Maker:
     def mlp(self, branch: reading.Mlp) -> MlpLayer:
         fc1 = _fold_reader(_stack([double(part) for part in branch.fc1]), branch.norm)
         return MlpLayer(
-            norm=self._deviation(branch.norm),
+            norm=self._folded_norm(branch.norm),
             fc1=self.projection(fc1, _value_half(fc1.weight, branch.activation)),
             activation=branch.activation,
             inner=_inner(branch.inner),
@@ -139,8 +139,8 @@ class Maker:
         unchanged = all(a is b for a, b in zip(made, steps, strict=True))
         return steps if unchanged else tuple(made)
 
-    def _deviation(self, norm: Norm | None) -> Deviation | None:
-        return None if norm is None else Deviation(norm.eps, self.centred or not norm.centres)
+    def _folded_norm(self, norm: Norm | None) -> FoldedNorm | None:
+        return None if norm is None else FoldedNorm(norm.eps, self.centred or not norm.centres)
 
     def _writer(self, linear: Linear, branch: reading.Branch) -> Projection:
         """γ W₂ with the inner norm folded in; centred where the stream is and no norm follows."""
@@ -251,9 +251,9 @@ def _fold_reader(linear: Linear, norm: Norm | None) -> Linear:
     return Linear(remove_mean(weight) if norm.centres else weight, linear.bias + linear.weight @ shift)
 
 
-def _inner(norm: Norm | None) -> Deviation | None:
+def _inner(norm: Norm | None) -> FoldedNorm | None:
     """Of a norm inside a branch: nothing centres its rows."""
-    return None if norm is None else Deviation(norm.eps, not norm.centres)
+    return None if norm is None else FoldedNorm(norm.eps, not norm.centres)
 
 
 def centre_writer(linear: Linear) -> Linear:

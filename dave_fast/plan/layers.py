@@ -23,7 +23,7 @@ class Projection:
 
 
 @dataclass(frozen=True)
-class Deviation:
+class FoldedNorm:
     """What is left of a folded norm: 1/σ of each row; centred: rows have no mean to remove."""
 
     eps: float
@@ -46,7 +46,7 @@ class AttentionLayer:
     inner: on the output, ahead of `writer` · post: behind `writer`, not folded.
     """
 
-    norm: Deviation | None
+    norm: FoldedNorm | None
     qkv: Projection | None
     query: Projection | None
     key_value: Projection | None
@@ -57,7 +57,7 @@ class AttentionLayer:
     k_norm: Norm | nn.Module | None
     rotation: Rotation | None
     bias: Tensor | None
-    inner: Deviation | None
+    inner: FoldedNorm | None
     writer: Projection
     post: Norm | None
 
@@ -71,10 +71,10 @@ class AttentionLayer:
 class MlpLayer:
     """An MLP branch; norms as those of `AttentionLayer`, `inner` on the hidden layer."""
 
-    norm: Deviation | None
+    norm: FoldedNorm | None
     fc1: Projection
     activation: str
-    inner: Deviation | None
+    inner: FoldedNorm | None
     writer: Projection
     post: Norm | None
 

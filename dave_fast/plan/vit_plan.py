@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dave_fast.ops.precision import statistics_dtype
-from dave_fast.plan.folding import Maker, Pack, centre_writer, double, remove_mean
+from dave_fast.plan.folding import LayerBuilder, Pack, centre_writer, double, remove_mean
 from dave_fast.plan.layers import AttentionLayer, Layer, MlpLayer, Projection, Step
 from dave_fast.plan.reading import Norm, Reading
 
@@ -106,27 +106,27 @@ def make_plan(
     """
     norms = [branch.norm for step in reading.steps for branch in step]
     centred = reading.blind and all(norm is not None and norm.centres for norm in norms)
-    maker = Maker(dtype, pack, torch.device(device), reading, centred)
+    builder = LayerBuilder(dtype, pack, torch.device(device), reading, centred)
     embed, position, prefix = double(reading.projection), reading.position, reading.prefix
     if centred and reading.norm_pre is None:
         position, prefix = remove_mean(position), remove_mean(prefix)
         # behind a norm the norm's own result is centred
         embed = centre_writer(embed) if reading.patch_norm is None else embed
-    sized: dict[str, Any] = {"image_size": reading.image_size, "position": maker.cast(position), "read": maker.read}
+    sized: dict[str, Any] = {"image_size": reading.image_size, "position": builder.cast(position), "read": builder.read}
     if sibling is not None:
         # the other fields do not depend on the image size
-        return replace(sibling, steps=maker.resized(sibling.steps, reading.steps), **sized)
+        return replace(sibling, steps=builder.resized(sibling.steps, reading.steps), **sized)
     return ViTPlan(
         **sized,
         patch_size=reading.patch_size,
         channels=reading.channels,
         dtype=dtype,
-        device=maker.device,
-        embed=replace(maker, pack=pack_embed or pack).projection(embed),
-        patch_norm=maker.norm(reading.patch_norm),
-        prefix=maker.cast(prefix),
-        norm_pre=maker.norm(reading.norm_pre),
+        device=builder.device,
+        embed=replace(builder, pack=pack_embed or pack).projection(embed),
+        patch_norm=builder.norm(reading.patch_norm),
+        prefix=builder.cast(prefix),
+        norm_pre=builder.norm(reading.norm_pre),
         centred=centred,
-        steps=tuple(maker.step(step, i) for i, step in enumerate(reading.steps)),
-        tail=reading.tail(statistics_dtype(dtype)).to(maker.device),
+        steps=tuple(builder.step(step, i) for i, step in enumerate(reading.steps)),
+        tail=reading.tail(statistics_dtype(dtype)).to(builder.device),
     )
