@@ -39,8 +39,8 @@ def poisoned_buffers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
             monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
 
 
-def _chosen(form: str) -> Iterator[str]:
-    """The backend of "torch", or of an instruction set that is in use until the test is over."""
+def chosen_backend(form: str) -> Iterator[str]:
+    """Yield the backend of "torch", or of an instruction set that is in use until the test ends."""
     if form == "torch":
         yield "torch"
         return
@@ -59,7 +59,7 @@ def _chosen(form: str) -> Iterator[str]:
 @pytest.fixture(params=["torch", "avx512bf16", "avx512", "avx2", "baseline"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each form of an op in turn: PyTorch, and C++ for each instruction set of this machine."""
-    yield from _chosen(request.param)
+    yield from chosen_backend(request.param)
 
 
 @pytest.fixture
@@ -80,4 +80,4 @@ def pixel_backend(request: pytest.FixtureRequest) -> Iterator[str]:
         request.getfixturevalue("serial_cuda_kernels")
         yield "cuda"
     else:
-        yield from _chosen(request.param)
+        yield from chosen_backend(request.param)

@@ -1,4 +1,6 @@
-"""attention forward and its frozen VJP: every backend against float64 and plain PyTorch, kept and recomputed P."""
+"""attention and its frozen VJP: every backend against float64 and plain PyTorch, with P kept and with P recomputed."""
+
+import itertools
 
 import pytest
 import torch
@@ -6,12 +8,9 @@ import torch
 from dave_fast.ops import _ext, _registry, attention
 from tests.tolerances import EXACT, LOW_PRECISION_RATIO
 
-BACKENDS = [
-    pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
-    for name in ("torch", "native")
-    for reason in [_registry.why_not("attention", name, "cpu")]
-]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+# the longest sequence whose probabilities the forward keeps, and what becomes of P in these tests
+KEPT = {"kept": 400, "recomputed": 0}
 # rows, queries, tokens, heads, head dimension
 SHAPES = [
     (1, 1, 1, 1, 8),
@@ -25,7 +24,7 @@ SHAPES = [
 
 
 def heads(shape, dtype, seed=0, scale=1.0):
-    """q, k, v (R, tokens, heads, D) as strided views of a packed projection, and the cotangent of the output."""
+    """Return q, k, v (R, tokens, heads, head_dim), strided views of a packed projection, and the output's cotangent."""
     rows, queries, tokens, count, dim = shape
     generator = torch.Generator().manual_seed(seed)
     longest = max(queries, tokens)
@@ -51,60 +50,54 @@ def error(found, expected):
     return ((found.double() - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def bound(dtype, plain, truth):
+    """Return the largest error allowed beside plain PyTorch's result in the same precision."""
+    return EXACT if dtype == torch.float64 else LOW_PRECISION_RATIO * max(error(plain, truth), torch.finfo(dtype).eps)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kept", [True, False], ids=["kept", "recomputed"])
-def test_against_the_formula(backend, dtype, shape, kept, monkeypatch):
-    case = heads(shape, dtype)
-    expected = by_formula(*case, 0.3)
-    # plain PyTorch keeps P
-    plain = run("torch", *case, 0.3)
-    monkeypatch.setattr(attention, "KEEP_PROBABILITIES", 400 if kept else 0)
-    found = run(backend, *case, 0.3)
-    for got, want, reference in zip(found, expected, plain, strict=True):
-        assert got.shape == want.shape and got.dtype == dtype and got.is_contiguous()
-        limit = (
-            EXACT
-            if dtype == torch.float64
-            else LOW_PRECISION_RATIO * max(error(reference, want), torch.finfo(dtype).eps)
-        )
-        assert error(got, want) <= limit
+def test_matches_the_formula(backend, shape, monkeypatch):
+    for dtype in DTYPES:
+        case = heads(shape, dtype)
+        expected = by_formula(*case, 0.3)
+        monkeypatch.setattr(attention, "KEEP_PROBABILITIES", KEPT["kept"])
+        plain = run("torch", *case, 0.3)
+        for name, longest in KEPT.items():
+            monkeypatch.setattr(attention, "KEEP_PROBABILITIES", longest)
+            found = run(backend, *case, 0.3)
+            for result, got, want, reference in zip(("out", "d_v"), found, expected, plain, strict=True):
+                assert got.shape == want.shape and got.dtype == dtype and got.is_contiguous(), (dtype, name, result)
+                assert error(got, want) <= bound(dtype, reference, want), (dtype, name, result)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(2, 2, 50, 3, 16), (1, 197, 197, 2, 64), (2, 49, 33, 2, 9)], ids=str)
-@pytest.mark.parametrize("kept", [True, False], ids=["kept", "recomputed"])
-def test_a_bias_is_added_to_the_scores(backend, dtype, shape, kept, monkeypatch):
-    case = heads(shape, dtype)
+def test_bias_is_added_to_the_scores(backend, shape, monkeypatch):
     _, queries, tokens, count, _ = shape
-    bias = (2 * torch.randn(count, queries, tokens, generator=torch.Generator().manual_seed(5))).to(dtype)
-    expected, plain = by_formula(*case, 0.3, bias), run("torch", *case, 0.3, bias)
-    monkeypatch.setattr(attention, "KEEP_PROBABILITIES", 400 if kept else 0)
-    found = run(backend, *case, 0.3, bias)
-    unbiased = by_formula(*case, 0.3)
-    for got, want, reference, without in zip(found, expected, plain, unbiased, strict=True):
-        assert got.shape == want.shape and got.dtype == dtype
-        ratio = LOW_PRECISION_RATIO * max(error(reference, want), torch.finfo(dtype).eps)
-        assert error(got, want) <= (EXACT if dtype == torch.float64 else ratio) < error(without, want)
+    for dtype in DTYPES:
+        case = heads(shape, dtype)
+        bias = (2 * torch.randn(count, queries, tokens, generator=torch.Generator().manual_seed(5))).to(dtype)
+        expected, unbiased = by_formula(*case, 0.3, bias), by_formula(*case, 0.3)
+        plain = run("torch", *case, 0.3, bias)
+        for name, longest in KEPT.items():
+            monkeypatch.setattr(attention, "KEEP_PROBABILITIES", longest)
+            found = run(backend, *case, 0.3, bias)
+            for got, want, reference, without in zip(found, expected, plain, unbiased, strict=True):
+                assert got.shape == want.shape and got.dtype == dtype, (dtype, name)
+                assert error(got, want) <= bound(dtype, reference, want) < error(without, want), (dtype, name)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kept", [True, False], ids=["kept", "recomputed"])
-def test_large_scores_do_not_overflow(backend, dtype, kept, monkeypatch):
-    monkeypatch.setattr(attention, "KEEP_PROBABILITIES", 400 if kept else 0)
+def test_large_scores_do_not_overflow(backend, dtype, monkeypatch):
     case = heads((1, 70, 70, 2, 16), dtype, scale=30.0)
-    found = run(backend, *case, 1.0)
     expected = by_formula(*case, 1.0)
-    for got, want in zip(found, expected, strict=True):
-        assert got.isfinite().all()
-        assert error(got, want) <= (0.1 if dtype == torch.bfloat16 else 1e-3)
+    for name, longest in KEPT.items():
+        monkeypatch.setattr(attention, "KEEP_PROBABILITIES", longest)
+        for got, want in zip(run(backend, *case, 1.0), expected, strict=True):
+            assert got.isfinite().all(), name
+            assert error(got, want) <= (0.1 if dtype == torch.bfloat16 else 1e-3), name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_vjp_is_autograds_with_the_probabilities_detached(backend):
+def test_vjp_is_that_of_autograd_with_detached_probabilities(backend):
     q, k, v, d_out = heads((2, 23, 23, 2, 16), torch.float64)
     v = v.clone().requires_grad_()
     p = (0.25 * q.transpose(1, 2) @ k.transpose(1, 2).transpose(-1, -2)).softmax(-1)
@@ -114,7 +107,6 @@ def test_the_vjp_is_autograds_with_the_probabilities_detached(backend):
     assert error(found, expected) < EXACT
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_long_sequences_save_nothing_quadratic(backend):
     q, k, v, _ = heads((1, 600, 600, 1, 8), torch.float32)
     _, saved = _registry.load("attention", backend)(q, k, v, 0.3)
@@ -123,35 +115,35 @@ def test_long_sequences_save_nothing_quadratic(backend):
     assert kept and sum(t.numel() for t in kept) < 600 * 600
 
 
-# where a value that is no number is put: operand, row, token, head, component
+# where NaN or an infinity is put: operand, row, token, head, component
 SPOTS = [("q", 1, 3, 0, 2), ("k", 0, 20, 1, 15), ("k", 1, 0, 0, 0), ("v", 1, 18, 1, 7), ("v", 0, 0, 0, 0)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kept", [True, False], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("spot", SPOTS, ids=str)
 # an odd number of queries, and tokens that fill no vector
 @pytest.mark.parametrize("shape", [(2, 21, 21, 2, 16), (2, 49, 33, 2, 16)], ids=str)
-def test_what_is_no_number_is_seen(backend, dtype, kept, value, spot, shape, monkeypatch):
-    """NaN where PyTorch's softmax attention has it and nowhere else; what is left is as good as ever."""
-    monkeypatch.setattr(attention, "KEEP_PROBABILITIES", 400 if kept else 0)
-    *operands, d_out = heads(shape, dtype)
-    operand, *at = spot
-    operands["qkv".index(operand)][tuple(at)] = value
-    expected = by_formula(*operands, d_out, 0.3)
-    out, saved = _registry.load("attention", backend)(*operands, 0.3)
-    found = out, _registry.load("attention_vjp", backend)(saved, d_out)
-    assert not all(want.isfinite().all() for want in expected)
-    for name, got, want in zip(("out", "d_v"), found, expected, strict=True):
-        finite = want.isfinite()
-        assert torch.equal(got.isnan(), want.isnan()), name
-        assert torch.equal(got.isposinf(), want.isposinf()) and torch.equal(got.isneginf(), want.isneginf()), name
-        assert (got[finite].double() - want[finite]).abs().max() <= (0.1 if dtype == torch.bfloat16 else 1e-5)
+def test_nan_and_infinity_propagate_as_in_pytorch(backend, dtype, shape, monkeypatch):
+    """NaN appears where PyTorch's softmax attention has it and nowhere else; the rest is as accurate as ever."""
+    for (operand, *at), value in itertools.product(SPOTS, (torch.nan, torch.inf, -torch.inf)):
+        *operands, d_out = heads(shape, dtype)
+        operands["qkv".index(operand)][tuple(at)] = value
+        expected = by_formula(*operands, d_out, 0.3)
+        assert not all(want.isfinite().all() for want in expected)
+        for kept, longest in KEPT.items():
+            monkeypatch.setattr(attention, "KEEP_PROBABILITIES", longest)
+            found = run(backend, *operands, d_out, 0.3)
+            for result, got, want in zip(("out", "d_v"), found, expected, strict=True):
+                where = f"{value} in {operand}{at}, {kept}, {result}"
+                finite = want.isfinite()
+                assert torch.equal(got.isnan(), want.isnan()), where
+                assert torch.equal(got.isposinf(), want.isposinf()), where
+                assert torch.equal(got.isneginf(), want.isneginf()), where
+                limit = 0.1 if dtype == torch.bfloat16 else 1e-5
+                assert (got[finite].double() - want[finite]).abs().max() <= limit, where
 
 
 @pytest.mark.skipif(_ext.unavailable() is not None, reason=str(_ext.unavailable()))
-def test_memory_that_is_not_there_is_an_error_and_no_end():
+def test_memory_that_cannot_be_had_raises_memory_error():
     native, strides = _ext.module(), [8, 8, 8]
     shape = (0, 1, 2**50, 1, 8)
     with pytest.raises(MemoryError):

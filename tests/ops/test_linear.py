@@ -1,5 +1,6 @@
 """linear and its epilogues: every backend against float64 and against plain PyTorch in the same precision."""
 
+import itertools
 import math
 
 import pytest
@@ -11,16 +12,23 @@ from dave_fast.errors import BackendError
 from dave_fast.ops import _ext, _registry
 from dave_fast.ops.activation import GATES, activate_native, activate_ref
 from dave_fast.ops.linear import _scale_native, _scale_ref
+from tests.conftest import chosen_backend
 from tests.tolerances import LOW_PRECISION_RATIO
 
-BACKENDS = [
-    pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
-    for name in ("torch", "onednn", "native")
-    for reason in [_registry.why_not("linear", name, "cpu")]
-]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 SHAPES = [(1, 37, 65), (7, 33, 16), (197, 48, 130)]
 ACTIVATIONS = [*GATES, "silu_glu", "gelu_glu_last"]
+
+
+@pytest.fixture(params=["torch", "onednn", "avx512bf16", "avx512", "avx2", "baseline"])
+def linear_backend(request):
+    """Each form of linear in turn: those of `backend`, and oneDNN by way of PyTorch."""
+    if request.param == "onednn":
+        if (reason := _registry.why_not("linear", "onednn", "cpu")) is not None:
+            pytest.skip(str(reason))
+        yield "onednn"
+    else:
+        yield from chosen_backend(request.param)
 
 
 def numbers(*shape, dtype, seed):
@@ -44,39 +52,40 @@ def error(found, expected):
     return ((found.double() - expected).norm() / expected.norm()).item()
 
 
-def assert_as_good(found, plain, expected):
-    assert found.shape == expected.shape and found.dtype == plain.dtype
+def assert_as_good(found, plain, expected, where=None):
+    """Fail, saying where, unless the error against float64 is within the bound beside plain PyTorch's."""
+    assert found.shape == expected.shape and found.dtype == plain.dtype, where
     floor = torch.finfo(found.dtype).eps
-    assert error(found, expected) <= LOW_PRECISION_RATIO * max(error(plain, expected), floor)
+    assert error(found, expected) <= LOW_PRECISION_RATIO * max(error(plain, expected), floor), where
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_product_with_scale_and_bias(backend, dtype, shape):
-    x, matrix, bias, scale = case(shape, dtype)
-    expected = scale.double()[:, None] * (x.double() @ matrix.double().T) + bias.double()
-    found = run(backend, x, matrix, bias, row_scale=scale)
-    assert_as_good(found, F.linear((x * scale[:, None]).to(dtype), matrix, bias), expected)
+def test_product_with_scale_and_bias(linear_backend, dtype):
+    for shape in SHAPES:
+        x, matrix, bias, scale = case(shape, dtype)
+        expected = scale.double()[:, None] * (x.double() @ matrix.double().T) + bias.double()
+        found = run(linear_backend, x, matrix, bias, row_scale=scale)
+        assert_as_good(found, F.linear((x * scale[:, None]).to(dtype), matrix, bias), expected, shape)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_residual_and_gate(backend, dtype, shape):
-    x, matrix, _, _ = case(shape, dtype)
-    other = numbers(shape[0], shape[2], dtype=dtype, seed=4)
-    kept = other.clone()
-    product = x.double() @ matrix.double().T
-    plain = F.linear(x, matrix)
-    assert_as_good(run(backend, x, matrix, residual=other), plain + other, product + other.double())
-    assert_as_good(run(backend, x, matrix, gate=other), plain * other, product * other.double())
-    assert torch.equal(other, kept)
+def test_residual_and_gate(linear_backend, dtype):
+    for shape in SHAPES:
+        x, matrix, _, _ = case(shape, dtype)
+        other = numbers(shape[0], shape[2], dtype=dtype, seed=4)
+        kept = other.clone()
+        product = x.double() @ matrix.double().T
+        plain = F.linear(x, matrix)
+        found = run(linear_backend, x, matrix, residual=other)
+        assert_as_good(found, plain + other, product + other.double(), (shape, "residual"))
+        found = run(linear_backend, x, matrix, gate=other)
+        assert_as_good(found, plain * other, product * other.double(), (shape, "gate"))
+        assert torch.equal(other, kept), shape
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gates_in_eight_bits_and_sums_of_squares(backend, dtype):
+def test_gates_in_eight_bits_and_sums_of_squares(linear_backend, dtype):
+    backend = linear_backend
     x, matrix, _, _ = case((33, 40, 54), dtype)
     eight = torch.arange(33 * 54).view(33, 54).remainder(256).to(torch.uint8)
     gate, product = eight.double() / 255, x.double() @ matrix.double().T
@@ -94,16 +103,15 @@ def test_gates_in_eight_bits_and_sums_of_squares(backend, dtype):
     assert torch.equal(row_rstd(found, 1e-6, centred=False, squares=squares), row_rstd(found, 1e-6, centred=False))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activation_and_its_gate(backend, dtype, activation):
+def test_activation_and_its_gate(linear_backend, dtype):
     x, matrix, bias, _ = case((33, 40, 54), dtype)
-    expected, expected_gate = activate_ref(F.linear(x.double(), matrix.double(), bias.double()), activation)
-    plain, plain_gate = activate_ref(F.linear(x, matrix, bias), activation)
-    found, gate = run(backend, x, matrix, bias, activation=activation)
-    assert_as_good(found, plain, expected)
-    assert_as_good(gate, plain_gate, expected_gate)
+    exact, rounded = F.linear(x.double(), matrix.double(), bias.double()), F.linear(x, matrix, bias)
+    for activation in ACTIVATIONS:
+        found = run(linear_backend, x, matrix, bias, activation=activation)
+        truth, plain = activate_ref(exact, activation), activate_ref(rounded, activation)
+        for name, *results in zip(("value", "gate"), found, plain, truth, strict=True):
+            assert_as_good(*results, (activation, name))
 
 
 @pytest.mark.parametrize("activation", list(GATES))
@@ -121,57 +129,52 @@ def test_gates_are_the_activation_over_its_argument(activation):
     assert torch.allclose(gate * u, by_torch, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("activation", list(GATES))
-def test_gates_at_zero_and_far_out(backend, activation):
+def test_gates_at_zero_and_far_from_it(linear_backend):
     u = torch.tensor([[0.0, -0.0, 200.0, -200.0, 1e4, -1e4, 88.5, -88.5]])
-    _, gate = _registry.load("linear", backend)(
-        u, _registry.load("pack_weight", backend)(torch.eye(8)), activation=activation
-    )
-    at_zero = 0.0 if activation == "relu" else 0.5
-    assert gate[0].tolist() == pytest.approx([at_zero, at_zero, 1, 0, 1, 0, 1, 0], abs=1e-30)
+    for activation in GATES:
+        _, gate = run(linear_backend, u, torch.eye(8), activation=activation)
+        at_zero = 0.0 if activation == "relu" else 0.5
+        assert gate[0].tolist() == pytest.approx([at_zero, at_zero, 1, 0, 1, 0, 1, 0], abs=1e-30), activation
 
 
-@pytest.mark.parametrize("backend", ["torch", BACKENDS[2]])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("centred", [True, False])
-def test_row_rstd(backend, dtype, centred):
-    x = numbers(9, 203, dtype=dtype, seed=5) + (0 if centred else 100)
-    wide = x.double()
-    variance = wide.square().mean(1) if centred else wide.var(1, correction=0)
-    found = _registry.load("row_rstd", backend)(x, 1e-6, centred=centred)
-    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert torch.allclose(found.double(), (variance + 1e-6).rsqrt(), rtol=1e-6 if centred else 1e-4)
+def test_row_rstd(backend, dtype):
+    for centred in (True, False):
+        x = numbers(9, 203, dtype=dtype, seed=5) + (0 if centred else 100)
+        wide = x.double()
+        variance = wide.square().mean(1) if centred else wide.var(1, correction=0)
+        found = _registry.load("row_rstd", backend)(x, 1e-6, centred=centred)
+        assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32), centred
+        assert torch.allclose(found.double(), (variance + 1e-6).rsqrt(), rtol=1e-6 if centred else 1e-4), centred
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_what_is_no_number_goes_through_an_activation(backend, dtype, activation):
-    """NaN and infinities in a whole vector, in a last shorter one, and in either half of a gated MLP."""
+def test_nan_and_infinity_propagate_through_an_activation(backend, dtype):
+    """They are put in a whole vector, in a last shorter one, and in either half of a gated MLP."""
     u = numbers(6, 2 * 21, dtype=dtype, seed=6)
     for row, (column, value) in enumerate([(0, torch.nan), (20, torch.nan), (41, torch.nan), (21, -torch.inf)]):
         u[row, column] = value
     u[4, 5], u[4, 25], u[5, 17] = torch.inf, torch.inf, -torch.inf
-    expected = activate_ref(u.double(), activation)
-    found = (activate_ref if backend == "torch" else activate_native)(u.clone(), activation)
-    for got, want in zip(found, expected, strict=True):
-        assert torch.equal(got.isnan(), want.isnan())
-        assert torch.equal(got.isinf(), want.isinf())
-    assert found[0][:3].isnan().any(1).all()
+    for activation in ACTIVATIONS:
+        expected = activate_ref(u.double(), activation)
+        found = (activate_ref if backend == "torch" else activate_native)(u.clone(), activation)
+        for got, want in zip(found, expected, strict=True):
+            assert torch.equal(got.isnan(), want.isnan()), activation
+            assert torch.equal(got.isinf(), want.isinf()), activation
+        assert found[0][:3].isnan().any(1).all(), activation
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_no_number_goes_through_a_norm(backend, dtype, value):
-    x = numbers(3, 37, dtype=dtype, seed=7)
-    x[1, 36] = value
-    for centred in (True, False):
+def test_nan_and_infinity_propagate_through_a_norm(backend, dtype):
+    for value, centred in itertools.product((torch.nan, torch.inf, -torch.inf), (True, False)):
+        x = numbers(3, 37, dtype=dtype, seed=7)
+        x[1, 36] = value
         found = _registry.load("row_rstd", backend)(x, 1e-6, centred=centred)
-        assert found.isfinite().tolist() == [True, centred and not math.isnan(value), True]
-    scale = torch.tensor([1.0, 2.0, torch.nan])
-    found = (_scale_ref if backend == "torch" else _scale_native)(x, scale)
-    assert torch.equal(found.isnan(), (x * scale[:, None]).isnan())
-    assert torch.equal(found[1].isinf(), x[1].isinf())
+        assert found.isfinite().tolist() == [True, centred and not math.isnan(value), True], (value, centred)
+        scale = torch.tensor([1.0, 2.0, torch.nan])
+        found = (_scale_ref if backend == "torch" else _scale_native)(x, scale)
+        assert torch.equal(found.isnan(), (x * scale[:, None]).isnan()), value
+        assert torch.equal(found[1].isinf(), x[1].isinf()), value
 
 
 # rows, in-features, out-features: several sums of which the last is shorter, panels of which the last is narrower,
@@ -181,7 +184,7 @@ LONG = [(3, 600, 77), (70, 257, 777), (300, 513, 50), (1, 257, 23)]
 
 @pytest.fixture(params=["as it is", "avx2"])
 def native(request):
-    """C++ with the instruction set of this machine, and as on one that has AVX2 alone."""
+    """The extension with this machine's own instruction set, and restricted to AVX2."""
     if (reason := _registry.why_not("linear", "native", "cpu")) is not None:
         pytest.skip(str(reason))
     extension = _ext.module()
@@ -224,7 +227,7 @@ def test_bits_depend_neither_on_other_rows_nor_on_threads(native, shape):
             torch.set_num_threads(1)
 
 
-def test_what_is_no_number_goes_through_a_product(native):
+def test_nan_and_infinity_propagate_through_a_product(native):
     x, matrix, bias, _ = case((9, 300, 50), torch.float32)
     x[0, 299], x[3, 0], x[4, 7], matrix[49, 1] = torch.nan, torch.inf, -torch.inf, torch.inf
     expected, found = F.linear(x, matrix, bias), run("native", x, matrix, bias)

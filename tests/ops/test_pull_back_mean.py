@@ -1,4 +1,4 @@
-"""pull_back_mean: robust_mean(pull_back(...)) to the bit, tile by tile, without the contributions in memory."""
+"""pull_back_mean equals robust_mean(pull_back(...)) to the bit, tile by tile, without the contributions in memory."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dave_fast.errors import InputError
 from dave_fast.ops.pull_back import pull_back
 from dave_fast.ops.pull_back_mean import pull_back_mean
 from dave_fast.ops.robust_mean import robust_mean
-from dave_fast.sampling import Sampling, draw
-from tests.ops.test_perturb import WIDE, image_batch
+from dave_fast.sampling import draw
+from tests.ops.test_perturb import FLOATS, SETTINGS, image_batch
 from tests.ops.test_pull_back import cotangents_of
 
 # one pixel; less than a tile; several tiles and a rest in both directions; one token
@@ -24,29 +24,28 @@ def backend(pixel_backend: str) -> str:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
-@pytest.mark.parametrize("sampling", [Sampling(), WIDE], ids=["default", "wide"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_it_is_the_two_ops_to_the_bit(backend, shape, sampling, dtype):
+def test_equals_the_two_ops_to_the_bit(backend, shape):
     channels, height, width, patch = shape
-    images = image_batch(channels, height, width, dtype)
-    draws = draw(7, height=height, width=width, seed=6, image_keys=[1, 2], sampling=sampling)
-    tokens = cotangents_of(len(draws), shape, dtype)
-    raw = pull_back_mean(tokens, images, draws, patch, 7, backend=backend)
-    contributions = pull_back(tokens, images, draws, patch, backend=backend)
-    assert raw.dtype == dtype
-    assert torch.equal(raw, robust_mean(contributions.unflatten(0, (2, 7)), backend=backend))
+    for sampling, dtype in SETTINGS:
+        images = image_batch(channels, height, width, dtype)
+        draws = draw(7, height=height, width=width, seed=6, image_keys=[1, 2], sampling=sampling)
+        tokens = cotangents_of(len(draws), shape, dtype)
+        raw = pull_back_mean(tokens, images, draws, patch, 7, backend=backend)
+        contributions = pull_back(tokens, images, draws, patch, backend=backend)
+        expected = robust_mean(contributions.unflatten(0, (2, 7)), backend=backend)
+        assert raw.dtype == dtype and torch.equal(raw, expected), (sampling, dtype)
 
 
-@pytest.mark.parametrize("given", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("samples", [1, 2, 50])
-def test_any_cotangents_and_sample_count(backend, given, samples):
+def test_cotangents_of_any_type_and_any_number_of_samples(backend, samples):
     shape = (3, 40, 24, (8, 8))
     images = image_batch(3, 40, 24, torch.float32)
     draws = draw(samples, height=40, width=24, image_keys=[4, 5])
-    tokens = cotangents_of(len(draws), shape, given)
-    raw = pull_back_mean(tokens, images, draws, 8, samples, backend=backend)
-    contributions = pull_back(tokens, images, draws, 8, backend=backend)
-    assert torch.equal(raw, robust_mean(contributions.unflatten(0, (2, samples)), backend=backend))
+    for given in FLOATS:
+        tokens = cotangents_of(len(draws), shape, given)
+        raw = pull_back_mean(tokens, images, draws, 8, samples, backend=backend)
+        contributions = pull_back(tokens, images, draws, 8, backend=backend)
+        assert torch.equal(raw, robust_mean(contributions.unflatten(0, (2, samples)), backend=backend)), given
 
 
 def test_a_part_of_a_batch_with_all_its_images(backend):
@@ -73,7 +72,7 @@ def test_more_threads_change_nothing(backend):
         torch.set_num_threads(1)
 
 
-def test_a_nan_is_seen_where_it_is_looked_at_and_nowhere_else(backend):
+def test_nan_propagates_to_the_pixels_that_read_it_only(backend):
     shape = (1, 12, 12, (6, 6))
     images = image_batch(1, 12, 12, torch.float32, count=1) + 3
     draws = draw(5, height=12, width=12)

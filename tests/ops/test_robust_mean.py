@@ -1,7 +1,8 @@
-"""robust_mean: two torch.median passes, bit for bit, for every number of samples; ties, NaN and infinities."""
+"""robust_mean against two passes of torch.median, bit for bit: every number of samples, ties, NaN and infinities."""
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -17,7 +18,7 @@ def backend(pixel_backend: str) -> str:
 
 
 def by_two_medians(contributions: torch.Tensor) -> torch.Tensor:
-    """The definition, value by value, the mean exactly rounded."""
+    """Return the definition's result (B, ...), float64, with exactly rounded sums."""
     values = contributions.to(torch.float64 if contributions.dtype == torch.float64 else torch.float32)
     median = values.median(dim=1, keepdim=True).values
     distance = (values - median).abs()
@@ -39,14 +40,20 @@ def contributions_of(samples: int, dtype: torch.dtype, pixels: int = 37) -> torc
     return values.to(dtype)
 
 
-@pytest.mark.parametrize("samples", range(1, 258))
-def test_every_number_of_samples(backend, samples):
-    contributions = contributions_of(samples, torch.float32)
-    raw = robust_mean(contributions, backend=backend)
-    assert raw.dtype == torch.float32
-    assert raw.shape == (2, 37)
-    # the mean of the same kept values in float64, rounded once: a wrong median, mad or mask would show
-    assert torch.equal(raw, by_two_medians(contributions).float())
+@functools.cache
+def case_and_truth(samples: int, pixels: int = 37) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return contributions (2, samples, pixels) and their mean by definition, both float32 and not to be written."""
+    contributions = contributions_of(samples, torch.float32, pixels)
+    return contributions, by_two_medians(contributions).float()
+
+
+def test_every_number_of_samples(backend):
+    """A wrong median, deviation or mask shows, since the mean of the kept values is rounded once."""
+    for samples in range(1, 258):
+        contributions, truth = case_and_truth(samples)
+        raw = robust_mean(contributions, backend=backend)
+        assert raw.dtype == torch.float32 and raw.shape == (2, 37), f"{samples} samples"
+        assert torch.equal(raw, truth), f"{samples} samples"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -60,10 +67,10 @@ def test_types_and_shapes(backend, dtype):
     torch.testing.assert_close(raw.double(), by_two_medians(contributions), rtol=2 * ulp, atol=0)
 
 
-@pytest.mark.parametrize("pixels", [1, 31, 32, 33, 255, 256, 257, 600])
-def test_every_rest_of_a_block(backend, pixels):
-    contributions = contributions_of(9, torch.float32, pixels)
-    assert torch.equal(robust_mean(contributions, backend=backend), by_two_medians(contributions).float())
+def test_every_remainder_of_a_block(backend):
+    for pixels in (1, 31, 32, 33, 255, 256, 257, 600):
+        contributions, truth = case_and_truth(9, pixels)
+        assert torch.equal(robust_mean(contributions, backend=backend), truth), f"{pixels} pixels"
 
 
 def test_an_outlier_is_left_out(backend):
@@ -76,7 +83,7 @@ def test_equal_values_are_their_own_mean(backend):
     assert torch.equal(robust_mean(contributions, backend=backend), contributions[:, 0])
 
 
-def test_a_nan_makes_its_pixel_nan_and_no_other(backend):
+def test_nan_makes_its_own_pixel_nan_only(backend):
     contributions = contributions_of(10, torch.float32)
     clean = robust_mean(contributions, backend=backend)
     contributions[1, 7, 20] = torch.nan
@@ -86,18 +93,18 @@ def test_a_nan_makes_its_pixel_nan_and_no_other(backend):
     assert torch.equal(raw, clean)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_infinities_are_outliers_until_they_are_the_median(backend, dtype):
+def test_infinities_are_outliers_unless_they_are_the_median(backend):
     inf = torch.inf
     columns = [[1, 2, 3, 4, inf], [1, 2, 3, -inf, inf], [1, 2, 3, inf, inf], [inf] * 5, [1, 2, inf, inf, inf]]
-    contributions = torch.tensor(columns, dtype=dtype).T[None].contiguous()
-    raw = robust_mean(contributions, backend=backend)[0]
-    assert torch.equal(raw.nan_to_num(nan=-1), robust_mean_ref(contributions)[0].nan_to_num(nan=-1))
-    assert raw[:3].tolist() == [2.5, 2.0, 2.0]
-    assert bool(raw[3:].isnan().all())
+    for dtype in (torch.float32, torch.float64):
+        contributions = torch.tensor(columns, dtype=dtype).T[None].contiguous()
+        raw = robust_mean(contributions, backend=backend)[0]
+        assert torch.equal(raw.nan_to_num(nan=-1), robust_mean_ref(contributions)[0].nan_to_num(nan=-1)), dtype
+        assert raw[:3].tolist() == [2.5, 2.0, 2.0], dtype
+        assert bool(raw[3:].isnan().all()), dtype
 
 
-def test_a_mad_that_is_infinite_keeps_everything(backend):
+def test_an_infinite_mad_keeps_everything(backend):
     inf = torch.inf
     contributions = torch.tensor([[-inf, 1.0, inf], [1.0, inf, inf], [1.0, 1.0, inf]]).T[None].contiguous()
     raw = robust_mean(contributions, backend=backend)[0]
