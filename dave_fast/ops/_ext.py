@@ -1,16 +1,17 @@
-"""The native extensions `dave_fast._native` (host) and `dave_fast._cuda` (GPU): loaded when first wanted, with the
-reason kept where they cannot be.
+"""Load and call the native extensions `dave_fast._native` (host) and `dave_fast._cuda` (GPU).
 
-DAVE_FAST_ISA=avx512bf16|avx512|avx2|baseline in the environment takes the kernels of one instruction set; without it
-the best that the machine has is taken.
+Each is loaded at its first use; where that fails, the reason is kept and named. DAVE_FAST_ISA=avx512bf16|avx512|avx2|
+baseline in the environment selects the host kernels of one instruction set instead of the best that the machine has.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,25 +20,28 @@ from dave_fast.errors import BackendError
 from dave_fast.sampling import Draws
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-# the oldest GPUs that the CUDA kernels are compiled for
+# `run_native` or `run_cuda`: a kernel's name and its arguments.
+Run = Callable[..., None]
+# The oldest GPUs that the CUDA kernels are compiled for.
 OLDEST_GPU = (8, 0)
+
+
+def _imported(name: str, needs: str) -> ModuleType | str:
+    """Import an extension; return the reason where it cannot be imported."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError:
+        return f"the extension {name} was not built; install {needs} DAVE_FAST_BUILD_EXT=1 to see why"
+    except ImportError as error:
+        return f"the extension {name} cannot be loaded: {error}"
 
 
 @cache
 def _load() -> ModuleType | str:
-    """The module, or the reason why there is none."""
     # torch is imported above, so that the module finds torch's libgomp loaded and shares it
-    try:
-        module = import_module("dave_fast._native")
-    except ModuleNotFoundError:
-        return (
-            "the extension dave_fast._native was not built; install with a C++ compiler and DAVE_FAST_BUILD_EXT=1 "
-            "to see why"
-        )
-    except ImportError as error:
-        return f"the extension dave_fast._native cannot be loaded: {error}"
+    module = _imported("dave_fast._native", "with a C++ compiler and")
     wanted = os.environ.get("DAVE_FAST_ISA")
-    if wanted:
+    if wanted and not isinstance(module, str):
         try:
             module.use_isa(wanted)
         except ValueError as error:
@@ -45,72 +49,36 @@ def _load() -> ModuleType | str:
     return module
 
 
+@cache
+def _load_cuda() -> ModuleType | str:
+    # needs neither a GPU nor a driver
+    return _imported("dave_fast._cuda", "where nvcc is on PATH, with")
+
+
+def _loaded(found: ModuleType | str) -> ModuleType:
+    if isinstance(found, str):
+        raise BackendError(found)
+    return found
+
+
+def module() -> ModuleType:
+    """Return the host extension; raise BackendError with the reason where it is missing."""
+    return _loaded(_load())
+
+
+def cuda_module() -> ModuleType:
+    """Return the CUDA extension; raise BackendError with the reason where it is missing."""
+    return _loaded(_load_cuda())
+
+
 def unavailable() -> str | None:
-    """Why the extension cannot be used; None when it can."""
+    """Return why the host extension cannot be used; None when it can."""
     loaded = _load()
     return loaded if isinstance(loaded, str) else None
 
 
-def module() -> ModuleType:
-    """The extension; BackendError with the reason where there is none."""
-    loaded = _load()
-    if isinstance(loaded, str):
-        raise BackendError(loaded)
-    return loaded
-
-
-def isa() -> str | None:
-    """The instruction set in use ("avx512bf16", "avx512", "avx2", "baseline"); None without the extension."""
-    loaded = _load()
-    return None if isinstance(loaded, str) else str(loaded.isa())
-
-
-def threads() -> int:
-    """How many threads the kernels use: as many as PyTorch."""
-    return torch.get_num_threads()
-
-
-def address(tensor: Tensor) -> int:
-    """The address of a contiguous CPU tensor, as the extension takes it."""
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
-        raise BackendError(f"native kernels read contiguous CPU tensors; got one on {tensor.device}")
-    return tensor.data_ptr()
-
-
-def _contiguous(draws: Draws) -> tuple[Tensor, ...]:
-    """The six tensors of a Draws, contiguous; TypeError for other dtypes than it documents."""
-    tensors = tuple(tensor.contiguous() for tensor in draws.tensors())
-    expected = (torch.int64, torch.float64, torch.float64, torch.float64, torch.int64, torch.int64)
-    if tuple(tensor.dtype for tensor in tensors) != expected:
-        raise TypeError("draws must have the dtypes that dave_fast.sampling.Draws documents")
-    return tensors
-
-
-class NativeDraws:
-    """A Draws as the extension takes it: six addresses, kept alive by this object."""
-
-    def __init__(self, draws: Draws) -> None:
-        self._tensors = _contiguous(draws)
-        self.addresses = [address(tensor) for tensor in self._tensors]
-        self.rows = len(draws)
-
-
-@cache
-def _load_cuda() -> ModuleType | str:
-    """The CUDA module, or the reason why there is none; it loads without a GPU and without a driver."""
-    try:
-        return import_module("dave_fast._cuda")
-    except ModuleNotFoundError:
-        return (
-            "the extension dave_fast._cuda was not built; install where nvcc is on PATH, with DAVE_FAST_BUILD_EXT=1 to "
-            "see why"
-        )
-    except ImportError as error:
-        return f"the extension dave_fast._cuda cannot be loaded: {error}"
-
-
 def cuda_unavailable() -> str | None:
-    """Why the CUDA kernels cannot be used; None when they can."""
+    """Return why the CUDA kernels cannot be used; None when they can."""
     loaded = _load_cuda()
     if isinstance(loaded, str):
         return loaded
@@ -128,36 +96,91 @@ def cuda_unavailable() -> str | None:
     return None
 
 
-def cuda_module() -> ModuleType:
-    """The CUDA module; BackendError with the reason where there is none."""
-    loaded = _load_cuda()
-    if isinstance(loaded, str):
-        raise BackendError(loaded)
-    return loaded
+def isa() -> str | None:
+    """Return the instruction set in use ("avx512bf16", "avx512", "avx2", "baseline"); None without the extension."""
+    loaded = _load()
+    return None if isinstance(loaded, str) else str(loaded.isa())
+
+
+def threads() -> int:
+    """Return how many threads the host kernels use: as many as PyTorch."""
+    return torch.get_num_threads()
+
+
+def address(tensor: Tensor) -> int:
+    """Return the address of a contiguous CPU tensor; raise BackendError for any other."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise BackendError(f"native kernels read contiguous CPU tensors; got one on {tensor.device}")
+    return tensor.data_ptr()
+
+
+def device_address(tensor: Tensor, device: torch.device) -> int:
+    """Return the address of a contiguous tensor on `device`; raise BackendError for any other."""
+    if tensor.device != device or not tensor.is_contiguous():
+        raise BackendError(f"CUDA kernels read contiguous tensors on one device, {device}; got one on {tensor.device}")
+    return tensor.data_ptr()
 
 
 def queue(device: torch.device) -> tuple[int, int]:
-    """Where kernels for tensors on `device` are launched: its number, and the address of PyTorch's current stream."""
+    """Return where kernels on `device` are launched: its index, and the address of PyTorch's current stream."""
     if device.type != "cuda":
         raise BackendError(f"CUDA kernels read tensors on a GPU; got one on {device}")
     stream = torch.cuda.current_stream(device)
     return stream.device_index, stream.cuda_stream
 
 
-def device_address(tensor: Tensor, device: torch.device) -> int:
-    """The address of a contiguous tensor on `device`, as the CUDA module takes it."""
-    if tensor.device != device or not tensor.is_contiguous():
-        raise BackendError(f"CUDA kernels read contiguous tensors on one device, {device}; got one on {tensor.device}")
-    return tensor.data_ptr()
+def coded(tensor: Tensor) -> tuple[Tensor, int]:
+    """Return a tensor and its dtype code, two of a kernel's arguments."""
+    return tensor, DTYPE_CODES[tensor.dtype]
 
 
-class DeviceDraws:
-    """A Draws on a device as the CUDA module takes it: six addresses, kept alive by this object.
+def run_native(op: str, *arguments: Any) -> None:
+    """Run a host kernel.
 
-    Draws that are on the device already are taken as they are; others are copied there.
+    Args:
+        op: its name in `dave_fast._native`.
+        *arguments: its arguments without the number of threads. A tensor is passed as its address, None as 0, and a
+            Draws as the addresses of its tensors and its number of rows.
     """
+    kernel = getattr(module(), op)
+    passed, _kept = _passed(arguments, address)
+    kernel(*passed, threads())
 
-    def __init__(self, draws: Draws, device: torch.device) -> None:
-        self._tensors = _contiguous(draws.to(device))
-        self.addresses = [device_address(tensor, device) for tensor in self._tensors]
-        self.rows = len(draws)
+
+def run_cuda(op: str, *arguments: Any) -> None:
+    """Run a CUDA kernel on PyTorch's current stream of the device of the first tensor.
+
+    Args:
+        op: its name in `dave_fast._cuda`.
+        *arguments: its arguments without the device and the stream, passed as `run_native` passes them. Draws that are
+            on another device are copied.
+    """
+    kernel = getattr(cuda_module(), op)
+    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+    moved = [argument.to(device) if isinstance(argument, Draws) else argument for argument in arguments]
+    passed, _kept = _passed(moved, lambda tensor: device_address(tensor, device))
+    kernel(*queue(device), *passed)
+
+
+def _passed(arguments: Sequence[Any], place: Callable[[Tensor], int]) -> tuple[list[Any], list[Tensor]]:
+    """Return arguments as a kernel takes them, and the tensors made for it, to be kept until it has run."""
+    passed, kept = [], []
+    for argument in arguments:
+        if isinstance(argument, Draws):
+            tensors = _contiguous(argument)
+            kept += tensors
+            passed += [[place(tensor) for tensor in tensors], len(argument)]
+        elif isinstance(argument, Tensor):
+            passed.append(place(argument))
+        else:
+            passed.append(0 if argument is None else argument)
+    return passed, kept
+
+
+def _contiguous(draws: Draws) -> list[Tensor]:
+    """Return the six tensors of a Draws, contiguous; raise TypeError for other dtypes than it documents."""
+    tensors = [tensor.contiguous() for tensor in draws.tensors()]
+    expected = [torch.int64, torch.float64, torch.float64, torch.float64, torch.int64, torch.int64]
+    if [tensor.dtype for tensor in tensors] != expected:
+        raise TypeError("draws must have the dtypes that dave_fast.sampling.Draws documents")
+    return tensors

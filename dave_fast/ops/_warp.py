@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dave_fast.errors import InputError
-from dave_fast.ops.patches import patch_grid
+from dave_fast.ops.patches import patch_grid, patch_hw
 from dave_fast.sampling import Draws
 
 
@@ -48,8 +48,15 @@ def rows_a_chunk(images: Tensor) -> int:
     return max(1, (1 << 22) // images[0].numel())
 
 
-def check(images: Tensor, draws: Draws, patch_size: int | tuple[int, int]) -> tuple[int, int]:
-    """Raise where images and draws are nothing that can be perturbed; the patch grid otherwise."""
+def tokens_shape(images: Tensor, draws: Draws, patch_size: int | tuple[int, int]) -> tuple[int, int, int]:
+    """Return (R, n, C·p_h·p_w), the shape of the tokens of every row; raise InputError where no patches fill images."""
+    _, channels, height, width = images.shape
+    (p_h, p_w), (n_y, n_x) = patch_hw(patch_size), patch_grid(height, width, patch_size)
+    return len(draws), n_y * n_x, channels * p_h * p_w
+
+
+def check(images: Tensor, draws: Draws, patch_size: int | tuple[int, int]) -> tuple[int, int, int]:
+    """Raise TypeError or InputError where images cannot be perturbed by draws; return the shape of their tokens."""
     if not isinstance(images, Tensor) or images.dtype not in (torch.float32, torch.float64):
         kind = getattr(images, "dtype", type(images).__name__)
         raise TypeError(f"images must be a float32 or float64 tensor; got {kind}")
@@ -61,4 +68,4 @@ def check(images: Tensor, draws: Draws, patch_size: int | tuple[int, int]) -> tu
         raise InputError(f"draws.image_index must be in [0, {len(images)}), the images of the batch")
     if not bool(draws.matrices.isfinite().all()):
         raise InputError("draws.matrices must be finite")
-    return patch_grid(images.shape[2], images.shape[3], patch_size)
+    return tokens_shape(images, draws, patch_size)

@@ -72,8 +72,5 @@ def activate_native(u: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     h = u.new_empty(rows, hidden) if glu else u
     gate = u.new_empty(rows, hidden)
     gated = 0 if not glu else 2 if order else 1
-    _ext.module().activate(
-        *(_ext.address(u), _ext.DTYPE_CODES[u.dtype], list(GATES).index(name), gated, rows, hidden),
-        *(_ext.address(h), _ext.address(gate), _ext.threads()),
-    )
+    _ext.run_native("activate", *_ext.coded(u), list(GATES).index(name), gated, rows, hidden, h, gate)
     return h, gate

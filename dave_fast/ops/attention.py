@@ -93,10 +93,9 @@ def attention_native(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor
 
     float32, and bfloat16 where the CPU multiplies it; anything else stays with PyTorch.
     """
-    native = _ext.module()
     rows, queries, heads, dim = q.shape
     bf16 = q.dtype == torch.bfloat16
-    if not (q.dtype == torch.float32 or (bf16 and dim % 2 == 0 and native.multiplies_bfloat16())):
+    if not (q.dtype == torch.float32 or (bf16 and dim % 2 == 0 and _ext.module().multiplies_bfloat16())):
         return attention_ref(q, k, v, scale, bias)
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     shape = (rows, queries, k.shape[1], heads, dim)
@@ -109,19 +108,8 @@ def attention_native(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor
         kept = torch.empty(2, rows, heads, queries, dtype=torch.float32)
     bias = None if bias is None else bias.contiguous()
     saved = SavedNative(shape, scale, words, None if words is not None else (q, k), kept, bias)
-    native.attention(
-        *(
-            shape,
-            scale,
-            _ext.DTYPE_CODES[q.dtype],
-            saved.address(bias),
-            *_view(q),
-            *_view(k),
-            *_view(v),
-            out.data_ptr(),
-        ),
-        *(saved.address(kept), saved.address(words), saved.stride, _ext.threads()),
-    )
+    operands = (*_view(q), *_view(k), *_view(v), out)
+    _ext.run_native("attention", shape, scale, _ext.DTYPE_CODES[q.dtype], bias, *operands, kept, words, saved.stride)
     return out, saved
 
 
@@ -133,10 +121,10 @@ def attention_vjp_native(saved: Any, d_out: Tensor) -> Tensor:
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
     d_v = torch.empty(rows, tokens, heads, dim, dtype=d_out.dtype)
     q, k = saved.queries_keys or (d_out, d_out)
-    _ext.module().attention_vjp(
-        *(saved.shape, saved.scale, _ext.DTYPE_CODES[d_out.dtype], saved.address(saved.bias)),
-        *(*_view(q), *_view(k), saved.address(saved.peak_and_share)),
-        *(saved.address(saved.words), saved.stride, *_view(d_out), d_v.data_ptr(), _ext.threads()),
+    _ext.run_native(
+        "attention_vjp",
+        *(saved.shape, saved.scale, _ext.DTYPE_CODES[d_out.dtype], saved.bias, *_view(q), *_view(k)),
+        *(saved.peak_and_share, saved.words, saved.stride, *_view(d_out), d_v),
     )
     return d_v
 
@@ -160,11 +148,6 @@ class SavedNative:
     def stride(self) -> int:
         """Words of one (row, head)."""
         return 0 if self.words is None else self.words.stride(1)
-
-    @staticmethod
-    def address(tensor: Tensor | None) -> int:
-        """A tensor's address, 0 where there is none."""
-        return 0 if tensor is None else _ext.address(tensor)
 
 
 def _view(heads: Tensor) -> tuple[int, list[int]]:

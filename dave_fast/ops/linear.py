@@ -182,11 +182,11 @@ def _linear_panels(
     ]
     y = x.new_empty(rows, outs)
     new_gate = None if fused is None else torch.empty_like(y)
-    _ext.module().linear(
-        *(x.data_ptr(), rows, x.stride(0), ins, _ext.address(weight.values), weight.panel, outs),
+    _ext.run_native(
+        "linear",
+        *(x.data_ptr(), rows, x.stride(0), ins, weight.values, weight.panel, outs),
         [0 if operand is None else _ext.address(operand) for operand in operands],
-        *(-1 if fused is None else list(GATES).index(fused), 0 if new_gate is None else _ext.address(new_gate)),
-        *(_ext.address(y), _ext.threads()),
+        *(-1 if fused is None else list(GATES).index(fused), new_gate, y),
     )
     if activation is not None:
         return (y, new_gate) if fused else activate_native(y, activation)
@@ -258,8 +258,5 @@ def _scale_ref(x: Tensor, row_scale: Tensor) -> Tensor:
 def _scale_native(x: Tensor, row_scale: Tensor) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
-    _ext.module().scale_rows(
-        *(_ext.address(x), _ext.DTYPE_CODES[x.dtype], _ext.address(row_scale), *x.shape),
-        *(_ext.address(y), _ext.threads()),
-    )
+    _ext.run_native("scale_rows", *_ext.coded(x), row_scale, *x.shape, y)
     return y

@@ -56,10 +56,7 @@ def row_rstd_native(x: Tensor, eps: float, *, centred: bool, squares: Tensor | N
     if x.dtype == torch.float64 or (centred and squares is not None):
         return row_rstd_ref(x, eps, centred=centred, squares=squares)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
-    _ext.module().row_rstd(
-        *(_ext.address(x), _ext.DTYPE_CODES[x.dtype], rstd.numel(), x.shape[-1], eps, centred),
-        *(_ext.address(rstd), _ext.threads()),
-    )
+    _ext.run_native("row_rstd", *_ext.coded(x), rstd.numel(), x.shape[-1], eps, centred, rstd)
     return rstd
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dave_fast.ops import _ext, _library, _registry, _warp
-from dave_fast.ops.patches import patch_grid, patch_hw, patchify
+from dave_fast.ops.patches import patch_hw, patchify
 from dave_fast.sampling import Draws, normal
 
 STORED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -44,9 +44,7 @@ def perturb_ref(
 ) -> Tensor:
     """`perturb` in PyTorch, on any device."""
     _, channels, height, width = images.shape
-    p_h, p_w = patch_hw(patch_size)
-    n_y, n_x = patch_grid(height, width, (p_h, p_w))
-    tokens = torch.empty(len(draws), n_y * n_x, channels * p_h * p_w, dtype=dtype, device=images.device)
+    tokens = images.new_empty(_warp.tokens_shape(images, draws, patch_size), dtype=dtype)
     step = _warp.rows_a_chunk(images)
     for start in range(0, len(draws), step):
         part = draws[start : start + step]
@@ -56,41 +54,30 @@ def perturb_ref(
             noise = part.noise.to(images.dtype).to(images.device).view(-1, 1, 1, 1)
             deviates = normal(part.keys.to(images.device), part.samples.to(images.device), channels * height * width)
             perturbed = perturbed + noise * deviates.view_as(perturbed)
-        tokens[start : start + step] = patchify(perturbed, (p_h, p_w))
+        tokens[start : start + step] = patchify(perturbed, patch_size)
     return tokens
 
 
 def perturb_native(
     images: Tensor, draws: Draws, patch_size: int | tuple[int, int], *, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """`perturb` in C++ on the host."""
-    native, images, rows = _ext.module(), images.contiguous(), _ext.NativeDraws(draws)
-    p_h, p_w = patch_hw(patch_size)
-    n_y, n_x = patch_grid(images.shape[2], images.shape[3], (p_h, p_w))
-    tokens = torch.empty(len(draws), n_y * n_x, images.shape[1] * p_h * p_w, dtype=dtype)
-    native.perturb(
-        *(_ext.address(images), _ext.DTYPE_CODES[images.dtype], images.shape),
-        *(rows.addresses, rows.rows, p_h, p_w),
-        *(_ext.address(tokens), _ext.DTYPE_CODES[dtype], _ext.threads()),
-    )
-    return tokens
+    """Run `perturb` in C++ on the host."""
+    return _compiled(_ext.run_native, images, draws, patch_size, dtype)
 
 
 def perturb_cuda(
     images: Tensor, draws: Draws, patch_size: int | tuple[int, int], *, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """`perturb` in CUDA C++, on images' device. Draws that are there already cost no copy and no synchronisation."""
-    cuda, images, device = _ext.cuda_module(), images.contiguous(), images.device
-    rows = _ext.DeviceDraws(draws, device)
-    p_h, p_w = patch_hw(patch_size)
-    n_y, n_x = patch_grid(images.shape[2], images.shape[3], (p_h, p_w))
-    tokens = images.new_empty(len(draws), n_y * n_x, images.shape[1] * p_h * p_w, dtype=dtype)
-    cuda.perturb(
-        *_ext.queue(device),
-        *(_ext.device_address(images, device), _ext.DTYPE_CODES[images.dtype], images.shape),
-        *(rows.addresses, rows.rows, p_h, p_w),
-        *(_ext.device_address(tokens, device), _ext.DTYPE_CODES[dtype]),
-    )
+    """Run `perturb` in CUDA C++ on images' device; draws that are there already cost no copy."""
+    return _compiled(_ext.run_cuda, images, draws, patch_size, dtype)
+
+
+def _compiled(
+    run: _ext.Run, images: Tensor, draws: Draws, patch_size: int | tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    images = images.contiguous()
+    tokens = images.new_empty(_warp.tokens_shape(images, draws, patch_size), dtype=dtype)
+    run("perturb", *_ext.coded(images), images.shape, draws, *patch_hw(patch_size), *_ext.coded(tokens))
     return tokens
 
 

@@ -6,6 +6,7 @@ DAVE, arXiv 2602.06613, Eq. 6-8.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,9 +48,7 @@ def pull_back(
 
 def check(token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: int | tuple[int, int]) -> None:
     """Raise where cotangents, images and draws do not belong together."""
-    n_y, n_x = _warp.check(images, draws, patch_size)
-    p_h, p_w = patch_hw(patch_size)
-    expected = (len(draws), n_y * n_x, images.shape[1] * p_h * p_w)
+    expected = _warp.check(images, draws, patch_size)
     if not isinstance(token_cotangents, Tensor) or token_cotangents.dtype not in STORED:
         raise TypeError(f"token_cotangents must be a tensor of one of {', '.join(map(str, STORED))}")
     if tuple(token_cotangents.shape) != expected:
@@ -88,19 +87,8 @@ def pull_back_native(
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`pull_back` in C++ on the host."""
-    native, images, rows = _ext.module(), images.contiguous(), _ext.NativeDraws(draws)
-    cotangents = token_cotangents.contiguous()
-    contributions = torch.empty(len(draws), *images.shape[1:], dtype=dtype or images.dtype)
-    if cotangents.numel() != contributions.numel():
-        raise InputError(f"token_cotangents of shape {tuple(cotangents.shape)} do not belong to {len(draws)} rows")
-    native.pull_back(
-        *(_ext.address(cotangents), _ext.DTYPE_CODES[cotangents.dtype]),
-        *(_ext.address(images), _ext.DTYPE_CODES[images.dtype], images.shape),
-        *(rows.addresses, rows.rows, *patch_hw(patch_size)),
-        *(_ext.address(contributions), _ext.DTYPE_CODES[contributions.dtype], _ext.threads()),
-    )
-    return contributions
+    """Run `pull_back` in C++ on the host."""
+    return _compiled(_ext.run_native, token_cotangents, images, draws, patch_size, dtype)
 
 
 def pull_back_cuda(
@@ -111,20 +99,31 @@ def pull_back_cuda(
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`pull_back` in CUDA C++, on images' device."""
-    cuda, images, device = _ext.cuda_module(), images.contiguous(), images.device
-    rows, cotangents = _ext.DeviceDraws(draws, device), token_cotangents.contiguous()
+    """Run `pull_back` in CUDA C++ on images' device."""
+    return _compiled(_ext.run_cuda, token_cotangents, images, draws, patch_size, dtype)
+
+
+def _compiled(
+    run: _ext.Run,
+    token_cotangents: Tensor,
+    images: Tensor,
+    draws: Draws,
+    patch_size: int | tuple[int, int],
+    dtype: torch.dtype | None,
+) -> Tensor:
+    images = images.contiguous()
     contributions = images.new_empty(len(draws), *images.shape[1:], dtype=dtype or images.dtype)
-    if cotangents.numel() != contributions.numel():
-        raise InputError(f"token_cotangents of shape {tuple(cotangents.shape)} do not belong to {len(draws)} rows")
-    cuda.pull_back(
-        *_ext.queue(device),
-        *(_ext.device_address(cotangents, device), _ext.DTYPE_CODES[cotangents.dtype]),
-        *(_ext.device_address(images, device), _ext.DTYPE_CODES[images.dtype], images.shape),
-        *(rows.addresses, rows.rows, *patch_hw(patch_size)),
-        *(_ext.device_address(contributions, device), _ext.DTYPE_CODES[contributions.dtype]),
-    )
+    given = cotangents_and_images(token_cotangents, images, draws)
+    run("pull_back", *given, draws, *patch_hw(patch_size), *_ext.coded(contributions))
     return contributions
+
+
+def cotangents_and_images(token_cotangents: Tensor, images: Tensor, draws: Draws) -> tuple[Any, ...]:
+    """Return a compiled kernel's arguments for cotangents and images; raise InputError for cotangents of other rows."""
+    if token_cotangents.numel() != len(draws) * images[0].numel():
+        shape = tuple(token_cotangents.shape)
+        raise InputError(f"token_cotangents of shape {shape} do not belong to {len(draws)} rows")
+    return *_ext.coded(token_cotangents.contiguous()), *_ext.coded(images), images.shape
 
 
 def adjoint_warp(cotangents: Tensor, draws: Draws, rows: range | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from dave_fast.errors import InputError
 from dave_fast.ops import _ext, _library, _registry, _warp
 from dave_fast.ops.patches import patch_hw, unpatchify
-from dave_fast.ops.pull_back import adjoint_warp, check
+from dave_fast.ops.pull_back import adjoint_warp, check, cotangents_and_images
 from dave_fast.ops.robust_mean import robust_mean_ref
 from dave_fast.sampling import Draws
 
@@ -79,39 +79,24 @@ def pull_back_mean_ref(
 def pull_back_mean_native(
     token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: int | tuple[int, int], n_samples: int
 ) -> Tensor:
-    """`pull_back_mean` in C++ on the host."""
-    native, images, rows = _ext.module(), images.contiguous(), _ext.NativeDraws(draws)
-    cotangents = token_cotangents.contiguous()
-    if cotangents.numel() != len(draws) * images[0].numel():
-        raise InputError(f"token_cotangents of shape {tuple(cotangents.shape)} do not belong to {len(draws)} rows")
-    raw = torch.empty(len(draws) // n_samples, *images.shape[1:], dtype=images.dtype)
-    native.pull_back_mean(
-        *(_ext.address(cotangents), _ext.DTYPE_CODES[cotangents.dtype]),
-        *(_ext.address(images), _ext.DTYPE_CODES[images.dtype], images.shape),
-        *(rows.addresses, rows.rows, *patch_hw(patch_size), n_samples),
-        *(_ext.address(raw), _ext.threads()),
-    )
+    """Run `pull_back_mean` in C++ on the host."""
+    images = images.contiguous()
+    given = cotangents_and_images(token_cotangents, images, draws)
+    raw = images.new_empty(len(draws) // n_samples, *images.shape[1:])
+    _ext.run_native("pull_back_mean", *given, draws, *patch_hw(patch_size), n_samples, raw)
     return raw
 
 
 def pull_back_mean_cuda(
     token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: int | tuple[int, int], n_samples: int
 ) -> Tensor:
-    """`pull_back_mean` in CUDA C++, on images' device."""
-    cuda, images, device = _ext.cuda_module(), images.contiguous(), images.device
-    rows, cotangents = _ext.DeviceDraws(draws, device), token_cotangents.contiguous()
-    if cotangents.numel() != len(draws) * images[0].numel():
-        raise InputError(f"token_cotangents of shape {tuple(cotangents.shape)} do not belong to {len(draws)} rows")
+    """Run `pull_back_mean` in CUDA C++ on images' device."""
+    images = images.contiguous()
+    given = cotangents_and_images(token_cotangents, images, draws)
     channels, height, width = images.shape[1:]
     fitting = SCRATCH_BYTES // (n_samples * channels * images.element_size())
     tile = min(max(SMALLEST_TILE, fitting // SMALLEST_TILE * SMALLEST_TILE), height * width)
     scratch = images.new_empty(n_samples * channels * tile)
     raw = images.new_empty(len(draws) // n_samples, channels, height, width)
-    cuda.pull_back_mean(
-        *_ext.queue(device),
-        *(_ext.device_address(cotangents, device), _ext.DTYPE_CODES[cotangents.dtype]),
-        *(_ext.device_address(images, device), _ext.DTYPE_CODES[images.dtype], images.shape),
-        *(rows.addresses, rows.rows, *patch_hw(patch_size), n_samples, tile),
-        *(_ext.device_address(scratch, device), _ext.device_address(raw, device)),
-    )
+    _ext.run_cuda("pull_back_mean", *given, draws, *patch_hw(patch_size), n_samples, tile, scratch, raw)
     return raw

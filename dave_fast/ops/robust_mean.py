@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dave_fast.errors import InputError
 from dave_fast.ops import _ext, _library, _registry
+from dave_fast.ops.precision import statistics_dtype
 
 READ = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # MAD of a normal distribution to its standard deviation; how many deviations are kept; what keeps a MAD of 0 apart
@@ -37,8 +38,8 @@ def robust_mean(contributions: Tensor, *, backend: str = "auto") -> Tensor:
 
 def robust_mean_ref(contributions: Tensor) -> Tensor:
     """`robust_mean` in PyTorch, on any device."""
-    statistics = torch.float64 if contributions.dtype == torch.float64 else torch.float32
-    raw = torch.empty(contributions.shape[:1] + contributions.shape[2:], dtype=statistics, device=contributions.device)
+    statistics = statistics_dtype(contributions.dtype)
+    raw = contributions.new_empty(contributions.shape[:1] + contributions.shape[2:], dtype=statistics)
     for mean, one_image in zip(raw, contributions, strict=True):
         values = one_image.to(statistics)
         median = values.median(dim=0).values
@@ -50,29 +51,20 @@ def robust_mean_ref(contributions: Tensor) -> Tensor:
 
 
 def robust_mean_native(contributions: Tensor) -> Tensor:
-    """`robust_mean` in C++ on the host."""
-    native, contributions = _ext.module(), contributions.contiguous()
-    images, samples, *rest = contributions.shape
-    statistics = torch.float64 if contributions.dtype == torch.float64 else torch.float32
-    raw = torch.empty(images, *rest, dtype=statistics)
-    native.robust_mean(
-        *(_ext.address(contributions), _ext.DTYPE_CODES[contributions.dtype]),
-        *(images, samples, math.prod(rest), _ext.address(raw), _ext.threads()),
-    )
-    return raw
+    """Run `robust_mean` in C++ on the host."""
+    return _compiled(_ext.run_native, contributions)
 
 
 def robust_mean_cuda(contributions: Tensor) -> Tensor:
-    """`robust_mean` in CUDA C++, on the contributions' device."""
-    cuda, contributions, device = _ext.cuda_module(), contributions.contiguous(), contributions.device
+    """Run `robust_mean` in CUDA C++ on the contributions' device."""
+    return _compiled(_ext.run_cuda, contributions)
+
+
+def _compiled(run: _ext.Run, contributions: Tensor) -> Tensor:
+    contributions = contributions.contiguous()
     images, samples, *rest = contributions.shape
-    statistics = torch.float64 if contributions.dtype == torch.float64 else torch.float32
-    raw = contributions.new_empty(images, *rest, dtype=statistics)
-    cuda.robust_mean(
-        *_ext.queue(device),
-        *(_ext.device_address(contributions, device), _ext.DTYPE_CODES[contributions.dtype]),
-        *(images, samples, math.prod(rest), _ext.device_address(raw, device)),
-    )
+    raw = contributions.new_empty(images, *rest, dtype=statistics_dtype(contributions.dtype))
+    run("robust_mean", *_ext.coded(contributions), images, samples, math.prod(rest), raw)
     return raw
 
 

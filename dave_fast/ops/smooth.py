@@ -49,25 +49,21 @@ def smooth_ref(raw: Tensor) -> Tensor:
 
 
 def smooth_native(raw: Tensor) -> Tensor:
-    """`smooth` in C++ on the host."""
-    native, raw = _ext.module(), raw.contiguous()
-    maps = torch.empty(len(raw), *raw.shape[2:], dtype=raw.dtype)
-    native.smooth(_ext.address(raw), _ext.DTYPE_CODES[raw.dtype], raw.shape, _ext.address(maps), _ext.threads())
+    """Run `smooth` in C++ on the host."""
+    raw = raw.contiguous()
+    maps = raw.new_empty(len(raw), *raw.shape[2:])
+    _ext.run_native("smooth", *_ext.coded(raw), raw.shape, maps)
     return maps
 
 
 def smooth_cuda(raw: Tensor) -> Tensor:
-    """`smooth` in CUDA C++, on raw's device."""
-    cuda, raw, device = _ext.cuda_module(), raw.contiguous(), raw.device
+    """Run `smooth` in CUDA C++ on raw's device."""
+    raw = raw.contiguous()
     images, _, height, width = raw.shape
     maps = raw.new_empty(images, height, width)
-    # the blended maps, and a maximum an image
+    # the blended maps, and the maximum of each image
     scratch = raw.new_empty(images * (height * width + 1))
-    cuda.smooth(
-        *_ext.queue(device),
-        *(_ext.device_address(raw, device), _ext.DTYPE_CODES[raw.dtype], raw.shape),
-        *(_ext.device_address(scratch, device), _ext.device_address(maps, device)),
-    )
+    _ext.run_cuda("smooth", *_ext.coded(raw), raw.shape, scratch, maps)
     return maps
 
 
