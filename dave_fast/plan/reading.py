@@ -1,14 +1,15 @@
 """The neutral form in which a family's reader hands a model over: embedding, steps of the residual stream, tail.
 
-`plan` makes the same plan of it whatever the family. A block is one or more *steps*, a step the sum of *branches* that
-read the same stream:
+The same plan is made of it whatever the family. A block is one or more *steps*, a step the sum of *branches* that read
+the same stream:
 
     x ← x + Σ branch(x)          branch(x) = post(γ ⊙ W₂ inner(core(W₁ norm(x))))
 
 with attention or an activation, gated or not, as the core; γ and each norm may be missing. A pre-norm block is two
-steps of one branch, a parallel block one step of two, a post-norm block has `post` instead of `norm`. Readings hold
-the model's own tensors, not copies of them, so that reading is quick: whatever a reader does not know it refuses
-(`NoPlanError`), and that is how the engine knows why it has no plan.
+steps of one branch, a parallel block one step of two, a post-norm block has `post` instead of `norm`.
+
+Readings hold the model's own tensors, not copies of them, so that reading is quick. A reader raises `NoPlanError` for
+anything that it does not know.
 """
 
 from __future__ import annotations
@@ -22,24 +23,36 @@ from torch import Tensor, nn
 
 
 class NoPlanError(Exception):
-    """The model has something that a plan does not cover; the message says what. Never leaves `plan`."""
+    """A model that the engine has no plan for; the message is the reason, as the end of a sentence."""
 
 
 @dataclass(frozen=True)
 class Linear:
-    """weight (O, I), bias (O,)."""
+    """A linear layer.
+
+    Attributes:
+        weight: (O, I).
+        bias: (O,).
+    """
 
     weight: Tensor
     bias: Tensor
 
     def rows(self, first: int, last: int) -> Linear:
-        """Outputs first to last - 1."""
+        """Return the layer of the outputs first to last - 1."""
         return Linear(self.weight[first:last], self.bias[first:last])
 
 
 @dataclass(frozen=True)
 class Norm:
-    """A LayerNorm (`centres`) or RMSNorm; weight, bias (C,)."""
+    """A LayerNorm or an RMSNorm.
+
+    Attributes:
+        centres: whether it subtracts the mean, as LayerNorm does.
+        weight: (D,).
+        bias: (D,).
+        eps: added to the variance or the mean square.
+    """
 
     centres: bool
     weight: Tensor
@@ -49,9 +62,14 @@ class Norm:
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotary embedding of queries and keys: sin, cos (n, D) or (heads, n, D), for all but the first `skip` tokens.
+    """A rotary embedding of queries and keys.
 
-    half: component i turns with i + D/2; else neighbours turn with each other.
+    Attributes:
+        sin: (n, head_dim) or (heads, n, head_dim).
+        cos: as `sin`.
+        half: whether component i turns with i + head_dim/2; otherwise components are interleaved, neighbours turning
+            with each other.
+        skip: leading tokens that do not turn.
     """
 
     sin: Tensor
@@ -64,12 +82,24 @@ class Rotary:
 class Attention:
     """An attention branch.
 
-    qkv: query (heads·D, C), key and value (heads/groups·D, C) · groups: query heads that share a head of keys and
-    values · q_norm, k_norm: of each head, ahead of the rotation; any module will do where there is none, as nothing
-    flows back through it · bias: makes what is added to the scores, (heads, N, N).
+    Attributes:
+        qkv: query (heads·head_dim, D), key and value (heads/groups·head_dim, D).
+        heads: of the queries.
+        head_dim: components of a head.
+        scale: multiplies the scores.
+        proj: (D, heads·head_dim).
+        groups: query heads that share a head of keys and values.
+        q_norm: of each head's queries, ahead of the rotation. Any module will do where the norm is not known, since
+            no cotangent flows back through it.
+        k_norm: of each head's keys, likewise.
+        rotary: turns queries and keys.
+        bias: makes what is added to the scores, (heads, N, N).
+        norm: ahead of `qkv`.
+        inner: ahead of `proj`.
+        gamma: (D,), LayerScale's γ.
+        post: behind the branch.
     """
 
-    norm: Norm | None
     qkv: tuple[Linear, Linear, Linear]
     heads: int
     head_dim: int
@@ -80,6 +110,7 @@ class Attention:
     k_norm: Norm | nn.Module | None = None
     rotary: Rotary | None = None
     bias: Callable[[], Tensor] | None = None
+    norm: Norm | None = None
     inner: Norm | None = None
     gamma: Tensor | None = None
     post: Norm | None = None
@@ -89,14 +120,20 @@ class Attention:
 class Mlp:
     """An MLP branch.
 
-    fc1: layers whose outputs follow each other, two for a gated MLP that is not packed · activation: a name of
-    `ops.activation`, which says whether there is a gate and where.
+    Attributes:
+        fc1: layers whose outputs are concatenated; two for a gated MLP that is not packed.
+        activation: a name of `ops.activation`, which says whether there is a gate and where.
+        fc2: (D, M).
+        norm: ahead of `fc1`.
+        inner: ahead of `fc2`.
+        gamma: (D,), LayerScale's γ.
+        post: behind the branch.
     """
 
-    norm: Norm | None
     fc1: tuple[Linear, ...]
     activation: str
     fc2: Linear
+    norm: Norm | None = None
     inner: Norm | None = None
     gamma: Tensor | None = None
     post: Norm | None = None
@@ -110,11 +147,19 @@ Step = tuple[Branch, ...]
 class Reading:
     """A model for images of one size.
 
-    projection: of patches (C, c·p_h·p_w), its bias only where `patch_norm` follows it · position: (n, C) is added to
-    the patches, the projection's bias included where it is not there ·
-    prefix: (k, C) class, distillation and register tokens · read: leading tokens that the tail reads, None for all ·
-    tail: makes what follows the last block, (R, tokens, C) -> output, in a dtype · blind: whether the tail is blind to
-    a token's mean.
+    Attributes:
+        image_size: (H, W) in pixels.
+        patch_size: (p_h, p_w) in pixels.
+        channels: C.
+        projection: of patches, (D, C·p_h·p_w). Its bias is zero unless `patch_norm` follows.
+        patch_norm: of the patches alone.
+        position: (n, D) float64, added to the patches; includes the projection's bias unless `patch_norm` follows.
+        prefix: (N − n, D) float64, class, distillation and register tokens.
+        norm_pre: of all tokens, ahead of the blocks.
+        blocks: the steps of each block.
+        read: leading tokens that the tail reads; None for all.
+        tail: dtype -> module of what follows the last block, tokens (R, read, D) -> output (R, ...).
+        blind: whether the tail ignores each token's mean.
     """
 
     image_size: tuple[int, int]
@@ -138,9 +183,12 @@ class Reading:
 
 @dataclass(frozen=True)
 class Family:
-    """Model classes, exactly these, and their reader.
+    """Model classes and their reader.
 
-    read: (model, (H, W) of the images, or None for those the model was built for) -> Reading; raises NoPlanError.
+    Attributes:
+        classes: exact types; subclasses are not read.
+        read: (model, (H, W) of the images or None for those that the model was built for) -> Reading; raises
+            NoPlanError.
     """
 
     classes: tuple[type[nn.Module], ...]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,18 +9,9 @@ from timm.models.beit import Attention as BeitAttention
 from timm.models.beit import Beit, Block, RelativePositionBias
 from torch import Tensor
 
-from dave_fast.plan.reading import Attention, NoPlanError, Step
-from dave_fast.plan.timm_parts import (
-    BlockReader,
-    read_gamma,
-    read_linear,
-    read_mlp,
-    read_norm,
-    read_packed,
-    read_scale,
-    split,
-    timm_family,
-)
+from dave_fast.plan.reading import NoPlanError, Step
+from dave_fast.plan.timm_model import BlockReader, timm_family
+from dave_fast.plan.timm_parts import Bias, check_block, read_attention, residual_steps
 
 
 def _block_reader(model: Any, grid: tuple[int, int]) -> BlockReader:
@@ -35,30 +25,15 @@ def _block_reader(model: Any, grid: tuple[int, int]) -> BlockReader:
 FAMILY = timm_family(Beit, block_reader=_block_reader)
 
 
-def _read_block(block: Any, shared: Callable[[], Tensor] | None) -> tuple[Step, ...]:
-    if type(block) is not Block:
-        raise NoPlanError(f"a {type(block).__name__}, not BEiT's Block")
-    attn = block.attn
-    if type(attn) is not BeitAttention:
-        raise NoPlanError(f"its attention is a {type(attn).__name__}")
-    qkv = split(read_packed(attn))
-    head_dim = len(qkv[0].bias) // attn.num_heads
-    attention = Attention(
-        norm=read_norm(block.norm1),
-        qkv=qkv,
-        heads=attn.num_heads,
-        head_dim=head_dim,
-        scale=read_scale(attn, head_dim),
-        proj=read_linear(attn.proj),
-        bias=_read_bias(attn, shared),
-        gamma=read_gamma(block.gamma_1),
-    )
-    return (attention,), (read_mlp(block.mlp, read_norm(block.norm2), read_gamma(block.gamma_2)),)
+def _read_block(block: Any, shared: Bias | None) -> tuple[Step, ...]:
+    check_block(block, Block)
+    attention = read_attention(block.attn, BeitAttention, bias=_read_bias(block.attn, shared))
+    return residual_steps(block, attention)
 
 
-def _read_bias(attn: Any, shared: Callable[[], Tensor] | None) -> Callable[[], Tensor] | None:
-    """(heads, N, N)."""
-    if attn.relative_position_bias_table is None:
+def _read_bias(attn: Any, shared: Bias | None) -> Bias | None:
+    """Return a function that makes the bias (heads, N, N) of one block."""
+    if getattr(attn, "relative_position_bias_table", None) is None:
         return shared
 
     def own() -> Tensor:

@@ -21,25 +21,15 @@ from timm.layers.pos_embed_sincos import (
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import Tensor
 
-from dave_fast.plan.reading import Attention, Linear, NoPlanError, Norm, Rotary, Step
-from dave_fast.plan.timm_parts import (
-    BlockReader,
-    read_gamma,
-    read_head_norm,
-    read_linear,
-    read_mlp,
-    read_norm,
-    read_packed,
-    read_scale,
-    split,
-    timm_family,
-)
+from dave_fast.plan.reading import NoPlanError, Rotary, Step
+from dave_fast.plan.timm_model import BlockReader, timm_family
+from dave_fast.plan.timm_parts import check_block, read_attention, residual_steps
 
 ROTARIES = (RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed, RotaryEmbeddingMRope)
 
 
 def _block_reader(model: Any, grid: tuple[int, int]) -> BlockReader:
-    """The rotations of this grid, shared by all blocks but for those of learnt frequencies."""
+    """Return a reader with the rotations of this grid; all blocks share them unless frequencies are learnt."""
     if model.rope is None:
         return lambda block, index: _read_block(block, None)
     if type(model.rope) not in ROTARIES:
@@ -47,7 +37,7 @@ def _block_reader(model: Any, grid: tuple[int, int]) -> BlockReader:
     tables = _rotary_tables(model, grid)
     if model.rope_mixed:
         return lambda block, index: _read_block(block, _rotary(block.attn, tables[index]))
-    # one reading for all blocks: they are alike
+    # one object for all blocks, so that the plan makes one table of it
     shared = _rotary(model.blocks[0].attn, tables) if len(model.blocks) else None
     return lambda block, index: _read_block(block, shared)
 
@@ -56,7 +46,7 @@ FAMILY = timm_family(Eva, block_reader=_block_reader)
 
 
 def _rotary_tables(model: Any, grid: tuple[int, int]) -> Tensor:
-    """sin and cos (…, n, 2·D) as the model's forward takes them; training would draw other coordinates."""
+    """Return sin and cos (…, n, 2·head_dim) as in evaluation mode; in training other coordinates are drawn."""
     rope = copy.copy(model.rope)
     rope.training = False
     with torch.no_grad():
@@ -73,45 +63,9 @@ def _rotary(attn: Any, tables: Tensor) -> Rotary:
 
 
 def _read_block(block: Any, rotary: Rotary | None) -> tuple[Step, ...]:
-    norms = read_norm(block.norm1), read_norm(block.norm2)
-    if type(block) is EvaBlockPostNorm:
-        first = _read_attention(block.attn, rotary, post=norms[0])
-        return (first,), (read_mlp(block.mlp, None, post=norms[1]),)
-    if type(block) is not EvaBlock:
-        raise NoPlanError(f"a {type(block).__name__}, not an EvaBlock")
-    first = _read_attention(block.attn, rotary, norms[0], read_gamma(block.gamma_1))
-    return (first,), (read_mlp(block.mlp, norms[1], read_gamma(block.gamma_2)),)
-
-
-def _read_attention(
-    attn: Any, rotary: Rotary | None, norm: Norm | None = None, gamma: Tensor | None = None, post: Norm | None = None
-) -> Attention:
-    if type(attn) not in (EvaAttention, AttentionRope):
-        raise NoPlanError(f"its attention is a {type(attn).__name__}")
-    if attn.gate is not None:
-        raise NoPlanError("its attention gates its output")
+    check_block(block, EvaBlock, EvaBlockPostNorm)
+    attn = block.attn
+    attention = read_attention(attn, EvaAttention, AttentionRope, rotary=rotary)
     if rotary is not None and (attn.rotate_half, attn.num_prefix_tokens) != (rotary.half, rotary.skip):
         raise NoPlanError("its blocks turn queries and keys in different ways")
-    # components of a head are put in another order where neighbours turn: an unknown norm could not follow
-    head_norm = read_head_norm if rotary is None or rotary.half else read_norm
-    return Attention(
-        norm=norm,
-        qkv=_read_projections(attn),
-        heads=attn.num_heads,
-        head_dim=attn.head_dim,
-        scale=read_scale(attn, attn.head_dim),
-        proj=read_linear(attn.proj),
-        groups=getattr(attn, "num_kv_groups", 1),
-        q_norm=head_norm(attn.q_norm),
-        k_norm=head_norm(attn.k_norm),
-        rotary=rotary,
-        inner=read_norm(attn.norm),
-        gamma=gamma,
-        post=post,
-    )
-
-
-def _read_projections(attn: Any) -> tuple[Linear, Linear, Linear]:
-    if attn.qkv is None:
-        return read_linear(attn.q_proj), read_linear(attn.k_proj), read_linear(attn.v_proj)
-    return split(read_packed(attn))
+    return residual_steps(block, attention, post_norm=type(block) is EvaBlockPostNorm)

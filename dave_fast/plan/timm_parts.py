@@ -1,34 +1,21 @@
-"""What timm's transformers share: patch embedding, positions, norms, MLPs, tail. Each family adds its blocks.
+"""Readers of the parts that timm's transformers share: norms, projections, attention, MLPs, residual steps.
 
-Readers take exact types and known attributes; anything else raises `NoPlanError` with its name. Models are read as
-they are in evaluation mode: dropout and stochastic depth are then the identity.
+Readers take exact types and known attributes; anything else raises `NoPlanError` with its name.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import (
-    DropPath,
-    GluMlp,
-    LayerScale,
-    PatchDropout,
-    PatchDropoutWithIndices,
-    PatchEmbed,
-    RmsNorm,
-    SwiGLU,
-    resample_abs_pos_embed,
-)
+from timm.layers import GluMlp, LayerScale, RmsNorm, SwiGLU
 from timm.layers import LayerNorm as TimmLayerNorm
 from timm.layers import Mlp as TimmMlp
 from torch import Tensor, nn
 
-from dave_fast.plan.reading import Family, Linear, Mlp, NoPlanError, Norm, Reading, Step
+from dave_fast.plan.reading import Attention, Linear, Mlp, NoPlanError, Norm, Rotary, Step
 
 LAYER_NORMS = (nn.LayerNorm, TimmLayerNorm)
 RMS_NORMS = (nn.RMSNorm, RmsNorm)
@@ -41,130 +28,35 @@ ACTIVATIONS = {
     "QuickGELU": "quick_gelu",
     "QuickGELUActivation": "quick_gelu",
 }
-# what does nothing in evaluation mode
-INERT = (nn.Identity, nn.Dropout, DropPath, PatchDropout, PatchDropoutWithIndices)
-# what comes ahead of the tail
-BODY = ("blocks", "patch_embed", "norm_pre", "rope", "rel_pos_bias", "shared_rel_pos")
 
-# a block, its index, the patch grid -> its steps
-BlockReader = Callable[[Any, int], tuple[Step, ...]]
+Bias = Callable[[], Tensor]
 
 
-def timm_family(*classes: type[nn.Module], block_reader: Callable[[Any, tuple[int, int]], BlockReader]) -> Family:
-    """A family of timm's. block_reader: (model, patch grid) -> reader of a block and its index."""
-    return Family(classes, partial(_read, block_reader))
+def check_block(block: nn.Module, *classes: type[nn.Module]) -> None:
+    """Raise NoPlanError for a block that is of none of these classes exactly."""
+    if type(block) not in classes:
+        raise NoPlanError(f"a {type(block).__name__} is no block that a plan covers")
 
 
-def _read(
-    block_reader: Callable[[Any, tuple[int, int]], BlockReader], model: Any, size: tuple[int, int] | None
-) -> Reading:
-    check_whole(model)
-    shape = grid(model, size or _image_size(model))
-    projection, position, prefix = _read_embedding(model, shape)
-    norm_pre = getattr(model, "norm_pre", nn.Identity())
-    try:
-        patch_norm, normed = read_norm(model.patch_embed.norm), read_norm(norm_pre)
-    except NoPlanError as reason:
-        raise NoPlanError(f"ahead of the blocks: {reason}") from None
-    if patch_norm is None:
-        projection, position = replace(projection, bias=0 * projection.bias), position + projection.bias.double()
-    read_block = block_reader(model, shape)
-    blocks = []
-    for i, block in enumerate(model.blocks):
-        try:
-            blocks.append(read_block(block, i))
-        except NoPlanError as reason:
-            raise NoPlanError(f"blocks.{i}: {reason}") from None
-    if not blocks:
-        raise NoPlanError("it has no blocks")
-    return Reading(
-        image_size=size or _image_size(model),
-        patch_size=tuple(model.patch_embed.patch_size),
-        channels=model.patch_embed.proj.in_channels,
-        projection=projection,
-        patch_norm=patch_norm,
-        position=position,
-        prefix=prefix,
-        norm_pre=normed,
-        blocks=tuple(blocks),
-        read=_read_tokens(model),
-        tail=partial(Tail, model),
-        blind=_is_blind(model),
-    )
+def residual_steps(block: Any, attention: Attention, *, post_norm: bool = False) -> tuple[Step, Step]:
+    """Return the two steps of a block: its attention, then its MLP, each with its norm and its LayerScale.
 
-
-def check_whole(model: nn.Module) -> None:
-    """NoPlanError where a module of the model was patched, or an inert one replaced."""
-    for name, module in model.named_modules():
-        if _is_patched(module):
-            raise NoPlanError(f"module '{name or type(model).__name__}' carries hooks or a replaced forward")
-        if "drop" in name.rpartition(".")[2] and type(module) not in INERT:
-            raise NoPlanError(f"a {type(module).__name__} stands at '{name}'")
-
-
-def _is_patched(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or "forward" in module.__dict__
-        or hasattr(module, "parametrizations")
-    )
-
-
-# ---- embedding ----
-
-
-def _image_size(model: Any) -> tuple[int, int]:
-    height, width = model.patch_embed.img_size
-    return int(height), int(width)
-
-
-def grid(model: Any, size: tuple[int, int]) -> tuple[int, int]:
-    """The patch grid for images of `size`; NoPlanError where the model would refuse them."""
-    embed = model.patch_embed
-    if type(embed) is not PatchEmbed:
-        raise NoPlanError(f"its patch embedding is a {type(embed).__name__}")
-    if embed.dynamic_img_pad:
-        raise NoPlanError("its patch embedding pads images")
-    conv, patch = embed.proj, tuple(embed.patch_size)
-    if type(conv) is not nn.Conv2d or (conv.kernel_size, conv.stride) != (patch, patch):
-        raise NoPlanError(f"its patch embedding has a {type(conv).__name__} of another form")
-    if (conv.padding, conv.dilation, conv.groups) != ((0, 0), (1, 1), 1):
-        raise NoPlanError("its patch embedding pads, dilates or groups")
-    dynamic = getattr(model, "dynamic_img_size", False)
-    if (size != _image_size(model) and not dynamic) or size[0] % patch[0] or size[1] % patch[1]:
-        raise NoPlanError(f"images of {size[0]}×{size[1]} do not fit its patches or its position embedding")
-    return size[0] // patch[0], size[1] // patch[1]
-
-
-def _read_embedding(model: Any, shape: tuple[int, int]) -> tuple[Linear, Tensor, Tensor]:
-    """(patch projection, positions (n, C), prefix tokens (k, C)), the latter two in float64."""
-    conv = model.patch_embed.proj
-    weight = conv.weight.detach().flatten(1)
-    bias = torch.zeros_like(weight[:, 0]) if conv.bias is None else conv.bias.detach()
-    tokens = [getattr(model, name, None) for name in ("cls_token", "dist_token", "reg_token")]
-    found = [t.detach()[0].double() for t in tokens if t is not None]
-    prefix = torch.cat(found) if found else weight.new_zeros(0, len(weight)).double()
-    position = weight.new_zeros(torch.Size(shape).numel(), len(weight)).double()
-    table = getattr(model, "pos_embed", None)
-    if table is not None:
-        skipped = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
-        table = table.detach()
-        if getattr(model, "dynamic_img_size", False):
-            table = resample_abs_pos_embed(
-                table, new_size=list(shape), old_size=list(model.patch_embed.grid_size), num_prefix_tokens=skipped
-            )
-        position = table[0, skipped:].double()
-        prefix[:skipped] += table[0, :skipped].double()
-    return Linear(weight, bias), position, prefix
-
-
-# ---- parts of blocks ----
+    Args:
+        block: has `norm1`, `norm2`, `mlp` and, unless post_norm, LayerScales `ls1`, `ls2` or `gamma_1`, `gamma_2`.
+        attention: the block's, without norm and LayerScale.
+        post_norm: whether the norms stand behind the branches; such blocks have no LayerScale.
+    """
+    mlp = read_mlp(block.mlp)
+    norms = read_norm(block.norm1), read_norm(block.norm2)
+    if post_norm:
+        return (replace(attention, post=norms[0]),), (replace(mlp, post=norms[1]),)
+    scales = (block.ls1, block.ls2) if hasattr(block, "ls1") else (block.gamma_1, block.gamma_2)
+    gammas = [read_gamma(scale) for scale in scales]
+    return (replace(attention, norm=norms[0], gamma=gammas[0]),), (replace(mlp, norm=norms[1], gamma=gammas[1]),)
 
 
 def read_norm(norm: Any) -> Norm | None:
-    """A norm's numbers, ones and zeros where it has none; None for the identity."""
+    """Read a norm, ones and zeros where it has no weight or bias; return None for the identity."""
     if type(norm) is nn.Identity:
         return None
     if type(norm) not in LAYER_NORMS + RMS_NORMS:
@@ -182,31 +74,21 @@ def read_norm(norm: Any) -> Norm | None:
 
 
 def read_linear(module: Any) -> Linear:
-    """A linear layer that is nothing more."""
+    """Read an nn.Linear, with a bias of zeros where it has none."""
     if type(module) is not nn.Linear:
         raise NoPlanError(f"a {type(module).__name__} stands where nn.Linear is expected")
     weight = module.weight.detach()
     return Linear(weight, torch.zeros_like(weight[:, 0]) if module.bias is None else module.bias.detach())
 
 
-def read_packed(attn: Any) -> Linear:
-    """A packed projection whose biases of q, k and v may stand beside it: EVA's and BEiT's."""
-    packed = read_linear(attn.qkv)
-    if getattr(attn, "q_bias", None) is None:
-        return packed
-    if attn.qkv.bias is not None:
-        raise NoPlanError("its qkv projection has two biases")
-    return Linear(packed.weight, torch.cat([b.detach() for b in (attn.q_bias, attn.k_bias, attn.v_bias)]))
-
-
 def split(packed: Linear) -> tuple[Linear, Linear, Linear]:
-    """Query, key and value of one packed projection."""
+    """Return query, key and value of one packed projection."""
     width = len(packed.bias) // 3
     return packed.rows(0, width), packed.rows(width, 2 * width), packed.rows(2 * width, 3 * width)
 
 
 def read_gamma(scale: Any) -> Tensor | None:
-    """LayerScale's γ, given as its module, its parameter or nothing."""
+    """Return LayerScale's γ (D,), given its module or its parameter; None where there is no LayerScale."""
     if scale is None or type(scale) is nn.Identity:
         return None
     if type(scale) is LayerScale:
@@ -216,22 +98,76 @@ def read_gamma(scale: Any) -> Tensor | None:
     return scale.detach()
 
 
-def read_scale(attention: Any, head_dim: int) -> float:
-    """What multiplies the scores: PyTorch's fused attention does not ask the module."""
-    scale: float = head_dim**-0.5 if attention.fused_attn else attention.scale
-    return scale
+def read_attention(
+    attn: Any, *classes: type[nn.Module], rotary: Rotary | None = None, bias: Bias | None = None
+) -> Attention:
+    """Read an attention of one of these classes, without the norm and the LayerScale of its block.
+
+    Args:
+        attn: packed or separate projections `qkv` or `q_proj`, `k_proj`, `v_proj`; `num_heads`, `proj`.
+        classes: exact types that are known to compute softmax attention of these attributes.
+        rotary: embedding that turns queries and keys.
+        bias: makes what is added to the scores, (heads, N, N).
+    """
+    if type(attn) not in classes:
+        raise NoPlanError(f"its attention is a {type(attn).__name__}")
+    if getattr(attn, "gate", None) is not None:
+        raise NoPlanError("its attention gates its output")
+    return read_heads(attn, _read_projections(attn), read_linear(attn.proj), rotary=rotary, bias=bias)
+
+
+def read_heads(
+    module: Any,
+    qkv: tuple[Linear, Linear, Linear],
+    proj: Linear,
+    *,
+    rotary: Rotary | None = None,
+    bias: Bias | None = None,
+) -> Attention:
+    """Return the attention of these projections with a module's heads, scale and inner norms."""
+    head_dim = len(qkv[0].bias) // module.num_heads
+    # folding reorders a head's components where neighbours turn with each other; only a known norm can follow
+    head_norm = read_head_norm if rotary is None or rotary.half else read_norm
+    identity = nn.Identity()
+    return Attention(
+        qkv=qkv,
+        heads=module.num_heads,
+        head_dim=head_dim,
+        # PyTorch's fused attention ignores the module's scale
+        scale=head_dim**-0.5 if module.fused_attn else module.scale,
+        proj=proj,
+        groups=getattr(module, "num_kv_groups", 1),
+        q_norm=head_norm(getattr(module, "q_norm", identity)),
+        k_norm=head_norm(getattr(module, "k_norm", identity)),
+        rotary=rotary,
+        bias=bias,
+        inner=read_norm(getattr(module, "norm", identity)),
+    )
+
+
+def _read_projections(attn: Any) -> tuple[Linear, Linear, Linear]:
+    """Return query, key and value; biases may stand beside a packed projection, as EVA's and BEiT's do."""
+    if attn.qkv is None:
+        return read_linear(attn.q_proj), read_linear(attn.k_proj), read_linear(attn.v_proj)
+    packed = read_linear(attn.qkv)
+    if getattr(attn, "q_bias", None) is None:
+        return split(packed)
+    if attn.qkv.bias is not None:
+        raise NoPlanError("its qkv projection has two biases")
+    biases = [b.detach() for b in (attn.q_bias, attn.k_bias, attn.v_bias)]
+    return split(Linear(packed.weight, torch.cat(biases)))
 
 
 def read_head_norm(norm: nn.Module) -> Norm | nn.Module | None:
-    """A norm of queries or keys: its numbers, or the module itself where it has another form."""
+    """Read a norm of queries or keys; return the module itself where it has another form."""
     try:
         return read_norm(norm)
     except NoPlanError:
         return norm
 
 
-def read_mlp(mlp: Any, norm: Norm | None, gamma: Tensor | None = None, post: Norm | None = None) -> Mlp:
-    """timm's Mlp, GluMlp or SwiGLU as a branch behind `norm`."""
+def read_mlp(mlp: Any) -> Mlp:
+    """Read timm's Mlp, GluMlp or SwiGLU, without the norm and the LayerScale of its block."""
     if type(mlp) not in (TimmMlp, GluMlp, SwiGLU):
         raise NoPlanError(f"its MLP is a {type(mlp).__name__}")
     activation = activation_name(mlp.act)
@@ -240,58 +176,19 @@ def read_mlp(mlp: Any, norm: Norm | None, gamma: Tensor | None = None, post: Nor
     elif type(mlp) is SwiGLU:
         activation += "_glu"
     first = (mlp.fc1_g, mlp.fc1_x) if type(mlp) is SwiGLU else (mlp.fc1,)
-    fc1 = tuple(read_linear(layer) for layer in first)
-    return Mlp(norm, fc1, activation, read_linear(mlp.fc2), read_norm(mlp.norm), gamma, post)
+    return Mlp(
+        fc1=tuple(read_linear(layer) for layer in first),
+        activation=activation,
+        fc2=read_linear(mlp.fc2),
+        inner=read_norm(mlp.norm),
+    )
 
 
 def activation_name(module: nn.Module) -> str:
-    """The name in `ops.activation`."""
+    """Return the name that `ops.activation` has for an activation module."""
     name = type(module).__name__
     if name == "GELU":
         return "gelu_tanh" if getattr(module, "approximate", "none") == "tanh" else "gelu"
     if name not in ACTIVATIONS:
         raise NoPlanError(f"activation {name} has no frozen gate")
     return ACTIVATIONS[name]
-
-
-# ---- tail ----
-
-
-class Tail(nn.Module):
-    """What follows the last block: final norm, pooling, head, as the model's own modules."""
-
-    def __init__(self, model: Any, dtype: torch.dtype) -> None:
-        super().__init__()
-        shell = copy.copy(model)
-        # the copy keeps its own table of modules, without the blocks and the embedding
-        kept = {k: m for k, m in model._modules.items() if k not in BODY}
-        shell.__dict__ = model.__dict__ | {
-            "_modules": {k: copy.deepcopy(m) for k, m in kept.items()},
-            "_parameters": {},
-            "_buffers": {},
-        }
-        self.model: Any = shell.to(dtype).eval().requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (R, tokens, C) after the last block -> logits (R, K)."""
-        logits: Tensor = self.model.forward_head(self.model.norm(x))
-        return logits
-
-
-def _read_tokens(model: Any) -> int | None:
-    """How many leading tokens the head reads; None for all of them."""
-    if hasattr(model, "dist_token"):
-        return 2
-    return 1 if model.global_pool == "token" else None
-
-
-def _is_blind(model: Any) -> bool:
-    """Whether what follows the last block is blind to a token's mean: it starts with a LayerNorm.
-
-    A LayerNorm after an average of tokens is blind to it too; after a maximum it is not.
-    """
-    if type(model.norm) in LAYER_NORMS:
-        return True
-    return (
-        type(model.norm) is nn.Identity and type(model.fc_norm) in LAYER_NORMS and model.global_pool in ("token", "avg")
-    )
