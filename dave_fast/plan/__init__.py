@@ -1,7 +1,9 @@
-"""What a model becomes: the neutral form that the engine walks.
+"""From an nn.Module to a ViTPlan, the neutral form that the engine walks.
 
-reading           embedding, steps of branches, tail: the form that families are read into
-families, timm_*  one reader a model family; what a reader does not know, it refuses by NoPlanError
-layers, folding   branches -> layers, with norms folded into packed weights
-vit_plan          ViTPlan and make_plan
+reading             embedding, steps of branches, tail: the form into which families are read
+families            the table of families, `read` and `why_not`
+timm_model, _parts  what the readers of timm's families share; anything unknown raises NoPlanError
+timm_<family>       the blocks of one family
+layers, folding     branches -> layers, with norms folded into packed weights
+vit_plan            ViTPlan and make_plan
 """

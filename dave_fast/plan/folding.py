@@ -1,20 +1,20 @@
-"""From a reading to layers: folding, in float64, with one cast at the end.
+"""From a reading to layers: weights are folded in float64 and cast once at the end.
 
-With P = I − 11ᵀ/C (the projection that removes a token's mean):
+With Z = I − 11ᵀ/D, the projection that removes a token's mean:
 
-- A norm's weight and bias go into the linear layer that reads it: W ← W·diag(w), b ← b + W·β. Of the norm
-  itself one scalar a row is left, its 1/σ, in the forward walk and in the VJP alike. So it is for the norm ahead of
-  a branch and for one inside it, on the attention's output or the hidden layer.
-- A LayerNorm's centring goes into the same reader: W ← W·P. So the reader may be given rows with a mean.
-- Where everything that reads the residual stream is blind to a token's mean (all norms are LayerNorms, the
-  tail's too), the writers are centred as well: W ← P·W, b ← P·b. The stream then has no mean, 1/σ is that
-  of an RMSNorm, and no low-precision digits are spent on the mean. Otherwise 1/σ is taken from the variance.
-- LayerScale goes into the writer before it is centred.
+- A norm's weight w and bias β go into the linear layer that reads it: W ← W·diag(w), b ← b + W·β. One scalar a row is
+  left of the norm, 1/σ, in the forward walk and in the VJP walk. This holds for the norm ahead of a branch and for one
+  inside it, on the attention's output or the hidden layer.
+- A LayerNorm's centring goes into the same reader: W ← W·Z. So the reader may be given rows with a mean.
+- Where everything that reads the residual stream ignores a token's mean (all norms are LayerNorms, the tail's too),
+  the writers are centred as well: W ← Z·W, b ← Z·b. The stream then has no mean, 1/σ is that of an RMSNorm, and no
+  low-precision digits are spent on the mean. Otherwise 1/σ is taken from the variance.
+- LayerScale's γ goes into the writer before it is centred.
 - Heads of keys and values that several query heads share are repeated in the weights.
-- A rotary embedding whose neighbours turn with each other becomes one whose halves do: the rows of q and k are
-  permuted within each head, which q·k does not notice.
+- An interleaved rotary embedding becomes one whose halves turn with each other: the rows of q and k are permuted within
+  each head, which leaves q·k the same.
 
-The forward half of this is known (Jiang et al., arXiv 2305.14858); the frozen VJP half holds because the
+The forward half of this is known (Jiang et al., arXiv 2305.14858). It holds for the frozen VJP too, because the
 operators that remain are the same.
 """
 
@@ -38,46 +38,64 @@ Pack = Callable[[Tensor], Any]
 
 @dataclass(frozen=True)
 class LayerBuilder:
+    """Makes the layers of a plan from the branches of a reading.
+
+    Attributes:
+        dtype: of weights and activations.
+        pack: makes the form that the engine's `linear` takes of a matrix (O, I) in `dtype`.
+        device: on which the layers' tensors are made.
+        source: the reading.
+        centred: whether the residual stream has no mean.
+        shared: rotations and biases that layers share, by the identity of their sources.
+    """
+
     dtype: torch.dtype
     pack: Pack
     device: torch.device
     source: Reading
     centred: bool
-    # tables that layers share, by the identity of what makes them
     shared: dict[int, Any] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
+        """N, prefix tokens included."""
         return len(self.source.position) + len(self.source.prefix)
 
     @property
     def read(self) -> int:
+        """Leading tokens that the tail reads."""
         return self.source.read or self.tokens
 
     def cast(self, t: Tensor) -> Tensor:
+        """Return a tensor in the plan's dtype, contiguous on its device."""
         return t.to(device=self.device, dtype=self.dtype).contiguous()
 
     def projection(self, linear: Linear, transposed: Tensor | None = None) -> Projection:
-        """transposed: what the VJP multiplies with, where it is not the whole weight."""
+        """Pack a linear layer for both walks.
+
+        Args:
+            linear: float64 weight (O, I) and bias (O,).
+            transposed: the matrix that the VJP walk multiplies with, where that is only a part of the weight.
+        """
         back = linear.weight if transposed is None else transposed
         return Projection(self.pack(self.cast(linear.weight)), self.cast(linear.bias), self.pack(self.cast(back.T)))
 
     def norm(self, norm: Norm | None) -> Norm | None:
-        """A norm that is not folded: its numbers on the device, in the dtype of statistics."""
+        """Return a norm that is not folded with its tensors on the device, in the dtype of statistics."""
         if norm is None:
             return None
         weight, bias = (t.to(self.device, statistics_dtype(self.dtype)) for t in (norm.weight, norm.bias))
         return replace(norm, weight=weight, bias=bias)
 
-    # ---- layers ----
-
     def step(self, branches: reading.Step, index: int) -> Step:
+        """Return the step of this index; the last one with attention is trimmed where the tail reads few tokens."""
         last = max(i for i, step in enumerate(self.source.steps) if any(map(_attends, step)))
         trimmed = index == last and self.read < self.tokens
         layers = (self.attention(b, trimmed) if isinstance(b, reading.Attention) else self.mlp(b) for b in branches)
         return Step(tuple(layers), trimmed)
 
     def attention(self, branch: reading.Attention, trimmed: bool) -> AttentionLayer:
+        """Return the layer of an attention branch, with queries apart from keys and values where it is trimmed."""
         width = branch.heads * branch.head_dim
         order = None if branch.rotary is None or branch.rotary.half else _halves(branch.head_dim)
         parts = [double(part) for part in branch.qkv]
@@ -109,6 +127,7 @@ class LayerBuilder:
         )
 
     def mlp(self, branch: reading.Mlp) -> MlpLayer:
+        """Return the layer of an MLP branch."""
         fc1 = _fold_reader(_stack([double(part) for part in branch.fc1]), branch.norm)
         return MlpLayer(
             norm=self._folded_norm(branch.norm),
@@ -120,7 +139,12 @@ class LayerBuilder:
         )
 
     def resized(self, steps: tuple[Step, ...], branches: list[reading.Step]) -> tuple[Step, ...]:
-        """The same layers with this size's rotations and biases; the very same where there are none."""
+        """Return another size's steps with this size's rotations and biases; the same objects where there are none.
+
+        Args:
+            steps: of the plan for another image size, whose weights are shared.
+            branches: of the reading for this size.
+        """
 
         def resize(layer: Layer, branch: reading.Branch, trimmed: bool) -> Layer:
             if not isinstance(layer, AttentionLayer) or not isinstance(branch, reading.Attention):
@@ -143,13 +167,13 @@ class LayerBuilder:
         return None if norm is None else FoldedNorm(norm.eps, self.centred or not norm.centres)
 
     def _writer(self, linear: Linear, branch: reading.Branch) -> Projection:
-        """γ W₂ with the inner norm folded in; centred where the stream is and no norm follows."""
+        """Return γ·W₂ with the inner norm folded in, centred where the stream is and no norm follows."""
         linear = _fold_reader(double(linear), branch.inner)
         linear = fold_gamma(linear, branch.gamma)
         return self.projection(centre_writer(linear) if self.centred and branch.post is None else linear)
 
     def _head_norm(self, norm: Norm | nn.Module | None, order: Tensor | None) -> Norm | nn.Module | None:
-        """A norm of queries or keys whose components are permuted; a module as it is."""
+        """Return a norm of queries or keys with its components permuted, or a copy of a module."""
         if isinstance(norm, nn.Module):
             assert order is None, "a module cannot follow permuted components"
             return copy.deepcopy(norm).to(device=self.device, dtype=self.dtype).requires_grad_(False)
@@ -171,7 +195,7 @@ class LayerBuilder:
         once = slice(0, half) if rotary.half else slice(0, None, 2)
         tables = []
         for table, still in ((rotary.cos, 1.0), (rotary.sin, 0.0)):
-            # (heads or 1, n, D/2) behind the tokens that stay
+            # (heads or 1, n, head_dim/2), behind rows for the tokens that do not turn
             turning = (table if table.ndim == 3 else table[None])[..., once].double()
             staying = turning.new_full((len(turning), rotary.skip, half), still)
             rows = torch.cat([staying, turning], dim=1).transpose(0, 1)
@@ -192,7 +216,7 @@ def _attends(branch: reading.Branch) -> bool:
 
 
 def double(linear: Linear) -> Linear:
-    """In float64."""
+    """Return a linear layer in float64."""
     return Linear(linear.weight.double(), linear.bias.double())
 
 
@@ -201,7 +225,7 @@ def _stack(parts: list[Linear]) -> Linear:
 
 
 def _repeat_heads(linear: Linear, groups: int, head_dim: int) -> Linear:
-    """Every head `groups` times in a row."""
+    """Repeat every head `groups` times in a row."""
     if groups == 1:
         return linear
     weight = linear.weight.unflatten(0, (-1, head_dim)).repeat_interleave(groups, 0).flatten(0, 1)
@@ -209,7 +233,7 @@ def _repeat_heads(linear: Linear, groups: int, head_dim: int) -> Linear:
 
 
 def _halves(head_dim: int) -> Tensor:
-    """Order of the components of a head that puts the first of each pair ahead of all the second ones."""
+    """Return the order of a head's components that puts the first of each pair ahead of all the second ones."""
     return torch.cat([torch.arange(0, head_dim, 2), torch.arange(1, head_dim, 2)])
 
 
@@ -222,7 +246,7 @@ def _permute_heads(linear: Linear, order: Tensor | None) -> Linear:
 
 
 def _value_half(weight: Tensor, activation: str) -> Tensor:
-    """The rows of a gated MLP's first weight that make the value; all rows where there is no gate."""
+    """Return the rows of a gated MLP's first weight that make the value; all rows where there is no gate."""
     if "_glu" not in activation:
         return weight
     first, last = weight.chunk(2)
@@ -230,7 +254,7 @@ def _value_half(weight: Tensor, activation: str) -> Tensor:
 
 
 def fold_gamma(linear: Linear, gamma: Tensor | None) -> Linear:
-    """γ W and γ b, float64."""
+    """Return γ·W and γ·b in float64."""
     linear = double(linear)
     if gamma is None:
         return linear
@@ -238,12 +262,12 @@ def fold_gamma(linear: Linear, gamma: Tensor | None) -> Linear:
 
 
 def remove_mean(rows: Tensor) -> Tensor:
-    """Rows without their means."""
+    """Subtract each row's mean."""
     return rows - rows.mean(-1, keepdim=True)
 
 
 def _fold_reader(linear: Linear, norm: Norm | None) -> Linear:
-    """W·diag(w)[·P] and b + W·β."""
+    """Return W·diag(w), times Z where the norm centres, and b + W·β."""
     if norm is None:
         return linear
     scale, shift = norm.weight.to(linear.weight), norm.bias.to(linear.weight)
@@ -252,10 +276,10 @@ def _fold_reader(linear: Linear, norm: Norm | None) -> Linear:
 
 
 def _inner(norm: Norm | None) -> FoldedNorm | None:
-    """Of a norm inside a branch: nothing centres its rows."""
+    """Return what is left of a norm inside a branch, whose rows nothing has centred."""
     return None if norm is None else FoldedNorm(norm.eps, not norm.centres)
 
 
 def centre_writer(linear: Linear) -> Linear:
-    """P·W and P·b."""
+    """Return Z·W and Z·b."""
     return Linear(linear.weight - linear.weight.mean(0), linear.bias - linear.bias.mean())

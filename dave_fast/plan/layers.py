@@ -1,4 +1,4 @@
-"""The layers of a plan: what the two walks read.
+"""The layers of a plan, as the two walks read them.
 
 A step is x ← x + Σ layer(x), a layer an attention or MLP branch whose weights are laid out for both walks.
 """
@@ -15,7 +15,13 @@ from dave_fast.plan.reading import Norm
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear layer for both walks: `weight` as packed for x Wᵀ, `transposed` for the VJP's g W."""
+    """A linear layer for both walks.
+
+    Attributes:
+        weight: packed for x Wᵀ of the forward walk.
+        bias: (O,).
+        transposed: packed for g W of the VJP walk.
+    """
 
     weight: Any
     bias: Tensor
@@ -24,7 +30,12 @@ class Projection:
 
 @dataclass(frozen=True)
 class FoldedNorm:
-    """What is left of a folded norm: 1/σ of each row; centred: rows have no mean to remove."""
+    """A norm whose weight and bias were folded into the next linear layer: 1/σ of each row is left to compute.
+
+    Attributes:
+        eps: added to the variance.
+        centred: whether the rows have no mean to remove.
+    """
 
     eps: float
     centred: bool
@@ -32,7 +43,12 @@ class FoldedNorm:
 
 @dataclass(frozen=True)
 class Rotation:
-    """Rotary embedding whose halves turn: cos, sin (N, heads or 1, D/2); 1 and 0 for tokens that stay."""
+    """A rotary embedding in which component i of a head turns with i + head_dim/2.
+
+    Attributes:
+        cos: (N, heads or 1, head_dim/2); 1 for tokens that do not turn.
+        sin: likewise; 0 for tokens that do not turn.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -40,10 +56,23 @@ class Rotation:
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """An attention branch. `qkv` is split where the step is trimmed: `query` for the read tokens, `key_value` for all.
+    """An attention branch.
 
-    norm: ahead of the branch, None where it reads the stream itself · bias: (heads, Q, N) is added to the scores ·
-    inner: on the output, ahead of `writer` · post: behind `writer`, not folded.
+    Attributes:
+        norm: ahead of the branch; None where it reads the residual stream itself.
+        qkv: packed projection; None in a trimmed step.
+        query: in a trimmed step, the projection of the tokens that are read.
+        key_value: in a trimmed step, the projection of all tokens.
+        heads: number of heads.
+        head_dim: components of a head.
+        scale: multiplies the scores.
+        q_norm: of each head's queries.
+        k_norm: of each head's keys.
+        rotation: turns queries and keys.
+        bias: (heads, Q, N), added to the scores; Q is the number of queries.
+        inner: on the output of the heads, ahead of `writer`.
+        writer: the projection into the stream.
+        post: behind `writer`, not folded.
     """
 
     norm: FoldedNorm | None
@@ -63,13 +92,22 @@ class AttentionLayer:
 
     @property
     def projections(self) -> list[Projection]:
-        """Its linear layers."""
+        """All linear layers of the branch."""
         return [p for p in (self.qkv, self.query, self.key_value, self.writer) if p is not None]
 
 
 @dataclass(frozen=True)
 class MlpLayer:
-    """An MLP branch; norms as those of `AttentionLayer`, `inner` on the hidden layer."""
+    """An MLP branch.
+
+    Attributes:
+        norm: ahead of the branch; None where it reads the residual stream itself.
+        fc1: the first linear layer.
+        activation: a name of `ops.activation`.
+        inner: on the hidden layer, ahead of `writer`.
+        writer: the projection into the stream.
+        post: behind `writer`, not folded.
+    """
 
     norm: FoldedNorm | None
     fc1: Projection
@@ -80,7 +118,7 @@ class MlpLayer:
 
     @property
     def projections(self) -> list[Projection]:
-        """Its linear layers."""
+        """All linear layers of the branch."""
         return [self.fc1, self.writer]
 
 
@@ -89,7 +127,12 @@ Layer = AttentionLayer | MlpLayer
 
 @dataclass(frozen=True)
 class Step:
-    """x ← x + Σ layer(x). trimmed: only the read tokens of x leave it."""
+    """A step x ← x + Σ layer(x) of the residual stream.
+
+    Attributes:
+        layers: branches that read the same stream.
+        trimmed: whether only the tokens that the tail reads leave the step.
+    """
 
     layers: tuple[Layer, ...]
     trimmed: bool

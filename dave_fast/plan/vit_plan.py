@@ -1,10 +1,10 @@
 """ViTPlan: the weights of a supported model, laid out once for the two walks.
 
-A family's reader (`models/`) gives steps of the residual stream, x ← x + Σ branch(x); each becomes layers here
-(`layers`, `folding`).
+A family's reader gives steps of the residual stream, x ← x + Σ branch(x) (`reading`); `folding` turns their branches
+into layers.
 
 The last step with attention is trimmed where the head reads only the leading tokens (class token, distillation
-token): keys and values are still made for all tokens, everything else, from there on, for those that are read.
+token): keys and values are still made for all tokens, everything after them only for the tokens that are read.
 """
 
 from __future__ import annotations
@@ -18,17 +18,28 @@ from torch import Tensor, nn
 from dave_fast.ops.precision import statistics_dtype
 from dave_fast.plan.folding import LayerBuilder, Pack, centre_writer, double, remove_mean
 from dave_fast.plan.layers import AttentionLayer, Layer, MlpLayer, Projection, Step
-from dave_fast.plan.reading import Norm, Reading
+from dave_fast.plan.reading import Linear, Norm, Reading
 
 
 @dataclass(frozen=True)
 class ViTPlan:
-    """A Vision Transformer laid out for the engine. C width, n patches, N tokens, K classes.
+    """A Vision Transformer laid out for the engine.
 
-    embed: patch projection (C, c·p_h·p_w), its bias left out but ahead of a norm · patch_norm: of the patches alone ·
-    position: (n, C) added to the patches, with the projection's bias where that was left out · prefix: (N − n, C)
-    class, distillation and register tokens · norm_pre: of all tokens, before the first block ·
-    read: leading tokens that the tail reads · tail: final norm, pooling and head as a module.
+    Attributes:
+        image_size: (H, W) in pixels.
+        patch_size: (p_h, p_w) in pixels.
+        channels: C.
+        dtype: of weights and activations.
+        device: on which all tensors are.
+        embed: patch projection, (D, C·p_h·p_w). Its bias is zero unless `patch_norm` follows.
+        patch_norm: of the patches alone.
+        position: (n, D), added to the patches; includes the projection's bias unless `patch_norm` follows.
+        prefix: (N − n, D), class, distillation and register tokens.
+        norm_pre: of all tokens, ahead of the first block.
+        centred: whether the residual stream has no mean (`folding`).
+        steps: of the residual stream.
+        read: leading tokens that the tail reads.
+        tail: final norm, pooling and head: tokens (R, read, D) -> output (R, ...).
     """
 
     image_size: tuple[int, int]
@@ -48,7 +59,7 @@ class ViTPlan:
 
     @property
     def width(self) -> int:
-        """C."""
+        """D."""
         return self.position.shape[1]
 
     @property
@@ -58,25 +69,25 @@ class ViTPlan:
 
     @property
     def layers(self) -> list[Layer]:
-        """Every step's layers."""
+        """All layers in the order of their steps."""
         return [layer for step in self.steps for layer in step.layers]
 
     @property
     def attention(self) -> AttentionLayer:
-        """The first one: all are of one size, but for a trimmed one."""
+        """The first attention; all others have the same shapes, except in a trimmed step."""
         return next(layer for layer in self.layers if isinstance(layer, AttentionLayer))
 
     @property
     def mlp(self) -> MlpLayer:
-        """The first one: all are of one size."""
+        """The first MLP; all others have the same shapes."""
         return next(layer for layer in self.layers if isinstance(layer, MlpLayer))
 
     def projections(self) -> list[Projection]:
-        """Every linear layer, from the embedding to the last block."""
+        """Return all linear layers from the embedding to the last block."""
         return [self.embed, *(p for layer in self.layers for p in layer.projections)]
 
     def tables(self) -> list[Tensor]:
-        """What depends on the image size beside the positions: rotations and biases, each once."""
+        """Return the tensors that depend on the image size besides the positions: rotations and biases, each once."""
         found: dict[int, Tensor] = {}
         for layer in self.layers:
             if isinstance(layer, AttentionLayer):
@@ -107,11 +118,7 @@ def make_plan(
     norms = [branch.norm for step in reading.steps for branch in step]
     centred = reading.blind and all(norm is not None and norm.centres for norm in norms)
     builder = LayerBuilder(dtype, pack, torch.device(device), reading, centred)
-    embed, position, prefix = double(reading.projection), reading.position, reading.prefix
-    if centred and reading.norm_pre is None:
-        position, prefix = remove_mean(position), remove_mean(prefix)
-        # behind a norm the norm's own result is centred
-        embed = centre_writer(embed) if reading.patch_norm is None else embed
+    embed, position, prefix = _embedding(reading, centred=centred)
     sized: dict[str, Any] = {"image_size": reading.image_size, "position": builder.cast(position), "read": builder.read}
     if sibling is not None:
         # the other fields do not depend on the image size
@@ -130,3 +137,13 @@ def make_plan(
         steps=tuple(builder.step(step, i) for i, step in enumerate(reading.steps)),
         tail=reading.tail(statistics_dtype(dtype)).to(builder.device),
     )
+
+
+def _embedding(reading: Reading, *, centred: bool) -> tuple[Linear, Tensor, Tensor]:
+    """Return projection, positions and prefix tokens in float64, centred where they enter a centred stream."""
+    embed = double(reading.projection)
+    if not centred or reading.norm_pre is not None:
+        return embed, reading.position, reading.prefix
+    # where a norm follows the projection, the engine centres the norm's result
+    embed = centre_writer(embed) if reading.patch_norm is None else embed
+    return embed, remove_mean(reading.position), remove_mean(reading.prefix)
