@@ -1,9 +1,9 @@
-"""Cotangents: all that the walks know of a question is ∂ score / ∂ output, made anew for each micro-batch.
+"""Cotangents of the output, ∂ score / ∂ output, computed for each micro-batch: where the VJP walk starts.
 
-A cotangent maps the output (R, ...) of a micro-batch, detached, and its rows' draws to a tensor of output's shape.
-Linear scores name theirs in closed form: no autograd, and nothing waits for the device, so that on a GPU it lies
-between two graphs that are replayed (`engine.graphs`). A norm in the score is an operator that the input chooses,
-and is held constant as everywhere (DAVE, arXiv 2602.06613, Eq. 5).
+A cotangent maps the output (R, ...) of a micro-batch, detached, and its rows' draws to a tensor of the output's shape.
+Linear scores have a closed form, which needs neither autograd nor a synchronisation with the device; so a GPU replays
+one graph before it and one after it (`engine.graphs`). A norm in the score depends on the input and is held constant
+like every other operator (DAVE, arXiv 2602.06613, Eq. 5).
 
 R rows (image, sample) · B images · D width of an embedding or token · (h, w) grid of patches.
 """
@@ -25,26 +25,44 @@ Score = Callable[[Tensor], Tensor]
 
 
 def no_class() -> Tensor:
-    """What `Cotangent.classes` is where the score is no class."""
+    """Return `Cotangent.classes` of a score that is no class logit: −1, shape (1,)."""
     return torch.full((1,), -1)
 
 
 class Cotangent(Protocol):
-    """∂ score / ∂ output of every row. classes: (B,) or (1,) int64, the class of each image, −1 where it is none, on
-    the host or on the output's device."""
+    """The function that gives ∂ score / ∂ output of every row.
+
+    Attributes:
+        classes: (B,) or (1,) int64, the explained class of each image, −1 for a score that is no class logit; on the
+            host or on the output's device.
+    """
 
     @property
-    def classes(self) -> Tensor: ...
+    def classes(self) -> Tensor:
+        """The explained class of each image."""
+        ...
 
     def __call__(self, output: Tensor, rows: Draws) -> Tensor:
-        """output (R, ...), rows: its draws on the same device -> (R, ...) in output's dtype."""
+        """Return ∂ score / ∂ output.
+
+        Args:
+            output: (R, ...), detached.
+            rows: the draws of the R rows, on the output's device.
+
+        Returns:
+            (R, ...) in the output's dtype.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class ElementCotangent:
-    """One element of each image's output, such as a class logit. places: (B,) int64, its position in the flattened
-    output, on the output's device."""
+    """One element of each image's output, such as a class logit.
+
+    Attributes:
+        places: (B,) int64, the element's position in the flattened output of an image, on the output's device.
+        classes: see `Cotangent`.
+    """
 
     places: Tensor
     classes: Tensor = field(default_factory=no_class)
@@ -58,7 +76,12 @@ class ElementCotangent:
 
 @dataclass(frozen=True)
 class WeightedCotangent:
-    """Σ weight · score."""
+    """Σ weight · score of several cotangents.
+
+    Attributes:
+        parts: pairs (weight, cotangent), at least one.
+        classes: see `Cotangent`.
+    """
 
     parts: tuple[tuple[float, Cotangent], ...]
     classes: Tensor = field(default_factory=no_class)
@@ -76,8 +99,13 @@ class WeightedCotangent:
 class DirectionCotangent:
     """scale · ⟨f/‖f‖, e⟩ of an embedding f, its norm held constant: the cotangent is scale · e/‖f‖.
 
-    Autograd's gradient of the same score has no part along f and vanishes where f and e agree; with the norm held
-    constant, as that of an RMSNorm is, the score is a linear function of f. directions: (B, D) or (1, D), of norm 1.
+    Autograd's gradient of the same score has no component along f and vanishes where f and e agree. With the norm
+    held constant, like that of an RMSNorm, the score is a linear function of f.
+
+    Attributes:
+        directions: e, (B, D), or (1, D) for all images, of norm 1.
+        scale: factor of the score.
+        classes: see `Cotangent`.
     """
 
     directions: Tensor
@@ -96,12 +124,17 @@ class DirectionCotangent:
 class PatchCotangent:
     """⟨weights, token⟩ of the patch that shows a given place of the image, wherever a row's warp has moved it.
 
-    The place goes through the row's τ; the tokens around where it lands share the cotangent bilinearly, and a place
-    that leaves the frame gives zero. So the score is equivariant, as the average over τ needs (Eq. 6).
+    The place is mapped by the row's τ; the tokens around the result share the cotangent bilinearly, and a place that
+    leaves the frame gives zero. So the score is equivariant, as the average over τ needs (arXiv 2602.06613, Eq. 6).
 
-    weights: (B, D) or (1, D). place: (x, y) in pixels of the unperturbed image. cell: (height, width) of a patch in
-    pixels. prefix: tokens before the patches in outputs (R, N, D). channels_last: whether outputs with four dimensions
-    are (R, h, w, D) and not (R, D, h, w).
+    Attributes:
+        weights: (B, D), or (1, D) for all images.
+        place: (x, y) in pixels of the unperturbed image.
+        grid: (h, w), patches along each axis.
+        cell: (height, width) of a patch in pixels.
+        prefix: tokens before the patches in outputs (R, N, D).
+        channels_last: whether outputs with four dimensions are (R, h, w, D) rather than (R, D, h, w).
+        classes: see `Cotangent`.
     """
 
     weights: Tensor
@@ -124,7 +157,7 @@ class PatchCotangent:
         return cotangent
 
     def _shares(self, rows: Draws) -> Tensor:
-        """(R, h, w) float64: how much of each row's cotangent each patch gets."""
+        """Return each patch's share of each row's cotangent, (R, h, w) float64."""
         moved = pull_back.inverse(rows.matrices)
         x = moved[:, 0, 0] * self.place[0] + moved[:, 0, 1] * self.place[1] + moved[:, 0, 2]
         y = moved[:, 1, 0] * self.place[0] + moved[:, 1, 1] * self.place[1] + moved[:, 1, 2]
@@ -137,13 +170,22 @@ class PatchCotangent:
 
 @dataclass(frozen=True)
 class GradientCotangent:
-    """A callable of all rows, output (R, ...) -> scores (R,), through autograd."""
+    """The gradient of a callable of all rows, by autograd.
+
+    Attributes:
+        score: output (R, ...) -> scores (R,).
+        classes: see `Cotangent`.
+    """
 
     score: Score
     classes: Tensor = field(default_factory=no_class)
 
     def __call__(self, output: Tensor, rows: Draws) -> Tensor:
-        """See `Cotangent`. Raises InputError for scores of another shape, or without gradient."""
+        """See `Cotangent`.
+
+        Raises:
+            InputError: the scores have another shape than (R,), or no gradient.
+        """
 
         def scores(leaf: Tensor) -> Tensor:
             found = self.score(leaf)
@@ -160,13 +202,24 @@ class GradientCotangent:
 
 @dataclass(frozen=True)
 class RowGradientCotangent:
-    """A callable an image, output of one row (...) -> scalar. Python runs them row by row and waits for the device."""
+    """The gradients of one callable for each image, by autograd.
+
+    They are called row by row, and the host waits for the device.
+
+    Attributes:
+        scores: B callables, output of one row (...) -> scalar.
+        classes: see `Cotangent`.
+    """
 
     scores: tuple[Score, ...]
     classes: Tensor = field(default_factory=no_class)
 
     def __call__(self, output: Tensor, rows: Draws) -> Tensor:
-        """See `Cotangent`. Raises InputError for what is no scalar, or has no gradient."""
+        """See `Cotangent`.
+
+        Raises:
+            InputError: a callable returns no scalar, or a score without gradient.
+        """
 
         def scores(leaf: Tensor) -> Tensor:
             listed = [self.scores[i](row) for i, row in zip(rows.image_index.tolist(), leaf, strict=True)]
@@ -191,5 +244,5 @@ def _gradient(score: Score, output: Tensor) -> Tensor:
 
 
 def _of_rows(vectors: Tensor, rows: Draws) -> Tensor:
-    """(R, D) of one vector an image, (B, D), or of one for all, (1, D)."""
+    """Return the vector of each row, (R, D), from (B, D), or from (1, D) for all images."""
     return vectors.expand(len(rows), -1) if len(vectors) == 1 else vectors[rows.image_index]

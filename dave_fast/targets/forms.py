@@ -1,6 +1,6 @@
-"""The forms of a target: which score of the output is explained.
+"""The forms in which a target says which score of the output is explained.
 
-Captum's forms and callables:
+Captum's forms, and callables:
 
 None                       the predicted class of each image
 int, or a tensor of one    that class, for every image
@@ -10,10 +10,10 @@ list of tuples             one such index per image
 callable                   output (R, ...) -> scores (R,), for scores that are no class logit
 list of callables          per image: output of one row (...) -> scalar
 
-Classes in a tensor on a GPU are checked on the host, which waits for them; so does a list of callables.
+For classes in a tensor on a GPU, and for a list of callables, the host waits for the device.
 
-`resolve_target` checks a target against the unperturbed output and makes its cotangent. Questions beyond the class
-are `Question`s, from `dave_fast.targets`.
+`resolve_target` checks a target against the unperturbed output and makes its cotangent. Further targets are
+subclasses of `Question`, from `dave_fast.targets`.
 """
 
 from __future__ import annotations
@@ -36,25 +36,36 @@ Index = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ModelView:
-    """What a question may ask: the model, and its output (B, ...) for other images (B, C, H, W)."""
+    """What a question is given to resolve itself.
+
+    Attributes:
+        model: the explained model.
+        output: images (B, C, H, W) -> the model's output (B, ...).
+    """
 
     model: nn.Module
     output: Callable[[Tensor], Tensor]
 
 
 class Question:
-    """A target in a form of its own.
+    """A target that is none of captum's forms.
 
-    `bind` asks the model what only it can say (the index of a name, the embedding of a text): what it returns is the
-    same question, and asks nothing more. `resolve` makes the cotangent.
+    `bind` looks up what depends on the model (the index of a class name, the embedding of a text); `resolve` makes the
+    cotangent. A subclass overrides one or both.
     """
 
     def bind(self, view: ModelView) -> Question:
-        """The same question, with what the model has to say about it filled in."""
+        """Return an equal question that needs no further look-up in the model."""
         return self
 
     def resolve(self, output: Tensor, size: tuple[int, int], view: ModelView) -> Cotangent:
-        """The cotangent, checked against the output (B, ...) for the unperturbed images, of `size` (H, W)."""
+        """Return the cotangent, checked against the output.
+
+        Args:
+            output: (B, ...), the model's output for the unperturbed images.
+            size: (H, W) of the images.
+            view: the model.
+        """
         bound = self.bind(view)
         if bound is self:
             raise NotImplementedError(f"{type(self).__name__} must bind to another question, or resolve itself")
@@ -65,10 +76,17 @@ Target = int | Index | Tensor | np.ndarray | Sequence[Any] | Score | Question | 
 
 
 def resolve_target(target: Target, output: Tensor, size: tuple[int, int], view: ModelView) -> Cotangent:
-    """The cotangent of a target, checked against the unperturbed images' output (B, ...).
+    """Return the cotangent of a target, checked against the output.
 
-    size: (H, W) of the images. Raises InputError where the number of targets is not B, an index is out of range, the
-    form is unknown, or the model cannot answer that question.
+    Args:
+        target: in one of the forms above.
+        output: (B, ...), the model's output for the unperturbed images.
+        size: (H, W) of the images.
+        view: the model.
+
+    Raises:
+        InputError: the number of targets is not B, an index is out of range, the form is unknown, or the model does
+            not support the question.
     """
     if target is None:
         return _predicted(output, view.model)
@@ -80,24 +98,33 @@ def resolve_target(target: Target, output: Tensor, size: tuple[int, int], view: 
 
 
 def split_targets(targets: Any) -> list[Target]:
-    """The K targets of `targets`: a sequence of targets, a tensor or array (K,) of classes, or (B, K), K an image."""
+    """Split `targets` into a list of targets.
+
+    Args:
+        targets: a sequence of targets; or a tensor or array of classes, one for each target, or (B, targets), where
+            each image has its own.
+
+    Raises:
+        InputError: `targets` has another form, or is empty.
+    """
     if isinstance(targets, np.ndarray):
         targets = torch.from_numpy(targets)
     if isinstance(targets, Tensor):
         if targets.dim() not in (1, 2) or targets.is_floating_point() or targets.dtype == torch.bool:
             raise InputError(
-                f"targets are a tensor {tuple(targets.shape)} of {targets.dtype}; expected integers, (K,) or (B, K)"
+                f"targets are a tensor {tuple(targets.shape)} of {targets.dtype}; expected integers, one a target, or "
+                "(images, targets)"
             )
         targets = list(targets.unbind(-1))
     if not isinstance(targets, Sequence) or isinstance(targets, str) or not len(targets):
         got = "nothing" if isinstance(targets, Sequence) and not len(targets) else f"a {type(targets).__name__}"
-        raise InputError(f"targets are {got}; expected a list of at least one target, or a tensor (K,) or (B, K)")
+        raise InputError(f"targets are {got}; expected a list of at least one target, or a tensor of classes")
     return list(targets)
 
 
 def _predicted(output: Tensor, model: nn.Module) -> Cotangent:
     if output.dim() == 1:
-        # captum's rule for models with one score an image
+        # captum's rule for models with one score for each image
         return ElementCotangent(torch.zeros(len(output), dtype=torch.int64, device=output.device))
     if output.dim() != 2 or kind_of(model) == "embedding":
         what = "an embedding" if output.dim() == 2 else tuple(output.shape)
@@ -111,7 +138,7 @@ def _predicted(output: Tensor, model: nn.Module) -> Cotangent:
 
 
 def _listed(target: Target, output: Tensor) -> Cotangent:
-    """Indices, or lists of indices or callables."""
+    """Resolve an index, or a list of indices or callables."""
     images = output.shape[0]
     listed = _as_list(target)
     if len(listed) == 1 and not isinstance(target, list):
@@ -136,7 +163,7 @@ def _of_indices(indices: list[Index], output: Tensor) -> ElementCotangent:
 
 
 def _as_list(target: Any) -> list[Any]:
-    """The targets as Python ints, tuples or callables; one element where one serves all images."""
+    """Return the targets as Python ints, tuples or callables; a single one is a list of one element."""
     if isinstance(target, bool):
         raise InputError("target is a bool; give a class index")
     if isinstance(target, int | tuple):

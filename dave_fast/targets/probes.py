@@ -1,4 +1,4 @@
-"""Weights of linear probes, from files that hold numbers and nothing else: nothing is ever unpickled."""
+"""Weights of linear probes, read from files. Pickles, which can run code, are not read."""
 
 from __future__ import annotations
 
@@ -13,12 +13,20 @@ from dave_fast.errors import InputError, reason_of
 
 
 def load_probe(path: str | os.PathLike[str], row: int | None = None) -> Tensor:
-    """The weights of a linear layer over tokens: (classes, D) float32, or (D,) of one row.
+    """Read the weights of a linear layer over tokens.
 
-    path: .safetensors, with one matrix or one whose name ends in "weight", or .npy. A 1×1 convolution's weight
-    (classes, D, 1, 1) is one too; a vector (D,) is a layer of one class. Biases do not matter to an attribution.
+    Biases are ignored: they do not change an attribution.
 
-    Raises InputError for what cannot be read, is no such matrix, or has no such row.
+    Args:
+        path: a .safetensors file with one matrix, or with one whose name ends in "weight"; or a .npy file. The weight
+            (K, D, 1, 1) of a 1×1 convolution is a matrix, too; a vector (D,) is a layer of one class.
+        row: the row to return; None for all.
+
+    Returns:
+        (K, D) float32, or (D,) for one row.
+
+    Raises:
+        InputError: the file cannot be read, does not hold such a matrix, or has no such row.
     """
     path = Path(path)
     try:

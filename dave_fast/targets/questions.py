@@ -1,4 +1,4 @@
-"""Targets beyond captum's forms, each one score of the output, hence one cotangent of it."""
+"""The targets beyond captum's forms: each is a `Question`, which resolves to one cotangent of the output."""
 
 from __future__ import annotations
 
@@ -21,18 +21,26 @@ from dave_fast.targets.cotangents import Cotangent
 from dave_fast.targets.forms import ModelView, Question, Target, resolve_target
 from dave_fast.transfers import to_device
 
-# prefix tokens that an output may have where the model does not say: a class token, two, and up to eight registers
+# the most prefix tokens that are tried where the model does not give their number: two class tokens, eight registers
 MOST_PREFIX = 10
 
 
 @dataclass(frozen=True)
 class Class(Question):
-    """One class. index: an int, or a name: one of the model's class names, or a part of one alone."""
+    """One class.
+
+    Attributes:
+        index: an int, or a name: one of the model's class names, or a part that occurs in only one of them.
+    """
 
     index: int | str
 
     def bind(self, view: ModelView) -> Class:
-        """See `Question`. Raises InputError for a name that fits no class or several."""
+        """See `Question`.
+
+        Raises:
+            InputError: the name fits no class, or several.
+        """
         return Class(labels_of(view.model).resolve(self.index)) if isinstance(self.index, str) else self
 
     def resolve(self, output: Tensor, size: tuple[int, int], view: ModelView) -> Cotangent:
@@ -41,9 +49,10 @@ class Class(Question):
 
 
 class _Weighted(Question):
-    """Σ weight · target."""
+    """Σ weight · score of several targets."""
 
     def _parts(self) -> Iterable[tuple[float, Target]]:
+        """Return pairs (weight, target)."""
         raise NotImplementedError
 
     def resolve(self, output: Tensor, size: tuple[int, int], view: ModelView) -> Cotangent:
@@ -54,7 +63,14 @@ class _Weighted(Question):
 
 
 class Sum(_Weighted):
-    """The sum of several targets' scores. Raises InputError for fewer than one."""
+    """The sum of several targets' scores.
+
+    Args:
+        parts: the targets, at least one.
+
+    Raises:
+        InputError: no target is given.
+    """
 
     def __init__(self, *parts: Target) -> None:
         if not parts:
@@ -71,7 +87,12 @@ class Sum(_Weighted):
 
 @dataclass(frozen=True)
 class Contrast(_Weighted):
-    """Why `this` and not `that`: the difference of two targets' scores."""
+    """The difference of two targets' scores: why `this` and not `that`.
+
+    Attributes:
+        this: the target whose score is explained.
+        that: the target whose score is subtracted.
+    """
 
     this: Target
     that: Target
@@ -86,16 +107,22 @@ class Contrast(_Weighted):
 
 @dataclass(frozen=True)
 class Similarity(Question):
-    """scale · cosine of the output (B, D) and an embedding, the output's norm held constant like that of any norm.
+    """scale · cosine of the output (B, D) and an embedding, the output's norm held constant.
 
-    embedding: (D,), or (B, D), one an image; of any length but zero.
+    Attributes:
+        embedding: (D,), or (B, D), one for each image; of any norm except zero.
+        scale: factor of the cosine.
     """
 
     embedding: Tensor
     scale: float = 1.0
 
     def resolve(self, output: Tensor, size: tuple[int, int], view: ModelView) -> Cotangent:
-        """See `Question`. Raises InputError for an embedding that does not fit the output."""
+        """See `Question`.
+
+        Raises:
+            InputError: the output is not (B, D), or the embedding does not fit it or is zero.
+        """
         given = torch.as_tensor(self.embedding).detach()
         if output.dim() != 2:
             raise InputError(
@@ -104,24 +131,30 @@ class Similarity(Question):
         vectors = _vectors(given, output.shape[1], len(output), "the embedding")
         vectors = vectors.to(torch.promote_types(output.dtype, torch.float32))
         norms = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
-        # looked at where it was given: an embedding on the host costs no wait for the device
+        # checked before the move, so that an embedding on the host needs no wait for the device
         if not bool((norms > 0).all()):
-            raise InputError("the embedding is zero; nothing is like it")
+            raise InputError("the embedding is zero, so it has no direction; give one with a norm above zero")
         return cotangents.DirectionCotangent(to_device(vectors / norms, output.device), float(self.scale))
 
 
 @dataclass(frozen=True)
 class Text(Question):
-    """Likeness to a text prompt, as a model with a text tower sees it (CLIP, SigLIP).
+    """Similarity to a text prompt, for models with a text tower (CLIP, SigLIP).
 
-    scale: of the cosine; None is the model's own logit scale.
+    Attributes:
+        prompt: the text.
+        scale: factor of the cosine; None is the model's own logit scale.
     """
 
     prompt: str
     scale: float | None = None
 
     def bind(self, view: ModelView) -> Similarity:
-        """See `Question`. Raises InputError for a model that takes no text."""
+        """See `Question`.
+
+        Raises:
+            InputError: the model has no text tower.
+        """
         model: Any = view.model
         if not isinstance(model, TextImageModel):
             raise InputError(
@@ -134,17 +167,24 @@ class Text(Question):
 
 @dataclass(frozen=True)
 class SimilarTo(Question):
-    """Likeness to another image: cosine of the two outputs.
+    """Similarity to another image: the cosine of the two outputs.
 
-    image: normalised as the model expects it, (C, H, W), or (B, C, H, W), one an image; or a file or Pillow image,
-    which goes through the model's own preprocessing.
+    Attributes:
+        image: a tensor normalised as the model expects it, (C, H, W), or (B, C, H, W), one for each image; or a file or
+            Pillow image, to which the model's own preprocessing is applied.
+        scale: factor of the cosine.
     """
 
     image: Any
     scale: float = 1.0
 
     def bind(self, view: ModelView) -> Similarity:
-        """See `Question`. Raises InputError and ImageError for what is no image."""
+        """See `Question`.
+
+        Raises:
+            ImageError: the file is no image that can be read.
+            InputError: the image does not fit the model, or the model's output is no embedding.
+        """
         image = self.image
         if not isinstance(image, Tensor):
             image = read_image(image) if isinstance(image, str | os.PathLike) else image
@@ -160,12 +200,15 @@ class Patch(Question):
     """A token of the output: ⟨weights, token⟩ of the patch in `row` and `column` of the grid, both from 0.
 
     Outputs with tokens are (B, N, D), patches in rows behind any prefix tokens, or (B, D, h, w) or (B, h, w, D); timm
-    models give them when made with num_classes=0, global_pool="", or by `tokens_of(model)`. The target follows the
+    models have them when made with num_classes=0, global_pool="", or by `tokens_of(model)`. The target follows the
     patch's content through each sample's rotation, scaling, shift and flip.
 
-    weights: (D,), the linear probe's row for a class (`load_probe`), or (B, D), one an image; None is the patch's own
-    feature in the unperturbed image: what makes this token what it is. prefix: the number of prefix tokens, where
-    neither the model's patch size says it nor the number of tokens.
+    Attributes:
+        row: of the patch in the grid, from 0.
+        column: of the patch in the grid, from 0.
+        weights: (D,), the linear probe's row for a class (`load_probe`), or (B, D), one for each image; None is the
+            patch's own token in the unperturbed image, normalised.
+        prefix: the number of prefix tokens; None where it follows from the model's patch size or the number of tokens.
     """
 
     row: int
@@ -174,7 +217,12 @@ class Patch(Question):
     prefix: int | None = None
 
     def resolve(self, output: Tensor, size: tuple[int, int], view: ModelView) -> Cotangent:
-        """See `Question`. Raises InputError for a patch outside of the grid and for outputs without tokens."""
+        """See `Question`.
+
+        Raises:
+            InputError: the output has no tokens, their grid is not known, the patch is outside of it, or the weights
+                do not fit.
+        """
         if output.dim() not in (3, 4):
             raise InputError(
                 f"the model's output is {tuple(output.shape)}; a patch needs tokens, (B, N, D) or (B, D, h, w). timm "
@@ -203,13 +251,13 @@ class Patch(Question):
         return cotangents.PatchCotangent(weights, place, grid, cell, prefix, last)
 
     def _layout(self, tokens: int, size: tuple[int, int], view: ModelView) -> tuple[int, tuple[int, int]]:
-        """Prefix tokens and the grid (h, w)."""
+        """Return the number of prefix tokens and the grid (h, w)."""
         patch = getattr(getattr(view.model, "patch_embed", None), "patch_size", None)
         if isinstance(patch, tuple):
             grid = (size[0] // patch[0], size[1] // patch[1])
             if self.prefix in (None, tokens - grid[0] * grid[1]) and 0 <= tokens - grid[0] * grid[1] <= MOST_PREFIX:
                 return tokens - grid[0] * grid[1], grid
-        # else the fewest prefix tokens whose rest has the image's shape
+        # otherwise the smallest number of prefix tokens that leaves a grid of the image's aspect ratio
         for prefix in range(MOST_PREFIX + 1) if self.prefix is None else [self.prefix]:
             found = _grid(tokens - prefix, size)
             if found is not None:
@@ -222,9 +270,10 @@ class Patch(Question):
 
 
 def tokens_of(model: nn.Module) -> nn.Module:
-    """A copy of a timm model without pooling and head, whose output is its tokens: what `Patch` asks about.
+    """Return a copy of a timm model without pooling and head, whose output is its tokens, as `Patch` needs it.
 
-    Raises InputError for a model that cannot be changed so.
+    Raises:
+        InputError: the model has no `reset_classifier` like timm's.
     """
     made: Any = copy.deepcopy(model)
     try:
@@ -238,7 +287,7 @@ def tokens_of(model: nn.Module) -> nn.Module:
 
 
 def _channels_last(output: Tensor, size: tuple[int, int], view: ModelView) -> bool:
-    """Whether outputs are (B, h, w, D) and not (B, D, h, w): as timm's model says, else as the image's shape does."""
+    """Return whether outputs are (B, h, w, D) rather than (B, D, h, w), by timm's `output_fmt` or the image's shape."""
     if getattr(view.model, "output_fmt", None) is not None:
         return str(view.model.output_fmt) == "NHWC"
     wanted = size[0] / size[1]
@@ -247,7 +296,7 @@ def _channels_last(output: Tensor, size: tuple[int, int], view: ModelView) -> bo
 
 
 def _grid(patches: int, size: tuple[int, int]) -> tuple[int, int] | None:
-    """(h, w) with h·w patches, as square as patches are; None where there is none."""
+    """Return (h, w) with h·w patches and the aspect ratio of the image; None if there is no such grid."""
     if patches < 1:
         return None
     height = round((patches * size[0] / size[1]) ** 0.5)
@@ -257,7 +306,7 @@ def _grid(patches: int, size: tuple[int, int]) -> tuple[int, int] | None:
 
 
 def _vectors(given: Tensor, width: int, images: int, what: str) -> Tensor:
-    """(1, D) or (B, D), checked."""
+    """Return (1, D) or (B, D), checked against the width D and the number of images."""
     vectors = given[None] if given.dim() == 1 else given
     shapes = ((1, width), (images, width))
     if tuple(vectors.shape) not in shapes or not vectors.is_floating_point() or not bool(torch.isfinite(vectors).all()):

@@ -1,4 +1,4 @@
-"""Targets as text, for command lines: what `--target` takes.
+"""Targets as text, in the grammar of `--target`.
 
     target   class (("+" | "-") class)*                               tiger · 292 · tiger+lion · tiger-lion
              "text:" PROMPT (("+" | "-") "text:" PROMPT)*             text:a cat · text:a cat - text:a dog
@@ -6,8 +6,8 @@
              "patch:" ROW "," COLUMN ["@" FILE ["#" NUMBER]]          patch:3,5 · patch:3,5@probe.safetensors#7
     class    an index, or a name, or a name in double quotes
 
-Names may hold "+" and "-" themselves: of all readings the one with the fewest classes is taken, so that
-"three-toed sloth" is one; double quotes decide where that is not enough.
+Names may contain "+" and "-" themselves: of all readings the one with the fewest classes is taken, so that
+"three-toed sloth" is one class; double quotes resolve the rest.
 """
 
 from __future__ import annotations
@@ -20,16 +20,21 @@ from dave_fast.errors import InputError
 from dave_fast.models.labels import Labels
 from dave_fast.targets import Class, Contrast, Patch, Question, SimilarTo, Sum, Target, Text, load_probe
 
-# a text with more signs than these is no list of classes
+# signs that may separate classes; the number of readings grows exponentially with it
 MOST_SIGNS = 10
 _NEXT_TEXT = re.compile(r"\s*([+-])\s*text:")
 _PATCH = re.compile(r"\s*(\d+)\s*,\s*(\d+)\s*(?:@(.+?)(?:#(\d+))?)?\s*")
 
 
 def parse_target(text: str, labels: Labels) -> Question:
-    """The question that a text asks of a model with these class names. Files of probes are read.
+    """Parse a target. Files of probes are read.
 
-    Raises InputError, with what was understood, for what is no target.
+    Args:
+        text: in the grammar above.
+        labels: the class names of the model.
+
+    Raises:
+        InputError: the text is no target, or fits several classes; the message says how it was read.
     """
     text = text.strip()
     if text.startswith("text:"):
@@ -42,13 +47,13 @@ def parse_target(text: str, labels: Labels) -> Question:
     if labels.count == 0:
         raise InputError(
             f"target {text!r}: this model gives embeddings and has no classes. Ask text:PROMPT (CLIP, SigLIP), "
-            "image:FILE, or patch:ROW,COLUMN for an output with tokens"
+            "image:FILE, or patch:ROW,COLUMN for an output with tokens."
         )
     return _classes(text, labels)
 
 
 def describe_target(target: Target, labels: Labels) -> str:
-    """A target in words, for captions and files."""
+    """Return a target in words, for captions and files."""
     match target:
         case Class(index=str() as name):
             return name
@@ -57,7 +62,7 @@ def describe_target(target: Target, labels: Labels) -> str:
         case Sum(parts=parts):
             return " + ".join(describe_target(part, labels) for part in parts)
         case Contrast(this=this, that=that):
-            # a difference of sums reads as the terms were written
+            # a sum that is subtracted is written term by term
             taken = describe_target(that, labels).replace(" + ", " − ")
             return f"{describe_target(this, labels)} − {taken}"
         case Text(prompt=prompt):
@@ -89,7 +94,7 @@ def _patch(text: str) -> Question:
 
 
 def _classes(text: str, labels: Labels) -> Question:
-    """The reading with the fewest classes."""
+    """Return the reading with the fewest classes."""
     errors: list[tuple[int, InputError]] = []
     found: list[Question] = []
     fewest = 0
@@ -111,13 +116,13 @@ def _classes(text: str, labels: Labels) -> Question:
         readings = " or ".join(repr(describe_target(each, labels)) for each in found)
         raise InputError(f"target {text!r} may be {readings}; put names into double quotes")
     if not found:
-        # of the readings that fail least, the one with the most classes says best what is wrong
+        # the error of the reading with the fewest unknown names, and of those the one with the most classes
         raise min(reversed(errors), key=lambda each: each[0])[1]
     return found[0]
 
 
 def _readings(text: str) -> Iterator[tuple[list[str], list[str]]]:
-    """(terms, signs between them), from one term to as many as there are signs outside of double quotes."""
+    """Yield (terms, signs between them), with one term first, cut at ever more of the signs outside of quotes."""
     quoted = [match.span() for match in re.finditer(r'"[^"]*"', text)]
     places = [
         at
@@ -132,7 +137,7 @@ def _readings(text: str) -> Iterator[tuple[list[str], list[str]]]:
 
 
 def _together(parts: Sequence[Question], signs: Sequence[str]) -> Question:
-    """parts[0] ± parts[1] ± …"""
+    """Combine the parts as parts[0] ± parts[1] ± …."""
     added = [parts[0], *(part for part, sign in zip(parts[1:], signs, strict=True) if sign == "+")]
     taken = [part for part, sign in zip(parts[1:], signs, strict=True) if sign == "-"]
     this = added[0] if len(added) == 1 else Sum(*added)
