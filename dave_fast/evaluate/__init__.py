@@ -1,10 +1,11 @@
-"""Are the maps right? DAVE and its alternatives on the same images in one run, scored, compared and reported.
+"""Evaluation: DAVE and other attribution methods on the same images, scored, compared and reported.
 
-    sources      images with what is known of them: labels, boxes, masks
-    methods      DAVE, its single frozen gradient, captum's baselines, two controls: all behind one signature
-    scoring      the run: batch by batch, every method on the same images, every metric that the source permits
+    sources      images with their labels, boxes and masks, as far as they are known
+    methods      DAVE, its single frozen gradient, captum's baselines and two controls behind one signature
+    scoring      every method on every batch of images, scored by every metric that the source permits
     statistics   intervals over images and seeds, paired differences, verdicts
     report       HTML, Markdown, JSON, CSV
+    tuning       the choice of noise_alpha and of the number of samples
 
 Definitions of the metrics, ties and undefined cases: `dave_fast.evaluate.metrics`.
 """

@@ -1,7 +1,7 @@
 """Labels and objects of image files: ImageNet's XML, a CSV of boxes, COCO's JSON, PNG masks, names of folders.
 
-Boxes are (xmin, ymin, xmax, ymax) in pixels of the upright photograph, the far edge excluded. An object is the union of
-its image's boxes, or the nonzero pixels of its mask.
+Boxes are (xmin, ymin, xmax, ymax) in pixels of the photograph after its EXIF rotation; xmax and ymax are excluded. An
+object is the union of its image's boxes, or the nonzero pixels of its mask.
 """
 
 from __future__ import annotations
@@ -26,7 +26,13 @@ COLUMNS = ("image", "xmin", "ymin", "xmax", "ymax")
 
 @dataclass(frozen=True)
 class Noted:
-    """What an annotation file says of an image. size: (width, height) that its boxes refer to, None where not said."""
+    """The entry of an annotation file for one image.
+
+    Attributes:
+        boxes: of the object.
+        label: name of its class, or None.
+        size: (width, height) of the image that the boxes refer to; None where the file does not give it.
+    """
 
     boxes: tuple[Box, ...]
     label: str | None = None
@@ -35,7 +41,14 @@ class Noted:
 
 @dataclass(frozen=True)
 class Annotations:
-    """What is known of image files. noted: by file name without suffix. folder: names of folders are classes."""
+    """Labels and objects of image files.
+
+    Attributes:
+        labels: the class names of the model.
+        noted: entries by file name without suffix.
+        masks: folder of PNG masks, by the same name; None without masks.
+        folder: whether names of folders are classes.
+    """
 
     labels: Labels
     noted: dict[str, Noted] = field(default_factory=dict)
@@ -43,15 +56,23 @@ class Annotations:
     folder: bool = True
 
     def label(self, path: Path) -> int | None:
-        """The class: what the annotation says, else what the folder is called; None where the model has no such."""
+        """Return the class by the annotation, otherwise by the folder's name; None if the model has no such class."""
         noted = self.noted.get(path.stem)
         named = noted.label if noted and noted.label else path.parent.name if self.folder else None
         return None if named is None else class_of(named, self.labels)
 
     def mask(self, path: Path, size: tuple[int, int]) -> np.ndarray | None:
-        """bool (H, W) of a photograph of this (width, height); None where nothing is known.
+        """Return the object's pixels.
 
-        Raises InputError where mask or boxes belong to another size of image.
+        Args:
+            path: of the photograph.
+            size: its (width, height).
+
+        Returns:
+            (H, W) bool, or None where no object is known.
+
+        Raises:
+            InputError: the mask or the boxes belong to an image of another size.
         """
         if self.masks is not None:
             return _mask_file(self.masks / f"{path.stem}.png", size)
@@ -62,12 +83,14 @@ class Annotations:
         if noted.size is not None and noted.size != size:
             factors = (size[0] / noted.size[0], size[1] / noted.size[1])
             if abs(factors[0] / factors[1] - 1) > 0.01:
-                raise InputError(f"{path}: its boxes are for {noted.size} pixels, the image has {size}.")
+                raise InputError(
+                    f"{path} has {size} pixels, and its boxes are for {noted.size}; give boxes for the image's size."
+                )
         return _fill(noted.boxes, size, factors)
 
 
 def class_of(name: str, labels: Labels) -> int | None:
-    """The class of a folder or annotation: a WordNet id where the model has ImageNet's 1,000 classes, or a name."""
+    """Return the class of a name, or of a WordNet id if the model has ImageNet's 1,000 classes; None if unknown."""
     if labels.count == 1000 and name in _wordnet():
         return _wordnet()[name]
     try:
@@ -84,9 +107,15 @@ def _wordnet() -> dict[str, int]:
 
 
 def read_boxes(path: Path) -> dict[str, Noted]:
-    """Boxes from a folder of XML files (PASCAL VOC's form, as ImageNet's), a .csv, or a COCO .json; by file stem.
+    """Read boxes from a folder of XML files (PASCAL VOC's format, as ImageNet's), a .csv, or a COCO .json.
 
-    CSV columns: image, xmin, ymin, xmax, ymax, and label where wanted; a line a box. Raises InputError otherwise.
+    A CSV has one line for each box, with the columns image, xmin, ymin, xmax, ymax, and optionally label.
+
+    Returns:
+        Entries by file name without suffix.
+
+    Raises:
+        InputError: the path is none of these, or cannot be read.
     """
     if path.is_dir():
         files = sorted(path.rglob("*.xml"))
@@ -117,7 +146,7 @@ def _read_xml(path: Path) -> Noted:
 
 
 def _xml_box(box: ElementTree.Element) -> Box:
-    # the format counts the last pixel as inside
+    # in this format xmax and ymax are the last pixel inside
     xmin, ymin, xmax, ymax = (float(box.findtext(side, "")) for side in ("xmin", "ymin", "xmax", "ymax"))
     return xmin, ymin, xmax + 1, ymax + 1
 
@@ -135,7 +164,7 @@ def _read_csv(path: Path) -> dict[str, Noted]:
 
 
 def _read_coco(path: Path) -> dict[str, Noted]:
-    """The boxes of an image's largest category, since a map explains one class."""
+    """Read the boxes of each image's largest category, since a map explains one class."""
     content = json.loads(path.read_text())
     categories = {one["id"]: one["name"] for one in content.get("categories", [])}
     found: dict[int, dict[int, list[Box]]] = defaultdict(lambda: defaultdict(list))

@@ -1,4 +1,4 @@
-"""What each metric is, in a sentence: shared by the page, the Markdown and the terminal."""
+"""A sentence for each metric, shared by the page, the Markdown and the terminal."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PACKAGES = {
 
 
 def definitions(settings: EvaluationSettings, setup: MethodSettings, ran: Collection[str]) -> list[tuple[str, str]]:
-    """(term, explanation), with the settings of this run and the methods that ran."""
+    """Return pairs (term, explanation) for a run with these settings, `ran` being the methods that ran."""
     spread = SMOOTHGRAD_SHARE * setup.spread
     return [
         ("explained", "the label of an image, or the predicted class where no label is known"),

@@ -1,4 +1,4 @@
-"""One evaluation from the first image to the last group of metrics."""
+"""One evaluation: every image explained and every group of metrics scored."""
 
 from __future__ import annotations
 
@@ -21,17 +21,26 @@ def evaluate(
     setup: MethodSettings,
     progress: Progress | None = None,
 ) -> Results:
-    """Run every method on the source and score it; the model, in evaluation mode on its device, is only read.
+    """Run every method on the source and score it.
 
-    Explained is the label of an image, or the predicted class where none is known. Raises InputError where the source
-    has no image that can be read.
+    The label of an image is explained, or the predicted class if no label is known.
+
+    Args:
+        model: in evaluation mode, on its device; it is not changed.
+        source: the images.
+        settings: what to measure, and on how many images.
+        setup: how the methods are run.
+        progress: called with (passes done, passes in all, description).
+
+    Raises:
+        InputError: no image of the source can be read.
     """
     chosen, absent = choose(settings.methods)
     return score_all(Run(model, source, settings, setup, chosen, Results(absent=absent), progress))
 
 
 def score_all(run: Run) -> Results:
-    """Explain every image of the run's source, and score every group of metrics that was asked for."""
+    """Explain every image of the run's source, and score every group of metrics of its settings."""
     settings, source = run.settings, run.source
     for start in range(0, run.images, settings.batch_size):
         batch = source.read(start, min(start + settings.batch_size, run.images))

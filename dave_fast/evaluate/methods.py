@@ -1,8 +1,8 @@
-"""The attribution methods of a comparison behind one signature, DAVE and its alternatives alike.
+"""The attribution methods of a comparison, DAVE among them, behind one signature.
 
-An `Attribute` takes images (B, C, H, W), classes (B,), an integer an image and a seed, and gives signed attributions
-(B, C, H, W). Each is ⊙ input, so that methods differ in the gradient only; the reference input is 0, a normalised
-image's mean. Baselines are captum's, with its defaults but for what is said here, and those of
+An `Attribute` takes images (B, C, H, W), classes (B,), an integer key for each image and a seed, and returns signed
+attributions (B, C, H, W). Each is a gradient ⊙ input, so that methods differ in the gradient only; the reference input
+is 0, a normalised image's mean. Baselines are captum's, with its defaults unless stated here, and those of
 `dave_fast.evaluate.packages`.
 """
 
@@ -32,25 +32,35 @@ CONTROLS = ("|x|", "uniform")
 
 @dataclass(frozen=True)
 class MethodSettings:
-    """How methods are run. explainer: keywords of DAVE for every model. spread: the range of a normalised pixel."""
+    """How methods are run.
+
+    Attributes:
+        n_samples: of DAVE and SmoothGrad, and steps of integrated gradients.
+        explainer: keyword arguments of every `DAVE`.
+        spread: the range of a normalised pixel.
+    """
 
     n_samples: int = 50
     explainer: dict[str, Any] | None = None
     spread: float = 2.0
 
     def dave(self, model: nn.Module) -> DAVE:
-        """An explainer of a model, which may be changed afterwards."""
+        """Return a new explainer of a model, which the caller may change."""
         return DAVE(model, **(self.explainer or {}))
 
 
 @dataclass(frozen=True)
 class Method:
-    """make: from a model (in evaluation mode, on its device) to an Attribute. random: whether the seed matters.
+    """An attribution method.
 
-    passes: forward and backward passes an image, for time estimates. package: what must be installed.
-    make_shared: as make, for an Attribute of one image (1, C, H, W) and its key that gives a row a class; where
-    classes of an image share work.
-    `make` raises NotTakenError where the model is not one that the package takes.
+    Attributes:
+        make: model (in evaluation mode, on its device), settings -> Attribute; raises NotTakenError for a model that
+            the method does not support.
+        random: whether the result depends on the seed.
+        passes: forward and backward passes for each image, for time estimates; None for one a sample.
+        package: the package that must be installed, or None.
+        make_shared: like `make`, for an Attribute of one image (1, C, H, W) and its key that returns a row for each
+            class; None for methods in which the classes of an image share no work.
     """
 
     make: Callable[[nn.Module, MethodSettings], Attribute]
@@ -60,12 +70,19 @@ class Method:
     make_shared: Callable[[nn.Module, MethodSettings], Attribute] | None = None
 
     def cost(self, setup: MethodSettings) -> int:
-        """Passes an image."""
+        """Return the number of passes for each image."""
         return setup.n_samples if self.passes is None else self.passes
 
 
 def choose(names: Sequence[str] | None) -> tuple[dict[str, Method], dict[str, str]]:
-    """Methods to run by name, and those not run with the reason. names: None for all; DAVE and controls always run."""
+    """Choose methods by name; None for all. DAVE and the controls always run.
+
+    Returns:
+        The methods to run by name, and the reason for each that cannot run.
+
+    Raises:
+        InputError: a name is unknown.
+    """
     known = ", ".join(METHODS)
     unknown = [name for name in names or () if name not in METHODS]
     if unknown:
@@ -91,7 +108,7 @@ def _dave(model: nn.Module, setup: MethodSettings) -> Attribute:
 
 
 def _dave_shared(model: nn.Module, setup: MethodSettings) -> Attribute:
-    """DAVE of several classes of one image, whose samples are walked forward once: the same maps as `_dave`'s."""
+    """Return DAVE of several classes of one image with one forward walk for all; the maps equal those of `_dave`."""
     explainer = setup.dave(model)
 
     def attribute(images: Tensor, classes: Tensor, keys: Sequence[int], seed: int) -> Tensor:
@@ -137,7 +154,7 @@ def _integrated(model: nn.Module, setup: MethodSettings) -> Attribute:
 
 
 def _smoothgrad(model: nn.Module, setup: MethodSettings) -> Attribute:
-    """The mean gradient over noisy copies, ⊙ the clean input; an image's noise depends on its key and the seed."""
+    """Return the mean gradient over noisy copies ⊙ the clean input; noise depends on the image's key and the seed."""
     from captum.attr import NoiseTunnel, Saliency
 
     tunnel = NoiseTunnel(Saliency(model))
@@ -147,7 +164,7 @@ def _smoothgrad(model: nn.Module, setup: MethodSettings) -> Attribute:
         devices = [images.device] if images.device.type == "cuda" else []
         for row, key in enumerate(keys):
             with torch.random.fork_rng(devices):
-                # a CPU generator reads the low 32 bits only
+                # masked to 32 bits because a CPU generator ignores the others
                 torch.manual_seed(splitmix64(splitmix64(seed) ^ key) & WORD)
                 gradient = tunnel.attribute(
                     images[row : row + 1].clone().requires_grad_(),

@@ -1,7 +1,7 @@
-"""The grid pointing game: mosaics of images that the model is sure of, and a model of their size.
+"""The grid pointing game on mosaics of images that the model classifies with confidence.
 
-Native tiles keep their pixels: a mosaic is g times as wide, and a copy of the model gets its position embedding
-resampled (timm's `set_input_size`). Rescaled tiles are shrunk, so that a mosaic has the model's own size.
+Native tiles keep their pixels: a g×g mosaic is g times as large, and the position embedding of a copy of the model is
+resampled (timm's `set_input_size`). Rescaled tiles are shrunk, so that a mosaic has the model's own image size.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from dave_fast.evaluate import metrics
 from dave_fast.evaluate.scoring import Run, as_maps
 from dave_fast.evaluate.settings import GRIDS
 
-# classes run out at different times, and not every image is named rightly with confidence
+# images drawn for each tile: not every one is classified correctly with confidence, and classes run out unevenly
 POOL = 4
 
 
 def score_grids(run: Run) -> None:
-    """GridPG for every kind of mosaic; what cannot be done is named in the results."""
+    """Score GridPG for every kind of mosaic; the results list the kinds that cannot be made, with the reason."""
     drawn: dict[int, tuple[Tensor, Tensor]] = {}
     for kind in run.settings.grids:
         grid, rescale = GRIDS[kind]
@@ -43,7 +43,7 @@ def score_grids(run: Run) -> None:
 
 
 def resized(model: nn.Module, size: tuple[int, int]) -> nn.Module | None:
-    """The model where it takes images of this (height, width), else a copy that does; None where timm has no way."""
+    """Return the model if it takes images of this (height, width), else a copy that does; None if timm makes none."""
     now = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if now is None or tuple(now) == size:
         return model if now is not None else None
@@ -56,7 +56,7 @@ def resized(model: nn.Module, size: tuple[int, int]) -> nn.Module | None:
 
 
 def _draw(run: Run, grid: int) -> tuple[Tensor, Tensor]:
-    """Tiles (M, grid², 3, H, W) and their classes (M, grid²); fewer mosaics than asked for where images run out."""
+    """Draw M mosaics, fewer than the settings say if images run out: tiles (M, grid², 3, H, W), classes (M, grid²)."""
     wanted = run.settings.mosaics_of(grid)
     pool = run.source.pool(max(100, POOL * wanted * grid**2))
     images, labels, confidences = [], [], []
@@ -84,7 +84,7 @@ def _draw(run: Run, grid: int) -> tuple[Tensor, Tensor]:
 
 
 def _score(run: Run, name: str, model: nn.Module, mosaics: Tensor, labels: Tensor, title: str) -> None:
-    """Averaged within each mosaic, so that intervals draw whole mosaics."""
+    """Score a method: one number for each mosaic, the mean of its cells, so that the bootstrap draws whole mosaics."""
     method = run.methods[name]
     attribute = (method.make_shared or method.make)(model, run.setup)
     cells = torch.arange(labels.shape[1], device=run.device)

@@ -1,12 +1,12 @@
-"""LeGrad and AttnLRP by their own packages, torchcam and LXT, on the torchvision twin of a model.
+"""LeGrad and AttnLRP from their packages, torchcam and LXT, on the torchvision twin of a model.
 
-LeGrad: torchcam's, of all blocks (arXiv 2404.03214), a map of patches enlarged bilinearly; it is positive and not
+LeGrad: torchcam's, of all blocks (arXiv 2404.03214), a map of patches enlarged bilinearly. It is positive and not
 ⊙ input, so each channel gets an equal share.
 
 AttnLRP: LXT's rules for torchvision's ViT (GELU and LayerNorm by the identity rule, attention probabilities constant)
 and zennit's γ rule on the patch embedding and on linear layers, ⊙ input (arXiv 2402.05602). With `gammas=None`, no γ
-rule: that is the frozen gradient ⊙ input, up to GELU at 0. LXT changes classes of torch and zennit for the
-whole process; here its rules are given to subclasses that nothing else uses, so nothing else is changed.
+rule: that is the frozen gradient ⊙ input, up to GELU at 0. LXT patches classes of torch and zennit for the whole
+process; here it patches private subclasses of them, so that other models are not changed.
 """
 
 from __future__ import annotations
@@ -21,12 +21,16 @@ from torch.nn import functional
 
 from dave_fast.evaluate.twin import NotTakenError, torchvision_twin
 
-# patch embedding, linear layers: inside the grid of LXT's own example for ViT, and not tuned here
+# of the patch embedding and of linear layers: from the range that LXT's own ViT example searches, not tuned here
 GAMMAS = (0.25, 0.05)
 
 
 def legrad(model: nn.Module, setup: Any) -> Any:
-    """An Attribute of LeGrad; raises NotTakenError."""
+    """Return an Attribute of LeGrad.
+
+    Raises:
+        NotTakenError: the package lacks LeGrad, or the model has no torchvision twin.
+    """
     try:
         from torchcam.methods import LeGrad
     except ImportError as error:
@@ -45,7 +49,16 @@ def legrad(model: nn.Module, setup: Any) -> Any:
 
 
 def attnlrp(model: nn.Module, setup: Any, gammas: tuple[float, float] | None = GAMMAS) -> Any:
-    """An Attribute of AttnLRP, γ of the patch embedding and of linear layers as given; raises NotTakenError."""
+    """Return an Attribute of AttnLRP.
+
+    Args:
+        model: in evaluation mode.
+        setup: not used.
+        gammas: γ of the patch embedding and of linear layers; None for no γ rule.
+
+    Raises:
+        NotTakenError: a package cannot be imported, or the model has no torchvision twin.
+    """
     try:
         from lxt.efficient import monkey_patch
         from lxt.efficient.models.vit_torch import cp_LRP
@@ -74,7 +87,7 @@ def attnlrp(model: nn.Module, setup: Any, gammas: tuple[float, float] | None = G
 
 
 def _gamma_rules(gammas: tuple[float, float]) -> Any:
-    """zennit's composite with LXT's gradient ⊙ input form of the γ rule, on a subclass."""
+    """Return zennit's composite with LXT's gradient ⊙ input form of the γ rule, on a private subclass."""
     from lxt.efficient import zennit_patches
     from zennit.composites import LayerMapComposite
     from zennit.rules import Gamma

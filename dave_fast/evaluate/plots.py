@@ -1,4 +1,4 @@
-"""Charts as inline SVG, for a page without scripts that is read in light and dark: colours are CSS classes c0 … c8."""
+"""Charts as inline SVG, for a page without scripts; colours are CSS classes c0 … c8, so that themes may differ."""
 
 from __future__ import annotations
 
@@ -17,7 +17,15 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 42, 10, 10, 34
 
 @dataclass(frozen=True)
 class Line:
-    """A curve. colour: 0 to 8. dashed: of a control or a second kind."""
+    """A curve.
+
+    Attributes:
+        name: of the method.
+        colour: 0 to 8.
+        x: abscissae.
+        y: ordinates; values that are not finite are left out.
+        dashed: whether the line is dashed, as those of controls are.
+    """
 
     name: str
     colour: int
@@ -27,7 +35,16 @@ class Line:
 
 
 def forest(rows: Sequence[tuple[str, int, Interval]], best: str | None, digits: int = 3) -> str:
-    """Means and intervals of one metric, a row a method: (name, colour, interval)."""
+    """Draw means and intervals of one metric.
+
+    Args:
+        rows: (name, colour, interval) of each method.
+        best: name of the method to set in bold, or None.
+        digits: after the decimal point.
+
+    Returns:
+        The SVG element.
+    """
     low, high = (f(getattr(i, side) for _, _, i in rows) for f, side in ((min, "low"), (max, "high")))
     ticks = _ticks(low, high, 4)
     low, high = min(low, ticks[0]), max(high, ticks[-1])
@@ -55,7 +72,17 @@ def forest(rows: Sequence[tuple[str, int, Interval]], best: str | None, digits: 
 
 
 def lines(curves: Sequence[Line], x_title: str, y_title: str, x_names: Sequence[str] = ()) -> str:
-    """Curves over one pair of axes. x_names: labels of x = 0, 1, 2, ... in place of numbers."""
+    """Draw curves over one pair of axes.
+
+    Args:
+        curves: the curves.
+        x_title: of the horizontal axis.
+        y_title: of the vertical axis.
+        x_names: labels of x = 0, 1, 2, ... in place of numbers.
+
+    Returns:
+        The SVG element.
+    """
     xs = [x for curve in curves for x in curve.x]
     ys = [y for curve in curves for y in curve.y if math.isfinite(y)]
     x_low, x_high = min(xs), max(xs)
@@ -88,7 +115,7 @@ def lines(curves: Sequence[Line], x_title: str, y_title: str, x_names: Sequence[
 
 
 def _ticks(low: float, high: float, about: int) -> list[float]:
-    """Round numbers from just below low to just above high."""
+    """Return round numbers that enclose low and high, about `about` of them."""
     span = (high - low) or abs(high) or 1.0
     raw = span / about
     power = 10.0 ** math.floor(math.log10(raw))

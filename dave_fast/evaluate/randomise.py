@@ -1,8 +1,7 @@
-"""Parameter randomisation: does a map change when the model forgets what it learnt?
+"""Parameter randomisation: whether a map depends on what the model has learnt.
 
-Stages go from the head down to the patch embedding, each on top of those before (cascading). A parameter gets normal
-values of its own mean and standard deviation, so that scales stay and no initialiser is needed; constants stay.
-Source: Adebayo et al., Sanity checks for saliency maps, NeurIPS 2018.
+The model is randomised stage by stage from the head down (`stages`), cumulatively. Source: Adebayo et al., Sanity
+checks for saliency maps, NeurIPS 2018.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from dave_fast.evaluate.stages import stages
 
 
 def score_randomised(run: Run) -> None:
-    """Rank correlations of the first images' maps with those of a copy of the model, stage after stage."""
+    """Score rank correlations of the first images' maps with those of a copy of the model, stage after stage."""
     images, classes, keys = run.first(run.settings.randomised)
     original = {name: as_maps(run.first_raw(name, len(images)).to(images)) for name in run.methods}
     found: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))

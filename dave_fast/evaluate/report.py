@@ -35,7 +35,19 @@ _OUTLINE = (255, 255, 255)
 
 @dataclass(frozen=True)
 class About:
-    """What the numbers belong to. command: how to get them again. environment: versions and the device."""
+    """The context of the results.
+
+    Attributes:
+        model: its name.
+        source: description of the images.
+        settings: of the evaluation.
+        setup: of the methods.
+        labels: the model's class names.
+        prepare: the model's preprocessing.
+        environment: versions and the device.
+        command: the command that repeats the run.
+        skipped: files left out -> the reason.
+    """
 
     model: str
     source: str
@@ -79,7 +91,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _context(results: Results, summary: Summary, about: About) -> dict[str, Any]:
-    """What the page and the Markdown are made of."""
+    """Return the values that the page's template and the Markdown are filled with."""
     shown = [name for name in results.scores if name not in CONTROLS]
     return {
         "title": "Attribution quality",
@@ -118,12 +130,12 @@ def _context(results: Results, summary: Summary, about: About) -> dict[str, Any]
 
 
 def colour(name: str) -> int:
-    """The colour of a method in every chart."""
+    """Return the colour of a method, the same in every chart."""
     return list(METHODS).index(name) % plots.COLOURS
 
 
 def span(interval: Interval, digits: int = 3) -> str:
-    """A mean and its interval as text."""
+    """Return a mean and its interval as text."""
     return f"{interval.mean:.{digits}f} ({interval.low:.{digits}f}–{interval.high:.{digits}f})"
 
 
@@ -201,7 +213,7 @@ def _curve_cards(results: Results) -> list[dict[str, str]]:
 
 
 def _thinned(names: Sequence[str]) -> list[str]:
-    """Labels of stages that have room beside each other."""
+    """Return the labels with most of them empty, so that those that are left do not overlap."""
     every = -(-len(names) // 9)
     return [name if i % every == 0 else "" for i, name in enumerate(names)]
 
@@ -225,9 +237,6 @@ def _table(summary: Summary, variant: str) -> dict[str, Any]:
     }
 
 
-# Pictures
-
-
 def _example_row(one: dict[str, Any], shown: Sequence[str], about: About) -> dict[str, Any]:
     pictures = [_data(each) for each in _pictures(one, shown, about)]
     explained = f"{about.labels.name(one['class'])}, {one['probability']:.2f}"
@@ -235,7 +244,7 @@ def _example_row(one: dict[str, Any], shown: Sequence[str], about: About) -> dic
 
 
 def _pictures(one: dict[str, Any], shown: Sequence[str], about: About) -> list[Image.Image]:
-    """The input and the map of each method, with the outline of the object where it is known."""
+    """Return the input and the map of each method, with the outline of the object if it is known."""
     mask = one["mask"].numpy()
     size = min(SHORTEST_SIDE // 2, 224)
     made = [Image.fromarray(about.prepare.pixels(one["image"]))]
@@ -268,7 +277,7 @@ def _data(picture: Image.Image) -> str:
 
 
 def _sheet(results: Results, about: About) -> Image.Image:
-    """All examples in one picture, a row an image, for where there is no HTML."""
+    """Return all examples in one picture, a row for each image, for the Markdown report."""
     import matplotlib
     from PIL import ImageDraw, ImageFont
 
@@ -289,11 +298,8 @@ def _sheet(results: Results, about: About) -> Image.Image:
     return sheet
 
 
-# Markdown
-
-
 def markdown(context: dict[str, Any]) -> str:
-    """The report as Markdown, without charts."""
+    """Return the report as Markdown, without charts."""
     facts = "; ".join(f"{value} {name}" for value, name in context["facts"])
     parts = [f"# {context['title']}", f"{context['subtitle']}: {facts}."]
     if context["examples"]:
@@ -334,6 +340,6 @@ VERDICTS = (
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; a bar would end a cell."""
+    """Return a Markdown table; vertical bars in cells are escaped."""
     lines_ = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines_)

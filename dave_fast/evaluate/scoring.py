@@ -1,12 +1,13 @@
-"""The run: batch by batch, every method explains the same images, and every map is scored by every metric.
+"""The run of an evaluation: every method explains the same batches, and every metric scores every map.
 
-Each attribution is scored twice: as it is (signed sum over channels) and behind DAVE's own post-processing
-(`dave_fast.ops.smooth`), so that no method wins by being blurred. Costs are counted in passes (one forward and one
-backward of one image of the model's size), so that progress moves evenly.
+Each attribution is scored twice: as it is (signed sum over channels) and after DAVE's own post-processing
+(`dave_fast.ops.smooth`), so that no method gains from smoothing alone. Progress is counted in passes, one forward and
+one backward of one image of the model's size, so that it is even in time.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
@@ -25,12 +26,22 @@ Progress = Callable[[int, int, str], None]
 
 
 def as_maps(raw: Tensor) -> dict[str, Tensor]:
-    """An attribution (n, C, H, W) as maps (n, H, W): as it is (signed sum over channels), and smoothed."""
+    """Return maps (n, H, W) of attributions (n, C, H, W): the signed sum over channels, and the smoothed map."""
     return {VARIANTS[0]: raw.sum(1), VARIANTS[1]: smooth(raw)}
 
 
 class Run:
-    """One evaluation at work."""
+    """The state of one evaluation.
+
+    Args:
+        model: in evaluation mode, on its device.
+        source: the images.
+        settings: what to measure.
+        setup: how the methods are run.
+        chosen: the methods by name; those that do not support the model are listed in `results.absent`.
+        results: filled by the run.
+        progress: called with (passes done, passes in all, description).
+    """
 
     def __init__(
         self,
@@ -61,9 +72,8 @@ class Run:
         self.kept_raw: dict[str, list[Tensor]] = defaultdict(list)
 
     def wants(self, group: str) -> bool:
+        """Return whether a group of metrics is to be scored."""
         return group in self.settings.groups
-
-    # ---- explaining ----
 
     def explain(
         self,
@@ -75,7 +85,17 @@ class Run:
         seed: int,
         what: str,
     ) -> Tensor:
-        """Attributions (n, C, H, W), and a step of progress."""
+        """Return attributions (n, C, H, W), and report progress.
+
+        Args:
+            name: of the method, for its cost.
+            attribute: the method.
+            images: (n, C, H, W), or as its `make_shared` takes them.
+            classes: (n,) int64.
+            keys: of the images.
+            seed: of the draws.
+            what: description for the progress.
+        """
         raw = attribute(images, classes, keys, seed)
         self.done += len(classes) * self.methods[name].cost(self.setup)
         if self.progress is not None:
@@ -84,7 +104,7 @@ class Run:
 
     @property
     def total(self) -> int:
-        """Passes of the whole run, about; mosaics are counted when they come."""
+        """Estimated passes of the whole run."""
         s = self.settings
         probes = min(s.probes, self.images)
         once = sum(method.cost(self.setup) for method in self.methods.values())
@@ -95,13 +115,13 @@ class Run:
         grids = sum(s.mosaics_of(GRIDS[kind][0]) * GRIDS[kind][0] ** 2 for kind in s.grids) * self.wants("grids")
         return once * (maps + pairs + stages_ + grids) + again * probes * (s.seeds - 1) * self.wants("seeds")
 
-    # ---- one batch of images ----
-
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
+        """Return the model's logits (n, K), batch by batch."""
         return torch.cat([self.model(some) for some in images.split(self.settings.batch_size)])
 
     def score_batch(self, batch: Examples) -> None:
+        """Explain a batch by every method, and score everything that needs only that batch."""
         probability = self.logits(batch.images).softmax(1)
         predicted = probability.argmax(1)
         classes = torch.where(batch.labels < 0, predicted, batch.labels)
@@ -146,7 +166,7 @@ class Run:
                 rows[variant] = scores if before is None else torch.cat([before, scores])
 
     def _score_probes(self, name: str, raw: Tensor, batch: Examples, classes: Tensor, runner_up: Tensor) -> None:
-        """Stability, similarity between classes, and other seeds."""
+        """Score stability, similarity between classes, and other seeds."""
         attribute, seed, own = self.attributes[name], self.settings.seed, as_maps(raw)
 
         def compare(metric: str, images: Tensor, targets: Tensor) -> None:
@@ -169,35 +189,36 @@ class Run:
                     self.seed_scores[name, variant, other].append(scores.cpu())
 
     def _noise(self, batch: Examples) -> Tensor:
-        """Normal noise of each image, by its key."""
+        """Return normal noise for each image, seeded by its key."""
         shape = batch.images.shape[1:]
         drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(key)) for key in batch.keys]
         return torch.stack(drawn).to(batch.images)
 
     def close_seeds(self) -> None:
-        """A mean EnergyPG a seed, where there is ground truth and more than one seed."""
+        """Store the mean EnergyPG of each seed if objects are known and there is more than one seed."""
         for (name, variant, _), parts in sorted(self.seed_scores.items()):
             mean = torch.cat(parts).nanmean().item()
-            if mean == mean and self.settings.seeds > 1:
+            if not math.isnan(mean) and self.settings.seeds > 1:
                 self.results.seeds.setdefault(name, {}).setdefault(variant, []).append(mean)
 
     def first(self, count: int) -> tuple[Tensor, Tensor, list[int]]:
-        """The first images, their explained classes and keys."""
+        """Return the first images, their explained classes and keys."""
         images = torch.cat([each.images for each, _ in self.kept])[:count]
         classes = torch.cat([classes for _, classes in self.kept])[:count]
         return images, classes, [key for each, _ in self.kept for key in each.keys][:count]
 
     def first_raw(self, name: str, count: int) -> Tensor:
-        """A method's attributions of the first images."""
+        """Return a method's attributions of the first images."""
         return torch.cat(self.kept_raw[name])[:count]
 
     def _keep(self, name: str, raw: Tensor, batch: Examples) -> None:
-        """The first images and their maps, for randomisation and for pictures."""
+        """Store attributions of the first images, for randomisation and for pictures."""
         wanted = max(self.settings.randomised, self.settings.examples)
         have = sum(map(len, self.kept_raw[name]))
         self.kept_raw[name].append(raw[: max(wanted - have, 0)].cpu())
 
     def _show(self, batch: Examples, classes: Tensor, probability: Tensor) -> None:
+        """Store the first images with their classes, and as examples for the report."""
         have = sum(len(each) for each, _ in self.kept)
         more = max(max(self.settings.randomised, self.settings.examples) - have, 0)
         self.kept.append((batch[:more], classes[:more]))
@@ -218,10 +239,8 @@ class Run:
                 }
             )
 
-    # ---- the other groups ----
-
     def score_pairs(self) -> None:
-        """Images with two objects: the share on the explained one, and there when the other is explained."""
+        """Score images with two objects: the share on one object when it, or the other one, is explained."""
         for start in range(0, self.settings.pairs, self.settings.batch_size):
             both = self.source.read_pairs(start, min(start + self.settings.batch_size, self.settings.pairs))
             if both is None:
@@ -237,6 +256,6 @@ class Run:
 
 
 def patch_size(model: nn.Module) -> tuple[int, int] | None:
-    """(height, width) of the patches of a timm model; None where it does not say."""
+    """Return (height, width) of the patches of a timm model; None if it has no such attribute."""
     size = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     return None if size is None else (int(size[0]), int(size[1]))

@@ -1,4 +1,4 @@
-"""What an evaluation is asked for, and what it finds."""
+"""The settings of an evaluation, and its results."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from dave_fast.evaluate.statistics import MOST_SEEDS
 
 VARIANTS = ("as it is", "smoothed")
 GROUPS = ("localisation", "curves", "stability", "classes", "seeds", "randomisation", "grids")
-# name -> cells a side, and whether tiles are shrunk so that a mosaic has the model's own size
+# name -> cells along each side, and whether tiles are shrunk so that a mosaic has the model's own size
 GRIDS = {"2x2": (2, False), "3x3": (3, False), "2x2-rescaled": (2, True), "3x3-rescaled": (3, True)}
 
-# metric -> whether more is better; None: neither, it is read beside another
+# metric -> whether more is better; None for one that is only meaningful beside another
 METRICS: dict[str, bool | None] = {
     "EnergyPG": True,
     "pointing game": True,
@@ -35,11 +35,23 @@ METRICS: dict[str, bool | None] = {
 class EvaluationSettings:
     """What to measure, and on how many images.
 
-    images: for localisation. probes: of them for curves, stability, class similarity and seeds; randomised: for
-    parameter randomisation. pairs: images with two objects. mosaics: of 2×2; of 3×3 as many as make as many maps.
-    groups: of metrics; methods: by name, None for all. confident: probability from which an image counts in curves
-    and mosaics. seeds: of the random methods, 1 to 10; the first of them is `seed`.
-    grids: names of `GRIDS`.
+    Attributes:
+        images: how many to explain, for localisation.
+        probes: how many of them to use for curves, stability, class similarity and seeds.
+        randomised: how many of them to use for parameter randomisation.
+        pairs: how many images with two objects to explain.
+        mosaics: how many of 2×2; of 3×3 as many as give an equal number of maps.
+        grids: names of `GRIDS`.
+        protocols: names of `metrics.PROTOCOLS`.
+        curve_steps: about how many points a curve has.
+        seeds: how many for the random methods, 1 to 10.
+        seed: the first of them.
+        confident: probability from which an image is used in curves and mosaics.
+        stability_sigma: standard deviation of the noise on the normalised image.
+        batch_size: images at a time.
+        examples: how many images to show in the report.
+        groups: names of `GROUPS`.
+        methods: by name; None for all.
     """
 
     images: int = 100
@@ -72,18 +84,22 @@ class EvaluationSettings:
             )
 
     def mosaics_of(self, grid: int) -> int:
-        """How many mosaics of grid×grid make as many maps as `mosaics` of 2×2."""
+        """Return how many mosaics of grid×grid give as many maps as `mosaics` of 2×2."""
         return max(1, 4 * self.mosaics // grid**2)
 
 
 @dataclass
 class Results:
-    """scores: method -> variant -> metric -> one number an image, in the images' order; mosaics count as images.
+    """The results of an evaluation.
 
-    curves: protocol -> (changed shares, method -> variant -> (n, P) scores).
-    seeds: method -> variant -> a mean EnergyPG a seed.
-    randomised: (stage names, method -> variant -> (n, stages) rank correlations).
-    examples: images and maps for pictures. absent: what was not run, and why. facts: about the images.
+    Attributes:
+        scores: method -> variant -> metric -> a number for each image, in their order; mosaics count as images.
+        curves: protocol -> (changed shares, method -> variant -> (n, P) scores).
+        seeds: method -> variant -> the mean EnergyPG of each seed.
+        randomised: (stage names, method -> variant -> (n, stages) rank correlations).
+        examples: images and maps for pictures.
+        absent: method or metric that was not run -> the reason.
+        facts: about the images.
     """
 
     scores: dict[str, dict[str, dict[str, list[float]]]] = field(default_factory=dict)
@@ -95,6 +111,6 @@ class Results:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def add(self, method: str, variant: str, metric: str, values: Tensor) -> None:
-        """Scores of further images."""
+        """Append scores of further images."""
         row = self.scores.setdefault(method, {}).setdefault(variant, {}).setdefault(metric, [])
         row.extend(values.double().cpu().tolist())

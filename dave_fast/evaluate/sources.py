@@ -1,7 +1,7 @@
-"""Images to evaluate on, with what is known of them: labels, and where the object is.
+"""Images to evaluate on, with their labels and the masks of their objects, as far as they are known.
 
-A source is a sequence of examples that is read part by part, so that it need not fit in memory. What is unknown is said
-by the example itself: label −1, an empty mask. Keys tell the draws of one image from another's.
+A source is a sequence of examples that is read part by part, so that it need not fit in memory. An unknown label is −1,
+an unknown object an empty mask. An image's key selects its random draws.
 """
 
 from __future__ import annotations
@@ -23,10 +23,14 @@ from dave_fast.images import Preprocessing, read_image
 
 @dataclass(frozen=True)
 class Examples:
-    """n images as a model sees them.
+    """A batch of n images.
 
-    images: (n, 3, H, W) float32, normalised. labels: (n,) int64, −1 where unknown.
-    masks: (n, H, W) bool, the pixels of the labelled object, all False where unknown. names: n texts. keys: n integers.
+    Attributes:
+        images: (n, 3, H, W) float32, normalised.
+        labels: (n,) int64, −1 where unknown.
+        masks: (n, H, W) bool, the pixels of the labelled object, all False where unknown.
+        names: n texts.
+        keys: n integers.
     """
 
     images: Tensor
@@ -42,15 +46,17 @@ class Examples:
         return Examples(*(getattr(self, each.name)[rows] for each in fields(self)))
 
     def to(self, device: torch.device) -> Examples:
-        """The same on another device."""
+        """Return the examples on another device."""
         moved = (self.images.to(device), self.labels.to(device), self.masks.to(device))
         return Examples(*moved, self.names, self.keys)
 
 
 class ExampleSource(Protocol):
-    """What can be evaluated on.
+    """A sequence of examples.
 
-    title: what it is, for reports. skipped: files that could not be used, and why; filled while reading.
+    Attributes:
+        title: description for reports.
+        skipped: files that could not be used -> the reason; filled while reading.
     """
 
     title: str
@@ -59,20 +65,26 @@ class ExampleSource(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, start: int, stop: int) -> Examples | None:
-        """Examples start .. stop, fewer where some cannot be read; None where none can."""
+        """Return examples start .. stop, without those that cannot be read; None if none can."""
 
     def read_pairs(self, start: int, stop: int) -> tuple[Examples, Examples] | None:
-        """Images with two objects of different classes, as examples of either; None where there are none."""
+        """Return images with two objects, as examples of the one and of the other class; None without such images."""
 
     def pool(self, count: int) -> ExampleSource:
-        """Examples for mosaics, about `count` of them."""
+        """Return a source of about `count` examples for mosaics."""
 
 
 @dataclass
 class DemoScenes:
-    """The embedded scenes, whose masks say which pixels carry the label: held-out glyphs, scene i by seed and i.
+    """The embedded scenes with held-out glyphs, whose masks are the pixels of the labelled digit.
 
-    Scenes of two digits have the seed + 1; scenes for mosaics the seed + 2.
+    Scene i depends on the seed and i only. Scenes of two digits use seed + 1, scenes for mosaics seed + 2.
+
+    Attributes:
+        count: number of scenes.
+        seed: of the scenes.
+        title: see `ExampleSource`.
+        skipped: see `ExampleSource`.
     """
 
     count: int
@@ -84,15 +96,15 @@ class DemoScenes:
         return self.count
 
     def read(self, start: int, stop: int) -> Examples:
-        """Scenes of one digit."""
+        """Return scenes of one digit."""
         return self._draw(start, min(stop, self.count), self.seed, 1)[0]
 
     def read_pairs(self, start: int, stop: int) -> tuple[Examples, Examples]:
-        """Scenes of two digits."""
+        """Return scenes of two digits."""
         return self._draw(start, stop, self.seed + 1, 2)
 
     def pool(self, count: int) -> DemoScenes:
-        """Other scenes of one digit."""
+        """Return other scenes of one digit."""
         return DemoScenes(count, self.seed + 2)
 
     def _draw(self, start: int, stop: int, seed: int, digits: int) -> tuple[Examples, Examples]:
@@ -109,9 +121,16 @@ class DemoScenes:
 
 @dataclass
 class ImageFiles:
-    """Image files, preprocessed as the model wants them, with labels and objects from annotations.
+    """Image files in the model's preprocessing, with labels and objects from annotations.
 
-    A file that cannot be read, or whose annotation does not fit it, is left out and named in `skipped`.
+    A file that cannot be read, or whose annotation does not fit it, is left out and listed in `skipped`.
+
+    Attributes:
+        files: of the images.
+        prepare: the model's preprocessing.
+        annotations: labels and objects.
+        title: see `ExampleSource`.
+        skipped: see `ExampleSource`.
     """
 
     files: Sequence[Path]
@@ -124,7 +143,7 @@ class ImageFiles:
         return len(self.files)
 
     def read(self, start: int, stop: int) -> Examples | None:
-        """Files start .. stop."""
+        """Return the examples of files start .. stop."""
         made = []
         for number in range(start, min(stop, len(self.files))):
             try:
@@ -137,11 +156,11 @@ class ImageFiles:
         return Examples(torch.stack(images), torch.stack(labels), torch.stack(masks), names, keys)
 
     def read_pairs(self, start: int, stop: int) -> None:
-        """Not known of files."""
+        """Return None: no pairs of objects are known of files."""
         return
 
     def pool(self, count: int) -> ImageFiles:
-        """The same files: as many as there are."""
+        """Return the same files, whatever their number."""
         return self
 
     def _example(self, number: int) -> tuple[Tensor, Tensor, Tensor, str, int]:
@@ -154,6 +173,6 @@ class ImageFiles:
         return inputs, torch.tensor(-1 if label is None else label), mask, path.name, number
 
     def _seen(self, mask: np.ndarray) -> Tensor:
-        """What the model's crop leaves of a photograph's mask (H, W): the pixels that it covers by at least half."""
+        """Return the model's crop of a photograph's mask (H, W): the pixels that it covers by at least half."""
         white = Image.fromarray(mask.astype(np.uint8) * 255).convert("RGB")
         return torch.from_numpy(self.prepare.crop(white)[..., 0] >= 128)

@@ -1,7 +1,7 @@
-"""Randomise the parameters of a model part by part, from the head down to the patch embedding.
+"""The stages in which the parameters of a model are randomised, from the head down to the patch embedding.
 
-A parameter gets normal values of its own mean and standard deviation, so that scales stay and no initialiser is
-needed; constants stay. Source: Adebayo et al., Sanity checks for saliency maps, NeurIPS 2018.
+A parameter gets normal values of its own mean and standard deviation, so that its scale is kept and no initialiser is
+needed; a constant one is unchanged. Source: Adebayo et al., Sanity checks for saliency maps, NeurIPS 2018.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import nn
 
 
 def stages(model: nn.Module, seed: int = 0) -> list[tuple[str, Callable[[], None]]]:
-    """(name, what randomises it in place) of each part of a model, from its output to its input.
+    """Return the stages of a model from its output to its input: (name, function that randomises it in place).
 
-    Parts are the model's children in reverse, lists of blocks block by block, at last the model's own parameters.
-    Calling the same stages of an equal copy gives equal weights.
+    Stages are the model's children in reverse order, each block of a list of blocks, and last the model's own
+    parameters. The same stages of an equal copy give equal weights.
     """
     parts: list[tuple[str, nn.Module]] = []
     for name, child in model.named_children():

@@ -1,8 +1,8 @@
-"""From a score an image to what can be said: means with intervals, paired differences, verdicts.
+"""Statistics of scores, one number for each image: means with intervals, paired differences, verdicts.
 
-Intervals hold 95 %. Over images: percentile bootstrap, images drawn with replacement. Over seeds: Student's t on the
-means of the same images under each seed. A verdict compares DAVE with each baseline in two ways: whether their
-intervals touch, and whether the interval of the paired difference, on the images that both scored, holds zero.
+Intervals are 95 % intervals. Over images: percentile bootstrap, images drawn with replacement. Over seeds: Student's t
+on the means of the same images under each seed. A verdict compares DAVE with each baseline in two ways: whether their
+intervals overlap, and whether the interval of the paired difference, on the images that both scored, contains zero.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 BOOTSTRAPS, LEVEL = 2000, 0.95
-# below this many images the bootstrap says nothing
+# below this many images the bootstrap interval is too narrow to be trusted
 FEWEST = 5
 # Student's t at 97.5 % for 1, 2, ... degrees of freedom
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -23,7 +23,14 @@ MOST_SEEDS = len(T_QUANTILES) + 1
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean, its 95 % interval, and how many images are behind it; NaN where none are."""
+    """A mean and its 95 % interval.
+
+    Attributes:
+        mean: NaN without images.
+        low: lower end of the interval.
+        high: upper end of the interval.
+        n: how many images or seeds the mean is of.
+    """
 
     mean: float
     low: float
@@ -31,12 +38,12 @@ class Interval:
     n: int
 
     def touches(self, other: Interval) -> bool:
-        """Whether two intervals have a point in common."""
+        """Return whether two intervals have a point in common."""
         return self.low <= other.high and other.low <= self.high
 
 
 def over_images(scores: ArrayLike) -> Interval:
-    """Mean score of images and its bootstrap interval; NaN scores are left out."""
+    """Return the mean score of images and its bootstrap interval; NaN scores are left out."""
     values = np.asarray(scores, np.float64)
     values = values[~np.isnan(values)]
     if not len(values):
@@ -47,7 +54,11 @@ def over_images(scores: ArrayLike) -> Interval:
 
 
 def paired(scores: ArrayLike, others: ArrayLike) -> Interval:
-    """Mean difference scores − others over the images that have both. Raises ValueError for different lengths."""
+    """Return the mean difference scores − others over the images that have both.
+
+    Raises:
+        ValueError: the lengths differ.
+    """
     ours, theirs = np.asarray(scores, np.float64), np.asarray(others, np.float64)
     if ours.shape != theirs.shape:
         raise ValueError(f"{len(ours)} and {len(theirs)} scores are not of the same images.")
@@ -55,7 +66,7 @@ def paired(scores: ArrayLike, others: ArrayLike) -> Interval:
 
 
 def over_seeds(means: ArrayLike) -> Interval:
-    """Mean over 2 to 10 seeds, each of them the mean score of the same images, and its t interval; n counts seeds."""
+    """Return the mean over 2 to 10 seeds, each the mean score of the same images, and its t interval."""
     values = np.asarray(means, np.float64)
     half = T_QUANTILES[len(values) - 2] * values.std(ddof=1) / np.sqrt(len(values))
     return Interval(float(values.mean()), float(values.mean() - half), float(values.mean() + half), len(values))
@@ -63,9 +74,14 @@ def over_seeds(means: ArrayLike) -> Interval:
 
 @dataclass(frozen=True)
 class Verdict:
-    """DAVE against the baseline that comes nearest to it, or is ahead most.
+    """DAVE compared with its strongest rival, the baseline that is furthest ahead of it or else the nearest behind.
 
-    difference: DAVE − baseline in the direction that is better, paired. apart: intervals do not touch any baseline's.
+    Attributes:
+        dave: mean of DAVE.
+        rival: name of the baseline.
+        other: mean of the baseline.
+        difference: paired difference, positive where DAVE is better.
+        apart: whether DAVE's interval overlaps no baseline's.
     """
 
     dave: Interval
@@ -89,9 +105,15 @@ class Verdict:
 
 
 def verdict(scores: Mapping[str, ArrayLike], higher: bool, dave: str = "DAVE") -> Verdict | None:
-    """DAVE against its strongest rival in one metric; None where there is nothing to compare.
+    """Compare DAVE with its strongest rival in one metric.
 
-    scores: by method, of the same images. The strongest rival is one that is ahead, else the nearest.
+    Args:
+        scores: method -> scores of the same images.
+        higher: whether more is better.
+        dave: the name of DAVE in `scores`.
+
+    Returns:
+        The verdict, or None if no baseline has a score in common with DAVE.
     """
     sign = 1 if higher else -1
     signed = {name: sign * np.asarray(values, np.float64) for name, values in scores.items()}

@@ -1,4 +1,4 @@
-"""Results as numbers to report: intervals, verdicts and paired differences, and all of it as JSON and CSV."""
+"""Results summarised for reports: intervals, verdicts and paired differences; and as JSON and CSV."""
 
 from __future__ import annotations
 
@@ -18,8 +18,15 @@ DAVE = "DAVE"
 
 @dataclass(frozen=True)
 class Summary:
-    """intervals: variant -> method -> metric. verdicts: variant -> metric. paired: variant -> metric -> baseline, DAVE
-    minus it on the same images. seeds: variant -> method. metrics: those that anything was scored by, in order."""
+    """Intervals and verdicts of an evaluation.
+
+    Attributes:
+        intervals: variant -> method -> metric -> mean over images.
+        verdicts: variant -> metric -> verdict.
+        paired: variant -> metric -> baseline -> DAVE minus the baseline on the same images.
+        seeds: variant -> method -> mean over seeds.
+        metrics: the metrics that have a score, in their fixed order.
+    """
 
     intervals: dict[str, dict[str, dict[str, Interval]]]
     verdicts: dict[str, dict[str, Verdict]]
@@ -28,7 +35,7 @@ class Summary:
     metrics: tuple[str, ...]
 
     def best(self, variant: str, metric: str) -> str | None:
-        """The method with the best mean, controls left out; None where the metric has no better direction."""
+        """Return the method with the best mean, controls left out; None if neither direction is better."""
         means = {
             name: each[metric].mean
             for name, each in self.intervals[variant].items()
@@ -41,7 +48,7 @@ class Summary:
 
 
 def summarise(results: Results) -> Summary:
-    """Everything that is said about results."""
+    """Compute intervals, verdicts and paired differences of results."""
     intervals: dict[str, dict[str, dict[str, Interval]]] = {variant: {} for variant in VARIANTS}
     for name, variants in results.scores.items():
         for variant, scored in variants.items():
@@ -69,13 +76,19 @@ def summarise(results: Results) -> Summary:
 
 
 def _scores(results: Results, variant: str, metric: str) -> dict[str, list[float]]:
-    """Scores of a metric by method, without the controls."""
+    """Return the scores of a metric by method, without the controls."""
     rows = {name: variants.get(variant, {}) for name, variants in results.scores.items() if name not in CONTROLS}
     return {name: row[metric] for name, row in rows.items() if metric in row}
 
 
 def as_json(results: Results, summary: Summary, about: dict[str, Any]) -> dict[str, Any]:
-    """Everything but the scores of single images and the pictures, for json.dumps; NaN as None."""
+    """Return results for json.dumps, without the scores of single images and the pictures; NaN is None.
+
+    Args:
+        results: of the evaluation.
+        summary: of the results.
+        about: further entries.
+    """
     content = {
         **about,
         "facts": results.facts,
@@ -106,7 +119,7 @@ def _told(found: Verdict) -> dict[str, Any]:
 
 
 def _dicts(value: Any) -> Any:
-    """Dataclasses inside of dictionaries as dictionaries."""
+    """Return nested dictionaries with their dataclasses as dictionaries."""
     return {key: _dicts(one) for key, one in value.items()} if isinstance(value, dict) else asdict(value)
 
 
@@ -119,7 +132,7 @@ def _plain(value: Any) -> Any:
 
 
 def as_csv(results: Results) -> str:
-    """Every score of every image: method, variant, metric, number, score. Numbers count the images of a metric."""
+    """Return every score of every image as CSV; the column `number` counts the images of a metric."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(("method", "variant", "metric", "number", "score"))

@@ -1,26 +1,25 @@
-"""Choose noise_alpha and the number of samples for a model, from a handful of its own images, without labels.
+"""The choice of noise_alpha and of the number of samples for a model, from a few of its own images without labels.
 
-noise_alpha. Averaging over noise has a gain and a price. The gain: what is left of a gradient behind the noise is what
-its neighbourhood agrees on. The price: noisier samples scatter more, and beyond some level the model sees no object.
-Both can be seen without labels.
+noise_alpha. Averaging over noise keeps the part of a gradient that its neighbourhood shares; but noisier samples have
+a larger variance, and beyond some level the model recognises nothing. Both can be measured without labels.
 
-- Repeatability r(α): the Pearson correlation of two maps of the same image that share nothing but the image and the
-  model: other draws, and each of a copy of the image under slight noise of its own. Without the latter the noiseless
-  extreme would flatter itself: a single gradient, however shattered, repeats perfectly at the very same point.
-- Decision kept k(α): the share of noisy samples (without the transformations) in which the unperturbed image's class
-  still comes first. The robust mean over samples breaks down when half of them speak of something else, so α must
-  leave k(α) ≥ ½.
+- Repeatability r(α): the Pearson correlation of two maps of the same image with different draws, each of a copy of the
+  image under slight noise of its own. Without that noise α = 0 would score too well: a single gradient repeats exactly
+  at the same point, however noisy it is.
+- Decision kept k(α): the share of noisy samples (without the transformations) whose top class is that of the
+  unperturbed image. The robust mean over samples breaks down when half of them explain something else, so α must keep
+  k(α) ≥ ½.
 
-The choice is the largest such α whose mean r is at least 98 % of the best: as much smoothing as costs next to nothing.
+The choice is the largest such α whose mean r is at least 98 % of the best: the most smoothing at nearly no cost.
 
-n_samples. A bound of a map's relative error, which holds nine times in ten, comes from halves of its samples
+n_samples. A bound of a map's relative error, valid nine times in ten, is estimated from halves of its samples
 (`explain.convergence`) and falls with 1/√S; a map of relative error e correlates about √(1 − e²) with its limit. So
-S = S₀·(bound(S₀)/e)², the median over images, for the correlation that is asked for.
+S = S₀·(bound(S₀)/e)², the median over images, for the requested correlation.
 
-Considered, on other scenes than those of the validation (`scripts/validate_tune.py`), and rejected: deletion and
-insertion by the model's own maps (flat in α); correlation with the effect of removing random patches (flat, with its
-maximum elsewhere); one standard error instead of 2 % (with a handful of images it lets far too much through); counting
-decisions under the transformations, too (many a model is no more invariant to a flip than a digit is).
+Tried on other scenes than those of the validation (`scripts/validate_tune.py`), and rejected: deletion and insertion
+by the model's own maps (flat in α); correlation with the effect of removing random patches (flat, with another
+maximum); one standard error instead of 2 % (with few images it permits too much); counting decisions under the
+transformations, too (many models are not invariant to them).
 """
 
 from __future__ import annotations
@@ -41,12 +40,13 @@ from dave_fast.ops.perturb import perturb
 from dave_fast.sampling import Draws, Sampling, draw
 
 ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-# samples of each of the two maps of a repetition, draws for each noise level, and samples of the error estimate
+# samples of each of the two maps that are correlated, draws for each noise level, samples of the error estimate
 SAMPLES, LEVEL_DRAWS, ERROR_SAMPLES = 24, 4, 64
-# of the slight noise that two views of an image differ by, as a share of the standard deviation of the images
+# noise in which the two copies of an image differ, as a share of the standard deviation of the images
 VIEW_NOISE = 0.1
+# the smallest share of decisions kept
 KEPT = 0.5
-# what repeatability may be given up for smoothing
+# the share of the best repeatability that may be given up for more smoothing
 TOLERANCE = 0.02
 QUALITY = 0.9
 MOST_SAMPLES = 1000
@@ -56,10 +56,17 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Tuning:
-    """What was found. repeatability: (A, n) by α and image. kept: (A,) share of samples that keep the decision.
+    """The result of tuning.
 
-    errors: S -> bound of the relative error, the median over images.
-    best: index of the highest repeatability among allowed α.
+    Attributes:
+        alphas: A values of α.
+        repeatability: (A, n) float64, of each α and image.
+        kept: (A,) float64, share of samples that keep the decision.
+        best: index of the highest mean repeatability among the allowed α.
+        noise_alpha: the α chosen.
+        errors: S -> bound of the relative error, the median over images.
+        n_samples: the number of samples chosen.
+        quality: the requested correlation with the converged map.
     """
 
     alphas: tuple[float, ...]
@@ -83,9 +90,14 @@ class Tuning:
 
 
 def choose_alpha(repeatability: np.ndarray, kept: np.ndarray) -> tuple[int, int]:
-    """Indices of the α chosen and of the most repeatable one, by the rule above; repeatability (A, n), kept (A,).
+    """Choose α by the rule above; the smallest if no α keeps half of the decisions.
 
-    α must rise. Where no α keeps half of the decisions, the smallest is taken.
+    Args:
+        repeatability: (A, n), of rising α and each image.
+        kept: (A,), share of samples that keep the decision.
+
+    Returns:
+        Indices of the α chosen and of the most repeatable one among those allowed.
     """
     allowed = [i for i, share in enumerate(kept) if share >= KEPT] or [0]
     means = np.nanmean(repeatability, axis=1)
@@ -94,13 +106,19 @@ def choose_alpha(repeatability: np.ndarray, kept: np.ndarray) -> tuple[int, int]
 
 
 def standard_errors(repeatability: np.ndarray, best: int) -> np.ndarray:
-    """Of the mean paired difference of every α from the best one: (A,)."""
+    """Return the standard errors (A,) of each α's mean difference from the best, paired by image."""
     differences = repeatability - repeatability[best]
     return np.nanstd(differences, axis=1, ddof=1) / math.sqrt(differences.shape[1])
 
 
 def samples_for(quality: float, samples: int, error: float) -> int:
-    """How many samples correlate with the limit by `quality`, when `samples` have the relative error `error`."""
+    """Return the number of samples whose map correlates with the limit by `quality`.
+
+    Args:
+        quality: the correlation, between 0 and 1.
+        samples: number of samples of the estimate.
+        error: relative error of a map of that many samples.
+    """
     wanted = math.sqrt(1 - quality**2)
     return min(MOST_SAMPLES, max(2, math.ceil(samples * (error / wanted) ** 2)))
 
@@ -114,10 +132,18 @@ def tune(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Tuning:
-    """Tune for a model from its own images (n, 3, H, W), normalised; explained are the predicted classes.
+    """Choose noise_alpha and the number of samples for a model; the predicted classes are explained.
 
-    explainer: of the model, with any noise_alpha; it is left as it was. quality: correlation with the converged map.
-    Raises InputError for fewer than three images, α that do not rise within [0, 1], or a quality outside of (0, 1).
+    Args:
+        explainer: of the model, with any noise_alpha, which is restored.
+        images: (n, 3, H, W), normalised, three or more.
+        alphas: rising values within [0, 1].
+        quality: the wanted correlation with the converged map, between 0 and 1.
+        seed: of the draws.
+        progress: called with (samples done, samples in all, description).
+
+    Raises:
+        InputError: an argument is outside of these limits.
     """
     _check(images, alphas, quality)
     before = explainer.sampling
@@ -133,17 +159,8 @@ def tune(
     classes = explainer.predict(images).argmax(1)
     kept = _kept(explainer, images, classes, alphas, seed)
     views = _views(images, seed)
-    rows = []
     try:
-        for alpha in alphas:
-            explainer.sampling = replace(before, noise_alpha=float(alpha))
-            maps = []
-            for number, view in enumerate(views):
-                found = explainer.explain(view, classes, SAMPLES, seed + number, image_keys=range(len(images)))
-                maps.append(found.maps)
-                tell(SAMPLES * len(images), f"noise_alpha {alpha:g}")
-            rows.append(metrics.correlation(*maps).cpu().numpy())
-        repeatability = np.stack(rows)
+        repeatability = _repeatability(explainer, views, classes, alphas, seed, tell)
         chosen, best = choose_alpha(repeatability, kept)
         explainer.sampling = replace(before, noise_alpha=float(alphas[chosen]))
         errors = _errors(explainer, images, classes, seed, tell)
@@ -163,15 +180,36 @@ def _check(images: Tensor, alphas: Sequence[float], quality: float) -> None:
 
 
 def _views(images: Tensor, seed: int) -> list[Tensor]:
-    """Two copies of the images, each under slight noise of its own."""
+    """Return two copies of the images, each under slight noise of its own."""
     generator = torch.Generator().manual_seed(seed)
     spread = VIEW_NOISE * images.std()
     noise = [torch.randn(images.shape, generator=generator).to(images) for _ in range(2)]
     return [images + spread * each for each in noise]
 
 
+def _repeatability(
+    explainer: DAVE,
+    views: Sequence[Tensor],
+    classes: Tensor,
+    alphas: Sequence[float],
+    seed: int,
+    tell: Callable[[int, str], None],
+) -> np.ndarray:
+    """Return the correlation of the maps of both views, (A, n) by α and image; changes the explainer's α."""
+    rows = []
+    for alpha in alphas:
+        explainer.sampling = replace(explainer.sampling, noise_alpha=float(alpha))
+        maps = []
+        for number, view in enumerate(views):
+            found = explainer.explain(view, classes, SAMPLES, seed + number, image_keys=range(len(view)))
+            maps.append(found.maps)
+            tell(SAMPLES * len(view), f"noise_alpha {alpha:g}")
+        rows.append(metrics.correlation(*maps).cpu().numpy())
+    return np.stack(rows)
+
+
 def _kept(explainer: DAVE, images: Tensor, classes: Tensor, alphas: Sequence[float], seed: int) -> np.ndarray:
-    """Share of noisy samples that keep the decision for every α: the mean over noise levels up to it."""
+    """Return the share of noisy samples that keep the decision, (A,): for each α the mean over levels up to it."""
     levels = np.linspace(0, alphas[-1], 13)
     size = (images.shape[2], images.shape[3])
     still = Sampling(rotation=0.0, scale=(1.0, 1.0), translation=0.0, flip=0.0)
@@ -180,17 +218,17 @@ def _kept(explainer: DAVE, images: Tensor, classes: Tensor, alphas: Sequence[flo
     wanted = classes.cpu()[draws.image_index]
     shares = []
     for level in levels:
-        # a patch as large as the image: the one token is the perturbed image
+        # a single patch of the image's size: its token is the perturbed image
         shaken = perturb(images.cpu(), _at(draws, float(level)), size)
         found = explainer.predict(shaken.view(-1, *images.shape[1:])).argmax(1).cpu()
         shares.append((found == wanted).double().mean().item())
-    # the mean over [0, α] by trapezoids; at 0 it is the first share itself
+    # the mean over [0, α] by the trapezoid rule; at α = 0 it is the first share
     steps = np.concatenate([[0.0], np.cumsum((np.array(shares[1:]) + shares[:-1]) / 2 * np.diff(levels))])
     return np.array([shares[0] if a == 0 else np.interp(a, levels, steps) / a for a in alphas])
 
 
 def _at(draws: Draws, level: float) -> Draws:
-    """The same noise, all at one level t."""
+    """Return the draws with every noise level t set to `level`."""
     signal = torch.full_like(draws.signal, 1 - level)
     return replace(draws, signal=signal, noise=torch.full_like(draws.noise, math.sqrt(level * (2 - level))))
 
@@ -198,7 +236,7 @@ def _at(draws: Draws, level: float) -> Draws:
 def _errors(
     explainer: DAVE, images: Tensor, classes: Tensor, seed: int, tell: Callable[[int, str], None]
 ) -> dict[int, float]:
-    """Bound of the relative error by number of samples, the median over images."""
+    """Return the bound of the relative error by number of samples, the median over images."""
     sizes = [size for size in checkpoints(ERROR_SAMPLES) if size >= 8]
     found: dict[int, list[float]] = {size: [] for size in sizes}
     rows = explainer.fitting_rows(images[:1])

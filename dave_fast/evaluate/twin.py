@@ -1,8 +1,8 @@
-"""A timm ViT as torchvision's VisionTransformer with the same weights, for packages that take no other.
+"""A timm ViT as torchvision's VisionTransformer with the same weights, for packages that support no other.
 
-Taken is what torchvision can express: a class token, square images, a bias on every layer, LayerNorm, GELU, no
-LayerScale, no norm of queries and keys, no registers. Other parts have parameters that torchvision has no name for, and
-what has none shows in the logits, which are compared.
+Supported is what torchvision can express: a class token, square images, a bias on every layer, LayerNorm, GELU, no
+LayerScale, no qk-norm, no registers. Other parts either have parameters that torchvision has no name for, or change the
+logits, which are compared.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-# of the largest logit, in the model's own precision
+# largest difference allowed, as a share of the largest logit, by the model's dtype
 LOGITS_AGREE = {torch.float64: 1e-9, torch.float32: 1e-3}
 # timm's names -> torchvision's; the first that matches is taken
 _NAMES = (
@@ -33,13 +33,16 @@ _NAMES = (
 
 
 class NotTakenError(Exception):
-    """A method cannot run here; the message says why, for the report."""
+    """A method does not support a model or this installation; the report shows the message."""
 
 
 def torchvision_twin(model: nn.Module) -> nn.Module:
-    """The same function as a frozen torchvision VisionTransformer in evaluation mode, on the model's device.
+    """Return a torchvision VisionTransformer that computes the same function as a timm model.
 
-    Raises NotTakenError with the reason where there is no such thing.
+    It is in evaluation mode, without gradients of its parameters, on the model's device and in its dtype.
+
+    Raises:
+        NotTakenError: torchvision is missing or has no such model; the message says what differs.
     """
     from timm.models.vision_transformer import VisionTransformer
 
@@ -83,7 +86,7 @@ def _renamed(name: str) -> str:
 
 
 def _first_line(error: RuntimeError) -> str:
-    """torch lists what is wrong below a headline."""
+    """Return the last line of torch's message, which names a wrong parameter."""
     return str(error).strip().splitlines()[-1].strip()
 
 
@@ -94,6 +97,6 @@ def _check_logits(model: nn.Module, made: nn.Module, parameter: nn.Parameter, si
     apart = (made(images) - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)
     if not apart <= LOGITS_AGREE.get(parameter.dtype, 0.05):
         raise NotTakenError(
-            f"its logits as torchvision's ViT are another model's (apart by {apart:.1%}): it computes something else "
-            "with the same parameters"
+            f"with the same parameters torchvision's ViT gives other logits (apart by {apart:.1%}): "
+            "the model computes something that it cannot express"
         )

@@ -51,8 +51,8 @@ def test_the_twin_is_the_same_function(made):
         ({"reg_tokens": 2}, "no reg_token"),
         ({"qkv_bias": False}, "in_proj_bias"),
         ({"no_embed_class": True}, "other parameters"),
-        ({"global_pool": "avg", "fc_norm": False}, "another model's"),
-        ({"act_layer": nn.ReLU}, "another model's"),
+        ({"global_pool": "avg", "fc_norm": False}, "gives other logits"),
+        ({"act_layer": nn.ReLU}, "gives other logits"),
         ({"img_size": (32, 48)}, "square images"),
     ],
 )

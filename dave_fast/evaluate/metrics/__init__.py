@@ -1,8 +1,8 @@
-"""How good is a map: localisation, deletion and insertion, stability, artefacts. Batched, on the maps' device.
+"""Metrics of maps: localisation, deletion and insertion, stability, artefacts. Batched, on the maps' device.
 
-Every score is one number an image, never an average: means and their intervals are the caller's. Scores that
-the definition leaves open have a stated value: 0 where a map has no positive value (it points nowhere), NaN where
-the question itself is empty (no mask, nothing to compare), to be left out of means. NaN in a map gives NaN.
+Every score is one number for each image; means and intervals are left to the caller. Where a definition does not apply,
+the score is 0 for a map without positive values, and NaN, to be left out of means, for an image without a mask or a map
+without anything to compare. NaN in a map gives NaN.
 
 Maps are (B, H, W), of any float dtype and scale, signed or not; sums are taken in float64.
 

@@ -1,6 +1,6 @@
 """Deletion and insertion: the class's score while pixels are replaced in the order of a map, by named protocols.
 
-Published "deletion" numbers differ in seven choices, so a number without its protocol says little:
+Published "deletion" numbers differ in seven choices, so they are comparable only under the same protocol:
 
     dave             least important pixels first; 0, every ⌊⌊0.9·n⌋/128⌋ up to ⌊0.9·n⌋ of them give way to the image's
                      own blur (31×31, σ 7, zeros outside); softmax; area: trapezoids over per cent, 0 to 90
@@ -10,10 +10,10 @@ Published "deletion" numbers differ in seven choices, so a number without its pr
     quantus          most important elements of C·H·W first; every ⌈n/224⌉ up to n (never 0) become the image's
                      minimum; softmax; area: trapezoids over points, one apart
 
-n: pixels (or elements) of an image; 128 and 224 are `steps`. Sources: the authors' script (github.com/a-vrobell/DAVE
-at ee412e5); Petsiuk et al., RISE, BMVC 2018, whose script folds the tails of its blur back into the 11 pixels where
-ours cuts them; Quantus 0.6 `PixelFlipping`, whose default of one element a step (150,528 forward passes an image at
-224 px) is `steps=n` here.
+n is the number of pixels (or elements) of an image; 128 and 224 are `steps`. Sources: the authors' script
+(github.com/a-vrobell/DAVE at ee412e5); Petsiuk et al., RISE, BMVC 2018, whose script folds the tails of its blur back
+into the 11 pixels where this one cuts them; Quantus 0.6 `PixelFlipping`, whose default of one element a step (150,528
+forward passes an image at 224 px) is `steps=n` here.
 
 Equal values change in the order of index · 2654435761 mod 2³², a fixed scatter over the image, so that a flat map
 changes evenly everywhere. (NumPy's default sort leaves the order of ties open.)
@@ -31,13 +31,18 @@ from torch import Tensor
 
 from dave_fast.errors import InputError
 
-# Knuth's multiplicative hash: scatters pixel indices evenly and repeatably.
+# Knuth's multiplicative hash: scatters pixel indices evenly and repeatably
 _SCATTER, _SCATTER_RANGE = 2654435761, 2**32
 ORDERS, FILLS, AREAS = ("least", "most"), ("blur", "zero", "minimum"), ("per cent", "fraction", "points")
 
 
 class Curve(NamedTuple):
-    """changed: (P,) float64, the share of an image that has been changed. scores: (B, P) float64."""
+    """Scores along a perturbation.
+
+    Attributes:
+        changed: (points,) float64, the share of an image that has been changed.
+        scores: (B, points) float64.
+    """
 
     changed: Tensor
     scores: Tensor
@@ -45,12 +50,20 @@ class Curve(NamedTuple):
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a map is tested by changing its image; the list above says what the named ones choose.
+    """How an image is changed to test its map; the named protocols are listed above.
 
-    order: "least" or "most" important first. insert: from the fill to the image, instead of the other way.
-    fill: "blur", "zero" or "minimum"; blur: its window's size and σ. element: change single channel values.
-    fraction: of the units that are changed in the end. steps: about how many points; coarse: strides rounded up.
-    start: whether the unchanged image is a point. probability: score by softmax, else by logit. area: see `area`.
+    Attributes:
+        order: whether the "least" or the "most" important units are changed first.
+        insert: whether to go from the fill to the image instead of from the image to the fill.
+        fill: "blur", "zero" or "minimum".
+        blur: size and σ of the blur's window, in pixels.
+        element: whether units are single channel values instead of pixels.
+        fraction: the share of the units that are changed in the end.
+        steps: about how many points there are.
+        coarse: whether strides between points are rounded up instead of down.
+        start: whether the unchanged image is a point.
+        probability: whether the score is the softmax probability instead of the logit.
+        area: the abscissa of `published_area`, "per cent", "fraction" or "points".
     """
 
     order: str = "most"
@@ -74,11 +87,11 @@ class Protocol:
 
     @property
     def higher_is_better(self) -> bool:
-        """Whether a faithful map gives a larger area: it keeps the evidence longest, or brings it first."""
+        """Whether a faithful map gives a larger area: it keeps the evidence longest, or inserts it first."""
         return self.insert == (self.order == "most")
 
     def counts(self, units: int) -> list[int]:
-        """How many of an image's units are changed at each point."""
+        """Return how many of an image's units are changed at each point."""
         last = max(1, int(self.fraction * units))
         stride = max(1, -(-last // self.steps) if self.coarse else last // self.steps)
         points = [*range(stride, last, stride), last]
@@ -94,7 +107,11 @@ PROTOCOLS = {
 
 
 def protocol_of(protocol: str | Protocol, steps: int | None = None) -> Protocol:
-    """A protocol by its name, or as given, with another number of steps where one is wanted."""
+    """Return a protocol by its name, or the given one, with another number of steps unless None.
+
+    Raises:
+        InputError: the name is unknown.
+    """
     if isinstance(protocol, str):
         if protocol not in PROTOCOLS:
             raise InputError(f"there is no protocol {protocol!r}; expected one of {', '.join(PROTOCOLS)}.")
@@ -114,13 +131,26 @@ def perturbation_curve(
     fill: Tensor | None = None,
     batch_size: int = 128,
 ) -> Curve:
-    """The class's score while an image is changed in the order of its map.
+    """Compute the class's score while an image is changed in the order of its map.
 
-    model: images (n, C, H, W) to logits (n, K), on the images' device. images: (B, C, H, W), normalised.
-    maps: (B, H, W), signed or not, or (B, C, H, W), which is summed over channels unless the protocol changes
-    elements. targets: (B,) int64. steps: instead of the protocol's own. fill: (B, C, H, W), instead of its own.
-    batch_size: images at a time, of any (image, point) pairs. A map with NaN gives NaN.
-    The authors keep images that the model gets right with a probability of 0.9 or more: choose them beforehand.
+    The authors use only images that the model classifies correctly with a probability of 0.9 or more; choose them
+    beforehand.
+
+    Args:
+        model: images (n, C, H, W) -> logits (n, K), on the images' device.
+        images: (B, C, H, W), normalised.
+        maps: (B, H, W), signed or not; or (B, C, H, W), summed over channels unless the protocol changes elements.
+        targets: (B,) int64, classes.
+        protocol: a name of `PROTOCOLS`, or a protocol.
+        steps: replaces the protocol's own.
+        fill: (B, C, H, W), replaces the protocol's own.
+        batch_size: perturbed images in one forward pass.
+
+    Returns:
+        The curve; its scores are NaN for a map with NaN.
+
+    Raises:
+        InputError: maps and images do not fit, or the protocol is unknown.
     """
     chosen = protocol_of(protocol, steps)
     if maps.shape not in (images.shape, images[:, 0].shape):
@@ -146,17 +176,17 @@ def perturbation_curve(
 
 
 def mean_score(curve: Curve) -> Tensor:
-    """Mean score along curves: trapezoids over the changed share, ÷ its range: (B,); in [0, 1] for probabilities.
+    """Return the mean score along curves, (B,): trapezoids over the changed share, divided by its range.
 
-    It does not depend on how many points there are, and is the published area of both protocols of RISE.
+    It hardly depends on the number of points, and is the published area of both protocols of RISE.
     """
     return torch.trapezoid(curve.scores, curve.changed, dim=1) / (curve.changed[-1] - curve.changed[0])
 
 
 def published_area(curve: Curve, protocol: str | Protocol) -> Tensor:
-    """Area under curves as the protocol's source integrates it (listed above): (B,).
+    """Return the area under curves as the protocol's source integrates it (listed above), (B,).
 
-    Of "quantus" it grows with the number of points; Quantus 0.6 itself cannot compute it under NumPy 2.4 and later,
+    That of "quantus" grows with the number of points; Quantus 0.6 itself cannot compute it under NumPy 2.4 and later,
     which have no `trapz`.
     """
     area = protocol_of(protocol).area
@@ -166,7 +196,16 @@ def published_area(curve: Curve, protocol: str | Protocol) -> Tensor:
 
 
 def blur(images: Tensor, size: int = 31, sigma: float = 7.0) -> Tensor:
-    """Images (B, C, H, W) under a normalised size×size Gaussian; outside counts as 0, a normalised image's mean."""
+    """Blur images by a normalised Gaussian window; outside of the image counts as 0, a normalised image's mean.
+
+    Args:
+        images: (B, C, H, W).
+        size: of the window along each axis, in pixels.
+        sigma: σ in pixels.
+
+    Returns:
+        (B, C, H, W) in the images' dtype.
+    """
     offsets = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
     window = torch.exp(-(offsets**2) / (2 * sigma**2))
     window = (window / window.sum()).to(images)
@@ -176,7 +215,7 @@ def blur(images: Tensor, size: int = 31, sigma: float = 7.0) -> Tensor:
 
 
 def _values(maps: Tensor, images: Tensor, protocol: Protocol) -> Tensor:
-    """What orders the units: (B, 1, H, W) for pixels, (B, C, H, W) for elements."""
+    """Return the importance of the units: (B, 1, H, W) for pixels, (B, C, H, W) for elements."""
     if protocol.element:
         return maps.expand_as(images) if maps.ndim == 4 else maps[:, None].expand_as(images)
     return maps.sum(1, keepdim=True) if maps.ndim == 4 else maps[:, None]
@@ -191,7 +230,7 @@ def _fill(images: Tensor, protocol: Protocol) -> Tensor:
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """When each unit changes, 0 first: int64 of values' shape (B, ...), ascending, ties by the scatter."""
+    """Return each unit's place in the order of change, from 0: int64 like values (B, ...), ties by the scatter."""
     flat = values.flatten(1)
     scatter = torch.arange(flat.shape[1], device=values.device) * _SCATTER % _SCATTER_RANGE
     by_scatter = torch.argsort(scatter)

@@ -1,4 +1,4 @@
-"""Comparing maps: of an image and a disturbed one, of two classes, of a model and a random one; patch borders."""
+"""Similarity of maps (under noise, of two classes, of a randomised model), and artefacts along patch borders."""
 
 from __future__ import annotations
 
@@ -10,31 +10,51 @@ from dave_fast.evaluate.metrics.localisation import same_shape
 
 
 def correlation(maps: Tensor, others: Tensor) -> Tensor:
-    """Pearson correlation over the pixels of two maps: (B,) float64. NaN where one of them is constant.
+    """Return the Pearson correlation over the pixels of two maps.
 
-    maps, others: (B, ...), of equal shape. Stability: the map of x against the map of x + small noise, equal seeds.
+    Stability is that of the maps of x and of x + small noise, with equal seeds.
+
+    Args:
+        maps: (B, ...).
+        others: (B, ...), of equal shape.
+
+    Returns:
+        (B,) float64, NaN if one of the maps is constant.
+
+    Raises:
+        InputError: the shapes differ.
     """
     same_shape(maps, others)
     centred = [m.flatten(1).double() for m in (maps, others)]
     centred = [m - m.mean(1, keepdim=True) for m in centred]
     norms = [m.norm(dim=1) for m in centred]
-    # what rounding leaves of a constant map is no signal
+    # rounding leaves a constant map with a norm above zero, which is no signal
     flat = torch.stack([(m.flatten(1) == m.flatten(1)[:, :1]).all(1) for m in (maps, others)]).any(0)
     return ((centred[0] * centred[1]).sum(1) / (norms[0] * norms[1])).masked_fill(flat, torch.nan)
 
 
 def rank_correlation(maps: Tensor, others: Tensor) -> Tensor:
-    """Spearman correlation over the pixels of two maps: (B,) float64. Ties share their mean rank. NaN as above.
+    """Return the Spearman correlation over the pixels of two maps; ties get their mean rank.
 
-    maps, others: (B, ...), of equal shape. Parameter randomisation (Adebayo et al., Sanity checks for saliency maps,
-    NeurIPS 2018): the map of a model against that of a copy with random weights.
+    Parameter randomisation (Adebayo et al., Sanity checks for saliency maps, NeurIPS 2018) is that of the maps of a
+    model and of a copy with random weights.
+
+    Args:
+        maps: (B, ...).
+        others: (B, ...), of equal shape.
+
+    Returns:
+        (B,) float64, NaN if one of the maps is constant.
+
+    Raises:
+        InputError: the shapes differ.
     """
     same_shape(maps, others)
     return correlation(_mean_ranks(maps), _mean_ranks(others))
 
 
 def relative_change(maps: Tensor, others: Tensor) -> Tensor:
-    """‖others − maps‖₂ / ‖maps‖₂: (B,) float64. NaN where `maps` is zero. maps, others: (B, ...)."""
+    """Return ‖others − maps‖₂ / ‖maps‖₂ of maps (B, ...), (B,) float64; NaN if `maps` is zero."""
     same_shape(maps, others)
     reference = maps.flatten(1).double()
     norm = reference.norm(dim=1)
@@ -43,11 +63,20 @@ def relative_change(maps: Tensor, others: Tensor) -> Tensor:
 
 
 def border_excess(attributions: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
-    """How much stronger an attribution is along the patch grid than inside the patches: (B,) float64, 0 for no grid.
+    """Return how much stronger an attribution is along the patch grid than inside the patches.
 
-    attributions: (B, H, W) or (B, C, H, W); |·| is summed over channels. Mean over the pixels that touch a border
-    between two patches ÷ mean over the others − 1; the outermost pixels of the image, which border on nothing,
-    belong to neither. NaN where the others are all zero or there is no border between patches.
+    It is the mean of |attribution| over the pixels that touch a border between two patches, divided by the mean over
+    the others, minus 1. The outermost pixels of the image are left out of both.
+
+    Args:
+        attributions: (B, H, W), or (B, C, H, W), whose |·| is summed over channels.
+        patch_size: in pixels, or (height, width).
+
+    Returns:
+        (B,) float64: 0 for no grid, NaN if the other pixels are all zero or no two patches share a border.
+
+    Raises:
+        InputError: the patches do not divide the image.
     """
     strength = attributions.double().abs()
     strength = strength.sum(1) if strength.ndim == 4 else strength
@@ -63,7 +92,7 @@ def border_excess(attributions: Tensor, patch_size: int | tuple[int, int]) -> Te
 
 
 def _mean_ranks(maps: Tensor) -> Tensor:
-    """Ranks of the values of each map, equal values with the mean of theirs: (B, pixels) float64; NaN stays NaN."""
+    """Return the ranks of the values of each map, (B, pixels) float64; ties get their mean rank, NaN stays NaN."""
     flat = maps.flatten(1).double()
     ordered = flat.sort(dim=1).values
     below = torch.searchsorted(ordered, flat, side="left")
@@ -72,7 +101,7 @@ def _mean_ranks(maps: Tensor) -> Tensor:
 
 
 def _touches_border(size: int, patch: int) -> Tensor:
-    """Which of the pixels of one axis lie next to a border between two patches: (size,) bool."""
+    """Return which pixels of one axis lie next to a border between two patches, (size,) bool."""
     place = torch.arange(size)
     after = (place % patch == 0) & (place > 0)
     before = (place % patch == patch - 1) & (place < size - 1)
