@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +18,7 @@ from dave_fast.files import check_writable
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dave_fast.explain.image_files import Done, Failed, Settings, Source
+    from dave_fast.explain.image_files import Done, Failed, ImageSource, Request
     from dave_fast.explain.subject import Subject
     from dave_fast.models.spec import ModelSpec
 
@@ -75,7 +76,7 @@ def explain(
     2: refused or stopped, and why.
     """
     from dave_fast.cli.config import Config, load_config
-    from dave_fast.explain.image_files import Settings
+    from dave_fast.explain.image_files import Request
 
     given = Config() if config is None else load_config(config)
     if target and top_k is not None:
@@ -87,7 +88,7 @@ def explain(
         )
     # The embedded scene has two digits: that maps belong to classes is what there is to see.
     top_k = top_k or (2 if demo and not target else 1)
-    settings = Settings(out, tuple(target or ()), top_k, n_samples or given.n_samples or 50, seed, figure=demo)
+    request = Request(out, tuple(target or ()), top_k, n_samples or given.n_samples or 50, seed, figure=demo)
     keywords = {
         "device": device,
         "precision": precision,
@@ -106,14 +107,14 @@ def explain(
         spec = cli_options.model_spec(*flags, config=None if demo else given, default=default)
         with screen.status(f"loading {spec.name}"):
             subject = _load(spec, keywords, of_tokens=any(of_patches))
-        done, failed = _run(screen, subject, sources, settings)
-    _summary(done, failed, settings)
+        done, failed = _run(screen, subject, sources, request)
+    _summary(done, failed, request)
     if failed:
         raise typer.Exit(1 if done else 2)
 
 
-def _sources(images: Sequence[Path], out: Path) -> list[Source]:
-    """The images to explain; a single one is read at once, since without it there is nothing to do."""
+def _sources(images: Sequence[Path], out: Path) -> list[ImageSource]:
+    """Find the images to explain; a single one is read at once, so that nothing is loaded where it cannot be read."""
     from dave_fast.explain.image_files import sources_of
     from dave_fast.images import find_images
 
@@ -121,18 +122,19 @@ def _sources(images: Sequence[Path], out: Path) -> list[Source]:
         raise InputError("no image was given: name image files or a folder, or try --demo.")
     sources = sources_of(find_images(images, skip=out), images)
     if len(sources) == 1:
-        sources[0].read()
+        image = sources[0].read()
+        sources = [replace(sources[0], read=lambda: image)]
     return sources
 
 
-def _demo_sources(images: Sequence[Path] | None, flags: Sequence[Any]) -> list[Source]:
+def _demo_sources(images: Sequence[Path] | None, flags: Sequence[Any]) -> list[ImageSource]:
     """The embedded scene."""
-    from dave_fast.explain.image_files import Source
+    from dave_fast.explain.image_files import ImageSource
     from dave_fast.models.demo import demo_scene
 
     if images or flags[0] not in (None, "demo") or any(flags[1:]):
         raise InputError("--demo brings its own image and model; for yours, leave --demo out.")
-    return [Source("demo", "the embedded scene", lambda: demo_scene().image)]
+    return [ImageSource("demo", "the embedded scene", lambda: demo_scene().image)]
 
 
 def _load(spec: ModelSpec, keywords: dict[str, Any], *, of_tokens: bool) -> Subject:
@@ -149,20 +151,20 @@ def _load(spec: ModelSpec, keywords: dict[str, Any], *, of_tokens: bool) -> Subj
 
 
 def _run(
-    screen: Console, subject: Subject, sources: Sequence[Source], settings: Settings
+    screen: Console, subject: Subject, sources: Sequence[ImageSource], request: Request
 ) -> tuple[list[Done], list[Failed]]:
     """Explain all sources under a progress bar; failures are told as they come."""
     from dave_fast.explain.image_files import Done, explain_files
 
     done: list[Done] = []
     failed: list[Failed] = []
-    share = settings.n_samples
+    share = request.n_samples
     with progress_bar(screen) as bar:
         task = bar.add_task(sources[0].path, total=share * len(sources))
         outcomes = explain_files(
             subject,
             sources,
-            settings,
+            request,
             progress=lambda rows, of: bar.update(
                 task, completed=share * (len(done) + len(failed)) + share * rows // of
             ),
@@ -183,7 +185,7 @@ def _note(screen: Console, text: str) -> None:
     screen.print(f"note: {text}", style="yellow", soft_wrap=True)
 
 
-def _summary(done: Sequence[Done], failed: Sequence[Failed], settings: Settings) -> None:
+def _summary(done: Sequence[Done], failed: Sequence[Failed], request: Request) -> None:
     """What was explained, as what, and where it lies."""
     from rich.table import Table
     from rich.text import Text
@@ -198,14 +200,14 @@ def _summary(done: Sequence[Done], failed: Sequence[Failed], settings: Settings)
             name, probability = result.class_name, "–"
             if result.target >= 0:
                 name, probability = f"{name} ({result.target})", percent(result.probability)
-            cells = (result.source.path, name, probability, str(result.overlay.relative_to(settings.out)))
+            cells = (result.source.path, name, probability, str(result.overlay.relative_to(request.out)))
             table.add_row(*(Text(cell, overflow="fold") for cell in cells))
         screen.print(table)
         if len(results) > _ROWS:
             screen.print(f"… and {len(results) - _ROWS} more")
     images = "1 image" if len(done) == 1 else f"{len(done)} images"
     failures = f"; {len(failed)} could not be explained" if failed else ""
-    screen.print(f"{images} explained in {settings.out}{failures}", soft_wrap=True)
+    screen.print(f"{images} explained in {request.out}{failures}", soft_wrap=True)
     if results:
         screen.print("beside each NAME.overlay.png: NAME.map.png and NAME.npz", style="dim", soft_wrap=True)
     if len(done) == 1 and done[0].figure:

@@ -147,6 +147,7 @@ class DAVE:
         seed: int = 0,
         *,
         targets: Sequence[Target] | Tensor | None = None,
+        top_k: int | None = None,
         image_keys: Sequence[int] | None = None,
         internal_batch_size: int | None = None,
         progress: Progress | None = None,
@@ -160,6 +161,7 @@ class DAVE:
             n_samples: S, perturbed samples an image; more is smoother, at linear cost.
             targets: in place of target, K of them, each in any of its forms, or a tensor of classes (K,) or (B, K).
                 They share the forward walks and the draws; each map is that of its own call, bit for bit on a CPU.
+            top_k: in place of target: the K most probable classes of each image, the most probable first.
             seed: any integer. The same seed gives the same map whatever the batch, its order and its size, up to
                 rounding; the same call gives the same bits, on a CPU for any number of threads as well (our kernels
                 never split a sum over threads; of oneDNN's and MKL's this was seen at one, two and three threads).
@@ -170,16 +172,20 @@ class DAVE:
         Raises InputError (shape, dtype, target, n_samples), ModelError, NonFiniteError.
         """
         seed, n_samples = check_integer(seed, "seed"), check_integer(n_samples, "n_samples", 1)
-        if target is not None and targets is not None:
-            raise InputError("target= and targets= were both given; targets= takes one or more, target= one")
+        if sum(each is not None for each in (target, targets, top_k)) > 1:
+            raise InputError("of target=, targets= and top_k= more than one was given; give one of them")
+        top_k = None if top_k is None else check_integer(top_k, "top_k", 1)
         rows = check_rows(internal_batch_size)
-        asked = [target] if targets is None else split_targets(targets)
+        wanted = [target] if targets is None else split_targets(targets)
 
         def work(images: Tensor, route: Route, end: EndOfCall) -> Explanation:
             keys = check_keys(image_keys, len(images))
             batches = self._batches(route, rows, n_samples)
             output = self._output(batches, images, end)
-            resolved = [self._resolved(each, output, images) for each in asked]
+            if top_k is None or top_k == 1:
+                resolved = [self._resolved(each, output, images) for each in wanted]
+            else:
+                resolved = self._most_probable(output, top_k)
             draws = draw(
                 n_samples,
                 height=images.shape[2],
@@ -195,7 +201,7 @@ class DAVE:
             classes = torch.stack([each.expand(len(images)) for each in of_each], dim=1)
             classes, probability = end.read(classes, self._probability(output, classes))
             # one target has no dimension of its own
-            at = slice(None) if targets is not None else 0
+            at = 0 if targets is None and top_k is None else slice(None)
             return Explanation(
                 maps=maps.float()[:, at],
                 raw=raw.float()[:, at],
@@ -373,6 +379,14 @@ class DAVE:
     def _resolved(self, target: Target, output: Tensor, images: Tensor) -> Cotangent:
         """A target's cotangent, checked against the images' output."""
         return resolve_target(target, output, (images.shape[2], images.shape[3]), self._view())
+
+    def _most_probable(self, output: Tensor, k: int) -> list[Cotangent]:
+        """Return the cotangents of the k most probable classes of each image."""
+        if output.dim() != 2 or kind_of(self.model) == "embedding":
+            raise InputError(f"the model's output is {tuple(output.shape)}; top_k needs a classifier's: (B, K).")
+        if k > output.shape[1]:
+            raise InputError(f"top_k is {k}, and the model has {output.shape[1]} classes.")
+        return [ElementCotangent(classes, classes) for classes in output.float().topk(k).indices.T.contiguous()]
 
     def _view(self) -> ModelView:
         """What questions may ask of this explainer."""

@@ -1,7 +1,4 @@
-"""Explain image files: read, explain, write; one image after another, whatever befalls the others.
-
-The job behind `dave-fast explain`, without a terminal: it yields what it did and prints nothing.
-"""
+"""Explain image files and write pictures and arrays: the work of `dave-fast explain`, without a terminal."""
 
 from __future__ import annotations
 
@@ -11,21 +8,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from dave_fast._version import __version__
-from dave_fast.errors import ImageError, InputError, NonFiniteError
+from dave_fast.errors import ImageError, NonFiniteError
+from dave_fast.explain.arrays import Scored, write_arrays
 from dave_fast.files import atomically
 from dave_fast.images import drawing, read_image
 from dave_fast.models.adapter import kind_of
 from dave_fast.targets.text import describe_target, parse_target
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from dave_fast.explain.explainer import Explanation
     from dave_fast.explain.subject import Subject
     from dave_fast.targets.forms import Target
@@ -34,8 +29,14 @@ _BARS = 5
 
 
 @dataclass(frozen=True)
-class Source:
-    """An image to explain. name: of its result files, may hold folders; path: what readers call it."""
+class ImageSource:
+    """An image to explain.
+
+    Attributes:
+        name: of its result files; it may hold folders.
+        path: the image's name in messages and results.
+        read: reads the image.
+    """
 
     name: str
     path: str
@@ -46,10 +47,17 @@ class Source:
 class Result:
     """One explained target of one image, and the files written for it.
 
-    target: the class, −1 where the target is none; probability: its, else NaN; class_name: the target in words.
+    Attributes:
+        source: the image.
+        target: the class index; −1 where the target is not a class.
+        class_name: the target in words.
+        probability: of the class; NaN where the target is not a class.
+        overlay: the file of the map over the photograph.
+        map: the file of the map.
+        arrays: the .npz file (see `dave_fast.explain.arrays`).
     """
 
-    source: Source
+    source: ImageSource
     target: int
     class_name: str
     probability: float
@@ -60,7 +68,12 @@ class Result:
 
 @dataclass(frozen=True)
 class Done:
-    """An image that was explained. figure: all its classes in one picture, where one was asked for."""
+    """An image that was explained.
+
+    Attributes:
+        results: one for each target.
+        figure: the file with all targets in one picture, or None.
+    """
 
     results: tuple[Result, ...]
     figure: Path | None
@@ -68,18 +81,23 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """An image that could not be explained, and why."""
+    """An image that could not be explained, and the reason."""
 
-    source: Source
+    source: ImageSource
     error: ImageError | NonFiniteError
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What to explain, and where to.
+class Request:
+    """What to explain in each image, and where to write the results.
 
-    targets: what to explain, in the words of `target_text`; empty for the most probable class. top_k: how many of
-    the most probable classes, without targets. figure: also one picture of all targets; always written for several.
+    Attributes:
+        out: the folder for the results.
+        targets: in the grammar of `dave_fast.targets.text`; empty for the `top_k` most probable classes.
+        top_k: number of most probable classes, without targets.
+        n_samples: perturbed samples of an image.
+        seed: of the samples.
+        figure: whether to draw one picture of all targets also where there is one target; several always get it.
     """
 
     out: Path
@@ -90,12 +108,25 @@ class Settings:
     figure: bool = False
 
 
-def sources_of(files: Iterable[Path], given: Sequence[Path]) -> list[Source]:
-    """Sources with distinct names: the path below the given folder, or the file's own name, without suffix.
+@dataclass(frozen=True)
+class NamedTarget:
+    """A target and its name in captions and files."""
 
+    target: Target
+    name: str
+
+
+def sources_of(files: Iterable[Path], given: Sequence[Path]) -> list[ImageSource]:
+    """Name the results of image files, each differently.
+
+    A file's name is its path below the given folder, or its own name where the file itself was given, without suffix.
     Where two files would share a name, the later one keeps its suffix, or gets a number.
+
+    Args:
+        files: the image files.
+        given: the files and folders that they were found in.
     """
-    sources: dict[str, Source] = {}
+    sources: dict[str, ImageSource] = {}
     folders = [folder for folder in given if folder.is_dir()]
     for file in files:
         folder = next((folder for folder in folders if file.is_relative_to(folder)), file.parent)
@@ -103,156 +134,145 @@ def sources_of(files: Iterable[Path], given: Sequence[Path]) -> list[Source]:
         name, number = full.removesuffix(file.suffix), 1
         while name in sources:
             name, number = (full if number == 1 else f"{full}-{number}"), number + 1
-        sources[name] = Source(name, str(file), partial(read_image, file))
+        sources[name] = ImageSource(name, str(file), partial(read_image, file))
     return list(sources.values())
 
 
 def explain_files(
     subject: Subject,
-    sources: Sequence[Source],
-    settings: Settings,
+    sources: Sequence[ImageSource],
+    request: Request,
     *,
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Done | Failed]:
-    """Explain each source; one that cannot be read or explained is yielded as `Failed`, and the rest done.
+    """Explain images one after another and yield the outcome of each.
 
-    progress: called with (rows done, rows in all) of the image at work. note: told what had to be assumed.
-    Raises InputError for a target that the model does not have, before any image is read.
+    An image that cannot be read or explained yields `Failed`, and the next ones are explained all the same.
+
+    Args:
+        subject: the model.
+        sources: the images.
+        request: what to explain, and where to write.
+        progress: called with (rows done, rows in all) of the current image.
+        note: called with what had to be assumed about the model.
+
+    Raises:
+        InputError: the model does not have a target; before any image is read.
     """
-    parsed = [parse_target(text, subject.labels) for text in settings.targets]
-    asked = [_Asked(subject.explainer.bind(target), describe_target(target, subject.labels)) for target in parsed]
+    parsed = [parse_target(text, subject.labels) for text in request.targets]
+    targets = [NamedTarget(subject.explainer.bind(each), describe_target(each, subject.labels)) for each in parsed]
     if subject.prepare.note:
         note(subject.prepare.note)
-    job = _Job(subject, settings, asked)
+    files = _FileExplainer(subject, request, targets)
     for source in sources:
         try:
-            yield job.explain(source, progress)
+            yield files.explain(source, progress)
         except (ImageError, NonFiniteError) as error:
             yield Failed(source, error)
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """A target, and what it is called; None for a class, which the explanation tells."""
+class _FileExplainer:
+    """A model and a request: explains images and writes their files."""
 
-    target: Target
-    name: str | None = None
-
-
-@dataclass(frozen=True)
-class _Job:
     subject: Subject
-    settings: Settings
-    asked: Sequence[_Asked]
+    request: Request
+    targets: Sequence[NamedTarget]
 
-    def explain(self, source: Source, progress: Callable[[int, int], None] | None) -> Done:
+    def explain(self, source: ImageSource, progress: Callable[[int, int], None] | None) -> Done:
         """Read, explain and write one image."""
         inputs, crop = self.subject.prepare(source.read())
-        asked = self.asked or self._most_probable_classes(inputs)
         explanation = self.subject.explainer.explain(
             inputs[None],
-            targets=[each.target for each in asked],
-            n_samples=self.settings.n_samples,
-            seed=self.settings.seed,
+            targets=[each.target for each in self.targets] or None,
+            top_k=None if self.targets else self.request.top_k,
+            n_samples=self.request.n_samples,
+            seed=self.request.seed,
             progress=progress,
         )
-        named = [
-            each.name or self.subject.labels.name(int(target))
-            for each, target in zip(asked, explanation.target[0], strict=True)
-        ]
-        stems = self._stems(source, explanation, named)
+        classes, probabilities = explanation.target[0].tolist(), explanation.probability[0].tolist()
+        names = [each.name for each in self.targets] or [self.subject.labels.name(each) for each in classes]
+        explained = list(zip(classes, names, probabilities, strict=True))
+        top = self._top(explanation)
         results = tuple(
-            self._write(source, crop, explanation, which, name, stem)
-            for which, (name, stem) in enumerate(zip(named, stems, strict=True))
+            self._write(source, crop, explanation, which, explained[which], top, stem)
+            for which, stem in enumerate(_stems(source, explained))
         )
-        drawn = self.settings.figure or len(results) > 1
-        return Done(results, self._write_figure(source, crop, explanation, named) if drawn else None)
-
-    def _most_probable_classes(self, inputs: Tensor) -> list[_Asked]:
-        """What to explain where nothing was asked."""
-        if self.settings.top_k == 1:
-            return [_Asked(None)]
-        output = self.subject.explainer.predict(inputs[None])
-        if output.dim() != 2:
-            raise InputError(f"the model's output is {tuple(output.shape)}; top_k needs a classifier's: (B, K).")
-        if self.settings.top_k > output.shape[1]:
-            raise InputError(f"top_k is {self.settings.top_k}, and the model has {output.shape[1]} classes.")
-        return [_Asked(int(index)) for index in output[0].topk(self.settings.top_k).indices]
-
-    def _stems(self, source: Source, explanation: Explanation, names: Sequence[str]) -> list[str]:
-        """Names of the targets' files, each its own."""
-        if len(names) == 1:
-            return [source.name]
-        stems: list[str] = []
-        for target, name in zip(explanation.target[0].tolist(), names, strict=True):
-            stem = f"{source.name}.{f'{target}-' if target >= 0 else ''}{_slug(name)}"
-            stems.append(f"{stem}-{len(stems)}" if stem in stems else stem)
-        return stems
+        drawn = self.request.figure or len(results) > 1
+        return Done(results, self._write_figure(source, crop, explanation, explained, top) if drawn else None)
 
     def _write(
-        self, source: Source, crop: np.ndarray, explanation: Explanation, which: int, name: str, stem: str
+        self,
+        source: ImageSource,
+        crop: np.ndarray,
+        explanation: Explanation,
+        which: int,
+        target: Scored,
+        top: Sequence[Scored],
+        stem: str,
     ) -> Result:
-        """The files of one target: overlay, map, arrays."""
+        """Write the files of one target: overlay, map, arrays."""
         heat = explanation.maps[0, which].cpu().numpy()
-        paths = [self.settings.out / f"{stem}{suffix}" for suffix in (".overlay.png", ".map.png", ".npz")]
-        arrays = self._arrays(source, crop, explanation, which, name)
-        drawing.save_picture(drawing.overlay(crop, heat), paths[0])
-        drawing.save_picture(drawing.plain_map(heat), paths[1])
-        with atomically(paths[2]) as file:
-            np.savez_compressed(file, **arrays)
-        target, probability = int(explanation.target[0, which]), float(explanation.probability[0, which])
-        return Result(source, target, name, probability, *paths)
+        overlay, plain, arrays = (self.request.out / f"{stem}{end}" for end in (".overlay.png", ".map.png", ".npz"))
+        drawing.save_picture(drawing.overlay(crop, heat), overlay)
+        drawing.save_picture(drawing.plain_map(heat), plain)
+        with atomically(arrays) as file:
+            write_arrays(
+                file,
+                self.subject.explainer,
+                maps=explanation.maps[0, which : which + 1],
+                raw=explanation.raw[0, which : which + 1],
+                crop=crop,
+                targets=[target],
+                top=top,
+                samples=explanation.n_samples,
+                n_samples=explanation.n_samples,
+                seed=explanation.seed,
+                model=self.subject.explainer.model_name,
+                image=source.path,
+            )
+        index, name, probability = target
+        return Result(source, index, name, probability, overlay, plain, arrays)
 
-    def _arrays(
-        self, source: Source, crop: np.ndarray, explanation: Explanation, which: int, name: str
-    ) -> dict[str, Any]:
-        """What an .npz holds: numbers and strings only, so that it loads without pickle."""
-        names, probabilities, indices = self._most_probable(explanation)
-        return {
-            "map": explanation.maps[0, which].cpu().numpy(),
-            "raw": explanation.raw[0, which].cpu().numpy(),
-            "input": crop,
-            "target": np.int64(explanation.target[0, which]),
-            "class_name": name,
-            "probability": np.float32(explanation.probability[0, which]),
-            "top_target": np.array(indices, np.int64),
-            "top_class_name": np.array(names),
-            "top_probability": np.array(probabilities, np.float32),
-            "n_samples": np.int64(explanation.n_samples),
-            "noise_alpha": np.float64(self.subject.explainer.sampling.noise_alpha),
-            # Draws depend on a seed modulo 2⁶⁴; a larger integer would need pickle.
-            "seed": np.int64(explanation.seed)
-            if abs(explanation.seed) < 2**63
-            else np.uint64(explanation.seed % 2**64),
-            "model": self.subject.explainer.model_name,
-            "precision": self.subject.explainer.precision,
-            "dave_fast_version": __version__,
-            "image": source.path,
-        }
-
-    def _most_probable(self, explanation: Explanation) -> tuple[list[str], list[float], list[int]]:
-        """Names, probabilities and indices of the most probable classes: five, or all that are explained; of a
-        classifier."""
+    def _top(self, explanation: Explanation) -> list[Scored]:
+        """Return a classifier's five most probable classes, or all that are explained where these are more."""
         if explanation.output.dim() != 2 or kind_of(self.subject.explainer.model) == "embedding":
-            return [], [], []
+            return []
         output = explanation.output[0].float()
-        top = output.softmax(0).topk(min(max(_BARS, self.settings.top_k), len(output)))
-        indices = [int(index) for index in top.indices]
-        return [self.subject.labels.name(index) for index in indices], top.values.tolist(), indices
+        top = output.softmax(0).topk(min(max(_BARS, self.request.top_k), len(output)))
+        pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        return [(index, self.subject.labels.name(index), probability) for index, probability in pairs]
 
-    def _write_figure(self, source: Source, crop: np.ndarray, explanation: Explanation, named: Sequence[str]) -> Path:
+    def _write_figure(
+        self,
+        source: ImageSource,
+        crop: np.ndarray,
+        explanation: Explanation,
+        explained: Sequence[Scored],
+        top: Sequence[Scored],
+    ) -> Path:
         panels = [
-            drawing.Panel(heat.cpu().numpy(), name, None if math.isnan(probability) else float(probability))
-            for heat, name, probability in zip(explanation.maps[0], named, explanation.probability[0], strict=True)
+            drawing.Panel(heat.cpu().numpy(), name, None if math.isnan(probability) else probability)
+            for heat, (_, name, probability) in zip(explanation.maps[0], explained, strict=True)
         ]
-        names, probabilities, _ = self._most_probable(explanation)
-        bars = list(zip(names, probabilities, strict=True))[:_BARS]
+        bars = [(name, probability) for _, name, probability in top[:_BARS]]
         picture = drawing.figure(crop, panels, bars)
-        return drawing.save_figure(picture, self.settings.out / f"{source.name}.figure.png")
+        return drawing.save_figure(picture, self.request.out / f"{source.name}.figure.png")
+
+
+def _stems(source: ImageSource, explained: Sequence[Scored]) -> list[str]:
+    """Return the file names of an image's targets without suffix, each different."""
+    if len(explained) == 1:
+        return [source.name]
+    stems: list[str] = []
+    for target, name, _ in explained:
+        stem = f"{source.name}.{f'{target}-' if target >= 0 else ''}{_slug(name)}"
+        stems.append(f"{stem}-{len(stems)}" if stem in stems else stem)
+    return stems
 
 
 def _slug(name: str) -> str:
-    """A target's name for a file name: letters, digits and dashes."""
+    """Return a target's name as a part of a file name: letters, digits and dashes."""
     name = name.replace(" + ", " and ").replace(" − ", " not ")
     return re.sub(r"[^0-9a-z]+", "-", name.casefold()).strip("-")[:40] or "target"

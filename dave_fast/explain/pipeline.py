@@ -56,12 +56,11 @@ class Pipeline:
         self, picture: Picture, top_k: int, target: str | int | None, n_samples: int, seed: int
     ) -> list[Answer]:
         inputs, crop = self.prepare(_read(picture))
-        logits = self.explainer.predict(inputs[None])[0]
-        if top_k > len(logits):
-            raise InputError(f"top_k is {top_k}, and the model has {len(logits)} classes.")
-        classes = [self.labels.resolve(target)] if target is not None else logits.topk(top_k).indices.tolist()
-        scores = logits.softmax(0)
-        found = self.explainer.explain(inputs[None], targets=classes, n_samples=n_samples, seed=seed)
+        named = None if target is None else [self.labels.resolve(target)]
+        found = self.explainer.explain(
+            inputs[None], targets=named, top_k=top_k if named is None else None, n_samples=n_samples, seed=seed
+        )
+        scores = found.output[0].softmax(0)
         maps = found.maps[0].cpu().numpy()
         return [
             {
@@ -71,7 +70,7 @@ class Pipeline:
                 "map": heat,
                 "overlay": drawing.overlay(crop, heat),
             }
-            for index, heat in zip(classes, maps, strict=True)
+            for index, heat in zip(found.target[0].tolist(), maps, strict=True)
         ]
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from pydantic import BaseModel
 from torch import Tensor
 
-from dave_fast._version import __version__
+from dave_fast.explain.arrays import write_arrays
 from dave_fast.explain.convergence import Refined
 from dave_fast.images import drawing
 from dave_fast.serve.jobs import Ask, Ended, Predicted
@@ -147,24 +147,25 @@ def npy(refined: Refined) -> bytes:
 
 
 def npz(model: ServedModel, ask: Ask, ended: Ended) -> bytes:
-    """A .npz file with maps (K, H, W), raw (K, 3, H, W), input (H, W, 3), targets and what they came from."""
-    refined = ended.refined
-    arrays: Mapping[str, Any] = {
-        "maps": refined.maps.numpy(),
-        "raw": refined.raw.numpy(),
-        "input": model.prepare.pixels(ask.image),
-        "targets": np.array(ended.predicted.targets, np.int64),
-        "class_names": np.array([model.labels.name(target) for target in ended.predicted.targets]),
-        "probabilities": ended.predicted.probabilities[list(ended.predicted.targets)].numpy(),
-        "errors": np.array(refined.errors),
-        "error_bounds": np.array(refined.bounds),
-        "samples": np.int64(refined.samples),
-        "seed": np.int64(ask.seed),
-        "model": model.name,
-        "dave_fast_version": __version__,
-    }
+    """Return the .npz file of an answer; its arrays are those of `dave_fast.explain.arrays`."""
+    refined, predicted = ended.refined, ended.predicted
+    explained = [_probability(model, predicted, target) for target in predicted.targets]
     file = io.BytesIO()
-    np.savez_compressed(file, **arrays)
+    write_arrays(
+        file,
+        model.explainers[0],
+        maps=refined.maps,
+        raw=refined.raw,
+        crop=model.prepare.pixels(ask.image),
+        targets=[(each.target, each.class_name, each.probability) for each in explained],
+        top=[(each.target, each.class_name, each.probability) for each in _top(model, predicted)],
+        samples=refined.samples,
+        n_samples=ask.n_samples,
+        seed=ask.seed,
+        model=model.name,
+        errors=refined.errors,
+        error_bounds=refined.bounds,
+    )
     return file.getvalue()
 
 

@@ -415,3 +415,24 @@ def test_noise_alpha_is_the_tuned_one_or_warns():
         assert noise_alpha_for("vit_tiny_patch16_224") == 0.5
     with pytest.warns(NoiseAlphaWarning, match="vit_base_patch16_224.dino"):
         assert noise_alpha_for("vit_base_patch16_224.dino") == 0.5
+
+
+def test_the_most_probable_classes_are_explained_in_order(model, images):
+    explain = explainer(model).explain
+    found = explain(images, top_k=3, n_samples=2)
+    assert torch.equal(found.target, found.output.topk(3).indices)
+    assert torch.equal(found.raw, explain(images, targets=found.target, n_samples=2).raw)
+    assert torch.equal(explain(images, top_k=1, n_samples=2).raw, found.raw[:, :1])
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"top_k": 6}, "top_k is 6, and the model has 5 classes"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_k": 2, "target": 1}, "more than one"),
+    ],
+)
+def test_a_top_k_that_cannot_be_met_is_refused(model, images, given, words):
+    with pytest.raises(InputError, match=words):
+        explainer(model).explain(images, n_samples=1, **given)

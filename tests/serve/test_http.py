@@ -69,7 +69,8 @@ def test_npz_holds_everything(http, photo, alone):
         truth = alone(target=1, n_samples=9)
         assert np.array_equal(arrays["raw"], truth.raw.numpy()) and np.array_equal(arrays["maps"], truth.maps.numpy())
         assert arrays["input"].shape == (SIZE, SIZE, 3) and arrays["class_names"].tolist() == ["dog"]
-        assert int(arrays["samples"]) == 9 and str(arrays["model"]) == "tiny"
+        assert arrays["samples"] == arrays["n_samples"] == 9 and len(arrays["top_targets"]) == 5
+        assert np.isfinite(arrays["errors"]).all() and str(arrays["model"]) == "tiny"
 
 
 @pytest.mark.parametrize("view", ["overlay", "map"])

@@ -462,7 +462,7 @@ def test_token_storage_serves_several_targets(model, images, monkeypatch):
 
 
 def test_one_way_to_ask(model, images):
-    with pytest.raises(InputError, match="both given"):
+    with pytest.raises(InputError, match="more than one was given"):
         explainer(model).explain(images, 3, targets=[3])
     with pytest.raises(InputError, match="at least one"):
         explainer(model).explain(images, targets=[])
