@@ -54,6 +54,13 @@ def test_headline_figures_stand_in_the_page_that_they_link_to(what):
     assert numbers and not [number for number in numbers if number not in text]
 
 
-def test_links_and_pictures_of_the_readme_exist():
-    links = re.findall(r"\]\((?!http|#)(.*?)(?:#.*?)?\)", README)
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_links_and_pictures_exist(page):
+    links = re.findall(r"\]\((?!http|#)(.*?)(?:#.*?)?\)", (ROOT / page).read_text(encoding="utf-8"))
     assert links and not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_files_that_contributing_names_exist():
+    """Paths are those of the repository or of the package; `<op>` stands for an op."""
+    named = re.findall(r"`([\w./]+/[\w.]+\.(?:py|h|cpp|md))`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert named and not [path for path in named if not any((at / path).exists() for at in (ROOT, ROOT / "dave_fast"))]
