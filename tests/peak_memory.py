@@ -36,7 +36,7 @@ def measure(size, width, depth, precision, backend, n_images, n_samples, rows, n
     )
     explainer.explain(images, targets=range(n_targets), n_samples=n_samples)
     measured = resident("VmHWM") - before
-    plan = explainer._route(images).plan
+    plan = explainer._cache.route(images).plan
     storage = choose_storage(n_samples, tuple(images.shape[1:]), images.dtype, plan.dtype, 1 << 40)
     formula = explanation_bytes(
         plan,

@@ -85,7 +85,7 @@ def _work(explainer: DAVE) -> Callable[[], Any]:
             batches.vjps(images, draws, [target], into, images.dtype)
 
     with own_arithmetic(explainer.device):
-        batches = explainer._batches(explainer._route(images), ROWS)
+        batches = explainer._cache.batches(explainer._cache.route(images), ROWS)
     return work
 
 

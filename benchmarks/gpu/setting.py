@@ -110,7 +110,7 @@ def tuned() -> bool:
 
 def replays(explainer: DAVE) -> bool:
     """Return whether the explainer's micro-batches so far were replayed as CUDA graphs."""
-    graphs = explainer._graphs
+    graphs = explainer._cache.graphs
     return graphs is not None and isinstance(graphs._wanted, CudaCapture)
 
 

@@ -97,5 +97,5 @@ def test_micro_batches_are_sized_for_this_chip():
     explainer = dave_fast.DAVE(model, device="cuda", precision="bf16", noise_alpha=0.3)
     rows = explainer.fitting_rows(torch.randn(1, 3, 224, 224))
     assert 1 < rows <= MOST_ROWS
-    route = explainer._route(torch.zeros(1, 3, 224, 224))
+    route = explainer._cache.route(torch.zeros(1, 3, 224, 224))
     assert route.row_cost(rows) / rows < route.row_cost(1)

@@ -48,8 +48,8 @@ def plain(model, **settings):
 
 def rehearsal(model, **settings):
     made = plain(model, **({"internal_batch_size": 4} | settings))
-    made._defers = True
-    made._make_graphs = lambda: Graphs(made.device, direct, strict=True)
+    made._cache.defers = True
+    made._cache.make_graphs = lambda: Graphs(made.device, direct, strict=True)
     return made
 
 
@@ -169,19 +169,19 @@ def test_signs_and_powers_of_two_in_float64_are_noticed(model, images, make):
     explainer = make(model)
     explainer.explain(images, 0, n_samples=2)
     for change in (torch.Tensor.neg_, lambda t: t.mul_(2), lambda t: t.mul_(0.5), lambda t: t.copy_(t.flip(0))):
-        walks = explainer._route(images)
+        walks = explainer._cache.route(images)
         change(model.unused.data)
         explainer.explain(images, 0, n_samples=2)
-        assert explainer._route(images) is not walks
+        assert explainer._cache.route(images) is not walks
 
 
 def test_an_unchanged_model_is_walked_once(model, images):
     explainer = rehearsal(model)
     explainer.explain(images, n_samples=2)
-    walks = explainer._route(images)
+    walks = explainer._cache.route(images)
     for _ in range(2):
         explainer.explain(images, n_samples=2)
-    assert explainer._route(images) is walks
+    assert explainer._cache.route(images) is walks
 
 
 def test_weights_of_nan_are_no_change(images):
@@ -190,9 +190,9 @@ def test_weights_of_nan_are_no_change(images):
     model.register_buffer("unused", torch.full((5000,), torch.nan))
     for explainer in (plain(model), rehearsal(model)):
         explainer.explain(images, n_samples=2)
-        walks = explainer._route(images)
+        walks = explainer._cache.route(images)
         explainer.explain(images, n_samples=2)
-        assert explainer._route(images) is walks
+        assert explainer._cache.route(images) is walks
 
 
 def test_weights_that_change_during_every_try_are_refused(model, images):

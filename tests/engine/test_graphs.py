@@ -64,8 +64,8 @@ def buffered(model, capture=None, *, strict=False, most=24, **settings):
     capture = Replays() if capture is None else capture
     settings = {"precision": "fp32", "noise_alpha": 0.5, "internal_batch_size": 4} | settings
     explainer = dave_fast.DAVE(model, **settings)
-    explainer._make_graphs = lambda: Graphs(explainer.device, capture, strict=strict, most=most)
-    explainer._graphs = explainer._make_graphs()
+    explainer._cache.make_graphs = lambda: Graphs(explainer.device, capture, strict=strict, most=most)
+    explainer._cache.graphs = explainer._cache.make_graphs()
     return explainer, capture
 
 
@@ -105,7 +105,7 @@ def test_work_is_captured_once_a_bucket(model, images):
     explainer, capture = buffered(model)
     first = explainer.explain(images, n_samples=6)
     # three images: a padded bucket of 4 for the outputs; 18 rows in 4·4 + 2: one more bucket
-    assert len(explainer._graphs) == 2 and capture.captured == 4
+    assert len(explainer._cache.graphs) == 2 and capture.captured == 4
     replayed = capture.replayed
     second = explainer.explain(images + 0.1, n_samples=6)
     assert capture.captured == 4 and capture.replayed == 2 * replayed
@@ -117,8 +117,8 @@ def test_one_images_samples_have_a_bucket_of_their_own(model, images):
     """7 rows in one bucket of 7; by the ladder of 16 they would be padded to 8."""
     explainer, _ = buffered(model, internal_batch_size=16)
     found = explainer.explain(images[:1], 0, n_samples=7).raw
-    assert explainer._route(images).own_rows == [7]
-    assert sorted(size for _, size in explainer._graphs._buckets) == [1, 7]
+    assert explainer._cache.route(images).own_rows == [7]
+    assert sorted(size for _, size in explainer._cache.graphs._buckets) == [1, 7]
     assert torch.equal(found, buffered(model, direct, internal_batch_size=7)[0].explain(images[:1], 0, n_samples=7).raw)
 
 
@@ -126,10 +126,10 @@ def test_ever_other_numbers_of_samples_capture_no_graphs_without_end(model, imag
     explainer, capture = buffered(model, internal_batch_size=16)
     for samples in range(1, 17):
         explainer.explain(images[:1], 0, n_samples=samples)
-    route = explainer._route(images)
+    route = explainer._cache.route(images)
     assert len(route.own_rows) == OWN_BUCKETS
     # the ladder of 16 has five
-    assert len(explainer._graphs) <= 5 + OWN_BUCKETS
+    assert len(explainer._cache.graphs) <= 5 + OWN_BUCKETS
     captured = capture.captured
     for samples in range(16, 0, -1):
         found = explainer.explain(images[:1], 0, n_samples=samples).raw
@@ -139,18 +139,18 @@ def test_ever_other_numbers_of_samples_capture_no_graphs_without_end(model, imag
 
 def test_short_memory_allows_no_bucket_besides_the_ladder(model, images):
     explainer, _ = buffered(model, internal_batch_size=16)
-    explainer._batches(explainer._route(images))
-    explainer._route(images).fitting_rows = 2 * 16 + 6
+    explainer._cache.batches(explainer._cache.route(images))
+    explainer._cache.route(images).fitting_rows = 2 * 16 + 6
     explainer.explain(images[:1], 0, n_samples=7)
-    assert explainer._route(images).own_rows == []
+    assert explainer._cache.route(images).own_rows == []
     explainer.explain(images[:1], 0, n_samples=6)
-    assert explainer._route(images).own_rows == [6]
+    assert explainer._cache.route(images).own_rows == [6]
 
 
 def test_an_internal_batch_size_is_the_most_rows_of_any_bucket(model, images):
     explainer, _ = buffered(model, internal_batch_size=4)
     explainer.explain(images[:1], 0, n_samples=7)
-    assert max(size for _, size in explainer._graphs._buckets) == 4
+    assert max(size for _, size in explainer._cache.graphs._buckets) == 4
 
 
 def test_padding_repeats_the_last_row():
@@ -164,7 +164,7 @@ def test_padding_repeats_the_last_row():
 def test_perturb_and_pull_back_may_stay_outside(model, images):
     inside = buffered(model)[0].explain(images, n_samples=5)
     explainer, _ = buffered(model)
-    explainer._pixels = False
+    explainer._cache._pixels = False
     assert torch.equal(explainer.explain(images, n_samples=5).raw, inside.raw)
 
 
@@ -205,7 +205,7 @@ def test_the_bucket_used_longest_ago_makes_room(images):
     wide = torch.randn(1, 3, SIZE, 2 * SIZE)
     for some in (images[:1], wide, images[:1]):
         found = explainer.explain(some, 0, n_samples=4).raw
-        assert len(explainer._graphs) <= 2
+        assert len(explainer._cache.graphs) <= 2
         assert same(found, plain(model).explain(some, 0, n_samples=4).raw)
     # each size: the outputs' bucket of one row, and the samples'; the first size's were gone when it came back
     assert capture.captured == 9
@@ -255,7 +255,7 @@ def test_graphs_that_were_asked_for_are_no_wish(model, images):
     with pytest.raises(RuntimeError, match="not permitted"):
         buffered(model, refuses, strict=True)[0].explain(images, n_samples=5)
     explainer, _ = buffered(model, route="frozen")
-    explainer._graphs_wanted = True
+    explainer._cache._graphs_wanted = True
     with pytest.raises(ModelError, match="graphs=True was asked for, but the frozen route"):
         explainer.explain(images, n_samples=2)
 
@@ -392,7 +392,7 @@ def test_a_capture_that_cannot_end_says_so_itself(monkeypatch):
 def test_memory_that_runs_out_within_a_capture_halves_the_micro_batch(model, images, monkeypatch, caplog):
     capturing = Capturing(monkeypatch)
     explainer, _ = buffered(model, CudaCapture(torch.device("cuda")), internal_batch_size=8)
-    route = explainer._route(images)
+    route = explainer._cache.route(images)
     forward = route.forward
 
     def scarce(tokens):
@@ -405,4 +405,4 @@ def test_memory_that_runs_out_within_a_capture_halves_the_micro_batch(model, ima
         explainer.explain(images, 1, n_samples=8)
     assert "8 rows a micro-batch; going on with 4" in caplog.text
     assert "launched one by one" not in caplog.text
-    assert max(size for _, size in explainer._graphs._buckets) == 4
+    assert max(size for _, size in explainer._cache.graphs._buckets) == 4

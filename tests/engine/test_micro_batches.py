@@ -55,7 +55,7 @@ def test_mixed_micro_batches_give_the_maps_of_explain(explainer, images):
 
 
 def test_classes_share_a_forward_walk(explainer, images, monkeypatch):
-    route = explainer._route(images[:1])
+    route = explainer._cache.route(images[:1])
     walks = []
     forward = route.forward
     monkeypatch.setattr(route, "forward", lambda tokens: walks.append(len(tokens)) or forward(tokens))

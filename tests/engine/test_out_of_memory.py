@@ -53,7 +53,7 @@ def explainer(model, **settings):
 
 def scarce(made, images, most, error):
     """The explainer's route, with memory for `most` rows."""
-    route = made._route(images)
+    route = made._cache.route(images)
     route.forward = Scarce(route.forward, most, error)
     return route
 
@@ -103,7 +103,7 @@ def test_several_classes_survive_it_too(model, images):
 
 def test_buckets_are_given_up_before_smaller_ones_are_made(model, images):
     made = explainer(model, internal_batch_size=8)
-    made._make_graphs = lambda: Graphs(made.device, direct, strict=True)
+    made._cache.make_graphs = lambda: Graphs(made.device, direct, strict=True)
     walks = scarce(made, images, 4, SHORTAGES["cuda"])
     found = made.explain(images, 1, n_samples=8)
     assert max(walks.forward.tried[walks.forward.tried.index(8) + 1 :]) == 4

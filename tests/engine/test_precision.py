@@ -64,7 +64,7 @@ def test_every_gemm_of_the_blocks_has_e4m3_operands_and_activations_stay_bfloat1
     images = ENGINE["vit"].images(2)
     found = explainer.explain(images, n_samples=3)
     assert found.raw.isfinite().all() and explainer.route == "engine"
-    plan = explainer._route(images).plan
+    plan = explainer._cache.route(images).plan
     assert plan.dtype == torch.bfloat16
     eight = [isinstance(w, Fp8Weight) for p in plan.projections() for w in (p.weight, p.transposed)]
     assert not any(eight[:2]) and all(eight[2:]) and len(eight) > 2

@@ -257,7 +257,7 @@ def test_image_sizes_share_their_weights():
         images = torch.randn(1, 3, *size)
         alone = explainer(model).explain(images, 0, n_samples=2).raw
         assert torch.equal(found.explain(images, 0, n_samples=2).raw, alone)
-    plans = [route.plan for route in found._routes.values()]
+    plans = [route.plan for route in found._cache._routes.values()]
     assert len(plans) == 3
     assert all(plan.steps is plans[0].steps and plan.tail is plans[0].tail for plan in plans)
 

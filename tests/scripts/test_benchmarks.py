@@ -154,7 +154,7 @@ def test_an_engine_in_fp8_is_held_against_pytorchs_forms(small):
     assert whole._try(made, truth, row) is None and "reason" not in row
     assert row["error"] == row["plain error"] < 0.1
     (explainer,) = made.contributions.args
-    explainer._route(truth.images).plan.projections()[2].transposed.scale.mul_(1.5)
+    explainer._cache.route(truth.images).plan.projections()[2].transposed.scale.mul_(1.5)
     assert whole._try(made, truth, row) is None
     assert row["error"] < 0.5 and f"(plain PyTorch: {truth.plain['fp8']:.1e})" in row["reason"]
 

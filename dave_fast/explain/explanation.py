@@ -1,0 +1,33 @@
+"""The result of `DAVE.explain`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Attribution maps of B images, and what they explain.
+
+    Of K targets (`targets=` or `top_k=`) the fields maps, raw, target and probability have a dimension K after B.
+
+    Attributes:
+        maps: (B, H, W) float32 in [0, 1], for looking at.
+        raw: (B, C, H, W) float32, signed, per channel: the median/MAD mean of effective gradient ⊙ image.
+        target: (B,) int64, the class; −1 where the target is not a class.
+        probability: (B,) float32, softmax of the unperturbed image's output at the class; NaN where the target is not
+            a class.
+        output: (B, ...) float32, the model's output for the unperturbed images.
+        n_samples: as given.
+        seed: as given.
+    """
+
+    maps: Tensor
+    raw: Tensor
+    target: Tensor
+    probability: Tensor
+    output: Tensor
+    n_samples: int
+    seed: int

@@ -1,0 +1,191 @@
+"""The routes that an explainer takes through its model, and the calls that go over them."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dave_fast.engine import free_memory
+from dave_fast.engine.checks import check_images
+from dave_fast.engine.end_of_call import EndOfCall, WeightsChangedError
+from dave_fast.engine.graphs import make_graphs
+from dave_fast.engine.micro_batches import MicroBatches
+from dave_fast.engine.route import ROUTES, Route, make_route
+from dave_fast.errors import InputError, ModelError
+from dave_fast.models.fingerprint import State
+from dave_fast.ops import _registry
+from dave_fast.ops.precision import DTYPES, own_arithmetic, statistics_dtype
+from dave_fast.transfers import to_device
+
+T = TypeVar("T")
+
+
+class RouteCache:
+    """The routes of one model on one device, a route for each size of images.
+
+    A route is made for the first images of its size, and made again after the model has changed.
+
+    Args:
+        model: the model, which is only read.
+        device: where to compute.
+        precision: "fp64", "fp32", "bf16" or "fp8".
+        backend: of the ops (see `dave_fast.ops._registry`).
+        route: "auto", "engine" or "frozen".
+        graphs: None where CUDA graphs are to be used if possible, True where they must, False where they must not.
+        internal_batch_size: rows (image, sample) of a micro-batch; None takes what fits.
+        reads_values: whether the values of the weights are compared at every call, since others may write to them.
+
+    Attributes:
+        defers: whether a call checks its numbers at its end, so that the host does not wait for a GPU earlier (see
+            `dave_fast.engine.end_of_call`).
+        graphs: the captured graphs, or None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        precision: str,
+        backend: str,
+        route: str,
+        graphs: bool | None,
+        internal_batch_size: int | None,
+        *,
+        reads_values: bool,
+    ) -> None:
+        if route not in ROUTES:
+            raise InputError(f"route is {route!r}; expected one of {', '.join(ROUTES)}")
+        self.defers = device.type != "cpu"
+        self.make_graphs = partial(make_graphs, device, graphs)
+        self.graphs = self.make_graphs()
+        self._model, self._device, self._precision, self._backend = model, device, precision, backend
+        self._wanted, self._graphs_wanted, self._internal_batch_size = route, graphs, internal_batch_size
+        # PyTorch's own pixel ops wait for the device, which a graph cannot.
+        self._pixels = _registry.choose("perturb", backend, device.type) != "torch"
+        self._perturb = _registry.bind("perturb", backend, device.type)
+        self._pull_back = _registry.bind("pull_back", backend, device.type)
+        self._reads_values = reads_values
+        self._routes: dict[tuple[int, ...], Route] = {}
+        self._state: State | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def name(self) -> str:
+        """The route that was used last, "engine" or "frozen"; before the first call the one that was asked for."""
+        return next(reversed(self._routes.values())).name if self._routes else self._wanted
+
+    def call(self, images: Any, work: Callable[[Tensor, Route, EndOfCall], T]) -> T:
+        """Return the result of a function of images and the route for them.
+
+        Where the end of the call finds that the weights have changed since the route was made, the route is made again
+        and the function called again.
+
+        Args:
+            images: (B, C, H, W) or (C, H, W), anywhere.
+            work: function of the images (B, C, H, W) on the device, the route and the checks of the call; it ends with
+                `EndOfCall.read`.
+
+        Raises:
+            InputError: the images are not such a tensor.
+            NonFiniteError: the images hold NaN or infinity.
+            ModelError: the weights changed twice during the call, or the model has no such route.
+        """
+        with own_arithmetic(self._device):
+            for _ in range(2):
+                end = EndOfCall(defers=self.defers)
+                given = self._checked(images, end)
+                try:
+                    return work(given, self.route(given, end), end)
+                except WeightsChangedError:
+                    self._forget(end.state)
+        raise ModelError("the model's weights changed twice during one call: explain a copy, or between the changes")
+
+    def route(self, images: Tensor, end: EndOfCall | None = None) -> Route:
+        """Return the route for images of this size, made again where the model has changed.
+
+        Args:
+            images: (B, C, H, W).
+            end: is told the state of the model that the route was made from.
+        """
+        shape = (images.shape[1], images.shape[2], images.shape[3])
+        with self._lock:
+            if self._state is None or not self._state.holds(values=not self.defers):
+                self._routes.clear()
+                self.graphs = self.make_graphs()
+                self._state = State(self._model, values=self._reads_values)
+            if end is not None:
+                end.state = self._state
+            # The route that was used last stands last.
+            route = self._routes.pop(shape, None) or self._made(shape)
+            self._routes[shape] = route
+            return route
+
+    def batches(self, route: Route, rows: int | None = None, samples: int | None = None) -> MicroBatches:
+        """Return the loop over micro-batches of a route.
+
+        Args:
+            route: the route.
+            rows: of a full micro-batch; None takes `internal_batch_size`, else what fits.
+            samples: of one image; a captured graph may have that many rows, so that an image fills it.
+        """
+        best, asked = self._fitting_rows(route), rows or self._internal_batch_size
+        if samples is not None and asked is not None and samples > asked:
+            samples = None
+        graphs = self.graphs if route.capturable else None
+        if self._graphs_wanted and graphs is None:
+            raise ModelError(
+                f"graphs=True was asked for, but the {route.name} route runs the model's own forward, which may wait "
+                "for the device. Use graphs=None."
+            )
+        ops = (self._perturb, self._pull_back)
+        return MicroBatches(route, *ops, asked or best, graphs=graphs, pixels=self._pixels, samples=samples)
+
+    def fitting_rows(self, images: Tensor) -> int:
+        """Return the rows of a full micro-batch for images (B, C, H, W)."""
+        images = self._checked(images, EndOfCall(defers=self.defers))
+        return self._internal_batch_size or self._fitting_rows(self.route(images))
+
+    def _fitting_rows(self, route: Route) -> int:
+        """Return the route's best number of rows, or fewer where memory is short.
+
+        Where graphs are captured for the number, it is chosen once for each route.
+        """
+        if self.graphs is not None and route.full_rows is not None:
+            return route.full_rows
+        free = free_memory.SHARE * free_memory.free_bytes(self._device)
+        route.fitting_rows = int(free / max(1, route.row_bytes))
+        route.full_rows = route.best_rows(route.fitting_rows)
+        return route.full_rows
+
+    def _checked(self, images: Any, end: EndOfCall) -> Tensor:
+        """Return images (B, C, H, W) on the device, and check their values where they are given on the host."""
+        images = check_images(images, statistics_dtype(DTYPES[self._precision]))
+        advice = "Look for NaN or infinity in how they were loaded and normalised."
+        end.refuse_non_finite(images, "the pixels", advice, now=images.device.type != self._device.type)
+        return to_device(images, self._device)
+
+    def _made(self, shape: tuple[int, int, int]) -> Route:
+        made, line = make_route(
+            self._model,
+            shape,
+            route=self._wanted,
+            precision=self._precision,
+            device=self._device,
+            backend=self._backend,
+            sibling=next(iter(self._routes.values()), None),
+        )
+        if line is not None:
+            warnings.warn(line, stacklevel=5)
+        return made
+
+    def _forget(self, state: State | None) -> None:
+        """Drop a state that the model is no longer in: the next call makes its route again."""
+        with self._lock:
+            if self._state is state:
+                self._state = None
