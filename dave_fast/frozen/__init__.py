@@ -1,8 +1,9 @@
-"""The frozen route: autograd through the model's own forward, with operators held constant, and its proof.
+"""The frozen route: autograd through the model's own forward pass with operators held constant, and its proof.
 
 mode    the TorchFunctionMode that freezes operators while the model runs
 rules   the frozen form of each function of PyTorch
-ranks   which tensors depend on the input's values, and how
-proof   the affine replay: the frozen model is affine, or it is refused
-trace   the recording that the proof replays
+ranks   whether a tensor is a value, an activation or an operator
+proof   the affine replay, which shows that the frozen model is affine and refuses it otherwise
+replay  a float64 copy of a model that runs with recorded operators
+trace   what each module did during a pass, to name the one at which the proof fails
 """

@@ -1,28 +1,28 @@
 """The frozen route: the effective transformation of any nn.Module, by autograd through its own forward pass.
 
 DAVE (arXiv 2602.06613, Eq. 3-5) writes every sub-layer as F(X) = L(X)·X + b with an operator L(X) that the input
-chooses, and keeps L(X) of the gradient. `freeze()` is a TorchFunctionMode: under it a model's forward runs as
-written, each L(X) is a constant, and what autograd returns is the frozen vector-Jacobian product.
+chooses, and keeps only L(X) in the gradient. `freeze()` is a TorchFunctionMode: under it a model's forward runs as
+written, each L(X) is a constant, and autograd returns the frozen vector-Jacobian product (VJP).
 
-How an operator is told from a value. Every tensor that depends on the input has a rank:
+Operators are told from values by ranks. Every tensor that depends on the input has one:
 
-    VALUE        what flows through the model: linear in the stream
+    VALUE        linear in the residual stream
     ACTIVATION   the output of act(u) with act(0) = 0. It is the value gate·u with the frozen gate act(u)/u, and
-                 stays so through reshapes and constants; but multiplied by a VALUE it is the operator, entirely:
+                 stays so through reshapes and constants; multiplied by a VALUE all of it is an operator:
                  silu(a)·b, x·(1 + tanh(…))
-    OPERATOR     the output of any other nonlinear function (softmax, sigmoid, exp, rsqrt, a norm …), and whatever
-                 is computed from OPERATORs and constants alone
+    OPERATOR     the output of any other nonlinear function (softmax, sigmoid, exp, rsqrt, a norm …), and any
+                 function of OPERATORs and constants alone
 
 In a product of two factors that depend on the input the one of higher rank is detached; in a quotient, the
 denominator. Norm layers and attention keep r and P; indices, masks and the winners of a maximum are operators too.
 So softmax(q·kᵀ)·v, x·rsqrt(mean x² + eps) and hand-written activations freeze as written, without a list of modules.
-An OPERATOR is detached where it meets a value and not before: one that is used as a value (x + sigmoid(x)), or a
-product of two VALUEs (x·x), has no rule, keeps autograd's gradient, and is found by `frozen.proof`, which proves
-the freezing on every model. The rules are in `dave_fast/frozen/rules.py`.
+An OPERATOR is detached where it meets a value and not before. One that is used as a value (x + sigmoid(x)), or a
+product of two VALUEs (x·x), has no rule and keeps autograd's gradient; `frozen.proof`, which checks every model, finds
+it. The rules are in `dave_fast/frozen/rules.py`.
 
-The model is only called. Its parameters enter every function as detached aliases, so none gets a gradient, and
-nothing is hooked, swapped or set. Memory is autograd's: gates and norm scales of every layer, and P where the model
-writes attention as two matrix products, until the backward pass.
+The model is only called. Its parameters enter every function as detached aliases, so that none gets a gradient, and
+no hook, module or attribute is set on it. Until the backward pass autograd keeps the gates and norm scales of every
+layer, and P where the model writes attention as two matrix products.
 """
 
 from __future__ import annotations
@@ -45,18 +45,21 @@ _ATTRIBUTE_ACCESS = ("__get__", "__set__", "__delete__", "requires_grad_", "regi
 
 
 class Tape(Protocol):
-    """Keeps the operators of a forward pass: see `dave_fast.frozen.proof`."""
+    """A record of the operators of a forward pass: see `dave_fast.frozen.replay.OperatorTape`."""
 
     def keep(self, name: str, operator: Tensor) -> Tensor:
-        """Write down the operator and return it, or return the one written before."""
+        """Record the operator of a function and return it, or return the one recorded before."""
         ...
 
 
 class FrozenMode(TorchFunctionMode):
-    """Runs torch functions so that autograd sees every input-chosen operator as a constant.
+    """A mode under which autograd takes every operator that the input chose for a constant.
 
-    tape: where operators are kept for the affine replay; None where they are only used.
-    met: the names of the functions that were called on what depends on the input.
+    Args:
+        tape: records operators for the affine replay; None where they are only used.
+
+    Attributes:
+        met: names of the functions that were called on tensors that depend on the input.
     """
 
     def __init__(self, tape: Tape | None = None) -> None:
@@ -83,7 +86,7 @@ class FrozenMode(TorchFunctionMode):
         live = live_tensors((*args, *kwargs.values()))
         if not live:
             return func(*args, **kwargs)
-        # Tensor.unflatten and its like call their own name once more, by super().
+        # Tensor.unflatten and similar methods call their own name once more, by super()
         composite = None if self._inside and self._inside[-1] is func else _entered(func)
         if composite is None:
             return self._call(func, args, kwargs, live)
@@ -95,7 +98,7 @@ class FrozenMode(TorchFunctionMode):
             self._inside.pop()
 
     def _call(self, func: Function, args: Sequence[Any], kwargs: dict[str, Any], live: list[Tensor]) -> Any:
-        """One function of PyTorch's core on `live` tensors: by its rule, or as it is."""
+        """Run one function of PyTorch's core on `live` tensors, by its rule or as it is."""
         name, in_place = canonical(func)
         self._name = name
         self.met.add(name)
@@ -109,17 +112,17 @@ class FrozenMode(TorchFunctionMode):
             kept = operators_only or (len(live) == 1 and name in KEEPS_ACTIVATION)
             result = self._as_is(func(*args, **kwargs), ranks[0] if kept else Rank.VALUE)
         if in_place and result is not args[0]:
-            # The rule computed beside its argument; whoever holds the argument expects the result in it.
+            # the rule made a new tensor, and callers expect the result in the argument
             result = set_rank(args[0].copy_(result), rank_of(result))
         return result
 
     def operator(self, tensor: Tensor) -> Tensor:
-        """The tensor as an operator: a constant; in a replay, the one of the recorded pass."""
+        """Return the tensor as a constant; in a replay, the operator of the recorded pass."""
         constant = tensor.detach()
         return constant if self.tape is None else self.tape.keep(self._name, constant)
 
     def _as_is(self, result: Any, rank: Rank) -> Any:
-        """Rank what a function returned; indices and masks that the input chose (argsort, x > 0) are operators."""
+        """Rank the result of a function; indices and masks that the input chose (argsort, x > 0) are operators."""
         if isinstance(result, list | tuple):
             for tensor in live_tensors(result):
                 set_rank(tensor, rank)
@@ -132,18 +135,31 @@ class FrozenMode(TorchFunctionMode):
 
 
 def freeze() -> FrozenMode:
-    """Context in which any model's forward pass has frozen operators: `with freeze(): output = model(x)`.
+    """Return a context in which any model's forward pass has frozen operators.
 
-    The input must require a gradient. Activation checkpointing recomputes in the backward pass, so call
-    `torch.autograd.grad` within the context too. A context serves one `with` at a time; take one per thread.
+    Use it as `with freeze(): output = model(x)`, with an input that requires a gradient. Activation checkpointing
+    recomputes in the backward pass, so call `torch.autograd.grad` within the context too. A context serves one `with`
+    at a time; take one per thread.
     """
     return FrozenMode()
 
 
 def run_frozen(model: nn.Module, inputs: Tensor) -> Tensor:
-    """Call the model within an active mode and check what it returns."""
+    """Call a model within an active mode and return its output, checked.
+
+    Args:
+        model: any module in evaluation mode.
+        inputs: (B, C, H, W), requires a gradient.
+
+    Returns:
+        The output (B, ...) or its tensor `logits`, with autograd's graph to `inputs`.
+
+    Raises:
+        ModelError: the model is in training mode, its output is no tensor and has no tensor `logits`, or the output
+            does not depend on the inputs.
+    """
     _require_evaluation(model)
-    # A copy, so that a model that works in place leaves the caller's tensor alone.
+    # a copy, so that a model that works in place does not change the caller's tensor
     output = model(inputs.clone())
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
@@ -160,7 +176,7 @@ def run_frozen(model: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def _require_evaluation(model: nn.Module) -> None:
-    """Dropout and batch statistics are no part of what a model predicts; switching modes is the user's to do."""
+    """Raise ModelError where the model, a dropout or a batch norm is in training mode; the user has to change it."""
     by_mode = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
     for path, module in model.named_modules():
         if module.training and (module is model or isinstance(module, by_mode)):
@@ -172,7 +188,7 @@ def _require_evaluation(model: nn.Module) -> None:
 
 
 def check_scores(scores: Tensor, inputs: Tensor) -> None:
-    """One differentiable score per image, or a plain error."""
+    """Raise InputError unless there is one differentiable score (B,) for each image of `inputs` (B, ...)."""
     if scores.shape != inputs.shape[:1]:
         raise InputError(
             f"target_fn returned shape {tuple(scores.shape)}; expected one score per image, ({inputs.shape[0]},)"
@@ -182,7 +198,7 @@ def check_scores(scores: Tensor, inputs: Tensor) -> None:
 
 
 def live_tensors(values: Iterable[Any]) -> list[Tensor]:
-    """The tensors that depend on the input, also those in lists and tuples."""
+    """Return the tensors that depend on the input, also those in lists and tuples."""
     found = []
     for value in values:
         if isinstance(value, Tensor):
@@ -198,7 +214,7 @@ def _is_parameter(args: Sequence[Any]) -> bool:
 
 
 def _constant(value: Any) -> Any:
-    """Parameters as constants: a detached alias instead of requires_grad = False on the user's model."""
+    """Return a detached alias of a parameter, so that requires_grad is not set on the user's model."""
     if isinstance(value, nn.Parameter):
         return value.detach()
     if isinstance(value, list | tuple) and any(isinstance(v, nn.Parameter) for v in value):
@@ -211,10 +227,11 @@ def _never(*_: Any) -> bool:
 
 
 def _entered(func: Function) -> Function | None:
-    """A copy of a Python composite that does not hand itself to the mode, while the functions it calls do.
+    """Return a copy of a Python composite whose body runs under the mode; None for any other function.
 
-    F.multi_head_attention_forward, F.normalize, Tensor.norm … ask first whether a mode is active and hand
-    themselves over as one opaque call. With that question answered "no" their bodies run in view of the mode.
+    F.multi_head_attention_forward, F.normalize, Tensor.norm and others first check whether a mode is active, and then
+    pass themselves to it as one opaque call. In the copy this check returns False, so that the mode gets the functions
+    of the body instead.
     """
     if not isinstance(func, types.FunctionType):
         return None

@@ -1,4 +1,4 @@
-"""Names and ranks under frozen operators: what a torch function is called, and how far a tensor is from a value."""
+"""Names and ranks under frozen operators: one name for each torch function, one rank for each tensor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Rank(IntEnum):
-    """How far a tensor is from a value: see `dave_fast/frozen/mode.py`."""
+    """The rank of a tensor that depends on the input: see `dave_fast/frozen/mode.py`."""
 
     VALUE = 0
     ACTIVATION = 1
@@ -18,19 +18,22 @@ class Rank(IntEnum):
 
 
 def rank_of(tensor: Tensor) -> Rank:
-    """VALUE unless a rule has marked the tensor."""
+    """Return the rank of a tensor: VALUE unless a rule has marked it."""
     return getattr(tensor, "_dave_fast_rank", Rank.VALUE)
 
 
 def set_rank(tensor: Tensor, rank: Rank) -> Tensor:
-    """Mark the tensor; the mark lives and dies with it."""
+    """Mark a tensor with its rank, as an attribute of the tensor itself, and return it."""
     if rank is not rank_of(tensor):
         tensor._dave_fast_rank = rank  # type: ignore[attr-defined]
     return tensor
 
 
 def canonical(func: Callable[..., Any]) -> tuple[str, bool]:
-    """One name for a function's many spellings, and whether it works in place: Tensor.__imul__ → ("mul", True)."""
+    """Return one name for a function's many spellings and whether it works in place.
+
+    Tensor.__imul__ gives ("mul", True).
+    """
     spelled = getattr(func, "__name__", "").split(".")[0]
     name = spelled.strip("_").removeprefix("special_")
     if spelled.startswith("__") and name in _DUNDERS:
@@ -64,8 +67,8 @@ _KEEPS_ACTIVATION = (
     "view_as reshape flatten unflatten transpose permute movedim swapaxes t unsqueeze squeeze expand expand_as get "
     "repeat repeat_interleave broadcast_to reshape_as"
 )
-# Functions of one tensor through which an activation stays one.
+# functions of one tensor that return an activation for an activation
 KEEPS_ACTIVATION = frozenset(_KEEPS_ACTIVATION.split())
 
-# Functions that take of their second tensor its shape or its type: its rank is no matter.
+# functions that take only the shape or the type of their second tensor, so that its rank does not matter
 TAKES_A_FORM = frozenset({"view_as", "reshape_as", "expand_as", "type_as"})

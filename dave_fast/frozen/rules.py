@@ -1,9 +1,9 @@
-"""What each torch function does under frozen operators: one table from its name to its rule.
+"""The frozen form of each torch function: one table from its name to its rule.
 
 A rule is `rule(operator, func, args, kwargs) -> result`; `operator(tensor)` makes a constant of a tensor that the input
-chose, and `NotImplemented` says that the function runs as it is. Every result is linear in the arguments of the
-lowest rank once the operators are constants: the affine replay runs these same lines with recorded operators.
-Table of the frozen forms: DAVE, arXiv 2602.06613, Eq. 3-5; gated products and selections are our extension.
+chose, and a result of `NotImplemented` means that the function runs as it is. Once the operators are constants, every
+result is linear in the arguments of the lowest rank; the affine replay runs these same lines with recorded operators.
+The frozen forms are those of DAVE, arXiv 2602.06613, Eq. 3-5; gated products and selections are added here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Operator = Callable[[Tensor], Tensor]
 Function = Callable[..., Any]
 Rule = Callable[[Operator, Function, Sequence[Any], dict[str, Any]], Any]
 
-# Where a gate act(u)/u takes its limit; left of zero, so that kinked activations get ReLU's 0.
+# gates act(u)/u are taken here for smaller |u|; negative, so that activations with a kink get ReLU's 0
 _TINY = -1e-30
 
 
@@ -29,7 +29,7 @@ def _rows(names: str, rule: Rule) -> dict[str, Rule]:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """At least float32: gates and norm scales of half precision are not rounded twice."""
+    """Return x in at least float32, so that gates and norm scales of half precision are not rounded twice."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -38,25 +38,25 @@ def _live(value: Any) -> bool:
 
 
 def _bind(names: str, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by name; what was not given is None."""
+    """Return arguments by name, None where one was not given."""
     order = names.split()
     return {**dict.fromkeys(order), **dict(zip(order, args, strict=False)), **kwargs}
 
 
 def _gate(operator: Operator, func: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
-    """act(u) = gate·u with gate = act(u)/u, at u = 0 its limit."""
+    """Write act(u) as gate·u with gate = act(u)/u, at u = 0 its limit."""
     given = dict(kwargs)
     u = args[0] if args else given.pop("input")
     wide = _wide(u.detach())
     rest = [_wide(a) if isinstance(a, Tensor) else a for a in args[1:]]
     safe = torch.where(wide.abs() < -_TINY, _TINY, wide)
-    # func may work in place.
+    # func may work in place
     gate = operator(func(safe.clone(), *rest, **given) / safe)
     return set_rank((u * gate).to(u.dtype), Rank.ACTIVATION)
 
 
 def _operator(operator: Operator, func: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """A nonlinearity without a gate: it is detached by the product in which it meets a value."""
+    """Mark a nonlinearity without a gate; the product in which it meets a value detaches it."""
     result = func(*args, **kwargs)
     for tensor in result if isinstance(result, tuple) else (result,):
         set_rank(tensor, Rank.OPERATOR)
@@ -69,7 +69,7 @@ def _var_mean(operator: Operator, func: Function, args: Sequence[Any], kwargs: d
 
 
 def _power(operator: Operator, func: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """x^p: negative and fractional powers are operators; an activation's whole power a^n is a^(n−1) times a."""
+    """Freeze x^p: negative and fractional p are operators; a whole power a^n of an activation is a^(n−1) times a."""
     base, exponent = args[0], args[1] if len(args) > 1 else kwargs.get("exponent", 2)
     if not _live(base) or isinstance(exponent, Tensor) or exponent < 1 or exponent != int(exponent):
         return _operator(operator, func, args, kwargs)
@@ -79,10 +79,12 @@ def _power(operator: Operator, func: Function, args: Sequence[Any], kwargs: dict
 
 
 def _product(addend: int | None = None, addend_name: str = "", rank: Rank | None = Rank.VALUE) -> Rule:
-    """A product: of its factors that depend on the input, those above the lowest rank freeze.
+    """Return the rule of a product, which freezes the factors above the lowest rank.
 
-    addend: position of the one argument that is added and not multiplied; rank: of the result, None for the
-    lowest factor's.
+    Args:
+        addend: position of the argument that is added and not multiplied.
+        addend_name: its name, where it is given by keyword.
+        rank: of the result; None for the rank of the lowest factor.
     """
 
     def rule(operator: Operator, func: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -99,11 +101,11 @@ def _product(addend: int | None = None, addend_name: str = "", rank: Rank | None
 
 
 def _freeze_above_lowest(operator: Operator, slots: Any, factors: Sequence[Any]) -> Rank:
-    """Replace in `slots` each factor above the lowest rank by an operator; returns that lowest rank."""
+    """Replace each factor of `slots` above the lowest rank by an operator and return the lowest rank."""
     lowest = min(rank_of(slots[k]) for k in factors)
     for k in factors:
         if rank_of(slots[k]) > lowest:
-            # A copy, since the product may be written into its first factor.
+            # a copy, since the product may be written into its first factor
             slots[k] = operator(slots[k]).clone()
     return lowest
 
@@ -120,7 +122,7 @@ def _einsum(operator: Operator, func: Function, args: Sequence[Any], kwargs: dic
 
 
 def _second_is_operator(names: str) -> Rule:
-    """Functions linear in the first argument and chosen by the second: quotients, sampling at a grid."""
+    """Return the rule of functions linear in the first argument and chosen by the second: quotients, grid sampling."""
 
     def rule(operator: Operator, func: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         given = {k: v for k, v in kwargs.items() if k in names.split()}
@@ -136,7 +138,7 @@ def _second_is_operator(names: str) -> Rule:
 
 
 def _normalised(operator: Operator, x: Tensor, dims: Sequence[int], eps: float, centred: bool = True) -> Tensor:
-    """(x − mean x)·r, r = 1/√(var x + eps) frozen; the mean stays linear."""
+    """Return (x − mean x)·r with r = 1/√(var x + eps) frozen; the mean stays linear."""
     x = _wide(x)
     if centred:
         x = x - x.mean(tuple(dims), keepdim=True)
@@ -163,7 +165,7 @@ def _rms_norm(operator: Operator, func: Function, args: Sequence[Any], kwargs: d
 
 
 def _first_of(rule: Rule, n: int) -> Rule:
-    """For the native entry points, which return (output, statistics …); nobody reads the statistics."""
+    """Return the rule of a native entry point, whose statistics behind the output are None: no caller reads them."""
 
     def native(operator: Operator, func: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return (rule(operator, func, args, kwargs), *(None,) * (n - 1))
@@ -189,8 +191,11 @@ def _instance_norm(operator: Operator, func: Function, args: Sequence[Any], kwar
 
 
 def _batch_norm(operator: Operator, func: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """With running statistics it is linear: written out, because PyTorch 2.15's backward pass on CPUs is wrong
-    for a cotangent that is laid out channels last (x.flatten(2).transpose(1, 2) makes one)."""
+    """Write out batch norm with running statistics, which is linear.
+
+    PyTorch 2.15's own backward pass on CPUs is wrong for a cotangent that is laid out channels last, as
+    x.flatten(2).transpose(1, 2) makes one.
+    """
     a = _bind("input weight bias running_mean running_var training momentum eps", args, kwargs)
     if a["training"] or a["running_var"] is None:
         return NotImplemented
@@ -201,7 +206,7 @@ def _batch_norm(operator: Operator, func: Function, args: Sequence[Any], kwargs:
 
 
 def _attention(operator: Operator, func: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """P·v with P frozen: q, k and the mask are constants, so the fused kernel's own backward is Pᵀg for v."""
+    """Freeze P of P·v: with q, k and the mask constant, the fused kernel's own backward pass is Pᵀg for v."""
     names = "query key value attn_mask"
     bound = _bind(names, args[:4], {k: v for k, v in kwargs.items() if k in names.split()})
     value = bound.pop("value")
@@ -220,7 +225,7 @@ def _glu(operator: Operator, func: Function, args: Sequence[Any], kwargs: dict[s
 
 
 def _clamp(operator: Operator, func: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
-    """Inside the bounds the value, outside a constant; which is which the input chose."""
+    """Keep the value inside the bounds and a constant outside; the mask is an operator."""
     x = args[0]
     clamped = func(x.detach().clone(), *args[1:], **kwargs)
     return torch.where(operator(clamped == x), x, operator(clamped))
@@ -232,7 +237,7 @@ def _larger(operator: Operator, func: Function, args: Sequence[Any], kwargs: dic
 
 
 def _extreme_mean(operator: Operator, func: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """amax, amin: the mean of the winners, as autograd shares the gradient."""
+    """Write amax or amin as the mean of the winners, among which autograd divides the gradient too."""
     a = _bind("input dim keepdim", args, kwargs)
     dim = () if a["dim"] is None else a["dim"]
     winners = (a["input"] == func(a["input"], dim, True)).to(a["input"].dtype)
@@ -243,7 +248,7 @@ def _extreme_mean(operator: Operator, func: Function, args: Sequence[Any], kwarg
 
 
 def _select(default_dim: int | None, position: int) -> Rule:
-    """Functions that return (values, indices): the indices are the operator, the values are gathered."""
+    """Return the rule of functions with (values, indices): the indices are an operator, the values are gathered."""
 
     def rule(operator: Operator, func: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         dim = kwargs.get("dim", args[position] if len(args) > position else default_dim)

@@ -1,7 +1,7 @@
-"""Which module breaks an affine replay: every module's own slope against its own change.
+"""The module at which an affine replay fails: each module's own slope is compared with its own change.
 
 A module whose operators are frozen satisfies ⟨c, out(x+δ) − out(x)⟩ = ⟨Jᵀc, in(x+δ) − in(x)⟩, whatever the modules
-before it did. The innermost module that does not, first in execution order, is the culprit.
+before it did. The culprit is the first and innermost module, in execution order, that does not.
 """
 
 from __future__ import annotations
@@ -15,13 +15,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-# Far above rounding in float64 through one module, far below any operator variation that matters.
+# far above rounding in float64 through one module, far below any variation of an operator that matters
 _LOCAL_TOLERANCE = 1e-9
 
 
 @dataclass
 class Call:
-    """One call of a module: its tensors, and a copy of what they held (modules may work in place)."""
+    """One call of a module.
+
+    Attributes:
+        path: dotted path of the module.
+        kind: name of its class.
+        inputs: its floating tensors.
+        input_values: copies of them, since modules may work in place.
+        outputs: the floating tensors that it returned.
+        output_values: copies of them.
+    """
 
     path: str
     kind: str
@@ -32,12 +41,19 @@ class Call:
 
     @property
     def name(self) -> str:
-        """The dotted path and the class."""
+        """The dotted path and the class, for messages."""
         return f"module {self.path!r} ({self.kind})" if self.path else f"the forward of {self.kind} itself"
 
 
 class Trace:
-    """Watches the modules of a model during one forward pass, in the order in which they finish."""
+    """The module calls of one forward pass, in the order in which they finish.
+
+    Args:
+        keeps_calls: whether tensors are recorded; otherwise only the running module is known.
+
+    Attributes:
+        calls: the recorded calls.
+    """
 
     def __init__(self, keeps_calls: bool = False) -> None:
         self.calls: list[Call] = []
@@ -46,12 +62,12 @@ class Trace:
 
     @property
     def where(self) -> str:
-        """The module that runs now, or ran when an error left the watch."""
+        """The module that runs now, or that ran when an error was raised."""
         return self._open[-1].name if self._open else "the model"
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """Hooks on every module of the copy for the time of one pass."""
+        """Register hooks on every module of the replay's copy for the time of one pass."""
         handles = []
         for path, module in model.named_modules():
             handles.append(module.register_forward_pre_hook(self._enter(path), with_kwargs=True))
@@ -82,13 +98,19 @@ class Trace:
 
 
 def find_culprit(before: Trace, after: Trace, score: Tensor) -> str:
-    """Name the first, innermost module whose change is not that of its slope.
+    """Name the first and innermost module whose change is not that of its slope.
 
-    before: the recorded pass at x, graph included; after: the replay at x + δ; score: of the recorded pass.
+    Args:
+        before: the recorded pass at x, with its graph.
+        after: the replay at x + δ.
+        score: of the recorded pass.
+
+    Returns:
+        The module and how it fails, as the end of a sentence.
     """
     outputs = [t for call in before.calls for t in call.outputs if t.requires_grad]
     gradients = torch.autograd.grad(score, outputs, retain_graph=True, allow_unused=True)
-    # What only operators are made of (queries, norms, gates) gets no gradient and may be anything.
+    # outputs that only operators are made of (queries, norms, gates) get no gradient and need not be linear
     reached = {id(t) for t, g in zip(outputs, gradients, strict=True) if g is not None}
     for call, moved in zip(before.calls, after.calls, strict=True):
         reason = _broken(call, moved, reached)
@@ -98,11 +120,12 @@ def find_culprit(before: Trace, after: Trace, score: Tensor) -> str:
 
 
 def _broken(call: Call, moved: Call, reached: set[int]) -> str | None:
+    """Return how a call of a module fails the comparison, or None; `reached` are ids of outputs with a gradient."""
     d_in = [b - a for a, b in zip(call.input_values, moved.input_values, strict=True)]
     d_out = [b - a for a, b in zip(call.output_values, moved.output_values, strict=True)]
     inputs = zip(call.inputs, d_in, call.input_values, strict=True)
     if any(_changes(d, v) and not t.requires_grad for t, d, v in inputs):
-        # The gradient was lost before this module.
+        # the gradient was lost before this module
         return None
     outputs = zip(call.outputs, d_out, call.output_values, strict=True)
     if any(_changes(d, v) and not t.requires_grad for t, d, v in outputs):
@@ -134,15 +157,15 @@ def _changes(difference: Tensor, value: Tensor) -> bool:
 
 
 def _floating(tree: Any) -> list[Tensor]:
-    """The floating tensors, each once: attention is called as f(x, x, x)."""
+    """Return the floating tensors, each once, since attention is called as f(x, x, x)."""
     found = {id(t): t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor) and t.is_floating_point()}
     return list(found.values())
 
 
 def _cloned(tree: Any) -> Any:
-    """Copies of the floating tensors: what happens to them in place later leaves the watched ones alone.
+    """Return the tree with copies of its floating tensors, so that later changes in place do not reach the record.
 
-    One copy of each, since modules ask whether two arguments are the same.
+    Each tensor has one copy, since modules check whether two arguments are the same object.
     """
     copies = {id(t): t.clone() for t in _floating(tree)}
     return pytree.tree_map(lambda t: copies.get(id(t), t), tree)

@@ -1,0 +1,153 @@
+"""A float64 copy of a model that records its operators at one image and runs with them at others."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dave_fast.errors import ModelError, NotFrozenError
+from dave_fast.frozen.mode import FrozenMode, live_tensors, run_frozen
+from dave_fast.frozen.ranks import canonical
+from dave_fast.frozen.trace import Trace
+
+# functions that make attention's operator, where values are weighted one by one and summed (MobileViT v2)
+WEIGHING = frozenset({"softmax"})
+
+_LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
+# functions that take no tensors of different types, and never write into one
+_SAME_TYPE = frozenset(["matmul", "mm", "bmm", "mv", "dot", "linear", "conv1d", "conv2d", "conv3d", "addmm", "baddbmm"])
+
+
+class OperatorTape:
+    """The operators of a forward pass in their order: recorded at x, read back at x + δ.
+
+    Attributes:
+        entries: name of the function and operator.
+    """
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[str, Tensor]] = []
+        self._next: int | None = None
+
+    def rewind(self) -> None:
+        """Read from the first operator from now on."""
+        self._next = 0
+
+    def keep(self, name: str, operator: Tensor) -> Tensor:
+        """Record the operator, or return the one that the recorded pass had here.
+
+        Raises _PathError where the recorded pass had none here, or one of another function or shape.
+        """
+        if self._next is None:
+            # the model may change the tensor in place afterwards
+            self.entries.append((name, operator.clone()))
+            return operator
+        met = f"{name} {tuple(operator.shape)}"
+        if self._next >= len(self.entries):
+            raise _PathError(f"{met}, after the last recorded operator")
+        kept_name, kept = self.entries[self._next]
+        if (kept_name, kept.shape) != (name, operator.shape):
+            raise _PathError(f"{met} where {kept_name} {tuple(kept.shape)} was recorded")
+        self._next += 1
+        return kept
+
+    def finish(self) -> None:
+        """Raise _PathError unless every recorded operator was read."""
+        if self._next is not None and self._next < len(self.entries):
+            raise _PathError(f"the end after {self._next} of {len(self.entries)} recorded operators")
+
+
+class _PathError(Exception):
+    """An operator of a replay that the recorded pass did not have there."""
+
+
+class _DoubleMode(FrozenMode):
+    """A mode that freezes operators and lifts a model's own casts to lower precision, so that all is float64."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if live_tensors((*args, *kwargs.values())):
+            if getattr(func, "__name__", "") in ("float", "half", "bfloat16"):
+                return args[0]
+            products = canonical(func)[0] in _SAME_TYPE
+            args = [_lifted(a, products) for a in args]
+            kwargs = {key: _lifted(value, products) for key, value in kwargs.items()}
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def _lifted(value: Any, products: bool) -> Any:
+    """Replace a lower precision by float64; in products of equal types, constants of lower precision too."""
+    if isinstance(value, torch.dtype) and value in _LOW_PRECISION:
+        return torch.float64
+    if products and isinstance(value, Tensor) and value.dtype in _LOW_PRECISION:
+        return value.double()
+    return value
+
+
+class Replay:
+    """A float64 copy of a model and the operators that it had at one image.
+
+    Args:
+        model: any module; it is copied and not called.
+        inputs: (B, C, H, W), of which the first image is used.
+
+    Attributes:
+        name: of the model's class.
+        model: the copy.
+        x: the image (1, C, H, W) in float64.
+        tape: the operators at `x`.
+        functions: names of the functions in which operators were met, and those of WEIGHING that were called.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Tensor) -> None:
+        self.name = type(model).__name__
+        try:
+            self.model = copy.deepcopy(model).double().eval()
+        except Exception as error:
+            raise ModelError(
+                f"{self.name} cannot be copied for the affine replay: {error}. Give a model that copy.deepcopy can copy"
+            ) from error
+        with torch.inference_mode(False):
+            self.x = inputs[:1].clone().detach().double().requires_grad_()
+        self.tape = OperatorTape()
+        self.functions: frozenset[str] = frozenset()
+        self._passes = 0
+
+    def forward(self, x: Tensor, trace: Trace) -> Tensor:
+        """Return the output (1, K) at x (1, C, H, W).
+
+        The first call records the operators, all others use the recorded ones. Raises NotFrozenError where the model
+        takes another path than in the recorded pass.
+        """
+        self._passes += 1
+        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            # fork_rng restores the caller's generator; a model that draws numbers must not draw the same ones twice
+            torch.default_generator.manual_seed(self._passes)
+            try:
+                with _DoubleMode(self.tape) as mode, trace.watching(self.model):
+                    output = run_frozen(self.model, x)
+                self.tape.finish()
+                self.functions = frozenset(name for name, _ in self.tape.entries) | (mode.met & WEIGHING)
+            except _PathError as error:
+                raise NotFrozenError(
+                    f"{self.name} takes a path that its input chooses, which has no frozen form: in {trace.where} the "
+                    f"affine replay met {error}. Compute both branches and choose with torch.where"
+                ) from error
+        self.tape.rewind()
+        return output
+
+    def backward(self, output: Tensor, cotangent: Tensor) -> Tensor:
+        """Return the frozen gradient at `self.x`, (1, C, H, W), for a cotangent of the output."""
+        with FrozenMode():
+            (slope,) = torch.autograd.grad(output, self.x, cotangent)
+        return slope
