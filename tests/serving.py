@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 
 from dave_fast import DAVE
 from dave_fast.images import preprocessing
@@ -23,6 +22,7 @@ from dave_fast.serve.limits import Limits
 from dave_fast.serve.served import ServedModel
 from dave_fast.serve.server import running
 from dave_fast.serve.service import Service
+from tests.tiny import named_vit
 
 # seconds for what happens at once on an idle machine
 PATIENCE = 120
@@ -31,32 +31,16 @@ NAMES = ["cat", "dog", *(f"thing {number}" for number in range(2, 10))]
 
 
 def until(condition: Callable[[], object]) -> None:
-    """Wait until it holds; fail where it never does."""
+    """Wait until the condition holds; fail after PATIENCE seconds."""
     end = time.monotonic() + PATIENCE
     while not condition():
-        assert time.monotonic() < end, "it never came to be"
+        assert time.monotonic() < end, f"the condition did not hold within {PATIENCE} s"
         time.sleep(0.01)
 
 
-def tiny(seed: int = 0) -> nn.Module:
-    """A ViT with random weights and ten named classes: a row takes about a millisecond."""
-    from timm.models.vision_transformer import VisionTransformer
-
-    torch.manual_seed(seed)
-    model = VisionTransformer(img_size=SIZE, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=10)
-    nn.init.normal_(model.head.weight)
-    model.pretrained_cfg = {
-        "input_size": (3, SIZE, SIZE),
-        "num_classes": 10,
-        "label_names": NAMES,
-        "crop_pct": 1.0,
-    }
-    return model.eval()
-
-
 def serve_model(name: str = "tiny", engines: int = 1, seed: int = 0, rows: int = 8) -> ServedModel:
-    """A served model of so many CPU engines."""
-    model = tiny(seed)
+    """Return a served tiny ViT with the given number of CPU engines; a row takes about a millisecond."""
+    model = named_vit(NAMES, seed)
     made = [DAVE(model, precision="fp32", noise_alpha=0.5, internal_batch_size=rows) for _ in range(engines)]
     return ServedModel(name, tuple(made), preprocessing(model), labels_of(model))
 

@@ -12,13 +12,12 @@ from captum.attr import Attribution, NoiseTunnel
 from captum.attr import visualization as viz
 from captum.metrics import infidelity, sensitivity_max
 from captum.testing.helpers.basic import assertTensorAlmostEqual, assertTensorTuplesAlmostEqual
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import dave_fast
 from dave_fast.captum import DAVE
 from dave_fast.errors import InputError
-from tests.variants import randomise
+from tests.tiny import random_vit
 
 SIZE, SAMPLES = 16, 3
 CHECK = unittest.TestCase()
@@ -45,10 +44,7 @@ class Scaled(Reshaped):
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    made = VisionTransformer(img_size=SIZE, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=6)
-    randomise(made)
-    return made.eval()
+    return random_vit(img_size=SIZE, num_classes=6)
 
 
 @pytest.fixture

@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
 
 import dave_fast
 from dave_fast.errors import InputError
 from dave_fast.gradcam import DAVE
-from tests.variants import randomise
+from tests.tiny import random_vit
 
 SETTINGS = {"noise_alpha": 0.3, "precision": "fp32"}
 
@@ -25,10 +24,7 @@ class ClassifierOutputTarget:
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    made = VisionTransformer(img_size=(16, 24), patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=6)
-    randomise(made)
-    return made.eval()
+    return random_vit(img_size=(16, 24), num_classes=6)
 
 
 @pytest.fixture

@@ -6,12 +6,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import nn
 
 from dave_fast import DAVE
 from dave_fast.errors import InputError
 from dave_fast.quantus import explain
+from tests.tiny import random_head_vit
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -23,10 +22,7 @@ SETTINGS = {"n_samples": 3, "noise_alpha": 0.3, "precision": "fp32"}
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    made = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=5)
-    nn.init.normal_(made.head.weight)
-    return made.eval()
+    return random_head_vit()
 
 
 @pytest.fixture

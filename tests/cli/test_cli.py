@@ -15,23 +15,11 @@ import dave_fast
 from dave_fast.cli.app import app
 from dave_fast.errors import UnknownModelError
 from dave_fast.explain import explainer
+from tests.tiny import named_vit
 
 
 def tiny():
-    """A small ViT with random weights and ten named classes."""
-    from timm.models.vision_transformer import VisionTransformer
-
-    torch.manual_seed(0)
-    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=10)
-    nn.init.normal_(model.head.weight)
-    names = ["cat", "dog", "house cat", *(f"thing {i}" for i in range(3, 10))]
-    model.pretrained_cfg = {
-        "input_size": (3, 32, 32),
-        "num_classes": 10,
-        "label_names": names,
-        "crop_pct": 1.0,
-    }
-    return model.eval()
+    return named_vit(["cat", "dog", "house cat", *(f"thing {i}" for i in range(3, 10))])
 
 
 @pytest.fixture

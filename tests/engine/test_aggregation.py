@@ -4,12 +4,11 @@ import logging
 
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
 
 import dave_fast
 from dave_fast.engine.memory import choose_storage
 from dave_fast.errors import InputError
-from tests.variants import randomise
+from tests.tiny import random_vit
 
 SHAPE = (3, 16, 24)
 ONE = 4 * 3 * 16 * 24  # bytes of a float32 contribution
@@ -18,10 +17,7 @@ FLOAT, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float64
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    model = VisionTransformer(img_size=(16, 24), patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=5)
-    randomise(model)
-    return model.eval()
+    return random_vit(img_size=(16, 24))
 
 
 @pytest.fixture(scope="module")

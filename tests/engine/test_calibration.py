@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
 
 import dave_fast
 from dave_fast.engine import calibration
@@ -12,6 +11,7 @@ from dave_fast.engine.calibration import Scales, made_images
 from dave_fast.errors import NonFiniteError
 from dave_fast.ops.fp8 import Codes, TokenScales
 from dave_fast.ops.patches import patchify
+from tests.tiny import initial_vit
 from tests.tolerances import LOW_PRECISION_RATIO
 from tests.toys import engine_of
 from tests.variants import ENGINE
@@ -110,9 +110,7 @@ def test_numbers_beyond_the_room_are_refused_by_name(monkeypatch):
 
 
 def test_patches_keep_their_cotangents_where_a_class_token_with_an_outlier_is_read():
-    torch.manual_seed(0)
-    settings = {"img_size": 64, "patch_size": 4, "embed_dim": 48, "depth": 4, "num_heads": 2, "num_classes": 0}
-    model = VisionTransformer(**settings).eval().requires_grad_(False)
+    model = initial_vit(img_size=64, patch_size=4, embed_dim=48, depth=4, num_classes=0).requires_grad_(False)
     model.norm.weight[1] = 40.0
     for block in model.blocks:
         for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):

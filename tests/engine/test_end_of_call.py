@@ -7,7 +7,6 @@ import copy
 
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
 
 import dave_fast
 from dave_fast import transfers
@@ -19,17 +18,14 @@ from dave_fast.models.spec import ModelSpec
 from dave_fast.ops import _ext
 from dave_fast.sampling import draw, join
 from dave_fast.targets import Contrast, Similarity
-from tests.variants import randomise
+from tests.tiny import random_vit
 from tests.waits import looks
 
 SIZE = 16
 
 
 def tiny(depth=2):
-    torch.manual_seed(0)
-    model = VisionTransformer(img_size=SIZE, patch_size=8, embed_dim=24, depth=depth, num_heads=2, num_classes=5)
-    randomise(model.eval())
-    return model
+    return random_vit(img_size=SIZE, depth=depth)
 
 
 @pytest.fixture

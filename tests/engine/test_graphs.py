@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
 
 import dave_fast
 from dave_fast.engine import graphs
@@ -18,7 +17,7 @@ from dave_fast.engine.micro_batches import AHEAD, Pacer
 from dave_fast.errors import InputError, ModelError
 from dave_fast.sampling import draw, join
 from dave_fast.targets import Contrast, Patch
-from tests.variants import randomise
+from tests.tiny import random_vit
 
 SIZE = 16
 
@@ -41,17 +40,9 @@ class Replays:
         return replay
 
 
-def tiny(seed=0, **changes):
-    torch.manual_seed(seed)
-    settings = dict(img_size=SIZE, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=5) | changes
-    model = VisionTransformer(**settings).eval()
-    randomise(model)
-    return model
-
-
 @pytest.fixture(scope="module")
 def model():
-    return tiny()
+    return random_vit(img_size=SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +79,7 @@ def test_replays_give_the_bits_of_running_directly(model, images, precision):
 
 
 def test_several_questions_replay_one_forward_walk(images):
-    dense = tiny(num_classes=0, global_pool="")
+    dense = random_vit(img_size=SIZE, num_classes=0, global_pool="")
     probe = torch.randn(24, generator=torch.Generator().manual_seed(4))
     asked = [Patch(0, 1), Patch(1, 1, probe), Contrast(Patch(0, 0, probe), Patch(1, 0)), (2, 5)]
     explainer, capture = buffered(dense)
@@ -200,7 +191,7 @@ def test_the_effective_gradient_and_predictions_use_the_buckets(model, images):
 
 
 def test_the_bucket_used_longest_ago_makes_room(images):
-    model = tiny(dynamic_img_size=True)
+    model = random_vit(img_size=SIZE, dynamic_img_size=True)
     explainer, capture = buffered(model, most=2)
     wide = torch.randn(1, 3, SIZE, 2 * SIZE)
     for some in (images[:1], wide, images[:1]):
@@ -212,7 +203,7 @@ def test_the_bucket_used_longest_ago_makes_room(images):
 
 
 def test_a_changed_model_gets_new_graphs(images):
-    model = tiny()
+    model = random_vit(img_size=SIZE)
     explainer, _ = buffered(model)
     before = explainer.explain(images, 0, n_samples=3).raw
     with torch.no_grad():

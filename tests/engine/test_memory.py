@@ -19,6 +19,7 @@ from dave_fast.engine.memory import contribution_bytes, engine_row_bytes, plan_b
 from dave_fast.ops.linear import pack_ref
 from dave_fast.plan.families import read
 from dave_fast.plan.vit_plan import make_plan
+from tests.tiny import initial_vit
 from tests.toys import engine_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,15 +44,15 @@ def peak_bytes(run):
 
 
 def tiny_plan(size, **changes):
-    settings = dict(img_size=size, patch_size=16, embed_dim=64, depth=3, num_heads=2) | changes
-    return make_plan(read(VisionTransformer(**settings).eval()), dtype=torch.float32, pack=pack_ref)
+    settings = dict(img_size=size, patch_size=16, embed_dim=64, depth=3, num_classes=1000) | changes
+    return make_plan(read(initial_vit(**settings)), dtype=torch.float32, pack=pack_ref)
 
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("size", "rows"), [(224, 12), (384, 5)])
 def test_the_formula_bounds_a_rows_memory_and_is_not_far_above_it(size, rows, dtype, backend):
-    model = VisionTransformer(img_size=size, patch_size=16, embed_dim=192, depth=6, num_heads=3).eval()
+    model = initial_vit(img_size=size, patch_size=16, embed_dim=192, depth=6, num_heads=3, num_classes=1000)
     engine = engine_of(model, dtype=dtype, backend=backend)
     images = torch.randn(rows, engine.plan.tokens - 1, 768, dtype=dtype)
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from tolerances import EXACT
 
 import dave_fast
 from dave_fast.errors import InputError, NonFiniteError
 from dave_fast.sampling import draw, join
+from tests.tiny import initial_vit
 
 SIZE = 16
 
@@ -15,9 +15,7 @@ SIZE = 16
 @pytest.fixture(scope="module", params=["engine", "frozen"])
 def explainer(request):
     """float64, so that what is equal in exact arithmetic must be equal."""
-    torch.manual_seed(0)
-    model = VisionTransformer(img_size=SIZE, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=5)
-    return dave_fast.DAVE(model.eval(), precision="fp64", route=request.param, noise_alpha=0.5)
+    return dave_fast.DAVE(initial_vit(img_size=SIZE), precision="fp64", route=request.param, noise_alpha=0.5)
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,12 @@ import logging
 
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
 
 import dave_fast
 from dave_fast.engine.free_memory import is_out_of_memory
 from dave_fast.engine.graphs import Graphs, direct
 from dave_fast.errors import OutOfMemoryError
-from tests.variants import randomise
+from tests.tiny import random_vit
 
 SHORTAGES = {
     "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
@@ -36,10 +35,7 @@ class Scarce:
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    model = VisionTransformer(img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=5).eval()
-    randomise(model)
-    return model
+    return random_vit(img_size=16)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 from timm.layers import LayerScale
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from typer.testing import CliRunner
 
@@ -18,15 +17,14 @@ from dave_fast.evaluate.methods import METHODS, MethodSettings
 from dave_fast.evaluate.twin import NotTakenError, torchvision_twin
 from dave_fast.models.demo import load_demo_model
 from tests import needs
+from tests.tiny import initial_vit
 from tests.tolerances import EXACT
 
 SETUP = MethodSettings(2, {"precision": "fp32", "noise_alpha": 0.5})
-SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 4}
 
 
 def small(**options):
-    torch.manual_seed(0)
-    return VisionTransformer(**SMALL | options).eval().requires_grad_(False)
+    return initial_vit(**{"num_heads": 3, "num_classes": 4} | options).requires_grad_(False)
 
 
 def images_for(model, n=2):

@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import nn
 from typer.testing import CliRunner
 
 from dave_fast import DAVE
@@ -12,6 +10,7 @@ from dave_fast.cli.app import app
 from dave_fast.cli.config import load_config
 from dave_fast.errors import InputError
 from dave_fast.evaluate.tuning import choose_alpha, samples_for, tune
+from tests.tiny import random_head_vit
 
 NOISE = np.random.default_rng(0).normal(0, 0.01, (4, 8))
 EASY = np.ones(4)
@@ -57,10 +56,7 @@ def test_samples_follow_the_square_of_the_error():
 
 @pytest.fixture
 def explainer():
-    torch.manual_seed(0)
-    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=5).eval()
-    nn.init.normal_(model.head.weight)
-    return DAVE(model, precision="fp32", noise_alpha=0.25)
+    return DAVE(random_head_vit(), precision="fp32", noise_alpha=0.25)
 
 
 def test_a_model_is_tuned_repeatably_and_left_as_it_was(explainer):

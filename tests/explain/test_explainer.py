@@ -6,23 +6,18 @@ from itertools import pairwise
 
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import dave_fast
 from dave_fast.errors import InputError, ModelError, NonFiniteError, UnknownModelError
 from dave_fast.models.catalog import NoiseAlphaWarning, noise_alpha_for
-from tests.variants import randomise
+from tests.tiny import random_vit
 
 STILL = dict(rotation=0.0, scale=(1.0, 1.0), translation=0.0, flip=0.0, noise_alpha=0.0)
 
 
-def tiny_vit(seed=0, **changes):
-    torch.manual_seed(seed)
-    settings = dict(img_size=(32, 48), patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
-    model = VisionTransformer(**(settings | changes)).eval()
-    randomise(model)
-    return model
+def tiny_vit(**changes):
+    return random_vit(img_size=(32, 48), embed_dim=32, **changes)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
 
 import dave_fast
 from benchmarks import contestants, plain, side_by_side
@@ -18,6 +17,7 @@ from dave_fast.ops.perturb import perturb
 from dave_fast.ops.robust_mean import robust_mean
 from dave_fast.ops.smooth import smooth
 from dave_fast.sampling import draw, normal
+from tests.tiny import initial_vit
 
 SIZE = (128, 128)
 
@@ -89,9 +89,7 @@ def test_ceilings_count_what_they_run(kind):
 @pytest.fixture(scope="module")
 def small():
     """A model, its shapes at S = 6, an image and the truth: what a contest needs."""
-    torch.manual_seed(0)
-    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=16)
-    model = model.eval().requires_grad_(False)
+    model = initial_vit(embed_dim=32, num_classes=16).requires_grad_(False)
     images = torch.randn(whole.CHECKED, 3, 32, 32)
     return model, shapes_of(model, 6), images[0], whole.find_truth(model, images, ["fp32", "fp8"], "cpu")
 

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
 
 import dave_fast
 from benchmarks.peers import LADDER, FlexFrozen, Peer, quantised
 from dave_fast.errors import ModelError
 from dave_fast.ops.patches import patchify
+from tests.tiny import initial_vit
 from tests.tolerances import EXACT
 from tests.variants import ENGINE
 
@@ -20,21 +20,11 @@ POOLING = ["token", "avg"]
 
 
 def small_model(pooling):
-    torch.manual_seed(0)
-    model = VisionTransformer(
-        img_size=32,
-        patch_size=8,
-        embed_dim=32,
-        depth=3,
-        num_heads=2,
-        num_classes=16,
-        init_values=0.5,
-        global_pool=pooling,
-    )
+    model = initial_vit(embed_dim=32, depth=3, num_classes=16, init_values=0.5, global_pool=pooling)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-    return model.double().eval().requires_grad_(False)
+    return model.double().requires_grad_(False)
 
 
 def case(pooling):

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from timm.models.vision_transformer import VisionTransformer
 from tolerances import EXACT
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -15,19 +14,15 @@ from dave_fast.errors import InputError
 from dave_fast.sampling import Draws, Sampling, draw, identity
 from dave_fast.targets import cotangents
 from dave_fast.targets.forms import ModelView, resolve_target
+from tests.tiny import random_vit
 from tests.toys import normal, relative
-from tests.variants import randomise
 
 HEIGHT, WIDTH, PATCH = 32, 48, 8
 SIZE = (HEIGHT, WIDTH)
 
 
 def tiny(**changes):
-    torch.manual_seed(0)
-    settings = dict(img_size=SIZE, patch_size=PATCH, embed_dim=32, depth=2, num_heads=2, num_classes=5)
-    model = VisionTransformer(**(settings | changes))
-    randomise(model)
-    return model.eval()
+    return random_vit(img_size=SIZE, patch_size=PATCH, embed_dim=32, **changes)
 
 
 @pytest.fixture(scope="module")
