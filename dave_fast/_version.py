@@ -1,3 +1,3 @@
-"""The version, imported by nothing but its number: what is built, stored and served names it."""
+"""The version of the package, in a module without imports."""
 
 __version__ = "0.1.0"

@@ -1,16 +1,16 @@
-"""Everything dave-fast raises on purpose.
+"""The exceptions of dave-fast.
 
     DaveFastError
     ├── InputError            (ValueError)    images, targets or settings that cannot be explained
-    │   └── ImageError                        a file that is no readable image
-    │       └── TooLargeError                 an image of more pixels than are taken
-    ├── ModelError            (ValueError)    the model cannot be explained, or not by the route asked for
-    │   ├── UnknownModelError                 no such model name, or its weights cannot be fetched
-    │   └── NotFrozenError                    the affine replay found an operator that was left unfrozen
-    ├── RefusedError          (RuntimeError)  a server takes no more: its queue is full, or it is shutting down
-    ├── OutOfMemoryError      (MemoryError)   not even the smallest micro-batch fits
-    ├── BackendError          (RuntimeError)  a backend was asked for by name and cannot be used
-    ├── RunError              (RuntimeError)  a run over a dataset stopped before its end; what is done is kept
+    │   └── ImageError                        an image file that cannot be read
+    │       └── TooLargeError                 an image of more pixels than the limit
+    ├── ModelError            (ValueError)    a model that cannot be explained, or not by the requested route
+    │   ├── UnknownModelError                 an unknown model name, or weights that cannot be fetched
+    │   └── NotFrozenError                    the affine replay found an operator that depends on the input
+    ├── RefusedError          (RuntimeError)  a server does not accept a request: full, draining or too large
+    ├── OutOfMemoryError      (MemoryError)   memory ran out with the smallest micro-batch
+    ├── BackendError          (RuntimeError)  a backend requested by name cannot be used
+    ├── RunError              (RuntimeError)  a run over a dataset stopped early; finished work is kept
     └── NonFiniteError        (ArithmeticError) NaN or infinity in images, logits or maps
 
 Messages say what was given, what was expected, and what to do next.
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 
 class DaveFastError(Exception):
-    """Base of every error that dave-fast raises on purpose."""
+    """Base class of the exceptions of dave-fast."""
 
 
 class InputError(DaveFastError, ValueError):
@@ -28,29 +28,32 @@ class InputError(DaveFastError, ValueError):
 
 
 class ImageError(InputError):
-    """A file that is no readable image."""
+    """An image file that cannot be read."""
 
 
 class TooLargeError(ImageError):
-    """An image of more pixels than are taken."""
+    """An image of more pixels than the limit."""
 
 
 class ModelError(DaveFastError, ValueError):
-    """The model cannot be explained, or not by the route that was asked for."""
+    """A model that cannot be explained, or not by the requested route."""
 
 
 class UnknownModelError(ModelError):
-    """No model of that name is known, or its weights cannot be fetched."""
+    """A model name that is unknown, or whose weights cannot be fetched."""
 
 
 class NotFrozenError(ModelError):
-    """The affine replay found an input-dependent operator that was left unfrozen."""
+    """An operator that depends on the input where it should be held constant, found by the affine replay."""
 
 
 class RefusedError(DaveFastError, RuntimeError):
-    """A server does not take a request.
+    """A request that a server does not accept.
 
-    kind: "full", "draining" or "too large". retry_after: whole seconds after which to come again, or None.
+    Args:
+        kind: "full", "draining" or "too large".
+        reason: the message.
+        retry_after: whole seconds after which the client may try again, or None.
     """
 
     def __init__(self, kind: str, reason: str, retry_after: int | None = None) -> None:
@@ -59,15 +62,15 @@ class RefusedError(DaveFastError, RuntimeError):
 
 
 class OutOfMemoryError(DaveFastError, MemoryError):
-    """Memory ran out with the smallest micro-batch."""
+    """Memory that ran out with the smallest micro-batch."""
 
 
 class BackendError(DaveFastError, RuntimeError):
-    """A backend was asked for by name and cannot be used."""
+    """A backend requested by name that cannot be used."""
 
 
 class RunError(DaveFastError, RuntimeError):
-    """A run over a dataset stopped before its end; what is done is kept, and it can be resumed."""
+    """A run over a dataset that stopped early; finished work is kept, and the run can be resumed."""
 
 
 class NonFiniteError(DaveFastError, ArithmeticError):

@@ -1,4 +1,4 @@
-"""Result files that are either whole or not there, and folders that are checked before the work begins."""
+"""Atomic writing of result files, and early checks that a folder can be written to."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from dave_fast.errors import InputError, reason_of
 
 @contextmanager
 def atomically(path: str | os.PathLike[str], *, durable: bool = False) -> Iterator[IO[bytes]]:
-    """A binary file that takes the place of `path` when all of it is written, and never in part.
+    """Open a binary file that replaces `path` when the block ends without an exception, and is removed otherwise.
 
-    Folders on the way are made. After any exception `path` is as it was before. durable: on the disk when the
-    block ends, so that it also outlives the machine's sudden end.
-    Raises InputError, with the path and the reason, where the system refuses to write.
+    Args:
+        path: of the result. Missing folders are created.
+        durable: whether the file is flushed to the disk, so that it survives a power cut.
+
+    Raises:
+        InputError: the system refuses to write; the message has the path and the reason.
     """
     path = Path(path)
-    # In the same folder, since a file can be moved in one step within a file system only.
+    # In the same folder, since a rename is atomic within one file system only.
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +44,7 @@ def atomically(path: str | os.PathLike[str], *, durable: bool = False) -> Iterat
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:
-    """Make what was renamed into a folder outlive a power cut, where the system can (not on Windows)."""
+    """Flush a folder's entries to the disk, so that renames survive a power cut; without effect on Windows."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -51,16 +54,16 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
-    """Raise InputError where no file can be made in `folder`, or `folder` itself cannot be made.
+    """Raise InputError where no file can be created in `folder`, or `folder` itself cannot be created.
 
-    Nothing is left behind, so a run that fails later has not made an empty folder.
+    Nothing is left behind: a run that fails later has not created an empty folder.
     """
     folder = Path(folder)
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise InputError(f"cannot write to {folder}: {existing} is a file. Choose another --out.")
     try:
-        # A permission bit says less than a try: file systems can be read-only, full or foreign.
+        # Permission bits are not enough: a file system can be read-only or full.
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:

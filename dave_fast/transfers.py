@@ -1,8 +1,8 @@
-"""Copies between host and GPU: those that nothing waits for, and the one at a call's end that the host waits for.
+"""Copies between host and GPU that avoid synchronisation.
 
-A copy from a GPU, and one from the host's ordinary memory, waits for all that is queued. So what a call needs on the
-GPU goes through pinned memory, and what the host must know of the results (is anything not finite, the classes, the
-weights' checksums) is read at the end, all of it in one copy.
+A copy from a GPU, or from pageable host memory, waits for all queued kernels. So a call's inputs go to the GPU through
+pinned memory, and what the host needs of the results (finiteness, classes, checksums of weights) comes back in a single
+copy at the end.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 
 
 def moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """The same tensors on a device, in one copy for each other device that they are on.
+    """Return the same tensors on a device, in one copy for each other device that they are on.
 
-    Copies to a GPU are queued and not waited for; copies to the host are.
+    Copies to a GPU are asynchronous; copies to the host are not.
     """
     found = list(tensors)
     if device == torch.device("cuda"):
@@ -30,18 +30,18 @@ def moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """One tensor on a device, as `moved` does it."""
+    """Return one tensor on a device, as `moved` does."""
     return moved([tensor], device)[0]
 
 
 def packed(tensors: Sequence[Tensor]) -> Tensor:
-    """The bytes of tensors of one device, one after the other, widest elements first so that each stays aligned."""
+    """Return the bytes of tensors of one device in one tensor, widest elements first, so that each stays aligned."""
     tensors = [tensors[place] for place in _order(tensors)]
     return torch.cat([tensor.detach().reshape(-1).contiguous().view(torch.uint8) for tensor in tensors])
 
 
 def unpacked(data: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Views of the bytes that `packed` made of tensors with the dtypes and shapes of `like`."""
+    """Return the tensors whose bytes `packed` joined, as views; `like` has their dtypes and shapes."""
     order = _order(like)
     parts = dict(zip(order, data.split([like[place].nbytes for place in order]), strict=True))
     return [parts[place].view(tensor.dtype).view(tensor.shape) for place, tensor in enumerate(like)]
@@ -53,6 +53,6 @@ def _order(tensors: Sequence[Tensor]) -> list[int]:
 
 def _copied(data: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and data.device.type == "cpu":
-        # pinned memory is used again only when the copy is done: PyTorch's allocator sees to it
+        # PyTorch's allocator does not reuse pinned memory before the copy is done.
         return data.pin_memory().to(device, non_blocking=True)
     return data.to(device)

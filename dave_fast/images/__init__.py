@@ -1,4 +1,4 @@
-"""Photographs in, pictures out.
+"""Read photographs, prepare them for a model, and draw maps.
 
     reading      image files -> 8-bit RGB; the files behind paths and folders
     preprocess   8-bit RGB -> a model's input: resize, crop, normalisation

@@ -1,7 +1,6 @@
-"""Pictures of attribution maps: the plain map, the map over the photograph, and a panel for a paper.
+"""Pictures of attribution maps: the plain map, the map over the photograph, and a figure for a paper.
 
-Everything here is for the eye. Maps are shown on a scale of their own (`shown`), which every picture shares;
-the numbers to compute with are in the .npz files.
+All pictures show a map on the same perceptual scale (`shown`); the numbers to compute with are in the .npz files.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ if TYPE_CHECKING:
 # Pictures are enlarged by a whole number until their shorter side has this many pixels.
 SHORTEST_SIDE = 448
 COLORMAP = "inferno"
-# A few isolated pixels hold the maximum: what lies above this quantile is shown as brightest.
+# The maximum is often a few isolated pixels: values above this quantile are shown as brightest.
 _BRIGHTEST = 0.995
 _GAMMA = 0.7
-# Under the map the photograph keeps its structure, and leaves the bright colours to the map.
+# The photograph under the map is desaturated and dimmed, so that bright colours are the map's alone.
 _SATURATION, _DIMMING, _LIFT = 0.4, 0.62, 0.05
 _OPACITY, _OPAQUE_FROM = 0.92, 0.75
 _LUMINANCE = (0.299, 0.587, 0.114)
@@ -44,8 +43,14 @@ _GREY = "0.35"
 
 @dataclass(frozen=True)
 class Panel:
-    """One explained target. heat: its map, float32 (H, W) in [0, 1]; name: its caption; probability: of a class;
-    crop: what the model saw, uint8 (H, W, 3), where that is not what the figure's others saw."""
+    """One explained target of a figure.
+
+    Attributes:
+        heat: its map, float32 (H, W) in [0, 1].
+        name: its caption.
+        probability: of a class; None for other targets.
+        crop: the model's view, uint8 (H, W, 3), where it differs from the figure's; else None.
+    """
 
     heat: np.ndarray
     name: str
@@ -54,9 +59,9 @@ class Panel:
 
 
 def shown(heat: np.ndarray) -> np.ndarray:
-    """A map as it is shown: over its 99.5 % quantile, cut at 1, to the power 0.7; float32 (H, W) in [0, 1].
+    """Return a map on the scale of pictures: divided by its 99.5 % quantile, clipped at 1, to the power 0.7.
 
-    An all-zero map stays zero; one so sparse that the quantile is zero is taken over its maximum.
+    A map so sparse that the quantile is zero is divided by its maximum; an all-zero map stays zero.
     """
     top = float(np.quantile(heat, _BRIGHTEST)) or float(heat.max())
     if top <= 0:
@@ -65,14 +70,14 @@ def shown(heat: np.ndarray) -> np.ndarray:
 
 
 def plain_map(heat: np.ndarray) -> Image.Image:
-    """A map (H, W) in colour, enlarged: RGB."""
+    """Draw a map (H, W) in colour, enlarged: RGB."""
     return _picture(_colours(_enlarge(shown(heat))))
 
 
 def overlay(crop: np.ndarray, heat: np.ndarray) -> Image.Image:
-    """A map (H, W) over the pixels that the model saw, uint8 (H, W, 3), enlarged: RGB.
+    """Draw a map (H, W) over the crop that the model saw, uint8 (H, W, 3), enlarged: RGB.
 
-    The more a pixel contributes, the more its colour covers the photograph.
+    The opacity of the map's colour grows with a pixel's contribution.
     """
     strength = _enlarge(shown(heat))
     photograph = photograph_of(crop) / np.float32(255)
@@ -83,7 +88,7 @@ def overlay(crop: np.ndarray, heat: np.ndarray) -> Image.Image:
 
 
 def photograph_of(crop: np.ndarray) -> np.ndarray:
-    """What the model saw, uint8 (H, W, 3), enlarged as the other pictures are."""
+    """Return the crop that the model saw, uint8 (H, W, 3), enlarged like the other pictures."""
     return np.asarray(_resized(Image.fromarray(crop)))
 
 
@@ -93,12 +98,12 @@ def _resized(image: Image.Image) -> Image.Image:
 
 
 def _enlarge(values: np.ndarray) -> np.ndarray:
-    """float32 (H, W) in [0, 1], enlarged; bicubic overshoot is cut."""
+    """Return values in [0, 1], float32 (H, W), enlarged; bicubic overshoot is clipped."""
     return np.clip(np.asarray(_resized(Image.fromarray(values))), 0, 1)
 
 
 def _colours(values: np.ndarray) -> np.ndarray:
-    """float32 (H, W) in [0, 1] as colours float32 (H, W, 3) in [0, 1]."""
+    """Return colours, float32 (H, W, 3) in [0, 1], for values in [0, 1], float32 (H, W)."""
     return _colour_table()[np.rint(values * 255).astype(np.uint8)]
 
 
@@ -114,13 +119,15 @@ def _picture(colours: np.ndarray) -> Image.Image:
 
 
 def figure(crop: np.ndarray, panels: Sequence[Panel], probabilities: Sequence[tuple[str, float]] = ()) -> Figure:
-    """A figure at the size of print: the input, and the classes that it was explained for.
+    """Draw a figure at print size: the input, and the targets that it was explained for.
 
-    crop: uint8 (H, W, 3), what the model saw. panels: one class or more.
-    probabilities: (name, probability) of the most probable classes, drawn as bars beside several panels.
+    One target makes a row: input, map, overlay. Several make a column each, overlay above map. The figure is not
+    registered with pyplot and needs no closing.
 
-    One class is a row: input, map, overlay. Several are a column each, overlay above map.
-    The figure belongs to no global state of matplotlib and needs no closing.
+    Args:
+        crop: the model's view, uint8 (H, W, 3).
+        panels: one target or more.
+        probabilities: (name, probability) of the most probable classes, drawn as bars beside several panels.
     """
     grid = _Grid(3 if len(panels) == 1 else 1 + len(panels), 1 if len(panels) == 1 else 2, crop.shape)
     grid.image(0, 0, photograph_of(crop), "input")
@@ -141,7 +148,7 @@ def figure(crop: np.ndarray, panels: Sequence[Panel], probabilities: Sequence[tu
 
 
 class _Grid:
-    """Cells of one size in a figure, placed in inches so that figures of any shape go together in print."""
+    """Cells of one size in a figure, placed in inches, so that figures of any shape match in print."""
 
     def __init__(self, columns: int, rows: int, shape: Sequence[int]) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -168,7 +175,7 @@ class _Grid:
     def image(
         self, row: int, column: int, pixels: np.ndarray, name: str = "", probability: float | None = None
     ) -> None:
-        """Pixels in a cell, with a heading where there is a name."""
+        """Draw pixels in a cell, with a heading where a name is given."""
         axes = self.cell(row, column)
         axes.imshow(pixels, interpolation="antialiased", aspect="auto")
         axes.set_axis_off()
@@ -180,7 +187,7 @@ class _Grid:
             text.set(ha="center", fontsize=_SIZE, fontweight=weight)
 
     def colorbar(self, row: int) -> None:
-        """The colour scale, to the right of the last cell of a row."""
+        """Draw the colour scale to the right of a row's last cell."""
         left, top = self._corner(row, self.columns)
         axes = self._axes(left, top, _BAR, self.cell_height)
         axes.imshow(_colour_table()[::-1, None], aspect="auto", interpolation="antialiased")
@@ -190,20 +197,20 @@ class _Grid:
 
 
 def _bars(axes: Axes, probabilities: Sequence[tuple[str, float]], explained: set[str]) -> None:
-    """Probabilities as bars under their names, the explained classes in the colour of the map."""
+    """Draw probabilities as bars under their names, those of explained classes in the colour of the map."""
     strong, faint = _colour_table()[150], "0.75"
     for row, (name, probability) in enumerate(probabilities):
         axes.barh(row + 0.28, probability, height=0.3, color=strong if name in explained else faint, lw=0)
         axes.text(0, row - 0.06, _short(name), va="center", fontsize=_SMALL)
         axes.text(1, row - 0.06, percent(probability), va="center", ha="right", fontsize=_SMALL, color=_GREY)
     axes.set_xlim(0, 1)
-    # Bars keep their thickness, whatever their number.
+    # The same thickness for any number of bars up to five.
     axes.set_ylim(max(len(probabilities), 5) - 0.45, -0.45)
     axes.set_axis_off()
 
 
 def percent(probability: float) -> str:
-    """A probability for readers: "93.1 %", "< 0.1 %"."""
+    """Return a probability for readers: "93.1 %", "< 0.1 %"."""
     return "< 0.1 %" if 0 <= probability < 0.001 else f"{100 * probability:.1f} %"
 
 
@@ -212,17 +219,17 @@ def _short(name: str, limit: int = 22) -> str:
 
 
 def save_picture(image: Image.Image, path: str | os.PathLike[str]) -> Path:
-    """Write a picture as PNG, whole or not at all; its path."""
+    """Write a picture as PNG, atomically, and return its path."""
     with atomically(path) as file:
         image.save(file, format="PNG")
     return Path(path)
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
-    """Write a figure as its suffix says (png, pdf, svg), whole or not at all; its path."""
+    """Write a figure in the format of the suffix (png, pdf, svg), atomically, and return its path."""
     from matplotlib import rc_context
 
-    # Type 42 embeds fonts as journals ask for.
+    # Type 42 embeds TrueType fonts, which journals require.
     with atomically(path) as file, rc_context({"pdf.fonttype": 42, "svg.hashsalt": "dave-fast"}):
         figure.savefig(file, format=Path(path).suffix.lstrip(".") or "png", dpi=_DPI)
     return Path(path)

@@ -17,12 +17,10 @@ from dave_fast.errors import ImageError, InputError, TooLargeError, reason_of
 # Formats that Pillow recognises but cannot draw without a program or plug-in of its own.
 _STUBS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
-
-# The brightest value that integers and floats of no declared range can be meant to have.
+# Candidates for the white level of integers and floats, whose range no header declares.
 _FULL_SCALES = {"I": (255.0, 65535.0), "F": (1.0, 255.0, 65535.0)}
 
-
-# how the names of our own pictures end
+# How the names of our own pictures end.
 OURS = (".overlay.png", ".map.png", ".figure.png")
 
 
@@ -30,18 +28,19 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     """Read a file as 8-bit RGB, turned upright by its EXIF orientation.
 
     Transparent pixels are shown on white. Animations give their first frame. 16-bit grey is divided by 257;
-    32-bit integers and floats are divided by the smallest of 1 (floats only), 255 and 65535 that holds them,
-    or stretched from minimum to maximum where none does.
+    32-bit integers and floats are divided by the smallest of 1 (floats only), 255 and 65535 that is no less than their
+    maximum, or stretched from minimum to maximum where there is none.
 
-    Raises ImageError, with the path and the reason, for whatever cannot be read in full.
+    Raises:
+        ImageError: the file cannot be read in full; the message has the path and the reason.
     """
     try:
         if os.path.getsize(path) == 0:
             raise ImageError("the file is empty")
-        # A handle keeps Pillow from mapping the file, which garbles turned TIFFs (seen in Pillow 13.0).
+        # Given a handle, Pillow does not map the file, which garbles rotated TIFFs (seen in Pillow 13.0).
         with open(path, "rb") as file:
             return _decoded(file)
-    # Decoders raise whatever the bytes provoke (struct.error, SyntaxError, zlib.error, EOFError ...).
+    # Decoders raise errors of many classes (struct.error, SyntaxError, zlib.error, EOFError ...).
     except Exception as error:
         raise ImageError(f"cannot read {os.fspath(path)}: {_reason(error)}.") from error
 
@@ -49,11 +48,17 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
 def decode_image(
     content: bytes, name: str, *, max_pixels: int | None = None, formats: tuple[str, ...] | None = None
 ) -> Image.Image:
-    """The bytes of an image file as 8-bit RGB, as `read_image`. name: what messages call it.
+    """Decode the bytes of an image file to 8-bit RGB, as `read_image` does.
 
-    max_pixels: width × height above which nothing is decoded. formats: those of Pillow that are tried; None is all.
+    Args:
+        content: the file's bytes.
+        name: of the image in error messages.
+        max_pixels: width × height above which nothing is decoded; None for no limit.
+        formats: Pillow's formats that are tried; None for all.
 
-    Raises ImageError for whatever cannot be read in full, TooLargeError for more than max_pixels.
+    Raises:
+        ImageError: the bytes cannot be read in full.
+        TooLargeError: the image has more than max_pixels.
     """
     try:
         if not content:
@@ -69,13 +74,13 @@ def _decoded(file: IO[bytes], max_pixels: int | None = None, formats: tuple[str,
     with Image.open(file, formats=formats) as image:
         if max_pixels is not None and image.width * image.height > max_pixels:
             raise TooLargeError(f"it has {image.width}×{image.height} pixels; at most {max_pixels} are taken")
-        # Lazy until here: this decodes all pixels, so a truncated file is noticed.
+        # Decode all pixels here, so that a truncated file raises.
         image.load()
         return _rgb(ImageOps.exif_transpose(image))
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong with an image file, in words."""
+    """Return what is wrong with an image file, in words."""
     if isinstance(error, UnidentifiedImageError):
         return "it is not an image that Pillow can read"
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
@@ -84,7 +89,7 @@ def _reason(error: Exception) -> str:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """An image of any Pillow mode as RGB."""
+    """Convert an image of any Pillow mode to RGB."""
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bit(image)
     if image.has_transparency_data:
@@ -94,7 +99,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """A one-channel image of more than eight bits as mode L; Pillow itself would clip at 255."""
+    """Convert a one-channel image of more than eight bits to mode L; Pillow itself would clip at 255."""
     values = np.asarray(image, dtype=np.float64)
     if not np.isfinite(values).all():
         raise ImageError("it holds pixels that are not finite (NaN or infinity)")
@@ -107,13 +112,17 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 
 def find_images(paths: Iterable[str | os.PathLike[str]], *, skip: str | os.PathLike[str] | None = None) -> list[Path]:
-    """The image files behind paths: files as given, folders searched with all below them, in sorted order.
+    """Return the image files behind paths: files as given, folders searched recursively, in sorted order.
 
-    In folders, files count by their suffix; hidden ones are left out, and so are the pictures that an earlier run
-    made: all in the folder `skip`, where results go, and what bears their names. A file that is reached twice is
-    listed once.
+    In folders, the suffix decides; hidden files are left out, and so are the pictures of an earlier run. A file that is
+    reached twice is listed once.
 
-    Raises InputError for a path that does not exist, a folder that cannot be listed, or no image at all.
+    Args:
+        paths: files and folders.
+        skip: the folder of results, which is not searched.
+
+    Raises:
+        InputError: a path does not exist, a folder cannot be listed, or there is no image.
     """
     given = [Path(path) for path in paths]
     found: dict[Path, Path] = {}
@@ -129,17 +138,22 @@ def find_images(paths: Iterable[str | os.PathLike[str]], *, skip: str | os.PathL
 
 
 def _below(folder: Path, skip: str | os.PathLike[str] | None) -> list[Path]:
-    """Files in a folder and below whose suffix is that of an image, sorted."""
+    """Return the images in a folder and below, sorted."""
     return sorted(Path(path) for path in walk_images(folder, skip=skip))
 
 
 def walk_images(
     folder: str | os.PathLike[str], *, skip: str | os.PathLike[str] | None = None, follow: bool = False
 ) -> Iterator[str]:
-    """The paths of the images in a folder and below, one at a time, in an order that is always the same.
+    """Yield the paths of the images in a folder and below, in a reproducible order.
 
-    What counts as an image, and what `skip` leaves out: see `find_images`. follow: also into folders behind links.
-    Raises InputError for a folder that cannot be listed.
+    Args:
+        folder: is searched as `find_images` searches folders.
+        skip: a folder that is not searched.
+        follow: whether symbolic links to folders are followed.
+
+    Raises:
+        InputError: a folder cannot be listed.
     """
 
     def refuse(error: OSError) -> None:
@@ -154,13 +168,13 @@ def walk_images(
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's suffix is that of an image which this Pillow reads."""
+    """Return whether a file's suffix is that of an image format that this Pillow reads."""
     return os.path.splitext(name)[1].lower() in _suffixes()
 
 
 @cache
 def _suffixes() -> frozenset[str]:
-    """Suffixes, in lower case with their dot, of the formats that this Pillow reads."""
+    """Return the suffixes, in lower case with their dot, of the formats that this Pillow reads."""
     Image.init()
     readable = set(Image.OPEN) - _STUBS
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in readable)

@@ -1,14 +1,13 @@
-"""Which backend runs an op: one table, one rule.
+"""The table of ops and backends, and the rule that chooses between them.
 
-Every op has a plain-PyTorch reference (`torch`). Other backends are faster forms of the same
-function with the same signature. `backend="auto"` takes the first available one in the device's
-order of preference; a backend asked for by name is taken for every op that has it and raises
-`BackendError`, with the reason, where it cannot be loaded. Ops that lack it keep their default.
+Every op has a plain-PyTorch reference (`torch`). Other backends are faster forms of the same function with the same
+signature. `backend="auto"` chooses the first available one in the device's order of preference. A backend requested by
+name is used for every op that has it, and raises `BackendError` with the reason where it cannot be used; ops that lack
+it use their default.
 
-A backend's function hands what its kernels do not cover (float64 in linear and attention, bfloat16 on a CPU that
-does not multiply it) to PyTorch: the same result, not the same speed.
-
-The choice is made once per engine (`bind`), never per call.
+A backend's function passes what its kernels do not cover (float64 in linear and attention, bfloat16 on a CPU that does
+not multiply it) to PyTorch: the same result at another speed. The choice is made once an engine (`bind`), not at each
+call.
 """
 
 from __future__ import annotations
@@ -62,13 +61,19 @@ def _triton_unavailable() -> str | None:
 
 
 def _interprets() -> bool:
-    """Whether this process runs Triton kernels on the CPU: they are then not compiled for a GPU."""
+    """Return whether this process interprets Triton kernels on the CPU instead of compiling them for a GPU."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to run ops: where it runs, and why it cannot (None when it can)."""
+    """A way to run ops.
+
+    Attributes:
+        name: as users write it.
+        devices: types of the devices that it runs on.
+        unavailable: returns why it cannot run, or None.
+    """
 
     name: str
     devices: tuple[str, ...]
@@ -83,7 +88,7 @@ BACKENDS: dict[str, Backend] = {
     "cuda": Backend("cuda", ("cuda",), cache(_cuda_unavailable)),
 }
 
-# best first
+# Backends for "auto", best first.
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": ("native", "onednn", "torch"),
     "cuda": ("cuda", "triton", "torch"),
@@ -147,7 +152,7 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
 
 
 def why_not(op: str, backend: str, device: str) -> str | None:
-    """The reason why `backend` cannot run `op` on `device`; None when it can."""
+    """Return why `backend` cannot run `op` on `device`; None when it can."""
     if backend not in BACKENDS:
         return f"there is no backend {backend!r}; there are {', '.join(BACKENDS)}"
     if backend not in IMPLEMENTATIONS[op]:
@@ -158,9 +163,10 @@ def why_not(op: str, backend: str, device: str) -> str | None:
 
 
 def choose(op: str, backend: str = "auto", device: str = "cpu") -> str:
-    """The name of the backend that runs `op` on `device`.
+    """Return the name of the backend that runs `op` on `device`.
 
-    Raises BackendError when a backend is asked for by name, has this op, and cannot be used.
+    Raises:
+        BackendError: the backend requested by name is unknown, or has this op and cannot be used.
     """
     if backend != "auto":
         if backend not in BACKENDS:
@@ -178,11 +184,11 @@ def choose(op: str, backend: str = "auto", device: str = "cpu") -> str:
 
 
 def load(op: str, backend: str) -> Callable[..., Any]:
-    """The function of one op in one backend."""
+    """Return the function of one op in one backend."""
     module, function = IMPLEMENTATIONS[op][backend].split(":")
     return getattr(import_module(module), function)
 
 
 def bind(op: str, backend: str = "auto", device: str = "cpu") -> Callable[..., Any]:
-    """The function that runs `op` on `device`, chosen once."""
+    """Return the function that runs `op` on `device`."""
     return load(op, choose(op, backend, device))

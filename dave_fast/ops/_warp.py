@@ -2,7 +2,7 @@
 
     source(x, y) = (m00·x + (m01·y + m02), m10·x + (m11·y + m12))      h(u) = max(0, 1 - |u|)
 
-Both references take every weight h(source - q) from here, so that each is the exact adjoint of the other; `csrc/warp.h`
+Both references compute every weight h(source - q) here, so that each is the exact adjoint of the other; `csrc/warp.h`
 rounds in the same order.
 """
 
@@ -13,29 +13,30 @@ from torch import Tensor
 
 from dave_fast.errors import InputError
 from dave_fast.ops.patches import patch_grid, patch_hw
+from dave_fast.ops.precision import COMPUTED, check_dtype
 from dave_fast.sampling import Draws
 
 
 def source(matrices: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Source position of destination (x, y). matrices (R, 2, 3); x, y and the results broadcast as (R, H, W)."""
+    """Return the source positions of destinations x, y, which broadcast as (R, H, W); matrices (R, 2, 3)."""
     m = matrices[:, :, :, None, None]
     return m[:, 0, 0] * x + (m[:, 0, 1] * y + m[:, 0, 2]), m[:, 1, 0] * x + (m[:, 1, 1] * y + m[:, 1, 2])
 
 
 def tent(u: Tensor) -> Tensor:
-    """h(u) = max(0, 1 - |u|), the bilinear weight at distance u."""
+    """Return h(u) = max(0, 1 - |u|), the bilinear weight at distance u."""
     return (1 - u.abs()).clamp(min=0)
 
 
 def pixels(images: Tensor) -> tuple[Tensor, Tensor]:
-    """x (1, 1, W) and y (1, H, 1), the coordinates of the images' pixel centres."""
+    """Return x (1, 1, W) and y (1, H, 1), the coordinates of the images' pixel centres."""
     x = torch.arange(images.shape[3], dtype=images.dtype, device=images.device)
     y = torch.arange(images.shape[2], dtype=images.dtype, device=images.device)
     return x.view(1, 1, -1), y.view(1, -1, 1)
 
 
 def take(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """images (R, C, H, W) at integer positions x, y (R, H', W'); zero outside. Returns (R, C, H', W')."""
+    """Return (R, C, H', W'), images (R, C, H, W) at integer positions x, y (R, H', W'), zero outside."""
     _, channels, height, width = images.shape
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     flat = (y.clamp(0, height - 1) * width + x.clamp(0, width - 1)).long().flatten(1)
@@ -44,7 +45,7 @@ def take(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 def rows_a_chunk(images: Tensor) -> int:
-    """How many rows a reference takes at once, so that its temporaries stay small."""
+    """Return how many rows a reference handles at once, so that its temporaries stay small."""
     return max(1, (1 << 22) // images[0].numel())
 
 
@@ -57,9 +58,7 @@ def tokens_shape(images: Tensor, draws: Draws, patch_size: int | tuple[int, int]
 
 def check(images: Tensor, draws: Draws, patch_size: int | tuple[int, int]) -> tuple[int, int, int]:
     """Raise TypeError or InputError where images cannot be perturbed by draws; return the shape of their tokens."""
-    if not isinstance(images, Tensor) or images.dtype not in (torch.float32, torch.float64):
-        kind = getattr(images, "dtype", type(images).__name__)
-        raise TypeError(f"images must be a float32 or float64 tensor; got {kind}")
+    check_dtype("images", images, COMPUTED)
     if images.ndim != 4 or 0 in images.shape:
         raise InputError(f"images must have the shape (B, C, H, W), none of them 0; got {tuple(images.shape)}")
     if not isinstance(draws, Draws):

@@ -1,7 +1,7 @@
-"""Activations as gates: act(u) = gate(u)·u, with the gate frozen in the effective transformation.
+"""Activations as gates: act(u) = gate(u)·u, with the gate held constant in the frozen VJP.
 
 gate(u) = act(u)/u, and its limit at u = 0. A gated MLP act(a)·b has the gate act(a) on the value b.
-(DAVE, arXiv 2602.06613, Eq. 3-5 for GELU; the others follow the same rule.)
+(DAVE, arXiv 2602.06613, Eq. 3-5 for GELU; the other activations follow the same rule.)
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ GATES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def activate_ref(u: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """(act(u), gate), both of u's shape and dtype.
+    """Return (act(u), gate), both of u's shape and dtype.
 
-    With a name that ends in "_glu" ("silu_glu"), u (..., 2M) holds a, then b: returns
-    (act(a)·b, act(a)), both (..., M); "_glu_last" takes the gated half last.
+    With a name that ends in "_glu" ("silu_glu"), u (..., 2M) is a, then b, and the result is (act(a)·b, act(a)), both
+    (..., M); with "_glu_last" u is b, then a.
     """
     name, glu, order = activation.partition("_glu")
     if not glu:
@@ -57,18 +57,18 @@ def activate_ref(u: Tensor, activation: str) -> tuple[Tensor, Tensor]:
 
 
 def widen_gate(gate: Tensor, dtype: torch.dtype) -> Tensor:
-    """A gate kept in eight bits (uint8: 0 to 255 stand for 0 to 1) in `dtype`; any other as it is."""
+    """Return a uint8 gate (0 to 255 stand for 0 to 1) in `dtype`, and any other gate unchanged."""
     return gate.to(dtype) / 255 if gate.dtype == torch.uint8 else gate
 
 
 def activate_native(u: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """`activate_ref` in C++ on the host, one pass; float64 stays with PyTorch."""
+    """Run `activate_ref` in C++ on the host, in one pass; float64 is left to PyTorch."""
     if u.dtype == torch.float64:
         return activate_ref(u, activation)
     name, glu, order = activation.partition("_glu")
     rows, width = u.shape
     hidden = width // 2 if glu else width
-    # a gated MLP's result is narrower than u; without a gate the activation goes over u itself
+    # A gated MLP's result is narrower than u; any other activation is written over u itself.
     h = u.new_empty(rows, hidden) if glu else u
     gate = u.new_empty(rows, hidden)
     gated = 0 if not glu else 2 if order else 1

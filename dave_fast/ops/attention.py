@@ -1,9 +1,9 @@
 """attention: softmax attention forward, and its frozen VJP.
 
     P = softmax(scale · q kᵀ + bias),   out = P v     per row and head
-    dv = Pᵀ d_out                                     P is the operator, so q, k and the bias get no gradient
+    dv = Pᵀ d_out                                     P is held constant: q, k and the bias get no gradient
 
-(DAVE, arXiv 2602.06613, Eq. 3-5.) R rows · Q queries · N tokens · heads · D head dimension.
+(DAVE, arXiv 2602.06613, Eq. 3-5.) R rows · Q queries · N tokens · heads · head_dim · P attention probabilities.
 """
 
 from __future__ import annotations
@@ -17,42 +17,52 @@ from torch import Tensor
 from dave_fast.ops import _ext
 from dave_fast.ops.precision import statistics_dtype
 
-# up to this many keys a CPU keeps P, which costs less than computing it twice
+# Up to this many keys a CPU stores P, which costs less than computing it twice.
 KEEP_PROBABILITIES = 400
-# queries that are handled together where P is not kept: memory stays linear in tokens
+# Queries in a block where P is not stored, so that memory is linear in tokens.
 QUERY_BLOCK = 128
 
 
 @dataclass(frozen=True)
 class SavedAttention:
-    """What the VJP needs: P itself where it is small, else what makes it again, exp(s − peak)·share.
+    """The forward's results that the VJP needs: P itself where it is small, else the parts of exp(s − peak)·share.
 
-    Peak and share, a query's largest score and 1/Σ exp(s − peak), are its log-sum-exp in two parts: one number of it
-    would cost P digits.
+    Peak and share, a query's largest score and 1/Σ exp(s − peak), are its log-sum-exp in two parts: as a single number
+    it would cost P digits.
+
+    Attributes:
+        scale: multiplies q kᵀ.
+        probabilities: P (R, heads, Q, N), or None.
+        q: (R, heads, Q, head_dim), None where P is stored.
+        k: (R, heads, N, head_dim), None where P is stored.
+        peak: (R, heads, Q, 1), the bias included, None where P is stored.
+        share: (R, heads, Q, 1), None where P is stored.
+        bias: (heads, Q, N), or None.
     """
 
     scale: float
-    probabilities: Tensor | None = None  # (R, heads, Q, N)
-    q: Tensor | None = None  # (R, heads, Q, D)
-    k: Tensor | None = None  # (R, heads, N, D)
-    peak: Tensor | None = None  # (R, heads, Q, 1), the bias included
-    share: Tensor | None = None  # (R, heads, Q, 1)
-    bias: Tensor | None = None  # (heads, Q, N)
+    probabilities: Tensor | None = None
+    q: Tensor | None = None
+    k: Tensor | None = None
+    peak: Tensor | None = None
+    share: Tensor | None = None
+    bias: Tensor | None = None
 
 
 def attention_ref(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None
 ) -> tuple[Tensor, SavedAttention]:
-    """Forward.
+    """Return softmax attention, and what its VJP needs.
 
     Args:
-        q: (R, Q, heads, D), any strides.
-        k, v: (R, N, heads, D), any strides.
+        q: (R, Q, heads, head_dim), any strides.
+        k: (R, N, heads, head_dim), any strides.
+        v: (R, N, heads, head_dim), any strides.
         scale: multiplies q kᵀ.
         bias: (heads, Q, N), finite, in q's dtype; added to the scores of every row: relative positions.
 
     Returns:
-        out (R, Q, heads, D) contiguous, in q's dtype; what the VJP needs.
+        out (R, Q, heads, head_dim) contiguous, in q's dtype; the argument `saved` of the VJP.
     """
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if k.shape[2] <= KEEP_PROBABILITIES:
@@ -73,7 +83,7 @@ def attention_ref(
 
 
 def attention_vjp_ref(saved: SavedAttention, d_out: Tensor) -> Tensor:
-    """Frozen VJP: d_out (R, Q, heads, D) -> dv (R, N, heads, D) contiguous, in d_out's dtype."""
+    """Return dv (R, N, heads, head_dim), contiguous, for d_out (R, Q, heads, head_dim) of the same dtype."""
     d_out = d_out.transpose(1, 2)
     if saved.probabilities is not None:
         return (saved.probabilities.transpose(-1, -2) @ d_out).transpose(1, 2).contiguous()
@@ -89,9 +99,9 @@ def attention_vjp_ref(saved: SavedAttention, d_out: Tensor) -> Tensor:
 
 
 def attention_native(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> tuple[Tensor, Any]:
-    """`attention_ref` in C++ on the host, one (row, head) a task, nothing quadratic in memory above 400 tokens.
+    """Run `attention_ref` in C++ on the host, one (row, head) a task; above 400 tokens memory is linear in them.
 
-    float32, and bfloat16 where the CPU multiplies it; anything else stays with PyTorch.
+    It takes float32, and bfloat16 where the CPU multiplies it; any other dtype is left to PyTorch.
     """
     rows, queries, heads, dim = q.shape
     bf16 = q.dtype == torch.bfloat16
@@ -102,7 +112,7 @@ def attention_native(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor
     out = torch.empty(rows, queries, heads, dim, dtype=q.dtype)
     words = kept = None
     if shape[2] <= KEEP_PROBABILITIES:
-        # a word holds one float, or bfloat16 of two queries
+        # A word is one float, or the bfloat16 of two queries.
         words = torch.empty(rows, heads, -(-queries // (2 if bf16 else 1)), -(-shape[2] // 16) * 16, dtype=torch.int32)
     else:
         kept = torch.empty(2, rows, heads, queries, dtype=torch.float32)
@@ -114,7 +124,7 @@ def attention_native(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor
 
 
 def attention_vjp_native(saved: Any, d_out: Tensor) -> Tensor:
-    """`attention_vjp_ref` in C++ on the host, for what `attention_native` saved."""
+    """Run `attention_vjp_ref` in C++ on the host, for what `attention_native` saved."""
     if not isinstance(saved, SavedNative):
         return attention_vjp_ref(saved, d_out)
     rows, _, tokens, heads, dim = saved.shape
@@ -131,10 +141,15 @@ def attention_vjp_native(saved: Any, d_out: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SavedNative:
-    """What the C++ VJP needs: P as words of 32 bits, else q and k and each query's peak and share.
+    """The forward's results that the C++ VJP needs: P as words of 32 bits, else q, k, and each query's peak and share.
 
-    shape: (R, Q, N, heads, D) · words: (R, heads, ·, N rounded up to 16) int32 · peak_and_share: (2, R, heads, Q)
-    float32 · bias: (heads, Q, N).
+    Attributes:
+        shape: (R, Q, N, heads, head_dim).
+        scale: multiplies q kᵀ.
+        words: P, int32 (R, heads, ·, N rounded up to 16), or None.
+        queries_keys: q and k as they were given, None where P is stored.
+        peak_and_share: (2, R, heads, Q) float32, None where P is stored.
+        bias: (heads, Q, N), or None.
     """
 
     shape: tuple[int, int, int, int, int]
@@ -146,12 +161,12 @@ class SavedNative:
 
     @property
     def stride(self) -> int:
-        """Words of one (row, head)."""
+        """Number of words of one (row, head)."""
         return 0 if self.words is None else self.words.stride(1)
 
 
 def _view(heads: Tensor) -> tuple[int, list[int]]:
-    """Address and strides of (R, tokens, heads, D) with contiguous D."""
+    """Return the address and the strides of (R, tokens, heads, head_dim) whose last axis is contiguous."""
     return heads.data_ptr(), list(heads.stride()[:3])
 
 

@@ -1,11 +1,11 @@
-"""Measured choices between kernels, kept on disk: one file for each GPU and its versions of PyTorch and Triton.
+"""A cache on disk of measured choices between kernels: one file for each GPU and its versions of PyTorch and Triton.
 
-A choice is made by timing the candidates of a problem once (DAVE_FAST_AUTOTUNE=1, see `kernels/_launch.py`). It is kept
-under the problem's name and number of rows, and every later process takes it, with or without that variable. A number
-of rows that nobody timed takes the choice of the nearest one, where that is near enough.
+A choice is made by timing the candidates of a problem once (DAVE_FAST_AUTOTUNE=1, see `kernels/_launch.py`). It is
+stored under the problem's name and number of rows, and every later process uses it, with or without that variable. A
+number of rows that was not timed uses the choice of the nearest one, up to a ratio of NEAR.
 
-The folder is $DAVE_FAST_CACHE_DIR, else $XDG_CACHE_HOME/dave-fast, else ~/.cache/dave-fast. Deleting a file forgets its
-choices. `dave-fast info` lists them.
+The folder is $DAVE_FAST_CACHE_DIR, else $XDG_CACHE_HOME/dave-fast, else ~/.cache/dave-fast. Delete a file to discard
+its choices. `dave-fast info` lists them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dave_fast.files import atomically
 
 logger = logging.getLogger("dave_fast")
 
-# the ratio of two numbers of rows up to which the choice of one is taken for the other
+# The ratio of two numbers of rows up to which the choice of one is used for the other.
 NEAR = 1.5
 
 
@@ -30,7 +30,7 @@ NEAR = 1.5
 class Choice:
     """The fastest candidate of a problem.
 
-    Args:
+    Attributes:
         name: of the candidate.
         milliseconds: candidate -> median time of a launch; None for a candidate that could not run.
     """
@@ -40,7 +40,7 @@ class Choice:
 
 
 def folder() -> Path:
-    """Return the folder that choices are kept in."""
+    """Return the folder of the cache."""
     given = os.environ.get("DAVE_FAST_CACHE_DIR")
     if given:
         return Path(given)
@@ -50,7 +50,7 @@ def folder() -> Path:
 class Choices:
     """The choices of one file.
 
-    A file that cannot be read or written is reported in the log, and choices are then kept in memory alone.
+    Where the file cannot be read or written, a warning is logged and choices live in memory alone.
     """
 
     def __init__(self, path: Path) -> None:
@@ -73,7 +73,7 @@ class Choices:
         return self._known
 
     def find(self, problem: str, rows: int) -> str | None:
-        """Return the candidate for a problem, measured with these rows or the nearest; None for none."""
+        """Return the candidate for a problem, measured with the nearest number of rows; None where none is near."""
         measured = self.all().get(problem)
         if not measured:
             return None
@@ -81,7 +81,7 @@ class Choices:
         return measured[nearest].name if max(nearest / rows, rows / nearest) <= NEAR else None
 
     def keep(self, problem: str, rows: int, choice: Choice) -> None:
-        """Add a choice, here and in the file, beside what other processes wrote there meanwhile."""
+        """Add a choice, in memory and to the file, without losing what other processes have written to it."""
         merged = self._read()
         for known, by_rows in self.all().items():
             merged.setdefault(known, {}).update(by_rows)

@@ -1,12 +1,12 @@
-"""linear with e4m3 operands: eight bits a number on the way into a GEMM, bfloat16 and float32 everywhere else.
+"""linear with e4m3 operands: the operands of a GEMM have eight bits a number, all else is bfloat16 or float32.
 
     x̂ = s_x · e4m3(x / s_x)     s_x: max|x| / 448, one a row (token)
     ŵ = s_w · e4m3(w / s_w)     s_w: max|w| / 448, one an output channel
     y = row_scale ⊙ (x̂ ŵᵀ) + bias, and the epilogues of `ops.linear`, in float32, rounded once to x's dtype
 
 e4m3 has four exponent and three mantissa bits: the largest number is 448, a normal one is off by at most 2⁻⁴ of itself.
-The scale of a row depends on that row alone, and takes one more read of it. Where the producer of x knew one scale for
-all rows beforehand (`engine.calibration`), it has stored the codes itself: `Codes`. docs/gpu.md compares the two.
+The dynamic scale of a row depends on that row alone, and takes one more read of it. Where calibration has fixed the
+scales (`engine.calibration`), the producer of x stores the codes itself: `Codes`. docs/gpu.md compares the two.
 
 T rows (tokens) · I in-features · O out-features.
 """
@@ -29,7 +29,12 @@ LARGEST = 448.0
 
 
 class Fp8Weight(NamedTuple):
-    """codes: (O, I) e4m3 · scale: (O,) float32, what each row of codes is multiplied with."""
+    """A weight in e4m3.
+
+    Attributes:
+        codes: (O, I) e4m3.
+        scale: (O,) float32, multiplies each row of the codes.
+    """
 
     codes: Tensor
     scale: Tensor
@@ -39,10 +44,11 @@ class Fp8Weight(NamedTuple):
 class TokenScales:
     """Static scales of an operand's rows, which are the tokens of images one after the other.
 
-    Args:
-        lead, rest: scales of an image's first `read` tokens and of the others, powers of two.
+    Attributes:
+        lead: scale of an image's first `read` tokens, a power of two.
+        rest: scale of the other tokens, a power of two.
         tokens: rows of an image.
-        read: how many of them are leading tokens.
+        read: number of leading tokens.
     """
 
     lead: float
@@ -52,11 +58,11 @@ class TokenScales:
 
     @staticmethod
     def uniform(scale: float) -> TokenScales:
-        """Return one scale for all rows."""
+        """Return scales that are the same for all rows."""
         return TokenScales(scale, scale, 1, 1)
 
     def leading(self) -> TokenScales:
-        """Return the scales of an operand that has the leading tokens alone."""
+        """Return the scales of an operand that only has the leading tokens."""
         return TokenScales.uniform(self.lead)
 
     def rows(self, like: Tensor) -> Tensor:
@@ -68,29 +74,33 @@ class TokenScales:
 
 @dataclass(frozen=True)
 class Scales:
-    """operands: id of a packed weight -> the scales of what it is multiplied with."""
+    """Static scales of all calibrated operands.
+
+    Attributes:
+        operands: id of a packed weight -> the scales of the operand that it multiplies.
+    """
 
     operands: dict[int, TokenScales]
 
     def of(self, *weights: Any) -> TokenScales | None:
-        """Return the scales for an operand that all of these packed weights read; None where one has none."""
+        """Return the scales of an operand that all of these packed weights read; None where one is not calibrated."""
         found = [self.operands[id(weight)] for weight in weights if id(weight) in self.operands]
         if not found or len(found) < len(weights):
             return None
         lead, rest = max(each.lead for each in found), max(each.rest for each in found)
-        # a reader of the leading tokens alone reads them off an operand of all
+        # A product of the leading tokens alone takes them from an operand of all tokens.
         return replace(max(found, key=lambda each: each.tokens), lead=lead, rest=rest)
 
 
 @dataclass(frozen=True)
 class Codes:
-    """A product's result as the next product reads it: values·scale, with scales that were known beforehand.
+    """A product's result encoded for the next product: values·scale, with static scales.
 
-    Args:
+    Attributes:
         values: (T, O) e4m3; NaN where a number lies beyond 448·scale.
         scale: of its rows.
         dtype: of the result before it was encoded.
-        wide: (T, O) the result itself; None where nobody reads it.
+        wide: (T, O) the result itself; None where it is not needed.
     """
 
     values: Tensor
@@ -100,16 +110,16 @@ class Codes:
 
     @property
     def shape(self) -> torch.Size:
-        """Of the result."""
+        """Shape of the result."""
         return self.values.shape
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Codes:
-        """Return the same with a change of shape made to both forms."""
+        """Return these codes with a change of shape made to values and wide."""
         return replace(self, values=change(self.values), wide=None if self.wide is None else change(self.wide))
 
 
 def wide(x: Tensor | Codes) -> Tensor:
-    """Return a result in the engine's dtype, which must have been kept."""
+    """Return a result in the engine's dtype; of codes, `wide` must be there."""
     if isinstance(x, Tensor):
         return x
     assert x.wide is not None
@@ -117,33 +127,33 @@ def wide(x: Tensor | Codes) -> Tensor:
 
 
 def encode(x: Tensor, scale: TokenScales) -> Tensor:
-    """x (T, I) -> e4m3 codes of x/scale; NaN beyond e4m3's range, so that nothing is cut in silence."""
+    """Return e4m3 codes of x/scale for x (T, I); NaN beyond e4m3's range, so that nothing is clipped silently."""
     exact = x.to(statistics_dtype(x.dtype))
     wide = exact / scale.rows(exact)
     return wide.where(wide.abs() <= LARGEST, torch.nan).to(E4M3)
 
 
 def coded(x: Tensor, code_scale: TokenScales | None) -> Tensor | Codes:
-    """Return codes of x (T, I) with scales, in place of x; x itself for none."""
+    """Return `Codes` of x (T, I) with the given scales, or x itself where they are None."""
     return x if code_scale is None else Codes(encode(x, code_scale), code_scale, x.dtype, None)
 
 
 def pack_fp8(matrix: Tensor) -> Fp8Weight:
-    """matrix (O, I) of any floating dtype, one scale an output channel."""
+    """Return matrix (O, I) of any floating dtype in e4m3, with one scale an output channel."""
     return Fp8Weight(*quantise(matrix))
 
 
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (T, I) -> e4m3 codes (T, I), scales (T,) float32, so that codes·scale is near x. NaN rows stay NaN."""
+    """Return e4m3 codes (T, I) and scales (T,) float32 of x (T, I), with codes·scale near x; NaN rows stay NaN."""
     wide = x.float()
-    # by a tensor: on a GPU PyTorch multiplies with the reciprocal of a Python number, which rounds in another way
+    # Division by a tensor: on a GPU PyTorch multiplies by the reciprocal of a Python number, which rounds differently.
     scale = (wide.abs().amax(-1) / wide.new_full((), LARGEST)).clamp(min=torch.finfo(torch.float32).tiny)
     codes = (wide / scale[:, None]).clamp(-LARGEST, LARGEST).to(E4M3)
     return codes, scale
 
 
 def dequantise(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """codes·scale, float32 or wider."""
+    """Return codes·scale in float32 or wider."""
     return codes.to(dtype) * scale.to(dtype)[:, None]
 
 
@@ -158,15 +168,20 @@ def linear_fp8_ref(
     overwrite: bool = False,
     **epilogue: Any,
 ) -> Any:
-    """As `linear_ref`, with e4m3 operands; for devices without fp8 hardware it shows the precision, not the speed.
+    """Return `linear_ref` with e4m3 operands; without fp8 hardware it emulates the precision, not the speed.
 
     Args:
-        x: (T, I) bfloat16 or float32, or float64: then the same codes are multiplied in float64; or codes.
+        x: (T, I) bfloat16 or float32, or float64, for which the same codes are multiplied in float64; or codes.
         weight: what `pack_fp8` returned.
-        code_scale: `Codes` of the result with these scales take its place.
-        wide: with code_scale, whether the result itself is kept beside its codes.
-        overwrite: nothing here; kernels then write into the residual's memory.
-        row_scale, epilogue: as `linear_ref`'s; results in x's dtype.
+        bias: (O,) as `linear_ref`'s.
+        row_scale: (T,) as `linear_ref`'s.
+        code_scale: scales with which the result is returned as `Codes`; None for the result itself.
+        wide: with code_scale, whether the codes keep the result itself too.
+        overwrite: ignored here; kernels may then write into the residual's memory.
+        **epilogue: the other arguments of `linear_ref`.
+
+    Returns:
+        As `linear_ref`, in x's dtype.
     """
     exact = statistics_dtype(x.dtype)
     if isinstance(x, Codes):

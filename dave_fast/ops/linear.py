@@ -4,11 +4,11 @@
     activation:   gate = act(y)/y,  y ← gate ⊙ y         forward of the MLP's first layer
     gate:         y ← y ⊙ gate                           frozen VJP of the activation
     residual:     y ← y + residual                       the residual stream, or its cotangent
-    squares:      Σ y² of each row as well                what the next norm wants to know of the stream
+    squares:      Σ y² of each row as well                for the next norm of the stream
 
 T rows (tokens) · I in-features · O out-features.
 
-Every backend comes as a pair: `pack_<backend>` lays a weight out once, `linear_<backend>` uses it.
+Every backend is a pair of functions: `pack_<backend>` lays a weight out once, `linear_<backend>` uses it.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from dave_fast.ops import _ext, _registry
 from dave_fast.ops.activation import GATES, activate_native, activate_ref, widen_gate
 from dave_fast.ops.precision import statistics_dtype
 
-# rows that oneDNN lays packed weights out for; any other number of rows runs as well
+# The number of rows that oneDNN packs weights for; any other number is as right.
 PACK_ROWS = 1024
-# Terms that oneDNN sums at once in float32 before AVX-512. Its whole sums of 768 to 4,096 terms have 2.0 to 2.3 times
-# the error of MKL's there, sums of 384 at a time 1.4 times, in 0.94 of the time (two Zen 3 cores).
+# Terms that oneDNN sums at once in float32 on CPUs without AVX-512. There its sums of 768 to 4,096 terms have 2.0 to
+# 2.3 times the error of MKL's; sums of 384 terms at a time have 1.4 times, in 0.94 of the time (two Zen 3 cores).
 SUM_TERMS = 384
-# rows whose operand C++ lays out at once, for each thread, at most: longest_block of csrc/linear.cpp
+# The most rows whose operand each thread of the C++ form lays out at once: longest_block of csrc/linear.cpp.
 BLOCK_ROWS = 128
 
 
 def pack_ref(matrix: Tensor) -> Tensor:
-    """matrix (O, I) as it is, contiguous."""
+    """Return matrix (O, I), contiguous."""
     return matrix.contiguous()
 
 
@@ -52,7 +52,7 @@ def linear_ref(
     residual: Tensor | None = None,
     squares: bool = False,
 ) -> Any:
-    """x Wᵀ with an epilogue.
+    """Return x Wᵀ with an epilogue.
 
     Args:
         x: (T, I) operand; float64, float32 or bfloat16.
@@ -60,17 +60,17 @@ def linear_ref(
         bias: (O,) of x's dtype.
         row_scale: (T,) float32 (float64 for float64 operands), multiplies the product before the bias.
         activation: a name of `ops.activation`; the gate is returned too. Not with a gate or a residual.
-        gate: (T, O) multiplies the result; of uint8, gate/255 does.
+        gate: (T, O) multiplies the result; a uint8 gate stands for gate/255.
         residual: (T, O) is added to the result.
-        squares: the sums of squares of y, as it is stored, are returned too; not with an activation.
+        squares: whether the sums of squares of the stored y are returned too; not with an activation.
 
     Returns:
-        y (T, O) in x's dtype; with an activation (y, gate), both (T, O), where a backend may keep a gate that lies in
+        y (T, O) in x's dtype; with an activation (y, gate), both (T, O), where a backend may store a gate that lies in
         [0, 1] in eight bits; with squares (y, (T, parts) float32 (float64)), partial sums of each row.
     """
-    # scaling the narrow operand costs less than scaling the product, and it is what a norm would do
+    # Scaling the narrow operand costs less than scaling the product, and is what a norm does.
     if row_scale is not None:
-        x = (x * row_scale[:, None]).to(x.dtype)
+        x = _scale_ref(x, row_scale)
     y = F.linear(x, weight, bias)
     if activation is not None:
         return activate_ref(y, activation)
@@ -82,14 +82,15 @@ def linear_ref(
 
 
 def row_squares(y: Tensor) -> Tensor:
-    """y (T, O) -> (T, 1), what `squares` returns."""
+    """Return the sums of squares (T, 1) of rows y (T, O)."""
     return y.to(statistics_dtype(y.dtype)).square().sum(1, keepdim=True)
 
 
 def pack_onednn(matrix: Tensor) -> Any:
-    """matrix (O, I) in oneDNN's blocked layout, in parts along I whose products are summed one after the other.
+    """Return matrix (O, I) in oneDNN's blocked layout, in parts along I whose products are summed one after the other.
 
-    A plain tensor without oneDNN, and in a type that it does not take on this CPU: float64, bfloat16 before AVX-512.
+    Without oneDNN, and in a dtype that it does not pack on this CPU (float64, bfloat16 before AVX-512), the result is a
+    plain tensor.
     """
     if _registry.why_not("linear", "onednn", "cpu") is not None or not _packs(matrix.dtype):
         return pack_ref(matrix)
@@ -98,25 +99,25 @@ def pack_onednn(matrix: Tensor) -> Any:
 
 
 def before_avx512() -> bool:
-    """Whether this is an x86 CPU on which MKL's float32 products beat oneDNN's: so on Zen 3, and not on Zen 4."""
+    """Return whether this is an x86 CPU without AVX-512, where MKL's float32 products beat oneDNN's (Zen 3)."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     return x86 and not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def _sum_terms(matrix: Tensor) -> int:
-    """In-features that are summed at once."""
+    """Return how many in-features are summed at once."""
     return SUM_TERMS if matrix.dtype == torch.float32 and before_avx512() else matrix.shape[1]
 
 
 def _packs(dtype: torch.dtype) -> bool:
-    """Whether oneDNN packs a type on this CPU; it raises where it does not."""
+    """Return whether oneDNN packs a dtype on this CPU; packing any other raises."""
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return dtype == torch.float32
 
 
 def linear_onednn(x: Tensor, weight: Any, bias: Tensor | None = None, **epilogue: Any) -> Any:
-    """As `linear_ref`, with weights packed for oneDNN: faster than PyTorch's own GEMM on CPUs, fp32 above all."""
+    """Run `linear_ref` with weights packed for oneDNN: faster than PyTorch's own GEMM on CPUs, above all in float32."""
     return _linear_packed(x, weight, bias, _scale_ref, activate_ref, **epilogue)
 
 
@@ -124,7 +125,10 @@ def linear_onednn(x: Tensor, weight: Any, bias: Tensor | None = None, **epilogue
 class NativeWeight:
     """A float32 matrix in the panels of `csrc/linear.h`.
 
-    values: I times O in whole panels · panel: out-features of one · features: (O, I).
+    Attributes:
+        values: I times O, rounded up to whole panels.
+        panel: out-features of a panel.
+        features: (O, I).
     """
 
     values: Tensor
@@ -133,7 +137,7 @@ class NativeWeight:
 
 
 def pack_native(matrix: Tensor) -> Any:
-    """matrix (O, I) in panels where this instruction set multiplies them itself, else as `pack_onednn` does."""
+    """Return matrix (O, I) in panels where this instruction set's kernels multiply them, else packed for oneDNN."""
     native = _ext.module()
     panel = native.linear_panel()
     if matrix.dtype != torch.float32 or not panel:
@@ -145,12 +149,13 @@ def pack_native(matrix: Tensor) -> Any:
 
 
 def linear_native(x: Tensor, weight: Any, bias: Tensor | None = None, **epilogue: Any) -> Any:
-    """As `linear_ref` in C++ on the host, for what `pack_native` returned.
+    """Run `linear_ref` in C++ on the host, for what `pack_native` returned.
 
     float32 on AVX2 is one pass: 9 to 24 % faster than oneDNN's packed weights, with less error, and unlike MKL's
-    products a row has the same bits whatever its batch. Anything else is oneDNN's product with epilogues in C++.
+    products a row has the same bits in any batch. Anything else is oneDNN's product with epilogues in C++.
 
-    Raises BackendError for operands of another type or shape than `linear_ref` names: C++ would read past them.
+    Raises:
+        BackendError: an operand has another dtype or shape than `linear_ref` names: C++ would read past it.
     """
     if isinstance(weight, NativeWeight):
         return _linear_panels(x, weight, bias, **epilogue)
@@ -169,7 +174,7 @@ def _linear_panels(
     squares: bool = False,
 ) -> Any:
     (outs, ins), rows = weight.features, len(x)
-    # a gated MLP's two halves meet in a pass of their own
+    # The two halves of a gated MLP are combined in a pass of their own.
     fused = activation if activation in GATES else None
     gate = None if gate is None else widen_gate(gate, x.dtype)
     _checked("x", x, (rows, ins))
@@ -194,7 +199,7 @@ def _linear_panels(
 
 
 def _checked(name: str, operand: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
-    """An operand as C++ reads it, contiguous."""
+    """Return an operand for C++, contiguous; raise BackendError for another dtype, shape or device."""
     if operand is None:
         return None
     if operand.dtype != torch.float32 or operand.shape != shape or operand.device.type != "cpu":
@@ -241,7 +246,7 @@ def _linear_packed(
 
 
 def _product(x: Tensor, packed: Tensor, bias: Tensor | None, other: Tensor | None, operation: str) -> Tensor:
-    """x Wᵀ + bias, and `operation` with another tensor where there is one."""
+    """Return x Wᵀ + bias, with `operation` ("add" or "mul") applied to another tensor where one is given."""
     pointwise = torch.ops.mkldnn._linear_pointwise
     y: Tensor
     if other is None:

@@ -1,12 +1,14 @@
-"""row_rstd: what is left of a norm once its weights are folded into its neighbours: a scalar per row.
+"""row_rstd: the one scalar a row that a norm still needs once its weights are folded into its neighbours.
 
 RMSNorm, or LayerNorm of rows whose mean is zero:  r = 1/√(mean(x²) + eps)
 LayerNorm:                                         r = 1/√(var(x) + eps)
 
 normalize: a norm that cannot be folded, ahead of the blocks or of queries and keys, and its frozen VJP:
 
-    y = r·x ⊙ w + b,   g ← r·(w ⊙ g)      with M = I − 11ᵀ/C applied to x (`centres`: LayerNorm), and to y (`centred`:
-                                          a centred stream starts behind it); in the VJP the same, transposed
+    y = r·x ⊙ w + b,   g ← r·(w ⊙ g)
+
+M = I − 11ᵀ/D is applied to x in a LayerNorm (`centres`), and to y where a centred stream starts after the norm
+(`centred`); the VJP applies it to the cotangents of both. D width of a row.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ from dave_fast.ops import _ext
 
 @dataclass(frozen=True)
 class RowSums:
-    """1/σ of centred rows, not made yet: readers of the rows make it of the sums of squares that their writer left.
+    """1/σ of centred rows, to be computed by their readers from sums of squares that their writer stored.
 
-    Args:
+    Attributes:
         sums: (T, parts) float32, sums of squares of parts of each row.
         count: values of a row.
         eps: is added to the mean square.
@@ -39,10 +41,14 @@ class RowSums:
 
 
 def row_rstd_ref(x: Tensor, eps: float, *, centred: bool, squares: Tensor | None = None) -> Tensor:
-    """x (..., C) -> r (...,), float32 (float64 for float64 rows).
+    """Return r (...,) of rows x (..., D), in float32 (float64 for float64 rows).
 
-    centred: rows have no mean to remove. squares: (..., parts) sums of squares of parts of each row, as `linear` gives
-    them; what is centred is then not read again.
+    Args:
+        x: (..., D) rows.
+        eps: is added to the mean square.
+        centred: whether the rows' means are zero already.
+        squares: (..., parts) sums of squares of parts of each row, as `linear` returns them; centred rows are then not
+            read again.
     """
     if centred and squares is not None:
         return RowSums(squares, x.shape[-1], eps).rstd()
@@ -52,7 +58,7 @@ def row_rstd_ref(x: Tensor, eps: float, *, centred: bool, squares: Tensor | None
 
 
 def row_rstd_native(x: Tensor, eps: float, *, centred: bool, squares: Tensor | None = None) -> Tensor:
-    """`row_rstd_ref` for rows (T, C) in C++ on the host, one pass; float64 stays with PyTorch."""
+    """Run `row_rstd_ref` for rows (T, D) in C++ on the host, in one pass; float64 is left to PyTorch."""
     if x.dtype == torch.float64 or (centred and squares is not None):
         return row_rstd_ref(x, eps, centred=centred, squares=squares)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
@@ -63,17 +69,18 @@ def row_rstd_native(x: Tensor, eps: float, *, centred: bool, squares: Tensor | N
 def normalize_ref(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, centres: bool, centred: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """A whole norm.
+    """Return a norm of x, and r for its VJP.
 
     Args:
-        x: (..., C), any strides.
-        weight, bias: (C,) float32 (float64 for float64 rows).
+        x: (..., D), any strides.
+        weight: w (D,) float32 (float64 for float64 rows).
+        bias: b (D,), as weight.
         eps: is added to the variance.
-        centres: LayerNorm; else RMSNorm.
-        centred: whether the results' own means are removed.
+        centres: True for LayerNorm, False for RMSNorm.
+        centred: whether the mean of each result is removed too.
 
     Returns:
-        y of x's shape and dtype, contiguous; r (...,) float32 (float64), which `normalize_vjp` wants.
+        y of x's shape and dtype, contiguous; r (...,) float32 (float64), an argument of `normalize_vjp_ref`.
     """
     wide = x.to(weight.dtype)
     if centres and not centred:
@@ -86,7 +93,7 @@ def normalize_ref(
 
 
 def normalize_vjp_ref(g: Tensor, weight: Tensor, rstd: Tensor, *, centres: bool, centred: bool = False) -> Tensor:
-    """Frozen VJP of `normalize_ref`: the cotangent of y -> that of x, with r held constant; g's shape and dtype."""
+    """Return the cotangent of x for g, that of y, with r held constant: the frozen VJP of `normalize_ref`."""
     wide = g.to(weight.dtype)
     wide = (_remove_mean(wide) if centred else wide) * weight
     return ((_remove_mean(wide) if centres else wide) * rstd[..., None]).to(g.dtype)

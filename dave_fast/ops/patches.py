@@ -1,4 +1,4 @@
-"""Images as patches and back: the one home of the token layout.
+"""Cut images into patches and put them together again; the token layout is defined here.
 
 A token's C·p_h·p_w elements are ordered (c, y, x), as a convolution's weight flattens; tokens go row by row.
 """
@@ -11,7 +11,7 @@ from dave_fast.errors import InputError
 
 
 def patch_hw(patch_size: int | tuple[int, int]) -> tuple[int, int]:
-    """(p_h, p_w) of a patch size that may be one number."""
+    """Return (p_h, p_w) for a patch size that may be one number."""
     p_h, p_w = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
     if p_h < 1 or p_w < 1:
         raise InputError(f"patch_size must be ≥ 1; got {patch_size!r}")
@@ -19,7 +19,7 @@ def patch_hw(patch_size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def patch_grid(height: int, width: int, patch_size: int | tuple[int, int]) -> tuple[int, int]:
-    """(rows, columns) of patches in an image; InputError where the patches do not fill it."""
+    """Return (rows, columns) of patches in an image; raise InputError where the patches do not fill it."""
     p_h, p_w = patch_hw(patch_size)
     if height % p_h or width % p_w:
         raise InputError(
@@ -29,7 +29,7 @@ def patch_grid(height: int, width: int, patch_size: int | tuple[int, int]) -> tu
 
 
 def patchify(images: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
-    """images (R, C, H, W) -> tokens (R, n, C·p_h·p_w)."""
+    """Return tokens (R, n, C·p_h·p_w) for images (R, C, H, W)."""
     p_h, p_w = patch_hw(patch_size)
     rows, channels, height, width = images.shape
     n_y, n_x = patch_grid(height, width, (p_h, p_w))
@@ -38,7 +38,7 @@ def patchify(images: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
 
 
 def unpatchify(tokens: Tensor, patch_size: int | tuple[int, int], height: int, width: int) -> Tensor:
-    """tokens (R, n, C·p_h·p_w) -> images (R, C, H, W), the inverse of `patchify`."""
+    """Return images (R, C, H, W) for tokens (R, n, C·p_h·p_w): the inverse of `patchify`."""
     p_h, p_w = patch_hw(patch_size)
     n_y, n_x = patch_grid(height, width, (p_h, p_w))
     blocks = tokens.reshape(len(tokens), n_y, n_x, -1, p_h, p_w).permute(0, 3, 1, 4, 2, 5)

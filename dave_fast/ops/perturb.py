@@ -1,4 +1,4 @@
-"""perturb: x̃ = signal·τ(x) + noise·ε, warped, noised and cut into patches. DAVE, arXiv 2602.06613, Eq. 6 and 7."""
+"""perturb: x̃ = signal·τ(x) + noise·ε, cut into patches. DAVE, arXiv 2602.06613, Eq. 6 and 7."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from torch import Tensor
 
 from dave_fast.ops import _ext, _library, _registry, _warp
 from dave_fast.ops.patches import patch_hw, patchify
+from dave_fast.ops.precision import STORED, check_dtype
 from dave_fast.sampling import Draws, normal
-
-STORED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def perturb(
@@ -20,20 +19,29 @@ def perturb(
     dtype: torch.dtype = torch.float32,
     backend: str = "auto",
 ) -> Tensor:
-    """The perturbed input of every row, as tokens: x̃ = signal·τ(x) + noise·ε.
+    """Return the perturbed input of every row as tokens: x̃ = signal·τ(x) + noise·ε.
 
-    images: (B, C, H, W) float32 or float64, contiguous; the arithmetic is that of its dtype.
-    draws: R rows. τ is bilinear with zeros outside; `draws.matrices` map a destination pixel (x, y) to its source
-        position, pixel centres at integers. ε is defined in float32 and widened; noise = 0 draws nothing.
-    patch_size: p or (p_h, p_w), which must divide (H, W); (H, W) itself makes one token, the image.
-    dtype: float32, float64, bfloat16 or float16, in which tokens are stored.
-    Returns tokens (R, n, C·p_h·p_w), each ordered (c, y, x).
+    τ is bilinear with zeros outside: `draws.matrices` map a destination pixel (x, y) to its source position, with pixel
+    centres at integers. ε is defined in float32 and widened; noise = 0 draws nothing.
+
+    Args:
+        images: (B, C, H, W) float32 or float64, contiguous; the arithmetic is that of its dtype.
+        draws: R rows.
+        patch_size: p or (p_h, p_w), which must divide (H, W); (H, W) itself makes one token, the image.
+        dtype: of the tokens: float32, float64, bfloat16 or float16.
+        backend: "auto", or the name of one.
+
+    Returns:
+        Tokens (R, n, C·p_h·p_w), each ordered (c, y, x).
+
+    Raises:
+        TypeError: images, draws or dtype are of another type.
+        InputError: shapes do not match, or draws name images outside of the batch.
     """
     if torch.compiler.is_compiling():
         return _library.call("perturb", images, draws, *patch_hw(patch_size), dtype, backend)
     _warp.check(images, draws, patch_size)
-    if dtype not in STORED:
-        raise TypeError(f"dtype must be one of {', '.join(map(str, STORED))}; got {dtype}")
+    check_dtype("dtype", dtype, STORED)
     run = _registry.bind("perturb", backend, images.device.type)
     tokens: Tensor = run(images, draws, patch_size, dtype=dtype)
     return tokens
@@ -42,7 +50,7 @@ def perturb(
 def perturb_ref(
     images: Tensor, draws: Draws, patch_size: int | tuple[int, int], *, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """`perturb` in PyTorch, on any device."""
+    """Run `perturb` in PyTorch, on any device."""
     _, channels, height, width = images.shape
     tokens = images.new_empty(_warp.tokens_shape(images, draws, patch_size), dtype=dtype)
     step = _warp.rows_a_chunk(images)
@@ -82,7 +90,7 @@ def _compiled(
 
 
 def warp(images: Tensor, draws: Draws) -> Tensor:
-    """τ(x): y(p) = Σ_q x(q)·h(source_x(p) - q_x)·h(source_y(p) - q_y). images (R, C, H, W), one a row of the draws."""
+    """Return τ(x) for images (R, C, H, W): y(p) = Σ_q x(q)·h(source_x(p) - q_x)·h(source_y(p) - q_y)."""
     x, y = _warp.source(draws.matrices.to(images.dtype).to(images.device), *_warp.pixels(images))
     left, top = x.floor(), y.floor()
     warped = torch.zeros_like(images)

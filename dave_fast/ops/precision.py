@@ -1,4 +1,4 @@
-"""Devices and precisions: what is chosen when nobody says, and what is refused."""
+"""Choose and check devices, precisions and dtypes."""
 
 from __future__ import annotations
 
@@ -7,18 +7,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dave_fast.errors import InputError
 
-# what activations are kept in; in fp8 only the operands of GEMMs are narrower
+# The dtype of activations; with "fp8" only the operands of GEMMs are narrower.
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 PRECISIONS = tuple(DTYPES)
 DEVICES = ("cpu", "cuda")
+# The dtypes that pixel ops compute in, and those that they read and write.
+COMPUTED = (torch.float32, torch.float64)
+STORED = (*COMPUTED, torch.bfloat16, torch.float16)
 
 
 def resolve_device(device: str | torch.device | None, model: nn.Module, *, named: bool) -> torch.device:
-    """The device asked for; else the module's own, or for a model given by name a GPU where there is one."""
+    """Return the device to run on.
+
+    Args:
+        device: the requested one, or None.
+        model: its parameters' device is the default.
+        named: whether the model was given by name; the default is then a GPU where there is one.
+
+    Raises:
+        InputError: torch does not know the device, or this machine does not have it.
+    """
     if device is None and named:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device is None:
@@ -27,7 +39,7 @@ def resolve_device(device: str | torch.device | None, model: nn.Module, *, named
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise InputError(f"device {device!r} is none that torch knows; expected 'cpu', 'cuda' or 'cuda:1'") from error
+        raise InputError(f"device {device!r} is unknown to torch; expected 'cpu', 'cuda' or 'cuda:1'") from error
     if chosen.type not in DEVICES:
         raise InputError(f"device {device!r} is not supported; expected {' or '.join(DEVICES)}")
     if chosen.type == "cuda" and not torch.cuda.is_available():
@@ -36,7 +48,7 @@ def resolve_device(device: str | torch.device | None, model: nn.Module, *, named
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware."""
+    """Return whether the device multiplies bfloat16 in hardware."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     if device.type != "cpu":
@@ -47,7 +59,7 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def why_no_fp8(device: torch.device) -> str | None:
-    """Why a device does not multiply e4m3 in hardware; None where it does."""
+    """Return why a device does not multiply e4m3 in hardware; None where it does."""
     if device.type != "cuda":
         return f"a {device.type.upper()} does not multiply e4m3"
     capability = torch.cuda.get_device_capability(device)
@@ -57,7 +69,11 @@ def why_no_fp8(device: torch.device) -> str | None:
 
 
 def choose_precision(precision: str | None, device: torch.device, backend: str = "auto") -> str:
-    """bf16 where the device has it, else fp32; a precision given by name is kept or refused."""
+    """Return the precision to run in: the requested one, else bf16 where the device has it, else fp32.
+
+    Raises:
+        InputError: the precision is unknown, or fp8 on a device without it (backend "torch" emulates it).
+    """
     if precision is None:
         return "bf16" if has_bf16(device) else "fp32"
     if precision not in PRECISIONS:
@@ -73,11 +89,20 @@ def choose_precision(precision: str | None, device: torch.device, backend: str =
 
 @contextmanager
 def own_arithmetic(device: torch.device) -> Iterator[None]:
-    """The precision that was asked for, whatever the caller's autocast, inference mode and grad mode."""
+    """Shield the engine's arithmetic from the caller's autocast, inference mode and grad mode."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums and statistics are kept in: float64 for float64, else float32."""
+    """Return the dtype of sums and statistics: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_dtype(name: str, given: object, allowed: tuple[torch.dtype, ...]) -> None:
+    """Raise TypeError where an argument is neither an allowed dtype nor a tensor of one."""
+    dtype = given.dtype if isinstance(given, Tensor) else given
+    if dtype not in allowed:
+        *names, last = (str(each).removeprefix("torch.") for each in allowed)
+        kind = str(dtype) if isinstance(dtype, torch.dtype) else type(given).__name__
+        raise TypeError(f"{name} must be {', '.join(names)} or {last}; got {kind.removeprefix('torch.')}")

@@ -14,9 +14,8 @@ from torch import Tensor
 from dave_fast.errors import InputError
 from dave_fast.ops import _ext, _library, _registry, _warp
 from dave_fast.ops.patches import patch_hw, unpatchify
+from dave_fast.ops.precision import STORED, check_dtype
 from dave_fast.sampling import Draws
-
-STORED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def pull_back(
@@ -28,33 +27,43 @@ def pull_back(
     dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """The contribution of every row: signal · τᵀ(un-patchify(g)) ⊙ image.
+    """Return the contribution of every row: signal · τᵀ(un-patchify(g)) ⊙ image.
 
-    token_cotangents: (R, n, C·p_h·p_w) float32, float64, bfloat16 or float16: g, laid out as `perturb` returns tokens.
-    images: (B, C, H, W) float32 or float64, contiguous; the arithmetic is that of its dtype.
-    draws: the R rows that the tokens were made from. patch_size: p or (p_h, p_w).
-    dtype: float32, float64, bfloat16 or float16, in which contributions are stored; None for that of the images.
-    Returns contributions (R, C, H, W).
+    Args:
+        token_cotangents: g (R, n, C·p_h·p_w) float32, float64, bfloat16 or float16, laid out as `perturb`'s tokens.
+        images: (B, C, H, W) float32 or float64, contiguous; the arithmetic is that of its dtype.
+        draws: the R rows that the tokens were made from.
+        patch_size: p or (p_h, p_w).
+        dtype: of the contributions: float32, float64, bfloat16 or float16; None takes that of the images.
+        backend: "auto", or the name of one.
+
+    Returns:
+        Contributions (R, C, H, W).
+
+    Raises:
+        TypeError: an argument is of another type.
+        InputError: shapes or devices do not match.
     """
     if torch.compiler.is_compiling():
         return _library.call("pull_back", token_cotangents, images, draws, *patch_hw(patch_size), dtype, backend)
     check(token_cotangents, images, draws, patch_size)
-    if dtype is not None and dtype not in STORED:
-        raise TypeError(f"dtype must be None or one of {', '.join(map(str, STORED))}; got {dtype}")
+    if dtype is not None:
+        check_dtype("dtype", dtype, STORED)
     run = _registry.bind("pull_back", backend, images.device.type)
     contributions: Tensor = run(token_cotangents, images, draws, patch_size, dtype=dtype)
     return contributions
 
 
 def check(token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: int | tuple[int, int]) -> None:
-    """Raise where cotangents, images and draws do not belong together."""
+    """Raise TypeError or InputError where cotangents, images and draws do not match."""
     expected = _warp.check(images, draws, patch_size)
-    if not isinstance(token_cotangents, Tensor) or token_cotangents.dtype not in STORED:
-        raise TypeError(f"token_cotangents must be a tensor of one of {', '.join(map(str, STORED))}")
+    check_dtype("token_cotangents", token_cotangents, STORED)
     if tuple(token_cotangents.shape) != expected:
         raise InputError(f"token_cotangents must have the shape {expected}; got {tuple(token_cotangents.shape)}")
     if token_cotangents.device != images.device:
-        raise InputError(f"token_cotangents are on {token_cotangents.device}, images on {images.device}")
+        raise InputError(
+            f"token_cotangents are on {token_cotangents.device}, images on {images.device}; move them to one device"
+        )
 
 
 def pull_back_ref(
@@ -65,7 +74,7 @@ def pull_back_ref(
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`pull_back` in PyTorch, on any device."""
+    """Run `pull_back` in PyTorch, on any device."""
     height, width = images.shape[2:]
     shape = (len(draws), *images.shape[1:])
     contributions = torch.empty(shape, dtype=dtype or images.dtype, device=images.device)
@@ -122,16 +131,23 @@ def cotangents_and_images(token_cotangents: Tensor, images: Tensor, draws: Draws
     """Return a compiled kernel's arguments for cotangents and images; raise InputError for cotangents of other rows."""
     if token_cotangents.numel() != len(draws) * images[0].numel():
         shape = tuple(token_cotangents.shape)
-        raise InputError(f"token_cotangents of shape {shape} do not belong to {len(draws)} rows")
+        raise InputError(f"token_cotangents of shape {shape} do not match the {len(draws)} rows of the draws")
     return *_ext.coded(token_cotangents.contiguous()), *_ext.coded(images), images.shape
 
 
 def adjoint_warp(cotangents: Tensor, draws: Draws, rows: range | None = None) -> Tensor:
-    """τᵀ(g): (τᵀg)(q) = Σ_p g(p)·h(source_x(p) - q_x)·h(source_y(p) - q_y). cotangents (R, C, H, W).
+    """Return τᵀ(g), with (τᵀg)(q) = Σ_p g(p)·h(source_x(p) - q_x)·h(source_y(p) - q_y).
 
-    A gather: the destinations p that see a source pixel q lie in an open parallelogram around the inverse map of q,
-    whose half extents are the L1 row norms r of the inverse; so ceil(2·r) candidates an axis hold them all.
-    rows: of source pixels q, all of them by default. Returns (R, C, len(rows), W).
+    This is a gather: the destinations p that see a source pixel q lie in an open parallelogram around the inverse map
+    of q, whose half extents are the L1 row norms r of the inverse; so ceil(2·r) candidates an axis include them all.
+
+    Args:
+        cotangents: g (R, C, H, W).
+        draws: R rows.
+        rows: the rows of source pixels q that are wanted; None for all.
+
+    Returns:
+        (R, C, len(rows), W), in the dtype of the cotangents.
     """
     matrices = draws.matrices.to(cotangents.dtype).to(cotangents.device)
     inverse, reach = inverse_and_reach(draws.matrices)
@@ -140,7 +156,7 @@ def adjoint_warp(cotangents: Tensor, draws: Draws, rows: range | None = None) ->
     centre_x, centre_y = _warp.source(inverse.to(cotangents.dtype).to(cotangents.device), x, y)
     half = reach.to(cotangents.dtype).to(cotangents.device)[:, :, None, None]
     first_x, first_y = (centre_x - half[:, 0]).floor() + 1, (centre_y - half[:, 1]).floor() + 1
-    # each row has candidates of its own: what its neighbours in the batch need must not change a bit of it
+    # Each row has a count of its own, so that its bits do not depend on the other rows of the batch.
     counts = (2 * reach).ceil().to(cotangents.device)[:, :, None, None]
     pulled = cotangents.new_zeros(*cotangents.shape[:2], *centre_x.shape[1:])
     for j in range(_candidates(reach[:, 1])):
@@ -154,7 +170,7 @@ def adjoint_warp(cotangents: Tensor, draws: Draws, rows: range | None = None) ->
 
 
 def inverse_and_reach(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse maps (R, 2, 3), source → destination, and the L1 norms (R, 2) of their rows; float64."""
+    """Return the inverse maps (R, 2, 3), source → destination, and the L1 norms (R, 2) of their rows; float64."""
     if not bool((_determinants(matrices) != 0).all()):
         raise InputError("draws.matrices must be invertible")
     found = inverse(matrices)
@@ -162,7 +178,7 @@ def inverse_and_reach(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def inverse(matrices: Tensor) -> Tensor:
-    """The inverse maps (R, 2, 3) of invertible ones, source → destination; nothing waits for the device."""
+    """Return the inverse maps (R, 2, 3), source → destination, of invertible ones without a device synchronisation."""
     a, b, c, d = matrices[:, :, :2].flatten(1).unbind(1)
     linear = torch.stack([d, -b, -c, a], dim=1).view(-1, 2, 2) / _determinants(matrices)[:, None, None]
     offset = -(linear * matrices[:, None, :, 2]).sum(-1, keepdim=True)

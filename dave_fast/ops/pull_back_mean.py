@@ -1,7 +1,7 @@
-"""pull_back_mean: robust_mean(pull_back(...)) a tile of source pixels at a time, for images and sample counts whose
-contributions would not fit in memory. DAVE, arXiv 2602.06613, Eq. 6-8.
+"""pull_back_mean: robust_mean(pull_back(...)), one tile of source pixels at a time.
 
-What is held is the cotangents of all S rows, in any type (bfloat16 halves them), and the contributions of one tile.
+It is for images and sample counts whose contributions do not fit in memory: it needs the cotangents of all S rows, in
+any dtype (bfloat16 halves them), and the contributions of one tile. DAVE, arXiv 2602.06613, Eq. 6-8.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from dave_fast.ops.pull_back import adjoint_warp, check, cotangents_and_images
 from dave_fast.ops.robust_mean import robust_mean_ref
 from dave_fast.sampling import Draws
 
-# rows of source pixels whose contributions the reference holds together
+# Rows of source pixels in a tile of the reference.
 REF_TILE = 32
-# bytes of contributions that the CUDA form holds together: they stay in the L2 cache of the GPUs it is meant for
+# Bytes of contributions in a tile of the CUDA form: they stay in the L2 cache of an A100 or H100.
 SCRATCH_BYTES = 16 << 20
-# source pixels a tile, at the least: a block of threads
+# Source pixels of the smallest tile: one block of threads.
 SMALLEST_TILE = 128
 
 
@@ -33,14 +33,23 @@ def pull_back_mean(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """The robust mean over each image's S contributions, which are never held together: raw.
+    """Return the robust mean over each image's S contributions without storing all contributions at once.
 
-    token_cotangents: (B·S, n, C·p_h·p_w) float32, float64, bfloat16 or float16; rows image-major, b·S + s.
-    images: (N, C, H, W) float32 or float64, contiguous; the arithmetic is that of its dtype. Row r belongs to image
-        draws.image_index[r]; each run of S rows makes one output, so a part of a batch can be given with all images.
-    draws: the B·S rows that the tokens were made from. n_samples: S.
-    Returns raw (B, C, H, W) of images' dtype: bit for bit robust_mean(pull_back(...)) of contributions in that dtype.
-    Raises InputError for shapes that do not belong together, TypeError for dtypes.
+    Args:
+        token_cotangents: (B·S, n, C·p_h·p_w) float32, float64, bfloat16 or float16; rows image-major, b·S + s.
+        images: (any number, C, H, W) float32 or float64, contiguous; the arithmetic is that of its dtype. Row r belongs
+            to image draws.image_index[r], so that part of a batch's rows can be given with all of its images.
+        draws: the B·S rows that the tokens were made from.
+        patch_size: p or (p_h, p_w).
+        n_samples: S; each run of S rows makes one output.
+        backend: "auto", or the name of one.
+
+    Returns:
+        raw (B, C, H, W) of images' dtype: bit for bit robust_mean(pull_back(...)) of contributions in that dtype.
+
+    Raises:
+        TypeError: an argument is of another type.
+        InputError: shapes do not match, or n_samples does not divide the rows.
     """
     if torch.compiler.is_compiling():
         given = (token_cotangents, images, draws, *patch_hw(patch_size), n_samples)
@@ -56,7 +65,7 @@ def pull_back_mean(
 def pull_back_mean_ref(
     token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: int | tuple[int, int], n_samples: int
 ) -> Tensor:
-    """`pull_back_mean` in PyTorch, on any device."""
+    """Run `pull_back_mean` in PyTorch, on any device."""
     channels, height, width = images.shape[1:]
     raw = images.new_empty(len(draws) // n_samples, channels, height, width)
     step = min(n_samples, _warp.rows_a_chunk(images))

@@ -9,26 +9,34 @@ from torch import Tensor
 
 from dave_fast.errors import InputError
 from dave_fast.ops import _ext, _library, _registry
-from dave_fast.ops.precision import statistics_dtype
+from dave_fast.ops.precision import STORED, check_dtype, statistics_dtype
 
-READ = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# MAD of a normal distribution to its standard deviation; how many deviations are kept; what keeps a MAD of 0 apart
+# The ratio of a normal distribution's standard deviation to its MAD; the deviations within which values are kept; what
+# is added to the MAD, so that equal values are kept where it is 0.
 MAD_TO_SIGMA, KEPT_SIGMAS, EPSILON = 1.4826, 2.5, 1e-8
 
 
 def robust_mean(contributions: Tensor, *, backend: str = "auto") -> Tensor:
-    """The mean over the S samples of what lies near their median.
+    """Return the mean over the S samples of the values that lie near their median.
 
-    med = lower median of c, mad = lower median of |c - med|; kept is |c - med| ≤ 2.5·(1.4826·mad + 1e-8).
-    contributions: (B, S, ...) float32, float64, bfloat16 or float16.
-    Returns raw (B, ...): float32, or float64 for float64 contributions. NaN where any of the S values is NaN, and
-    where the median is infinite.
+    med is the lower median of c and mad the lower median of |c - med|; values with |c - med| ≤ 2.5·(1.4826·mad + 1e-8)
+    are kept.
+
+    Args:
+        contributions: (B, S, ...) float32, float64, bfloat16 or float16.
+        backend: "auto", or the name of one.
+
+    Returns:
+        raw (B, ...) float32, or float64 for float64 contributions; NaN where any of the S values is NaN, and where the
+        median is infinite.
+
+    Raises:
+        TypeError: the contributions are of another type.
+        InputError: there is no sample.
     """
     if torch.compiler.is_compiling():
         return _library.call("robust_mean", contributions, backend)
-    if not isinstance(contributions, Tensor) or contributions.dtype not in READ:
-        kind = getattr(contributions, "dtype", type(contributions).__name__)
-        raise TypeError(f"contributions must be a tensor of one of {', '.join(map(str, READ))}; got {kind}")
+    check_dtype("contributions", contributions, STORED)
     if contributions.ndim < 2 or contributions.shape[1] < 1:
         raise InputError(f"contributions must have the shape (B, S, ...), S ≥ 1; got {tuple(contributions.shape)}")
     run = _registry.bind("robust_mean", backend, contributions.device.type)
@@ -37,7 +45,7 @@ def robust_mean(contributions: Tensor, *, backend: str = "auto") -> Tensor:
 
 
 def robust_mean_ref(contributions: Tensor) -> Tensor:
-    """`robust_mean` in PyTorch, on any device."""
+    """Run `robust_mean` in PyTorch, on any device."""
     statistics = statistics_dtype(contributions.dtype)
     raw = contributions.new_empty(contributions.shape[:1] + contributions.shape[2:], dtype=statistics)
     for mean, one_image in zip(raw, contributions, strict=True):
@@ -69,9 +77,9 @@ def _compiled(run: _ext.Run, contributions: Tensor) -> Tensor:
 
 
 def mean_of_kept(values: Tensor, kept: Tensor) -> Tensor:
-    """Mean over dimension 0 of the values that are kept, summed in float64, sample by sample, and rounded once.
+    """Return the mean over dimension 0 of the kept values, summed in float64, sample by sample, and rounded once.
 
-    float64 values are summed with their rounding error carried (Knuth's two-sum).
+    Sums of float64 values carry their rounding error (Knuth's two-sum).
     """
     total = torch.zeros_like(values[0], dtype=torch.float64)
     carry = torch.zeros_like(total)
@@ -82,6 +90,6 @@ def mean_of_kept(values: Tensor, kept: Tensor) -> Tensor:
             back = grown - total
             carry += (total - (grown - back)) + (addend - back)
         total = grown
-    # an infinite sum has no rounding error to carry
+    # The rounding error of an infinite sum is NaN.
     total = total + torch.where(carry.isfinite(), carry, 0)
     return (total / kept.sum(0).clamp(min=1)).to(values.dtype)

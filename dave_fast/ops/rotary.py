@@ -1,9 +1,9 @@
-"""rotate: rotary position embedding of queries or keys, whose halves turn with each other.
+"""rotate: rotary position embedding of queries or keys, whose two halves are the coordinates that are rotated.
 
     y₁ = x₁·cos − x₂·sin,   y₂ = x₂·cos + x₁·sin          x₁, x₂: the two halves of a head
 
-(RoFormer, arXiv 2104.09864, Eq. 34.) It goes with P, which is frozen, so it has no VJP.
-R rows · N tokens · heads · D head dimension.
+(RoFormer, arXiv 2104.09864, Eq. 34.) It only acts on P, which is held constant, so it has no VJP.
+R rows · N tokens · heads · head_dim.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from torch import Tensor
 
 
 def rotate_ref(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Every head turned by its token's angles.
+    """Return every head rotated by its token's angles.
 
     Args:
-        heads: (R, N, heads, D), any strides.
-        cos, sin: (N, heads or 1, D/2) float32 (float64 for float64 heads); 1 and 0 leave a token as it is.
+        heads: (R, N, heads, head_dim), any strides.
+        cos: (N, heads or 1, head_dim/2) float32 (float64 for float64 heads); 1 leaves a token unchanged.
+        sin: as cos; 0 leaves a token unchanged.
 
     Returns:
-        (R, N, heads, D) contiguous, in heads' dtype; computed in that of the tables.
+        (R, N, heads, head_dim) contiguous, in heads' dtype; computed in that of the tables.
     """
     turned = heads.new_empty(heads.shape)
     half = heads.shape[-1] // 2

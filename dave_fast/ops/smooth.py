@@ -10,28 +10,35 @@ from torch import Tensor
 
 from dave_fast.errors import InputError
 from dave_fast.ops import _ext, _library, _registry
+from dave_fast.ops.precision import COMPUTED, check_dtype
 
 BLUR_TAPS, BLUR_SIGMA = 11, 7.0
 BILATERAL_TAPS, SPATIAL_SIGMA, RANGE_SIGMA = 5, 0.5, 0.05
 
 
 def smooth(raw: Tensor, *, backend: str = "auto") -> Tensor:
-    """Maps to look at: channel sum, ReLU, ½·(m + G(m)), bilateral filter, divided by the image's maximum.
+    """Return maps to look at: channel sum, ReLU, ½·(m + G(m)), bilateral filter, divided by the image's maximum.
 
     G is a normalised 11×11 Gaussian of σ = 7; the bilateral filter is 5×5 with spatial σ = 0.5 and range σ = 0.05.
-    Both see zeros outside, which take part in the bilateral sums.
+    Both are padded with zeros, which take part in the bilateral sums. The range σ acts on the map *before* the division
+    by its maximum, so the amount of smoothing depends on the scale of the logits: maps of small values are blurred,
+    maps of large values keep their edges.
 
-    The range σ acts on the map *before* it is divided by its maximum, so how much is smoothed depends on the scale of
-    the logits: maps of small values are blurred, maps of large values keep their edges.
+    Args:
+        raw: (B, C, H, W) float32 or float64.
+        backend: "auto", or the name of one.
 
-    raw: (B, C, H, W) float32 or float64.
-    Returns maps (B, H, W) of raw's dtype, in [0, 1] with maximum 1. A map without anything positive stays all zero;
-    a NaN anywhere in an image makes its whole map NaN.
+    Returns:
+        Maps (B, H, W) of raw's dtype, in [0, 1] with maximum 1. A map without a positive value is all zero; a NaN
+        anywhere in an image makes its whole map NaN.
+
+    Raises:
+        TypeError: raw is of another type.
+        InputError: raw is of another shape.
     """
     if torch.compiler.is_compiling():
         return _library.call("smooth", raw, backend)
-    if not isinstance(raw, Tensor) or raw.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"raw must be a float32 or float64 tensor; got {getattr(raw, 'dtype', type(raw).__name__)}")
+    check_dtype("raw", raw, COMPUTED)
     if raw.ndim != 4 or 0 in raw.shape[1:]:
         raise InputError(f"raw must have the shape (B, C, H, W), C, H and W ≥ 1; got {tuple(raw.shape)}")
     run = _registry.bind("smooth", backend, raw.device.type)
@@ -40,7 +47,7 @@ def smooth(raw: Tensor, *, backend: str = "auto") -> Tensor:
 
 
 def smooth_ref(raw: Tensor) -> Tensor:
-    """`smooth` in PyTorch, on any device."""
+    """Run `smooth` in PyTorch, on any device."""
     positive = raw.sum(dim=1).relu()
     blended = 0.5 * (positive + gaussian_blur(positive))
     filtered = bilateral(blended)
@@ -68,14 +75,14 @@ def smooth_cuda(raw: Tensor) -> Tensor:
 
 
 def blur_weights() -> list[float]:
-    """The normalised 11 weights of one axis of the blur; the 11×11 kernel is their product."""
+    """Return the 11 normalised weights of one axis of the blur; the 11×11 kernel is their outer product."""
     offsets = range(-(BLUR_TAPS // 2), BLUR_TAPS // 2 + 1)
     weights = torch.tensor([-0.5 * (k / BLUR_SIGMA) ** 2 for k in offsets], dtype=torch.float64).exp()
     return (weights / weights.sum()).tolist()
 
 
 def gaussian_blur(maps: Tensor) -> Tensor:
-    """G(m), one axis after the other. maps (B, H, W)."""
+    """Return G(m) of maps (B, H, W), one axis after the other."""
     for axis in (1, 2):
         taps = _neighbours(maps, BLUR_TAPS // 2, axis)
         maps = sum((w * tap for w, tap in zip(blur_weights(), taps, strict=True)), torch.zeros_like(maps))
@@ -83,7 +90,10 @@ def gaussian_blur(maps: Tensor) -> Tensor:
 
 
 def bilateral(maps: Tensor) -> Tensor:
-    """Σ w·m(q) / Σ w over the 5×5 neighbours q, w = exp(-|p - q|²/2σ_s² - (m(p) - m(q))²/2σ_r²). maps (B, H, W)."""
+    """Return Σ w·m(q) / Σ w over the 5×5 neighbours q of each pixel p of maps (B, H, W).
+
+    w = exp(-|p - q|²/2σ_s² - (m(p) - m(q))²/2σ_r²).
+    """
     radius = BILATERAL_TAPS // 2
     total, weights = torch.zeros_like(maps), torch.zeros_like(maps)
     for dy, row in enumerate(_neighbours(maps, radius, 1), start=-radius):
@@ -96,7 +106,7 @@ def bilateral(maps: Tensor) -> Tensor:
 
 
 def _neighbours(maps: Tensor, radius: int, axis: int) -> list[Tensor]:
-    """The maps moved by -radius … radius along an axis, zeros outside."""
+    """Return the maps shifted by -radius … radius along an axis, padded with zeros."""
     pad = (radius, radius) if axis == 2 else (0, 0, radius, radius)
     padded = torch.nn.functional.pad(maps, pad)
     return [padded.narrow(axis, k, maps.shape[axis]) for k in range(2 * radius + 1)]

@@ -1,8 +1,8 @@
-"""tokens: embedded patches become the residual stream that blocks read.
+"""assemble: the residual stream of prefix tokens and embedded patches.
 
     x[r] = prefix tokens, then patches[r] + position
 
-R rows · n patches · k prefix tokens · N = k + n · C width.
+R rows · n patches · N = prefix tokens + n · D width.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from dave_fast.ops.linear import row_squares
 def assemble_ref(
     patches: Tensor, prefix: Tensor, position: Tensor, *, squares: bool = False, code_scale: TokenScales | None = None
 ) -> Any:
-    """The stream ahead of the first block.
+    """Return the residual stream ahead of the first block.
 
     Args:
-        patches: (R, n, C) embedded patches, without their bias.
-        prefix: (k, C) class, distillation and register tokens.
-        position: (n, C) is added to the patches, their bias included.
-        squares: the sums of squares of x are returned too, as `linear` does.
-        code_scale: x in e4m3 with these scales as well: `ops.fp8.Codes` take its place.
+        patches: (R, n, D) embedded patches, without their bias.
+        prefix: (N - n, D) class, distillation and register tokens.
+        position: (n, D) position embedding of the patches, plus their bias.
+        squares: whether the sums of squares of x are returned too, as `linear` returns them.
+        code_scale: scales with which x is also encoded in e4m3; None for none.
 
     Returns:
-        x (R·N, C) in the patches' dtype, or (x, (R·N, parts) float32).
+        x (R·N, D) in the patches' dtype, or `ops.fp8.Codes` of it with a code_scale; with squares a pair of that and
+        (R·N, parts) float32.
     """
     rows, count, width = patches.shape
     x = patches.new_empty(rows, len(prefix) + count, width)

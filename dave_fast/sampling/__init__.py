@@ -1,4 +1,4 @@
-"""Everything random in the method, as numbers: perturbations are functions of (seed, image key, sample) alone.
+"""The method's random numbers: perturbations are functions of (seed, image key, sample) alone.
 
 draws    Sampling, Draws, draw: affine matrices, noise levels and keys of the noise
 philox   Philox4x32-10, uniform words and normal deviates, bit for bit those of the C++ and CUDA kernels

@@ -1,8 +1,8 @@
-"""Everything random in the method, as numbers: the draws τ_s, t_s and the keys of the noise ε_s.
+"""The draws of the method: the transformations τ_s, the noise levels t_s and the keys of the noise ε_s.
 
-Sample s of an image is a function of (seed, image key, s) alone, so that any split of the work into batches, any
-order, and any backend sees the same perturbations; schedule="paper" adds the total number of samples. No generator
-of torch is read or set.
+Sample s of an image is a function of (seed, image key, s) alone (and of the total number of samples for
+schedule="paper"), so that the perturbations are the same for any split into batches, any order and any backend. No
+generator of torch is read or set.
 
     key       splitmix64(seed xor splitmix64(image key)), low word then high word
     counter   (block, sample, stream, 0)
@@ -27,7 +27,7 @@ from dave_fast.sampling.philox import WORD, philox4x32, splitmix64, uniform
 from dave_fast.transfers import moved
 
 SCHEDULES = ("sequence", "paper")
-# stream 1 is the noise's: `_philox.normal`
+# Stream 1 is the noise's: `philox.normal`.
 TRANSFORM_STREAM, SCHEDULE_STREAM = 0, 2
 
 
@@ -42,13 +42,16 @@ def _is_number(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Sampling:
-    """The settings of the method.
+    """The settings of the perturbations.
 
-    noise_alpha: largest t, in [0, 1]; the input keeps the share 1 - t and gets noise of √(1 - (1 - t)²).
-    schedule: "sequence" (t_s = α·v_s, v a shifted van der Corput sequence; any first S samples are a fair sample) or
-        "paper" (t_s = s·α/(S - 1)).
-    rotation: largest angle in degrees. scale: smallest and largest zoom. translation: largest shift as a share of the
-        width and of the height. flip: probability of a horizontal flip.
+    Attributes:
+        noise_alpha: largest t, in [0, 1]; the input keeps the share 1 - t and gets noise of √(1 - (1 - t)²).
+        schedule: "sequence" (t_s = α·v_s, v a shifted van der Corput sequence: the first S samples are spread evenly
+            for any S) or "paper" (t_s = s·α/(S - 1)).
+        rotation: largest angle in degrees.
+        scale: smallest and largest zoom.
+        translation: largest shift as a share of the width and of the height.
+        flip: probability of a horizontal flip.
     """
 
     noise_alpha: float = 0.5
@@ -84,20 +87,23 @@ class Sampling:
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """R perturbations, one a row; CPU tensors, or moved together by `to`. `draws[start:stop]` is a Draws again."""
+    """R perturbations, one a row, on the CPU until `to` moves them together; `draws[start:stop]` is a Draws again.
+
+    Attributes:
+        image_index: (R,) int64, which image of the batch.
+        matrices: (R, 2, 3) float64, destination → source, in pixels, the flip composed in.
+        signal: (R,) float64, 1 - t.
+        noise: (R,) float64, √(1 - (1 - t)²).
+        keys: (R, 2) int64, Philox key words, low and high, each below 2³².
+        samples: (R,) int64, the sample's number, word 1 of the Philox counter.
+    """
 
     image_index: Tensor
-    """(R,) int64: which image of the batch."""
     matrices: Tensor
-    """(R, 2, 3) float64: destination → source, in pixels, the flip composed in."""
     signal: Tensor
-    """(R,) float64: 1 - t."""
     noise: Tensor
-    """(R,) float64: √(1 - (1 - t)²)."""
     keys: Tensor
-    """(R, 2) int64: Philox key words, low and high, each below 2³²."""
     samples: Tensor
-    """(R,) int64: the sample's number, word 1 of the Philox counter."""
 
     def __len__(self) -> int:
         return len(self.signal)
@@ -106,11 +112,11 @@ class Draws:
         return Draws(*(tensor[rows] for tensor in self.tensors()))
 
     def tensors(self) -> list[Tensor]:
-        """The six tensors, in the order of the fields."""
+        """Return the six tensors in the order of the fields."""
         return [getattr(self, field.name) for field in fields(self)]
 
     def to(self, device: torch.device) -> Draws:
-        """The same draws on a device; a GPU gets them in one copy that is not waited for."""
+        """Return the same draws on a device; a GPU gets them in one asynchronous copy."""
         return Draws(*moved(self.tensors(), torch.device(device)))
 
 
@@ -125,11 +131,24 @@ def draw(
     sampling: Sampling | None = None,
     schedule_length: int | None = None,
 ) -> Draws:
-    """The perturbations of samples first_sample … first_sample + n_samples - 1 of every image; rows image-major.
+    """Return the perturbations of samples first_sample … first_sample + n_samples - 1 of every image.
 
-    height, width: of the images, in pixels. image_keys: one integer an image; equal keys get equal draws.
-    schedule_length: the total number of samples S, which schedule="paper" needs when a run is continued; n_samples
-    where it is left out.
+    Args:
+        n_samples: number of samples an image.
+        height: of the images in pixels.
+        width: of the images in pixels.
+        seed: any integer.
+        image_keys: one integer an image; equal keys get equal draws.
+        first_sample: number of the first sample.
+        sampling: settings; None for the defaults.
+        schedule_length: the total number of samples S; schedule="paper" needs it where first_sample > 0, and takes
+            n_samples where it is None.
+
+    Returns:
+        len(image_keys)·n_samples rows, image-major.
+
+    Raises:
+        InputError: a number is outside of its range.
     """
     sampling = Sampling() if sampling is None else sampling
     _require(isinstance(n_samples, int) and n_samples >= 1, "n_samples must be an integer ≥ 1", n_samples)
@@ -147,14 +166,14 @@ def draw(
     else:
         shift = _uniforms(0, keys, SCHEDULE_STREAM, 0)[0]
         t = sampling.noise_alpha * ((_van_der_corput(one_image).repeat(len(image_keys)) + shift) % 1.0)
-    # t·(2 - t) = 1 - (1 - t)², without its cancellation
+    # t·(2 - t) = 1 - (1 - t)² without the cancellation.
     return Draws(
         image_index, _matrices(samples, keys, height, width, sampling), 1 - t, (t * (2 - t)).sqrt(), keys, samples
     )
 
 
 def identity(n_images: int) -> Draws:
-    """One unperturbed row an image: no warp, t = 0."""
+    """Return one unperturbed row an image: no warp, t = 0."""
     _require(isinstance(n_images, int) and n_images >= 1, "n_images must be an integer ≥ 1", n_images)
     return Draws(
         image_index=torch.arange(n_images),
@@ -167,7 +186,7 @@ def identity(n_images: int) -> Draws:
 
 
 def join(parts: Sequence[Draws]) -> Draws:
-    """The rows of several draws, one after the other; part i's rows belong to image i, whatever they did before."""
+    """Return the rows of several draws, one after the other; all rows of part i are assigned to image i."""
     _require(len(parts) >= 1, "parts must hold draws", parts)
     index = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts]))
     others = (torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Draws)[1:])
@@ -200,7 +219,7 @@ def _paper_schedule(samples: Tensor, noise_alpha: float, length: int) -> Tensor:
 
 
 def _van_der_corput(samples: Tensor) -> Tensor:
-    """The base-2 van der Corput sequence: the 32 bits of a sample's number, reversed, as a fraction."""
+    """Return the base-2 van der Corput sequence: the 32 bits of a sample's number, reversed, as a fraction."""
     reversed_bits = torch.zeros_like(samples)
     for bit in range(32):
         reversed_bits |= ((samples >> bit) & 1) << (31 - bit)
@@ -208,14 +227,14 @@ def _van_der_corput(samples: Tensor) -> Tensor:
 
 
 def _matrices(samples: Tensor, keys: Tensor, height: int, width: int, sampling: Sampling) -> Tensor:
-    """Destination → source matrices (R, 2, 3): the inverse of q = m + T + s·R(θ)·F·(p - m).
+    """Return destination → source matrices (R, 2, 3): the inverse of q = m + T + s·R(θ)·F·(p - m).
 
-    m is the pixel centre, F the flip, R counter-clockwise as seen on screen, where y points down.
+    m is the image's centre, F the flip, R counter-clockwise as seen on screen, where y points down.
     """
     flip, angle, zoom, shift_x = _uniforms(samples, keys, TRANSFORM_STREAM, 0)
     shift_y = _uniforms(samples, keys, TRANSFORM_STREAM, 1)[0]
 
-    # libm, an angle at a time: a vector cosine may round differently at the ends of a tensor
+    # libm, one angle at a time: a vectorised cosine may round differently at the ends of a tensor.
     angles = ((2 * angle - 1) * math.radians(sampling.rotation)).tolist()
     cos = torch.tensor([math.cos(a) for a in angles], dtype=torch.float64)
     sin = torch.tensor([math.sin(a) for a in angles], dtype=torch.float64)
