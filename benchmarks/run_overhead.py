@@ -29,7 +29,7 @@ from rich.console import Console
 from benchmarks import machine
 from dave_fast.models.spec import ModelSpec
 from dave_fast.run.local import Machine
-from dave_fast.run.mapper import Mapper, Setup, _record_columns, packed_map
+from dave_fast.run.mapper import Mapper, MapSettings, _record_columns, packed_map
 from dave_fast.run.records import image_key
 from dave_fast.run.runner import RunSummary, run_dataset
 from dave_fast.run.sources import open_source
@@ -42,16 +42,16 @@ SIDE = 224
 class FixedPace(Mapper):
     """A device that takes 5 ms an image, whatever is in it; decoding, shards and everything else are real."""
 
-    def __init__(self, setup: Setup, device: str | None) -> None:
+    def __init__(self, settings: MapSettings, device: str | None) -> None:
         from timm.models import create_model
 
         from dave_fast.images import preprocessing
         from dave_fast.models.labels import Labels
 
         torch.set_num_threads(1)
-        self.setup, self.device, self.notes, self.target = setup, "stub", [], None
+        self.settings, self.device, self.notes, self.target = settings, "stub", [], None
         self.prepare = preprocessing(create_model("vit_tiny_patch16_224", pretrained=False))
-        self.labels, self.weights, self.batch_size = Labels(1000), "stub", setup.batch_size or 4
+        self.labels, self.weights, self.batch_size = Labels(1000), "stub", settings.batch_size or 4
         x = np.linspace(-3, 3, SIDE, dtype=np.float32)
         bump = np.exp(-(x[:, None] ** 2 + x[None] ** 2))
         noise = np.random.default_rng(0).random((SIDE, SIDE), np.float32)
@@ -98,10 +98,10 @@ def manifest(images: str, count: int, folder: Path) -> str:
     return str(path)
 
 
-def measure_model(place: str, setup: Setup, repeats: int) -> list[dict[str, float]]:
+def measure_model(place: str, settings: MapSettings, repeats: int) -> list[dict[str, float]]:
     """Seconds of the bare engine and of the run, in turns."""
     torch.set_num_threads(torch.get_num_threads())
-    mapper = Mapper(setup, "cpu")
+    mapper = Mapper(settings, "cpu")
     mapper.warm_up()
     records = list(open_source(place).records())
     inputs = torch.stack([mapper.decode(record) for record in records])
@@ -111,10 +111,10 @@ def measure_model(place: str, setup: Setup, repeats: int) -> list[dict[str, floa
         for first in range(0, len(records), mapper.batch_size):
             some = slice(first, first + mapper.batch_size)
             keys = [image_key(record.id) for record in records[some]]
-            mapper.explainer.explain(inputs[some], n_samples=setup.n_samples, image_keys=keys)
+            mapper.explainer.explain(inputs[some], n_samples=settings.n_samples, image_keys=keys)
         bare, bare_cpu = time.perf_counter() - start, cpu_seconds() - cpu
         with tempfile.TemporaryDirectory() as out:
-            summary = run_dataset(place, Path(out) / "run", setup, Machine(devices=("cpu",)))
+            summary = run_dataset(place, Path(out) / "run", settings, Machine(devices=("cpu",)))
         # what the device computed inside the run, by its own clock
         inside = summary.device_share * summary.seconds
         results.append({"bare": bare, "bare_cpu": bare_cpu, "run": summary.seconds, "inside": inside})
@@ -123,7 +123,7 @@ def measure_model(place: str, setup: Setup, repeats: int) -> list[dict[str, floa
 
 def decode_rate(place: str, threads: int) -> float:
     """Images a second that so many threads decode and prepare, with nothing else at work."""
-    mapper = FixedPace(Setup(), None)
+    mapper = FixedPace(MapSettings(), None)
     records = list(open_source(place).records())
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(mapper.decode, records[:16]))
@@ -155,9 +155,9 @@ def measure_stub(place: str, repeats: int, threads: int, engine: str) -> list[di
 
 def stub_run(place: str, threads: int, engine: str) -> RunSummary:
     """A whole run with the stub."""
-    setup = Setup(make=FixedPace)
+    settings = MapSettings(make=FixedPace)
     with tempfile.TemporaryDirectory() as out:
-        return run_dataset(place, Path(out) / "run", setup, Machine(("cpu",), workers=threads), engine=engine)
+        return run_dataset(place, Path(out) / "run", settings, Machine(("cpu",), workers=threads), engine=engine)
 
 
 def told(results: Sequence[dict[str, float]], name: str, form: str = "{:.3g}") -> str:
@@ -180,11 +180,11 @@ def main() -> None:
     given = parser.parse_args()
     screen = Console()
     spec = ModelSpec(given.model, random_weights=True)
-    setup = Setup(spec, n_samples=given.samples, options={"noise_alpha": NOISE_ALPHA})
+    settings = MapSettings(spec, n_samples=given.samples, options={"noise_alpha": NOISE_ALPHA})
     content: dict[str, Any] = {"environment": machine.environment("pyarrow", "ray"), "settings": vars(given)}
     with tempfile.TemporaryDirectory() as folder:
         place = manifest(given.images, given.count, Path(folder))
-        model = measure_model(place, setup, given.repeats)
+        model = measure_model(place, settings, given.repeats)
         for result in model:
             result["overhead"] = result["run"] / result["bare"] - 1
             result["outside"] = 1 - result["inside"] / result["run"]

@@ -1,6 +1,6 @@
-"""Runs without a model: mappers that a worker can import, and a program that a test can kill.
+"""Runs without a model: a stub mapper that a worker can import, and a program that a test can kill.
 
-`python run_stubs.py PLACE OUT SETTINGS(JSON)` is a run with `Stub`.
+`python run_stubs.py PLACE OUT SETTINGS(JSON)` makes a run with `Stub`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dave_fast.images import decode_image
 from dave_fast.models.labels import Labels
 from dave_fast.run.contents import read_content
 from dave_fast.run.local import Machine
-from dave_fast.run.mapper import Mapper, Setup, _record_columns, packed_map
+from dave_fast.run.mapper import Mapper, MapSettings, _record_columns, packed_map
 from dave_fast.run.records import Record, image_key
 from dave_fast.run.runner import run_dataset
 
@@ -33,25 +33,36 @@ PARENT = "DAVE_FAST_TEST_PARENT"
 
 
 def expected_map(record_id: str, seed: int = 0) -> np.ndarray:
-    """What the stub makes of a record: numbers that depend on its id and seed alone."""
+    """Return the stub's map of a record: random numbers (SIDE, SIDE) float32 that depend on its id and seed alone."""
     return np.random.default_rng([image_key(record_id), seed]).random((SIDE, SIDE), np.float32)
 
 
 class Stub(Mapper):
-    """Takes `seconds` an image and gives maps that a test can foretell.
+    """A mapper that takes a fixed time an image and makes the maps of `expected_map`.
 
-    seconds: of the device, an image. fault: (what to do, after how many images), see FAULTS.
+    Args:
+        settings: the settings of the maps.
+        device: any text.
+        seconds: seconds an image.
+        decode: "bytes" to leave images encoded, else they are decoded.
+        fault: (name, number of images or commits before it, and for "die-once" a file that is made), or None.
     """
 
     def __init__(
-        self, setup: Setup, device: str | None, *, seconds: float = 0.0, decode: str = "bytes", fault: Any = None
+        self,
+        settings: MapSettings,
+        device: str | None,
+        *,
+        seconds: float = 0.0,
+        decode: str = "bytes",
+        fault: Any = None,
     ) -> None:
-        self.setup, self.device, self.seconds, self._decode = setup, device or "stub", seconds, decode
+        self.settings, self.device, self.seconds, self._decode = settings, device or "stub", seconds, decode
         self.notes: list[str] = []
         self.target = None
         self.weights = "stub"
         self.prepare = SimpleNamespace(size=(SIDE, SIDE), normalised=lambda crop: crop)  # type: ignore[assignment]
-        self.batch_size = setup.batch_size or 4
+        self.batch_size = settings.batch_size or 4
         self.labels = Labels(10)
         self.fault = fault
         self.images = 0
@@ -63,47 +74,51 @@ class Stub(Mapper):
             raise InputError("no such model")
 
     def warm_up(self) -> None:
-        pass
+        """Do nothing."""
 
     @property
     def configuration(self) -> dict[str, Any]:
-        setup = self.setup
+        """Settings like those of a model."""
+        settings = self.settings
         size = {"input_size": (3, SIDE, SIDE), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}
         size |= {"crop_pct": 1.0, "crop_mode": "center"}
         return {
             "model": "stub",
-            "n_samples": setup.n_samples,
-            "seed": setup.seed,
+            "n_samples": settings.n_samples,
+            "seed": settings.seed,
             "precision": "fp32",
             "preprocessing": size,
             "classes": 10,
-            "map_dtype": setup.map_dtype,
-            "raw": setup.raw,
-            "outputs": setup.outputs,
+            "map_dtype": settings.map_dtype,
+            "raw": settings.raw,
+            "outputs": settings.outputs,
         }
 
     @property
     def input_bytes(self) -> int:
+        """Bytes of an input of usual size."""
         return 4 * 3 * 224 * 224
 
     def decode(self, record: Record) -> Any:
+        """Return a record's image, encoded or decoded."""
         content = read_content(record)
         return content if self._decode == "bytes" else decode_image(content, record.uri)
 
     def explain(self, records: Any, inputs: Any, progress: Any) -> list[dict[str, Any]]:
+        """Return a row for each record."""
         rows = []
         for record in self._resolved(records):
-            self._befall()
+            self._inject_fault()
             time.sleep(self.seconds)
             self.images += 1
             progress(len(rows), len(records))
-            row = _record_columns(record, self.setup.n_samples) | packed_map(
-                expected_map(record.id, record.seed or 0), self.setup.map_dtype
+            row = _record_columns(record, self.settings.n_samples) | packed_map(
+                expected_map(record.id, record.seed or 0), self.settings.map_dtype
             )
             rows.append(row | {"target": 1, "prediction": 1, "probability": 0.5, "status": "ok"})
         return rows
 
-    def _befall(self) -> None:
+    def _inject_fault(self) -> None:
         if self.fault is None or self.images != self.fault[1]:
             return
         what = self.fault[0]
@@ -121,7 +136,7 @@ class Stub(Mapper):
 
 
 def kill_at_commit(step: str, commits: int) -> None:
-    """Kill the run, parent first, at a step of the commit after `commits` of them: fsync, replace, folder, write."""
+    """Have the run killed, parent first, at a step of the commit after `commits` of them: fsync, replace or folder."""
     from dave_fast import files
 
     seen = 0
@@ -143,7 +158,7 @@ def kill_at_commit(step: str, commits: int) -> None:
             kill()
         real_replace(*names)
 
-    # It would be counted as the shard's own; nothing here outlives a power cut anyway.
+    # The real one calls fsync, which would be counted as the shard's; no test needs the folder on the disk.
     def folder(*names: Any) -> None:
         if step == "folder" and seen > commits:
             kill()
@@ -153,7 +168,7 @@ def kill_at_commit(step: str, commits: int) -> None:
 
 
 def fill_disk(step: str, commits: int) -> None:
-    """No space is left, at a step of the commit after `commits` of them."""
+    """Have a step of the commit, fsync or replace, fail for lack of space after `commits` of them."""
     from dave_fast import files
 
     seen = 0
@@ -173,28 +188,29 @@ def fill_disk(step: str, commits: int) -> None:
     files.os = SimpleNamespace(**{**vars(os), "fsync": full("fsync"), "replace": full("replace")})  # type: ignore[assignment]
 
 
-def setup_of(settings: dict[str, Any]) -> Setup:
-    """The setup of a stub run."""
+def map_settings(settings: dict[str, Any]) -> MapSettings:
+    """Return the settings of a stub run."""
     stub = {name: settings[name] for name in ("seconds", "decode", "fault") if name in settings}
     plain = {name: settings[name] for name in ("n_samples", "seed", "map_dtype") if name in settings}
-    return Setup(make=partial(Stub, **stub), **plain)
+    return MapSettings(make=partial(Stub, **stub), **plain)
 
 
 def run(place: str, out: str | Path, **settings: Any) -> Any:
-    """A stub run in this process."""
+    """Make a stub run in this process."""
     machine = Machine(
         settings.get("devices", (None,)),
         settings.get("workers", 2),
         settings.get("shard_rows", 7),
         settings.get("commit_s", 0.5),
-        # only tests of the watchdog are about it: starting Ray's actors takes minutes on a busy machine
+        # Tests of the watchdog set it; starting Ray's actors takes minutes on a busy machine.
         settings.get("watchdog_s", 600.0),
     )
     more = {name: settings[name] for name in ("engine", "limit", "retry_errors", "reporter") if name in settings}
-    return run_dataset(str(place), out, setup_of(settings), machine, **more)
+    return run_dataset(str(place), out, map_settings(settings), machine, **more)
 
 
 def main() -> None:
+    """Make the run of the command line."""
     os.environ[PARENT] = str(os.getpid())
     try:
         summary = run(sys.argv[1], sys.argv[2], **json.loads(sys.argv[3]))
@@ -205,7 +221,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # Workers find `Stub` under this module's own name.
+    # Workers import `Stub` by this module's name, not from __main__.
     import run_stubs
 
     run_stubs.main()

@@ -114,7 +114,7 @@ def run(
     """
     from dave_fast.cli.config import Config, load_config
     from dave_fast.run.local import Machine
-    from dave_fast.run.mapper import MAP_DTYPES, Setup
+    from dave_fast.run.mapper import MAP_DTYPES, MapSettings
     from dave_fast.run.runner import run_dataset
 
     if map_dtype not in MAP_DTYPES:
@@ -122,7 +122,7 @@ def run(
     if not -_INT64 <= seed < _INT64:
         raise InputError(f"--seed is {seed}; expected an integer of 64 bits.")
     given = load_config(config) if config is not None else Config()
-    setup = Setup(
+    settings = MapSettings(
         model=cli_options.model_spec(
             model,
             weights,
@@ -160,7 +160,7 @@ def run(
         return Bar(screen, total, before)
 
     summary = run_dataset(
-        source, out, setup, machine, engine=engine, limit=limit, retry_errors=retry_errors, reporter=reporter
+        source, out, settings, machine, engine=engine, limit=limit, retry_errors=retry_errors, reporter=reporter
     )
     _tell(summary, out)
     if summary.stopped is not None:

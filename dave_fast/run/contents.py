@@ -8,7 +8,11 @@ from dave_fast.run.records import Record, read_uri
 
 
 def read_content(record: Record) -> bytes:
-    """The encoded image of a record. Raises ImageError, with the uri and the reason, where it cannot be read."""
+    """Return the encoded image of a record.
+
+    Raises:
+        ImageError: the image cannot be read; the message has the uri and the reason.
+    """
     if record.content is not None:
         return record.content
     try:

@@ -1,6 +1,6 @@
-"""Maps of a run in the forms that others read: Zarr v3, .npy, pictures, ViRelAy's HDF5.
+"""Export the maps of a run: Zarr v3, .npy, pictures, ViRelAy's HDF5.
 
-Each writes into a new place and puts it there when it is whole.
+Every form is written under a temporary name and renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -24,16 +24,26 @@ from dave_fast.run.reader import MapRecord, Maps
 from dave_fast.run.records import Record
 
 Progress = Callable[[int], None]
-# Maps of one Zarr shard: one writer a shard, and few files.
+# Maps in one Zarr shard, which keeps the number of files small.
 _ZARR_SHARD = 512
 INDEX = ("id", "uri", "target", "prediction", "probability", "seed", "n_samples")
 
 
 def export(maps: Maps, to: str, out: str | os.PathLike[str], progress: Progress = lambda done: None) -> int:
-    """Write the maps (rows with status "ok") in another form; how many could not be.
+    """Write the maps (rows with status "ok") in another form.
 
-    to: "zarr", "npy", "png" or "virelay". out: a folder (zarr, npy, png) or a file (virelay) that does not exist yet.
-    Raises InputError where it exists, a package is missing, or nothing is there to write.
+    Args:
+        maps: rows of a run.
+        to: "zarr", "npy", "png" or "virelay".
+        out: a folder (zarr, npy, png) or a file (virelay) that does not exist yet.
+        progress: called with the number of rows written so far.
+
+    Returns:
+        The number of rows that could not be written in full: pictures whose image could not be read again.
+
+    Raises:
+        InputError: `out` exists or cannot be written, a package is missing, there is no map, or the maps have several
+            sizes and `to` is not "png".
     """
     if to not in FORMS:
         raise InputError(f"cannot export to {to!r}; expected one of {', '.join(FORMS)}.")
@@ -49,9 +59,10 @@ def export(maps: Maps, to: str, out: str | os.PathLike[str], progress: Progress 
 
 
 def _refuse_sizes(maps: Maps) -> None:
+    """Raise InputError for maps of several sizes."""
     sizes = set(zip(maps.column("height").tolist(), maps.column("width").tolist(), strict=True))
     if len(sizes) > 1:
-        raise InputError(f"maps have several sizes ({sorted(sizes)}): only --to png can take that.")
+        raise InputError(f"the maps have several sizes, {sorted(sizes)}; expected one: only --to png takes several.")
 
 
 def _package(name: str, form: str) -> Any:
@@ -63,7 +74,7 @@ def _package(name: str, form: str) -> Any:
 
 @contextmanager
 def _whole(target: Path, *, folder: bool) -> Iterator[Path]:
-    """The path of a folder or file that appears under its name when all is in it."""
+    """Yield a temporary path; rename it to `target` when the block ends without an error, else delete it."""
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         (part if folder else part.parent).mkdir(parents=True, exist_ok=True)
@@ -79,7 +90,7 @@ def _whole(target: Path, *, folder: bool) -> Iterator[Path]:
 
 
 def _zarr(maps: Maps, target: Path, progress: Progress) -> int:
-    """A group: `map` (N, H, W) float32, a map a chunk; `raw` where there is one; the small columns beside them."""
+    """Write a Zarr group: `map` (N, H, W) and `raw` (N, 3, H, W) if kept, float32, one map a chunk; small columns."""
     zarr = _package("zarr", "zarr")
     with _whole(target, folder=True) as folder:
         group = zarr.open_group(folder, mode="w", zarr_format=3)
@@ -110,7 +121,7 @@ def _zarr(maps: Maps, target: Path, progress: Progress) -> int:
 
 
 def _npy(maps: Maps, target: Path, progress: Progress) -> int:
-    """maps.npy (N, H, W) float32, raw.npy where there is one, index.csv in the same order."""
+    """Write maps.npy (N, H, W) and raw.npy (N, 3, H, W) if kept, float32, and index.csv in the same order."""
     with _whole(target, folder=True) as folder:
         arrays: dict[str, np.ndarray] = {}
         for number, row in enumerate(maps):
@@ -139,7 +150,7 @@ def _write_index(maps: Maps, path: Path) -> None:
 
 
 def _png(maps: Maps, target: Path, progress: Progress) -> int:
-    """ID.overlay.png and ID.map.png of each record; its image is read by its uri."""
+    """Write ID.map.png and ID.overlay.png of each record, whose image is read again; return how many were not found."""
     prepare = from_config(maps.identity["configuration"]["preprocessing"])
     missing, first = 0, ""
     with _whole(target, folder=True) as folder:
@@ -160,16 +171,16 @@ def _png(maps: Maps, target: Path, progress: Progress) -> int:
 
 
 def _file_name(record_id: str) -> str:
-    """An id as a path that stays inside its folder; parts keep their folders."""
+    """Return an id as a relative path that cannot leave its folder."""
     parts = [part for part in record_id.replace("\\", "/").split("/") if part not in ("", ".", "..")]
     return "/".join(part.replace("\0", "").replace(":", "_")[-200:] for part in parts) or "_"
 
 
 def _virelay(maps: Maps, target: Path, progress: Progress) -> int:
-    """ViRelAy's attribution database: index, attribution (N, C, H, W), label, prediction (N, K).
+    """Write ViRelAy's attribution database: index, attribution (N, C, H, W), label, prediction (N, K).
 
-    attribution: the signed contributions where the run kept them (--raw), else the map, C = 1. prediction: softmax of
-    the outputs where the run kept them (--outputs), else zero but for the explained class.
+    The attribution is the signed contributions if the run kept them (--raw), else the map with C = 1. The prediction
+    is the softmax of the outputs if the run kept them (--outputs), else the explained class's probability and zeros.
     """
     h5py = _package("h5py", "virelay")
     classes = maps.identity["configuration"]["classes"]

@@ -1,4 +1,4 @@
-"""Hugging Face datasets as a source: saved on disk (`save_to_disk`), or on the hub; by the package `datasets`."""
+"""Hugging Face datasets as a source, saved on disk (`save_to_disk`) or on the hub, read by the package `datasets`."""
 
 from __future__ import annotations
 
@@ -15,22 +15,32 @@ _ROWS = 4096
 
 
 def is_saved_dataset(place: str) -> bool:
-    """Whether a folder was written by `datasets`' save_to_disk."""
+    """Return whether a folder was written by `save_to_disk` of `datasets`."""
     return any(os.path.exists(os.path.join(place, name)) for name in ("dataset_dict.json", "state.json"))
 
 
 def dataset_source(place: str, *, labels: bool) -> RecordSource:
-    """hf://NAME[:SPLIT], NAME a folder or a name on the hub; ids are those of the column `id`, else SPLIT/ROW."""
+    """Return the rows of a dataset as a source; ids are those of the column `id`, else SPLIT/ROW.
+
+    Args:
+        place: hf://NAME[:SPLIT], NAME a folder or a name on the hub.
+        labels: whether the column `label` gives the targets, instead of `target`.
+
+    Raises:
+        InputError: the dataset cannot be opened, has no images or no labels, or an id occurs twice.
+    """
     dataset, _, name, split = _opened(place)
     if labels and "label" not in dataset.column_names:
-        raise InputError(f"--target label: {place} has no column 'label', but {', '.join(dataset.column_names)}.")
+        raise InputError(
+            f"--target label: {place} has no column 'label'; its columns are {', '.join(dataset.column_names)}."
+        )
     identity = {"kind": "dataset", "records": len(dataset), "digest": dataset._fingerprint, "labels": labels}
     present = [c for c in _COLUMNS if c in dataset.column_names]
     if "id" in present:
         _refuse_doubles(dataset["id"], place)
 
     def read(skip: Skip) -> Iterator[Record]:
-        # Images stay where they are: workers read them by the uri.
+        # Images are not read here: workers read them by the uri.
         small = dataset.select_columns(present) if present else None
         for start in range(0, len(dataset), _ROWS):
             stop = min(start + _ROWS, len(dataset))
@@ -47,7 +57,7 @@ def dataset_source(place: str, *, labels: bool) -> RecordSource:
 
 
 def row_content(uri: str) -> bytes:
-    """The encoded image of one row, hf://NAME:SPLIT#ROW."""
+    """Return the encoded image of one row, hf://NAME:SPLIT#ROW."""
     place, _, row = uri.rpartition("#")
     dataset, column, _, _ = _opened(place)
     return _bytes(dataset[int(row)][column])
@@ -62,7 +72,7 @@ def _refuse_doubles(ids: Any, place: str) -> None:
 
 
 def _bytes(cell: Any) -> bytes:
-    """An undecoded image: its bytes, or those of the file that it names; none for an empty cell."""
+    """Return the bytes of an undecoded image, or of the file that it names; b"" for an empty cell."""
     if not cell:
         return b""
     return cell["bytes"] if cell.get("bytes") is not None else read_uri(cell["path"])
@@ -70,7 +80,7 @@ def _bytes(cell: Any) -> bytes:
 
 @lru_cache(maxsize=4)
 def _opened(place: str) -> tuple[Any, str, str, str]:
-    """The dataset with its images left encoded, their column, its name and its split."""
+    """Return the dataset with its images left encoded, their column, its name and its split."""
     try:
         import datasets
     except ImportError as error:
@@ -97,6 +107,6 @@ def _opened(place: str) -> tuple[Any, str, str, str]:
     split = split or str(loaded.split or "all")
     images = [c for c, feature in loaded.features.items() if isinstance(feature, datasets.Image)]
     if not images:
-        raise InputError(f"{place} has no column of images, but {', '.join(loaded.column_names)}.")
+        raise InputError(f"{place} has no column of images; its columns are {', '.join(loaded.column_names)}.")
     column = "image" if "image" in images else images[0]
     return loaded.cast_column(column, datasets.Image(decode=False)), column, name, split

@@ -1,11 +1,11 @@
-"""What makes the maps of a run what they are, and whether a folder's run is the same one.
+"""The identity of a run: everything that its maps depend on, so that a run is continued only by an equal one.
 
 `run.json` in the run's folder, and the metadata of every shard, hold:
 
     format · version of dave-fast · weights: hash · configuration: every setting that changes a map · source: digest
 
-Resuming needs all of it to be equal. What is left out (device, engine, batch size, number of workers, the path that
-the source is reached by) changes a map by rounding at most.
+To resume a run all of it must be equal. Device, runner, batch size, number of workers and the path of the source are
+no part of it: they change a map by rounding at most.
 """
 
 from __future__ import annotations
@@ -28,7 +28,13 @@ METADATA_KEY = b"dave_fast"
 
 
 def make_identity(configuration: dict[str, Any], weights: str, source: dict[str, Any]) -> dict[str, Any]:
-    """The identity of a run, as plain JSON values."""
+    """Return the identity of a run, as plain JSON values.
+
+    Args:
+        configuration: every setting that changes a map.
+        weights: hash of the model's weights, see `weights_hash`.
+        source: identity of the source, see `RecordSource`.
+    """
     identity = {
         "format": FORMAT,
         "version": __version__,
@@ -36,12 +42,12 @@ def make_identity(configuration: dict[str, Any], weights: str, source: dict[str,
         "configuration": configuration,
         "source": source,
     }
-    # tuples become lists, so that what is read back compares equal
+    # Tuples become lists, so that the identity equals the one read back from JSON.
     return json.loads(json.dumps(identity))
 
 
 def weights_hash(model: nn.Module) -> str:
-    """BLAKE2b over name, dtype, shape and bytes of every parameter and buffer, 32 hexadecimal digits."""
+    """Return the BLAKE2b hash of name, dtype, shape and bytes of all parameters and buffers, 32 hexadecimal digits."""
     import torch
 
     digest = hashlib.blake2b(digest_size=16)
@@ -53,7 +59,11 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def load_identity(folder: Path) -> dict[str, Any] | None:
-    """What `run.json` holds; None where the folder holds no run."""
+    """Return the content of `run.json`, None if the folder holds no run.
+
+    Raises:
+        InputError: the file cannot be read or is of another format.
+    """
     try:
         identity = json.loads((folder / RUN_FILE).read_bytes())
     except FileNotFoundError:
@@ -72,7 +82,7 @@ def save_identity(folder: Path, identity: dict[str, Any]) -> None:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two identities, a line each: "configuration.n_samples: 50 before, 20 now"."""
+    """Return the differences of two identities, one line each: "configuration.n_samples: 50 before, 20 now"."""
     old, new = _flat(before), _flat(now)
     missing = "nothing"
     return [
@@ -83,7 +93,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def refuse_other(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise InputError, saying how they differ, where the folder's run is not the one that is asked for."""
+    """Raise InputError with the differences if the folder's run is not the one that is being started."""
     found = differences(before, now)
     if found:
         raise InputError(

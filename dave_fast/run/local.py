@@ -1,38 +1,33 @@
-"""The local engine: one worker a device on this machine, and a parent that reads the source and keeps the accounts.
+"""The local runner: one worker a device on this machine, and a parent that reads the source and counts what is done.
 
-The parent holds the folder's lock, compares identities, sends records ahead of each worker, shows progress and
-watches. It imports no torch and makes no maps.
+The parent holds the folder's lock, compares identities, sends records to each worker ahead of time, shows progress and
+stops the run if there is none. It imports no torch and makes no maps.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import queue
 import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Literal
 
-from dave_fast.errors import DaveFastError, InputError, RunError
+from dave_fast.errors import InputError, RunError
+from dave_fast.run.feed import CONTENT_BYTES, Feed
 from dave_fast.run.folder import RunFolder
-from dave_fast.run.mapper import Setup
+from dave_fast.run.mapper import MapSettings
+from dave_fast.run.messages import Alive, Committed, End, Finished, Go, Hello, Mapped, Stop, WorkerTask
 from dave_fast.run.progress import Report, Tally
-from dave_fast.run.records import Record, Skip
 from dave_fast.run.shards import SHARD_ROWS
-from dave_fast.run.sources import RecordSource
 from dave_fast.run.stopping import stop_in_order
-from dave_fast.run.worker import Alive, Committed, End, Finished, Go, Hello, Mapped, Stop, WorkerTask, work
+from dave_fast.run.worker import work
 
-# Encoded images that wait, in the parent or in one worker.
-CONTENT_BYTES = 64 * 2**20
-# What a worker may take to commit and end when it is told to.
+# Seconds that a worker may take to commit and end when it is told to.
 _PATIENCE_S = 120.0
 _TICK_S = 0.25
 _DECODERS = 16
@@ -42,10 +37,14 @@ START: Literal["spawn"] = "spawn"
 
 @dataclass(frozen=True)
 class Machine:
-    """How the local engine uses the machine; None where it may choose.
+    """How a run uses the machine.
 
-    devices: a worker each. workers: decoding threads of each worker. watchdog_s: seconds without any progress after
-    which the run stops.
+    Attributes:
+        devices: names of torch devices, one worker each; None is the best there is.
+        workers: decoding threads of each worker, None for a share of the cores.
+        shard_rows: rows of a shard, None for the runner's default.
+        commit_s: seconds after which rows are committed, however few they are.
+        watchdog_s: seconds without any progress after which the run stops.
     """
 
     devices: Sequence[str | None] = (None,)
@@ -55,12 +54,23 @@ class Machine:
     watchdog_s: float = 900.0
 
 
-def run_local(begun: RunFolder, setup: Setup, machine: Machine, report: Report) -> Tally:
+def run_local(run_folder: RunFolder, settings: MapSettings, machine: Machine, report: Report) -> Tally:
     """Explain the records that have no row yet.
 
-    Raises what a worker could not go on with, after all have committed what they had.
+    Args:
+        run_folder: the run's folder and source.
+        settings: the settings of the maps.
+        machine: devices, threads and shard size.
+        report: shows progress.
+
+    Returns:
+        The counts of the run.
+
+    Raises:
+        InputError: the source or a setting is wrong, or the folder holds another run.
+        RunError: the run stopped early. All workers have committed what they had, in this case and the one before.
     """
-    parent = _Parent(begun, setup, machine, report)
+    parent = _Parent(run_folder, settings, machine, report)
     try:
         return parent.run()
     finally:
@@ -69,6 +79,8 @@ def run_local(begun: RunFolder, setup: Setup, machine: Machine, report: Report) 
 
 @dataclass
 class _WorkerHandle:
+    """A worker as its parent sees it."""
+
     process: SpawnProcess
     connection: Connection
     hello: Hello | None = None
@@ -82,15 +94,17 @@ class _WorkerHandle:
         return self.process.name
 
     def room(self) -> int:
-        """How many records may be sent."""
+        """Return how many records may be sent to it now."""
         if self.hello is None or self.ended or sum(self.sent) > CONTENT_BYTES:
             return 0
         return self.hello.window - len(self.sent)
 
 
 class _Parent:
-    def __init__(self, begun: RunFolder, setup: Setup, machine: Machine, report: Report) -> None:
-        self.begun, self.report, self.machine = begun, report, machine
+    """The parent process of a run and its workers, which are started by the constructor."""
+
+    def __init__(self, run_folder: RunFolder, settings: MapSettings, machine: Machine, report: Report) -> None:
+        self.run_folder, self.report, self.machine = run_folder, report, machine
         self.tally = Tally(workers=len(machine.devices))
         self.stopped_by: int | None = None
         self._told_to_stop = False
@@ -103,9 +117,11 @@ class _Parent:
                 ours, theirs = context.Pipe()
                 decoders = machine.workers or min(_DECODERS, share)
                 rows = machine.shard_rows or SHARD_ROWS
-                task = WorkerTask(setup, device, share, decoders, begun.folder, f"{number:03d}", rows, machine.commit_s)
+                task = WorkerTask(
+                    settings, device, share, decoders, run_folder.folder, f"{number:03d}", rows, machine.commit_s
+                )
                 process = context.Process(
-                    target=work, args=(task, begun.lock, theirs), name=f"{number} ({device or 'auto'})"
+                    target=work, args=(task, run_folder.lock, theirs), name=f"{number} ({device or 'auto'})"
                 )
                 process.start()
                 theirs.close()
@@ -131,7 +147,7 @@ class _Parent:
         return self.tally
 
     def _begin(self) -> None:
-        """Refuse what does not fit together, before anything is written."""
+        """Compare the workers' configurations with each other and with the folder, then let the workers begin."""
         hellos = [w.hello for w in self.workers if w.hello is not None]
         first = hellos[0]
         for other in hellos[1:]:
@@ -142,18 +158,18 @@ class _Parent:
                 )
         for note in dict.fromkeys(note for hello in hellos for note in hello.notes):
             self.report.note(note)
-        identity = self.begun.check(first.configuration, first.weights)
+        identity = self.run_folder.check(first.configuration, first.weights)
         for worker in self.workers:
             worker.connection.send(Go(identity))
         self.report.begin(self.tally)
 
     def _feed(self) -> None:
-        """Send records to whoever has room, until there are none left or something ends the run."""
-        feed = Feed(self.begun.source, self.begun.skip, self.begun.left())
+        """Send records to the workers that have room, until there are none left or the run has to end."""
+        feed = Feed(self.run_folder.source, self.run_folder.skip, self.run_folder.left())
         finished = False
         while not self._over() and not (finished and all(w.last for w in self.workers)):
             while not finished and (room := [w for w in self.workers if w.room() > 0]):
-                # Whoever has the least to do comes first.
+                # The worker with the fewest waiting records comes first.
                 worker = min(room, key=lambda w: len(w.sent))
                 records = feed.take(1)
                 if records is None:
@@ -174,7 +190,7 @@ class _Parent:
         self.tally.doubles = feed.doubles
 
     def _over(self) -> bool:
-        """Whether the run has to end before its end."""
+        """Return whether the run has to end early: a signal came, or a worker failed."""
         return self.stopped_by is not None or any(w.last is not None and w.last.error is not None for w in self.workers)
 
     def _stop(self) -> None:
@@ -185,7 +201,7 @@ class _Parent:
                     self._send(worker, Stop())
 
     def end(self) -> None:
-        """Leave no process behind."""
+        """Close the connections and end the processes, by force after a second."""
         for worker in self.workers:
             worker.connection.close()
         for worker in self.workers:
@@ -200,7 +216,7 @@ class _Parent:
         try:
             worker.connection.send(message)
         except (BrokenPipeError, ConnectionResetError):
-            # Told by its end of the pipe, which `_hear` reads.
+            # `_hear` reads the closed pipe and reports the worker's end.
             worker.ended = True
 
     def _hear_until(self, reached: Callable[[], bool], patience_s: float | None = None) -> None:
@@ -212,7 +228,7 @@ class _Parent:
                 raise RunError(f"workers did not end in {patience_s:.0f} s and were killed: {late}. Resume the run.")
 
     def _hear(self, timeout: float) -> None:
-        """Whatever the workers say within `timeout` seconds."""
+        """Handle the messages that come within `timeout` seconds; raise RunError if nothing has come for too long."""
         live = {w.connection: w for w in self.workers if w.last is None}
         for connection in wait(list(live), timeout):
             worker = live[connection]  # type: ignore[index]
@@ -247,6 +263,7 @@ class _Parent:
             worker.last, worker.ended = message, True
 
     def _died(self, worker: _WorkerHandle) -> None:
+        """Note that a worker's process ended without its last message."""
         worker.process.join(5.0)
         code = worker.process.exitcode
         how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with {code}"
@@ -260,85 +277,4 @@ class _Parent:
         if any(w.hello is None for w in self.workers):
             return "a worker to load the model"
         busy = [w.name for w in self.workers if w.sent]
-        return f"worker {', '.join(busy)}" if busy else f"the source {self.begun.source.place}"
-
-
-class Feed:
-    """Records of a source, read ahead on a thread; bounded in number and in bytes."""
-
-    def __init__(self, source: RecordSource, skip: Skip, limit: int | None, ahead: int = 1024) -> None:
-        self.error: BaseException | None = None
-        # Records whose id came before in this run: only sources that cannot be checked beforehand have them.
-        self.doubles: list[str] = []
-        self._source, self._skip, self._limit = source, skip, limit
-        self._ready: queue.Queue[Record | None] = queue.Queue(maxsize=ahead)
-        self._bytes = 0
-        self._room = threading.Condition()
-        self._stopping = False
-        threading.Thread(target=self._read, name="source", daemon=True).start()
-
-    def take(self, most: int) -> list[Record] | None:
-        """Up to `most` records, as many as are ready; None at the end."""
-        records: list[Record] = []
-        while len(records) < most:
-            try:
-                record = self._ready.get_nowait()
-            except queue.Empty:
-                break
-            if record is None:
-                self._ready.put(None)
-                return records or None
-            with self._room:
-                self._bytes -= len(record.content or b"")
-                self._room.notify()
-            records.append(record)
-        return records
-
-    def empty(self) -> bool:
-        """Whether nothing is ready."""
-        return self._ready.empty()
-
-    def stop(self) -> None:
-        """Read no further."""
-        with self._room:
-            self._stopping = True
-            self._room.notify()
-
-    def _read(self) -> None:
-        try:
-            for record in self._fresh():
-                with self._room:
-                    self._bytes += len(record.content or b"")
-                self._put(record)
-                with self._room:
-                    self._room.wait_for(lambda: self._stopping or self._bytes <= CONTENT_BYTES)
-                if self._stopping:
-                    break
-        except DaveFastError as error:
-            self.error = error
-        except BaseException as error:
-            self.error = RunError(f"reading {self._source.place} failed: {type(error).__name__}: {error}")
-        self._put(None)
-
-    def _put(self, record: Record | None) -> None:
-        while not self._stopping:
-            with suppress(queue.Full):
-                self._ready.put(record, timeout=_TICK_S)
-                break
-
-    def _fresh(self) -> Iterator[Record]:
-        """The records that are to be done, each id once, up to the limit."""
-        seen: set[str] | None = set() if self._source.count is None else None
-        number = 0
-        if self._limit is not None and self._limit <= 0:
-            return
-        for record in self._source.records(self._skip):
-            if seen is not None:
-                if record.id in seen:
-                    self.doubles.append(record.id)
-                    continue
-                seen.add(record.id)
-            yield record
-            number += 1
-            if self._limit is not None and number >= self._limit:
-                return
+        return f"worker {', '.join(busy)}" if busy else f"the source {self.run_folder.source.place}"

@@ -1,7 +1,7 @@
-"""One run at a time in a folder: a lock that the operating system holds, and drops with the last process of the run.
+"""One run at a time in a folder: a lock of the operating system, and a token for workers on other machines.
 
-The lock belongs to an open file, which a run's workers inherit. So it outlives a killed run for as long as one of its
-workers might still commit a shard, and not a moment longer.
+The lock belongs to an open file that the workers of a run inherit. So it outlives a killed run exactly as long as one
+of its workers could still commit a shard.
 """
 
 from __future__ import annotations
@@ -20,19 +20,23 @@ from dave_fast.errors import InputError, RunError
 
 LOCK_FILE = ".lock"
 FENCE_FILE = ".fence"
-# How long the workers of a killed run may take to notice.
+# Seconds that the workers of a killed run may take to notice it.
 _PATIENCE_S = 5.0
 
 
 class Lock:
-    """A held lock. It can be given to processes that are being started (pickled by `multiprocessing`)."""
+    """A held lock on a folder. `multiprocessing` can pickle it for a process that is being started."""
 
     def __init__(self, handle: int) -> None:
         self._handle = handle
 
     @staticmethod
     def take(folder: Path, patience_s: float = _PATIENCE_S) -> Lock:
-        """Lock a folder; raises InputError where a run holds it for longer than `patience_s`."""
+        """Lock a folder.
+
+        Raises:
+            InputError: another run holds the lock for longer than `patience_s` seconds.
+        """
         handle = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
         until = time.monotonic() + patience_s
         while True:
@@ -53,7 +57,7 @@ class Lock:
             return Lock(handle)
 
     def release(self) -> None:
-        """Give this process's hold back."""
+        """Close this process's handle; the lock ends with the last handle."""
         os.close(self._handle)
 
     def __reduce__(self) -> Any:
@@ -61,11 +65,11 @@ class Lock:
 
 
 class Fence:
-    """Keeps the commits of a run that is over out of its folder, where its workers may outlive it on other machines.
+    """A token that keeps workers of an ended run, on other machines, from committing to the folder of a new one.
 
-    Whoever begins a run renews the folder's token; a commit is made while holding a shared lock on it, and only if the
-    token is still the one of its run. Needs a file system whose locks reach across machines (NFS 4, Lustre with
-    -o flock); on others a commit that is under way in that very moment may slip through.
+    Each run renews the folder's token when it begins. A commit is made under a shared lock on the token, and only if
+    the token is still the one of its run. This needs a file system whose locks work across machines (NFS 4, Lustre
+    with -o flock); on others a commit that coincides with the renewal may not be kept out.
     """
 
     def __init__(self, path: Path, token: str) -> None:
@@ -73,7 +77,7 @@ class Fence:
 
     @staticmethod
     def renew(folder: Path) -> Fence:
-        """A new token; waits for commits that are under way. Only under the folder's lock."""
+        """Write a new token, after the commits that are under way. To be called only under the folder's lock."""
         path, token = folder / FENCE_FILE, uuid.uuid4().hex
         with open(path, "a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -83,7 +87,11 @@ class Fence:
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        """A commit of this run; raises RunError where another run has begun."""
+        """Hold the token during a commit of this run.
+
+        Raises:
+            RunError: another run has begun.
+        """
         with open(self._path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH)
             if file.read().decode() != self._token:
@@ -92,4 +100,5 @@ class Fence:
 
 
 def _inherited(handle: Any) -> Lock:
+    """Return the lock of a handle that was duplicated for this process."""
     return Lock(handle.detach())

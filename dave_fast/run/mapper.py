@@ -1,7 +1,7 @@
-"""From images to rows: the one place where a run meets the explainer.
+"""From images to rows: the only module of a run that calls the explainer.
 
-A worker is given a `Setup`, which can be pickled, and makes its `Mapper` from it: the model loaded, everything that
-was left open resolved. The mappers of a run agree on `Mapper.configuration` and `Mapper.weights`.
+A worker is given `MapSettings`, which can be pickled, and makes its `Mapper` from them: the model is loaded and every
+default resolved. The mappers of one run have equal `Mapper.configuration` and `Mapper.weights`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from dave_fast.explain.explainer import Explanation
-    from dave_fast.run.shards import Row
+    from dave_fast.run.shards import ShardRow
 
 MAP_DTYPES = ("float16", "uint8")
 PREDICTED, LABEL = "predicted", "label"
@@ -34,13 +34,21 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Setup:
-    """Everything that a worker needs to know to make maps.
+class MapSettings:
+    """The settings of a run's maps, as a worker needs them.
 
-    model: a name, a spec of it with its weights and class names, or a module. target: class index or name for all
-    records; None: each record's own where it has one, else the predicted class; "predicted": that always; "label":
-    the source's label, else the predicted class. options: further keywords of `dave_fast.DAVE`. make: what builds the
-    mapper on a device, for tests and benchmarks.
+    Attributes:
+        model: a name, a spec of it with its weights and class names, or a module.
+        n_samples: samples an image.
+        seed: seed of the records that have none of their own.
+        target: class index or name for all records; None: each record's own if it has one, else the predicted class;
+            "predicted": always the predicted class; "label": the source's label, else the predicted class.
+        map_dtype: "float16" or "uint8", as maps are stored.
+        raw: whether the signed contributions are stored too.
+        outputs: whether the model's outputs are stored too.
+        batch_size: images a call of the explainer; None: by the device.
+        options: further keywords of `dave_fast.DAVE`.
+        make: builds the mapper on a device, in place of `Mapper`; for tests and benchmarks.
     """
 
     model: str | ModelSpec | nn.Module = "demo"
@@ -52,10 +60,15 @@ class Setup:
     outputs: bool = False
     batch_size: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    make: Callable[[Setup, str | None], Mapper] | None = None
+    make: Callable[[MapSettings, str | None], Mapper] | None = None
 
     def mapper(self, device: str | None, threads: int | None = None) -> Mapper:
-        """The mapper on a device (None is the best there is), with so many threads on a CPU (None: torch's choice)."""
+        """Return the mapper on a device.
+
+        Args:
+            device: name of a torch device, None for the best there is.
+            threads: torch's threads on a CPU, None for torch's default.
+        """
         if self.make is not None:
             return self.make(self, device)
         if threads is not None:
@@ -66,29 +79,47 @@ class Setup:
 
 
 class Mapper:
-    """A model on a device, and what a run asks of it."""
+    """A model on a device, which makes the rows of a run.
 
-    def __init__(self, setup: Setup, device: str | None) -> None:
+    Args:
+        settings: the settings of the run's maps.
+        device: name of a torch device, None for the best there is.
+
+    Raises:
+        InputError: the model is no classifier of images, or has no class of the name that is the target.
+
+    Attributes:
+        notes: remarks for the user, such as warnings while the model was loaded.
+        target: class index for all records, or None.
+        weights: hash of the model's weights.
+        batch_size: images a call of `explain`.
+    """
+
+    def __init__(self, settings: MapSettings, device: str | None) -> None:
         from dave_fast.explain.subject import Subject
 
-        self.setup = setup
+        self.settings = settings
         self.notes: list[str] = []
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            subject = Subject.load(setup.model, device=device, **setup.options)
+            subject = Subject.load(settings.model, device=device, **settings.options)
         self.explainer, self.prepare, self.labels = subject
         self.notes += [str(warning.message) for warning in caught]
-        if isinstance(setup.model, ModelSpec) and setup.model.random_weights:
+        if isinstance(settings.model, ModelSpec) and settings.model.random_weights:
             self.notes.append("the weights are random: the maps show the mechanics and mean nothing.")
         self.notes += [self.prepare.note] if self.prepare.note else []
-        named = setup.target not in (None, PREDICTED, LABEL)
-        self.target = self.labels.resolve(setup.target) if named and setup.target is not None else None
+        named = settings.target not in (None, PREDICTED, LABEL)
+        self.target = self.labels.resolve(settings.target) if named and settings.target is not None else None
         self.weights = weights_hash(self.explainer.model)
         self.device = str(self.explainer.device)
-        self.batch_size = setup.batch_size or _BATCH.get(self.explainer.device.type, 4)
+        self.batch_size = settings.batch_size or _BATCH.get(self.explainer.device.type, 4)
 
     def warm_up(self) -> None:
-        """Explain a grey image once, so that what cannot work fails before the run begins, and weights are laid out."""
+        """Explain a grey image once: errors show before the run begins, and the weights are laid out.
+
+        Raises:
+            InputError: the model's output is not (B, K).
+        """
         import torch
 
         images = torch.zeros(1, 3, *self.prepare.size)
@@ -98,24 +129,24 @@ class Mapper:
         self.notes += [str(warning.message) for warning in caught]
         if explanation.output.dim() != 2:
             shape = tuple(explanation.output.shape)
-            raise InputError(f"the model's output is {shape}; runs explain classifiers, whose output is (B, K).")
+            raise InputError(f"the model's output is {shape}; expected (B, K): runs explain classifiers only.")
 
     @property
     def configuration(self) -> dict[str, Any]:
         """Every setting that changes a map by more than rounding, as plain values."""
-        setup, explainer = self.setup, self.explainer
+        settings, explainer = self.settings, self.explainer
         return {
             "model": explainer.model_name,
-            "n_samples": setup.n_samples,
-            "seed": setup.seed,
-            "target": self.target if self.target is not None else setup.target,
+            "n_samples": settings.n_samples,
+            "seed": settings.seed,
+            "target": self.target if self.target is not None else settings.target,
             "precision": explainer.precision,
             "sampling": vars(explainer.sampling),
             "preprocessing": dict(self.prepare.config),
             "classes": self.labels.count,
-            "map_dtype": setup.map_dtype,
-            "raw": setup.raw,
-            "outputs": setup.outputs,
+            "map_dtype": settings.map_dtype,
+            "raw": settings.raw,
+            "outputs": settings.outputs,
         }
 
     @property
@@ -124,45 +155,61 @@ class Mapper:
         return 4 * 3 * self.prepare.size[0] * self.prepare.size[1]
 
     def decode(self, record: Record) -> Tensor:
-        """The model's input for a record, (3, H, W). Raises ImageError."""
+        """Return the model's input for a record, (3, H, W) float32.
+
+        Raises:
+            ImageError: the image cannot be read or prepared.
+        """
         image = decode_image(read_content(record), record.uri)
         try:
             return self.prepare.transform(image)
         except (ValueError, OSError, MemoryError) as error:
             raise ImageError(f"cannot prepare {record.uri}: {error}.") from error
 
-    def explain(self, records: Sequence[Record], inputs: Sequence[Tensor], progress: Progress | None) -> list[Row]:
-        """A row for each record, in their order; records that cannot be explained get rows with an error.
+    def explain(self, records: Sequence[Record], inputs: Sequence[Tensor], progress: Progress | None) -> list[ShardRow]:
+        """Return a row for each record, in their order; records that cannot be explained get rows with an error.
 
-        Raises MemoryError where one image at a time is too much, and whatever is not one image's fault.
+        Args:
+            records: the records.
+            inputs: the model's input for each of them, (3, H, W).
+            progress: called with the number of (image, sample) rows done and their total.
+
+        Raises:
+            MemoryError: memory runs out with one image at a time.
+            Exception: any other error that is not due to a single image.
         """
-        rows: dict[str, Row] = {}
+        rows: dict[str, ShardRow] = {}
         for group in _alike(self._resolved(records), inputs):
             rows |= {row["id"]: row for row in self._group(*group, progress)}
         return [rows[record.id] for record in records]
 
     def refuse_target(self, record: Record) -> None:
-        """Raise InputError for a record whose own target is no class of the model."""
+        """Raise InputError if the record's own target is no class of the model."""
         (resolved,) = self._resolved([record])
         if resolved.target is not None:
             self.labels.resolve(resolved.target)
 
     def _resolved(self, records: Sequence[Record]) -> list[Record]:
-        """Records with the seed and the target that they are explained with."""
-        setup = self.setup
-        forced = self.target is not None or setup.target == PREDICTED
+        """Return the records with the seed and the target that they are explained with, without their content."""
+        settings = self.settings
+        forced = self.target is not None or settings.target == PREDICTED
         return [
             replace(
                 record,
-                seed=setup.seed if record.seed is None else record.seed,
+                seed=settings.seed if record.seed is None else record.seed,
                 target=self.target if forced else record.target,
                 content=None,
             )
             for record in records
         ]
 
-    def _group(self, records: Sequence[Record], inputs: Sequence[Tensor], progress: Progress | None) -> Iterator[Row]:
-        """Rows of records that share a seed, and of which all or none have a target; halved where that helps."""
+    def _group(
+        self, records: Sequence[Record], inputs: Sequence[Tensor], progress: Progress | None
+    ) -> Iterator[ShardRow]:
+        """Yield the rows of records with one seed, of which all or none have a target.
+
+        Out of memory, the records are tried again in halves; after an error that may be one image's, one by one.
+        """
         import torch
 
         try:
@@ -174,7 +221,7 @@ class Mapper:
                 ) from error
             failure: DaveFastError | None = None
         except (InputError, NonFiniteError) as error:
-            # The whole batch is refused for the sake of one image.
+            # The explainer refuses the whole batch for one image.
             failure = error
         else:
             return
@@ -194,18 +241,18 @@ class Mapper:
         return self.explainer.explain(
             images,
             target=None if targets[0] is None else torch.tensor(targets),
-            n_samples=self.setup.n_samples,
+            n_samples=self.settings.n_samples,
             seed=seed,
             image_keys=[image_key(record.id) for record in records],
             progress=progress,
         )
 
-    def _rows(self, records: Sequence[Record], explanation: Explanation) -> Iterator[Row]:
+    def _rows(self, records: Sequence[Record], explanation: Explanation) -> Iterator[ShardRow]:
         maps = explanation.maps.cpu().numpy()
-        raws = explanation.raw.cpu().numpy() if self.setup.raw else None
+        raws = explanation.raw.cpu().numpy() if self.settings.raw else None
         outputs = explanation.output.cpu().float().numpy()
         for n, record in enumerate(records):
-            row = _record_columns(record, self.setup.n_samples) | packed_map(maps[n], self.setup.map_dtype)
+            row = _record_columns(record, self.settings.n_samples) | packed_map(maps[n], self.settings.map_dtype)
             row |= {
                 "target": int(explanation.target[n]),
                 "prediction": int(outputs[n].argmax()),
@@ -214,23 +261,23 @@ class Mapper:
             }
             if raws is not None:
                 row |= packed_raw(raws[n])
-            if self.setup.outputs:
+            if self.settings.outputs:
                 row["output"] = outputs[n].tobytes()
             yield row
 
-    def error_row(self, record: Record, error: Exception) -> Row:
-        """The row of a record that could not be explained."""
+    def error_row(self, record: Record, error: Exception) -> ShardRow:
+        """Return the row of a record that could not be explained."""
         (record,) = self._resolved([record])
-        row = _record_columns(record, self.setup.n_samples)
+        row = _record_columns(record, self.settings.n_samples)
         return row | {"target": record.target, "status": "error", "error": " ".join(str(error).split())}
 
 
-def _record_columns(record: Record, n_samples: int) -> Row:
+def _record_columns(record: Record, n_samples: int) -> ShardRow:
     return {"id": record.id, "uri": printable(record.uri), "seed": record.seed, "n_samples": n_samples}
 
 
-def packed_map(heat: np.ndarray, dtype: str) -> Row:
-    """A map (H, W) in [0, 1] as a row's columns."""
+def packed_map(heat: np.ndarray, dtype: str) -> ShardRow:
+    """Return the columns of a map (H, W) in [0, 1], stored as `dtype`: "float16" or "uint8"."""
     scale = 1.0
     if dtype == "uint8":
         scale = float(heat.max()) / 255 or 1.0
@@ -239,14 +286,14 @@ def packed_map(heat: np.ndarray, dtype: str) -> Row:
     return {"height": heat.shape[0], "width": heat.shape[1], "dtype": dtype, "map": content, "scale": scale}
 
 
-def packed_raw(raw: np.ndarray) -> Row:
-    """Signed contributions (3, H, W) as a row's columns, scaled to fill float16."""
+def packed_raw(raw: np.ndarray) -> ShardRow:
+    """Return the columns of signed contributions (3, H, W), stored as float16 and scaled to [-1, 1]."""
     scale = float(np.abs(raw).max()) or 1.0
     return {"raw": (raw / scale).astype("<f2").tobytes(), "raw_scale": scale}
 
 
 def _alike(records: Sequence[Record], inputs: Sequence[Tensor]) -> Iterator[tuple[list[Record], list[Tensor]]]:
-    """Records, and their inputs, that one call of the explainer can take: of one seed, all or none with a target."""
+    """Yield groups of records, and their inputs, with one seed and of which all or none have a target."""
     groups: dict[Any, tuple[list[Record], list[Tensor]]] = {}
     for record, tensor in zip(records, inputs, strict=True):
         group = groups.setdefault((record.seed, record.target is None), ([], []))

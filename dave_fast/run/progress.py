@@ -1,4 +1,4 @@
-"""What a run has done so far, and how it is told: the accounts, and the bar that shows them."""
+"""The progress of a run: its counts, and the bar that shows them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,29 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Failures that are told one by one.
-_TOLD = 5
+# Failures that are reported one by one.
+_REPORTED = 5
 
 
 @dataclass
 class Tally:
-    """The accounts of one run. busy_s: seconds that all devices were at work."""
+    """The counts of one run.
+
+    Attributes:
+        workers: number of devices.
+        images: records explained, those with an error included.
+        errors: records without a map.
+        busy_s: seconds that devices computed, summed over the devices.
+        shards: shards committed.
+        rows: rows committed.
+        bytes: bytes committed.
+        started: when the run started; this and the following times are of `time.monotonic`.
+        first_work: when the workers were ready, None before.
+        last_progress: when something was last heard of a worker.
+        first_errors: (id, reason) of the first failures.
+        doubles: ids that occurred twice in the source.
+        stopped_by: number of the signal that stopped the run, or None.
+    """
 
     workers: int = 1
     images: int = 0
@@ -35,27 +51,34 @@ class Tally:
     _parts: dict[str, float] = field(default_factory=dict)
 
     def alive(self, worker: str | None = None, images: float = 0.0) -> None:
-        """A sign of life; images: of the batch at work that are done, in parts."""
+        """Note that a worker is alive; `images` is how many of its current batch are done, as a fraction."""
         self.last_progress = time.monotonic()
         if worker is not None:
             self._parts[worker] = images
 
     def mapped(self, worker: str, records: int, busy_s: float, errors: list[tuple[str, str]]) -> None:
-        """Rows were made."""
+        """Add rows that a worker has made.
+
+        Args:
+            worker: the worker's name.
+            records: number of rows.
+            busy_s: seconds that the device took.
+            errors: (id, reason) of the rows without a map.
+        """
         self.alive(worker)
         self.images += records
         self.errors += len(errors)
         self.busy_s += busy_s
-        self.first_errors += errors[: max(0, _TOLD - len(self.first_errors))]
+        self.first_errors += errors[: max(0, _REPORTED - len(self.first_errors))]
 
     def committed(self, rows: int, size: int) -> None:
-        """A shard was committed."""
+        """Add a shard that was committed, with its number of rows and of bytes."""
         self.last_progress = time.monotonic()
         self.shards, self.rows, self.bytes = self.shards + 1, self.rows + rows, self.bytes + size
 
     @property
     def done(self) -> float:
-        """Images, with those at work in parts."""
+        """Images explained, with the fractions of those at work."""
         return self.images + sum(self._parts.values())
 
     @property
@@ -70,38 +93,43 @@ class Tally:
 
     @property
     def device_share(self) -> float:
-        """Share of the time that the devices were at work, in [0, 1]; the batches at work are not counted yet."""
+        """Share of the time that the devices computed, in [0, 1]; batches at work are not counted yet."""
         return min(1.0, self.busy_s / (self.workers * self.elapsed_s)) if self.elapsed_s > 0 else 0.0
 
 
 class Report:
-    """What is said during a run: nothing, by default."""
+    """The receiver of a run's news; this one shows nothing."""
 
     def begin(self, tally: Tally) -> None:
-        """The workers are ready."""
+        """Start the clock: the workers are ready."""
         tally.first_work = tally.last_progress = time.monotonic()
 
     def update(self, tally: Tally) -> None:
-        """Something may have changed."""
+        """Show the counts, which may have changed."""
 
     def note(self, text: str) -> None:
-        """What had to be assumed."""
+        """Show a remark, such as a setting that had to be assumed."""
 
     def failed(self, record_id: str, reason: str) -> None:
-        """A record could not be explained."""
+        """Show why a record could not be explained."""
 
 
 class Bar(Report):
-    """A live bar on a terminal, a line now and then in a log."""
+    """A live bar on a terminal; in a log, a line every `LOG_S` seconds.
+
+    Args:
+        screen: the console to write to.
+        total: number of records in all, None if unknown.
+        before: number of records that were done before this run.
+    """
 
     LOG_S = 60.0
 
     def __init__(self, screen: Console, total: int | None, before: int = 0) -> None:
-        """total: records in all, None where nobody knows; before: those that were done already."""
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         self._screen, self._total, self._before = screen, total, before
-        self._told = 0
+        self._reported = 0
         self._logged = time.monotonic()
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
@@ -111,7 +139,7 @@ class Bar(Report):
             console=screen,
             transient=True,
             disable=not screen.is_terminal,
-            # images may take seconds each
+            # Images may take seconds each.
             speed_estimate_period=300.0,
         )
         self._task = self._progress.add_task(
@@ -126,12 +154,12 @@ class Bar(Report):
         self._progress.stop()
 
     def begin(self, tally: Tally) -> None:
-        """Start the clock."""
+        """Start the clock, and say that images are being explained."""
         super().begin(tally)
         self._progress.update(self._task, description="explaining")
 
     def update(self, tally: Tally) -> None:
-        """Move the bar; in a log, say a line a minute."""
+        """Move the bar, or write a line to the log if one is due."""
         if tally.first_work is None:
             return
         done = self._before + tally.done
@@ -147,25 +175,25 @@ class Bar(Report):
             self._screen.print(f"{count}, {rate}, device {share}, {tally.errors} failed{left}")
 
     def note(self, text: str) -> None:
-        """A yellow line."""
+        """Write a remark, in yellow."""
         self._screen.print(f"note: {text}", style="yellow", soft_wrap=True)
 
     def failed(self, record_id: str, reason: str) -> None:
-        """The first failures one by one, then silence: the summary counts them."""
-        self._told += 1
-        if self._told <= _TOLD:
+        """Write the first failures, in red; further ones are counted in the summary."""
+        self._reported += 1
+        if self._reported <= _REPORTED:
             self._screen.print(f"failed: {record_id}: {reason}", style="red", soft_wrap=True)
-        if self._told == _TOLD:
+        if self._reported == _REPORTED:
             self._screen.print("failed: … further ones are counted only; their rows say why", style="red")
 
 
 def speed(images_s: float) -> str:
-    """Images a second, for readers; a minute where they are slow."""
+    """Return "3.1 images/s", or images a minute below 0.5 images a second."""
     return f"{images_s:.1f} images/s" if images_s >= 0.5 else f"{60 * images_s:.1f} images/min"
 
 
 def duration(seconds: float) -> str:
-    """ "1 h 04 min", "3 min 20 s", "12 s"."""
+    """Return a duration as text: "1 h 04 min", "3 min 20 s" or "12 s"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -174,7 +202,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes for readers."""
+    """Return a number of bytes as text: "12.3 MB"."""
     for unit in ("bytes", "KB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -184,7 +212,7 @@ def size(count: float) -> str:
 
 @contextmanager
 def simple_bar(screen: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar that is told how many are done; none where nobody watches."""
+    """Show a bar on a terminal, and yield a function that sets how many are done."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

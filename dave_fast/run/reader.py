@@ -1,6 +1,6 @@
-"""The maps of a run, read back: by id or number, as NumPy arrays, as a torch Dataset.
+"""Read the maps of a run: by id or number, as NumPy arrays, as a torch Dataset.
 
-Opening reads the small columns of every shard; maps are read a row group at a time when they are asked for.
+Opening a run reads the small columns of every shard; maps are read when they are used, one row group at a time.
 """
 
 from __future__ import annotations
@@ -24,14 +24,27 @@ from dave_fast.run.shards import SMALL, read_column, shard_files
 if TYPE_CHECKING:
     import torch
 
-# MapRecord groups that are kept, of 32 maps each.
-_KEPT_GROUPS = 8
+# Row groups in the cache, of 32 maps each.
+_CACHED_GROUPS = 8
 
 
 @dataclass(frozen=True)
 class MapRecord:
-    """A record's row. map: float32 (H, W) in [0, 1], None where status is "error"; raw: float32 (3, H, W) or None;
-    output: float32 (K,) or None; target, prediction, probability: None where there is no map.
+    """The row of a record.
+
+    Attributes:
+        id: the record's id.
+        uri: path or URL of the image.
+        target: the class that was explained, None without a map.
+        prediction: the most probable class, None without a map.
+        probability: softmax of the unperturbed image's output at the target, None without a map.
+        seed: seed of the draws.
+        n_samples: samples of the map.
+        status: "ok" or "error".
+        error: why there is no map, or None.
+        map: (H, W) float32 in [0, 1], None if the status is "error".
+        raw: signed contributions (3, H, W) float32, None if the run did not keep them.
+        output: the model's output (K,) float32, None if the run did not keep it.
     """
 
     id: str
@@ -49,9 +62,10 @@ class MapRecord:
 
 
 def open_maps(folder: str | os.PathLike[str]) -> Maps:
-    """The rows that a run has committed to `folder`, also while it is still at work.
+    """Open the rows that a run has committed to `folder`; the run may still be at work.
 
-    Raises InputError where there is no run.
+    Raises:
+        InputError: the folder holds no run, or one that has not committed anything yet.
     """
     path = Path(folder)
     identity = load_identity(path)
@@ -65,14 +79,17 @@ def open_maps(folder: str | os.PathLike[str]) -> Maps:
         where = pa.array(np.full(table.num_rows, number))
         tables.append(table.append_column("_shard", where).append_column("_row", rows))
     if not tables:
-        raise InputError(f"{path} holds a run that has not committed anything yet.")
+        raise InputError(f"{path} holds a run that has not committed anything yet; wait for its first shard.")
     return Maps(identity, _Shards(files), pa.concat_tables(tables))
 
 
 class Maps:
-    """Rows of a run, lazily. `maps["id"]` and `maps[7]` are a `MapRecord`; slices and lists of either are Maps again.
+    """Rows of a run, read lazily, as a sequence that can be pickled for the workers of a DataLoader.
 
-    identity: what the run was made of (`run.json`). Can be pickled, for the workers of a DataLoader.
+    `maps["id"]` and `maps[7]` are a `MapRecord`; a slice, or a list of ids or numbers, gives `Maps` again.
+
+    Attributes:
+        identity: the content of the run's `run.json`.
     """
 
     def __init__(self, identity: dict[str, Any], shards: _Shards, table: pa.Table) -> None:
@@ -99,7 +116,7 @@ class Maps:
         return {record_id: number for number, record_id in enumerate(self.ids)}
 
     def column(self, name: str) -> np.ndarray:
-        """A small column (target, prediction, probability, status ...), (N,); integers are −1 where there is none."""
+        """Return a small column, such as target, probability or status: (N,); missing integers are −1."""
         if name not in SMALL:
             raise InputError(f"there is no column {name!r}; expected one of {', '.join(SMALL)}.")
         column = self._table[name]
@@ -115,9 +132,14 @@ class Maps:
         prediction: int | Sequence[int] | None = None,
         where: Callable[[dict[str, np.ndarray]], np.ndarray] | None = None,
     ) -> Maps:
-        """The rows that fit all that is given. status: "ok" or "error". target, prediction: a class or several.
+        """Return the rows that meet all given conditions.
 
-        where: columns by name, (N,) each, to a boolean array (N,), as in `lambda c: c["probability"] > 0.9`.
+        Args:
+            status: "ok" or "error".
+            target: the explained class, or several.
+            prediction: the most probable class, or several.
+            where: function of the small columns by name, (N,) each, to a boolean array (N,), as in
+                `lambda c: c["probability"] > 0.9`.
         """
         keep = np.ones(len(self), bool)
         if status is not None:
@@ -143,7 +165,11 @@ class Maps:
         return Maps(self.identity, self._shards, self._table.take(pa.array(numbers, pa.int64())))
 
     def numpy(self) -> np.ndarray:
-        """All maps of these rows, float32 (N, H, W). Raises InputError where one is missing or sizes differ."""
+        """Return the maps of all rows, (N, H, W) float32.
+
+        Raises:
+            InputError: a row has no map, or sizes differ.
+        """
         arrays: list[np.ndarray] = []
         for number in range(len(self)):
             heat = self._row(number).map
@@ -158,7 +184,7 @@ class Maps:
         return np.stack(arrays)
 
     def torch(self) -> torch.utils.data.Dataset[dict[str, Any]]:
-        """A map-style Dataset of {"id", "map": (H, W) float32, "target", "prediction", "probability"[, "raw"]}."""
+        """Return a map-style Dataset of dictionaries with id, map, target, prediction, probability and raw if kept."""
         return cast("torch.utils.data.Dataset[dict[str, Any]]", MapDataset(self))
 
     def _number(self, key: Any) -> int:
@@ -179,9 +205,9 @@ class Maps:
 
 
 class MapDataset:
-    """A run's maps as a map-style dataset: dictionaries that torch's own collation takes.
+    """The maps of a run as a map-style dataset of dictionaries, which torch's default collation accepts.
 
-    `torch.utils.data.DataLoader` needs `__len__` and `__getitem__` alone; torch is imported with the first item.
+    `torch.utils.data.DataLoader` needs only `__len__` and `__getitem__`; torch is imported with the first item.
     """
 
     def __init__(self, maps: Maps) -> None:
@@ -207,7 +233,7 @@ class MapDataset:
 
 
 class _Shards:
-    """Open files and row groups, the last ones used kept."""
+    """The shards of a run: open files, and a cache of the row groups that were used last."""
 
     def __init__(self, files: list[Path]) -> None:
         self._files = files
@@ -218,7 +244,7 @@ class _Shards:
         return _Shards, (self._files,)
 
     def row(self, shard: int, row: int) -> dict[str, Any]:
-        """The large columns of one row."""
+        """Return the large columns of one row."""
         if shard not in self._open:
             file = pq.ParquetFile(self._files[shard])
             sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
@@ -229,7 +255,7 @@ class _Shards:
         if key not in self._groups:
             large = [name for name in file.schema_arrow.names if name not in SMALL or name in ("height", "width")]
             self._groups[key] = file.read_row_group(group, columns=large)
-            if len(self._groups) > _KEPT_GROUPS:
+            if len(self._groups) > _CACHED_GROUPS:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(key)
         (found,) = self._groups[key].slice(row - int(starts[group]), 1).to_pylist()

@@ -1,4 +1,4 @@
-"""What a run works through: records, each an image with a name that never changes."""
+"""Records: the images of a run, each with an id that never changes, and the sources that they come from."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ _INT64 = 2**63
 class Record:
     """An image to explain.
 
-    id: unique in its source, and all that the image's draws depend on besides the seed. uri: a path or an fsspec URL.
-    target: class index, None for what the run says. seed: None for the run's. content: the encoded image where the
-    source had to read it anyway (tars, datasets), else None.
+    Attributes:
+        id: unique in its source; the image's draws depend on it and the seed alone.
+        uri: a path or an fsspec URL.
+        target: class index, None for the run's default.
+        seed: None for the run's seed.
+        content: the encoded image if the source had to read it anyway (tars), else None.
     """
 
     id: str
@@ -38,11 +41,15 @@ def _none(record_id: str) -> bool:
 
 @dataclass(frozen=True)
 class RecordSource:
-    """Records, in an order that is always the same.
+    """Records in an order that is always the same.
 
-    place: as the user named it. identity: what must be equal for a run to be resumed. count: None where nobody can
-    know without reading everything. read(skip): the records whose id is not skipped. shards: where records carry their
-    images, the parts that can be read apart from each other, by the name that ids of each begin with.
+    Attributes:
+        place: the source as the user named it.
+        identity: what must be equal for a run to be resumed.
+        count: number of records, None if it is unknown without reading all of them.
+        read: function that takes `skip` and yields the records for whose id it does not hold.
+        shards: for records that carry their images, such a function for each part that can be read by itself, by the
+            prefix of its ids.
     """
 
     place: str
@@ -52,12 +59,12 @@ class RecordSource:
     shards: Mapping[str, Callable[[Skip], Iterator[Record]]] | None = None
 
     def records(self, skip: Skip = _none) -> Iterator[Record]:
-        """The records, but for those whose id `skip` holds for."""
+        """Return the records for whose id `skip` does not hold."""
         return self.read(skip)
 
 
 def image_key(record_id: str) -> int:
-    """The image key of a record's draws: 64 bits of the BLAKE2b hash of its id."""
+    """Return the image key of a record's draws: 64 bits of the BLAKE2b hash of its id."""
     return int.from_bytes(hashlib.blake2b(record_id.encode(), digest_size=8).digest(), "little")
 
 
@@ -68,31 +75,39 @@ def read_uri(uri: str) -> bytes:
             return file.read()
     import fsspec
 
-    # fsspec tells compression by the name, and does not know this one.
+    # fsspec infers the compression from the suffix, and does not know this one.
     options = {"tar": {"compression": "gzip"}} if uri.startswith("tar://") and uri.endswith(".tgz") else {}
     with fsspec.open(uri, "rb", **options) as file:
         return file.read()
 
 
 def printable(text: str) -> str:
-    """A name as valid Unicode: bytes of a file's name that are none are written as \\xNN."""
+    r"""Return a file name as valid Unicode; bytes that are not UTF-8 become \xNN."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def is_local(uri: str) -> bool:
-    """Whether a uri is a plain path."""
+    """Return whether a uri is a plain path."""
     return "://" not in uri and "::" not in uri
 
 
 def located(uri: str, folder: str) -> str:
-    """A uri as it stands in a list, relative to the folder or URL that the list lies in."""
+    """Return a uri of a list as a path or URL; relative ones start at the list's folder or URL."""
     if not is_local(uri) or os.path.isabs(uri):
         return uri
     return f"{folder.rstrip('/')}/{uri}" if not is_local(folder) else os.path.join(folder, uri)
 
 
 def as_int64(value: object, what: str) -> int | None:
-    """An integer, or text that is one, as int; None for nothing and NaN. Raises InputError, beginning with `what`."""
+    """Return an integer, or the text of one, as int; None for None, "" and NaN.
+
+    Args:
+        value: the cell of a table.
+        what: what it is, at the beginning of the error message.
+
+    Raises:
+        InputError: the value is no integer of 64 bits.
+    """
     if value is None or value == "" or value != value:
         return None
     try:

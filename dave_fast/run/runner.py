@@ -1,4 +1,4 @@
-"""A run from its first look at the source to its summary, whatever engine does the work."""
+"""A run from opening its source to its summary, with either runner."""
 
 from __future__ import annotations
 
@@ -14,23 +14,34 @@ from dave_fast.files import atomically, check_writable
 from dave_fast.run.folder import RunFolder
 from dave_fast.run.local import Machine, run_local
 from dave_fast.run.lock import FENCE_FILE, LOCK_FILE, Lock
-from dave_fast.run.mapper import LABEL, Setup
+from dave_fast.run.mapper import LABEL, MapSettings
 from dave_fast.run.progress import Report, Tally
 from dave_fast.run.shards import committed_ids, shard_files
 from dave_fast.run.sources import RecordSource, open_source
 
 ENGINES = ("local", "ray")
 SUMMARY_FILE = "summary.json"
-# Makes the report of a run that has begun: how many records there are (None: unknown), how many were done before.
+# Makes the report of a run: from the number of records (None: unknown), and how many were done before.
 Reporter = Callable[[int | None, int], AbstractContextManager[Report]]
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a run has done. records: with a row in all, those of earlier runs included; images: explained this time.
+    """The result of a run.
 
-    errors: records without a map, this time. seconds: since the devices were ready. device_share: in [0, 1].
-    stopped: why the run ended before its end, else None. first_errors: (id, reason). doubles: ids that came twice.
+    Attributes:
+        records: records with a row, those of earlier runs included.
+        images: records explained by this run.
+        errors: records without a map in this run.
+        seconds: since the devices were ready.
+        images_per_second: `images` over `seconds`.
+        device_share: share of `seconds` in which the devices computed, in [0, 1].
+        devices: number of devices.
+        shards: committed shards in the folder.
+        bytes: bytes of these shards.
+        stopped: name of the signal that stopped the run, or None.
+        first_errors: (id, reason) of the first failures.
+        doubles: the first ids that occurred twice in the source.
     """
 
     records: int
@@ -50,7 +61,7 @@ class RunSummary:
 def run_dataset(
     place: str,
     out: str | Path,
-    setup: Setup,
+    settings: MapSettings,
     machine: Machine | None = None,
     *,
     engine: str = "local",
@@ -60,27 +71,37 @@ def run_dataset(
 ) -> RunSummary:
     """Explain every record of a source that has no row in `out` yet. See `docs/datasets.md`.
 
-    place: see `dave_fast.run.sources`. limit: rows in all, at most. retry_errors: records whose row is an error are
-    done again. Raises InputError for what is not in order or does not fit the run in `out`, RunError where the run
-    could not be brought to its end; what was committed is kept.
+    Args:
+        place: the source, see `dave_fast.run.sources`.
+        out: the folder of the run; made if missing, continued if it holds the same run.
+        settings: the settings of the maps.
+        machine: devices, threads and shard size; None: the defaults.
+        engine: "local" or "ray".
+        limit: the most rows in all, those of earlier runs included.
+        retry_errors: whether records whose row is an error are explained again.
+        reporter: makes the report that shows progress.
+
+    Raises:
+        InputError: the source or a setting is wrong, or `out` holds another run.
+        RunError: the run stopped before its end; what was committed is kept.
     """
     if engine not in ENGINES:
         raise InputError(f"engine is {engine!r}; expected one of {', '.join(ENGINES)}.")
     folder = Path(out)
     check_writable(folder)
-    source = open_source(place, labels=setup.target == LABEL, leave_out=folder)
+    source = open_source(place, labels=settings.target == LABEL, leave_out=folder)
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     lock = Lock.take(folder)
     try:
-        begun = RunFolder(folder, lock, source, limit=limit, retry_errors=retry_errors)
-        with reporter(_total(source, limit), len(begun.done)) as report:
+        run_folder = RunFolder(folder, lock, source, limit=limit, retry_errors=retry_errors)
+        with reporter(_total(source, limit), len(run_folder.done)) as report:
             run = run_local
             if engine == "ray":
                 from dave_fast.run.ray_engine import run_ray
 
                 run = run_ray
-            tally = run(begun, setup, machine or Machine(), report)
+            tally = run(run_folder, settings, machine or Machine(), report)
         summary = _summary(folder, tally)
         with atomically(folder / SUMMARY_FILE) as file:
             file.write(json.dumps(asdict(summary), indent=2, ensure_ascii=False).encode() + b"\n")
@@ -116,7 +137,7 @@ def _summary(folder: Path, tally: Tally) -> RunSummary:
 
 
 def _remove_if_unused(folder: Path) -> None:
-    """A run that was refused leaves no folder behind that was not there before."""
+    """Remove the folder again if nothing was written to it: the run was refused."""
     names = {path.name for path in folder.iterdir()}
     if names <= {LOCK_FILE, FENCE_FILE}:
         for name in names:

@@ -1,4 +1,4 @@
-"""Shards: Parquet files of rows, one row a record, that are whole or not there.
+"""Shards: Parquet files with one row a record, which are written whole or not at all.
 
 | column | type | |
 |---|---|---|
@@ -7,14 +7,14 @@
 | prediction | int64 | the most probable class |
 | probability | float32 | softmax of the unperturbed image's output at the target |
 | seed, n_samples | int64, int32 | of the draws |
-| status, error | string | "ok", or "error" and why; then there is no map |
+| status, error | string | "ok"; or "error" and why there is no map |
 | height, width, dtype | int32, int32, string | of the map: float16 or uint8, row by row, little-endian |
 | map, scale | binary, float32 | values = map × scale, in [0, 1] |
 | raw, raw_scale | binary, float32 | with --raw: signed (3, height, width) float16; values = raw × raw_scale |
 | output | binary | with --outputs: the model's output (K,) float32 |
 
-Rows go to a hidden temporary file, a row group at a time; committing it is fsync and rename, so a shard exists as a
-whole or not at all. The file's metadata holds the run's identity (`identity`) under the key `dave_fast`.
+Rows go to a hidden temporary file, one row group at a time; a commit is fsync and rename, so that no part of a shard
+is ever visible. The file's metadata holds the run's identity (`identity`) under the key `dave_fast`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ROW_GROUP = 32
 SHARD_ROWS = 10_000
 SHARD_BYTES = 256 * 2**20
 
-Row = dict[str, Any]
+ShardRow = dict[str, Any]
 
 _COLUMNS: dict[str, pa.DataType] = {
     "id": pa.string(),
@@ -61,19 +61,19 @@ _COLUMNS: dict[str, pa.DataType] = {
 }
 _RAW = {"raw": pa.binary(), "raw_scale": pa.float32()}
 _OUTPUT = {"output": pa.binary()}
-# Everything but the arrays: what an index of a run reads.
+# All columns but the arrays, from which rows are chosen.
 SMALL = [name for name in _COLUMNS if name != "map"]
 
 
 def schema(identity: Mapping[str, Any]) -> pa.Schema:
-    """The columns of a run, with its identity as metadata."""
+    """Return the Parquet schema of a run, with its identity as metadata."""
     configuration = identity["configuration"]
     columns = _COLUMNS | (_RAW if configuration["raw"] else {}) | (_OUTPUT if configuration["outputs"] else {})
     return pa.schema(list(columns.items()), metadata={METADATA_KEY: json.dumps(identity).encode()})
 
 
 def write_options(columns: Iterable[str]) -> dict[str, Any]:
-    """How shards are compressed: no dictionaries, statistics for what rows are chosen by only."""
+    """Return the writer's options: compression, no dictionaries, statistics of the columns that rows are chosen by."""
     return {
         "compression": "zstd",
         "compression_level": 1,
@@ -83,21 +83,30 @@ def write_options(columns: Iterable[str]) -> dict[str, Any]:
 
 
 class ShardWriter:
-    """Rows in, shards out: `add` collects, `commit` makes what was added a shard."""
+    """The writer of one shard: `add` rows, then `commit` or `abandon`.
+
+    Args:
+        path: the shard's path; it exists after `commit`.
+        columns: the schema of the rows.
+
+    Attributes:
+        rows: number of rows added.
+        bytes: bytes written so far.
+    """
 
     def __init__(self, path: Path, columns: pa.Schema) -> None:
         self.path = path
         self.rows = 0
         self.bytes = 0
         self._columns = columns
-        self._pending: list[Row] = []
+        self._pending: list[ShardRow] = []
         self._stack = ExitStack()
-        # Refused before work is done for nothing, where no file can be made.
+        # Opened at once, so that a folder that cannot be written to is found before anything is computed.
         self._file = self._stack.enter_context(atomically(path, durable=True))
         self._writer = pq.ParquetWriter(self._file, columns, **write_options(columns.names))
 
-    def add(self, rows: Sequence[Row]) -> None:
-        """Add rows; written as soon as they fill a row group."""
+    def add(self, rows: Sequence[ShardRow]) -> None:
+        """Add rows; each full row group is written."""
         self._pending += rows
         self.rows += len(rows)
         with self._abandoned_on_error():
@@ -105,7 +114,7 @@ class ShardWriter:
                 self._write_group()
 
     def commit(self) -> Path:
-        """The shard, on the disk and under its name."""
+        """Write the remaining rows, sync and rename the file; return the shard's path."""
         with self._abandoned_on_error():
             if self._pending:
                 self._write_group()
@@ -114,9 +123,9 @@ class ShardWriter:
         return self.path
 
     def abandon(self, error: BaseException | None = None) -> None:
-        """Leave nothing behind."""
+        """Close and delete the temporary file."""
         error = error or _AbandonedError()
-        # Its destructor would write on.
+        # The destructor of an open writer would write to the closed file.
         self._writer.is_open = False
         self._pending = []
         with contextlib.suppress(_AbandonedError):
@@ -137,16 +146,16 @@ class ShardWriter:
 
 
 class _AbandonedError(Exception):
-    """Closes the temporary file as a failure does."""
+    """Raised into `atomically` to have the temporary file deleted."""
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The committed shards of a run, sorted by name."""
+    """Return the committed shards of a run, sorted by name."""
     return sorted(path for path in folder.glob(f"*{SUFFIX}") if not path.name.startswith("."))
 
 
 def remove_leftovers(folder: Path) -> int:
-    """Delete the temporary files of runs that were killed; how many there were. Only under the folder's lock."""
+    """Delete the temporary files of killed runs and return their number. To be called only under the folder's lock."""
     leftovers = list(folder.glob(f".*{PART}"))
     for path in leftovers:
         path.unlink(missing_ok=True)
@@ -154,17 +163,25 @@ def remove_leftovers(folder: Path) -> int:
 
 
 def read_column(path: Path, *columns: str) -> pa.Table:
-    """Columns of one shard. Raises InputError, with its name, for a file that is no shard."""
+    """Return columns of one shard.
+
+    Raises:
+        InputError: the file is no shard, or cannot be read.
+    """
     try:
         return pq.read_table(path, columns=list(columns), memory_map=False, partitioning=None)
     except (OSError, pa.ArrowInvalid, KeyError) as error:
         raise InputError(
-            f"{path} is no readable shard: {reason_of(error)}. Move it away and resume; its maps are made anew."
+            f"{path} is no readable shard: {reason_of(error)}. Move it away and resume; its maps are made again."
         ) from error
 
 
 def committed_ids(folder: Path) -> set[str]:
-    """The ids of all rows in committed shards. Raises InputError where one stands in two of them."""
+    """Return the ids of all rows in committed shards.
+
+    Raises:
+        InputError: an id is in two shards, or a shard cannot be read.
+    """
     done: set[str] = set()
     for path in shard_files(folder):
         ids = read_column(path, "id")["id"].to_pylist()
@@ -176,9 +193,9 @@ def committed_ids(folder: Path) -> set[str]:
 
 
 def drop_errors(folder: Path) -> int:
-    """Take the rows of failed records out of the shards, so that they are tried again; how many there were.
+    """Remove the rows of failed records from the shards, so that they are tried again; return their number.
 
-    Each shard is replaced in one step; one that would be empty is deleted.
+    Each shard is replaced in one step; one without other rows is deleted.
     """
     dropped = 0
     for path in shard_files(folder):
@@ -197,7 +214,7 @@ def drop_errors(folder: Path) -> int:
 
 
 def next_name(folder: Path, worker: str) -> Iterator[Path]:
-    """Free names for a worker's shards: maps-WORKER-00000.parquet and on."""
+    """Yield unused paths for a worker's shards: maps-WORKER-00000.parquet, maps-WORKER-00001.parquet and so on."""
     number = 0
     while True:
         path = folder / f"maps-{worker}-{number:05d}{SUFFIX}"

@@ -1,15 +1,15 @@
-"""From what the user names to records: folders, lists and Parquet manifests here, tars and datasets beside it.
+"""Open a source by its name: folders, lists and Parquet manifests here, others in `tars` and `huggingface`.
 
-A source is told by what it looks like:
+The kind of a source follows from its name:
 
     FOLDER                    images in it and below; ids are the paths below it
     LIST.txt                  a path or URL a line
-    LIST.csv  .tsv  .jsonl    columns uri (or path), and where wanted id, target, seed
+    LIST.csv  .tsv  .jsonl    columns uri (or path), and optionally id, target, seed
     MANIFEST.parquet          the same columns; a glob or a folder of Parquet files too
     SHARDS-{000..099}.tar     WebDataset; globs too
     hf://NAME[:SPLIT]         a Hugging Face dataset, saved on disk or on the hub
 
-Lists, manifests and tars may lie behind any URL that fsspec knows, and so may the images.
+Lists, manifests, tars and images may be at any URL that fsspec reads.
 """
 
 from __future__ import annotations
@@ -35,10 +35,15 @@ _ROWS = 65536
 
 
 def open_source(place: str, *, labels: bool = False, leave_out: str | os.PathLike[str] | None = None) -> RecordSource:
-    """The source behind what the user named.
+    """Open the source that the user named.
 
-    labels: take the labels of tars (.cls) and datasets (`label`) as targets. leave_out: a folder that is no source,
-    where it lies in one: that of the results. Raises InputError where there is none, or it is not in order.
+    Args:
+        place: a name as in the module's docstring.
+        labels: whether the labels of tars (.cls) and datasets (`label`) are the targets.
+        leave_out: a folder whose images are no part of a folder source: the one of the results.
+
+    Raises:
+        InputError: there is no such source, it is empty, has no labels, or an id occurs twice.
     """
     name = place.lower().split("::", 1)[0].split("?", 1)[0]
     if name.endswith(TARS):
@@ -56,12 +61,9 @@ def open_source(place: str, *, labels: bool = False, leave_out: str | os.PathLik
     return _folder(place, leave_out)
 
 
-# ---- folders ----
-
-
 def _folder(place: str, leave_out: str | os.PathLike[str] | None) -> RecordSource:
     if not is_local(place):
-        raise InputError(f"{place!r} is no list, manifest or tar; a remote folder needs a list of its images.")
+        raise InputError(f"{place!r} is no list, manifest or tar; for a remote folder, give a list of its images.")
     if not os.path.exists(place):
         raise InputError(f"there is no file or folder {place}.")
     if not os.path.isdir(place):
@@ -75,15 +77,12 @@ def _folder(place: str, leave_out: str | os.PathLike[str] | None) -> RecordSourc
 
     source = _listed(place, "folder", records)
     if not source.count:
-        raise InputError(f"there is no image in {place} (tars and Parquet manifests are named by their files).")
+        raise InputError(f"there is no image in {place}; name tars and Parquet manifests by their files.")
     return source
 
 
-# ---- lists and manifests ----
-
-
 def _listed(place: str, kind: str, records: Callable[[], Iterator[Record]]) -> RecordSource:
-    """A source whose records are cheap to go through: counted, digested and checked for doubles beforehand."""
+    """Return a source whose records are cheap to list: they are counted, hashed and checked for doubles here."""
     digest, seen = hashlib.blake2b(digest_size=16), set()
     for record in records():
         if record.id in seen:
@@ -98,12 +97,19 @@ def _listed(place: str, kind: str, records: Callable[[], Iterator[Record]]) -> R
 
 
 def record_of(row: dict[str, Any], folder: str, where: str) -> Record:
-    """A record from the columns of a list. where: "FILE, line 7", for messages."""
+    """Return the record of a line of a list or manifest.
+
+    Args:
+        row: the line's columns.
+        folder: the folder or URL that relative uris start at.
+        where: place of the line in messages, as in "FILE, line 7".
+
+    Raises:
+        InputError: there is no uri, or target or seed is no integer.
+    """
     uri = row.get("uri") or row.get("path")
     if not isinstance(uri, str) or not uri.strip():
-        raise InputError(
-            f"{where}: there is no uri; expected columns uri (or path), and where wanted id, target, seed."
-        )
+        raise InputError(f"{where}: there is no uri; expected columns uri (or path), and optionally id, target, seed.")
     name = row.get("id")
     return Record(
         printable(uri.strip() if name is None or name == "" else str(name)),
@@ -142,7 +148,7 @@ def _json_row(line: str, where: str) -> dict[str, Any] | None:
 
 
 def _text(place: str) -> io.TextIOWrapper:
-    """Lines of a text file; a byte order mark is no part of them."""
+    """Open a text file, without its byte order mark."""
     import fsspec
 
     try:
@@ -153,7 +159,7 @@ def _text(place: str) -> io.TextIOWrapper:
 
 
 def _parquet_records(place: str) -> Iterator[Record]:
-    """The records of one Parquet file, of those in a folder, or of those that a glob finds."""
+    """Yield the records of one Parquet file, of those in a folder, or of those that a glob matches."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -193,5 +199,5 @@ def _binary(place: str) -> Any:
 
 
 def _folder_of(place: str) -> str:
-    """What relative uris in a list are relative to."""
+    """Return the folder or URL that relative uris in a list start at."""
     return os.path.dirname(os.path.abspath(place)) if is_local(place) else place.rsplit("/", 1)[0]

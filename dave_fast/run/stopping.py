@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while a run is at work."""
+"""Handle Ctrl-C and SIGTERM during a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dave_fast.run.progress import Report
 
 
 class Stoppable(Protocol):
-    """A run that looks at `stopped_by`, the signal that asked it to end, and says so through its report."""
+    """A run that ends soon after `stopped_by`, the number of a signal, is set, and that has a report."""
 
     stopped_by: int | None
     report: Report
@@ -20,7 +20,7 @@ class Stoppable(Protocol):
 
 @contextmanager
 def stop_in_order(run: Stoppable) -> Iterator[None]:
-    """The first signal lets the run commit what is done; a second one ends it at once."""
+    """Set `run.stopped_by` at the first signal, raise KeyboardInterrupt at the second."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

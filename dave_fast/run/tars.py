@@ -1,7 +1,7 @@
-"""WebDataset tars as a source: read from front to end, never indexed.
+"""WebDataset tars as a source, read sequentially without an index.
 
-A sample is the run of members whose names agree up to the first dot of the file's name; its image is the first
-member with an image's suffix, its label the member `.cls`. id = shard/key.
+A sample is a sequence of members whose names are equal up to the first dot of the file's name, its key. Its image is
+the first member with an image's suffix, its label the member `.cls`, its id shard/key.
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ TARS = (".tar", ".tar.gz", ".tgz")
 
 
 def tar_source(place: str, *, labels: bool) -> RecordSource:
-    """The samples of tars: a path or fsspec URL, with {000..099} and globs."""
+    """Return the samples of tars as a source.
+
+    Args:
+        place: a path or fsspec URL, with {000..099} and globs.
+        labels: whether the members `.cls` give the targets.
+
+    Raises:
+        InputError: there is no such tar, or they cannot be listed.
+    """
     shards = _shards(place)
     names = _names([url for url, _ in shards])
     sizes = hashlib.blake2b(digest_size=16)
@@ -41,7 +49,7 @@ def tar_source(place: str, *, labels: bool) -> RecordSource:
 
 
 def expand_braces(text: str) -> list[str]:
-    """`a-{08..10}.tar` -> a-08.tar, a-09.tar, a-10.tar; `{a,b}` too; several at once."""
+    """Return the names that a pattern stands for: `a-{08..10}.tar` is a-08.tar, a-09.tar, a-10.tar; `{a,b}` too."""
     found = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", text)
     if found is None:
         return [text]
@@ -54,7 +62,7 @@ def expand_braces(text: str) -> list[str]:
 
 
 def _shards(place: str) -> list[tuple[str, int]]:
-    """(path or URL, bytes) of each tar, each once."""
+    """Return (path or URL, bytes) of each tar, without repeats."""
     import fsspec
 
     found: dict[str, int] = {}
@@ -78,7 +86,7 @@ def _shards(place: str) -> list[tuple[str, int]]:
 
 
 def _names(urls: list[str]) -> list[str]:
-    """What shards are called in ids: the file's name, or the path where names repeat; the suffix left out."""
+    """Return the shards' names in ids: file names without suffix, relative paths if file names repeat."""
     names = [url.rsplit("/", 1)[-1] for url in urls]
     if len(set(names)) < len(names):
         common = os.path.commonpath([url.split("://")[-1] for url in urls])
@@ -89,7 +97,7 @@ def _names(urls: list[str]) -> list[str]:
 
 
 def _samples(url: str, shard: str, labels: bool, skip: Skip) -> Iterator[Record]:
-    """The samples of one tar; members of skipped ones are passed over unread."""
+    """Yield the samples of one tar; the members of skipped ones are not read."""
     import fsspec
 
     local = is_local(url)
@@ -105,10 +113,10 @@ def _samples(url: str, shard: str, labels: bool, skip: Skip) -> Iterator[Record]
             yield Record(printable(f"{shard}/{key}"), f"tar://{image[0]}::{chained}", target, None, image[1])
 
     try:
-        # A pipe ("r|") needs no seeking, which remote files do badly; on a disk seeking passes over what is done.
+        # A pipe ("r|") avoids seeking, which is slow in remote files; on a disk, seeking passes over skipped members.
         with fsspec.open(url, "rb") as file, tarfile.open(fileobj=file, mode="r:*" if local else "r|*") as tar:
             for member in tar:
-                # tarfile remembers every member it saw.
+                # tarfile keeps every member it has read.
                 tar.members = []  # type: ignore[attr-defined]
                 folder, _, name = member.name.rpartition("/")
                 if not member.isfile() or name.startswith("."):

@@ -1,13 +1,12 @@
-"""A worker: one process with one device. Records come in, shards go to the disk.
+"""A worker: one process with one device, which is sent records and writes shards.
 
-    receiver   thread: messages of the parent; a record goes straight to the decoders
-    decoders   threads (Pillow lets go of the interpreter while it decodes and resizes): records -> inputs, ahead of
-               the device
+    receiver   thread: reads the parent's messages and hands records to the decoders
+    decoders   threads: records -> inputs, ahead of the device (Pillow releases the GIL while it decodes and resizes)
     main       batches of inputs -> mapper -> rows
-    committer  thread: rows -> row groups -> shards, while the device goes on
+    committer  thread: rows -> row groups -> shards, while the device computes
 
-The parent never sends more than the window that the worker told it, so what waits here is bounded. When the parent is
-gone the worker ends at once: what it had not committed is made again by the next run.
+The parent sends no more records than the window that the worker announced, which bounds the queues here. If the parent
+dies the worker ends at once: the rows that it had not committed are made again by the next run.
 """
 
 from __future__ import annotations
@@ -20,107 +19,39 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dave_fast.errors import DaveFastError, ImageError, InputError, RunError
 from dave_fast.run.lock import Lock
-from dave_fast.run.mapper import Mapper, Setup
+from dave_fast.run.mapper import Mapper
+from dave_fast.run.messages import Alive, Committed, End, Finished, Go, Hello, Mapped, WorkerTask
 from dave_fast.run.records import Record
-from dave_fast.run.shards import SHARD_BYTES, SHARD_ROWS, Row, ShardWriter, next_name, schema
+from dave_fast.run.shards import SHARD_BYTES, ShardRow, ShardWriter, next_name, schema
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Bytes of inputs that wait for the device.
+# The most bytes of inputs that wait for the device.
 WAITING_BYTES = 512 * 2**20
-# So many failures one after another are no longer the images' fault.
+# Failures one after another at which the run stops: the images are not the cause.
 FAILURES = 100
 _TICK_S = 0.5
 
 
-@dataclass(frozen=True)
-class WorkerTask:
-    """What one worker is to do. commit_s: seconds after which rows are committed, however few they are."""
-
-    setup: Setup
-    device: str | None
-    threads: int
-    decoders: int
-    folder: Path
-    name: str
-    shard_rows: int = SHARD_ROWS
-    commit_s: float = 300.0
-
-
-@dataclass(frozen=True)
-class Hello:
-    """A worker that is ready: what its maps are made of, and how many records it may be sent ahead."""
-
-    configuration: dict[str, Any]
-    weights: str
-    notes: list[str]
-    device: str
-    window: int
-
-
-@dataclass(frozen=True)
-class Go:
-    """The identity of the run, once the parent has found it to be in order."""
-
-    identity: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class End:
-    """No more records will come."""
-
-
-@dataclass(frozen=True)
-class Stop:
-    """Commit what is done and end."""
-
-
-@dataclass(frozen=True)
-class Alive:
-    """Samples of the batch at work: for the watchdog, and for progress within an image. share: in [0, 1] of images."""
-
-    images: float
-
-
-@dataclass(frozen=True)
-class Mapped:
-    """Rows that were made. busy_s: seconds that the device took. errors: (id, reason) of those without a map."""
-
-    records: int
-    busy_s: float
-    errors: list[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Committed:
-    """A shard was committed."""
-
-    rows: int
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The worker's last word; error: why it stopped before the end."""
-
-    error: DaveFastError | None = None
-
-
 class _StoppedError(Exception):
-    """Raised between two micro-batches, to leave the batch at work."""
+    """Raised between two micro-batches, to abandon the current batch."""
 
 
 def work(task: WorkerTask, lock: Lock, connection: Connection) -> None:
-    """The worker's process, from start to end. `lock` is held for as long as it lives."""
-    # The parent says when to stop; a terminal sends Ctrl-C to everyone.
+    """Run a worker: the main function of its process.
+
+    Args:
+        task: the worker's task.
+        lock: the lock on the run's folder, which this process holds until it ends.
+        connection: the worker's end of the pipe to its parent.
+    """
+    # A terminal sends Ctrl-C to the workers too; the parent tells them when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     error: DaveFastError | None = None
@@ -137,11 +68,13 @@ def work(task: WorkerTask, lock: Lock, connection: Connection) -> None:
         connection.send(Finished(error))
     except OSError:
         os._exit(1)
-    # Threads of decoders may hang in a file system: they must not keep the process.
+    # A decoder that hangs in a file system must not keep the process alive.
     os._exit(0)
 
 
 class _Worker:
+    """The state of a worker's process."""
+
     def __init__(self, task: WorkerTask, connection: Connection) -> None:
         self.task = task
         self.connection = connection
@@ -157,7 +90,7 @@ class _Worker:
 
     def run(self) -> None:
         task = self.task
-        mapper = task.setup.mapper(task.device, task.threads)
+        mapper = task.settings.mapper(task.device, task.threads)
         mapper.warm_up()
         window = 3 * mapper.batch_size + 2 * task.decoders
         window = max(mapper.batch_size, min(window, WAITING_BYTES // mapper.input_bytes))
@@ -172,7 +105,7 @@ class _Worker:
                 self._map(mapper, committer)
             finally:
                 decoders.shutdown(wait=False, cancel_futures=True)
-                # Also after an error: what is done is kept.
+                # After an error too, so that finished rows are kept.
                 committer.close()
 
     def _receive(self, mapper: Mapper, decoders: ThreadPoolExecutor) -> None:
@@ -184,7 +117,6 @@ class _Worker:
                         self._waiting.put((record, decoders.submit(mapper.decode, record)))
                 elif isinstance(message, End):
                     self._waiting.put(None)
-                    # Only Stop can follow; without a parent there is no reason to go on.
                 else:
                     self.stopping.set()
         except (EOFError, OSError):
@@ -201,7 +133,7 @@ class _Worker:
             self._refuse_failing(rows)
 
     def _batch(self, size: int) -> list[tuple[Record, Future[Tensor]]]:
-        """The next records, fewer at the end; none when there are no more, or the run is to stop."""
+        """Return the next records, fewer at the end; none if there are no more or the run is to stop."""
         batch: list[tuple[Record, Future[Tensor]]] = []
         while len(batch) < size and not self.stopping.is_set():
             try:
@@ -209,15 +141,15 @@ class _Worker:
             except queue.Empty:
                 continue
             if item is None:
-                # For the call after this one.
+                # The next call has to find the end too.
                 self._waiting.put(None)
                 break
             batch.append(item)
         return [] if self.stopping.is_set() else batch
 
-    def _rows(self, mapper: Mapper, batch: Sequence[tuple[Record, Future[Tensor]]]) -> tuple[list[Row], float]:
-        """The rows of a batch and the seconds that the device took; no rows when the run is to stop."""
-        failed: dict[str, Row] = {}
+    def _rows(self, mapper: Mapper, batch: Sequence[tuple[Record, Future[Tensor]]]) -> tuple[list[ShardRow], float]:
+        """Return the rows of a batch and the seconds that the device took; no rows if the run is to stop."""
+        failed: dict[str, ShardRow] = {}
         records, inputs = [], []
         for record, future in batch:
             try:
@@ -240,16 +172,19 @@ class _Worker:
         return [made[record.id] for record, _ in batch], busy_s
 
     def _decoded(self, future: Future[Tensor]) -> Tensor:
+        """Wait for a model input; raise _StoppedError if the run is to stop."""
         while not self.stopping.is_set():
             try:
                 return future.result(timeout=_TICK_S)
             except TimeoutError:
-                # Raised by a decoder, it is an error of the image.
+                # The future has ended: its own TimeoutError is an error of the image.
                 if future.done():
                     raise ImageError("reading the image took too long.") from None
         raise _StoppedError
 
     def _progress(self, images: int) -> Callable[[int, int], None]:
+        """Return the explainer's progress callback for a batch of so many images."""
+
         def progress(done: int, rows: int) -> None:
             if self.stopping.is_set():
                 raise _StoppedError
@@ -260,7 +195,8 @@ class _Worker:
 
         return progress
 
-    def _refuse_failing(self, rows: Sequence[Row]) -> None:
+    def _refuse_failing(self, rows: Sequence[ShardRow]) -> None:
+        """Raise RunError once too many records have failed one after another."""
         for row in rows:
             self._failures = self._failures + 1 if row["status"] == "error" else 0
             if self._failures == FAILURES:
@@ -271,20 +207,26 @@ class _Worker:
 
 
 class Committer:
-    """Rows to shards on a thread of its own. An error there is raised by the next call of `put`, or by `close`."""
+    """A thread that writes rows to shards. Its error is raised by the next call of `put`, or by `close`.
+
+    Args:
+        task: the worker's task.
+        identity: the run's identity.
+        committed: called with rows and bytes of each shard.
+    """
 
     def __init__(self, task: WorkerTask, identity: dict[str, Any], committed: Callable[[int, int], None]) -> None:
         self._task = task
         self._schema = schema(identity)
         self._committed = committed
         self._names = next_name(task.folder, task.name)
-        self._rows: queue.Queue[list[Row] | None] = queue.Queue(maxsize=8)
+        self._rows: queue.Queue[list[ShardRow] | None] = queue.Queue(maxsize=8)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="committer", daemon=True)
         self._thread.start()
 
-    def put(self, rows: list[Row]) -> None:
-        """Hand rows over; waits while the disk is behind."""
+    def put(self, rows: list[ShardRow]) -> None:
+        """Queue rows; wait while the queue is full."""
         while self._error is None:
             try:
                 return self._rows.put(rows, timeout=_TICK_S)
@@ -293,7 +235,7 @@ class Committer:
         raise self._error
 
     def close(self) -> None:
-        """Commit what there is."""
+        """Commit the remaining rows and end the thread."""
         while self._thread.is_alive():
             try:
                 self._rows.put(None, timeout=_TICK_S)

@@ -19,7 +19,7 @@ from dave_fast.models.demo import demo_scene
 from dave_fast.models.spec import ModelSpec
 from dave_fast.run.export import export
 from dave_fast.run.local import Machine
-from dave_fast.run.mapper import Mapper, Setup, packed_map
+from dave_fast.run.mapper import Mapper, MapSettings, packed_map
 from dave_fast.run.records import Record, image_key
 from dave_fast.run.runner import run_dataset
 
@@ -39,14 +39,14 @@ def photos(tmp_path_factory):
     return folder
 
 
-def setup(**changes):
-    return Setup(**{"model": "demo", "n_samples": 3, "options": SETTINGS, **changes})
+def map_settings(**changes):
+    return MapSettings(**{"model": "demo", "n_samples": 3, "options": SETTINGS, **changes})
 
 
 @pytest.fixture(scope="module")
 def whole(photos, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
-    run_dataset(str(photos), out, setup(raw=True, outputs=True))
+    run_dataset(str(photos), out, map_settings(raw=True, outputs=True))
     return out
 
 
@@ -56,7 +56,7 @@ def images(photos):
 
 def alone(photos, name, seed=0, target=None):
     explainer = DAVE("demo", **SETTINGS)
-    mapper = Mapper(setup(), "cpu")
+    mapper = Mapper(map_settings(), "cpu")
     inputs = mapper.prepare.transform(decode_image((photos / name).read_bytes(), name))
     return explainer.explain(inputs, target, 3, seed, image_keys=[image_key(name)])
 
@@ -79,7 +79,7 @@ def test_batches_workers_and_interruptions_do_not_change_maps(photos, whole, tmp
         run_dataset(
             str(photos),
             tmp_path / "parts",
-            setup(raw=True, outputs=True, batch_size=1 if limit == 2 else 3),
+            map_settings(raw=True, outputs=True, batch_size=1 if limit == 2 else 3),
             Machine(devices=("cpu", "cpu") if limit == 5 else ("cpu",), shard_rows=2),
             limit=limit,
         )
@@ -96,26 +96,26 @@ def test_seeds_and_targets_of_records(photos, tmp_path):
         for number, (name, path) in enumerate(images(photos).items())
     ]
     manifest.write_text("id,uri,target,seed\n" + "\n".join(lines) + "\n")
-    run_dataset(str(manifest), tmp_path / "out", setup(seed=1))
+    run_dataset(str(manifest), tmp_path / "out", map_settings(seed=1))
     maps = dave_fast.open_maps(tmp_path / "out")
     for number, name in enumerate(images(photos)):
         seed, target = 5 if number > 3 else 1, number if number % 2 else None
         own = alone(photos, name, seed, target)
         assert (maps[name].seed, maps[name].target) == (seed, int(own.target[0]))
         np.testing.assert_allclose(maps[name].map, own.maps[0].numpy(), atol=ROUNDING + 2**-11)
-    run_dataset(str(manifest), tmp_path / "forced", setup(target="seven"))
+    run_dataset(str(manifest), tmp_path / "forced", map_settings(target="seven"))
     assert set(dave_fast.open_maps(tmp_path / "forced").column("target")) == {7}
-    run_dataset(str(manifest), tmp_path / "predicted", setup(target="predicted"))
+    run_dataset(str(manifest), tmp_path / "predicted", map_settings(target="predicted"))
     maps = dave_fast.open_maps(tmp_path / "predicted")
     np.testing.assert_array_equal(maps.column("target"), maps.column("prediction"))
 
 
 def test_target_that_the_model_lacks(photos, tmp_path):
     with pytest.raises(InputError, match="out of range"):
-        run_dataset(str(photos), tmp_path / "out", setup(target=99))
+        run_dataset(str(photos), tmp_path / "out", map_settings(target=99))
     manifest = tmp_path / "m.csv"
     manifest.write_text(f"uri,target\n{photos}/0.png,99\n{photos}/1.png,3\n{photos}/2.png,-5\n")
-    summary = run_dataset(str(manifest), tmp_path / "out", setup())
+    summary = run_dataset(str(manifest), tmp_path / "out", map_settings())
     assert (summary.images, summary.errors) == (3, 2)
     maps = dave_fast.open_maps(tmp_path / "out")
     assert "out of range" in maps[f"{photos}/0.png"].error and maps[f"{photos}/1.png"].status == "ok"
@@ -124,14 +124,14 @@ def test_target_that_the_model_lacks(photos, tmp_path):
 
 def test_resume_notices_other_weights_and_settings(photos, whole, tmp_path):
     with pytest.raises(InputError, match=r"configuration\.raw: True before, False now"):
-        run_dataset(str(photos), whole, setup(outputs=True))
+        run_dataset(str(photos), whole, map_settings(outputs=True))
     with pytest.raises(InputError, match=r"configuration\.sampling\.noise_alpha: 0.5 before, 0.25 now"):
-        run_dataset(str(photos), whole, setup(raw=True, outputs=True, options=SETTINGS | {"noise_alpha": 0.25}))
+        run_dataset(str(photos), whole, map_settings(raw=True, outputs=True, options=SETTINGS | {"noise_alpha": 0.25}))
     changed = DAVE("demo", noise_alpha=0.5).model
     with torch.no_grad():
         changed.head.bias[0] += 1e-3
     with pytest.raises(InputError, match=r"weights: \w+ before, \w+ now"):
-        run_dataset(str(photos), whole, setup(model=changed, raw=True, outputs=True))
+        run_dataset(str(photos), whole, map_settings(model=changed, raw=True, outputs=True))
 
 
 def test_shards_say_what_they_are(whole):
@@ -147,7 +147,7 @@ def test_shards_say_what_they_are(whole):
 
 
 def test_eight_bits(photos, whole, tmp_path):
-    run_dataset(str(photos), tmp_path / "u8", setup(map_dtype="uint8"))
+    run_dataset(str(photos), tmp_path / "u8", map_settings(map_dtype="uint8"))
     exact, coarse = dave_fast.open_maps(whole), dave_fast.open_maps(tmp_path / "u8")
     for name in images(photos):
         np.testing.assert_allclose(coarse[name].map, exact[name].map, atol=0.5 / 255 + 2**-11)
@@ -190,7 +190,7 @@ def batch(n=6, bad=()):
 
 
 def test_one_image_that_spoils_a_batch():
-    mapper = Mapper(setup(n_samples=1), "cpu")
+    mapper = Mapper(map_settings(n_samples=1), "cpu")
     mapper.explainer = Refusing(mapper.explainer)
     rows = mapper.explain(*batch(bad=[2]), None)
     assert [row["id"] for row in rows] == [str(n) for n in range(6)]
@@ -199,7 +199,7 @@ def test_one_image_that_spoils_a_batch():
 
 
 def test_out_of_memory_makes_smaller_batches():
-    mapper = Mapper(setup(n_samples=1), "cpu")
+    mapper = Mapper(map_settings(n_samples=1), "cpu")
     mapper.explainer = Refusing(mapper.explainer, most=2)
     rows = mapper.explain(*batch(), None)
     assert [row["status"] for row in rows] == ["ok"] * 6
@@ -213,13 +213,13 @@ def test_random_weights_and_checkpoints(tmp_path):
     import timm
 
     name, file = "vit_tiny_patch16_224", str(tmp_path / "w.pth")
-    one = Mapper(setup(model=ModelSpec(name, random_weights=True)), "cpu")
-    assert Mapper(setup(model=ModelSpec(name, random_weights=True)), "cpu").weights == one.weights
+    one = Mapper(map_settings(model=ModelSpec(name, random_weights=True)), "cpu")
+    assert Mapper(map_settings(model=ModelSpec(name, random_weights=True)), "cpu").weights == one.weights
     torch.save(timm.create_model(name, pretrained=False).state_dict(), file)
-    other = Mapper(pickle.loads(pickle.dumps(setup(model=ModelSpec(name, file)))), "cpu")
+    other = Mapper(pickle.loads(pickle.dumps(map_settings(model=ModelSpec(name, file)))), "cpu")
     assert other.weights != one.weights and other.configuration["model"] == name
     with pytest.raises(InputError, match="do not fit vit_small_patch16_224"):
-        Mapper(setup(model=ModelSpec("vit_small_patch16_224", file)), "cpu")
+        Mapper(map_settings(model=ModelSpec("vit_small_patch16_224", file)), "cpu")
 
 
 # Reading
@@ -314,7 +314,7 @@ def test_png_of_images_that_are_gone(photos, tmp_path):
     copy.mkdir()
     for name in ("0.png", "1.png"):
         (copy / name).write_bytes((photos / name).read_bytes())
-    run_dataset(str(copy), tmp_path / "out", setup(n_samples=1))
+    run_dataset(str(copy), tmp_path / "out", map_settings(n_samples=1))
     (copy / "0.png").unlink()
     assert export(dave_fast.open_maps(tmp_path / "out"), "png", tmp_path / "p") == 1
     (copy / "1.png").unlink()
@@ -335,7 +335,7 @@ def test_virelay(whole, photos, tmp_path):
         np.testing.assert_array_equal(book["prediction"][:].argmax(1), good.column("prediction"))
         assert book["index"].dtype == book["label"].dtype == np.uint32
         assert book["label"][:].tolist() == good.column("target").tolist()
-    run_dataset(str(photos), tmp_path / "plain", setup(n_samples=1))
+    run_dataset(str(photos), tmp_path / "plain", map_settings(n_samples=1))
     plain = dave_fast.open_maps(tmp_path / "plain").filter(status="ok")
     export(plain, "virelay", tmp_path / "w.h5")
     with h5py.File(tmp_path / "w.h5") as book:

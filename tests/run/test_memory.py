@@ -10,7 +10,7 @@ import run_stubs
 from PIL import Image
 
 from dave_fast.run.local import Machine
-from dave_fast.run.mapper import Setup
+from dave_fast.run.mapper import MapSettings
 from dave_fast.run.progress import Report
 from dave_fast.run.runner import run_dataset
 
@@ -71,10 +71,10 @@ def test_memory_is_flat_with_a_model(tmp_path):
     for number in range(1000):
         pixels = randomness.integers(0, 256, (40, 50, 3), np.uint8)
         Image.fromarray(pixels).resize((500, 375)).save(tmp_path / f"photos/{number}.jpg")
-    setup = Setup("demo", n_samples=2, raw=True, options={"noise_alpha": 0.5})
+    settings = MapSettings("demo", n_samples=2, raw=True, options={"noise_alpha": 0.5})
     summary, seen = weigh(
         lambda reporter: run_dataset(
-            str(tmp_path / "photos"), tmp_path / "out", setup, Machine(shard_rows=200), reporter=reporter
+            str(tmp_path / "photos"), tmp_path / "out", settings, Machine(shard_rows=200), reporter=reporter
         )
     )
     assert summary.records == 1000

@@ -19,7 +19,7 @@ from dave_fast.errors import InputError, RunError
 from dave_fast.images import preprocessing
 from dave_fast.models.demo import demo_scene
 from dave_fast.run.lock import Fence
-from dave_fast.run.mapper import Mapper, Setup
+from dave_fast.run.mapper import Mapper, MapSettings
 from dave_fast.run.progress import Report
 from dave_fast.run.ray_engine import _by_shard, preflight
 from dave_fast.run.runner import run_dataset
@@ -67,11 +67,11 @@ def test_preflight(resources, devices, found):
 @pytest.mark.parametrize(
     ("resources", "devices", "message"),
     [
-        ({"CPU": 2}, (None,), "2 CPU slots, and 1 engine actors need 3"),
-        ({"CPU": 9, "GPU": 8}, (None,), "9 CPU slots, and 8 engine actors need 10"),
+        ({"CPU": 2}, (None,), "2 CPU slots, and 1 actors need 3"),
+        ({"CPU": 9, "GPU": 8}, (None,), "9 CPU slots, and 8 actors need 10"),
         ({}, ("cpu",), "0 CPU slots"),
-        ({"CPU": 9, "GPU": 1}, ("cuda", "cuda"), "2 GPUs were asked for, and the Ray cluster has 1"),
-        ({"CPU": 9}, ("cuda",), "1 GPUs were asked for, and the Ray cluster has 0"),
+        ({"CPU": 9, "GPU": 1}, ("cuda", "cuda"), "2 devices are given and the Ray cluster has 1 GPUs"),
+        ({"CPU": 9}, ("cuda",), "1 devices are given and the Ray cluster has 0 GPUs"),
     ],
 )
 def test_preflight_refuses(resources, devices, message):
@@ -114,7 +114,7 @@ def test_fence(tmp_path):
 @pytest.mark.parametrize("size", [(500, 375), (100, 300), (128, 128)])
 def test_crops_are_half_the_way(size):
     """What travels between Ray's stages gives the same input, bit for bit."""
-    prepare = Mapper(Setup("demo", options={"noise_alpha": 0.5}), "cpu").prepare
+    prepare = Mapper(MapSettings("demo", options={"noise_alpha": 0.5}), "cpu").prepare
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
     image = Image.fromarray(pixels)
     crop = prepare.crop(image)
@@ -153,11 +153,13 @@ def tars(tmp_path):
 
 
 def test_same_rows_as_the_local_engine(cluster, tars, tmp_path):
-    setup = Setup("demo", n_samples=2, target="label", raw=True, options={"precision": "fp32", "noise_alpha": 0.5})
-    local = run_dataset(tars, tmp_path / "local", setup)
+    settings = MapSettings(
+        "demo", n_samples=2, target="label", raw=True, options={"precision": "fp32", "noise_alpha": 0.5}
+    )
+    local = run_dataset(tars, tmp_path / "local", settings)
     # Begun by one engine, finished by the other.
-    run_dataset(tars, tmp_path / "ray", setup, limit=3)
-    summary = run_dataset(tars, tmp_path / "ray", setup, engine="ray")
+    run_dataset(tars, tmp_path / "ray", settings, limit=3)
+    summary = run_dataset(tars, tmp_path / "ray", settings, engine="ray")
     assert (summary.images, summary.records, summary.errors) == (5, 8, 1) and local.records == 8
     one, other = dave_fast.open_maps(tmp_path / "local"), dave_fast.open_maps(tmp_path / "ray")
     assert sorted(one.ids) == sorted(other.ids) and one.identity == other.identity

@@ -69,7 +69,7 @@ def test_name_that_is_no_unicode(tmp_path):
         ("none", "no file or folder"),
         ("file.doc", "is no source"),
         ("empty", "no image in"),
-        ("s3://b/folder", "needs a list"),
+        ("s3://b/folder", "give a list of its images"),
     ],
 )
 def test_no_source(tmp_path, monkeypatch, place, message):

@@ -1,0 +1,109 @@
+"""Messages between a run's parent process and its workers. A list of records is a message to a worker too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dave_fast.errors import DaveFastError
+from dave_fast.run.mapper import MapSettings
+from dave_fast.run.shards import SHARD_ROWS
+
+
+@dataclass(frozen=True)
+class WorkerTask:
+    """The task of one worker, given to its process at the start.
+
+    Attributes:
+        settings: the settings of the maps.
+        device: name of a torch device, None for the best there is.
+        threads: torch's threads on a CPU.
+        decoders: threads that decode images.
+        folder: the run's folder.
+        name: the worker's name, a part of its shards' names.
+        shard_rows: rows at which a shard is committed.
+        commit_s: seconds after which rows are committed, however few they are.
+    """
+
+    settings: MapSettings
+    device: str | None
+    threads: int
+    decoders: int
+    folder: Path
+    name: str
+    shard_rows: int = SHARD_ROWS
+    commit_s: float = 300.0
+
+
+@dataclass(frozen=True)
+class Hello:
+    """From a worker: it is ready.
+
+    Attributes:
+        configuration: `Mapper.configuration`.
+        weights: hash of the model's weights.
+        notes: remarks for the user.
+        device: name of the device.
+        window: how many records without a row it may be sent.
+    """
+
+    configuration: dict[str, Any]
+    weights: str
+    notes: list[str]
+    device: str
+    window: int
+
+
+@dataclass(frozen=True)
+class Go:
+    """To a worker: the run may begin; its identity has been checked."""
+
+    identity: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class End:
+    """To a worker: no more records will come."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """To a worker: commit what is done and end."""
+
+
+@dataclass(frozen=True)
+class Alive:
+    """From a worker: the images of its current batch that are done, as a fraction."""
+
+    images: float
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """From a worker: rows were made.
+
+    Attributes:
+        records: number of rows.
+        busy_s: seconds that the device took.
+        errors: (id, reason) of the rows without a map.
+    """
+
+    records: int
+    busy_s: float
+    errors: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Committed:
+    """From a worker: a shard was committed, of so many rows and bytes."""
+
+    rows: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """From a worker: its last message, with the error that ended it early, if any."""
+
+    error: DaveFastError | None = None

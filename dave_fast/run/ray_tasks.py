@@ -1,0 +1,283 @@
+"""The tasks and actors of a run on a Ray cluster: reading, explaining, writing."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from dave_fast.errors import DaveFastError, InputError
+from dave_fast.images import Preprocessing, decode_image, from_config
+from dave_fast.run.contents import read_content
+from dave_fast.run.lock import Fence
+from dave_fast.run.mapper import MapSettings
+from dave_fast.run.records import Record, printable
+from dave_fast.run.shards import ShardWriter, schema
+
+# Records that a read task decodes at a time.
+DECODE_BATCH = 16
+_BLOCK_BYTES = 8 * 2**20
+_ALIVE_S = 5.0
+
+# The records of one read task, or a function that yields them.
+Part = list[Record] | Callable[[], Iterator[Record]]
+
+_CROPS = pa.schema(
+    [
+        ("id", pa.string()),
+        ("uri", pa.string()),
+        ("target", pa.int64()),
+        ("seed", pa.int64()),
+        ("crop", pa.large_binary()),
+        ("error", pa.string()),
+    ]
+)
+
+
+def probe(settings: MapSettings, device: str | None) -> Any:
+    """Load the model where the maps will be made; return (configuration, weights, notes), or the error."""
+    try:
+        mapper = settings.mapper(device)
+        mapper.warm_up()
+    except DaveFastError as error:
+        return error
+    return mapper.configuration, mapper.weights, mapper.notes
+
+
+class Board:
+    """An actor without work of its own: it gathers the counts of the others, and tells them to stop."""
+
+    def __init__(self) -> None:
+        self._mapped: list[tuple[int, float, list[tuple[str, str]]]] = []
+        self._commits: list[tuple[int, int]] = []
+        self._stopping = False
+        self._failure: str | None = None
+
+    def mapped(self, records: int, busy_s: float, errors: list[tuple[str, str]]) -> bool:
+        """Add rows that were made; return whether the run is to stop."""
+        self._mapped.append((records, busy_s, errors))
+        return self._stopping
+
+    def committed(self, rows: int, size: int) -> None:
+        """Add a shard that was committed."""
+        self._commits.append((rows, size))
+
+    def fail(self, reason: str) -> None:
+        """Stop the run for a reason; the first one is kept."""
+        self._failure = self._failure or reason
+        self._stopping = True
+
+    def stop(self) -> None:
+        """Stop the run."""
+        self._stopping = True
+
+    def stopping(self) -> bool:
+        """Return whether the run is to stop."""
+        return self._stopping
+
+    def news(self) -> tuple[list[Any], list[Any], str | None]:
+        """Return what was added since the last call: (mapped, commits, the reason of a failure)."""
+        mapped, self._mapped = self._mapped, []
+        commits, self._commits = self._commits, []
+        return mapped, commits, self._failure
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The settings of a run's pipeline, which can be pickled.
+
+    Attributes:
+        parts: the records, one part a read task.
+        limit: the most records, None if `parts` are bounded themselves.
+        settings: the settings of the maps.
+        device: name of the actors' device, None for the best there is.
+        actors: number of actors, one a device.
+        gpus: whether each actor takes a GPU.
+        identity: the run's identity.
+        folder: the run's folder.
+        fence: the folder's fence.
+        shard_rows: rows of a shard.
+        board: handle of the `Board`.
+    """
+
+    parts: list[Part]
+    limit: int | None
+    settings: MapSettings
+    device: str | None
+    actors: int
+    gpus: bool
+    identity: dict[str, Any]
+    folder: Path
+    fence: Fence
+    shard_rows: int
+    board: Any
+
+
+def execute(pipeline: Pipeline) -> None:
+    """Read, explain and write all records. A task of its own, so that the driver can cancel a pipeline that hangs."""
+    from ray import data
+
+    context = data.DataContext.get_current()
+    context.target_max_block_size = _BLOCK_BYTES
+    context.enable_progress_bars = False
+    context.enable_rich_progress_bars = False
+    context.print_on_execution_start = False
+    # The errors that Ray logs are raised too.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    crops = data.read_datasource(_datasource(pipeline), override_num_blocks=len(pipeline.parts))
+    if pipeline.limit is not None:
+        crops = crops.limit(pipeline.limit)
+    crops.map_batches(
+        _MapActor,
+        fn_constructor_args=(pipeline.settings, pipeline.device, pipeline.identity, pipeline.board),
+        batch_size=pipeline.settings.batch_size or (16 if pipeline.gpus else 4),
+        batch_format="pyarrow",
+        compute=data.ActorPoolStrategy(size=pipeline.actors),
+        num_cpus=1,
+        num_gpus=int(pipeline.gpus),
+    ).write_datasink(_sink(pipeline))
+
+
+def _datasource(pipeline: Pipeline) -> Any:
+    from ray.data.block import BlockMetadata
+    from ray.data.datasource import Datasource, ReadTask
+
+    config = pipeline.identity["configuration"]["preprocessing"]
+
+    class Records(Datasource):
+        """Read tasks, one a part."""
+
+        def estimate_inmemory_data_size(self) -> int | None:
+            return None
+
+        def get_read_tasks(self, parallelism: int, *given: Any, **more: Any) -> list[Any]:
+            tasks = []
+            for part in pipeline.parts:
+                count = len(part) if isinstance(part, list) else None
+                metadata = BlockMetadata(num_rows=count, size_bytes=None, input_files=None, exec_stats=None)
+                tasks.append(ReadTask(partial(_read, part, pipeline.board, config), metadata, schema=_CROPS))
+            return tasks
+
+    return Records()
+
+
+def _read(part: Part, board: Any, config: dict[str, Any]) -> Iterator[pa.Table]:
+    """Yield records with their crops, or the reason why there is none, until the run is to stop."""
+    import ray
+
+    prepare = from_config(config)
+    records = iter(part) if isinstance(part, list) else part()
+    while some := list(itertools.islice(records, DECODE_BATCH)):
+        if ray.get(board.stopping.remote()):
+            return
+        yield pa.Table.from_pylist([_decoded(prepare, record) for record in some], schema=_CROPS)
+
+
+def _decoded(prepare: Preprocessing, record: Record) -> dict[str, Any]:
+    row = {"id": record.id, "uri": printable(record.uri), "target": record.target, "seed": record.seed}
+    try:
+        return row | {"crop": prepare.crop(decode_image(read_content(record), record.uri)).tobytes()}
+    except InputError as error:
+        return row | {"error": str(error)}
+
+
+class _MapActor:
+    """The actor of one device: crops to rows.
+
+    After a failure that is not due to a single image it stops the run and returns no more rows.
+    """
+
+    def __init__(self, settings: MapSettings, device: str | None, identity: dict[str, Any], board: Any) -> None:
+        import ray
+
+        self._ray, self._board = ray, board
+        self._schema = schema(identity)
+        self._stopping = False
+        self._last_alive = time.monotonic()
+        self._mapper = settings.mapper(device)
+        self._mapper.warm_up()
+        made = json.loads(json.dumps([self._mapper.configuration, self._mapper.weights]))
+        if made != [identity["configuration"], identity["weights"]]:
+            board.fail.remote(f"an actor on {device} would make other maps than the run's: give --precision.")
+            self._stopping = True
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        rows: list[Any] = []
+        if not self._stopping and batch.num_rows:
+            try:
+                rows = self._rows(batch.to_pylist())
+            except (MemoryError, DaveFastError) as error:
+                self._fail(str(error))
+            except Exception as error:
+                self._fail(f"an actor failed: {type(error).__name__}: {error}")
+        return pa.Table.from_pylist(rows, schema=self._schema)
+
+    def _fail(self, reason: str) -> None:
+        self._stopping = True
+        self._board.fail.remote(f"{reason.rstrip('.')}. What is committed is kept: resume the run.")
+
+    def _rows(self, given: list[dict[str, Any]]) -> list[Any]:
+        mapper = self._mapper
+        height, width = mapper.prepare.size
+        failed: dict[str, Any] = {}
+        records, inputs = [], []
+        for row in given:
+            record = Record(row["id"], row["uri"], row["target"], row["seed"])
+            try:
+                if row["error"] is not None:
+                    raise InputError(row["error"])
+                mapper.refuse_target(record)
+                crop = np.frombuffer(row["crop"], np.uint8).reshape(height, width, 3)
+                inputs.append(mapper.prepare.normalised(crop))
+                records.append(record)
+            except InputError as error:
+                failed[record.id] = mapper.error_row(record, error)
+        start = time.perf_counter()
+        made = {row["id"]: row for row in mapper.explain(records, inputs, self._alive)} if records else {}
+        busy_s = time.perf_counter() - start if records else 0.0
+        rows = [(made | failed)[row["id"]] for row in given]
+        errors = [(row["id"], row["error"]) for row in rows if row["status"] == "error"]
+        self._stopping = self._ray.get(self._board.mapped.remote(len(rows), busy_s, errors))
+        return rows
+
+    def _alive(self, done: int, rows: int) -> None:
+        """Report progress to the watchdog during a long batch, at most every few seconds."""
+        now = time.monotonic()
+        if now - self._last_alive > _ALIVE_S:
+            self._last_alive = now
+            self._board.mapped.remote(0, 0.0, [])
+
+
+def _sink(pipeline: Pipeline) -> Any:
+    from ray.data.datasource import Datasink
+
+    class Shards(Datasink):
+        """Rows to shards, each named by the ids in it, so that a repeated task replaces its shard."""
+
+        @property
+        def min_rows_per_write(self) -> int:
+            return pipeline.shard_rows
+
+        def write(self, blocks: Iterable[pa.Table], ctx: Any) -> None:
+            tables = [pa.table(block) for block in blocks if len(block)]
+            if not tables:
+                return
+            table = pa.concat_tables(tables, promote_options="default")
+            ids = hashlib.blake2b("\n".join(table["id"].to_pylist()).encode(), digest_size=12).hexdigest()
+            with pipeline.fence.inside():
+                writer = ShardWriter(pipeline.folder / f"maps-{ids}.parquet", schema(pipeline.identity))
+                writer.add(table.to_pylist())
+                path = writer.commit()
+            pipeline.board.committed.remote(writer.rows, path.stat().st_size)
+
+    return Shards()
