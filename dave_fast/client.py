@@ -1,13 +1,13 @@
-"""A client of `dave-fast serve`, blocking and asynchronous: retries, deadlines, streams.
+"""A client of `dave-fast serve`, blocking and asynchronous.
 
     with Client("http://127.0.0.1:8000") as client:
         explanation = client.explain("photo.jpg", target="tabby", tolerance=0.2, deadline_ms=500)
         for update in client.stream("photo.jpg"):
             print(update.samples, update.error_bound)
 
-An explanation is a function of its request, so asking again is always safe: a busy server (429, 503), a connection that
-cannot be made or breaks before there is an answer are tried again, after what Retry-After says or a time that doubles,
-with jitter, and never beyond `timeout`.
+An explanation is a function of its request, so that asking again is always safe. A request is repeated where the
+server is busy (429, 503), the connection cannot be made, or it breaks before there is an answer: after the time that
+Retry-After names, or one that doubles, with jitter, and never beyond `timeout`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ import os
 import random
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import httpx
 import numpy as np
@@ -35,14 +36,18 @@ __all__ = ["AsyncClient", "Client", "Explained", "ServerError"]
 
 Picture = bytes | str | os.PathLike[str] | Image.Image | np.ndarray
 _AGAIN = (429, 502, 503)
-# seconds: the first wait without Retry-After, and the longest
+# Seconds: the first wait without Retry-After, and the longest.
 _FIRST_WAIT, _LONGEST_WAIT = 0.1, 10.0
 
 
 class ServerError(DaveFastError, RuntimeError):
-    """The server refused or failed. status: of HTTP, None where there was no answer; detail: its words.
+    """A request that the server refused or failed to answer.
 
-    lost: the answer is that of a proxy whose server died with the request.
+    Attributes:
+        status: of HTTP; None where there was no answer.
+        detail: the server's message.
+        retry_after: seconds after which to ask again, or None.
+        lost: whether the answer is that of a proxy whose server died with the request.
     """
 
     def __init__(
@@ -54,12 +59,24 @@ class ServerError(DaveFastError, RuntimeError):
 
 @dataclass(frozen=True)
 class Explained:
-    """Maps of one image, K classes; of all its samples, or of those that have come so far.
+    """Maps of one image and K classes, from all its samples or from those that have come so far.
 
-    maps: (K, H, W) float32 in [0, 1] · targets, class_names, probabilities: K each · errors, error_bounds: K each,
-    relative L2 distance to the limit, estimated and with 90 % certainty; infinity where unknown · final: whether this
-    is the answer · cut_short: None, "tolerance", "deadline" or "shutdown" · top: (class, name, probability) of the most
-    probable classes, for the answer.
+    Attributes:
+        maps: (K, H, W) float32 in [0, 1].
+        targets: K class indices.
+        class_names: K names.
+        probabilities: K probabilities.
+        errors: K estimates of the relative L2 distance of a map to its limit; infinity where unknown.
+        error_bounds: K bounds, each of which holds with 90 % certainty; infinity where unknown.
+        samples: perturbed samples that the maps are made of.
+        n_samples: perturbed samples that were asked for.
+        final: whether this is the answer, and not an update before it.
+        cut_short: the reason for fewer samples, "tolerance", "deadline" or "shutdown"; None where all were made.
+        model: the served name.
+        seed: of the samples.
+        queue_ms: milliseconds in the queue.
+        total_ms: milliseconds in all.
+        top: (class, name, probability) of the most probable classes, in an answer.
     """
 
     maps: np.ndarray
@@ -84,11 +101,15 @@ class Explained:
         return max(self.error_bounds)
 
 
-# ---- what both clients share ----
-
-
 def picture_bytes(picture: Picture) -> bytes:
-    """An image file's bytes: of a path, bytes, a PIL image, or pixels uint8 (H, W, 3)."""
+    """Return an image as the bytes of a file.
+
+    Args:
+        picture: a path, the bytes of a file, a PIL image, or pixels uint8 (H, W, 3) or (H, W).
+
+    Raises:
+        InputError: the file cannot be read, or the pixels are not of that form.
+    """
     if isinstance(picture, bytes):
         return picture
     if isinstance(picture, np.ndarray):
@@ -106,7 +127,7 @@ def picture_bytes(picture: Picture) -> bytes:
 
 
 def _query(target: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as they go into the address."""
+    """Return targets and options as the parameters of an address, without those that are None."""
     several = isinstance(target, Sequence) and not isinstance(target, str)
     targets = [] if target is None else [str(one) for one in target] if several else [str(target)]
     given = {name: value for name, value in options.items() if value is not None}
@@ -114,15 +135,15 @@ def _query(target: Any, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _explained(told: Mapping[str, Any], *, final: bool) -> Explained:
-    """From JSON."""
+    """Return the answer or update that the server's JSON holds."""
     each = told["maps"]
     return Explained(
         maps=np.stack([_map(one["map"]) for one in each]),
         targets=[one["target"] for one in each],
         class_names=[one["class_name"] for one in each],
         probabilities=[one["probability"] for one in each],
-        errors=[_bound(one["error"]) for one in each],
-        error_bounds=[_bound(one["error_bound"]) for one in each],
+        errors=[_error(one["error"]) for one in each],
+        error_bounds=[_error(one["error_bound"]) for one in each],
         final=final,
         top=[(one["target"], one["class_name"], one["probability"]) for one in told.get("top", [])],
         samples=told["samples"],
@@ -131,7 +152,7 @@ def _explained(told: Mapping[str, Any], *, final: bool) -> Explained:
     )
 
 
-def _bound(value: float | None) -> float:
+def _error(value: float | None) -> float:
     return float("inf") if value is None else value
 
 
@@ -142,13 +163,13 @@ def _map(told: Mapping[str, Any]) -> np.ndarray:
 
 
 def _problem(response: httpx.Response) -> ServerError:
-    """What a status other than 200 says."""
+    """Return the error for a response with another status than 200."""
     lost = False
     try:
         detail = response.json()["detail"]
     except (ValueError, KeyError, TypeError):
         detail = response.text[:200] or response.reason_phrase
-        # a server's own errors are JSON
+        # The server's own errors are JSON: this one is a proxy's.
         lost = response.status_code == 500
     try:
         wait = float(response.headers.get("retry-after", ""))
@@ -157,47 +178,60 @@ def _problem(response: httpx.Response) -> ServerError:
     return ServerError(response.status_code, str(detail), wait, lost=lost)
 
 
-class _Patience:
-    """How long one call may take, and how long to wait before it is tried again."""
+class _Retries:
+    """The time and the tries that one call has left.
+
+    Args:
+        timeout: seconds for the call, all tries included.
+        retries: tries after the first.
+    """
 
     def __init__(self, timeout: float, retries: int) -> None:
-        self.until = time.monotonic() + timeout
-        self.left, self._wait = retries, _FIRST_WAIT
+        self._until = time.monotonic() + timeout
+        self._left, self._wait = retries, _FIRST_WAIT
 
     @property
     def seconds(self) -> float:
-        """What is left; ServerError where nothing is."""
-        left = self.until - time.monotonic()
+        """Seconds that are left; raises ServerError where none are."""
+        left = self._until - time.monotonic()
         if left <= 0:
             raise ServerError(None, "no answer within the time given; allow more (timeout=)")
         return left
 
     def after(self, error: Exception) -> float:
-        """Seconds to wait before the next try; raises what is final."""
+        """Return the seconds to wait before the next try.
+
+        Raises:
+            ServerError: the error is final, or neither a try nor the time for it is left.
+        """
         told = error if isinstance(error, ServerError) else ServerError(None, f"{type(error).__name__}: {error}")
         final = told.status is not None and told.status not in _AGAIN and not told.lost
-        if self.left <= 0 or final:
+        if self._left <= 0 or final:
             raise told from error
-        self.left -= 1
+        self._left -= 1
         wait = random.uniform(0, self._wait)
         if told.retry_after is not None:
-            # all were told the same time: spread them out behind it
+            # Other clients were told the same time: spread them out after it.
             wait = told.retry_after * random.uniform(1.0, 1.5)
         self._wait = min(2 * self._wait, _LONGEST_WAIT)
-        if time.monotonic() + wait > self.until:
+        if time.monotonic() + wait > self._until:
             raise told from error
         return wait
 
 
 class _Events:
-    """Lines of server-sent events, to updates."""
+    """A reader of server-sent events, line by line."""
 
     def __init__(self) -> None:
         self._name, self._data = "", ""
         self.ended = False
 
-    def line(self, line: str) -> Explained | None:
-        """An update where this line completes one; ServerError for an error event."""
+    def line(self, line: str) -> Iterator[Explained]:
+        """Read a line and yield the update that it completes, if any.
+
+        Raises:
+            ServerError: the line completes an error.
+        """
         if line.startswith("event:"):
             self._name = line[6:].strip()
         elif line.startswith("data:"):
@@ -209,41 +243,61 @@ class _Events:
             if name == "error":
                 raise ServerError(told["status"], told["detail"])
             if name in ("maps", "done"):
-                return _explained(told, final=name == "done")
-        return None
-
-    def check(self) -> None:
-        """At the end of the stream: ServerError unless there was an answer."""
-        if not self.ended:
-            raise ServerError(None, "the stream broke off before the answer; ask again")
+                yield _explained(told, final=name == "done")
 
 
-@dataclass
-class _Settings:
-    """address: such as http://127.0.0.1:8000. timeout: seconds a call, retries included."""
+@contextmanager
+def _events() -> Iterator[_Events]:
+    """Read a stream in the block, and raise ServerError where it ends before the answer."""
+    events = _Events()
+    try:
+        yield events
+    except httpx.TransportError as error:
+        raise ServerError(None, f"the stream broke off ({error}); ask again") from error
+    if not events.ended:
+        raise ServerError(None, "the stream broke off before the answer; ask again")
+
+
+@dataclass(frozen=True)
+class _Connection:
+    """How a server is reached.
+
+    Attributes:
+        address: such as http://127.0.0.1:8000.
+        api_key: sent with every request, or None.
+        timeout: seconds a call, retries included.
+        retries: tries after the first.
+    """
 
     address: str
-    api_key: str | None = None
-    timeout: float = 60.0
-    retries: int = 4
-
-    def __post_init__(self) -> None:
-        self.address = self.address.rstrip("/")
+    api_key: str | None
+    timeout: float
+    retries: int
 
     @property
-    def headers(self) -> dict[str, str]:
-        return {} if self.api_key is None else {"authorization": f"Bearer {self.api_key}"}
+    def options(self) -> dict[str, Any]:
+        """Keywords of httpx's clients."""
+        headers = {} if self.api_key is None else {"authorization": f"Bearer {self.api_key}"}
+        return {"base_url": self.address.rstrip("/"), "headers": headers}
 
-
-# ---- blocking ----
+    def call(self, timeout: float | None) -> _Retries:
+        """Begin a call; a timeout of None is the connection's."""
+        return _Retries(self.timeout if timeout is None else timeout, self.retries)
 
 
 class Client:
-    """The blocking client; threads may share it."""
+    """A blocking client, which threads may share.
+
+    Args:
+        address: such as http://127.0.0.1:8000.
+        api_key: where the server wants one.
+        timeout: seconds a call, retries included.
+        retries: tries after the first.
+    """
 
     def __init__(self, address: str, *, api_key: str | None = None, timeout: float = 60.0, retries: int = 4) -> None:
-        self._settings = _Settings(address, api_key, timeout, retries)
-        self._http = httpx.Client(base_url=self._settings.address, headers=self._settings.headers)
+        self._connection = _Connection(address, api_key, timeout, retries)
+        self._http = httpx.Client(**self._connection.options)
 
     def __enter__(self) -> Self:
         return self
@@ -254,7 +308,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Give the connections back."""
+        """Close the connections."""
         self._http.close()
 
     def explain(
@@ -270,77 +324,90 @@ class Client:
         deadline_ms: int | None = None,
         timeout: float | None = None,
     ) -> Explained:
-        """Explain an image: a path, the bytes of a file, a PIL image, or pixels uint8 (H, W, 3).
+        """Explain an image.
 
-        target: a class by index or name, or several. The rest is as the server documents it.
-        Raises InputError for a picture that cannot be read, ServerError for everything else.
+        Args:
+            picture: a path, the bytes of a file, a PIL image, or pixels uint8 (H, W, 3).
+            target: a class by index or name, or several; None is the most probable class.
+            model: a served name; None is the server's first model.
+            top_k: in place of target, the number of most probable classes.
+            n_samples: perturbed samples at most.
+            seed: equal seeds give equal maps.
+            tolerance: stop when the relative error of the map is below this, nine times in ten.
+            deadline_ms: answer within this time with the samples that there are.
+            timeout: seconds for the call, retries included; None is the client's.
+
+        Raises:
+            InputError: the picture cannot be read.
+            ServerError: the server refused, failed or cannot be reached.
         """
         options: dict[str, Any] = dict(model=model, top_k=top_k, n_samples=n_samples, seed=seed)
         options |= dict(tolerance=tolerance, deadline_ms=deadline_ms)
-        told = self._call("POST", "/v1/explain", _query(target, options), picture_bytes(picture), timeout)
+        told = self._send("POST", "/v1/explain", _query(target, options), picture_bytes(picture), timeout).json()
         return _explained(told, final=True)
 
     def stream(
         self, picture: Picture, target: Any = None, *, timeout: float | None = None, **options: Any
     ) -> Iterator[Explained]:
-        """As `explain`: updates as samples come, the last of them final. Leaving the loop ends the request."""
-        content, query = picture_bytes(picture), _query(target, options)
-        patience = _Patience(self._settings.timeout if timeout is None else timeout, self._settings.retries)
-        while True:
-            try:
-                response = self._opened("/v1/explain/stream", query, content, patience)
-                break
-            except (httpx.TransportError, ServerError) as error:
-                time.sleep(patience.after(error))
+        """Explain an image and yield updates as samples come, the last of them final.
+
+        Leaving the loop ends the request. Arguments and errors are those of `explain`.
+        """
+        query, content = _query(target, options), picture_bytes(picture)
+        response = self._send("POST", "/v1/explain/stream", query, content, timeout, stream=True)
         try:
-            events = _Events()
-            for line in response.iter_lines():
-                update = events.line(line)
-                if update is not None:
-                    yield update
-            events.check()
-        except httpx.TransportError as error:
-            raise ServerError(None, f"the stream broke off ({error}); ask again") from error
+            with _events() as events:
+                for line in response.iter_lines():
+                    yield from events.line(line)
         finally:
             response.close()
 
     def models(self) -> list[dict[str, Any]]:
-        """What the server serves: name, size, classes, precision."""
-        told: list[dict[str, Any]] = self._call("GET", "/v1/models", {}, None, None)
+        """Return what the server serves: name, size, classes, precision … of each model."""
+        told: list[dict[str, Any]] = self._send("GET", "/v1/models").json()
         return told
 
     def ready(self) -> bool:
-        """Whether the server takes requests now; False also where none answers."""
+        """Return whether the server takes requests now; False also where there is no answer."""
         try:
-            return self._http.get("/readyz", timeout=self._settings.timeout).status_code == 200
+            return self._http.get("/readyz", timeout=self._connection.timeout).status_code == 200
         except httpx.TransportError:
             return False
 
-    def _opened(self, path: str, query: dict[str, Any], content: bytes, patience: _Patience) -> httpx.Response:
-        request = self._http.build_request("POST", path, params=query, content=content, timeout=patience.seconds)
-        response = self._http.send(request, stream=True)
-        if response.status_code != 200:
-            response.read()
-            raise _problem(response)
-        return response
-
-    def _call(self, method: str, path: str, query: dict[str, Any], content: bytes | None, timeout: float | None) -> Any:
-        patience = _Patience(self._settings.timeout if timeout is None else timeout, self._settings.retries)
+    def _send(
+        self,
+        method: str,
+        path: str,
+        query: dict[str, Any] | None = None,
+        content: bytes | None = None,
+        timeout: float | None = None,
+        *,
+        stream: bool = False,
+    ) -> httpx.Response:
+        """Send a request until it is answered with 200; with `stream` the content of the answer is yet to be read."""
+        call = self._connection.call(timeout)
         while True:
             try:
-                answer = self._http.request(method, path, params=query, content=content, timeout=patience.seconds)
-                if answer.status_code == 200:
-                    return answer.json()
-                raise _problem(answer)
+                request = self._http.build_request(method, path, params=query, content=content, timeout=call.seconds)
+                response = self._http.send(request, stream=stream)
+                if response.status_code == 200:
+                    return response
+                response.read()
+                raise _problem(response)
             except (httpx.TransportError, ServerError) as error:
-                time.sleep(patience.after(error))
-
-
-# ---- asynchronous ----
+                time.sleep(call.after(error))
 
 
 class AsyncClient:
-    """The same for asyncio; every method is awaited."""
+    """`Client` for asyncio; every method is awaited.
+
+    Args:
+        address: as for `Client`.
+        api_key: as for `Client`.
+        timeout: as for `Client`.
+        retries: as for `Client`.
+        connections: open at a time, at most.
+    """
 
     def __init__(
         self,
@@ -351,9 +418,9 @@ class AsyncClient:
         retries: int = 4,
         connections: int = 100,
     ) -> None:
-        self._settings = _Settings(address, api_key, timeout, retries)
+        self._connection = _Connection(address, api_key, timeout, retries)
         limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-        self._http = httpx.AsyncClient(base_url=self._settings.address, headers=self._settings.headers, limits=limits)
+        self._http = httpx.AsyncClient(**self._connection.options, limits=limits)
 
     async def __aenter__(self) -> Self:
         return self
@@ -364,74 +431,61 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Give the connections back."""
+        """Close the connections."""
         await self._http.aclose()
 
     async def explain(
         self, picture: Picture, target: Any = None, *, timeout: float | None = None, **options: Any
     ) -> Explained:
-        """As `Client.explain`."""
-        told = await self._call("POST", "/v1/explain", _query(target, options), picture_bytes(picture), timeout)
-        return _explained(told, final=True)
+        """Explain an image; see `Client.explain`."""
+        response = await self._send("POST", "/v1/explain", _query(target, options), picture_bytes(picture), timeout)
+        return _explained(response.json(), final=True)
 
     async def stream(
         self, picture: Picture, target: Any = None, *, timeout: float | None = None, **options: Any
     ) -> AsyncIterator[Explained]:
-        """As `Client.stream`."""
-        content, query = picture_bytes(picture), _query(target, options)
-        patience = _Patience(self._settings.timeout if timeout is None else timeout, self._settings.retries)
-        while True:
-            try:
-                response = await self._opened("/v1/explain/stream", query, content, patience)
-                break
-            except (httpx.TransportError, ServerError) as error:
-                await asyncio.sleep(patience.after(error))
+        """Explain an image and yield updates; see `Client.stream`."""
+        query, content = _query(target, options), picture_bytes(picture)
+        response = await self._send("POST", "/v1/explain/stream", query, content, timeout, stream=True)
         try:
-            events = _Events()
-            async for line in response.aiter_lines():
-                update = events.line(line)
-                if update is not None:
-                    yield update
-            events.check()
-        except httpx.TransportError as error:
-            raise ServerError(None, f"the stream broke off ({error}); ask again") from error
+            with _events() as events:
+                async for line in response.aiter_lines():
+                    for update in events.line(line):
+                        yield update
         finally:
             await response.aclose()
 
     async def models(self) -> list[dict[str, Any]]:
-        """As `Client.models`."""
-        told: list[dict[str, Any]] = await self._call("GET", "/v1/models", {}, None, None)
+        """Return what the server serves; see `Client.models`."""
+        told: list[dict[str, Any]] = (await self._send("GET", "/v1/models")).json()
         return told
 
     async def ready(self) -> bool:
-        """As `Client.ready`."""
+        """Return whether the server takes requests now; see `Client.ready`."""
         try:
-            return (await self._http.get("/readyz", timeout=self._settings.timeout)).status_code == 200
+            return (await self._http.get("/readyz", timeout=self._connection.timeout)).status_code == 200
         except httpx.TransportError:
             return False
 
-    async def _opened(self, path: str, query: dict[str, Any], content: bytes, patience: _Patience) -> httpx.Response:
-        request = self._http.build_request("POST", path, params=query, content=content, timeout=patience.seconds)
-        response = await self._http.send(request, stream=True)
-        if response.status_code != 200:
-            await response.aread()
-            raise _problem(response)
-        return response
-
-    async def _call(
+    async def _send(
         self,
-        method: Literal["GET", "POST"],
+        method: str,
         path: str,
-        query: dict[str, Any],
-        content: bytes | None,
-        timeout: float | None,
-    ) -> Any:
-        patience = _Patience(self._settings.timeout if timeout is None else timeout, self._settings.retries)
+        query: dict[str, Any] | None = None,
+        content: bytes | None = None,
+        timeout: float | None = None,
+        *,
+        stream: bool = False,
+    ) -> httpx.Response:
+        """Send a request until it is answered with 200; see `Client._send`."""
+        call = self._connection.call(timeout)
         while True:
             try:
-                answer = await self._http.request(method, path, params=query, content=content, timeout=patience.seconds)
-                if answer.status_code == 200:
-                    return answer.json()
-                raise _problem(answer)
+                request = self._http.build_request(method, path, params=query, content=content, timeout=call.seconds)
+                response = await self._http.send(request, stream=stream)
+                if response.status_code == 200:
+                    return response
+                await response.aread()
+                raise _problem(response)
             except (httpx.TransportError, ServerError) as error:
-                await asyncio.sleep(patience.after(error))
+                await asyncio.sleep(call.after(error))
