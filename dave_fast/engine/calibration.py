@@ -40,7 +40,7 @@ ROWS, SEED = 8, 0
 
 def calibrate(engine: Engine) -> Scales:
     """Return the scales of an engine's operands, as it finds them when it has none."""
-    plan, multiply = engine.plan, engine.multiply
+    plan, multiply = engine.plan, engine.ops.multiply
     forward: set[int] = set()
     # id of a packed weight -> largest number of leading tokens and of others; of one only where all are alike
     largest: dict[int, tuple[float, ...]] = {}
@@ -60,14 +60,14 @@ def calibrate(engine: Engine) -> Scales:
         return multiply(x, weight, *given, **epilogue)
 
     images = made_images(ROWS, (plan.channels, *plan.image_size)).to(plan.device)
-    engine.multiply = recording
+    engine.ops.multiply = recording
     try:
         output, saved = engine.forward(patchify(images, plan.patch_size).to(plan.dtype))
         forward.update(largest)
         for cotangent in _cotangents(output):
             engine.vjp(saved, cotangent)
     finally:
-        engine.multiply = multiply
+        engine.ops.multiply = multiply
     operands = {}
     for weight, most in largest.items():
         # an operand that none of these images moves keeps scales of its rows

@@ -51,8 +51,8 @@ def test_scales_are_powers_of_two_and_do_not_depend_on_the_global_generator():
     first = build()
     torch.manual_seed(2)
     second = build()
-    scales = list(first._scales.operands.values())
-    assert scales == list(second._scales.operands.values())
+    scales = list(first.ops.scales.operands.values())
+    assert scales == list(second.ops.scales.operands.values())
     assert all(math.log2(scale).is_integer() for each in scales for scale in (each.lead, each.rest))
 
 
@@ -72,7 +72,7 @@ def test_walks_with_static_scales_are_as_near_to_bfloat16_as_with_scales_of_rows
     engine = build(name)
     exact = walk(engine_of(ENGINE[name].build(), dtype=torch.bfloat16, backend="torch"), images)
     static = walk(engine, images)
-    engine._scales = Scales({})
+    engine.ops.scales = Scales({})
     dynamic = walk(engine, images)
     for found, by_rows, expected in zip(static, dynamic, exact, strict=True):
         assert distance(found, expected) <= LOW_PRECISION_RATIO * distance(by_rows, expected)
@@ -80,13 +80,13 @@ def test_walks_with_static_scales_are_as_near_to_bfloat16_as_with_scales_of_rows
 
 def test_no_product_of_a_block_quantises_its_operand_but_the_first_of_the_vjp():
     engine = build("vit")
-    multiply, operands = engine.multiply, []
+    multiply, operands = engine.ops.multiply, []
 
     def recording(x, weight, *given, **epilogue):
         operands.append(isinstance(x, Codes))
         return multiply(x, weight, *given, **epilogue)
 
-    engine.multiply = recording
+    engine.ops.multiply = recording
     output, saved = engine.forward(patchify(ENGINE["vit"].images(2), engine.plan.patch_size).bfloat16())
     assert operands and all(operands)
     operands.clear()
@@ -122,9 +122,9 @@ def test_patches_keep_their_cotangents_where_a_class_token_with_an_outlier_is_re
         "rows": engine_of(model, dtype=torch.bfloat16, backend="torch", fp8=True, scales=Scales({})),
         "one scale": engine_of(model, dtype=torch.bfloat16, backend="torch", fp8=True),
     }
-    found = engines["one scale"]._scales.operands
+    found = engines["one scale"].ops.scales.operands
     most = {key: TokenScales.uniform(max(each.lead, each.rest)) for key, each in found.items()}
-    engines["one scale"]._scales = Scales(most)
+    engines["one scale"].ops.scales = Scales(most)
     patches = {}
     for name, engine in engines.items():
         output, saved = engine.forward(patchify(images, engine.plan.patch_size).to(engine.plan.dtype))

@@ -1,0 +1,78 @@
+"""The ops of one backend, bound once for both walks of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dave_fast.ops import _registry
+from dave_fast.ops.fp8 import Codes, Scales, coded
+from dave_fast.ops.norm import RowSums
+
+# 1/σ of rows, or the sums of squares from which a product makes it
+Scale = Tensor | RowSums
+# rows of the residual stream, or of its cotangent
+Stream = Tensor | Codes
+
+
+class BoundOps:
+    """The ops that the walks call.
+
+    Args:
+        backend: a name of `ops._registry`, or "auto".
+        device: on which they run.
+        fp8: whether products of blocks take e4m3 operands.
+        scales: static scales of e4m3 operands; operands without one get scales of their rows.
+
+    Attributes:
+        multiply: the products of blocks, `linear` or `linear_fp8`.
+        embed_multiply: the products of the patch embedding. They are not in e4m3: eight bits are too few for pixels,
+            and these products are a hundredth of the work.
+        fused: whether the backend is Triton, whose products sum squares for the next norm and write into residuals,
+            and whose attention stores e4m3 codes.
+    """
+
+    def __init__(self, backend: str, device: torch.device, *, fp8: bool = False, scales: Scales | None = None) -> None:
+        linear = "linear_fp8" if fp8 else "linear"
+        self.fp8 = fp8
+        self.scales = scales or Scales({})
+        self.fused = _registry.choose(linear, backend, device.type) == "triton"
+
+        def bind(op: str) -> Callable[..., Any]:
+            return _registry.bind(op, backend, device.type)
+
+        self.multiply = bind(linear)
+        self.embed_multiply = bind("linear")
+        self.assemble = bind("assemble")
+        self.row_rstd = bind("row_rstd")
+        self.normalize = bind("normalize")
+        self.normalize_vjp = bind("normalize_vjp")
+        self.rotate = bind("rotate")
+        self.attention = bind("attention")
+        self.attention_vjp = bind("attention_vjp")
+
+    def add(self, x: Stream, weight: Any, bias: Tensor | None = None, *, overwrite: bool, **epilogue: Any) -> Any:
+        """Multiply and add to the residual, in its memory where `overwrite` allows it and the backend can."""
+        if self.fused:
+            epilogue["overwrite"] = overwrite
+        return self.multiply(x, weight, bias, **epilogue)
+
+    def codes(self, weights: list[Any], **settings: Any) -> dict[str, Any]:
+        """Return the arguments that make a product store its result in e4m3 for these packed weights.
+
+        Empty where the operand of these weights has no static scale. settings: further arguments for that case.
+        """
+        scale = self.scales.of(*weights)
+        return {} if scale is None else {"code_scale": scale, **settings}
+
+    def rows_of_heads(self, heads: Stream, settings: dict[str, Any]) -> Stream:
+        """Return an attention's result (R, tokens, heads, head_dim) as rows (R·tokens, heads·head_dim).
+
+        settings: of `codes` for the product that reads it; the rows are in e4m3 where they have a scale.
+        """
+        if isinstance(heads, Codes):
+            return heads.map(lambda t: t.view(t.shape[0] * t.shape[1], -1))
+        return coded(heads.view(heads.shape[0] * heads.shape[1], -1), settings.get("code_scale"))
