@@ -1,11 +1,12 @@
-"""The bench: how fast the ops and the engine are, on any machine, beside how exact they are.
+"""The bench: speed and accuracy of the ops and of the engine.
 
-    shapes     what a model asks of each op                    rates       what the machine can do at most
-    cases      operands, call and float64 truth of each op      agreement   a form that is wrong is not timed
-    timing     turns, medians, quantiles, graphs                machine     where a number comes from
+    shapes     shapes of each op in a model                     rates       the machine's own highest rates
+    cases      operands and call of each op                     agreement   errors against float64
+    timing     turns, medians, quantiles, graphs                machine     the environment of a measurement
     ops        every backend of an op beside the others         whole       the engine, from image to map
-    compare    two revisions in turns                           report, page   tables, JSON, docs
+    measure    one request of `dave-fast bench`                 sweep       latency against S, memory against size
+    compare    two revisions in turns                           report, page   tables for the terminal and the docs
 
-Rules that hold everywhere: operands are random and never zero; what is compared runs in turns within one run; a time
-is a median with its spread; and nothing is timed that does not agree with float64 on the very operands that are timed.
+Operands are random and never zero. Contestants run in turns within one run. A time is a median with its spread. A form
+of an op is timed only if it agrees with float64 on the same operands.
 """

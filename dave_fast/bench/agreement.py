@@ -1,26 +1,25 @@
-"""A form of an op that is wrong is not timed: its error against float64, beside that of plain PyTorch.
+"""Agreement of a form of an op with float64, without which it is not timed.
 
-The truth is the reference on the operands widened to float64. Each result is held for itself against plain PyTorch's on
-the same operands, in the whole and in parts (`SCALES`: images, rows, columns, tiles, elements), so that an error in few
-elements is not lost among many. In a part ‖error‖ may reach
+The truth is the reference on the operands converted to float64. Each result is compared with plain PyTorch's on the
+same operands, as a whole and in parts (`SCALES`: images, rows, columns, tiles, elements), so that an error in few
+elements is not lost among many. In a part ‖error‖ may be
 
     RATIO · (the largest share ‖error‖ / ‖size‖ of plain PyTorch's result in any such part) · ‖size‖
 
-or, where that is more, what computing in float32 and rounding once to the result's type costs; twice as much in single
+or, if that is more, the error of computing in float32 and rounding once to the result's dtype; twice as much in single
 elements, and somewhat more in results of few elements. The size of an element t is √(t² + the mean square of its image
-or row). Where a result is narrower than float32 its rounding hides small errors from norms, but not from sums: the
-error's projection on the truth, a scale error, must be within its noise.
+or row). In a result narrower than float32 rounding hides small errors from norms, but not from sums: the error's
+projection on the truth, a scale error, must be within its noise.
 
-Buffers are poisoned while the form runs, so that an element that nobody wrote is a NaN and not a lucky number. The form
-runs twice on the same operands, which it must leave as they are, and both results are held to the rule. Of the few
-elements (`Case.undecided`) in which rounding decides whether robust_mean keeps a sample it is only asked that they lie
-between the least and the largest contribution that may be kept.
+Buffers are filled with NaN before the form runs, so that an element that is not written shows. The form runs twice on
+the same operands, which it must not change, and both results are checked. Where rounding decides whether robust_mean
+keeps a sample (`Case.undecided`), the element must lie between the least and the largest contribution that may be kept.
 
-What is not seen: errors of one part below these limits: in float32 some 10⁻⁶, in bfloat16 0.5 to 1 % of a row or tile
-and 2 to 5 % of an element; scale errors of a whole bfloat16 result of n elements below some 0.03/√n (0.01 % is seen
-from about 100,000 elements on, 0.1 % from about 1,000); in products of eight-bit operands scale errors below 0.1 %; and
-options that no case sets: attention's bias, the sums of squares that linear leaves and row_rstd takes, codes in eight
-bits as results, an RMSNorm behind which a centred stream starts.
+Not detected are errors of one part below these limits: in float32 about 10⁻⁶, in bfloat16 0.5 to 1 % of a row or tile
+and 2 to 5 % of an element; scale errors of a whole bfloat16 result of n elements below about 0.03/√n (0.01 % is
+detected from about 100,000 elements, 0.1 % from about 1,000); in products of eight-bit operands scale errors below
+0.1 %; and errors in options that no case sets: attention's bias, the sums of squares that linear returns and row_rstd
+takes, codes in eight bits as results, an RMSNorm after which a centred stream starts.
 """
 
 from __future__ import annotations
@@ -38,12 +37,12 @@ from dave_fast.bench.case import Case, Load, Operands, Undecided, results_of, wi
 from dave_fast.ops import _registry
 
 RATIO = 2.0
-# float64 against float64: what reordering sums may cost
+# float64 against float64: the error of reordering sums
 EXACT = 1e-12
 SCALES = ("the whole", "an image", "a row", "a column", "a tile", "an element")
 TILE = 16
-# What a form may add to rounding its result once, as a share of an element's size: four float32 roundings, and for
-# products of eight-bit operands what Hopper's tensor cores, whose sums keep 13 bits, lose of them.
+# error allowed besides rounding the result once, as a share of an element's size: four float32 roundings; for products
+# of eight-bit operands the error of Hopper's tensor cores, whose sums have 13 bits
 COMPUTING = 4 * torch.finfo(torch.float32).eps
 COMPUTING_FP8 = 2.0**-10
 # an eight-bit gate counts in steps of 1/255
@@ -54,7 +53,13 @@ DEVIATIONS = 4.0
 
 @dataclass(frozen=True)
 class Agreement:
-    """Relative errors (Euclidean norms) against float64. reason: why the form is refused, None where it agrees."""
+    """Relative errors (Euclidean norms) against float64.
+
+    Attributes:
+        error: of the form.
+        plain: of plain PyTorch.
+        reason: why the form is refused; None if it agrees.
+    """
 
     error: float
     plain: float
@@ -63,7 +68,7 @@ class Agreement:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Fresh uninitialised buffers hold NaN (integers: a value that no result has)."""
+    """Fill new uninitialised buffers with NaN, or integers with 7, within this context."""
 
     def poisoning(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def made(*args: Any, **kwargs: Any) -> Tensor:
@@ -83,18 +88,25 @@ def poisoned() -> Iterator[None]:
 
 
 def loader(backend: str, device: str) -> Load:
-    """The functions of a backend by op; ops that it lacks keep their default, as in the engine."""
+    """Return the function that gives a backend's form of an op, the default for ops that it lacks."""
     return lambda op: _registry.bind(op, backend, device)
 
 
 def reference(op: str) -> Callable[..., Any]:
-    """The op in plain PyTorch."""
+    """Return the op in plain PyTorch."""
     return _registry.load(op, "torch")
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What results are held against: float64's, plain PyTorch's, what rounding decides, and what computing may cost."""
+    """The expected results of a case.
+
+    Attributes:
+        truth: in float64.
+        plain: of plain PyTorch in the same precision.
+        undecided: elements that rounding decides, or None.
+        computing: error allowed besides rounding once, as a share of an element's size.
+    """
 
     truth: tuple[Tensor, ...]
     plain: tuple[Tensor, ...]
@@ -103,7 +115,7 @@ class Expected:
 
     @classmethod
     def of(cls, case: Case, operands: Operands, dtype: torch.dtype) -> Expected:
-        """Compute it."""
+        """Compute the expected results."""
         wide = widened(operands)
         truth = results_of(case.bind(reference, wide, torch.float64)())
         plain = results_of(case.bind(reference, operands, dtype)())
@@ -111,7 +123,7 @@ class Expected:
         return cls(truth, plain, undecided, COMPUTING_FP8 if case.op == "linear_fp8" else COMPUTING)
 
     def agreement(self, found: tuple[Tensor, ...]) -> Agreement:
-        """How results agree."""
+        """Compare results with the expected ones."""
         reason = misfit(found, self.plain)
         for each in zip(found, self.plain, self.truth, strict=True) if reason is None else ():
             reason = reason or refusal(*each, computing=self.computing, undecided=self.undecided)
@@ -119,12 +131,19 @@ class Expected:
 
 
 def check(case: Case, load: Load, operands: Operands, dtype: torch.dtype) -> tuple[Agreement, tuple[Tensor, ...]]:
-    """How a form agrees on these operands, called twice, and its first results."""
+    """Check a form on operands, called twice; return its agreement and its first results.
+
+    Args:
+        case: the op at one shape.
+        load: gives the functions of the form's backend.
+        operands: of the case.
+        dtype: of the operands.
+    """
     expected, before = Expected.of(case, operands, dtype), _tensors(operands)
     kept = {name: [each.clone() for each in tensors] for name, tensors in before.items()}
     with poisoned():
         call = case.bind(load, operands, dtype)
-        # the second call may write where the first did
+        # a copy, because the second call may write to the same memory
         found = tuple(each.clone() for each in results_of(call()))
         again = results_of(call())
     agreement = expected.agreement(found)
@@ -136,12 +155,12 @@ def check(case: Case, load: Load, operands: Operands, dtype: torch.dtype) -> tup
 
 
 def _tensors(operands: Operands) -> dict[str, list[Tensor]]:
-    """The tensors of each operand: those of draws are six."""
+    """Return the tensors of each operand; those of draws are several."""
     return {name: [value] if isinstance(value, Tensor) else value.tensors() for name, value in operands.items()}
 
 
 def changed(operands: dict[str, list[Tensor]], before: dict[str, list[Tensor]]) -> str | None:
-    """Why a form is refused that wrote into an operand; None where it did not."""
+    """Return which operand a form has changed, as a reason to refuse it, or None."""
     for name, tensors in operands.items():
         if not all(map(torch.equal, tensors, before[name])):
             return f"it changed its operand {name!r}"
@@ -149,7 +168,7 @@ def changed(operands: dict[str, list[Tensor]], before: dict[str, list[Tensor]]) 
 
 
 def misfit(found: tuple[Tensor, ...], plain: tuple[Tensor, ...]) -> str | None:
-    """Why results are not of the kind that plain PyTorch's are; None where they are."""
+    """Return how results differ from plain PyTorch's in number, shape or dtype, or None."""
     if len(found) != len(plain):
         return f"it returns {len(found)} tensors; expected {len(plain)}"
     for each, expected in zip(found, plain, strict=True):
@@ -170,13 +189,15 @@ def refusal(
     undecided: Undecided | None = None,
     scales: tuple[str, ...] = SCALES,
 ) -> str | None:
-    """Why one result is refused; None where it agrees.
+    """Return why one result is refused, or None if it agrees.
 
     Args:
-        found, plain, truth: the form's result, plain PyTorch's in the same precision, and float64's; of one shape.
-        computing: what a form may add to rounding its result once, as a share of an element's size.
-        undecided: elements that are not compared where they lie in their range; None for none.
-        scales: of SCALES, the parts that are looked at.
+        found: the form's result.
+        plain: plain PyTorch's in the same precision.
+        truth: float64's; all three have one shape.
+        computing: error allowed besides rounding once, as a share of an element's size.
+        undecided: elements that need only lie in their range, or None.
+        scales: of SCALES, the parts to compare.
     """
     error, plain_error = widen(found) - truth, widen(plain) - truth
     if undecided is not None:
@@ -184,14 +205,14 @@ def refusal(
         error = error.masked_fill(undecided.allows(widen(found)), 0)
     size = (truth.square() + by_image(truth.square()).mean(1).view(-1, *[1] * (truth.ndim - 1))).sqrt()
     rounding = allowance(found.dtype, truth, size, computing)
-    # of few numbers the norm of the errors is itself uncertain, and of single ones the largest
+    # the norm of few errors is itself uncertain, and so is the largest of single ones
     ratio = RATIO * (1 + 6 / truth.numel() ** 0.5)
     for scale in scales:
         ratio = 2 * ratio if scale == "an element" else ratio
         mine, theirs, sizes, least = (norms(t, scale) for t in (error, plain_error, size, rounding))
         share = (theirs / sizes.clamp(min=torch.finfo(torch.float64).tiny)).max()
         limit = torch.maximum(ratio * share * sizes, least)
-        # an error that is NaN is beyond every limit
+        # NaN exceeds every limit
         beyond = torch.where(mine <= limit, 0, mine / limit.clamp(min=torch.finfo(torch.float64).tiny))
         beyond = beyond.nan_to_num(nan=torch.inf)
         if (beyond > 0).any():
@@ -207,12 +228,12 @@ def refusal(
 
 
 def widen(result: Tensor) -> Tensor:
-    """A result in float64; gates may be stored in eight bits, as a share of 255."""
+    """Convert a result to float64; gates may be stored in eight bits, as a share of 255."""
     return result.double() / 255 if result.dtype == torch.uint8 else result.double()
 
 
 def allowance(dtype: torch.dtype, truth: Tensor, size: Tensor, computing: float) -> Tensor:
-    """What an element may be off that is computed in float32 (float64: exactly) and rounded once to `dtype`."""
+    """Return the error allowed for each element if computed in float32 (or float64) and rounded once to `dtype`."""
     if dtype == torch.float64:
         return EXACT * size
     rounding = EIGHT_BITS if dtype == torch.uint8 else 0.5 * torch.finfo(dtype).eps * truth.abs()
@@ -220,7 +241,7 @@ def allowance(dtype: torch.dtype, truth: Tensor, size: Tensor, computing: float)
 
 
 def norms(values: Tensor, scale: str) -> Tensor:
-    """Euclidean norms of the parts of `values`, each part one element of what is returned."""
+    """Return Euclidean norms of the parts of `values`, an element for each part."""
     squares = values.square()
     table = squares.reshape(-1, squares.shape[-1])
     if scale == "an element":
@@ -235,16 +256,16 @@ def norms(values: Tensor, scale: str) -> Tensor:
 
 
 def by_image(values: Tensor) -> Tensor:
-    """(images, ·): what belongs to one index of the first dimension together; all of a vector."""
+    """Return values with all dimensions but the first flattened; a vector is a single row."""
     return values.reshape(len(values) if values.ndim > 1 else 1, -1)
 
 
 def scale_error(error: Tensor, plain_error: Tensor, truth: Tensor, rounding: Tensor, computing: float) -> str | None:
-    """Why the share of the truth that is in an error is more than chance; None where it is not."""
+    """Return why the projection of an error on the truth is more than chance, or None."""
     squares = truth.square()
     total = squares.sum().clamp(min=torch.finfo(torch.float64).tiny)
     share, plain_share = ((e * truth).sum() / total for e in (error, plain_error))
-    # an error within ± rounding has a third of its square on average
+    # the mean square of an error uniform within ±rounding is rounding² / 3
     chance = ((plain_error.square() + rounding.square() / 3) * squares).sum().sqrt() / total
     limit = RATIO * plain_share.abs() + DEVIATIONS * chance + computing
     if share.abs() <= limit:
@@ -256,12 +277,12 @@ def scale_error(error: Tensor, plain_error: Tensor, truth: Tensor, rounding: Ten
 
 
 def distance(found: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> float:
-    """The largest ‖found − truth‖ / ‖truth‖ of the results; NaN where one holds it, infinity for another shape."""
+    """Return the largest ‖found − truth‖ / ‖truth‖ of the results; NaN if one has NaN, infinity for another shape."""
     if len(found) != len(truth) or any(f.shape != t.shape for f, t in zip(found, truth, strict=True)):
         return float("inf")
     worst = torch.zeros((), dtype=torch.float64)
     for each, true in zip(found, truth, strict=True):
         norm = true.norm().clamp(min=torch.finfo(torch.float64).tiny)
-        # maximum, unlike max(), keeps NaN
+        # torch.maximum, unlike max(), propagates NaN
         worst = torch.maximum(worst, ((widen(each) - true).norm() / norm).cpu())
     return float(worst)

@@ -1,4 +1,4 @@
-"""A case: one op at one shape, with what it is given, what it reads, and what rounding decides in its result."""
+"""A case of the bench: one op at one shape, with its operands and its call."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ Load = Callable[[str], Callable[..., Any]]
 
 @dataclass(frozen=True)
 class Undecided:
-    """Elements that rounding decides, and the range in which each lies whatever it decides.
+    """Elements of a result that depend on a decision by rounding, and the range in which each lies in either case.
 
-    Args:
+    Attributes:
         where: bool, of the result's shape.
-        least, most: float64, of the result's shape.
+        least: float64, of the result's shape, the lower end of the range.
+        most: float64, of the result's shape, the upper end of the range.
     """
 
     where: Tensor
@@ -27,7 +28,7 @@ class Undecided:
     most: Tensor
 
     def allows(self, found: Tensor) -> Tensor:
-        """Return where an element of float64 `found` may be what it is, however far from the truth; never NaN."""
+        """Return where an undecided element of `found`, float64, lies in its range; NaN does not."""
         return self.where & (found >= self.least) & (found <= self.most)
 
 
@@ -35,9 +36,14 @@ class Undecided:
 class Case:
     """One op at one shape.
 
-    operands: generator, dtype -> named operands on the generator's device · bind: functions by op, operands, dtype
-    -> the call that is timed · reads: operands -> what of them the call reads, as tensors of the same size · undecided:
-    operands in float64 -> elements of the result that rounding decides, which no two forms need to have in common.
+    Attributes:
+        op: its name.
+        name: of the case.
+        operands: generator, dtype -> named operands on the generator's device.
+        bind: functions by op, operands, dtype -> the call that is timed.
+        reads: operands -> the parts of them that the call reads, as tensors of the same size.
+        gigaflops: arithmetic of the call, 0 for ops that only move memory.
+        undecided: operands in float64 -> elements of the result that rounding decides, or None.
     """
 
     op: str
@@ -49,28 +55,28 @@ class Case:
     undecided: Callable[[Operands], Undecided] | None = None
 
     def gigabytes(self, operands: Operands, results: tuple[Tensor, ...]) -> float:
-        """The least traffic with memory."""
+        """Return the least memory traffic: operands read once, results written once."""
         return 1e-9 * size_of([*self.reads(operands), *results])
 
 
 def size_of(tensors: Sequence[Tensor]) -> int:
-    """Bytes of all elements."""
+    """Return the bytes of all elements."""
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def named(*names: str) -> Callable[[Operands], Sequence[Tensor]]:
-    """`Case.reads` of whole operands."""
+    """Return a `Case.reads` of whole operands."""
     return lambda given: [given[name] for name in names]
 
 
 def results_of(returned: Any) -> tuple[Tensor, ...]:
-    """The tensors among what an op returned; attention's saved state is its own business."""
+    """Return the tensors that an op returned, without attention's saved state."""
     values = returned if isinstance(returned, tuple) else (returned,)
     return tuple(value for value in values if isinstance(value, Tensor))
 
 
 def widened(operands: Operands) -> Operands:
-    """The operands in float64: the same numbers, for the truth."""
+    """Return the operands converted to float64, for the truth."""
     return {
         name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in operands.items()
@@ -78,5 +84,5 @@ def widened(operands: Operands) -> Operands:
 
 
 def numbers(generator: torch.Generator, *shape: int) -> Tensor:
-    """Standard normal numbers on the generator's device."""
+    """Draw standard normal numbers on the generator's device."""
     return torch.randn(*shape, generator=generator, device=generator.device)

@@ -1,9 +1,9 @@
-"""Every op with the operands that a model gives it: what is timed, and what it is checked against.
+"""The cases of every op, with operands of the shapes in a model.
 
-A case makes random operands, binds a backend's functions to them (what is done once per engine, such as packing a
-weight or the forward pass whose VJP is timed, happens there) and counts arithmetic and bytes: what is read of each
-operand once and each result written once, which no implementation can undercut. Further cases of an op ask for what
-the first leaves out of its options.
+A case makes random operands, binds a backend's functions to them, and counts arithmetic and bytes. Work that is done
+once for an engine, such as packing a weight, or the forward pass before a VJP, belongs to the binding and is not timed.
+Bytes are the least that any implementation needs: operands read once, results written once. Further cases of an op set
+options that the first does not.
 
 T = R·N tokens · A = heads·head_dim · other letters: `shapes`.
 """
@@ -24,18 +24,18 @@ from dave_fast.ops.fp8 import TokenScales, coded
 from dave_fast.ops.precision import statistics_dtype
 
 EPS = 1e-6
-# one that shows in a result whose rows have a variance of 1
+# large enough to show in a result whose rows have a variance of 1
 LARGE_EPS = 0.1
-# of the usual 1/√head_dim
+# factor of the usual 1/√head_dim
 OTHER_SCALE = 1.3
-# of an x in e4m3: normal deviates have room up to 14
+# scale of x in e4m3: values up to 14 standard deviations can be represented
 X_SCALE = 2.0**-5
-# how a product's weights are laid out
+# the op that packs the weights of a product
 PACKS = {"linear": "pack_weight", "linear_fp8": "pack_weight_fp8"}
 
 
 def cases_of(op: str, shapes: Shapes) -> list[Case]:
-    """The cases of one op ("perturb", "linear" ...) at a model's shapes."""
+    """Return the cases of one op ("perturb", "linear" ...) at a model's shapes."""
     return CASES[op](shapes)
 
 
@@ -66,22 +66,11 @@ def _product(
     activation: bool = False,
     gate: bool = False,
 ) -> Case:
-    """One product of a block: x (T, inner) Wᵀ, with the epilogue that the engine asks for there."""
+    """Make the case of one product of a block, x (T, inner) Wᵀ with W (outer, inner) and the engine's epilogue."""
     rows = shapes.rows * shapes.tokens
-    # as the engine has it: codes that the producer stored, but for the cotangent that enters the VJP
+    # in the engine the op before stores x as codes, except for the cotangent that enters the VJP
     codes = op == "linear_fp8" and not gate
-
-    def operands(generator: torch.Generator, dtype: torch.dtype) -> Operands:
-        made = {
-            "x": numbers(generator, rows, inner).to(dtype),
-            "weight": (numbers(generator, outer, inner) / inner**0.5).to(dtype),
-            "bias": numbers(generator, outer).to(dtype),
-            "row_scale": (0.5 + numbers(generator, rows).abs()).to(statistics_dtype(dtype)),
-            "residual": numbers(generator, rows, outer).to(dtype),
-        }
-        if gate:
-            made["first"] = (numbers(generator, shapes.gated_hidden, inner) / inner**0.5).to(dtype)
-        return {key: value for key, value in made.items() if key in (*epilogue, "x", "weight", "first")}
+    operands = partial(_product_operands, (rows, inner, outer), epilogue, shapes.gated_hidden if gate else 0)
 
     def bind(load: Load, given: Operands, dtype: torch.dtype) -> Callable[[], Any]:
         linear, pack = load(op), load(PACKS[op])
@@ -90,7 +79,7 @@ def _product(
         if activation:
             settings["activation"] = shapes.activation
         if gate:
-            # the gate as the same backend stored it on its way forward
+            # the gate as the same backend stores it in the forward walk
             _, settings["gate"] = linear(given["x"], pack(given["first"]), activation=shapes.activation)
         x = coded(given["x"], TokenScales.uniform(X_SCALE)) if codes else given["x"]
         return lambda: linear(x, weight, **settings)
@@ -100,12 +89,29 @@ def _product(
         if codes:
             read[0] = torch.empty(rows, inner, dtype=torch.uint8, device="meta")
         if gate:
-            # it is made in `bind`, and some backends keep narrow ones in eight bits
+            # the gate is made in `bind`, and some backends store a gate of two bytes in eight bits
             kind = torch.uint8 if given["x"].element_size() == 2 else given["x"].dtype
             read.append(torch.empty(rows, outer, dtype=kind, device="meta"))
         return read
 
     return Case(op, name, operands, bind, reads, 2e-9 * rows * inner * outer)
+
+
+def _product_operands(
+    sizes: tuple[int, int, int], epilogue: tuple[str, ...], gated: int, generator: torch.Generator, dtype: torch.dtype
+) -> Operands:
+    """Draw x, the weight and the epilogue's operands; with `gated` the weight (gated, inner) that makes the gate."""
+    rows, inner, outer = sizes
+    made = {
+        "x": numbers(generator, rows, inner).to(dtype),
+        "weight": (numbers(generator, outer, inner) / inner**0.5).to(dtype),
+        "bias": numbers(generator, outer).to(dtype),
+        "row_scale": (0.5 + numbers(generator, rows).abs()).to(statistics_dtype(dtype)),
+        "residual": numbers(generator, rows, outer).to(dtype),
+    }
+    if gated:
+        made["first"] = (numbers(generator, gated, inner) / inner**0.5).to(dtype)
+    return {key: value for key, value in made.items() if key in (*epilogue, "x", "weight", "first")}
 
 
 def _heads(shapes: Shapes) -> Callable[[torch.Generator, torch.dtype], Operands]:
@@ -141,12 +147,12 @@ def _attention_vjp(shapes: Shapes) -> list[Case]:
             _, saved = load("attention")(q, k, v, factor * shapes.head_dim**-0.5)
             return lambda: vjp(saved, given["d_out"])
 
-        # Pᵀ d_out alone: a form that makes P again does as much once more
+        # Pᵀ d_out alone; a form that recomputes P needs as much again
         flops = _attention_gigaflops(shapes) / 2
         return Case("attention_vjp", name, _heads(shapes), bind, reads, flops)
 
     def reads(given: Operands) -> list[Tensor]:
-        # v has no part in it
+        # without v, which the VJP does not read
         return [given["qkv"][:, :, :2], given["d_out"]]
 
     return [make("attention_vjp", 1.0), make("of another scale", OTHER_SCALE)]
@@ -167,10 +173,7 @@ def _row_rstd(shapes: Shapes) -> list[Case]:
 
 
 def _normalize(shapes: Shapes, *, vjp: bool = False) -> list[Case]:
-    """The norm ahead of the blocks that some models have, a LayerNorm behind which the stream starts, centred; others.
-
-    The other two are those of queries and keys.
-    """
+    """Return the cases of a norm: a LayerNorm before the blocks, which centres the stream, and two qk-norms."""
     op = "normalize_vjp" if vjp else "normalize"
 
     def operands(generator: torch.Generator, dtype: torch.dtype) -> Operands:
@@ -211,7 +214,7 @@ def _assemble(shapes: Shapes) -> list[Case]:
 
 
 def _rotate(shapes: Shapes) -> list[Case]:
-    """Queries of a packed projection, turned by angles that all heads share."""
+    """Return the case of queries of a packed projection, rotated by angles that all heads share."""
 
     def operands(generator: torch.Generator, dtype: torch.dtype) -> Operands:
         angles = 3 * numbers(generator, shapes.tokens, 1, shapes.head_dim // 2)

@@ -1,8 +1,8 @@
-"""Before and after: a git revision beside the working tree, in turns, so that both meet the same weather.
+"""Comparison of a git revision with the working tree, in turns, so that other load on the machine affects both.
 
 The revision is checked out and built in a temporary folder, and each side runs in a process of its own (`worker`). A
-turn times one side and then the other, and the next turn the other way round. What is compared is the ratio of each
-turn; slower is what exceeds the threshold by its median.
+turn times one side and then the other, and the next turn in the opposite order. A case is slower if the median of the
+turns' ratios exceeds the threshold.
 """
 
 from __future__ import annotations
@@ -28,13 +28,18 @@ BUILD_SECONDS = 900
 
 
 class Worker:
-    """A process that times one tree. Ends with the context that `started` makes."""
+    """A process that times one tree.
+
+    Args:
+        name: of the tree, for messages.
+        process: with pipes to its standard input and output.
+    """
 
     def __init__(self, name: str, process: subprocess.Popen[str]) -> None:
         self.name, self._process = name, process
 
     def ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        """The answer; BackendError with what went wrong on that side."""
+        """Send a question and return the answer; raise BackendError if the process fails."""
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             self._process.stdin.write(json.dumps(question) + "\n")
@@ -52,7 +57,7 @@ class Worker:
 
 @contextmanager
 def started(name: str, tree: Path) -> Iterator[Worker]:
-    """A worker on the package in `tree`."""
+    """Start a worker on the package in `tree`; it ends with the context."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tree), os.environ.get("PYTHONPATH", "")])}
     process = subprocess.Popen(
         [sys.executable, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -66,9 +71,15 @@ def started(name: str, tree: Path) -> Iterator[Worker]:
 
 @contextmanager
 def revision(name: str, root: Path) -> Iterator[Path]:
-    """A git revision, checked out and built in a temporary folder that goes with the context.
+    """Check out and build a git revision in a temporary folder, which is removed with the context.
 
-    Raises InputError for a revision that git does not know, BackendError where it cannot be built.
+    Args:
+        name: of the revision.
+        root: of the repository.
+
+    Raises:
+        InputError: git does not know the revision.
+        BackendError: it cannot be built.
     """
     known = _git(root, "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
     if known.returncode != 0:
@@ -90,7 +101,7 @@ def _git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def _build(tree: Path, name: str) -> None:
-    """The native core in place, and the Triton kernels where an installed package has them."""
+    """Build the native core in place, and link the Triton kernels to where an installed package has them."""
     kernels = tree / "dave_fast" / "kernels"
     if (tree / "kernels").is_dir() and not kernels.exists():
         kernels.symlink_to(tree / "kernels", target_is_directory=True)
@@ -102,7 +113,7 @@ def _build(tree: Path, name: str) -> None:
 
 
 def _architecture() -> str:
-    """CMake's name of the one CUDA architecture that is worth compiling for here."""
+    """Return CMake's name of this machine's CUDA architecture, of Hopper without a GPU."""
     major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
     return f"{major}{minor}{'a' if major == 9 else ''}-real"
 
@@ -115,10 +126,21 @@ def compare(
     threshold: float,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Seconds before and after, their ratios turn by turn, and what got slower by more than `threshold` (0.05: 5 %).
+    """Time a revision and the working tree in turns.
 
-    wanted: what `worker.prepare` takes. "refused": what is wrong in the working tree, and so not timed.
-    Raises InputError outside a git checkout.
+    Args:
+        before: the revision.
+        wanted: for `worker.prepare`.
+        repeats: number of turns.
+        threshold: ratio − 1 from which a case is slower, 0.05 for 5 %.
+        progress: called with a description of each step.
+
+    Returns:
+        "rows" with the seconds of both and the ratios of the turns, and "refused": case -> reason.
+
+    Raises:
+        InputError: this is no git checkout, or git does not know the revision.
+        BackendError: a side cannot be built or timed.
     """
     root = machine.checkout()
     if root is None:

@@ -1,4 +1,4 @@
-"""Where a number was measured, and with what: written beside every result."""
+"""The environment of a measurement, stored with every result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def device_name(device: torch.device | str | None = None) -> str:
-    """The chip that computes, as it names itself; without a device the GPU where there is one."""
+    """Return the name of the processor or GPU; without a device that of the GPU if there is one."""
     kind = torch.device(device).type if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda":
         return torch.cuda.get_device_name()
@@ -31,7 +31,7 @@ def device_name(device: torch.device | str | None = None) -> str:
 
 
 def environment(*packages: str, device: torch.device | str | None = None) -> dict[str, Any]:
-    """Device, its instruction set as the native core uses it, threads, commit and versions of packages."""
+    """Return the device, the instruction set of the native core, threads, commit and versions of packages."""
     versions = {name: _version(name) for name in ("dave-fast", "torch", "timm", "triton", "numpy", *packages)}
     return {
         "device": device_name(device),
@@ -52,14 +52,14 @@ def _version(package: str) -> str:
 
 
 def checkout() -> Path | None:
-    """The root of the git checkout that this package runs from; None for an installed wheel or a bare copy."""
+    """Return the root of the git checkout that this package runs from; None for an installed wheel or a bare copy."""
     return ROOT if (ROOT / ".git").exists() else None
 
 
 def commit() -> str:
-    """The commit that is checked out, marked where tracked files differ from it.
+    """Return the commit that is checked out, marked "-dirty" if tracked files differ from it.
 
-    In a copy without .git: $DAVE_FAST_COMMIT, which whoever made the copy may set, else "unknown".
+    Without .git it is $DAVE_FAST_COMMIT, which can be set for a copy of the files, otherwise "unknown".
     """
     if checkout() is None:
         return os.environ.get("DAVE_FAST_COMMIT", "unknown")
@@ -72,11 +72,11 @@ def commit() -> str:
 
 
 def slug(name: str) -> str:
-    """A device's name as the name of a folder."""
+    """Return a device's name as the name of a folder."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write results, folders included, whole or not at all."""
+    """Write results atomically, and make missing folders."""
     with atomically(path) as file:
         file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())

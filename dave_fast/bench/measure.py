@@ -1,4 +1,4 @@
-"""One request of `dave-fast bench`: what is timed, what is refused, and the result as JSON has it."""
+"""One request of `dave-fast bench`, and its result as it is written to JSON."""
 
 from __future__ import annotations
 
@@ -38,14 +38,24 @@ def run(
     sweep: bool = False,
     say: Say = lambda _: None,
 ) -> dict[str, Any]:
-    """The whole result, as it is written to JSON.
+    """Measure, and return the result as it is written to JSON.
 
-    wanted: op, model, weights, num_classes, pretrained, size, samples, images, rows, device, precision, backend,
-    repeats, budget, as the command's options. before: a git revision to compare with, and the share by which it may
-    be slower. tests: run the ops' tests first. yours: a backend "yours" is registered. sweep: also latency against S
-    and memory against resolution. say: is told what is being done.
+    Args:
+        wanted: op, model, weights, num_classes, pretrained, size, samples, images, rows, device, precision, backend,
+            repeats and budget, as the command's options.
+        before: a git revision to compare with, and the ratio − 1 from which the working tree is slower.
+        tests: whether to run the ops' tests first.
+        yours: whether a backend "yours" is registered.
+        sweep: whether to measure latency against S and memory against resolution.
+        say: called with a description of each step.
 
-    result["red"] holds what is refused, and why. Raises InputError, ModelError, BackendError.
+    Returns:
+        The result; its "red" lists what is refused, with reasons.
+
+    Raises:
+        InputError: an option has no meaning.
+        ModelError: the op needs a plan of the model, and there is none.
+        BackendError: a backend is unavailable, or operands do not fit the device.
     """
     network: Any = build_model(spec_of(wanted), wanted["size"], pretrained=wanted["pretrained"])
     shapes = None
@@ -78,7 +88,7 @@ def run(
 
 
 def _green(names: list[str], result: dict[str, Any], say: Say) -> list[str]:
-    """The names whose tests are not red; what happened goes into the result."""
+    """Run the tests of ops and return the names whose tests did not fail; outcomes are stored in the result."""
     green = []
     for name in names:
         say(f"tests of {name}")
@@ -91,7 +101,7 @@ def _green(names: list[str], result: dict[str, Any], say: Say) -> list[str]:
 
 
 def _image_of(network: Any, size: int | None) -> tuple[int, int, int]:
-    """(C, H, W) for models without a plan: what their configuration says, or --size."""
+    """Return (C, H, W) of a model without a plan, by its configuration or --size."""
     config = getattr(network, "pretrained_cfg", None) or {}
     shape = tuple(config.get("input_size", (3, 224, 224)))
     return (shape[0], size or shape[1], size or shape[2])
@@ -122,7 +132,7 @@ def _engine(
     yours: bool,
     say: Say,
 ) -> list[dict[str, Any]]:
-    """dave-fast with the chosen backend and, beside it, with your kernel."""
+    """Measure the engine with the chosen backend, and with the user's kernels if registered."""
     device, precision = wanted["device"], wanted["precision"]
     backends = [wanted["backend"] or "auto"] + ([YOURS] if yours else [])
     contestants = []
@@ -147,7 +157,7 @@ def _engine(
 
 
 def _yours_alone(shapes: Shapes, wanted: dict[str, Any]) -> list[str]:
-    """Why your kernels are refused by themselves: in the whole engine a low precision hides what an op shows."""
+    """Check the user's kernels op by op, since errors of an op can be hidden in a low-precision engine."""
     refused = []
     dtype, device, load = DTYPES[wanted["precision"]], wanted["device"], loader(YOURS, wanted["device"])
     for op in CASES:
@@ -162,7 +172,7 @@ def _yours_alone(shapes: Shapes, wanted: dict[str, Any]) -> list[str]:
 def _sweep(
     result: dict[str, Any], network: nn.Module, image: tuple[int, int, int], wanted: dict[str, Any], say: Say
 ) -> None:
-    """Latency against S; memory against resolution, for timm models, which can be built for other sizes."""
+    """Measure latency against S and, for timm models, which can be built for other sizes, memory against resolution."""
     device, precision = wanted["device"], wanted["precision"]
     say("latency against S")
     explainer = DAVE(network, device=device, precision=precision, noise_alpha=whole.NOISE_ALPHA)
@@ -183,7 +193,7 @@ def _compare(
     before: tuple[str, float],
     say: Say,
 ) -> None:
-    """Before and after, into the result."""
+    """Compare with a revision, and store the comparison in the result."""
     fixed = {
         **wanted,
         "ops": names,

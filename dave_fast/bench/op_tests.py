@@ -1,4 +1,4 @@
-"""The tests of an op, run before it is timed, where there are any: in a checkout with pytest."""
+"""The tests of an op, run before it is timed; they exist in a checkout, and need pytest."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ SECONDS = 900
 
 
 def run_tests(op: str) -> tuple[str, bool]:
-    """What happened ("passed: tests/ops/test_linear.py"), and whether anything is red.
+    """Run the tests of an op; return the outcome ("passed: tests/ops/test_linear.py") and whether a test failed.
 
-    Without a checkout or without pytest nothing is run, nothing is red, and the first value says so.
+    Without a checkout or pytest nothing is run, and the outcome is the reason.
     """
     path = ENGINE_TEST if op == "engine" else FOLDER / f"test_{FILES.get(op, op)}.py"
     if not path.exists():

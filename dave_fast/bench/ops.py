@@ -1,4 +1,4 @@
-"""Every backend of an op beside the others, at a model's shapes."""
+"""Timing of every backend of an op in turns, at a model's shapes."""
 
 from __future__ import annotations
 
@@ -22,26 +22,33 @@ from dave_fast.ops import _registry
 
 YOURS = "yours"
 CEILING, COPY = "ceiling", "copy"
-# what a kernel of yours is paired with where you give only one of the two
+# the op that a user's kernel needs besides, replaced by the default if it is not given
 COMPANIONS = {**PACKS, "attention_vjp": "attention"}
-# sets of operands rotate through more than a cache holds; on a GPU through three times its L2
+# sets of operands together exceed a CPU's cache, or three times a GPU's L2
 CPU_CACHE_BYTES = 64 << 20
 MOST_SETS = 8
-# an op so slow that one set takes this share of the budget does not run from a cache
+# share of the budget from which an op is so slow that its operands need not exceed a cache
 SLOW = 0.05
 
 
 def backends_of(op: str, device: str) -> dict[str, str | None]:
-    """Backend -> None where it runs the op here, else the reason why not."""
+    """Return for each backend of an op None if it runs here, otherwise the reason."""
     return {name: _registry.why_not(op, name, device) for name in _registry.IMPLEMENTATIONS[op]}
 
 
 @contextmanager
 def registered(kernels: Mapping[str, str], device: str) -> Iterator[None]:
-    """Kernels of your own ("op" -> "module:function") as the backend "yours", while the context lasts.
+    """Register the user's kernels as the backend "yours" within this context.
 
-    A linear without its pack_weight gets weights (O, I) as they are; an attention_vjp without an attention gets what
-    `attention_ref` saves. Raises InputError for an unknown op or a function that is not there.
+    A linear without a pack_weight gets weights (out, in) unpacked; an attention_vjp without an attention gets the state
+    that `attention_ref` saves.
+
+    Args:
+        kernels: op -> "module:function".
+        device: that they run on.
+
+    Raises:
+        InputError: the op is unknown, or the function cannot be imported.
     """
     added = dict(kernels)
     for op, path in kernels.items():
@@ -74,10 +81,25 @@ def bench_op(
     budget: float = 10.0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
-    """A row for each case and backend: seconds, rate, share of the machine's ceiling, errors; or why it is refused.
+    """Time the backends of an op.
 
-    backend: only this one (beside plain PyTorch); None for all. budget: seconds of timing for each case.
-    Raises BackendError for a backend that is not there, and for operands that do not fit the device.
+    Args:
+        op: its name.
+        shapes: of the model.
+        dtype: of the operands.
+        precision: name of the precision, for the ceiling.
+        device: to run on.
+        backend: to time beside plain PyTorch; None for all.
+        repeats: turns.
+        budget: seconds of timing for each case.
+        progress: called with the name of each case.
+
+    Returns:
+        A row for each case and backend: seconds, rate, share of the machine's ceiling and errors; or the reason why it
+        was refused or not measured.
+
+    Raises:
+        BackendError: the backend is unavailable, or operands do not fit the device.
     """
     rows = []
     for case in cases_of(op, shapes):
@@ -92,7 +114,7 @@ def bench_op(
 
 
 def _wanted(op: str, backend: str | None, device: str) -> dict[str, str | None]:
-    """Backends to time, or why they cannot be."""
+    """Return the backends to time, with None or the reason why they cannot run; raise BackendError for a bad name."""
     every = backends_of(op, device)
     if backend is None:
         return every
@@ -134,7 +156,9 @@ def _bench_case(
     seconds = in_turns(
         {**contestants, **{name: [run] for name, (_, run) in limit.items()}}, repeats, device, budget=budget
     )
-    for name, refused in _held_again(case, {name: calls[-1] for name, calls in contestants.items()}, sets[-1], dtype):
+    for name, refused in _checked_again(
+        case, {name: calls[-1] for name, calls in contestants.items()}, sets[-1], dtype
+    ):
         if refused["reason"] is not None:
             rows[name] |= refused
             continue
@@ -142,7 +166,7 @@ def _bench_case(
     return list(rows.values())
 
 
-def _held_again(
+def _checked_again(
     case: Case, calls: Mapping[str, Callable[[], Any]], operands: Operands, dtype: torch.dtype
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield how each contestant agrees once it was timed, on the operands of its call."""
@@ -157,7 +181,7 @@ def _held_again(
 
 
 def operand_sets(case: Case, dtype: torch.dtype, device: str, seed: int, budget: float) -> list[Operands]:
-    """Operands from consecutive seeds, as many as no cache holds; one where plain PyTorch is slow on them."""
+    """Make sets of operands from consecutive seeds that together exceed the cache; one set if the op is slow."""
 
     def make(at: int) -> Operands:
         return case.operands(torch.Generator(device).manual_seed(seed + at), dtype)
@@ -171,7 +195,7 @@ def operand_sets(case: Case, dtype: torch.dtype, device: str, seed: int, budget:
 
 
 def _limit(case: Case, shapes: Shapes, precision: str, device: str) -> dict[str, tuple[float, Callable[[], Any]]]:
-    """What the machine can do at most, timed in the same turns: products in GFLOP, or a copy in GB."""
+    """Return the call that gives the machine's highest rate, and its amount: products in GFLOP, or a copy in GB."""
     if not case.gigaflops:
         return {COPY: rates.copy(device=device)}
     made = rates.ceiling(
@@ -188,7 +212,7 @@ def _limit(case: Case, shapes: Shapes, precision: str, device: str) -> dict[str,
 def _rates(
     case: Case, gigabytes: float, seconds: dict[str, list[float]], name: str, limit: dict[str, Any]
 ) -> dict[str, Any]:
-    """Seconds, GFLOP/s, GB/s, and the share of the ceiling, each repeat against its own ceiling."""
+    """Return seconds, GFLOP/s, GB/s, and the share of the ceiling, repeat by repeat."""
     ((against, (amount, _)),) = limit.items()
     work = case.gigaflops or gigabytes
     shares = [(work / own) / (amount / most) for own, most in zip(seconds[name], seconds[against], strict=True)]

@@ -1,8 +1,8 @@
-"""The bench's results as a page for the docs: tables and plots, from JSON alone, so that anyone can draw them again."""
+"""The bench's results as a page for the docs: tables and plots, made from the JSON files alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,7 @@ AGAIN = """## Again
 
 
 def write_page(results: Sequence[dict[str, Any]], folder: Path) -> Path:
-    """`folder`/performance.md and its plots in `folder`/figures; the path of the page."""
+    """Write `folder`/performance.md and its plots in `folder`/figures; return the path of the page."""
     parts = [_section(result, folder) for result in results]
     gpus = sorted({r["environment"]["device"] for r in results if r["setting"]["device"] == "cuda"})
     gpu = GPU.format(devices=", ".join(gpus)) if gpus else NO_GPU
@@ -56,7 +56,7 @@ def write_page(results: Sequence[dict[str, Any]], folder: Path) -> Path:
 
 
 def _section(result: dict[str, Any], folder: Path) -> str:
-    """One result: where, how, tables, plots."""
+    """Return the section of one result: environment, tables, plots."""
     setting, where = result["setting"], result["environment"]
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items() if number != "not installed")
     what = ", op by op" if result.get("ops") else ", side by side" if len(result.get("engine", ())) > 1 else ""
@@ -75,8 +75,8 @@ def _section(result: dict[str, Any], folder: Path) -> str:
     lines += [f"- {line}" for line in _ratios(result)]
     lines += [f"- {name}: tests {said}." for name, said in result.get("tests", {}).items()]
     lines += [f"- Refused: {reason}." for reason in result.get("red", ())]
-    for name, alt, draw in PLOTS:
-        if any(result.get(key) for key in draw.needs):
+    for name, alt, key, draw in PLOTS:
+        if result.get(key):
             figure = Path("figures") / f"{name}_{slug(where['device'])}_{slug(setting['model'])}.png"
             save_figure(draw(result), folder / figure)
             lines += ["", f"![{alt}]({figure})"]
@@ -84,7 +84,7 @@ def _section(result: dict[str, Any], folder: Path) -> str:
 
 
 def _ratios(result: dict[str, Any]) -> list[str]:
-    """Ratios taken repeat by repeat, agreement of final maps, and what stands against the ratios."""
+    """Return lines with ratios taken repeat by repeat, agreement of final maps, and reasons not to trust the ratios."""
     lines = []
     for row in result.get("engine", ()):
         for key in (key for key in row if key.startswith("times ")):
@@ -97,7 +97,7 @@ def _ratios(result: dict[str, Any]) -> list[str]:
 
 
 def engine_markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The table of contestants."""
+    """Return the table of contestants."""
     headings = ("", "images/s", "one image", "99 %", "rows", "memory", "of ceiling", "error", "plain PyTorch's")
     lines = [_row(headings), _row(["---"] + ["---:"] * (len(headings) - 1))]
     for row in rows:
@@ -108,7 +108,7 @@ def engine_markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def ops_markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The table of ops, and below it the backends that were not measured."""
+    """Return the table of ops, and below it the backends that were not measured."""
     headings = ("op", "backend", "median", "GFLOP/s", "GB/s", "share of", "error", "plain PyTorch's")
     absent = {row["backend"]: row["not measured"] for row in rows if row.get("not measured")}
     rows = [row for row in rows if not row.get("not measured")]
@@ -128,9 +128,6 @@ def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
 
 
-# ---- plots ----
-
-
 def _axes(x: str, y: str) -> tuple[Figure, Axes]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -146,86 +143,69 @@ def _axes(x: str, y: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-class _Plot:
-    """A plot and the parts of a result that it is drawn from, any of which is enough."""
+def roofline(result: dict[str, Any]) -> Figure:
+    """Draw GFLOP/s of ops with matrix products against their arithmetic for each byte, under the measured ceilings."""
+    from matplotlib.ticker import NullFormatter
 
-    def __init__(self, *needs: str) -> None:
-        self.needs = needs
-
-    def __call__(self, result: dict[str, Any]) -> Figure:
-        raise NotImplementedError
-
-
-class Roofline(_Plot):
-    """GFLOP/s of every op that multiplies against its arithmetic for each byte, under the measured ceilings."""
-
-    def __call__(self, result: dict[str, Any]) -> Figure:
-        from matplotlib.ticker import NullFormatter
-
-        figure, axes = _axes("FLOP a byte (least traffic)", "GFLOP/s")
-        rows = [row for row in result["ops"] if row.get("GFLOP/s")]
-        copies = [row["ceiling"] for row in result["ops"] if row.get("of") == "copying memory"]
-        intensity = [row["gigaflops"] / row["gigabytes"] for row in rows]
-        axes.set(xscale="log", yscale="log")
-        if rows:
-            peak = max(row["ceiling"] for row in rows)
-            # the corner of the roof is in the picture, wherever the ops are
-            corner = peak / max(copies) if copies else min(intensity)
-            left, right = min(*intensity, corner) / 2, max(*intensity, corner) * 2
-            axes.set(xlim=(left, right), ylim=(min(peak / 4, *(row["GFLOP/s"] for row in rows)) / 1.5, peak * 1.6))
-            axes.plot([corner, right], [peak, peak], color="0.4", linewidth=1)
-            label = axes.text(right / 1.1, peak * 1.2, "matrix products, measured", ha="right")
-            label.set(fontsize=6.5, color="0.35")
-            if copies:
-                axes.plot([left, corner], [peak * left / corner, peak], color="0.4", linewidth=1, linestyle="--")
-                slope = axes.text(left * 1.1, peak * 1.2, "copying memory, measured", ha="left")
-                slope.set(fontsize=6.5, color="0.35")
-            for axis in (axes.xaxis, axes.yaxis):
-                axis.set_major_formatter("{x:g}")
-                axis.set_minor_formatter(NullFormatter())
-        for backend in dict.fromkeys(row["backend"] for row in rows):
-            own = [(x, row["GFLOP/s"]) for x, row in zip(intensity, rows, strict=True) if row["backend"] == backend]
-            axes.scatter([x for x, _ in own], [y for _, y in own], s=16, label=backend)
-        if rows:
-            axes.legend(fontsize=7, frameon=False)
-        return figure
-
-
-class Latency(_Plot):
-    """Seconds of one image against S."""
-
-    def __call__(self, result: dict[str, Any]) -> Figure:
-        figure, axes = _axes("samples S", "seconds of one image")
-        rows = result["latency"]
-        seconds = [row["seconds"] for row in rows]
-        low, high = ([abs(s["median"] - s[end]) for s in seconds] for end in ("min", "max"))
-        axes.errorbar(
-            [row["samples"] for row in rows], [s["median"] for s in seconds], [low, high], marker="o", ms=3, lw=1
-        )
-        axes.set(xlim=(0, None), ylim=(0, None))
-        return figure
-
-
-class Memory(_Plot):
-    """Bytes against resolution: the formula, and the measured peak where there is one."""
-
-    def __call__(self, result: dict[str, Any]) -> Figure:
-        figure, axes = _axes("pixels a side", "GiB")
-        rows = result["memory"]
-        sizes = [row["size"] for row in rows]
-        formula = [(row["weight bytes"] + row["rows"] * row["row bytes"]) / 2**30 for row in rows]
-        axes.plot(sizes, formula, marker="o", ms=3, lw=1, label=f"formula: weights, {rows[0]['rows']} × a row")
-        measured = [(row["size"], row["peak bytes"] / 2**30) for row in rows if row.get("peak bytes")]
-        if measured:
-            at, peaks = [size for size, _ in measured], [peak for _, peak in measured]
-            axes.scatter(at, peaks, s=16, color="C1", label="measured peak, weights not counted")
-        axes.set(ylim=(0, None), xticks=sizes)
+    figure, axes = _axes("FLOP a byte (least traffic)", "GFLOP/s")
+    rows = [row for row in result["ops"] if row.get("GFLOP/s")]
+    copies = [row["ceiling"] for row in result["ops"] if row.get("of") == "copying memory"]
+    intensity = [row["gigaflops"] / row["gigabytes"] for row in rows]
+    axes.set(xscale="log", yscale="log")
+    if rows:
+        peak = max(row["ceiling"] for row in rows)
+        # the axes always include the corner of the roofline
+        corner = peak / max(copies) if copies else min(intensity)
+        left, right = min(*intensity, corner) / 2, max(*intensity, corner) * 2
+        axes.set(xlim=(left, right), ylim=(min(peak / 4, *(row["GFLOP/s"] for row in rows)) / 1.5, peak * 1.6))
+        axes.plot([corner, right], [peak, peak], color="0.4", linewidth=1)
+        label = axes.text(right / 1.1, peak * 1.2, "matrix products, measured", ha="right")
+        label.set(fontsize=6.5, color="0.35")
+        if copies:
+            axes.plot([left, corner], [peak * left / corner, peak], color="0.4", linewidth=1, linestyle="--")
+            slope = axes.text(left * 1.1, peak * 1.2, "copying memory, measured", ha="left")
+            slope.set(fontsize=6.5, color="0.35")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
+    for backend in dict.fromkeys(row["backend"] for row in rows):
+        own = [(x, row["GFLOP/s"]) for x, row in zip(intensity, rows, strict=True) if row["backend"] == backend]
+        axes.scatter([x for x, _ in own], [y for _, y in own], s=16, label=backend)
+    if rows:
         axes.legend(fontsize=7, frameon=False)
-        return figure
+    return figure
 
 
-PLOTS: tuple[tuple[str, str, _Plot], ...] = (
-    ("roofline", "Rates of the ops under the machine's ceilings", Roofline("ops")),
-    ("latency", "Seconds of one image against the number of samples", Latency("latency")),
-    ("memory", "Memory against resolution", Memory("memory")),
+def latency(result: dict[str, Any]) -> Figure:
+    """Draw the seconds of one image against S."""
+    figure, axes = _axes("samples S", "seconds of one image")
+    rows = result["latency"]
+    seconds = [row["seconds"] for row in rows]
+    low, high = ([abs(s["median"] - s[end]) for s in seconds] for end in ("min", "max"))
+    axes.errorbar([row["samples"] for row in rows], [s["median"] for s in seconds], [low, high], marker="o", ms=3, lw=1)
+    axes.set(xlim=(0, None), ylim=(0, None))
+    return figure
+
+
+def memory(result: dict[str, Any]) -> Figure:
+    """Draw bytes against resolution: by the formula, and the measured peak if there is one."""
+    figure, axes = _axes("pixels a side", "GiB")
+    rows = result["memory"]
+    sizes = [row["size"] for row in rows]
+    formula = [(row["weight bytes"] + row["rows"] * row["row bytes"]) / 2**30 for row in rows]
+    axes.plot(sizes, formula, marker="o", ms=3, lw=1, label=f"formula: weights, {rows[0]['rows']} × a row")
+    measured = [(row["size"], row["peak bytes"] / 2**30) for row in rows if row.get("peak bytes")]
+    if measured:
+        at, peaks = [size for size, _ in measured], [peak for _, peak in measured]
+        axes.scatter(at, peaks, s=16, color="C1", label="measured peak, weights not counted")
+    axes.set(ylim=(0, None), xticks=sizes)
+    axes.legend(fontsize=7, frameon=False)
+    return figure
+
+
+# name, alternative text, key of the result that it is drawn from, function
+PLOTS: tuple[tuple[str, str, str, Callable[[dict[str, Any]], Figure]], ...] = (
+    ("roofline", "Rates of the ops under the machine's ceilings", "ops", roofline),
+    ("latency", "Seconds of one image against the number of samples", "latency", latency),
+    ("memory", "Memory against resolution", "memory", memory),
 )

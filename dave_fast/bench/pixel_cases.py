@@ -1,4 +1,4 @@
-"""Cases of the pixel ops: several different images, and rows that belong to them in no order."""
+"""Cases of the pixel ops, on several different images with their rows out of order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dave_fast.ops.pull_back import pull_back_ref
 from dave_fast.ops.robust_mean import EPSILON, KEPT_SIGMAS, MAD_TO_SIGMA
 from dave_fast.sampling import Draws, draw
 
-# different ones: a form that takes the first for all of them is wrong
+# more than one, so that a form that reads the first image for all rows is found wrong
 IMAGES = 3
 
 
@@ -25,20 +25,20 @@ def _images(generator: torch.Generator, dtype: torch.dtype, shapes: Shapes) -> T
 
 
 def _draws(generator: torch.Generator, shapes: Shapes, rows: int) -> Draws:
-    """Draws whose neighbours belong to different images, the first row to the last; on the generator's device."""
+    """Make draws in which neighbouring rows belong to different images, the first to the last image."""
     each = -(-rows // IMAGES)
     made = draw(each, height=shapes.image[1], width=shapes.image[2], image_keys=range(IMAGES))
     order = torch.arange(IMAGES * each).view(IMAGES, each).flip(0).T.flatten()
     return made[order[:rows]].to(generator.device)
 
 
-def _seen(given: Operands) -> Tensor:
-    """Those of the images that a row belongs to."""
+def _images_read(given: Operands) -> Tensor:
+    """Return the images that rows belong to."""
     return given["images"][given["draws"].image_index.unique()]
 
 
 def perturb(shapes: Shapes) -> list[Case]:
-    """S rows."""
+    """Return the case of S rows."""
 
     def operands(generator: torch.Generator, dtype: torch.dtype) -> Operands:
         images = _images(generator, dtype, shapes)
@@ -48,7 +48,7 @@ def perturb(shapes: Shapes) -> list[Case]:
         run = load("perturb")
         return lambda: run(given["images"], given["draws"], shapes.patch, dtype=dtype)
 
-    return [Case("perturb", "perturb", operands, bind, lambda given: [_seen(given)])]
+    return [Case("perturb", "perturb", operands, bind, lambda given: [_images_read(given)])]
 
 
 def _cotangents(shapes: Shapes, rows: int) -> Callable[[torch.Generator, torch.dtype], Operands]:
@@ -63,20 +63,20 @@ def _cotangents(shapes: Shapes, rows: int) -> Callable[[torch.Generator, torch.d
 
 
 def pull_back(shapes: Shapes) -> list[Case]:
-    """S rows."""
+    """Return the case of S rows."""
 
     def bind(load: Load, given: Operands, dtype: torch.dtype) -> Callable[[], Any]:
         run, stored = load("pull_back"), given["images"].dtype
         return lambda: run(given["cotangents"], given["images"], given["draws"], shapes.patch, dtype=stored)
 
     def reads(given: Operands) -> list[Tensor]:
-        return [_seen(given), given["cotangents"]]
+        return [_images_read(given), given["cotangents"]]
 
     return [Case("pull_back", "pull_back", _cotangents(shapes, shapes.samples), bind, reads)]
 
 
 def pull_back_mean(shapes: Shapes) -> list[Case]:
-    """As many means of S rows as there are images; each mean is of rows of all of them."""
+    """Return the case of IMAGES means of S rows, each of rows of all images."""
     (case,) = pull_back(shapes)
 
     def bind(load: Load, given: Operands, dtype: torch.dtype) -> Callable[[], Any]:
@@ -85,7 +85,7 @@ def pull_back_mean(shapes: Shapes) -> list[Case]:
 
     def undecided(wide: Operands) -> Undecided:
         contributions = pull_back_ref(wide["cotangents"], wide["images"], wide["draws"], shapes.patch)
-        # float32 rounds the warp's source positions, in pixels, and neighbouring cotangents have nothing in common
+        # float32 rounds the warp's source positions, in pixels, and the random cotangents of neighbours are unrelated
         share = 1e-4 + 5e-6 * max(shapes.image[1:])
         return threshold_is_near(contributions.unflatten(0, (-1, shapes.samples)), share)
 
@@ -95,7 +95,7 @@ def pull_back_mean(shapes: Shapes) -> list[Case]:
 
 
 def threshold_is_near(contributions: Tensor, share: float) -> Undecided:
-    """Where a sample is so near the threshold of `robust_mean` that an error decides whether it is kept.
+    """Find elements with a sample so near the threshold of `robust_mean` that rounding decides whether it is kept.
 
     The mean then lies between the least and the largest of the samples that may be kept.
 
@@ -113,11 +113,11 @@ def threshold_is_near(contributions: Tensor, share: float) -> Undecided:
 
 
 def robust_mean(shapes: Shapes) -> list[Case]:
-    """S samples of every image."""
+    """Return the case of S samples of every image."""
 
     def operands(generator: torch.Generator, dtype: torch.dtype) -> Operands:
         values = numbers(generator, IMAGES, shapes.samples, *shapes.image)
-        # a cube has the tails that the mean is there for
+        # the cube of a normal number has heavy tails, so that some samples are outliers
         return {"contributions": (values**3).to(statistics_dtype(dtype))}
 
     def bind(load: Load, given: Operands, dtype: torch.dtype) -> Callable[[], Any]:
@@ -131,7 +131,7 @@ def robust_mean(shapes: Shapes) -> list[Case]:
 
 
 def smooth(shapes: Shapes) -> list[Case]:
-    """A map of every image."""
+    """Return the case of a map of every image."""
 
     def operands(generator: torch.Generator, dtype: torch.dtype) -> Operands:
         return {"raw": 0.05 * _images(generator, dtype, shapes)}

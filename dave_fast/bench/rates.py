@@ -1,4 +1,4 @@
-"""What this machine reaches at most: matrix products at a model's shapes, and copying memory."""
+"""The machine's highest rates: matrix products at a model's shapes, and copying memory."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 from dave_fast.ops import _registry
 from dave_fast.ops.linear import before_avx512, linear_onednn, pack_onednn
 
-# what a precision is held against on a device; "mkl" and "cublas" are F.linear, "packed" is oneDNN with weights laid
-# out beforehand (as they are where its oneDNN does not pack the type); `kind_of` has what stands in for it
+# the ceiling of a precision on a device: "mkl" and "cublas" are F.linear, "packed" is oneDNN with weights packed
+# beforehand, if it packs the dtype; `kind_of` has the replacement on processors where "packed" is slower or missing
 KINDS = {
-    # a CPU has no e4m3: its reference multiplies in float32
+    # CPUs have no products in e4m3, and the reference multiplies in float32
     "cpu": {"fp64": "mkl-fp64", "fp32": "packed-fp32", "bf16": "packed-bf16", "fp8": "packed-fp32"},
     "cuda": {
         "fp64": "cublas-fp64",
@@ -39,14 +39,19 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Ceiling:
-    """Matrix products of a block, ready to run: their arithmetic in GFLOP, and the call."""
+    """Matrix products of a block.
+
+    Attributes:
+        gigaflops: their arithmetic.
+        run: computes them.
+    """
 
     gigaflops: float
     run: Callable[[], None]
 
 
 def kind_of(precision: str, device: str) -> str:
-    """The ceiling that a precision is held against; on a CPU that of the faster library."""
+    """Return the kind of ceiling of a precision; on a CPU that of the faster library."""
     kind = KINDS[device][precision]
     packs = _registry.why_not("linear", "onednn", "cpu") is None and not (kind == "packed-fp32" and before_avx512())
     return kind if packs else kind.replace("packed", "mkl")
@@ -55,7 +60,16 @@ def kind_of(precision: str, device: str) -> str:
 def ceiling(
     kind: str, rows: int, width: int, hidden: int, *, at_least: float = 60.0, device: torch.device | str = "cpu"
 ) -> Ceiling:
-    """The four products of a block (qkv, proj, fc1, fc2) for `rows` tokens, repeated to `at_least` GFLOP."""
+    """Return the four products of a block (qkv, proj, fc1, fc2), repeated to about `at_least` GFLOP.
+
+    Args:
+        kind: see `kind_of`.
+        rows: number of tokens.
+        width: D.
+        hidden: M.
+        at_least: arithmetic in GFLOP.
+        device: to run on.
+    """
     shapes = ((width, 3 * width), (width, width), (width, hidden), (hidden, width))
     calls = [product(kind, rows, inner, outer, device) for inner, outer in shapes]
     gigaflops = 2e-9 * rows * sum(inner * outer for inner, outer in shapes)
@@ -70,7 +84,7 @@ def ceiling(
 
 
 def product(kind: str, rows: int, inner: int, outer: int, device: torch.device | str = "cpu") -> Callable[[], Tensor]:
-    """One product (rows, inner) × (inner, outer) with a bias, of random numbers."""
+    """Return a call that computes one product (rows, inner) × (inner, outer) with a bias, of random numbers."""
     library, precision = kind.split("-")
     dtype = DTYPES[precision]
     x = torch.randn(rows, inner, device=device).to(dtype)
@@ -86,7 +100,7 @@ def product(kind: str, rows: int, inner: int, outer: int, device: torch.device |
 
 
 def _eight_bits(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], Tensor]:
-    """e4m3 operands, a scale a row of x and of the weight, bf16 out: `torch._scaled_mm`."""
+    """Return a product by `torch._scaled_mm` of e4m3 operands with a scale for each row, in bfloat16."""
     a, b = x.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn).T
     scale_a, scale_b = (torch.ones(size, device=x.device) for size in ((len(x), 1), (1, len(weight))))
     return lambda: torch._scaled_mm(
@@ -96,7 +110,7 @@ def _eight_bits(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], Tensor]
 
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """float32 products on tensor cores, or not; the setting is put back."""
+    """Allow or forbid float32 products on tensor cores within this context."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = allowed
     try:
@@ -114,7 +128,7 @@ def _with_tf32(call: Callable[[], Tensor], allowed: bool) -> Callable[[], Tensor
 
 
 def copy(device: torch.device | str = "cpu") -> tuple[float, Callable[[], Tensor]]:
-    """A copy from memory to memory, larger than any cache: gigabytes moved (read and written), and the call."""
+    """Return the gigabytes that a copy larger than any cache reads and writes, and the call."""
     megabytes = 128 if torch.device(device).type == "cpu" else 1024
     source = torch.randn(megabytes << 18, device=device)
     target = torch.empty_like(source)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def duration(seconds: float) -> str:
-    """Three digits and a unit: "1.23 ms"."""
+    """Return a time with three digits and a unit: "1.23 ms"."""
     for factor, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "µs")):
         if seconds * factor >= 1 or unit == "µs":
             return f"{seconds * factor:.3g} {unit}"
@@ -18,7 +18,7 @@ def duration(seconds: float) -> str:
 
 
 def ops_table(result: dict[str, Any]) -> RenderableType:
-    """A line for each case and backend, and below the reasons of those that were not measured."""
+    """Return a table with a line for each case and backend, and below it the reasons of those not measured."""
     from rich.console import Group
     from rich.text import Text
 
@@ -47,7 +47,7 @@ def ops_table(result: dict[str, Any]) -> RenderableType:
 
 
 def engine_table(result: dict[str, Any]) -> RenderableType:
-    """A line for each contestant, and below the reasons of those that were not measured."""
+    """Return a table with a line for each contestant, and below it the reasons of those not measured."""
     from rich.console import Group
     from rich.text import Text
 
@@ -60,14 +60,14 @@ def engine_table(result: dict[str, Any]) -> RenderableType:
 
 
 def why_missing(row: dict[str, Any]) -> str | None:
-    """ "not measured: …" or "refused: …" of a row without numbers; None of one that has them."""
+    """Return "not measured: …" or "refused: …" for a row without numbers, otherwise None."""
     if row.get("not measured"):
         return f"not measured: {row['not measured']}"
     return f"refused: {row['reason']}" if row.get("reason") else None
 
 
 def engine_cells(row: dict[str, Any]) -> list[str]:
-    """What is said of a contestant that ran."""
+    """Return the cells of a contestant that ran."""
     wait, share = row["seconds an image"], row.get("share of ceiling")
     slowest = duration(wait["p99"]) if "p99" in wait else f"≤ {duration(wait['max'])} ({wait['repeats']})"
     return [
@@ -83,7 +83,7 @@ def engine_cells(row: dict[str, Any]) -> list[str]:
 
 
 def comparison_table(result: dict[str, Any]) -> Table:
-    """Before and after."""
+    """Return the table of a comparison with a revision."""
     found = result["compare"]
     table = _table(result, "", f"before ({found['before']})", f"after ({found['after']})", "after / before", "")
     for row in found["rows"]:

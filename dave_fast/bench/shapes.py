@@ -1,4 +1,4 @@
-"""What a model, an image size and a number of samples ask of each op."""
+"""The shapes of the ops for a model, an image size and a number of samples."""
 
 from __future__ import annotations
 
@@ -15,13 +15,28 @@ from dave_fast.models.spec import ModelSpec, as_spec
 from dave_fast.plan import families
 from dave_fast.plan.reading import Attention, Mlp, NoPlanError
 
-# tokens of a micro-batch that fill a GPU, where nobody says otherwise; a CPU's are the route's
+# tokens of a micro-batch that fill a GPU, used if no number of rows is given
 GPU_TOKENS = 5516
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """S samples, R rows of a micro-batch, C×H×W images, p_h×p_w patches, n of them, N tokens, D width, M hidden."""
+    """The shapes of a model.
+
+    Attributes:
+        samples: S.
+        rows: R of a micro-batch.
+        image: (C, H, W).
+        patch: (height, width) in pixels.
+        prefix: number of prefix tokens.
+        width: D.
+        heads: number of heads.
+        head_dim: width of a head.
+        hidden: M.
+        activation: name of the MLP's activation.
+        blocks: number of blocks.
+        read: number of tokens that the head reads.
+    """
 
     samples: int
     rows: int
@@ -38,28 +53,28 @@ class Shapes:
 
     @property
     def patches(self) -> int:
-        """n."""
+        """n, the number of patches."""
         return (self.image[1] // self.patch[0]) * (self.image[2] // self.patch[1])
 
     @property
     def tokens(self) -> int:
-        """N."""
+        """N, the number of tokens."""
         return self.patches + self.prefix
 
     @property
     def gated_hidden(self) -> int:
-        """Width of the first MLP layer's product: M, or 2·M where the MLP is gated."""
+        """Width of the first MLP layer's output: M, or 2·M if the MLP is gated."""
         return self.hidden * (2 if "_glu" in self.activation else 1)
 
     def gigaflops(self) -> float:
-        """Arithmetic of one sample by the engine: both walks, probabilities made twice, last block trimmed.
+        """Return the arithmetic of one sample in GFLOP, a multiply-add being 2: 60.0 for ViT-B/16 at 224 px.
 
-        60.0 for ViT-B/16 at 224 px; a multiply-add is 2.
+        It counts both walks, attention probabilities twice, and the last block only as far as the head reads it.
         """
         inner = self.heads * self.head_dim
         tokens, scores = self.tokens, self.tokens**2 * inner
         first, second = tokens * self.width * self.gated_hidden, tokens * self.width * self.hidden
-        # forward: qkv, proj, fc1, fc2; back: fc2, fc1 (of a gated MLP the value half), proj, the values' third of qkv
+        # forward: qkv, proj, fc1, fc2; VJP: fc2, fc1 (the value half of a gated MLP), proj, the values' third of qkv
         whole = (3 + 1 + 1 + 1) * tokens * self.width * inner + first + 3 * second + 4 * scores
         last = 3 * tokens * self.width * inner if self.read < tokens else whole
         embed = 2 * self.patches * self.image[0] * self.patch[0] * self.patch[1] * self.width
@@ -67,10 +82,16 @@ class Shapes:
 
 
 def shapes_of(model: nn.Module, samples: int, *, size: int | None = None, rows: int | None = None) -> Shapes:
-    """The shapes of a model that the engine has a plan for.
+    """Return the shapes of a model that the engine has a plan for.
 
-    size: side of square images; the model's own by default. rows: of a micro-batch; by default what fills the device.
-    Raises ModelError where there is no plan.
+    Args:
+        model: the model.
+        samples: S.
+        size: side of square images in pixels; None for the model's own.
+        rows: of a micro-batch; None for as many as fill the device.
+
+    Raises:
+        ModelError: there is no plan for the model.
     """
     try:
         reading = families.read(model)
@@ -103,15 +124,23 @@ def shapes_of(model: nn.Module, samples: int, *, size: int | None = None, rows: 
 
 
 def spec_of(wanted: Mapping[str, Any]) -> ModelSpec:
-    """The model that the command's options name."""
+    """Return the spec of the model in the command's options."""
     return ModelSpec(wanted["model"], wanted.get("weights"), wanted.get("num_classes"))
 
 
 def build_model(model: str | ModelSpec, size: int | None = None, *, pretrained: bool = False) -> nn.Module:
-    """A model to time, by any name of `dave_fast.models.spec`; its weights are random unless `pretrained`.
+    """Build a model to time; its weights are random unless `pretrained`.
 
-    The demo model, modules of your own and those with a file of weights have theirs. size: side of the images, which
-    timm's models are built for; others must take it. Raises UnknownModelError, InputError.
+    The demo model, modules by MODULE:FUNCTION and those with a file of weights have their own.
+
+    Args:
+        model: any name of `dave_fast.models.spec`, or a spec.
+        size: side of the images in pixels, which timm's models are built for; others must support it.
+        pretrained: whether to load the pretrained weights.
+
+    Raises:
+        UnknownModelError: there is no such model.
+        InputError: the size or the weights do not fit.
     """
     spec = as_spec(model)
     source, _ = spec.source

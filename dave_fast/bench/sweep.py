@@ -27,7 +27,14 @@ REPEATS = 3
 def latency_against_samples(
     explainer: DAVE, image: tuple[int, int, int], budget: float, samples: Sequence[int] = SAMPLES
 ) -> list[dict[str, Any]]:
-    """Seconds of one image at growing S, until the budget (seconds) would not hold the next."""
+    """Measure the seconds of one image at growing S.
+
+    Args:
+        explainer: of the model.
+        image: (C, H, W).
+        budget: seconds; the list ends before the measurement that would exceed it.
+        samples: rising values of S.
+    """
     images = torch.randn(1, *image).to(explainer.device)
     rows: list[dict[str, Any]] = []
     began = time.perf_counter()
@@ -53,8 +60,13 @@ def memory_against_size(
 ) -> list[dict[str, Any]]:
     """Return the bytes of one micro-batch by the formula of `dave_fast.engine.memory`; on a GPU also the measured peak.
 
-    build: side of the image -> model. Sizes that the model cannot be built for, or that the device cannot hold, end
-    the list.
+    Args:
+        build: side of the image -> model.
+        precision: of the engine.
+        device: to run on.
+        samples: S.
+        rows: of the micro-batch.
+        sizes: sides of the image; the list ends at the first without a plan or too large for the device.
     """
     found: list[dict[str, Any]] = []
     for size in sizes:

@@ -1,7 +1,7 @@
-"""Times: contestants in turns, medians with their spread, and on a GPU what its own clock says.
+"""Timing of contestants in turns, with medians and their spread; on a GPU by its events.
 
 A contestant is a list of calls, one for each set of operands, so that repeats do not find their data in a cache. On
-CUDA the calls are captured into a graph where that is possible: launches then cost next to nothing, as in the engine.
+CUDA the calls are captured into a graph if possible, which makes launches cheap, as in the engine.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 Call = Callable[[], Any]
-# a quantile this far out is only said of so many repeats
+# repeats from which the 99th percentile is reported
 P99_NEEDS = 100
-# calls that a GPU's clock is read around: the resolution of events is half a microsecond
+# calls are repeated to this length between two events, whose resolution is half a microsecond
 GRAPH_SECONDS = 2e-3
 
 
@@ -30,11 +30,19 @@ def in_turns(
     host: bool = False,
     captured: dict[str, bool] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds a call of every contestant in every repeat; nobody always runs behind the same neighbour.
+    """Time contestants in turns; the first of a turn rotates.
 
-    warmup: uncounted runs of each beforehand. budget: seconds after which no further repeat begins (one always does).
-    host: the host's clock also on a GPU, as whoever waits for the result reads it. captured: is told whether each was
-    timed as a graph (never by the host's clock); those that cannot be captured are timed as they run.
+    Args:
+        contestants: name -> calls.
+        repeats: turns.
+        device: that the calls run on.
+        warmup: runs of each beforehand that are not counted.
+        budget: seconds after which no further turn begins; there is at least one.
+        host: whether to use the host's clock also on a GPU, as someone who waits for the result would.
+        captured: filled with name -> whether it was timed as a graph, which the host's clock never does.
+
+    Returns:
+        Name -> seconds of one call in each turn.
     """
     clocks = {}
     for name, calls in contestants.items():
@@ -56,7 +64,7 @@ def in_turns(
 def clock(
     calls: Sequence[Call], device: torch.device | str, warmup: int = 1, *, host: bool = False
 ) -> tuple[Callable[[], float], bool]:
-    """A function that runs the calls once and tells the seconds of one of them, warmed up; whether it is a graph."""
+    """Return a function that runs the calls and returns the seconds of one of them, and whether it is a graph."""
 
     def once() -> None:
         for call in calls:
@@ -80,7 +88,7 @@ def _by_events(run: Call) -> float:
 
 
 def _many(calls: Sequence[Call]) -> tuple[Call, int, bool]:
-    """The calls often enough for the GPU's clock, how often, and whether as a graph: where they can be captured."""
+    """Return a call that repeats the calls for GRAPH_SECONDS, how often it does, and whether it is a graph."""
 
     def once() -> None:
         for call in calls:
@@ -102,14 +110,14 @@ def _many(calls: Sequence[Call]) -> tuple[Call, int, bool]:
             eager()
         torch.cuda.synchronize()
     except RuntimeError:
-        # what cannot be captured is timed as it runs
+        # calls that cannot be captured are timed without a graph
         torch.cuda.synchronize()
         return eager, times, False
     return graph.replay, times, True
 
 
 def _waits(call: Call) -> bool:
-    """Whether the call waits for the device or copies from pageable memory, which no graph can hold."""
+    """Return whether the call waits for the device or copies from pageable memory, which no graph supports."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         call()
@@ -121,7 +129,7 @@ def _waits(call: Call) -> bool:
 
 
 def host_seconds(call: Call, device: torch.device | str) -> float:
-    """Seconds from the call to its finished result, as someone who waits for it sees them."""
+    """Return the seconds from the call to its finished result by the host's clock."""
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
@@ -131,7 +139,7 @@ def host_seconds(call: Call, device: torch.device | str) -> float:
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Median, lowest, highest and all values; the 99th percentile where there are enough of them."""
+    """Return median, minimum, maximum and all values; the 99th percentile if there are P99_NEEDS."""
     found = {
         "median": statistics.median(values),
         "min": min(values),
@@ -145,7 +153,7 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def peak_memory(call: Call, device: torch.device | str) -> int | None:
-    """Bytes that a call takes on a GPU beyond what was taken before; None on a CPU, whose peak no counter resets."""
+    """Return the peak of bytes that a call allocates on a GPU; None on a CPU, whose peak cannot be reset."""
     if torch.device(device).type != "cuda":
         return None
     torch.cuda.synchronize()

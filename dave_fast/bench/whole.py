@@ -1,12 +1,12 @@
-"""The engine as its users meet it, and whatever stands beside it: from images to maps.
+"""Timing of whole explanations, from images to maps: the engine and other implementations.
 
-A contestant explains images with S samples. Every row says: images a second at the best micro-batch that was tried;
-the time that one image takes (median, and the 99th percentile of at least 100 runs); memory; the share of the
-machine's own matrix-product rate, taken repeat by repeat; and how far its contributions are from float64 at equal
-draws. What fails has its reason in its row, and the others keep theirs.
+A contestant explains images with S samples. Its row has images a second at the fastest micro-batch, the time of one
+image (median, and the 99th percentile of at least 100 runs), memory, the share of the machine's matrix-product rate,
+taken repeat by repeat, and the error of its contributions against float64 at equal draws. If a contestant fails, its
+row has the reason, and the others are measured.
 
-The truth is the frozen route in float64, and the rule is the tests': at most twice the error of plain PyTorch
-in the same precision.
+The truth is the frozen route in float64. As in the tests, an error may be at most twice that of plain PyTorch in the
+same precision.
 """
 
 from __future__ import annotations
@@ -29,25 +29,32 @@ from dave_fast.explain.explainer import DAVE
 from dave_fast.sampling import Draws, draw
 
 NOISE_ALPHA = 0.5
-# the plain form of a precision: autograd, which has no e4m3; there the engine with every op in PyTorch's form
+# the route of plain PyTorch in a precision: autograd, or, as it has no e4m3, the engine with every op in PyTorch
 PLAIN = {"fp32": "frozen", "bf16": "frozen", "fp8": "engine"}
-# different images of which contributions are compared, a sample of each
+# number of different images whose contributions are compared, a sample of each
 CHECKED = 4
 MAPS_MUST_AGREE = {"bf16": 0.999, "fp8": 0.99}
-# GFLOP of matrix products that a rate is measured by, at most
+# the most GFLOP of matrix products for the measurement of a rate
 LONG_ENOUGH = 60.0
 Explain = Callable[[Tensor, int | None], Any]
 
 
 @dataclass
 class Contestant:
-    """Something that explains images.
+    """An implementation that explains images.
 
-    explain: images (B, C, H, W), rows of a micro-batch (None: its own choice) -> maps · contributions: images and
-    draws, one row an image -> (R, C, H, W); None where the method has other contributions than DAVE ·
-    gigaflops: arithmetic of one sample · rows: micro-batches to choose the best of · ceiling: (kind, rows of one
-    sample) that it is held against; None: the precision's best, at a micro-batch of the model · not_measured: why it
-    cannot run here.
+    Attributes:
+        name: for the tables.
+        precision: its name.
+        samples: S.
+        explain: images (B, C, H, W), rows of a micro-batch (None for its own choice) -> maps.
+        contributions: images, draws of one row an image -> (R, C, H, W); None for methods other than DAVE.
+        gigaflops: arithmetic of one sample, or None.
+        rows: micro-batches to choose the fastest of.
+        ceiling: (kind, samples at a time) of the rate to compare with; None for the precision's own, at a micro-batch
+            of the model.
+        not_measured: why it cannot run here, or None.
+        notes: further entries of its row.
     """
 
     name: str
@@ -64,7 +71,15 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Truth:
-    """Contributions (R, C, H, W) of `draws` in float64; by precision those of plain PyTorch, and their errors."""
+    """Contributions in float64, and of plain PyTorch.
+
+    Attributes:
+        images: (CHECKED, C, H, W).
+        draws: one row of each image.
+        contributions: (CHECKED, C, H, W) float64.
+        plain: precision -> error of plain PyTorch.
+        plain_contributions: precision -> contributions of plain PyTorch.
+    """
 
     images: Tensor
     draws: Draws
@@ -74,7 +89,7 @@ class Truth:
 
 
 def dave(model: nn.Module, precision: str, samples: int, shapes: Shapes | None, **settings: Any) -> Contestant:
-    """dave-fast itself. settings: of DAVE. Raises what DAVE raises."""
+    """Return dave-fast as a contestant; `settings` are those of `DAVE`."""
     explainer = DAVE(model, precision=precision, noise_alpha=NOISE_ALPHA, **settings)
 
     def explain(images: Tensor, rows: int | None) -> Tensor:
@@ -91,7 +106,7 @@ def dave(model: nn.Module, precision: str, samples: int, shapes: Shapes | None, 
 
 
 def _contributions(explainer: DAVE, images: Tensor, draws: Draws) -> Tensor:
-    """One row an image, of class 0."""
+    """Return the contributions to class 0 of one row for each image."""
     return explainer.contributions(images, draws, torch.zeros(len(images), 1, dtype=torch.int64))[0]
 
 
@@ -99,8 +114,13 @@ def find_truth(model: nn.Module, images: Tensor, precisions: Sequence[str], devi
     """Return float64 contributions at one draw of each image, by autograd, and those of plain PyTorch.
 
     Args:
-        images: (CHECKED, C, H, W), no two alike: a row that is given another row's image must show.
-        precisions: that contestants have; float64 has no plain form, since its error must be next to nothing.
+        model: the model.
+        images: (CHECKED, C, H, W), no two equal, so that a row with another row's image shows.
+        precisions: of the contestants; float64 is not compared with plain PyTorch.
+        device: to run on.
+
+    Raises:
+        InputError: there are not CHECKED different images.
     """
     if len(images.flatten(1).unique(dim=0)) != CHECKED:
         raise InputError(f"images must be {CHECKED} different ones, (C, H, W) each; got {tuple(images.shape)}")
@@ -118,7 +138,7 @@ def find_truth(model: nn.Module, images: Tensor, precisions: Sequence[str], devi
 
 
 def refusal(precision: str, error: float, truth: Truth, ratio: float = RATIO) -> str | None:
-    """Why contributions with this error are none to report; None where they are."""
+    """Return why contributions with this error are refused, or None."""
     if not error < 1:
         return f"its contributions are {error:.1e} away from float64's (relative, Euclidean)"
     if precision == "fp64":
@@ -134,7 +154,7 @@ def refusal(precision: str, error: float, truth: Truth, ratio: float = RATIO) ->
 
 
 def map_agreement(low: DAVE, exact: DAVE, images: Tensor, samples: int) -> float:
-    """The lowest Pearson correlation of the final maps over the images, at equal draws."""
+    """Return the lowest Pearson correlation of the final maps over the images, at equal draws."""
     maps = [explainer.explain(images, 0, samples).maps.cpu() for explainer in (low, exact)]
     return float(correlation(*maps).min())
 
@@ -151,24 +171,28 @@ def measure(
     budget: float,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
-    """A row for each contestant.
+    """Measure contestants in turns.
 
-    images: explained at once for throughput. repeats, latencies: runs of either. budget: seconds for each of the two,
-    over all contestants. shapes: of the model, for its ceiling; None leaves that out.
+    Args:
+        contestants: to compare.
+        truth: that they must agree with.
+        shapes: of the model, for the ceilings; None leaves them out.
+        images: explained at once for throughput.
+        device: to run on.
+        repeats: turns for throughput.
+        latencies: turns for the time of one image.
+        budget: seconds for each of the two, over all contestants.
+        progress: called with a description of each step.
+
+    Returns:
+        A row for each contestant.
     """
     rows: dict[str, dict[str, Any]] = {}
     running: dict[str, Contestant] = {}
     batch = truth.images[:1].expand(images, -1, -1, -1).contiguous()
     for each in contestants:
-        progress(f"{each.name}: agreement")
-        rows[each.name] = row = {"name": each.name, "precision": each.precision, "samples": each.samples, **each.notes}
-        reason = each.not_measured or _try(each, truth, row)
-        if reason is None and "reason" not in row:
-            progress(f"{each.name}: micro-batch")
-            row["rows"], reason = _best_rows(each, batch, device)
-        if reason is not None:
-            row["not measured"] = reason
-        elif "reason" not in row:
+        rows[each.name] = _admission(each, truth, batch, device, progress)
+        if not {"reason", "not measured"} & rows[each.name].keys():
             running[each.name] = each
     best = {name: rows[name]["rows"] for name in running}
     ceilings = _ceilings(running.values(), shapes, device)
@@ -182,7 +206,7 @@ def measure(
     progress("throughput")
     seconds = timed(batch, repeats, ceilings)
     progress("one image")
-    # where one image is all there is, its runs are those that were just timed
+    # a throughput of one image is its latency
     waits = timed(batch[:1], latencies, {}) if images > 1 or latencies > repeats else seconds
     for name, each in running.items():
         row = rows[name]
@@ -193,8 +217,21 @@ def measure(
     return list(rows.values())
 
 
+def _admission(
+    each: Contestant, truth: Truth, batch: Tensor, device: str, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """Start a contestant's row: its error and its fastest micro-batch, or why it is refused or cannot be measured."""
+    progress(f"{each.name}: agreement")
+    row = {"name": each.name, "precision": each.precision, "samples": each.samples, **each.notes}
+    reason = each.not_measured or _try(each, truth, row)
+    if reason is None and "reason" not in row:
+        progress(f"{each.name}: micro-batch")
+        row["rows"], reason = _best_rows(each, batch, device)
+    return row if reason is None else row | {"not measured": reason}
+
+
 def _try(each: Contestant, truth: Truth, row: dict[str, Any]) -> str | None:
-    """The contestant's error against float64 into its row, with a "reason" where it is too large; why it cannot run."""
+    """Store the error against float64 in the row, with a "reason" if it is too large; return why it cannot run."""
     if each.contributions is None:
         return None
     try:
@@ -210,9 +247,9 @@ def _try(each: Contestant, truth: Truth, row: dict[str, Any]) -> str | None:
 
 
 def _refused_in_a_part(precision: str, found: Tensor, truth: Truth) -> str | None:
-    """Why contributions are refused that are near float64's as a whole: those of a sample or tile are not.
+    """Return why contributions are refused whose error is large in a sample, row, column or tile, or None.
 
-    Single pixels are not looked at: after twelve blocks of a narrow arithmetic a few of them are far off by chance.
+    Single pixels are not compared: after twelve blocks in low precision the errors of a few are large by chance.
     """
     if precision not in truth.plain_contributions:
         return None
@@ -223,7 +260,7 @@ def _refused_in_a_part(precision: str, found: Tensor, truth: Truth) -> str | Non
 
 
 def _said(error: RuntimeError) -> str:
-    """An error in one line: why a contestant, or one of its micro-batches, has no figures."""
+    """Return an error in one line, and free the cache if memory ran out."""
     if isinstance(error, torch.OutOfMemoryError):
         torch.cuda.empty_cache()
         return f"out of memory: {error}"
@@ -231,7 +268,7 @@ def _said(error: RuntimeError) -> str:
 
 
 def _best_rows(each: Contestant, batch: Tensor, device: str) -> tuple[int | None, str | None]:
-    """The fastest micro-batch of those that fit; why there is none."""
+    """Return the fastest micro-batch of those that fit, or the reason why none does."""
     seconds: dict[int | None, float] = {}
     reason = "none of its micro-batches was tried"
     for rows in each.rows:
@@ -246,21 +283,21 @@ def _best_rows(each: Contestant, batch: Tensor, device: str) -> tuple[int | None
 
 
 def _ceiling_of(each: Contestant, shapes: Shapes | None, device: str) -> tuple[str, int] | None:
-    """(kind, samples at a time) of the rate that a contestant is held against; None for none."""
+    """Return (kind, samples at a time) of the rate to compare a contestant with, or None."""
     if shapes is None or each.gigaflops is None:
         return None
     return each.ceiling or (rates.kind_of(each.precision, device), shapes.rows)
 
 
 def _ceilings(contestants: Iterable[Contestant], shapes: Shapes | None, device: str) -> dict[str, rates.Ceiling]:
-    """The machine's rates that the contestants are held against, at the model's shapes."""
+    """Return the machine's rates to compare the contestants with, at the model's shapes."""
     made = {}
     for each in contestants:
         against = _ceiling_of(each, shapes, device)
         if against is None or shapes is None or each.gigaflops is None:
             continue
         size = (against[1] * shapes.tokens, shapes.width, shapes.hidden)
-        # as long as a contestant's own work, so that it sees the same weather, but no longer
+        # about as long as the contestant's own work, so that other load on the machine affects both
         at_least = min(LONG_ENOUGH, each.gigaflops * each.samples)
         made[_label(*against)] = rates.ceiling(against[0], *size, at_least=at_least, device=device)
     return made
@@ -278,7 +315,7 @@ def _share(
     images: int,
     device: str,
 ) -> dict[str, Any]:
-    """Achieved GFLOP/s over the ceiling's, repeat by repeat."""
+    """Return the achieved GFLOP/s as a share of the ceiling's, repeat by repeat."""
     against = _ceiling_of(each, shapes, device)
     if against is None or each.gigaflops is None:
         return {}

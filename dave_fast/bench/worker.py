@@ -1,7 +1,8 @@
-"""One revision of dave-fast in a process of its own, timed on demand: `compare` talks to two of these in turns.
+"""A process that times one revision of dave-fast on demand; `compare` runs two of them in turns.
 
-Run as a script with the folder of the revision's package first on the path. The bench is this revision's, the package
-under it the other's, so that both are timed by the same lines; it asks of the package only what CONTRIBUTING.md pins.
+It runs as a script with the folder of the revision's package first on the path. The bench is this revision's, and the
+rest of the package the other's, so that both are timed by the same code; of the package the bench uses only the names
+that CONTRIBUTING.md fixes.
 
     stdin   {"prepare": {...}} once, then {"time": "name"} …        a line of JSON each
     stdout  {"names": [...], "refused": {...}}, then {"seconds": 0.0123} …            or {"error": "…"}
@@ -18,7 +19,7 @@ from typing import Any
 
 
 def adopt_bench() -> None:
-    """Make `dave_fast.bench` this revision's, whatever the package around it has."""
+    """Make `dave_fast.bench` this revision's, not that of the package on the path."""
     folder = Path(__file__).resolve().parent
     spec = importlib.util.spec_from_file_location(
         "dave_fast.bench", folder / "__init__.py", submodule_search_locations=[str(folder)]
@@ -30,7 +31,7 @@ def adopt_bench() -> None:
 
 
 def prepare(wanted: dict[str, Any]) -> tuple[dict[str, Callable[[], float]], dict[str, str]]:
-    """Name -> a clock, one for each case of the ops and one for the engine; name -> why a case is refused."""
+    """Return a clock for each case of the ops and one for the engine, and the refused cases with reasons."""
     import torch
 
     from dave_fast.bench.agreement import check, loader
@@ -61,7 +62,7 @@ def prepare(wanted: dict[str, Any]) -> tuple[dict[str, Callable[[], float]], dic
 
 
 def _engine_call(model: Any, wanted: dict[str, Any]) -> Callable[[], Any]:
-    """One explanation by the public API."""
+    """Return a call that makes one explanation by the public API."""
     import torch
 
     from dave_fast.explain.explainer import DAVE
@@ -74,8 +75,9 @@ def _engine_call(model: Any, wanted: dict[str, Any]) -> Callable[[], Any]:
 
 
 def main() -> None:
+    """Answer the questions on standard input."""
     adopt_bench()
-    # what libraries print must not be taken for an answer
+    # libraries print to standard error, so that only answers are on standard output
     answers, sys.stdout = sys.stdout, sys.stderr
     clocks: dict[str, Callable[[], float]] = {}
     for line in sys.stdin:

@@ -1,7 +1,12 @@
-"""Models by name: from a spec to an nn.Module in evaluation mode, its labels and its fingerprint.
+"""Models by name: from a name to an nn.Module in evaluation mode, its class names and its fingerprint.
 
-spec, catalog     `timm/…`, `hf:…`, `torchvision:…`, `open_clip:…`, `bcos:…`, `module:function`
-from_*            one loader a library
-adapter, hub, weights_file, labels, fingerprint
-demo/             the embedded model and its scenes
+spec          the names: timm's, `hf:…`, `torchvision:…`, `open_clip:…`, `module:function`
+catalog       `load_model`, and the tuned noise_alpha of a model
+from_*        a loader for each library
+adapter       models of other libraries as functions of images
+hub           the network, and errors of other libraries
+weights_file  weights from files
+labels        class names
+fingerprint   whether a model has been changed
+demo/         the embedded model and its scenes
 """

@@ -1,4 +1,4 @@
-"""From a name to a model, and from a model to the settings that its authors tuned."""
+"""Models by name, and the noise_alpha that the method's authors tuned for them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dave_fast.models.weights_file import load_weights
 
 DEFAULT_NOISE_ALPHA = 0.5
 # The authors' tuned values (github.com/a-vrobell/DAVE, model configurations at ee412e5). A name without a tag
-# stands for timm's default weights of that architecture. The embedded model's is ours.
+# stands for timm's default weights of that architecture. That of "demo" was tuned for this package.
 NOISE_ALPHA = {
     "deit3_base_patch16_224.fb_in1k": 0.9,
     "deit3_small_patch16_224.fb_in1k": 0.5,
@@ -37,16 +37,22 @@ _TIMM = ("timm:", "hf:timm/", "hf-hub:timm/")
 
 
 class NoiseAlphaWarning(UserWarning):
-    """The model's noise_alpha was never tuned."""
+    """The default noise_alpha is used because none was tuned for the model."""
 
 
 def load_model(model: str | ModelSpec | nn.Module) -> tuple[nn.Module, str]:
-    """A name, a spec or a module -> the module, in evaluation mode where it was loaded here, and its name.
+    """Load a model.
 
-    Names: `dave_fast.models.spec`. Modules of transformers and open_clip come back in an adapter, others as they are.
+    Args:
+        model: a name (see `dave_fast.models.spec`), a spec, or a module. A module is returned as it is; those of
+            transformers, open_clip and bcos are wrapped in an adapter.
 
-    Raises UnknownModelError where there is no such model, its library is missing, or its weights cannot be fetched;
-    InputError for weights and class names that do not fit it.
+    Returns:
+        The module, in evaluation mode if it was loaded here, and its name.
+
+    Raises:
+        UnknownModelError: there is no such model, its library is missing, or its weights cannot be fetched.
+        InputError: weights or class names do not fit the model.
     """
     if isinstance(model, nn.Module):
         return _adapted(model), model_name(model)
@@ -59,8 +65,8 @@ def load_model(model: str | ModelSpec | nn.Module) -> tuple[nn.Module, str]:
     source, name = spec.source
     if spec.image_size is not None and source not in ("timm", "hf"):
         raise InputError(f"{spec.name} takes images of its own size: leave image_size out.")
+    # random weights are the same each time, and the caller's generator is not advanced
     with torch.random.fork_rng(devices=[]):
-        # what has no weights yet gets the same ones each time
         torch.manual_seed(0)
         try:
             loaded = _LOADERS[source](name, spec)
@@ -75,7 +81,10 @@ def load_model(model: str | ModelSpec | nn.Module) -> tuple[nn.Module, str]:
 
 
 def is_private(model: str | ModelSpec | nn.Module) -> bool:
-    """Whether `load_model` makes a module that nobody else holds; a function that a name imports may keep its own."""
+    """Return whether the module that `load_model` returns has no other owner, so that it may be changed.
+
+    A given module belongs to the caller, and one made by an imported function may be kept there.
+    """
     return not isinstance(model, nn.Module) and as_spec(model).source[0] != "python"
 
 
@@ -84,7 +93,7 @@ def _demo(name: str, spec: ModelSpec) -> nn.Module:
 
     if spec.num_classes is not None:
         raise InputError("the demo model has ten classes: leave num_classes out.")
-    if spec.weights is None and not spec.random_weights:
+    if spec.pretrained:
         return load_demo_model()
     model = build_model()
     if spec.weights is not None:
@@ -93,7 +102,7 @@ def _demo(name: str, spec: ModelSpec) -> nn.Module:
 
 
 def _python(name: str, spec: ModelSpec) -> nn.Module:
-    """What an importable function returns."""
+    """Return the module that an importable function makes."""
     made = load_object(name)()
     if not isinstance(made, nn.Module):
         raise InputError(f"{name} returned a {type(made).__name__}; expected a torch.nn.Module")
@@ -105,7 +114,11 @@ def _python(name: str, spec: ModelSpec) -> nn.Module:
 
 
 def load_object(path: str) -> Any:
-    """What "package.module:name" names; InputError where it is not there."""
+    """Import the object that "package.module:name" names.
+
+    Raises:
+        InputError: there is no such object.
+    """
     module, _, name = path.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
@@ -117,7 +130,7 @@ def load_object(path: str) -> Any:
 
 
 def _later(module: str) -> Callable[[str, ModelSpec], nn.Module]:
-    """`load` of a module that is imported when it is needed: with it comes a library."""
+    """Return the `load` of a module of this folder, which is imported when called, since it imports a library."""
     return lambda name, spec: importlib.import_module(f"dave_fast.models.{module}").load(name, spec)
 
 
@@ -133,14 +146,14 @@ _EXTRAS = {"hf": "hf", "open_clip": "openclip"}
 
 
 def _adapted(model: nn.Module) -> nn.Module:
-    """A module whose forward takes or gives more than tensors, in its adapter; any other as it is."""
+    """Wrap a module of a known library in its adapter; return any other as it is."""
     for library, kind, module in (
         ("transformers", "PreTrainedModel", "from_huggingface"),
         ("open_clip", "CLIP", "from_open_clip"),
         ("open_clip", "CustomTextCLIP", "from_open_clip"),
         ("bcos", "BcosUtilMixin", "from_bcos"),
     ):
-        # where nobody has imported the library, the module is none of its
+        # a library that has not been imported has made no module
         known = getattr(sys.modules.get(library), kind, None)
         if known is not None and isinstance(model, known):
             return importlib.import_module(f"dave_fast.models.{module}").adapt(model)
@@ -148,7 +161,7 @@ def _adapted(model: nn.Module) -> nn.Module:
 
 
 def _name_classes(model: nn.Module, spec: ModelSpec) -> None:
-    """Give a model that was loaded here the names of its classes. Raises InputError where their number differs."""
+    """Give a loaded model its class names; raise InputError if their number differs."""
     assert spec.labels is not None
     require_classifier(model, spec.name)
     names = class_names(spec.labels)
@@ -163,7 +176,7 @@ def _name_classes(model: nn.Module, spec: ModelSpec) -> None:
 
 
 def model_name(model: nn.Module) -> str:
-    """architecture.tag as timm writes it, hf:PLACE where a model of transformers knows it, else the class name."""
+    """Return architecture.tag of a timm model, hf:PLACE of one of transformers, otherwise the name of its class."""
     config = getattr(model, "pretrained_cfg", None) or {}
     architecture = config.get("architecture")
     if not architecture:
@@ -174,7 +187,7 @@ def model_name(model: nn.Module) -> str:
 
 
 def noise_alpha_for(name: str) -> float:
-    """The tuned noise_alpha of a model; where nobody tuned it, the default and a warning."""
+    """Return the tuned noise_alpha of a model; the default with a `NoiseAlphaWarning` if none was tuned."""
     same = _ALSO.get(name, name)
     for prefix in _TIMM:
         same = same.removeprefix(prefix)

@@ -1,8 +1,8 @@
-"""Has the user changed the model? A fingerprint of its modules, settings and weights.
+"""A fingerprint of a model's modules, settings and weights, by which changes to the model are noticed.
 
 The structure (replaced modules, parameters and buffers, hooks, replaced forwards, settings such as `eps`, and in-place
-updates, by autograd's version counter) is compared on the host. Writes through `.data` leave no trace there; they are
-noticed by checksums of the weights' bits, made on the weights' own device.
+updates, by autograd's version counter) is compared on the host. Writes through `.data` do not advance the version
+counter; checksums of the weights' bits, computed on the weights' own device, notice them.
 """
 
 from __future__ import annotations
@@ -15,22 +15,23 @@ from torch import Tensor, nn
 
 from dave_fast.transfers import moved
 
-# what a module's settings are made of; `training` is no setting, since explanations are always in evaluation mode
+# types of attributes that are settings; `training` is left out, since explanations are always in evaluation mode
 SETTINGS = (bool, int, float, str, tuple, type(None))
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# A tensor's 64-bit words are laid out in rows of COLUMNS words, and summed along both. COLUMNS is a prime: the same
-# power of two added to each word of a row (in float64 a sign is the highest bit) does not cancel, as it would in an
-# even number, and the columns are none of the tensor's own. Columns are summed in groups of rows first: faster.
+# A tensor's 64-bit words are laid out in rows of COLUMNS words, and summed along both axes. COLUMNS is a prime: the
+# same power of two added to each word of a row (the sign of a float64 is its highest bit) does not cancel, as it would
+# with an even number, and the columns do not coincide with the tensor's own. Columns are summed in GROUPs of rows
+# first, which is faster.
 WORD, GROUP, COLUMNS = 8, 7, 509
 HOST = torch.device("cpu")
 
 
 class State:
-    """What a model was at one time.
+    """The state of a model at one time.
 
     Args:
-        model: is only read.
-        values: whether the weights' values count beside the structure.
+        model: is not changed.
+        values: whether to compare the weights' values, too, besides the structure.
     """
 
     def __init__(self, model: nn.Module, *, values: bool) -> None:
@@ -39,30 +40,30 @@ class State:
         self._checksums = moved(self.checksums(), HOST)
 
     def holds(self, *, values: bool) -> bool:
-        """Whether the model is still what it was: its structure, and its values where asked (which waits for them)."""
+        """Return whether the model is unchanged; with `values` the weights too, which waits for their devices."""
         if structure(self._model) != self._structure:
             return False
         return not values or self.has(moved(self.checksums(), HOST))
 
     def checksums(self) -> list[Tensor]:
-        """The model's checksums now, queued on its devices; none where values do not count."""
+        """Queue the computation of the model's present checksums on its devices; an empty list without values."""
         return checksums(self._model) if self._values else []
 
     def has(self, checksums: Sequence[Tensor]) -> bool:
-        """Whether these, read back to the host, are the checksums of that time."""
+        """Return whether these, read back to the host, are the checksums of the state."""
         return len(checksums) == len(self._checksums) and all(map(torch.equal, checksums, self._checksums))
 
 
 def fingerprint(model: nn.Module) -> tuple[object, ...]:
-    """Differs between two calls when the model was changed in between; waits for the devices of its weights.
+    """Return a value that differs between two calls if the model was changed in between.
 
-    Misses only writes through `.data` that `checksums` misses.
+    Waits for the devices of the weights. Only writes through `.data` can be missed, those that `checksums` misses.
     """
     return structure(model), tuple(read.numpy().tobytes() for read in moved(checksums(model), HOST))
 
 
 def structure(model: nn.Module) -> tuple[object, ...]:
-    """What can be compared without a look at the weights' values."""
+    """Return the part of the fingerprint that does not read the weights' values."""
     modules = tuple((name, id(module), *_settings(module)) for name, module in model.named_modules())
     return modules, tuple(map(_identity, _tensors(model)))
 
@@ -70,19 +71,19 @@ def structure(model: nn.Module) -> tuple[object, ...]:
 def _settings(module: nn.Module) -> tuple[object, ...]:
     own = module.__dict__
     settings = tuple([item for item in own.items() if _is_setting(item[1].__class__) and item[0] != "training"])
-    # a new hook may have the address of a removed one, but never the number of its handle
+    # a new hook may have the address of a removed one, but not the number of its handle
     hooks = tuple([(key, id(hook)) for kind in HOOKS if own.get(kind) for key, hook in own[kind].items()])
     return settings, hooks, id(own.get("forward"))
 
 
 @lru_cache(maxsize=1024)
 def _is_setting(kind: type) -> bool:
-    """Asked of every attribute of every module at every call, so remembered."""
+    """Return whether an attribute of this type is a setting; cached, since every call checks every attribute."""
     return issubclass(kind, SETTINGS)
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:
-    """Parameters and buffers, each once."""
+    """Return parameters and buffers, each once."""
     found = {}
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
@@ -92,22 +93,22 @@ def _tensors(model: nn.Module) -> list[Tensor]:
 
 
 def _identity(tensor: Tensor) -> tuple[object, ...]:
-    # inference tensors keep no version
+    # inference tensors have no version counter
     version = None if tensor.is_inference() else tensor._version
     return tensor.data_ptr(), version, tensor.dtype, tuple(tensor.shape)
 
 
 @torch.no_grad()
 def checksums(model: nn.Module) -> list[Tensor]:
-    """For each device of the weights a tensor of bytes on it, the same for the same bits whatever the threads.
+    """Return checksums of the weights' bits, a tensor of bytes for each device, independent of the number of threads.
 
-    A tensor of less than 28 KiB, and what a larger one has left over, stands there itself. The rest are 64-bit words in
-    rows of 509, of which there are the sums of every row and of every column, modulo 2⁶⁴: exact, so that NaN is a value
-    as any other. A change of one to three words is always noticed, so also any two words that change places, and so is
-    the sign of all values in float64. What is missed cancels in every row and every column at once: four words or more,
-    in the simplest case the corners of a rectangle (+a, −a, −a, +a, or the signs of four float64 values). That can be
-    made on purpose; for words that become random ones it has a probability of at most 2⁻⁶⁴, for signs of float64 that
-    are flipped at random 2^-(rows + columns - 1).
+    Tensors of less than 28 KiB, and the remainders of larger ones, are copied. The rest are 64-bit words in rows of
+    509, of which every row and every column is summed modulo 2⁶⁴; integer sums are exact, and treat NaN like any other
+    value. A change of one to three words is always noticed, hence also two words that are swapped, and so is the sign
+    of all values in float64. Missed are changes that cancel in every row and every column at once, of four words or
+    more: in the simplest case the corners of a rectangle (+a, −a, −a, +a, or the signs of four float64 values). They
+    can be constructed; for words replaced by random ones the probability is at most 2⁻⁶⁴, for signs of float64 flipped
+    at random 2^-(rows + columns - 1).
     """
     by_device: dict[torch.device, list[Tensor]] = {}
     for tensor in _tensors(model):
@@ -118,9 +119,9 @@ def checksums(model: nn.Module) -> list[Tensor]:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """A tensor's bytes as flat 64-bit words can be viewed: (n,) uint8, the tensor's own memory where that is possible.
+    """Return a tensor's bytes, aligned for 64-bit words: (n,) uint8, the tensor's own memory if possible.
 
-    Of tensors whose memory is not their values alone (sparse, quantised, subclasses of other libraries) their sum.
+    Tensors whose memory is not the array of their values (sparse, quantised, subclasses) are replaced by their sum.
     """
     tensor = tensor.detach()
     if tensor.layout != torch.strided or tensor.is_quantized or type(tensor) is not Tensor:
@@ -131,7 +132,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _checksum(tensors: Sequence[Tensor]) -> Tensor:
-    """The sums of tensors of bytes on one device, and the bytes that are not summed: (n,) uint8."""
+    """Return the sums of tensors of bytes on one device, and the bytes that are not summed, (n,) uint8."""
     sums, exact = [], []
     for tensor in tensors:
         groups = tensor.nbytes // (WORD * GROUP * COLUMNS)

@@ -1,13 +1,13 @@
-"""B-cos models (arXiv 2306.10898) of the `bcos` package: what they look at, and the explanation they bring along.
+"""B-cos models (arXiv 2306.10898) of the `bcos` package: their preprocessing and their own explanation.
 
-A B-cos unit computes |cos(x, w)|^(B−1)·ŵᵀx with ŵ = w/‖w‖. Its dynamic scaling |cos|^(B−1) is the operator, and the
-rules of `dave_fast.frozen.rules` find that without a line of their own: |ŵᵀx| is an activation, ‖x‖ an operator, and
-their quotient meets the value ŵᵀx in a product. What is left is linear, as in the models' own explanation mode: the
-unperturbed effective gradient ⊙ image is the models' own contribution map (`inherent_contributions`).
+A B-cos unit computes |cos(x, w)|^(B−1)·ŵᵀx with ŵ = w/‖w‖. Its dynamic scaling |cos|^(B−1) is the operator to hold
+constant, and the general rules of `dave_fast.frozen.rules` do so: |ŵᵀx| is an activation, ‖x‖ an operator, and their
+quotient is multiplied by the value ŵᵀx. The rest is linear, as in the models' own explanation mode: the unperturbed
+effective gradient ⊙ image is the models' own contribution map (`inherent_contributions`).
 
-Images have six channels (r, g, b, 1−r, 1−g, 1−b), pixels in [0, 1] and nothing subtracted, so that black and white
-are equally bright to a unit without bias. Warps leave all six at zero outside the image: no evidence. Noise is drawn
-for each of the six, and in this unit: a noise_alpha tuned for normalised pixels, about four times as wide, is too much.
+Images have six channels (r, g, b, 1−r, 1−g, 1−b), pixels in [0, 1] without normalisation, so that black and white
+are equally bright to a unit without bias. Outside of a warped image all six are zero. Noise is added to each of the six
+in this unit, so a noise_alpha tuned for normalised pixels, whose range is about four times as wide, is too large.
 """
 
 from __future__ import annotations
@@ -26,30 +26,32 @@ class BcosModel(Adapter):
     """A B-cos model as images (B, 6, H, W), pixels and their inverse in [0, 1], -> (B, K) logits."""
 
     def forward(self, images: Tensor) -> Tensor:
-        """The model's own."""
+        """Return the model's logits."""
         output: Tensor = self.model(images)
         return output
 
 
 def add_inverse(images: Tensor) -> Tensor:
-    """Pixels in [0, 1] (..., 3, H, W) -> (..., 6, H, W): r, g, b, 1−r, 1−g, 1−b.
+    """Return images (..., 3, H, W) with inverted channels, (..., 6, H, W): r, g, b, 1−r, 1−g, 1−b.
 
-    Raises InputError for another number of channels and for pixels outside of [0, 1].
+    Raises:
+        InputError: the images have another number of channels, or pixels outside of [0, 1].
     """
     if images.dim() < 3 or images.shape[-3] != 3:
         raise InputError(f"images of shape {tuple(images.shape)}; expected three channels (..., 3, H, W)")
     if images.numel() and not (images.min() >= 0 and images.max() <= 1):
         raise InputError(
-            f"pixels from {float(images.min()):.3g} to {float(images.max()):.3g}; B-cos models look at pixels in "
+            f"pixels from {float(images.min()):.3g} to {float(images.max()):.3g}; B-cos models take pixels in "
             "[0, 1]: do not normalise them"
         )
     return torch.cat([images, 1 - images], dim=-3)
 
 
 def adapt(model: nn.Module) -> BcosModel:
-    """A model of `bcos.models.pretrained`, or one built of its parts, with its preprocessing; it is only read.
+    """Wrap a model of `bcos.models.pretrained`, or one built of its parts, with its preprocessing.
 
-    Raises ModelError for a model in explanation mode: its own detach() would hide operators from the proof.
+    Raises:
+        ModelError: the model is in explanation mode, whose detach() would hide operators from the affine replay.
     """
     if any(getattr(module, "detach", False) is True for module in model.modules()):
         raise ModelError("the B-cos model is in its explanation mode, which is not needed here: leave it first")
@@ -57,11 +59,11 @@ def adapt(model: nn.Module) -> BcosModel:
 
 
 def preprocessing_of(model: nn.Module) -> dict[str, Any]:
-    """The preprocessing that `bcos.models.pretrained` attaches, else that of its ImageNet models, in timm's words."""
+    """Return the preprocessing that `bcos.models.pretrained` attaches, else of its ImageNet models, by timm's keys."""
     resize, side, interpolation = 256, 224, "bilinear"
     attached = getattr(model, "transform", None)
     if attached is not None:
-        # Resize and CenterCrop lead the package's one preset for evaluation
+        # the package's only preset for evaluation begins with Resize and CenterCrop
         resizing, crop = attached.transforms.transforms[:2]
         resize, side, interpolation = resizing.size, crop.size[0], resizing.interpolation.value
     return {
@@ -69,7 +71,7 @@ def preprocessing_of(model: nn.Module) -> dict[str, Any]:
         "mean": (0.0, 0.0, 0.0),
         "std": (1.0, 1.0, 1.0),
         "interpolation": interpolation,
-        # timm resizes to floor(side / crop_pct); the half keeps rounding away from the next integer
+        # timm resizes to floor(side / crop_pct); the added half keeps rounding errors from changing the floor
         "crop_pct": side / (resize + 0.5),
         "crop_mode": "center",
         ADD_INVERSE: True,
@@ -77,10 +79,15 @@ def preprocessing_of(model: nn.Module) -> dict[str, Any]:
 
 
 def inherent_contributions(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
-    """What the model says of itself: its dynamic linear weights ⊙ image, (B, 6, H, W); their channel sum is its map.
+    """Return the model's own explanation: its dynamic linear weights ⊙ image (arXiv 2306.10898, Eq. 14 and 15).
 
-    model: of the `bcos` package, or its adapter; it is put into its explanation mode and back. images: (B, 6, H, W).
-    classes: (B,) integers. B-cos, arXiv 2306.10898, Eq. 14 and 15.
+    Args:
+        model: of the `bcos` package, or its adapter; it is put into explanation mode and back.
+        images: (B, 6, H, W).
+        classes: (B,) int64.
+
+    Returns:
+        (B, 6, H, W); the sum over channels is the map.
     """
     own = model.model if isinstance(model, BcosModel) else model
     leaf = images.detach().clone().requires_grad_()
@@ -91,6 +98,6 @@ def inherent_contributions(model: nn.Module, images: Tensor, classes: Tensor) ->
 
 
 def _classes(model: nn.Module) -> int:
-    """Outputs of the last layer that has weights."""
+    """Return the number of outputs of the last layer with weights."""
     weights = [p for p in model.parameters() if p.dim() >= 2]
     return len(weights[-1]) if weights else 0

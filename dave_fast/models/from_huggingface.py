@@ -1,8 +1,8 @@
 """Models of Hugging Face transformers: classifiers by their logits, others by their pooled embedding.
 
 The configuration's `architectures` decide: ...ForImageClassification is a classifier; a model with a text tower
-(CLIP, SigLIP) gives the projected image embedding and answers prompts; any other gives what it pools, or its class
-token. Attention is PyTorch's own ("sdpa", else "eager"), which the frozen route sees.
+(CLIP, SigLIP) gives the projected image embedding and embeds prompts; any other gives its pooled output, or its class
+token. Attention is PyTorch's own ("sdpa", else "eager"), whose operators the frozen route can intercept.
 """
 
 from __future__ import annotations
@@ -21,25 +21,29 @@ from torch import Tensor, nn
 
 from dave_fast.errors import InputError, ModelError, UnknownModelError
 from dave_fast.images import describe_preprocessing
-from dave_fast.models.adapter import Adapter, LogitOfLikeness, check_texts
+from dave_fast.models.adapter import Adapter, SimilarityLogit, check_texts
 from dave_fast.models.hub import loading
 from dave_fast.models.spec import ModelSpec
 from dave_fast.models.weights_file import check_fit, read_weights
 
 SEEN_ATTENTION = (None, "sdpa", "eager")
-# BERT's pooler, kept in some vision models: trained for another task, or not at all
+# BERT's pooler, which some vision models have; it is trained for another task, or not at all
 _POOLERS = ("pooler.dense.weight", "pooler.dense.bias")
 
 
 class Transformers(Adapter):
-    """images (B, 3, H, W) -> (B, K) logits or (B, D) embeddings of a transformers model.
+    """A transformers model as images (B, 3, H, W) -> (B, K) logits or (B, D) embeddings.
 
-    Position encodings are interpolated for images of another size than the configuration's, where the model can.
-    place, revision: where its tokenizer lies.
+    Position encodings are interpolated for images of another size than the configuration's, if the model supports it.
+
+    Args:
+        model: of transformers.
+        values: settings of its image processor; None without one.
+        place: repository or folder of its tokenizer.
+        revision: of the repository, or None.
     """
 
     def __init__(self, model: nn.Module, values: Mapping[str, Any] | None, place: str, revision: str | None) -> None:
-        """values: of its image processor; None where it has none."""
         config: Any = model.config
         classifier = "ForImageClassification" in type(model).__name__
         names = _names(config) if classifier else None
@@ -55,11 +59,11 @@ class Transformers(Adapter):
         self.interpolates = "interpolate_pos_encoding" in inspect.signature(self._image_side(model.forward)).parameters
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits, or what the model pools, or its class token."""
+        """Return logits, or the pooled output, or the class token."""
         other = self.interpolates and tuple(images.shape[-2:]) != self.own_size
         call = self._image_side(self.model)
         output = call(pixel_values=images, **({"interpolate_pos_encoding": True} if other else {}))
-        # before version 5 the projected embedding itself
+        # transformers before version 5 returns the projected embedding itself
         if isinstance(output, Tensor):
             return output
         if self.kind == "classifier":
@@ -70,7 +74,7 @@ class Transformers(Adapter):
         return pooled
 
     def prepare_for(self, size: tuple[int, int]) -> None:
-        """Images are prepared at this size (H, W). Raises InputError where the model takes only its own."""
+        """Set the size (H, W) that images are prepared at; raise InputError if the model takes only its own."""
         if not self.interpolates and self.own_size not in (None, size) and not _any_size(self.model.config):
             raise InputError(f"{type(self.model).__name__} takes images of {self.own_size}: leave image_size out.")
         self.image_size = size
@@ -78,16 +82,16 @@ class Transformers(Adapter):
             self.pretrained_cfg["input_size"] = (3, *size)
 
     def _image_side(self, whole: Callable[..., Any]) -> Callable[..., Any]:
-        """What gives the projected image embedding, where there is a text side too; else `whole`."""
+        """Return the method for projected image embeddings of a model with a text tower, otherwise `whole`."""
         return getattr(self.model, "get_image_features", whole)
 
 
-class TransformersTextImage(LogitOfLikeness, Transformers):
-    """The same for CLIP and SigLIP, which answer prompts: see `dave_fast.models.adapter.TextImageModel`."""
+class TransformersTextImage(SimilarityLogit, Transformers):
+    """A transformers model with a text tower (CLIP, SigLIP): see `dave_fast.models.adapter.TextImageModel`."""
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The model's own. Raises UnknownModelError where it cannot be had."""
+        """The model's own tokenizer; raises UnknownModelError if it cannot be loaded."""
         from transformers import AutoTokenizer
 
         if not self.place:
@@ -98,8 +102,9 @@ class TransformersTextImage(LogitOfLikeness, Transformers):
 
     @torch.no_grad()
     def text_embedding(self, texts: Sequence[str]) -> Tensor:
-        """See `TextImageModel`; SigLIP was trained with texts padded to its full length."""
+        """See `TextImageModel`."""
         check_texts(texts)
+        # SigLIP was trained with texts padded to its full length
         config = self.model.config
         padding = "max_length" if config.model_type.startswith("siglip") else True
         length = config.text_config.max_position_embeddings
@@ -112,9 +117,12 @@ class TransformersTextImage(LogitOfLikeness, Transformers):
 
 
 def load(name: str, spec: ModelSpec) -> nn.Module:
-    """The model at the hub or in a folder, of whichever of three libraries it is.
+    """Load a model of transformers, timm or open_clip from the hub or from a folder.
 
-    Raises UnknownModelError, InputError, ModelError.
+    Raises:
+        UnknownModelError: there is no such model, or it cannot be fetched.
+        InputError: weights, classes or size of the spec do not fit.
+        ModelError: the model is not supported.
     """
     local = name.startswith((".", "~", os.sep)) or os.path.isdir(name)
     place, _, revision = (os.path.expanduser(name), "", "") if local else name.partition("@")
@@ -142,7 +150,7 @@ def load(name: str, spec: ModelSpec) -> nn.Module:
 
 
 def _read_config(place: str, revision: str, local: bool) -> dict[str, Any] | None:
-    """What the model's configuration says; None where it has none."""
+    """Read the model's configuration; None without one."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -158,7 +166,7 @@ def _read_config(place: str, revision: str, local: bool) -> dict[str, Any] | Non
 
 
 def _load(place: str, revision: str | None, spec: ModelSpec, local: bool) -> nn.Module:
-    """A model of transformers."""
+    """Load a model of transformers."""
     from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
     with loading(spec.name, remote=not local), _without_bars():
@@ -178,9 +186,9 @@ def _load(place: str, revision: str | None, spec: ModelSpec, local: bool) -> nn.
 
 
 def _with_weights(auto: Any, config: Any, place: str, revision: str | None, spec: ModelSpec) -> nn.Module:
-    """The module of a configuration with the weights that the spec asks for, all of them."""
+    """Build the module of a configuration with the weights of the spec; raise InputError if any does not fit."""
     if spec.random_weights:
-        return _seen(partial(auto.from_config, config, dtype=torch.float32))
+        return _with_known_attention(partial(auto.from_config, config, dtype=torch.float32))
     settings = {"config": config, "dtype": torch.float32, "output_loading_info": True}
     build: Callable[..., Any]
     if spec.weights is None:
@@ -188,12 +196,12 @@ def _with_weights(auto: Any, config: Any, place: str, revision: str | None, spec
         build = partial(auto.from_pretrained, place, revision=revision or "main", **settings)
     else:
         where = spec.weights
-        # names of earlier versions are renamed on the way, as for a folder
+        # from_pretrained renames parameters of earlier versions, as it does for a folder
         build = partial(
             type(auto.from_config(config)).from_pretrained, None, state_dict=read_weights(where), **settings
         )
     try:
-        model, info = _seen(build)
+        model, info = _with_known_attention(build)
     except RuntimeError as error:
         if spec.weights is None:
             raise
@@ -206,8 +214,8 @@ def _with_weights(auto: Any, config: Any, place: str, revision: str | None, spec
     return model
 
 
-def _seen(build: Callable[..., Any]) -> Any:
-    """Built with an attention that the frozen route sees."""
+def _with_known_attention(build: Callable[..., Any]) -> Any:
+    """Build with an attention whose operators the frozen route can intercept."""
     try:
         return build(attn_implementation="sdpa")
     except ValueError as error:
@@ -217,9 +225,10 @@ def _seen(build: Callable[..., Any]) -> Any:
 
 
 def adapt(model: nn.Module) -> Transformers:
-    """A module of transformers that is already there, with the processor of the place that it came from.
+    """Wrap a module of transformers, with the image processor from the place that it was loaded from.
 
-    Raises ModelError for an attention that the frozen route does not see.
+    Raises:
+        ModelError: the frozen route cannot intercept the operators of the module's attention.
     """
     config: Any = model.config
     used = {getattr(c, "_attn_implementation", None) for c in (config, getattr(config, "vision_config", config))}
@@ -238,7 +247,7 @@ def _adapter(model: nn.Module, values: Mapping[str, Any] | None, place: str, rev
 
 
 def _processor(place: str, revision: str | None, *, local_files_only: bool) -> dict[str, Any] | None:
-    """The settings of the image processor; None where the place has none."""
+    """Return the settings of the image processor; None without one."""
     from transformers import AutoImageProcessor
 
     try:
@@ -251,9 +260,10 @@ def _processor(place: str, revision: str | None, *, local_files_only: bool) -> d
 
 
 def preprocessing_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of an image processor, in timm's words.
+    """Return the settings of an image processor under timm's keys.
 
-    Raises ModelError for a step that they have no words for.
+    Raises:
+        ModelError: it has a step that timm has no key for.
     """
     for step, value in (("do_rescale", False), ("do_resize", False), ("do_pad", True)):
         if values.get(step) is value:
@@ -276,7 +286,7 @@ def preprocessing_of(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _resize(size: Any, crop_pct: float | None) -> tuple[int | tuple[int, int], tuple[int, int] | None]:
-    """What images are resized to (the shorter side, or both), and the crop that follows from it, if one does."""
+    """Return the size to resize to (the shorter side, or both), and the crop that it implies, or None."""
     if isinstance(size, int):
         size = {"shortest_edge": size}
     if "height" in size:
@@ -286,7 +296,7 @@ def _resize(size: Any, crop_pct: float | None) -> tuple[int | tuple[int, int], t
     edge = int(size["shortest_edge"])
     if crop_pct is None:
         return edge, None
-    # ConvNeXt's way: small sizes are cut from larger images, others squashed
+    # as ConvNeXt does: below 384 pixels a crop of a larger image, otherwise resized without keeping the aspect ratio
     return (int(edge / crop_pct), (edge, edge)) if edge < 384 else ((edge, edge), (edge, edge))
 
 
@@ -304,7 +314,7 @@ def _unsupported(what: str) -> ModelError:
 
 
 def _names(config: Any) -> tuple[str, ...] | None:
-    """Class names of a configuration; None for placeholders."""
+    """Return the class names of a configuration; None for placeholders."""
     names = {int(index): str(name) for index, name in (config.id2label or {}).items()}
     if sorted(names) != list(range(config.num_labels)) or all(n == f"LABEL_{i}" for i, n in names.items()):
         return None
@@ -312,7 +322,7 @@ def _names(config: Any) -> tuple[str, ...] | None:
 
 
 def _any_size(config: Any) -> bool:
-    """Models that take images of any size, and have no word for it."""
+    """Return whether a model takes images of any size although its forward has no argument for it."""
     return config.model_type.startswith(("dino", "swin"))
 
 
@@ -323,7 +333,7 @@ def _size(config: Any) -> tuple[int, int] | None:
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """Reading weights takes a moment: no bar of its own. Downloads keep theirs."""
+    """Switch off the progress bar for reading weights; those of downloads stay."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -1,8 +1,7 @@
-"""open_clip's models: the image tower as an embedding, the text tower for prompts."""
+"""Models of open_clip: the image tower as an embedding, the text tower for prompts."""
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,16 +12,18 @@ from torch import Tensor, nn
 
 from dave_fast.errors import InputError, ModelError, UnknownModelError
 from dave_fast.images import describe_preprocessing
-from dave_fast.models.adapter import Adapter, LogitOfLikeness, check_texts
+from dave_fast.models.adapter import Adapter, SimilarityLogit, check_texts
 from dave_fast.models.hub import loading
-from dave_fast.models.spec import ModelSpec
+from dave_fast.models.spec import ModelSpec, suggestion
 from dave_fast.models.weights_file import load_weights
 
 
-class OpenClip(LogitOfLikeness, Adapter):
-    """images (B, 3, H, W) -> (B, D) embeddings of open_clip's image tower, behind its projection, not normalised.
+class OpenClip(SimilarityLogit, Adapter):
+    """An open_clip model as images (B, 3, H, W) -> (B, D) projected embeddings, not normalised.
 
-    name: what `open_clip.get_tokenizer` takes.
+    Args:
+        model: of open_clip.
+        name: for `open_clip.get_tokenizer`.
     """
 
     def __init__(self, model: nn.Module, name: str) -> None:
@@ -30,7 +31,7 @@ class OpenClip(LogitOfLikeness, Adapter):
         self.name = name
 
     def forward(self, images: Tensor) -> Tensor:
-        """`encode_image` without its normalisation."""
+        """Return `encode_image` without its normalisation."""
         return self.model.encode_image(images, normalize=False)
 
     @torch.no_grad()
@@ -46,45 +47,59 @@ class OpenClip(LogitOfLikeness, Adapter):
 
 
 def load(name: str, spec: ModelSpec) -> OpenClip:
-    """The model of NAME or NAME:TAG. Raises UnknownModelError, InputError."""
+    """Load the model of NAME or NAME:TAG.
+
+    Raises:
+        UnknownModelError: there is no such model or tag, or it cannot be fetched.
+        InputError: the spec has classes or an image size, or weights that do not fit.
+    """
     import open_clip
 
     architecture, _, tag = name.partition(":")
     with _quiet():
         known = open_clip.get_model_config(architecture)
     if known is None:
-        near = difflib.get_close_matches(architecture, open_clip.list_models(), n=3, cutoff=0.6)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see open_clip.list_models()."
+        hint = suggestion(architecture, open_clip.list_models(), "open_clip.list_models()")
         raise UnknownModelError(f"open_clip has no model {architecture!r}; {hint}")
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if tag and tag not in tags:
         raise UnknownModelError(f"{architecture} has no weights {tag!r}; it has {', '.join(tags) or 'none'}.")
-    fetched = spec.weights is None and not spec.random_weights
-    if fetched and not tag:
+    if spec.pretrained and not tag:
         raise UnknownModelError(
             f"{spec.name!r} does not say which weights; there are {', '.join(tags) or 'none'}: write "
             f"open_clip:{architecture}:{(tags or ['TAG'])[0]}."
         )
     preprocess = open_clip.get_pretrained_cfg(architecture, tag) if tag else {}
-    return create(architecture, spec, preprocess, pretrained=tag if fetched else None, remote=fetched)
+    return create(architecture, spec, preprocess, pretrained=tag if spec.pretrained else None, remote=spec.pretrained)
 
 
 def create(name: str, spec: ModelSpec, preprocess: dict[str, Any], *, pretrained: str | None, remote: bool) -> OpenClip:
-    """The model of any name that `open_clip.create_model` takes. remote: it needs the hub."""
+    """Create the model of any name that `open_clip.create_model` takes.
+
+    Args:
+        name: for `open_clip.create_model`.
+        spec: of the model.
+        preprocess: settings of its preprocessing, empty for the default.
+        pretrained: tag of its weights, or None.
+        remote: whether the hub is needed.
+
+    Raises:
+        UnknownModelError: the model cannot be loaded.
+        InputError: the spec has classes or an image size, or weights that do not fit.
+    """
     import open_clip
 
     if spec.num_classes is not None:
         raise InputError(f"{spec.name} gives embeddings and has no classes: leave num_classes out.")
     if spec.image_size is not None:
         raise InputError(f"{spec.name} takes images of its own size: leave image_size out.")
-    fetched = spec.weights is None and not spec.random_weights
     with loading(spec.name, remote=remote), _quiet():
         model = open_clip.create_model(
             name,
             pretrained,
-            load_weights=fetched,
+            load_weights=spec.pretrained,
             pretrained_text=False,
-            require_pretrained=fetched,
+            require_pretrained=spec.pretrained,
             force_preprocess_cfg=preprocess,
         )
     if spec.weights is not None:
@@ -93,12 +108,12 @@ def create(name: str, spec: ModelSpec, preprocess: dict[str, Any], *, pretrained
 
 
 def adapt(model: nn.Module) -> OpenClip:
-    """A model of open_clip that is already there. Its prompts are for the default tokenizer, which the module says."""
+    """Wrap a module of open_clip; its prompts go through open_clip's default tokenizer."""
     return OpenClip(model, "")
 
 
 def preprocessing_of(model: Any) -> dict[str, Any]:
-    """The preprocessing that open_clip noted at the image tower, in timm's words; empty where there is none."""
+    """Return the preprocessing noted at open_clip's image tower under timm's keys; empty without one."""
     noted = getattr(model.visual, "preprocess_cfg", None)
     if not noted:
         return {}
@@ -118,7 +133,7 @@ def preprocessing_of(model: Any) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """open_clip logs to the root logger, which would then write to the terminal whatever anyone logs."""
+    """Keep open_clip's use of the root logger from installing a handler that prints all later log messages."""
     handler = logging.NullHandler()
     logging.getLogger().addHandler(handler)
     try:

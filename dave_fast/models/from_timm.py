@@ -1,25 +1,28 @@
-"""timm's models: by name, from the hub or from a folder that timm wrote."""
+"""Models of timm: by name, from the hub or from a folder that timm wrote."""
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from torch import nn
 
 from dave_fast.errors import InputError, UnknownModelError
 from dave_fast.models.hub import loading
-from dave_fast.models.spec import ModelSpec
+from dave_fast.models.spec import ModelSpec, suggestion
 from dave_fast.models.weights_file import load_weights
 
 
 def load(name: str, spec: ModelSpec) -> nn.Module:
-    """The model of a name such as vit_base_patch16_224.augreg_in1k. Raises UnknownModelError, InputError."""
+    """Load the model of a name such as vit_base_patch16_224.augreg_in1k.
+
+    Raises:
+        UnknownModelError: timm has no such model, or its weights cannot be fetched.
+        InputError: the weights or the size of the spec do not fit.
+    """
     import timm
 
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, ["demo", *timm.list_models()], n=3, cutoff=0.6)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models()."
+        hint = suggestion(name, ["demo", *timm.list_models()], "timm.list_models()")
         raise UnknownModelError(
             f"timm has no model {name!r}; {hint} 'demo' is the embedded one, hf:, torchvision: and open_clip: lead to "
             "other libraries."
@@ -28,13 +31,22 @@ def load(name: str, spec: ModelSpec) -> nn.Module:
 
 
 def create(name: str, spec: ModelSpec, *, remote: bool) -> nn.Module:
-    """The model of any name that `timm.create_model` takes. remote: its weights, or its configuration, are fetched.
+    """Create the model of any name that `timm.create_model` takes.
 
-    Weights from a file may be of the model's own image size, which is then resampled, or of the one asked for.
+    Weights from a file may be for the model's own image size, and are then resampled, or for that of the spec.
+
+    Args:
+        name: for `timm.create_model`.
+        spec: of the model.
+        remote: whether weights or configuration may be fetched from the hub.
+
+    Raises:
+        UnknownModelError: the model cannot be loaded.
+        InputError: the weights or the size of the spec do not fit.
     """
-    own = spec.weights is None and not spec.random_weights
     if spec.weights is None:
-        return _made(name, spec, spec.image_size, pretrained=own, remote=remote and (own or ":" in name))
+        fetched = remote and (spec.pretrained or ":" in name)
+        return _made(name, spec, spec.image_size, pretrained=spec.pretrained, remote=fetched)
     elsewhere = remote and ":" in name
     model: Any = _made(name, spec, None, pretrained=False, remote=elsewhere)
     try:
@@ -53,7 +65,7 @@ def create(name: str, spec: ModelSpec, *, remote: bool) -> nn.Module:
 
 
 def _made(name: str, spec: ModelSpec, size: int | None, *, pretrained: bool, remote: bool) -> nn.Module:
-    """A model by its name. Raises InputError where it cannot be built for images of this size."""
+    """Build a model; raise InputError if it cannot be built for images of this size."""
     import timm
 
     given = {"num_classes": spec.num_classes, "img_size": size}

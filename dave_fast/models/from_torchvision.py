@@ -1,8 +1,7 @@
-"""torchvision's models, with the preprocessing and the class names that their weights come with."""
+"""Models of torchvision, with the preprocessing and the class names of their weights."""
 
 from __future__ import annotations
 
-import difflib
 import os
 from typing import Any
 
@@ -11,30 +10,31 @@ from torch import nn
 from dave_fast.errors import UnknownModelError
 from dave_fast.images import describe_preprocessing
 from dave_fast.models.hub import download, loading
-from dave_fast.models.spec import ModelSpec
+from dave_fast.models.spec import ModelSpec, suggestion
 from dave_fast.models.weights_file import load_weights
 
 
 def load(name: str, spec: ModelSpec) -> nn.Module:
-    """The model of NAME or NAME:WEIGHTS, its weights those of torchvision's enumeration, by default the best.
+    """Load the model of NAME or NAME:WEIGHTS, a member of torchvision's enumeration, by default "DEFAULT".
 
-    The model is torchvision's own, with `num_classes` and `pretrained_cfg` beside.
+    The model is torchvision's own with the attributes `num_classes` and `pretrained_cfg` added.
 
-    Raises UnknownModelError, InputError.
+    Raises:
+        UnknownModelError: there is no such model, or its weights cannot be fetched.
+        InputError: the weights of the spec do not fit.
     """
     from torchvision import models
 
     architecture, _, wanted = name.partition(":")
     if architecture not in models.list_models(module=models):
-        near = difflib.get_close_matches(architecture, models.list_models(module=models), n=3, cutoff=0.6)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see torchvision.models.list_models()."
+        hint = suggestion(architecture, models.list_models(module=models), "torchvision.models.list_models()")
         raise UnknownModelError(f"torchvision has no classifier {architecture!r}; {hint}")
     known = models.get_model_weights(architecture)
     if wanted and wanted not in known.__members__:
         raise UnknownModelError(f"{architecture} has no weights {wanted!r}; it has {', '.join(known.__members__)}.")
     chosen: Any = known[wanted] if wanted else known["DEFAULT"]
     classes = spec.num_classes or len(chosen.meta["categories"])
-    if spec.weights is not None or spec.random_weights:
+    if not spec.pretrained:
         with loading(spec.name, remote=False):
             model = models.get_model(architecture, weights=None, num_classes=classes)
         if spec.weights is not None:
@@ -49,7 +49,7 @@ def load(name: str, spec: ModelSpec) -> nn.Module:
 
 
 def preprocessing_of(weights: Any) -> dict[str, Any]:
-    """The preprocessing of a member of torchvision's weights, in timm's words."""
+    """Return the preprocessing of a member of torchvision's weights under timm's keys."""
     preset = weights.transforms()
     (size,), (resize,) = preset.crop_size, preset.resize_size
     return describe_preprocessing(
@@ -58,7 +58,7 @@ def preprocessing_of(weights: Any) -> dict[str, Any]:
 
 
 def _cached(url: str) -> str:
-    """Where torch.hub keeps what it fetched."""
+    """Return the path in torch.hub's cache."""
     import torch
 
     return os.path.join(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])

@@ -1,6 +1,6 @@
-"""The network, asked once: where a hub does not answer within seconds, only what is on disk is used.
+"""Loading from hubs: one request decides whether the hub answers; if not, only files on disk are used.
 
-Hubs' clients try again for half a minute a file, or wait without end where packets are lost.
+Without it the hubs' own clients retry for half a minute for each file, or wait forever if packets are lost.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _lock = threading.Lock()
 
 
 def answers(url: str) -> bool:
-    """Whether the host of a URL answers at all within SECONDS, by the user's proxies."""
+    """Return whether the host of a URL answers within SECONDS, through the user's proxies."""
     from huggingface_hub.utils import get_session
 
     place = urlsplit(url)
     try:
         get_session().head(f"{place.scheme}://{place.netloc}", timeout=SECONDS)
-    # httpx or requests, by the version of huggingface_hub: whatever they raise means no answer
+    # errors of httpx or requests, depending on the version of huggingface_hub: all of them mean no answer
     except Exception:
         return False
     return True
@@ -36,12 +36,15 @@ def answers(url: str) -> bool:
 
 @contextmanager
 def loading(name: str, *, remote: bool) -> Iterator[None]:
-    """Load a model of another library in here.
+    """Load a model of another library within this context.
 
-    remote: from the Hugging Face hub; where that does not answer, from its cache on this machine.
+    Args:
+        name: of the model, for messages.
+        remote: whether the model may come from the Hugging Face hub; if that does not answer, its cache is used.
 
-    Raises UnknownModelError, with the reason, the model's name and the local alternative, for whatever fails inside
-    and is not an error of ours.
+    Raises:
+        UnknownModelError: anything inside fails, other than by an error of dave_fast; the message has the reason and
+            how to use local files.
     """
     from huggingface_hub import constants
 
@@ -49,7 +52,7 @@ def loading(name: str, *, remote: bool) -> Iterator[None]:
         before = constants.HF_HUB_OFFLINE
         silent = remote and not before and not answers(constants.ENDPOINT)
         if silent:
-            # the clients of timm and open_clip take no argument that would say so
+            # the clients of timm and open_clip have no argument for it
             constants.HF_HUB_OFFLINE = True
         try:
             yield
@@ -73,7 +76,7 @@ def _why(name: str, error: Exception, endpoint: str, silent: bool, offline: bool
 
 
 def _absent(error: BaseException | None) -> bool:
-    """Whether an error comes of a file that is not in the cache."""
+    """Return whether an error was caused by a file that is not in the cache."""
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     while error is not None:
@@ -85,9 +88,15 @@ def _absent(error: BaseException | None) -> bool:
 
 @contextmanager
 def download(name: str, url: str, file: str | os.PathLike[str]) -> Iterator[None]:
-    """Load a file from a URL in here, as torch.hub does, unless it is on disk already.
+    """Load a file from a URL within this context, unless it is on disk already.
 
-    Raises UnknownModelError as `hub`.
+    Args:
+        name: of the model, for messages.
+        url: of the file.
+        file: its path on disk.
+
+    Raises:
+        UnknownModelError: the host does not answer, or anything inside fails.
     """
     place = urlsplit(url)
     if not os.path.exists(file) and not answers(url):
@@ -104,6 +113,6 @@ def download(name: str, url: str, file: str | os.PathLike[str]) -> Iterator[None
 
 
 def reason(error: Exception) -> str:
-    """An error of another library in one line."""
+    """Return an error of another library in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0].rstrip('. ')[:300] if lines else 'it does not say why'}"

@@ -1,4 +1,4 @@
-"""What classes are called: a model's own labels, ImageNet's words, else "class 17"."""
+"""Class names: a model's own labels, ImageNet's descriptions, otherwise "class 17"."""
 
 from __future__ import annotations
 
@@ -15,22 +15,25 @@ _LISTED = 8
 class Labels:
     """The names of a model's classes.
 
-    count: K, or None where the model does not say. names: K descriptions, each of one or more synonyms
-    divided by commas, or None where the classes have no names.
+    Attributes:
+        count: K; None if it is not known.
+        names: K descriptions, each of one or more synonyms separated by commas; None for classes without names.
     """
 
     count: int | None
     names: tuple[str, ...] | None = None
 
     def name(self, index: int) -> str:
-        """The first synonym of a class, or "class 17"."""
+        """Return the first synonym of a class, or "class 17"."""
         return self.names[index].split(",")[0].strip() if self.names else f"class {index}"
 
     def resolve(self, target: str | int) -> int:
-        """The index of a class given as an index or by name.
+        """Return the index of a class given as an index or by name.
 
-        A name is one synonym in full or, where no class has it, a part of one description alone; case does
-        not matter. Raises InputError for an index out of range, and for a name that fits no class or several.
+        A name is a whole synonym or, if no class has it, a part that occurs in only one description; case is ignored.
+
+        Raises:
+            InputError: the index is out of range, or the name fits no class, or several.
         """
         text = str(target).strip()
         if text.lstrip("+-").isdecimal():
@@ -66,15 +69,15 @@ def _synonyms(description: str) -> list[str]:
 
 
 def labels_of(model: Any) -> Labels:
-    """The labels of an nn.Module, from its `num_classes` and its timm `pretrained_cfg` where it has them."""
+    """Return the labels of an nn.Module, from its `num_classes` and its timm `pretrained_cfg` if it has them."""
     count = getattr(model, "num_classes", None)
     names = _pretrained_names(model, getattr(model, "pretrained_cfg", None))
-    # A head that was replaced has classes of its own, whatever the weights below it were trained on.
+    # the names of the pretrained weights do not apply to a head that was replaced
     return Labels(count, names if names and len(names) == count else None)
 
 
 def _pretrained_names(model: Any, config: Any) -> tuple[str, ...] | None:
-    """Names from a timm configuration: its own labels, or the ImageNet subset of its number of classes."""
+    """Return names from a timm configuration: its own labels, or the ImageNet subset of its number of classes."""
     if not config:
         return None
     own = config.get("label_names")

@@ -1,4 +1,4 @@
-"""How a model is named: one form for the command line, configuration files, workers, servers and Python.
+"""The names of models, the same for the command line, configuration files, workers, servers and Python.
 
     demo                                  the embedded model
     NAME[.TAG]                            timm, as deit3_base_patch16_224.fb_in1k
@@ -8,11 +8,12 @@
     open_clip:NAME[:TAG|:FILE]            open_clip, as open_clip:ViT-B-16:laion2b_s34b_b88k
     MODULE:FUNCTION                       your own: an importable function that returns an nn.Module
 
-A `ModelSpec` adds what a fine-tuned model needs: a file of weights, its number of classes, their names.
+A `ModelSpec` adds the file of weights, the number of classes and the class names of a fine-tuned model.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from collections.abc import Sequence
@@ -23,21 +24,23 @@ from typing import Any
 from dave_fast.errors import InputError, UnknownModelError, reason_of
 
 SOURCES = ("demo", "timm", "hf", "torchvision", "open_clip", "python")
-# timm's own schemes say the same as hf:
+# timm's own schemes for the hub and for folders are synonyms of hf:
 _SCHEMES = {**{name: name for name in ("timm", "hf", "torchvision", "open_clip")}, "hf-hub": "hf", "local-dir": "hf"}
 _WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Which model, with which weights. It can be pickled, and loads nothing.
+    """A model's name and weights. It can be pickled, and loads nothing.
 
-    name: see above. weights: a file, safetensors or one that `torch.save` wrote of tensors; None: those of the name.
-    num_classes: of the head, where it is not the name's own; it needs weights. labels: the names of the classes, or a
-    file of them: a name a line, a JSON list, or a JSON object from index to name.
-    image_size: side of the images in pixels, where it is not the model's own: timm's models are built for it,
-    transformers' interpolate their position encodings. random_weights: fresh ones, the same each time, to try the
-    mechanics.
+    Attributes:
+        name: see above.
+        weights: a file, safetensors or one of tensors that `torch.save` wrote; None for those of the name.
+        num_classes: of the head; None for that of the name. It needs weights.
+        labels: the class names, or a file of them: a name a line, a JSON list, or a JSON object from index to name.
+        image_size: side of the images in pixels; None for the model's own. timm's models are built for it,
+            transformers' interpolate their position encodings.
+        random_weights: whether to use random weights, the same each time, for trials.
     """
 
     name: str
@@ -48,7 +51,7 @@ class ModelSpec:
     random_weights: bool = False
 
     def __post_init__(self) -> None:
-        """Raises InputError for what cannot be meant together."""
+        """Raise InputError for values out of range, and for arguments that exclude each other."""
         if self.weights is not None and self.random_weights:
             raise InputError("a file of weights and random weights exclude each other: give one of them.")
         if self.weights is not None and not os.path.isfile(self.weights):
@@ -65,10 +68,7 @@ class ModelSpec:
 
     @property
     def source(self) -> tuple[str, str]:
-        """One of SOURCES, and the rest of the name.
-
-        Raises UnknownModelError for what is no name but a file, a folder or nothing.
-        """
+        """One of SOURCES, and the rest of the name; raises UnknownModelError for a file, a folder or an empty name."""
         name = self.name
         if not name.strip():
             raise UnknownModelError("the model's name is empty; expected a timm name, 'demo', hf:ORG/NAME ...")
@@ -88,14 +88,29 @@ class ModelSpec:
             )
         return ("python" if colon else "timm"), name
 
+    @property
+    def pretrained(self) -> bool:
+        """Whether the weights are those of the name, not from a file and not random."""
+        return self.weights is None and not self.random_weights
+
+
+def suggestion(name: str, known: Sequence[str], listing: str) -> str:
+    """Return a hint for an unknown name: the known names nearest to it, otherwise the call that lists them."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(near)}?" if near else f"see {listing}."
+
 
 def as_spec(model: str | ModelSpec) -> ModelSpec:
-    """A name as a spec."""
+    """Return a name as a spec."""
     return model if isinstance(model, ModelSpec) else ModelSpec(model)
 
 
 def class_names(labels: str | Sequence[str]) -> tuple[str, ...]:
-    """The names of classes, given or in a file. Raises InputError for a file that has none."""
+    """Return class names, given or read from a file.
+
+    Raises:
+        InputError: the file cannot be read, or has no or empty names.
+    """
     if not isinstance(labels, str | os.PathLike):
         return tuple(str(name) for name in labels)
     try:
@@ -112,7 +127,7 @@ def class_names(labels: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _from_json(values: Any) -> list[str]:
-    """A list, an object from index to name, or a transformers configuration with `id2label`."""
+    """Return names from a list, an object from index to name, or a transformers configuration with `id2label`."""
     if isinstance(values, dict):
         values = values.get("id2label", values)
         indexed = {int(index): name for index, name in values.items()}

@@ -1,7 +1,7 @@
-"""Weights from a file: safetensors, or what `torch.save` wrote of tensors. No pickled object is ever run.
+"""Weights from a file: safetensors, or tensors that `torch.save` wrote. Pickled code is not executed.
 
-Training scripts wrap their weights: in a dictionary, and in names that begin with those of a wrapper. Both are undone;
-of an average and the last weights in one file the average is taken, as timm does.
+Training scripts put weights into a dictionary, and prefix their names by those of a wrapper; both are undone. If a file
+has an average of weights besides the last ones, the average is taken, as timm does.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from torch import Tensor, nn
 
 from dave_fast.errors import InputError, reason_of
 
-# where training scripts put the weights, averages first
+# keys under which training scripts put the weights, averages first
 _KEYS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "module")
-# DistributedDataParallel and torch.compile; no model of a library has such names
+# prefixes of DistributedDataParallel and torch.compile; no library's own names begin so
 _WRAPPERS = ("module.", "_orig_mod.")
-# LightningModule's usual attribute; some models of libraries have it themselves
+# the usual attribute of a LightningModule; some libraries' own names begin so, too
 _LIGHTNING = "model."
-# indices that old versions of CLIP saved; they are made anew
+# indices that old versions of CLIP saved; the model has its own
 _NOT_WEIGHTS = "position_ids"
 _NAMED = 4
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Name -> tensor, on the CPU.
+    """Read weights by name, on the CPU.
 
-    Raises InputError for a file that cannot be read, holds other objects than tensors, or holds none.
+    Raises:
+        InputError: the file cannot be read, has other objects than tensors, or has no tensor.
     """
     try:
         found = _read(path)
@@ -40,7 +41,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             f"the weights {path} hold other objects than tensors, which would have to be run and are not: save "
             f"model.state_dict(), best by safetensors.torch.save_file ({reason_of(error)})."
         ) from error
-    # readers raise whatever the bytes provoke
+    # readers raise errors of any type for damaged files
     except Exception as error:
         raise InputError(f"cannot read the weights {path}: {reason_of(error)}.") from error
     while isinstance(found, Mapping):
@@ -59,7 +60,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 def _read(path: str | os.PathLike[str]) -> Any:
     with open(path, "rb") as file:
         head = file.read(9)
-    # eight bytes of length, then JSON
+    # safetensors: eight bytes of length, then JSON
     if head[8:] == b"{" and not zipfile.is_zipfile(path):
         from safetensors.torch import load_file
 
@@ -68,9 +69,15 @@ def _read(path: str | os.PathLike[str]) -> Any:
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str], name: str) -> None:
-    """Give a model of that name the weights in a file: every one of them, and nothing else.
+    """Load the weights in a file into a model; the file must have all of the model's weights and no others.
 
-    Raises InputError, saying what does not fit.
+    Args:
+        model: is changed in place.
+        path: of the file.
+        name: of the model, for messages.
+
+    Raises:
+        InputError: the file cannot be read, or its weights do not fit the model.
     """
     tensors = read_weights(path)
     own = model.state_dict()
@@ -86,7 +93,15 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], name: str) -> N
 def check_fit(
     path: str | os.PathLike[str], name: str, missing: Collection[str], extra: Collection[str], other: Collection[str]
 ) -> None:
-    """Raise InputError where weights lack names, have more, or have other shapes (sentences)."""
+    """Raise InputError unless weights fit a model.
+
+    Args:
+        path: of the weights.
+        name: of the model.
+        missing: names that the weights lack.
+        extra: names that the model lacks.
+        other: descriptions of shapes that differ.
+    """
     found = [
         *([f"{len(missing)} are missing ({_some(missing)})"] if missing else []),
         *([f"{len(extra)} have no place in it ({_some(extra)})"] if extra else []),
@@ -100,7 +115,7 @@ def check_fit(
 
 
 def _without(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names without a prefix that all of them have."""
+    """Return the tensors with their names freed of a prefix, if all of them have it."""
     if not all(name.startswith(prefix) for name in tensors):
         return tensors
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}

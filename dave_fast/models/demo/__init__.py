@@ -1,6 +1,6 @@
-"""The embedded default: a small trained ViT and scenes whose class evidence is known to the pixel.
+"""The embedded model: a small trained ViT, and scenes in which the pixels of the labelled digit are known.
 
-Neither needs a network or a GPU; PyTorch and timm are imported by load_demo_model, not here.
+Neither needs a network or a GPU. `load_demo_model` imports PyTorch and timm; this module does not.
 """
 
 from dave_fast.models.demo.model import CLASS_NAMES, load_demo_model

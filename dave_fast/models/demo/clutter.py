@@ -1,6 +1,6 @@
 """Procedural clutter: the dark, colourful backgrounds of the demo scenes.
 
-Axes: H = W = size in pixels; colours come as planes, (3, H, W).
+Axes: H = W = size in pixels; images are planes, (3, H, W).
 """
 
 from functools import cache
@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 
 def draw_clutter(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A background float32 (3, size, size) in [0, 0.5]: marbled ground, textured patches, shapes, light, grain."""
+    """Draw a background, float32 (3, size, size) in [0, 0.5]: noise, textured regions, shapes, shading, grain."""
     palette = _palette(rng)
     scene = _marble(rng, size, palette)
     for _ in range(rng.integers(1, 4)):
@@ -22,12 +22,12 @@ def draw_clutter(rng: np.random.Generator, size: int) -> np.ndarray:
     scene += rng.standard_normal((size, size), np.float32) * np.float32(rng.uniform(0.01, 0.04))
     np.clip(scene, 0, None, out=scene)
     scene *= np.float32(rng.uniform(0.16, 0.26)) / max(float(scene.mean()), 1e-3)
-    # A shoulder as on film keeps highlights below the digits instead of clipping them flat.
+    # tanh keeps highlights darker than the digits without clipping them to one value
     return 0.5 * np.tanh(2 * scene)
 
 
 def _palette(rng: np.random.Generator) -> np.ndarray:
-    """Five colours float32 (5, 3): shades around one or two hues, and one accent."""
+    """Draw five colours, float32 (5, 3): shades around one or two hues, and one other."""
     base = rng.uniform()
     turns = base + np.array([0, 0.06, -0.08, rng.choice([0.12, 0.5]), rng.uniform()])
     colours = np.stack([hue(turn) for turn in turns])
@@ -37,18 +37,18 @@ def _palette(rng: np.random.Generator) -> np.ndarray:
 
 
 def _marble(rng: np.random.Generator, size: int, palette: np.ndarray) -> np.ndarray:
-    """Smooth noise looked up in the palette: float32 (3, size, size)."""
+    """Draw smooth noise in colours of the palette, float32 (3, size, size)."""
     field = _octaves(rng, size, (3, 6, 12, 24, 48)) + 1.5 * ramp(rng, size)
     position = np.clip(field * 1.2 + 1, 0, 3)
     shades = palette[rng.permutation(5)[:4]]
-    # One table look-up a pixel instead of three interpolations.
+    # one table look-up a pixel instead of three interpolations
     steps = np.linspace(0, 3, 256)
     table = np.stack([np.interp(steps, np.arange(4), channel) for channel in shades.T]).astype(np.float32)
     return np.take(table, (position * 85).astype(np.intp), axis=1)
 
 
 def _texture(rng: np.random.Generator, size: int, palette: np.ndarray) -> np.ndarray:
-    """Stripes, checks, speckle or a plain wash between two palette colours: float32 (3, size, size)."""
+    """Draw stripes, checks, speckle or a smooth gradient of two palette colours, float32 (3, size, size)."""
     low, high = palette[rng.choice(5, 2, replace=False)]
     kind = rng.integers(4)
     frequency = np.float32(rng.uniform(4, 16) * 2 * np.pi)
@@ -64,7 +64,7 @@ def _texture(rng: np.random.Generator, size: int, palette: np.ndarray) -> np.nda
 
 
 def _shapes(rng: np.random.Generator, scene: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """Ellipses, polygons and curved strokes over a scene float32 (3, size, size), drawn at twice its size."""
+    """Draw ellipses, polygons and curved strokes over a scene, float32 (3, size, size), at twice its resolution."""
     wide = 2 * scene.shape[-1]
     canvas = Image.fromarray(to_uint8(scene)).resize((wide, wide), Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(canvas)
@@ -89,10 +89,10 @@ def _shapes(rng: np.random.Generator, scene: np.ndarray, palette: np.ndarray) ->
 
 
 def _octaves(rng: np.random.Generator, size: int, cells: tuple[int, ...]) -> np.ndarray:
-    """Smooth noise float32 (size, size), about unit variance: random grids of these cells, amplitude ∝ 1/cells."""
+    """Draw smooth noise of about unit variance, float32 (size, size): random grids of `cells`, amplitude ∝ 1/cells."""
     total = np.zeros((size, size), np.float32)
     weights = np.array([cells[0] / c for c in cells], np.float32)
-    # A cubic B-spline grid of unit normals has variance about 0.23.
+    # a cubic B-spline of a grid of unit normals has a variance of about 0.23
     weights *= 2.1 / np.sqrt(np.sum(weights**2))
     for count, weight in zip(cells, weights, strict=True):
         weights_1d = spline(count, size)
@@ -101,12 +101,12 @@ def _octaves(rng: np.random.Generator, size: int, cells: tuple[int, ...]) -> np.
 
 
 def blend(share: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """From colour low to colour high, both (3,), by a share (H, W): float32 (3, H, W)."""
+    """Interpolate from colour low to colour high, both (3,), by a share (H, W): float32 (3, H, W)."""
     return low[:, None, None] + share * (high - low)[:, None, None]
 
 
 def ramp(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A linear gradient float32 (size, size) in a random direction, 0 to 1 across the scene's diagonal."""
+    """Draw a linear gradient in a random direction, float32 (size, size), 0 to 1 across the scene's diagonal."""
     angle = rng.uniform(0, 2 * np.pi)
     line = np.linspace(-0.5, 0.5, size, dtype=np.float32)
     across = np.float32(np.cos(angle)) * line + np.float32(np.sin(angle)) * line[:, None]
@@ -114,21 +114,27 @@ def ramp(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def hue(turn: float) -> np.ndarray:
-    """The saturated colour float32 (3,) at a hue in turns."""
+    """Return the saturated colour at a hue in turns, float32 (3,)."""
     phase = 6 * (turn + np.array([0, 2 / 3, 1 / 3])) % 6
     return np.clip(np.abs(phase - 3) - 1, 0, 1).astype(np.float32)
 
 
 def to_uint8(scene: np.ndarray) -> np.ndarray:
-    """Planes float32 (3, H, W) in [0, 1] as pixels uint8 (H, W, 3)."""
+    """Convert planes float32 (3, H, W) in [0, 1] to pixels uint8 (H, W, 3)."""
     return np.clip(scene * 255 + 0.5, 0, 255).astype(np.uint8).transpose(1, 2, 0)
 
 
 @cache
 def spline(cells: int, samples: int, *, cardinal: bool = False) -> np.ndarray:
-    """Cubic interpolation from cell centres to sample centres, float32 (samples, cells); zero beyond the edge.
+    """Return weights of cubic interpolation from cell centres to sample centres; values beyond the edge are zero.
 
-    B-spline weights, which are smooth; with cardinal=True Catmull-Rom weights, which pass through the values.
+    Args:
+        cells: number of cells.
+        samples: number of samples.
+        cardinal: whether weights are Catmull-Rom's, which interpolate the values, instead of the smoother B-spline's.
+
+    Returns:
+        float32 (samples, cells).
     """
     position = (np.arange(samples) + 0.5) * cells / samples - 0.5
     d = np.abs(position[:, None] - np.arange(cells))
@@ -138,6 +144,6 @@ def spline(cells: int, samples: int, *, cardinal: bool = False) -> np.ndarray:
         near, far = 2 / 3 - d**2 + d**3 / 2, (2 - d) ** 3 / 6
     weights = np.where(d < 1, near, np.where(d < 2, far, 0))
     if not cardinal:
-        # Noise should not fade towards the edges of the scene.
+        # so that noise does not fade towards the edges of the scene
         weights /= weights.sum(axis=1, keepdims=True)
     return weights.astype(np.float32)

@@ -1,4 +1,4 @@
-"""The embedded model: a small ViT that names the digit of a demo scene."""
+"""The embedded model: a small ViT that classifies the digit of a demo scene."""
 
 from importlib.resources import as_file, files
 from typing import TYPE_CHECKING
@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 IMAGE_SIZE = 128
 CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-# The names timm.data reads its preprocessing from.
+# the keys that timm.data reads
 PREPROCESSING = {
     "input_size": (3, IMAGE_SIZE, IMAGE_SIZE),
     "mean": (0.5, 0.5, 0.5),
@@ -22,7 +22,7 @@ PREPROCESSING = {
 
 
 def build_model() -> "torch.nn.Module":
-    """The architecture with fresh weights: images (B, 3, 128, 128), normalised, to logits (B, 10)."""
+    """Build the model with random weights: images (B, 3, 128, 128), normalised, to logits (B, 10)."""
     from timm.models.vision_transformer import VisionTransformer
 
     model = VisionTransformer(
@@ -35,17 +35,17 @@ def build_model() -> "torch.nn.Module":
         qkv_bias=True,
         num_classes=len(CLASS_NAMES),
     )
-    # A copy: timm and callers may edit the configuration of their own model.
+    # a copy, because timm and callers may edit the configuration of their own model
     model.pretrained_cfg = dict(PREPROCESSING)
     return model
 
 
 def load_demo_model() -> "torch.nn.Module":
-    """The trained model in eval mode, float32 parameters on the CPU; a new one on every call."""
+    """Load the trained model in evaluation mode, float32 parameters on the CPU; a new one on every call."""
     from safetensors.torch import load_file
 
     model = build_model()
     with as_file(files(__package__).joinpath("weights.safetensors")) as path:
-        # Stored in half precision to keep the package small; copying into the parameters widens them.
+        # stored in half precision to keep the package small; load_state_dict converts to float32
         model.load_state_dict(load_file(path))
     return model.eval()

@@ -1,7 +1,7 @@
-"""Scenes whose class evidence is known to the pixel: bright handwritten digits over dark, colourful clutter.
+"""Scenes with known evidence: bright handwritten digits over dark, colourful clutter, with a mask of their pixels.
 
-Everything is drawn by numbers, so that nothing has to be licensed or downloaded, and a mask says which pixels
-carry the label. Scene i of a seed is a function of (seed, split, i) and the settings, never of how many are drawn.
+They are drawn procedurally, so that nothing has to be licensed or downloaded. Scene i of a seed depends on
+(seed, split, i) and the settings, not on how many scenes are drawn.
 
 Axes: n scenes, H = W = size in pixels, 3 = RGB.
 """
@@ -16,16 +16,16 @@ from PIL import Image
 from dave_fast.models.demo.clutter import blend, draw_clutter, hue, ramp, spline, to_uint8
 
 SPLITS = ("train", "test")
-# Every fifth glyph is held out: unseen shapes, though not unseen hands.
+# every fifth glyph is held out; other glyphs of the same writers are in the training split
 TEST_EVERY = 5
 
 _REFERENCE_SIZE = 128
 _GLYPH_CELLS = 8
 _GLYPH_LEVELS = 16
-# A glyph is first refined to this many samples a side; sampling it under a rotation is then smooth.
+# samples of a refined glyph along each side, so that sampling it under a rotation is smooth
 _FINE = 64
 _FINE_MARGIN = 8
-# Where the refined glyph counts as ink, and how much of its value range one antialiased edge spans.
+# level of a refined glyph at its outline, and the range of values over which an antialiased edge extends
 _INK_LEVEL, _INK_EDGE = 0.47, 0.16
 _LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
@@ -34,11 +34,12 @@ _LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 class Scenes:
     """Scenes with their ground truth.
 
-    images: uint8 (n, H, W, 3).
-    labels: int64 (n,), the digit 0..9 that the scene is about.
-    masks: bool (n, H, W), the pixels that the labelled digit covers by at least half.
-    other_labels: int64 (n,), the second digit, -1 where there is none; never equal to the label.
-    other_masks: bool (n, H, W), its pixels, disjoint from masks.
+    Attributes:
+        images: uint8 (n, H, W, 3).
+        labels: int64 (n,), the digit 0..9 that is the class.
+        masks: bool (n, H, W), the pixels that the labelled digit covers by at least half.
+        other_labels: int64 (n,), the second digit, -1 without one; not equal to the label.
+        other_masks: bool (n, H, W), its pixels, disjoint from masks.
     """
 
     images: np.ndarray
@@ -50,7 +51,15 @@ class Scenes:
 
 @dataclass(frozen=True)
 class DemoScene:
-    """One scene with two digits: an RGB image, and the class and mask bool (H, W) of each digit."""
+    """One scene with two digits.
+
+    Attributes:
+        image: RGB.
+        label: class of the first digit.
+        mask: bool (H, W), its pixels.
+        other_label: class of the second digit.
+        other_mask: bool (H, W), its pixels.
+    """
 
     image: Image.Image
     label: int
@@ -60,7 +69,7 @@ class DemoScene:
 
 
 def demo_scene() -> DemoScene:
-    """The scene that examples explain: held-out glyphs, a four and, below it to the right, a six."""
+    """Draw the scene of the examples: held-out glyphs, a four and, below it to the right, a six."""
     scenes = draw_scenes(1, 2, n_digits=2, split="test", start=30)
     return DemoScene(
         Image.fromarray(scenes.images[0]),
@@ -83,11 +92,17 @@ def draw_scenes(
 ) -> Scenes:
     """Draw scenes start .. start + n of a seed.
 
-    n: how many. seed: non-negative. size: pixels a side, at least 32.
-    n_digits: 1, or 2 for a second digit of another class that does not overlap the first.
-    clutter: brightness of the background, 0 (black) to 1.
-    split: whose glyphs, "train" or "test"; the two share no glyph.
-    start: the first scene, so that a long series can be drawn in parts.
+    Args:
+        n: number of scenes.
+        seed: non-negative.
+        size: pixels along each side, at least 32.
+        n_digits: 1, or 2 for a second digit of another class that does not overlap the first.
+        clutter: brightness of the background, 0 (black) to 1.
+        split: "train" or "test"; they have no glyph in common.
+        start: number of the first scene, so that a long series can be drawn in parts.
+
+    Raises:
+        ValueError: an argument is outside of these limits.
     """
     _check(n, seed, size, n_digits, clutter, split, start)
     images = np.empty((n, size, size, 3), np.uint8)
@@ -95,7 +110,7 @@ def draw_scenes(
     masks = np.zeros((2, n, size, size), bool)
     for i in range(n):
         rng = np.random.default_rng((seed, SPLITS.index(split), start + i))
-        # Clutter is drawn first, so that a scene keeps its background whatever is written on it.
+        # clutter is drawn first, so that the background does not depend on the digits
         scene = draw_clutter(rng, size) * np.float32(clutter)
         for k, (label, mask) in enumerate(write_digits(rng, scene, n_digits, split)):
             labels[k, i], masks[k, i] = label, mask
@@ -104,7 +119,7 @@ def draw_scenes(
 
 
 def _check(n: int, seed: int, size: int, n_digits: int, clutter: float, split: str, start: int) -> None:
-    """Raise ValueError for settings that no scene can be drawn with."""
+    """Raise ValueError for arguments that no scene can be drawn with."""
     if split not in SPLITS:
         raise ValueError(f"split={split!r}: expected one of {SPLITS}.")
     if n_digits not in (1, 2):
@@ -119,7 +134,7 @@ def _check(n: int, seed: int, size: int, n_digits: int, clutter: float, split: s
 
 @cache
 def glyphs(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Glyphs uint8 (m, 8, 8), ink 0..16, and labels uint8 (m,) of a split."""
+    """Return glyphs uint8 (m, 8, 8), ink 0..16, and labels uint8 (m,) of a split."""
     with files(__package__).joinpath("digits.npz").open("rb") as file, np.load(file) as archive:
         images, labels = archive["glyphs"], archive["labels"]
     chosen = (np.arange(len(labels)) % TEST_EVERY == 0) == (split == "test")
@@ -129,7 +144,7 @@ def glyphs(split: str) -> tuple[np.ndarray, np.ndarray]:
 def write_digits(
     rng: np.random.Generator, scene: np.ndarray, n_digits: int, split: str
 ) -> list[tuple[int, np.ndarray]]:
-    """Write digits over a scene float32 (3, H, W), in place; their labels and masks bool (H, W)."""
+    """Write digits over a scene float32 (3, H, W), in place; return their labels and masks bool (H, W)."""
     size = scene.shape[-1]
     placed = _place_digits(rng, size, n_digits, split)
     for _, coverage in placed:
@@ -138,7 +153,7 @@ def write_digits(
 
 
 def _place_digits(rng: np.random.Generator, size: int, n_digits: int, split: str) -> list[tuple[int, np.ndarray]]:
-    """(label, coverage float32 (H, W) in [0, 1]) of each digit; their coverages do not overlap."""
+    """Place the digits: (label, coverage float32 (H, W) in [0, 1]) of each; their coverages do not overlap."""
     images, labels = glyphs(split)
     first = int(rng.integers(len(labels)))
     if n_digits == 1:
@@ -149,7 +164,7 @@ def _place_digits(rng: np.random.Generator, size: int, n_digits: int, split: str
     while True:
         heights = rng.uniform(40, 58, 2) * size / _REFERENCE_SIZE
         centres = [_somewhere(rng, size, height) for height in heights]
-        # Centres this far apart rarely collide, so hardly a coverage is drawn in vain.
+        # digits with centres this far apart rarely overlap, so few coverages are drawn in vain
         if np.abs(centres[0] - centres[1]).max() < 0.45 * heights.sum():
             continue
         placed = [
@@ -161,20 +176,20 @@ def _place_digits(rng: np.random.Generator, size: int, n_digits: int, split: str
 
 
 def _somewhere(rng: np.random.Generator, size: int, height: float) -> np.ndarray:
-    """A centre (x, y) in pixels that keeps a digit of this height inside the scene."""
+    """Draw a centre (x, y) in pixels that keeps a digit of this height inside the scene."""
     margin = 0.54 * height
     return rng.uniform(margin, size - margin, 2)
 
 
 def _coverage(rng: np.random.Generator, glyph: np.ndarray, height: float, centre: np.ndarray, size: int) -> np.ndarray:
-    """Antialiased coverage float32 (size, size) of a glyph, height pixels tall, slightly turned and sheared."""
+    """Draw the antialiased coverage of a glyph, slightly rotated and sheared: float32 (size, size)."""
     refine = spline(_GLYPH_CELLS, _FINE, cardinal=True)
     fine = np.zeros((_FINE + 2 * _FINE_MARGIN,) * 2, np.float32)
     ink = glyph.astype(np.float32) / _GLYPH_LEVELS
     fine[_FINE_MARGIN:-_FINE_MARGIN, _FINE_MARGIN:-_FINE_MARGIN] = refine @ ink @ refine.T
     angle, shear, aspect = rng.uniform(-0.2, 0.2), rng.uniform(-0.2, 0.2), rng.uniform(0.85, 1.1)
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    # Pillow asks for the map from output to input: scene pixels to refined glyph samples.
+    # Pillow takes the map from output to input: scene pixels to refined glyph samples
     matrix = np.array([[1 / aspect, shear], [0, 1]]) @ turn * (_FINE / height)
     offset = np.full(2, _FINE / 2 + _FINE_MARGIN) - matrix @ centre
     coefficients = np.column_stack([matrix, offset]).ravel()
@@ -185,13 +200,13 @@ def _coverage(rng: np.random.Generator, glyph: np.ndarray, height: float, centre
 
 
 def _ink(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A bright tint float32 (3, size, size) that drifts a little from one side of the scene to the other."""
+    """Draw a bright tint that varies a little across the scene, float32 (3, size, size)."""
     tint = _tint(rng)
     return blend(ramp(rng, size), tint, 0.6 * tint + 0.4 * _tint(rng))
 
 
 def _tint(rng: np.random.Generator) -> np.ndarray:
-    """A colour float32 (3,) of any hue, lightened until its luminance is at least 0.72."""
+    """Draw a colour of any hue, lightened to a luminance of at least 0.72, float32 (3,)."""
     colour = hue(rng.uniform())
     luminance = float(colour @ _LUMINANCE)
     lowest = max(0.0, (0.72 - luminance) / (1 - luminance))
