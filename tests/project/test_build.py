@@ -87,7 +87,9 @@ def assert_it_explains(archive: Path, tmp_path: Path, *, native: bool) -> None:
     away.mkdir()
     # neither the checkout on a path nor a choice for this session's own tests
     clean = {"PYTHONPATH": "", "DAVE_FAST_ISA": ""}
-    found = run(python, "-c", "from dave_fast import _ext; print(_ext.__file__, _ext.isa())", cwd=away, **clean).split()
+    found = run(
+        python, "-c", "from dave_fast.ops import _ext; print(_ext.__file__, _ext.isa())", cwd=away, **clean
+    ).split()
     assert Path(found[0]).is_relative_to(site)
     assert (found[1] != "None") == native
     assert "dave-fast" in run(python, "-m", "dave_fast", "info", cwd=away, **clean)
