@@ -1,11 +1,10 @@
-"""Builds the native core and the CUDA kernels with CMake, where that is wanted and possible.
+"""Build the native core and the CUDA kernels with CMake; everything else is in pyproject.toml.
 
-DAVE_FAST_BUILD_EXT=auto (default): the core where there are CMake and a C++ compiler, the CUDA kernels where there is
-nvcc too, else one line that says what is left out and why. 1: any failure is fatal. 0: pure Python. CUDAARCHS names
-other CUDA architectures than those of CMakeLists.txt: "90a-real" alone builds in a fifth of the time. Everything else
-is in pyproject.toml.
+DAVE_FAST_BUILD_EXT=auto (default) builds the core where there are CMake and a C++ compiler, and the CUDA kernels where
+there is nvcc too; one line says what is left out and why. 1 makes any failure fatal, 0 builds nothing. CUDAARCHS names
+other CUDA architectures than those of CMakeLists.txt: "90a-real" alone builds in a fifth of the time.
 
-Two modules, each configured and built by itself: a CUDA toolkit that fails leaves the core whole.
+The two modules are configured and built separately, so that a failing CUDA toolkit does not affect the core.
 """
 
 from __future__ import annotations
@@ -25,7 +24,14 @@ VARIABLE = "DAVE_FAST_BUILD_EXT"
 
 
 class CMakeExtension(Extension):
-    """An extension that CMake builds from CMakeLists.txt."""
+    """An extension that CMake builds from CMakeLists.txt.
+
+    Args:
+        name: of the module.
+        what: subject and verb of the message where it is not built.
+        options: for CMake.
+        optional: whether a failure is a warning.
+    """
 
     def __init__(self, name: str, *, what: str, options: tuple[str, ...] = (), optional: bool) -> None:
         super().__init__(name, sources=[], optional=optional)
@@ -33,18 +39,27 @@ class CMakeExtension(Extension):
 
 
 class CMakeBuild(build_ext):
-    """Configures and builds with CMake, and puts the module where setuptools expects it."""
+    """The command that builds with CMake and puts the module where setuptools expects it."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Build one extension; raise CompileError where that fails."""
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         module = ext.name.rsplit(".", 1)[-1]
         try:
             self.configure_and_build(Path(self.build_temp).resolve() / module, target.parent, module, ext.options)
         except (OSError, subprocess.CalledProcessError) as error:
-            # setuptools forgives a CompileError, and no other, where the extension is optional
+            # The only error that setuptools turns into a warning where the extension is optional.
             raise CompileError(f"{ext.what} not built ({error}); {VARIABLE}=0 asks for pure Python") from error
 
     def configure_and_build(self, build: Path, output: Path, module: str, more: tuple[str, ...]) -> None:
+        """Run CMake for one module.
+
+        Args:
+            build: CMake's build folder.
+            output: the folder of the module.
+            module: the target.
+            more: further options.
+        """
         import pybind11
 
         options = [
@@ -62,6 +77,7 @@ class CMakeBuild(build_ext):
 
 
 def extensions() -> list[Extension]:
+    """Return the extensions to build, as DAVE_FAST_BUILD_EXT and this machine's tools decide."""
     choice = os.environ.get(VARIABLE, "auto")
     if choice not in ("auto", "0", "1"):
         raise SystemExit(f"{VARIABLE} must be auto, 1 or 0; it is {choice!r}")
@@ -90,7 +106,7 @@ def extensions() -> list[Extension]:
 
 
 def find_nvcc() -> str | None:
-    """CUDACXX, else what is on PATH, else where CUDA_HOME, or the toolkit's own installer, has it."""
+    """Return nvcc: $CUDACXX, else that on PATH, else that of CUDA_HOME or of the installer's default folder."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     named = [os.environ.get("CUDACXX"), "nvcc", f"{home}/bin/nvcc"]
     return next((found for name in named if name and (found := shutil.which(name))), None)

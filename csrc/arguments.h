@@ -1,4 +1,4 @@
-// What Python passes, as the ops take it: addresses as integers, type codes, shapes. Shared by both extension modules.
+// Conversion of Python's arguments (addresses as integers, dtype codes, shapes) for both extension modules.
 #pragma once
 
 #include <cstdint>
@@ -18,10 +18,10 @@ inline dave::Dtype dtype_of(int code) {
   return static_cast<dave::Dtype>(code);
 }
 
-// What pixel ops read and store: float16 too.
+// The dtypes that pixel ops read and store, float16 included.
 inline dave::Dtype stored_dtype(int code) { return code == 3 ? dave::Dtype::float16 : dtype_of(code); }
 
-// What would read or write outside of the arrays is refused here; everything else is checked in Python.
+// Checks against reads and writes outside of the arrays; all other checks are in Python.
 inline void check_shapes(const dave::Images& images, dave::Patch patch) {
   if (images.height < 1 || images.width < 1 || (images.height + 4) * (images.width + 4) >= (int64_t{1} << 30))
     throw std::invalid_argument("images must have between 1 and 2^30 pixels");

@@ -1,4 +1,4 @@
-// Host driver of attention: one (row, head) a task. Its keys and values are packed once, queries go by in blocks.
+// Host driver of attention: one (row, head) a task, which packs its keys and values once and loops over blocks of queries.
 #include "attention.h"
 
 #include "host.h"
@@ -9,9 +9,9 @@
 namespace dave::DAVE_ISA {
 namespace {
 
-// queries whose scores are alive together: even, and small enough for the second-level cache
+// queries of a block: even, and few enough for their scores to stay in the second-level cache
 constexpr int64_t query_block = 48;
-// words of a score's dot product that are summed on their own: one sum over a wide head has twice plain PyTorch's error
+// words of a score's dot product in a partial sum: a single sum over a wide head has twice plain PyTorch's error
 constexpr int64_t depth_block = 32;
 
 template <typename T>
@@ -46,7 +46,7 @@ struct Task {
         }
   }
 
-  // (count, D) rows as words (⌈count/pair⌉, width): in bfloat16, two rows that follow each other share a word
+  // (count, D) rows as words (⌈count/pair⌉, width): in bfloat16, two consecutive rows share a word
   void pack_rows(const T* from, int64_t stride, int64_t count) {
     for (int64_t n = 0; n < count; n += pair) {
       uint32_t* to = values + n / pair * width;
@@ -70,7 +70,7 @@ struct Task {
     }
   }
 
-  // scores of queries [first, first + count): (count, columns), unscaled, so with bias/scale
+  // scores of queries [first, first + count): (count, columns), divided by the scale, and so is the bias
   void score(const T* q, int64_t stride, int64_t head, int64_t first, int64_t count) {
     const auto* words = reinterpret_cast<const uint32_t*>(q + first * stride);
     for (int64_t d = 0; d < depth; d += depth_block) {
@@ -89,8 +89,8 @@ struct Task {
     }
   }
 
-  // One row of scores -> exp(scale·s − its maximum), zero past the last token. Returns the sum, and the maximum.
-  // The maximum passes over NaN; the sum does not, nor over +∞ or a row of -∞, whose difference to itself is NaN.
+  // Replaces one row of scores by exp(scale·s − its maximum), zero past the last token; returns the sum and the maximum.
+  // The maximum ignores NaN, but the sum becomes NaN, as it does for +∞ and for a row of -∞, where ∞ − ∞ is NaN.
   float exponentials(float* s, float& peak) const {
     vfloat highest = splat(-INFINITY);
     for (int64_t n = shape.tokens; n < columns; ++n) s[n] = -INFINITY;
@@ -105,7 +105,7 @@ struct Task {
     return sum_of(total);
   }
 
-  // Rows of scores -> P in place, and the peak and share of each query.
+  // Replaces rows of scores by P, and stores the peak and share of each query.
   void softmax(int64_t count, PeakAndShare kept, int64_t first) {
     for (int64_t i = 0; i < count; ++i) {
       float* s = scores + i * columns;
@@ -119,7 +119,7 @@ struct Task {
     }
   }
 
-  // P again, from the scores and each query's peak and share.
+  // Replaces rows of scores by P, recomputed from each query's peak and share.
   void probabilities(int64_t count, PeakAndShare kept, int64_t first) {
     for (int64_t i = 0; i < count; ++i) {
       float* s = scores + i * columns;

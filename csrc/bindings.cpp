@@ -1,4 +1,4 @@
-// dave_fast._native: pointers as integers, sizes, type codes, and the number of threads. No torch.
+// dave_fast._native: takes pointers as integers, sizes, dtype codes and the number of threads, without torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -13,7 +13,7 @@ namespace py = pybind11;
 
 namespace {
 
-// The draws too, which the host can read.
+// Checks shapes, and the draws, which the host can read.
 void check(const dave::Images& images, const dave::Draws& draws, dave::Patch patch) {
   check_shapes(images, patch);
   for (int64_t r = 0; r < draws.rows; ++r) {
@@ -179,7 +179,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("row_rstd", &row_rstd, release());
   module.def("scale_rows", &scale_rows, release());
   module.def("activate", &activate, release());
-  module.def("linear_panel", [] { return dave::kernels().linear_panel; }, "Columns of a panel of linear's weights; 0: it has no linear.");
+  module.def("linear_panel", [] { return dave::kernels().linear_panel; }, "Columns of a panel of linear's weights; 0 without a linear kernel.");
   module.def("pack_linear", &pack_linear, release());
   module.def("linear", &linear, release());
   module.def("multiplies_bfloat16", [] { return dave::kernels().multiplies_bfloat16; }, "Whether attention takes bfloat16.");

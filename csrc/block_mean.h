@@ -1,4 +1,4 @@
-// robust_mean of one block of pixels on the host, each value read once, pixels sorted as the lanes of vectors.
+// robust_mean of one block of pixels on the host; the pixels are the lanes of vectors, and each value is read once.
 #pragma once
 
 #include "host.h"
@@ -10,7 +10,7 @@ namespace {
 // Pixels that are sorted together: one or more vectors of every instruction set.
 constexpr int lanes = 32;
 
-// Pixels that are read together: long enough pieces of each sample's row for the memory to stream.
+// Pixels that are read together: pieces of each sample's row that are long enough for prefetching.
 constexpr int64_t block_pixels = 8 * lanes;
 
 template <typename T>
@@ -54,7 +54,7 @@ void mean_of_kept(const T* values, int64_t samples, const T* median, const T* ma
   for (int64_t s = 0; s < samples; ++s) {
     const T* row = values + s * lanes;
     T kept[lanes], addends[lanes];
-    // four short loops: a single one becomes branches instead of vectors
+    // four short loops, because a single one is compiled to branches instead of vectors
     for (int l = 0; l < lanes; ++l)
       kept[l] = magnitude(sub(row[l], median[l])) <= within[l] ? static_cast<T>(1) : static_cast<T>(0);
     for (int l = 0; l < lanes; ++l) addends[l] = kept[l] > 0 ? row[l] : static_cast<T>(0);
@@ -83,7 +83,7 @@ void robust_mean_of(const T* values, int64_t samples, const Exchange* network, i
   mean_of_kept(values, samples, median, mad, mean);
 }
 
-// The network of one number of samples, shared by the threads.
+// The sorting network of one number of samples, shared by the threads.
 class Network {
  public:
   explicit Network(int64_t samples) : count_(exchanges_of(samples)), exchanges_(count_) {
@@ -98,7 +98,7 @@ class Network {
   Scratch<Exchange> exchanges_;
 };
 
-// What one thread works in: a block's values, a group of lanes sorted, and the block's means.
+// The scratch memory of one thread: a block's values, a sorted group of lanes, and the block's means.
 template <typename T>
 struct BlockMean {
   Scratch<T> values, sorted, means;

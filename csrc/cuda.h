@@ -1,6 +1,6 @@
-// The ops on a GPU: device pointers, sizes, and the stream to launch on. No torch. Shapes and checks belong to callers.
+// The ops on a GPU: device pointers, sizes, and the stream to launch on, without torch. Callers check shapes.
 //
-// cuda_ops.cu runs them on a device; tests/serial.cpp runs the same kernels block by block on the host.
+// The .cu files run them on a device; tests/serial.cpp runs the same kernels block by block on the host.
 #pragma once
 
 #include <stdexcept>
@@ -38,8 +38,7 @@ struct Span {
   int64_t first, pixels;
 };
 
-// (rows.count, channels, span.pixels), so that contributions can be made tile by tile; all of them with whole rows and
-// whole planes.
+// Contributions (rows.count, channels, span.pixels) of part of the rows and of the source pixels, for pull_back_mean.
 void pull_back(const Queue& queue, const void* cotangents, Dtype given, const Images& images, const Draws& draws,
                Rows rows, Patch patch, Span span, void* contributions, Dtype stored);
 
@@ -50,7 +49,7 @@ struct Contributions {
   int64_t images, samples, pixels;
 };
 
-// Where pixel p of an image's contributions has its mean: at offset + p / span·plane + p % span.
+// The place of the mean of pixel p of an image's contributions: offset + p / span·plane + p % span.
 struct Placement {
   int64_t span, plane, offset;
 };
@@ -71,7 +70,7 @@ inline void require(cudaError_t code, const std::string& what) {
     throw Error(what + ": " + cudaGetErrorName(code) + ", " + cudaGetErrorString(code));
 }
 
-// Makes a device the current one, and the one before current again.
+// Sets the current device for a scope.
 class Device {
  public:
   explicit Device(int device) {

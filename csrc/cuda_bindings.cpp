@@ -1,4 +1,4 @@
-// dave_fast._cuda: as dave_fast._native, with device pointers and, first, the device and its stream. No torch.
+// dave_fast._cuda: like dave_fast._native, with device pointers after the device's index and its stream.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,4 +1,4 @@
-// pull_back's gather on the host: a tile of source pixels at a time, whose destinations are un-patchified before.
+// pull_back's gather on the host, one tile of source pixels at a time, after un-patchifying its destinations.
 #pragma once
 
 #include "host.h"
@@ -14,7 +14,7 @@ struct Tile {
   int32_t x, y, width, height;
 };
 
-// How an image is cut into tiles, the last of a row or column as large as what is left.
+// The tiles of an image; the last of a row or column may be smaller.
 struct Tiling {
   int32_t height, width, columns;
   int64_t count;
@@ -30,8 +30,7 @@ struct Tiling {
   }
 };
 
-// The destinations that a tile's pixels look at, some of them outside of the image; their zeros are written out, so
-// that no tap needs a test of its own.
+// The destinations of a tile's taps; those outside of the image are stored as zeros, so that taps need no bounds check.
 struct Window {
   int32_t x, y, width, height;
 
@@ -52,7 +51,7 @@ struct Window {
   }
 };
 
-// What one thread works in: the window of one draw's cotangents and the arrays of one row of a tile.
+// The scratch memory of one thread: the window of one draw's cotangents and the arrays of one row of a tile.
 template <typename T>
 class Gatherer {
  public:

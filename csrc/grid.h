@@ -1,11 +1,11 @@
-// How a CUDA kernel's body runs: in the blocks of a device, or block by block and thread by thread on a host, so that
-// tests and sanitizers on a CPU run the very indices, tails and networks that a GPU will.
+// The grid that runs a CUDA kernel's body: the blocks of a device, or block by block and thread by thread on a host, so
+// that tests and sanitizers on a CPU cover the indices, tails and networks that run on a GPU.
 //
 // A kernel is a struct of its arguments with `threads` a block, `resident` blocks that a multiprocessor must
 // have registers for, `shared_bytes`, `name`, blocks(), and a body
 //     template <class Block> DAVE_DEVICE void operator()(Block& block) const
-// made of phases: block.each(f) runs f(thread) for all threads, block.sync() ends a phase. What outlives a phase lies
-// in shared memory. block.pairs(f) runs f(pair, lanes) for every two neighbouring threads, whose exchanges `Lanes` has.
+// in phases: block.each(f) runs f(thread) for all threads, block.sync() ends a phase. Data that outlives a phase is in
+// shared memory. block.pairs(f) runs f(pair, lanes) for every two neighbouring threads, which exchange values by `Lanes`.
 #pragma once
 
 #include "numerics.h"
@@ -38,12 +38,12 @@ struct Divider {
   }
 };
 
-// How many blocks the 65,536 registers of a multiprocessor hold.
+// The number of blocks for which the 65,536 registers of a multiprocessor suffice.
 constexpr int blocks_with(int threads, int registers) { return 65536 / (threads * registers); }
 
 constexpr int64_t blocks_of(int64_t n, int64_t a_block) { return (n + a_block - 1) / a_block; }
 
-// `count` values in memory that is aligned for all of them together, up to the 16 bytes of the widest access.
+// `count` values, aligned for a single access of up to 16 bytes.
 template <typename T, int count>
 struct alignas(sizeof(T) * count < 16 ? sizeof(T) * count : 16) Pack {
   T values[count];
@@ -57,7 +57,7 @@ DAVE_DEVICE void store_pack(const T* from, void* to, int64_t offset) {
   *reinterpret_cast<Pack<From, count>*>(static_cast<From*>(to) + offset) = pack;
 }
 
-// `count` values at element `offset`, a multiple of count, of memory of a type known at run time.
+// Stores `count` values at element `offset`, a multiple of count, in memory of a dtype known at run time.
 template <int count, typename T>
 DAVE_DEVICE void store_run(const T* from, void* to, Dtype dtype, int64_t offset) {
   switch (dtype) {
@@ -68,7 +68,8 @@ DAVE_DEVICE void store_run(const T* from, void* to, Dtype dtype, int64_t offset)
   }
 }
 
-// f of the address as one of its type, which is known at run time; outside of loops, so that their loads stay together.
+// Calls f with the address as a pointer of its dtype, known at run time; meant for outside of loops, whose loads it would
+// separate.
 template <class F>
 DAVE_DEVICE auto with_type(const void* from, Dtype dtype, const F& f) {
   switch (dtype) {

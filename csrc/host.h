@@ -1,5 +1,5 @@
-// Helpers of the host drivers. No templates of the standard library here: their copies are shared between object
-// files, and the linker could keep one that was compiled for an instruction set this machine lacks.
+// Helpers of the host drivers. They use no templates of the standard library: object files share instantiations, and the
+// linker could keep one that was compiled for an instruction set that this machine lacks.
 #pragma once
 
 #include <cstdlib>
@@ -31,8 +31,8 @@ class Scratch {
   T* data_;
 };
 
-// A T for each thread, all of them made before the threads start: an exception that leaves a parallel region, as that
-// of memory that is not there, would end the process.
+// A T for each thread, constructed before the threads start: an exception that leaves a parallel region, such as
+// std::bad_alloc, would end the process.
 template <typename T>
 class PerThread {
  public:
@@ -47,7 +47,7 @@ class PerThread {
   PerThread(const PerThread&) = delete;
   PerThread& operator=(const PerThread&) = delete;
 
-  // The calling thread's, in a parallel region of as many threads or fewer.
+  // The calling thread's item, in a parallel region of at most `threads` threads.
   T& mine() const {
 #ifdef _OPENMP
     return items_[omp_get_thread_num()];
@@ -71,7 +71,7 @@ void copy_row(const From* from, To* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) put(to[i], widen(from[i]));
 }
 
-// n values at element `offset` of memory of a type known at run time, and back.
+// Load and store n values at element `offset` of memory of a dtype known at run time.
 template <typename T>
 void load_row(const void* from, Dtype dtype, int64_t offset, T* to, int64_t n) {
   switch (dtype) {
@@ -92,8 +92,8 @@ void store_row(const T* from, void* to, Dtype dtype, int64_t offset, int64_t n) 
   }
 }
 
-// Where the p_w elements of patch column 0 of image row (r, c, y) begin in tokens (R, n, C·p_h·p_w), and how far it
-// is from one patch column to the next.
+// The offset in tokens (R, n, C·p_h·p_w) of the p_w elements of patch column 0 of image row (r, c, y), and the distance
+// from one patch column to the next.
 struct TokenRow {
   int64_t first, step;
 

@@ -1,4 +1,4 @@
-// The ops as the host runs them: plain pointers and sizes, no torch. Shapes and checks belong to the callers.
+// The ops on the host: plain pointers and sizes, without torch. Callers check shapes.
 #pragma once
 
 #include <cstdint>
@@ -50,10 +50,10 @@ struct Kernels {
   void (*smooth)(const Images& raw, void* maps, int threads);
   // Whether attention takes bfloat16.
   bool multiplies_bfloat16;
-  // out (rows, queries, heads, D); kept and saved where they are not null
+  // out (rows, queries, heads, D); kept and saved are written where they are not null
   void (*attention)(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v, void* out,
                     PeakAndShare kept, SavedProbabilities saved, int threads);
-  // d_v (rows, tokens, heads, D), from saved P where it is not null, else from q, k and what was kept
+  // d_v (rows, tokens, heads, D), from saved P where it is not null, else from q, k and kept
   void (*attention_vjp)(const AttentionShape& shape, const Heads& q, const Heads& k, PeakAndShare kept,
                         SavedProbabilities saved, const Heads& d_out, void* d_v, int threads);
   // float32 or bfloat16 (rows, width), as below

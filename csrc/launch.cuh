@@ -1,4 +1,4 @@
-// The grid of a CUDA device: a kernel's blocks on a stream, every return code looked at.
+// The grid of a CUDA device: launches a kernel's blocks on a stream and checks every return code.
 #pragma once
 
 #include <string>

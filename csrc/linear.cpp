@@ -1,4 +1,4 @@
-// Host driver of linear: a block of rows a task, and some of the panels where there are few rows.
+// Host driver of linear: a task is a block of rows, and where rows are few, part of the panels.
 #include "linear.h"
 
 #include "gates.h"
@@ -12,13 +12,13 @@ namespace {
 constexpr int64_t panel = tile_vectors * lanes;
 // in-features that are summed at once: a panel of them fits the first-level cache
 constexpr int64_t longest_sum = 256;
-// rows and panels whose sums are alive together: with the rows' operand they fit the second-level cache
+// rows and panels of a block: their sums and the rows' operand fit the second-level cache
 constexpr int64_t longest_block = 128, panels_together = 16;
 
 int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// In-features of a sum: all nearly alike.
+// In-features of a partial sum: nearly the same number in each.
 int64_t sum_length(int64_t in) { return over(in, over(in, longest_sum)); }
 
 struct Product {
@@ -31,8 +31,8 @@ struct Product {
   int64_t panels = over(out, panel), length = sum_length(in);
 };
 
-// Into how many shares the rows are split among the threads, which divide them: the panels are split for the rest.
-// As many as leave a thread eight tiles, since all that share a block of rows lay it out.
+// The number of parts that the rows are split into, a divisor of the threads; the panels are split for the rest. It
+// leaves a thread at least eight tiles, since every thread that shares a block of rows packs it.
 int64_t shares_of(int64_t rows, int threads) {
   int64_t shares = threads;
   while (shares > 1 && (threads % shares || rows < 8 * tile_rows * shares)) --shares;

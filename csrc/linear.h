@@ -2,9 +2,9 @@
 //
 //     T rows (tokens) · I in-features · O out-features
 //
-// W lies in panels: blocks of at most 256 in-features, and in each the out-features `panel` at a time, (I, panel), the
-// last panel filled with zeros. A panel of a block stays in the first-level cache while the rows of x go by, four at a
-// time; each block is summed in registers and then added, so that long sums lose no digits. A row's bits depend
+// W is stored in panels: blocks of at most 256 in-features, and in each the out-features `panel` at a time, (I, panel),
+// the last panel padded with zeros. A panel of a block stays in the first-level cache during the loop over the rows of x,
+// four at a time; each block is summed in registers and then added, so that long sums lose no digits. A row's bits depend
 // neither on the other rows nor on the threads.
 #pragma once
 
@@ -12,8 +12,8 @@
 
 namespace dave {
 
-// (T, O) contiguous but bias (O) and row_scale (T); null where there is none. With an activation its gate is written, and
-// there is neither a gate nor a residual.
+// Contiguous operands: bias (O), row_scale (T), the others (T, O); each may be null. With an activation its gate is
+// written to new_gate, and gate and residual are null.
 struct Epilogue {
   const float *bias, *row_scale, *gate, *residual;
   // of Activation, or -1

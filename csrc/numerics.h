@@ -1,8 +1,8 @@
-// What every kernel shares: one rounding for each operation, and the stored types.
+// Arithmetic of all kernels, one rounding an operation, and the stored types.
 //
 // The same source is compiled for the host (once for each instruction set, each in a namespace of its own, so that
-// the linker can never take one instruction set's copy for another's) and for CUDA devices. On a device mul, add and
-// sub are the intrinsics that the compiler may not fuse into an FMA; the host is compiled with -ffp-contract=off.
+// the linker cannot mix them up) and for CUDA devices. On a device mul, add and sub are the intrinsics that the compiler
+// may not fuse into an FMA; the host is compiled with -ffp-contract=off.
 #pragma once
 
 #include <cmath>
@@ -38,7 +38,7 @@ DAVE_HD float root(float a) { return __fsqrt_rn(a); }
 DAVE_HD double mul(double a, double b) { return __dmul_rn(a, b); }
 DAVE_HD double add(double a, double b) { return __dadd_rn(a, b); }
 DAVE_HD double sub(double a, double b) { return __dsub_rn(a, b); }
-// Of numbers; which one where either is NaN is not said.
+// The result is unspecified where either is NaN.
 DAVE_HD float smaller_of(float a, float b) { return fminf(a, b); }
 DAVE_HD float larger_of(float a, float b) { return fmaxf(a, b); }
 DAVE_HD double smaller_of(double a, double b) { return fmin(a, b); }
@@ -89,7 +89,7 @@ DAVE_HD double number_of(uint64_t bits) {
 template <typename T>
 using Bits = decltype(bits_of(T{}));
 
-// value kept in [low, high]; NaN becomes low, so that a position made from it stays in memory.
+// value clamped to [low, high]; NaN becomes low, so that an index computed from it is valid.
 template <typename T>
 DAVE_HD T clamp(T value, T low, T high) {
   value = value > low ? value : low;
@@ -130,8 +130,7 @@ DAVE_HD float widen(float16 value) {
   return float_of(sign | ((rest << 13) + 0x38000000u));
 }
 
-// Conversions to what is stored; bfloat16 and float16 round to nearest, ties to even, and
-// keep NaN.
+// Conversions to the stored dtype; bfloat16 and float16 round to nearest, ties to even, and keep NaN.
 template <typename T>
 DAVE_HD void put(float& to, T value) { to = static_cast<float>(value); }
 template <typename T>

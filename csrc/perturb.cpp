@@ -1,4 +1,4 @@
-// Host driver of perturb: one task an image row, which computes its taps once for all channels.
+// Host driver of perturb: one image row a task, whose taps are computed once for all channels.
 #include "perturb.h"
 
 #include "host.h"
@@ -16,10 +16,10 @@ struct Key {
         sample(static_cast<uint32_t>(samples[r])) {}
 };
 
-// Blocks that are made together, a word of each in an array of its own: blocks are the lanes of vectors.
+// Philox blocks that are computed together: they are the lanes of vectors, with an array for each of the four words.
 constexpr int blocks_together = 64;
 
-// The deviates of `blocks` blocks. Writes whole groups of blocks_together: `deviates` must have room for them.
+// Writes the deviates of `blocks` blocks, rounded up to whole groups of blocks_together, for which there must be room.
 void normal_blocks(const Key& key, int64_t first_block, int64_t blocks, float* deviates) {
   for (int64_t start = 0; start < blocks; start += blocks_together) {
     const uint32_t block = static_cast<uint32_t>(first_block + start);
@@ -34,10 +34,10 @@ void normal_blocks(const Key& key, int64_t first_block, int64_t blocks, float* d
   }
 }
 
-// Room for the groups that hold n deviates, the first of them anywhere in its block.
+// The size of the groups that contain n deviates, the first of which may be anywhere in its block.
 constexpr int64_t room_for(int64_t n) { return n + 4 * blocks_together + 4; }
 
-// A copy of the images that the draws use, each plane in a border of zeros.
+// A copy of the images that the draws use, each plane padded with a border of zeros.
 template <typename T>
 class PaddedImages {
  public:
@@ -76,7 +76,7 @@ class PaddedImages {
   Scratch<T> data_;
 };
 
-// Taps of one destination row, an array each, so that pixels are the lanes of vectors.
+// Taps of one destination row, as arrays, so that pixels are the lanes of vectors.
 template <typename T>
 struct TapRow {
   Scratch<int32_t> first;
@@ -106,7 +106,7 @@ struct TapRow {
   }
 };
 
-// What one thread works in.
+// The scratch memory of one thread.
 template <typename T>
 struct Work {
   TapRow<T> taps;

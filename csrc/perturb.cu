@@ -7,7 +7,7 @@ void perturb(const Queue& queue, const Images& images, const Draws& draws, Patch
   DAVE_ISA::perturb_on(DAVE_ISA::DeviceGrid(queue), images, draws, patch, tokens, stored);
 }
 
-// A kernel of every device that the build is for tells whether this one is among them.
+// Looks up a kernel on the device, which fails where the build has no code for it.
 std::string why_not(int device) {
   int count = 0;
   cudaError_t code = cudaGetDeviceCount(&count);
@@ -21,7 +21,7 @@ std::string why_not(int device) {
       return error.what();
     }
   }
-  // the error has been told: it must not be the next launch's
+  // clears the error, which the next launch would report otherwise
   cudaGetLastError();
   return code == cudaSuccess ? "" : std::string(cudaGetErrorName(code)) + ", " + cudaGetErrorString(code);
 }

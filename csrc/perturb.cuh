@@ -1,8 +1,8 @@
-// perturb on a GPU: a thread makes `Run` pixels that lie side by side in a token, in every channel.
+// perturb on a GPU: a thread computes `Run` neighbouring pixels of a token, in every channel.
 //
-// Threads follow the order of the tokens, so that a warp writes whole runs of memory: 16 bytes a thread where the patch
-// width has the divisor for it. The image is read through the caches, where all S samples of it find it. Of one Philox
-// block come the deviates of four neighbouring pixels.
+// Threads follow the order of the tokens, so that a warp writes contiguous memory: 16 bytes a thread where the patch
+// width is divisible. The image is read through the caches, which all of its S samples share. One Philox block gives the
+// deviates of four neighbouring pixels.
 #pragma once
 
 #include "grid.h"
@@ -12,7 +12,7 @@
 
 namespace dave::DAVE_ISA {
 
-// What all threads of a block need of one draw.
+// The values of one draw that all threads of a block share.
 template <typename T>
 struct PerturbRow {
   Affine<T> map;
@@ -116,7 +116,7 @@ struct Perturb {
         DAVE_UNROLL
         for (int i = 0; i < Run; ++i) values[i] = add(values[i], mul(row.noise, static_cast<T>(deviates[i])));
       }
-      // an image that is not there, which only the device can see, must not look like one that is
+      // NaN for an image outside of the batch, which only the device can detect
       DAVE_UNROLL
       for (int i = 0; i < Run; ++i) values[i] = known ? values[i] : static_cast<T>(__builtin_nan(""));
       store_run<Run>(values, tokens, stored, to);
@@ -150,7 +150,7 @@ void perturb_runs(const Grid& grid, const Images& images, const Draws& draws, Pa
 
 template <class Grid>
 void perturb_on(const Grid& grid, const Images& images, const Draws& draws, Patch patch, void* tokens, Dtype stored) {
-  // 16 bytes a thread of what is stored, where patches divide into such runs and they are aligned; else what they allow
+  // runs of 16 bytes where they divide the patches and are aligned, else the longest that do
   const int64_t size = stored == Dtype::float64 ? 8 : stored == Dtype::float32 ? 4 : 2;
   int64_t run = size == 2 ? 8 : 4;
   while (run > 1 && (patch.width % run || reinterpret_cast<uintptr_t>(tokens) % (run * size < 16 ? run * size : 16)))

@@ -1,5 +1,5 @@
-// Host drivers of pull_back, and of pull_back_mean: robust_mean(pull_back(...)) a tile of source pixels at a time, so that
-// the contributions of all samples exist for one tile a thread only.
+// Host drivers of pull_back, and of pull_back_mean: robust_mean(pull_back(...)), one tile of source pixels at a time, so
+// that a thread stores the contributions of all samples for a single tile.
 #include "block_mean.h"
 #include "gather.h"
 #include "ops.h"
@@ -27,7 +27,7 @@ void pull(const void* cotangents, Dtype given, const Images& images, const Draws
   }
 }
 
-// What one thread works in: the contributions (samples, channels, height, width) of one tile and their means.
+// The scratch memory of one thread: the contributions (samples, channels, height, width) of one tile and their means.
 template <typename T>
 struct TileMean {
   Gatherer<T> gatherer;

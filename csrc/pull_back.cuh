@@ -1,7 +1,7 @@
 // pull_back on a GPU: a thread gathers one source pixel in every channel, straight from the tokens' layout; no atomics.
 //
-// DAVE's draws need 3×3 candidates: that path is unrolled, its loads independent. Wider ones loop. Contributions are
-// those of a span of source pixels, `first` to first + pixels of each plane, so that pull_back_mean can go tile by tile.
+// DAVE's draws need 3×3 candidates: that path is unrolled, with independent loads; more candidates are a loop.
+// Contributions are those of a span of source pixels of each plane, so that pull_back_mean can go tile by tile.
 #pragma once
 
 #include "cuda.h"
@@ -14,7 +14,7 @@ namespace dave::DAVE_ISA {
 using cuda::Rows;
 using cuda::Span;
 
-// What all threads of a block need of one draw.
+// The values of one draw that all threads of a block share.
 template <typename T>
 struct PullBackRow {
   Gather<T> gather;
@@ -29,7 +29,7 @@ struct PullBackRow {
 template <typename T, typename Given>
 struct PullBack {
   static constexpr int threads = 128, resident = 1, shared_bytes = sizeof(PullBackRow<T>);
-  // channels that share a weight; most images have as many or fewer
+  // channels that share a weight: most images have at most three
   static constexpr int together = 3;
   const char* name = "pull_back";
   const Given* cotangents;
@@ -78,7 +78,7 @@ struct PullBack {
   }
 
  private:
-  // Up to `together` channels from c on; Most: what bounds the candidates of an axis, 0 where nothing does.
+  // Up to `together` channels from c on; Most: a bound of the candidates of an axis, 0 for none.
   template <int Most>
   DAVE_DEVICE void pull(const PullBackRow<T>& row, uint32_t r, uint32_t pixel, int32_t c) const {
     uint32_t column = first + pixel;
@@ -93,7 +93,7 @@ struct PullBack {
       from[k] = cotangents + (first_row + r) * channels * plane +
                 static_cast<int64_t>(c + k < channels ? c + k : c) * patch_area;
     T sums[together] = {};
-    // where the candidates' columns lie among the tokens: made once, where they are few enough for registers
+    // offsets of the candidates' columns among the tokens, computed once where they are few enough for registers
     int32_t columns[Most > 0 ? Most : 1];
     DAVE_UNROLL
     for (int i = 0; i < Most; ++i) columns[i] = column_offset(px + i);
@@ -106,8 +106,8 @@ struct PullBack {
         const bool inside = in_rows && i < g.candidates_x && px + i < width;
         const T weight = tap_weight(g.map, static_cast<T>(px) + static_cast<T>(i), static_cast<T>(py) + static_cast<T>(j),
                                     qx, qy);
-        // an element that is there, and a zero in its place, instead of a branch: so the loads of all taps are under way
-        // together
+        // outside of the image a valid element is loaded and replaced by zero: without a branch the loads of all taps
+        // overlap
         const int32_t at = inside ? line + (Most > 0 ? columns[Most > 0 ? i : 0] : column_offset(px + i)) : 0;
         DAVE_UNROLL
         for (int k = 0; k < together; ++k) {
@@ -122,7 +122,7 @@ struct PullBack {
     for (int k = 0; k < together; ++k) {
       if (c + k >= channels) continue;
       T value = mul(mul(row.signal, sums[k]), image[(c + k) * plane]);
-      // an image that is not there, which only the device can see, must not look like one that is
+      // NaN for an image outside of the batch, which only the device can detect
       value = known ? value : static_cast<T>(__builtin_nan(""));
       store_run<1>(&value, contributions, stored, (static_cast<int64_t>(r) * channels + c + k) * pixels + pixel);
     }

@@ -2,7 +2,7 @@
 //
 // q source pixel, p the destinations that see it, g their cotangent, h the tent: the adjoint of perturb's signal part.
 // DAVE, arXiv 2602.06613, Eq. 6-8. Such p lie in an open parallelogram around the inverse map of q with half extents
-// `reach`, the L1 row norms of the inverse, so `candidates` an axis hold them all, the first of them clamped to
+// `reach`, the L1 row norms of the inverse, so `candidates` an axis include them all, the first of them clamped to
 // [0, size].
 #pragma once
 
@@ -27,7 +27,7 @@ DAVE_HD T tap_weight(const Affine<T>& map, T px, T py, T qx, T qy) {
   return mul(tent(sub(map.x(px, py), qx)), tent(sub(map.y(px, py), qy)));
 }
 
-// One draw's warp as the gather needs it.
+// One draw's warp, its inverse, and the candidates of the gather.
 template <typename T>
 struct Gather {
   Affine<T> map, inverse;

@@ -1,5 +1,5 @@
-// pull_back_mean on a GPU: pull_back and robust_mean in turn, over tiles of source pixels whose contributions fit the
-// scratch memory, and with it the cache.
+// pull_back_mean on a GPU: pull_back and robust_mean alternate over tiles of source pixels, whose contributions fit the
+// scratch memory and the cache.
 #include "cuda.h"
 
 namespace dave::cuda {

@@ -4,7 +4,7 @@
 //   u = (word + ½)·2⁻³²      r = √(-2 ln u_even)      θ = 2π·u_odd      deviates r·cos θ, r·sin θ
 //
 // Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). The order of the operations and the
-// coefficients belong together with the Python file; change neither side alone.
+// coefficients are those of the Python file, and must be changed in both.
 #pragma once
 
 #include "numerics.h"
@@ -13,7 +13,7 @@ namespace dave::DAVE_ISA {
 
 constexpr uint32_t noise_stream = 1;
 
-// The counter's four words become the result.
+// Replaces the counter's four words with the result.
 DAVE_HD void philox4x32(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t k0, uint32_t k1) {
 #ifndef __CUDACC__
 #pragma GCC unroll 10

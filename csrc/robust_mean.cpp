@@ -1,4 +1,4 @@
-// Host driver of robust_mean: blocks of pixels, shared by the threads.
+// Host driver of robust_mean: one block of pixels a task.
 #include "block_mean.h"
 #include "ops.h"
 

@@ -1,9 +1,9 @@
 // robust_mean on a GPU: the S values of a pixel are sorted in registers, by one thread or by two.
 //
-// The network is a list of compare-exchanges known at compile time, written out without a loop, so that no value has an
-// address and none goes to local memory. Values are read twice: to be sorted, and, from the caches, to be summed in the
-// order of the samples. A network of P values sorts any S ≤ P: infinities fill it up on both sides, so that the median
-// lies at a place known at compile time. Beyond the networks the median is selected bit by bit.
+// The network is a list of compare-exchanges known at compile time, unrolled, so that all values stay in registers. Values
+// are read twice: to be sorted, and, from the caches, to be summed in the order of the samples. A network of P values
+// sorts any S ≤ P: it is padded with infinities on both sides, so that the median's index is known at compile time. For
+// more samples than the largest network the median is selected bit by bit.
 #pragma once
 
 #include <utility>
@@ -44,7 +44,7 @@ DAVE_DEVICE void exchanges(T* values, std::index_sequence<e...>) {
 
 template <int n, int first = 0, typename T>
 DAVE_DEVICE void sort(T* values) {
-  // in pieces: compilers bound how long one expression may be
+  // in pieces, since compilers limit the length of an expression
   constexpr int left = NetworkOf<n>::count - first, piece = left < 64 ? left : 64;
   if constexpr (piece > 0) {
     exchanges<n, first>(values, std::make_index_sequence<piece>{});
@@ -99,7 +99,7 @@ struct RobustMeanArguments {
     return raw + (placement.offset + image * of.pixels + plane * placement.plane + x);
   }
 
-  // The contributions as f takes them: of double for double, of the narrower types for float.
+  // Calls f with the contributions in their own dtype: double for T = double, one of the others for float.
   template <class F>
   DAVE_DEVICE auto with_type(const F& f) const {
     if constexpr (sizeof(T) == sizeof(double)) return f(static_cast<const double*>(of.data));
@@ -129,7 +129,7 @@ struct RobustMeanArguments {
     return any_nan;
   }
 
-  // The mean of what is kept, summed sample by sample.
+  // The mean of the kept values, summed sample by sample.
   DAVE_DEVICE T mean_of_kept(int64_t first, T median, T within, bool any_nan) const {
     return with_type([&](const auto* from) {
       double total = 0, carry = 0;
@@ -171,7 +171,7 @@ struct SortInOne : RobustMeanArguments<T> {
       const bool any_nan = this->template load<P, 1>(first, 0, before, values);
       sort<P>(values);
       const T median = values[middle];
-      // without the minus infinities, so that the S / 2 nearest values are there for the median's side to be matched
+      // removes the minus infinities, so that values i and i + P / 2 are those of the formula in robust_mean.h
       shift_down<P / 2, most_before>(values, before);
       T mad = 0;
       DAVE_UNROLL
@@ -183,7 +183,7 @@ struct SortInOne : RobustMeanArguments<T> {
 };
 
 // fewest ≤ S ≤ 2·N: two threads a pixel, lane 0 with the lower half, lane 1 with the upper one negated, so
-// that both do the same.
+// that both run the same code.
 template <typename T, int N, int fewest>
 struct SortInTwo : RobustMeanArguments<T> {
   static constexpr int threads = 128, resident = blocks_with(threads, N + 100);
@@ -207,7 +207,7 @@ struct SortInTwo : RobustMeanArguments<T> {
     const uint32_t begin = chunk * pixels;
     Statistics* found = block.template shared<Statistics>();
     block.template pairs<Lanes<T, N>>([&](int p, Lanes<T, N>& lanes) {
-      // past the end the last pixel once more: both lanes of every pair take part in the exchanges
+      // past the end the last pixel is computed again, since both lanes of every pair must take part in the exchanges
       const uint32_t last = static_cast<uint32_t>(this->of.pixels - 1), pixel = begin + static_cast<uint32_t>(p);
       sorted_pair(lanes, this->element(image, pixel < last ? pixel : last), p, *found);
     });
@@ -319,7 +319,7 @@ void robust_mean_of_floats(const Grid& grid, const Contributions& of, const Plac
   grid.run(Select<float, float16>(of, at, raw));
 }
 
-// A double takes two registers: from 64 a thread on, some would be spilled.
+// A double takes two registers: 64 or more a thread would spill.
 template <class Grid>
 void robust_mean_of_doubles(const Grid& grid, const Contributions& of, const Placement& at, void* raw) {
   if (of.samples <= 16) return grid.run(SortInOne<double, 16, 1>(of, at, raw));

@@ -22,7 +22,7 @@ DAVE_HD void add_compensated(double& total, double& carry, double addend) {
   total = grown;
 }
 
-// The mean from the sums over what is kept; NaN where there is a NaN or no finite median.
+// The mean from the sums over the kept values; NaN where there is a NaN or no finite median.
 template <typename T>
 DAVE_HD T mean_of(T median, bool any_nan, double total, double carry, double count) {
   const double carried = sub(carry, carry) == 0 ? carry : 0.0;

@@ -22,10 +22,10 @@ typedef uint32_t vword __attribute__((vector_size(4 * lanes)));
 typedef uint16_t vhalf __attribute__((vector_size(2 * lanes)));
 
 DAVE_HD vfloat as_float(vword a) { return (vfloat)a; }
-// through integers: 0 + a is no identity for a = -0, so the compiler would keep the addition of floats
+// an addition of integers, since the compiler cannot remove 0 + a of floats, which changes a = -0
 DAVE_HD vfloat splat(float a) { return as_float(vword{} + bits_of(a)); }
 DAVE_HD vword as_word(vfloat a) { return (vword)a; }
-// Where either is NaN, the second: a NaN that must be seen goes there.
+// The second where either is NaN: a NaN that must be propagated is passed second.
 DAVE_HD vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }
 DAVE_HD vfloat smaller(vfloat a, vfloat b) { return a < b ? a : b; }
 

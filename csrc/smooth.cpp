@@ -1,4 +1,4 @@
-// Host driver of smooth: one image after the other, its rows shared by the threads, planes padded with zeros.
+// Host driver of smooth: one image after the other, one row a task, planes padded with zeros.
 #include "smooth.h"
 
 #include "host.h"

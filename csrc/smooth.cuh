@@ -1,5 +1,6 @@
 // smooth on a GPU, in three kernels over tiles of pixels in shared memory: channel sum, ReLU and blurred half; bilateral
-// filter and the tile's maximum; division by the image's. A maximum is the same in any order, so the atomic one repeats.
+// filter and the tile's maximum; division by the image's. A maximum does not depend on the order, so the atomic one is
+// reproducible.
 #pragma once
 
 #include "grid.h"

@@ -48,7 +48,7 @@ void tile(const uint32_t* a, int64_t a_row, int64_t a_step, const uint32_t* b, i
     for (int j = 0; j < vectors; ++j) column[j] = load_raw<vword>(b + k * ldb + j * lanes);
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
-      // through bytes: linear's operand was written as floats
+      // by memcpy, since linear's operand was written as floats
       const auto word = load_raw<uint32_t>(a + i * a_row + k * a_step);
 #pragma GCC unroll 8
       for (int j = 0; j < vectors; ++j) total[i][j] = multiply_add<T>(total[i][j], word, column[j]);
@@ -59,7 +59,7 @@ void tile(const uint32_t* a, int64_t a_row, int64_t a_step, const uint32_t* b, i
 #pragma GCC unroll 8
     for (int j = 0; j < vectors; ++j) {
       float* to = c + i * ldc + j * lanes;
-      // a sum of its own, then added: the error of a long sum grows with what it is added to
+      // added only here: the error of a long sum grows with the magnitude of its start
       store(to, add_to ? load(to) + total[i][j] : total[i][j]);
     }
 }
@@ -83,7 +83,7 @@ void multiply(const uint32_t* a, int64_t a_row, int64_t a_step, int64_t m, const
               int64_t columns, float* c, int64_t ldc, int64_t steps, bool add_to) {
   const int64_t vectors = columns / lanes, bands = (vectors + tile_vectors - 1) / tile_vectors;
   for (int64_t band = 0, first = 0; band < bands; ++band) {
-    // bands of nearly equal width: a last band of one vector would leave the multipliers waiting
+    // bands of nearly equal width: a last band of a single vector would leave the multipliers idle
     const int64_t width = (vectors - first + bands - band - 1) / (bands - band);
     for (int64_t i = 0; i < m; i += tile_rows) {
       const int rows = static_cast<int>(m - i < tile_rows ? m - i : tile_rows);

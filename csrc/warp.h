@@ -2,7 +2,7 @@
 //
 //   source(x, y) = (m00·x + (m01·y + m02), m10·x + (m11·y + m12))      h(u) = max(0, 1 - |u|)
 //
-// Both take every weight h(source - q) from here, rounded in the same order, so that each is the exact adjoint of the
+// Both compute every weight h(source - q) here, rounded in the same order, so that each is the exact adjoint of the
 // other. dave_fast/ops/_warp.py is the same in PyTorch.
 #pragma once
 

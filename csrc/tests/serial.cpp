@@ -1,5 +1,5 @@
 // The CUDA kernels' bodies on the host: cuda.h's entry points with a grid that runs block after block and thread after
-// thread, shared memory of exactly the size asked for. So tests and sanitizers see the indices that a GPU will use.
+// thread, with shared memory of exactly the declared size, so that tests and sanitizers check the indices of a GPU run.
 #include <memory>
 
 #include "cuda.h"
@@ -17,7 +17,7 @@ struct SerialGrid {
     if (kernel.blocks() >= int64_t{1} << 31) throw cuda::Error(std::string(kernel.name) + ": too many blocks");
     constexpr size_t size = Kernel::shared_bytes;
     for (int64_t block = 0; block < kernel.blocks(); ++block) {
-      // new memory for each block, so that what a block leaves is never what the next one finds
+      // new memory for each block, so that no block finds another one's values
       const std::unique_ptr<unsigned char[]> memory(new unsigned char[size]);
       __builtin_memset(memory.get(), 0xFF, size);
       kernel(DAVE_ISA::HostBlock{block, Kernel::threads, memory.get()});

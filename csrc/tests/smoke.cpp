@@ -1,5 +1,5 @@
 // Runs every kernel on odd shapes with outputs of exactly the right size, for AddressSanitizer and UBSan to watch;
-// checks that every output was written and is what it should be where that is easy to say.
+// checks that every output was written, and its value where that is simple.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -17,7 +17,7 @@ void require(bool condition, const char* what) {
   std::exit(1);
 }
 
-// The words of Philox would do; these need only differ.
+// Keys need only differ; they need not be random.
 double noise(int i) { return std::sin(12.9898 * i) * 2; }
 
 template <typename T>
@@ -70,7 +70,7 @@ void warps(dave::Dtype dtype, int64_t channels, int64_t height, int64_t width, d
   std::vector<T> raw(n / 5, NAN), of_contributions(n / 5, NAN);
   kernels.pull_back_mean(tokens.data(), dtype, images, rows.draws(), patch, 5, raw.data(), threads);
   kernels.robust_mean(contributions.data(), dtype, 1, 5, channels * height * width, of_contributions.data(), threads);
-  // each row of one output has its own image, here as there
+  // each row of one output has its own image, as in the engine
   require(raw == of_contributions, "pull_back_mean is not robust_mean of pull_back");
   // the last row lies outside of its source: no contribution at all
   for (size_t i = n / 5 * 4; i < n; ++i) require(contributions[i] == 0, "a far-off warp contributes");
