@@ -1,1 +1,1 @@
-"""Triton kernels, one file an op; installed as dave_fast.kernels. Loaded only where Triton is chosen."""
+"""Triton kernels, one file an op; installed as dave_fast.kernels, imported only where Triton is chosen."""

@@ -1,6 +1,6 @@
 """The kernels of `attention` (see `kernels/attention.py` for what they compute and how tiles are chosen).
 
-R rows · Q queries · N tokens · H heads · D head dimension, in blocks of D_BLOCK ≥ D.
+R rows · Q queries · N tokens · H heads · D head_dim, in blocks of D_BLOCK ≥ D.
 """
 
 import triton
@@ -11,7 +11,10 @@ from dave_fast.kernels._linear import encode_e4m3
 
 @triton.jit
 def _place(tokens, H, BLOCK: tl.constexpr):
-    """This program's block of tokens, row · H + head, row and head. One axis: CUDA's others end at 65,535 programs."""
+    """Return this program's block of tokens, row · H + head, row, and head.
+
+    The grid has one axis, since CUDA's other axes end at 65,535 programs.
+    """
     blocks = tl.cdiv(tokens, BLOCK)
     i_flat = (tl.program_id(0) // blocks).to(tl.int64)
     return tl.program_id(0) % blocks, i_flat, i_flat // H, i_flat % H
@@ -19,7 +22,7 @@ def _place(tokens, H, BLOCK: tl.constexpr):
 
 @triton.jit
 def _load(base, o, limit, stride, D: tl.constexpr, D_BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """Tokens o of one head: [BLOCK, D_BLOCK], zeros beyond `limit` where MASKED, and beyond D."""
+    """Load tokens o of one head: [BLOCK, D_BLOCK], zeros beyond `limit` where MASKED, and beyond D."""
     d = tl.arange(0, D_BLOCK)
     p = base + o.to(tl.int64)[:, None] * stride + d[None, :]
     if MASKED:
@@ -31,7 +34,7 @@ def _load(base, o, limit, stride, D: tl.constexpr, D_BLOCK: tl.constexpr, MASKED
 
 @triton.jit
 def _store(p, values, o, code_lead, code_rest, code_read, m, INTERPRETED: tl.constexpr):
-    """values of tokens o in the pointers' dtype, or in e4m3 where there are scales."""
+    """Store values of tokens o in the pointers' dtype, or in e4m3 where scales are given."""
     if code_lead is not None:
         values = encode_e4m3(values, tl.where(o < code_read, code_lead, code_rest)[:, None], INTERPRETED)
     tl.store(p, values.to(p.dtype.element_ty), mask=m)
@@ -42,9 +45,9 @@ def _scores(
     b_still, still, o_still, limit_still, stride_still, passing, o_passing, limit_passing, stride_passing,
     D: tl.constexpr, D_BLOCK: tl.constexpr, D_STEP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """still · passingᵀ of two blocks of tokens, D_STEP components at a time; whole, `still` is kept in b_still.
+    """Return still · passingᵀ of two blocks of tokens, D_STEP components at a time; in one step `still` is b_still.
 
-    Beyond the last token that passes, where MASKED, scores are those of the last.
+    Where MASKED, the scores beyond the last passing token repeat those of the last.
     """
     if MASKED:
         o_passing = tl.minimum(o_passing, limit_passing - 1)
@@ -62,7 +65,7 @@ def _scores(
 
 @triton.jit
 def _add_bias(s, bias, over_scale, o_q, o_n, Q, N, TRANSPOSED: tl.constexpr):
-    """s + bias/scale, with s [BLOCK_Q, BLOCK_N], or [BLOCK_N, BLOCK_Q] where TRANSPOSED; bias of one head, (Q, N)."""
+    """Return s + bias/scale: s [BLOCK_Q, BLOCK_N], or [BLOCK_N, BLOCK_Q] where TRANSPOSED; bias (Q, N) of one head."""
     if TRANSPOSED:
         p = bias + o_q.to(tl.int64)[None, :] * N + o_n[:, None]
         m = (o_q < Q)[None, :] & (o_n < N)[:, None]
@@ -77,7 +80,7 @@ def _forward_block(
     b_q, q, o_q, Q, stride_q, k, v, start, N, stride_k, stride_v, factor, acc, top, total, bias, over_scale,
     D: tl.constexpr, D_BLOCK: tl.constexpr, D_STEP: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys: the running maximum score `top`, sum `total` and product `acc` of the online softmax."""
+    """Add a block of keys to the online softmax: its maximum score `top`, sum `total` and product `acc`."""
     o_n = start + tl.arange(0, BLOCK_N)
     s = _scores(b_q, q, o_q, Q, stride_q, k, o_n, N, stride_k, D, D_BLOCK, D_STEP, MASKED)  # [BLOCK_Q, BLOCK_N]
     if bias is not None:
@@ -100,7 +103,7 @@ def _attention_kernel(
     code_read, D: tl.constexpr, D_BLOCK: tl.constexpr, INTERPRETED: tl.constexpr, D_STEP: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PEELED: tl.constexpr,
 ):  # fmt: skip
-    """A block of queries of one head; PEELED: the last block of keys has code of its own, the others go unmasked."""
+    """Compute out of one head's block of queries; PEELED: only the last block of keys is masked, in separate code."""
     i_q, i_flat, i_row, i_head = _place(Q, H, BLOCK_Q)
     q += i_row * q_row + i_head * q_head
     k += i_row * k_row + i_head * k_head
@@ -149,9 +152,9 @@ def _vjp_block(
     b_k, k, o_n, N, stride_k, q, d_out, peak, share, start, Q, stride_q, stride_o, factor, acc, bias, over_scale,
     D: tl.constexpr, D_BLOCK: tl.constexpr, D_STEP: tl.constexpr, BLOCK_Q: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """acc += Pᵀ d_out of one block of queries."""
+    """Return acc + Pᵀ d_out of one block of queries."""
     o_q = start + tl.arange(0, BLOCK_Q)
-    # an infinite peak makes every p beyond the last query zero
+    # An infinite peak makes every p beyond the last query zero.
     b_peak = tl.load(peak + o_q, mask=o_q < Q, other=float("inf")) if MASKED else tl.load(peak + o_q)
     s = _scores(b_k, k, o_n, N, stride_k, q, o_q, Q, stride_q, D, D_BLOCK, D_STEP, MASKED)  # [BLOCK_N, BLOCK_Q]
     if bias is not None:
@@ -170,7 +173,7 @@ def _attention_vjp_kernel(
     code_read, D: tl.constexpr, D_BLOCK: tl.constexpr, INTERPRETED: tl.constexpr, D_STEP: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PEELED: tl.constexpr,
 ):  # fmt: skip
-    """dv of a block of keys of one head; PEELED: the last block of queries has code of its own."""
+    """Compute dv of a block of keys of one head; PEELED: only the last block of queries is masked, in separate code."""
     i_n, i_flat, i_row, i_head = _place(N, H, BLOCK_N)
     q += i_row * q_row + i_head * q_head
     k += i_row * k_row + i_head * k_head

@@ -1,7 +1,7 @@
 """The kernel of `linear` (see `kernels/linear.py` for what it computes and how tiles are chosen).
 
-Tiles of x and W come through pointers, or through tensor descriptors (TMA) from sm_90 on; a program makes one tile, or
-walks over tiles with a stride (persistent).
+Tiles of x and W are loaded by pointers, or by tensor descriptors (TMA) from sm_90 on; a program computes one tile, or
+(persistent) every num_programs-th.
 """
 
 import triton
@@ -10,7 +10,10 @@ import triton.language as tl
 
 @triton.jit
 def _phi(u):
-    """Φ(u) to 7.3e-5 by an odd polynomial of degree 13, exactly 0 and 1 beyond ±3.8: a third of erf's instructions."""
+    """Return Φ(u) to 7.3e-5 by an odd polynomial of degree 13, exactly 0 and 1 beyond ±3.8.
+
+    It takes a third of erf's instructions.
+    """
     v = tl.minimum(tl.maximum(u, -3.8), 3.8)
     s = v * v
     p = 3.850931840143552e-08
@@ -25,7 +28,7 @@ def _phi(u):
 
 @triton.jit
 def _gate(u, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
-    """act(u)/u, and its limit at 0."""
+    """Return act(u)/u, and its limit at 0."""
     if ACTIVATION == "gelu":
         g = 0.5 + 0.5 * tl.math.erf(u * 0.7071067811865476) if EXACT else _phi(u)
     elif ACTIVATION == "gelu_tanh":
@@ -46,12 +49,12 @@ def _product(
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
     DESCRIPTORS: tl.constexpr, EVEN_I: tl.constexpr, GLU: tl.constexpr,
 ):  # fmt: skip
-    """Σ_i x[t, i] W[o, i] of one tile; with GLU that of W's second half as well."""
+    """Return Σ_i x[t, i] W[o, i] of one tile, and with GLU that of W's second half."""
     acc = tl.zeros((BLOCK_T, BLOCK_O), dtype=tl.float32)
     second = tl.zeros((BLOCK_T, BLOCK_O), dtype=tl.float32) if GLU else acc
     o_i = tl.arange(0, BLOCK_I)
     if not DESCRIPTORS:
-        # rows beyond the last are read as others are, and never stored: no mask in the loop
+        # Rows beyond the last wrap around, and are never stored, so that the loop needs no mask.
         o_t = ((i_t * BLOCK_T + tl.arange(0, BLOCK_T)) % T).to(tl.int64)
         o_o = ((i_o * BLOCK_O + tl.arange(0, BLOCK_O)) % O).to(tl.int64)
         p_x = x + o_t[:, None] * stride_x + o_i[None, :]
@@ -85,7 +88,7 @@ def _row_scale(
     row_scale, row_sums, x_lead, x_rest, x_tokens, x_read, start, T, row_parts, count, eps,
     BLOCK_T: tl.constexpr, ROW_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The factors of BLOCK_T rows, as they are or of sums of squares in row_parts ≤ ROW_PARTS parts; None for none."""
+    """Return the factors of BLOCK_T rows, given or computed from partial sums of squares, or None."""
     t = start + tl.arange(0, BLOCK_T)
     if row_sums is not None:
         part = tl.arange(0, ROW_PARTS)
@@ -104,11 +107,11 @@ def _row_scale(
 
 @triton.jit
 def encode_e4m3(values, scale, INTERPRETED: tl.constexpr):
-    """values/scale in e4m3, NaN beyond its range: the conversion alone would cut what does not fit."""
+    """Return values/scale in e4m3, with NaN beyond its range, where the conversion alone would clip."""
     u = values * (1 / scale)
     u = tl.where(tl.abs(u) <= 448.0, u, float("nan"))
     if INTERPRETED:
-        # whose conversion knows no NaN
+        # The interpreter's conversion has no NaN.
         code = tl.where(u == u, nearest_e4m3(u).to(tl.float8e4nv).to(tl.uint8, bitcast=True), 127).to(tl.uint8)
         code = code.to(tl.float8e4nv, bitcast=True)
     else:
@@ -118,16 +121,16 @@ def encode_e4m3(values, scale, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def nearest_e4m3(u):
-    """u as e4m3 has it, to nearest even, in float32: the interpreter's own conversion does not carry the mantissa."""
+    """Return u rounded to e4m3, to nearest even, in float32: the interpreter's conversion drops a mantissa's carry."""
     bits = u.to(tl.int32, bitcast=True)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
-    # below 2⁻⁶ steps are of 2⁻⁹; adding 1.5·2¹⁴ rounds to them
+    # Below 2⁻⁶ e4m3 has steps of 2⁻⁹; adding 1.5·2¹⁴ rounds to them.
     return tl.where(tl.abs(u) < 0.015625, (u + 24576.0) - 24576.0, normal)
 
 
 @triton.jit
 def _affine(acc, bias, scale, column_scale, t, o, T, O, START):
-    """scale ⊙ column_scale ⊙ acc + bias, of the columns that start at START."""
+    """Return scale ⊙ column_scale ⊙ acc + bias, of the columns that start at START."""
     if scale is not None:
         acc *= scale[:, None]
     if column_scale is not None:
@@ -139,7 +142,7 @@ def _affine(acc, bias, scale, column_scale, t, o, T, O, START):
 
 @triton.jit
 def _halves(acc):
-    """The left and the right half of a tile's columns."""
+    """Return the left and the right half of a tile's columns."""
     return tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2)), (0, 2, 1)))
 
 
@@ -150,8 +153,8 @@ def _epilogue(
     WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, GLU: tl.constexpr,
     EXACT: tl.constexpr, PART: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """All that follows the product, for WIDTH columns from `start` on, in registers, and the stores."""
-    # the tile's corner in 64 bits, what lies in it in 32: offsets are half of the registers here
+    """Compute and store the epilogue of WIDTH columns from `start` on."""
+    # 64 bits for the tile's corner, 32 for offsets in it, which take half of the registers here.
     corner = (i_t * BLOCK_T).to(tl.int64) * O + start
     at = tl.arange(0, BLOCK_T)[:, None] * O + tl.arange(0, WIDTH)[None, :]
     t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -161,7 +164,7 @@ def _epilogue(
     if ACTIVATION is not None:
         if GLU:
             second = _affine(second, bias, scale, column_scale, t, o, T, O, O)
-            # "_glu" gates with the first half, "_glu_last" with the second
+            # "_glu" gates with the first half, "_glu_last" with the second.
             gated = acc if GLU == 1 else second
             g = _gate(gated, ACTIVATION, EXACT) * gated
             acc = g * (second if GLU == 1 else acc)
@@ -170,7 +173,7 @@ def _epilogue(
             acc *= g
         if new_gate.dtype.element_ty == tl.uint8:
             g = g * 255.0 + 0.5
-        # read again in the VJP alone: it shall not push the stream out of the L2
+        # The gate is read only in the VJP: the stream should stay in the L2 instead.
         tl.store(new_gate + corner + at, g.to(new_gate.dtype.element_ty), mask=m, eviction_policy="evict_first")
     if gate is not None:
         g = tl.load(gate + corner + at, mask=m, other=0, eviction_policy="evict_first").to(tl.float32)
@@ -202,7 +205,7 @@ def _epilogues(
     ACTIVATION: tl.constexpr, GLU: tl.constexpr, EXACT: tl.constexpr,
     PART: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """One half of the columns after the other: what an epilogue holds beside the product fits the registers."""
+    """Compute the epilogue of one half of the columns after the other, so that its operands fit the registers."""
     if acc.shape[1] > (32 if ACTIVATION is not None else PART):
         acc, right = _halves(acc)
         second, second_right = _halves(second)
@@ -227,17 +230,17 @@ def _linear_kernel(
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, GROUP: tl.constexpr,
     DESCRIPTORS: tl.constexpr, PERSISTENT: tl.constexpr, EVEN_I: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """The module's formula; one tile [BLOCK_T, BLOCK_O] a program, or every num_programs-th of them."""
+    """Compute the module's formula: one tile [BLOCK_T, BLOCK_O] a program, or every num_programs-th of them."""
     tiles_t, tiles_o = tl.cdiv(T, BLOCK_T), tl.cdiv(O, BLOCK_O)
     tiles = tiles_t * tiles_o
     stop = tiles if PERSISTENT else tl.program_id(0) + 1
     for tile in range(tl.program_id(0), stop, tl.num_programs(0)):
-        # GROUP rows of tiles go together, so that tiles of W and x are found in the L2
+        # GROUP rows of tiles run together, so that tiles of W and x are found in the L2.
         first = tile // (GROUP * tiles_o) * GROUP
         high = tl.minimum(tiles_t - first, GROUP)
         i_t = first + tile % (GROUP * tiles_o) % high
         i_o = tile % (GROUP * tiles_o) // high
-        # ahead of the product, which hides the wait
+        # Loaded ahead of the product, which hides the latency.
         scale = _row_scale(
             row_scale, row_sums, x_lead, x_rest, x_tokens, x_read, i_t * BLOCK_T, T, row_parts, count, eps,
             BLOCK_T, ROW_PARTS,

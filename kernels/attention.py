@@ -3,16 +3,16 @@
     forward:  s = log₂e·(scale·q kᵀ + bias),  peak = max s,  share = 1/Σ exp₂(s − peak),  out = share·exp₂(s − peak) v
     VJP:      dv = Pᵀ d_out  with  Pᵀ = exp₂(sᵀ − peak)·share  made again, tile by tile
 
-Peak and share are the log-sum-exp in two parts: one float32 of it would cost P up to three binary digits. Operands of
-sixteen bits have no use for these: for them peak is the log-sum-exp itself, log₂ Σ exp₂ s, and there is no share.
-Scores are kept as s/scale until the exponential takes them, so a bias is divided by the scale; without one its
-pointer is None and nothing of it is compiled.
+Peak and share are the log-sum-exp in two parts: as a single float32 it would cost P up to three binary digits. With
+operands of sixteen bits these digits are lost anyway, so peak is the log-sum-exp itself, log₂ Σ exp₂ s, and there is no
+share. Scores stay divided by the scale until the exponential, so a bias is divided by it too; without a bias its
+pointer is None and its code is not compiled.
 
-The VJP is shaped like a forward kernel, not like attention's usual backward: a block of keys stands still, queries pass
-by, Pᵀ goes from the first product's registers into the second, nothing is rescaled and nothing is added atomically.
-(Online softmax: Milakov & Gimelshein, arXiv 1805.02867; in tiles: Dao et al., arXiv 2205.14135.)
+The VJP has the structure of a forward kernel, unlike attention's usual backward: a program has one block of keys and
+loops over queries, Pᵀ stays in registers between the two products, and there is neither rescaling nor an atomic
+addition. (Online softmax: Milakov & Gimelshein, arXiv 1805.02867; in tiles: Dao et al., arXiv 2205.14135.)
 
-R rows · Q queries · N tokens · H heads · D head dimension, in blocks of D_BLOCK ≥ D.
+R rows · Q queries · N tokens · H heads · D head_dim, in blocks of D_BLOCK ≥ D · P attention probabilities.
 """
 
 from __future__ import annotations
@@ -30,16 +30,22 @@ from dave_fast.kernels._attention import _attention_kernel, _attention_vjp_kerne
 from dave_fast.ops.attention import attention_ref, attention_vjp_ref
 from dave_fast.ops.fp8 import E4M3, Codes, TokenScales
 
-# PyTorch's flash attention, which returns the log-sum-exp; it has no form with a bias
+# PyTorch's flash attention, which returns the log-sum-exp; it takes no bias.
 FLASH = _launch.Library("scaled_dot_product_flash_attention")
 
 
 @dataclass(frozen=True)
 class SavedTriton:
-    """What the VJP needs.
+    """The forward's results that the VJP needs.
 
-    factor: scale·log₂e · q: (R, Q, heads, D), k: (R, N, heads, D), as they were given · peak, share: (R, heads, Q) ·
-    bias: (heads, Q, N), over_scale: 1/scale; None without a bias.
+    Attributes:
+        factor: scale·log₂e.
+        q: (R, Q, heads, head_dim), as it was given.
+        k: (R, N, heads, head_dim), as it was given.
+        peak: (R, heads, Q) float32.
+        share: (R, heads, Q) float32; None for operands of sixteen bits.
+        bias: (heads, Q, N), or None.
+        over_scale: 1/scale; None without a bias.
     """
 
     factor: float
@@ -54,13 +60,21 @@ class SavedTriton:
 def configurations(
     arch: int, dtype: torch.dtype, dim: int, queries: int, *, vjp: bool, biased: bool = False
 ) -> list[triton.Config]:
-    """The fixed configuration, then the other candidates. dim: D_BLOCK.
+    """Return the fixed configuration, then the other candidates.
 
-    The tile that stands still (queries, or keys in the VJP) has 128 tokens on tensor cores, what passes by 64, in as
-    many stages as leave registers for two programs a multiprocessor; wide heads and float32, which is multiplied
-    without tensor cores, get smaller ones, for registers, and so do those that read a bias. The one or two queries of
-    a trimmed block take the smallest tile that a product has. Every block is masked: a last block with code of its own
-    (PEELED) makes sm_90 wait for each product before the next.
+    On tensor cores the tile that a program keeps (queries, or keys in the VJP) has 128 tokens and the one that it loops
+    over 64, in as many stages as leave registers for two programs a multiprocessor. Wide heads, float32, which is
+    multiplied without tensor cores, and a bias need more registers and get smaller tiles. The one or two queries of a
+    trimmed block take the smallest tile of a product. Every block is masked: separate code for the last block (PEELED)
+    makes sm_90 wait for each product before the next.
+
+    Args:
+        arch: 80, 90, 100 ...; 0 for the interpreter.
+        dtype: of the operands.
+        dim: D_BLOCK.
+        queries: Q.
+        vjp: whether it is for the VJP.
+        biased: whether there is a bias.
     """
     few = queries <= 16
 
@@ -74,7 +88,7 @@ def configurations(
         return [configuration(64, 32, 4, 1)]
     if dtype == torch.float32:
         if dim > 64:
-            # masked, the VJP spills on sm_100
+            # With every block masked, the VJP spills on sm_100.
             return [configuration(32, 16, 8, 1, peeled=vjp and arch >= 100)]
         return [configuration(64, 32 if dim > 32 else 16, 8, 1)]
     if few and not vjp:
@@ -97,9 +111,9 @@ def configurations(
 def attention_triton(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None, *, code_scale: TokenScales | None = None
 ) -> tuple[Tensor | Codes, Any]:
-    """As `attention_ref` for positive scales and head dimensions up to 128, any strides but of the last axis.
+    """Run `attention_ref` for positive scales and head_dim up to 128; anything else is left to PyTorch.
 
-    code_scale: the result is stored in e4m3 with these scales instead: `ops.fp8.Codes`.
+    With a code_scale the result is stored in e4m3 with these scales instead, as `ops.fp8.Codes`.
     """
     rows, queries, heads, dim = q.shape
     if not _launch.covered(q) or scale <= 0 or dim > 128:
@@ -138,14 +152,14 @@ def attention_triton(
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Return the heads' outputs (R, Q, heads, D) and log₂ Σ exp₂ s (R, heads, Q), both contiguous."""
+    """Return the heads' outputs (R, Q, heads, head_dim) and log₂ Σ exp₂ s (R, heads, Q), both contiguous."""
     heads = (t.transpose(1, 2) for t in (q, k, v))
     out, log_sum, *_ = torch.ops.aten._scaled_dot_product_flash_attention(*heads, scale=scale)
     return out.transpose(1, 2).contiguous(), (log_sum * math.log2(math.e)).contiguous()
 
 
 def attention_vjp_triton(saved: Any, d_out: Tensor, *, code_scale: TokenScales | None = None) -> Tensor | Codes:
-    """As `attention_vjp_ref`, for what `attention_triton` saved; code_scale: as there."""
+    """Run `attention_vjp_ref` for what `attention_triton` saved; code_scale as there."""
     if not isinstance(saved, SavedTriton):
         return attention_vjp_ref(saved, d_out)
     q, k = saved.q, saved.k
@@ -180,7 +194,7 @@ def _scale_arguments(scales: TokenScales | None) -> tuple[float | int | None, ..
 
 
 def _problem(op: str, q: Tensor, tokens: int, bias: Tensor | None, code_scale: TokenScales | None) -> str:
-    """What decides between candidates, but the number of rows and heads."""
+    """Return the name of the problem for the choice of a candidate: all that decides except rows and heads."""
     options = [name for name, given in (("bias", bias), ("codes", code_scale)) if given is not None]
     dtype = str(q.dtype).removeprefix("torch.")
     return " ".join([op, dtype, f"Q={q.shape[1]}", f"N={tokens}", f"D={q.shape[3]}", *options])

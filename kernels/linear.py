@@ -5,10 +5,12 @@
     residual:    y ← y + residual                        squares[t, part] = Σ y[t, o]² over the part's columns
     codes:       e4m3(y / code_scale[t]), beside y or in its place
 
-row_scale is read, or made of the sums of squares that the writer of x left (`RowSums`): a norm needs no kernel of its
-own. T rows · O out-features · I in-features. Products accumulate in float32, but for e4m3 operands on sm_90, where
-Triton's default leaves sums to the tensor cores' own registers, which keep fewer digits; float32 operands are
-multiplied as IEEE float32 (no TF32). A gated MLP (`_glu`) has W of 2·O rows: both halves are multiplied by one tile.
+row_scale is read, or computed from the sums of squares that the writer of x stored (`RowSums`), so that a norm needs no
+kernel of its own. Products accumulate in float32, except for e4m3 operands on sm_90, where Triton by default
+accumulates in the tensor cores' registers, which have fewer digits; float32 operands are multiplied as IEEE float32 (no
+TF32). A gated MLP (`_glu`) has W of 2·O rows, and one program multiplies both halves.
+
+T rows · O out-features · I in-features.
 """
 
 from __future__ import annotations
@@ -27,13 +29,13 @@ from dave_fast.ops.fp8 import E4M3, Codes, TokenScales
 from dave_fast.ops.linear import linear_ref
 from dave_fast.ops.norm import RowSums
 
-# columns whose squares are summed together; a wider tile fills the first of its parts, and zeros the others
+# Columns whose squares are summed together; a wider tile writes its sum to its first part, and zeros to the others.
 PART = 64
-# rows up to which products are too small to fill a chip, as those of a trimmed block: narrow tiles, deep steps
+# The most rows whose products cannot fill a GPU, as those of a trimmed block: they get narrow tiles and deep steps.
 FEW, FEW_PART = 64, 32
-# what low-precision operands keep their gates in: 1/510 at most from the true one, as bfloat16
+# The dtype of stored gates of low-precision operands: at most 1/510 from the true gate, as with bfloat16.
 EIGHT_BIT_GATES = {torch.bfloat16: torch.uint8, torch.float8_e4m3fn: torch.uint8}
-# PyTorch's own product as a candidate: cuBLAS on NVIDIA GPUs, with epilogues in passes of their own
+# PyTorch's own product as a candidate: cuBLAS on NVIDIA GPUs, with epilogues in separate passes.
 LIBRARY = _launch.Library("pytorch")
 
 
@@ -58,6 +60,12 @@ def configurations(
 ) -> list[triton.Config]:
     """Return the fixed configuration, then the other candidates.
 
+    128×128 tiles in three stages of 64 in-features take 96 KiB: on sm_90 two programs of 128 registers share a
+    multiprocessor, and one's epilogue overlaps with the other's product; e4m3 has 128 in-features and half of the
+    warps. sm_80 has less shared memory: 32 in-features, four stages. On sm_100 accumulators are not in registers.
+    float32 has no tensor cores here and gets smaller tiles, for registers. A gated MLP has two accumulators, each half
+    as wide. Few rows cannot fill a GPU: narrow tiles make more programs, and deep steps wait for memory less often.
+
     Args:
         arch: 80, 90, 100 ...; 0 for the interpreter.
         dtype: of the operands.
@@ -65,13 +73,6 @@ def configurations(
         descriptors: whether the operands' rows start at multiples of 16 bytes, as TMA needs.
         few: whether there are at most FEW rows.
         twice: whether results are stored in two dtypes.
-
-    128×128 tiles in three stages of 64 in-features take 96 KiB: on sm_90 two programs of 128 registers share a
-    multiprocessor, and one's epilogue hides behind the other's product; e4m3 has 128 in-features and half of the
-    warps. sm_80 has less shared memory: 32 in-features, four stages. On sm_100
-    accumulators have a memory of their own. float32 has no tensor cores here: smaller tiles, for registers. A gated
-    MLP has two accumulators, each half as wide. Few rows fill no chip: narrow tiles make more programs, and steps are
-    deep because each waits for memory.
     """
     if arch == 0:
         return [_configuration(64, 64, 32, 4, 1, descriptors=False)]
@@ -89,12 +90,12 @@ def configurations(
         _configuration(128, width, deep, 4, stages, descriptors=tma),
         _configuration(64, width, deep, 4, 4, descriptors=tma),
     ]
-    # half of the warps, each with twice the registers, spill nothing there
+    # Half of the warps, each with twice the registers, do not spill there.
     if arch < 100 and (dtype.itemsize == 1 or (arch < 90 and not glu)):
         found[:2] = found[1::-1]
     if not glu:
         narrow = _configuration(128, 64, deep, 8 if twice and arch >= 100 else 4, 4, descriptors=tma)
-        # two stores of a wide tile do not fit the registers (Triton 3.6 spills 160 to 500 bytes)
+        # Two stores of a wide tile do not fit the registers (Triton 3.6 spills 160 to 500 bytes).
         found.insert(0 if twice else len(found), narrow)
     if tma and not glu:
         found += [
@@ -103,11 +104,6 @@ def configurations(
             _configuration(128, 256, deep, 8, 3, descriptors=True, persistent=True),
         ]
     return found
-
-
-def pack_triton(matrix: Tensor) -> Tensor:
-    """matrix (O, I) as it is, contiguous: both operands have their in-features side by side."""
-    return matrix.contiguous()
 
 
 def linear_triton(
@@ -127,15 +123,26 @@ def linear_triton(
     code_scale: TokenScales | None = None,
     wide: bool = True,
 ) -> Any:
-    """As `linear_ref`; float32, float16, bfloat16 and e4m3 operands, rows of x with any stride.
+    """Run `linear_ref` in one kernel.
 
     Args:
-        row_scale: (T,) float32, or the sums of squares that it is made of.
-        overwrite: y may be written into the residual's memory.
-        column_scale, x_scale: (O,) float32 and of rows: the scales of eight-bit weights and of an eight-bit x.
-        dtype: of y; x's by default.
-        code_scale: the result is stored in e4m3 as well, divided by these scales: `ops.fp8.Codes` takes y's place.
+        x: (T, I) float32, float16, bfloat16 or e4m3, rows of any stride.
+        weight: (O, I) contiguous, what `pack_ref` returned.
+        bias: (O,) as `linear_ref`'s.
+        row_scale: (T,) float32, or the sums of squares that it is computed from.
+        activation: as `linear_ref`'s.
+        gate: as `linear_ref`'s.
+        residual: as `linear_ref`'s.
+        squares: as `linear_ref`'s.
+        overwrite: whether y may be written into the residual's memory.
+        column_scale: (O,) float32, the scales of an e4m3 weight.
+        x_scale: the scales of the rows of an e4m3 x.
+        dtype: of y; None takes x's.
+        code_scale: scales with which y is stored in e4m3; the result is then `ops.fp8.Codes`.
         wide: with code_scale, whether y itself is stored too.
+
+    Returns:
+        As `linear_ref`.
     """
     epilogue: dict[str, Any] = {"activation": activation, "gate": gate, "residual": residual}
 
@@ -148,7 +155,7 @@ def linear_triton(
     name, _, order = (activation or "").partition("_glu")
     glu = 0 if activation is None or "_glu" not in activation else 2 if order else 1
     x = x if x.stride(1) == 1 else x.contiguous()
-    # both are read, and the residual written, as y lies
+    # The kernel addresses both like y.
     gate, residual = (t if t is None or t.is_contiguous() else t.contiguous() for t in (gate, residual))
     epilogue |= {"gate": gate, "residual": residual}
     (T, I), O = x.shape, weight.shape[0] // (2 if glu else 1)
@@ -156,7 +163,7 @@ def linear_triton(
     few, stored = T <= FEW, dtype or x.dtype
     part = FEW_PART if few else PART
     given = _row_arguments(row_scale)
-    # nothing follows the product but the residual
+    # Whether only the residual follows the product.
     bare = bias is None and row_scale is None and activation is None and gate is None and not squares
 
     def launch(candidate: Any, *, into: bool = overwrite) -> Any:

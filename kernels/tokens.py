@@ -1,8 +1,8 @@
-"""tokens: prefix tokens, patches and positions become the residual stream, with its rows' sums of squares.
+"""assemble: the residual stream of prefix tokens, patches and positions, with its rows' sums of squares.
 
-    x[r, i] = prefix[i] for i < k,  patches[r, i − k] + position[i − k] behind
+    x[r, i] = prefix[i] for i < PREFIX,  patches[r, i − PREFIX] + position[i − PREFIX] otherwise
 
-R rows · N = k + n tokens · C width.
+R rows · N tokens, the first PREFIX of which are prefix tokens · D width.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from dave_fast.ops.tokens import assemble_ref
 
 @triton.jit
 def _assemble_kernel(
-    patches, prefix, position, x, codes, squares, T, N, K, C, code_lead, code_rest, code_read,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, INTERPRETED: tl.constexpr,
+    patches, prefix, position, x, codes, squares, T, N, PREFIX, D, code_lead, code_rest, code_read,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_T of the T = R·N tokens, each whole."""
+    """Compute BLOCK_T of the T = R·N tokens."""
     t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-    c = tl.arange(0, BLOCK_C)
+    d = tl.arange(0, BLOCK_D)
     row, token = t // N, t % N
-    m = (t < T)[:, None] & (c < C)[None, :]
-    is_patch = (token >= K)[:, None]
-    o_patch = (row * (N - K) + token - K)[:, None] * C + c[None, :]
-    b = tl.load(patches + o_patch, mask=m & is_patch, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_C]
-    b += tl.load(position + (token - K)[:, None] * C + c[None, :], mask=m & is_patch, other=0.0).to(tl.float32)
-    b += tl.load(prefix + token[:, None] * C + c[None, :], mask=m & (token < K)[:, None], other=0.0).to(tl.float32)
+    m = (t < T)[:, None] & (d < D)[None, :]
+    is_patch = (token >= PREFIX)[:, None]
+    o_patch = (row * (N - PREFIX) + token - PREFIX)[:, None] * D + d[None, :]
+    b = tl.load(patches + o_patch, mask=m & is_patch, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_D]
+    b += tl.load(position + (token - PREFIX)[:, None] * D + d[None, :], mask=m & is_patch, other=0.0).to(tl.float32)
+    b += tl.load(prefix + token[:, None] * D + d[None, :], mask=m & (token < PREFIX)[:, None], other=0.0).to(tl.float32)
     stored = b.to(x.dtype.element_ty)
-    tl.store(x + t[:, None] * C + c[None, :], stored, mask=m)
+    tl.store(x + t[:, None] * D + d[None, :], stored, mask=m)
     if codes is not None:
         scale = tl.where(token < code_read, code_lead, code_rest)[:, None]
-        tl.store(codes + t[:, None] * C + c[None, :], encode_e4m3(b, scale, INTERPRETED), mask=m)
+        tl.store(codes + t[:, None] * D + d[None, :], encode_e4m3(b, scale, INTERPRETED), mask=m)
     if squares is not None:
         b = stored.to(tl.float32)
         tl.store(squares + t, tl.sum(b * b, 1), mask=t < T)
@@ -48,7 +48,7 @@ def _assemble_kernel(
 def assemble_triton(
     patches: Tensor, prefix: Tensor, position: Tensor, *, squares: bool = False, code_scale: TokenScales | None = None
 ) -> Any:
-    """As `assemble_ref`, for contiguous tensors."""
+    """Run `assemble_ref` for contiguous tensors."""
     if not _launch.covered(patches):
         return assemble_ref(patches, prefix, position, squares=squares, code_scale=code_scale)
     rows, count, width = patches.shape
@@ -57,11 +57,11 @@ def assemble_triton(
     sums = torch.empty(len(x), 1, dtype=torch.float32, device=x.device) if squares else None
     codes = None if code_scale is None else torch.empty(x.shape, dtype=E4M3, device=x.device)
     code_arguments = (None,) * 3 if code_scale is None else (code_scale.lead, code_scale.rest, code_scale.read)
-    block_t, block_c = _launch.row_blocks(width)
+    block_t, block_d = _launch.row_blocks(width)
     _assemble_kernel[(triton.cdiv(len(x), block_t),)](
         *(patches, prefix, position, x, codes, sums, len(x), tokens, len(prefix), width, *code_arguments),
         BLOCK_T=block_t,
-        BLOCK_C=block_c,
+        BLOCK_D=block_d,
         INTERPRETED=_launch.INTERPRETED,
     )
     made = x if codes is None else Codes(codes, code_scale, x.dtype, x)

@@ -136,26 +136,26 @@ def attention_case(
 
 def row_case(name: str, kernel: Any, types: dict[str, str], width: int, warps: int = 4, **constants: Any) -> Case:
     """A kernel that goes through whole rows of `width` values."""
-    block_t, block_c = _launch.row_blocks(width)
-    blocks = {"BLOCK_T": block_t, "BLOCK_C": block_c}
+    block_t, block_d = _launch.row_blocks(width)
+    blocks = {"BLOCK_T": block_t, "BLOCK_D": block_d}
     return Case(name, kernel, types, constants | blocks, triton.Config(blocks, num_warps=warps))
 
 
 def row_cases() -> Iterator[Case]:
     """The kernels without a product, for ViT-B's width, its heads and its parts of sums of squares."""
-    sizes = dict.fromkeys(("T", "N", "H", "K", "C", "x_row", "x_token", "x_head"), "i32")
-    rstd = dict.fromkeys(("T", "C", "stride", "count"), "i32") | {"rstd": "*fp32", "eps": "fp32"}
+    sizes = dict.fromkeys(("T", "N", "H", "PREFIX", "D", "x_row", "x_token", "x_head"), "i32")
+    rstd = dict.fromkeys(("T", "D", "stride", "count"), "i32") | {"rstd": "*fp32", "eps": "fp32"}
     kernel = norm._row_rstd_kernel
     yield row_case("row_rstd of squares", kernel, rstd | {"x": "*fp32"}, 12, CENTRED=True, SQUARES=True)
     yield row_case("row_rstd of rows", kernel, rstd | {"x": "*bf16"}, 768, CENTRED=False, SQUARES=False)
     whole = sizes | {"x": "*bf16", "y": "*bf16", "weight": "*fp32", "bias": "*fp32", "rstd": "*fp32", "eps": "fp32"}
-    del whole["K"]
+    del whole["PREFIX"]
     kernel = norm._normalize_kernel
     yield row_case("normalize heads", kernel, whole, 64, CENTRES=True, CENTRED=False, VJP=False)
     yield row_case("normalize", kernel, whole, 768, CENTRES=True, CENTRED=True, VJP=False)
     yield row_case("normalize_vjp", kernel, whole, 768, CENTRES=True, CENTRED=True, VJP=True)
     stream = dict.fromkeys(("patches", "prefix", "position", "x"), "*bf16") | {"squares": "*fp32"}
-    stream |= dict.fromkeys(("T", "N", "K", "C"), "i32")
+    stream |= dict.fromkeys(("T", "N", "PREFIX", "D"), "i32")
     turned = dict.fromkeys(("T", "N", "H", "x_row", "x_token", "x_head", "table_token", "table_head"), "i32")
     turned |= {"x": "*bf16", "y": "*bf16", "cos": "*fp32", "sin": "*fp32"}
     yield row_case("rotate heads", rotary._rotate_kernel, turned, 32, HALF=32)
@@ -221,7 +221,7 @@ def compiled(case: Case, arch: int) -> Row:
     constants = {name: case.constants.get(name) for name in kernel.arg_names if name not in case.types}
     signature = {name: case.types.get(name, "constexpr") for name in kernel.arg_names}
     # what Triton finds at a launch: addresses and sizes are multiples of 16, token counts and eps are not
-    odd = {"T", "N", "Q", "K", "parts", "row_parts", "H", "x_tokens", "x_read", "code_tokens", "code_read"}
+    odd = {"T", "N", "Q", "PREFIX", "parts", "row_parts", "H", "x_tokens", "x_read", "code_tokens", "code_read"}
     attributes = {
         (at,): [["tt.divisibility", 16]]
         for at, name in enumerate(kernel.arg_names)

@@ -107,7 +107,7 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "torch": "dave_fast.ops.linear:pack_ref",
         "onednn": "dave_fast.ops.linear:pack_onednn",
         "native": "dave_fast.ops.linear:pack_native",
-        "triton": "dave_fast.kernels.linear:pack_triton",
+        "triton": "dave_fast.ops.linear:pack_ref",
     },
     "linear": {
         "torch": "dave_fast.ops.linear:linear_ref",

@@ -106,7 +106,7 @@ def test_the_stand_in_refuses_what_a_gpu_refuses(monkeypatch):
     from dave_fast.kernels.norm import _row_rstd_kernel
 
     x = torch.empty(1, 64, 1, 128, dtype=torch.bfloat16)
-    row = {"CENTRED": True, "SQUARES": False, "BLOCK_T": 1, "BLOCK_C": 64}
+    row = {"CENTRED": True, "SQUARES": False, "BLOCK_T": 1, "BLOCK_D": 64}
     tiles = {"BLOCK_Q": 128, "BLOCK_N": 128, "D_STEP": 128, "PEELED": False}
     monkeypatch.setattr(attention, "configurations", lambda *_, **__: [triton.Config(tiles, num_warps=8, num_stages=5)])
     with fake_gpu() as launches:
