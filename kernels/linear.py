@@ -213,8 +213,8 @@ def linear_triton(
     ]
     if x.dtype in (torch.bfloat16, torch.float16) and code_scale is None and (few or bare):
         found.append(LIBRARY)
-    asked = epilogue | {"bias": bias, "row_scale": given["row_scale"], "row_sums": given["row_sums"]}
-    words = [key for key, value in asked.items() if value is not None and key != "activation"]
+    operands = epilogue | {"bias": bias, "row_scale": given["row_scale"], "row_sums": given["row_sums"]}
+    words = [key for key, value in operands.items() if value is not None and key != "activation"]
     options = {"squares": squares, "codes": code_scale is not None, "wide": wide and code_scale is not None}
     words += [word for word, on in options.items() if on] + [activation] * (activation is not None)
     problem = f"linear {str(x.dtype)[6:]} O={O} I={I} {' '.join(words)}"

@@ -129,17 +129,12 @@ def find_images(paths: Iterable[str | os.PathLike[str]], *, skip: str | os.PathL
     for path in given:
         if not path.exists():
             raise InputError(f"there is no file or folder {path}.")
-        for file in _below(path, skip) if path.is_dir() else [path]:
+        for file in sorted(map(Path, walk_images(path, skip=skip))) if path.is_dir() else [path]:
             found.setdefault(file.resolve(), file)
     if not found:
         where = ", ".join(map(str, given)) or "nothing was given"
         raise InputError(f"no image to explain ({where}): give image files, or a folder that has some.")
     return list(found.values())
-
-
-def _below(folder: Path, skip: str | os.PathLike[str] | None) -> list[Path]:
-    """Return the images in a folder and below, sorted."""
-    return sorted(Path(path) for path in walk_images(folder, skip=skip))
 
 
 def walk_images(

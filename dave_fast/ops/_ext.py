@@ -110,15 +110,19 @@ def threads() -> int:
 def address(tensor: Tensor) -> int:
     """Return the address of a contiguous CPU tensor; raise BackendError for any other."""
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
-        raise BackendError(f"native kernels read contiguous CPU tensors; got one on {tensor.device}")
+        raise BackendError(f"native kernels read contiguous CPU tensors; got {_described(tensor)}")
     return tensor.data_ptr()
 
 
 def device_address(tensor: Tensor, device: torch.device) -> int:
     """Return the address of a contiguous tensor on `device`; raise BackendError for any other."""
     if tensor.device != device or not tensor.is_contiguous():
-        raise BackendError(f"CUDA kernels read contiguous tensors on one device, {device}; got one on {tensor.device}")
+        raise BackendError(f"CUDA kernels read contiguous tensors on one device, {device}; got {_described(tensor)}")
     return tensor.data_ptr()
+
+
+def _described(tensor: Tensor) -> str:
+    return f"one of shape {tuple(tensor.shape)} and strides {tensor.stride()} on {tensor.device}"
 
 
 def queue(device: torch.device) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dave_fast.errors import InputError
-from dave_fast.ops.patches import patch_grid, patch_hw
+from dave_fast.ops.patches import PatchSize, patch_grid, patch_hw
 from dave_fast.ops.precision import COMPUTED, check_dtype
 from dave_fast.sampling import Draws
 
@@ -49,14 +49,14 @@ def rows_a_chunk(images: Tensor) -> int:
     return max(1, (1 << 22) // images[0].numel())
 
 
-def tokens_shape(images: Tensor, draws: Draws, patch_size: int | tuple[int, int]) -> tuple[int, int, int]:
+def tokens_shape(images: Tensor, draws: Draws, patch_size: PatchSize) -> tuple[int, int, int]:
     """Return (R, n, C·p_h·p_w), the shape of the tokens of every row; raise InputError where no patches fill images."""
     _, channels, height, width = images.shape
     (p_h, p_w), (n_y, n_x) = patch_hw(patch_size), patch_grid(height, width, patch_size)
     return len(draws), n_y * n_x, channels * p_h * p_w
 
 
-def check(images: Tensor, draws: Draws, patch_size: int | tuple[int, int]) -> tuple[int, int, int]:
+def check(images: Tensor, draws: Draws, patch_size: PatchSize) -> tuple[int, int, int]:
     """Raise TypeError or InputError where images cannot be perturbed by draws; return the shape of their tokens."""
     check_dtype("images", images, COMPUTED)
     if images.ndim != 4 or 0 in images.shape:

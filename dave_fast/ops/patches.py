@@ -9,8 +9,11 @@ from torch import Tensor
 
 from dave_fast.errors import InputError
 
+# p, or (p_h, p_w).
+PatchSize = int | tuple[int, int]
 
-def patch_hw(patch_size: int | tuple[int, int]) -> tuple[int, int]:
+
+def patch_hw(patch_size: PatchSize) -> tuple[int, int]:
     """Return (p_h, p_w) for a patch size that may be one number."""
     p_h, p_w = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
     if p_h < 1 or p_w < 1:
@@ -18,7 +21,7 @@ def patch_hw(patch_size: int | tuple[int, int]) -> tuple[int, int]:
     return int(p_h), int(p_w)
 
 
-def patch_grid(height: int, width: int, patch_size: int | tuple[int, int]) -> tuple[int, int]:
+def patch_grid(height: int, width: int, patch_size: PatchSize) -> tuple[int, int]:
     """Return (rows, columns) of patches in an image; raise InputError where the patches do not fill it."""
     p_h, p_w = patch_hw(patch_size)
     if height % p_h or width % p_w:
@@ -28,7 +31,7 @@ def patch_grid(height: int, width: int, patch_size: int | tuple[int, int]) -> tu
     return height // p_h, width // p_w
 
 
-def patchify(images: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
+def patchify(images: Tensor, patch_size: PatchSize) -> Tensor:
     """Return tokens (R, n, C·p_h·p_w) for images (R, C, H, W)."""
     p_h, p_w = patch_hw(patch_size)
     rows, channels, height, width = images.shape
@@ -37,7 +40,7 @@ def patchify(images: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
     return blocks.reshape(rows, n_y * n_x, channels * p_h * p_w)
 
 
-def unpatchify(tokens: Tensor, patch_size: int | tuple[int, int], height: int, width: int) -> Tensor:
+def unpatchify(tokens: Tensor, patch_size: PatchSize, height: int, width: int) -> Tensor:
     """Return images (R, C, H, W) for tokens (R, n, C·p_h·p_w): the inverse of `patchify`."""
     p_h, p_w = patch_hw(patch_size)
     n_y, n_x = patch_grid(height, width, (p_h, p_w))

@@ -6,18 +6,13 @@ import torch
 from torch import Tensor
 
 from dave_fast.ops import _ext, _library, _registry, _warp
-from dave_fast.ops.patches import patch_hw, patchify
+from dave_fast.ops.patches import PatchSize, patch_hw, patchify
 from dave_fast.ops.precision import STORED, check_dtype
 from dave_fast.sampling import Draws, normal
 
 
 def perturb(
-    images: Tensor,
-    draws: Draws,
-    patch_size: int | tuple[int, int],
-    *,
-    dtype: torch.dtype = torch.float32,
-    backend: str = "auto",
+    images: Tensor, draws: Draws, patch_size: PatchSize, *, dtype: torch.dtype = torch.float32, backend: str = "auto"
 ) -> Tensor:
     """Return the perturbed input of every row as tokens: x̃ = signal·τ(x) + noise·ε.
 
@@ -47,9 +42,7 @@ def perturb(
     return tokens
 
 
-def perturb_ref(
-    images: Tensor, draws: Draws, patch_size: int | tuple[int, int], *, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def perturb_ref(images: Tensor, draws: Draws, patch_size: PatchSize, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """Run `perturb` in PyTorch, on any device."""
     _, channels, height, width = images.shape
     tokens = images.new_empty(_warp.tokens_shape(images, draws, patch_size), dtype=dtype)
@@ -67,22 +60,19 @@ def perturb_ref(
 
 
 def perturb_native(
-    images: Tensor, draws: Draws, patch_size: int | tuple[int, int], *, dtype: torch.dtype = torch.float32
+    images: Tensor, draws: Draws, patch_size: PatchSize, *, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Run `perturb` in C++ on the host."""
     return _compiled(_ext.run_native, images, draws, patch_size, dtype)
 
 
-def perturb_cuda(
-    images: Tensor, draws: Draws, patch_size: int | tuple[int, int], *, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def perturb_cuda(images: Tensor, draws: Draws, patch_size: PatchSize, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """Run `perturb` in CUDA C++ on images' device; draws that are there already cost no copy."""
     return _compiled(_ext.run_cuda, images, draws, patch_size, dtype)
 
 
-def _compiled(
-    run: _ext.Run, images: Tensor, draws: Draws, patch_size: int | tuple[int, int], dtype: torch.dtype
-) -> Tensor:
+def _compiled(run: _ext.Run, images: Tensor, draws: Draws, patch_size: PatchSize, dtype: torch.dtype) -> Tensor:
+    """Run `perturb` by `_ext.run_native` or `_ext.run_cuda`."""
     images = images.contiguous()
     tokens = images.new_empty(_warp.tokens_shape(images, draws, patch_size), dtype=dtype)
     run("perturb", *_ext.coded(images), images.shape, draws, *patch_hw(patch_size), *_ext.coded(tokens))

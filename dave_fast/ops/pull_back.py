@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dave_fast.errors import InputError
 from dave_fast.ops import _ext, _library, _registry, _warp
-from dave_fast.ops.patches import patch_hw, unpatchify
+from dave_fast.ops.patches import PatchSize, patch_hw, unpatchify
 from dave_fast.ops.precision import STORED, check_dtype
 from dave_fast.sampling import Draws
 
@@ -22,7 +22,7 @@ def pull_back(
     token_cotangents: Tensor,
     images: Tensor,
     draws: Draws,
-    patch_size: int | tuple[int, int],
+    patch_size: PatchSize,
     *,
     dtype: torch.dtype | None = None,
     backend: str = "auto",
@@ -54,7 +54,7 @@ def pull_back(
     return contributions
 
 
-def check(token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: int | tuple[int, int]) -> None:
+def check(token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: PatchSize) -> None:
     """Raise TypeError or InputError where cotangents, images and draws do not match."""
     expected = _warp.check(images, draws, patch_size)
     check_dtype("token_cotangents", token_cotangents, STORED)
@@ -67,12 +67,7 @@ def check(token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: in
 
 
 def pull_back_ref(
-    token_cotangents: Tensor,
-    images: Tensor,
-    draws: Draws,
-    patch_size: int | tuple[int, int],
-    *,
-    dtype: torch.dtype | None = None,
+    token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: PatchSize, *, dtype: torch.dtype | None = None
 ) -> Tensor:
     """Run `pull_back` in PyTorch, on any device."""
     height, width = images.shape[2:]
@@ -89,24 +84,14 @@ def pull_back_ref(
 
 
 def pull_back_native(
-    token_cotangents: Tensor,
-    images: Tensor,
-    draws: Draws,
-    patch_size: int | tuple[int, int],
-    *,
-    dtype: torch.dtype | None = None,
+    token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: PatchSize, *, dtype: torch.dtype | None = None
 ) -> Tensor:
     """Run `pull_back` in C++ on the host."""
     return _compiled(_ext.run_native, token_cotangents, images, draws, patch_size, dtype)
 
 
 def pull_back_cuda(
-    token_cotangents: Tensor,
-    images: Tensor,
-    draws: Draws,
-    patch_size: int | tuple[int, int],
-    *,
-    dtype: torch.dtype | None = None,
+    token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: PatchSize, *, dtype: torch.dtype | None = None
 ) -> Tensor:
     """Run `pull_back` in CUDA C++ on images' device."""
     return _compiled(_ext.run_cuda, token_cotangents, images, draws, patch_size, dtype)
@@ -117,9 +102,10 @@ def _compiled(
     token_cotangents: Tensor,
     images: Tensor,
     draws: Draws,
-    patch_size: int | tuple[int, int],
+    patch_size: PatchSize,
     dtype: torch.dtype | None,
 ) -> Tensor:
+    """Run `pull_back` by `_ext.run_native` or `_ext.run_cuda`."""
     images = images.contiguous()
     contributions = images.new_empty(len(draws), *images.shape[1:], dtype=dtype or images.dtype)
     given = cotangents_and_images(token_cotangents, images, draws)

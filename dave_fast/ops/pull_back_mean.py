@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dave_fast.errors import InputError
 from dave_fast.ops import _ext, _library, _registry, _warp
-from dave_fast.ops.patches import patch_hw, unpatchify
+from dave_fast.ops.patches import PatchSize, patch_hw, unpatchify
 from dave_fast.ops.pull_back import adjoint_warp, check, cotangents_and_images
 from dave_fast.ops.robust_mean import robust_mean_ref
 from dave_fast.sampling import Draws
@@ -28,7 +28,7 @@ def pull_back_mean(
     token_cotangents: Tensor,
     images: Tensor,
     draws: Draws,
-    patch_size: int | tuple[int, int],
+    patch_size: PatchSize,
     n_samples: int,
     *,
     backend: str = "auto",
@@ -63,7 +63,7 @@ def pull_back_mean(
 
 
 def pull_back_mean_ref(
-    token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: int | tuple[int, int], n_samples: int
+    token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: PatchSize, n_samples: int
 ) -> Tensor:
     """Run `pull_back_mean` in PyTorch, on any device."""
     channels, height, width = images.shape[1:]
@@ -86,7 +86,7 @@ def pull_back_mean_ref(
 
 
 def pull_back_mean_native(
-    token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: int | tuple[int, int], n_samples: int
+    token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: PatchSize, n_samples: int
 ) -> Tensor:
     """Run `pull_back_mean` in C++ on the host."""
     images = images.contiguous()
@@ -97,7 +97,7 @@ def pull_back_mean_native(
 
 
 def pull_back_mean_cuda(
-    token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: int | tuple[int, int], n_samples: int
+    token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: PatchSize, n_samples: int
 ) -> Tensor:
     """Run `pull_back_mean` in CUDA C++ on images' device."""
     images = images.contiguous()

@@ -69,6 +69,7 @@ def robust_mean_cuda(contributions: Tensor) -> Tensor:
 
 
 def _compiled(run: _ext.Run, contributions: Tensor) -> Tensor:
+    """Run `robust_mean` by `_ext.run_native` or `_ext.run_cuda`."""
     contributions = contributions.contiguous()
     images, samples, *rest = contributions.shape
     raw = contributions.new_empty(images, *rest, dtype=statistics_dtype(contributions.dtype))
