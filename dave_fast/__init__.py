@@ -18,7 +18,7 @@ __all__ = ["DAVE", "Explanation", "ModelSpec", "__version__", "effective_gradien
 
 
 def __getattr__(name: str) -> Any:
-    # torch and timm take seconds to import: `dave-fast --help` need not wait for them
+    # Torch and timm take seconds to import, which `dave-fast --help` does not need.
     if name in ("DAVE", "Explanation", "effective_gradient"):
         from dave_fast.explain import explainer
 

@@ -1,4 +1,4 @@
-"""DAVE as a captum `Attribution`: in captum's tunnels, metrics and visualisation like any of its own methods.
+"""DAVE as a captum `Attribution`, for captum's tunnels, metrics and visualisation.
 
     from dave_fast.captum import DAVE
 
@@ -26,7 +26,7 @@ Inputs = TypeVar("Inputs", Tensor, tuple[Tensor, ...])
 
 
 class _Supplied(nn.Module):
-    """A model with its further arguments."""
+    """A model that is called with further arguments."""
 
     def __init__(self, model: nn.Module, further: tuple[Any, ...]) -> None:
         super().__init__()
@@ -37,13 +37,13 @@ class _Supplied(nn.Module):
 
 
 class DAVE(Attribution):
-    """captum's contract over `dave_fast.DAVE`.
-
-    Args:
-        forward_func: an nn.Module; DAVE looks into it, so a function of one is not enough.
-        settings: keywords of `dave_fast.DAVE` (noise_alpha, precision, device ...).
+    """`dave_fast.DAVE` as a captum `Attribution`.
 
     There is no convergence delta: attributions do not sum to a difference of outputs.
+
+    Args:
+        forward_func: an nn.Module. DAVE reads its modules, so that a function is not enough.
+        settings: keywords of `dave_fast.DAVE` (noise_alpha, precision, device ...).
     """
 
     def __init__(self, forward_func: nn.Module, **settings: Any) -> None:
@@ -55,7 +55,7 @@ class DAVE(Attribution):
 
     @property
     def multiplies_by_inputs(self) -> bool:
-        """Attributions are effective gradient ⊙ input."""
+        """True: attributions are effective gradient ⊙ input."""
         return True
 
     @log_usage()
@@ -68,14 +68,19 @@ class DAVE(Attribution):
         seed: int = 0,
         internal_batch_size: int | None = None,
     ) -> Inputs:
-        """Signed attributions of the inputs' shape and dtype; a tuple of one for a tuple of one.
+        """Return signed attributions of the inputs' shape and dtype, as a tuple where the inputs are one.
 
-        inputs: images (B, C, H, W), normalised, or a tuple of one such tensor. target: captum's forms and those of
-        `dave_fast.targets`; None is the model's only score, or the predicted class where it has several.
-        additional_forward_args: what the model takes behind the images, the same for all of them. n_samples, seed,
-        internal_batch_size: see `dave_fast.DAVE.explain`.
+        Args:
+            inputs: images (B, C, H, W), normalised, or a tuple of one such tensor.
+            target: captum's forms and those of `dave_fast.targets`; None is the model's only score, or the predicted
+                class where it has several.
+            additional_forward_args: the model's arguments after the images, the same for all images.
+            n_samples: see `dave_fast.DAVE.explain`.
+            seed: see `dave_fast.DAVE.explain`.
+            internal_batch_size: see `dave_fast.DAVE.explain`.
 
-        Raises InputError for several inputs, and for tensors among additional_forward_args that hold a row an image.
+        Raises:
+            InputError: there are several inputs, or additional_forward_args hold a tensor with a row for each image.
         """
         (images,) = inputs if isinstance(inputs, tuple) and len(inputs) == 1 else (inputs,)
         if isinstance(images, tuple):
@@ -86,11 +91,11 @@ class DAVE(Attribution):
         return (found,) if isinstance(inputs, tuple) else found
 
     def attribute_future(self, *args: Any, **kwargs: Any) -> None:
-        """captum's asynchronous call."""
-        raise NotImplementedError("attribute_future is not there; call attribute")
+        """Raise NotImplementedError: captum's asynchronous call is unsupported."""
+        raise NotImplementedError("attribute_future is unsupported; call attribute")
 
     def _with(self, further: Any) -> explainer.DAVE:
-        """The explainer of the model with its further arguments."""
+        """Return the explainer of the model with further arguments."""
         if further is None:
             return self._explainer
         further = further if isinstance(further, tuple) else (further,)

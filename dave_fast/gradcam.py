@@ -1,11 +1,11 @@
-"""DAVE as pytorch-grad-cam's users call it: a context manager, a list of callables, NumPy out.
+"""DAVE in the calling convention of pytorch-grad-cam: a context manager, a list of callables, NumPy out.
 
     with dave_fast.gradcam.DAVE(model) as cam:
         maps = cam(input_tensor, targets=[ClassifierOutputTarget(3)])        # (B, H, W) float32 in [0, 1]
 
-No target layers and no reshape_transform: DAVE explains pixels. Any callable of one image's output serves as a target,
-also those of pytorch_grad_cam.utils.model_targets, which need not be installed. Nothing is hooked into the model, so
-nothing has to be released, and an exception inside the block is raised.
+There are no target layers and no reshape_transform, since DAVE explains pixels. Any callable of one image's output can
+be a target, such as those of pytorch_grad_cam.utils.model_targets, which need not be installed. The model gets no
+hooks, so that nothing has to be released, and an exception inside the block is raised.
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ from dave_fast.explain import explainer
 
 
 class DAVE:
-    """model: any nn.Module, or a name. settings: keywords of `dave_fast.DAVE` (noise_alpha, precision, device ...)."""
+    """`dave_fast.DAVE` called as a class activation map.
+
+    Args:
+        model: any nn.Module, or a name.
+        settings: keywords of `dave_fast.DAVE` (noise_alpha, precision, device ...).
+    """
 
     def __init__(self, model: str | nn.Module, **settings: Any) -> None:
         self._explainer = explainer.DAVE(model, **settings)
@@ -34,10 +39,17 @@ class DAVE:
         n_samples: int = 50,
         seed: int = 0,
     ) -> np.ndarray:
-        """Maps (B, H, W) float32 in [0, 1], at the images' resolution.
+        """Return maps (B, H, W) float32 in [0, 1], at the images' resolution.
 
-        input_tensor: (B, C, H, W), normalised. targets: a callable an image, output of that image (...) -> scalar;
-        None is the predicted class of each. Raises InputError for fewer or more targets than images.
+        Args:
+            input_tensor: images (B, C, H, W), normalised.
+            targets: a callable for each image, from the output (...) for that image to a scalar; None is the predicted
+                class of each.
+            n_samples: perturbed samples of an image.
+            seed: equal seeds give equal maps.
+
+        Raises:
+            InputError: there are fewer or more targets than images, or they are not callables.
         """
         if targets is not None and (not isinstance(targets, Sequence) or not all(map(callable, targets))):
             raise InputError("targets must be a list of callables, one an image; classes go to dave_fast.DAVE.explain")
@@ -48,4 +60,4 @@ class DAVE:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Nothing is held, and no exception swallowed."""
+        """Do nothing: exceptions are raised."""

@@ -1,9 +1,9 @@
-"""DAVE as Quantus' `explain_func`: NumPy in, NumPy out. Quantus itself is not imported.
+"""DAVE as the `explain_func` of Quantus, which itself is not imported: NumPy in, NumPy out.
 
     metric(model, x_batch, y_batch, explain_func=dave_fast.quantus.explain, explain_func_kwargs={"n_samples": 50})
 
-The explainer is made anew at every call, so that weights that Quantus randomises between calls cannot be missed. The
-seed is fixed: metrics that compare two explanations then measure the difference of images, not of draws.
+Every call makes a new explainer, since Quantus randomises weights between calls. The seed is fixed, so that metrics
+that compare two explanations measure the difference of the images and not of the draws.
 """
 
 from __future__ import annotations
@@ -29,11 +29,20 @@ def explain(
     device: str | torch.device | None = None,
     **settings: Any,
 ) -> np.ndarray:
-    """Attributions (B, 1, H, W) float32 of images (B, C, H, W), normalised, for classes (B,).
+    """Return attributions (B, 1, H, W) float32. The model's mode is restored.
 
-    smoothed: False gives the signed sum over channels, True the map in [0, 1] behind DAVE's post-processing.
-    device: Quantus says "cpu", "gpu" or a torch device. settings: keywords of `DAVE` (noise_alpha, precision ...).
-    The mode of the model is as before afterwards. Raises InputError for images that are no such array.
+    Args:
+        model: the model.
+        inputs: images (B, C, H, W), normalised.
+        targets: classes (B,), or one for all images; None is the predicted class of each.
+        n_samples: perturbed samples of an image.
+        seed: equal seeds give equal maps.
+        smoothed: True returns maps in [0, 1], after DAVE's post-processing; False the signed sum over channels.
+        device: "cpu", "gpu" (as Quantus names it) or a torch device.
+        settings: further keywords of `dave_fast.DAVE` (noise_alpha, precision ...).
+
+    Raises:
+        InputError: the images do not have four dimensions.
     """
     inputs = np.asarray(inputs)
     if inputs.ndim != 4:

@@ -1,7 +1,7 @@
-"""The command line: one command a module, gathered here.
+"""The command line's entry point, which gathers the commands.
 
 A command is a function with typer's annotations. To add one, write it in a module of its own and give it a
-line at the end of this file. Modules of commands import torch only inside functions: --help stays quick.
+line at the end of this file. Modules of commands import torch inside functions only, so that --help is quick.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _options(
 
 
 def main() -> None:
-    """The entry point of the console script."""
+    """Run the console script `dave-fast`."""
     app()
 
 

@@ -1,4 +1,4 @@
-"""`dave-fast bench`: how fast the ops and the engine are here, for your model and shapes, or your own kernel."""
+"""`dave-fast bench`: time the ops and the engine on this machine, for your model and shapes, or your own kernel."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dave_fast.cli import options as cli_options
+from dave_fast.cli import options
 from dave_fast.cli.options import MACHINE
 from dave_fast.cli.terminal import console, plain_warnings
 from dave_fast.errors import InputError
@@ -27,9 +27,9 @@ def bench(
             metavar="engine|all|OP", help="The whole engine, an op of `dave-fast info`, or all.", rich_help_panel=_WHAT
         ),
     ] = "engine",
-    model: cli_options.ModelOrDemo = None,
-    weights: cli_options.Weights = None,
-    num_classes: cli_options.NumClasses = None,
+    model: options.ModelOrDemo = None,
+    weights: options.Weights = None,
+    num_classes: options.NumClasses = None,
     pretrained: Annotated[
         bool, typer.Option("--pretrained", help="Fetch the model's weights; else random.", rich_help_panel=_WHAT)
     ] = False,
@@ -42,8 +42,8 @@ def bench(
         int | None,
         typer.Option(min=1, help="Samples of a micro-batch.", show_default="what fits", rich_help_panel=_WHAT),
     ] = None,
-    device: cli_options.Device = None,
-    precision: cli_options.Precision = None,
+    device: options.Device = None,
+    precision: options.Precision = None,
     backend: Annotated[
         str | None,
         typer.Option(help="One of `dave-fast info`.", show_default="all; engine: auto", rich_help_panel=_HOW),
@@ -122,7 +122,7 @@ def bench(
 
 
 def _share(text: str) -> float:
-    """ "5%" or "0.05" -> 0.05."""
+    """Return the number that a share such as 5% or 0.05 stands for."""
     try:
         value = float(text.rstrip("% ")) / (100 if text.rstrip().endswith("%") else 1)
     except ValueError:
@@ -133,7 +133,7 @@ def _share(text: str) -> float:
 
 
 def _kernels(given: list[str], op: str) -> dict[str, str]:
-    """OP=MODULE:FUNCTION or, with --op, MODULE:FUNCTION -> op -> "module:function"."""
+    """Return "module:function" by op, from OP=MODULE:FUNCTION, or MODULE:FUNCTION with --op."""
     found = {}
     for text in given:
         name, equals, path = text.partition("=")
@@ -147,7 +147,7 @@ def _kernels(given: list[str], op: str) -> dict[str, str]:
 
 @contextmanager
 def _status(screen: Console) -> Iterator[Callable[[str], None]]:
-    """A line that says what is being done, where somebody watches."""
+    """Show a status line in the block, which gets a function that changes its text."""
     with screen.status("starting") as status:
         yield lambda text: status.update(text)
 

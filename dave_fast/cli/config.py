@@ -1,6 +1,6 @@
-"""The settings that belong to a model, in a file: written by `tune`, taken by every command as --config.
+"""The file of a model's settings, which `dave-fast tune` writes and other commands take as --config.
 
-A TOML file, every key optional; files are named as seen from the folder that it lies in:
+It is a TOML file in which every key is optional; paths are relative to its folder:
 
     model = "vit_base_patch16_224"
     weights = "mine.safetensors"
@@ -10,7 +10,7 @@ A TOML file, every key optional; files are named as seen from the folder that it
     noise_alpha = 0.3
     n_samples = 50
 
-What is given on the command line comes before what the file says.
+The command line comes before the file.
 """
 
 from __future__ import annotations
@@ -38,7 +38,17 @@ _FILES = ("weights", "labels")
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of one model; None where the file leaves them open."""
+    """The settings of one model; None where the file does not have one.
+
+    Attributes:
+        model: its name (see `dave_fast.models.spec`).
+        noise_alpha: largest noise level, in [0, 1].
+        n_samples: perturbed samples of an image.
+        weights: a file of weights.
+        num_classes: of the weights.
+        labels: a file of class names.
+        image_size: pixels a side.
+    """
 
     model: str | None = None
     noise_alpha: float | None = None
@@ -50,7 +60,11 @@ class Config:
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:
-    """Read a configuration. Raises InputError for a file, key or value that is none."""
+    """Read a configuration.
+
+    Raises:
+        InputError: the file cannot be read or is not TOML, or a key or value is not one of a configuration.
+    """
     try:
         with open(path, "rb") as file:
             values = tomllib.load(file)
@@ -76,7 +90,7 @@ def load_config(path: str | os.PathLike[str]) -> Config:
 
 
 def save_config(config: Config, path: str | os.PathLike[str]) -> None:
-    """Write a configuration, whole or not at all; what is None is left out."""
+    """Write a configuration, whole or not at all, without settings that are None."""
     with atomically(path) as file:
         for key, value in asdict(config).items():
             if value is not None:
@@ -84,5 +98,5 @@ def save_config(config: Config, path: str | os.PathLike[str]) -> None:
 
 
 def _toml(value: Any) -> str:
-    # JSON's strings and numbers are TOML's, but for one control character that JSON leaves as it is.
+    # JSON's strings and numbers are TOML's, except for one control character that TOML wants escaped.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

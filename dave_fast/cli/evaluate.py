@@ -1,4 +1,4 @@
-"""`dave-fast evaluate`: are the maps right? A source of images in, a report out."""
+"""`dave-fast evaluate`: measure how good maps are, and write a report."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dave_fast.cli import options as cli_options
+from dave_fast.cli import options
 from dave_fast.cli.options import MACHINE, METHOD
-from dave_fast.cli.terminal import console, plain_warnings, progress_bar
+from dave_fast.cli.terminal import console, note, plain_warnings, progress
 from dave_fast.errors import InputError
 from dave_fast.files import check_writable
 
@@ -32,12 +32,12 @@ def evaluate(
         str | None,
         typer.Argument(metavar="[SOURCE]", help="A folder of images; the embedded scenes by default."),
     ] = None,
-    model: cli_options.ModelOrDemo = None,
-    weights: cli_options.Weights = None,
-    num_classes: cli_options.NumClasses = None,
-    labels: cli_options.ClassNames = None,
-    image_size: cli_options.ImageSize = None,
-    config: cli_options.ConfigFile = None,
+    model: options.ModelOrDemo = None,
+    weights: options.Weights = None,
+    num_classes: options.NumClasses = None,
+    labels: options.ClassNames = None,
+    image_size: options.ImageSize = None,
+    config: options.ConfigFile = None,
     out: Annotated[Path, typer.Option(help="The folder for the report.")] = Path("evaluation"),
     boxes: Annotated[
         Path | None,
@@ -70,12 +70,12 @@ def evaluate(
         str, typer.Option(help="Some of dave, rise-deletion, rise-insertion, quantus.", rich_help_panel=_HOW_MUCH)
     ] = "dave,rise-deletion,rise-insertion",
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of the random methods.", rich_help_panel=_HOW_MUCH)] = 3,
-    n_samples: cli_options.Samples = None,
-    noise_alpha: cli_options.NoiseAlpha = None,
+    n_samples: options.Samples = None,
+    noise_alpha: options.NoiseAlpha = None,
     seed: Annotated[int, typer.Option(min=0, help="The first seed.", rich_help_panel=METHOD)] = 0,
-    device: cli_options.Device = None,
-    precision: cli_options.Precision = None,
-    backend: cli_options.Backend = "auto",
+    device: options.Device = None,
+    precision: options.Precision = None,
+    backend: options.Backend = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.", rich_help_panel=MACHINE)] = 16,
 ) -> None:
     """Measure how good attribution maps are, beside other methods on the same images.
@@ -84,7 +84,6 @@ def evaluate(
     accuracy and mosaics (folders named by class or WordNet id, or the annotations' own), and --boxes or --masks for
     the pointing games; what cannot be measured without them is left out.
     """
-    from dave_fast.cli.config import Config, load_config
     from dave_fast.evaluate.settings import GROUPS, EvaluationSettings
 
     chosen = EvaluationSettings(
@@ -101,15 +100,13 @@ def evaluate(
         methods=None if methods is None else _listed(methods),
         groups=GROUPS if groups is None else _listed(groups),
     )
-    keywords = {"device": device, "precision": precision, "backend": backend, "noise_alpha": noise_alpha}
     screen = console()
     with plain_warnings(screen):
         check_writable(out)
-        given = Config() if config is None else load_config(config)
-        spec = cli_options.model_spec(model, weights, num_classes, labels, image_size, config=given)
-        if noise_alpha is None:
-            keywords["noise_alpha"] = given.noise_alpha
-        samples = n_samples or given.n_samples or 50
+        given = options.read_config(config)
+        spec = options.model_spec(model, weights, num_classes, labels, image_size, config=given)
+        samples, level = options.sampling(n_samples, noise_alpha, config=given)
+        keywords = {"device": device, "precision": precision, "backend": backend, "noise_alpha": level}
         _run(screen, source, spec, samples, keywords, (boxes, masks), chosen, out)
 
 
@@ -127,7 +124,7 @@ def _run(
     settings: EvaluationSettings,
     out: Path,
 ) -> None:
-    """Load, evaluate, write, tell."""
+    """Load the model, measure, write the report and print its summary."""
     from dave_fast.cli.info import collect
     from dave_fast.evaluate import evaluate as measure
     from dave_fast.evaluate.methods import MethodSettings
@@ -140,7 +137,7 @@ def _run(
     explainer, prepare, labels = subject
     network = explainer.model.to(explainer.device).eval().requires_grad_(False)
     if prepare.note:
-        screen.print(f"note: {prepare.note}", style="yellow", soft_wrap=True)
+        note(screen, prepare.note)
     images = _source(found, known, settings, subject)
     used = {
         "device": str(explainer.device),
@@ -149,15 +146,8 @@ def _run(
         "noise_alpha": explainer.sampling.noise_alpha,
     }
     setup = MethodSettings(n_samples, used, 1 / min(prepare.std))
-    with progress_bar(screen) as bar:
-        task = bar.add_task("evaluating", total=None)
-        results = measure(
-            network,
-            images,
-            settings,
-            setup,
-            lambda done, total, what: bar.update(task, completed=done, total=max(done, total), description=what),
-        )
+    with progress(screen, "evaluating") as update:
+        results = measure(network, images, settings, setup, update)
     environment = collect(explainer.device.type)
     versions = {**environment.versions, "device": environment.devices[-1].name, "threads": environment.threads}
     command = shlex.join(["dave-fast", *sys.argv[1:]])
@@ -166,7 +156,7 @@ def _run(
 
 
 def _files(source: str | None, model: str, known: tuple[Path | None, Path | None]) -> list[Path] | None:
-    """The image files of a folder; None for the embedded scenes."""
+    """Find the image files of a folder; return None for the embedded scenes."""
     from dave_fast.images import find_images
 
     if source in (None, "demo"):
@@ -197,7 +187,7 @@ def _source(
 
 
 def _spread(files: Sequence[Path]) -> list[Path]:
-    """Files in turns from each folder, so that the first images are of many classes."""
+    """Return files in turns from each folder, so that the first images are of many classes."""
     folders: dict[Path, list[Path]] = {}
     for file in files:
         folders.setdefault(file.parent, []).append(file)
@@ -206,7 +196,7 @@ def _spread(files: Sequence[Path]) -> list[Path]:
 
 
 def _tell(summary: Summary, absent: dict[str, str], skipped: dict[str, str], out: Path) -> None:
-    """The verdicts, what was not run, and where the report lies."""
+    """Print the verdicts, what was not run, and the path of the report."""
     from rich.table import Table
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""`dave-fast explain`: image files in, pictures and arrays out."""
+"""`dave-fast explain`: explain image files, and write pictures and arrays."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dave_fast.cli import options as cli_options
-from dave_fast.cli.terminal import console, plain_warnings, progress_bar, refuse
+from dave_fast.cli import options
+from dave_fast.cli.terminal import console, note, plain_warnings, progress_bar, refuse
 from dave_fast.errors import InputError
 from dave_fast.files import check_writable
 
@@ -31,11 +31,11 @@ def explain(
         typer.Argument(metavar="[IMAGES|FOLDER]...", help="Image files, or folders of them."),
     ] = None,
     demo: Annotated[bool, typer.Option("--demo", help="Explain the embedded scene with the embedded model.")] = False,
-    model: cli_options.Model = None,
-    weights: cli_options.Weights = None,
-    num_classes: cli_options.NumClasses = None,
-    labels: cli_options.ClassNames = None,
-    image_size: cli_options.ImageSize = None,
+    model: options.Model = None,
+    weights: options.Weights = None,
+    num_classes: options.NumClasses = None,
+    labels: options.ClassNames = None,
+    image_size: options.ImageSize = None,
     target: Annotated[
         list[str] | None,
         typer.Option(
@@ -48,16 +48,16 @@ def explain(
         typer.Option(min=1, help="Explain the k most probable classes.", show_default="1; 2 with --demo"),
     ] = None,
     out: Annotated[Path, typer.Option(help="The folder for the results.")] = Path("maps"),
-    config: cli_options.ConfigFile = None,
-    n_samples: cli_options.Samples = None,
-    seed: cli_options.Seed = 0,
-    noise_alpha: cli_options.NoiseAlpha = None,
-    schedule: cli_options.Schedule = "sequence",
-    device: cli_options.Device = None,
-    precision: cli_options.Precision = None,
-    backend: cli_options.Backend = "auto",
-    route: cli_options.Route = "auto",
-    internal_batch_size: cli_options.InternalBatchSize = None,
+    config: options.ConfigFile = None,
+    n_samples: options.Samples = None,
+    seed: options.Seed = 0,
+    noise_alpha: options.NoiseAlpha = None,
+    schedule: options.Schedule = "sequence",
+    device: options.Device = None,
+    precision: options.Precision = None,
+    backend: options.Backend = "auto",
+    route: options.Route = "auto",
+    internal_batch_size: options.InternalBatchSize = None,
 ) -> None:
     """Explain what a model sees in images.
 
@@ -75,10 +75,9 @@ def explain(
     Exit code 0: all done; 1: some images could not be explained;
     2: refused or stopped, and why.
     """
-    from dave_fast.cli.config import Config, load_config
     from dave_fast.explain.image_files import Request
 
-    given = Config() if config is None else load_config(config)
+    given = options.read_config(config)
     if target and top_k is not None:
         raise InputError("--target names what to explain and --top-k takes the most probable: give one of them.")
     of_patches = [text.strip().startswith("patch:") for text in target or ()]
@@ -86,25 +85,26 @@ def explain(
         raise InputError(
             "patch:ROW,COLUMN asks the model's tokens and other targets its output: one run for each kind."
         )
-    # The embedded scene has two digits: that maps belong to classes is what there is to see.
+    # The embedded scene has two digits, which shows that maps differ by class.
     top_k = top_k or (2 if demo and not target else 1)
-    request = Request(out, tuple(target or ()), top_k, n_samples or given.n_samples or 50, seed, figure=demo)
+    samples, level = options.sampling(n_samples, noise_alpha, config=given)
+    request = Request(out, tuple(target or ()), top_k, samples, seed, figure=demo)
     keywords = {
         "device": device,
         "precision": precision,
         "backend": backend,
         "route": route,
-        "noise_alpha": given.noise_alpha if noise_alpha is None else noise_alpha,
+        "noise_alpha": level,
         "schedule": schedule,
         "internal_batch_size": internal_batch_size,
     }
-    screen, default = console(), "demo" if demo else cli_options.DEFAULT_MODEL
+    screen, default = console(), "demo" if demo else options.DEFAULT_MODEL
     with plain_warnings(screen):
-        # Before a model is loaded for nothing.
+        # What can be refused is refused before the model is loaded.
         check_writable(out)
         flags = (model, weights, num_classes, labels, image_size)
         sources = _demo_sources(images, flags) if demo else _sources(images or [], out)
-        spec = cli_options.model_spec(*flags, config=None if demo else given, default=default)
+        spec = options.model_spec(*flags, config=None if demo else given, default=default)
         with screen.status(f"loading {spec.name}"):
             subject = _load(spec, keywords, of_tokens=any(of_patches))
         done, failed = _run(screen, subject, sources, request)
@@ -128,7 +128,7 @@ def _sources(images: Sequence[Path], out: Path) -> list[ImageSource]:
 
 
 def _demo_sources(images: Sequence[Path] | None, flags: Sequence[Any]) -> list[ImageSource]:
-    """The embedded scene."""
+    """Return the embedded scene as the image to explain."""
     from dave_fast.explain.image_files import ImageSource
     from dave_fast.models.demo import demo_scene
 
@@ -153,7 +153,7 @@ def _load(spec: ModelSpec, keywords: dict[str, Any], *, of_tokens: bool) -> Subj
 def _run(
     screen: Console, subject: Subject, sources: Sequence[ImageSource], request: Request
 ) -> tuple[list[Done], list[Failed]]:
-    """Explain all sources under a progress bar; failures are told as they come."""
+    """Explain all images under a progress bar, and print failures as they come."""
     from dave_fast.explain.image_files import Done, explain_files
 
     done: list[Done] = []
@@ -168,7 +168,7 @@ def _run(
             progress=lambda rows, of: bar.update(
                 task, completed=share * (len(done) + len(failed)) + share * rows // of
             ),
-            note=partial(_note, screen),
+            note=partial(note, screen),
         )
         for number, outcome in enumerate(outcomes, 1):
             if isinstance(outcome, Done):
@@ -181,12 +181,8 @@ def _run(
     return done, failed
 
 
-def _note(screen: Console, text: str) -> None:
-    screen.print(f"note: {text}", style="yellow", soft_wrap=True)
-
-
 def _summary(done: Sequence[Done], failed: Sequence[Failed], request: Request) -> None:
-    """What was explained, as what, and where it lies."""
+    """Print what was explained, as what, and the paths of the files."""
     from rich.table import Table
     from rich.text import Text
 

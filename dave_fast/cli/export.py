@@ -1,4 +1,4 @@
-"""`dave-fast export`: the maps of a run in the forms that other tools read."""
+"""`dave-fast export`: write the maps of a run in formats that other tools read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What this machine has and which backend runs each op: `dave-fast info`."""
+"""`dave-fast info`: list versions, devices, and the backends of every op."""
 
 from __future__ import annotations
 
@@ -23,7 +23,13 @@ _PACKAGES = ("torch", "timm", "triton", "numpy", "pillow")
 
 @dataclass(frozen=True)
 class Device:
-    """A device that torch can use. type: torch's word; name: of the chip; memory: GiB, None where unknown."""
+    """A device that torch can use.
+
+    Attributes:
+        type: torch's name of the type.
+        name: of the chip.
+        memory: in GiB; None where unknown.
+    """
 
     type: str
     name: str
@@ -32,11 +38,19 @@ class Device:
 
 @dataclass(frozen=True)
 class Info:
-    """versions: package -> version. ops: op -> backend -> "default", "yes" or the reason why not.
+    """A machine as dave-fast sees it.
 
-    device: the one that `ops` speaks of. native: None where the native core is there, else why it is not.
-    isa: the instruction set that the native core takes, None without it. choices: of the GPU's kernels, problem ->
-    rows -> the candidate that was measured to be fastest (see `dave_fast.ops.choices`), kept in `choices_file`.
+    Attributes:
+        versions: of each package.
+        devices: the CPU, then accelerators.
+        device: the type that `ops` and `choices` are about.
+        threads: of torch on the CPU.
+        isa: the instruction set that the native core uses; None without the core.
+        native: the reason why there is no native core, or None.
+        ops: for each op and backend "default", "yes" or the reason why not.
+        choices: for each problem of the GPU's kernels and number of rows, the candidate that was measured to be fastest
+            (see `dave_fast.ops.choices`).
+        choices_file: where these choices are kept; None where the device is no GPU.
     """
 
     versions: dict[str, str]
@@ -51,7 +65,7 @@ class Info:
 
 
 def _installed(package: str) -> str:
-    """The version of a package, or "not installed"."""
+    """Return the version of a package, or "not installed"."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -59,9 +73,13 @@ def _installed(package: str) -> str:
 
 
 def collect(device: str | None = None) -> Info:
-    """What is here. device: the one to tell backends of, "cpu", "cuda" ...; None takes the best there is.
+    """Look the machine over.
 
-    Raises InputError for a device that no backend runs on.
+    Args:
+        device: the type whose backends are listed, "cpu", "cuda" ...; None takes the best there is.
+
+    Raises:
+        InputError: no backend runs on such a device.
     """
     import torch
 
@@ -86,7 +104,7 @@ def collect(device: str | None = None) -> Info:
 
 
 def _devices() -> tuple[Device, ...]:
-    """The CPU, then accelerators."""
+    """Return the CPU, then accelerators."""
     import torch
 
     found = [Device("cpu", _processor(), _host_memory())]
@@ -100,7 +118,7 @@ def _devices() -> tuple[Device, ...]:
 
 
 def _processor() -> str:
-    """The name of the CPU."""
+    """Return the name of the CPU."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -110,7 +128,7 @@ def _processor() -> str:
 
 
 def _host_memory() -> float | None:
-    """GiB of main memory; None on systems that do not tell."""
+    """Return the GiB of main memory; None on systems that do not tell."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     except (AttributeError, ValueError, OSError):
@@ -118,7 +136,7 @@ def _host_memory() -> float | None:
 
 
 def _table(device: str) -> dict[str, dict[str, str]]:
-    """op -> backend -> "default", "yes" or the reason why not."""
+    """Return for each op and backend "default", "yes" or the reason why not."""
     from dave_fast.ops import _registry
 
     table = {}
@@ -133,7 +151,7 @@ def _table(device: str) -> dict[str, dict[str, str]]:
 
 
 def render(found: Info) -> RenderableType:
-    """Info as a screen of text: versions, devices, the native core, and the table op × backend."""
+    """Render an Info as text: versions, devices, the native core, and the table op × backend."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -153,7 +171,7 @@ def render(found: Info) -> RenderableType:
 
 
 def _choices_table(found: Info) -> list[RenderableType]:
-    """What was measured to be fastest on the GPU; nothing where no GPU is spoken of."""
+    """Return the table of the fastest kernels measured on the GPU; empty for other devices."""
     from rich.table import Table
     from rich.text import Text
 
@@ -170,7 +188,7 @@ def _choices_table(found: Info) -> list[RenderableType]:
 
 
 def _ops_table(found: Info) -> tuple[RenderableType, dict[str, int]]:
-    """The table op × backend, and its footnotes: reasons are long, and most are shared by many ops."""
+    """Return the table op × backend and its footnotes, since reasons are long and most are those of many ops."""
     from rich.table import Table
     from rich.text import Text
 

@@ -1,6 +1,6 @@
-"""The options that commands share: which model, how it is sampled, where it is computed.
+"""The options that several commands have: the model, its sampling, the machine.
 
-An option is an alias of an annotated type: a command's parameter of that type has its name, help and panel.
+An option is an annotated type: a parameter of that type is given the option's name, help and panel by typer.
 """
 
 from __future__ import annotations
@@ -86,6 +86,21 @@ InternalBatchSize = Annotated[
 ]
 
 
+def read_config(path: Path | None) -> Config:
+    """Read the file of --config; without one, nothing is set."""
+    from dave_fast.cli.config import Config, load_config
+
+    return Config() if path is None else load_config(path)
+
+
+def sampling(n_samples: int | None, noise_alpha: float | None, *, config: Config) -> tuple[int, float | None]:
+    """Return the number of samples and the noise level; the command line comes before the configuration.
+
+    A level of None leaves the choice to the model.
+    """
+    return n_samples or config.n_samples or 50, config.noise_alpha if noise_alpha is None else noise_alpha
+
+
 def model_spec(
     model: str | None,
     weights: Path | None,
@@ -97,9 +112,22 @@ def model_spec(
     default: str = "demo",
     random_weights: bool = False,
 ) -> ModelSpec:
-    """The model that the options and a configuration file name together; what is given comes before the file.
+    """Return the model that the options and a configuration name; the command line comes before the configuration.
 
-    What the file says of its model's weights and classes goes with that model alone. Raises InputError.
+    The configuration's weights, classes and size belong to its own model, and are ignored where another one is named.
+
+    Args:
+        model: of --model.
+        weights: of --weights.
+        num_classes: of --num-classes.
+        labels: of --labels.
+        image_size: of --image-size.
+        config: the configuration, or None.
+        default: the model where neither names one.
+        random_weights: whether the weights are random; those of the configuration are ignored then.
+
+    Raises:
+        InputError: there is no such file, or the options contradict each other.
     """
     from dave_fast.models.spec import ModelSpec
 
@@ -109,7 +137,7 @@ def model_spec(
         raise InputError(f"--weights: there is no file {weights}.")
     if labels is not None and not labels.is_file():
         raise InputError(f"--labels: there is no file {labels}.")
-    # workers may have other working directories
+    # Workers may have other working directories.
     file = str(weights.resolve()) if weights else known.weights if known and not random_weights else None
     names = str(labels.resolve()) if labels else known.labels if known else None
     classes = num_classes or (known.num_classes if known else None)

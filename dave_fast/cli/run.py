@@ -1,4 +1,4 @@
-"""`dave-fast run`: maps for a whole dataset, in a run that can be stopped, killed and resumed."""
+"""`dave-fast run`: make maps for a whole dataset, in a run that can be stopped, killed and resumed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dave_fast.cli import options as cli_options
+from dave_fast.cli import options
 from dave_fast.cli.options import MACHINE, MODEL
 from dave_fast.cli.terminal import console
 from dave_fast.errors import InputError
@@ -25,11 +25,11 @@ def run(
     source: Annotated[
         str, typer.Argument(help="Folder, list (txt, csv, jsonl), Parquet manifest, tars, hf://NAME:SPLIT; or a URL.")
     ],
-    model: cli_options.Model = None,
-    weights: cli_options.Weights = None,
-    num_classes: cli_options.NumClasses = None,
-    labels: cli_options.ClassNames = None,
-    image_size: cli_options.ImageSize = None,
+    model: options.Model = None,
+    weights: options.Weights = None,
+    num_classes: options.NumClasses = None,
+    labels: options.ClassNames = None,
+    image_size: options.ImageSize = None,
     random_weights: Annotated[
         bool,
         typer.Option(
@@ -38,7 +38,7 @@ def run(
             rich_help_panel=MODEL,
         ),
     ] = False,
-    config: cli_options.ConfigFile = None,
+    config: options.ConfigFile = None,
     out: Annotated[Path, typer.Option(help="The run's folder; the same again resumes it.")] = Path("run"),
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many rows in all.")] = None,
     target: Annotated[
@@ -66,10 +66,10 @@ def run(
     commit_every: Annotated[
         float, typer.Option(min=0.1, help="Seconds after which rows are committed.", rich_help_panel=_RESULTS)
     ] = 300.0,
-    n_samples: cli_options.Samples = None,
-    seed: cli_options.Seed = 0,
-    noise_alpha: cli_options.NoiseAlpha = None,
-    schedule: cli_options.Schedule = "sequence",
+    n_samples: options.Samples = None,
+    seed: options.Seed = 0,
+    noise_alpha: options.NoiseAlpha = None,
+    schedule: options.Schedule = "sequence",
     engine: Annotated[str, typer.Option(metavar="local|ray", rich_help_panel=MACHINE)] = "local",
     devices: Annotated[
         str | None,
@@ -82,14 +82,14 @@ def run(
             rich_help_panel=MACHINE,
         ),
     ] = None,
-    precision: cli_options.Precision = None,
-    backend: cli_options.Backend = "auto",
-    route: cli_options.Route = "auto",
+    precision: options.Precision = None,
+    backend: options.Backend = "auto",
+    route: options.Route = "auto",
     batch_size: Annotated[
         int | None,
         typer.Option(min=1, help="Images at a time.", show_default="4; 16 on a GPU", rich_help_panel=MACHINE),
     ] = None,
-    internal_batch_size: cli_options.InternalBatchSize = None,
+    internal_batch_size: options.InternalBatchSize = None,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -112,7 +112,6 @@ def run(
     Exit code 0: all done; 1: done, some records have errors; 2: refused or ended early, and why;
     130, 143: stopped by Ctrl-C or SIGTERM.
     """
-    from dave_fast.cli.config import Config, load_config
     from dave_fast.run.local import Machine
     from dave_fast.run.mapper import MAP_DTYPES, MapSettings
     from dave_fast.run.runner import run_dataset
@@ -121,19 +120,20 @@ def run(
         raise InputError(f"--map-dtype is {map_dtype!r}; expected one of {', '.join(MAP_DTYPES)}.")
     if not -_INT64 <= seed < _INT64:
         raise InputError(f"--seed is {seed}; expected an integer of 64 bits.")
-    given = load_config(config) if config is not None else Config()
+    given = options.read_config(config)
+    samples, level = options.sampling(n_samples, noise_alpha, config=given)
     settings = MapSettings(
-        model=cli_options.model_spec(
+        model=options.model_spec(
             model,
             weights,
             num_classes,
             labels,
             image_size,
             config=given,
-            default=cli_options.DEFAULT_MODEL,
+            default=options.DEFAULT_MODEL,
             random_weights=random_weights,
         ),
-        n_samples=n_samples or given.n_samples or 50,
+        n_samples=samples,
         seed=seed,
         target=target,
         map_dtype=map_dtype,
@@ -144,7 +144,7 @@ def run(
             "precision": precision,
             "backend": backend,
             "route": route,
-            "noise_alpha": given.noise_alpha if noise_alpha is None else noise_alpha,
+            "noise_alpha": level,
             "schedule": schedule,
             "internal_batch_size": internal_batch_size,
         },
@@ -170,7 +170,7 @@ def run(
 
 
 def _devices(named: str | None) -> list[str | None]:
-    """--devices: one name or several with commas; "all" is every GPU."""
+    """Return the devices that --devices names: one, several with commas, or "all" for every GPU."""
     if named is None:
         return [None]
     if named == "all":
@@ -186,7 +186,7 @@ def _devices(named: str | None) -> list[str | None]:
 
 
 def _tell(summary: RunSummary, out: Path) -> None:
-    """The summary, in a few lines."""
+    """Print the summary of a run."""
     from dave_fast.run.progress import duration, size, speed
 
     screen = console(stderr=False)

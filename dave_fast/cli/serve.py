@@ -1,4 +1,4 @@
-"""`dave-fast serve`: explanations over HTTP."""
+"""`dave-fast serve`: serve explanations over HTTP."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dave_fast.cli import options as cli_options
+from dave_fast.cli import options
 from dave_fast.cli.options import MACHINE
 from dave_fast.cli.terminal import console, plain_warnings
 from dave_fast.errors import InputError, reason_of
@@ -21,22 +21,22 @@ MISSING = "serving needs more packages; install them with: pip install 'dave-fas
 
 def serve(
     models: Annotated[
-        list[str] | None, typer.Argument(metavar="[[NAME=]MODEL]...", help=cli_options.NAMES, show_default="demo")
+        list[str] | None, typer.Argument(metavar="[[NAME=]MODEL]...", help=options.NAMES, show_default="demo")
     ] = None,
-    weights: cli_options.Weights = None,
-    num_classes: cli_options.NumClasses = None,
-    labels: cli_options.ClassNames = None,
-    image_size: cli_options.ImageSize = None,
+    weights: options.Weights = None,
+    num_classes: options.NumClasses = None,
+    labels: options.ClassNames = None,
+    image_size: options.ImageSize = None,
     host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 for every network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     device: Annotated[
         list[str] | None,
         typer.Option(metavar="cpu|cuda:0|...", help="One engine each; give several.", rich_help_panel=MACHINE),
     ] = None,
-    precision: cli_options.Precision = None,
-    backend: cli_options.Backend = "auto",
-    noise_alpha: cli_options.NoiseAlpha = None,
-    internal_batch_size: cli_options.InternalBatchSize = None,
+    precision: options.Precision = None,
+    backend: options.Backend = "auto",
+    noise_alpha: options.NoiseAlpha = None,
+    internal_batch_size: options.InternalBatchSize = None,
     max_requests: Annotated[int, typer.Option(min=1, help="In the queue.", rich_help_panel=_LIMITS)] = 64,
     max_samples: Annotated[int, typer.Option(min=1, help="Of one request.", rich_help_panel=_LIMITS)] = 1024,
     max_megabytes: Annotated[int, typer.Option(min=1, help="Of one upload.", rich_help_panel=_LIMITS)] = 20,
@@ -70,7 +70,7 @@ def serve(
         "labels": _file(labels),
         "image_size": image_size,
     }
-    # the port is taken before models are loaded for nothing
+    # A port that is in use is refused before the models are loaded.
     with _bound(host, port) as listening:
         try:
             from dave_fast.serve.app import create_app
@@ -104,7 +104,7 @@ def _file(path: Path | None) -> str | None:
 
 
 def _bound(host: str, port: int) -> socket.socket:
-    """A socket that has the port."""
+    """Return a socket that is bound to the port."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         made = socket.socket(family, kind)
@@ -122,7 +122,7 @@ def _bound(host: str, port: int) -> socket.socket:
 
 
 def _keys(path: Path | None) -> list[str]:
-    """Keys of a file or of the environment; none for none."""
+    """Read the API keys of a file or of the environment; an empty list lets everybody in."""
     text = os.environ.get(KEYS_VARIABLE, "").replace(",", "\n")
     if path is not None:
         try:

@@ -1,4 +1,4 @@
-"""What commands say to whoever sits in front of them: results on stdout, everything else on stderr."""
+"""Output of the commands: results on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ _LOG_WIDTH = 200
 
 
 def console(*, stderr: bool = True) -> Console:
-    """A console that leaves text as it is: no markup and no colouring of numbers in paths and names."""
+    """Return a console that prints text unchanged, without markup and without colours for numbers in names."""
     from rich.console import Console
 
     made = Console(stderr=stderr, markup=False, highlight=False, emoji=False)
     if not made.is_terminal:
-        # Rich takes 80 columns where it cannot ask; files and pipes have no edge to fold paths at.
+        # Files and pipes have no width; rich would fold paths at 80 columns.
         made.width = _LOG_WIDTH
     return made
 
 
 def refuse(error: Exception, to: Console | None = None) -> None:
     """Print an error as one red line."""
-    # Whatever a library put into several lines is still one message.
+    # Messages of libraries may have several lines.
     text = " ".join(str(error).split())
     (to or console()).print(f"error: {text}", style="red", soft_wrap=True)
 
 
 def plain(command: Callable[..., None]) -> Callable[..., None]:
-    """A command that tells what went wrong in one line, with exit code 2, and has --debug for the traceback.
+    """Return a command that prints its errors in one line and ends with exit code 2; --debug shows the traceback.
 
     Only errors that dave-fast raises on purpose are shortened: any other keeps its traceback.
     """
@@ -57,7 +57,7 @@ def plain(command: Callable[..., None]) -> Callable[..., None]:
     option = typer.Option("--debug", help="Show the traceback of an error.")
     switch = Parameter("debug", Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option])
     own = signature(command, eval_str=True)
-    # typer reads the options of a command from its signature.
+    # Typer reads the options of a command from its signature.
     run.__signature__ = own.replace(parameters=[*own.parameters.values(), switch])  # type: ignore[attr-defined]
     run.__annotations__ = {name: each.annotation for name, each in own.parameters.items()} | {
         "debug": switch.annotation
@@ -65,16 +65,21 @@ def plain(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def note(to: Console, text: str) -> None:
+    """Print a note as one yellow line."""
+    to.print(f"note: {text}", style="yellow", soft_wrap=True)
+
+
 @contextmanager
 def plain_warnings(to: Console) -> Iterator[None]:
-    """Print warnings as plain lines, each text once, without the line of code that gave it."""
+    """Print warnings in the block as notes, each text once, without the line of code that gave it."""
     seen = set()
 
     def show(message: Warning | str, *details: Any, **more: Any) -> None:
         text = " ".join(str(message).split())
         if text not in seen:
             seen.add(text)
-            to.print(f"note: {text}", style="yellow", soft_wrap=True)
+            note(to, text)
 
     with warnings.catch_warnings():
         warnings.showwarning = show
@@ -82,7 +87,7 @@ def plain_warnings(to: Console) -> Iterator[None]:
 
 
 def progress_bar(to: Console) -> Progress:
-    """A progress bar with time left that vanishes when it is done; none where nobody watches, as in a log."""
+    """Return a progress bar over samples that vanishes at its end, and is disabled where `to` is not a terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     return Progress(
@@ -95,3 +100,11 @@ def progress_bar(to: Console) -> Progress:
         transient=True,
         disable=not to.is_terminal,
     )
+
+
+@contextmanager
+def progress(to: Console, name: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Show a progress bar in the block, which gets a function of (done, in all, current work) that updates it."""
+    with progress_bar(to) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total, work: bar.update(task, completed=done, total=max(done, total), description=work)

@@ -1,4 +1,4 @@
-"""`dave-fast tune`: noise_alpha and the number of samples for a model, from a few of its own images."""
+"""`dave-fast tune`: choose noise_alpha and the number of samples for a model from a few of its images."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dave_fast.cli import options as cli_options
-from dave_fast.cli.terminal import console, plain_warnings, progress_bar
+from dave_fast.cli import options
+from dave_fast.cli.terminal import console, note, plain_warnings, progress
 from dave_fast.errors import ImageError, InputError
 from dave_fast.files import check_writable
 
@@ -29,20 +29,20 @@ def tune(
         list[Path] | None,
         typer.Argument(metavar="[IMAGES|FOLDER]...", help="Images that the model is used on; none for 'demo'."),
     ] = None,
-    model: cli_options.ModelOrDemo = None,
-    weights: cli_options.Weights = None,
-    num_classes: cli_options.NumClasses = None,
-    labels: cli_options.ClassNames = None,
-    image_size: cli_options.ImageSize = None,
+    model: options.ModelOrDemo = None,
+    weights: options.Weights = None,
+    num_classes: options.NumClasses = None,
+    labels: options.ClassNames = None,
+    image_size: options.ImageSize = None,
     out: Annotated[Path, typer.Option(help="The folder for the configuration and the picture.")] = Path("tuned"),
     images: Annotated[int, typer.Option(min=3, help="How many of the images to use.")] = 8,
     quality: Annotated[
         float, typer.Option(help="Correlation with the converged map that n_samples is chosen for.")
     ] = 0.9,
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal results.")] = 0,
-    device: cli_options.Device = None,
-    precision: cli_options.Precision = None,
-    backend: cli_options.Backend = "auto",
+    device: options.Device = None,
+    precision: options.Precision = None,
+    backend: options.Backend = "auto",
 ) -> None:
     """Choose noise_alpha and n_samples for a model, without labels.
 
@@ -56,9 +56,9 @@ def tune(
     screen = console()
     with plain_warnings(screen):
         check_writable(out)
-        spec = cli_options.model_spec(model, weights, num_classes, labels, image_size)
+        spec = options.model_spec(model, weights, num_classes, labels, image_size)
         found = _run(screen, paths or [], spec, images, quality, seed, (device, precision, backend))
-    # names of classes are a file here
+    # On the command line class names are always a file.
     names = spec.labels if isinstance(spec.labels, str) else None
     chosen = (spec.name, found.noise_alpha, found.n_samples, spec.weights, spec.num_classes, names, spec.image_size)
     save_config(Config(*chosen), out / CONFIG)
@@ -84,22 +84,18 @@ def _run(
     files = find_images(paths) if paths else []
     device, precision, backend = machine
     with screen.status(f"loading {spec.name}"):
-        # the level is what is sought: any serves to begin with
+        # The level is what is tuned: any value will do for loading.
         subject = Subject.load(spec, device=device, precision=precision, backend=backend, noise_alpha=0.5)
     inputs = _inputs(screen, subject.prepare, files, images, seed)
-    with progress_bar(screen) as bar:
-        task = bar.add_task("tuning", total=None)
-        return measure(
-            subject.explainer,
-            inputs,
-            quality=quality,
-            seed=seed,
-            progress=lambda done, total, what: bar.update(task, completed=done, total=total, description=what),
-        )
+    with progress(screen, "tuning") as update:
+        return measure(subject.explainer, inputs, quality=quality, seed=seed, progress=update)
 
 
 def _inputs(screen: Console, prepare: Preprocessing, files: Sequence[Path], images: int, seed: int) -> Any:
-    """The images as the model sees them; files in equal steps through the list, unreadable ones left out and named."""
+    """Return inputs (B, 3, H, W) of images in equal steps through the files, or of embedded scenes without files.
+
+    Images that cannot be read are named in a note and left out.
+    """
     import torch
 
     from dave_fast.images import read_image
@@ -115,14 +111,14 @@ def _inputs(screen: Console, prepare: Preprocessing, files: Sequence[Path], imag
         try:
             made.append(prepare.transform(read_image(file)))
         except ImageError as error:
-            screen.print(f"note: {error}", style="yellow", soft_wrap=True)
+            note(screen, str(error))
     if len(made) < 3:
         raise InputError(f"{len(made)} images could be read: tuning takes three or more; eight are better.")
     return torch.stack(made)
 
 
 def _tell(found: Tuning, out: Path) -> None:
-    """The curve in the terminal, and what was chosen."""
+    """Print the curve, what was chosen, and the paths of the files."""
     from rich.table import Table
     from rich.text import Text
 
@@ -149,7 +145,7 @@ def _tell(found: Tuning, out: Path) -> None:
 
 
 def picture(found: Tuning, path: Path) -> None:
-    """The three curves that decided: repeatability and decision by noise_alpha, error by samples."""
+    """Draw the three curves of the choice: repeatability and decision by noise_alpha, error by samples."""
     import matplotlib as mpl
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -1,7 +1,11 @@
-"""The front end: `DAVE`, its `Explanation`, and the ways from image files to results.
+"""The front end: `DAVE`, its `Explanation`, and the way from image files to results.
 
 explainer     DAVE and effective_gradient
+explanation   the result of DAVE.explain
+route_cache   the routes through a model, by size of images
+subject       a model with its preprocessing and class names
 convergence   the error of a map at a finite number of samples
 pipeline      `dave_fast.pipeline`: a photograph in, scored classes with maps out
-image_files   the command `dave-fast explain`: many files, pictures and arrays out
+image_files   the work of `dave-fast explain`: image files in, pictures and arrays out
+arrays        the .npz file of an explained image
 """

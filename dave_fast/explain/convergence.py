@@ -1,15 +1,16 @@
-"""How far a map is from its limit, told from its own samples.
+"""Estimate the error of a map from its own samples.
 
-The error of the final map m_S of S samples is its relative L2 distance to its limit, ‖m_S − m_∞‖ / ‖m_∞‖. A median,
-a ReLU and a division by the maximum stand between samples and map, so there is no formula from per-pixel variances.
-Instead the samples are split into two halves, each of which is made a map of its own, A and B:
+The error of a map m_S of S samples is its relative L2 distance to its limit, ‖m_S − m_∞‖ / ‖m_∞‖. A median, a ReLU and
+a division by the maximum stand between samples and map, so that no formula gives it from per-pixel variances. Instead
+the samples are split into two halves, and a map is made of each, A and B:
 
     ê² = ½·(‖A − m_S‖² + ‖B − m_S‖²) / ‖m_S‖²
 
-For a plain mean of independent samples the distance from half the samples to all has exactly the variance that all have
-to the limit, 1/(S/2) − 1/S = 1/S; by the parallelogram law ê² also holds the square of the bias between S/2 and S,
-‖m_S − ½(A + B)‖², which the difference of two halves cannot see. Halves are of consecutive samples: in the van der
-Corput schedule every run of consecutive samples is a fair sample of noise levels, whereas every second one is not.
+For a plain mean of independent samples the distance between half the samples and all of them has the variance of the
+distance between all of them and the limit, 1/(S/2) − 1/S = 1/S. By the parallelogram law ê² also contains the squared
+bias between S/2 and S, ‖m_S − ½(A + B)‖², which the difference of two halves would not. The halves are of consecutive
+samples: in the van der Corput schedule every run of consecutive samples has noise levels from the whole range, whereas
+every second sample has not.
 
 The bound is factor(S)·ê, the factor being the 0.9 quantile of error/ê over scenes of the demo model
 (`benchmarks/convergence.py`, with the validation on other scenes beside it in benchmarks/results).
@@ -28,16 +29,20 @@ from torch import Tensor
 if TYPE_CHECKING:
     from dave_fast.explain.explainer import DAVE
 
-# S -> 0.9 quantile of error/ê; between two, linear in log S, and beyond the last, the last
+# The 0.9 quantile of error/ê by S. It is interpolated linearly in log S, and constant after the last S.
 FACTORS = {8: 1.34, 16: 1.36, 32: 1.35, 64: 1.32, 128: 1.32, 256: 1.33}
 
 
 @dataclass(frozen=True)
 class Refined:
-    """The maps of one image from its first S samples, K classes.
+    """Maps of one image and K classes from its first S samples, and their estimated errors.
 
-    maps: (K, H, W) float32 · raw: (K, C, H, W) float32 · samples: S · errors: the estimate ê of each class ·
-    bounds: what each error is below with a probability of 0.9; infinity below eight samples.
+    Attributes:
+        maps: (K, H, W) float32.
+        raw: (K, C, H, W) float32.
+        samples: S.
+        errors: the estimate ê for each class.
+        bounds: an upper bound of each error that holds with a probability of 0.9; infinity below eight samples.
     """
 
     maps: Tensor
@@ -53,13 +58,13 @@ class Refined:
 
 
 def refine(explainer: DAVE, contributions: Tensor) -> Refined:
-    """Maps and error estimates from contributions (K, S, C, H, W): those of K classes, S samples."""
+    """Make maps and estimate their errors from contributions (K, S, C, H, W) of K classes and S samples."""
     samples = contributions.shape[1]
     raw, maps = explainer.aggregate(contributions)
     half = samples // 2
     errors = [math.inf] * len(maps)
     if half > 0:
-        # the last sample of an odd number is in neither half
+        # Of an odd number of samples the last one is in neither half.
         halves = [explainer.aggregate(contributions[:, start : start + half])[1] for start in (0, half)]
         errors = estimate(maps, *halves)
     bounds = [factor(samples) * error for error in errors]
@@ -67,18 +72,18 @@ def refine(explainer: DAVE, contributions: Tensor) -> Refined:
 
 
 def estimate(maps: Tensor, first: Tensor, second: Tensor) -> list[float]:
-    """ê of maps (K, H, W), given the maps of both halves of their samples; infinity for a map of zeros."""
+    """Return ê of maps (K, H, W), given the maps of both halves of their samples; infinity for a map of zeros."""
     distance = (_squares(first - maps) + _squares(second - maps)) / 2
     return [math.sqrt(d / n) if n > 0 else math.inf for d, n in zip(distance.tolist(), _squares(maps), strict=True)]
 
 
 def relative_distance(maps: Tensor, limit: Tensor) -> list[float]:
-    """The error itself: ‖m − m_∞‖ / ‖m_∞‖ of maps (K, H, W)."""
+    """Return the error ‖m − m_∞‖ / ‖m_∞‖ of maps (K, H, W), given their limit."""
     return (_squares(maps - limit) / _squares(limit)).sqrt().tolist()
 
 
 def factor(samples: int) -> float:
-    """By how much ê is multiplied to be a bound that holds nine times in ten; infinity where nothing was measured."""
+    """Return the factor that makes ê a bound with probability 0.9; infinity below the samples of `FACTORS`."""
     known = sorted(FACTORS)
     if samples < known[0]:
         return math.inf
@@ -90,7 +95,7 @@ def factor(samples: int) -> float:
 
 
 def checkpoints(n_samples: int) -> Iterator[int]:
-    """The numbers of samples at which a map is worth looking at: 1, 2, 3, 4, 6, 8, 12, 16, 24 … and the last."""
+    """Yield the numbers of samples at which a map is made on the way: 1, 2, 3, 4, 6, 8, 12, 16, 24 … and the last."""
     power = 1
     while power < n_samples:
         yield power

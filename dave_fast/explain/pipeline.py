@@ -1,4 +1,4 @@
-"""The one-liner that users of Hugging Face's pipelines know: a model in, a function of images out.
+"""A model as a function of images, called as Hugging Face's pipelines are.
 
 pipe = dave_fast.pipeline("demo")
 pipe("photo.jpg", top_k=3)     # [{"label": ..., "score": ..., "target": ..., "map": ..., "overlay": ...}, ...]
@@ -24,7 +24,13 @@ Answer = dict[str, Any]
 
 
 class Pipeline:
-    """A classifier with its preprocessing and class names; `explainer` is its `DAVE`."""
+    """A classifier as a function of images.
+
+    Attributes:
+        explainer: its `DAVE`.
+        prepare: its preprocessing.
+        labels: its class names.
+    """
 
     def __init__(self, subject: Subject) -> None:
         self.explainer, self.prepare, self.labels = subject
@@ -38,12 +44,22 @@ class Pipeline:
         n_samples: int = 50,
         seed: int = 0,
     ) -> list[Answer] | list[list[Answer]]:
-        """Explain the most probable classes of an image, or one class; for a list of images a list each.
+        """Explain the most probable classes of an image, or one class.
 
-        images: a path or a PIL image, or a list of them. target: a class by index or name, in place of top_k.
+        Args:
+            images: a path or a PIL image, or a list of them.
+            top_k: number of most probable classes.
+            target: in place of top_k, a class by index or name.
+            n_samples: perturbed samples of an image.
+            seed: equal seeds give equal maps.
 
-        Each answer holds label, score (probability), target (index), map ((H, W) float32 in [0, 1]) and overlay (a PIL
-        image). Raises ImageError, InputError.
+        Returns:
+            A dictionary for each class, with label, score (probability), target (index), map ((H, W) float32 in [0, 1])
+            and overlay (a PIL image); for a list of images a list of such lists.
+
+        Raises:
+            ImageError: an image cannot be read.
+            InputError: the model has no such class, or fewer classes than top_k.
         """
         check_integer(top_k, "top_k", 1)
         if target is not None and top_k != 1:
@@ -75,9 +91,14 @@ class Pipeline:
 
 
 def pipeline(model: str | ModelSpec | nn.Module = "demo", **settings: Any) -> Pipeline:
-    """A `Pipeline` of any model that `DAVE` takes. settings: keywords of `DAVE`, as precision or noise_alpha.
+    """Return a `Pipeline` for a model.
 
-    Raises what `DAVE` raises, and InputError for a model that has no classes.
+    Args:
+        model: anything that `DAVE` takes.
+        settings: keywords of `DAVE`, such as precision or noise_alpha.
+
+    Raises:
+        InputError: the model has no classes, and as `DAVE` does.
     """
     return Pipeline(Subject.load(model, **settings))
 
