@@ -94,14 +94,18 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
     "cuda": ("cuda", "triton", "torch"),
 }
 
+
+def _forms(module: str, op: str, *backends: str) -> dict[str, str]:
+    """Return backend -> "module:function" of an op whose functions are named by the rule `<op>_<backend>`."""
+    forms = {"torch": f"dave_fast.ops.{module}:{op}_ref"}
+    for backend in backends:
+        forms[backend] = f"dave_fast.{'kernels' if backend == 'triton' else 'ops'}.{module}:{op}_{backend}"
+    return forms
+
+
 # op -> backend -> "module:function"
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
-    op: {
-        "torch": f"dave_fast.ops.{op}:{op}_ref",
-        "native": f"dave_fast.ops.{op}:{op}_native",
-        "cuda": f"dave_fast.ops.{op}:{op}_cuda",
-    }
-    for op in ("perturb", "pull_back", "robust_mean", "pull_back_mean", "smooth")
+    op: _forms(op, op, "native", "cuda") for op in ("perturb", "pull_back", "robust_mean", "pull_back_mean", "smooth")
 } | {
     "pack_weight": {
         "torch": "dave_fast.ops.linear:pack_ref",
@@ -109,45 +113,16 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "native": "dave_fast.ops.linear:pack_native",
         "triton": "dave_fast.ops.linear:pack_ref",
     },
-    "linear": {
-        "torch": "dave_fast.ops.linear:linear_ref",
-        "onednn": "dave_fast.ops.linear:linear_onednn",
-        "native": "dave_fast.ops.linear:linear_native",
-        "triton": "dave_fast.kernels.linear:linear_triton",
-    },
-    "pack_weight_fp8": {"torch": "dave_fast.ops.fp8:pack_fp8", "triton": "dave_fast.ops.fp8:pack_fp8"},
-    "linear_fp8": {"torch": "dave_fast.ops.fp8:linear_fp8_ref", "triton": "dave_fast.kernels.fp8:linear_fp8_triton"},
-    "attention": {
-        "torch": "dave_fast.ops.attention:attention_ref",
-        "native": "dave_fast.ops.attention:attention_native",
-        "triton": "dave_fast.kernels.attention:attention_triton",
-    },
-    "attention_vjp": {
-        "torch": "dave_fast.ops.attention:attention_vjp_ref",
-        "native": "dave_fast.ops.attention:attention_vjp_native",
-        "triton": "dave_fast.kernels.attention:attention_vjp_triton",
-    },
-    "rotate": {
-        "torch": "dave_fast.ops.rotary:rotate_ref",
-        "triton": "dave_fast.kernels.rotary:rotate_triton",
-    },
-    "row_rstd": {
-        "torch": "dave_fast.ops.norm:row_rstd_ref",
-        "native": "dave_fast.ops.norm:row_rstd_native",
-        "triton": "dave_fast.kernels.norm:row_rstd_triton",
-    },
-    "normalize": {
-        "torch": "dave_fast.ops.norm:normalize_ref",
-        "triton": "dave_fast.kernels.norm:normalize_triton",
-    },
-    "normalize_vjp": {
-        "torch": "dave_fast.ops.norm:normalize_vjp_ref",
-        "triton": "dave_fast.kernels.norm:normalize_vjp_triton",
-    },
-    "assemble": {
-        "torch": "dave_fast.ops.tokens:assemble_ref",
-        "triton": "dave_fast.kernels.tokens:assemble_triton",
-    },
+    "linear": _forms("linear", "linear", "onednn", "native", "triton"),
+    "pack_weight_fp8": dict.fromkeys(("torch", "triton"), "dave_fast.ops.fp8:pack_fp8"),
+    "linear_fp8": _forms("fp8", "linear_fp8", "triton"),
+    "attention": _forms("attention", "attention", "native", "triton"),
+    "attention_vjp": _forms("attention", "attention_vjp", "native", "triton"),
+    "rotate": _forms("rotary", "rotate", "triton"),
+    "row_rstd": _forms("norm", "row_rstd", "native", "triton"),
+    "normalize": _forms("norm", "normalize", "triton"),
+    "normalize_vjp": _forms("norm", "normalize_vjp", "triton"),
+    "assemble": _forms("tokens", "assemble", "triton"),
 }
 
 
