@@ -1,6 +1,6 @@
-"""The server: explanations on demand, by a deadline, refined while you watch.
+"""The server: explanations over HTTP, with deadlines, error bounds and maps that are refined as samples arrive.
 
-scheduler   which rows (request, sample) go into the next micro-batch; no torch, no threads, no clock of its own
-service     engines, each a thread that takes micro-batches; contributions gathered to maps and error estimates
+scheduler   chooses the rows (request, sample) of the next micro-batch; without torch, threads or a clock
+service     workers, one thread a device, compute micro-batches; another thread makes maps and error estimates
 app         HTTP: routes, limits, formats; `server` runs it under uvicorn, with signals and draining
 """

@@ -1,13 +1,13 @@
-"""What the routes do: from a request to an ask, from an ask to an answer.
+"""The functions of the routes: from an HTTP request to an `Ask`, and from its events to an answer.
 
-Everything that computes is elsewhere: the event loop reads, waits and writes, the service's threads compute, decoding
-and encoding go to worker threads.
+Nothing here computes: the event loop reads, waits and writes, the service's threads compute, and images are decoded
+and encoded in a thread pool.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Annotated, Any
 
@@ -25,28 +25,34 @@ from dave_fast.serve import formats
 from dave_fast.serve.jobs import Ask, Ended, Event, Failed, Job, Predicted
 from dave_fast.serve.limits import FORMATS, Limits
 from dave_fast.serve.middleware import UploadBudget
-from dave_fast.serve.schemas import Health, ModelInfo, Options, StoredImage
+from dave_fast.serve.schemas import Health, ModelInfo, Options, StoredImage, describe_errors
 from dave_fast.serve.served import ServedModel
 from dave_fast.serve.service import DeadlineError, Service
 from dave_fast.serve.uploads import Body, ImageStore, MemoryStore, read_body
 
-# seconds without an event after which a comment keeps the connection open
+# Seconds without an event after which a comment is sent to keep the connection open.
 KEEP_ALIVE = 10.0
 
 
 class Api:
-    """The routes of one service."""
+    """The functions of the routes, over one service.
+
+    Args:
+        service: the service.
+        limits: limits of bodies and requests.
+        store: the images of /v1/images; None: a store of this server's own.
+    """
 
     def __init__(self, service: Service, limits: Limits, store: ImageStore | None = None) -> None:
         self.service = service
         self.limits = limits
-        self.held = UploadBudget(limits.held_bytes)
-        self.store: ImageStore = store or MemoryStore(limits, self.held)
+        self.budget = UploadBudget(limits.held_bytes)
+        self.store: ImageStore = store or MemoryStore(limits, self.budget)
 
-    # ---- from a request to an ask ----
+    # From a request to an Ask.
 
     def model(self, name: str | None) -> ServedModel:
-        """A served model; 404 for others."""
+        """Return a served model, by default the first; HTTPException 404 for an unknown name."""
         models = self.service.models
         if name is None:
             return next(iter(models.values()))
@@ -55,69 +61,88 @@ class Api:
         return models[name]
 
     async def ask(self, request: Request, options: Options, *, refined: bool) -> tuple[ServedModel, Ask, Options]:
-        """Everything that a client may get wrong is found here."""
+        """Read a request; all errors of the client are raised here.
+
+        Args:
+            request: the HTTP request, with an image as body unless `options` name a stored one.
+            options: options of the address.
+            refined: whether the client is sent a map at every checkpoint.
+
+        Returns:
+            The model, the request for the service, and the options with those of a form.
+        """
         began = self.service.clock()
         body = Body(b"") if request.method == "GET" else await read_body(request)
         if body.fields:
-            options = merged(options, body.fields)
+            options = merge_options(options, body.fields)
         model = self.model(options.model)
         if bool(body.content) == (options.image is not None):
             given = "both a body and an image id were" if body.content else "no image was"
             raise HTTPException(422, f"{given} given; send an image file, or image= with an id of /v1/images.")
         content = body.content or await self.store.get(options.image or "")
         image = await run_in_threadpool(self._prepared, model, content)
-        return model, self.asked(model, image, options, began, refined=refined), options
+        return model, self.make_ask(model, image, options, began, refined=refined), options
 
-    def asked(self, model: ServedModel, image: Any, options: Options, began: float, *, refined: bool) -> Ask:
-        """What the service is told; HTTPException 422, InputError where an option cannot be met."""
+    def make_ask(self, model: ServedModel, image: Any, options: Options, began: float, *, refined: bool) -> Ask:
+        """Return the request for the service.
+
+        Args:
+            model: the served model.
+            image: the model's input, (3, H, W).
+            options: options of the client.
+            began: when the request came, on the service's clock.
+            refined: whether the client is sent a map at every checkpoint.
+
+        Raises:
+            HTTPException: 422, an option exceeds the limits or contradicts another.
+            InputError: the model has no such class.
+        """
         deadline = None if options.deadline_ms is None else began + options.deadline_ms / 1000
         return Ask(
             image,
-            self._targets(model, options),
-            options.top_k or 1,
-            options.n_samples,
-            options.seed,
-            options.tolerance,
-            deadline,
-            refined,
+            targets=self._targets(model, options),
+            top_k=options.top_k or 1,
+            n_samples=options.n_samples,
+            seed=options.seed,
+            tolerance=options.tolerance,
+            deadline=deadline,
+            refined=refined,
         )
 
     def _targets(self, model: ServedModel, options: Options) -> tuple[int, ...] | None:
         if options.target and options.top_k is not None:
-            raise HTTPException(422, "target names classes and top_k takes the most probable: give one of them.")
+            raise HTTPException(422, "target and top_k are both given: give one of them.")
         if options.n_samples > self.limits.samples:
-            raise HTTPException(
-                422, f"n_samples is {options.n_samples}; this server takes up to {self.limits.samples}."
-            )
-        if max(len(options.target), options.top_k or 1) > min(self.limits.classes, model.classes):
-            raise HTTPException(
-                422, f"at most {min(self.limits.classes, model.classes)} classes are explained at once."
-            )
+            text = f"n_samples is {options.n_samples}; this server takes up to {self.limits.samples}."
+            raise HTTPException(422, text)
+        count, most = max(len(options.target), options.top_k or 1), min(self.limits.classes, model.classes)
+        if count > most:
+            raise HTTPException(422, f"{count} classes are requested; at most {most} are explained at once.")
         targets = tuple(model.labels.resolve(target) for target in options.target)
         if len(set(targets)) < len(targets):
-            raise HTTPException(422, "a class is named twice.")
+            raise HTTPException(422, "target has a class twice: give each class once.")
         return targets or None
 
     def _prepared(self, model: ServedModel, content: bytes) -> Any:
         image = decode_image(content, "the image", max_pixels=self.limits.pixels, formats=FORMATS)
         return model.prepare.transform(image)
 
-    # ---- from an ask to an answer ----
+    # From an Ask to an answer.
 
     def submit(self, model: ServedModel, ask: Ask) -> tuple[Job, asyncio.Queue[Event], Callable[[], None]]:
-        """The job, its events, and what ends its timer and the job itself where it is still open."""
+        """Start a job; return it, its events, and a function that ends it and its timer."""
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event] = asyncio.Queue()
 
         def listener(event: Event) -> None:
-            # a loop that is closed has nobody who waits
+            # Nobody waits for events after the loop is closed.
             if not loop.is_closed():
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         job = self.service.submit(model.name, ask, listener)
-        # drawn beside the engine, which needs them after the unperturbed image
+        # The draws are made while the unperturbed image is predicted.
         loop.run_in_executor(None, getattr, job, "draws")
-        # what bounds every request is no deadline of its client's: it does not make it urgent
+        # The server's own bound is not in ask.deadline, so that it does not make the request urgent.
         until = self.service.clock() + self.limits.answer_seconds
         if ask.deadline is not None:
             until = min(until, ask.deadline)
@@ -131,9 +156,9 @@ class Api:
         return job, events, leave
 
     async def end(self, request: Request, model: ServedModel, ask: Ask) -> Ended:
-        """Wait for the answer; a client that goes away frees its rows."""
+        """Run a job to its answer; if the client goes away the job is cancelled."""
         _, events, leave = self.submit(model, ask)
-        gone = asyncio.create_task(gone_away(request))
+        gone = asyncio.create_task(wait_for_disconnect(request))
         try:
             while True:
                 event = asyncio.create_task(events.get())
@@ -141,44 +166,44 @@ class Api:
                 if not event.done():
                     event.cancel()
                     raise HTTPException(499, "the client went away.")
-                if isinstance(told := event.result(), Failed):
-                    # as HTTP's own: for what it does not expect, the framework would close the connection too
-                    status, detail, headers = status_of(told.error)
+                if isinstance(news := event.result(), Failed):
+                    # An HTTPException, since the framework closes the connection after any other error.
+                    status, detail, headers = status_of(news.error)
                     raise HTTPException(status, detail, headers)
-                if isinstance(told, Ended):
-                    return told
+                if isinstance(news, Ended):
+                    return news
         finally:
             gone.cancel()
             leave()
 
     async def explain(self, request: Request, options: Annotated[Options, Query()]) -> Response:
-        """Which pixels of an image speak for a class.
+        """Explain an image: return maps of the pixels that speak for a class.
 
-        The body is an image file, or a form with the file `image` (and options as fields, if you like); or there is
-        none, and `image` is an id of /v1/images. The answer is JSON, a PNG, a .npy file of maps (K, H, W) float32, or a
-        .npz file with everything, by the Accept header; the numbers are in its x-dave- headers too.
+        The body is an image file, or a form with the file `image` and options as further fields; without a body,
+        `image` is an id of /v1/images. By the Accept header the answer is JSON, a PNG, a .npy file of maps (K, H, W)
+        float32, or a .npz file with all results; numbers are in its x-dave- headers too.
         """
         kind = formats.negotiate(request.headers.get("accept"))
         if kind is None:
-            raise HTTPException(406, f"give one of {', '.join(formats.TYPES)} in Accept.")
+            raise HTTPException(406, f"no format in Accept is supported; give one of {', '.join(formats.TYPES)}.")
         model, ask, options = await self.ask(request, options, refined=False)
         ended = await self.end(request, model, ask)
-        content = await run_in_threadpool(encoded, kind, model, ask, ended, options)
+        content = await run_in_threadpool(formats.encode, kind, model, ask, ended, options.view, options.encoding)
         return Response(content, media_type=kind, headers=formats.headers(model, ask, ended))
 
     async def stream(self, request: Request, options: Annotated[Options, Query()]) -> Response:
-        """The same as server-sent events: `prediction`, `maps` again and again as samples come, `done` or `error`.
+        """Explain an image in server-sent events: `prediction`, `maps` as samples arrive, then `done` or `error`.
 
         With GET, `image` is an id of /v1/images.
         """
         model, ask, options = await self.ask(request, options, refined=True)
         _, events, leave = self.submit(model, ask)
-        return EventResponse(told(model, ask, options, events), leave, self.limits.answer_seconds)
+        return EventResponse(event_stream(model, ask, options, events), leave, self.limits.answer_seconds)
 
-    # ---- images and models ----
+    # Images and models.
 
     async def keep(self, request: Request) -> StoredImage:
-        """Keep an image for a while, for several requests or for GET."""
+        """Store an image for a limited time, for several requests or for GET."""
         body = await read_body(request)
         if not body.content:
             raise HTTPException(422, "no image was given; send an image file.")
@@ -188,7 +213,7 @@ class Api:
         return StoredImage(image=name, width=image.width, height=image.height, expires_in_s=self.limits.stored_seconds)
 
     async def crop(self, image: str, model: Annotated[str | None, Query(max_length=200)] = None) -> Response:
-        """What a model sees of a stored image: PNG."""
+        """Return the crop of a stored image that a model is given, as PNG."""
         served = self.model(model)
         content = await self.store.get(image)
 
@@ -200,7 +225,7 @@ class Api:
         return Response(await run_in_threadpool(draw), media_type=formats.PNG)
 
     async def models(self) -> list[ModelInfo]:
-        """The served models."""
+        """List the served models."""
         infos = []
         for model in self.service.models.values():
             explainer = model.explainers[0]
@@ -219,20 +244,20 @@ class Api:
             )
         return infos
 
-    # ---- health ----
+    # Health.
 
     async def alive(self) -> Health:
-        """Whether the process answers at all."""
+        """Report that the process answers."""
         return Health(status="ok")
 
     async def ready(self, response: Response) -> Health:
-        """Whether explanations are taken; engines were warmed with a real one before the server listened."""
+        """Report whether explanations are accepted."""
         reason = self.service.why_not_ready()
         response.status_code = 200 if reason is None else 503
         return Health(status="ok" if reason is None else "not ready", reason=reason)
 
     async def metrics(self) -> Response:
-        """Prometheus' text format."""
+        """Return the metrics in Prometheus' text format."""
         measures, scheduler = self.service.metrics, self.service.scheduler
         measures.queued_requests.set(scheduler.requests)
         measures.queued_rows.set(scheduler.rows)
@@ -241,14 +266,14 @@ class Api:
 
 
 class EventResponse(StreamingResponse):
-    """Server-sent events; however it ends, `leave` is called, and a client that reads no more is left."""
+    """A response of server-sent events, with a time limit; `leave` is called at its end, also after an error."""
 
     def __init__(self, events: AsyncIterator[bytes], leave: Callable[[], None], seconds: float) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
         self._leave, self._seconds = leave, seconds
 
     async def __call__(self, *scope: Any) -> None:
-        """ASGI."""
+        """Send the response; the arguments are those of ASGI."""
         try:
             async with asyncio.timeout(2 * self._seconds):
                 await super().__call__(*scope)
@@ -256,8 +281,10 @@ class EventResponse(StreamingResponse):
             self._leave()
 
 
-async def told(model: ServedModel, ask: Ask, options: Options, events: asyncio.Queue[Event]) -> AsyncIterator[bytes]:
-    """Events of a job as bytes, with comments that keep the connection open where nothing happens."""
+async def event_stream(
+    model: ServedModel, ask: Ask, options: Options, events: asyncio.Queue[Event]
+) -> AsyncIterator[bytes]:
+    """Yield the events of a job as server-sent events, with comments that keep an idle connection open."""
     predicted: Predicted | None = None
     while True:
         try:
@@ -282,19 +309,8 @@ async def told(model: ServedModel, ask: Ask, options: Options, events: asyncio.Q
             return
 
 
-def encoded(kind: str, model: ServedModel, ask: Ask, ended: Ended, options: Options) -> bytes:
-    """The answer in a format."""
-    if kind == formats.PNG:
-        return formats.picture(model, ask, ended.refined, options.view)
-    if kind == formats.NPY:
-        return formats.npy(ended.refined)
-    if kind == formats.NPZ:
-        return formats.npz(model, ask, ended)
-    return formats.answer(model, ask, ended, options.encoding).model_dump_json().encode()
-
-
-def merged(options: Options, fields: dict[str, Any]) -> Options:
-    """Options of the query and of the form; 422 for what is none, or is given in both."""
+def merge_options(options: Options, fields: dict[str, Any]) -> Options:
+    """Return the options of the address and of the form; HTTPException 422 if one is unknown, wrong or in both."""
     given = options.model_dump(exclude_unset=True)
     twice = sorted(given.keys() & fields.keys())
     if twice:
@@ -302,34 +318,32 @@ def merged(options: Options, fields: dict[str, Any]) -> Options:
     try:
         return Options.model_validate({**given, **fields})
     except ValidationError as error:
-        raise HTTPException(422, in_words(error.errors())) from error
+        raise HTTPException(422, describe_errors(error.errors())) from error
 
 
-def in_words(errors: Sequence[Any]) -> str:
-    said = [f"{'.'.join(map(str, e['loc'][1:] or e['loc'])) or 'request'}: {e['msg']}" for e in errors]
-    return "; ".join(said)[:1000]
+# The status of each error that has a message for the client; the first match counts.
+_STATUS: tuple[tuple[type[Exception], int], ...] = (
+    (TooLargeError, 413),
+    (ImageError, 400),
+    (InputError, 422),
+    (DeadlineError, 504),
+    (NonFiniteError, 500),
+)
 
 
 def status_of(error: Exception) -> tuple[int, str, dict[str, str]]:
-    """Status, message and headers of an error."""
+    """Return the status, message and headers that answer an error."""
     if isinstance(error, RefusedError):
         status = {"full": 429, "draining": 503, "too large": 413}[error.kind]
         wait = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
         return status, f"{error}.", wait
-    if isinstance(error, TooLargeError):
-        return 413, str(error), {}
-    if isinstance(error, ImageError):
-        return 400, str(error), {}
-    if isinstance(error, InputError):
-        return 422, str(error), {}
-    if isinstance(error, DeadlineError):
-        return 504, str(error), {}
-    if isinstance(error, NonFiniteError):
-        return 500, str(error), {}
+    for kind, status in _STATUS:
+        if isinstance(error, kind):
+            return status, str(error), {}
     return 500, f"the explanation failed ({type(error).__name__}); the server's log says more.", {}
 
 
-async def gone_away(request: Request) -> None:
-    """Returns when the client has gone away."""
+async def wait_for_disconnect(request: Request) -> None:
+    """Return once the client has disconnected."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

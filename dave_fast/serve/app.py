@@ -1,4 +1,4 @@
-"""The ASGI app: routes, their documentation, keys, and how errors are answered. `server` runs it."""
+"""The ASGI app: routes, their documentation, API keys, and the answers to errors. `server` runs it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from starlette.responses import JSONResponse, StreamingResponse
 from dave_fast._version import __version__
 from dave_fast.errors import InputError, NonFiniteError, RefusedError
 from dave_fast.serve import formats, kserve
-from dave_fast.serve.api import Api, in_words, status_of
+from dave_fast.serve.api import Api, status_of
 from dave_fast.serve.limits import Limits
 from dave_fast.serve.middleware import LimitsMiddleware
 from dave_fast.serve.page import add_page
-from dave_fast.serve.schemas import Answer, Health, ModelInfo, StoredImage, problems
+from dave_fast.serve.schemas import Answer, Health, ModelInfo, StoredImage, describe_errors, problems
 from dave_fast.serve.service import DeadlineError, Service
 from dave_fast.serve.uploads import FORM, ImageStore
 
@@ -34,10 +34,14 @@ def create_app(
     cors_origins: Sequence[str] = (),
     store: ImageStore | None = None,
 ) -> FastAPI:
-    """The ASGI app. It starts the service with its lifespan, and stops it.
+    """Return the ASGI app of a service, which its lifespan starts and stops.
 
-    api_keys: where there are some, routes below /v1 and /v2 want one (Authorization: Bearer, or X-API-Key).
-    cors_origins: whose pages may call; none by default. store: of images, where several servers share one.
+    Args:
+        service: the service.
+        limits: limits of bodies and requests; None: the defaults.
+        api_keys: if any, the routes below /v1 and /v2 require one (Authorization: Bearer, or X-API-Key).
+        cors_origins: origins whose pages may call the server.
+        store: the images of /v1/images; None: a store of this server's own.
     """
     limits = limits or Limits()
 
@@ -56,7 +60,7 @@ def create_app(
     for error in (RefusedError, InputError, NonFiniteError, DeadlineError, Exception):
         app.add_exception_handler(error, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
-    app.add_middleware(LimitsMiddleware, metrics=service.metrics, limits=limits, held=api.held)
+    app.add_middleware(LimitsMiddleware, metrics=service.metrics, limits=limits, budget=api.budget)
     if cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -69,80 +73,49 @@ def create_app(
 
 
 def _explanations(api: Api, api_keys: Sequence[str]) -> APIRouter:
+    """Return the routes below /v1."""
+    common = (400, 401, 404, 413, 422, 429, 500, 503)
+    upload = (*common, 408, 415)
+    binary = {"schema": {"type": "string", "format": "binary"}}
+    files = {200: {"content": dict.fromkeys(formats.TYPES[1:], binary)}}
+    events = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
+    picture = {200: {"content": {formats.PNG: binary}}}
+    image: dict[str, Any] = {"openapi_extra": _body(required=False)}
+    stream: dict[str, Any] = {"response_class": StreamingResponse}
+    stored: dict[str, Any] = {"openapi_extra": _body(required=True), "response_model": StoredImage}
+    # Method, path, function, documented content of 200, documented errors, further settings.
+    routes: list[tuple[str, str, Any, Any, Sequence[int], dict[str, Any]]] = [
+        ("POST", "/explain", api.explain, files, (*upload, 406, 504), image | {"response_model": Answer}),
+        ("POST", "/explain/stream", api.stream, events, upload, image | stream | {"operation_id": "stream_of_body"}),
+        ("GET", "/explain/stream", api.stream, events, common, stream | {"operation_id": "stream_of_stored"}),
+        ("POST", "/images", api.keep, {}, (400, 401, 408, 413, 415, 422, 503), stored),
+        ("GET", "/images/{image}/crop", api.crop, picture, (400, 401, 404, 422), {"response_class": Response}),
+        ("GET", "/models", api.models, {}, (401,), {"response_model": list[ModelInfo]}),
+    ]
     router = APIRouter(prefix="/v1", tags=["explanations"], dependencies=_key_checked(api_keys))
-    asked = (400, 401, 404, 408, 413, 415, 422, 429, 500, 503)
-    formats_of = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in formats.TYPES[1:]}
-    router.add_api_route(
-        "/explain",
-        api.explain,
-        methods=["POST"],
-        response_model=Answer,
-        openapi_extra=_body(False),
-        responses={200: {"content": formats_of}, **problems(*asked, 406, 504)},
-    )
-    events: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
-    router.add_api_route(
-        "/explain/stream",
-        api.stream,
-        methods=["POST"],
-        response_class=StreamingResponse,
-        openapi_extra=_body(False),
-        responses={**events, **problems(*asked)},
-        operation_id="stream_of_body",
-    )
-    router.add_api_route(
-        "/explain/stream",
-        api.stream,
-        methods=["GET"],
-        response_class=StreamingResponse,
-        responses={**events, **problems(400, 401, 404, 413, 422, 429, 500, 503)},
-        operation_id="stream_of_stored",
-    )
-    router.add_api_route(
-        "/images",
-        api.keep,
-        methods=["POST"],
-        response_model=StoredImage,
-        openapi_extra=_body(True),
-        responses=problems(400, 401, 408, 413, 415, 422, 503),
-    )
-    picture: dict[int | str, dict[str, Any]] = {200: {"content": {formats.PNG: formats_of[formats.PNG]}}}
-    router.add_api_route(
-        "/images/{image}/crop",
-        api.crop,
-        methods=["GET"],
-        response_class=Response,
-        responses={**picture, **problems(400, 401, 404, 422)},
-    )
-    router.add_api_route(
-        "/models", api.models, methods=["GET"], response_model=list[ModelInfo], responses=problems(401)
-    )
+    for method, path, function, content, errors, settings in routes:
+        responses = {**content, **problems(*errors)}
+        router.add_api_route(path, function, methods=[method], responses=responses, **settings)
     return router
 
 
 def _about(api: Api) -> APIRouter:
-    router = APIRouter(tags=["about"])
-    router.add_api_route("/healthz", api.alive, methods=["GET"], response_model=Health)
-    router.add_api_route(
-        "/readyz",
-        api.ready,
-        methods=["GET"],
-        response_model=Health,
-        responses={503: {"model": Health, "description": "Not ready, and why."}},
-    )
+    """Return the routes about the server, and those of the page."""
+    not_ready = {503: {"model": Health, "description": "Not ready, and why."}}
     text = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
-    router.add_api_route(
-        "/metrics",
-        api.metrics,
-        methods=["GET"],
-        response_class=Response,
-        responses=text,  # type: ignore[arg-type]
-    )
+    routes: list[tuple[str, Any, Any, dict[str, Any]]] = [
+        ("/healthz", api.alive, None, {"response_model": Health}),
+        ("/readyz", api.ready, not_ready, {"response_model": Health}),
+        ("/metrics", api.metrics, text, {"response_class": Response}),
+    ]
+    router = APIRouter(tags=["about"])
+    for path, function, responses, settings in routes:
+        router.add_api_route(path, function, methods=["GET"], responses=responses, **settings)
     add_page(router)
     return router
 
 
-# one server-sent event, for the OpenAPI document; its data are Prediction, Maps, Answer or Problem as JSON
+# A server-sent event in the OpenAPI document; its data are Prediction, Maps, Answer or Problem as JSON.
 _EVENT = {
     "type": "object",
     "properties": {"event": {"enum": ["prediction", "maps", "done", "error"]}, "data": {"type": "string"}},
@@ -151,7 +124,7 @@ _EVENT = {
 
 
 def _key_checked(api_keys: Sequence[str]) -> list[Any]:
-    """A dependency that wants one of the keys; none where there are no keys."""
+    """Return the dependency that requires one of the keys, in a list that is empty if there are no keys."""
     if not api_keys:
         return []
     known = [key.encode() for key in api_keys]
@@ -159,7 +132,7 @@ def _key_checked(api_keys: Sequence[str]) -> list[Any]:
     async def check(request: Request) -> None:
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         given = (token if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")).strip().encode()
-        # all are compared, so that time tells nothing
+        # All keys are compared, so that the time taken reveals nothing.
         if sum(hmac.compare_digest(given, key) for key in known) == 0:
             raise HTTPException(
                 401, "an API key is needed: Authorization: Bearer KEY, or X-API-Key.", {"www-authenticate": "Bearer"}
@@ -175,11 +148,11 @@ async def _answer_error(request: Request, error: Exception) -> Response:
 
 async def _answer_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return JSONResponse({"detail": in_words(error.errors())}, 422)
+    return JSONResponse({"detail": describe_errors(error.errors(), skip=1)}, 422)
 
 
 def _body(required: bool) -> dict[str, Any]:
-    """An image in a request, for the OpenAPI document."""
+    """Return the description of an image in a request, for the OpenAPI document."""
     binary = {"schema": {"type": "string", "format": "binary"}}
     form = {"schema": {"type": "object", "properties": {"image": binary["schema"]}, "required": ["image"]}}
     content = {"image/png": binary, "image/jpeg": binary, "application/octet-stream": binary, FORM: form}

@@ -2,11 +2,11 @@
 
     serve run dave_fast.serve.cluster:application models=vit_base_patch16_224 gpus=1 max_replicas=8
 
-Each replica is what `dave-fast serve` is on one machine: one service, whose scheduler fills micro-batches of samples
-from all of its requests, with its own bounded queue that answers 429 with Retry-After. Ray Serve does what is above
-that: it spreads requests, adds and removes replicas by the requests that each of them has, and drains those that it
-removes. Images of /v1/images are kept by one small deployment beside, since the request that names one may go to any
-replica. A map depends on its request alone, so that every replica answers the same.
+Each replica is the server of `dave-fast serve`: one service, whose scheduler fills micro-batches from all of its
+requests, with a bounded queue of its own that answers 429 with Retry-After. Ray Serve distributes requests, adds and
+removes replicas by the number of requests of each, and drains those that it removes. The images of /v1/images are in
+a deployment of their own, since a request that names one may go to any replica. A map depends on its request alone, so
+that every replica gives the same answer.
 """
 
 from __future__ import annotations
@@ -32,21 +32,32 @@ from dave_fast.serve.service import Service
 from dave_fast.serve.uploads import MemoryStore
 
 KEYS_VARIABLE = "DAVE_FAST_API_KEYS"
-# requests that a replica takes beyond its queue: those for the page, for models, and the ones that it refuses itself
-_BESIDES = 16
-# requests that a proxy holds while it finds them a replica: bursts, since replicas refuse for themselves
+# Requests that a replica accepts beyond its queue: for the page, for the list of models, and those that it refuses.
+_EXTRA = 16
+# Requests that a proxy holds until a replica accepts them, for bursts; replicas refuse what exceeds their queue.
 _BURST = 256
-# seconds between the latest answer of a replica that is removed and its end
+# Seconds between the latest answer of a replica that is removed and its end.
 _FLUSH = 15.0
 
 
 class ClusterSettings(BaseModel):
-    """What `serve run` and the args of a RayService may set; API keys come from DAVE_FAST_API_KEYS.
+    """The settings of `serve run` and of the args of a RayService; API keys are in DAVE_FAST_API_KEYS.
 
-    models: as `serve` takes them, or one string with commas. weights, num_classes, labels, image_size: of a single
-    model, files as every replica sees them. cpus, gpus: of a replica, as Ray counts them. target_requests: waiting or
-    computed in each replica, what the autoscaler keeps to. Equal min_replicas and max_replicas do not scale.
-    The rest is as for `dave-fast serve`.
+    The attributes without a description are those of `dave-fast serve`.
+
+    Attributes:
+        models: as for `dave-fast serve`, or one string with commas.
+        weights: of a single model; a file that every replica can read, as is `labels`.
+        num_classes: of a single model.
+        labels: of a single model.
+        image_size: of a single model.
+        cpus: CPUs of a replica, as Ray counts them.
+        gpus: GPUs of a replica, as Ray counts them.
+        min_replicas: the least number of replicas.
+        max_replicas: the most replicas; equal to `min_replicas`, their number is fixed.
+        target_requests: open requests of each replica that the autoscaler aims at.
+        upscale_delay_s: seconds before replicas are added.
+        downscale_delay_s: seconds before replicas are removed.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -74,46 +85,47 @@ class ClusterSettings(BaseModel):
     @field_validator("models", "cors_origins", mode="before")
     @classmethod
     def _separated(cls, given: Any) -> Any:
-        """A command line has no lists."""
+        """Split text at commas: a command line has no lists."""
         return [part.strip() for part in given.split(",") if part.strip()] if isinstance(given, str) else given
 
     @property
     def limits(self) -> Limits:
-        """Of each replica."""
+        """The limits of each replica."""
         return Limits(requests=self.max_requests, samples=self.max_samples, answer_seconds=self.answer_seconds)
 
 
 class Images:
-    """The images of /v1/images for all replicas; what is kept is lost with the replica, and is then sent again."""
+    """The deployment of the images of /v1/images for all replicas; a client sends its image again if it is lost."""
 
     def __init__(self, limits: Limits) -> None:
         self._store = MemoryStore(limits, UploadBudget(limits.held_bytes))
 
     async def put(self, content: bytes) -> str:
-        """As `MemoryStore.put`."""
+        """Store an image file and return its id."""
         return await self._store.put(content)
 
     async def get(self, name: str) -> bytes:
-        """As `MemoryStore.get`."""
+        """Return a stored image file."""
         return await self._store.get(name)
 
 
 class RemoteStore:
-    """A `MemoryStore` that asks the `Images` deployment."""
+    """The store of a replica: it calls the `Images` deployment."""
 
     def __init__(self, images: DeploymentHandle) -> None:
         self._images = images
 
     async def put(self, content: bytes) -> str:
-        """As `MemoryStore.put`."""
-        return str(await self._told(self._images.put.remote(content)))
+        """Store an image file and return its id."""
+        return str(await self._result(self._images.put.remote(content)))
 
     async def get(self, name: str) -> bytes:
-        """As `MemoryStore.get`."""
-        return bytes(await self._told(self._images.get.remote(name)))
+        """Return a stored image file."""
+        return bytes(await self._result(self._images.get.remote(name)))
 
     @staticmethod
-    async def _told(answer: Any) -> Any:
+    async def _result(answer: Any) -> Any:
+        """Return the result of a call; an HTTPException of the deployment is raised as such."""
         try:
             return await answer
         except RayTaskError as error:
@@ -123,20 +135,20 @@ class RemoteStore:
 
 
 class ReplicaHeader:
-    """Middleware that says in `x-dave-replica` who answered."""
+    """Middleware that puts the replica's name into the header `x-dave-replica`."""
 
     def __init__(self, app: ASGIApp, name: str) -> None:
         self.app, self.name = app, name
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
+        """Handle an exchange; the arguments are those of ASGI."""
 
-        async def named(message: Message) -> None:
+        async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["x-dave-replica"] = self.name
             await send(message)
 
-        await self.app(scope, receive, named)
+        await self.app(scope, receive, send_named)
 
 
 class Explanations:
@@ -150,7 +162,7 @@ class Explanations:
         self._service = Service(loaded, settings.limits)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """The app; Ray runs its lifespan, which warms the engine before the replica takes requests."""
+        """Return the app; Ray runs its lifespan, which starts the service before the replica accepts requests."""
         app = create_app(
             self._service,
             self._settings.limits,
@@ -162,14 +174,14 @@ class Explanations:
         return app
 
     def check_health(self) -> None:
-        """Ray replaces a replica for which this raises."""
+        """Raise RuntimeError if the service is not ready; Ray then replaces the replica."""
         reason = self._service.why_not_ready()
         if reason is not None:
             raise RuntimeError(reason)
 
 
 def application(settings: ClusterSettings) -> serve.Application:
-    """The application, for `serve run`, `serve deploy` and a RayService's import_path."""
+    """Return the application for `serve run`, `serve deploy` and the import_path of a RayService."""
     limits = settings.limits
     options: dict[str, Any] = {"num_replicas": settings.min_replicas}
     if settings.max_replicas > settings.min_replicas:
@@ -186,10 +198,10 @@ def application(settings: ClusterSettings) -> serve.Application:
     explanations = serve.deployment(
         serve.ingress()(Explanations),
         ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
-        max_ongoing_requests=limits.requests + _BESIDES,
-        # beyond that it is the proxy that refuses, with 503
+        max_ongoing_requests=limits.requests + _EXTRA,
+        # Beyond that the proxy refuses, with 503.
         max_queued_requests=_BURST,
-        # a replica that is removed gets nothing new, and every request that it has is answered by then
+        # A replica that is removed gets no new requests, and has answered its own by then.
         graceful_shutdown_timeout_s=limits.answer_seconds + _FLUSH,
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=5.0,

@@ -1,4 +1,4 @@
-"""Answers as JSON, events, pictures and arrays."""
+"""The formats of an answer: JSON, server-sent events, pictures and arrays."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from dave_fast.serve.served import ServedModel
 
 JSON, PNG, NPY, NPZ = "application/json", "image/png", "application/x-npy", "application/x-npz"
 TYPES = (JSON, PNG, NPY, NPZ)
-# the most probable classes that every answer names
+# How many of the most probable classes are in every answer.
 TOP = 5
 
 
 def negotiate(accept: str | None) -> str | None:
-    """The media type of the answer, by the Accept header's weights; JSON where anything goes, None where none fits."""
+    """Return the media type of the answer by the Accept header; JSON if any type is accepted, None if no type fits."""
     best, weight = None, 0.0
     for item in (accept or "*/*").split(","):
         name, *parameters = (part.strip().lower() for part in item.split(";"))
@@ -39,6 +39,7 @@ def negotiate(accept: str | None) -> str | None:
 
 
 def _number(text: str) -> float:
+    """Return a weight as a number, 0 if it is malformed."""
     try:
         return float(text)
     except ValueError:
@@ -46,7 +47,7 @@ def _number(text: str) -> float:
 
 
 def array(values: Tensor, encoding: str) -> Array:
-    """A map (H, W) in [0, 1] for JSON."""
+    """Return a map (H, W) in [0, 1] for JSON; `encoding` is "float32" or "uint8"."""
     numbers = values.numpy().astype("<f4")
     if encoding == "uint8":
         numbers = np.rint(numbers * 255).astype(np.uint8)
@@ -55,7 +56,7 @@ def array(values: Tensor, encoding: str) -> Array:
 
 
 def prediction(model: ServedModel, predicted: Predicted) -> Prediction:
-    """What the model sees."""
+    """Return the model's prediction for JSON."""
     return Prediction(model=model.name, targets=list(predicted.targets), top=_top(model, predicted))
 
 
@@ -70,7 +71,7 @@ def _probability(model: ServedModel, predicted: Predicted, target: int) -> Class
 
 
 def maps(model: ServedModel, ask: Ask, predicted: Predicted, refined: Refined, encoding: str) -> Maps:
-    """Maps and errors of so many samples."""
+    """Return maps and their errors for JSON; `encoding` is "float32" or "uint8"."""
     each = [
         ClassMap(
             **_probability(model, predicted, target).model_dump(),
@@ -92,7 +93,7 @@ def maps(model: ServedModel, ask: Ask, predicted: Predicted, refined: Refined, e
 
 
 def answer(model: ServedModel, ask: Ask, ended: Ended, encoding: str) -> Answer:
-    """The whole answer."""
+    """Return an answer for JSON; `encoding` is "float32" or "uint8"."""
     return Answer(
         **dict(maps(model, ask, ended.predicted, ended.refined, encoding)),
         model=model.name,
@@ -105,9 +106,9 @@ def answer(model: ServedModel, ask: Ask, ended: Ended, encoding: str) -> Answer:
 
 
 def headers(model: ServedModel, ask: Ask, ended: Ended) -> dict[str, str]:
-    """The numbers of an answer, for formats that have no place for them."""
+    """Return the numbers of an answer as headers, for formats that cannot hold them."""
     refined = ended.refined
-    told = {
+    values = {
         "model": model.name,
         "targets": ",".join(map(str, ended.predicted.targets)),
         "samples": refined.samples,
@@ -119,11 +120,11 @@ def headers(model: ServedModel, ask: Ask, ended: Ended) -> dict[str, str]:
         "queue-ms": f"{1000 * ended.queue_seconds:.3f}",
         "total-ms": f"{1000 * ended.seconds:.3f}",
     }
-    return {f"x-dave-{name}": str(value).encode("ascii", "replace").decode() for name, value in told.items()}
+    return {f"x-dave-{name}": str(value).encode("ascii", "replace").decode() for name, value in values.items()}
 
 
 def picture(model: ServedModel, ask: Ask, refined: Refined, view: str) -> bytes:
-    """PNG: the classes side by side, over what the model saw or as plain maps."""
+    """Return a PNG of the classes side by side: over the crop if `view` is "overlay", else plain maps."""
     crop = model.prepare.pixels(ask.image)
     drawn = [
         np.asarray(drawing.overlay(crop, heat.numpy()) if view == "overlay" else drawing.plain_map(heat.numpy()))
@@ -133,14 +134,14 @@ def picture(model: ServedModel, ask: Ask, refined: Refined, view: str) -> bytes:
 
 
 def png(image: Image.Image) -> bytes:
-    """The bytes of a PNG file."""
+    """Return an image as the bytes of a PNG file."""
     file = io.BytesIO()
     image.save(file, format="PNG")
     return file.getvalue()
 
 
 def npy(refined: Refined) -> bytes:
-    """A .npy file: maps (K, H, W) float32."""
+    """Return a .npy file of the maps, (K, H, W) float32."""
     file = io.BytesIO()
     np.save(file, refined.maps.numpy())
     return file.getvalue()
@@ -169,7 +170,18 @@ def npz(model: ServedModel, ask: Ask, ended: Ended) -> bytes:
     return file.getvalue()
 
 
+def encode(kind: str, model: ServedModel, ask: Ask, ended: Ended, view: str, encoding: str) -> bytes:
+    """Return an answer as the media type `kind`; `view` is for PNG and `encoding` for JSON."""
+    if kind == PNG:
+        return picture(model, ask, ended.refined, view)
+    if kind == NPY:
+        return npy(ended.refined)
+    if kind == NPZ:
+        return npz(model, ask, ended)
+    return answer(model, ask, ended, encoding).model_dump_json().encode()
+
+
 def event(name: str, content: BaseModel | Mapping[str, Any]) -> bytes:
-    """A server-sent event."""
+    """Return a server-sent event."""
     data = content.model_dump_json() if isinstance(content, BaseModel) else json.dumps(content)
     return f"event: {name}\ndata: {data}\n\n".encode()

@@ -1,8 +1,8 @@
-"""One request on its way: which of its samples are there, and when a map of them is due.
+"""Requests, jobs and events: what a client wants, which of its samples are done, and what it is sent.
 
-A job is told of samples as they come back, in any order, and says for which numbers of samples a map is to be made.
-With a tolerance every checkpoint is looked at in turn, so that where a request stops depends on its samples alone and
-never on what else the server does; without one, checkpoints that have been passed meanwhile are left out.
+Samples arrive in any order; a job tells for which numbers of samples a map is due. With a tolerance every checkpoint
+gets its map in turn, so that the sample at which a request stops depends on its samples alone, not on other requests.
+Without one, checkpoints that have been passed meanwhile are skipped.
 """
 
 from __future__ import annotations
@@ -22,11 +22,17 @@ from dave_fast.serve.served import ServedModel
 
 @dataclass(frozen=True)
 class Ask:
-    """What a client wants of one image.
+    """A request for the maps of one image.
 
-    image: (3, H, W), as the model wants it. targets: classes, or None for the top_k most probable. tolerance: the
-    error bound at which it is good enough, or None. deadline: on the service's clock, or None. refined: whether it
-    wants to hear of every checkpoint.
+    Attributes:
+        image: the model's input, (3, H, W) float32.
+        targets: the classes to explain, None for the `top_k` most probable.
+        top_k: number of classes if `targets` is None.
+        n_samples: the most samples.
+        seed: seed of the draws.
+        tolerance: the error bound at which the request ends, or None.
+        deadline: seconds on the service's clock, or None.
+        refined: whether the listener is sent a map at every checkpoint.
     """
 
     image: Tensor
@@ -40,13 +46,18 @@ class Ask:
 
     @property
     def classes(self) -> int:
-        """How many classes are explained."""
+        """Number of classes that are explained."""
         return self.top_k if self.targets is None else len(self.targets)
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """The model's output for the unperturbed image: probabilities (K,), and the classes that are explained."""
+    """An event: the unperturbed image has been predicted.
+
+    Attributes:
+        probabilities: softmax of the model's output, (K,).
+        targets: the classes that are explained.
+    """
 
     probabilities: Tensor
     targets: tuple[int, ...]
@@ -54,7 +65,15 @@ class Predicted:
 
 @dataclass(frozen=True)
 class Ended:
-    """The answer. cut_short: None, "tolerance", "deadline" or "shutdown"; seconds in the queue, and in all."""
+    """An event: the answer, after which no event comes.
+
+    Attributes:
+        predicted: the prediction.
+        refined: the maps and their errors.
+        cut_short: "tolerance", "deadline" or "shutdown"; None if all samples were used.
+        queue_seconds: seconds in the queue.
+        seconds: seconds in all.
+    """
 
     predicted: Predicted
     refined: Refined
@@ -65,7 +84,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class Failed:
-    """There is no answer, and why."""
+    """An event: the request failed, after which no event comes."""
 
     error: Exception
 
@@ -76,7 +95,21 @@ Listener = Callable[[Event], None]
 
 @dataclass(eq=False)
 class Job:
-    """A request that was taken. Its fields are written under the service's lock."""
+    """A request in the service. Its fields are written under the service's lock.
+
+    Attributes:
+        model: the served model.
+        ask: the request.
+        queued: the request as the scheduler sees it.
+        listener: called with the request's events.
+        admitted: when it was added to the queue, on the service's clock.
+        predicted: the prediction, once there is one.
+        contributions: (K, S, C, H, W), once there are samples.
+        started: when its first row was handed out.
+        ready: number of samples that are done, without a gap from the first.
+        over: whether it is answered, failed or cancelled.
+        cutting: whether it is being cut short.
+    """
 
     model: ServedModel
     ask: Ask
@@ -89,7 +122,8 @@ class Job:
     ready: int = 0
     over: bool = False
     cutting: bool = False
-    _islands: dict[int, int] = field(default_factory=dict)
+    # Ranges of samples that are done beyond a gap: start -> stop.
+    _ranges: dict[int, int] = field(default_factory=dict)
     _due: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -99,23 +133,23 @@ class Job:
 
     @cached_property
     def draws(self) -> Draws:
-        """The perturbations of all its samples."""
+        """The draws of all its samples."""
         height, width = self.model.prepare.size
         sampling = self.model.explainers[0].sampling
         return draw(self.ask.n_samples, height=height, width=width, seed=self.ask.seed, sampling=sampling)
 
     def buffer(self, like: Tensor) -> Tensor:
-        """Where contributions are gathered: (K, S, C, H, W) on the device that had its first samples."""
+        """Return the buffer of contributions, (K, S, C, H, W) with the dtype and device of the first ones."""
         if self.contributions is None:
             shape = (self.ask.classes, self.ask.n_samples, *like.shape[2:])
             self.contributions = torch.empty(shape, dtype=like.dtype, device=like.device)
         return self.contributions
 
     def arrived(self, start: int, stop: int) -> Sequence[int]:
-        """Samples start … stop − 1 are there: the numbers of samples of which a map is now due, in order."""
-        self._islands[start] = stop
-        while self.ready in self._islands:
-            self.ready = self._islands.pop(self.ready)
+        """Add samples start … stop − 1; return the numbers of samples for which a map is now due, in order."""
+        self._ranges[start] = stop
+        while self.ready in self._ranges:
+            self.ready = self._ranges.pop(self.ready)
         passed = [c for c in self._due if c <= self.ready]
         self._due = self._due[len(passed) :]
         return passed if self.ask.tolerance is not None else passed[-1:]

@@ -1,8 +1,8 @@
-"""KServe's v2 inference protocol, for clients that know Triton or KServe.
+"""KServe's v2 inference protocol, for clients of Triton or KServe.
 
-One input `image`: BYTES with the base64 of an image file, or UINT8 (H, W, 3), or FP32 (1, 3, H, W) that is normalised
-already. Options are parameters of the request. Outputs: `maps` FP32 (K, H, W), `targets` INT64 (K,), `error_bounds`
-FP32 (K,) with −1 where it is unknown.
+The input `image` is BYTES with the base64 of an image file, UINT8 (H, W, 3), or normalised FP32 (1, 3, H, W). Options
+are parameters of the request. The outputs are `maps` FP32 (K, H, W), `targets` INT64 (K,) and `error_bounds` FP32 (K,)
+with −1 for an unknown bound; K is the number of explained classes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dave_fast._version import __version__
 from dave_fast.errors import InputError
 from dave_fast.images import decode_image
 from dave_fast.serve.limits import FORMATS
-from dave_fast.serve.schemas import Options, finite, problems
+from dave_fast.serve.schemas import Options, describe_errors, finite, problems
 from dave_fast.serve.served import ServedModel
 
 _TYPES = {"UINT8": np.uint8, "FP32": np.float32}
@@ -32,7 +32,7 @@ Flat = list[bool] | list[float] | list[int] | list[str]
 
 
 class Tensor(BaseModel):
-    """A tensor: data flat, in C order."""
+    """A tensor, its data flat in C order."""
 
     name: Annotated[str, Field(max_length=100)]
     shape: Annotated[list[Annotated[int, Field(ge=0, le=2**20)]], Field(max_length=8)]
@@ -49,7 +49,7 @@ class InferRequest(BaseModel):
 
 
 class InferResponse(BaseModel):
-    """Maps and what they are of."""
+    """Maps, their classes and error bounds."""
 
     model_name: str
     id: str | None = None
@@ -58,7 +58,7 @@ class InferResponse(BaseModel):
 
 
 class Live(BaseModel):
-    """Whether the server lives."""
+    """Whether the server is alive."""
 
     live: bool
 
@@ -70,7 +70,7 @@ class Ready(BaseModel):
 
 
 class ServerMetadata(BaseModel):
-    """The server."""
+    """The metadata of the server."""
 
     name: str
     version: str
@@ -86,7 +86,7 @@ class TensorMetadata(BaseModel):
 
 
 class ModelMetadata(BaseModel):
-    """A model."""
+    """The metadata of a model."""
 
     name: str
     platform: str
@@ -95,7 +95,12 @@ class ModelMetadata(BaseModel):
 
 
 def router(api: Any, dependencies: list[Any]) -> APIRouter:
-    """The routes below /v2 of an `dave_fast.serve.app.Api`."""
+    """Return the routes below /v2.
+
+    Args:
+        api: a `dave_fast.serve.api.Api`.
+        dependencies: FastAPI dependencies of the routes about models, such as the check of API keys.
+    """
     made = APIRouter(prefix="/v2", tags=["KServe v2"])
 
     @made.get("")
@@ -132,8 +137,8 @@ def router(api: Any, dependencies: list[Any]) -> APIRouter:
         dependencies=dependencies,
         responses=problems(400, 401, 404, 413, 422, 429, 500, 503, 504),
     )
-    async def infer(request: Request, model: str, asked: InferRequest) -> InferResponse:
-        return await _infer(api, request, api.model(model), asked)
+    async def infer(request: Request, model: str, body: InferRequest) -> InferResponse:
+        return await _infer(api, request, api.model(model), body)
 
     return made
 
@@ -143,16 +148,15 @@ def _ready(api: Any) -> Any:
     return JSONResponse({"ready": ready}, 200 if ready else 503)
 
 
-async def _infer(api: Any, request: Request, model: ServedModel, asked: InferRequest) -> InferResponse:
+async def _infer(api: Any, request: Request, model: ServedModel, body: InferRequest) -> InferResponse:
     try:
-        options = Options.model_validate({**asked.parameters, "model": model.name})
+        options = Options.model_validate({**body.parameters, "model": model.name})
     except ValidationError as error:
-        said = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise HTTPException(422, f"parameters: {said[:1000]}") from error
+        raise HTTPException(422, f"parameters: {describe_errors(error.errors())}") from error
     if options.image is not None:
-        raise HTTPException(422, "parameters: image is sent as an input here.")
-    image = await run_in_threadpool(_image, api, model, asked.inputs[0])
-    ask = api.asked(model, image, options, api.service.clock(), refined=False)
+        raise HTTPException(422, "parameters: image is given; send the image as the input.")
+    image = await run_in_threadpool(_image, api, model, body.inputs[0])
+    ask = api.make_ask(model, image, options, api.service.clock(), refined=False)
     ended = await api.end(request, model, ask)
     refined = ended.refined
     bounds = [-1.0 if finite(bound) is None else bound for bound in refined.bounds]
@@ -161,25 +165,33 @@ async def _infer(api: Any, request: Request, model: ServedModel, asked: InferReq
         _output("targets", "INT64", np.array(ended.predicted.targets)),
         _output("error_bounds", "FP32", np.array(bounds, np.float32)),
     ]
-    told = {"samples": refined.samples, "seed": ask.seed, "cut_short": ended.cut_short}
-    return InferResponse(model_name=model.name, id=asked.id, parameters=told, outputs=outputs)
+    parameters = {"samples": refined.samples, "seed": ask.seed, "cut_short": ended.cut_short}
+    return InferResponse(model_name=model.name, id=body.id, parameters=parameters, outputs=outputs)
 
 
 def _output(name: str, kind: Any, values: np.ndarray) -> Tensor:
     return Tensor(name=name, shape=list(values.shape), datatype=kind, data=values.ravel().tolist())
 
 
+def _content(given: Tensor) -> bytes:
+    """Return the image file in a BYTES input."""
+    if len(given.data) != 1 or not isinstance(given.data[0], str):
+        raise InputError(f"the BYTES input has {len(given.data)} elements; expected one, an image file in base64.")
+    try:
+        return base64.b64decode(given.data[0], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InputError("the BYTES input is not base64; expected an image file in base64.") from error
+
+
 def _image(api: Any, model: ServedModel, given: Tensor) -> torch.Tensor:
-    """The input as the model wants it, (3, H, W). Raises InputError, ImageError."""
+    """Return the model's input, (3, H, W) float32.
+
+    Raises:
+        InputError: the tensor has a wrong type, shape or value, or the image cannot be read.
+    """
     height, width = model.prepare.size
     if given.datatype == "BYTES":
-        if len(given.data) != 1 or not isinstance(given.data[0], str):
-            raise InputError("a BYTES input is one string, the base64 of an image file.")
-        try:
-            content = base64.b64decode(given.data[0], validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise InputError("the BYTES input is no base64.") from error
-        image = decode_image(content, "the image", max_pixels=api.limits.pixels, formats=FORMATS)
+        image = decode_image(_content(given), "the image", max_pixels=api.limits.pixels, formats=FORMATS)
         return model.prepare.transform(image)
     if given.datatype not in _TYPES:
         raise InputError(
@@ -188,7 +200,7 @@ def _image(api: Any, model: ServedModel, given: Tensor) -> torch.Tensor:
     try:
         values = np.array(given.data, _TYPES[given.datatype]).reshape(given.shape)
     except (ValueError, TypeError, OverflowError) as error:
-        raise InputError(f"the data are no {given.datatype} numbers of the shape {given.shape}.") from error
+        raise InputError(f"the data are not {given.datatype} numbers of the shape {given.shape}.") from error
     if given.datatype == "UINT8" and values.ndim == 3 and values.shape[2] == 3 and values.size:
         if values.shape[0] * values.shape[1] > api.limits.pixels:
             raise InputError(f"the image has more than {api.limits.pixels} pixels.")

@@ -1,23 +1,34 @@
-"""Every limit of a server in one place, with defaults that a small machine stands."""
+"""All limits of a server, with defaults for a small machine."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# formats of Pillow that are decoded; the rest of its list is rarer than it is safe
+# The formats of Pillow that are decoded; the others are rare, and each is a risk.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one client, and all of them together, may ask for.
+    """The limits of one client, and of all clients together.
 
-    body_bytes: of one upload, and held_bytes of all that are being read or kept. pixels: width × height of an image.
-    samples, classes: of one request. requests, rows, queue_bytes: in the queue, the bytes by the formula of memory.py;
-    None: half of what is free on the device. connections: open at once.
-    header_seconds, upload_seconds: that a client may take to send its headers, its body. answer_seconds: after which
-    any request is answered with what there is. stored_images, stored_seconds: of images kept for later requests.
-    drain_seconds: that accepted requests have after SIGTERM.
+    Attributes:
+        body_bytes: bytes of one upload.
+        held_bytes: bytes of all uploads that are being read or stored.
+        pixels: width × height of an image.
+        samples: samples of one request.
+        classes: classes of one request.
+        requests: requests in the queue.
+        rows: rows (request, sample) in the queue.
+        queue_bytes: bytes that the requests in the queue need, by the formula of `dave_fast.engine.memory`; None: half
+            of the memory that is free on the device.
+        connections: open connections.
+        header_seconds: seconds that a client may take to send its headers.
+        upload_seconds: seconds that a client may take to send its body, or to read a piece of the answer.
+        answer_seconds: seconds after which a request is answered with the samples that are done.
+        stored_images: images stored for later requests.
+        stored_seconds: seconds that an image is stored.
+        drain_seconds: seconds to finish the accepted requests after SIGTERM.
     """
 
     body_bytes: int = 20 << 20

@@ -1,4 +1,4 @@
-"""What /metrics tells, in Prometheus' terms. One registry an app, so that several can live in a process."""
+"""The metrics at /metrics. Each app has a registry of its own, so that a process can have several apps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SAMPLES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 4096)
 
 
 class Metrics:
-    """The measures of one server."""
+    """The metrics of one server."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -20,7 +20,7 @@ class Metrics:
         self.requests = Counter("requests", "HTTP requests, by route and status.", ("route", "status"), **own)
         self.answers = Counter("answers", "Explanations, by model and what ended them.", ("model", "ended_by"), **own)
         self.errors = Counter("errors", "Explanations that failed, by kind of error.", ("kind",), **own)
-        self.deadline_misses = Counter("deadline_misses", "Answers that came after their deadline, or never.", **own)
+        self.deadline_misses = Counter("deadline_misses", "Answers after their deadline, or without a sample.", **own)
         self.cancelled = Counter("cancelled", "Explanations whose client went away.", **own)
         self.queue_wait = Histogram(
             "queue_wait_seconds", "From admission to the first micro-batch.", buckets=_SECONDS, **own
@@ -29,9 +29,9 @@ class Metrics:
         self.samples = Histogram("samples", "Samples an answer.", buckets=_SAMPLES, **own)
         self.batch_fill = Histogram("batch_fill", "Rows of a micro-batch over its capacity.", buckets=_SHARES, **own)
         self.device_time = Histogram(
-            "device_seconds", "Seconds a micro-batch, by engine.", ("engine",), buckets=_SECONDS, **own
+            "device_seconds", "Seconds a micro-batch, by worker.", ("engine",), buckets=_SECONDS, **own
         )
-        self.rows = Counter("rows", "Rows (image, sample) computed, by engine.", ("engine",), **own)
-        self.queued_requests = Gauge("queued_requests", "Requests that are held.", **own)
+        self.rows = Counter("rows", "Rows (image, sample) computed, by worker.", ("engine",), **own)
+        self.queued_requests = Gauge("queued_requests", "Requests that are not ended.", **own)
         self.queued_rows = Gauge("queued_rows", "Rows that wait to be computed.", **own)
         self.queued_bytes = Gauge("queued_bytes", "Bytes that the held requests need, by the formula.", **own)

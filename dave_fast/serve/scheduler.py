@@ -1,10 +1,10 @@
-"""Which samples go into the next micro-batch.
+"""The scheduler: chooses the samples of the next micro-batch.
 
-A request is S independent samples, so what is queued, and batched, is rows (request, sample). Engines take a
-micro-batch whenever they are free: at once where little waits, full where much does. Pure Python, deterministic, with
-the time passed in; whoever shares a Scheduler between threads holds a lock.
+A request is S independent samples, so that rows (request, sample) are queued and batched. A worker takes a micro-batch
+whenever it is free, full if enough rows wait. The module is pure Python and deterministic, with the time as an
+argument; threads that share a `Scheduler` need a lock.
 
-Rows of one micro-batch belong to one bucket (model, image size, number of classes). Two rules take turns:
+Rows of one micro-batch belong to one bucket (model, image size, number of classes). There are two rules:
 
     bucket   every other micro-batch goes to the bucket of the earliest deadline; the rest to the bucket that has waited
              longest for one.
@@ -13,11 +13,11 @@ Rows of one micro-batch belong to one bucket (model, image size, number of class
              equals, to the one that has waited longest for a row. Without a deadline, a request is ordered as if it had
              one that grows with its samples: small ones go first.
 
-Hence the bound: with R rows a micro-batch, Q requests in the bucket and B buckets waiting, whatever arrives later and
-however large or urgent the others are, each request gets a row at least every 4⌈Q/R⌉ micro-batches of its bucket and
-its bucket at least every 2B-th micro-batch: a request of n rows is handed out within 8·B·n·⌈Q/R⌉ micro-batches.
-(Every waiting request that is not served comes closer to the head of the line, by R places in four micro-batches, and
-whoever was served or arrived later stands behind it.)
+This gives a bound on waiting. With R rows a micro-batch, Q requests in the bucket and B buckets waiting, each request
+gets a row at least every 4⌈Q/R⌉ micro-batches of its bucket, and its bucket at least every 2B-th micro-batch, whatever
+arrives later and however large or urgent the others are: a request of n rows is handed out within 8·B·n·⌈Q/R⌉
+micro-batches. (In four micro-batches a waiting request advances by R places in the order of the last rule, and requests
+that were served or arrived later are behind it.)
 """
 
 from __future__ import annotations
@@ -29,19 +29,25 @@ from dataclasses import dataclass, field
 
 from dave_fast.errors import RefusedError
 
-# seconds a sample after its arrival, by which a request without a deadline is ordered
+# A request without a deadline is ordered as if it had one, this many seconds a sample after its arrival.
 PATIENCE = 0.02
-# one row in so many goes by turn
+# One row in this many is given by turn, the others by deadline.
 BY_TURN = 4
-# seconds that a refused client is asked to wait, at least and at most
+# The least and most seconds that a refused client is told to wait.
 RETRY_AFTER = (1, 60)
-# weight of the newest micro-batch in the estimated rate
+# Weight of the latest micro-batch in the estimated rate.
 NEWEST = 0.1
 
 
 @dataclass(frozen=True)
 class QueueLimits:
-    """The most that is held at once: requests, rows that wait to be computed, bytes of everything they need."""
+    """The bounds of the queue.
+
+    Attributes:
+        requests: requests that have not ended.
+        rows: rows that wait to be computed.
+        bytes: bytes that the requests need.
+    """
 
     requests: int = 64
     rows: int = 16_384
@@ -52,9 +58,18 @@ class QueueLimits:
 class Queued:
     """A request as the scheduler sees it.
 
-    bucket: what may share a micro-batch. samples: its budget S. size: bytes it holds until it has ended.
-    deadline: on the caller's clock, or infinity. issued: samples handed out so far; they go out in order.
-    first: the bucket of a row that has to come back before the samples can be handed out, sample −1; None for none.
+    Attributes:
+        bucket: key of its samples; rows with equal keys may share a micro-batch.
+        samples: number of samples S.
+        size: bytes that it needs until it has ended.
+        deadline: on the caller's clock, or infinity.
+        first: key of a row, numbered −1, that must be done before the samples are handed out; None without one.
+        issued: samples handed out so far, in order.
+        in_flight: rows handed out that have not come back.
+        ended: whether it is answered, failed or cancelled.
+        urgency: the time by which it is ordered.
+        number: its number in the order of arrival.
+        served: the turn in which it last got a row.
     """
 
     bucket: Hashable
@@ -79,12 +94,12 @@ class Queued:
 
     @property
     def place(self) -> Hashable:
-        """The bucket of its next row."""
+        """Key of its next row."""
         return self.bucket if self.first is None or self.issued >= 0 else self.first
 
     @property
     def available(self) -> int:
-        """Rows that may be handed out now, for a request in its place."""
+        """Rows that may be handed out now."""
         return 1 if self.issued < 0 else self.samples - self.issued
 
 
@@ -99,7 +114,7 @@ class Part:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows of one bucket. capacity: how many there could have been."""
+    """Rows of one bucket; `capacity` is the most that it could have."""
 
     bucket: Hashable
     parts: tuple[Part, ...]
@@ -111,7 +126,13 @@ class MicroBatch:
 
 @dataclass
 class _Bucket:
-    """The requests of one bucket that have rows waiting, and the turn in which the bucket was served last."""
+    """The requests with waiting rows of one bucket.
+
+    Attributes:
+        served: the turn in which the bucket was last served.
+        turns: how often it was served.
+        requests: the requests by number.
+    """
 
     served: int
     turns: int = 0
@@ -119,7 +140,7 @@ class _Bucket:
 
 
 class Scheduler:
-    """The queue. See the module's docstring for the rules."""
+    """The queue; its rules are in the module's docstring."""
 
     def __init__(self, limits: QueueLimits | None = None) -> None:
         self.limits = limits or QueueLimits()
@@ -132,10 +153,10 @@ class Scheduler:
         self._turn = 0
         self._arrivals = 0
 
-    # ---- requests come and go ----
+    # Requests.
 
     def submit(self, request: Queued, now: float) -> None:
-        """Take a request, or raise RefusedError."""
+        """Add a request to the queue, or raise RefusedError."""
         limits = self.limits
         if self.draining:
             raise RefusedError("draining", "the server is shutting down", RETRY_AFTER[0])
@@ -161,12 +182,12 @@ class Scheduler:
         self._enter(request)
 
     def proceed(self, request: Queued) -> None:
-        """Its first row has come back: its samples may be handed out."""
+        """Let the samples of a request be handed out: its first row is done."""
         if not request.ended:
             self._enter(request)
 
     def end(self, request: Queued) -> None:
-        """The request is answered, failed or cancelled: its waiting rows are freed. Ending twice is ending once."""
+        """End a request and drop its waiting rows; idempotent."""
         if request.ended:
             return
         self.rows -= request.waiting
@@ -176,20 +197,24 @@ class Scheduler:
             self._release(request)
 
     def drain(self) -> None:
-        """Take no more requests; those taken are still served."""
+        """Refuse new requests from now on."""
         self.draining = True
 
     def retry_after(self) -> int:
-        """Whole seconds until the rows that wait now will have been computed."""
+        """Return the whole seconds until the rows that wait now are computed, within RETRY_AFTER."""
         seconds = math.ceil(self.rows / self.rate) if self.rate > 0 else 0
         return min(max(RETRY_AFTER[0], seconds), RETRY_AFTER[1])
 
-    # ---- micro-batches ----
+    # Micro-batches.
 
     def take(self, capacity: Callable[[Hashable], int], now: float) -> MicroBatch | None:
-        """The next micro-batch, or None where nothing waits. capacity: rows that a bucket's micro-batch holds.
+        """Return the next micro-batch, or None if nothing waits.
 
         Rows of a request whose deadline has passed are not handed out.
+
+        Args:
+            capacity: the most rows of a micro-batch, by the bucket's key.
+            now: the time on the caller's clock.
         """
         alive = {key: requests for key in self._buckets if (requests := self._alive(key, now))}
         if not alive:
@@ -205,7 +230,7 @@ class Scheduler:
         return MicroBatch(key, tuple(self._hand_out(request, count) for request, count in counts.items()), rows)
 
     def done(self, batch: MicroBatch, seconds: float) -> None:
-        """A micro-batch has come back, after so many seconds, computed or failed."""
+        """Note that a micro-batch has ended after so many seconds, computed or failed."""
         if seconds > 0:
             rate = len(batch) / seconds
             self.rate = rate if self.rate == 0 else (1 - NEWEST) * self.rate + NEWEST * rate
@@ -236,7 +261,7 @@ class Scheduler:
         self._buckets.setdefault(request.place, _Bucket(served=self._turn)).requests[request.number] = request
 
     def _leave(self, request: Queued, place: Hashable) -> None:
-        """Out of its bucket; a bucket that is empty is forgotten."""
+        """Remove a request from its bucket, and the bucket if it is empty."""
         bucket = self._buckets.get(place)
         if bucket is not None:
             bucket.requests.pop(request.number, None)
@@ -249,7 +274,7 @@ class Scheduler:
 
 
 def _by_deadline(requests: list[Queued], rows: int) -> dict[Queued, int]:
-    """Rows for each request, the earliest deadlines first."""
+    """Return the number of rows of each request, given by deadline, earliest first."""
     counts: dict[Queued, int] = {}
     for request in sorted(requests, key=lambda request: (request.urgency, request.number)):
         if rows <= 0:
@@ -260,7 +285,7 @@ def _by_deadline(requests: list[Queued], rows: int) -> dict[Queued, int]:
 
 
 def _by_turn(requests: list[Queued], counts: dict[Queued, int], total: int) -> None:
-    """Fill up to `total` rows, one at a time: to the fewest in this micro-batch, then to the longest wait."""
+    """Fill `counts` up to `total` rows: each row goes to the fewest rows, among equals to the longest wait."""
 
     def places() -> Iterator[tuple[int, int, int, Queued]]:
         for request in requests:

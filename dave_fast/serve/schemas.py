@@ -1,8 +1,9 @@
-"""What goes in and out over HTTP, as pydantic models: they are the OpenAPI document too."""
+"""Requests and answers over HTTP as pydantic models, from which the OpenAPI document is made."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -12,41 +13,41 @@ MOST_SAMPLES = 65_536
 
 
 class Options(BaseModel):
-    """How an image is to be explained."""
+    """Options of an explanation."""
 
     model_config = ConfigDict(extra="forbid")
 
-    model: Annotated[
-        str | None, Field(max_length=200, description="A served model; the first where it is left out.")
-    ] = None
+    model: Annotated[str | None, Field(max_length=200, description="A served model; by default the first.")] = None
     image: Annotated[
         str | None,
-        Field(max_length=64, description="The id of an image that was sent to /v1/images, in place of a body."),
+        Field(max_length=64, description="Instead of a body, the id of an image that was sent to /v1/images."),
     ] = None
     target: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=200)]],
         Field(max_length=MOST_CLASSES, description="Classes, by index or name; several share their forward passes."),
     ] = []
     top_k: Annotated[
-        int | None, Field(ge=1, le=MOST_CLASSES, description="In place of targets: the k most probable classes (1).")
+        int | None, Field(ge=1, le=MOST_CLASSES, description="Instead of targets, the k most probable classes (1).")
     ] = None
-    n_samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES, description="Samples at most.")] = 50
+    n_samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES, description="The most samples.")] = 50
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63, description="Equal seeds give equal maps.")] = 0
     tolerance: Annotated[
         float | None,
         Field(gt=0, le=10, description="Stop when the relative error of the map is below this, nine times in ten."),
     ] = None
     deadline_ms: Annotated[
-        int | None, Field(ge=1, le=3_600_000, description="Answer within this time with what there is.")
+        int | None,
+        Field(ge=1, le=3_600_000, description="Answer within this time, with the samples done by then."),
     ] = None
-    view: Annotated[Literal["overlay", "map"], Field(description="What a PNG shows.")] = "overlay"
+    view: Annotated[Literal["overlay", "map"], Field(description="The picture in a PNG.")] = "overlay"
     encoding: Annotated[
-        Literal["float32", "uint8"], Field(description="Values of a map in JSON and events: as they are, or times 255.")
+        Literal["float32", "uint8"],
+        Field(description="Values of a map in JSON and events: in [0, 1], or times 255."),
     ] = "float32"
 
 
 class Array(BaseModel):
-    """Numbers: base64 of their bytes, little-endian, in C order."""
+    """An array: base64 of its bytes, little-endian, in C order."""
 
     dtype: Literal["float32", "uint8"]
     shape: list[int]
@@ -62,7 +63,7 @@ class ClassProbability(BaseModel):
 
 
 class ClassMap(ClassProbability):
-    """A map in [0, 1], its estimated relative error, and what the error is below nine times in ten (null: unknown)."""
+    """A map in [0, 1], its estimated relative error, and the bound of the error nine times in ten (null: unknown)."""
 
     error: float | None
     error_bound: float | None
@@ -70,7 +71,7 @@ class ClassMap(ClassProbability):
 
 
 class Prediction(BaseModel):
-    """What the model sees: the event `prediction`."""
+    """The model's prediction: the event `prediction`."""
 
     model: str
     targets: list[int]
@@ -90,7 +91,7 @@ class Maps(BaseModel):
 class Answer(Maps):
     """An explanation: the JSON answer, and the event `done`.
 
-    cut_short: null where all samples were used, else what ended it: tolerance, deadline or shutdown.
+    cut_short is null if all samples were used, else what ended it: tolerance, deadline or shutdown.
     """
 
     model: str
@@ -102,7 +103,7 @@ class Answer(Maps):
 
 
 class StoredImage(BaseModel):
-    """An image that is kept for a while."""
+    """An image that is stored for a limited time."""
 
     image: str
     width: int
@@ -124,39 +125,50 @@ class ModelInfo(BaseModel):
 
 
 class Health(BaseModel):
-    """Whether the server lives, or is ready; why not."""
+    """Whether the server is alive or ready, and why it is not."""
 
     status: Literal["ok", "not ready"]
     reason: str | None = None
 
 
 class Problem(BaseModel):
-    """What went wrong and what to do."""
+    """An error: what was wrong and what to do."""
 
     detail: str
 
 
 def finite(value: float) -> float | None:
-    """A number as JSON has it: null for what is not finite."""
+    """Return a number as JSON can express it: None if it is not finite."""
     return value if math.isfinite(value) else None
+
+
+def describe_errors(errors: Sequence[Any], *, skip: int = 0) -> str:
+    """Return pydantic's errors as text for a message, at most 1000 characters.
+
+    Args:
+        errors: what `ValidationError.errors()` returns.
+        skip: how many parts of each location are left out: 1 for "query" or "body" of a request.
+    """
+    texts = [f"{'.'.join(map(str, e['loc'][skip:] or e['loc'])) or 'request'}: {e['msg']}" for e in errors]
+    return "; ".join(texts)[:1000]
 
 
 _PROBLEMS = {
     400: "The image or form cannot be read.",
     401: "An API key is needed.",
     404: "No such model or stored image.",
-    406: "No format that is accepted can be given.",
+    406: "No format in Accept is supported.",
     408: "The upload was too slow.",
     413: "Too large: the body, the image, or what the request needs.",
-    415: "The body is no image.",
-    422: "An option that cannot be met.",
+    415: "The body is not an image.",
+    422: "An option is invalid.",
     429: "The queue is full; see Retry-After.",
     500: "The explanation failed.",
     503: "Shutting down, or too many uploads; see Retry-After.",
-    504: "No sample was there at the deadline.",
+    504: "No sample was done at the deadline.",
 }
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The documented answers of a route besides 200."""
+    """Return the documented errors of a route."""
     return {status: {"model": Problem, "description": _PROBLEMS[status]} for status in statuses}

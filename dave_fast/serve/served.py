@@ -1,4 +1,4 @@
-"""The models that a server has, and what each engine holds of them."""
+"""The models of a server, loaded once for each worker."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ from dave_fast.models.spec import ModelSpec
 
 @dataclass(frozen=True)
 class ServedModel:
-    """One model. explainers: one an engine, in the engines' order; prepare, labels: as for files."""
+    """A model that is served.
+
+    Attributes:
+        name: its name in requests.
+        explainers: one for each worker, in the workers' order.
+        prepare: the preprocessing, from a photograph to the model's input.
+        labels: the names of the model's classes.
+    """
 
     name: str
     explainers: tuple[DAVE, ...]
@@ -30,26 +37,31 @@ class ServedModel:
 
     @property
     def classes(self) -> int:
-        """K, the length of the output."""
+        """Number of classes K."""
         return self.labels.count or 0
 
     def request_bytes(self, classes: int, samples: int) -> int:
-        """What a request holds: contributions of every class, as long again for their halves, and the image.
+        """Return the bytes that a request needs: twice the contributions of its classes, and the image.
 
-        `dave_fast.engine.memory.contribution_bytes` is the formula of one class.
+        The second time is for error estimates, which aggregate the samples in halves. The formula of one class is
+        `dave_fast.engine.memory.contribution_bytes`.
+
+        Args:
+            classes: number of classes that are explained.
+            samples: number of samples.
         """
         shape = (3, *self.prepare.size)
         item = self.explainers[0].statistics_dtype
         return 2 * classes * contribution_bytes(samples, shape, item) + contribution_bytes(1, shape, item)
 
     def example(self) -> Tensor:
-        """A picture of nothing, normalised (3, H, W): what an engine is warmed with."""
+        """Return a random input (3, H, W) float32, to warm a worker and to test it."""
         generator = torch.Generator().manual_seed(0)
         return torch.rand(3, *self.prepare.size, generator=generator) - 0.5
 
 
 def served_name(text: str) -> tuple[str, str]:
-    """NAME=MODEL, or a model that goes by its own name, of which a URL takes what is behind the last slash."""
+    """Return the name and the model in NAME=MODEL; without NAME, it is the model's part after the last slash."""
     name, equals, model = text.partition("=")
     if equals and re.fullmatch(r"[\w.-]+", name):
         return name, model
@@ -66,11 +78,23 @@ def load_models(
     image_size: int | None = None,
     **settings: Any,
 ) -> dict[str, ServedModel]:
-    """Every model on every device; equal names once. settings: keywords of `DAVE`.
+    """Load every model on every device.
 
-    names: as `served_name`. weights, num_classes, labels, image_size: see `ModelSpec`, for a single model.
+    Args:
+        names: models, or NAME=MODEL; equal ones are loaded once.
+        devices: names of torch devices, one for each worker; None is the best there is.
+        weights: see `ModelSpec`; this and the following three only for a single model.
+        num_classes: see `ModelSpec`.
+        labels: see `ModelSpec`.
+        image_size: see `ModelSpec`.
+        settings: keywords of `DAVE`.
 
-    Raises UnknownModelError, ModelError, InputError as `DAVE` does, and for a model that is no classifier of images.
+    Returns:
+        The served models by name.
+
+    Raises:
+        InputError: two models have one name, or a model is no classifier of images.
+        ModelError: a model cannot be loaded or explained.
     """
     own = (weights, num_classes, labels, image_size)
     if len(set(names)) > 1 and any(one is not None for one in own):

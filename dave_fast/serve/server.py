@@ -1,8 +1,8 @@
 """The app under uvicorn: signals, draining, slow headers, and logs without image content.
 
-SIGTERM or SIGINT: nothing new is taken (503, also at /readyz) while what was accepted is answered; at the end of the
-drain deadline the rest is answered with the samples that are there. Then the process ends with exit code 0. A second
-signal ends it at once.
+After SIGTERM or SIGINT new requests are refused (503, also at /readyz) and accepted ones are answered; at the end of
+the drain deadline the rest is answered with the samples that are done. Then the process ends with exit code 0. A
+second signal ends it at once.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from dave_fast.serve.service import Service
 
 log = logging.getLogger("dave_fast.serve")
 
-# how often a server that drains looks whether all is answered
+# Seconds between two looks at the open requests of a server that drains.
 _LOOK = 0.02
-# seconds between the last answer computed and the listening socket closed, for answers on their way out
+# Seconds between the last answer and the end, in which answers are sent.
 _FLUSH = 0.2
 
 
 def guarded(header_seconds: float) -> type[H11Protocol]:
-    """uvicorn's protocol, with an end to connections that do not send whole headers in time (slow-loris)."""
+    """Return uvicorn's protocol with a time limit for the headers of a request, against slow-loris attacks."""
 
     class GuardedProtocol(H11Protocol):
         _watch: asyncio.TimerHandle | None = None
@@ -76,7 +76,13 @@ def guarded(header_seconds: float) -> type[H11Protocol]:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, with our way to end."""
+    """uvicorn's server, which drains the service before it ends.
+
+    Args:
+        config: uvicorn's configuration.
+        service: the service of the app.
+        drain_seconds: seconds to finish the accepted requests.
+    """
 
     def __init__(self, config: uvicorn.Config, service: Service, drain_seconds: float) -> None:
         super().__init__(config)
@@ -85,12 +91,12 @@ class Server(uvicorn.Server):
 
     @property
     def port(self) -> int:
-        """Where it listens."""
+        """The port that it listens at."""
         port: int = self.servers[0].sockets[0].getsockname()[1]
         return port
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Warm, then listen."""
+        """Start the service, then listen."""
         await super().startup(sockets)
         if self.started:
             host = self.servers[0].sockets[0].getsockname()[0]
@@ -98,7 +104,7 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Signals drain; uvicorn's own way raises them again at the end, which would be the exit code."""
+        """Drain at a signal; uvicorn's own handler raises it again at the end, which would set the exit code."""
         loop = asyncio.get_running_loop()
         watched = []
         if threading.current_thread() is threading.main_thread():
@@ -112,7 +118,7 @@ class Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
     def end(self) -> None:
-        """Drain, then stop; the second time at once. On the event loop."""
+        """Drain, then stop; stop at once if called again. To be called on the event loop."""
         if self._draining is None:
             log.info("draining", extra={"open": len(self.service.jobs()), "seconds": self.drain_seconds})
             self.service.drain()
@@ -121,7 +127,7 @@ class Server(uvicorn.Server):
             self.force_exit = self.should_exit = True
 
     async def _drain(self) -> None:
-        """Wait for what was accepted; at the deadline it is answered with what there is."""
+        """Wait for the accepted requests; cut them short at the deadline; then stop."""
         deadline = time.monotonic() + self.drain_seconds
         while self.service.jobs() and time.monotonic() < deadline:
             await asyncio.sleep(_LOOK)
@@ -134,7 +140,14 @@ class Server(uvicorn.Server):
 
 
 def make_server(app: FastAPI, limits: Limits, host: str = "127.0.0.1", port: int = 0) -> Server:
-    """A server for an app of `create_app`; `run` it, with a bound socket if you like, or `await serve()`."""
+    """Return a server for an app of `create_app`: `run()` it, optionally with bound sockets, or `await serve()`.
+
+    Args:
+        app: the app.
+        limits: limits of connections and times.
+        host: address to listen at.
+        port: port to listen at; 0: a free one.
+    """
     config = uvicorn.Config(
         app,
         host=host,
@@ -153,26 +166,26 @@ def make_server(app: FastAPI, limits: Limits, host: str = "127.0.0.1", port: int
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line; what a log call has in `extra` are its fields."""
+    """A formatter of log records as JSON, one object a line; the fields in `extra` become its fields."""
 
     _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 
     def format(self, record: logging.LogRecord) -> str:
-        """A record as a line."""
-        told: dict[str, Any] = {
+        """Return a record as a line."""
+        fields: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
         }
-        told |= {name: value for name, value in vars(record).items() if name not in self._OWN}
+        fields |= {name: value for name, value in vars(record).items() if name not in self._OWN}
         if record.exc_info:
-            told["exception"] = self.formatException(record.exc_info)
-        return json.dumps(told, default=str)
+            fields["exception"] = self.formatException(record.exc_info)
+        return json.dumps(fields, default=str)
 
 
 def log_to_stderr(level: str = "info") -> None:
-    """Structured logs of dave-fast and uvicorn on stderr."""
+    """Write the logs of dave-fast and uvicorn to stderr as JSON lines, from `level` on."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     for name in ("dave_fast", "uvicorn"):
@@ -183,7 +196,7 @@ def log_to_stderr(level: str = "info") -> None:
 
 @contextlib.contextmanager
 def running(app: FastAPI, limits: Limits) -> Iterator[str]:
-    """A server in a thread of this process, for tests and load generators: the address that it listens at."""
+    """Run a server in a thread of this process, for tests and load generators; yield its address."""
     server = make_server(app, limits)
     loops: list[asyncio.AbstractEventLoop] = []
 

@@ -1,10 +1,10 @@
-"""Engines and jobs: micro-batches are computed, contributions gathered, maps and errors made of them.
+"""The service: workers compute micro-batches, and contributions become maps with error estimates.
 
-One thread an engine takes micro-batches from the scheduler; one thread makes maps. They meet under one lock, which is
-never held while anything is computed. What befalls a request is told to its listener, from these threads.
+A worker is a thread with one device that takes micro-batches from the scheduler; one more thread makes maps. They
+share one lock, which is never held while anything is computed. The listener of a request is called from these threads.
 
-An error in a micro-batch is found by halves: its requests are tried again in two groups, and so on, until the one that
-fails is alone. NaN among a request's contributions fails that request.
+After an error in a micro-batch its requests are tried again in two halves, and so on, until the request at fault is
+alone. NaN among a request's contributions fails that request only.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,20 +36,46 @@ from dave_fast.serve.served import ServedModel
 
 log = logging.getLogger("dave_fast.serve")
 
-# failed micro-batches in a row after which an engine is no longer called ready
+# Failed micro-batches in a row after which a worker is no longer ready.
 FAILURES = 5
-# seconds after which it is tried again, where nobody asks
+# Seconds after which a worker that is not ready is tried again if there are no requests.
 PROBE_SECONDS = 2.0
-# the part of the latest time to make a map that is kept for it before a deadline, and seconds on top
+# Time reserved before a deadline to make a map: a multiple of what the latest map took, and seconds added to it.
 MARGIN, LEAST_MARGIN = 1.5, 0.003
 
 
 class DeadlineError(DaveFastError, TimeoutError):
-    """No sample was there at the deadline."""
+    """No sample was computed before the deadline."""
+
+
+@dataclass(frozen=True)
+class BatchKey:
+    """The scheduler's bucket of a row: rows with equal keys may share a micro-batch.
+
+    Attributes:
+        model: name of the served model.
+        size: (H, W) of the model's input.
+        classes: number of classes that are explained; None for the unperturbed image, whose classes are predicted.
+    """
+
+    model: str
+    size: tuple[int, int]
+    classes: int | None
 
 
 class Service:
-    """Explanations for many callers at once. `start` before the first, `stop` after the last."""
+    """Explanations for many callers at once. `start` comes before the first request, `stop` after the last.
+
+    Args:
+        models: the served models by name, with equally many explainers each.
+        limits: the bounds of the queue; None: the defaults.
+        metrics: where measurements go; None: new ones.
+        clock: seconds, for deadlines and measurements.
+
+    Attributes:
+        workers: names of the workers, as in the metrics' label `engine`.
+        map_seconds: seconds that the latest map took.
+    """
 
     def __init__(
         self,
@@ -62,45 +88,59 @@ class Service:
         self.metrics = metrics or Metrics()
         self.clock = clock
         explainers = next(iter(self.models.values())).explainers
-        self.engines = [f"{number}:{explainer.device}" for number, explainer in enumerate(explainers)]
+        self.workers = [f"{number}:{explainer.device}" for number, explainer in enumerate(explainers)]
         limits = limits or Limits()
         fitting = min(int(SHARE * free_bytes(explainer.device)) for explainer in explainers)
         self.scheduler = Scheduler(QueueLimits(limits.requests, limits.rows, limits.queue_bytes or fitting))
         self._jobs: dict[Queued, Job] = {}
         self._lock = threading.Condition()
         self._stopping = False
-        self._failures = dict.fromkeys(self.engines, 0)
+        self._failures = dict.fromkeys(self.workers, 0)
         self._rows: dict[tuple[int, str], int] = {}
         self._maps: queue.PriorityQueue[tuple[int, int, Callable[[], None]]] = queue.PriorityQueue()
         self._numbers = itertools.count()
         self._threads: list[threading.Thread] = []
         self.map_seconds = 0.0
 
-    # ---- what callers use ----
-
     def start(self) -> None:
-        """Warm every engine with a real explanation, check it, and start. Raises what the explanation raises."""
-        for number in range(len(self.engines)):
+        """Explain an example with every worker and check it, then start the threads.
+
+        Raises:
+            NonFiniteError: a map is not finite.
+            Exception: any error of the explanation.
+        """
+        for number in range(len(self.workers)):
             self._check(number)
             for model in self.models.values():
                 self._rows[number, model.name] = model.explainers[number].fitting_rows(model.example())
-        runs = [threading.Thread(target=self._run, args=(number,), daemon=True) for number in range(len(self.engines))]
+        runs = [threading.Thread(target=self._run, args=(number,), daemon=True) for number in range(len(self.workers))]
         self._threads = [*runs, threading.Thread(target=self._make_maps, daemon=True)]
         for thread in self._threads:
             thread.start()
 
     def submit(self, name: str, ask: Ask, listener: Listener) -> Job:
-        """Take a request for a model. Raises RefusedError, and InputError for a class that the model does not have."""
+        """Add a request to the queue.
+
+        Args:
+            name: the served model.
+            ask: the request.
+            listener: called with the request's events.
+
+        Raises:
+            RefusedError: the queue is full, or the service is shutting down.
+            InputError: the model has no such class.
+        """
         model = self.models[name]
         if ask.classes > model.classes or any(not 0 <= target < model.classes for target in ask.targets or ()):
-            raise InputError(f"the classes of {name!r} are 0 to {model.classes - 1}; {ask.targets or ask.top_k} asked.")
+            asked = f"classes {list(ask.targets)}" if ask.targets else f"the {ask.top_k} most probable classes"
+            raise InputError(f"{asked} are requested; {name!r} has the classes 0 to {model.classes - 1}.")
         now = self.clock()
         queued = Queued(
-            ("explain", name, model.prepare.size, ask.classes),
-            ask.n_samples,
-            model.request_bytes(ask.classes, ask.n_samples),
-            math.inf if ask.deadline is None else ask.deadline,
-            first=("predict", name, model.prepare.size),
+            bucket=BatchKey(name, model.prepare.size, ask.classes),
+            samples=ask.n_samples,
+            size=model.request_bytes(ask.classes, ask.n_samples),
+            deadline=math.inf if ask.deadline is None else ask.deadline,
+            first=BatchKey(name, model.prepare.size, None),
         )
         job = Job(model, ask, queued, listener, now)
         with self._lock:
@@ -110,14 +150,14 @@ class Service:
         return job
 
     def cancel(self, job: Job) -> None:
-        """The client is gone: nothing more is computed or told."""
+        """End a request without an answer: its client is gone."""
         with self._lock:
             if not job.over:
                 self.metrics.cancelled.inc()
                 self._close(job)
 
     def cut(self, job: Job, why: str) -> None:
-        """Answer with the samples that are there; DeadlineError where there is none."""
+        """End a request early: answer with the samples that are done, or fail with DeadlineError if there are none."""
         with self._lock:
             if job.over or job.cutting:
                 return
@@ -125,35 +165,35 @@ class Service:
             self.scheduler.end(job.queued)
             ready = job.ready
         if ready == 0:
-            self._fail(job, DeadlineError(f"no sample was there in time ({why}); allow more time, or come again."))
+            self._fail(job, DeadlineError(f"no sample was done in time ({why}); allow more time, or try again."))
         else:
             self._due(0, partial(self._refine, job, ready, why))
 
     def margin(self) -> float:
-        """Seconds before a deadline at which a map has to be begun."""
+        """Return the seconds before a deadline at which a map must be started."""
         return LEAST_MARGIN + MARGIN * self.map_seconds
 
     def drain(self) -> None:
-        """Take nothing new."""
+        """Refuse new requests."""
         with self._lock:
             self.scheduler.drain()
 
     def jobs(self) -> list[Job]:
-        """The requests that are not answered yet."""
+        """Return the requests that are not answered yet."""
         with self._lock:
             return list(self._jobs.values())
 
     def why_not_ready(self) -> str | None:
-        """What keeps the service from serving, or None."""
+        """Return why the service cannot answer requests, or None if it can."""
         if self.scheduler.draining:
             return "shutting down"
         if not self._threads or not all(thread.is_alive() for thread in self._threads):
-            return "the engines are not running"
-        failing = [engine for engine, count in self._failures.items() if count >= FAILURES]
-        return f"engine {', '.join(failing)} keeps failing" if len(failing) == len(self.engines) else None
+            return "the workers are not running"
+        failing = [worker for worker, count in self._failures.items() if count >= FAILURES]
+        return f"worker {', '.join(failing)} keeps failing" if len(failing) == len(self.workers) else None
 
     def stop(self) -> None:
-        """End the threads; whoever still waits is told."""
+        """Fail the requests that are not answered, and end the threads."""
         self.drain()
         for job in self.jobs():
             self._fail(job, DeadlineError("the server was shut down."))
@@ -165,12 +205,12 @@ class Service:
             thread.join()
         self._threads = []
 
-    # ---- engines ----
+    # Workers, each known by its number.
 
     def _run(self, number: int) -> None:
-        """An engine's thread."""
-        on_cpu = sum(engine.endswith("cpu") for engine in self.engines)
-        if self.engines[number].endswith("cpu") and on_cpu > 1:
+        """Compute micro-batches until the service stops: the main function of a worker."""
+        on_cpu = sum(worker.endswith("cpu") for worker in self.workers)
+        if self.workers[number].endswith("cpu") and on_cpu > 1:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // on_cpu))
         while not self._stopping:
             batch = self._next(number)
@@ -184,7 +224,7 @@ class Service:
                 self._account(number, batch, self.clock() - began)
 
     def _next(self, number: int) -> MicroBatch | None:
-        """The next micro-batch, waited for; None at the end, and now and then where the engine fails."""
+        """Wait for a micro-batch; return None at the end, and after PROBE_SECONDS if the worker is not ready."""
         with self._lock:
             while True:
                 batch = self.scheduler.take(partial(self._capacity, number), self.clock())
@@ -196,59 +236,61 @@ class Service:
                             job.started = now
                             self.metrics.queue_wait.observe(now - job.admitted)
                     return batch
-                failing = self._failures[self.engines[number]] >= FAILURES
+                failing = self._failures[self.workers[number]] >= FAILURES
                 if self._stopping or (not self._lock.wait(PROBE_SECONDS if failing else None) and failing):
                     return None
 
     def _check(self, number: int) -> None:
-        """A real explanation of every model; raises what it raises, NonFiniteError for a map that is not finite."""
+        """Explain an example with every model; raise NonFiniteError for a map that is not finite."""
         for model in self.models.values():
             made = model.explainers[number].explain(model.example(), n_samples=8)
             if not torch.isfinite(made.maps).all():
-                raise NonFiniteError(f"engine {self.engines[number]}: a map of {model.name!r} is not finite.")
+                raise NonFiniteError(f"worker {self.workers[number]}: a map of {model.name!r} is not finite.")
 
     def _probe(self, number: int) -> None:
-        """An engine that kept failing is ready again when it explains the example: nobody may be sending it any."""
-        if self._failures[self.engines[number]] < FAILURES or self._stopping:
+        """Try an example with a worker that is not ready; if it succeeds the worker is ready again."""
+        if self._failures[self.workers[number]] < FAILURES or self._stopping:
             return
         try:
             self._check(number)
-            self._failures[self.engines[number]] = 0
+            self._failures[self.workers[number]] = 0
         except Exception:
-            log.exception("an engine still fails", extra={"engine": self.engines[number]})
+            log.exception("a worker still fails", extra={"engine": self.workers[number]})
 
-    def _capacity(self, number: int, bucket: Any) -> int:
-        return self._rows[number, bucket[1]]
+    def _capacity(self, number: int, key: Hashable) -> int:
+        assert isinstance(key, BatchKey)
+        return self._rows[number, key.model]
 
     def _account(self, number: int, batch: MicroBatch, seconds: float) -> None:
         with self._lock:
             self.scheduler.done(batch, seconds)
         self.metrics.batch_fill.observe(len(batch) / batch.capacity)
-        self.metrics.device_time.labels(self.engines[number]).observe(seconds)
-        self.metrics.rows.labels(self.engines[number]).inc(len(batch))
+        self.metrics.device_time.labels(self.workers[number]).observe(seconds)
+        self.metrics.rows.labels(self.workers[number]).inc(len(batch))
 
-    def _compute(self, number: int, bucket: Any, parts: Sequence[Part]) -> None:
-        """The parts that are still wanted; on an error by halves, until the one at fault is alone."""
+    def _compute(self, number: int, key: Hashable, parts: Sequence[Part]) -> None:
+        """Compute the parts whose request is still open; after an error, each half of them again."""
         with self._lock:
             wanted = [(part, job) for part in parts if (job := self._jobs.get(part.request)) is not None]
         if not wanted:
             return
-        compute = self._predict if bucket[0] == "predict" else self._contribute
+        assert isinstance(key, BatchKey)
+        compute = self._predict if key.classes is None else self._contribute
         try:
             compute(number, wanted)
         except Exception as error:
             if len(wanted) > 1:
                 middle = len(wanted) // 2
                 for some in (wanted[:middle], wanted[middle:]):
-                    self._compute(number, bucket, [part for part, _ in some])
+                    self._compute(number, key, [part for part, _ in some])
                 return
             if not isinstance(error, NonFiniteError | InputError):
-                self._failures[self.engines[number]] += 1
-                log.exception("an engine failed", extra={"engine": self.engines[number]})
+                self._failures[self.workers[number]] += 1
+                log.exception("a worker failed", extra={"engine": self.workers[number]})
             self._fail(wanted[0][1], error)
 
     def _predict(self, number: int, wanted: Sequence[tuple[Part, Job]]) -> None:
-        """Unperturbed images: which classes are explained, and how probable they are."""
+        """Predict unperturbed images: choose the classes to explain."""
         explainer = wanted[0][1].model.explainers[number]
         output = explainer.predict(torch.stack([job.ask.image for _, job in wanted])).cpu()
         for (_, job), logits in zip(wanted, output, strict=True):
@@ -261,14 +303,14 @@ class Service:
                 self._lock.notify_all()
 
     def _contribute(self, number: int, wanted: Sequence[tuple[Part, Job]]) -> None:
-        """Perturbed rows: their contributions, each to its own job."""
+        """Compute the contributions of perturbed rows and store them with their jobs."""
         explainer = wanted[0][1].model.explainers[number]
         made = explainer.contributions(
             torch.stack([job.ask.image for _, job in wanted]),
             join([job.draws[part.start : part.stop] for part, job in wanted]),
             torch.tensor([job.predicted.targets for _, job in wanted if job.predicted is not None]),
         )
-        self._failures[self.engines[number]] = 0
+        self._failures[self.workers[number]] = 0
         row = 0
         for part, job in wanted:
             own = made[:, row : row + part.stop - part.start]
@@ -279,6 +321,7 @@ class Service:
                 self._fail(job, NonFiniteError("NaN or infinity in the attribution of this image. Try another image."))
 
     def _gather(self, job: Job, part: Part, own: Tensor) -> None:
+        """Store contributions (K, rows, C, H, W) with their job, and queue the maps that are now due."""
         with self._lock:
             if job.over:
                 return
@@ -289,14 +332,14 @@ class Service:
         for samples in due:
             self._due(1, partial(self._refine, job, samples, None))
 
-    # ---- maps ----
+    # Maps.
 
     def _due(self, priority: int, make: Callable[[], None]) -> None:
-        """Have something done by the maps' thread: 0 at once, 1 in turn, 2 last of all."""
+        """Queue a call for the maps' thread; priority 0 comes first, 2 last."""
         self._maps.put((priority, next(self._numbers), make))
 
     def _make_maps(self) -> None:
-        """The maps' thread."""
+        """Make maps until the service stops: the main function of the maps' thread."""
         while True:
             _, _, make = self._maps.get()
             make()
@@ -304,7 +347,13 @@ class Service:
                 return
 
     def _refine(self, job: Job, samples: int, why: str | None) -> None:
-        """The map of the first samples: an answer, or news on the way to it."""
+        """Make the map of a job's first samples, and answer with it or report it.
+
+        Args:
+            job: the job.
+            samples: how many samples, from the first.
+            why: what cut the job short, or None.
+        """
         with self._lock:
             contributions = job.contributions
             if job.over or contributions is None or (job.cutting and why is None):
@@ -331,15 +380,15 @@ class Service:
 
     @staticmethod
     def _explainer(job: Job) -> DAVE:
-        """One whose device holds the contributions."""
+        """Return the explainer of the device that holds the contributions."""
         assert job.contributions is not None
-        held = job.contributions.device
-        return next(explainer for explainer in job.model.explainers if explainer.device == held)
+        device = job.contributions.device
+        return next(explainer for explainer in job.model.explainers if explainer.device == device)
 
-    # ---- ends ----
+    # Ends.
 
     def _close(self, job: Job) -> bool:
-        """Whether the job was still open; its rows and memory are given back. Under the lock."""
+        """Close a job and free its rows and memory; return False if it was closed. To be called under the lock."""
         if job.over:
             return False
         job.over = True
@@ -349,6 +398,7 @@ class Service:
         return True
 
     def _end(self, job: Job, refined: Refined, cut_short: str | None) -> None:
+        """Answer a job."""
         with self._lock:
             if not self._close(job):
                 return
@@ -362,6 +412,7 @@ class Service:
         job.listener(Ended(job.predicted, refined, cut_short, job.started - job.admitted, now - job.admitted))
 
     def _fail(self, job: Job, error: Exception) -> None:
+        """Fail a job."""
         with self._lock:
             if not self._close(job):
                 return

@@ -1,4 +1,4 @@
-"""What comes in: bodies taken apart, and images kept for later requests. Their limits are the middleware's."""
+"""Uploads: parse bodies, and store images for later requests. The middleware has limited their size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from starlette.requests import Request
 from dave_fast.serve.limits import Limits
 from dave_fast.serve.middleware import UploadBudget
 
-# a body of one of these types is the image itself; the last is what curl says where it is told nothing
+# A body of one of these types is the image itself; the last is curl's default.
 RAW = ("image/", "application/octet-stream", "application/x-www-form-urlencoded")
 FORM = "multipart/form-data"
 _FIELDS = 32
@@ -25,14 +25,23 @@ _FIELDS = 32
 
 @dataclass
 class Body:
-    """An image file as it was sent, and the options that came beside it in a form."""
+    """The body of a request.
+
+    Attributes:
+        content: the image file.
+        fields: options, if the body is a form.
+    """
 
     content: bytes
     fields: dict[str, Any] = field(default_factory=dict)
 
 
 async def read_body(request: Request) -> Body:
-    """The body of a request. HTTPException: 415 no image, 400 a broken form, 422 a form with other things."""
+    """Read the body of a request.
+
+    Raises:
+        HTTPException: 415, it is no image; 400, the form is malformed; 422, the form has other files, or repeats.
+    """
     kind = request.headers.get("content-type", RAW[1]).split(";")[0].strip().lower()
     if kind == FORM:
         return _form(request.headers["content-type"], await request.body())
@@ -42,7 +51,7 @@ async def read_body(request: Request) -> Body:
 
 
 def _form(content_type: str, content: bytes) -> Body:
-    """The file `image` of a form, and its other fields."""
+    """Return the file `image` of a form, and its other fields."""
     body, files = Body(b""), []
     wrong: list[str] = []
 
@@ -51,7 +60,7 @@ def _form(content_type: str, content: bytes) -> Body:
         if name == "target":
             body.fields.setdefault("target", []).append(value)
         elif name in body.fields or len(body.fields) >= _FIELDS:
-            wrong.append(f"the form gives {name[:100]!r} twice, or too many fields.")
+            wrong.append(f"the form has {name[:100]!r} twice, or more than {_FIELDS} fields.")
         else:
             body.fields[name] = value
 
@@ -59,7 +68,7 @@ def _form(content_type: str, content: bytes) -> Body:
         files.append(file)
         name = (file.field_name or b"").decode("utf-8", "replace")
         if name != "image" or len(files) > 1:
-            wrong.append(f"the form has a file {name[:100]!r}; there is one, and it is called 'image'.")
+            wrong.append(f"the form has a file {name[:100]!r}; expected one file, named 'image'.")
         file.file_object.seek(0)
         body.content = file.file_object.read()
 
@@ -72,7 +81,7 @@ def _form(content_type: str, content: bytes) -> Body:
         )
         parser.write(content)
         parser.finalize()
-    # whatever the bytes provoke: no boundary, a header that is none, a part without a name
+    # Malformed bodies: without a boundary, with a malformed header, or with a part that has no name.
     except (FormParserError, ValueError, AttributeError) as error:
         raise HTTPException(400, "the form cannot be read; send multipart/form-data with a file 'image'.") from error
     finally:
@@ -84,46 +93,52 @@ def _form(content_type: str, content: bytes) -> Body:
 
 
 class ImageStore(Protocol):
-    """What keeps images for later requests: `MemoryStore`, or what stands for one that several servers share."""
+    """A store of images for later requests: `MemoryStore`, or one that several servers share."""
 
     async def put(self, content: bytes) -> str:
-        """Keep an image; its id."""
+        """Store an image file and return its id."""
 
     async def get(self, name: str) -> bytes:
-        """An image that was kept."""
+        """Return a stored image file; HTTPException 404 if there is none of that id."""
 
 
 class MemoryStore:
-    """Images under ids that cannot be guessed; old ones are forgotten, and the oldest make room."""
+    """Images in memory under ids that cannot be guessed; old ones expire, and the oldest make room.
 
-    def __init__(self, limits: Limits, held: UploadBudget, clock: Callable[[], float] = time.monotonic) -> None:
-        self.limits, self.held, self._clock = limits, held, clock
+    Args:
+        limits: number and age of the images.
+        budget: bound on the bytes of all uploads.
+        clock: seconds.
+    """
+
+    def __init__(self, limits: Limits, budget: UploadBudget, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limits, self.budget, self._clock = limits, budget, clock
         self._images: OrderedDict[str, tuple[float, bytes]] = OrderedDict()
 
     async def put(self, content: bytes) -> str:
-        """Keep an image; its id."""
-        self._forget_old()
+        """Store an image file and return its id; HTTPException 503 if there is no room."""
+        self._drop_expired()
         while self._images and (
-            len(self._images) >= self.limits.stored_images or self.held.now + len(content) > self.held.most
+            len(self._images) >= self.limits.stored_images or self.budget.now + len(content) > self.budget.most
         ):
-            self._forget()
-        self.held.add(len(content))
+            self._drop_oldest()
+        self.budget.add(len(content))
         name = secrets.token_urlsafe(18)
         self._images[name] = (self._clock(), content)
         return name
 
     async def get(self, name: str) -> bytes:
-        """An image that was kept; HTTPException 404 where there is none of that id, or none any more."""
-        self._forget_old()
+        """Return a stored image file; HTTPException 404 if there is none of that id, or it has expired."""
+        self._drop_expired()
         if name not in self._images:
-            raise HTTPException(404, "there is no such image, or no more; send it to /v1/images again.")
+            raise HTTPException(404, "there is no image of that id, or it has expired; send it to /v1/images again.")
         return self._images[name][1]
 
-    def _forget_old(self) -> None:
+    def _drop_expired(self) -> None:
         oldest = self._clock() - self.limits.stored_seconds
         while self._images and next(iter(self._images.values()))[0] < oldest:
-            self._forget()
+            self._drop_oldest()
 
-    def _forget(self) -> None:
+    def _drop_oldest(self) -> None:
         _, (_, content) = self._images.popitem(last=False)
-        self.held.now -= len(content)
+        self.budget.now -= len(content)

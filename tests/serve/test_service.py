@@ -85,7 +85,7 @@ def test_several_engines_share_one_request(images):
         for image, ended in zip(images, ends, strict=True):
             assert torch.equal(ended.refined.maps, explainer.explain(image, n_samples=100).maps)
     # counted when a micro-batch has come back: after the last answer
-    rows = [service.metrics.rows.labels(engine)._value.get() for engine in service.engines]
+    rows = [service.metrics.rows.labels(engine)._value.get() for engine in service.workers]
     assert sum(rows) == 6 * 101 and all(count > 0 for count in rows)
 
 

@@ -1,4 +1,4 @@
-"""The page at /: HTML, style and scripts; no other origin is asked for anything, and the policy sees to it."""
+"""The page at /: HTML, style and scripts. Its content security policy forbids requests to other origins."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _HEADERS = {
 
 
 def add_page(router: APIRouter) -> None:
-    """The routes of the page, and of the picture that it shows to whoever has none at hand."""
+    """Add the routes of the page and of its example image."""
     for path, (name, kind) in _FILES.items():
         router.add_api_route(path, partial(_asset, name, kind), methods=["GET"], include_in_schema=False)
     router.add_api_route("/example.png", _example, methods=["GET"], include_in_schema=False)
@@ -41,6 +41,6 @@ async def _asset(name: str, kind: str) -> Response:
 
 
 async def _example() -> Response:
-    """The embedded scene."""
+    """Return the embedded scene as PNG."""
     picture = await run_in_threadpool(lambda: formats.png(demo_scene().image))
     return Response(picture, media_type=formats.PNG)

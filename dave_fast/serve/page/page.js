@@ -1,21 +1,29 @@
-// The page of a dave-fast server: an image goes to /v1/images once, explanations stream from /v1/explain/stream.
+// The page of a dave-fast server: it sends an image to /v1/images once and streams explanations from /v1/explain/stream.
 
 import { COLOURS, paint, plot, png } from "./pictures.js";
 import { ask, events } from "./server.js";
 
 const $ = (id) => document.getElementById(id);
-const TRIES = 5; // of a server that is busy
+// How often a busy server is asked.
+const TRIES = 5;
 
 let models = [];
-let image = null; // {content: Blob, name, id, photo: ImageData, seenBy: model}
-let chosen = []; // indices of the classes to explain; empty: the most probable
-let top5 = []; // {target, class_name, probability}
-let others = []; // the same of what was asked for besides
-let running = null; // AbortController
-let latest = null; // the last maps, or the answer
-let curve = []; // {samples, maps: [{error, error_bound}]}
+// The image: {content: Blob, name, id, photo: ImageData of the crop, seenBy: the model that has this crop}.
+let image = null;
+// Indices of the classes to explain; empty: the most probable class.
+let chosen = [];
+// The most probable classes: {target, class_name, probability}.
+let top5 = [];
+// Classes that the user has added, in the same form.
+let others = [];
+// AbortController of the explanation that is running.
+let running = null;
+// The latest maps or the answer.
+let latest = null;
+// The errors so far: {samples, maps: [{error, error_bound}]}.
+let curve = [];
 
-// ---- an image comes in ----
+// Images.
 
 async function take(file) {
   stop();
@@ -34,7 +42,7 @@ async function take(file) {
   }
 }
 
-// maps over another crop mean nothing; those of an explanation before stay until new ones come
+// Maps of another crop are removed at once; those of the same crop stay until new ones arrive.
 function clear() {
   latest = null;
   $("maps").replaceChildren();
@@ -46,7 +54,7 @@ async function upload(mine, signal) {
   mine.id = (await answer.json()).image;
 }
 
-// what a call answers that names the image; the server forgets images after a while, and then it is sent again
+// Make a call that names the image, which is sent first, and sent again if the server has dropped it.
 async function withImage(mine, signal, call) {
   if (!mine.id) await upload(mine, signal);
   try {
@@ -71,7 +79,7 @@ async function see(mine, signal) {
   mine.seenBy = model;
 }
 
-// ---- an explanation comes back ----
+// Explanations.
 
 async function explain() {
   if (!image || !numbersHold()) return;
@@ -94,7 +102,7 @@ async function explain() {
   }
 }
 
-// a busy server is asked again after the time that it names
+// Make a call; repeat it while the server is busy, after the time that the server names.
 async function patiently(signal, call) {
   for (let left = TRIES; ; left--) {
     try {
@@ -170,7 +178,7 @@ function show(told) {
   $("told-bound").textContent = told && told.error_bound !== null ? percent(told.error_bound) : "–";
 }
 
-// ---- classes ----
+// Classes.
 
 function predicted(told) {
   $("classes").disabled = false;
@@ -202,7 +210,8 @@ function choose(target, wanted) {
   if (!$("compare").checked) chosen = [target];
   else if (wanted) chosen = [...chosen, target];
   else if (chosen.length > 1) chosen = chosen.filter((one) => one !== target);
-  else return listTop(); // one class stays
+  // At least one class stays chosen.
+  else return listTop();
   listTop();
   return explain();
 }
@@ -231,7 +240,7 @@ function listClasses() {
   $("names").replaceChildren(...classNames().map((name) => make("option", { value: name })));
 }
 
-// ---- pictures ----
+// Pictures.
 
 function drawMaps(final) {
   const panels = $("maps");
@@ -277,14 +286,14 @@ function drawCurve() {
   $("curve-text").textContent = "Error of the map by samples: the estimate (line), and what it is below nine times in ten (top of the band)";
 }
 
-// ---- saving ----
+// Saving.
 
 async function savePicture(one, canvas) {
   save(await png(canvas), one, "png");
 }
 
 async function saveArrays(one) {
-  // the samples that are shown, of this class
+  // The number of samples that is shown, of this class only.
   const { model, seed, samples } = latest;
   const asked = () => new URLSearchParams({ image: image.id, model, seed, n_samples: samples, target: one.target });
   const answer = await withImage(image, undefined, () => ask(`v1/explain?${asked()}`, { method: "POST", headers: { accept: "application/x-npz" } }));
@@ -299,7 +308,7 @@ function save(blob, one, kind) {
   hear(`Saved ${link.download}.`);
 }
 
-// ---- small things ----
+// Helpers.
 
 function make(tag, properties = {}, ...children) {
   const element = Object.assign(document.createElement(tag), properties);
@@ -309,7 +318,7 @@ function make(tag, properties = {}, ...children) {
 
 const percent = (share) => (share > 0 && share < 0.001 ? "< 0.1 %" : `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`);
 
-// what is seen changes with every event; what screen readers hear is the beginning, the end and problems
+// The visible status changes with every event; screen readers announce the beginning, the end and problems only.
 function say(text) {
   $("status").textContent = text;
 }
@@ -358,7 +367,8 @@ function given(files) {
 $("example").addEventListener("click", example);
 $("file").addEventListener("change", () => {
   if ($("file").files.length) given($("file").files);
-  $("file").value = ""; // so that the same file can be taken again
+  // Cleared so that choosing the same file again is a change.
+  $("file").value = "";
 });
 $("model").addEventListener("change", () => { [chosen, top5, others] = [[], [], []]; listClasses(); explain(); });
 $("compare").addEventListener("change", compare);

@@ -1,14 +1,16 @@
-// Maps over photographs, as dave_fast.figures draws them, and the plot of the error.
+// Draw maps over photographs, as dave_fast.images.drawing does, and plot the error.
 
 const BRIGHTEST = 0.995;
 const GAMMA = 0.7;
 const [SATURATION, DIMMING, LIFT] = [0.4, 0.62, 0.05];
 const [OPACITY, OPAQUE_FROM] = [0.92, 0.75];
-const STOPS = [ // matplotlib's "inferno", nine of its colours
+// Nine colours of matplotlib's "inferno".
+const STOPS = [
   [0, 0, 4], [31, 12, 72], [85, 15, 109], [136, 34, 106], [186, 54, 85],
   [227, 89, 51], [249, 140, 10], [249, 201, 50], [252, 255, 164],
 ];
-export const COLOURS = 5; // of the plot, in page.css
+// Number of line colours of the plot, in page.css.
+export const COLOURS = 5;
 
 function colour(strength) {
   const place = strength * (STOPS.length - 1);
@@ -16,7 +18,7 @@ function colour(strength) {
   return STOPS[low].map((value, channel) => value + (place - low) * (STOPS[low + 1][channel] - value));
 }
 
-// a map of the server, uint8, to what every byte is shown as: [strength, red, green, blue]
+// Return [strength, red, green, blue] for each value of a map, uint8.
 function table(bytes) {
   const sorted = Uint8Array.from(bytes).sort();
   const top = sorted[Math.floor(BRIGHTEST * (sorted.length - 1))] || sorted[sorted.length - 1] || 1;
@@ -26,7 +28,7 @@ function table(bytes) {
   });
 }
 
-// photo: ImageData of the crop; opacity 0 shows the photograph alone, 1 what dave-fast writes to files
+// Draw a map over photo, the ImageData of the crop; opacity 0 shows the photograph, 1 the overlay that dave-fast writes.
 export function paint(canvas, photo, map, opacity) {
   const bytes = Uint8Array.from(atob(map.data), (letter) => letter.charCodeAt(0));
   const shown = table(bytes);
@@ -49,7 +51,7 @@ export function paint(canvas, photo, map, opacity) {
   canvas.getContext("2d").putImageData(picture, 0, 0);
 }
 
-// PNG of a canvas, enlarged by a whole number until its shorter side has 448 pixels
+// Return a PNG of a canvas, enlarged by the least whole number that gives its shorter side 448 pixels.
 export function png(source) {
   const scale = Math.max(1, Math.ceil(448 / Math.min(source.width, source.height)));
   const canvas = Object.assign(document.createElement("canvas"), { width: scale * source.width, height: scale * source.height });
@@ -59,7 +61,8 @@ export function png(source) {
   return new Promise((done) => canvas.toBlob(done, "image/png"));
 }
 
-// points: {samples, maps: [{error, error_bound}]}, errors null where unknown; each class a line, up to its bound a band
+// Plot errors by samples: a line for each class, and a band up to its bound.
+// points: {samples, maps: [{error, error_bound}]}, an unknown error is null.
 export function plot(svg, points, last, tolerance) {
   const [width, height] = [Math.max(280, svg.clientWidth), 190];
   const [left, right, top, bottom] = [46, width - 14, 12, height - 40];

@@ -1,8 +1,8 @@
-// Talking to the server: keys, errors as words, server-sent events.
+// Requests to the server: API keys, error messages, server-sent events.
 
 let key = sessionStorage.getItem("dave-fast-key") ?? "";
 
-// status: of HTTP, null where nobody answered; wait: seconds after which a busy server may be asked again
+// An error of the server. status: HTTP status, null without an answer; wait: seconds until a busy server can be asked.
 export class ServerProblem extends Error {
   constructor(message, status = null, wait = null) {
     super(message);
@@ -50,7 +50,7 @@ async function askForKey() {
   return key !== "";
 }
 
-// [name, data] of each event; ServerProblem where the stream breaks off before its end
+// Yield [name, data] of each event; throw ServerProblem if the stream ends early.
 export async function* events(answer) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
