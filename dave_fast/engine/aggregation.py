@@ -1,8 +1,8 @@
-"""From rows of draws to raw: the S samples of each image are kept until its robust mean, in a form that fits.
+"""From rows of draws to raw: the S samples of each image are stored until their robust mean is taken.
 
-What is kept is bounded whatever the batch and the number of targets (`memory.choose_storage`): the samples of so many
-(image, target) pairs as fit wait together. All targets of an image share its forward walks where they fit; else they
-go in groups, and the images are walked forward once a group.
+`memory.choose_storage` bounds the storage whatever the batch and the number of targets: as many (image, target) pairs
+are aggregated together as fit. All targets of an image share its forward walks where they fit; otherwise targets are
+divided into groups, and the images are walked forward once for each group.
 """
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ logger = logging.getLogger("dave_fast")
 
 
 class Aggregation:
-    """The end of an explanation, bound to the ops `robust_mean` and `pull_back_mean`."""
+    """The aggregation of contributions to raw attributions.
+
+    Args:
+        robust_mean: the bound op, (B, S, C, H, W) -> (B, C, H, W).
+        pull_back_mean: the bound op, which pulls token cotangents back and aggregates them tile by tile.
+    """
 
     def __init__(self, robust_mean: Callable[[Tensor], Tensor], pull_back_mean: Callable[..., Tensor]) -> None:
         self._robust_mean, self._pull_back_mean = robust_mean, pull_back_mean
@@ -38,10 +43,22 @@ class Aggregation:
         targets: Sequence[Cotangent],
         progress: Progress | None,
     ) -> Tensor:
-        """All rows of draws (host, image-major, S an image), micro-batch by micro-batch -> raw (B, K, C, H, W)."""
+        """Walk all rows of draws, micro-batch by micro-batch, and aggregate them.
+
+        Args:
+            batches: the loop over micro-batches.
+            route: the walks.
+            images: (B, C, H, W).
+            draws: R = B·S rows on the host, image-major.
+            targets: cotangents of the output.
+            progress: is called with (rows done, rows in all).
+
+        Returns:
+            raw (B, targets, C, H, W) in the dtype of the images.
+        """
         samples, shape = len(draws) // len(images), tuple(images.shape[1:])
         free = free_memory.free_bytes(images.device)
-        # for one target: the form, and with it the bits, must not depend on how many are asked
+        # for one target: the form, and with it the bits, must not depend on the number of targets
         storage = memory.choose_storage(samples, shape, images.dtype, route.dtype, free)
         if not storage.tokens and storage.dtype != images.dtype:
             logger.warning(
@@ -63,7 +80,7 @@ class Aggregation:
                 for at, of_target in enumerate(kept, group.start):
                     raw[some, at] = self._mean(of_target, images, part, route.patch_size, samples, storage)
                 walked += len(part)
-                # before the next group's are made
+                # free before those of the next group are made
                 del kept, of_target
         pacer.finish()
         return raw
@@ -71,14 +88,14 @@ class Aggregation:
     def _mean(
         self, kept: Tensor, images: Tensor, draws: Draws, patch_size: tuple[int, int], samples: int, storage: Storage
     ) -> Tensor:
-        """The robust mean of one target's rows, in the form in which they are kept: (b, C, H, W)."""
+        """Return the robust mean (b, C, H, W) of one target's rows, which are stored as `storage` says."""
         if storage.tokens:
             return self._pull_back_mean(kept, images, draws.to(images.device), patch_size, samples)
         return self._robust_mean(kept.view(-1, samples, *kept.shape[1:]))
 
 
 def _token_shape(images: Tensor, patch_size: tuple[int, int]) -> tuple[int, int]:
-    """(n, C·p_h·p_w) of one row."""
+    """Return (n, C·p_h·p_w), the shape of one row of tokens."""
     _, channels, height, width = images.shape
     (n_y, n_x), (p_h, p_w) = patch_grid(height, width, patch_size), patch_hw(patch_size)
     return n_y * n_x, channels * p_h * p_w

@@ -1,16 +1,16 @@
-"""How many rows a micro-batch on a GPU has, by a count of tiles and an estimate of what a micro-batch costs besides.
+"""The number of rows of a micro-batch on a GPU, from a count of tiles and an estimated overhead.
 
     fill(m) = useful tiles / (waves · programs)      over the GEMMs of one block, weighted by their work
     cost(m) = m / fill(m) + overhead                 in rows at full fill
 
-A GEMM of m·N token rows runs as whole waves of output tiles, one a program, as many programs at once as are resident
-on the multiprocessors; what the last wave leaves idle is lost. (A last wave with one program a multiprocessor is
-counted as a whole one, though it may end sooner.) The overhead is what a micro-batch costs whatever its rows: launches,
-the trimmed block, reading the weights once more.
+A GEMM of m·N token rows runs as whole waves of output tiles, one tile a program, as many programs at once as are
+resident on the multiprocessors; programs that are idle in the last wave are lost. (A last wave with one program a
+multiprocessor is counted as a whole one, though it may end sooner.) The overhead is the cost of a micro-batch that does
+not depend on its rows: launches, the trimmed block, reading the weights once more.
 
-The full micro-batch m* is the smallest with almost the least cost a row: of equal ones it keeps the most in the L2.
-What is left over at the end goes into m*/2, m*/4, … rows, padded: a bucket has a fixed shape, as a captured graph
-needs. The samples of one image may have a bucket of their own, of just so many rows.
+The full micro-batch m* is the smallest with almost the least cost a row, since among equal ones the smallest keeps the
+most in the L2 cache. The remaining rows at the end are padded to m*/2, m*/4, … rows: a captured graph needs a fixed
+shape. The samples of one image may have a bucket of their own, of exactly that many rows.
 
 Everything here is arithmetic; nothing has been measured on a device. m rows · N tokens · O × I a GEMM's weight.
 """
@@ -28,11 +28,11 @@ import torch
 if TYPE_CHECKING:
     from dave_fast.plan.vit_plan import ViTPlan
 
-# costs a row that differ by less than this share are equal
+# costs a row that differ by less than this share count as equal
 SAME_COST = 0.05
 # no full micro-batch has more rows
 MOST_ROWS = 512
-# buckets of an image size that have just one image's samples; the first that are asked for
+# most buckets of an image size whose rows are the samples of one image; the first ones requested
 OWN_BUCKETS = 4
 
 Gemm = tuple[int, int]
@@ -40,12 +40,12 @@ Gemm = tuple[int, int]
 
 @dataclass(frozen=True)
 class Kernel:
-    """What of a GEMM kernel decides.
+    """The properties of a GEMM kernel that decide the number of rows.
 
-    Args:
+    Attributes:
         tile: (rows, columns) of the output that a program makes; the first of `kernels.linear.configurations`.
         resident: programs on a multiprocessor at once.
-        overhead: floating-point operations of products that take as long as a micro-batch's overhead, a block.
+        overhead: floating-point operations, a block, that take as long as a micro-batch's overhead.
     """
 
     tile: tuple[int, int]
@@ -54,7 +54,7 @@ class Kernel:
 
     @staticmethod
     def of(itemsize: int) -> Kernel:
-        """Return that of operands with so many bytes.
+        """Return the kernel for operands of this many bytes a number.
 
         The overhead is an estimate until it is measured: about 124 launches, PyTorch's own and the trimmed block of a
         ViT-B are 0.5 ms a micro-batch, so 42 µs for each of its 12 blocks. At 600 TFLOP/s (bfloat16) these are
@@ -66,13 +66,13 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Cost:
-    """What micro-batches of one model and image size cost on a chip; called with a number of rows, in rows.
+    """The cost of a micro-batch of one model and image size on a GPU, as a function of its rows.
 
-    Args:
+    Attributes:
         tokens: N.
-        gemms: of one block, both walks.
-        kernel: that runs them.
-        multiprocessors: of the chip.
+        gemms: (O, I) of the GEMMs of one block in both walks.
+        kernel: the kernel that runs them.
+        multiprocessors: of the GPU.
     """
 
     tokens: int
@@ -81,11 +81,12 @@ class Cost:
     multiprocessors: int
 
     def __call__(self, rows: int) -> float:
+        """Return the cost of a micro-batch, in rows at full fill."""
         return rows / self.fill(rows) + self.overhead
 
     @property
     def overhead(self) -> float:
-        """What a micro-batch costs beside its rows, in rows at full fill."""
+        """Cost of a micro-batch that does not depend on its rows, in rows at full fill."""
         return self.kernel.overhead / (2 * self.tokens * sum(outputs * inputs for outputs, inputs in self.gemms))
 
     def fill(self, rows: int) -> float:
@@ -100,7 +101,7 @@ class Cost:
 
 
 def plan_gemms(plan: ViTPlan) -> tuple[Gemm, ...]:
-    """(O, I) of the eight GEMMs of the first attention and the first MLP, forward and VJP."""
+    """Return (O, I) of the eight GEMMs of the first attention and the first MLP, forward and VJP."""
     width, attention, mlp = plan.width, plan.attention, plan.mlp
     inner = attention.heads * attention.head_dim
     wide = mlp.fc1.bias.shape[0]
@@ -110,37 +111,39 @@ def plan_gemms(plan: ViTPlan) -> tuple[Gemm, ...]:
 
 
 def hidden_width(wide: int, activation: str) -> int:
-    """M, what a gated MLP leaves of the `wide` outputs of its first layer."""
+    """Return M: half of the `wide` outputs of the first layer where the MLP is gated, else all of them."""
     return wide // 2 if "_glu" in activation else wide
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU."""
+    """Return the number of multiprocessors of a GPU."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @lru_cache(maxsize=64)
 def full_rows(cost: Callable[[int], float], most: int) -> int:
-    """m*: the fewest rows with almost the least cost a row, and no more than `most`."""
+    """Return m*, the fewest rows with almost the least cost a row, at most `most`."""
     a_row = {rows: cost(rows) / rows for rows in range(1, max(1, min(most, MOST_ROWS)) + 1)}
     enough = min(a_row.values()) * (1 + SAME_COST)
     return min(rows for rows, value in a_row.items() if value <= enough)
 
 
 def ladder(full: int) -> tuple[int, ...]:
-    """Bucket sizes: m*, m*/2, m*/4, … 1."""
+    """Return the bucket sizes m*, m*/2, m*/4, … 1."""
     return (full, *ladder(full // 2)) if full > 1 else (1,)
 
 
 @lru_cache(maxsize=4096)
 def next_bucket(remaining: int, full: int, cost: Callable[[int], float], own: int | None = None) -> int:
-    """The bucket for the next rows when `remaining` are left: the cheapest a row of many, then what ends soonest.
+    """Return the size of the next bucket.
+
+    While many rows remain it is the cheapest a row; then it is the largest of the cheapest sequence for all of them.
 
     Args:
-        remaining: rows.
+        remaining: rows still to walk.
         full: m*.
-        cost: of one micro-batch of so many rows, in any unit.
-        own: one more size that is allowed, of any number of rows.
+        cost: rows of a micro-batch -> its cost, in any unit.
+        own: one more size that is allowed besides the ladder's.
     """
     sizes = ladder(full) if own is None else (*ladder(full), own)
     if remaining >= 2 * max(sizes):
@@ -149,8 +152,8 @@ def next_bucket(remaining: int, full: int, cost: Callable[[int], float], own: in
 
 
 def _ways(rows: int, sizes: tuple[int, ...], cost: Callable[[int], float]) -> int:
-    """The first and largest bucket of the cheapest way to walk so many rows; of equal ways that with the fewest."""
-    # whole numbers: sums that are equal in any order
+    """Return the largest bucket of the cheapest sequence that holds all rows; of equal ones, the one with fewest."""
+    # integers, so that sums are equal in any order
     costs = {size: round(1e6 * cost(size)) for size in sizes}
     best = [(0, 0, 0)]
     for left in range(1, rows + 1):
@@ -160,5 +163,5 @@ def _ways(rows: int, sizes: tuple[int, ...], cost: Callable[[int], float]) -> in
 
 
 def flat_cost(rows: int) -> float:
-    """Where no chip is known: a micro-batch costs as much as one more row."""
+    """Return a cost where no GPU is known: the overhead is that of one row."""
     return rows + 1.0

@@ -1,4 +1,4 @@
-"""Static scales of e4m3 operands: two powers of two for each product's operand, found when an engine is built.
+"""Calibration: static scales of e4m3 operands, two powers of two for each product, found when an engine is built.
 
 With a scale that is known beforehand, the kernel that makes a number can store it in e4m3 itself; otherwise every
 operand is read once more to find its largest number. The walks run once over images made from a fixed seed, so that
@@ -6,18 +6,19 @@ scales, and with them every map, depend on the model alone:
 
     scale = 2^⌈log₂(room · max|operand| / 448)⌉
 
-One is for the leading tokens that the head reads, one for all others: where a class token is read, its cotangent is
-hundreds of times as large as a patch's, and with one scale patches vanish in silence. On a trained DINOv2 the VJP of
-one feature, three features tried, was then off by 0.38 to 1.46 of itself; with two scales by 0.20 to 0.27, with scales
-of rows by 0.16 to 0.18, in bfloat16 by 0.04.
+One scale is for the leading tokens that the head reads, one for all others: the cotangent of a class token that is
+read is hundreds of times as large as a patch's, and with one scale those of patches become zero. On a trained DINOv2,
+VJPs of three features then had relative errors of 0.38 to 1.46; with two scales 0.20 to 0.27, with scales of rows 0.16
+to 0.18, in bfloat16 0.04.
 
-Room above the largest number seen costs small numbers digits once they fall below 2⁻⁶ of the unit. Forward, photographs
-stayed within twice what these images show in all products of a trained DINOv2: the room is 8. Cotangents follow the
-attention, which is sharper in a photograph, and went to eleven times as much on the demo model's scenes: theirs is 32.
-What lies beyond the room becomes NaN, and the front end refuses it by name: nothing is cut in silence.
+Room above the largest number seen takes digits from numbers that fall below 2⁻⁶ of the unit. In the forward walk,
+operands of photographs stayed within twice those of these images in all products of a trained DINOv2: the room is 8.
+Cotangents follow the attention, which is sharper in a photograph, and were up to eleven times as large on the demo
+model's scenes: their room is 32. A number beyond the room becomes NaN, which raises NonFiniteError at the end of a
+call.
 
-Cotangents are divided by their rows' largest number at the tail and multiplied with it at the end of the walk, so that
-the size of a question does not matter.
+Cotangents are divided by their rows' largest number at the tail and multiplied by it at the end of the walk, so that
+the scale of a question does not matter.
 """
 
 from __future__ import annotations
@@ -33,16 +34,19 @@ from dave_fast.errors import NonFiniteError
 from dave_fast.ops.fp8 import LARGEST, Codes, Scales, TokenScales
 from dave_fast.ops.patches import patchify
 
-# how far beyond the largest number of the calibration images an operand may go, forward and in the VJP
+# largest operand allowed, as a multiple of the largest of the calibration images, forward and in the VJP
 ROOM, VJP_ROOM = 8.0, 32.0
 ROWS, SEED = 8, 0
 
 
 def calibrate(engine: Engine) -> Scales:
-    """Return the scales of an engine's operands, as it finds them when it has none."""
+    """Return static scales for the operands of an engine that has none, found by one walk over made images.
+
+    Raises NonFiniteError where an operand has NaN or infinity.
+    """
     plan, multiply = engine.plan, engine.ops.multiply
     forward: set[int] = set()
-    # id of a packed weight -> largest number of leading tokens and of others; of one only where all are alike
+    # id of a packed weight -> largest number of leading tokens and of others; one number where all tokens are alike
     largest: dict[int, tuple[float, ...]] = {}
 
     def recording(x: Tensor | Codes, weight: Any, *given: Any, **epilogue: Any) -> Any:
@@ -70,7 +74,7 @@ def calibrate(engine: Engine) -> Scales:
         engine.ops.multiply = multiply
     operands = {}
     for weight, most in largest.items():
-        # an operand that none of these images moves keeps scales of its rows
+        # an operand that is zero for all of these images gets no static scale, and then scales of its rows
         if min(most) > 0:
             room = ROOM if weight in forward else VJP_ROOM
             lead, rest = _scale(most[0], room), _scale(most[-1], room)
@@ -80,21 +84,29 @@ def calibrate(engine: Engine) -> Scales:
 
 
 def _scale(largest: float, room: float) -> float:
+    """Return the power of two with which `room` times the largest number fits e4m3."""
     return 2.0 ** math.ceil(math.log2(max(room * largest / LARGEST, 2.0**-100)))
 
 
 def made_images(count: int, shape: tuple[int, int, int]) -> Tensor:
-    """Return images (count, C, H, W) float32 from the seed: amplitudes that fall as 1/frequency, as photographs' do.
+    """Make images with amplitudes that fall as 1/frequency, as those of photographs do, from the fixed seed.
 
-    Contrasts go from flat to twice a normalised photograph's, and every other image is blended with white noise, as
-    DAVE's samples are.
+    Contrasts go from zero to twice that of a normalised photograph, and every other image is blended with white noise,
+    as DAVE's samples are.
+
+    Args:
+        count: number of images.
+        shape: (C, H, W).
+
+    Returns:
+        Images (count, C, H, W) in float32.
     """
     generator = torch.Generator().manual_seed(SEED)
     channels, height, width = shape
     frequency = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.fftfreq(width)[None])
     spectrum = 1 / frequency.clamp(min=1 / max(height, width))
     spectrum[0, 0] = 0
-    # channels of a photograph are alike
+    # channels of a photograph are correlated
     grey, own = (torch.randn(count, c, height, width, generator=generator) for c in (1, channels))
     images = torch.fft.ifft2(torch.fft.fft2(grey + 0.3 * own) * spectrum).real
     images /= images.flatten(1).std(1)[:, None, None, None]
@@ -104,7 +116,7 @@ def made_images(count: int, shape: tuple[int, int, int]) -> Tensor:
 
 
 def _cotangents(output: Tensor) -> list[Tensor]:
-    """One element of each row's output, another one for each row, and a random direction."""
+    """Return two cotangents: one random element of each row's output, and a random direction."""
     generator = torch.Generator().manual_seed(SEED)
     flat = output.reshape(len(output), -1)
     chosen = torch.randint(flat.shape[1], (len(flat), 1), generator=generator).to(flat.device)

@@ -1,4 +1,4 @@
-"""What callers give, checked once: images, settings, and results that are not finite."""
+"""Checks of images and settings that callers give, and of results that are not finite."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ from dave_fast.errors import InputError, NonFiniteError
 
 
 def check_images(images: Any, dtype: torch.dtype) -> Tensor:
-    """images (B, C, H, W), or one (C, H, W), as contiguous (B, C, H, W) in `dtype`, where they are.
+    """Return images as contiguous (B, C, H, W) in `dtype`, on the device where they are.
 
-    Raises InputError for what is no such tensor of floating point.
+    Args:
+        images: (B, C, H, W) or (C, H, W) of any floating dtype.
+        dtype: of the result.
+
+    Raises:
+        InputError: images are not a floating tensor of such a shape, or a dimension is empty.
     """
     if not isinstance(images, Tensor) or images.dim() not in (3, 4) or 0 in images.shape:
         raise InputError(f"images must be a tensor (B, C, H, W) or (C, H, W); got {describe(images)}")
@@ -25,41 +30,62 @@ def check_images(images: Any, dtype: torch.dtype) -> Tensor:
             "(see dave_fast.images.preprocessing)"
         )
     images = images.detach() if images.dim() == 4 else images.detach()[None]
-    # a copy where the caller's inference mode made a tensor that autograd may not keep
+    # autograd cannot save a tensor that was made in inference mode, a copy can be saved
     images = images.clone() if images.is_inference() else images
     return images.to(dtype).contiguous()
 
 
 def describe(value: Any) -> str:
-    """A value in a few words, for messages."""
+    """Describe a value by its class, or a tensor by its shape, for messages."""
     return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def finite_rows(values: Tensor) -> Tensor:
-    """(B,) bool, on the device of `values` (B, ...): whether all of a row is finite."""
+    """Return whether all of each row of `values` (B, ...) is finite: (B,) bool on its device."""
     return torch.isfinite(values).reshape(len(values), -1).all(1)
 
 
 def refuse_rows(finite: Tensor, what: str, advice: str) -> None:
-    """NonFiniteError that names the images whose `finite` (B,), on the host, is False."""
+    """Raise NonFiniteError with the numbers of the images whose results are not finite, if there are any.
+
+    Args:
+        finite: (B,) bool on the host.
+        what: the result, for the message.
+        advice: what to do, for the message.
+    """
     if not finite.all():
         bad = (~finite).nonzero()[:, 0].tolist()
         raise NonFiniteError(f"NaN or infinity in {what} of image {', '.join(map(str, bad))}. {advice}")
 
 
 def check_classes(targets: Any, images: int, output: Tensor) -> None:
-    """InputError unless targets are (B, K) classes of a classifier whose output for some rows is given."""
+    """Raise InputError unless targets are classes of a classifier.
+
+    Args:
+        targets: integers (B, targets).
+        images: B.
+        output: (R, K) of any rows.
+    """
     if output.dim() != 2:
-        raise InputError(f"the model's output is {tuple(output.shape)}; expected (rows, classes)")
+        raise InputError(f"the model's output is {tuple(output.shape)}; expected (rows, classes): give a classifier")
     integers = isinstance(targets, Tensor) and not (targets.is_floating_point() or targets.dtype == torch.bool)
     if not integers or targets.dim() != 2 or len(targets) != images or targets.shape[1] < 1:
-        raise InputError(f"targets must be integers (B, K), B = {images} images, K ≥ 1; got {describe(targets)}")
+        raise InputError(f"targets must be integers ({images} images, one or more targets); got {describe(targets)}")
     if targets.min() < 0 or targets.max() >= output.shape[1]:
         raise InputError(f"a target is out of range: the model has the classes 0 to {output.shape[1] - 1}")
 
 
 def check_integer(value: Any, name: str, at_least: int | None = None) -> int:
-    """Any kind of integer (also NumPy's) as an int."""
+    """Return an integer of any type (also NumPy's) as an int.
+
+    Args:
+        value: the integer.
+        name: of the setting, for the message.
+        at_least: smallest value allowed.
+
+    Raises:
+        InputError: `value` is no integer or too small.
+    """
     try:
         integer = operator.index(value)
     except TypeError:
@@ -70,12 +96,12 @@ def check_integer(value: Any, name: str, at_least: int | None = None) -> int:
 
 
 def check_rows(rows: int | None) -> int | None:
-    """internal_batch_size: None, or an integer ≥ 1."""
+    """Return internal_batch_size if it is None or an integer ≥ 1; otherwise raise InputError."""
     return None if rows is None else check_integer(rows, "internal_batch_size", 1)
 
 
 def check_keys(keys: Sequence[int] | None, images: int) -> Sequence[int]:
-    """One integer an image; zeros where none are given."""
+    """Return one key an image, zeros if `keys` is None; raise InputError unless there are as many as images."""
     if keys is None:
         return [0] * images
     if len(keys) != images:

@@ -1,4 +1,4 @@
-"""A micro-batch, step by step: perturb, forward walk, VJP walk, pull back."""
+"""A micro-batch step by step: perturb, forward walk, VJP walk, pull back."""
 
 from __future__ import annotations
 
@@ -13,19 +13,28 @@ from dave_fast.sampling import Draws
 
 
 class Walk(Protocol):
-    """One micro-batch."""
+    """The forward walk of one micro-batch and any number of VJPs of it."""
 
     def forward(self, images: Tensor, draws: Draws) -> Tensor:
-        """images (B, C, H, W), draws of R rows -> output (R, ...)."""
+        """Return the output (R, ...) for images (B, C, H, W) and R rows of draws."""
         ...
 
     def vjp(self, cotangent: Tensor, dtype: torch.dtype | None) -> Tensor:
-        """Cotangent of the last output -> contributions (R, C, H, W) in `dtype`; for None, of the tokens (R, n, ·)."""
+        """Pull a cotangent of the last output (R, ...) back.
+
+        Returns contributions (R, C, H, W) in `dtype`, or for None the cotangent of the tokens (R, n, C·p_h·p_w).
+        """
         ...
 
 
 class Eager:
-    """A micro-batch as it comes."""
+    """A micro-batch of any number of rows, run op by op.
+
+    Args:
+        route: the walks.
+        perturb: the bound op.
+        pull_back: the bound op.
+    """
 
     def __init__(self, route: Route, perturb: Callable[..., Tensor], pull_back: Callable[..., Tensor]) -> None:
         self._route, self._perturb, self._pull_back = route, perturb, pull_back
@@ -33,12 +42,12 @@ class Eager:
         self._saved: Any = None
 
     def forward(self, images: Tensor, draws: Draws) -> Tensor:
-        """See `Walk`."""
+        """Return the output, as `Walk.forward`."""
         self._seen = images, draws
         return self.walk(self.perturbed(images, draws))
 
     def vjp(self, cotangent: Tensor, dtype: torch.dtype | None) -> Tensor:
-        """See `Walk`."""
+        """Pull a cotangent back, as `Walk.vjp`."""
         tokens = self._route.vjp(self._saved, cotangent)
         if dtype is None:
             return tokens
@@ -46,14 +55,14 @@ class Eager:
         return self.pulled_back(tokens, *self._seen, dtype)
 
     def perturbed(self, images: Tensor, draws: Draws) -> Tensor:
-        """The rows' tokens."""
+        """Return the tokens (R, n, C·p_h·p_w) of R rows of draws."""
         return self._perturb(images, draws, self._route.patch_size, dtype=self._route.dtype)
 
     def walk(self, tokens: Tensor) -> Tensor:
-        """The forward walk alone; what its VJP needs is kept."""
+        """Run the forward walk alone and keep its operators for `vjp`."""
         output, self._saved = self._route.forward(tokens)
         return output
 
     def pulled_back(self, tokens: Tensor, images: Tensor, draws: Draws, dtype: torch.dtype) -> Tensor:
-        """Contributions of token cotangents."""
+        """Return the contributions (R, C, H, W) of token cotangents."""
         return self._pull_back(tokens, images, draws, self._route.patch_size, dtype=dtype)

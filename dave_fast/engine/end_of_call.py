@@ -1,4 +1,4 @@
-"""What the host must know at the end of a call, read from the device in one copy: the only time that it waits."""
+"""The checks at the end of a call, read from the device in one copy: only then does the host wait."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from dave_fast.transfers import moved
 
 
 class WeightsChangedError(Exception):
-    """The weights are no longer those that the walks were made from: what was computed is to be done again."""
+    """Weights that differ from those that the walks were made from, so that the call has to be repeated."""
 
 
 class EndOfCall:
     """The checks of one call.
 
-    state: of the model when the walks of this call were made.
-
     Args:
-        defers: whether checks are queued and read at the end, as on a GPU; else each is made at once, and `state` is
-            known to be that of the model.
+        defers: whether checks are queued and read at the end, as on a GPU; otherwise each is made at once, and the
+            caller has already compared `state` with the model.
+
+    Attributes:
+        state: of the model when the walks of this call were made.
     """
 
     def __init__(self, *, defers: bool) -> None:
@@ -30,9 +31,13 @@ class EndOfCall:
         self._finite: list[Tensor] = []
 
     def refuse_non_finite(self, values: Tensor, what: str, advice: str, *, now: bool = False) -> None:
-        """NonFiniteError that names the images (rows of `values`) with NaN or infinity.
+        """Raise NonFiniteError, now or in `read`, where images have NaN or infinity.
 
-        Raised by `read` where checks are deferred; at once where they are not, or for values on the host (now=True).
+        Args:
+            values: (B, ...), one row an image.
+            what: the values, for the message.
+            advice: what to do, for the message.
+            now: whether to check at once, for values on the host; otherwise deferred checks are made by `read`.
         """
         finite = finite_rows(values)
         if self._defers and not now:
@@ -42,11 +47,16 @@ class EndOfCall:
             refuse_rows(finite, what, advice)
 
     def read(self, *wanted: Tensor) -> list[Tensor]:
-        """Tensors on the host, once all that the call has queued is done.
+        """Wait for all that the call has queued and return tensors on the host.
 
-        Raises WeightsChangedError, NonFiniteError for the first check that failed.
+        Args:
+            wanted: tensors on the device.
+
+        Raises:
+            WeightsChangedError: the model's weights are no longer those of `state`.
+            NonFiniteError: a queued check failed; the first one is named.
         """
-        # queued behind the call's work, so that the device is busy while the host queues them
+        # queued behind the call's work, so that the device is busy meanwhile
         state = self.state if self._defers else None
         sums = [] if state is None else state.checksums()
         read = moved([*wanted, *self._finite, *sums], HOST)

@@ -1,4 +1,4 @@
-"""How much memory is free on a device, and whether an error says that it ran out."""
+"""The free memory of a device, and the errors that mean that it ran out."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ import sys
 import torch
 
 CGROUP = "/sys/fs/cgroup"
-
-
-# share of the free memory that an explanation may take when nobody says otherwise
+# share of the free memory that an explanation may take by default
 SHARE = 0.5
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: on a GPU, in PyTorch's CPU allocator, or in C++."""
+    """Return whether an error means that memory ran out, on a GPU, in PyTorch's CPU allocator, or in C++."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     words = ("can't allocate memory", "std::bad_alloc", "CUDA out of memory", "out of memory")
@@ -23,19 +21,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def megabytes(count: int) -> str:
-    """A number of bytes, for messages."""
+    """Return a number of bytes as text in MiB."""
     return f"{count / 2**20:,.1f} MiB"
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be taken on a device."""
+    """Return how many bytes can still be allocated on a device; in a container, within its limit."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return min(_available(), _container_limit())
 
 
 def _available() -> int:
-    """What the operating system says can be taken; half of the memory where it does not say (macOS)."""
+    """Return the available memory in bytes; half of all memory where the system does not report it (macOS)."""
     try:
         with open("/proc/meminfo") as lines:
             available = next(line for line in lines if line.startswith("MemAvailable"))
@@ -45,7 +43,7 @@ def _available() -> int:
 
 
 def _container_limit() -> int:
-    """What is left of a container's memory; no limit where there is none."""
+    """Return how many bytes are left within a container's limit; sys.maxsize where there is no limit."""
     try:
         with open(f"{CGROUP}/memory.max") as limit, open(f"{CGROUP}/memory.current") as taken:
             most = limit.read().strip()

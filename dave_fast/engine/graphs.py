@@ -2,21 +2,21 @@
 
 A bucket is (image size, rows). It owns the buffers that its work reads: images, draws and cotangent. One micro-batch:
 
-    copy in    images and draws of the rows there are; the rest of the bucket repeats the last one (finite)
+    copy in    images and draws of the real rows; the bucket's other rows repeat the last one, so that all are finite
     replay     perturb and forward walk                     -> output
-    outside    the target's cotangent of the output: any callable; as many cotangents of one forward as are wanted
+    outside    the target's cotangent of the output, any callable; one forward walk may serve several cotangents
     replay     frozen VJP and pull_back                     -> contributions
-    copy out   the rows there are
+    copy out   the real rows
 
-What "replay" is, is a function: `CudaCapture` records the work once as a CUDA graph; `direct` runs it again, which is
-the eager switch: same buffers, same shapes, same kernels, hence the same bits.
+A `Capture` turns work into its replay: `CudaCapture` records the work once as a CUDA graph; `direct` runs it again.
+Both use the same buffers, shapes and kernels, and so give the same bits.
 
-What capture relies on, as `torch.cuda.make_graphed_callables` does: forward and backward are two graphs over one memory
-pool, the second captured from `torch.autograd.grad` while what the first one saved is alive. Everything runs first on
-the capturing stream, so that kernels are compiled and tuned and cuBLAS has its handle and workspace before. Weights are
-never reallocated: a plan is frozen, and a changed model gets new graphs. The graphs of a model share the pool because
-they run one at a time: between a bucket's forward and its last VJP no other graph runs (`Graphs.turn`), and results
-are copied out before the next one.
+Capture relies on the same conditions as `torch.cuda.make_graphed_callables`. Forward and backward are two graphs over
+one memory pool, the second captured from `torch.autograd.grad` while the tensors that the first one saved are alive.
+All work first runs on the capturing stream, so that kernels are compiled and tuned and cuBLAS has its handle and
+workspace. Weights are never reallocated: a plan is frozen, and a changed model gets new graphs. The graphs of a model
+share the pool because they run one at a time: between a bucket's forward and its last VJP no other graph runs
+(`Graphs.turn`), and results are copied out before the next one.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ logger = logging.getLogger("dave_fast")
 
 # runs before the capture: the first compiles and tunes, the second allocates as every later one will
 WARM_UPS = 2
-# buckets that a model keeps; the one used longest ago makes room
+# most buckets of a model; the least recently used one is dropped
 MOST_BUCKETS = 24
 
 Run = Callable[[], Tensor]
@@ -49,12 +49,16 @@ Capture = Callable[[Run], Run]
 
 
 def direct(run: Run) -> Run:
-    """Replay by running: the eager switch."""
+    """Return the work itself, so that each replay runs it."""
     return run
 
 
 class CudaCapture:
-    """Records work as CUDA graphs: one stream and one memory pool for all graphs of a model."""
+    """A capture of work as CUDA graphs, with one stream and one memory pool for all graphs of a model.
+
+    Args:
+        device: the GPU.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -62,13 +66,17 @@ class CudaCapture:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Run) -> Run:
-        """Capture what `run` launches; the result replays it and returns the same tensor, filled anew.
+        """Capture the kernels that `run` launches.
 
-        Raises what `run` raises, and RuntimeError where its work cannot be captured.
+        Returns:
+            A function that replays them and returns the same tensor with new values.
+
+        Raises:
+            RuntimeError: the work cannot be captured; errors of `run` itself are raised as they are.
         """
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
-        # restores the caller's stream, which a capture that fails to end leaves behind
+        # the context restores the caller's stream, which a failed capture does not
         with torch.cuda.stream(self._stream):
             for _ in range(WARM_UPS):
                 run()
@@ -85,7 +93,7 @@ class CudaCapture:
         graph = torch.cuda.CUDAGraph()
         cause: BaseException | None = None
         try:
-            # other threads may allocate and copy meanwhile: only what this stream does is recorded
+            # thread_local: other threads may allocate and copy meanwhile, since only this stream is recorded
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 try:
                     output = run()
@@ -93,23 +101,27 @@ class CudaCapture:
                     cause = error
                     raise
         except BaseException:
-            # ending a capture in which nothing was launched is an error of its own, which would hide the cause
+            # ending a capture in which nothing was launched raises too, which would hide the cause
             if cause is None:
                 raise
         try:
             if cause is not None:
                 raise cause
         finally:
-            # the error refers to this frame: a way back would keep the memory that ran out
+            # the error refers to this frame: a reference back to the error would keep the memory that ran out
             del cause
         return graph, output
 
 
 class Bucket:
-    """The static buffers of one (image size, rows), and what was captured over them.
+    """The static buffers of one (image size, rows), and the work that was captured over them.
 
-    work: a micro-batch that sees the buffers alone. pixels: whether perturb and pull_back belong to
-    what is captured; where they do not, the first buffer holds tokens.
+    Args:
+        work: a micro-batch, which reads only the buffers.
+        rows: of the bucket.
+        images: (B, C, H, W) of the size, dtype and device of the buffers.
+        capture: makes replays.
+        pixels: whether perturb and pull_back are captured too; otherwise the walks read a buffer of tokens.
     """
 
     def __init__(self, work: Eager, rows: int, images: Tensor, capture: Capture, *, pixels: bool) -> None:
@@ -123,7 +135,7 @@ class Bucket:
         self._real = 0
 
     def forward(self, images: Tensor, draws: Draws) -> Tensor:
-        """As `Walk.forward`, for at most `rows` rows of at most as many images."""
+        """Return the output as `Walk.forward` does, for at most `rows` rows of at most `rows` images."""
         self._real = len(draws)
         self._images[: len(images)].copy_(images)
         for buffer, values in zip(self._draws.tensors(), draws.tensors(), strict=True):
@@ -139,7 +151,7 @@ class Bucket:
         return self._forward()[: self._real]
 
     def vjp(self, cotangent: Tensor, dtype: torch.dtype | None) -> Tensor:
-        """As `Walk.vjp`, for the last forward; valid until the bucket's next VJP or forward."""
+        """Pull back as `Walk.vjp` does; the result is valid until the bucket's next VJP or forward."""
         if self._cotangent is None:
             self._cotangent = cotangent.new_zeros(self._rows, *cotangent.shape[1:])
         fill(self._cotangent, cotangent)
@@ -153,7 +165,7 @@ class Bucket:
 
 
 def fill(buffer: Tensor, values: Tensor) -> None:
-    """Copy rows into a buffer of at least as many; the last one again where the buffer has more."""
+    """Copy rows into a buffer of at least as many and repeat the last one in the rest."""
     buffer[: len(values)].copy_(values)
     if len(values) < len(buffer):
         buffer[len(values) :] = values[-1]
@@ -162,7 +174,11 @@ def fill(buffer: Tensor, values: Tensor) -> None:
 class Graphs:
     """The buckets of one model on one device.
 
-    capture: how work is replayed. strict: raise where it cannot be captured; else say so and run it directly.
+    Args:
+        device: of the buckets.
+        capture: makes replays.
+        strict: whether to raise where work cannot be captured; otherwise a warning is logged and it is run directly.
+        most: number of buckets to keep.
     """
 
     def __init__(self, device: torch.device, capture: Capture, *, strict: bool, most: int = MOST_BUCKETS) -> None:
@@ -174,9 +190,9 @@ class Graphs:
 
     @contextmanager
     def turn(self, key: Any, make: Callable[[Capture], Bucket]) -> Iterator[Bucket]:
-        """The bucket of `key`, made where there is none, for one micro-batch.
+        """Lend the bucket of `key` for one micro-batch, to one caller at a time, on the host and on the device.
 
-        One caller at a time, on the host and on the device.
+        make: makes the bucket where there is none.
         """
         with self._turn:
             bucket = self._buckets.pop(key, None) or make(self._captured)
@@ -190,7 +206,7 @@ class Graphs:
                 self._remember_last()
 
     def clear(self) -> None:
-        """Forget all buckets; their memory is free for others."""
+        """Drop all buckets and with them their memory."""
         with self._turn:
             self._buckets.clear()
 
@@ -208,7 +224,7 @@ class Graphs:
             return run
 
     def _wait_for_last(self) -> None:
-        """Callers on other streams share the buffers: wait, on the device, for whoever used them last."""
+        """Wait, on the device, for the last user of the buffers, which may have run on another stream."""
         if self._last is not None:
             torch.cuda.current_stream(self._device).wait_event(self._last)
 
@@ -218,9 +234,15 @@ class Graphs:
 
 
 def make_graphs(device: torch.device, wanted: bool | None) -> Graphs | None:
-    """The buckets for a device: with CUDA graphs, or run directly where wanted is False; none on a CPU.
+    """Return the buckets for a device; None on a CPU.
 
-    Raises InputError where graphs are wanted on a device that has none.
+    Args:
+        device: of the buckets.
+        wanted: True for CUDA graphs or an error, None for CUDA graphs where work can be captured, False for buckets
+            whose work is run directly.
+
+    Raises:
+        InputError: graphs are wanted on a device that has none.
     """
     if device.type != "cuda":
         if wanted:

@@ -1,13 +1,16 @@
-"""How much memory an explanation takes, as a formula: documented, checked against measurement, used for admission.
+"""The memory that an explanation takes, as a formula, which tests compare with the measured peak.
 
-    peak = weights + rows · row + pairs · storage + images · (1 + 2 targets) images + workspace
+    peak = weights + rows · row + pairs · storage + B · (1 + 2 · targets) · image + workspace
 
-weights: the plan's, both directions. row: what one (image, sample) row of a micro-batch holds at the end of the
-forward walk (operators of every block) plus the widest activations alive at once, tokens and contribution. storage:
-S·C·H·W values, for each (image, target) pair that is aggregated together. workspace: the PyTorch forms of the pixel ops
-take some copies of what they work on, C++ and CUDA none to speak of; C++'s float32 products take the operand of some
-rows for each thread. Linear in tokens, but for P, which a CPU
-keeps below 400 tokens. The user's own model comes on top.
+weights     the plan's, for both walks
+row         of a micro-batch: the operators of all blocks at the end of the forward walk, the widest activations that
+            are alive at once, tokens and contribution
+storage     S·C·H·W values, for each (image, target) pair that is aggregated together
+image       C·H·W values
+workspace   copies that the PyTorch forms of the pixel ops make (C++ and CUDA make almost none), and the operand of
+            some rows for each thread that C++'s float32 products take
+
+The formula is linear in tokens, except for P, which a CPU keeps below 400 tokens. The user's own model is not included.
 """
 
 from __future__ import annotations
@@ -31,23 +34,23 @@ if TYPE_CHECKING:
     from dave_fast.plan.layers import Layer
     from dave_fast.plan.vit_plan import ViTPlan
 
-# columns whose squares are summed together on a GPU: PART of kernels/linear.py
+# columns whose squares are summed together on a GPU, as PART of kernels/linear.py
 SQUARES = 64
 # P's rows are rounded up to whole vectors
 PADDING = 15
-# of each target's raw: itself, and as it is returned
+# copies of each target's raw: the result of aggregation, and the returned one
 RAW_COPIES = 2
-# temporaries of the warps' and the mean's PyTorch forms; a chunk of rows has so many values
+# temporary copies that the PyTorch forms of the warps and of the mean make; values of a chunk of rows
 PIXEL_COPIES, MEAN_COPIES, CHUNK = 12, 4, 1 << 22
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of a module's parameters and buffers."""
+    """Return the bytes of a module's parameters and buffers."""
     return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
 
 
 def plan_bytes(plan: ViTPlan) -> int:
-    """Bytes of a plan: packed weights of both walks, biases, positions and other tables of the size, the tail."""
+    """Return the bytes of a plan: packed weights of both walks, biases, positions, other tables, the tail."""
     found = [plan.position, plan.prefix, *plan.tables()]
     for projection in plan.projections():
         found += [projection.bias, *_tensors(projection.weight), *_tensors(projection.transposed)]
@@ -55,7 +58,7 @@ def plan_bytes(plan: ViTPlan) -> int:
 
 
 def _tensors(packed: object) -> list[Tensor]:
-    """The tensors of what a backend made of a weight."""
+    """Return the tensors of a packed weight of any backend."""
     if isinstance(packed, Tensor):
         return [packed]
     parts = packed if isinstance(packed, list | tuple) else vars(packed).values()
@@ -63,9 +66,16 @@ def _tensors(packed: object) -> list[Tensor]:
 
 
 def _layer_bytes(plan: ViTPlan, layer: Layer, entering: int, leaving: int) -> int:
-    """Operators that one row keeps of one layer: P or q, k and two numbers a query, or the gate; 1/σ of its norms."""
+    """Return the bytes of operators that a row saves of a layer: P, or q, k and two numbers a query, or the gate; 1/σ.
+
+    Args:
+        plan: whose layer it is.
+        layer: the layer.
+        entering: tokens ahead of the layer.
+        leaving: tokens behind it.
+    """
     item = plan.dtype.itemsize
-    # where products sum squares, 1/σ of the norm ahead is kept as these sums
+    # where products sum squares, these sums are saved in place of 1/σ of the norm ahead
     ahead = math.ceil(plan.width / SQUARES) if plan.device.type == "cuda" else 1
     inside = sum(norm is not None for norm in (layer.inner, layer.post))
     norms = 4 * (ahead * entering * (layer.norm is not None) + leaving * inside)
@@ -77,7 +87,7 @@ def _layer_bytes(plan: ViTPlan, layer: Layer, entering: int, leaving: int) -> in
 
 
 def _saved_bytes(plan: ViTPlan) -> int:
-    """Operators that one row keeps of all layers; behind a trimmed step there are only the tokens that are read."""
+    """Return the bytes of operators that a row saves of all layers; only read tokens leave a trimmed step."""
     total, entering = 0, plan.tokens
     for step in plan.steps:
         leaving = plan.read if step.trimmed else entering
@@ -87,11 +97,11 @@ def _saved_bytes(plan: ViTPlan) -> int:
 
 
 def engine_row_bytes(plan: ViTPlan) -> int:
-    """Bytes of one row of a micro-batch: saved operators, the widest moment of a block, tokens in and out."""
+    """Return the bytes of one row of a micro-batch: saved operators, the widest activations of a block, tokens."""
     item = plan.dtype.itemsize
     saved = _saved_bytes(plan)
     hidden = plan.mlp.fc1.bias.shape[0]
-    # what an activation reads and, half as wide with a gated MLP, its two results
+    # the input of an activation and its two results, which are half as wide in a gated MLP
     hidden += 2 * hidden_width(hidden, plan.mlp.activation)
     alive = plan.tokens * (4 * plan.width + hidden) * item
     height, width = plan.image_size
@@ -102,16 +112,19 @@ def engine_row_bytes(plan: ViTPlan) -> int:
 
 
 def contribution_bytes(n_samples: int, image_shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Bytes of the S contributions of one image (C, H, W)."""
+    """Return the bytes of the S contributions of one image (C, H, W)."""
     return n_samples * torch.Size(image_shape).numel() * dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Storage:
-    """How an image's S samples wait for the robust mean, S·C·H·W values of `dtype` in `bytes`.
+    """The form in which the S samples of an (image, target) pair are stored until the robust mean.
 
-    tokens: as cotangents of tokens, pulled back and aggregated in spatial tiles (`ops.pull_back_mean`); else as
-    contributions.
+    Attributes:
+        tokens: whether cotangents of tokens are stored, which `ops.pull_back_mean` pulls back and aggregates in
+            spatial tiles; otherwise contributions.
+        dtype: of the S·C·H·W values.
+        bytes: that they take.
     """
 
     tokens: bool
@@ -120,14 +133,21 @@ class Storage:
 
 
 def workspace_bytes(rows: int, n_samples: int, image_shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """What the PyTorch forms of the pixel ops take beside their results, at most."""
+    """Return the most bytes that the PyTorch forms of the pixel ops take besides their results.
+
+    Args:
+        rows: of a micro-batch.
+        n_samples: S.
+        image_shape: (C, H, W).
+        dtype: of the images.
+    """
     pixels = torch.Size(image_shape).numel()
     warps = PIXEL_COPIES * min(rows * pixels, max(CHUNK, pixels))
     return max(warps, MEAN_COPIES * n_samples * pixels) * dtype.itemsize
 
 
 def operand_bytes(plan: ViTPlan) -> int:
-    """What C++'s float32 products (`csrc/linear.cpp`) take, at most: the operand of a block of rows for each thread."""
+    """Return the most bytes that C++'s float32 products take: for each thread the operand of a block of rows."""
     packed = [p for projection in plan.projections() for p in (projection.weight, projection.transposed)]
     widest = max((p.features[1] for p in packed if isinstance(p, NativeWeight)), default=0)
     return torch.get_num_threads() * BLOCK_ROWS * widest * 4
@@ -144,8 +164,18 @@ def explanation_bytes(
     n_targets: int = 1,
     pytorch: bool = False,
 ) -> int:
-    """The module's formula. together: (image, target) pairs whose samples wait together (`fitting_pairs`); pytorch:
-    whether pixel ops are PyTorch's."""
+    """Return the peak of an explanation in bytes by the module's formula.
+
+    Args:
+        plan: the model.
+        n_images: B.
+        n_samples: S.
+        rows: of a micro-batch.
+        storage: form of the samples.
+        together: (image, target) pairs that are aggregated together, as `fitting_pairs` gives them.
+        n_targets: targets of each image.
+        pytorch: whether the pixel ops are PyTorch's.
+    """
     shape, dtype = (plan.channels, *plan.image_size), statistics_dtype(plan.dtype)
     workspace = operand_bytes(plan) + (workspace_bytes(rows, n_samples, shape, dtype) if pytorch else 0)
     images = n_images * (1 + RAW_COPIES * n_targets) * torch.Size(shape).numel() * dtype.itemsize
@@ -154,8 +184,16 @@ def explanation_bytes(
 
 
 def fitting_pairs(storage: Storage, n_targets: int, free: int) -> tuple[int, list[slice]]:
-    """How many images' samples wait together, and which of their targets: groups of almost equal size, one where all
-    fit. Images are walked forward once a group. At least one (image, target) pair always waits."""
+    """Return how many images are aggregated together, and the groups of targets for which they are.
+
+    Groups have almost equal sizes, and there is one where all targets fit. Images are walked forward once for each
+    group. At least one (image, target) pair is always stored, even where it does not fit.
+
+    Args:
+        storage: form of the samples.
+        n_targets: targets of each image.
+        free: free memory in bytes.
+    """
     pairs = max(1, int(SHARE * SHARE * free / storage.bytes))
     size = math.ceil(n_targets / math.ceil(n_targets / pairs))
     groups = [slice(start, min(start + size, n_targets)) for start in range(0, n_targets, size)]
@@ -165,14 +203,22 @@ def fitting_pairs(storage: Storage, n_targets: int, free: int) -> tuple[int, lis
 def choose_storage(
     n_samples: int, image_shape: tuple[int, ...], statistics: torch.dtype, engine: torch.dtype, free: int
 ) -> Storage:
-    """The first form that leaves half of the memory free; else the first that fits at all.
+    """Return the first form of storage that leaves half of the memory free, or else the first that fits at all.
 
     1. Contributions in the dtype of the statistics.
-    2. Token cotangents in the engine's dtype, where that is narrower: the same result, bit for bit.
-    3. Contributions rounded to bfloat16, where the statistics are float32: raw is then off by
-       2 % (L2; 0.018 to 0.023 for three scenes of the demo model, S = 50).
+    2. Token cotangents in the engine's dtype, where that is narrower: the result has the same bits.
+    3. Contributions rounded to bfloat16, where the statistics are float32 and the engine's dtype is not narrower: raw
+       is then off by 2 % (L2; 0.018 to 0.023 for three scenes of the demo model, S = 50).
 
-    Raises InputError where none fits.
+    Args:
+        n_samples: S.
+        image_shape: (C, H, W).
+        statistics: dtype of the images and of the robust mean.
+        engine: dtype of the walks.
+        free: free memory in bytes.
+
+    Raises:
+        InputError: no form fits.
     """
     forms = [(False, statistics)]
     if engine.itemsize < statistics.itemsize:

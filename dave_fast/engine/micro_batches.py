@@ -1,11 +1,11 @@
-"""Rows of draws through perturb, the walks and pull_back: micro-batch by micro-batch, on any device.
+"""The loop over micro-batches: rows of draws through perturb, the walks and pull_back, on any device.
 
-A micro-batch is a forward walk and any number of VJPs of it. On a CPU it has the rows that are left; on a GPU it is a
-bucket of fixed shape (`engine.graphs`). Images and draws are on the device before the loop, and nothing in the
-loop waits for it; progress is reported as work is finished, while more is queued.
+A micro-batch is a forward walk and any number of VJPs of it. On a CPU it has as many rows as remain, up to the full
+size; on a GPU it is a bucket of fixed shape (`engine.graphs`). Images and draws are on the device before the loop,
+and the loop does not wait for the device; progress is reported as work is finished, while more is queued.
 
-Where memory runs out the micro-batch is halved and the same rows are walked again: results are those of smaller
-micro-batches, and the route remembers the size.
+Where memory runs out, the micro-batch is halved and the same rows are walked again. Smaller micro-batches give the same
+results, and the route remembers the size.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dave_fast.transfers import moved
 logger = logging.getLogger("dave_fast")
 
 Progress = Callable[[int, int], None]
-# micro-batches that are queued on a GPU beyond the one whose end is reported
+# micro-batches that are queued on a GPU behind the one whose end is reported
 AHEAD = 2
 
 
@@ -40,10 +40,13 @@ class MicroBatches:
     """The loop over micro-batches for images of one size.
 
     Args:
+        route: the walks.
+        perturb: the bound op.
+        pull_back: the bound op.
         rows: of a full micro-batch.
-        graphs: the buckets of a GPU, None where micro-batches are walked as they come.
+        graphs: the buckets of a GPU; None where micro-batches have any size.
         pixels: whether perturb and pull_back can be captured.
-        samples: of one image: a size that a bucket may have besides those of the ladder.
+        samples: S; a size that a bucket may have besides those of the ladder.
     """
 
     def __init__(
@@ -62,7 +65,7 @@ class MicroBatches:
         self._samples = samples
 
     def outputs(self, images: Tensor) -> Tensor:
-        """The model's output (B, ...) for the images as they are."""
+        """Return the model's output (B, ...) for unperturbed images (B, C, H, W)."""
         outputs = []
 
         def keep(walk: Walk, output: Tensor, at: slice, rows: Draws) -> None:
@@ -80,9 +83,15 @@ class MicroBatches:
         dtype: torch.dtype | None,
         done: Callable[[int], None] | None = None,
     ) -> None:
-        """K cotangents of every row pulled back, as `Walk.vjp`, `into` a tensor (K, R, ...) of all rows.
+        """Pull the cotangents of all targets back, for every row; they share the forward walk of a micro-batch.
 
-        The K VJPs of a micro-batch share its forward walk.
+        Args:
+            images: (B, C, H, W).
+            draws: R rows on the host.
+            targets: cotangents of the output.
+            into: (targets, R, ...), filled with the results of `Walk.vjp`.
+            dtype: as that of `Walk.vjp`.
+            done: is called with the number of rows that are queued.
         """
 
         def keep(walk: Walk, output: Tensor, at: slice, rows: Draws) -> None:
@@ -98,11 +107,17 @@ class MicroBatches:
         keep: Callable[[Walk, Tensor, slice, Draws], None],
         done: Callable[[int], None] | None = None,
     ) -> None:
-        """Walk all rows forward and hand each micro-batch to `keep`.
+        """Walk all rows forward and pass each micro-batch to `keep`.
 
-        draws: on the host. keep: gets the walk, its output (r, ...), which rows these are, and their draws on the
-        device; it may be called again for the same rows, where memory ran out. done: gets the number of rows that are
-        queued.
+        Args:
+            images: (B, C, H, W).
+            draws: R rows on the host.
+            keep: is called with the walk, its output (r, ...), the slice of its rows among R, and their draws on the
+                device; called again for the same rows where memory ran out.
+            done: is called with the number of rows that are queued.
+
+        Raises:
+            OutOfMemoryError: memory ran out with one row a micro-batch.
         """
         on_device, index = draws.to(images.device), draws.image_index.tolist()
         start = 0
@@ -123,10 +138,11 @@ class MicroBatches:
                 if done is not None:
                     done(start)
                 continue
-            # outside the handler, which holds the failed micro-batch's tensors
+            # outside the handler, since the error keeps the tensors of the failed micro-batch
             self._shrink(size, images.device)
 
     def _size(self, remaining: int) -> int:
+        """Return the rows of the next micro-batch."""
         rows = min(self._rows, self._route.most_rows)
         if self._graphs is None:
             return min(rows, remaining)
@@ -137,8 +153,11 @@ class MicroBatches:
         return size
 
     def _own(self, full: int) -> int | None:
-        """The samples of one image, where they may have a bucket: the first few numbers that are asked for, as long as
-        memory has room for all buckets together. So calls with ever other numbers capture no graphs without end."""
+        """Return S where the samples of an image may have a bucket of their own.
+
+        Only the first few values of S get one, as long as memory has room for all buckets together, so that calls with
+        ever new values do not capture ever new graphs.
+        """
         samples, known = self._samples, self._route.own_rows
         if samples is None or samples > self._route.most_rows:
             return None
@@ -159,13 +178,14 @@ class MicroBatches:
             yield bucket
 
     def _check_smaller(self, size: int, images: Tensor, error: BaseException) -> None:
+        """Raise OutOfMemoryError where a micro-batch of this size cannot be halved."""
         if size > 1:
             return
         route = self._route
         row = (
             f"takes {free_memory.megabytes(route.row_bytes)} by the formula"
             if route.row_bytes
-            else "is autograd's to hold"
+            else "takes as much as autograd saves"
         )
         raise OutOfMemoryError(
             f"memory ran out with one row a micro-batch: a row {row}, the weights take "
@@ -175,6 +195,7 @@ class MicroBatches:
         ) from error
 
     def _shrink(self, size: int, device: torch.device) -> None:
+        """Halve the micro-batch for this call and all later ones, and free the buckets."""
         self._route.most_rows = size // 2
         self._route.own_rows.clear()
         logger.warning("memory ran out with %d rows a micro-batch; going on with %d", size, size // 2)
@@ -185,9 +206,15 @@ class MicroBatches:
 
 
 def _own_images(images: Tensor, index: Sequence[int], on_device: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """At most `most` images to which these rows belong, and the rows' indices among them.
+    """Return the images to which some rows belong, at most `most`, and the rows' indices among them.
 
-    index: r integers, on_device: the same there. Rows in the images' order need no copy.
+    Consecutive images need no copy.
+
+    Args:
+        images: (B, C, H, W).
+        index: image of each row.
+        on_device: the same as a tensor (r,) on the device.
+        most: number of images that a micro-batch takes.
     """
     first, last = min(index), max(index)
     if last - first < most:
@@ -200,17 +227,27 @@ def _own_images(images: Tensor, index: Sequence[int], on_device: Tensor, most: i
 
 @dataclass(frozen=True)
 class _Mark:
-    """A number of rows, and how to wait until they are done."""
+    """A number of queued rows.
+
+    Attributes:
+        rows: since the start.
+        wait: waits until they are done.
+    """
 
     rows: int
     wait: Callable[[], None]
 
 
 class Pacer:
-    """Calls `progress` with (rows done, rows in all) as work is finished.
+    """The progress of a call, reported as work is finished.
 
-    On a GPU it waits for the micro-batch before the last `ahead` queued ones, so that the device never runs dry and
-    the host never runs far ahead. Without a progress function nothing waits.
+    On a GPU it waits for the micro-batch before the last `AHEAD` queued ones, so that the device always has work and
+    the host is never far ahead. Without a progress function it does not wait.
+
+    Args:
+        progress: is called with (rows done, rows in all).
+        total: rows in all.
+        device: on which the rows are walked.
     """
 
     def __init__(self, progress: Progress | None, total: int, device: torch.device) -> None:
@@ -219,11 +256,11 @@ class Pacer:
         self._queued: deque[_Mark] = deque()
 
     def after(self, before: int) -> Callable[[int], None]:
-        """`queued` for rows that follow `before` others."""
+        """Return `queued` for rows that follow `before` others."""
         return lambda rows: self.queued(before + rows)
 
     def queued(self, rows: int) -> None:
-        """So many rows are queued since the start."""
+        """Note how many rows have been queued since the start, and report those that must be done by now."""
         if self._progress is None:
             return
         self._queued.append(_Mark(rows, self._mark()))
@@ -231,7 +268,7 @@ class Pacer:
             self._report()
 
     def finish(self) -> None:
-        """Report what is still queued."""
+        """Wait for all queued rows and report them."""
         while self._queued:
             self._report()
 

@@ -1,7 +1,7 @@
 """The two routes to the effective transformation, behind one pair of walks.
 
-`engine` where there is a plan, `frozen` for every other module. Both take tokens (R, n, c·p_h·p_w) of their
-`patch_size` and return cotangents of the same shape; the frozen route's one token is the whole image.
+`engine` is for models with a plan, `frozen` for every other module. Both take tokens (R, n, C·p_h·p_w) of their
+`patch_size` and return cotangents of the same shape; for the frozen route the whole image is one token.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dave_fast.plan import families
 from dave_fast.plan.reading import NoPlanError, Reading
 
 ROUTES = ("auto", "engine", "frozen")
-# tokens that a CPU micro-batch aims at: enough rows for full GEMM tiles, few enough to stay in the caches
+# tokens of a micro-batch on a CPU: enough for full GEMM tiles, few enough to stay in the caches
 CPU_TOKENS = 800
 FROZEN_ROWS = 4
 
@@ -35,10 +35,18 @@ FROZEN_ROWS = 4
 class Route(Protocol):
     """A pair of walks for one model, image size, precision and device.
 
-    row_bytes, weights: bytes that a row of a micro-batch and the weights take · capturable: whether the walks never
-    wait for the device · full_rows: rows of a micro-batch once they have been chosen · fitting_rows: those that memory
-    had room for then · own_rows: the sizes of buckets that have one image's samples · row_cost: what a micro-batch of
-    so many rows costs, in rows · most_rows: where memory ran out before, the rows that still fitted.
+    Attributes:
+        name: "engine" or "frozen".
+        patch_size: (p_h, p_w) of the tokens.
+        dtype: of the tokens.
+        row_bytes: bytes that a row of a micro-batch takes; 0 where they are not known.
+        weights: bytes of the weights.
+        capturable: whether the walks never wait for the device, so that a CUDA graph can record them.
+        full_rows: rows of a full micro-batch; None until they have been chosen.
+        fitting_rows: rows that memory had room for when they were chosen.
+        own_rows: sizes of buckets whose rows are the samples of one image.
+        row_cost: rows of a micro-batch -> its cost, in rows.
+        most_rows: largest micro-batch since memory ran out.
     """
 
     name: str
@@ -54,20 +62,24 @@ class Route(Protocol):
     most_rows: int
 
     def best_rows(self, fitting: int) -> int:
-        """Rows of a full micro-batch where memory would hold `fitting`."""
+        """Return the rows of a full micro-batch where memory has room for `fitting`."""
         ...
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Any]:
-        """tokens (R, n, c·p_h·p_w) -> output (R, ...) detached, and what `vjp` needs."""
+        """Return the output (R, ...), detached, and the operators for tokens (R, n, C·p_h·p_w)."""
         ...
 
     def vjp(self, saved: Any, cotangent: Tensor) -> Tensor:
-        """Cotangent of the output -> of the tokens."""
+        """Return the cotangent of the tokens for that of the output (R, ...)."""
         ...
 
 
 class EngineRoute:
-    """The walks over a plan."""
+    """The walks of an engine.
+
+    Args:
+        engine: of the model.
+    """
 
     name = "engine"
     capturable = True
@@ -91,7 +103,7 @@ class EngineRoute:
         self.vjp = engine.vjp
 
     def best_rows(self, fitting: int) -> int:
-        """See `Route`."""
+        """Return the rows of a full micro-batch, as `Route.best_rows`."""
         if self.row_cost is flat_cost:
             return max(1, min(64, CPU_TOKENS // self.plan.tokens, fitting))
         return full_rows(self.row_cost, fitting)
@@ -104,7 +116,13 @@ class _SavedGraph:
 
 
 class FrozenRoute:
-    """Autograd through the model's own forward with frozen operators. Its memory is autograd's."""
+    """Autograd through the model's own forward pass with frozen operators.
+
+    Args:
+        model: in evaluation mode, in the dtype and on the device of the tokens.
+        size: (H, W) of the images.
+        dtype: of the tokens.
+    """
 
     name = "frozen"
     capturable = False
@@ -114,7 +132,7 @@ class FrozenRoute:
         self._size = size
         self.patch_size = size
         self.dtype = dtype
-        # what autograd keeps is unknown before it ran: few rows, and fewer where they do not fit
+        # the memory that autograd takes is not known before it ran
         self.row_bytes = 0
         self.weights = weight_bytes(model)
         self.full_rows: int | None = None
@@ -124,11 +142,11 @@ class FrozenRoute:
         self.most_rows = sys.maxsize
 
     def best_rows(self, fitting: int) -> int:
-        """See `Route`."""
+        """Return the rows of a full micro-batch, as `Route.best_rows`."""
         return max(1, min(FROZEN_ROWS, fitting))
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, _SavedGraph]:
-        """One token an image (R, 1, C·H·W) -> output (R, ...), the graph."""
+        """Return the output (R, ...) and autograd's graph for images as tokens (R, 1, C·H·W)."""
         with torch.inference_mode(False), torch.enable_grad():
             leaf = tokens.detach().clone().requires_grad_()
             with freeze():
@@ -136,14 +154,14 @@ class FrozenRoute:
         return output.detach(), _SavedGraph(leaf, output)
 
     def vjp(self, saved: _SavedGraph, cotangent: Tensor) -> Tensor:
-        """Cotangent of the output -> (R, 1, C·H·W)."""
+        """Return the cotangent of the tokens, (R, 1, C·H·W), for that of the output."""
         with freeze():
             (gradient,) = torch.autograd.grad(saved.output, saved.leaf, cotangent, retain_graph=True)
         return gradient
 
 
 def _as(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The model itself where it fits, else a copy: the user's stays as it is."""
+    """Return the model if it has this dtype and device and is in evaluation mode, else a copy that does."""
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
     fits = all(t.dtype == dtype and t.device == device for t in tensors)
     if fits and not any(m.training for m in model.modules()):
@@ -161,12 +179,21 @@ def make_route(
     backend: str,
     sibling: Route | None = None,
 ) -> tuple[Route, str | None]:
-    """The route for a model, and a line that says why where "auto" had to take `frozen`.
+    """Return the route of a model and, where "auto" takes the frozen one, a line with the reason.
 
-    sibling: this model's route for another image size, in the same precision and on the same device.
+    Args:
+        model: any module.
+        shape: (C, H, W) of the images.
+        route: one of ROUTES.
+        precision: a name of `ops.precision.DTYPES`.
+        device: of the walks.
+        backend: a name of `ops._registry`, or "auto".
+        sibling: this model's route for another image size, in the same precision and on the same device.
 
-    Raises ModelError where route="engine" or precision="fp8" has no plan, or the model fails the proof
-    (NotFrozenError).
+    Raises:
+        InputError: the model does not take images of this shape.
+        ModelError: route="engine" or precision="fp8" is given and there is no plan, or the model has no attention.
+        NotFrozenError: the frozen route's proof fails.
     """
     dtype, fp8 = DTYPES[precision], precision == "fp8"
     read = _read(model, shape)
@@ -199,7 +226,10 @@ def _read(model: nn.Module, shape: tuple[int, int, int]) -> Reading | str:
         except NoPlanError as reason:
             return str(reason)
     if shape[0] != reading.channels:
-        raise InputError(f"images have {shape[0]} channels and the model takes {reading.channels}")
+        raise InputError(
+            f"images have {shape[0]} channels and the model takes {reading.channels}: "
+            "preprocess them as the model expects"
+        )
     if shape[1:] != reading.image_size:
         built_for = "×".join(map(str, reading.image_size))
         raise InputError(
@@ -210,7 +240,7 @@ def _read(model: nn.Module, shape: tuple[int, int, int]) -> Reading | str:
 
 
 def _prove(model: nn.Module, shape: tuple[int, int, int]) -> None:
-    """The affine replay, once a model; ModelError for a model that is proved to have no attention."""
+    """Run the affine replay, once a model; raise ModelError for a model without attention."""
     example = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     parameter = next(model.parameters(), example)
     if not ensure_proved(model, example.to(parameter.device)).has_attention:
