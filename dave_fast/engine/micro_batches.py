@@ -185,7 +185,7 @@ class MicroBatches:
         row = (
             f"takes {free_memory.megabytes(route.row_bytes)} by the formula"
             if route.row_bytes
-            else "takes as much as autograd saves"
+            else "takes what autograd saves, which is not known beforehand"
         )
         raise OutOfMemoryError(
             f"memory ran out with one row a micro-batch: a row {row}, the weights take "

@@ -107,7 +107,9 @@ def test_buckets_are_given_up_before_smaller_ones_are_made(model, images):
     assert torch.equal(found.raw, expected.raw)
 
 
-@pytest.mark.parametrize(("route", "words"), [("engine", r"takes [\d.]+ MiB by the formula"), ("frozen", "autograd's")])
+@pytest.mark.parametrize(
+    ("route", "words"), [("engine", r"takes [\d.]+ MiB by the formula"), ("frozen", "what autograd saves")]
+)
 def test_one_row_that_does_not_fit_is_said_in_numbers(model, images, route, words):
     made = explainer(model, route=route)
     scarce(made, images, 0, SHORTAGES["cpu"])
