@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from dave_fast.engine import free_memory, memory
@@ -58,14 +59,7 @@ class Aggregation:
         """
         samples, shape = len(draws) // len(images), tuple(images.shape[1:])
         free = free_memory.free_bytes(images.device)
-        # for one target: the form, and with it the bits, must not depend on the number of targets
-        storage = memory.choose_storage(samples, shape, images.dtype, route.dtype, free)
-        if not storage.tokens and storage.dtype != images.dtype:
-            logger.warning(
-                "contributions are kept in bfloat16: in %s they would take %s of the %s that are free",
-                *(images.dtype, free_memory.megabytes(memory.contribution_bytes(samples, shape, images.dtype))),
-                free_memory.megabytes(free),
-            )
+        storage = _choose_storage(samples, shape, images.dtype, route.dtype, free)
         together, groups = memory.fitting_pairs(storage, len(targets), free)
         row, dtype = (_token_shape(images, route.patch_size), None) if storage.tokens else (shape, storage.dtype)
         pacer = Pacer(progress, len(draws) * len(groups), images.device)
@@ -92,6 +86,23 @@ class Aggregation:
         if storage.tokens:
             return self._pull_back_mean(kept, images, draws.to(images.device), patch_size, samples)
         return self._robust_mean(kept.view(-1, samples, *kept.shape[1:]))
+
+
+def _choose_storage(
+    samples: int, shape: tuple[int, ...], statistics: torch.dtype, engine: torch.dtype, free: int
+) -> Storage:
+    """Return the storage of one (image, target) pair and log a warning where contributions are rounded.
+
+    It must not depend on the number of targets, and so neither do the bits of the result.
+    """
+    storage = memory.choose_storage(samples, shape, statistics, engine, free)
+    if not storage.tokens and storage.dtype != statistics:
+        logger.warning(
+            "contributions are kept in bfloat16: in %s they would take %s of the %s that are free",
+            *(statistics, free_memory.megabytes(memory.contribution_bytes(samples, shape, statistics))),
+            free_memory.megabytes(free),
+        )
+    return storage
 
 
 def _token_shape(images: Tensor, patch_size: tuple[int, int]) -> tuple[int, int]:

@@ -24,6 +24,8 @@ the scale of a question does not matter.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,9 +46,32 @@ def calibrate(engine: Engine) -> Scales:
 
     Raises NonFiniteError where an operand has NaN or infinity.
     """
+    plan = engine.plan
+    images = made_images(ROWS, (plan.channels, *plan.image_size)).to(plan.device)
+    with _recording(engine) as largest:
+        output, saved = engine.forward(patchify(images, plan.patch_size).to(plan.dtype))
+        forward = set(largest)
+        for cotangent in _cotangents(output):
+            engine.vjp(saved, cotangent)
+    operands = {}
+    for weight, most in largest.items():
+        # an operand that is zero for all of these images gets no static scale, and then scales of its rows
+        if min(most) > 0:
+            room = ROOM if weight in forward else VJP_ROOM
+            lead, rest = _scale(most[0], room), _scale(most[-1], room)
+            of_all = len(most) == 2
+            operands[weight] = TokenScales(lead, rest, plan.tokens, plan.read) if of_all else TokenScales.uniform(lead)
+    return Scales(operands)
+
+
+@contextmanager
+def _recording(engine: Engine) -> Iterator[dict[int, tuple[float, ...]]]:
+    """Record the operands of an engine's products while it walks ROWS rows.
+
+    Yields id of a packed weight -> largest number of its operand's leading tokens and of the others; one number where
+    all tokens are alike.
+    """
     plan, multiply = engine.plan, engine.ops.multiply
-    forward: set[int] = set()
-    # id of a packed weight -> largest number of leading tokens and of others; one number where all tokens are alike
     largest: dict[int, tuple[float, ...]] = {}
 
     def recording(x: Tensor | Codes, weight: Any, *given: Any, **epilogue: Any) -> Any:
@@ -63,24 +88,11 @@ def calibrate(engine: Engine) -> Scales:
         largest[id(weight)] = tuple(map(max, found, largest.get(id(weight), (0.0,) * len(found))))
         return multiply(x, weight, *given, **epilogue)
 
-    images = made_images(ROWS, (plan.channels, *plan.image_size)).to(plan.device)
     engine.ops.multiply = recording
     try:
-        output, saved = engine.forward(patchify(images, plan.patch_size).to(plan.dtype))
-        forward.update(largest)
-        for cotangent in _cotangents(output):
-            engine.vjp(saved, cotangent)
+        yield largest
     finally:
         engine.ops.multiply = multiply
-    operands = {}
-    for weight, most in largest.items():
-        # an operand that is zero for all of these images gets no static scale, and then scales of its rows
-        if min(most) > 0:
-            room = ROOM if weight in forward else VJP_ROOM
-            lead, rest = _scale(most[0], room), _scale(most[-1], room)
-            of_all = len(most) == 2
-            operands[weight] = TokenScales(lead, rest, plan.tokens, plan.read) if of_all else TokenScales.uniform(lead)
-    return Scales(operands)
 
 
 def _scale(largest: float, room: float) -> float:
