@@ -1,4 +1,4 @@
-"""A small model behind a service, and behind a server on loopback: what the tests of dave_fast.serve share."""
+"""A small model behind a service, and behind a server on loopback, for the tests of dave_fast.serve."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dave_fast.serve.server import running
 from dave_fast.serve.service import Service
 from tests.tiny import named_vit
 
-# seconds for what happens at once on an idle machine
+# Seconds to wait for events that take milliseconds on an idle machine.
 PATIENCE = 120
 SIZE = 32
 NAMES = ["cat", "dog", *(f"thing {number}" for number in range(2, 10))]
@@ -38,16 +38,16 @@ def until(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-def serve_model(name: str = "tiny", engines: int = 1, seed: int = 0, rows: int = 8) -> ServedModel:
-    """Return a served tiny ViT with the given number of CPU engines; a row takes about a millisecond."""
+def serve_model(name: str = "tiny", workers: int = 1, seed: int = 0, rows: int = 8) -> ServedModel:
+    """Return a served tiny ViT with the given number of CPU workers; a row takes about a millisecond."""
     model = named_vit(NAMES, seed)
-    made = [DAVE(model, precision="fp32", noise_alpha=0.5, internal_batch_size=rows) for _ in range(engines)]
+    made = [DAVE(model, precision="fp32", noise_alpha=0.5, internal_batch_size=rows) for _ in range(workers)]
     return ServedModel(name, tuple(made), preprocessing(model), labels_of(model))
 
 
 @contextmanager
 def started(limits: Limits | None = None, **settings: Any) -> Iterator[Service]:
-    """A service that runs, and is stopped."""
+    """Start a service, yield it, and stop it."""
     model = serve_model(**settings)
     service = Service({model.name: model}, limits)
     service.start()
@@ -57,32 +57,34 @@ def started(limits: Limits | None = None, **settings: Any) -> Iterator[Service]:
         service.stop()
 
 
-class Wants:
-    """A client of a service without HTTP: submits, and waits for ends."""
+class DirectClient:
+    """A client of a service without HTTP."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
         self.events: dict[Any, queue.Queue[Any]] = {}
 
     def ask(self, image: torch.Tensor, name: str = "tiny", **options: Any) -> Any:
-        told: queue.Queue[Any] = queue.Queue()
-        job = self.service.submit(name, Ask(image, **options), told.put)
-        self.events[job] = told
+        """Submit a request and return its job."""
+        events: queue.Queue[Any] = queue.Queue()
+        job = self.service.submit(name, Ask(image, **options), events.put)
+        self.events[job] = events
         return job
 
     def all(self, job: Any) -> list[Any]:
-        """Everything that is told, to the end."""
+        """Return all events of a job; wait for the last one."""
         seen = []
         while not seen or not isinstance(seen[-1], Ended | Failed):
             seen.append(self.events[job].get(timeout=PATIENCE))
         return seen
 
     def end(self, job: Any) -> Any:
+        """Return the last event of a job."""
         return self.all(job)[-1]
 
 
 def file_of(pixels: np.ndarray, kind: str = "PNG") -> bytes:
-    """Pixels as the bytes of an image file."""
+    """Return pixels as the bytes of an image file."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, format=kind)
     return file.getvalue()
@@ -92,7 +94,7 @@ def file_of(pixels: np.ndarray, kind: str = "PNG") -> bytes:
 def serving(
     limits: Limits | None = None, models: list[ServedModel] | None = None, **app: Any
 ) -> Iterator[tuple[str, Service]]:
-    """A server on loopback in a thread of this process."""
+    """Run a server on loopback in a thread of this process; yield its address and its service."""
     limits = limits or Limits()
     served = models or [serve_model()]
     service = Service({model.name: model for model in served}, limits)

@@ -49,7 +49,7 @@ def export(maps: Maps, to: str, out: str | os.PathLike[str], progress: Progress 
         raise InputError(f"cannot export to {to!r}; expected one of {', '.join(FORMS)}.")
     maps = maps.filter(status="ok")
     if not len(maps):
-        raise InputError("there is no map to export: every row has an error, or none was chosen.")
+        raise InputError("there is no map to export, only rows with errors or no rows: choose other rows.")
     target = Path(out)
     if target.exists():
         raise InputError(f"{target} exists already; choose another --out, or delete it.")

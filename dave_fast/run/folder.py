@@ -37,7 +37,7 @@ class RunFolder:
         Fence.renew(folder)
         self.before = load_identity(folder)
         if self.before is None and shard_files(folder):
-            raise InputError(f"{folder} holds Parquet files but no {RUN_FILE}: it is no run. Choose another --out.")
+            raise InputError(f"{folder} holds Parquet files but no {RUN_FILE}, so it is no run: choose another --out.")
         if self.before is not None:
             # Another source is refused before the model is loaded, which takes long.
             same_model = self.before | {"source": make_identity({}, "", source.identity)["source"]}

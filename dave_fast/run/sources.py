@@ -65,7 +65,7 @@ def _folder(place: str, leave_out: str | os.PathLike[str] | None) -> RecordSourc
     if not is_local(place):
         raise InputError(f"{place!r} is no list, manifest or tar; for a remote folder, give a list of its images.")
     if not os.path.exists(place):
-        raise InputError(f"there is no file or folder {place}.")
+        raise InputError(f"there is no file or folder {place}: check the path.")
     if not os.path.isdir(place):
         known = ", ".join((*LISTS, ".parquet", *TARS))
         raise InputError(f"{place} is no source: expected a folder, or a file that ends in {known}.")
@@ -91,7 +91,7 @@ def _listed(place: str, kind: str, records: Callable[[], Iterator[Record]]) -> R
         digest.update(f"{record.id}\0{record.target}\0{record.seed}\n".encode())
     count = len(seen)
     if not count and kind != "folder":
-        raise InputError(f"{place} names no image.")
+        raise InputError(f"{place} names no image: list at least one.")
     identity = {"kind": kind, "records": count, "digest": digest.hexdigest()}
     return RecordSource(place, identity, count, lambda skip: (r for r in records() if not skip(r.id)))
 
@@ -141,7 +141,7 @@ def _json_row(line: str, where: str) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise InputError(f"{where} is no JSON: {error}.") from error
+        raise InputError(f"{where} is no JSON: {error}; expected one object a line.") from error
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a JSON object with a uri; got {type(row).__name__}.")
     return row
@@ -188,7 +188,7 @@ def _parquet_files(place: str) -> list[str]:
     else:
         files = [place]
     if not files:
-        raise InputError(f"there is no file {place}.")
+        raise InputError(f"there is no file {place}: check the path or the pattern.")
     return files
 
 

@@ -71,7 +71,7 @@ def _shards(place: str) -> list[tuple[str, int]]:
             literal = os.path.exists(pattern) or not glob.has_magic(pattern)
             for path in [pattern] if literal else sorted(glob.glob(pattern, recursive=True)):
                 if not os.path.isfile(path):
-                    raise InputError(f"there is no file {path}.")
+                    raise InputError(f"there is no file {path}: check the path.")
                 found[os.path.abspath(path)] = os.path.getsize(path)
             continue
         try:
@@ -81,7 +81,7 @@ def _shards(place: str) -> list[tuple[str, int]]:
         except (OSError, ImportError, ValueError) as error:
             raise InputError(f"cannot list {pattern}: {reason_of(error)}.") from error
     if not found:
-        raise InputError(f"there is no tar {place}.")
+        raise InputError(f"there is no tar {place}: check the path or the pattern.")
     return list(found.items())
 
 

@@ -34,4 +34,4 @@ class Metrics:
         self.rows = Counter("rows", "Rows (image, sample) computed, by worker.", ("engine",), **own)
         self.queued_requests = Gauge("queued_requests", "Requests that are not ended.", **own)
         self.queued_rows = Gauge("queued_rows", "Rows that wait to be computed.", **own)
-        self.queued_bytes = Gauge("queued_bytes", "Bytes that the held requests need, by the formula.", **own)
+        self.queued_bytes = Gauge("queued_bytes", "Bytes that the requests need, by the formula.", **own)

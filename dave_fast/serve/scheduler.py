@@ -166,13 +166,13 @@ class Scheduler:
                 f"the request needs {request.samples} samples and {request.size / 2**20:.0f} MiB; this server takes "
                 f"{limits.rows} and {limits.bytes / 2**20:.0f} MiB at most",
             )
-        for held, more, most, what in (
+        for count, more, most, what in (
             (self.requests, 1, limits.requests, "requests"),
             (self.rows, request.samples, limits.rows, "samples"),
             (self.bytes, request.size, limits.bytes, "bytes"),
         ):
-            if held + more > most:
-                raise RefusedError("full", f"the queue is full ({held} of {most} {what})", self.retry_after())
+            if count + more > most:
+                raise RefusedError("full", f"the queue is full ({count} of {most} {what})", self.retry_after())
         self._arrivals += 1
         request.number, request.served = self._arrivals, self._turn
         request.urgency = now + PATIENCE * request.samples if request.deadline == math.inf else request.deadline

@@ -132,8 +132,8 @@ class Service:
         """
         model = self.models[name]
         if ask.classes > model.classes or any(not 0 <= target < model.classes for target in ask.targets or ()):
-            asked = f"classes {list(ask.targets)}" if ask.targets else f"the {ask.top_k} most probable classes"
-            raise InputError(f"{asked} are requested; {name!r} has the classes 0 to {model.classes - 1}.")
+            classes = f"the classes {list(ask.targets)}" if ask.targets else f"the {ask.top_k} most probable classes"
+            raise InputError(f"{classes} are requested; {name!r} has the classes 0 to {model.classes - 1}.")
         now = self.clock()
         queued = Queued(
             bucket=BatchKey(name, model.prepare.size, ask.classes),

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from serving import Wants, serve_model, started, until
+from serving import DirectClient, serve_model, started, until
 
 from dave_fast.errors import InputError, NonFiniteError, RefusedError
 from dave_fast.explain.convergence import checkpoints
@@ -21,7 +21,7 @@ def service():
 
 
 def test_an_answer_is_what_explain_gives(service, images):
-    wants = Wants(service)
+    wants = DirectClient(service)
     told = wants.all(wants.ask(images[0], n_samples=20, seed=5))
     assert [type(event) for event in told] == [Predicted, Ended]
     alone = service.models["tiny"].explainers[0].explain(images[0], n_samples=20, seed=5)
@@ -35,7 +35,7 @@ def test_an_answer_is_what_explain_gives(service, images):
 
 def test_the_same_request_gives_the_same_map_whatever_else_is_in_flight(service, images):
     """In float32 on a CPU to the last bit: rows of a GEMM do not feel their neighbours."""
-    wants = Wants(service)
+    wants = DirectClient(service)
     alone = wants.end(wants.ask(images[0], targets=(1, 7), n_samples=33, seed=2))
     crowd = [wants.ask(image, n_samples=3 + 7 * i, seed=i, top_k=1 + i % 3) for i, image in enumerate(images)]
     again = wants.ask(images[0], targets=(1, 7), n_samples=33, seed=2)
@@ -49,7 +49,7 @@ def test_the_same_request_gives_the_same_map_whatever_else_is_in_flight(service,
 
 
 def test_where_a_tolerance_stops_does_not_depend_on_the_load_either(service, images):
-    wants = Wants(service)
+    wants = DirectClient(service)
     full = wants.all(wants.ask(images[1], n_samples=256, refined=True, tolerance=1e-9))
     bounds = {event.samples: event.bound for event in full[1:-1]}
     tolerance = sorted(bounds.values())[2]
@@ -66,7 +66,7 @@ def test_where_a_tolerance_stops_does_not_depend_on_the_load_either(service, ima
 
 
 def test_refinements_are_the_maps_of_the_first_samples(service, images):
-    wants = Wants(service)
+    wants = DirectClient(service)
     told = wants.all(wants.ask(images[2], n_samples=50, refined=True))
     refined = told[1:-1]
     assert refined and {event.samples for event in refined} <= set(checkpoints(50))
@@ -77,8 +77,8 @@ def test_refinements_are_the_maps_of_the_first_samples(service, images):
 
 
 def test_several_engines_share_one_request(images):
-    with started(engines=3) as service:
-        wants = Wants(service)
+    with started(workers=3) as service:
+        wants = DirectClient(service)
         jobs = [wants.ask(image, n_samples=100) for image in images]
         ends = [wants.end(job) for job in jobs]
         explainer = service.models["tiny"].explainers[0]
@@ -90,7 +90,7 @@ def test_several_engines_share_one_request(images):
 
 
 def test_a_cut_gives_what_is_there_and_an_error_where_nothing_is(service, images):
-    wants = Wants(service)
+    wants = DirectClient(service)
     job = wants.ask(images[0], n_samples=1000, refined=True)
     while job.ready < 16:
         time.sleep(0.001)
@@ -110,7 +110,7 @@ def test_a_cut_gives_what_is_there_and_an_error_where_nothing_is(service, images
 
 
 def test_cancelled_requests_free_their_rows_and_hear_no_more(service, images):
-    wants = Wants(service)
+    wants = DirectClient(service)
     job = wants.ask(images[0], n_samples=1000)
     other = wants.ask(images[1], n_samples=5)
     service.cancel(job)
@@ -155,7 +155,7 @@ def faulty(service, monkeypatch):
 def test_a_poisoned_request_fails_alone(service, images, faulty, kind, error, caplog):
     poison, calls = faulty
     poison[float(images[3].sum())] = kind
-    wants = Wants(service)
+    wants = DirectClient(service)
     jobs = [wants.ask(image, n_samples=9, targets=(1,)) for image in images]
     ends = [wants.end(job) for job in jobs]
     assert isinstance(ends[3], Failed) and isinstance(ends[3].error, error)
@@ -171,7 +171,7 @@ def test_a_poisoned_request_fails_alone(service, images, faulty, kind, error, ca
 def test_an_engine_that_keeps_failing_is_not_ready_until_it_works_again(service, images, faulty, caplog):
     poison, _ = faulty
     poison[float(images[0].sum())] = "raise"
-    wants = Wants(service)
+    wants = DirectClient(service)
     for _ in range(FAILURES):
         # alone in its micro-batch, after a prediction that works
         ended = wants.end(wants.ask(images[0], n_samples=2))
@@ -186,7 +186,7 @@ def test_an_engine_that_failed_is_tried_again_where_nobody_asks(service, images,
     monkeypatch.setattr("dave_fast.serve.service.PROBE_SECONDS", 0.05)
     poison, _ = faulty
     poison[float(images[0].sum())] = "raise"
-    wants = Wants(service)
+    wants = DirectClient(service)
     for _ in range(FAILURES):
         wants.end(wants.ask(images[0], n_samples=2))
     assert service.why_not_ready() is not None
@@ -209,7 +209,7 @@ def test_requests_are_taken_by_their_bytes(images):
     model = serve_model()
     one = model.request_bytes(1, 50)
     with started(Limits(queue_bytes=3 * one)) as service:
-        wants = Wants(service)
+        wants = DirectClient(service)
         with pytest.raises(RefusedError, match="at most") as refused:
             wants.ask(images[0], n_samples=50, top_k=4)
         assert refused.value.kind == "too large"
@@ -229,12 +229,12 @@ def test_requests_are_taken_by_their_bytes(images):
 @pytest.mark.parametrize("targets", [(10,), (-1,), (0, 99)])
 def test_classes_that_are_none_are_refused(service, images, targets):
     with pytest.raises(InputError, match="0 to 9"):
-        Wants(service).ask(images[0], targets=targets)
+        DirectClient(service).ask(images[0], targets=targets)
 
 
 def test_stopping_tells_whoever_waits_and_takes_nobody_new(images):
     with started() as service:
-        wants = Wants(service)
+        wants = DirectClient(service)
         jobs = [wants.ask(image, n_samples=1000) for image in images]
         before = threading.active_count()
         service.stop()
