@@ -36,7 +36,7 @@ def build_engine(
     plain = _registry.bind("pack_weight", backend, torch.device(device).type)
     pack = _registry.bind("pack_weight_fp8", backend, torch.device(device).type) if fp8 else plain
     plan = make_plan(reading, dtype=dtype, pack=pack, pack_embed=plain, device=device, sibling=sibling)
-    # by PyTorch's own forms: kernels need not be compiled for it
+    # calibration uses PyTorch's own forms, so that no kernel is compiled for it
     if fp8 and scales is None:
         scales = calibrate(Engine(plan, "torch", fp8=True))
     return Engine(plan, backend, fp8=fp8, scales=scales)

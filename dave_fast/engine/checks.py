@@ -71,8 +71,12 @@ def check_classes(targets: Any, images: int, output: Tensor) -> None:
     integers = isinstance(targets, Tensor) and not (targets.is_floating_point() or targets.dtype == torch.bool)
     if not integers or targets.dim() != 2 or len(targets) != images or targets.shape[1] < 1:
         raise InputError(f"targets must be integers ({images} images, one or more targets); got {describe(targets)}")
-    if targets.min() < 0 or targets.max() >= output.shape[1]:
-        raise InputError(f"a target is out of range: the model has the classes 0 to {output.shape[1] - 1}")
+    first, last = int(targets.min()), int(targets.max())
+    if first < 0 or last >= output.shape[1]:
+        raise InputError(
+            f"a target is out of range: targets are {first} to {last} and the model has the classes 0 to "
+            f"{output.shape[1] - 1}"
+        )
 
 
 def check_integer(value: Any, name: str, at_least: int | None = None) -> int:
