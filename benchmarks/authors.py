@@ -1,6 +1,6 @@
-"""The DAVE authors' released code, run beside ours from a checkout of it (github.com/a-vrobell/DAVE).
+"""The DAVE authors' released code, run from a checkout of it (github.com/a-vrobell/DAVE).
 
-It has no licence, so none of it is kept here. It needs kornia and PyYAML.
+It has no licence, so this repository contains none of it. It needs kornia and PyYAML.
 """
 
 from __future__ import annotations
@@ -25,9 +25,13 @@ post_proc: {{gaussian: {{kernel_size: 11, sgm: 7.0}},
 
 
 def load_explainer(authors: Path, model: nn.Module, noise_alpha: float, device: str = "cpu") -> Any:
-    """Their explainer with the settings of their configurations, on a timm VisionTransformer of ours.
+    """Return their explainer with the settings of their configurations, on a given timm VisionTransformer.
 
-    authors: the checkout. The model's weights stop requiring gradients, as those they load themselves do.
+    Args:
+        authors: the checkout.
+        model: a timm VisionTransformer; its weights stop requiring gradients, like those that their code loads.
+        noise_alpha: of the method.
+        device: to run on.
     """
     if str(authors) not in sys.path:
         sys.path.insert(0, str(authors))
@@ -48,7 +52,7 @@ def load_explainer(authors: Path, model: nn.Module, noise_alpha: float, device: 
 
 
 def _without_is_causal(make: Callable[[], Callable[..., Tensor]]) -> Callable[[], Callable[..., Tensor]]:
-    """Their attention, for timm releases that also pass is_causal, which their code does not know."""
+    """Wrap their attention for timm releases that also pass is_causal, which it does not accept."""
 
     def make_forward() -> Callable[..., Tensor]:
         forward = make()

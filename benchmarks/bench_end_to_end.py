@@ -1,9 +1,9 @@
-"""From images to maps: throughput and the time of one image, ViT-S, -B and -L at 224 to 672 px.
+"""Throughput and latency of whole explanations, ViT-S, -B and -L at 224 to 672 px.
 
     pytest benchmarks/bench_end_to_end.py [-k "base and 224"] --benchmark-group-by=group
 
-What does not fit the device, by the formula of `dave_fast.engine.memory`, or would take longer than BENCH_SECONDS (60)
-a call at the device's measured rate of matrix products, is skipped and says so.
+A case is skipped, with the reason, if it does not fit the device by the formula of `dave_fast.engine.memory`, or if a
+call would take longer than BENCH_SECONDS (60) at the device's measured rate of matrix products.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ IMAGES = {"one image": 1, "throughput": 8 if DEVICE == "cuda" else 2}
 
 @cache
 def gigaflops_a_second(precision: str) -> float:
-    """The device's rate at ViT-B's products."""
+    """Measure the device's rate at ViT-B's products."""
     made = rates.ceiling(rates.kind_of(precision, DEVICE), 788, 768, 3072, device=DEVICE)
     made.run()
     return made.gigaflops / host_seconds(made.run, DEVICE)
 
 
 def why_not(precision: str) -> str | None:
-    """Why a precision is not timed here."""
+    """Return why a precision is not timed here, or None."""
     if precision == "bf16" and not has_bf16(torch.device(DEVICE)):
         return "this device does not multiply bfloat16"
     return why_no_fp8(torch.device(DEVICE)) if precision == "fp8" else None
@@ -53,6 +53,7 @@ def why_not(precision: str) -> str | None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", MODELS)
 def test_explain(benchmark: Any, name: str, size: int, precision: str, what: str) -> None:
+    """Time an explanation of one image, or of several."""
     reason = why_not(precision)
     if reason is not None:
         pytest.skip(reason)

@@ -2,7 +2,7 @@
 
     pytest benchmarks/bench_ops.py [-k "attention and bf16"] --benchmark-group-by=group
 
-A form is compared with float64 on the operands that are timed, and is skipped with the reason where it is wrong.
+A form is first compared with float64 on the operands that are timed, and skipped with the reason if it is wrong.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CASES_BY_NAME = {f"{op} {case.name}": case for op in CASES for case in cases_of(
 
 
 def waiting(call: Callable[[], Any]) -> Callable[[], Any]:
-    """The call, until its result is there."""
+    """Return the call with a wait for its result."""
     if DEVICE != "cuda":
         return call
 
@@ -47,6 +47,7 @@ def waiting(call: Callable[[], Any]) -> Callable[[], Any]:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", CASES_BY_NAME)
 def test_op(benchmark: Any, name: str, precision: str, backend: str) -> None:
+    """Time one case by one backend."""
     case: Case = CASES_BY_NAME[name]
     reason = _registry.why_not(case.op, backend, DEVICE)
     if reason is None and precision == "bf16" and not has_bf16(torch.device(DEVICE)):
@@ -65,11 +66,13 @@ def test_op(benchmark: Any, name: str, precision: str, backend: str) -> None:
 
 @pytest.mark.parametrize("n_images", [1, 64])
 def test_draw(benchmark: Any, n_images: int) -> None:
+    """Time the draws of 50 samples."""
     benchmark.group = "draw, S=50"
     benchmark(lambda: draw(SHAPES.samples, height=224, width=224, image_keys=range(n_images)))
 
 
 def test_normal_in_torch(benchmark: Any) -> None:
+    """Time the normal numbers of 50 samples in PyTorch."""
     draws = draw(SHAPES.samples, height=SHAPES.image[1], width=SHAPES.image[2])
     channels, height, width = SHAPES.image
     benchmark.group = "normal"

@@ -1,6 +1,6 @@
-"""Who stands beside dave-fast: the plain way, the authors' code, compiled PyTorch, captum.
+"""The contestants that dave-fast is compared with: the plain way, the authors' code, compiled PyTorch, captum.
 
-Every maker returns a `Contestant`; what cannot run here has its reason in `not_measured` and stays in the table.
+A contestant that cannot run here stays in the table, with the reason in `not_measured`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from dave_fast.ops.precision import has_bf16, why_no_fp8
 from dave_fast.sampling import Draws, Sampling, draw, normal
 
 STEPS = 50
-# micro-batches (samples) to choose the best of: multiples that fill a GPU's multiprocessors, and those of S = 50
+# micro-batches (samples) to choose the fastest of: multiples that fill a GPU's multiprocessors, and multiples of S = 50
 ROWS = {"cuda": (28, 50, 56, 100, 112, 200), "cpu": (4,)}
-# what a library may raise for a model, shape or device that it does not take; it is shown in the table
+# errors of a library for a model, shape or device that it does not support; shown in the table
 LIBRARY_ERRORS = (RuntimeError, NotImplementedError, ImportError, DaveFastError)
 
 
 def guarded(name: str, precision: str, samples: int, make: Callable[[], Contestant], image: Tensor) -> Contestant:
-    """The contestant after a first explanation; where its library refuses, why."""
+    """Make a contestant and run a first explanation; if its library raises, return one with the reason."""
     try:
         made = make()
         made.explain(image[None], made.rows[0])
@@ -45,7 +45,7 @@ def guarded(name: str, precision: str, samples: int, make: Callable[[], Contesta
 
 
 def why_no(precision: str, device: str) -> str | None:
-    """Why a precision is not measured on this device."""
+    """Return why a precision is not measured on this device, or None."""
     if precision == "bf16" and not has_bf16(torch.device(device)):
         return "this device does not multiply bfloat16: it would be emulated, and slower than fp32"
     if precision == "tf32" and device != "cuda":
@@ -54,7 +54,7 @@ def why_no(precision: str, device: str) -> str | None:
 
 
 def ours(model: nn.Module, image: Tensor, samples: int, shapes: Shapes, device: str) -> list[Contestant]:
-    """dave-fast in every precision; on CUDA also without graphs, where the engine has them."""
+    """Return dave-fast in every precision, on CUDA with and without graphs."""
     found = []
     for precision in ("fp32", "bf16", "fp8"):
         name = f"dave-fast {precision}"
@@ -74,7 +74,7 @@ def ours(model: nn.Module, image: Tensor, samples: int, shapes: Shapes, device: 
 
 
 def plain_way(model: nn.Module, image: Tensor, samples: int, shapes: Shapes) -> Contestant:
-    """One sample after the other in float32, by autograd."""
+    """Return the plain way: one sample after the other in float32, by autograd."""
     draws = draw(samples, height=image.shape[1], width=image.shape[2], sampling=Sampling(noise_alpha=NOISE_ALPHA))
 
     def explain(images: Tensor, rows: int | None) -> Tensor:
@@ -92,7 +92,7 @@ def plain_way(model: nn.Module, image: Tensor, samples: int, shapes: Shapes) -> 
 
 
 def noise_of(draws: Draws, images: Tensor) -> Tensor:
-    """ε (R, C, H, W), the engine's own."""
+    """Return the engine's noise ε, (R, C, H, W)."""
     device = images.device
     deviates = normal(draws.keys.to(device), draws.samples.to(device), images[0].numel())
     return deviates.view(len(draws), *images.shape[1:])
@@ -101,7 +101,7 @@ def noise_of(draws: Draws, images: Tensor) -> Tensor:
 def authors_code(
     checkout: Path | None, model: nn.Module, image: Tensor, samples: int, work: float | None
 ) -> list[Contestant]:
-    """Their code in float32 and TF32. Its draws cannot be given; tests/explain/test_authors.py compares."""
+    """Return their code in float32 and TF32; it takes no draws, so tests/explain/test_authors.py compares results."""
     found = []
     device = image.device.type
     for precision in ("fp32", "tf32"):
@@ -131,7 +131,7 @@ def authors_code(
 def peers(
     model: nn.Module, image: Tensor, samples: int, shapes: Shapes, steps: tuple[str, ...] = tuple(LADDER)
 ) -> list[Contestant]:
-    """The ladder of `benchmarks.peers`, in the best precision of the device."""
+    """Return the ladder of `benchmarks.peers`, in the best precision of the device."""
     device = image.device.type
     best = "bf16" if has_bf16(image.device) else "fp32"
     found = []
@@ -157,7 +157,17 @@ def peer(
     image: Tensor,
     mode: str | None = None,
 ) -> Contestant:
-    """One step of the ladder. Its arithmetic is counted as what the job needs: the engine's. mode: of torch.compile."""
+    """Return one step of the ladder, counted with the engine's arithmetic, the least that the result needs.
+
+    Args:
+        model: the model.
+        tricks: of the step.
+        precision: its name.
+        samples: S.
+        shapes: of the model.
+        image: (C, H, W), on the device.
+        mode: of torch.compile.
+    """
     device = image.device.type
     walks = Peer(model, tricks, rates.DTYPES[precision], device, mode=mode)
     sampling = Sampling(noise_alpha=NOISE_ALPHA)
@@ -174,7 +184,7 @@ def peer(
             part = draws[start : start + (rows or len(draws))]
             short = (rows or len(draws)) - len(part)
             if short:
-                # compiled for one shape: what is missing is filled and dropped
+                # the peer is compiled for one shape: pad the last part with rows that are dropped
                 part = draws[torch.cat([torch.arange(start, len(draws)), torch.zeros(short, dtype=torch.int64)])]
             noise = torch.randn(len(part), *images.shape[1:], device=images.device)
             parts.append(contributions(images, part, noise)[: len(part) - short])
@@ -185,7 +195,7 @@ def peer(
 
 
 def _peer_rows(walks: Peer, images: Tensor, draws: Draws, noise: Tensor) -> Tensor:
-    """Contributions (R, C, H, W) of rows of draws: torch's warp and its adjoint around the peer's model."""
+    """Return contributions (R, C, H, W) of rows of draws, with torch's warp and its adjoint around the peer."""
     device, (height, width) = images.device, images.shape[2:]
     rows = images[draws.image_index.to(device)]
     leaf = rows.clone().requires_grad_()
@@ -199,7 +209,7 @@ def _peer_rows(walks: Peer, images: Tensor, draws: Draws, noise: Tensor) -> Tens
 
 
 def _normalised(matrices: Tensor, height: int, width: int) -> Tensor:
-    """Pixel matrices (R, 2, 3) in the coordinates of `affine_grid` with align_corners=False."""
+    """Convert pixel matrices (R, 2, 3) to the coordinates of `affine_grid` with align_corners=False."""
     to_pixels = torch.tensor([[width / 2, 0, (width - 1) / 2], [0, height / 2, (height - 1) / 2], [0, 0, 1]])
     to_pixels = to_pixels.double()
     last = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64).expand(len(matrices), 1, 3)
@@ -209,8 +219,8 @@ def _normalised(matrices: Tensor, height: int, width: int) -> Tensor:
 class Within(nn.Module):
     """A copy of a model that runs in `dtype`, for images, outputs and gradients in float32.
 
-    captum makes float32 of narrower images (its noise), which weights of another type refuse. Nothing but the images
-    and the logits is converted, so the model's whole forward and backward walks stay in `dtype`.
+    captum converts narrower images to float32 when it adds noise, which weights of another dtype do not accept. Only
+    images and logits are converted, so the model's whole forward and backward passes stay in `dtype`.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
@@ -218,12 +228,13 @@ class Within(nn.Module):
         self.model, self.dtype = copy.deepcopy(model).to(dtype), dtype
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return the logits in float32."""
         logits: Tensor = self.model(images.to(self.dtype))
         return logits.float()
 
 
 def captum_methods(model: nn.Module, image: Tensor) -> list[Contestant]:
-    """Integrated gradients and SmoothGrad with STEPS forward and backward passes, on the same model."""
+    """Return integrated gradients and SmoothGrad with STEPS forward and backward passes, on the same model."""
     device = image.device.type
     names = (f"captum IG-{STEPS}", f"captum SmoothGrad-{STEPS}")
     try:

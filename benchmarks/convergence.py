@@ -1,14 +1,14 @@
-"""How far a map is from its limit, and whether the bounds that `dave_fast.explain.convergence` states hold.
+"""The distance of a map from its limit, and how often the bounds of `dave_fast.explain.convergence` hold.
 
-    python -m benchmarks.convergence samples --set fit          one file a scene in build/convergence, resumable
+    python -m benchmarks.convergence samples --set fit          a file for each scene in build/convergence, resumable
     python -m benchmarks.convergence samples --set validation
-    python -m benchmarks.convergence fit                        the factors that convergence.py then holds
+    python -m benchmarks.convergence fit                        prints the factors for convergence.py
     python -m benchmarks.convergence validate                   JSON beside the other results, and docs/figures
 
-Scenes of the demo model's held-out split, one and two digits in turns, explained for the predicted class in float32,
-every scene with draws of its own. The factors are fitted on scenes of one seed and validated, once, on scenes of
-another. A scene's file holds its limit map and the final maps of the first blocks of consecutive samples of several
-sizes, so that any estimate from halves can be tried without computing a sample again.
+Scenes are of the demo model's held-out split, alternately with one and two digits, explained for the predicted class in
+float32, each with its own draws. The factors are fitted on scenes of one seed and validated, once, on scenes of
+another. A scene's file has its limit map, and the final maps of the first blocks of consecutive samples of several
+sizes, so that any estimate from halves can be tried without computing the samples again.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from dave_fast.explain.convergence import FACTORS, estimate, factor, relative_di
 from dave_fast.models.demo import draw_scenes
 from dave_fast.sampling import draw, join
 
-# samples a block, and how many blocks of a size are kept; a block's halves are blocks of the size below
+# samples of a block, and how many blocks of each size are stored; a block's halves are two blocks of half its size
 SIZES = (4, 6, 8, 12, 16, 24, 25, 32, 48, 50, 64, 96, 100, 128, 256)
 BLOCKS = 8
-# where the bounds are checked
+# numbers of samples at which the bounds are checked
 VALIDATED = (16, 32, 64)
-# how often a bound is meant to hold
+# probability with which a bound should hold
 LEVEL = 0.9
 ROWS = 16
 FOLDER = Path("build/convergence")
@@ -43,7 +43,13 @@ FOLDER = Path("build/convergence")
 
 @dataclass(frozen=True)
 class SceneSet:
-    """Scenes 0 … images − 1 of a seed, and how many samples make their limit."""
+    """Scenes 0 … images − 1 of a seed.
+
+    Attributes:
+        seed: of the scenes.
+        images: number of scenes.
+        limit: samples of the map that is taken as the limit.
+    """
 
     seed: int
     images: int
@@ -54,13 +60,13 @@ SETS = {"fit": SceneSet(2026_11, 100, 1024), "validation": SceneSet(2026_12, 200
 
 
 def scene(chosen: SceneSet, number: int) -> Tensor:
-    """Scene `number` of a set, normalised (3, H, W): one digit where it is even, two where it is odd."""
+    """Return scene `number` of a set, normalised (3, H, W), with one digit if it is even, otherwise two."""
     drawn = draw_scenes(1, chosen.seed, n_digits=1 + number % 2, split="test", start=number // 2)
     return torch.from_numpy(drawn.images[0]).permute(2, 0, 1).float().div(127.5).sub(1).contiguous()
 
 
 def contributions(explainer: dave_fast.DAVE, image: Tensor, key: int, samples: int) -> Tensor:
-    """The first samples of one image, for its predicted class: (S, C, H, W)."""
+    """Return contributions (S, C, H, W) of the first samples of one image, for its predicted class."""
     target = explainer.predict(image[None]).argmax(1)[:, None]
     height, width = image.shape[1:]
     draws = draw(samples, height=height, width=width, image_keys=(key,), sampling=explainer.sampling)
@@ -72,7 +78,7 @@ def contributions(explainer: dave_fast.DAVE, image: Tensor, key: int, samples: i
 
 
 def write_scene(explainer: dave_fast.DAVE, chosen: SceneSet, number: int, path: Path) -> None:
-    """The limit and the blocks of one scene, whole or not at all."""
+    """Write the limit and the blocks of one scene atomically."""
     made = contributions(explainer, scene(chosen, number), number, chosen.limit)
     maps = {"limit": explainer.aggregate(made[None])[1][0].numpy()}
     for size in SIZES:
@@ -85,7 +91,7 @@ def write_scene(explainer: dave_fast.DAVE, chosen: SceneSet, number: int, path: 
 
 
 def compute_samples(name: str, seconds: float) -> bool:
-    """Scenes that are not there yet, for so many seconds; whether all are there now."""
+    """Compute missing scenes until `seconds` have passed; return whether all are there."""
     chosen, folder = SETS[name], FOLDER / name
     folder.mkdir(parents=True, exist_ok=True)
     explainer = dave_fast.DAVE("demo", precision="fp32")
@@ -102,9 +108,10 @@ def compute_samples(name: str, seconds: float) -> bool:
 
 
 def errors(chosen: SceneSet, scene_file: Path, samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of each block of so many samples: its distance to the limit, and its estimate from its halves.
+    """Return for each block of `samples` its distance to the limit, and the estimate from its halves.
 
-    The limit holds the block's samples too: for a mean of N, of which S are these, the distance is short by √(1 − S/N).
+    The limit includes the block's samples: the distance from a mean of N that includes the S is too small by the factor
+    √(1 − S/N), and is corrected.
     """
     with np.load(scene_file) as arrays:
         limit, blocks, halves = (
@@ -118,14 +125,14 @@ def errors(chosen: SceneSet, scene_file: Path, samples: int) -> tuple[np.ndarray
 
 
 def files(name: str) -> list[Path]:
-    """The scenes that were computed so far."""
+    """Return the files of the scenes computed so far."""
     return sorted(path for path in (FOLDER / name).glob("*.npz") if ".part" not in path.name)
 
 
 def fit() -> dict[str, Any]:
-    """The 0.9 quantile of error over estimate, each scene of the fit set counting the same.
+    """Fit the factors: the 0.9 quantile of error / estimate over the scenes of the fit set, with equal weights.
 
-    left_out: how often the first block's bound holds where its own scene was left out of the fit.
+    "left_out_share" is how often the bound of a scene's first block holds with factors fitted on the other scenes.
     """
     table = []
     for samples in sorted(FACTORS):
@@ -136,7 +143,7 @@ def fit() -> dict[str, Any]:
             {
                 "samples": samples,
                 "scenes": len(scenes),
-                # scenes have equally many blocks of a size
+                # scenes have equal weights, since all have as many blocks of a size
                 "factor": float(np.quantile(np.concatenate(scenes), LEVEL)),
                 "left_out_share": float(np.mean(held)),
             }
@@ -146,7 +153,7 @@ def fit() -> dict[str, Any]:
 
 
 def validate(out: Path, figure: Path) -> None:
-    """How often the bounds hold on the validation scenes: the first S samples of each, as a request has them."""
+    """Count how often the bounds hold for the first S samples of each validation scene; write JSON and figure."""
     found = files("validation")
     if not found:
         raise SystemExit("no validation scene was computed; run `samples --set validation` first")
@@ -185,7 +192,7 @@ def validate(out: Path, figure: Path) -> None:
 
 
 def draw_points(points: dict[int, tuple[np.ndarray, np.ndarray]], path: Path) -> None:
-    """Bounds against errors, a panel each S; above the diagonal a bound holds."""
+    """Draw bounds against errors, a panel for each S; a bound holds above the diagonal."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.2 * len(points), 3.3), layout="constrained")
@@ -201,7 +208,7 @@ def draw_points(points: dict[int, tuple[np.ndarray, np.ndarray]], path: Path) ->
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("stage", choices=("samples", "fit", "validate"))
     parser.add_argument("--set", choices=tuple(SETS), default="fit")

@@ -1,13 +1,14 @@
-"""k questions of one image: seconds against k, beside k calls of their own, and each map against its own call's.
+"""The time of k targets of one image in one call, compared with k calls; their maps are compared, too.
 
     python -m benchmarks.cotangents [--models demo vit_small_patch16_224] [--samples 50 2] [--repeats 3]
 
-Beforehand: a call costs f + k·v, f the perturbed images and their forward walks, v a walk back with its pull-back,
-robust mean and smoothing. So k questions in one call cost (f + k·v) / (k·(f + v)) of k calls, and at best v/(f + v).
-Both ways run in turns; f and v are fitted to the medians. The largest k's maps are compared bit by bit with calls of
-their own.
+The model of the time: a call takes f + k·v, where f is for the perturbed images and their forward walks, and v for a
+VJP walk with its pull-back, robust mean and smoothing. So one call with k targets takes (f + k·v) / (k·(f + v)) of k
+calls, at best v/(f + v). Both run in turns; f and v are fitted to the medians. The maps of the largest k are compared
+bit by bit with those of single calls.
 
-The embedded model asks ten classes, then differences of two; others, with random weights, their first k classes.
+Targets of the embedded model are its ten classes, then differences of two; of others, with random weights, their first
+k classes.
 Writes benchmarks/results/<device>/cotangents.json and docs/figures/cotangents.png.
 """
 
@@ -31,13 +32,13 @@ from dave_fast.images.drawing import save_figure
 from dave_fast.targets import Contrast, Target
 
 COUNTS = (1, 2, 5, 10, 50)
-# more calls of their own are measured once, for their maps
+# more single calls are made only once, for their maps
 IN_TURNS = 10
 FIGURE = "docs/figures/cotangents.png"
 
 
 def subject(name: str) -> tuple[dave_fast.DAVE, Tensor, list[Target]]:
-    """An explainer, one image and as many questions as are asked at most."""
+    """Return an explainer, one image and the largest number of targets."""
     most = max(COUNTS)
     if name == "demo":
         from dave_fast.images import preprocessing
@@ -57,7 +58,7 @@ def subject(name: str) -> tuple[dave_fast.DAVE, Tensor, list[Target]]:
 
 
 def measure(name: str, samples: int, repeats: int) -> dict[str, Any]:
-    """Seconds of both ways for every k, and how many maps are those of their own calls."""
+    """Measure the seconds of both ways for every k, and count the maps that equal those of single calls."""
     explainer, image, targets = subject(name)
 
     def shared(k: int) -> dave_fast.Explanation:
@@ -77,7 +78,7 @@ def measure(name: str, samples: int, repeats: int) -> dict[str, Any]:
     contestants |= {f"separate {k}": [lambda k=k: separate(k)] for k in COUNTS if k <= IN_TURNS}
     seconds = in_turns(contestants, repeats, warmup=0)
     medians = [float(np.median(seconds[f"shared {k}"])) for k in COUNTS]
-    # relative errors count alike at every k
+    # weights, so that relative errors count equally at every k
     weights = 1 / np.array(medians)
     system = np.stack([np.ones(len(COUNTS)), np.array(COUNTS, float)], axis=1) * weights[:, None]
     (forward, back), *_ = np.linalg.lstsq(system, np.array(medians) * weights, rcond=None)
@@ -98,7 +99,7 @@ def measure(name: str, samples: int, repeats: int) -> dict[str, Any]:
 
 
 def tell(screen: Console, result: dict[str, Any]) -> None:
-    """A line a k."""
+    """Print a line for each k."""
     seconds = result["seconds"]
     one = seconds["separate 1"]["median"]
     screen.print(
@@ -117,7 +118,7 @@ def tell(screen: Console, result: dict[str, Any]) -> None:
 
 
 def draw(results: Sequence[dict[str, Any]]) -> None:
-    """Seconds against k for every model: points for both ways, the fitted line through one of them."""
+    """Draw seconds against k for every model: points for both ways, and the fitted line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -151,7 +152,7 @@ def draw(results: Sequence[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Measure, tell, and keep the results."""
+    """Measure, print and store the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["demo", "vit_small_patch16_224"])
     parser.add_argument("--samples", nargs="+", type=int, default=[50, 2], help="one a model")

@@ -1,4 +1,4 @@
-"""Where the benchmarks of this repository leave their numbers; what they say of the machine is `dave_fast.bench`'s."""
+"""Paths of the results of the benchmarks; the description of the machine is that of `dave_fast.bench`."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def results_path(name: str) -> Path:
-    """benchmarks/results/<device>/<name>.json"""
+    """Return benchmarks/results/<device>/<name>.json."""
     return RESULTS / slug(device_name()) / f"{name}.json"

@@ -1,18 +1,19 @@
-"""The strongest PyTorch that we can write for the same job: what an engine of its own has to beat.
+"""The fastest implementation in PyTorch alone, which the engine is compared with.
 
-The frozen VJP by autograd, with every exact trick that the library allows, each a switch:
+The frozen VJP by autograd, with every exact optimisation that the library allows, each a switch:
 
-    batched      the S samples of an image are rows of one batch; weights carry no gradient; Φ(u) and 1/σ detached
+    batched      the S samples of an image are rows of one batch; weights need no gradient; Φ(u) and 1/σ are detached
     compiled     torch.compile (on CUDA max-autotune without its own graphs); on CUDA a graph of forward and gradient
     split        v = n·Wᵥ apart from q, k = n.detach()·W: autograd then never multiplies by the weights of q and k
-    sdpa         fused attention with q and k detached; its gradient of v is exactly Pᵀ dO. cuDNN's kernel first
+    sdpa         fused attention with q and k detached; its gradient of v is exactly Pᵀ dO. cuDNN's kernel is preferred
     flex         Pᵀ dO by FlexAttention's *forward*: with queries k, keys q, values dO and scores s − lse it returns
-                 the normalised sum and its log-normaliser l, and dV = e^l times the sum: no dQ, no dK are computed
-    algebra      LayerNorms folded into their readers, and the last block trimmed to what the head reads, as in `plan`
-    eight_bits   e4m3 operands with a scale a row and a scale a weight row (torch._scaled_mm); everything else bf16
+                 the normalised sum and its log-sum-exp l, and dV = e^l times the sum, without dQ and dK
+    algebra      LayerNorms folded into the layers that read them, and the last block trimmed to the tokens that the
+                 head reads, as in `plan`
+    eight_bits   e4m3 operands with a scale for each row of x and of the weight (torch._scaled_mm); the rest in bf16
 
 Models: timm's VisionTransformer with LayerNorm or RMSNorm, GELU, and class-token or average pooling.
-R rows · n patches · N tokens · C width · A heads · D head dimension.
+R rows · n patches · N tokens · D width · A heads · d head dimension · Q queries.
 """
 
 from __future__ import annotations
@@ -41,7 +42,15 @@ E4M3_MAX = 448.0
 
 @dataclass(frozen=True)
 class Tricks:
-    """Which of the tricks above are used; attention: "plain", "sdpa" or "flex"."""
+    """The switches above.
+
+    Attributes:
+        compiled: see above.
+        split: see above.
+        attention: "plain", "sdpa" or "flex".
+        algebra: see above.
+        eight_bits: see above.
+    """
 
     compiled: bool = False
     split: bool = False
@@ -62,7 +71,14 @@ LADDER = {
 
 @dataclass(frozen=True)
 class Norm:
-    """weight None: folded away, only 1/σ is left. centres: the rows' mean is removed."""
+    """A norm.
+
+    Attributes:
+        weight: None for a folded norm, of which only 1/σ is left.
+        bias: None for a folded norm.
+        eps: of the variance.
+        centres: whether the rows' mean is removed.
+    """
 
     weight: Tensor | None
     bias: Tensor | None
@@ -72,7 +88,13 @@ class Norm:
 
 @dataclass(frozen=True)
 class Weights:
-    """A product x Wᵀ + b, and for eight bits both directions in e4m3 with the scale of each of their rows."""
+    """The weights of a product x Wᵀ + b.
+
+    Attributes:
+        matrix: W.
+        bias: b, or None.
+        eight: W and Wᵀ in e4m3, each with the scales of its rows; None without eight bits.
+    """
 
     matrix: Tensor
     bias: Tensor | None
@@ -81,6 +103,8 @@ class Weights:
 
 @dataclass(frozen=True)
 class Block:
+    """The weights of a block; `read` is the number of leading tokens that leave it, None for all."""
+
     norm1: Norm
     query_key: Weights
     value: Weights
@@ -91,12 +115,22 @@ class Block:
     fc2: Weights
     heads: int
     scale: float
-    # leading tokens that leave the block; None: all
     read: int | None
 
 
 class Peer:
-    """A model behind the tricks. dtype: of weights and activations. mode: of torch.compile, in place of the above."""
+    """A model in PyTorch with these switches.
+
+    Args:
+        model: a timm VisionTransformer.
+        tricks: the switches.
+        dtype: of weights and activations.
+        device: to run on.
+        mode: of torch.compile, in place of the above.
+
+    Raises:
+        ModelError: the model is not supported.
+    """
 
     def __init__(
         self,
@@ -121,10 +155,8 @@ class Peer:
             own = "max-autotune-no-cudagraphs" if self.device.type == "cuda" else "default"
             self._logits = torch.compile(self.logits, mode=mode or own, dynamic=False, fullgraph=True)
 
-    # ---- what is timed ----
-
     def cotangents(self, tokens: Tensor, target: int) -> Tensor:
-        """tokens (R, n, c·p_h·p_w) -> the frozen gradient of the target's logit with respect to them."""
+        """Return the frozen gradient of the target's logit with respect to the patches, (R, n, C·p_h·p_w)."""
         if not (self.tricks.compiled and self.device.type == "cuda"):
             return self._gradient(tokens, target)
         key = (len(tokens), target)
@@ -143,7 +175,7 @@ class Peer:
         return gradient
 
     def _captured(self, tokens: Tensor, target: int) -> tuple[Any, Tensor, Tensor]:
-        """A graph of forward and gradient over static buffers, after everything was compiled and tuned."""
+        """Capture a graph of forward and gradient over static buffers, once everything is compiled and tuned."""
         given = tokens.clone()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -158,7 +190,7 @@ class Peer:
 
     @contextmanager
     def _kernels(self) -> Iterator[None]:
-        """cuDNN's attention before the others on CUDA; the choice is PyTorch's on a CPU."""
+        """Prefer cuDNN's attention on CUDA; leave the choice to PyTorch on a CPU."""
         order = [
             SDPBackend.CUDNN_ATTENTION,
             SDPBackend.FLASH_ATTENTION,
@@ -168,10 +200,8 @@ class Peer:
         with sdpa_kernel(order, set_priority=True) if self.device.type == "cuda" else nullcontext():
             yield
 
-    # ---- the model ----
-
     def logits(self, tokens: Tensor) -> Tensor:
-        """(R, K), whose gradient is the effective transformation."""
+        """Return logits (R, K) whose gradient is the effective transformation."""
         x = self._product(tokens, self.embed) + self.position
         x = torch.cat([self.prefix.expand(len(x), -1, -1), x], dim=1)
         for block in self.blocks:
@@ -194,7 +224,7 @@ class Peer:
         return x + self._product(u * gate.detach(), block.fc2)
 
     def _heads(self, block: Block, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q (R, A, Q, D), k and v (R, A, N, D)."""
+        """Return q (R, A, Q, d), k and v (R, A, N, d)."""
 
         def split(y: Tensor) -> Tensor:
             return y.unflatten(-1, (block.heads, -1)).transpose(1, 2)
@@ -220,8 +250,6 @@ class Peer:
         made: Tensor = EightBits.apply(x.flatten(0, -2), weights.bias, *weights.eight)
         return made.unflatten(0, x.shape[:-1])
 
-    # ---- weights ----
-
     def _read(self, vit: Any) -> tuple[Weights, Tensor, Tensor, list[Block]]:
         if self.tricks.algebra:
             return self._read_plan(vit)
@@ -243,7 +271,7 @@ class Peer:
         return Weights(self._cast(embed), None), self._cast(position), self._cast(prefix), blocks
 
     def _read_plan(self, vit: Any) -> tuple[Weights, Tensor, Tensor, list[Block]]:
-        """Folded and trimmed, in float64, with one cast at the end."""
+        """Read the folded and trimmed weights in float64, and cast them once."""
         plan = make_plan(families.read(vit), dtype=torch.float64, pack=lambda matrix: matrix)
         blocks = []
         for first, second in zip(plan.steps[::2], plan.steps[1::2], strict=True):
@@ -291,7 +319,7 @@ class Peer:
 
 
 def check(model: Any) -> None:
-    """ModelError for a model that the peers are not written for."""
+    """Raise ModelError for a model that the peers do not support."""
     try:
         reading = families.read(model)
         pairs = _pairs(reading)
@@ -306,7 +334,7 @@ def check(model: Any) -> None:
 
 
 def _pairs(reading: Reading) -> list[tuple[neutral.Attention, neutral.Mlp]]:
-    """Attention and MLP of each block; NoPlanError where a block has another form."""
+    """Return attention and MLP of each block; raise NoPlanError if a block has another form."""
     pairs = []
     for block in reading.blocks:
         (attention, *beside), *rest = block
@@ -323,7 +351,7 @@ def _pairs(reading: Reading) -> list[tuple[neutral.Attention, neutral.Mlp]]:
 
 
 def normed(x: Tensor, norm: Norm) -> Tensor:
-    """The norm with 1/σ detached, statistics in float32 (float64 for float64)."""
+    """Apply a norm with 1/σ detached, statistics in float32 (float64 for float64)."""
     wide = x if x.dtype == torch.float64 else x.float()
     if norm.centres:
         wide = wide - wide.mean(-1, keepdim=True)
@@ -338,6 +366,7 @@ class FlexFrozen(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Return the attention's output."""
         out, aux = flex_attention(q, k, v.detach(), scale=scale, return_aux=AuxRequest(lse=True))
         ctx.save_for_backward(q, k, aux.lse)
         ctx.scale = scale
@@ -345,6 +374,7 @@ class FlexFrozen(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[None, None, Tensor, None]:
+        """Return the gradient of v."""
         q, k, lse = ctx.saved_tensors
 
         def minus_lse(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -356,23 +386,25 @@ class FlexFrozen(torch.autograd.Function):
 
 
 def quantised(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """rows (T, I) -> e4m3 (T, I) and float32 scales (T, 1), each row's largest value at the largest of e4m3."""
+    """Quantise rows (tokens, inner) to e4m3, each by its largest value; return codes and float32 scales (tokens, 1)."""
     scale = rows.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / E4M3_MAX
     return (rows / scale).to(torch.float8_e4m3fn), scale
 
 
 class EightBits(torch.autograd.Function):
-    """x Wᵀ + b and its g W, both with e4m3 operands and float32 sums."""
+    """The product x Wᵀ + b and its gradient g W, both with e4m3 operands and float32 sums."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, bias: Tensor, weight: Tensor, scale: Tensor, back: Tensor, back_scale: Tensor
     ) -> Tensor:
+        """Return x Wᵀ + b."""
         ctx.save_for_backward(back, back_scale)
         return _eight_bit_product(x, weight, scale, bias)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        """Return the gradient of x."""
         return _eight_bit_product(g, *ctx.saved_tensors, None), None, None, None, None, None
 
 

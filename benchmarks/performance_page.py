@@ -1,8 +1,8 @@
-"""docs/performance.md and its plots, from the JSON under benchmarks/results.
+"""Write docs/performance.md and its plots from the JSON under benchmarks/results.
 
     python -m benchmarks.performance_page [RESULT.json ...]      by default every result there that has a setting
 
-A result is what `dave-fast bench --json` or `python -m benchmarks.side_by_side` wrote.
+A result is a file of `dave-fast bench --json` or `python -m benchmarks.side_by_side`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ DOCS = RESULTS.parents[1] / "docs"
 
 
 def results_of(paths: list[Path]) -> list[dict[str, Any]]:
-    """The results among these files, in the order of their names; older formats and rehearsals are left out."""
+    """Read the results among these files, in the order of their names, without older formats and rehearsals."""
     found = [json.loads(path.read_text()) for path in sorted(paths)]
     return [r for r in found if "setting" in r and not r["setting"].get("tiny") and (r.get("engine") or r.get("ops"))]
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="*", type=Path)
     parser.add_argument("--out", type=Path, default=DOCS)

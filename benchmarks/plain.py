@@ -1,13 +1,13 @@
-"""DAVE the plain way: what the method costs when it is written down with autograd, one sample after the other.
+"""DAVE written plainly with autograd, one sample after the other.
 
-The baseline of the speed comparison, and a second implementation to agree with. It does what the authors describe
-(arXiv 2602.06613) and nothing cleverer: float32; attention with its probabilities kept; LayerNorm's centring as a
-C×C matrix product; operators frozen by `detach`, so that autograd still goes through the whole qkv projection and
-through every token of the last block; warp, noise, model, pull-back and median as passes of their own.
+It is the baseline of the speed comparison, and a second implementation to agree with. It follows the authors'
+description (arXiv 2602.06613) without optimisations: float32; attention probabilities in memory; LayerNorm's centring
+as a D×D matrix product; operators held constant by `detach`, so that autograd still differentiates the whole qkv
+projection and every token of the last block; warp, noise, model, pull-back and median as separate passes.
 
     python -m benchmarks.plain [--model vit_base_patch16_224]      counts its arithmetic
 
-timm's VisionTransformer with softmax attention, LayerNorm and a GELU MLP. S samples · N tokens · C width.
+It supports timm's VisionTransformer with softmax attention, LayerNorm and a GELU MLP. N tokens · D width.
 """
 
 from __future__ import annotations
@@ -27,9 +27,17 @@ from dave_fast.sampling import Draws, draw
 def explain_plain(
     model: Any, image: Tensor, target: int, draws: Draws, noise: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Raw (C, H, W) and map (H, W) of one image (C, H, W) from S draws.
+    """Explain one image.
 
-    noise: (S, C, H, W), to compare results at equal draws; None draws it here, as a plain program does.
+    Args:
+        model: a timm VisionTransformer.
+        image: (C, H, W).
+        target: a class.
+        draws: S rows.
+        noise: (S, C, H, W), to compare results at equal draws; None to draw it here.
+
+    Returns:
+        The raw attribution (C, H, W) and the map (H, W).
     """
     contributions = []
     for s in range(len(draws)):
@@ -44,11 +52,8 @@ def explain_plain(
     return raw, smooth(raw)
 
 
-# The model, with frozen operators
-
-
 def logits(model: Any, images: Tensor) -> Tensor:
-    """Logits (B, K) whose gradient is the effective transformation."""
+    """Return logits (B, K) whose gradient is the effective transformation."""
     x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
     for block in model.blocks:
         x = x + block.ls1(attention(block.attn, layer_norm(block.norm1, x)))
@@ -58,7 +63,7 @@ def logits(model: Any, images: Tensor) -> Tensor:
 
 
 def layer_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """LayerNorm of x (..., C) with its 1/σ frozen and its centring a matrix product; nothing for an Identity."""
+    """Apply LayerNorm to x (..., D) with 1/σ held constant and centring as a matrix product; an Identity returns x."""
     if not isinstance(norm, nn.LayerNorm):
         return x
     centred = x @ centring(x.shape[-1], x.dtype, x.device)
@@ -68,12 +73,12 @@ def layer_norm(norm: nn.Module, x: Tensor) -> Tensor:
 
 @cache
 def centring(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The C×C matrix that takes a token's mean away."""
+    """Return the D×D matrix that subtracts a token's mean."""
     return torch.eye(width, dtype=dtype, device=device) - 1 / width
 
 
 def attention(attn: Any, x: Tensor) -> Tensor:
-    """Self-attention of x (B, N, C) with its probabilities frozen."""
+    """Apply self-attention to x (B, N, D) with the probabilities held constant."""
     batch, tokens, width = x.shape
     qkv = attn.qkv(x).reshape(batch, tokens, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
     q, k, v = qkv.unbind(0)
@@ -83,17 +88,14 @@ def attention(attn: Any, x: Tensor) -> Tensor:
 
 
 def mlp(module: Any, x: Tensor) -> Tensor:
-    """The MLP with the gate of its GELU, Φ(u), frozen."""
+    """Apply the MLP with the gate of its GELU, Φ(u), held constant."""
     u = module.fc1(x)
     gate = 0.5 * (1 + torch.erf(u * 0.5**0.5))
     return module.fc2(u * gate.detach())
 
 
-# Around the model
-
-
 def warp(images: Tensor, matrix: Tensor) -> Tensor:
-    """images (B, C, H, W) through a destination → source pixel matrix (2, 3); bilinear, zeros outside."""
+    """Warp images (B, C, H, W) by a destination → source pixel matrix (2, 3), bilinearly, with zeros outside."""
     height, width = images.shape[-2:]
     to_pixels = torch.tensor([[width / 2, 0, (width - 1) / 2], [0, height / 2, (height - 1) / 2], [0, 0, 1]])
     to_pixels = to_pixels.double()
@@ -104,14 +106,14 @@ def warp(images: Tensor, matrix: Tensor) -> Tensor:
 
 
 def masked_mean(contributions: Tensor) -> Tensor:
-    """Mean over S of what lies within 2.5 scaled MADs of the lower median: (S, ...) to (...)."""
+    """Return the mean over S of the values within 2.5 scaled MADs of the lower median: (S, ...) to (...)."""
     deviations = (contributions - contributions.median(dim=0).values).abs()
     kept = deviations <= 2.5 * (1.4826 * deviations.median(dim=0).values + 1e-8)
     return (contributions * kept).sum(0) / kept.sum(0).clamp(min=1)
 
 
 def smooth(raw: Tensor) -> Tensor:
-    """The map (H, W) of raw (C, H, W): positive part, Gaussian blend, bilateral filter, ÷ maximum."""
+    """Return the map (H, W) of raw (C, H, W): positive part, Gaussian blend, bilateral filter, ÷ maximum."""
     height, width = raw.shape[-2:]
     positive = raw.sum(0).relu()[None, None]
     blended = (positive + F.conv2d(positive, _gaussian(11, 7.0, raw)[None, None], padding=5)) / 2
@@ -130,13 +132,14 @@ def _gaussian(size: int, sigma: float, like: Tensor) -> Tensor:
 
 
 def gigaflops_a_sample(model: Any, image: Tensor) -> float:
-    """Arithmetic of one sample, as PyTorch counts its matrix products (a multiply-add is 2)."""
+    """Count the GFLOP of one sample by PyTorch's counter of matrix products (a multiply-add is 2)."""
     with FlopCounterMode(display=False) as counter:
         explain_plain(model, image, 0, draw(1, height=image.shape[1], width=image.shape[2]))
     return counter.get_total_flops() / 1e9
 
 
 def main() -> None:
+    """Print the arithmetic of a model."""
     import timm
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -1,4 +1,4 @@
-"""What ptxas says of a kernel that Triton compiled, and how many of its programs a multiprocessor holds."""
+"""The resources of a kernel that Triton compiled, as ptxas reports them, and its occupancy."""
 
 from __future__ import annotations
 
@@ -11,14 +11,20 @@ ARCHITECTURES = {
     90: (65536, 228 * 1024, 227 * 1024),
     100: (65536, 228 * 1024, 227 * 1024),
 }
-# bytes of every program's shared memory that the driver keeps for itself
+# bytes of shared memory that the driver reserves for every program
 RESERVED = 1024
 WARPS = 64
 
 
 @dataclass(frozen=True)
 class Resources:
-    """registers of a thread · spills: bytes that a thread stores and loads again · warnings: codes, such as C7515."""
+    """The resources of a kernel.
+
+    Attributes:
+        registers: of a thread.
+        spills: bytes of spill stores and loads.
+        warnings: codes, such as C7515.
+    """
 
     registers: int
     spills: int
@@ -26,22 +32,22 @@ class Resources:
 
     @staticmethod
     def read(log: str) -> Resources:
-        """From what `ptxas -v` prints of one kernel."""
+        """Read the output of `ptxas -v` for one kernel."""
         (registers,) = re.findall(r"Used (\d+) registers", log)
         spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
         return Resources(int(registers), spills, tuple(sorted(set(re.findall(r"\((C\d+)\)", log)))))
 
     @property
     def most_threads(self) -> int:
-        """Threads of the largest program that the registers of a multiprocessor hold; at most 1024."""
+        """Threads of the largest program that fits a multiprocessor's registers; at most 1024."""
         return min(1024, 65536 // self._allotted // 32 * 32)
 
     @property
     def _allotted(self) -> int:
-        """Registers are given out in eights a thread."""
+        """Registers of a thread, which are allocated in eights."""
         return -(-self.registers // 8) * 8
 
     def resident(self, arch: int, warps: int, shared: int) -> int:
-        """Programs of `warps` warps and `shared` bytes that a multiprocessor holds at once."""
+        """Return how many programs of `warps` warps and `shared` bytes a multiprocessor runs at once."""
         registers, memory, _ = ARCHITECTURES[arch]
         return min(registers // (self._allotted * 32 * warps), memory // (shared + RESERVED), WARPS // warps)

@@ -1,13 +1,13 @@
-"""What a run over a dataset costs beyond the engine: decoding, accounts, shards.
+"""The cost of a run over a dataset beyond the engine: decoding, records, shards.
 
     python -m benchmarks.run_overhead IMAGES [--model vit_base_patch16_224] [--samples 4] [--repeats 3] [--ray]
 
-IMAGES: a folder of photographs. Two questions, each answered in turns within one process:
+IMAGES is a folder of photographs. Two measurements, each in turns within one process:
 
-- With a real model: seconds of a run against those of the bare engine on the same images, already decoded. The plan is
-  laid out before the clock starts in both. CPU seconds are given too: on a crowded machine they say more.
-- With a stub that takes 5 ms an image, as a fast GPU would: which share of the time is it kept busy, and which share
-  could it be at the rate at which these processors decode? That rate is measured beside it, with as many threads.
+- With a real model: seconds of a run and of the engine alone on the same images, decoded beforehand. Both have their
+  plan before the clock starts. CPU seconds are recorded, too, since other load on the machine disturbs them less.
+- With a stub that takes 5 ms an image, as a fast GPU would: the share of the time that it is busy, and the share that
+  the rate of decoding permits, which is measured with as many threads.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SIDE = 224
 
 
 class FixedPace(Mapper):
-    """A device that takes 5 ms an image, whatever is in it; decoding, shards and everything else are real."""
+    """A mapper whose device takes 5 ms an image; decoding, shards and everything else are real."""
 
     def __init__(self, settings: MapSettings, device: str | None) -> None:
         from timm.models import create_model
@@ -58,11 +58,11 @@ class FixedPace(Mapper):
         self._map = np.where(bump > 0.05, bump * noise, 0)
 
     def warm_up(self) -> None:
-        """Nothing to lay out."""
+        """Do nothing: a stub has no plan."""
 
     @property
     def configuration(self) -> dict[str, Any]:
-        """A stub's."""
+        """The configuration of the stub."""
         size = dict(self.prepare.config)
         return {
             "model": "stub",
@@ -74,7 +74,7 @@ class FixedPace(Mapper):
         }
 
     def explain(self, records: Any, inputs: Any, progress: Any) -> list[dict[str, Any]]:
-        """Rows, after the time that they take."""
+        """Return rows after the time of the stub."""
         time.sleep(STUB_SECONDS * len(records))
         rows = []
         for record in self._resolved(records):
@@ -84,13 +84,13 @@ class FixedPace(Mapper):
 
 
 def cpu_seconds() -> float:
-    """CPU seconds of this process and of those that it has seen end."""
+    """Return CPU seconds of this process and of its children that have ended."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(u.ru_utime + u.ru_stime for u in used)
 
 
 def manifest(images: str, count: int, folder: Path) -> str:
-    """A list of `count` records over the images of a folder, again and again."""
+    """Write a list of `count` records that repeats the images of a folder; return its path."""
     records = list(open_source(images).records())
     lines = [f"{n},{records[n % len(records)].uri}" for n in range(count)]
     path = folder / "list.csv"
@@ -99,7 +99,7 @@ def manifest(images: str, count: int, folder: Path) -> str:
 
 
 def measure_model(place: str, settings: MapSettings, repeats: int) -> list[dict[str, float]]:
-    """Seconds of the bare engine and of the run, in turns."""
+    """Measure the seconds of the engine alone and of the run, in turns."""
     torch.set_num_threads(torch.get_num_threads())
     mapper = Mapper(settings, "cpu")
     mapper.warm_up()
@@ -115,14 +115,14 @@ def measure_model(place: str, settings: MapSettings, repeats: int) -> list[dict[
         bare, bare_cpu = time.perf_counter() - start, cpu_seconds() - cpu
         with tempfile.TemporaryDirectory() as out:
             summary = run_dataset(place, Path(out) / "run", settings, Machine(devices=("cpu",)))
-        # what the device computed inside the run, by its own clock
+        # seconds that the device was busy inside the run
         inside = summary.device_share * summary.seconds
         results.append({"bare": bare, "bare_cpu": bare_cpu, "run": summary.seconds, "inside": inside})
     return results
 
 
 def decode_rate(place: str, threads: int) -> float:
-    """Images a second that so many threads decode and prepare, with nothing else at work."""
+    """Return how many images a second this number of threads decodes and prepares, without other work."""
     mapper = FixedPace(MapSettings(), None)
     records = list(open_source(place).records())
     with ThreadPoolExecutor(threads) as pool:
@@ -133,7 +133,7 @@ def decode_rate(place: str, threads: int) -> float:
 
 
 def measure_stub(place: str, repeats: int, threads: int, engine: str) -> list[dict[str, float]]:
-    """Decode rates and runs in turns."""
+    """Measure rates of decoding and runs in turns."""
     results = []
     for _ in range(repeats):
         before = decode_rate(place, threads)
@@ -154,20 +154,20 @@ def measure_stub(place: str, repeats: int, threads: int, engine: str) -> list[di
 
 
 def stub_run(place: str, threads: int, engine: str) -> RunSummary:
-    """A whole run with the stub."""
+    """Make a whole run with the stub."""
     settings = MapSettings(make=FixedPace)
     with tempfile.TemporaryDirectory() as out:
         return run_dataset(place, Path(out) / "run", settings, Machine(("cpu",), workers=threads), engine=engine)
 
 
 def told(results: Sequence[dict[str, float]], name: str, form: str = "{:.3g}") -> str:
-    """Median (minimum to maximum)."""
+    """Return the median (minimum to maximum) as text."""
     values = [result[name] for result in results]
     return f"{form.format(statistics.median(values))} ({form.format(min(values))} to {form.format(max(values))})"
 
 
 def main() -> None:
-    """Measure, tell, and keep the results."""
+    """Measure, print and store the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images")
     parser.add_argument("--model", default="vit_base_patch16_224")
@@ -209,7 +209,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # Workers find the stub under this module's own name.
+    # workers import the stub by this module's name, not as __main__
     from benchmarks import run_overhead
 
     run_overhead.main()

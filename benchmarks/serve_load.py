@@ -1,20 +1,20 @@
-"""Latency and throughput of the server against offered load: batching samples, beside batching requests.
+"""Latency and throughput of the server against offered load, for batching by samples and by requests.
 
     python -m benchmarks.serve_load [--seconds 20] [--out benchmarks/results/<device>/serve_load.json]
 
 Real HTTP on loopback, the demo model in float32, one engine; the load generator is another process than the server.
-Arrivals are open-loop (Poisson: clients do not wait for each other), four in five ask for 16 samples and one in five
-for 128. Capacity is measured first, by clients that always have a request open. Both ways of batching run in turns in
-the same server code on the same engine; they differ in the scheduler only:
+Arrivals are open-loop (Poisson: clients do not wait for each other); four in five requests are for 16 samples and one
+in five for 128. Capacity is measured first, by clients that always have a request open. Both ways of batching run in
+turns in the same server on the same engine; they differ in the scheduler only:
 
-    samples    ours: every micro-batch takes rows of whichever requests wait
-    requests   the usual: up to eight requests are collected for up to 10 ms, computed together to the end of the last
-               of them, then the next eight. Each is answered when its own samples are there, which is generous.
+    samples    dave-fast's: every micro-batch takes rows of whichever requests wait
+    requests   the usual: up to eight requests are collected for up to 10 ms and computed together until all are done,
+               then the next eight. Each is answered as soon as its own samples are done, which favours this way.
 
---row-ms takes, in place of the model, an engine that sleeps so long a row (and 2 ms a micro-batch): how the server
-schedules and what it costs, apart from how fast and how busy the machine is.
+--row-ms replaces the model by an engine that sleeps for that time for each row (and 2 ms for each micro-batch), to
+measure scheduling and its cost independently of the speed and load of the machine.
 
-A second table: k classes of one image in one request, against k requests.
+A second table compares k classes of one image in one request with k requests.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ FIGURE = Path("docs/figures/serve_load.png")
 
 
 class RequestScheduler(Scheduler):
-    """Batches of whole requests: nobody joins until the last of the group is done."""
+    """A scheduler that batches whole requests: none joins until the last of the group is done."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -58,7 +58,7 @@ class RequestScheduler(Scheduler):
         self._since: float | None = None
 
     def take(self, capacity: Any, now: float) -> MicroBatch | None:
-        """Rows of the group, request by request; predictions go ahead of it."""
+        """Take rows of the group, request by request; predictions come first."""
         self._group = [request for request in self._group if not request.ended]
         waiting = [r for bucket in self._buckets.values() for r in bucket.requests.values() if r.deadline > now]
         first = [request for request in waiting if request.place == request.first]
@@ -87,7 +87,7 @@ class RequestScheduler(Scheduler):
 
 
 def sleep_in_place(explainer: Any, row_ms: float) -> None:
-    """An engine that takes a fixed time: contributions are noise, drawn once."""
+    """Replace the engine by one that takes a fixed time, with noise as contributions."""
     import torch
 
     noise = torch.randn(max(CLASSES), 64, 3, 128, 128, generator=torch.Generator().manual_seed(0))
@@ -104,7 +104,7 @@ def sleep_in_place(explainer: Any, row_ms: float) -> None:
 
 
 def serve(way: str, threads: int, row_ms: float | None) -> None:
-    """The server's process."""
+    """Run the server, in a process of its own."""
     import threading
 
     import torch
@@ -125,7 +125,7 @@ def serve(way: str, threads: int, row_ms: float | None) -> None:
         service.scheduler = RequestScheduler(service.scheduler.limits)
 
         def wake() -> None:
-            # the window ends without an arrival to notice it
+            # the scheduler wakes on arrivals only, and a window may end without one
             while True:
                 time.sleep(WINDOW / 2)
                 with service._lock:
@@ -146,7 +146,15 @@ def serve(way: str, threads: int, row_ms: float | None) -> None:
 
 @dataclass
 class Outcome:
-    """What came of the requests of one run: seconds of each that was answered, statuses of the rest."""
+    """The outcome of the requests of one run.
+
+    Attributes:
+        offered: number of requests.
+        seconds: samples -> seconds of each answered request.
+        rows: samples of all answers.
+        refused: status -> number of requests.
+        duration: seconds of the run.
+    """
 
     offered: int = 0
     seconds: dict[int, list[float]] = field(default_factory=lambda: {samples: [] for samples in SAMPLES})
@@ -155,7 +163,7 @@ class Outcome:
     duration: float = 0.0
 
     async def one(self, client: AsyncClient, picture: bytes, samples: int, seed: int) -> None:
-        """A request, to its answer or refusal."""
+        """Send a request and record its answer or refusal."""
         began = time.monotonic()
         self.offered += 1
         try:
@@ -167,7 +175,7 @@ class Outcome:
             self.refused[name] = self.refused.get(name, 0) + 1
 
     def table(self) -> dict[str, Any]:
-        """As numbers."""
+        """Return the numbers of the run."""
         answered = [second for some in self.seconds.values() for second in some]
         quantiles = {
             f"p{q}_ms_of_{samples}": float(np.quantile(some, q / 100)) * 1000
@@ -187,7 +195,7 @@ class Outcome:
 
 
 async def saturate(address: str, picture: bytes, seconds: float, clients: int = 24) -> Outcome:
-    """Clients that always have a request open: the capacity."""
+    """Measure the capacity by clients that always have a request open."""
     outcome, rng, began = Outcome(), random.Random(1), time.monotonic()
     async with AsyncClient(address, retries=0, timeout=120) as client:
 
@@ -202,7 +210,7 @@ async def saturate(address: str, picture: bytes, seconds: float, clients: int = 
 
 
 async def offer(address: str, picture: bytes, rate: float, seconds: float) -> Outcome:
-    """Poisson arrivals of `rate` requests a second; everybody's answer is waited for."""
+    """Send requests as Poisson arrivals of `rate` a second, and wait for all answers."""
     outcome, rng, began = Outcome(), random.Random(2), time.monotonic()
     async with AsyncClient(address, retries=0, timeout=120, connections=2000) as client:
         tasks, due = [], began
@@ -235,13 +243,13 @@ class Process:
 
 
 def cpu_seconds(pid: int) -> float:
-    """User and system time of a process so far: what it worked, however busy the machine is (Linux)."""
+    """Return user and system time of a process so far (Linux), which is independent of other load."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def classes(server: Process, picture: bytes, repeats: int = 3) -> list[dict[str, float]]:
-    """k classes in one request, against k requests at once: medians of alternating repeats, wall and CPU time."""
+    """Compare k classes in one request with k requests at once: medians of alternating repeats, wall and CPU time."""
     rows = []
     with Client(server.address, timeout=600) as client:
 
@@ -276,7 +284,7 @@ def classes(server: Process, picture: bytes, repeats: int = 3) -> list[dict[str,
 
 
 def measure(seconds: float, threads: int, row_ms: float | None) -> dict[str, Any]:
-    """Everything, both ways in turns."""
+    """Measure everything, both ways in turns."""
     picture = png(demo_scene().image)
     runs: list[dict[str, Any]] = []
     with Process("samples", threads, row_ms) as ours, Process("requests", threads, row_ms) as usual:
@@ -292,7 +300,7 @@ def measure(seconds: float, threads: int, row_ms: float | None) -> dict[str, Any
                 print(runs[-1], flush=True)
         for way in WAYS:
             capacity[way].append(asyncio.run(saturate(addresses[way], picture, seconds)).table())
-        # an engine that sleeps has no forward pass to share
+        # an engine that sleeps has no forward pass that classes could share
         several = classes(ours, picture) if row_ms is None else []
     goodput = next(run for run in runs if run["batching"] == "samples" and run["load"] == 2.0)["rows_per_s"]
     rows = [told["rows_per_s"] for told in capacity["samples"]]
@@ -310,7 +318,7 @@ def measure(seconds: float, threads: int, row_ms: float | None) -> dict[str, Any
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """p50 and p99 of the small requests, and rows a second, against the load."""
+    """Draw p50 and p99 of the small requests, and rows a second, against the load."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
@@ -336,7 +344,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=float, default=20.0, help="of every run")
     parser.add_argument("--threads", type=int, default=1, help="of the server's engine; the generator needs a core too")

@@ -1,11 +1,10 @@
-"""Rows a second of a server that is full, by classes a request: the ρ and c(k) of docs/cluster-serving.md.
+"""Rows a second of a saturated server, by classes in a request: the ρ and c(k) of docs/cluster-serving.md.
 
     python -m benchmarks.serve_rate [MODEL] [--seconds 4] [--repeats 3]
 
 Six clients always have a request of 32 samples open at `dave-fast serve MODEL` on loopback, in float32 on this
-machine's CPU. Between two looks at /metrics: rows a second of the engine, and rows a second of processor time of the
-whole server (maps, HTTP and all), which other work on the machine disturbs less. Medians over repeats
-and their range.
+machine's CPU. Between two readings of /metrics: rows a second of the engine, and rows a second of processor time of the
+whole server with maps and HTTP, which other load on the machine disturbs less. Medians over repeats and their range.
 """
 
 from __future__ import annotations
@@ -30,7 +29,13 @@ CLIENTS, SAMPLES, WARM = 6, 32, 1.5
 
 @dataclass(frozen=True)
 class Look:
-    """Of a server since its start: rows, seconds of its engines, seconds of processor time."""
+    """The counters of a server since its start.
+
+    Attributes:
+        rows: computed by its engines.
+        engine: seconds of its engines.
+        processor: seconds of processor time.
+    """
 
     rows: float
     engine: float
@@ -38,7 +43,7 @@ class Look:
 
 
 def look(address: str, process: int) -> Look:
-    """Linux only: processor time is that of /proc."""
+    """Read the counters of a server; Linux only, since processor time is that of /proc."""
     text = httpx.get(f"{address}/metrics").text
 
     def total(name: str) -> float:
@@ -50,7 +55,7 @@ def look(address: str, process: int) -> Look:
 
 
 def measure(address: str, process: int, picture: bytes, classes: int, seconds: float) -> tuple[float, float]:
-    """Rows a second of the engine, and of processor time."""
+    """Measure rows a second of the engine, and of processor time."""
     over = threading.Event()
 
     def ask() -> None:
@@ -73,6 +78,7 @@ def measure(address: str, process: int, picture: bytes, classes: int, seconds: f
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", nargs="?", default="demo")
     parser.add_argument("--seconds", type=float, default=4.0)

@@ -1,14 +1,14 @@
-"""dave-fast beside the plain way, the authors' code, compiled PyTorch and captum, in one run.
+"""Comparison of dave-fast with the plain way, the authors' code, compiled PyTorch and captum, in one run.
 
     python -m benchmarks.side_by_side [--model vit_base_patch16_224] [--samples 50] [--images 4] [--authors PATH]
 
-Times the whole pipeline, from normalised images to their maps, in turns, with the machine's own matrix-product rates in
-between, because both move from minute to minute. All get the same model, image and number of samples (captum its own 50
-passes), each the best of the same micro-batches, each warmed up, compiled and captured beforehand. Before anything is
-timed its contributions are compared with float64 at equal draws; the authors' draws cannot be given, and are compared
-in tests/explain/test_authors.py instead. What final maps have in common is measured in the same run on the demo model,
-whose weights are trained. A ratio to the plain way counts only where that reaches 85 % of the rate of the library it
-runs on.
+The whole pipeline, from normalised images to their maps, is timed in turns, with the machine's own matrix-product rates
+in between, because both vary from minute to minute. All have the same model, image and number of samples (captum its
+own 50 passes), each the fastest of the same micro-batches, warmed up, compiled and captured beforehand. Before a
+contestant is timed, its contributions are compared with float64 at equal draws; the authors' code takes no given draws,
+and is compared in tests/explain/test_authors.py instead. The correlation of final maps is measured in the same run on
+the demo model, whose weights are trained. A ratio to the plain way counts only if the plain way reaches 85 % of the
+rate of its library.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ GROUPS = ("ours", "plain", "authors", "peers", "captum")
 
 
 def field(args: argparse.Namespace, model: Any, image: torch.Tensor, shapes: Any) -> list[whole.Contestant]:
-    """All contestants of the groups that were asked for."""
+    """Return the contestants of the chosen groups."""
     device = image.device.type
     found: list[whole.Contestant] = []
     plain = contestants.plain_way(model, image, args.samples, shapes)
@@ -53,7 +53,7 @@ def field(args: argparse.Namespace, model: Any, image: torch.Tensor, shapes: Any
 
 
 def agreement(samples: int, n_images: int, device: str) -> dict[str, Any]:
-    """Lowest Pearson correlation of the final maps with fp32's over scenes of the demo model, equal draws."""
+    """Return the lowest Pearson correlation of final maps with fp32's over scenes of the demo model, at equal draws."""
     model = load_demo_model()
     scenes = draw_scenes(n_images, seed=7, split="test")
     images = torch.from_numpy(scenes.images).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
@@ -67,7 +67,7 @@ def agreement(samples: int, n_images: int, device: str) -> dict[str, Any]:
 
 
 def ratios(rows: list[dict[str, Any]], other: str) -> None:
-    """How many times the images a second of `other` each row of as many samples has, repeat by repeat, into the row."""
+    """Store in each row of as many samples the ratio of its images a second to those of `other`, repeat by repeat."""
     base = next((row for row in rows if row["name"] == other and "images a second" in row), None)
     for row in rows:
         if base is not None and row is not base and "images a second" in row and row["samples"] == base["samples"]:
@@ -76,7 +76,7 @@ def ratios(rows: list[dict[str, Any]], other: str) -> None:
 
 
 def verdict(result: dict[str, Any]) -> list[str]:
-    """Reasons why the ratios do not count; none where they do."""
+    """Return the reasons why the ratios do not count, if any."""
     reasons = []
     plain = next((row for row in result["engine"] if row["name"] == "plain" and "share of ceiling" in row), None)
     if plain is not None and plain["share of ceiling"]["median"] < PLAIN_MUST_REACH:
@@ -91,7 +91,7 @@ def verdict(result: dict[str, Any]) -> list[str]:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """One run: what is timed, what is agreed on, and where."""
+    """Make one run and return its result."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     say = print if args.verbose else lambda _: None
     model: Any = build_model(args.model, args.size).to(device)
@@ -125,7 +125,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    """The table, the ratios, and what stands against them."""
+    """Print the table, the ratios, and the reasons why they do not count."""
     console.print(engine_table(result))
     for row in result["engine"]:
         said = [
@@ -143,6 +143,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--model", default="vit_base_patch16_224", help="a timm VisionTransformer; random weights")
     made.add_argument("--size", type=int, help="pixels a side; the model's own by default")
@@ -162,6 +163,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
+    """Run the command line."""
     args = parser().parse_args()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,6 +1,6 @@
-"""One stage of scripts/gpu by itself: `python -m benchmarks.gpu STAGE`, its rows on the screen and in $DAVE_FAST_ROWS.
+"""One stage of scripts/gpu: `python -m benchmarks.gpu STAGE`, with its rows on the screen and in $DAVE_FAST_ROWS.
 
-Exit code 0: no row says "failed"; 1: one does.
+The exit code is 1 if the state of a row is "failed", otherwise 0.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
+    """Run the stage and return the exit code."""
     args = parser().parse_args()
-    # whoever interrupts a stage that hangs reads in the log where it was, even inside a call of the driver
+    # so that the log of a stage that was interrupted has its stack, even inside a call of the driver
     faulthandler.register(signal.SIGINT, all_threads=True, chain=True)
     warnings.simplefilter("ignore")
     module, function = STAGES[args.stage].split(":")

@@ -1,12 +1,12 @@
-"""The native modules on a GPU machine: those that travelled along where they fit, else a build.
+"""The native modules on a GPU machine: prebuilt ones if they fit, otherwise compiled there.
 
     python -m benchmarks.gpu.build                install the tree, with prebuilt/ or by compiling
     python -m benchmarks.gpu.build --prebuilt     compile into prebuilt/, for a machine with the same versions
 
-prebuilt/ holds the two modules, the program that compute-sanitizer watches, the SHA-256 of the sources they were made
-of, the architectures that they were made for, and a folder "cache" with what Triton compiled
-(`benchmarks.gpu.precompile`). What was made of other sources or for another GPU, or does not import, is not used, and a
-line says so. Standard library alone: nothing is installed yet.
+prebuilt/ has the two modules, the program for compute-sanitizer, the SHA-256 of their sources, their architectures, and
+a folder "cache" with kernels that Triton compiled (`benchmarks.gpu.precompile`). Modules of other sources or for
+another GPU, or that cannot be imported, are not used, and a line reports it. This module needs only the standard
+library, because it runs before anything is installed.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PREBUILT = ROOT / "prebuilt"
 SMOKE = "cuda_smoke"
-# what Triton compiled for us and for the peers, and what tuning chose
+# folders of Triton's cache for dave-fast and for the peers, and of the choices of tuning
 TRITON, PEERS, CHOICES = "triton", "peers", "choices"
-# the largest file that a GPU machine may give back, with room to spare; shares of it are estimates: aim a little lower
+# the largest archive to return from a GPU machine, and the share of it to aim for, since sizes are estimates
 MOST_BYTES, AIM = 15 << 20, 0.95
-# of what Triton keeps of a kernel, what no launch needs
+# suffixes of files in Triton's cache that no launch needs
 SUFFIXES = (".source", ".ttir", ".ttgir", ".llir", ".ptx")
 INTERMEDIATE = tuple(f"*{suffix}" for suffix in SUFFIXES)
 # imports the modules and prints the device's compute capability
@@ -53,7 +53,7 @@ def sources() -> str:
 
 @cache
 def why_not_prebuilt(folder: Path = PREBUILT) -> str | None:
-    """Return why the prebuilt modules cannot be used; None where they can. Found out once a process."""
+    """Return why the prebuilt modules cannot be used, or None; cached."""
     if not folder.is_dir():
         return "nothing prebuilt travelled along"
     made_of = folder / "sources"
@@ -70,7 +70,7 @@ def why_not_prebuilt(folder: Path = PREBUILT) -> str | None:
 
 
 def why_not_for(architectures: str, device: str) -> str | None:
-    """Return why modules cannot be used on a device; None where they can.
+    """Return why modules cannot be used on a device, or None.
 
     Args:
         architectures: that they were made for, as $CUDAARCHS names them: "80;90a-real".

@@ -1,7 +1,8 @@
-"""Runs the stages one after the other, each within its time, and keeps what they leave. Standard library alone.
+"""Runs the stages one after the other, each within its time limit, and stores their rows and logs.
 
 A stage is a process group of its own. At its limit it is interrupted as by Ctrl-C, so that pytest writes its report
-and Python says where it was; GRACE seconds later it is killed. Where this program is killed itself, its stages end too.
+and Python prints its stack; GRACE seconds later it is killed. If this program is killed, its stages end, too. It needs
+only the standard library.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from benchmarks.gpu.stages import Stage
 
 ROOT = build.ROOT
 GRACE = 8.0
-# how much longer everything may take in a rehearsal: limits are a GPU machine's
+# factor of all limits in a rehearsal, since they are for a GPU machine
 REHEARSAL = 5.0
-# seconds that a stage must have left to be worth its start
+# seconds that must be left for a stage to be started
 LEAST = 5.0
-# bytes of the log that a stage may fill: what is more is cut out of its middle
+# bytes of log of a stage; the middle of a longer one is removed
 LOG_BYTES = 1 << 20
 PR_SET_PDEATHSIG = 1
 PROBE = """
@@ -79,12 +80,12 @@ class Run:
         return machine
 
     def failed(self, since: int | None = None) -> bool:
-        """Return whether a row says so. since: of the rows after so many; by default of this run's."""
+        """Return whether a row is bad, among those after the first `since`; by default those of this run."""
         since = self.before if since is None else since
         return any(made["state"] in rows.BAD for made in rows.read(self.out / "rows.jsonl")[since:])
 
     def write(self, stage: str, made: rows.Row) -> None:
-        """Write a row of a stage, and the table anew."""
+        """Append a row of a stage, and rewrite the table."""
         os.environ[rows.STAGE] = stage
         rows.write(made)
         temporary = self.out / "table.tmp"
@@ -92,7 +93,7 @@ class Run:
         temporary.replace(self.out / "table.txt")
 
     def stage(self, stage: Stage, reason: str | None) -> None:
-        """Run a stage and write what became of it; reason: why it cannot run here."""
+        """Run a stage and write the row of its end; `reason` is why it cannot run here, or None."""
         commands = stage.rehearsal if self.rehearsal else stage.commands
         left = self.ends - time.monotonic() - GRACE
         began = time.monotonic()

@@ -1,4 +1,4 @@
-"""Versions, and which forms of the ops this installation can run: the first rows of a run."""
+"""The first rows of a run: versions, and the forms of the ops that this installation can run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dave_fast.ops.choices import Choices
 
 def rows(args: argparse.Namespace) -> Iterator[Row]:
     """Yield the versions, and for each op the form that the device should have."""
-    # device and commit stand in every row
+    # device and commit are in every row
     found = {k: v for k, v in environment("kornia", "captum").items() if k not in ("device", "commit")}
     yield row("versions", "measured", note=", ".join(f"{k} {v}" for k, v in found["versions"].items()), **found)
     reasons: dict[str, list[str]] = {}
@@ -28,7 +28,7 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def choices(args: argparse.Namespace) -> Iterator[Row]:
-    """Yield what tuning chose, and what every candidate took."""
+    """Yield the choices of tuning, and the time of every candidate."""
     kept = Choices.of(device_name(DEVICE)).all()
     if not kept:
         yield row("choices", "not measured", note="no kernel of this device was tuned")

@@ -1,4 +1,4 @@
-"""Where one micro-batch of 28 rows spends its time: every kernel by torch.profiler; the GPU's sum beside the wall."""
+"""The time of every kernel of one micro-batch of 28 rows by torch.profiler, their sum, and the wall time."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from benchmarks.gpu.setting import (
     DEVICE,
     REHEARSAL,
     as_graphs,
+    by_precision,
     explainer_here,
     guarded,
     images_here,
     model_here,
     replays,
     timed,
-    why_no,
 )
 from dave_fast import DAVE
 from dave_fast.models.fingerprint import HOST, State
@@ -38,21 +38,16 @@ MOST = 40
 
 
 def rows(args: argparse.Namespace) -> Iterator[Row]:
-    """Yield a row a kernel and a sum, for each precision of the arguments; then the checks of a call."""
+    """Yield a row for each kernel and the sum, for each precision of the arguments; then the checks of a call."""
     model = model_here()
-    for precision in args.precisions:
-        reason = why_no(precision)
-        if reason is not None:
-            yield row(precision, "not measured", note=reason)
-            continue
-        yield from guarded(precision, partial(_micro_batch, model, precision))
+    yield from by_precision(args.precisions, lambda each: guarded(each, partial(_micro_batch, model, each)))
     yield from guarded("checks of the weights", partial(_checks, model, "their own device"))
-    # as DAVE(model, device="cuda") finds a model that was never moved
+    # the case of DAVE(model, device="cuda") with a model on the host
     yield from guarded("checks on the host", partial(_checks, deepcopy(model).cpu(), "the host"))
 
 
 def _micro_batch(model: torch.nn.Module, precision: str) -> Iterator[Row]:
-    """Perturb, both walks and pull_back of one micro-batch, from images to contributions, nothing else."""
+    """Measure one micro-batch from images to contributions: perturb, both walks and pull_back."""
     eager = _work(explainer_here(model, precision, internal_batch_size=ROWS, graphs=False))
     wall = timed(eager, REPEATS, BUDGET)["median"]
     found = profiled(eager)
@@ -74,7 +69,7 @@ def _micro_batch(model: torch.nn.Module, precision: str) -> Iterator[Row]:
 
 
 def _work(explainer: DAVE) -> Callable[[], Any]:
-    """Return what walks one micro-batch. The explainer's own calls would read the weights and look at the modules."""
+    """Return a call of one micro-batch, without the explainer's check for changes of the model."""
     images = images_here(1)
     draws = draw(ROWS, height=images.shape[2], width=images.shape[3], sampling=explainer.sampling)
     target = ElementCotangent(torch.zeros(1, dtype=torch.int64, device=DEVICE))
@@ -90,7 +85,7 @@ def _work(explainer: DAVE) -> Callable[[], Any]:
 
 
 def _checks(model: torch.nn.Module, where: str) -> Iterator[Row]:
-    """What every call pays to notice a changed model: checksums of the weights, and a look at its modules."""
+    """Measure the cost of the check for changes in every call: checksums of the weights, and the modules' structure."""
     state = State(model, values=True)
     structure = timed(partial(state.holds, values=False), REPEATS, BUDGET)["median"]
     seconds = timed(lambda: moved(state.checksums(), HOST), REPEATS, BUDGET)["median"]
@@ -102,7 +97,7 @@ def profiled(call: Callable[[], Any]) -> list[tuple[str, int, float]]:
     """Return (kernel, calls, seconds) of one call, the longest first; PyTorch's operators on a CPU."""
     gpu = DEVICE == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
-    # the first profile of a process pays for starting the profiler
+    # the first profile of a process includes the start of the profiler
     for _ in range(2):
         with profile(activities=activities) as profiler:
             call()

@@ -1,7 +1,7 @@
 """Every op's own form against float64 on random operands, each case in a process of its own.
 
-A CUDA error that sticks spoils its process alone. The processes are forked from one that has imported everything and
-not yet touched the GPU: the import is paid once.
+So a persistent CUDA error affects only its process. The processes are forked from one that has imported everything and
+not yet used the GPU, so that imports are made once.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from dave_fast.ops import _registry
 AT_ONCE = 2 if REHEARSAL else 8
 # seconds for one case, kernels compiled
 LIMIT = 60.0
-# of a micro-batch that fills the GPU, so that the stages behind this one find its kernels compiled
+# rows of a micro-batch that fills the GPU, so that later stages find its kernels compiled
 ROWS, SAMPLES = 28, 50
-# what a rehearsal tries of the products
+# number of cases of an op in a rehearsal
 FEW = 2
 
 
@@ -44,7 +44,7 @@ class Job:
 
 
 def jobs() -> Iterator[Job]:
-    """Yield every case of every op: bfloat16 first, which the engine runs in."""
+    """Yield every case of every op, first in bfloat16, the engine's default."""
     shapes = shapes_here(ROWS, samples=SAMPLES)
     for precision in ("bf16", "fp32"):
         for op in CASES:
@@ -56,7 +56,7 @@ def jobs() -> Iterator[Job]:
 
 
 def own_form(op: str) -> tuple[str, str | None]:
-    """Return the backend that a device should have for an op, and why it cannot run here."""
+    """Return the backend that a device should have for an op, and why it cannot run here, or None."""
     if DEVICE == "cpu":
         return _registry.choose(op, "auto", DEVICE), None
     name = next(name for name in _registry.PREFERENCE[DEVICE] if name in _registry.IMPLEMENTATIONS[op])
@@ -93,7 +93,7 @@ def _run(job: Job) -> None:
 
 
 def rows(args: argparse.Namespace) -> Iterator[Row]:
-    """Run the cases, several at once; they write their own rows, and what is yielded is of those that could not."""
+    """Run the cases, several at once; they write their own rows, and rows of those that ended early are yielded."""
     if find_spec("triton") is not None:
         import triton  # noqa: F401
     fork = multiprocessing.get_context("fork")

@@ -1,4 +1,4 @@
-"""dave-fast beside the strongest compiled PyTorch, the plain way and the authors' code, in turns, image by image."""
+"""Comparison of dave-fast with compiled PyTorch, the plain way and the authors' code, in turns."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dave_fast.ops.precision import has_bf16
 
 STEPS = ("P3 and folded, trimmed", "P3 frozen SDPA, V apart")
 MODES = {"default": STEPS, "max-autotune-no-cudagraphs": STEPS[:1]}
-# S, so that no row of a peer's is padding whatever the number of images; each number of rows is compiled anew
+# equal to S, so that a peer needs no padding for any number of images; each number of rows is compiled separately
 ROWS = 2 if REHEARSAL else 50
 REPEATS, BUDGET = (1, 1.0) if REHEARSAL else (10, 4.0)
 
@@ -47,7 +47,7 @@ def peers(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def _own_cache() -> None:
-    """Have what Inductor compiles kept apart from our kernels, of which this process gets a copy."""
+    """Use a separate Triton cache for Inductor's kernels, which starts as a copy of dave-fast's."""
     given = os.environ.get("TRITON_CACHE_DIR")
     if given and Path(given).is_dir():
         build.adopt(Path(given), Path(given).parent / build.PEERS)
@@ -78,7 +78,7 @@ def _peer(
 
 
 def _error(made: whole.Contestant, truth: whole.Truth) -> float:
-    """The contributions' error, of a micro-batch of full size: another would be compiled anew."""
+    """Return the contributions' error, by a micro-batch of full size, since another would be compiled separately."""
     assert made.contributions is not None
     at = torch.arange(ROWS).clamp(max=len(truth.draws) - 1)
     images, draws = truth.images[at.to(DEVICE)], truth.draws[at]

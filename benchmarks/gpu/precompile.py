@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu.precompile FOLDER [--candidates] [--arch 90]
 
-Both walks run behind the stand-in GPU of tests/fake_gpu.py at the micro-batches that scripts/gpu measures. Only what is
-launched is kept: cubins and their metadata. --candidates adds what tuning tries in bf16.
+Both walks run on the stand-in GPU of tests/fake_gpu.py with the micro-batches that scripts/gpu measures. The cache has
+only cubins and their metadata. --candidates adds the candidates of tuning in bf16.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from tests.fake_gpu import build, fake_gpu, walk
 
 MODEL = "vit_base_patch16_224"
 PRECISIONS = ("bf16", "fp8", "fp32")
-# one row and eight: the images themselves; numbers that 16 divides have forms of their own
+# 1 and 8 for unperturbed images; numbers that 16 divides are specialised by Triton
 ROWS = (28, 112, 1, 8, 14, 50, 56)
-# what the stage "tune" tries
+# precisions and rows of the stage "tune"
 TUNED = {("bf16", 28), ("bf16", 112)}
-# what only the stand-in writes into a kernel's metadata
+# keys of a kernel's metadata that only the stand-in writes
 OWN_KEYS = ("ptx", "ptxas_log")
 
 
 def compile_all(folder: Path, arch: int, *, candidates: bool) -> int:
-    """Fill a new folder; return the number of kernels."""
+    """Compile the kernels into a new folder; return their number."""
     with tempfile.TemporaryDirectory() as whole, fake_gpu(arch) as launches:
         triton.knobs.cache.dir = whole
         model = build_model(MODEL)
@@ -62,7 +62,7 @@ def _first(problem: str, rows: int, device: Any, candidates: Sequence[Any], tria
 
 
 def _every(problem: str, rows: int, device: Any, candidates: Sequence[Any], trial: Callable[[Any], Any]) -> Any:
-    """Compile what tuning would time; what the device has no room for is no candidate there either."""
+    """Compile the candidates of tuning; those without room on the device are left out there, too."""
     for each in candidates:
         if isinstance(each, triton.Config):
             with suppress(triton.runtime.errors.OutOfResources):

@@ -1,8 +1,8 @@
-"""One row a measurement or verdict: a JSON line, on disk as soon as it is known, so that whatever is stopped keeps it.
+"""A row for each measurement or verdict: a JSON line, written at once, so that an interrupted run has its rows.
 
-Every row says stage, device, commit, name and state: "passed", "failed", "measured", "not measured", "needs a GPU", or
-what became of a stage ("out of time"). value and unit: the number to read first; note: the rest of it in words. Other
-keys are the stage's own. This module needs the standard library alone: it also runs before anything is installed.
+Every row has stage, device, commit, name and state: "passed", "failed", "measured", "not measured", "needs a GPU", or
+the end of a stage ("out of time"). `value` and `unit` are the main number, `note` the rest in words. Other keys depend
+on the stage. This module needs only the standard library, because it runs before anything is installed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-# where rows go, and what every row of this process says
+# environment variables: the file of rows, and the entries of every row of this process
 FILE, STAGE, DEVICE, COMMIT = (f"DAVE_FAST_{name}" for name in ("ROWS", "STAGE", "DEVICE", "COMMIT"))
 BAD = ("failed", "out of time", "interrupted")
 NOTE = 300
@@ -33,7 +33,7 @@ def failed(name: str, error: BaseException) -> Row:
 
 
 def write(made: Row, *, show: bool = True) -> None:
-    """Append a row to the file of $DAVE_FAST_ROWS, whole or not at all, whoever else writes there; then print it."""
+    """Append a row to the file of $DAVE_FAST_ROWS atomically, also among other processes' rows; then print it."""
     said = {key.removeprefix("DAVE_FAST_").lower(): os.environ.get(key, "unknown") for key in (STAGE, DEVICE, COMMIT)}
     path = os.environ.get(FILE)
     if path is not None:
@@ -50,7 +50,7 @@ def write(made: Row, *, show: bool = True) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Return the value as strict JSON has it: NaN and infinities as words, keys and unknown objects as text."""
+    """Return the value for strict JSON: NaN and infinities, keys and unknown objects as text."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
@@ -61,7 +61,7 @@ def _plain(value: Any) -> Any:
 
 
 def read(path: Path) -> list[Row]:
-    """Return the rows of a file, none where there is no file."""
+    """Return the rows of a file, an empty list without a file."""
     return [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -72,7 +72,7 @@ def line(made: Row) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """Return what was measured, stage by stage; of the tests their numbers, and those that failed."""
+    """Return the rows as text, stage by stage; tests as their numbers, and those that failed."""
     parts: list[str] = []
     for stage, of_stage in groupby(rows, key=lambda made: made["stage"]):
         every = list(of_stage)

@@ -1,4 +1,4 @@
-"""What the stages share: the device, the model, its images, and what becomes of an error.
+"""Helpers of the stages: the device, the model, its images, precisions, timing and errors.
 
 In a rehearsal (DAVE_FAST_REHEARSE=1) everything runs on a CPU with the demo model and tiny shapes.
 """
@@ -6,7 +6,7 @@ In a rehearsal (DAVE_FAST_REHEARSE=1) everything runs on a CPU with the demo mod
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -31,7 +31,7 @@ VITS = {"S/16": (384, 6, 12), "B/16": (768, 12, 12), "L/16": (1024, 16, 24)}
 
 
 def vit_shapes(model: str, rows: int, *, size: int = 224, patch: int = 16, samples: int = 50) -> Shapes:
-    """Return what a ViT with a class token asks of the ops.
+    """Return the shapes of a ViT with a class token.
 
     Args:
         model: of VITS.
@@ -77,7 +77,7 @@ def images_here(number: int, size: int | None = None) -> Tensor:
 
 
 def explainer_here(model: nn.Module, precision: str, **settings: Any) -> DAVE:
-    """Return dave-fast on the device; a rehearsal's fp8 is the reference in PyTorch, its bf16 what the CPU has."""
+    """Return dave-fast on the device; in a rehearsal fp8 is PyTorch's reference, bf16 fp32 if the CPU lacks it."""
     if REHEARSAL and precision == "fp8":
         settings = {"backend": "torch"}
     elif REHEARSAL:
@@ -87,7 +87,7 @@ def explainer_here(model: nn.Module, precision: str, **settings: Any) -> DAVE:
 
 
 def why_no(precision: str) -> str | None:
-    """Return why the device lacks a precision; None where it has it. A rehearsal has all of them."""
+    """Return why the device does not support a precision, or None; in a rehearsal all are supported."""
     if REHEARSAL:
         return None
     if precision == "fp8":
@@ -97,10 +97,20 @@ def why_no(precision: str) -> str | None:
     return None
 
 
-def tuned() -> bool:
-    """Return whether a measured choice is on disk for this GPU and these versions; by hand: for any GPU.
+def by_precision(precisions: Sequence[str], make: Callable[[str], Iterator[Row]]) -> Iterator[Row]:
+    """Yield the rows that `make` gives for each precision, or the reason why the device does not support it."""
+    for precision in precisions:
+        reason = why_no(precision)
+        if reason is None:
+            yield from make(precision)
+        else:
+            yield row(precision, "not measured", note=reason)
 
-    The GPU is not touched: a stage may fork later.
+
+def tuned() -> bool:
+    """Return whether a choice of tuning is on disk for this GPU and these versions, or any if no GPU is named.
+
+    It does not use the GPU, because a stage may fork later.
     """
     if REHEARSAL or find_spec("triton") is None:
         return False
@@ -115,7 +125,7 @@ def replays(explainer: DAVE) -> bool:
 
 
 def as_graphs(made: Row, explainer: DAVE) -> Row:
-    """Return a row that says whether graphs were replayed: failed where they should have been and were not."""
+    """Add to a row whether graphs were replayed; on a GPU it is failed if they were not."""
     replayed = replays(explainer)
     if REHEARSAL or replayed:
         return made | {"graphs": replayed}
@@ -124,7 +134,7 @@ def as_graphs(made: Row, explainer: DAVE) -> Row:
 
 
 def guarded(name: str, make: Callable[[], Iterator[Row]]) -> Iterator[Row]:
-    """Yield the rows of one part of a stage; what it raises is a row too, and the next part goes on."""
+    """Yield the rows of one part of a stage, and a row for an error in it, so that the next part runs."""
     try:
         yield from make()
     except Exception as error:
@@ -132,17 +142,17 @@ def guarded(name: str, make: Callable[[], Iterator[Row]]) -> Iterator[Row]:
 
 
 def needs_gpu(name: str) -> Row:
-    """Return the row of what a rehearsal leaves out."""
+    """Return the row of a part that a rehearsal leaves out."""
     return row(name, "needs a GPU")
 
 
 def timed(call: Callable[[], Any], repeats: int, budget: float) -> dict[str, Any]:
-    """Return the spread of the seconds until the call's result is there, as its caller waits for it.
+    """Time a call until its result is there; return the spread of the seconds.
 
     Args:
-        call: run once beforehand, uncounted.
+        call: to time; it runs once beforehand.
         repeats: at most.
-        budget: seconds after which no further repeat begins; one always does.
+        budget: seconds after which no further repeat begins; there is at least one.
     """
     call()
     seconds: list[float] = []

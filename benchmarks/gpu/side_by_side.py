@@ -1,4 +1,4 @@
-"""Our form of an op beside PyTorch's and the bare library's, in turns, with the rates reached and the counted floor.
+"""Comparison of dave-fast's form of an op with PyTorch's and the library's, in turns, with its rates and its floor.
 
 The floor of a case is the longer of its arithmetic at this machine's own rate of matrix products and its bytes, each
 read and written once, at its own rate of copying memory.
@@ -28,14 +28,14 @@ from dave_fast.bench.ops import operand_sets
 from dave_fast.bench.timing import in_turns
 
 REPEATS, BUDGET = (1, 0.05) if REHEARSAL else (15, 0.15)
-# as many sets of operands as no cache holds, unless PyTorch takes a twentieth of these seconds for one
+# for `operand_sets`: one set of operands if PyTorch takes a twentieth of these seconds for it
 SETS_BUDGET = 10.0
 SIDE = 256 if REHEARSAL else 8192
 SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
 # rows of a micro-batch at each size of the image
 SIZES = {224: 56, 448: 14, 672: 7}
 PIXEL_OPS = ("perturb", "pull_back", "robust_mean", "pull_back_mean", "smooth")
-# name -> what makes its calls, one for each set of operands
+# name -> function that makes its calls, one for each set of operands
 Makers = dict[str, Callable[[], list[Callable[[], Any]]]]
 
 
@@ -77,7 +77,7 @@ def pixels(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def peak_rows(precisions: list[str], peaks: dict[str, float]) -> Iterator[Row]:
-    """Measure what this machine reaches at most into `peaks`, GFLOP/s by precision and GB/s of "copy", a row each."""
+    """Measure the machine's highest rates into `peaks`, GFLOP/s by precision and GB/s of "copy"; yield their rows."""
     gigabytes, run = rates.copy(DEVICE)
     peaks["copy"] = gigabytes / median(in_turns({"": [run]}, REPEATS, DEVICE, budget=BUDGET)[""])
     yield row("copying memory", "measured", peaks["copy"], "GB/s", "read and written")
@@ -89,7 +89,7 @@ def peak_rows(precisions: list[str], peaks: dict[str, float]) -> Iterator[Row]:
 
 
 def _kind(precision: str) -> str:
-    """The library's product of a precision; what a CPU has in its place in a rehearsal."""
+    """Return the kind of the library's product of a precision; fp32 on the CPU in a rehearsal."""
     return rates.kind_of("fp32" if REHEARSAL else precision, DEVICE)
 
 
@@ -104,7 +104,7 @@ def _product(case: Case, rows: int, precision: str, peaks: dict[str, float]) -> 
 
 
 def _sdpa(sets: list[Operands], *, gradient: bool) -> Makers:
-    """Forward, or forward and gradient of v together: its backward pass alone cannot be captured as a graph."""
+    """Return SDPA's forward, or forward and gradient of v, since its backward alone cannot be captured as a graph."""
 
     def call(given: Operands, backend: SDPBackend) -> Callable[[], Any]:
         q, k, v = (part.transpose(1, 2) for part in given["qkv"].unbind(2))
@@ -124,6 +124,20 @@ def _sdpa(sets: list[Operands], *, gradient: bool) -> Makers:
     return {f"SDPA {name}{more}": lambda b=each: [call(given, b) for given in sets] for name, each in SDPA.items()}
 
 
+def _started(makers: Makers) -> tuple[dict[str, list[Callable[[], Any]]], dict[str, str]]:
+    """Return the calls of the contestants whose first call runs, and the errors of the others."""
+    contestants, refused = {}, {}
+    for label, make in makers.items():
+        try:
+            calls = make()
+            calls[0]()
+        except Exception as error:
+            refused[label] = failed(label, error)["note"]
+        else:
+            contestants[label] = calls
+    return contestants, refused
+
+
 def compare(
     name: str,
     case: Case,
@@ -131,7 +145,7 @@ def compare(
     peaks: dict[str, float],
     library: Callable[[list[Operands]], Makers],
 ) -> Iterator[Row]:
-    """Yield the row of one case: our form, plain PyTorch's and the library's in turns.
+    """Yield the row of one case: dave-fast's form, plain PyTorch's and the library's in turns.
 
     Args:
         name: of the row.
@@ -151,15 +165,7 @@ def compare(
     makers: Makers = {
         form: lambda f=form: [case.bind(loader(f, DEVICE), given, dtype) for given in sets] for form in forms
     }
-    contestants, refused = {}, {}
-    for label, make in (makers | library(sets)).items():
-        try:
-            calls = make()
-            calls[0]()
-        except Exception as error:
-            refused[label] = failed(label, error)["note"]
-        else:
-            contestants[label] = calls
+    contestants, refused = _started(makers | library(sets))
     if backend not in contestants:
         yield row(name, "failed", note=refused[backend])
         return

@@ -1,6 +1,6 @@
 """Milliseconds of an explanation, from images to maps, by precision, micro-batch and number of images.
 
-What is timed is checked: the attributions of every micro-batch against those of the first one.
+The attributions of every micro-batch are compared with those of the first.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from benchmarks.gpu.setting import (
     DEVICE,
     REHEARSAL,
     as_graphs,
+    by_precision,
     explainer_here,
     guarded,
     images_here,
     model_here,
     timed,
-    why_no,
 )
 from dave_fast import DAVE
 from dave_fast.bench.machine import device_name
@@ -33,23 +33,22 @@ from dave_fast.bench.timing import peak_memory
 # ms an image at S = 50, 224 px: (precision, one image alone) -> goal
 GOALS = {("bf16", False): 5.3, ("bf16", True): 7.0, ("fp8", False): 3.6}
 GOAL_672, GOAL_SAMPLES, GOAL_GPU = 67.0, 50, "H200"
-# How far the raw attributions of an image may be apart between two micro-batches (relative, Euclidean). Rows that are
-# rounded alike have equal bits; a library that takes sums in another order rounds bfloat16 and e4m3 anew, which moves
-# ViT-B's raw (random weights, S = 50, on a CPU) by √2 times its distance from float32's: 0.12 in bf16, 0.34 in fp8.
-# One wrong row of 50 moves it by 0.19 to 0.27, which bf16's limit tells from rounding; fp8's does not.
+# Largest relative distance (Euclidean) of an image's raw attributions between two micro-batches. Equal rounding gives
+# equal bits; a library that sums in another order rounds bfloat16 and e4m3 differently, which changes ViT-B's raw
+# attribution (random weights, S = 50, on a CPU) by √2 times its distance from float32's: 0.12 in bf16, 0.34 in fp8.
+# One wrong row of 50 changes it by 0.19 to 0.27, which bf16's limit distinguishes from rounding; fp8's does not.
 APART = {"fp32": 5e-3, "bf16": 0.17, "fp8": 0.5}
 
 
 def rows(args: argparse.Namespace) -> Iterator[Row]:
     """Yield a row for each precision, micro-batch and number of images of the arguments."""
     model = model_here(args.size)
-    for precision in args.precisions:
-        reason = why_no(precision)
-        if reason is not None:
-            yield row(precision, "not measured", note=reason)
-            continue
+
+    def of(precision: str) -> Iterator[Row]:
         for number in small(args.images):
             yield from guarded(f"{precision}, {number} images", partial(_images, args, model, precision, number))
+
+    yield from by_precision(args.precisions, of)
 
 
 def small(numbers: list[Any]) -> list[Any]:
@@ -58,7 +57,7 @@ def small(numbers: list[Any]) -> list[Any]:
 
 
 def _images(args: argparse.Namespace, model: torch.nn.Module, precision: str, number: int) -> Iterator[Row]:
-    """Every micro-batch of so many images, by an explainer that keeps the graphs of them all."""
+    """Measure every micro-batch of `number` images by one explainer, which caches the graphs of all."""
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
@@ -74,7 +73,7 @@ def _images(args: argparse.Namespace, model: torch.nn.Module, precision: str, nu
 def _one(
     args: argparse.Namespace, explainer: DAVE, precision: str, number: int, rows_: int | None, first: list[Tensor]
 ) -> Iterator[Row]:
-    """One micro-batch. first: gets the attributions of the first one, which the others are held against."""
+    """Measure one micro-batch; `first` is filled with the first one's attributions, which others are compared with."""
     samples = 2 if REHEARSAL else args.samples
     images = images_here(number, args.size)
     call = partial(explainer.explain, images, 0, samples, internal_batch_size=rows_)
@@ -111,7 +110,7 @@ def _one(
 
 
 def goal_of(size: int | None, samples: int, precision: str, number: int) -> float | None:
-    """Return the goal in ms an image; None where there is none."""
+    """Return the goal in ms an image, or None."""
     if samples != GOAL_SAMPLES:
         return None
     if size == 672:
@@ -120,14 +119,14 @@ def goal_of(size: int | None, samples: int, precision: str, number: int) -> floa
 
 
 def distance(found: Tensor, other: Tensor) -> float:
-    """Return how far an image's attributions are apart at most: relative, Euclidean."""
+    """Return the largest relative distance (Euclidean) of an image's attributions."""
     found, other = found.double().flatten(1), other.double().flatten(1)
     return float(((found - other).norm(dim=1) / other.norm(dim=1)).max())
 
 
 def _memory(explainer: DAVE, images: Tensor, call: partial[Any]) -> dict[str, int | None]:
-    """Bytes of a fresh explainer's first call, its captures included, beyond the weights; None on a CPU."""
-    # makes the walks: from here on their weights are there
+    """Return the bytes of a new explainer's first call, captures included, without the weights; None on a CPU."""
+    # makes the walks with their weights, so that the peak does not include them
     explainer.fitting_rows(images)
     weights = torch.cuda.memory_allocated() if DEVICE == "cuda" else None
     peak = peak_memory(call, DEVICE)

@@ -1,4 +1,4 @@
-"""The stages of the two forms of scripts/gpu, the most valuable first, with their command lines."""
+"""The stages of `scripts/gpu short` and `scripts/gpu full`, the most important first, with their command lines."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Stage:
 
     Args:
         name: of the stage, as --only takes it.
-        what: it is for, in words.
-        limit: seconds for all its commands; infinite for what takes the time that is left.
+        what: its purpose, in words.
+        limit: seconds for all its commands; infinite for all the time that is left.
         commands: on a GPU machine.
-        rehearsal: on a CPU; None where only a GPU machine can run them.
+        rehearsal: commands on a CPU; None if they need a GPU.
         environment: further variables.
     """
 
@@ -57,7 +57,7 @@ def built(architecture: str) -> Stage:
 
 
 def short(out: Path, work: Path, architecture: str) -> list[Stage]:
-    """Return what the first minutes on a GPU are for: is it right, how fast is it, and where does the time go."""
+    """Return the stages of the short run: correctness, speed, and the time of each kernel."""
     parallel = "-n 8" if importlib.util.find_spec("xdist") else ""
     junit = shlex.quote(str(out / "junit.xml"))
     pytest = f"python -m pytest -p benchmarks.gpu.tests -p no:cacheprovider -W default -v --junitxml={junit}"
@@ -82,7 +82,7 @@ def short(out: Path, work: Path, architecture: str) -> list[Stage]:
 def full(
     out: Path, work: Path, architecture: str, authors: Path | None = None, wheels: Path | None = None
 ) -> list[Stage]:
-    """Return what is measured once the short form has passed: the goals, and who stands beside us."""
+    """Return the stages of the full run, after the short one: the goals, and comparisons."""
     goals = "--micro-batches own 28 56 --repeats 100 --budget 1.5"
     large = "--size 672 --precisions bf16 --images 1 4 --micro-batches own 10"
     compute_sanitizer = "compute-sanitizer --error-exitcode 9 --tool"
@@ -115,7 +115,7 @@ def full(
 
 
 def their_code(work: Path, authors: Path, wheels: Path | None) -> Stage:
-    """Return the stage that times the authors' code, with the packages of `wheels` where they travelled along."""
+    """Return the stage that times the authors' code, with the packages in `wheels` if there are any."""
     site, commands = work / "site", [words(f"python -m benchmarks.gpu authors --authors {shlex.quote(str(authors))}")]
     if wheels is not None:
         files = " ".join(shlex.quote(str(path)) for path in sorted(wheels.glob("*.whl")))

@@ -1,4 +1,4 @@
-"""ViT-B/16 whole: contributions against the frozen route in float64, maps against float32's, graphs against eager."""
+"""Verdicts on ViT-B/16: contributions against float64's frozen route, graphs against eager, maps against float32's."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from benchmarks.gpu.rows import Row, row
 from benchmarks.gpu.setting import (
     DEVICE,
     REHEARSAL,
+    by_precision,
     explainer_here,
     guarded,
     images_here,
     model_here,
     needs_gpu,
-    why_no,
 )
 from dave_fast.bench import whole
 from dave_fast.bench.agreement import distance
@@ -29,18 +29,17 @@ SAMPLES = 2 if REHEARSAL else 50
 def rows(args: argparse.Namespace) -> Iterator[Row]:
     """Yield the verdicts, precision by precision."""
     model = model_here()
-    for precision in args.precisions:
-        reason = why_no(precision)
-        if reason is not None:
-            yield row(precision, "not measured", note=reason)
-            continue
+
+    def of(precision: str) -> Iterator[Row]:
         yield from guarded(f"{precision} against float64", partial(_contributions, model, precision))
         yield from guarded(f"{precision} graphs against eager", partial(_graphs, model, precision))
         yield from guarded(f"{precision} maps against fp32", partial(_maps, precision))
 
+    yield from by_precision(args.precisions, of)
+
 
 def _contributions(model: torch.nn.Module, precision: str) -> Iterator[Row]:
-    """The engine's contributions at equal draws: twice plain PyTorch's error at most."""
+    """Compare the engine's contributions at equal draws with float64: at most twice plain PyTorch's error."""
     truth = whole.find_truth(model, images_here(whole.CHECKED), [precision], DEVICE)
     explainer = explainer_here(model, precision)
     targets = torch.zeros(len(truth.images), 1, dtype=torch.int64)
@@ -53,7 +52,7 @@ def _contributions(model: torch.nn.Module, precision: str) -> Iterator[Row]:
 
 
 def _graphs(model: torch.nn.Module, precision: str) -> Iterator[Row]:
-    """The same buckets captured and launched one by one promise the same bits."""
+    """Compare graphs with eager launches of the same buckets, which must give the same bits."""
     name = f"{precision} graphs against eager"
     if REHEARSAL:
         yield needs_gpu(name)
@@ -62,14 +61,14 @@ def _graphs(model: torch.nn.Module, precision: str) -> Iterator[Row]:
     raw = {}
     for graphs in (True, False):
         explainer = explainer_here(model, precision, graphs=graphs)
-        # the second call replays what the first captured, with other draws
+        # the second call replays the graphs of the first with other draws
         raw[graphs] = [explainer.explain(images, 0, SAMPLES, seed).raw for seed in (0, 1)]
     apart = max(distance((replayed,), (eager,)) for replayed, eager in zip(raw[True], raw[False], strict=True))
     yield row(name, "passed" if apart == 0 else "failed", apart, note="equal bits" if apart == 0 else "other bits")
 
 
 def _maps(precision: str) -> Iterator[Row]:
-    """Final maps of the trained demo model correlate with float32's."""
+    """Compare final maps of the trained demo model with float32's by their correlation."""
     model = load_demo_model().to(DEVICE)
     scenes = draw_scenes(1 if REHEARSAL else 4, seed=7, split="test")
     images = torch.from_numpy(scenes.images).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous().to(DEVICE)
