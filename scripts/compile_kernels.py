@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel ahead of time, as launchers would run it, and tells what ptxas made of it.
+"""Compile every Triton kernel ahead of time, as launchers would run it, and report its resources by ptxas.
 
     python scripts/compile_kernels.py                                 every architecture; writes docs/kernels.md
     python scripts/compile_kernels.py --only "attention .*" --arch 90  prints rows as JSON
@@ -38,7 +38,15 @@ NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", t
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel and what a launcher gives it: types of pointers and integers, values of constants."""
+    """A kernel as a launcher specialises it.
+
+    Attributes:
+        name: for the table.
+        kernel: of Triton.
+        types: of pointers and integers by argument.
+        constants: values of constexpr arguments.
+        configuration: tiles, warps and stages.
+    """
 
     name: str
     kernel: Any
@@ -49,7 +57,21 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """What ptxas and the PTX say of one case. Shared memory in bytes; spills, warnings: as in `Resources`."""
+    """The resources of one case.
+
+    Attributes:
+        name: of the case.
+        arch: compute capability.
+        tiles: sizes of its tiles.
+        warps: of a program.
+        stages: of its pipeline.
+        registers: of a thread.
+        spills: see `Resources`.
+        shared: bytes of a program.
+        resident: programs on a multiprocessor at once.
+        instructions: for products and tiles, by the PTX.
+        warnings: see `Resources`.
+    """
 
     name: str
     arch: int
@@ -64,7 +86,7 @@ class Row:
     warnings: tuple[str, ...]
 
     def line(self) -> str:
-        """A line of the page's table."""
+        """Return a line of the page's table."""
         cells = (self.name, self.tiles, self.warps, self.stages, self.registers, self.spills, self.shared)
         made = ", ".join([self.instructions, *self.warnings])
         return f"| {' | '.join(map(str, cells))} | {self.resident} | {made} |"
@@ -76,8 +98,15 @@ def _scales(of: str) -> dict[str, str]:
 
 
 def linear_case(name: str, arch: int, dtype: torch.dtype = torch.bfloat16, **given: Any) -> Case:
-    """given: optional pointers by name with their types, ACTIVATION, GLU; `candidate` is an index of configurations,
-    `few` asks for those of few rows."""
+    """Return a form of `linear`.
+
+    Args:
+        name: of its place in the walks.
+        arch: compute capability.
+        dtype: of the operands.
+        given: optional pointers by name with their types, and constants in capitals; `candidate` is an index of
+            configurations, `few` whether they are for few rows.
+    """
     eight = dtype.itemsize == 1
     glu, few = given.get("GLU", 0), given.pop("few", False)
     form = {"glu": bool(glu), "few": few, "twice": "codes" in given and given.get("wide", True)}
@@ -114,7 +143,7 @@ def attention_case(
     bias: bool = False,
     codes: bool = False,
 ) -> Case:
-    """One of the two walks' kernels for a head dimension."""
+    """Return a form of the attention of either walk for a head dimension."""
     block = max(16, triton.next_power_of_2(dim))
     found = attention.configurations(arch, dtype, block, queries, vjp=vjp, biased=bias)[0]
     pointers = ("q", "k", "d_out", "d_v") if vjp else ("q", "k", "v", "out")
@@ -135,14 +164,14 @@ def attention_case(
 
 
 def row_case(name: str, kernel: Any, types: dict[str, str], width: int, warps: int = 4, **constants: Any) -> Case:
-    """A kernel that goes through whole rows of `width` values."""
+    """Return a form of a kernel that reads whole rows of `width` values."""
     block_t, block_d = _launch.row_blocks(width)
     blocks = {"BLOCK_T": block_t, "BLOCK_D": block_d}
     return Case(name, kernel, types, constants | blocks, triton.Config(blocks, num_warps=warps))
 
 
 def row_cases() -> Iterator[Case]:
-    """The kernels without a product, for ViT-B's width, its heads and its parts of sums of squares."""
+    """Yield the kernels without a product, for ViT-B's width, its heads and its parts of sums of squares."""
     sizes = dict.fromkeys(("T", "N", "H", "PREFIX", "D", "x_row", "x_token", "x_head"), "i32")
     rstd = dict.fromkeys(("T", "D", "stride", "count"), "i32") | {"rstd": "*fp32", "eps": "fp32"}
     kernel = norm._row_rstd_kernel
@@ -163,14 +192,14 @@ def row_cases() -> Iterator[Case]:
 
 
 def quantise_case() -> Case:
-    """Rows to e4m3, ahead of an fp8 product."""
+    """Return the kernel that converts rows to e4m3 before an fp8 product."""
     types = {"x": "*bf16", "row_scale": "*fp32", "codes": "*fp8e4nv", "scale": "*fp32", "I": "i32", "stride_x": "i32"}
     constants = {"LARGEST": fp8.LARGEST, "TINY": torch.finfo(torch.float32).tiny, "BLOCK_I": 1024, "INTERPRETED": False}
     return Case("quantise", fp8._quantise_kernel, types, constants, triton.Config({"BLOCK_I": 1024}, num_warps=4))
 
 
 def cases(arch: int) -> Iterator[Case]:
-    """Every form that the walks launch."""
+    """Yield every form that the walks launch."""
     scale, bias, gate = {"row_sums": "*fp32"}, {"bias": "*bf16"}, {"gate": "*u8"}
     residual, squares = {"residual": "*bf16"}, {"squares": "*fp32"}
     kept = {"new_gate": "*u8", "ACTIVATION": "gelu"}
@@ -201,6 +230,12 @@ def cases(arch: int) -> Iterator[Case]:
         yield attention_case("forward to e4m3, D = 64", arch, 64, vjp=False, codes=True)
         yield attention_case("VJP to e4m3, D = 64", arch, 64, vjp=True, codes=True)
         yield quantise_case()
+    yield from attention_cases(arch)
+    yield from row_cases()
+
+
+def attention_cases(arch: int) -> Iterator[Case]:
+    """Yield the forms of attention that do not write e4m3."""
     for dim in (64, 80):
         yield attention_case(f"forward, D = {dim}", arch, dim, vjp=False)
         yield attention_case(f"VJP, D = {dim}", arch, dim, vjp=True)
@@ -212,15 +247,14 @@ def cases(arch: int) -> Iterator[Case]:
     yield attention_case("VJP, D = 64", arch, 64, torch.float32, vjp=True)
     yield attention_case("forward, D = 80", arch, 80, torch.float32, vjp=False)
     yield attention_case("VJP, D = 80", arch, 80, torch.float32, vjp=True)
-    yield from row_cases()
 
 
 def compiled(case: Case, arch: int) -> Row:
-    """One case through Triton and ptxas, with nothing taken from a cache."""
+    """Compile one case by Triton and ptxas without a cache."""
     kernel = case.kernel
     constants = {name: case.constants.get(name) for name in kernel.arg_names if name not in case.types}
     signature = {name: case.types.get(name, "constexpr") for name in kernel.arg_names}
-    # what Triton finds at a launch: addresses and sizes are multiples of 16, token counts and eps are not
+    # Triton specialises by divisibility: addresses and sizes are multiples of 16, the arguments in `odd` are not
     odd = {"T", "N", "Q", "PREFIX", "parts", "row_parts", "H", "x_tokens", "x_read", "code_tokens", "code_read"}
     attributes = {
         (at,): [["tt.divisibility", 16]]
@@ -283,7 +317,7 @@ HEADING = """
 
 
 def page(rows: list[Row]) -> str:
-    """docs/kernels.md."""
+    """Return docs/kernels.md."""
     text = INTRODUCTION.format(triton=triton.__version__)
     for arch in dict.fromkeys(row.arch for row in rows):
         text += HEADING.format(arch=arch) + "".join(row.line() + "\n" for row in rows if row.arch == arch)
@@ -291,7 +325,7 @@ def page(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    """Rows as JSON, or the page."""
+    """Print rows as JSON, or write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="regular expression of the names to compile; prints JSON")
     parser.add_argument("--arch", type=int, action="append", choices=tuple(ARCHITECTURES))

@@ -1,6 +1,6 @@
-"""What the compiler gave each CUDA kernel: registers, spills, local and shared memory: the table of docs/cuda.md.
+"""Write the table of docs/cuda.md: registers, spills, local and shared memory of each CUDA kernel.
 
-python scripts/cuda_resources.py [sm_90a sm_80 ...]     all architectures of CMakeLists.txt where none is named
+python scripts/cuda_resources.py [sm_90a sm_80 ...]     by default all architectures of CMakeLists.txt
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ FLAGS = ("-std=c++17", "-O3", "--fmad=false")
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one kernel: registers a thread, bytes spilled (stores + loads), of local memory, of shared memory."""
+    """The resources of one kernel.
+
+    Attributes:
+        kernel: its name.
+        registers: of a thread.
+        spilled: bytes of spill stores and loads.
+        local: bytes of local memory.
+        shared: bytes of shared memory.
+    """
 
     kernel: str
     registers: int
@@ -33,7 +41,7 @@ class Resources:
 
 
 def compile_one(source: str, architecture: str) -> str:
-    """What ptxas says of one source's kernels; RuntimeError where they do not compile."""
+    """Return the output of ptxas for one source; raise RuntimeError if it does not compile."""
     code = f"arch={architecture.replace('sm_', 'compute_')},code={architecture}"
     command = ["nvcc", *FLAGS, "-gencode", code, "-Xptxas", "-v", "-cubin", "-o", "/dev/null"]
     done = subprocess.run([*command, str(ROOT / "csrc" / f"{source}.cu")], capture_output=True, text=True, check=False)
@@ -43,14 +51,14 @@ def compile_one(source: str, architecture: str) -> str:
 
 
 def readable(mangled: str) -> str:
-    """`perturb<float, 4>` of a mangled run_block<dave::portable::Perturb<float, 4>>."""
+    """Return `Perturb<float, 4>` for a mangled run_block<dave::portable::Perturb<float, 4>>."""
     name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
     inner = name.split("run_block<", 1)[1].rsplit(">(", 1)[0]
     return re.sub(r"dave::\w+::", "", inner).strip()
 
 
 def parse(text: str) -> list[Resources]:
-    """Every kernel in ptxas' words."""
+    """Read the resources of every kernel from the output of ptxas."""
     found = []
     for part in re.split(r"Compiling entry function '", text)[1:]:
         number = {
@@ -67,14 +75,14 @@ def parse(text: str) -> list[Resources]:
 
 
 def collect(architectures: tuple[str, ...]) -> dict[str, list[Resources]]:
-    """architecture -> its kernels, two compilers at a time."""
+    """Return the kernels by architecture, two compilers at a time."""
     with ThreadPoolExecutor(2) as pool:
         texts = {a: [pool.submit(compile_one, source, a) for source in SOURCES] for a in architectures}
         return {a: [kernel for text in parts for kernel in parse(text.result())] for a, parts in texts.items()}
 
 
 def table(found: dict[str, list[Resources]]) -> str:
-    """Markdown: a row a kernel, a column an architecture; what is spilled or local beside the registers."""
+    """Return a Markdown table with a row for each kernel and a column for each architecture."""
     rows: dict[str, list[str]] = {}
     shared: dict[str, int] = {}
     for kernels in found.values():
@@ -87,6 +95,7 @@ def table(found: dict[str, list[Resources]]) -> str:
 
 
 def main() -> None:
+    """Write the table into the page."""
     architectures = tuple(sys.argv[1:]) or ARCHITECTURES
     before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
     after = rest.split(END)[1]

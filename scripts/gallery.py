@@ -2,9 +2,9 @@
 
     python scripts/gallery.py                                              the embedded scene and model
     python scripts/gallery.py photo.jpg --model deit3_base_patch16_224.fb_in1k --out gallery/
-    python scripts/gallery.py --page docs/gallery.md --out docs/figures    what the documentation shows
+    python scripts/gallery.py --page docs/gallery.md --out docs/figures    the gallery of the documentation
 
-Writes a figure a question under --out, and a page that says what they show and how alike their maps are. A model is any
+It writes the figures under --out, and a page that describes them and the correlations of their maps. A model is any
 that `dave_fast.DAVE` takes by name; resolutions need one whose position embeddings timm can resample.
 """
 
@@ -40,17 +40,24 @@ from dave_fast.targets import Contrast, Patch, Sum, Target, tokens_of
 CLASSES = 4
 SAMPLES = (1, 4, 16, 50, 200)
 ALPHAS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
-# sides, as shares of the model's own
+# sides of the image, as shares of the model's own
 RESOLUTIONS = (0.75, 1.0, 1.5, 2.0)
 DPI = 120
-# of a line of the page
+# letters of a line of the page
 WIDTH = 140
 COLOURS = 256
 
 
 @dataclass(frozen=True)
-class Question:
-    """One figure of the gallery. text: Markdown behind it."""
+class GalleryFigure:
+    """One figure of the gallery.
+
+    Attributes:
+        name: of its file.
+        title: its heading.
+        text: Markdown below it.
+        picture: the figure.
+    """
 
     name: str
     title: str
@@ -59,8 +66,15 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What the gallery is about."""
+class GallerySubject:
+    """The image and the model of a gallery.
+
+    Attributes:
+        explainer: of the model.
+        image: the photograph.
+        n_samples: of every map.
+        converged: samples of the map that others are compared with.
+    """
 
     explainer: dave_fast.DAVE
     image: Image.Image
@@ -69,15 +83,17 @@ class Subject:
 
     @cached_property
     def prepare(self) -> Preprocessing:
+        """The model's preprocessing."""
         return preprocessing(self.explainer.model)
 
     @cached_property
     def seen(self) -> tuple[Tensor, np.ndarray]:
-        """The model's input (3, H, W) and the pixels that it shows."""
+        """The model's input (3, H, W), and its pixels (H, W, 3)."""
         return self.prepare(self.image)
 
     @cached_property
     def labels(self) -> Labels:
+        """The model's class names."""
         return labels_of(self.explainer.model)
 
     @cached_property
@@ -88,18 +104,20 @@ class Subject:
 
     @property
     def first(self) -> int:
+        """The predicted class."""
         return self.ranked[0]
 
     def maps(self, targets: list[Target], n_samples: int | None = None) -> Tensor:
-        """(K, H, W) of K targets."""
+        """Return maps (targets, H, W)."""
         return self.explainer.explain(self.seen[0], targets=targets, n_samples=n_samples or self.n_samples).maps[0]
 
     def name(self, index: int) -> str:
+        """Return the name of a class."""
         return self.labels.name(index)
 
 
-def classes(subject: Subject) -> Question:
-    """The most probable classes of one image, from one call."""
+def classes(subject: GallerySubject) -> GalleryFigure:
+    """Draw the most probable classes of one image, from one call."""
     shown = subject.ranked[:CLASSES]
     found = subject.explainer.explain(subject.seen[0], targets=list(shown), n_samples=subject.n_samples)
     panels = [
@@ -114,11 +132,11 @@ def classes(subject: Subject) -> Question:
         "divided by its own maximum: a class that the model hardly believes in has a bright map too, of what "
         "little speaks for it."
     )
-    return Question("classes", "Several classes", text, drawn(subject, panels, bars))
+    return GalleryFigure("classes", "Several classes", text, drawn(subject, panels, bars))
 
 
-def contrast(subject: Subject) -> Question:
-    """Two classes, their sum and their differences."""
+def contrast(subject: GallerySubject) -> GalleryFigure:
+    """Draw two classes, their sum and their differences."""
     a, b = subject.ranked[:2]
     one, other = subject.name(a), subject.name(b)
     asked: dict[str, Target] = {
@@ -138,11 +156,11 @@ def contrast(subject: Subject) -> Question:
         f"“{one}” and of "
         f"“{one} − {other}” correlate {alike:.2f}."
     )
-    return Question("contrast", "Why this and not that", text, drawn(subject, panels))
+    return GalleryFigure("contrast", "Why this and not that", text, drawn(subject, panels))
 
 
-def patches(subject: Subject) -> Question | None:
-    """The tokens where the first two classes have most of their maps; None for a model whose tokens are not known."""
+def patches(subject: GallerySubject) -> GalleryFigure | None:
+    """Draw the patches with most of the maps of two classes; None for a model whose tokens are not known."""
     try:
         model = tokens_of(subject.explainer.model)
     except InputError:
@@ -164,7 +182,7 @@ def patches(subject: Subject) -> Question | None:
         "the question follows the patch through every rotation, shift and flip. With a linear probe's weights it asks "
         "why the patch gets its label."
     )
-    return Question("patches", "A token of the output", text, drawn(subject, panels))
+    return GalleryFigure("patches", "A token of the output", text, drawn(subject, panels))
 
 
 def framed(pixels: np.ndarray) -> None:
@@ -173,8 +191,8 @@ def framed(pixels: np.ndarray) -> None:
     pixels[:, [0, -1]] = 255
 
 
-def samples(subject: Subject) -> Question:
-    """From one perturbed sample to many."""
+def samples(subject: GallerySubject) -> GalleryFigure:
+    """Draw maps of one perturbed sample to many."""
     most = subject.converged
     counts = [count for count in SAMPLES if count < most]
     found = {count: subject.maps([subject.first], count) for count in (*counts, most)}
@@ -184,15 +202,17 @@ def samples(subject: Subject) -> Question:
         f"The predicted class with more and more perturbed samples. Correlation with the map at S = {most:,}: "
         f"{', '.join(alike)}. The first 4 samples of 16 are the 4 of 4, so a map can be refined."
     )
-    return Question("samples", "How many samples", text, drawn(subject, panels))
+    return GalleryFigure("samples", "How many samples", text, drawn(subject, panels))
 
 
-def alphas(subject: Subject) -> Question:
-    """The noise level, the one number that has to be tuned for a model."""
+def alphas(subject: GallerySubject) -> GalleryFigure:
+    """Draw maps at several noise levels."""
     maps = {}
     for alpha in ALPHAS:
         with_alpha = dave_fast.DAVE(subject.explainer.model, precision=subject.explainer.precision, noise_alpha=alpha)
-        maps[alpha] = Subject(with_alpha, subject.image, subject.n_samples, subject.converged).maps([subject.first])
+        maps[alpha] = GallerySubject(with_alpha, subject.image, subject.n_samples, subject.converged).maps(
+            [subject.first]
+        )
     panels = [Panel(heat[0].cpu().numpy(), f"α = {alpha}") for alpha, heat in maps.items()]
     own = min(ALPHAS, key=lambda alpha: abs(alpha - subject.explainer.sampling.noise_alpha))
     told = ", ".join(f"{correlation(maps[alpha], maps[own]).item():.2f} at {alpha}" for alpha in ALPHAS if alpha != own)
@@ -200,11 +220,11 @@ def alphas(subject: Subject) -> Question:
         "The predicted class at several highest noise levels, `noise_alpha`. Correlation with the map at "
         f"α = {own}: {told}. How much it matters depends on the model; `dave-fast tune` chooses it for one."
     )
-    return Question("alpha", "The noise level α", text, drawn(subject, panels))
+    return GalleryFigure("alpha", "The noise level α", text, drawn(subject, panels))
 
 
-def resolutions(subject: Subject) -> Question | None:
-    """The same image at other sizes; None for a model whose position embeddings cannot be resampled."""
+def resolutions(subject: GallerySubject) -> GalleryFigure | None:
+    """Draw the image at other sizes; None for a model whose position embeddings cannot be resampled."""
     model = subject.explainer.model
     if not hasattr(model, "set_input_size"):
         return None
@@ -226,26 +246,26 @@ def resolutions(subject: Subject) -> Question | None:
         f"model believes changes with the size too, so look at both. Probability of “{subject.name(subject.first)}”: "
         f"{', '.join(told)}."
     )
-    return Question("resolution", "Resolution", text, drawn(subject, panels))
+    return GalleryFigure("resolution", "Resolution", text, drawn(subject, panels))
 
 
-def drawn(subject: Subject, panels: list[Panel], bars: list[tuple[str, float]] | None = None) -> Image.Image:
-    """A figure as a picture small enough for a repository."""
+def drawn(subject: GallerySubject, panels: list[Panel], bars: list[tuple[str, float]] | None = None) -> Image.Image:
+    """Draw a figure as a picture with few colours, so that its file is small."""
     buffer = io.BytesIO()
     figures.figure(subject.seen[1], panels, bars or []).savefig(buffer, format="png", dpi=DPI)
     return Image.open(buffer).convert("RGB").quantize(COLOURS, kmeans=2, dither=Image.Dither.NONE)
 
 
-def questions(subject: Subject) -> Iterator[Question]:
-    """The gallery, figure by figure."""
+def questions(subject: GallerySubject) -> Iterator[GalleryFigure]:
+    """Yield the figures of the gallery."""
     for make in (classes, contrast, patches, samples, alphas, resolutions):
         made = make(subject)
         if made is not None:
             yield made
 
 
-def page(subject: Subject, made: list[tuple[Question, Path]], target: Path, command: str) -> str:
-    """The gallery as Markdown; pictures relative to it."""
+def page(subject: GallerySubject, made: list[tuple[GalleryFigure, Path]], target: Path, command: str) -> str:
+    """Return the gallery as Markdown, with links relative to `target`."""
     about = (
         f"One image and the model `{subject.explainer.model_name}`; S = {subject.n_samples} and "
         f"α = {subject.explainer.sampling.noise_alpha} where nothing else is said. Above: the map over the image; "
@@ -266,7 +286,7 @@ def page(subject: Subject, made: list[tuple[Question, Path]], target: Path, comm
 
 
 def main() -> None:
-    """Explain, draw, write."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("image", nargs="?", type=Path, help="a photograph; the embedded scene")
     parser.add_argument("--model", default="demo")
@@ -284,7 +304,9 @@ def main() -> None:
         image = demo_scene().image
     else:
         image = read_image(given.image)
-    subject = Subject(dave_fast.DAVE(given.model, precision=given.precision), image, given.n_samples, given.converged)
+    subject = GallerySubject(
+        dave_fast.DAVE(given.model, precision=given.precision), image, given.n_samples, given.converged
+    )
     made = []
     for question in questions(subject):
         path = given.out / f"gallery_{question.name}.png"

@@ -1,15 +1,15 @@
-"""What one micro-batch launches: every Triton kernel of both walks, as compiled for a GPU, and how it fills the chip.
+"""List the launches of one micro-batch: every Triton kernel of both walks, as compiled for a GPU, and its occupancy.
 
     python scripts/launch_count.py                              ViT-B/16 at 224 px, 28 rows, bf16, for sm_90
     python scripts/launch_count.py MODEL --size 448 --rows 14 --precision fp8
 
-No GPU is needed: kernels go through Triton's JIT and ptxas, and what would be launched is counted. Columns:
+No GPU is needed: kernels are compiled by Triton's JIT and ptxas, and their launches are counted. Columns:
 
-    registers, spills    of a thread; bytes stored and loaded again
-    resident             programs that a multiprocessor holds at once, by registers, shared memory and warps
+    registers, spills    of a thread; bytes of spill stores and loads
+    resident             programs that a multiprocessor runs at once, by registers, shared memory and warps
     waves, fill          programs / (resident · 132 multiprocessors), and the share of whole waves that is used
-    MB                   of all tensors given to the launches, read or written once: a floor of the traffic
-    notes                what ptxas warned of; C7515: its wgmma wait for each other
+    MB                   of all tensors given to the launches, read or written once: the least traffic
+    notes                warnings of ptxas; C7515: wgmma are serialised
 
 PyTorch's own ops of a micro-batch (the tail, its derivative, what the walks add to it) are counted by name below.
 """
@@ -36,12 +36,12 @@ HEADING = (
     "launches", "kernel", "sizes", "grid", "warps", "registers", "spills", "shared", "resident", "waves", "fill", "MB",
     "notes",
 )  # fmt: skip
-# the optional operands that tell one form of `linear` from another
+# the optional operands in which forms of `linear` differ
 OPERANDS = ("row_scale", "row_sums", "column_scale", "bias", "gate", "residual", "codes", "squares")
 
 
 class PyTorchOps(TorchDispatchMode):
-    """How often PyTorch's own ops ran, by name, without views and allocations."""
+    """A mode that counts PyTorch's own ops by name, without views and allocations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class PyTorchOps(TorchDispatchMode):
 
 
 def form(kernel: Kernel) -> str:
-    """A readable name: the kernel's, and which of its options are compiled in."""
+    """Return the kernel's name with its compiled options."""
     constants, types = dict(kernel.constants), dict(kernel.types)
     options = [name for name in OPERANDS if name in types]
     activation = constants.get("ACTIVATION")
@@ -63,7 +63,7 @@ def form(kernel: Kernel) -> str:
 
 
 def line(launch: Launch, count: int) -> str:
-    """A row of the table, for `count` equal launches."""
+    """Return a row of the table, for `count` equal launches."""
     kernel, ptxas = launch.kernel, launch.kernel.resources
     sizes = " ".join(f"{name}={n}" for name, n in launch.sizes)
     cells = (
@@ -75,7 +75,7 @@ def line(launch: Launch, count: int) -> str:
 
 
 def table(launches: list[Launch]) -> str:
-    """Markdown: equal launches are one row, in the order of their first."""
+    """Return a Markdown table with a row for equal launches, in the order of the first of them."""
     counted = Counter(launches)
     total = f"{len(launches)} launches, {sum(launch.bytes for launch in launches) / 1e6:.0f} MB"
     rows = [line(launch, count) for launch, count in counted.items()]

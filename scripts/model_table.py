@@ -1,14 +1,14 @@
-"""The table of docs/models.md: which of timm's ViT-like architectures are explained, and by which route.
+"""Write the table of docs/models.md: which of timm's ViT-like architectures are explained, and by which route.
 
     python scripts/model_table.py                  prove everything again (minutes) and write docs/models.json and .md
-    python scripts/model_table.py --routes         ask only which of them the engine has a plan for now
-    python scripts/model_table.py --only swin_transformer beit     prove again what comes from these modules of timm
+    python scripts/model_table.py --routes         update only which of them the engine has a plan for
+    python scripts/model_table.py --only swin_transformer beit     prove again the architectures of these timm modules
 
-The list. An architecture of timm's registry is ViT-like when one of its modules is named after attention (ATTENTION
-below), channel gates of convolutional networks left out. Architectures whose modules agree in everything but sizes
-(`structure`) share one proof, given on the smallest of them: built by timm's own entry point with its depth cut as far
-as no kind of module is lost, random weights that are nowhere trivial (tests/variants.py), and an image as small as
-the model takes. Explained means that the affine replay passes in float64 (dave_fast/frozen/proof.py).
+An architecture of timm's registry is ViT-like if one of its modules is named after attention (ATTENTION below), channel
+gates of convolutional networks left out. Architectures whose modules differ in sizes only (`structure`) share one
+proof, on the smallest of them: built by timm's own entry point with the smallest depth that has every kind of module,
+random weights without trivial values (tests/variants.py), and the smallest image that the model takes. Explained means
+that the affine replay passes in float64 (dave_fast/frozen/proof.py).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from tests.variants import randomise  # noqa: E402
 
 JSON, PAGE = ROOT / "docs" / "models.json", ROOT / "docs" / "models.md"
 ATTENTION = re.compile("Attention|Attn|MHSA|MLA|LambdaLayer|HSMSSD")
-# gates on the channels of convolutional networks (ResNeSt, SKNet): no positions are mixed
+# gates on the channels of convolutional networks (ResNeSt, SKNet), which do not mix positions
 CHANNEL_GATES = {"SplitAttn", "SelectiveKernelAttn"}
 BEGIN, END = "<!-- scripts/model_table.py -->", "<!-- end -->"
 FAILS = "it does not run"
@@ -54,18 +54,18 @@ Structure = frozenset[tuple[str, tuple[Any, ...]]]
 
 
 def family(name: str) -> str:
-    """The module of timm that an architecture comes from."""
+    """Return the timm module of an architecture."""
     return str(model_entrypoint(name).__module__).rpartition(".")[2]
 
 
 def vit_like(model: nn.Module) -> bool:
-    """The criterion of the list."""
+    """Return whether a model is ViT-like."""
     kinds = {type(m).__name__ for m in model.modules()} - CHANNEL_GATES
     return any(ATTENTION.search(kind) for kind in kinds)
 
 
 def structure(model: nn.Module) -> Structure:
-    """What a model is made of, whatever its sizes: each kind of module with its switches, functions and parts."""
+    """Return the structure of a model without its sizes: each kind of module with its flags, functions and parts."""
 
     def switches(module: nn.Module) -> Iterator[tuple[str, object]]:
         for name, value in sorted(vars(module).items()):
@@ -83,14 +83,14 @@ def structure(model: nn.Module) -> Structure:
 
 
 def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
-    """A model without the memory of its weights."""
+    """Build a model on the meta device, without memory for its weights."""
     with torch.device("meta"):
         return make()
 
 
 @contextmanager
 def cut(name: str, depth: int) -> Iterator[None]:
-    """Within it timm builds the architectures of this family with at most `depth` blocks a stage."""
+    """Let timm build the architectures of this family with at most `depth` blocks in a stage, within this context."""
     module: Any = importlib.import_module(model_entrypoint(name).__module__)
     build = module.build_model_with_cfg
 
@@ -120,14 +120,20 @@ def _cut_config(value: Any, shorter: Callable[[Any], Any]) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Small:
-    """How an architecture is built for its proof: depth of its stages, side of the image, None as registered."""
+    """The form of an architecture for its proof.
+
+    Attributes:
+        name: of the architecture.
+        depth: of its stages; None for the registered one.
+        side: of the image in pixels; None for the registered one.
+    """
 
     name: str
     depth: int | None
     side: int | None
 
     def build(self) -> nn.Module:
-        """The model, with timm's initial weights."""
+        """Build the model with timm's initial weights."""
         settings: dict[str, Any] = {"num_classes": 7}
         if self.side is not None:
             settings["img_size"] = self.side
@@ -139,7 +145,7 @@ class Small:
                 return timm.create_model(self.name, **settings).eval()
 
     def image(self, model: nn.Module) -> torch.Tensor:
-        """One image of normal deviates, of the size that the model is built for."""
+        """Draw an image of normal numbers, of the model's size."""
         channels, height, width = model.pretrained_cfg["input_size"]
         if self.side is not None:
             height = width = self.side
@@ -148,7 +154,7 @@ class Small:
 
 
 def smallest(name: str) -> Small:
-    """The smallest form in which an architecture keeps its structure and takes an image."""
+    """Return the smallest form of an architecture that has its structure and takes an image."""
     whole = structure(on_meta(Small(name, None, None).build))
 
     def keeps(small: Small, *, run: bool) -> bool:
@@ -158,7 +164,7 @@ def smallest(name: str) -> Small:
                 model(small.image(model).to("meta"))
                 if any(side % patch for side, patch in zip(small.image(model).shape[-2:], _patch(model), strict=True)):
                     return False
-        # Families refuse a setting in many ways; what fails as registered is not hidden but a row of the table.
+        # families raise many types of errors for a setting; one that fails as registered becomes a row of the table
         except Exception:
             return False
         return structure(model) == whole
@@ -170,17 +176,17 @@ def smallest(name: str) -> Small:
 
 
 def _patch(model: nn.Module) -> tuple[int, int]:
-    """The patch's sides, in pixels; 1 where a model has no patch embedding by that name."""
+    """Return the sides of a patch in pixels; 1 for a model without a patch embedding of that name."""
     size = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
     return (size, size) if isinstance(size, int) else tuple(size)[:2]
 
 
 def prove(small: Small) -> dict[str, Any]:
-    """The proof of one structure, as a row of the table."""
+    """Prove one structure, and return a row of the table."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = small.build()
-        # matrices of gain one: in deep convolutional stacks a larger gain takes float64's last digits
+        # matrices of gain one, because a larger gain costs float64 digits in deep convolutional stacks
         randomise(model, gain=1.0)
     row: dict[str, Any] = {"route": "frozen" if why_not(model) else "engine", "error": None, "reason": None}
     try:
@@ -193,13 +199,13 @@ def prove(small: Small) -> dict[str, Any]:
     except DaveFastError as error:
         row |= {"route": "refused", "reason": f"{type(error).__name__}: {error}"}
     except Exception as error:
-        # timm's own constructor or forward: a row too, so that one architecture does not hide the others
+        # errors of timm's own constructor or forward become a row, so that the others are still proved
         row |= {"route": "refused", "reason": f"{FAILS}: {type(error).__name__}: {error}"}
     return row
 
 
 def inventory(families: Collection[str] = ()) -> dict[Structure, list[str]]:
-    """Every ViT-like architecture, of these families or of all, by structure; the one with the fewest weights first."""
+    """Group the ViT-like architectures, of these families or of all, by structure, those with fewest weights first."""
     groups: dict[Structure, list[tuple[int, str]]] = defaultdict(list)
     for name in timm.list_models():
         if families and family(name) not in families:
@@ -213,7 +219,7 @@ def inventory(families: Collection[str] = ()) -> dict[Structure, list[str]]:
 
 
 def prove_all(families: Collection[str] = ()) -> Iterator[dict[str, Any]]:
-    """The rows of the table, in the order of timm's modules and names."""
+    """Yield the rows of the table, in the order of timm's modules and names."""
     groups = sorted(inventory(families).values(), key=lambda names: (family(names[0]), names[0]))
     for number, names in enumerate(groups, 1):
         started = time.perf_counter()
@@ -224,11 +230,11 @@ def prove_all(families: Collection[str] = ()) -> Iterator[dict[str, Any]]:
 
 
 def proved(names: list[str]) -> dict[str, Any]:
-    """The row of architectures of one structure, proved on the first, the smallest."""
+    """Return the row of architectures of one structure, proved on the first, the smallest."""
     small = smallest(names[0])
     found = prove(small)
     if found["reason"] and found["reason"].startswith(FAILS) and small.side:
-        # without its weights a model does not see that an index leaves its table
+        # on the meta device an index out of range raises no error
         small = dataclasses.replace(small, side=None)
         found = prove(small)
     gc.collect()
@@ -236,24 +242,24 @@ def proved(names: list[str]) -> dict[str, Any]:
 
 
 def small_of(row: dict[str, Any]) -> Small:
-    """What a row was proved on."""
+    """Return the form that a row was proved on."""
     return Small(row["name"], row["depth"], row["side"])
 
 
 def route_now(row: dict[str, Any]) -> str:
-    """The route of a row's model, without its proof: what the engine has a plan for."""
+    """Return the route of a row's model by whether the engine has a plan, without a new proof."""
     if row["route"] in ("refused", "open"):
         return str(row["route"])
     return "frozen" if why_not(on_meta(small_of(row).build)) else "engine"
 
 
 def read() -> dict[str, Any]:
-    """The committed data."""
+    """Read the committed data."""
     return json.loads(JSON.read_text()) if JSON.exists() else {"rows": []}
 
 
 def write(rows: list[dict[str, Any]]) -> None:
-    """The data, and the table in the page."""
+    """Write the data, and the table in the page."""
     rows = sorted(rows, key=lambda row: (row["family"], row["name"]))
     lines = ",\n".join(json.dumps(row) for row in rows)
     JSON.write_text(f'{{"timm": "{timm.__version__}", "rows": [\n{lines}\n]}}\n')
@@ -262,7 +268,7 @@ def write(rows: list[dict[str, Any]]) -> None:
 
 
 def table(rows: list[dict[str, Any]], version: str) -> str:
-    """The section of docs/models.md between its marks; version: of timm."""
+    """Return the section of docs/models.md between its marks, for a version of timm."""
     count: Counter[str] = Counter()
     for row in rows:
         count[row["route"]] += len(row["architectures"])
@@ -285,7 +291,7 @@ def table(rows: list[dict[str, Any]], version: str) -> str:
 
 
 def main() -> None:
-    """See above."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", nargs="+", default=[], help="modules of timm, such as swin_transformer")
     parser.add_argument("--routes", action="store_true", help="keep the proofs, ask again for plans")

@@ -1,10 +1,10 @@
-"""docs/quality.md and its figures: the evaluation of the embedded scenes, with settings that were fixed beforehand.
+"""Evaluate the embedded scenes with settings fixed beforehand, and write docs/quality.md and its figures.
 
     python scripts/quality.py measure PART --out DIR        # see PARTS
     python scripts/quality.py write --out DIR
 
-The parts are of one evaluation: the same model, scenes, mosaics and seeds, each on a core or in an environment of its
-own. The settings of a part were committed before it was run.
+The parts belong to one evaluation with the same model, scenes, mosaics and seeds; each may run on a core or in an
+environment of its own. The settings of a part were committed before it was run.
 """
 
 import argparse
@@ -28,19 +28,19 @@ from dave_fast.images import preprocessing
 from dave_fast.models.demo import load_demo_model
 from dave_fast.models.labels import labels_of
 
-# never drawn from before, by training, tuning or an earlier table
+# used neither in training or tuning nor for an earlier table
 SEED = 20261124
 SETUP = MethodSettings(n_samples=50, explainer={"precision": "fp32", "noise_alpha": 0.5})
 COUNTS = {"images": 200, "probes": 16, "randomised": 2, "pairs": 16, "mosaics": 12, "seeds": 3, "seed": SEED}
 PACKAGES = ("LeGrad", "AttnLRP")
 OTHERS = tuple(name for name in METHODS if name not in PACKAGES)
-# no work is shared between the classes of a mosaic: as long as everything else together
+# methods that share no work between the classes of a mosaic, and take as long as all others together
 PATHS = ("integrated gradients", "SmoothGrad")
 
 
 @dataclass(frozen=True)
 class Part:
-    """What is measured together."""
+    """One part of the evaluation: methods, groups of metrics, and kinds of mosaics."""
 
     methods: tuple[str, ...]
     groups: tuple[str, ...]
@@ -48,7 +48,7 @@ class Part:
 
     @property
     def settings(self) -> EvaluationSettings:
-        """Mosaics are drawn from scenes of their own, and need no other image."""
+        """The settings of the part; mosaics have their own scenes, so a part of mosaics explains one other image."""
         counts = COUNTS if self.groups != ("grids",) else COUNTS | {"images": 1}
         return EvaluationSettings(**counts, grids=self.grids, groups=self.groups)
 
@@ -63,7 +63,7 @@ PARTS = {
 
 
 def measure(name: str, out: Path) -> None:
-    """Run one part and keep what it found."""
+    """Run one part and store its results."""
     part = PARTS[name]
     model = load_demo_model().requires_grad_(False)
     source = DemoScenes(part.settings.images, SEED)
@@ -99,7 +99,7 @@ Again: `python scripts/quality.py measure PART --out DIR` for each part, then `w
 
 
 def merged(out: Path) -> Results:
-    """All parts as one."""
+    """Merge the results of all parts."""
     whole: Results = pickle.loads((out / "images.pickle").read_bytes())
     for name in PARTS:
         if name != "images":
@@ -110,7 +110,7 @@ def merged(out: Path) -> Results:
 
 
 def _join(whole: Results, other: Results) -> None:
-    """Add what another part found, of the same images."""
+    """Add the results of another part, of the same images."""
     for name, variants in other.scores.items():
         for variant, scores in variants.items():
             row = whole.scores.setdefault(name, {}).setdefault(variant, {})
@@ -130,7 +130,7 @@ def _join(whole: Results, other: Results) -> None:
 
 
 def write_docs(out: Path) -> None:
-    """The page, its picture and its numbers, where the project keeps them."""
+    """Write the page, its picture and its numbers into the repository."""
     root = Path(__file__).parents[1]
     model = load_demo_model()
     prepare = preprocessing(model)
@@ -152,6 +152,7 @@ def write_docs(out: Path) -> None:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=("measure", "write"))
     parser.add_argument("part", nargs="?", choices=tuple(PARTS))

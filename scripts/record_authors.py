@@ -2,12 +2,12 @@
 
     python -m scripts.record_authors --authors PATH [--out tests/explain/data/authors_pipeline.npz]
 
-PATH is a checkout of github.com/a-vrobell/DAVE; its needs (kornia, PyYAML) must be installed. Their code has no
-licence, so nothing of it is kept here: it runs beside us, and only its numbers are written.
+PATH is a checkout of github.com/a-vrobell/DAVE; kornia and PyYAML must be installed. Their code has no licence, so this
+repository contains none of it, only its numbers.
 
-They draw from the global generator. What they drew is recorded as plain numbers, so that it can be fed to our
-pipeline: the warp as the matrix it *effectively* was, measured by warping coordinates (kornia has changed how it
-normalises them), and the noise. Noise is rounded to sixteenths before they use it: exact in eight bits, and no
+Their code draws from the global generator. The draws are recorded as numbers, so that dave-fast can use the same: the
+warp as its effective matrix, measured by warping coordinates, because versions of kornia normalise them differently;
+and the noise. Noise is rounded to sixteenths before their code uses it, which eight bits represent exactly; no
 definition under test depends on its distribution.
 """
 
@@ -36,7 +36,7 @@ NOISE_STEPS = 16
 
 
 def weights_digest(model: torch.nn.Module) -> str:
-    """SHA-256 of the weights, so that a recording is known to be of this model."""
+    """Return the SHA-256 of the weights, by which a recording is assigned to a model."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.detach().float().numpy().tobytes())
@@ -44,7 +44,12 @@ def weights_digest(model: torch.nn.Module) -> str:
 
 
 class Recorder:
-    """What one run of their explainer drew: kornia's parameters, warped images, noise, noise levels t."""
+    """A recorder of the draws of their explainer: kornia's parameters, warped images, noise, noise levels t.
+
+    Args:
+        explainer: theirs.
+        replay: a recording whose draws to use again, or None.
+    """
 
     def __init__(self, explainer: Any, replay: Recorder | None = None) -> None:
         self.explainer, self.replay = explainer, replay
@@ -54,7 +59,7 @@ class Recorder:
         self.t: Tensor = torch.empty(0)
 
     def run(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Raw (1, C, H, W) and map (1, 1, H, W) of one run, with everything drawn kept or replayed."""
+        """Run the explainer; record or replay all draws; return raw (1, C, H, W) and map (1, 1, H, W)."""
         explainer = self.explainer
         schedule, geometric = explainer.get_noise_schedule, explainer.aug.geometric
         warp = geometric.forward
@@ -77,7 +82,7 @@ class Recorder:
 
         torch.manual_seed(GENERATOR_SEED)
         with (
-            # they reseed from the clock at every step, which no run could be repeated with
+            # their code seeds from the clock at every step, which would make a run unrepeatable
             patch("torch.seed"),
             patch("torch.randn_like", recorded_noise),
             patch.object(explainer, "get_noise_schedule", recorded_schedule),
@@ -88,10 +93,10 @@ class Recorder:
 
 
 def measure_matrix(geometric: Any, parameters: Any, height: int, width: int) -> Tensor:
-    """The destination → source pixel matrix (2, 3), float64, that a recorded augmentation applied.
+    """Measure the destination → source pixel matrix (2, 3), float64, of a recorded augmentation.
 
-    Bilinear sampling reproduces linear functions exactly, so warped coordinates are the matrix's own values
-    wherever no sample fell outside the image, which the third channel, of ones, tells.
+    Bilinear sampling reproduces linear functions exactly, so warped coordinates are the matrix's own values wherever no
+    sample is outside of the image, that is, where the third channel, of ones, is still 1.
     """
     y, x = torch.meshgrid(torch.arange(height).double(), torch.arange(width).double(), indexing="ij")
     source_x, source_y, inside = geometric(torch.stack([x, y, torch.ones_like(x)])[None], params=parameters)[0]
@@ -106,7 +111,7 @@ def measure_matrix(geometric: Any, parameters: Any, height: int, width: int) -> 
 
 
 def sample_bilinear(image: Tensor, matrix: Tensor) -> Tensor:
-    """image (C, H, W) seen through a destination → source pixel matrix (2, 3), zeros outside; float64."""
+    """Warp image (C, H, W) by a destination → source pixel matrix (2, 3), zeros outside; in float64."""
     _, height, width = image.shape
     y, x = torch.meshgrid(torch.arange(height).double(), torch.arange(width).double(), indexing="ij")
     u, v = torch.einsum("ij,jhw->ihw", matrix, torch.stack([x, y, torch.ones_like(x)]))
@@ -122,10 +127,10 @@ def sample_bilinear(image: Tensor, matrix: Tensor) -> Tensor:
 
 
 def record(authors: Path) -> dict[str, np.ndarray]:
-    """Their numbers for the demo scene: once in float32, as their users get them, once replayed in float64."""
+    """Record their results for the demo scene, once in float32 and once replayed in float64."""
     scene = draw_scenes(1, SCENE_SEED, start=SCENE_INDEX, split="test")
     model = load_demo_model()
-    # before their code: it registers buffers of its own on the model
+    # before their code runs, which registers buffers of its own on the model
     digest = weights_digest(model)
     image = preprocessing(model)(Image.fromarray(scene.images[0]))[0][None]
     target = torch.from_numpy(scene.labels)
@@ -159,6 +164,7 @@ def record(authors: Path) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--authors", type=Path, required=True, help="a checkout of their repository")
     parser.add_argument("--out", type=Path, default=Path("tests/explain/data/authors_pipeline.npz"))

@@ -1,14 +1,14 @@
-"""Train the embedded model on freshly drawn scenes, report its held-out accuracy and save its weights.
+"""Train the embedded model on newly drawn scenes, report its held-out accuracy and save its weights.
 
     export OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1
     python scripts/train_demo.py --out stage1.safetensors
 
-The card (dave_fast/models/demo/CARD.md) lists the stages that follow. Without the first line NumPy and PyTorch each
-start a thread a core in every process, which then wait for one another.
+The card (dave_fast/models/demo/CARD.md) lists the later stages. Without the first line NumPy and PyTorch start a thread
+for each core in every process, and the threads compete.
 
-Two things make a small ViT learn this quickly. Background and input noise fade in from nothing: from full
-clutter at once it learns next to nothing in the first epochs. And each patch has to tell which digit it is part
-of, through a second head that is dropped afterwards. One process a core, each with its share of every batch.
+Two measures make a small ViT learn this quickly. Clutter and input noise fade in from zero: with full clutter from the
+start it learns almost nothing in the first epochs. And a second head, removed afterwards, classifies for each patch the
+digit that it shows. There is one process for each core, with its share of every batch.
 """
 
 import argparse
@@ -37,9 +37,9 @@ from dave_fast.models.demo.scenes import draw_scenes, write_digits
 PATCH_SIZE = 16
 PATCHES = IMAGE_SIZE // PATCH_SIZE
 BACKGROUND = len(CLASS_NAMES)
-# A patch belongs to a digit that covers more than this share of it.
+# share of a patch that a digit must cover for the patch to have its class
 PATCH_SHARE = 0.06
-# Most patches are background; at full weight they would drown the digits.
+# weight of background in the patches' loss, small because most patches are background
 BACKGROUND_WEIGHT = 0.1
 BACKGROUNDS = 6_000
 TWO_DIGIT_SHARE = 0.25
@@ -49,11 +49,18 @@ HELD_OUT_SEED = 1_000_003
 
 
 class SceneBatches(Dataset):
-    """Batch b of one process: images uint8 (batch, H, W, 3), label distributions float32 (batch, 10), and the
-    class of each patch, int64 (batch, patches), 10 for background.
+    """The batches of one process.
 
-    Digits are written afresh for every batch; backgrounds, which cost the most, come from a pool and are
-    turned and mirrored before a digit is written on them.
+    A batch is images uint8 (batch, H, W, 3), label distributions float32 (batch, 10), and the class of each patch,
+    int64 (batch, patches), 10 for background. Digits are newly written for every batch; backgrounds, which take most of
+    the time, come from a pool, and are rotated and mirrored.
+
+    Args:
+        pool: backgrounds, uint8 (n, H, W, 3).
+        steps: number of batches.
+        fade: share of the steps in which clutter fades in.
+        batch: images in a batch.
+        seed: of the run and of the process.
     """
 
     def __init__(self, pool: np.ndarray, steps: int, fade: float, batch: int, seed: tuple[int, int]) -> None:
@@ -74,7 +81,7 @@ class SceneBatches(Dataset):
             scene = np.ascontiguousarray(background.transpose(2, 0, 1)) * clutter
             written = write_digits(rng, scene, 1 + int(rng.uniform() < TWO_DIGIT_SHARE), "train")
             for label, mask in written:
-                # Both digits of a scene get evidence: a softmax cannot ask for more than an even share.
+                # with two digits each has half of the probability
                 targets[i, label] = 1 / len(written)
                 covered = mask.reshape(PATCHES, PATCH_SIZE, PATCHES, PATCH_SIZE).mean(axis=(1, 3))
                 patches[i][covered > PATCH_SHARE] = label
@@ -83,7 +90,7 @@ class SceneBatches(Dataset):
 
 
 class TwoHeads(torch.nn.Module):
-    """The model, and the head that names the class of each patch while training."""
+    """The model with a head that classifies each patch, for training."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
@@ -91,29 +98,29 @@ class TwoHeads(torch.nn.Module):
         self.patch_head = torch.nn.Linear(model.embed_dim, BACKGROUND + 1)
 
     def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs (B, 3, H, W) to logits (B, 10) and patch logits (B, patches, 11)."""
+        """Return logits (B, 10) and patch logits (B, patches, 11) of inputs (B, 3, H, W)."""
         tokens = self.model.forward_features(inputs)
         return self.model.forward_head(tokens), self.patch_head(tokens[:, 1:])
 
 
 def fade_in(step: int, fading: float) -> float:
-    """Strength of clutter and noise at a step: 0 to 1 over this many first steps, 1 throughout for none."""
+    """Return the strength of clutter and noise at a step: from 0 to 1 over the first `fading` steps, then 1."""
     return min(1.0, step / fading) if fading else 1.0
 
 
 def draw_backgrounds(seed: int, start: int, n: int) -> np.ndarray:
-    """Backgrounds start .. start + n of the pool: uint8 (n, H, W, 3)."""
+    """Draw backgrounds start .. start + n of the pool, uint8 (n, H, W, 3)."""
     rngs = [np.random.default_rng((seed, i)) for i in range(start, start + n)]
     return np.stack([to_uint8(draw_clutter(rng, IMAGE_SIZE)) for rng in rngs])
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
-    """Pixels uint8 (B, H, W, 3) to inputs float32 (B, 3, H, W) in [-1, 1]."""
+    """Convert pixels uint8 (B, H, W, 3) to inputs float32 (B, 3, H, W) in [-1, 1]."""
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def add_noise(inputs: torch.Tensor, strength: float) -> torch.Tensor:
-    """A share of the inputs noised as DAVE does: (1−t)·x + √(1−(1−t)²)·ε, t up to NOISE_MAX·strength."""
+    """Add noise to a share of the inputs as DAVE does: (1−t)·x + √(1−(1−t)²)·ε, t up to NOISE_MAX·strength."""
     n = int(NOISE_SHARE * len(inputs))
     kept = 1 - NOISE_MAX * strength * torch.rand(n, 1, 1, 1)
     noisy = kept * inputs[:n] + (1 - kept**2).sqrt() * torch.randn_like(inputs[:n])
@@ -121,14 +128,14 @@ def add_noise(inputs: torch.Tensor, strength: float) -> torch.Tensor:
 
 
 def learning_rate(step: int, steps: int, warmup: int) -> float:
-    """Share of the peak rate: a linear warm-up, then a cosine to zero."""
+    """Return the share of the peak rate at a step: a linear warm-up, then a cosine to zero."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 def predict(model: torch.nn.Module, images: np.ndarray) -> np.ndarray:
-    """Logits float32 (n, 10) for pixels uint8 (n, H, W, 3), in full precision."""
+    """Return logits float32 (n, 10) of pixels uint8 (n, H, W, 3), in full precision."""
     model.eval()
     with torch.no_grad():
         logits = [model(normalise(chunk)) for chunk in torch.from_numpy(images).split(128)]
@@ -142,7 +149,7 @@ def save_half(model: torch.nn.Module, path: Path) -> None:
 
 
 def draw_pool(seed: int, processes: int, per_task: int = 100) -> np.ndarray:
-    """The BACKGROUNDS that digits are written on: uint8 (BACKGROUNDS, H, W, 3)."""
+    """Draw the pool of backgrounds, uint8 (BACKGROUNDS, H, W, 3)."""
     with ProcessPoolExecutor(processes) as workers:
         starts = range(0, BACKGROUNDS, per_task)
         return np.concatenate(list(workers.map(draw_backgrounds, repeat(seed), starts, repeat(per_task))))
@@ -151,7 +158,7 @@ def draw_pool(seed: int, processes: int, per_task: int = 100) -> np.ndarray:
 def make_optimiser(
     model: torch.nn.Module, args: argparse.Namespace, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW that decays matrices only, and its schedule."""
+    """Return AdamW with weight decay of matrices only, and its schedule."""
     decayed = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim != 2]
     groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -170,7 +177,7 @@ def train(rank: int, pool: np.ndarray, args: argparse.Namespace) -> None:
     if args.init:
         heads.model.load_state_dict(load_file(args.init))
     shared = DistributedDataParallel(heads)
-    # Same initial weights everywhere, other noise in each process.
+    # equal initial weights in all processes, and different noise
     torch.manual_seed(args.seed + 1 + rank)
     per_epoch = args.scenes // args.batch
     steps = args.epochs * per_epoch
@@ -202,7 +209,7 @@ def train(rank: int, pool: np.ndarray, args: argparse.Namespace) -> None:
 
 
 def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The interval of a share of n trials at z standard deviations; 1.96 gives 95 %."""
+    """Return Wilson's interval of a share of n trials at z standard deviations; 1.96 gives 95 %."""
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return centre - half, centre + half
@@ -225,6 +232,7 @@ def report(model: torch.nn.Module, n: int) -> None:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="safetensors file, rewritten after each epoch")
     parser.add_argument("--epochs", type=int, default=8, help="0: only report on the weights in --out")
@@ -238,16 +246,16 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--held-out", type=int, default=4_000, help="scenes in the final report")
     args = parser.parse_args()
-    # At 65 tokens on a CPU the fused attention's backward takes longer than the rest of the step.
+    # at 65 tokens on a CPU the backward of fused attention takes longer than the rest of the step
     set_fused_attn(False)
     if args.epochs:
         with TemporaryDirectory() as folder:
             args.rendezvous = Path(folder) / "rendezvous"
             pool = draw_pool(args.seed, args.processes)
-            # Forked, so that the processes share one pool.
+            # forked, so that the processes share one pool
             multiprocessing.start_processes(train, (pool, args), nprocs=args.processes, start_method="fork")
     model = build_model()
-    # What ships is the half-precision file, so that is what gets measured.
+    # report on the half-precision weights, which the package contains
     model.load_state_dict(load_file(args.out))
     report(model, args.held_out)
 

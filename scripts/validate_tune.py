@@ -1,10 +1,10 @@
-"""Does `dave-fast tune` come near the best noise_alpha? Tuned on eight scenes, compared by EnergyPG on others.
+"""Validate `dave-fast tune`: choose noise_alpha on eight scenes, and compare it with the best by EnergyPG on others.
 
     python scripts/validate_tune.py demo noised large
 
-demo: the embedded model. noised: the same with normal noise of half their standard deviation on all its matrices.
-large: at 192 px, its position embedding resampled. The rule was fixed on scenes of other seeds (101, 103, 104), before
-the first run of this. Writes benchmarks/results/tune.json, one entry a model; an entry that is there is kept.
+demo is the embedded model; noised adds normal noise of half their standard deviation to all its matrices; large has
+192 px and a resampled position embedding. The rule was fixed on scenes of other seeds (101, 103, 104) before the first
+run of this script. It writes benchmarks/results/tune.json, with an entry for each model; existing entries are kept.
 """
 
 import json
@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "tune.json"
 
 
 def model_of(kind: str) -> torch.nn.Module:
-    """One of the three models."""
+    """Return one of the three models."""
     model = load_demo_model().requires_grad_(False)
     if kind == "large":
         model.set_input_size(img_size=(192, 192))
@@ -38,14 +38,14 @@ def model_of(kind: str) -> torch.nn.Module:
 
 
 def scenes_of(n: int, seed: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images (n, 3, H, W), normalised, and masks."""
+    """Return images (n, 3, H, W), normalised, and masks."""
     scenes = draw_scenes(n, seed, split="test", size=size)
     images = torch.from_numpy(scenes.images).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
     return images, torch.from_numpy(scenes.masks)
 
 
 def validate(kind: str) -> dict:
-    """Tune, sweep, compare."""
+    """Tune a model, measure all α, and compare."""
     model = model_of(kind)
     size = model.patch_embed.img_size[0]
     found = tune(DAVE(model, precision="fp32", noise_alpha=0.5), scenes_of(8, TUNED_ON, size)[0])
@@ -76,16 +76,17 @@ def validate(kind: str) -> dict:
 
 
 def known() -> dict:
-    """What was measured before."""
+    """Read the existing entries."""
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
 def main() -> None:
+    """Validate the models of the command line."""
     for kind in sys.argv[1:]:
         if kind in known():
             continue
         found = validate(kind)
-        # read again: another process may have measured another model meanwhile
+        # read again, because another process may have added an entry meanwhile
         RESULTS.write_text(json.dumps(known() | {kind: found}, indent=1) + "\n")
 
 

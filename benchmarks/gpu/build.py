@@ -43,7 +43,7 @@ print("%d%d" % torch.cuda.get_device_capability() if torch.cuda.is_available() e
 
 
 def sources() -> str:
-    """Return the SHA-256 of everything that the modules are compiled from."""
+    """Return the SHA-256 of the modules' sources."""
     paths = [ROOT / "CMakeLists.txt", *sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
     digest = hashlib.sha256()
     for path in paths:
@@ -79,11 +79,12 @@ def why_not_for(architectures: str, device: str) -> str | None:
     numbers = re.findall(r"\d+", architectures)
     if not device or device in numbers:
         return None
-    return f"made for {' and '.join(f'sm_{number}' for number in numbers) or 'nobody knows what'}, not for sm_{device}"
+    made_for = " and ".join(f"sm_{number}" for number in numbers) or "an unknown architecture"
+    return f"made for {made_for}, not for sm_{device}"
 
 
 def smoke(work: Path) -> list[list[str]]:
-    """Return the commands that leave the program for compute-sanitizer at `work`/cuda_smoke."""
+    """Return the commands that put the program for compute-sanitizer at `work`/cuda_smoke."""
     if why_not_prebuilt() is None and (PREBUILT / SMOKE).exists():
         return [["cp", str(PREBUILT / SMOKE), str(work / SMOKE)]]
     return compile_smoke(work)
@@ -105,7 +106,7 @@ def compile_smoke(work: Path) -> list[list[str]]:
 
 
 def adopt(source: Path, target: Path) -> None:
-    """Copy what a cache of Triton's lacks, the launchable part of it: it names its files by their absolute paths."""
+    """Copy missing kernels into a cache of Triton's, only files for launches, with the paths of the new folder."""
 
     def copy(new: str, old: str) -> None:
         if not Path(old).exists():
@@ -120,25 +121,25 @@ def adopt(source: Path, target: Path) -> None:
 
 
 def adopt_caches(cache: Path) -> None:
-    """Copy what travelled along in prebuilt/cache and is not in the cache of this machine."""
+    """Copy the files of prebuilt/cache that are not in the cache of this machine."""
     for name in (CHOICES, TRITON):
         if (PREBUILT / "cache" / name).is_dir():
             adopt(PREBUILT / "cache" / name, cache / name)
 
 
 def choices_of(cache: Path) -> list[Path]:
-    """Return the files of what tuning chose."""
+    """Return the files of the choices of tuning."""
     return sorted((cache / CHOICES).glob("choices-*.json"))
 
 
 def keep_choices(cache: Path, out: Path) -> None:
-    """Copy what tuning chose into the results."""
+    """Copy the choices of tuning into the results."""
     for path in choices_of(cache):
         shutil.copy2(path, out)
 
 
 def keep_caches(cache: Path, archive: Path) -> str:
-    """Pack the caches, to be unpacked into prebuilt/cache for the next machine; return what became of it.
+    """Pack the caches, to be unpacked into prebuilt/cache on the next machine; return a note for the table.
 
     What tuning chose comes first. Of the kernels the largest are left out, as many as the archive has no room for.
     """
@@ -170,26 +171,26 @@ def _bytes(folder: Path) -> int:
 
 
 def install() -> int:
-    """Install the tree, editable; return the exit code of pip."""
+    """Install the tree in editable mode; return the exit code of pip."""
     reason = why_not_prebuilt()
     print("building:" if reason else f"taking the modules of {PREBUILT}", reason or "", flush=True)
     if reason is None:
         for module in PREBUILT.glob("_*.so"):
             shutil.copy2(module, ROOT / "dave_fast")
-    # whatever fails to compile, the rest is installed: the stage's rows then say what is missing
+    # a module that fails to compile does not stop the installation; the stage's rows report it
     environment = os.environ | {"DAVE_FAST_BUILD_EXT": "auto" if reason else "0", "PIP_BREAK_SYSTEM_PACKAGES": "1"}
     command = [sys.executable, "-m", "pip", "install", "-v", "--no-deps", "--no-build-isolation", "-e", str(ROOT)]
     return subprocess.run(command, env=environment, check=False).returncode
 
 
 def prebuild(more: list[str]) -> int:
-    """Compile into prebuilt/; return 0, or raise CalledProcessError. more: options of `benchmarks.gpu.precompile`."""
+    """Compile into prebuilt/ with options of `benchmarks.gpu.precompile` and return 0; may raise CalledProcessError."""
     work = ROOT / "build" / "prebuild"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     PREBUILT.mkdir(exist_ok=True)
     environment = {"CUDAARCHS": "90a-real"} | os.environ | {"DAVE_FAST_BUILD_EXT": "1"}
-    # setup.py knows how to build; the modules are left in a folder of their own
+    # built by setup.py into a separate folder
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(work / "lib"), "--build-temp", str(work)]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     for made in compile_smoke(work):

@@ -54,8 +54,8 @@ class Run:
         out: the folder of rows.jsonl, table.txt, logs.txt and junit.xml.
         work: a folder that is emptied beforehand.
         rehearsal: on the CPU.
-        ends: by `time.monotonic`.
-        before: rows that the file held at the start.
+        ends: when the run must end, by `time.monotonic`.
+        before: number of rows in the file at the start.
     """
 
     out: Path
@@ -140,7 +140,15 @@ def run(stage: Stage, commands: list[list[str]], log: Path, limit: float) -> tup
 def run_one(
     command: list[str], output: int, environment: dict[str, str], ends: float, tick: Callable[[int], None]
 ) -> str:
-    """Run one command in a process group of its own, which ends with it; return its state. tick: is told the group."""
+    """Run one command in a process group of its own, which ends with it, and return its state.
+
+    Args:
+        command: with its arguments.
+        output: file descriptor.
+        environment: of the command.
+        ends: when it is stopped, by `time.monotonic`.
+        tick: called with the process group while it runs.
+    """
     try:
         process = subprocess.Popen(
             command,
@@ -166,7 +174,7 @@ def run_one(
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Interrupt what still runs of the group, and kill what is left of it after GRACE seconds."""
+    """Interrupt the process group, and kill it after GRACE seconds."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
@@ -177,14 +185,17 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def end_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it ends, however that ends."""
+    """Have the kernel kill this process when its parent ends in any way."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def trim(log: Path, start: int, writers: int | None = None) -> None:
-    """Cut the middle out of what follows `start`, where it is more than LOG_BYTES.
+    """Remove the middle of the log after `start` if it is longer than LOG_BYTES.
 
-    writers: the process group of those who still write: it stands still meanwhile, or a line would be lost.
+    Args:
+        log: its path.
+        start: offset in bytes.
+        writers: process group that still writes, which is stopped meanwhile so that no line is lost.
     """
     if log.stat().st_size - start <= LOG_BYTES:
         return
@@ -199,7 +210,7 @@ def trim(log: Path, start: int, writers: int | None = None) -> None:
 
 
 def _cut(log: Path, start: int) -> None:
-    """Keep a quarter of LOG_BYTES from either end of what follows `start`."""
+    """Keep a quarter of LOG_BYTES at both ends of the log after `start`."""
     size = log.stat().st_size - start
     half = LOG_BYTES // 4
     with log.open("r+b") as file:
@@ -211,6 +222,6 @@ def _cut(log: Path, start: int) -> None:
 
 
 def probe() -> dict[str, str]:
-    """Return what this machine has, by its own PyTorch; why not, where PyTorch itself fails."""
+    """Return versions and the GPU of this machine by its PyTorch, or the error of PyTorch."""
     done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=False)
     return json.loads(done.stdout) if done.returncode == 0 else {"error": done.stderr.strip()[-300:]}
