@@ -122,14 +122,14 @@ def serve(way: str, threads: int, row_ms: float | None) -> None:
         sleep_in_place(models["demo"].explainers[0], row_ms)
     service = Service(models, limits)
     if way == "requests":
-        service.scheduler = RequestScheduler(service.scheduler.limits)
+        service.shared.scheduler = RequestScheduler(service.scheduler.limits)
 
         def wake() -> None:
             # the scheduler wakes on arrivals only, and a window may end without one
             while True:
                 time.sleep(WINDOW / 2)
-                with service._lock:
-                    service._lock.notify_all()
+                with service.shared.lock:
+                    service.shared.lock.notify_all()
 
         threading.Thread(target=wake, daemon=True).start()
     server = serving.make_server(create_app(service, limits), limits)

@@ -11,7 +11,8 @@ from dave_fast.errors import InputError, NonFiniteError, RefusedError
 from dave_fast.explain.convergence import checkpoints
 from dave_fast.serve.jobs import Ended, Failed, Predicted
 from dave_fast.serve.limits import Limits
-from dave_fast.serve.service import FAILURES, DeadlineError, Service
+from dave_fast.serve.service import DeadlineError, Service
+from dave_fast.serve.workers import FAILURES
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def test_several_engines_share_one_request(images):
         for image, ended in zip(images, ends, strict=True):
             assert torch.equal(ended.refined.maps, explainer.explain(image, n_samples=100).maps)
     # counted when a micro-batch has come back: after the last answer
-    rows = [service.metrics.rows.labels(engine)._value.get() for engine in service.workers]
+    rows = [service.metrics.rows.labels(worker.name)._value.get() for worker in service.workers]
     assert sum(rows) == 6 * 101 and all(count > 0 for count in rows)
 
 
@@ -183,7 +184,7 @@ def test_an_engine_that_keeps_failing_is_not_ready_until_it_works_again(service,
 
 
 def test_an_engine_that_failed_is_tried_again_where_nobody_asks(service, images, faulty, monkeypatch, caplog):
-    monkeypatch.setattr("dave_fast.serve.service.PROBE_SECONDS", 0.05)
+    monkeypatch.setattr("dave_fast.serve.workers.PROBE_SECONDS", 0.05)
     poison, _ = faulty
     poison[float(images[0].sum())] = "raise"
     wants = DirectClient(service)

@@ -1,0 +1,238 @@
+"""The workers of a service: threads with one device each, which compute micro-batches.
+
+After an error in a micro-batch its requests are tried again in two halves, and so on, until the request at fault is
+alone. NaN among a request's contributions fails that request only.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dave_fast.errors import InputError, NonFiniteError
+from dave_fast.sampling import join
+from dave_fast.serve.jobs import Job, Predicted
+from dave_fast.serve.prometheus import Metrics
+from dave_fast.serve.scheduler import MicroBatch, Part, Queued, Scheduler
+from dave_fast.serve.served import ServedModel
+
+log = logging.getLogger("dave_fast.serve")
+
+# Failed micro-batches in a row after which a worker is no longer ready.
+FAILURES = 5
+# Seconds after which a worker that is not ready is tried again if there are no requests.
+PROBE_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class BatchKey:
+    """The scheduler's bucket of a row: rows with equal keys may share a micro-batch.
+
+    Attributes:
+        model: name of the served model.
+        size: (H, W) of the model's input.
+        classes: number of classes that are explained; None for the unperturbed image, whose classes are predicted.
+    """
+
+    model: str
+    size: tuple[int, int]
+    classes: int | None
+
+
+@dataclass
+class SharedState:
+    """The state that the threads of a service share. All but `metrics` and `clock` is used under `lock`.
+
+    Attributes:
+        scheduler: the queue.
+        metrics: where measurements go.
+        clock: seconds, for deadlines and measurements.
+        jobs: the open jobs.
+        lock: notified when rows may have become available, and at the end.
+        stopping: whether the threads are to end.
+    """
+
+    scheduler: Scheduler
+    metrics: Metrics
+    clock: Callable[[], float]
+    jobs: dict[Queued, Job] = field(default_factory=dict)
+    lock: threading.Condition = field(default_factory=threading.Condition)
+    stopping: bool = False
+
+
+class Worker:
+    """A worker; `run` is the main function of its thread.
+
+    Args:
+        number: its number, by which it takes an explainer of each model.
+        models: the served models by name.
+        shared: the state shared with the service.
+        fail: called with a job and the error that it fails with.
+        due: called with a job and a number of samples of which a map is due.
+
+    Attributes:
+        name: NUMBER:DEVICE, the value of the metrics' label `engine`.
+        failures: failed micro-batches in a row.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        models: Mapping[str, ServedModel],
+        shared: SharedState,
+        fail: Callable[[Job, Exception], None],
+        due: Callable[[Job, int], None],
+    ) -> None:
+        self.models, self.shared, self._fail, self._due = models, shared, fail, due
+        self.explainers = {name: model.explainers[number] for name, model in models.items()}
+        self.device = next(iter(self.explainers.values())).device
+        self.name = f"{number}:{self.device}"
+        self.failures = 0
+        # Rows of a micro-batch, by model.
+        self._rows: dict[str, int] = {}
+
+    @property
+    def ready(self) -> bool:
+        """Whether it has not failed too often in a row."""
+        return self.failures < FAILURES
+
+    def warm(self) -> None:
+        """Explain an example with every model and measure how many rows fit a micro-batch.
+
+        Raises:
+            NonFiniteError: a map is not finite.
+            Exception: any error of the explanation.
+        """
+        self._check()
+        for name, model in self.models.items():
+            self._rows[name] = self.explainers[name].fitting_rows(model.example())
+
+    def run(self, on_cpu: int) -> None:
+        """Compute micro-batches until the service stops; `on_cpu` workers share the processor."""
+        if self.device.type == "cpu" and on_cpu > 1:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // on_cpu))
+        while not self.shared.stopping:
+            batch = self._next()
+            if batch is None:
+                self._probe()
+                continue
+            began = self.shared.clock()
+            try:
+                self._compute(batch.bucket, batch.parts)
+            finally:
+                self._account(batch, self.shared.clock() - began)
+
+    def _next(self) -> MicroBatch | None:
+        """Wait for a micro-batch; return None at the end, and after PROBE_SECONDS if the worker is not ready."""
+        shared = self.shared
+        with shared.lock:
+            while True:
+                now = shared.clock()
+                batch = shared.scheduler.take(self._capacity, now)
+                if batch is not None:
+                    for part in batch.parts:
+                        job = shared.jobs.get(part.request)
+                        if job is not None and job.started is None:
+                            job.started = now
+                            shared.metrics.queue_wait.observe(now - job.admitted)
+                    return batch
+                ready = self.ready
+                if shared.stopping or (not shared.lock.wait(None if ready else PROBE_SECONDS) and not ready):
+                    return None
+
+    def _capacity(self, key: Hashable) -> int:
+        assert isinstance(key, BatchKey)
+        return self._rows[key.model]
+
+    def _check(self) -> None:
+        """Explain an example with every model; raise NonFiniteError for a map that is not finite."""
+        for name, model in self.models.items():
+            made = self.explainers[name].explain(model.example(), n_samples=8)
+            if not torch.isfinite(made.maps).all():
+                raise NonFiniteError(f"worker {self.name}: a map of {name!r} is not finite.")
+
+    def _probe(self) -> None:
+        """Try an example if the worker is not ready; if it succeeds the worker is ready again."""
+        if self.ready or self.shared.stopping:
+            return
+        try:
+            self._check()
+            self.failures = 0
+        except Exception:
+            log.exception("a worker still fails", extra={"engine": self.name})
+
+    def _account(self, batch: MicroBatch, seconds: float) -> None:
+        metrics = self.shared.metrics
+        with self.shared.lock:
+            self.shared.scheduler.done(batch, seconds)
+        metrics.batch_fill.observe(len(batch) / batch.capacity)
+        metrics.device_time.labels(self.name).observe(seconds)
+        metrics.rows.labels(self.name).inc(len(batch))
+
+    def _compute(self, key: Hashable, parts: Sequence[Part]) -> None:
+        """Compute the parts whose request is still open; after an error, each half of them again."""
+        with self.shared.lock:
+            wanted = [(part, job) for part in parts if (job := self.shared.jobs.get(part.request)) is not None]
+        if not wanted:
+            return
+        assert isinstance(key, BatchKey)
+        compute = self._predict if key.classes is None else self._contribute
+        try:
+            compute(key.model, wanted)
+        except Exception as error:
+            if len(wanted) > 1:
+                middle = len(wanted) // 2
+                for some in (wanted[:middle], wanted[middle:]):
+                    self._compute(key, [part for part, _ in some])
+                return
+            if not isinstance(error, NonFiniteError | InputError):
+                self.failures += 1
+                log.exception("a worker failed", extra={"engine": self.name})
+            self._fail(wanted[0][1], error)
+
+    def _predict(self, model: str, wanted: Sequence[tuple[Part, Job]]) -> None:
+        """Predict unperturbed images and choose the classes to explain."""
+        output = self.explainers[model].predict(torch.stack([job.ask.image for _, job in wanted])).cpu()
+        for (_, job), logits in zip(wanted, output, strict=True):
+            probabilities = logits.softmax(0)
+            targets = job.ask.targets or tuple(probabilities.topk(job.ask.top_k).indices.tolist())
+            job.predicted = Predicted(probabilities, targets)
+            job.listener(job.predicted)
+            with self.shared.lock:
+                self.shared.scheduler.proceed(job.queued)
+                self.shared.lock.notify_all()
+
+    def _contribute(self, model: str, wanted: Sequence[tuple[Part, Job]]) -> None:
+        """Compute the contributions of perturbed rows and store them with their jobs."""
+        made = self.explainers[model].contributions(
+            torch.stack([job.ask.image for _, job in wanted]),
+            join([job.draws[part.start : part.stop] for part, job in wanted]),
+            torch.tensor([job.predicted.targets for _, job in wanted if job.predicted is not None]),
+        )
+        self.failures = 0
+        row = 0
+        for part, job in wanted:
+            own = made[:, row : row + part.stop - part.start]
+            row += part.stop - part.start
+            if torch.isfinite(own).all():
+                self._gather(job, part, own)
+            else:
+                self._fail(job, NonFiniteError("NaN or infinity in the attribution of this image. Try another image."))
+
+    def _gather(self, job: Job, part: Part, own: Tensor) -> None:
+        """Store contributions (K, rows, C, H, W) with their job, and report the maps that are now due."""
+        with self.shared.lock:
+            if job.over:
+                return
+            buffer = job.buffer(own)
+        buffer[:, part.start : part.stop] = own
+        with self.shared.lock:
+            due = job.arrived(part.start, part.stop)
+        for samples in due:
+            self._due(job, samples)
