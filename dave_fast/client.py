@@ -126,12 +126,16 @@ def picture_bytes(picture: Picture) -> bytes:
         raise InputError(f"cannot read {os.fspath(picture)}: {reason_of(error)}.") from error
 
 
-def _query(target: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return targets and options as the parameters of an address, without those that are None."""
+_MODELS = {"method": "GET", "url": "/v1/models"}
+
+
+def _request(path: str, picture: Picture, target: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an explanation's request as keywords of httpx, without options that are None."""
     several = isinstance(target, Sequence) and not isinstance(target, str)
     targets = [] if target is None else [str(one) for one in target] if several else [str(target)]
     given = {name: value for name, value in options.items() if value is not None}
-    return {**given, **({"target": targets} if targets else {})}
+    query = {**given, **({"target": targets} if targets else {})}
+    return {"method": "POST", "url": path, "params": query, "content": picture_bytes(picture)}
 
 
 def _explained(told: Mapping[str, Any], *, final: bool) -> Explained:
@@ -343,8 +347,8 @@ class Client:
         """
         options: dict[str, Any] = dict(model=model, top_k=top_k, n_samples=n_samples, seed=seed)
         options |= dict(tolerance=tolerance, deadline_ms=deadline_ms)
-        told = self._send("POST", "/v1/explain", _query(target, options), picture_bytes(picture), timeout).json()
-        return _explained(told, final=True)
+        response = self._send(_request("/v1/explain", picture, target, options), timeout)
+        return _explained(response.json(), final=True)
 
     def stream(
         self, picture: Picture, target: Any = None, *, timeout: float | None = None, **options: Any
@@ -353,8 +357,7 @@ class Client:
 
         Leaving the loop ends the request. Arguments and errors are those of `explain`.
         """
-        query, content = _query(target, options), picture_bytes(picture)
-        response = self._send("POST", "/v1/explain/stream", query, content, timeout, stream=True)
+        response = self._send(_request("/v1/explain/stream", picture, target, options), timeout, stream=True)
         try:
             with _events() as events:
                 for line in response.iter_lines():
@@ -364,7 +367,7 @@ class Client:
 
     def models(self) -> list[dict[str, Any]]:
         """Return what the server serves: name, size, classes, precision … of each model."""
-        told: list[dict[str, Any]] = self._send("GET", "/v1/models").json()
+        told: list[dict[str, Any]] = self._send(_MODELS).json()
         return told
 
     def ready(self) -> bool:
@@ -374,21 +377,12 @@ class Client:
         except httpx.TransportError:
             return False
 
-    def _send(
-        self,
-        method: str,
-        path: str,
-        query: dict[str, Any] | None = None,
-        content: bytes | None = None,
-        timeout: float | None = None,
-        *,
-        stream: bool = False,
-    ) -> httpx.Response:
+    def _send(self, wanted: Mapping[str, Any], timeout: float | None = None, *, stream: bool = False) -> httpx.Response:
         """Send a request until it is answered with 200; with `stream` the content of the answer is yet to be read."""
         call = self._connection.call(timeout)
         while True:
             try:
-                request = self._http.build_request(method, path, params=query, content=content, timeout=call.seconds)
+                request = self._http.build_request(**wanted, timeout=call.seconds)
                 response = self._http.send(request, stream=stream)
                 if response.status_code == 200:
                     return response
@@ -438,15 +432,14 @@ class AsyncClient:
         self, picture: Picture, target: Any = None, *, timeout: float | None = None, **options: Any
     ) -> Explained:
         """Explain an image; see `Client.explain`."""
-        response = await self._send("POST", "/v1/explain", _query(target, options), picture_bytes(picture), timeout)
+        response = await self._send(_request("/v1/explain", picture, target, options), timeout)
         return _explained(response.json(), final=True)
 
     async def stream(
         self, picture: Picture, target: Any = None, *, timeout: float | None = None, **options: Any
     ) -> AsyncIterator[Explained]:
         """Explain an image and yield updates; see `Client.stream`."""
-        query, content = _query(target, options), picture_bytes(picture)
-        response = await self._send("POST", "/v1/explain/stream", query, content, timeout, stream=True)
+        response = await self._send(_request("/v1/explain/stream", picture, target, options), timeout, stream=True)
         try:
             with _events() as events:
                 async for line in response.aiter_lines():
@@ -457,7 +450,7 @@ class AsyncClient:
 
     async def models(self) -> list[dict[str, Any]]:
         """Return what the server serves; see `Client.models`."""
-        told: list[dict[str, Any]] = (await self._send("GET", "/v1/models")).json()
+        told: list[dict[str, Any]] = (await self._send(_MODELS)).json()
         return told
 
     async def ready(self) -> bool:
@@ -468,20 +461,13 @@ class AsyncClient:
             return False
 
     async def _send(
-        self,
-        method: str,
-        path: str,
-        query: dict[str, Any] | None = None,
-        content: bytes | None = None,
-        timeout: float | None = None,
-        *,
-        stream: bool = False,
+        self, wanted: Mapping[str, Any], timeout: float | None = None, *, stream: bool = False
     ) -> httpx.Response:
         """Send a request until it is answered with 200; see `Client._send`."""
         call = self._connection.call(timeout)
         while True:
             try:
-                request = self._http.build_request(method, path, params=query, content=content, timeout=call.seconds)
+                request = self._http.build_request(**wanted, timeout=call.seconds)
                 response = await self._http.send(request, stream=stream)
                 if response.status_code == 200:
                     return response

@@ -55,12 +55,12 @@ def bench(
         ),
     ] = None,
     compare: Annotated[
-        str | None, typer.Option(metavar="REV", help="Before (a git revision) and after.", rich_help_panel=_HOW)
+        str | None, typer.Option(metavar="REV", help="Compare with a git revision.", rich_help_panel=_HOW)
     ] = None,
     threshold: Annotated[
         str, typer.Option(help="With --compare: exit code 1 where it is slower by more.", rich_help_panel=_HOW)
     ] = "5%",
-    repeats: Annotated[int, typer.Option(min=1, help="Turns.", rich_help_panel=_HOW)] = 20,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of timings, in turns.", rich_help_panel=_HOW)] = 20,
     budget: Annotated[
         float, typer.Option(min=0.1, help="Seconds of timing, for each op's case or the engine.", rich_help_panel=_HOW)
     ] = 10.0,
@@ -74,7 +74,7 @@ def bench(
 ) -> None:
     """Time the engine or its ops, beside plain PyTorch and beside float64.
 
-    Nothing is reported that is wrong: every form is first compared with float64 on the operands that it is timed on
+    Wrong results are refused: every implementation is first compared with float64 on the operands that it is timed on
     (at most twice plain PyTorch's error), and in a checkout the op's tests are run.
 
     Exit code 0: measured; 1: something is refused or slower than before; 2: cannot be measured, and why.

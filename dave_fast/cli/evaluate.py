@@ -32,11 +32,8 @@ def evaluate(
         str | None,
         typer.Argument(metavar="[SOURCE]", help="A folder of images; the embedded scenes by default."),
     ] = None,
-    model: options.ModelOrDemo = None,
-    weights: options.Weights = None,
-    num_classes: options.NumClasses = None,
-    labels: options.ClassNames = None,
-    image_size: options.ImageSize = None,
+    *,
+    named: options.ModelOrDemoOptions,
     config: options.ConfigFile = None,
     out: Annotated[Path, typer.Option(help="The folder for the report.")] = Path("evaluation"),
     boxes: Annotated[
@@ -55,13 +52,15 @@ def evaluate(
     ] = None,
     images: Annotated[int, typer.Option(min=1, help="Images for localisation.", rich_help_panel=_HOW_MUCH)] = 100,
     probes: Annotated[
-        int, typer.Option(min=0, help="Of them for curves, stability, classes, seeds.", rich_help_panel=_HOW_MUCH)
+        int,
+        typer.Option(min=0, help="Of these, for curves, stability, classes, seeds.", rich_help_panel=_HOW_MUCH),
     ] = 16,
     randomised: Annotated[
-        int, typer.Option(min=0, help="Of them for parameter randomisation.", rich_help_panel=_HOW_MUCH)
+        int, typer.Option(min=0, help="Of these, for parameter randomisation.", rich_help_panel=_HOW_MUCH)
     ] = 4,
     mosaics: Annotated[
-        int, typer.Option(min=1, help="2×2 mosaics; 3×3 as many as make as many maps.", rich_help_panel=_HOW_MUCH)
+        int,
+        typer.Option(min=1, help="2×2 mosaics; 3×3 mosaics are fewer, for as many maps.", rich_help_panel=_HOW_MUCH),
     ] = 4,
     grids: Annotated[
         str, typer.Option(help="Some of 2x2, 3x3, 2x2-rescaled, 3x3-rescaled.", rich_help_panel=_HOW_MUCH)
@@ -104,7 +103,7 @@ def evaluate(
     with plain_warnings(screen):
         check_writable(out)
         given = options.read_config(config)
-        spec = options.model_spec(model, weights, num_classes, labels, image_size, config=given)
+        spec = named.spec(given)
         samples, level = options.sampling(n_samples, noise_alpha, config=given)
         keywords = {"device": device, "precision": precision, "backend": backend, "noise_alpha": level}
         _run(screen, source, spec, samples, keywords, (boxes, masks), chosen, out)

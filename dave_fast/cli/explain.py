@@ -31,11 +31,8 @@ def explain(
         typer.Argument(metavar="[IMAGES|FOLDER]...", help="Image files, or folders of them."),
     ] = None,
     demo: Annotated[bool, typer.Option("--demo", help="Explain the embedded scene with the embedded model.")] = False,
-    model: options.Model = None,
-    weights: options.Weights = None,
-    num_classes: options.NumClasses = None,
-    labels: options.ClassNames = None,
-    image_size: options.ImageSize = None,
+    *,
+    named: options.ModelOptions,
     target: Annotated[
         list[str] | None,
         typer.Option(
@@ -102,9 +99,8 @@ def explain(
     with plain_warnings(screen):
         # What can be refused is refused before the model is loaded.
         check_writable(out)
-        flags = (model, weights, num_classes, labels, image_size)
-        sources = _demo_sources(images, flags) if demo else _sources(images or [], out)
-        spec = options.model_spec(*flags, config=None if demo else given, default=default)
+        sources = _demo_sources(images, named) if demo else _sources(images or [], out)
+        spec = named.spec(None if demo else given, default=default)
         with screen.status(f"loading {spec.name}"):
             subject = _load(spec, keywords, of_tokens=any(of_patches))
         done, failed = _run(screen, subject, sources, request)
@@ -127,12 +123,12 @@ def _sources(images: Sequence[Path], out: Path) -> list[ImageSource]:
     return sources
 
 
-def _demo_sources(images: Sequence[Path] | None, flags: Sequence[Any]) -> list[ImageSource]:
+def _demo_sources(images: Sequence[Path] | None, named: options.ModelOptions) -> list[ImageSource]:
     """Return the embedded scene as the image to explain."""
     from dave_fast.explain.image_files import ImageSource
     from dave_fast.models.demo import demo_scene
 
-    if images or flags[0] not in (None, "demo") or any(flags[1:]):
+    if images or named not in (options.ModelOptions(), options.ModelOptions("demo")):
         raise InputError("--demo brings its own image and model; for yours, leave --demo out.")
     return [ImageSource("demo", "the embedded scene", lambda: demo_scene().image)]
 

@@ -12,10 +12,10 @@ from dave_fast.cli.terminal import console
 
 def export(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
-    to: Annotated[str, typer.Option(metavar="zarr|npy|png|virelay", help="The form.")],
+    to: Annotated[str, typer.Option(metavar="zarr|npy|png|virelay", help="The format.")],
     out: Annotated[Path, typer.Option(help="A new folder; a new file for virelay.")],
     target: Annotated[int | None, typer.Option(min=0, help="Only maps of this class.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most this many maps.")] = None,
 ) -> None:
     """Write the maps of a run as a Zarr v3 group, as .npy, as PNG overlays or as ViRelAy's HDF5.
 

@@ -5,6 +5,7 @@ An option is an annotated type: a parameter of that type is given the option's n
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -33,7 +34,11 @@ Weights = Annotated[
 NumClasses = Annotated[
     int | None,
     typer.Option(
-        "--num-classes", min=1, help="Of --weights.", show_default="the architecture's", rich_help_panel=MODEL
+        "--num-classes",
+        min=1,
+        help="Number of classes of --weights.",
+        show_default="the architecture's",
+        rich_help_panel=MODEL,
     ),
 ]
 ClassNames = Annotated[
@@ -53,7 +58,7 @@ ImageSize = Annotated[
     ),
 ]
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", help="Settings that `dave-fast tune` wrote.", rich_help_panel=MODEL)
+    Path | None, typer.Option("--config", help="A file of settings from `dave-fast tune`.", rich_help_panel=MODEL)
 ]
 Samples = Annotated[
     int | None,
@@ -81,7 +86,11 @@ Route = Annotated[str, typer.Option("--route", metavar="auto|engine|frozen", ric
 InternalBatchSize = Annotated[
     int | None,
     typer.Option(
-        "--internal-batch-size", min=1, help="Samples at a time.", show_default="what fits", rich_help_panel=MACHINE
+        "--internal-batch-size",
+        min=1,
+        help="Rows of a micro-batch.",
+        show_default="what fits",
+        rich_help_panel=MACHINE,
     ),
 ]
 
@@ -101,45 +110,54 @@ def sampling(n_samples: int | None, noise_alpha: float | None, *, config: Config
     return n_samples or config.n_samples or 50, config.noise_alpha if noise_alpha is None else noise_alpha
 
 
-def model_spec(
-    model: str | None,
-    weights: Path | None,
-    num_classes: int | None,
-    labels: Path | None,
-    image_size: int | None,
-    *,
-    config: Config | None = None,
-    default: str = "demo",
-    random_weights: bool = False,
-) -> ModelSpec:
-    """Return the model that the options and a configuration name; the command line comes before the configuration.
+@dataclass(frozen=True)
+class ModelOptions:
+    """The options that name a model; a command that has a parameter of this type has all of them.
 
-    The configuration's weights, classes and size belong to its own model, and are ignored where another one is named.
-
-    Args:
+    Attributes:
         model: of --model.
         weights: of --weights.
         num_classes: of --num-classes.
         labels: of --labels.
         image_size: of --image-size.
-        config: the configuration, or None.
-        default: the model where neither names one.
-        random_weights: whether the weights are random; those of the configuration are ignored then.
-
-    Raises:
-        InputError: there is no such file, or the options contradict each other.
     """
-    from dave_fast.models.spec import ModelSpec
 
-    same = config is not None and model in (None, config.model)
-    known = config if config is not None and same else None
-    if weights is not None and not weights.is_file():
-        raise InputError(f"--weights: there is no file {weights}.")
-    if labels is not None and not labels.is_file():
-        raise InputError(f"--labels: there is no file {labels}.")
-    # Workers may have other working directories.
-    file = str(weights.resolve()) if weights else known.weights if known and not random_weights else None
-    names = str(labels.resolve()) if labels else known.labels if known else None
-    classes = num_classes or (known.num_classes if known else None)
-    size = image_size or (known.image_size if known else None)
-    return ModelSpec(model or (known.model if known else None) or default, file, classes, names, size, random_weights)
+    model: Model = None
+    weights: Weights = None
+    num_classes: NumClasses = None
+    labels: ClassNames = None
+    image_size: ImageSize = None
+
+    def spec(self, config: Config | None = None, *, default: str = "demo", random_weights: bool = False) -> ModelSpec:
+        """Return the model that the options and a configuration name; the command line comes before the configuration.
+
+        The configuration's weights, classes and size belong to its own model: they are ignored where another is named.
+
+        Args:
+            config: the configuration, or None.
+            default: the model where neither names one.
+            random_weights: whether the weights are random; those of the configuration are ignored then.
+
+        Raises:
+            InputError: there is no such file, or the options contradict each other.
+        """
+        from dave_fast.models.spec import ModelSpec
+
+        known = config if config is not None and self.model in (None, config.model) else None
+        for option, path in (("--weights", self.weights), ("--labels", self.labels)):
+            if path is not None and not path.is_file():
+                raise InputError(f"{option}: there is no file {path}.")
+        # Workers may have other working directories.
+        file = str(self.weights.resolve()) if self.weights else known.weights if known and not random_weights else None
+        names = str(self.labels.resolve()) if self.labels else known.labels if known else None
+        classes = self.num_classes or (known.num_classes if known else None)
+        size = self.image_size or (known.image_size if known else None)
+        name = self.model or (known.model if known else None) or default
+        return ModelSpec(name, file, classes, names, size, random_weights)
+
+
+@dataclass(frozen=True)
+class ModelOrDemoOptions(ModelOptions):
+    """The options that name a model, which is the embedded one by default."""
+
+    model: ModelOrDemo = None

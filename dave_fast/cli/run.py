@@ -25,11 +25,8 @@ def run(
     source: Annotated[
         str, typer.Argument(help="Folder, list (txt, csv, jsonl), Parquet manifest, tars, hf://NAME:SPLIT; or a URL.")
     ],
-    model: options.Model = None,
-    weights: options.Weights = None,
-    num_classes: options.NumClasses = None,
-    labels: options.ClassNames = None,
-    image_size: options.ImageSize = None,
+    *,
+    named: options.ModelOptions,
     random_weights: Annotated[
         bool,
         typer.Option(
@@ -40,16 +37,14 @@ def run(
     ] = False,
     config: options.ConfigFile = None,
     out: Annotated[Path, typer.Option(help="The run's folder; the same again resumes it.")] = Path("run"),
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many rows in all.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most this many rows in all.")] = None,
     target: Annotated[
         str | None,
         typer.Option(
             metavar="CLASS|predicted|label", help="What is explained.", show_default="the record's own, else predicted"
         ),
     ] = None,
-    retry_errors: Annotated[
-        bool, typer.Option("--retry-errors", help="Do records again whose row is an error.")
-    ] = False,
+    retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Try records again that have an error.")] = False,
     map_dtype: Annotated[
         str, typer.Option(metavar="float16|uint8", help="How maps are stored.", rich_help_panel=_RESULTS)
     ] = "float16",
@@ -77,7 +72,7 @@ def run(
             "--devices",
             "--device",
             metavar="cuda:0,cuda:1|all|cpu",
-            help="A process each.",
+            help="Devices, with a process for each.",
             show_default="best there is",
             rich_help_panel=MACHINE,
         ),
@@ -106,8 +101,8 @@ def run(
 ) -> None:
     """Make attribution maps for a whole dataset, as Parquet shards in the folder --out.
 
-    Stop it, kill it, start it again: it does what is left. Read the maps with dave_fast.open_maps(FOLDER), or
-    `dave-fast export`. A record that cannot be explained gets a row that says why.
+    Started again, a run that was stopped or killed does what is left. Read the maps with
+    dave_fast.open_maps(FOLDER) or `dave-fast export`. A record that cannot be explained gets a row that says why.
 
     Exit code 0: all done; 1: done, some records have errors; 2: refused or ended early, and why;
     130, 143: stopped by Ctrl-C or SIGTERM.
@@ -123,16 +118,7 @@ def run(
     given = options.read_config(config)
     samples, level = options.sampling(n_samples, noise_alpha, config=given)
     settings = MapSettings(
-        model=options.model_spec(
-            model,
-            weights,
-            num_classes,
-            labels,
-            image_size,
-            config=given,
-            default=options.DEFAULT_MODEL,
-            random_weights=random_weights,
-        ),
+        model=named.spec(given, default=options.DEFAULT_MODEL, random_weights=random_weights),
         n_samples=samples,
         seed=seed,
         target=target,

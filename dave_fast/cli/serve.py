@@ -28,36 +28,38 @@ def serve(
     labels: options.ClassNames = None,
     image_size: options.ImageSize = None,
     host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 for every network.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = 8000,
     device: Annotated[
         list[str] | None,
-        typer.Option(metavar="cpu|cuda:0|...", help="One engine each; give several.", rich_help_panel=MACHINE),
+        typer.Option(
+            metavar="cpu|cuda:0|...", help="A device, with its own engine; repeatable.", rich_help_panel=MACHINE
+        ),
     ] = None,
     precision: options.Precision = None,
     backend: options.Backend = "auto",
     noise_alpha: options.NoiseAlpha = None,
     internal_batch_size: options.InternalBatchSize = None,
-    max_requests: Annotated[int, typer.Option(min=1, help="In the queue.", rich_help_panel=_LIMITS)] = 64,
-    max_samples: Annotated[int, typer.Option(min=1, help="Of one request.", rich_help_panel=_LIMITS)] = 1024,
-    max_megabytes: Annotated[int, typer.Option(min=1, help="Of one upload.", rich_help_panel=_LIMITS)] = 20,
-    max_megapixels: Annotated[float, typer.Option(min=0.1, help="Of one image.", rich_help_panel=_LIMITS)] = 25.0,
+    max_requests: Annotated[int, typer.Option(min=1, help="Requests in the queue.", rich_help_panel=_LIMITS)] = 64,
+    max_samples: Annotated[int, typer.Option(min=1, help="Samples of one request.", rich_help_panel=_LIMITS)] = 1024,
+    max_megabytes: Annotated[int, typer.Option(min=1, help="Size of one upload.", rich_help_panel=_LIMITS)] = 20,
+    max_megapixels: Annotated[float, typer.Option(min=0.1, help="Size of one image.", rich_help_panel=_LIMITS)] = 25.0,
     drain_seconds: Annotated[
-        float, typer.Option(min=0, help="For accepted requests, after SIGTERM.", rich_help_panel=_LIMITS)
+        float, typer.Option(min=0, help="Time for accepted requests after SIGTERM.", rich_help_panel=_LIMITS)
     ] = 30.0,
     api_keys: Annotated[
         Path | None,
         typer.Option(help=f"A file with a key a line; or {KEYS_VARIABLE}.", rich_help_panel=_ACCESS),
     ] = None,
     cors_origin: Annotated[
-        list[str] | None, typer.Option(help="A site whose pages may call; give several.", rich_help_panel=_ACCESS)
+        list[str] | None, typer.Option(help="A site whose pages may call; repeatable.", rich_help_panel=_ACCESS)
     ] = None,
 ) -> None:
     """Serve explanations over HTTP, with a page to try them.
 
     The page is at /, the documentation of the routes at /docs.
 
-    It is ready when every engine has explained an image; it ends on
-    SIGTERM or Ctrl-C, after what was accepted is answered: exit code 0.
+    It is ready when every engine has explained an image. SIGTERM and Ctrl-C
+    end it with exit code 0, after the requests that were accepted are answered.
     """
     keys = _keys(api_keys)
     settings: dict[str, Any] = {

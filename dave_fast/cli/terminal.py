@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from functools import wraps
 from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Annotated, Any
@@ -41,13 +42,20 @@ def refuse(error: Exception, to: Console | None = None) -> None:
 def plain(command: Callable[..., None]) -> Callable[..., None]:
     """Return a command that prints its errors in one line and ends with exit code 2; --debug shows the traceback.
 
-    Only errors that dave-fast raises on purpose are shortened: any other keeps its traceback.
+    Only errors that dave-fast raises on purpose are shortened: any other keeps its traceback. A parameter whose type is
+    a dataclass becomes an option for each field.
     """
+    own = signature(command, eval_str=True)
+    groups: dict[str, Any] = {
+        name: each.annotation for name, each in own.parameters.items() if is_dataclass(each.annotation)
+    }
 
     @wraps(command)
-    def run(*args: Any, debug: bool, **options: Any) -> None:
+    def run(*, debug: bool, **options: Any) -> None:
+        for name, group in groups.items():
+            options[name] = group(**{each.name: options.pop(each.name) for each in fields(group)})
         try:
-            command(*args, **options)
+            command(**options)
         except DaveFastError as error:
             if debug:
                 raise
@@ -56,12 +64,13 @@ def plain(command: Callable[..., None]) -> Callable[..., None]:
 
     option = typer.Option("--debug", help="Show the traceback of an error.")
     switch = Parameter("debug", Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option])
-    own = signature(command, eval_str=True)
+    parameters: list[Parameter] = []
+    for name, each in own.parameters.items():
+        parameters += signature(groups[name], eval_str=True).parameters.values() if name in groups else [each]
+    parameters.append(switch)
     # Typer reads the options of a command from its signature.
-    run.__signature__ = own.replace(parameters=[*own.parameters.values(), switch])  # type: ignore[attr-defined]
-    run.__annotations__ = {name: each.annotation for name, each in own.parameters.items()} | {
-        "debug": switch.annotation
-    }
+    run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
     return run
 
 

@@ -29,11 +29,8 @@ def tune(
         list[Path] | None,
         typer.Argument(metavar="[IMAGES|FOLDER]...", help="Images that the model is used on; none for 'demo'."),
     ] = None,
-    model: options.ModelOrDemo = None,
-    weights: options.Weights = None,
-    num_classes: options.NumClasses = None,
-    labels: options.ClassNames = None,
-    image_size: options.ImageSize = None,
+    *,
+    named: options.ModelOrDemoOptions,
     out: Annotated[Path, typer.Option(help="The folder for the configuration and the picture.")] = Path("tuned"),
     images: Annotated[int, typer.Option(min=3, help="How many of the images to use.")] = 8,
     quality: Annotated[
@@ -56,7 +53,7 @@ def tune(
     screen = console()
     with plain_warnings(screen):
         check_writable(out)
-        spec = options.model_spec(model, weights, num_classes, labels, image_size)
+        spec = named.spec()
         found = _run(screen, paths or [], spec, images, quality, seed, (device, precision, backend))
     # On the command line class names are always a file.
     names = spec.labels if isinstance(spec.labels, str) else None
