@@ -28,7 +28,7 @@ from dave_fast.serve.middleware import UploadBudget
 from dave_fast.serve.schemas import Health, ModelInfo, Options, StoredImage, describe_errors
 from dave_fast.serve.served import ServedModel
 from dave_fast.serve.service import DeadlineError, Service
-from dave_fast.serve.uploads import Body, ImageStore, MemoryStore, read_body
+from dave_fast.serve.uploads import Body, ImageStore, MemoryImageStore, read_body
 
 # Seconds without an event after which a comment is sent to keep the connection open.
 KEEP_ALIVE = 10.0
@@ -47,7 +47,7 @@ class Api:
         self.service = service
         self.limits = limits
         self.budget = UploadBudget(limits.held_bytes)
-        self.store: ImageStore = store or MemoryStore(limits, self.budget)
+        self.store: ImageStore = store or MemoryImageStore(limits, self.budget)
 
     # From a request to an Ask.
 

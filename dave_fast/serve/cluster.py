@@ -29,7 +29,7 @@ from dave_fast.serve.middleware import UploadBudget
 from dave_fast.serve.served import load_models
 from dave_fast.serve.server import log_to_stderr
 from dave_fast.serve.service import Service
-from dave_fast.serve.uploads import MemoryStore
+from dave_fast.serve.uploads import MemoryImageStore
 
 KEYS_VARIABLE = "DAVE_FAST_API_KEYS"
 # Requests that a replica accepts beyond its queue: for the page, for the list of models, and those that it refuses.
@@ -98,7 +98,7 @@ class Images:
     """The deployment of the images of /v1/images for all replicas; a client sends its image again if it is lost."""
 
     def __init__(self, limits: Limits) -> None:
-        self._store = MemoryStore(limits, UploadBudget(limits.held_bytes))
+        self._store = MemoryImageStore(limits, UploadBudget(limits.held_bytes))
 
     async def put(self, content: bytes) -> str:
         """Store an image file and return its id."""
@@ -109,7 +109,7 @@ class Images:
         return await self._store.get(name)
 
 
-class RemoteStore:
+class RemoteImageStore:
     """The store of a replica: it calls the `Images` deployment."""
 
     def __init__(self, images: DeploymentHandle) -> None:
@@ -168,7 +168,7 @@ class Explanations:
             self._settings.limits,
             api_keys=self._api_keys,
             cors_origins=self._settings.cors_origins,
-            store=RemoteStore(self._images),
+            store=RemoteImageStore(self._images),
         )
         app.add_middleware(ReplicaHeader, name=serve.get_replica_context().replica_id.unique_id)
         return app

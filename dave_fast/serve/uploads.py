@@ -93,7 +93,7 @@ def _form(content_type: str, content: bytes) -> Body:
 
 
 class ImageStore(Protocol):
-    """A store of images for later requests: `MemoryStore`, or one that several servers share."""
+    """A store of images for later requests: `MemoryImageStore`, or one that several servers share."""
 
     async def put(self, content: bytes) -> str:
         """Store an image file and return its id."""
@@ -102,7 +102,7 @@ class ImageStore(Protocol):
         """Return a stored image file; HTTPException 404 if there is none of that id."""
 
 
-class MemoryStore:
+class MemoryImageStore:
     """Images in memory under ids that cannot be guessed; old ones expire, and the oldest make room.
 
     Args:
