@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 import dave_fast
 from dave_fast.cli.app import app
 from dave_fast.errors import UnknownModelError
-from dave_fast.explain import explainer
+from dave_fast.explain import explainer, image_files
+from dave_fast.images import read_image
 from tests.tiny import named_vit
 
 
@@ -109,6 +110,13 @@ def test_arrays(models, photo, tmp_path):
 def test_any_seed_is_saved(models, photo, tmp_path, seed, saved):
     explain(photo, "--out", tmp_path / "maps", "--seed", seed)
     assert load(tmp_path / "maps/photo.npz")["seed"] == saved
+
+
+def test_a_photograph_is_decoded_once(models, photo, tmp_path, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(image_files, "read_image", lambda path: decoded.append(path) or read_image(path))
+    explain(photo, "--out", tmp_path / "maps", "--top-k", 2)
+    assert decoded == [photo]
 
 
 def test_names_are_not_markup(models, tmp_path):

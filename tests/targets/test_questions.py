@@ -407,6 +407,7 @@ def test_targets_share_the_forward_walks(model, images, monkeypatch):
     one = forward_walks(explainer(model), images, monkeypatch, target=0)
     assert one == 2 * 5 + 2
     assert forward_walks(explainer(model), images, monkeypatch, targets=torch.arange(5)) == one
+    assert forward_walks(explainer(model), images, monkeypatch, top_k=3) == one
 
 
 ONE = 4 * 3 * HEIGHT * WIDTH * 5  # bytes of the contributions of one image and target
