@@ -83,7 +83,7 @@ def revision(name: str, root: Path) -> Iterator[Path]:
     """
     known = _git(root, "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
     if known.returncode != 0:
-        raise InputError(f"git knows no revision {name!r} in {root}")
+        raise InputError(f"git knows no revision {name!r} in {root}; give a commit, a branch or a tag")
     with tempfile.TemporaryDirectory(prefix="dave-fast-bench-") as folder:
         tree = Path(folder) / "tree"
         made = _git(root, "worktree", "add", "--detach", str(tree), known.stdout.strip())
@@ -144,7 +144,9 @@ def compare(
     """
     root = machine.checkout()
     if root is None:
-        raise InputError("--compare needs a git checkout of dave-fast; this is an installed package")
+        raise InputError(
+            "--compare needs a git checkout of dave-fast, and this is an installed package: run it from a checkout"
+        )
     with ExitStack() as stack:
         progress(f"building {before}")
         tree = stack.enter_context(revision(before, root))

@@ -123,7 +123,7 @@ def find_truth(model: nn.Module, images: Tensor, precisions: Sequence[str], devi
         InputError: there are not CHECKED different images.
     """
     if len(images.flatten(1).unique(dim=0)) != CHECKED:
-        raise InputError(f"images must be {CHECKED} different ones, (C, H, W) each; got {tuple(images.shape)}")
+        raise InputError(f"images are {tuple(images.shape)}; expected {CHECKED} different ones, (C, H, W) each")
     explain = partial(DAVE, model, noise_alpha=NOISE_ALPHA, backend="torch", device=device)
     exact = explain(precision="fp64", route="frozen")
     draws = draw(1, height=images.shape[2], width=images.shape[3], image_keys=range(CHECKED), sampling=exact.sampling)

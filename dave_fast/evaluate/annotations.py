@@ -84,7 +84,8 @@ class Annotations:
             factors = (size[0] / noted.size[0], size[1] / noted.size[1])
             if abs(factors[0] / factors[1] - 1) > 0.01:
                 raise InputError(
-                    f"{path} has {size} pixels, and its boxes are for {noted.size}; give boxes for the image's size."
+                    f"{path} has {size[0]}×{size[1]} pixels, and its boxes are for {noted.size[0]}×{noted.size[1]}: "
+                    "give boxes for this image."
                 )
         return _fill(noted.boxes, size, factors)
 
@@ -198,5 +199,8 @@ def _mask_file(path: Path, size: tuple[int, int]) -> np.ndarray | None:
         return None
     mask = read_image(path)
     if mask.size != size:
-        raise InputError(f"the mask {path} has {mask.size} pixels, its image {size}: give masks of the images' size.")
+        raise InputError(
+            f"the mask {path} has {mask.size[0]}×{mask.size[1]} pixels, its image {size[0]}×{size[1]}: give masks of "
+            "the images' size."
+        )
     return np.asarray(mask).max(axis=2) > 0

@@ -61,7 +61,9 @@ def paired(scores: ArrayLike, others: ArrayLike) -> Interval:
     """
     ours, theirs = np.asarray(scores, np.float64), np.asarray(others, np.float64)
     if ours.shape != theirs.shape:
-        raise ValueError(f"{len(ours)} and {len(theirs)} scores are not of the same images.")
+        raise ValueError(
+            f"{len(ours)} and {len(theirs)} scores are not of the same images; give one score of each method an image."
+        )
     return over_images(ours - theirs)
 
 

@@ -168,7 +168,9 @@ def _name_classes(model: nn.Module, spec: ModelSpec) -> None:
     count = getattr(model, "num_classes", None)
     if count is not None and count != len(names):
         where = spec.labels if isinstance(spec.labels, str) else "the labels"
-        raise InputError(f"{where}: {len(names)} class names were given, and {spec.name} has {count} classes.")
+        raise InputError(
+            f"{where}: {len(names)} class names were given, and {spec.name} has {count} classes; give one name a class."
+        )
     known: Any = model
     known.num_classes = len(names)
     known.pretrained_cfg = {**(getattr(model, "pretrained_cfg", None) or {}), "label_names": names}

@@ -95,7 +95,9 @@ class TransformersTextImage(SimilarityLogit, Transformers):
         from transformers import AutoTokenizer
 
         if not self.place:
-            raise UnknownModelError("the model does not say where its tokenizer lies: load it by name, as hf:ORG/NAME.")
+            raise UnknownModelError(
+                "the place of the model's tokenizer is not known: load the model by name, as hf:ORG/NAME."
+            )
         remote = not os.path.isdir(self.place)
         with loading(f"the tokenizer of {self.place}", remote=remote):
             return AutoTokenizer.from_pretrained(self.place, revision=self.revision or "main")
@@ -127,12 +129,14 @@ def load(name: str, spec: ModelSpec) -> nn.Module:
     local = name.startswith((".", "~", os.sep)) or os.path.isdir(name)
     place, _, revision = (os.path.expanduser(name), "", "") if local else name.partition("@")
     if local and not os.path.isdir(place):
-        raise UnknownModelError(f"{spec.name!r}: there is no folder {place}.")
+        raise UnknownModelError(
+            f"{spec.name!r}: there is no folder {place}; give one that save_pretrained wrote, or hf:ORG/NAME."
+        )
     with loading(spec.name, remote=not local):
         config = _read_config(place, revision, local)
     if config is None:
         raise UnknownModelError(
-            f"{spec.name!r} has neither config.json nor open_clip_config.json, so that nothing says what model it is. "
+            f"{spec.name!r} has neither config.json nor open_clip_config.json, so its architecture is not known. "
             "For a file of weights alone name the architecture, and give the file as its weights (--weights FILE)."
         )
     suffix = f"@{revision}" if revision else ""
@@ -234,8 +238,8 @@ def adapt(model: nn.Module) -> Transformers:
     used = {getattr(c, "_attn_implementation", None) for c in (config, getattr(config, "vision_config", config))}
     if not used.issubset(SEEN_ATTENTION):
         raise ModelError(
-            f"the model's attention is {', '.join(sorted(map(str, used)))}, whose operators cannot be seen: load it "
-            'with attn_implementation="sdpa".'
+            f"the model's attention is {', '.join(sorted(map(str, used)))}, whose operators cannot be held constant: "
+            'load it with attn_implementation="sdpa".'
         )
     place = getattr(config, "name_or_path", "") or ""
     return _adapter(model, _processor(place, None, local_files_only=True) if place else None, place, None)

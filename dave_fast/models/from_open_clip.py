@@ -124,7 +124,7 @@ def preprocessing_of(model: Any) -> dict[str, Any]:
         raise ModelError("the model's images are resized by their longer side and padded, which is not supported.")
     resize = (height, width) if mode == "squash" else min(height, width)
     if mode == "shortest" and height != width:
-        raise ModelError(f"the model takes images of {height}×{width} cut from a square, which is not supported.")
+        raise ModelError(f"the model's images of {height}×{width} are cut from a square, which is not supported.")
     interpolation = "bilinear" if noted["interpolation"] == "bilinear" else "bicubic"
     return describe_preprocessing(
         (height, width), noted["mean"], noted["std"], resize=resize, interpolation=interpolation

@@ -24,8 +24,8 @@ def load(name: str, spec: ModelSpec) -> nn.Module:
     if not timm.is_model(name):
         hint = suggestion(name, ["demo", *timm.list_models()], "timm.list_models()")
         raise UnknownModelError(
-            f"timm has no model {name!r}; {hint} 'demo' is the embedded one, hf:, torchvision: and open_clip: lead to "
-            "other libraries."
+            f"timm has no model {name!r}; {hint} 'demo' is the embedded model; names of other libraries begin with "
+            "hf:, torchvision: or open_clip:."
         )
     return create(name, spec, remote=True)
 

@@ -55,7 +55,9 @@ class ModelSpec:
         if self.weights is not None and self.random_weights:
             raise InputError("a file of weights and random weights exclude each other: give one of them.")
         if self.weights is not None and not os.path.isfile(self.weights):
-            raise InputError(f"the weights {self.weights}: there is no such file.")
+            raise InputError(
+                f"the weights {self.weights}: there is no such file; give a .safetensors file or one of torch.save."
+            )
         if self.num_classes is not None and self.num_classes < 1:
             raise InputError(f"num_classes is {self.num_classes}; expected an integer ≥ 1.")
         if self.image_size is not None and self.image_size < 1:
@@ -77,13 +79,13 @@ class ModelSpec:
         scheme, colon, rest = name.partition(":")
         if colon and scheme in _SCHEMES:
             if not rest:
-                raise UnknownModelError(f"the model {name!r} names nothing after the colon.")
+                raise UnknownModelError(f"the model {name!r} names nothing after the colon; expected {name}NAME.")
             return _SCHEMES[scheme], rest
         if os.path.isdir(name):
             raise UnknownModelError(f"{name} is a folder: write hf:{name} for one that `save_pretrained` wrote.")
         if name.lower().endswith(_WEIGHT_FILES) or os.path.isfile(name):
             raise UnknownModelError(
-                f"{name} is a file, and a file of weights does not say of what model they are: give the architecture "
+                f"{name} is a file, and a file of weights does not have its architecture: give the architecture "
                 f"as the model, and the file as its weights (--model vit_base_patch16_224 --weights {name})."
             )
         return ("python" if colon else "timm"), name

@@ -38,7 +38,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         found = _read(path)
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"the weights {path} hold other objects than tensors, which would have to be run and are not: save "
+            f"the weights {path} hold other objects than tensors, and code in pickles is not run: save "
             f"model.state_dict(), best by safetensors.torch.save_file ({reason_of(error)})."
         ) from error
     # readers raise errors of any type for damaged files

@@ -193,7 +193,7 @@ class GradientCotangent:
                 got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
                 raise InputError(
                     f"the target callable returned {got}; it must map the output {tuple(leaf.shape)} to one "
-                    f"score a row, shape {tuple(leaf.shape[:1])}"
+                    f"score for each row, shape {tuple(leaf.shape[:1])}"
                 )
             return found
 

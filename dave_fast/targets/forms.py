@@ -112,8 +112,8 @@ def split_targets(targets: Any) -> list[Target]:
     if isinstance(targets, Tensor):
         if targets.dim() not in (1, 2) or targets.is_floating_point() or targets.dtype == torch.bool:
             raise InputError(
-                f"targets are a tensor {tuple(targets.shape)} of {targets.dtype}; expected integers, one a target, or "
-                "(images, targets)"
+                f"targets are a tensor {tuple(targets.shape)} of {targets.dtype}; expected integers, one for each "
+                "target, or (images, targets)"
             )
         targets = list(targets.unbind(-1))
     if not isinstance(targets, Sequence) or isinstance(targets, str) or not len(targets):
@@ -145,8 +145,8 @@ def _listed(target: Target, output: Tensor) -> Cotangent:
         listed = listed * images
     if any(isinstance(t, Question) for t in listed):
         raise InputError(
-            "target is a list of questions; a list holds one class or callable an image. For several questions of each "
-            "image give targets=[...]; questions that differ by image take lists themselves: Contrast([3, 4], [5, 6])"
+            "target is a list of questions; a list has one class or callable for each image. For several questions of "
+            "each image give targets=[...]; questions that differ by image take lists: Contrast([3, 4], [5, 6])"
         )
     if len(listed) != images:
         raise InputError(f"{len(listed)} targets were given for {images} images; give one, or one for each")
@@ -191,7 +191,7 @@ def _checked(target: Any, output: Tensor) -> Index:
     if hasattr(target, "__index__") and not isinstance(target, bool):
         target = (int(target),)
     if not isinstance(target, tuple) or not all(hasattr(i, "__index__") for i in target):
-        raise InputError(f"target {target!r} is neither an integer nor a tuple of integers")
+        raise InputError(f"target {target!r} is neither an integer nor a tuple of integers; give class indices")
     sizes = tuple(output.shape[1:])
     if len(target) != len(sizes):
         raise InputError(

@@ -42,7 +42,7 @@ def load_probe(path: str | os.PathLike[str], row: int | None = None) -> Tensor:
         raise InputError(f"the probe {path} holds {shape} of {matrix.dtype}; expected floating point, (classes, D)")
     matrix = matrix.flatten(1).float()
     if not bool(torch.isfinite(matrix).all()):
-        raise InputError(f"the probe {path} holds NaN or infinity")
+        raise InputError(f"the probe {path} holds NaN or infinity; expected finite weights")
     if row is None:
         return matrix
     if not 0 <= row < len(matrix):

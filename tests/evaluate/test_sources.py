@@ -77,7 +77,7 @@ def test_boxes_of_another_resolution_are_scaled_and_of_another_shape_refused(pho
     (tmp_path / "one.xml").write_text(XML.format(w=60, h=100))
     source = files(photo, noted=read_boxes(tmp_path))
     assert source.read(0, 1) is None
-    assert "(60, 100)" in source.skipped[str(photo)]
+    assert "60×100" in source.skipped[str(photo)]
 
 
 def test_boxes_of_csv_and_coco(tmp_path):
@@ -131,7 +131,7 @@ def test_masks_are_files_of_the_same_name(photo, tmp_path):
     Image.fromarray(mask[:30]).save(tmp_path / "one.png")
     source = files(photo, masks=tmp_path)
     assert source.read(0, 1) is None
-    assert "(100, 30)" in str(source.skipped)
+    assert "100×30" in str(source.skipped)
 
 
 def test_a_broken_file_is_left_out_and_named(photo, tmp_path):

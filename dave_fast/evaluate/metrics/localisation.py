@@ -86,7 +86,7 @@ def grid_pointing_game(maps: Tensor, cells: Tensor, grid: int) -> Tensor:
     if maps.ndim != 3 or cells.shape != maps.shape[:1]:
         raise InputError(f"maps {tuple(maps.shape)} and cells {tuple(cells.shape)}: expected (n, H, W) and (n,).")
     if cells.numel() and not 0 <= int(cells.min()) <= int(cells.max()) < grid**2:
-        raise InputError(f"cells must lie in 0..{grid**2 - 1} for grid={grid}; got {cells.tolist()[:8]} ...")
+        raise InputError(f"cells are {cells.tolist()[:8]} ...; expected 0 to {grid**2 - 1} for grid={grid}.")
     rows = _cell_overlap(maps.shape[1], grid).to(maps.device)[cells // grid]
     columns = _cell_overlap(maps.shape[2], grid).to(maps.device)[cells % grid]
     return _share(_positive(maps), rows[:, :, None] * columns[:, None, :])

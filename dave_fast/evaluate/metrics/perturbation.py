@@ -154,7 +154,10 @@ def perturbation_curve(
     """
     chosen = protocol_of(protocol, steps)
     if maps.shape not in (images.shape, images[:, 0].shape):
-        raise InputError(f"maps {tuple(maps.shape)} do not belong to images {tuple(images.shape)}.")
+        raise InputError(
+            f"maps {tuple(maps.shape)} do not belong to images {tuple(images.shape)}: expected (B, H, W) or "
+            "(B, C, H, W)."
+        )
     values = _values(maps, images, chosen)
     ranks = _ranks(values if chosen.order == "least" else -values)
     filled = _fill(images, chosen) if fill is None else fill

@@ -83,7 +83,9 @@ def border_excess(attributions: Tensor, patch_size: int | tuple[int, int]) -> Te
     height, width = strength.shape[1:]
     ph, pw = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
     if height % ph or width % pw:
-        raise InputError(f"patch size {ph}×{pw} does not divide attributions of {height}×{width} pixels.")
+        raise InputError(
+            f"patches of {ph}×{pw} pixels do not divide attributions of {height}×{width}; give the model's patch size."
+        )
     border = _touches_border(height, ph)[:, None] | _touches_border(width, pw)
     border = border[1:-1, 1:-1].to(strength.device)
     inner = strength[:, 1:-1, 1:-1]

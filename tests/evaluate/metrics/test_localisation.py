@@ -110,7 +110,7 @@ def test_grid_splits_a_pixel_on_the_line_by_area():
 
 
 def test_grid_refuses_cells_outside():
-    with pytest.raises(InputError, match=r"0\.\.3"):
+    with pytest.raises(InputError, match="expected 0 to 3"):
         metrics.grid_pointing_game(torch.rand(1, 4, 4), torch.tensor([4]), 2)
     assert metrics.grid_pointing_game(torch.zeros(1, 4, 4), torch.tensor([3]), 2).tolist() == [0]
 

@@ -40,7 +40,7 @@ def test_border_excess_ignores_the_edge_of_the_image():
 def test_border_excess_in_undefined_cases():
     assert metrics.border_excess(torch.zeros(1, 8, 8), 4).isnan().all()
     assert metrics.border_excess(torch.ones(1, 8, 8), 8).isnan().all()
-    with pytest.raises(InputError, match="does not divide"):
+    with pytest.raises(InputError, match="do not divide"):
         metrics.border_excess(torch.ones(1, 9, 8), 4)
 
 
