@@ -97,7 +97,7 @@ _CLIP = "vit_base_patch16_clip_quickgelu_224"
 _SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
 _RELPOS = "vit_relpos_small_patch16_224"
 
-# the forms that tests/oracle.py writes out
+# the forms that tests/frozen/oracle.py writes out
 PLAIN: dict[str, Variant] = {
     "vit": _vit(),
     "vit-3-blocks-48": _vit(embed_dim=48, depth=3, num_heads=3),

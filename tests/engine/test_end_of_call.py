@@ -18,8 +18,8 @@ from dave_fast.models.spec import ModelSpec
 from dave_fast.ops import _ext
 from dave_fast.sampling import draw, join
 from dave_fast.targets import Contrast, Similarity
+from tests.engine.waits import looks
 from tests.tiny import random_vit
-from tests.waits import looks
 
 SIZE = 16
 

@@ -129,7 +129,7 @@ GLIBC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 def peaks():
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("resident memory is read from /proc, which this system does not have")
-    command = [sys.executable, "-m", "tests.peak_memory", json.dumps(CASES)]
+    command = [sys.executable, "-m", "tests.engine.peak_memory", json.dumps(CASES)]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | GLIBC, capture_output=True, text=True, timeout=600, check=False
     )

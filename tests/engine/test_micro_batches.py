@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tolerances import EXACT
 
 import dave_fast
 from dave_fast.errors import InputError, NonFiniteError
 from dave_fast.sampling import draw, join
 from tests.tiny import initial_vit
+from tests.tolerances import EXACT
 
 SIZE = 16
 

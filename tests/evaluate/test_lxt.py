@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from tests import needs
+from tests.evaluate import needs
 from tests.tolerances import EXACT
 from tests.toys import frozen_vjp, relative
 from tests.variants import FROZEN_ONLY

@@ -7,7 +7,7 @@ from dave_fast.errors import InputError
 from dave_fast.evaluate import methods
 from dave_fast.evaluate.methods import METHODS, MethodSettings, choose
 from dave_fast.models.demo.model import build_model
-from tests import needs
+from tests.evaluate import needs
 
 SETUP = MethodSettings(3, {"precision": "fp32", "noise_alpha": 0.5})
 

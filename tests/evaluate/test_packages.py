@@ -16,7 +16,7 @@ from dave_fast.evaluate import DemoScenes, EvaluationSettings, evaluate, methods
 from dave_fast.evaluate.methods import METHODS, MethodSettings
 from dave_fast.evaluate.twin import NotTakenError, torchvision_twin
 from dave_fast.models.demo import load_demo_model
-from tests import needs
+from tests.evaluate import needs
 from tests.tiny import initial_vit
 from tests.tolerances import EXACT
 

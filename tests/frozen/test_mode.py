@@ -11,7 +11,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 from dave_fast.errors import InputError, ModelError
 from dave_fast.frozen.mode import freeze
-from tests.oracle import oracle_vjp
+from tests.frozen.oracle import oracle_vjp
 from tests.tolerances import EXACT
 from tests.toys import Calls, frozen_forward, frozen_vjp, normal, relative, second_score, slope
 from tests.variants import ENGINE, FROZEN_ONLY, PLAIN

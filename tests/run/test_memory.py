@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import run_stubs
 from PIL import Image
 
 from dave_fast.run.local import Machine
 from dave_fast.run.mapper import MapSettings
 from dave_fast.run.progress import Report
 from dave_fast.run.runner import run_dataset
+from tests.run import stubs
 
 MIB = 2**20
 
@@ -56,7 +56,7 @@ def test_memory_is_flat(images, tmp_path):
     for number in range(120, 2000):
         (images / f"{number % 3}" / f"{number:04d}.png").write_bytes(b"x" * 100_000)
     summary, seen = weigh(
-        lambda reporter: run_stubs.run(images, tmp_path / "out", seconds=0.001, shard_rows=100, reporter=reporter)
+        lambda reporter: stubs.run(images, tmp_path / "out", seconds=0.001, shard_rows=100, reporter=reporter)
     )
     assert summary.records == 2000
     assert max(growth(seen, 2000)) < 24 * MIB

@@ -10,9 +10,7 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
-import run_stubs
 from PIL import Image
-from run_killing import check, finish, ids_of, kill_until_done, start
 
 import dave_fast
 from dave_fast.errors import InputError, RunError
@@ -23,6 +21,8 @@ from dave_fast.run.mapper import Mapper, MapSettings
 from dave_fast.run.progress import Report
 from dave_fast.run.ray_engine import _by_shard, preflight
 from dave_fast.run.runner import run_dataset
+from tests.run import stubs
+from tests.run.killing import check, finish, ids_of, kill_until_done, start
 
 pytest.importorskip("ray", reason="an extra: dave-fast[ray]")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -35,14 +35,14 @@ def cluster(tmp_path_factory):
 
     import ray
 
-    paths = os.pathsep.join((os.path.dirname(run_stubs.__file__), os.path.dirname(os.path.dirname(dave_fast.__file__))))
+    root = os.path.dirname(os.path.dirname(dave_fast.__file__))
     ray.init(
         num_cpus=4,
         object_store_memory=2**28,
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.CRITICAL,
-        runtime_env={"env_vars": {"PYTHONPATH": paths}},
+        runtime_env={"env_vars": {"PYTHONPATH": root}},
     )
     yield
     ray.shutdown()
@@ -82,7 +82,7 @@ def test_preflight_refuses(resources, devices, message):
 def test_without_ray(images, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(InputError, match=r"needs Ray: pip install 'dave-fast\[ray\]'"):
-        run_stubs.run(images, tmp_path / "out", engine="ray")
+        stubs.run(images, tmp_path / "out", engine="ray")
     assert not (tmp_path / "out").exists()
 
 
@@ -178,7 +178,7 @@ def test_same_rows_as_the_local_engine(cluster, tars, tmp_path):
 def test_what_is_done_is_kept_when_the_mapper_fails(cluster, pictures, tmp_path, fault, message):
     out = tmp_path / "out"
     with pytest.raises(RunError, match=message):
-        run_stubs.run(pictures, out, engine="ray", fault=(fault, 40))
+        stubs.run(pictures, out, engine="ray", fault=(fault, 40))
     assert len(check(out, ids_of(pictures), all_done=False)) == 40
 
 
@@ -197,7 +197,7 @@ class StopsAfter(Report):
 @pytest.mark.slow
 def test_stopped_in_order(cluster, pictures, tmp_path):
     out = tmp_path / "out"
-    summary = run_stubs.run(
+    summary = stubs.run(
         pictures,
         out,
         engine="ray",
@@ -207,7 +207,7 @@ def test_stopped_in_order(cluster, pictures, tmp_path):
     )
     assert summary.stopped == "SIGTERM" and 0 < summary.records < 120
     assert len(check(out, ids_of(pictures), all_done=False)) == summary.records
-    assert run_stubs.run(pictures, out, engine="ray").records == 120
+    assert stubs.run(pictures, out, engine="ray").records == 120
     check(out, ids_of(pictures))
 
 
@@ -215,7 +215,7 @@ def test_stopped_in_order(cluster, pictures, tmp_path):
 def test_actor_that_dies_is_replaced(cluster, pictures, tmp_path):
     out = tmp_path / "out"
     once = tmp_path / "died"
-    assert run_stubs.run(pictures, out, engine="ray", fault=("die-once", 40, str(once))).records == 120
+    assert stubs.run(pictures, out, engine="ray", fault=("die-once", 40, str(once))).records == 120
     assert once.exists()
     check(out, ids_of(pictures))
 

@@ -9,16 +9,15 @@ import sys
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import run_stubs
-from run_killing import PATIENCE_S, PROGRAM, check, finish, ids_of, kill_until_done, start
 
 import dave_fast
 from dave_fast.errors import InputError, RunError
 from dave_fast.run import runner, sources
 from dave_fast.run.lock import Lock
+from tests.run import stubs
+from tests.run.killing import ENVIRONMENT, PATIENCE_S, check, finish, ids_of, kill_until_done, start
 
 # longer than a crowded machine takes to start a worker
 WATCHDOG_S = 20.0
@@ -79,14 +78,12 @@ def test_file_that_outgrows_its_limit(images, tmp_path):
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))
-sys.argv = ["run_stubs", {str(images)!r}, {str(out)!r}, '{{"shard_rows": 100}}']
-import run_stubs
-run_stubs.main()
+sys.argv = ["stubs", {str(images)!r}, {str(out)!r}, '{{"shard_rows": 100}}']
+from tests.run import stubs
+stubs.main()
 """
-    root = Path(dave_fast.__file__).parent.parent
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(PROGRAM.parent), str(root)))}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+        [sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE_S, check=False
     )
     assert done.returncode == 2 and "file too large" in done.stderr, done.stderr
     finish(start(images, out, shard_rows=100))
@@ -132,9 +129,9 @@ def test_one_run_at_a_time(images, tmp_path):
 def test_worker_that_dies(images, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(RunError, match=r"was killed by SIGKILL \(the system does that"):
-        run_stubs.run(images, out, fault=("die", 40))
+        stubs.run(images, out, fault=("die", 40))
     check(out, ids_of(images), all_done=False)
-    assert run_stubs.run(images, out).records == 120
+    assert stubs.run(images, out).records == 120
     check(out, ids_of(images))
 
 
@@ -142,8 +139,8 @@ def test_one_of_two_workers_dies(images, tmp_path):
     """The other one commits what it has."""
     out = tmp_path / "out"
     with pytest.raises(RunError, match="was killed by SIGKILL"):
-        run_stubs.run(images, out, fault=("die", 20), devices=("a", "b"), seconds=0.01, shard_rows=1000, commit_s=1000)
-    assert run_stubs.run(images, out).records == 120
+        stubs.run(images, out, fault=("die", 20), devices=("a", "b"), seconds=0.01, shard_rows=1000, commit_s=1000)
+    assert stubs.run(images, out).records == 120
     check(out, ids_of(images))
 
 
@@ -154,22 +151,22 @@ def test_one_of_two_workers_dies(images, tmp_path):
 def test_what_is_done_is_kept_when_the_mapper_fails(images, tmp_path, fault, message):
     out = tmp_path / "out"
     with pytest.raises(RunError, match=message):
-        run_stubs.run(images, out, fault=(fault, 40), shard_rows=1000, commit_s=1000)
+        stubs.run(images, out, fault=(fault, 40), shard_rows=1000, commit_s=1000)
     assert len(check(out, ids_of(images), all_done=False)) == 40
 
 
 def test_model_that_cannot_be_loaded(images, tmp_path):
     with pytest.raises(InputError, match="no such model"):
-        run_stubs.run(images, tmp_path / "out", fault=("load", 0))
+        stubs.run(images, tmp_path / "out", fault=("load", 0))
     assert not (tmp_path / "out").exists()
 
 
 def test_watchdog(images, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(RunError, match=r"no progress for \d+ s; waiting for worker 0"):
-        run_stubs.run(images, out, fault=("hang", 40), watchdog_s=WATCHDOG_S, shard_rows=5)
+        stubs.run(images, out, fault=("hang", 40), watchdog_s=WATCHDOG_S, shard_rows=5)
     assert len(check_committed(out)) >= 35
-    assert run_stubs.run(images, out).records == 120
+    assert stubs.run(images, out).records == 120
     check(out, ids_of(images))
 
 
@@ -183,69 +180,69 @@ def test_source_that_hangs(images, tmp_path, monkeypatch):
     endless = replace(source, read=lambda skip: iter(threading.Event().wait, None))
     monkeypatch.setattr(runner, "open_source", lambda *args, **keywords: endless)
     with pytest.raises(RunError, match=rf"no progress for \d+ s; waiting for the source {images}"):
-        run_stubs.run(images, tmp_path / "out", watchdog_s=WATCHDOG_S)
+        stubs.run(images, tmp_path / "out", watchdog_s=WATCHDOG_S)
 
 
 def test_resume_refuses_another_run(images, tmp_path):
     out = tmp_path / "out"
-    run_stubs.run(images, out, limit=10)
+    stubs.run(images, out, limit=10)
     with pytest.raises(
         InputError, match=r"configuration\.n_samples: 50 before, 7 now; configuration\.seed: 0 before, 3"
     ):
-        run_stubs.run(images, out, n_samples=7, seed=3)
+        stubs.run(images, out, n_samples=7, seed=3)
     (images / "0/000.png").rename(images / "0/other.png")
     with pytest.raises(InputError, match=r"source\.digest: \w+ before, \w+ now"):
-        run_stubs.run(images, out)
+        stubs.run(images, out)
     assert len(check_committed(out)) == 10
 
 
 def test_limit_counts_what_is_there(images, tmp_path):
     out = tmp_path / "out"
-    assert run_stubs.run(images, out, limit=10).images == 10
-    assert run_stubs.run(images, out, limit=10).images == 0
-    assert run_stubs.run(images, out, limit=25).images == 15
-    assert run_stubs.run(images, out).images == 95
+    assert stubs.run(images, out, limit=10).images == 10
+    assert stubs.run(images, out, limit=10).images == 0
+    assert stubs.run(images, out, limit=25).images == 15
+    assert stubs.run(images, out).images == 95
     check(out, ids_of(images))
 
 
 def test_folder_that_holds_no_run(images, tmp_path):
     (tmp_path / "maps.parquet").write_bytes(b"someone's data")
     with pytest.raises(InputError, match=r"holds Parquet files but no run\.json"):
-        run_stubs.run(images, tmp_path)
+        stubs.run(images, tmp_path)
     assert (tmp_path / "maps.parquet").read_bytes() == b"someone's data"
 
 
 def test_shard_that_was_spoilt(images, tmp_path):
     out = tmp_path / "out"
-    run_stubs.run(images, out)
+    stubs.run(images, out)
     shard = sorted(out.glob("*.parquet"))[0]
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(InputError, match=f"{shard.name} is no readable shard"):
-        run_stubs.run(images, out)
+        stubs.run(images, out)
     shard.unlink()
-    run_stubs.run(images, out)
+    stubs.run(images, out)
     check(out, ids_of(images))
 
 
 def test_shard_that_was_copied(images, tmp_path):
     out = tmp_path / "out"
-    run_stubs.run(images, out)
+    stubs.run(images, out)
     shard = sorted(out.glob("*.parquet"))[0]
     (out / "copy.parquet").write_bytes(shard.read_bytes())
     with pytest.raises(InputError, match="holds records that other shards hold too"):
-        run_stubs.run(images, out)
+        stubs.run(images, out)
 
 
 def test_bad_images_have_rows(images, tmp_path):
     out = tmp_path / "out"
-    summary = run_stubs.run(images, out, decode="image", limit=30)
+    summary = stubs.run(images, out, decode="image", limit=30)
     assert (summary.images, summary.errors, len(summary.first_errors)) == (30, 30, 5)
     maps = dave_fast.open_maps(out)
     assert {row.status for row in maps} == {"error"}
     assert maps[0].error.startswith(f"cannot read {maps[0].uri}: it is not an image that Pillow can read")
     # Tried again where that is asked for, not otherwise.
-    assert run_stubs.run(images, out, limit=30).images == 0
-    assert run_stubs.run(images, out, limit=30, retry_errors=True).images == 30
+    assert stubs.run(images, out, limit=30).images == 0
+    assert stubs.run(images, out, limit=30, retry_errors=True).images == 30
     assert len(check(out, ids_of(images), all_done=False)) == 30
 
 
@@ -256,9 +253,9 @@ def test_retry_keeps_what_is_good(images, tmp_path):
     good = [path for path in images.rglob("*.png") if int(path.stem) % 4]
     for path in good:
         Image.new("RGB", (8, 8)).save(path)
-    assert run_stubs.run(images, out, decode="image").errors == 30
+    assert stubs.run(images, out, decode="image").errors == 30
     times = {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
-    assert run_stubs.run(images, out, retry_errors=True).images == 30
+    assert stubs.run(images, out, retry_errors=True).images == 30
     assert set(times) <= set(out.glob("*.parquet"))
     check(out, ids_of(images))
 
@@ -269,13 +266,13 @@ def test_everything_fails(tmp_path):
         (tmp_path / "images").mkdir(exist_ok=True)
         (tmp_path / f"images/{number}.png").write_bytes(b"no image")
     with pytest.raises(RunError, match="100 records failed one after another"):
-        run_stubs.run(tmp_path / "images", tmp_path / "out", decode="image")
-    assert run_stubs.run(tmp_path / "images", tmp_path / "out", retry_errors=True).records == 300
+        stubs.run(tmp_path / "images", tmp_path / "out", decode="image")
+    assert stubs.run(tmp_path / "images", tmp_path / "out", retry_errors=True).records == 300
 
 
 def test_several_devices_share_the_work(images, tmp_path):
     out = tmp_path / "out"
-    summary = run_stubs.run(images, out, devices=("a", "b", "c"), seconds=0.005)
+    summary = stubs.run(images, out, devices=("a", "b", "c"), seconds=0.005)
     assert summary.devices == 3 and summary.records == 120
     check(out, ids_of(images))
     workers = {path.name.split("-")[1] for path in out.glob("maps-*.parquet")}

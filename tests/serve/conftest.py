@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from serving import SIZE, file_of, serve_model, serving
 
 from dave_fast.serve.service import Service
+from tests.serve.tiny_server import SIZE, file_of, serve_model, serving
 
 
 @pytest.fixture(scope="session")

@@ -12,12 +12,12 @@ from contextlib import suppress
 import httpx
 import pytest
 import torch
-from serving import PATIENCE, serve_model, serving, until
 from typer.testing import CliRunner
 
 from dave_fast.cli import app as cli
 from dave_fast.client import Client, ServerError
 from dave_fast.serve.limits import Limits
+from tests.serve.tiny_server import PATIENCE, serve_model, serving, until
 
 
 def connect(address):

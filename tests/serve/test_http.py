@@ -12,11 +12,11 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from serving import NAMES, SIZE, file_of, serve_model, serving
 
 from dave_fast.client import AsyncClient, Client, ServerError
 from dave_fast.errors import InputError
 from dave_fast.serve.limits import Limits
+from tests.serve.tiny_server import NAMES, SIZE, file_of, serve_model, serving
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
     unsupported_method,
 )
-from serving import serve_model, serving
 
 from dave_fast.serve.limits import Limits
+from tests.serve.tiny_server import serve_model, serving
 
 
 def no_failure(ctx, response, case):

@@ -5,7 +5,6 @@ import time
 
 import pytest
 import torch
-from serving import DirectClient, serve_model, started, until
 
 from dave_fast.errors import InputError, NonFiniteError, RefusedError
 from dave_fast.explain.convergence import checkpoints
@@ -13,6 +12,7 @@ from dave_fast.serve.jobs import Ended, Failed, Predicted
 from dave_fast.serve.limits import Limits
 from dave_fast.serve.service import DeadlineError, Service
 from dave_fast.serve.workers import FAILURES
+from tests.serve.tiny_server import DirectClient, serve_model, started, until
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-from serving import serve_model, serving
 
 from dave_fast.client import Client, ServerError
+from tests.serve.tiny_server import serve_model, serving
 
 MEGABYTE = 1 << 20
 

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tolerances import EXACT
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -15,6 +14,7 @@ from dave_fast.sampling import Draws, Sampling, draw, identity
 from dave_fast.targets import cotangents
 from dave_fast.targets.forms import ModelView, resolve_target
 from tests.tiny import random_vit
+from tests.tolerances import EXACT
 from tests.toys import normal, relative
 
 HEIGHT, WIDTH, PATCH = 32, 48, 8

@@ -1,4 +1,4 @@
-"""Marks for tests of packages that cannot be installed beside everything else."""
+"""Marks for tests of packages that cannot be installed together with the others."""
 
 from importlib.util import find_spec
 

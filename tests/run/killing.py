@@ -1,4 +1,4 @@
-"""Runs as programs of their own, to be killed; and what has to be true of what they leave behind."""
+"""Runs as programs of their own, which a test can kill, and checks of the files that they leave."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-import run_stubs
 
 import dave_fast
+from tests.run import stubs
 
 # A crowded machine needs minutes to start Ray.
 PATIENCE_S = 400
-PROGRAM = Path(run_stubs.__file__)
+ROOT = Path(dave_fast.__file__).parent.parent
+PROGRAM = [sys.executable, "-m", "tests.run.stubs"]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 def start(place, out, **settings):
-    root = Path(dave_fast.__file__).parent.parent
-    paths = os.pathsep.join((str(PROGRAM.parent), str(root)))
-    command = [sys.executable, str(PROGRAM), str(place), str(out), json.dumps(settings)]
+    """Start a run of the stub in a process group of its own and return the process."""
     return subprocess.Popen(
-        command,
-        env=os.environ | {"PYTHONPATH": paths},
+        [*PROGRAM, str(place), str(out), json.dumps(settings)],
+        env=ENVIRONMENT,
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # a group of its own, so that a test can kill it as a whole
+        # so that a test can kill the group as a whole
         start_new_session=True,
     )
 
@@ -49,14 +50,14 @@ def finish(program, code=0):
 
 
 def check(out, ids, *, all_done=True):
-    """Every shard can be read, no id stands twice, and each map is the one of its id."""
+    """Check that every shard can be read, no id occurs twice and each map is that of its id; return the ids."""
     assert not (all_done and list(out.glob(".*.part")))
     found = [i for path in out.glob("*.parquet") for i in pq.read_table(path, columns=["id"])["id"].to_pylist()]
     assert len(found) == len(set(found))
     assert set(found) == set(ids) if all_done else set(found) <= set(ids)
     if found:
         for row in dave_fast.open_maps(out):
-            np.testing.assert_array_equal(row.map, run_stubs.expected_map(row.id).astype(np.float16))
+            np.testing.assert_array_equal(row.map, stubs.expected_map(row.id).astype(np.float16))
     return set(found)
 
 
@@ -65,14 +66,14 @@ def ids_of(images):
 
 
 def kill_until_done(images, out, randomness, kills, *, whole_group, **settings):
-    """Start the run again and again, and kill it at random moments after its first work; how often it was killed."""
+    """Start the run repeatedly, kill it at random moments after its first work, and return how often it was killed."""
     ids, killed = set(ids_of(images)), 0
     while True:
         program = start(images, out, **settings)
         if killed < kills:
             until = time.monotonic() + PATIENCE_S
             before = set(out.glob("maps-*.parquet"))
-            # Until it works: a run that is killed while it starts has nothing to lose.
+            # until it works: a run that is killed while it starts has nothing to lose
             while program.poll() is None and time.monotonic() < until:
                 if set(out.glob("maps-*.parquet")) - before or list(out.glob(".*.part")):
                     break

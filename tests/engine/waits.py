@@ -1,6 +1,6 @@
-"""Counts what waits for a device: every look that Python takes at a tensor's values.
+"""Count the operations with which Python reads a tensor's values, and so waits for a device.
 
-On CPU tensors nothing waits, but the same operations do on a GPU's. So the count is one of looks, at any tensor.
+On the CPU none of them waits, but on a GPU the same operations do: they are counted on any tensor.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Looks(TorchDispatchMode):
 
 @contextmanager
 def looks() -> Iterator[Counter[str]]:
-    """Counts, by operation, within the block."""
+    """Count reads by operation within the block."""
     found: Counter[str] = Counter()
     with pytest.MonkeyPatch.context() as patch, _Looks(found):
         for name in METHODS:

@@ -1,6 +1,6 @@
 """Runs without a model: a stub mapper that a worker can import, and a program that a test can kill.
 
-`python run_stubs.py PLACE OUT SETTINGS(JSON)` makes a run with `Stub`.
+`python -m tests.run.stubs PLACE OUT SETTINGS(JSON)` makes a run with `Stub`.
 """
 
 from __future__ import annotations
@@ -222,6 +222,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     # Workers import `Stub` by this module's name, not from __main__.
-    import run_stubs
+    from tests.run import stubs
 
-    run_stubs.main()
+    stubs.main()

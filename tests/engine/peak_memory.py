@@ -1,6 +1,6 @@
 """Run by tests/engine/test_memory.py in a process of its own: peak memory of explanations, weights included, as JSON.
 
-python -m tests.peak_memory '[[size, width, depth, precision, backend, images, samples, rows, targets], ...]'
+python -m tests.engine.peak_memory '[[size, width, depth, precision, backend, images, samples, rows, targets], ...]'
 
 Prints [measured, formula] in bytes for each; measured is the growth of the process's resident memory.
 """
