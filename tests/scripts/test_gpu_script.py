@@ -438,7 +438,9 @@ def test_goals_hold_for_fifty_samples_alone():
 
 def test_eager_launches_are_told_and_fail(monkeypatch):
     monkeypatch.setattr(setting, "REHEARSAL", False)
-    made = setting.as_graphs(rows.row("a", "measured", 1.0, note="x"), SimpleNamespace(_graphs=None))
+    made = setting.as_graphs(
+        rows.row("a", "measured", 1.0, note="x"), SimpleNamespace(_cache=SimpleNamespace(graphs=None))
+    )
     assert (made["state"], made["value"], made["graphs"]) == ("failed", 1.0, False)
     assert "one by one; x" in made["note"]
 

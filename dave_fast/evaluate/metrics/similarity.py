@@ -37,17 +37,7 @@ def rank_correlation(maps: Tensor, others: Tensor) -> Tensor:
     """Return the Spearman correlation over the pixels of two maps; ties get their mean rank.
 
     Parameter randomisation (Adebayo et al., Sanity checks for saliency maps, NeurIPS 2018) is that of the maps of a
-    model and of a copy with random weights.
-
-    Args:
-        maps: (B, ...).
-        others: (B, ...), of equal shape.
-
-    Returns:
-        (B,) float64, NaN if one of the maps is constant.
-
-    Raises:
-        InputError: the shapes differ.
+    model and of a copy with random weights. Arguments and result are those of `correlation`.
     """
     same_shape(maps, others)
     return correlation(_mean_ranks(maps), _mean_ranks(others))
