@@ -56,7 +56,7 @@ def method(model):
     return DAVE(model, noise_alpha=0.3, precision="fp32")
 
 
-def test_it_is_one_of_captums_methods(model):
+def test_is_a_captum_attribution(model):
     found = method(model)
     assert isinstance(found, Attribution) and found.forward_func is model
     assert DAVE.get_name() == "D A V E"

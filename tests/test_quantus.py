@@ -31,7 +31,7 @@ def batch():
     return rng.standard_normal((3, 3, 32, 32)).astype(np.float32), np.array([0, 4, 2])
 
 
-def test_it_is_the_explainer_in_numpy(model, batch):
+def test_equals_the_explainer_in_numpy(model, batch):
     found = explain(model, *batch, **SETTINGS)
     expected = DAVE(model, noise_alpha=0.3, precision="fp32").explain(
         torch.from_numpy(batch[0]), torch.from_numpy(batch[1]), 3

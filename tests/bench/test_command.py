@@ -77,7 +77,7 @@ def test_your_own_kernel_in_the_whole_engine():
         (["--precision", "fp7"], "fp7"),
     ],
 )
-def test_what_cannot_be_measured_ends_with_2_and_one_line(arguments, words):
+def test_requests_that_cannot_be_measured_exit_with_2_and_one_line(arguments, words):
     done = run(*arguments)
     assert done.exit_code == 2
     assert words in done.output
@@ -90,7 +90,7 @@ def test_red_tests_of_an_op_keep_it_from_being_reported(monkeypatch):
     assert "row_rstd is not timed" in done.output and "GB/s" not in done.output
 
 
-def test_tests_are_run_where_they_are(tmp_path, monkeypatch):
+def test_tests_are_run_only_in_a_checkout(tmp_path, monkeypatch):
     folder = tmp_path / "tests" / "ops"
     folder.mkdir(parents=True)
     monkeypatch.setattr(op_tests, "ROOT", tmp_path)

@@ -144,7 +144,7 @@ def test_distance_sees_nan_shapes_and_eight_bits():
         (lambda: bench_one("cuda"), BackendError, "no backend 'cuda'|has no 'cuda' form|cannot run"),
     ],
 )
-def test_what_cannot_be_timed_is_said_plainly(ask, error, words):
+def test_ops_that_cannot_be_timed_are_reported(ask, error, words):
     with pytest.raises(error, match=words):
         ask()
 

@@ -34,7 +34,7 @@ def test_integers_stand_for_floats(tmp_path):
         ("model", "is no TOML file"),
     ],
 )
-def test_what_is_refused(tmp_path, text, message):
+def test_invalid_files_are_refused(tmp_path, text, message):
     (tmp_path / "c.toml").write_text(text)
     with pytest.raises(InputError) as caught:
         load_config(tmp_path / "c.toml")

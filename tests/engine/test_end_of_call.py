@@ -180,7 +180,7 @@ def test_an_unchanged_model_is_walked_once(model, images):
     assert explainer._cache.route(images) is walks
 
 
-def test_weights_of_nan_are_no_change(images):
+def test_nan_weights_do_not_count_as_changed(images):
     """A buffer that nothing reads holds NaN, which differs from itself."""
     model = tiny()
     model.register_buffer("unused", torch.full((5000,), torch.nan))
@@ -210,7 +210,7 @@ def test_weights_that_change_during_every_try_are_refused(model, images):
     ],
     ids=["pixels", "output"],
 )
-def test_what_is_not_finite_is_named_at_the_end(model, images, break_it, words):
+def test_non_finite_values_are_named_at_the_end(model, images, break_it, words):
     break_it(model, images)
     with pytest.raises(NonFiniteError, match=words):
         rehearsal(model).explain(images, n_samples=2)

@@ -113,7 +113,7 @@ def test_one_images_samples_have_a_bucket_of_their_own(model, images):
     assert torch.equal(found, buffered(model, direct, internal_batch_size=7)[0].explain(images[:1], 0, n_samples=7).raw)
 
 
-def test_ever_other_numbers_of_samples_capture_no_graphs_without_end(model, images):
+def test_the_number_of_graphs_is_bounded_for_any_sample_counts(model, images):
     explainer, capture = buffered(model, internal_batch_size=16)
     for samples in range(1, 17):
         explainer.explain(images[:1], 0, n_samples=samples)
@@ -233,7 +233,7 @@ def refuses(run):
     raise RuntimeError("operation not permitted when stream is capturing")
 
 
-def test_what_cannot_be_captured_runs_directly_and_says_so(model, images, caplog):
+def test_work_that_cannot_be_captured_runs_directly_with_a_note(model, images, caplog):
     explainer, _ = buffered(model, refuses)
     with caplog.at_level(logging.WARNING, "dave_fast"):
         found = explainer.explain(images, n_samples=5).raw
@@ -242,7 +242,7 @@ def test_what_cannot_be_captured_runs_directly_and_says_so(model, images, caplog
     assert torch.equal(found, buffered(model, direct)[0].explain(images, n_samples=5).raw)
 
 
-def test_graphs_that_were_asked_for_are_no_wish(model, images):
+def test_strict_graphs_raise_where_capture_fails(model, images):
     with pytest.raises(RuntimeError, match="not permitted"):
         buffered(model, refuses, strict=True)[0].explain(images, n_samples=5)
     explainer, _ = buffered(model, route="frozen")
@@ -347,7 +347,7 @@ class Capturing:
         self.streams.pop()
 
 
-def test_what_fails_within_a_capture_is_what_is_raised_and_its_memory_is_freed(monkeypatch):
+def test_an_error_in_a_capture_is_raised_and_its_memory_freed(monkeypatch):
     capturing = Capturing(monkeypatch)
     capture = CudaCapture(torch.device("cuda"))
 
@@ -369,7 +369,7 @@ def test_what_fails_within_a_capture_is_what_is_raised_and_its_memory_is_freed(m
     assert raised is torch.OutOfMemoryError and Held.alive == 0 and capturing.streams == ["caller's"]
 
 
-def test_a_capture_that_cannot_end_says_so_itself(monkeypatch):
+def test_an_error_at_the_end_of_a_capture_is_raised(monkeypatch):
     Capturing(monkeypatch)
 
     def end(failed):

@@ -86,7 +86,7 @@ def test_join_renumbers_images_and_keeps_the_rest(explainer):
         [[0]],
     ],
 )
-def test_targets_that_are_none_are_refused(explainer, images, targets):
+def test_invalid_targets_are_refused(explainer, images, targets):
     with pytest.raises(InputError, match="target"):
         explainer.contributions(images[:1], draws_of(explainer, 0, 1), targets)
 

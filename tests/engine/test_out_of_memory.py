@@ -87,7 +87,7 @@ def test_progress_still_counts_every_row_once(model, images):
     assert seen == [(4, 12), (8, 12), (12, 12)]
 
 
-def test_several_classes_survive_it_too(model, images):
+def test_several_classes_survive_out_of_memory(model, images):
     draws = dave_fast.sampling.draw(6, height=16, width=16)
     targets = torch.tensor([[0, 3]])
     expected = explainer(model).contributions(images[:1], draws, targets)
@@ -110,7 +110,7 @@ def test_buckets_are_given_up_before_smaller_ones_are_made(model, images):
 @pytest.mark.parametrize(
     ("route", "words"), [("engine", r"takes [\d.]+ MiB by the formula"), ("frozen", "what autograd saves")]
 )
-def test_one_row_that_does_not_fit_is_said_in_numbers(model, images, route, words):
+def test_one_row_that_does_not_fit_is_refused_with_its_bytes(model, images, route, words):
     made = explainer(model, route=route)
     scarce(made, images, 0, SHORTAGES["cpu"])
     with pytest.raises(OutOfMemoryError, match=words) as raised:
@@ -118,7 +118,7 @@ def test_one_row_that_does_not_fit_is_said_in_numbers(model, images, route, word
     assert "MiB are free on cpu" in str(raised.value) and raised.value.__cause__ is SHORTAGES["cpu"]
 
 
-def test_other_errors_are_not_taken_for_it(model, images):
+def test_other_errors_are_not_taken_for_out_of_memory(model, images):
     made = explainer(model)
     scarce(made, images, 0, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="mat1 and mat2"):

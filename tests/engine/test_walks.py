@@ -276,7 +276,7 @@ def spoil_type(model):
     ],
     ids=lambda value: getattr(value, "__name__", "words"),
 )
-def test_what_the_plan_cannot_read_is_named(spoil, words):
+def test_unsupported_parts_of_vits_are_named(spoil, words):
     model = ENGINE["vit"].build()
     assert why_not(model) is None
     spoil(model)
@@ -314,7 +314,7 @@ def spoil_head(model):
         ("vit-parallel", spoil_block, "blocks.1: a Mine"),
     ],
 )
-def test_what_other_families_do_not_read_is_named(name, spoil, words):
+def test_unsupported_parts_of_other_families_are_named(name, spoil, words):
     model = ENGINE[name].build()
     assert why_not(model) is None
     spoil(model)

@@ -73,7 +73,7 @@ def test_other_models_and_old_packages_are_refused_with_the_reason(monkeypatch):
         torchvision_twin(small())
 
 
-def test_what_was_not_run_is_listed_everywhere_with_the_reason(tmp_path, monkeypatch):
+def test_methods_not_run_are_listed_with_the_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(methods, "find_spec", lambda name: None)
     how = "--images 1 --groups localisation --methods LeGrad,AttnLRP --n-samples 1 --precision fp32"
     found = CliRunner().invoke(app, ["evaluate", *how.split(), "--out", str(tmp_path)])

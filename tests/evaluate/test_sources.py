@@ -111,7 +111,7 @@ def test_boxes_of_csv_and_coco(tmp_path):
         ("empty", None, "holds no XML"),
     ],
 )
-def test_annotations_that_are_none_are_refused_by_name(tmp_path, name, content, said):
+def test_invalid_annotations_are_refused_by_name(tmp_path, name, content, said):
     path = tmp_path / name
     if content is None:
         path.mkdir()

@@ -34,7 +34,7 @@ def test_the_choice_on_curves_with_a_known_answer(means, kept, chosen):
     assert choose_alpha(curve(*means), np.array(kept))[0] == chosen
 
 
-def test_what_costs_next_to_nothing_goes_to_more_smoothing():
+def test_nearly_equal_scores_choose_more_noise():
     assert choose_alpha(curve(0.9, 0.91, 0.895, 0.5, noise=0 * NOISE), EASY) == (2, 1)
     assert choose_alpha(curve(0.9, 0.91, 0.89, 0.5, noise=0 * NOISE), EASY) == (1, 1)
     assert choose_alpha(curve(-0.2, -0.1, -0.3, -0.5, noise=0 * NOISE), EASY) == (1, 1)
@@ -85,12 +85,12 @@ def test_a_model_is_tuned_repeatably_and_left_as_it_was(explainer):
         ((3, 3, 32, 32), {"quality": 1.0}, "quality"),
     ],
 )
-def test_what_cannot_be_tuned_is_refused(explainer, images, options, said):
+def test_models_that_cannot_be_tuned_are_refused(explainer, images, options, said):
     with pytest.raises(InputError, match=said):
         tune(explainer, torch.zeros(images), **options)
 
 
-def test_the_command_writes_what_the_others_take(tmp_path, monkeypatch):
+def test_the_command_writes_a_file_that_other_commands_take(tmp_path, monkeypatch):
     monkeypatch.setattr("dave_fast.evaluate.tuning.SAMPLES", 2)
     monkeypatch.setattr("dave_fast.evaluate.tuning.ERROR_SAMPLES", 8)
     result = CliRunner().invoke(app, ["tune", "--images", "3", "--precision", "fp32", "--out", str(tmp_path / "tuned")])

@@ -290,7 +290,7 @@ def test_bfloat16_does_not_depend_on_the_micro_batch_beyond_its_rounding(model, 
     assert (whole.raw - split.raw).norm() <= 2e-2 * whole.raw.norm()
 
 
-def test_what_the_plan_does_not_cover_is_frozen_and_said(images):
+def test_unsupported_models_take_the_frozen_route_with_a_note(images):
     model = tiny_vit(class_token=False, global_pool="avg")
     model.blocks[0].register_forward_hook(lambda *args: None)
     found = explainer(model)

@@ -97,7 +97,7 @@ def test_large_scores_do_not_overflow(dtype, device):
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("shape", [(4, 1, 197, 3, 64), (2, 70, 70, 2, 80)], ids=str)
-def test_the_librarys_flash_attention_feeds_the_vjp(shape, dtype, device, monkeypatch):
+def test_pytorchs_flash_attention_feeds_the_vjp(shape, dtype, device, monkeypatch):
     if device == "cpu":
         on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention", on_cpu)
@@ -140,7 +140,7 @@ def test_nothing_quadratic_is_saved(device):
     "spot", [("q", 0, 0, 0, 2), ("k", 0, 20, 0, 7), ("k", 0, 32, 0, 7), ("v", 0, 32, 0, 0)], ids=str
 )
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_what_is_no_number_is_seen(spot, value, queries, dtype, device):
+def test_nan_and_infinity_propagate(spot, value, queries, dtype, device):
     """NaN exactly where softmax attention by the formula has it: one query's row, one key's head, one component."""
     case = heads((1, queries, 33, 2, 16), dtype, device)
     dict(zip("qkv", case, strict=False))[spot[0]][spot[1:]] = value
@@ -148,7 +148,7 @@ def test_what_is_no_number_is_seen(spot, value, queries, dtype, device):
         assert torch.equal(got.isnan(), want.isnan())
 
 
-def test_what_kernels_do_not_cover_goes_to_pytorch(device):
+def test_unsupported_inputs_go_to_pytorch(device):
     for dtype, dim, scale in [(torch.float64, 16, 0.3), (torch.float32, 144, 0.3), (torch.float32, 16, -0.3)]:
         case = heads((1, 9, 9, 1, dim), dtype, device)
         for got, want in zip(run(*case, scale), by_formula(*case, scale), strict=True):

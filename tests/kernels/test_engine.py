@@ -51,7 +51,7 @@ def test_the_walks_are_as_good_as_plain_pytorch(name, dtype, device):
     assert distance(found, expected) <= LOW_PRECISION_RATIO * distance(plain, expected)
 
 
-def test_a_tail_that_hands_its_input_on_leaves_the_cotangent_alone(device):
+def test_an_identity_tail_does_not_change_the_cotangent(device):
     engine = engine_of(ENGINE["vit-average-all-tokens"].build(), dtype=torch.float32, device=device, backend="triton")
     engine.plan = replace(engine.plan, tail=torch.nn.Identity())
     images = ENGINE["vit-average-all-tokens"].images(2).to(device)

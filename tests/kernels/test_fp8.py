@@ -19,7 +19,7 @@ def numbers(*shape, seed=0, dtype=torch.float32, device="cpu"):
 
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (7, 37), (5, 257), (2, WIDEST + 3)], ids=str)
-def test_codes_and_scales_are_the_references(shape, dtype, device):
+def test_codes_and_scales_match_the_reference(shape, dtype, device):
     x = numbers(shape[0], shape[1] + 5, dtype=dtype, device=device)[:, : shape[1]]
     rows = numbers(shape[0], seed=1, device=device)
     codes, scale = quantise_triton(x)
@@ -28,7 +28,7 @@ def test_codes_and_scales_are_the_references(shape, dtype, device):
     assert torch.equal(quantise_triton(x, rows)[1], expected_scale * rows)
 
 
-def test_zeros_stay_and_nan_is_not_hidden(device):
+def test_zeros_stay_and_nan_propagates(device):
     x = torch.zeros(3, 8, device=device)
     x[1, 2], x[2, 3] = torch.nan, torch.inf
     found = dequantise(*quantise_triton(x))
@@ -37,7 +37,7 @@ def test_zeros_stay_and_nan_is_not_hidden(device):
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_products_and_epilogues_are_the_references(shape, dtype, device):
+def test_products_and_epilogues_match_the_reference(shape, dtype, device):
     rows, inputs, outputs = shape
     x, weight = numbers(rows, inputs, dtype=dtype, device=device), pack_fp8(numbers(outputs, inputs, device=device))
     bias, scale = numbers(outputs, dtype=dtype, device=device), numbers(rows, device=device).abs()

@@ -76,7 +76,7 @@ def test_choices_are_found_by_the_next_process_for_near_numbers_of_rows(launches
     assert log[-1] is SLOW
 
 
-def test_trials_for_timing_leave_the_operands_alone(launches, monkeypatch):
+def test_timing_trials_do_not_change_the_operands(launches, monkeypatch):
     log, launch = launches
     new_process(monkeypatch, tune="1")
     launched = []
@@ -84,7 +84,7 @@ def test_trials_for_timing_leave_the_operands_alone(launches, monkeypatch):
     assert log == [SLOW, FAST] and launched == [FAST]
 
 
-def test_where_no_candidate_can_be_timed_nothing_is_kept(launches, monkeypatch, caplog):
+def test_nothing_is_saved_when_no_candidate_can_be_timed(launches, monkeypatch, caplog):
     _, launch = launches
     new_process(monkeypatch, tune="1")
     with pytest.raises(OutOfResources):
@@ -133,7 +133,7 @@ def test_candidates_that_were_not_timed_are_timed_beside_the_others(launches, mo
     assert log == [SLOW, LIBRARY, FAST, FAST]
 
 
-def test_a_candidate_is_not_launched_where_it_is_not_offered(launches, monkeypatch):
+def test_only_offered_candidates_are_launched(launches, monkeypatch):
     log, launch = launches
     new_process(monkeypatch, tune="1")
     _launch.run("problem", 100, CPU, [SLOW, FAST], launch)

@@ -89,7 +89,7 @@ def test_gates_in_eight_bits_are_within_half_a_step(numbers, activation, monkeyp
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", list(GATES))
-def test_gates_at_zero_and_far_out(device, dtype, activation):
+def test_gates_at_zero_and_far_from_it(device, dtype, activation):
     u = torch.tensor([[0.0, -0.0, 200.0, -200.0, 1e4, -1e4, 88.5, -88.5]], dtype=dtype, device=device)
     value, gate = linear_triton(u, torch.eye(8, dtype=dtype, device=device), activation=activation)
     at_zero = 0.0 if activation == "relu" else 0.5
@@ -100,7 +100,7 @@ def test_gates_at_zero_and_far_out(device, dtype, activation):
     assert value[0].tolist() == pytest.approx(u[0].clamp(min=0).tolist(), abs=1e-30)
 
 
-def test_the_polynomial_is_as_near_to_phi_as_it_says(numbers):
+def test_polynomial_of_phi_is_within_its_stated_error(numbers):
     u = torch.linspace(-8, 8, 4001, dtype=torch.float64).to(numbers(1).device)
     x = u.half()[:, None] * torch.eye(1, 32, dtype=torch.float16, device=u.device)
     # one in-feature is not zero, so the product is u itself
@@ -131,7 +131,7 @@ def test_gated_mlps_keep_the_operands_dtype_for_their_gates(numbers, monkeypatch
 
 @pytest.mark.parametrize("variant", ["descriptors", "persistent", "plain"])
 @pytest.mark.parametrize("glu", [False, True])
-def test_every_way_to_bring_and_walk_tiles(numbers, variant, glu, monkeypatch):
+def test_every_tile_loading_and_order(numbers, variant, glu, monkeypatch):
     way = kernels._configuration(32, 64, 32, 4, 1, descriptors=variant != "plain", persistent=variant == "persistent")
     monkeypatch.setattr(kernels, "configurations", lambda *_, **__: [way])
     x, matrix = numbers(150, 40, dtype=torch.float16), numbers(2 * 70, 40, dtype=torch.float16, seed=1)
@@ -142,7 +142,7 @@ def test_every_way_to_bring_and_walk_tiles(numbers, variant, glu, monkeypatch):
         assert_as_good(got, low, want)
 
 
-def test_what_is_no_number_goes_through(numbers):
+def test_nan_and_infinity_propagate(numbers):
     x, matrix = numbers(3, 32, dtype=torch.float16), numbers(40, 32, dtype=torch.float16, seed=1)
     x[1, 3] = torch.nan
     y, gate = linear_triton(x, matrix, activation="gelu")

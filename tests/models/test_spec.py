@@ -67,7 +67,7 @@ def test_names(name, source):
         (3, "the model is a int"),
     ],
 )
-def test_names_that_are_none(name, message):
+def test_invalid_names_are_refused(name, message):
     with pytest.raises(UnknownModelError, match=f"(?s){message}"):
         load_model(name)
 
@@ -82,7 +82,7 @@ def test_names_that_are_none(name, message):
         (dict(image_size=0), "expected pixels"),
     ],
 )
-def test_what_cannot_be_meant_together(wrong, message):
+def test_contradictory_settings_are_refused(wrong, message):
     with pytest.raises(InputError, match=message):
         ModelSpec("vit_tiny_patch16_224", **wrong)
 

@@ -79,7 +79,7 @@ def test_no_kernel_spills_on_any_architecture_but_one():
     assert sum(spilling.values()) <= 108
 
 
-def test_spills_would_be_seen():
+def test_a_spilling_kernel_is_detected():
     text = (
         "ptxas info    : Compiling entry function '_ZN4dave8portable9run_blockINS0_7PerturbIfLi4EEEEEvT_' for 'sm_90'\n"
         "    16 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads\n"
@@ -173,7 +173,7 @@ def test_with_a_build_for_other_gpus(monkeypatch):
 
 
 @pytest.mark.usefixtures("forgotten")
-def test_auto_takes_them_where_they_can_be_used(monkeypatch):
+def test_auto_chooses_cuda_kernels_where_usable(monkeypatch):
     gpu(monkeypatch)
     for op in PIXEL_OPS:
         assert _registry.choose(op, "auto", "cuda") == "cuda"
@@ -233,7 +233,7 @@ def setup_says(*, path: str, **environment: str) -> str:
 
 
 @pytest.mark.parametrize("choice", ["auto", "1"])
-def test_a_machine_without_nvcc_is_told_so_in_one_line(choice, tmp_path):
+def test_missing_nvcc_is_reported_in_one_line(choice, tmp_path):
     for tool in ("cmake", "c++"):
         (tmp_path / tool).symlink_to(shutil.which(tool) or pytest.skip(f"no {tool}"))
     line = "dave-fast: no nvcc: installing without the CUDA kernels"
@@ -250,7 +250,7 @@ def test_a_machine_without_nvcc_is_told_so_in_one_line(choice, tmp_path):
 
 
 @pytest.mark.usefixtures("serial_cuda_kernels")
-def test_small_tiles_are_the_whole(monkeypatch):
+def test_small_tiles_give_the_result_of_large_ones(monkeypatch):
     images = image_batch(3, 24, 40, torch.float32)
     draws = draw(6, height=24, width=40, image_keys=[1, 2])
     tokens = patchify(image_batch(3, 24, 40, torch.float32, count=12), 8)
@@ -304,7 +304,7 @@ def test_more_channels_than_share_a_weight():
 
 
 @pytest.mark.usefixtures("serial_cuda_kernels")
-def test_the_whole_method_runs_on_them():
+def test_the_whole_method_runs_on_cuda_kernels():
     """An explanation by the CUDA kernels' bodies equals one by the host's kernels, to the bit until smooth."""
     images = torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(1))
     found, expected = (

@@ -54,14 +54,14 @@ needs_extension = pytest.mark.skipif(_ext.unavailable() is not None, reason=str(
 
 
 @needs_extension
-def test_auto_takes_the_extension():
+def test_auto_chooses_the_extension():
     for op in ("perturb", "pull_back", "robust_mean", "smooth"):
         assert _registry.choose(op) == "native"
         assert _registry.bind(op).__name__ == f"{op}_native"
 
 
 @needs_extension
-def test_the_extension_says_what_it_uses():
+def test_the_extension_reports_its_instruction_set():
     native = _ext.module()
     assert native.usable_isas()[-1] == "baseline"
     assert _ext.isa() in native.usable_isas()
@@ -101,7 +101,7 @@ def test_addresses_are_checked_before_memory_is_touched():
 
 
 @needs_extension
-def test_it_shares_openmp_with_torch():
+def test_the_extension_shares_openmp_with_torch():
     # in a process of its own: other tests load libraries that bring a runtime of theirs
     code = "import dave_fast.ops._ext as e; e.module(); print(open('/proc/self/maps').read())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

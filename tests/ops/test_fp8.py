@@ -26,7 +26,7 @@ def test_numbers_are_off_by_at_most_a_sixteenth_of_themselves(dtype, size):
     assert ((dequantise(codes, scale) - x.float()).abs() <= limit).all()
 
 
-def test_a_rows_codes_are_its_own():
+def test_codes_of_a_row_do_not_depend_on_other_rows():
     x = numbers(4, 33, seed=0)
     louder = x.clone()
     louder[1:] *= 1e6
@@ -72,7 +72,7 @@ def test_numbers_beyond_the_range_are_nan_and_the_largest_are_kept():
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_products_of_codes_are_those_of_what_they_stand_for(shape):
+def test_products_of_codes_equal_products_of_decoded_operands(shape):
     x, matrix, bias, scale = case(shape)
     codes, weight = coded(x, TokenScales(0.25, 0.0625, len(x), 1)), pack_fp8(matrix)
     half = TokenScales.uniform(0.5)
@@ -85,7 +85,7 @@ def test_products_of_codes_are_those_of_what_they_stand_for(shape):
     assert linear_fp8_ref(codes, weight, code_scale=half, wide=False).wide is None
 
 
-def test_zeros_stay_and_nan_is_not_hidden():
+def test_zeros_stay_and_nan_propagates():
     x = torch.zeros(3, 8)
     x[1, 2], x[2, 3] = torch.nan, torch.inf
     found = dequantise(*quantise(x))

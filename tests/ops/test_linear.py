@@ -276,7 +276,7 @@ def test_weights_of_another_instruction_set_are_refused(native):
         _registry.load("linear", "native")(torch.eye(30), weight)
 
 
-def test_libraries_are_compared_where_they_were(monkeypatch):
+def test_kind_of_ceiling_follows_the_machine(monkeypatch):
     """MKL stands for the ceiling of float32 on x86 before AVX-512, oneDNN elsewhere."""
     if _registry.why_not("linear", "onednn", "cpu") is not None:
         pytest.skip("this PyTorch has no oneDNN")

@@ -67,7 +67,7 @@ def test_the_order_of_samples_does_not_matter(pixel_backend, values, seed):
 
 @some
 @given(whole_numbers(), st.integers(-8, 8))
-def test_powers_of_two_go_through_robust_mean(pixel_backend, values, power):
+def test_robust_mean_commutes_with_powers_of_two(pixel_backend, values, power):
     factor = 2.0**power
     whole = robust_mean(values, backend=pixel_backend)
     assert torch.equal(robust_mean(factor * values, backend=pixel_backend), factor * whole)
@@ -75,7 +75,7 @@ def test_powers_of_two_go_through_robust_mean(pixel_backend, values, power):
 
 @some
 @given(whole_numbers(odd=True))
-def test_signs_go_through_robust_mean(pixel_backend, values):
+def test_robust_mean_commutes_with_the_sign(pixel_backend, values):
     """For an odd number of samples: of an even number the lower median is taken, and becomes the upper one."""
     assert torch.equal(robust_mean(-values, backend=pixel_backend), -robust_mean(values, backend=pixel_backend))
 
@@ -104,7 +104,7 @@ def test_maps_are_shares_of_their_peak(pixel_backend, channels, height, width, s
 
 @some
 @given(st.integers(1, 12), st.integers(1, 20), seeds)
-def test_maps_turn_with_their_images(pixel_backend, height, width, seed):
+def test_smooth_commutes_with_reflections(pixel_backend, height, width, seed):
     raw = 0.1 * numbers(1, 1, height, width, seed=seed, dtype=torch.float64)
     maps = smooth(raw, backend=pixel_backend)
     for turned, expected in ((raw.mT, maps.mT), (raw.flip(-1), maps.flip(-1)), (raw.flip(-2), maps.flip(-2))):
@@ -125,7 +125,7 @@ def attentions(draw_) -> dict[str, torch.Tensor]:
 
 @some
 @given(attentions())
-def test_attention_averages(backend, case):
+def test_attention_weights_sum_to_one(backend, case):
     """Rows of P sum to one: a constant v comes out as it is, and a cotangent is shared out whole."""
     forward, vjp = _registry.load("attention", backend), _registry.load("attention_vjp", backend)
     constant = case["v"][:, :1].expand_as(case["v"])
@@ -137,7 +137,7 @@ def test_attention_averages(backend, case):
 
 @some
 @given(attentions(), st.floats(-4, 4))
-def test_attentions_vjp_is_linear_and_the_adjoint(backend, case, factor):
+def test_attention_vjp_is_linear_and_the_adjoint(backend, case, factor):
     forward, vjp = _registry.load("attention", backend), _registry.load("attention_vjp", backend)
     out, saved = forward(case["q"], case["k"], case["v"], 0.3)
     first, second = vjp(saved, case["d_out"]), vjp(saved, case["other"])

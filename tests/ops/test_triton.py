@@ -104,7 +104,7 @@ def faked(monkeypatch):
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_a_machine_without_says_why(faked, machine, reason):
+def test_missing_triton_is_reported_with_the_reason(faked, machine, reason):
     faked(**machine)
     assert _registry.choose("linear", "auto", "cuda") == "torch"
     for op in ("pack_weight", "linear", "attention", "attention_vjp", "row_rstd"):
@@ -112,7 +112,7 @@ def test_a_machine_without_says_why(faked, machine, reason):
             _registry.choose(op, "triton", "cuda")
 
 
-def test_a_gpu_takes_triton_for_the_walks(faked):
+def test_a_gpu_uses_triton_in_the_walks(faked):
     faked()
     assert _registry.why_not("linear", "triton", "cuda") is None
     assert {_registry.choose(op, "auto", "cuda") for op in ("pack_weight", "linear", "attention")} == {"triton"}

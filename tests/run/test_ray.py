@@ -175,7 +175,7 @@ def test_same_rows_as_the_local_engine(cluster, tars, tmp_path):
     ("fault", "message"),
     [("memory", "out of memory with one image at a time"), ("raise", "ZeroDivisionError: in the mapper")],
 )
-def test_what_is_done_is_kept_when_the_mapper_fails(cluster, pictures, tmp_path, fault, message):
+def test_finished_records_are_kept_when_the_mapper_fails(cluster, pictures, tmp_path, fault, message):
     out = tmp_path / "out"
     with pytest.raises(RunError, match=message):
         stubs.run(pictures, out, engine="ray", fault=(fault, 40))

@@ -148,7 +148,7 @@ def test_one_of_two_workers_dies(images, tmp_path):
     ("fault", "message"),
     [("memory", "out of memory with one image at a time"), ("raise", "ZeroDivisionError: in the mapper")],
 )
-def test_what_is_done_is_kept_when_the_mapper_fails(images, tmp_path, fault, message):
+def test_finished_records_are_kept_when_the_mapper_fails(images, tmp_path, fault, message):
     out = tmp_path / "out"
     with pytest.raises(RunError, match=message):
         stubs.run(images, out, fault=(fault, 40), shard_rows=1000, commit_s=1000)

@@ -172,7 +172,7 @@ def test_a_precision_without_a_plain_form_is_refused(small):
     assert "nothing was computed plainly in bf16" in whole.refusal("bf16", 1e-9, truth)
 
 
-def test_what_fails_leaves_the_rows_of_the_others(small):
+def test_a_failing_contestant_leaves_the_other_rows(small):
     """A micro-batch that fails is no choice; a contestant without any, or without contributions, has a reason."""
     model, shapes, image, truth = small
     right = ours(model, image, 6, shapes, "cpu")[0]

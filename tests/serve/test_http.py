@@ -259,7 +259,7 @@ def broken_images(pixels):
     yield "postscript", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
 
 
-def test_images_that_are_none_are_refused_in_words(http, pixels):
+def test_invalid_images_are_refused_in_words(http, pixels):
     for what, content in broken_images(pixels):
         answer = http.post("/v1/explain?n_samples=1", content=content)
         assert answer.status_code == (422 if not content else 400), what

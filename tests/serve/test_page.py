@@ -189,7 +189,7 @@ def explained(page: Page, scene: Path) -> Page:
     return page
 
 
-def test_it_sharpens_live_and_screen_readers_hear_the_beginning_and_the_end(page: Page, scene: Path) -> None:
+def test_the_map_sharpens_live_and_screen_readers_hear_start_and_end(page: Page, scene: Path) -> None:
     page.give(scene)
     page.done()
     samples = [int(text.split("/")[0]) for text in page.seen("told-samples") if "/" in text]
@@ -361,7 +361,7 @@ def test_narrow_screens_and_reduced_motion(explained: Page) -> None:
     assert explained.run("return getComputedStyle(document.querySelector('.bar span')).transitionDuration") == "0s"
 
 
-def test_what_is_no_image_is_said(page: Page, scene: Path, tmp_path: Path) -> None:
+def test_files_that_are_no_image_are_refused_in_words(page: Page, scene: Path, tmp_path: Path) -> None:
     text, broken = tmp_path / "notes.txt", tmp_path / "broken.png"
     text.write_text("not an image")
     broken.write_bytes(scene.read_bytes()[:100])

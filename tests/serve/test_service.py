@@ -228,7 +228,7 @@ def test_requests_are_taken_by_their_bytes(images):
 
 
 @pytest.mark.parametrize("targets", [(10,), (-1,), (0, 99)])
-def test_classes_that_are_none_are_refused(service, images, targets):
+def test_invalid_classes_are_refused(service, images, targets):
     with pytest.raises(InputError, match="0 to 9"):
         DirectClient(service).ask(images[0], targets=targets)
 

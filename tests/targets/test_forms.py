@@ -150,6 +150,6 @@ def test_several_targets_come_as_a_list_or_as_classes():
     [([], "nothing"), (torch.zeros(2), "float32"), (3, "int"), ("tiger", "str"), (torch.tensor(3), r"\(\)")],
     ids=str,
 )
-def test_what_is_no_list_of_targets_is_refused(targets, words):
+def test_invalid_lists_of_targets_are_refused(targets, words):
     with pytest.raises(InputError, match=words):
         split_targets(targets)

@@ -77,7 +77,7 @@ def test_probes_of_patches_come_from_files(tmp_path):
         ("patch:3,5@none.npy", "cannot read the probe none.npy"),
     ],
 )
-def test_what_is_no_target(text, words):
+def test_invalid_targets_are_refused(text, words):
     with pytest.raises(InputError, match=words):
         parse_target(text, LABELS)
 
