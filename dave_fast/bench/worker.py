@@ -1,8 +1,8 @@
 """A process that times one revision of dave-fast on demand; `compare` runs two of them in turns.
 
 It runs as a script with the folder of the revision's package first on the path. The bench is this revision's, and the
-rest of the package the other's, so that both are timed by the same code; of the package the bench uses only the names
-that CONTRIBUTING.md fixes.
+rest of the package the other's, so that both are timed by the same code. A revision that lacks modules which the bench
+names is refused.
 
     stdin   {"prepare": {...}} once, then {"time": "name"} …        a line of JSON each
     stdout  {"names": [...], "refused": {...}}, then {"seconds": 0.0123} …            or {"error": "…"}
@@ -61,6 +61,23 @@ def prepare(wanted: dict[str, Any]) -> tuple[dict[str, Callable[[], float]], dic
     return clocks, refused
 
 
+def refuse_mixed_packages() -> None:
+    """Raise ImportError if a module of the package is not of the revision's tree.
+
+    The finder of an editable install supplies modules of the working tree where the revision lacks them, and two
+    revisions in one process say nothing about either.
+    """
+    import dave_fast
+
+    tree = Path(str(dave_fast.__file__)).resolve().parents[1]
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        of_bench = name == "dave_fast.bench" or name.startswith("dave_fast.bench.")
+        if name.startswith("dave_fast.") and not of_bench and file and tree not in Path(file).resolve().parents:
+            advice = "compare revisions whose modules have the same names"
+            raise ImportError(f"it has no module {name}, which this bench expects; {advice}")
+
+
 def _engine_call(model: Any, wanted: dict[str, Any]) -> Callable[[], Any]:
     """Return a call that makes one explanation by the public API."""
     import torch
@@ -85,6 +102,7 @@ def main() -> None:
         try:
             if "prepare" in asked:
                 clocks, refused = prepare(asked["prepare"])
+                refuse_mixed_packages()
                 answer: dict[str, Any] = {"names": list(clocks), "refused": refused}
             else:
                 answer = {"seconds": clocks[asked["time"]]()}

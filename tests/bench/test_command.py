@@ -132,6 +132,17 @@ def test_a_worker_that_fails_says_why_and_is_ended():
     assert process.poll() is not None
 
 
+def test_a_revision_of_another_layout_is_refused(tmp_path):
+    (tmp_path / "dave_fast").mkdir()
+    (tmp_path / "dave_fast" / "__init__.py").touch()
+    wanted = {"threads": 1, "device": "cpu", "precision": "fp32", "backend": "auto", "model": "demo", "size": None}
+    with (
+        compare.started("before", tmp_path) as worker,
+        pytest.raises(BackendError, match=r"before cannot be timed: .*(no module|No module named).*dave_fast\.\w+"),
+    ):
+        worker.ask({"prepare": wanted | {"pretrained": True, "ops": [], "samples": 1, "rows": None, "seed": 0}})
+
+
 def test_an_unknown_revision_and_a_missing_checkout_are_refused(monkeypatch):
     if machine.checkout() is not None:
         with (
@@ -153,7 +164,7 @@ def test_a_revision_is_checked_out_built_and_removed_again():
             [
                 sys.executable,
                 "-c",
-                "import dave_fast; from dave_fast import _ext; print(dave_fast.__file__, _ext.isa())",
+                "import dave_fast; from dave_fast.ops import _ext; print(dave_fast.__file__, _ext.isa())",
             ],
             cwd=tree,
             capture_output=True,
