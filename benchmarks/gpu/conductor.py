@@ -157,7 +157,7 @@ def run_one(
             stdout=output,
             stderr=output,
             process_group=0,
-            preexec_fn=end_with_parent,
+            preexec_fn=_prepare_stage,
         )
     except FileNotFoundError:
         os.write(output, f"{command[0]} is not installed\n".encode())
@@ -182,6 +182,12 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def _prepare_stage() -> None:
+    """Make the process end with its parent, and heed SIGINT: a shell starts what is in the background without it."""
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def end_with_parent() -> None:

@@ -7,6 +7,7 @@ import math
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -163,7 +164,12 @@ def is_late_when(monkeypatch, told):
     monkeypatch.setattr(conductor, "time", SimpleNamespace(monotonic=now, sleep=time.sleep))
 
 
-def test_a_late_stage_is_interrupted_and_may_say_where_it_was(tmp_path, monkeypatch):
+@pytest.mark.parametrize("started_in", ["foreground", "background"])
+def test_a_late_stage_is_interrupted_and_may_say_where_it_was(tmp_path, monkeypatch, request, started_in):
+    if started_in == "background":
+        # as a shell does for `command &`
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
     monkeypatch.setattr(conductor, "GRACE", 2 * PATIENCE)
     is_late_when(monkeypatch, tmp_path / "told")
     code = f"""
