@@ -1,4 +1,4 @@
-"""From rows of draws to raw: the S samples of each image are stored until their robust mean is taken.
+"""Contributions of all samples to raw attributions: an image's S samples are stored until their robust mean is taken.
 
 `memory.choose_storage` bounds the storage whatever the batch and the number of targets: as many (image, target) pairs
 are aggregated together as fit. All targets of an image share its forward walks where they fit; otherwise targets are

@@ -1,4 +1,4 @@
-"""The checks at the end of a call, read from the device in one copy: only then does the host wait."""
+"""Deferred checks of a call, read from the device in one copy at its end, so that the host waits once."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class EndOfCall:
             WeightsChangedError: the model's weights are no longer those of `state`.
             NonFiniteError: a queued check failed; the first one is named.
         """
-        # queued behind the call's work, so that the device is busy meanwhile
+        # queued behind the call's work: the device is not idle while the host queues them
         state = self.state if self._defers else None
         sums = [] if state is None else state.checksums()
         read = moved([*wanted, *self._finite, *sums], HOST)

@@ -83,7 +83,7 @@ def relative_distance(maps: Tensor, limit: Tensor) -> list[float]:
 
 
 def factor(samples: int) -> float:
-    """Return the factor that makes ê a bound with probability 0.9; infinity below the samples of `FACTORS`."""
+    """Return the factor that makes ê a bound with probability 0.9; infinity for fewer samples than `FACTORS` has."""
     known = sorted(FACTORS)
     if samples < known[0]:
         return math.inf

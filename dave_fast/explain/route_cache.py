@@ -39,7 +39,7 @@ class RouteCache:
         route: "auto", "engine" or "frozen".
         graphs: None where CUDA graphs are to be used if possible, True where they must, False where they must not.
         internal_batch_size: rows (image, sample) of a micro-batch; None takes what fits.
-        reads_values: whether the values of the weights are compared at every call, since others may write to them.
+        reads_values: whether values of weights are compared at every call; needed where callers hold the module.
 
     Attributes:
         defers: whether a call checks its numbers at its end, so that the host does not wait for a GPU earlier (see
@@ -121,7 +121,7 @@ class RouteCache:
                 self._state = State(self._model, values=self._reads_values)
             if end is not None:
                 end.state = self._state
-            # The route that was used last stands last.
+            # Inserted again, so that the last entry is the route that was used last.
             route = self._routes.pop(shape, None) or self._made(shape)
             self._routes[shape] = route
             return route
@@ -154,7 +154,7 @@ class RouteCache:
     def _fitting_rows(self, route: Route) -> int:
         """Return the route's best number of rows, or fewer where memory is short.
 
-        Where graphs are captured for the number, it is chosen once for each route.
+        With CUDA graphs, which are captured for one number of rows, it is chosen once for each route.
         """
         if self.graphs is not None and route.full_rows is not None:
             return route.full_rows

@@ -8,7 +8,7 @@ Operators are told from values by ranks. Every tensor that depends on the input 
 
     VALUE        linear in the residual stream
     ACTIVATION   the output of act(u) with act(0) = 0. It is the value gate·u with the frozen gate act(u)/u, and
-                 stays so through reshapes and constants; multiplied by a VALUE all of it is an operator:
+                 a reshape or a constant factor keeps it so. Multiplied by a VALUE, act(u) as a whole is an operator:
                  silu(a)·b, x·(1 + tanh(…))
     OPERATOR     the output of any other nonlinear function (softmax, sigmoid, exp, rsqrt, a norm …), and any
                  function of OPERATORs and constants alone
@@ -53,7 +53,7 @@ class Tape(Protocol):
 
 
 class FrozenMode(TorchFunctionMode):
-    """A mode under which autograd takes every operator that the input chose for a constant.
+    """A mode in which every operator that depends on the input is a constant for autograd.
 
     Args:
         tape: records operators for the affine replay; None where they are only used.

@@ -31,8 +31,8 @@ MIXING = frozenset({"scaled_dot_product_attention", "matmul", "bmm", "baddbmm", 
 
 # a change of less than this, relative to the output, is rounding
 _NO_CHANGE = 1e-14
-# the output itself is rounded: at 1e-12 this share allows it 45 units in the last place, and no more, where a model
-# adds a small change to a large constant (CaiT's class token behind a LayerScale of 1e-5)
+# allowance for the rounding of the output itself, 45 units in the last place at a tolerance of 1e-12; it matters where
+# a model adds a small change to a large constant (CaiT's class token behind a LayerScale of 1e-5)
 _OUTPUT_SHARE = 0.01
 
 
@@ -127,8 +127,9 @@ _proved: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], tuple[object, Replay
 def ensure_proved(model: nn.Module, inputs: Tensor) -> ReplayReport:
     """Run `prove_frozen` once for each model and image size, and again after modules or weights change.
 
-    Weights count, since a branch with a weight of zero was not proved. The first call takes about as long as
-    explaining ten images in float64, every later one as long as the fingerprint of the weights.
+    Changed weights need a new proof, since a branch that a weight of zero switches off was not tested. The first call
+    takes about as long as explaining ten images in float64, every later one as long as the fingerprint of the
+    weights.
 
     Args:
         model: any nn.Module.

@@ -18,7 +18,7 @@ Kind = Literal["classifier", "embedding"]
 
 
 class Adapter(nn.Module):
-    """A model as images (B, 3, H, W), normalised, -> (B, K) logits or (B, D) embedding.
+    """A module whose forward maps normalised images (B, 3, H, W) to logits (B, K) or embeddings (B, D).
 
     This class adds preprocessing and class names to a module whose forward has that form; subclasses override
     `forward` for other forms. The wrapped model is not changed.

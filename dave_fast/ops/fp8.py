@@ -88,7 +88,7 @@ class Scales:
         if not found or len(found) < len(weights):
             return None
         lead, rest = max(each.lead for each in found), max(each.rest for each in found)
-        # A product of the leading tokens alone takes them from an operand of all tokens.
+        # A weight that reads only the leading tokens reads them from the operand that has all tokens: its layout holds.
         return replace(max(found, key=lambda each: each.tokens), lead=lead, rest=rest)
 
 

@@ -27,7 +27,7 @@ from dave_fast.ops import _ext, _registry
 from dave_fast.ops.activation import GATES, activate_native, activate_ref, widen_gate
 from dave_fast.ops.precision import statistics_dtype
 
-# The number of rows that oneDNN packs weights for; any other number is as right.
+# The number of rows that oneDNN packs weights for; the result does not depend on it.
 PACK_ROWS = 1024
 # Terms that oneDNN sums at once in float32 on CPUs without AVX-512. There its sums of 768 to 4,096 terms have 2.0 to
 # 2.3 times the error of MKL's; sums of 384 terms at a time have 1.4 times, in 0.94 of the time (two Zen 3 cores).

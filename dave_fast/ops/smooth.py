@@ -12,6 +12,7 @@ from dave_fast.errors import InputError
 from dave_fast.ops import _ext, _library, _registry
 from dave_fast.ops.precision import COMPUTED, check_dtype
 
+# csrc/smooth.h has the same constants for C++ and CUDA
 BLUR_TAPS, BLUR_SIGMA = 11, 7.0
 BILATERAL_TAPS, SPATIAL_SIGMA, RANGE_SIGMA = 5, 0.5, 0.05
 

@@ -5,7 +5,7 @@ With Z = I − 11ᵀ/D, the projection that removes a token's mean:
 - A norm's weight w and bias β go into the linear layer that reads it: W ← W·diag(w), b ← b + W·β. One scalar a row is
   left of the norm, 1/σ, in the forward walk and in the VJP walk. This holds for the norm ahead of a branch and for one
   inside it, on the attention's output or the hidden layer.
-- A LayerNorm's centring goes into the same reader: W ← W·Z. So the reader may be given rows with a mean.
+- A LayerNorm's centring goes into the same reader: W ← W·Z. So the reader takes rows that are not centred.
 - Where everything that reads the residual stream ignores a token's mean (all norms are LayerNorms, the tail's too),
   the writers are centred as well: W ← Z·W, b ← Z·b. The stream then has no mean, 1/σ is that of an RMSNorm, and no
   low-precision digits are spent on the mean. Otherwise 1/σ is taken from the variance.
@@ -276,7 +276,7 @@ def _fold_reader(linear: Linear, norm: Norm | None) -> Linear:
 
 
 def _inner(norm: Norm | None) -> FoldedNorm | None:
-    """Return what is left of a norm inside a branch, whose rows nothing has centred."""
+    """Return the settings of 1/σ for a norm inside a branch; its rows are not centred."""
     return None if norm is None else FoldedNorm(norm.eps, not norm.centres)
 
 

@@ -45,7 +45,7 @@ class Hello:
         weights: hash of the model's weights.
         notes: remarks for the user.
         device: name of the device.
-        window: how many records without a row it may be sent.
+        window: most records that may be sent and not yet mapped.
     """
 
     configuration: dict[str, Any]

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 # The most bytes of inputs that wait for the device.
 WAITING_BYTES = 512 * 2**20
-# Failures one after another at which the run stops: the images are not the cause.
+# Consecutive failures at which the run stops: images are then not the cause.
 FAILURES = 100
 _TICK_S = 0.5
 

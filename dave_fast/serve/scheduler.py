@@ -6,12 +6,12 @@ argument; threads that share a `Scheduler` need a lock.
 
 Rows of one micro-batch belong to one bucket (model, image size, number of classes). There are two rules:
 
-    bucket   every other micro-batch goes to the bucket of the earliest deadline; the rest to the bucket that has waited
-             longest for one.
-    rows     three quarters of a micro-batch (over any four of a bucket: exactly) are filled by deadline, earliest
-             first. Each row of the last quarter goes to the request with the fewest rows in this micro-batch; among
-             equals, to the one that has waited longest for a row. Without a deadline, a request is ordered as if it had
-             one that grows with its samples: small ones go first.
+    bucket   micro-batches go in turns to the bucket of the earliest deadline and to the bucket that was served longest
+             ago.
+    rows     three quarters of a micro-batch are filled by deadline, earliest first (exactly three quarters over four
+             consecutive micro-batches of a bucket). Each row of the last quarter goes to the request with the fewest
+             rows in this micro-batch; among equals, to the one that has waited longest for a row. Without a deadline,
+             a request is ordered as if it had one that grows with its samples: small ones go first.
 
 This gives a bound on waiting. With R rows a micro-batch, Q requests in the bucket and B buckets waiting, each request
 gets a row at least every 4⌈Q/R⌉ micro-batches of its bucket, and its bucket at least every 2B-th micro-batch, whatever
@@ -63,7 +63,7 @@ class Queued:
         samples: number of samples S.
         size: bytes that it needs until it has ended.
         deadline: on the caller's clock, or infinity.
-        first: key of a row, numbered −1, that must be done before the samples are handed out; None without one.
+        first: bucket of the row numbered −1 (the prediction), which must be done before samples; None without one.
         issued: samples handed out so far, in order.
         in_flight: rows handed out that have not come back.
         ended: whether it is answered, failed or cancelled.
@@ -94,7 +94,7 @@ class Queued:
 
     @property
     def place(self) -> Hashable:
-        """Key of its next row."""
+        """The bucket in which its next row waits."""
         return self.bucket if self.first is None or self.issued >= 0 else self.first
 
     @property

@@ -25,7 +25,7 @@ Score = Callable[[Tensor], Tensor]
 
 
 def no_class() -> Tensor:
-    """Return `Cotangent.classes` of a score that is no class logit: −1, shape (1,)."""
+    """Return `Cotangent.classes` for a score that is not a class logit: −1, shape (1,)."""
     return torch.full((1,), -1)
 
 
