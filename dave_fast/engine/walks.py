@@ -1,6 +1,6 @@
 """The engine: two walks over a ViTPlan, written once against the ops.
 
-    forward   tokens (R, n, C·p_h·p_w) -> output (R, ...), keeping the operators: P, 1/σ and gates
+    forward   tokens (R, n, C·p_h·p_w) -> output (R, ...), keeping P, the norms' 1/σ and the gates
     vjp       cotangent of the output -> cotangent of the tokens, with those operators held constant
 
 (DAVE, arXiv 2602.06613, Eq. 3-5.) Between the patch embedding and the last block there is neither autograd nor a hook.
@@ -26,8 +26,8 @@ class Engine:
     Args:
         plan: the model.
         backend: a name of `ops._registry`, or "auto".
-        fp8: whether products of blocks take e4m3 operands.
-        scales: static scales of these operands; operands without one get scales of their rows.
+        fp8: whether the blocks' matrix products take e4m3 operands.
+        scales: static scales of these operands; an operand without one is scaled row by row.
 
     Attributes:
         plan: the model.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -17,7 +17,7 @@ from PIL import Image
 from dave_fast.evaluate import plots
 from dave_fast.evaluate.definitions import SHORT, definitions
 from dave_fast.evaluate.methods import CONTROLS, METHODS, MethodSettings
-from dave_fast.evaluate.settings import METRICS, VARIANTS, EvaluationSettings, Results
+from dave_fast.evaluate.settings import METRICS, SECTIONS, VARIANTS, EvaluationSettings, Results
 from dave_fast.evaluate.statistics import Interval, Verdict
 from dave_fast.evaluate.summary import Summary, as_csv, as_json, summarise
 from dave_fast.files import atomically
@@ -25,10 +25,6 @@ from dave_fast.images import Preprocessing
 from dave_fast.images.drawing import SHORTEST_SIDE, plain_map, save_picture
 from dave_fast.models.labels import Labels
 
-SECTIONS = (
-    ("Where the attribution lies", tuple(METRICS)[:8]),
-    ("How it behaves", tuple(METRICS)[8:]),
-)
 WAYS = {True: "more is better", False: "less is better", None: "to be read beside another"}
 _OUTLINE = (255, 255, 255)
 
@@ -106,7 +102,7 @@ def _context(results: Results, summary: Summary, about: About) -> dict[str, Any]
         "columns": ["input", *shown],
         "outlined": any(one["mask"].any() for one in results.examples),
         "examples": [_example_row(one, shown, about) for one in results.examples],
-        "sections": [_section(title, summary, metrics) for title, metrics in SECTIONS],
+        "sections": [_section(title, summary, metrics) for title, metrics in SECTIONS.items()],
         "curves": _curve_cards(results),
         "keys": [{"name": name, "colour": colour(name)} for name in results.scores],
         "seeds": [
@@ -175,7 +171,7 @@ def _verdict_row(metric: str, variant: str, found: Verdict) -> dict[str, str]:
     }
 
 
-def _section(title: str, summary: Summary, metrics: Sequence[str]) -> dict[str, Any]:
+def _section(title: str, summary: Summary, metrics: Iterable[str]) -> dict[str, Any]:
     cards = []
     for metric in (each for each in metrics if each in summary.metrics):
         for variant in VARIANTS:

@@ -17,18 +17,24 @@ GROUPS = ("localisation", "curves", "stability", "classes", "seeds", "randomisat
 # name -> cells along each side, and whether tiles are shrunk so that a mosaic has the model's own size
 GRIDS = {"2x2": (2, False), "3x3": (3, False), "2x2-rescaled": (2, True), "3x3-rescaled": (3, True)}
 
-# metric -> whether more is better; None for one that is only meaningful beside another
-METRICS: dict[str, bool | None] = {
-    "EnergyPG": True,
-    "pointing game": True,
-    **{f"GridPG {name}": True for name in GRIDS},
-    "two objects": True,
-    "wrong object": None,
-    "stability": True,
-    "class similarity": False,
-    "random model": False,
-    "border excess": False,
-} | {f"{name} curve": protocol.higher_is_better for name, protocol in metrics.PROTOCOLS.items()}
+# section of the report -> metric -> whether more is better; None for one that is only meaningful beside another
+SECTIONS: dict[str, dict[str, bool | None]] = {
+    "Where the attribution lies": {
+        "EnergyPG": True,
+        "pointing game": True,
+        **{f"GridPG {name}": True for name in GRIDS},
+        "two objects": True,
+        "wrong object": None,
+    },
+    "How it behaves": {
+        "stability": True,
+        "class similarity": False,
+        "random model": False,
+        "border excess": False,
+        **{f"{name} curve": protocol.higher_is_better for name, protocol in metrics.PROTOCOLS.items()},
+    },
+}
+METRICS = {name: higher for section in SECTIONS.values() for name, higher in section.items()}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ input, and the frozen gradient w is its slope: f(x+δ) − f(x) = ⟨w, δ⟩ fo
 product that depends on the input was not frozen, or a path lost its gradient.
 
 The proof runs on one image and on a deep copy of the model in float64 and evaluation mode, so that the tolerance can be
-1e-12; the user's model is not called. Casts to lower precision inside the model are lifted. It takes the memory of the
+1e-12; the user's model is not called. Casts to lower precision inside the model are ignored. It takes the memory of the
 copy (8 bytes a weight) and of the recorded operators, and four forward passes and one backward pass in float64.
 """
 

@@ -40,7 +40,7 @@ class Machine:
     """How a run uses the machine.
 
     Attributes:
-        devices: names of torch devices, one worker each; None is the best there is.
+        devices: names of torch devices, one worker each; None chooses as `DAVE` does.
         workers: decoding threads of each worker, None for a share of the cores.
         shard_rows: rows of a shard, None for the runner's default.
         commit_s: seconds after which rows are committed, however few they are.

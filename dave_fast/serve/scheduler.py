@@ -16,8 +16,8 @@ Rows of one micro-batch belong to one bucket (model, image size, number of class
 This gives a bound on waiting. With R rows a micro-batch, Q requests in the bucket and B buckets waiting, each request
 gets a row at least every 4⌈Q/R⌉ micro-batches of its bucket, and its bucket at least every 2B-th micro-batch, whatever
 arrives later and however large or urgent the others are: a request of n rows is handed out within 8·B·n·⌈Q/R⌉
-micro-batches. (In four micro-batches a waiting request advances by R places in the order of the last rule, and requests
-that were served or arrived later are behind it.)
+micro-batches. (The last quarters of four micro-batches are R rows, each for the request that has waited longest for
+one; requests that were served or arrived later come after it.)
 """
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ class Queued:
         samples: number of samples S.
         size: bytes that it needs until it has ended.
         deadline: on the caller's clock, or infinity.
-        first: bucket of the row numbered −1 (the prediction), which must be done before samples; None without one.
+        first: bucket of the additional row −1, the prediction, computed before samples 0 to S − 1; None without one.
         issued: samples handed out so far, in order.
         in_flight: rows handed out that have not come back.
         ended: whether it is answered, failed or cancelled.
         urgency: the time by which it is ordered.
         number: its number in the order of arrival.
-        served: the turn in which it last got a row.
+        served: number of the micro-batch that last had a row of it.
     """
 
     bucket: Hashable
@@ -285,7 +285,7 @@ def _by_deadline(requests: list[Queued], rows: int) -> dict[Queued, int]:
 
 
 def _by_turn(requests: list[Queued], counts: dict[Queued, int], total: int) -> None:
-    """Fill `counts` up to `total` rows: each row goes to the fewest rows, among equals to the longest wait."""
+    """Fill `counts` up to `total` rows: each row goes to the request with the fewest, on a tie to the longest wait."""
 
     def places() -> Iterator[tuple[int, int, int, Queued]]:
         for request in requests:
