@@ -68,7 +68,8 @@ def run_local(run_folder: RunFolder, settings: MapSettings, machine: Machine, re
 
     Raises:
         InputError: the source or a setting is wrong, or the folder holds another run.
-        RunError: the run stopped early. All workers have committed what they had, in this case and the one before.
+        RunError: the run stopped early. What was committed stays; rows that a worker had not committed when it died,
+            or when nothing had moved for `watchdog_s`, are made again by the next run.
     """
     parent = _Parent(run_folder, settings, machine, report)
     try:
@@ -98,6 +99,13 @@ class _WorkerHandle:
         if self.hello is None or self.ended or sum(self.sent) > CONTENT_BYTES:
             return 0
         return self.hello.window - len(self.sent)
+
+
+def _differences(first: Hello, other: Hello) -> str:
+    """Return what two workers' maps differ in, with both values; "" for equal ones."""
+    ours, theirs = ({**hello.configuration, "weights": hello.weights} for hello in (first, other))
+    names = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+    return ", ".join(f"{name} {ours.get(name)} and {theirs.get(name)}" for name in names)
 
 
 class _Parent:
@@ -151,10 +159,10 @@ class _Parent:
         hellos = [w.hello for w in self.workers if w.hello is not None]
         first = hellos[0]
         for other in hellos[1:]:
-            if (other.configuration, other.weights) != (first.configuration, first.weights):
+            if differences := _differences(first, other):
                 raise InputError(
-                    f"{first.device} and {other.device} would make different maps (precision "
-                    f"{first.configuration['precision']} and {other.configuration['precision']}): give --precision."
+                    f"{first.device} and {other.device} would make different maps ({differences}): give options that "
+                    "are the same on both, such as --precision, or one of the devices."
                 )
         for note in dict.fromkeys(note for hello in hellos for note in hello.notes):
             self.report.note(note)
