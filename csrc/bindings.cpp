@@ -125,7 +125,7 @@ void scale_rows(uintptr_t x, int dtype, uintptr_t scale, int64_t rows, int64_t w
 
 void activate(uintptr_t u, int dtype, int activation, int gated, int64_t rows, int64_t hidden, uintptr_t h, uintptr_t gate,
               int threads) {
-  if (activation < 0 || activation > 4 || gated < 0 || gated > 2) throw std::invalid_argument("unknown activation");
+  if (activation < 0 || activation >= dave::activations || gated < 0 || gated > 2) throw std::invalid_argument("unknown activation");
   dave::kernels().activate(pointer<const void>(u), dtype_of(dtype), static_cast<dave::Activation>(activation),
                            static_cast<dave::Gated>(gated), rows, hidden, pointer<void>(h), pointer<void>(gate), threads);
 }
@@ -141,7 +141,7 @@ void linear(uintptr_t x, int64_t rows, int64_t stride, int64_t in, uintptr_t wei
             const std::vector<uintptr_t>& operands, int activation, uintptr_t new_gate, uintptr_t y, int threads) {
   if (!panel || panel != dave::kernels().linear_panel)
     throw std::invalid_argument("the weights were packed for another instruction set");
-  if (operands.size() != 4 || activation < -1 || activation > 4) throw std::invalid_argument("unknown epilogue");
+  if (operands.size() != 4 || activation < -1 || activation >= dave::activations) throw std::invalid_argument("unknown epilogue");
   if (activation >= 0 && ((rows && !new_gate) || operands[2] || operands[3]))
     throw std::invalid_argument("an activation writes its gate, and goes with neither a gate nor a residual");
   const auto operand = [&](size_t i) { return pointer<const float>(operands[i]); };

@@ -10,6 +10,7 @@
 namespace dave {
 
 enum class Activation : int { gelu = 0, gelu_tanh = 1, silu = 2, relu = 3, quick_gelu = 4 };
+constexpr int activations = 5;
 
 // The part of a row of u that is the value: all of it (no gated MLP), or its second or first half.
 enum class Gated : int { no = 0, value_last = 1, value_first = 2 };

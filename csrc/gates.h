@@ -40,13 +40,19 @@ DAVE_HD vfloat sigmoid(vfloat u) {
 
 template <Activation activation>
 DAVE_HD vfloat gate_of(vfloat u) {
-  if constexpr (activation == Activation::gelu) return normal_cdf(u);
-  if constexpr (activation == Activation::gelu_tanh)
+  if constexpr (activation == Activation::gelu) {
+    return normal_cdf(u);
+  } else if constexpr (activation == Activation::gelu_tanh) {
     // ½(1 + tanh z) = sigmoid(2z), z = √(2/π)·(u + 0.044715 u³)
     return sigmoid((u * u * 0.044715f + 1.0f) * u * 1.59576912f);
-  if constexpr (activation == Activation::silu) return sigmoid(u);
-  if constexpr (activation == Activation::quick_gelu) return sigmoid(u * 1.702f);
-  return u > 0.0f ? splat(1.0f) : vfloat{};
+  } else if constexpr (activation == Activation::silu) {
+    return sigmoid(u);
+  } else if constexpr (activation == Activation::quick_gelu) {
+    return sigmoid(u * 1.702f);
+  } else {
+    static_assert(activation == Activation::relu, "this activation has no gate here");
+    return u > 0.0f ? splat(1.0f) : vfloat{};
+  }
 }
 
 }  // namespace dave::DAVE_ISA

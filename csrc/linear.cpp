@@ -117,6 +117,7 @@ struct Block {
   void multiply(int64_t from, int64_t to) {
     for (int64_t start = 0; start < m.in; start += m.length)
       for (int64_t p = from; p < to; ++p) multiply_panel(p, start);
+    static_assert(activations == 5, "every activation needs its case: the default is a product without one");
     switch (m.epilogue.activation) {
       case 0: return finish<0>(from, to);
       case 1: return finish<1>(from, to);

@@ -195,7 +195,7 @@ void epilogues(dave::Dtype dtype, int threads) {
       const float expected = read(x[i]) * rstd[i / static_cast<size_t>(width)];
       require(near(read(y[i]), expected, 0.01 * std::abs(expected)), "scale_rows is wrong");
     }
-    for (int activation = 0; activation < 5; ++activation)
+    for (int activation = 0; activation < dave::activations; ++activation)
       for (int gated = 0; gated < 3; ++gated) {
         const auto u = stored_values<T>(rows * width * (gated ? 2 : 1));
         std::vector<T> h(x.size(), stored<T>(NAN)), gate = h;
