@@ -12,6 +12,9 @@ from pathlib import Path
 from benchmarks.gpu import build
 
 SUITES = "tests/gpu tests/kernels tests/engine/test_cuda_engine.py"
+# by pytest's names: what a rehearsal runs of them, and what compute-sanitizer watches
+REHEARSED = "tests/gpu -k 'one-token and fp32 or the_cpus or graphs'"
+WATCHED = "tests/gpu/test_ops.py -k 'float64 and odd and row_rstd and triton and fp32'"
 # seconds of a whole run
 SECONDS = {"short": 240.0, "full": 400.0}
 
@@ -74,7 +77,7 @@ def short(out: Path, work: Path, architecture: str) -> list[Stage]:
             "the GPU suites",
             math.inf,
             [words(f"{pytest} {parallel} {SUITES}")],
-            [words(f"{pytest} tests/gpu -k 'one-token and fp32 or the_cpus or graphs'")],
+            [words(f"{pytest} {REHEARSED}")],
         ),
     ]
 
@@ -86,14 +89,13 @@ def full(
     goals = "--micro-batches own 28 56 --repeats 100 --budget 1.5"
     large = "--size 672 --precisions bf16 --images 1 4 --micro-batches own 10"
     compute_sanitizer = "compute-sanitizer --error-exitcode 9 --tool"
-    one_op = "tests/gpu/test_ops.py -k 'float64 and odd and row_rstd and triton and fp32'"
     program = shlex.quote(str(work / build.SMOKE))
     watched = [
         *build.smoke(work),
         words(f"{compute_sanitizer} memcheck {program}"),
         words(f"{compute_sanitizer} racecheck {program}"),
     ]
-    triton = [words(f"{compute_sanitizer} memcheck python -m pytest -q -W default {one_op}")]
+    triton = [words(f"{compute_sanitizer} memcheck python -m pytest -q -W default {WATCHED}")]
     arch = {"CUDAARCHS": f"{architecture}-real"}
     return [
         built(architecture),

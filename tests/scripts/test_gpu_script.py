@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -287,6 +288,26 @@ def test_a_rehearsal_of_two_stages(tmp_path):
     done = rehearse("full", tmp_path, "--commit", "abc", "--only", "build", "sanitizer")
     check_rehearsal(done, tmp_path, {"build": "passed", "sanitizer": "needs a GPU"})
     assert any(made["name"] == "versions" and made["versions"]["torch"] for made in rows.read(tmp_path / "rows.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("selection", "least"),
+    [
+        (stages.REHEARSED, 10),
+        # a machine without a GPU has no Triton's form of an op
+        (stages.WATCHED.replace("triton", "torch"), 1),
+    ],
+)
+def test_stages_name_tests_that_exist(selection, least):
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *shlex.split(selection)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sum("::" in line for line in done.stdout.splitlines()) >= least
 
 
 @pytest.mark.slow
