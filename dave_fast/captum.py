@@ -17,6 +17,7 @@ from captum.attr import Attribution
 from captum.log import log_usage
 from torch import Tensor, nn
 
+from dave_fast.defaults import DEFAULT_SAMPLES
 from dave_fast.engine.checks import describe
 from dave_fast.errors import InputError
 from dave_fast.explain import explainer
@@ -64,7 +65,7 @@ class DAVE(Attribution):
         inputs: Inputs,
         target: Target = None,
         additional_forward_args: Any = None,
-        n_samples: int = 50,
+        n_samples: int = DEFAULT_SAMPLES,
         seed: int = 0,
         internal_batch_size: int | None = None,
     ) -> Inputs:

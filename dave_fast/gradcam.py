@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from dave_fast.defaults import DEFAULT_SAMPLES
 from dave_fast.errors import InputError
 from dave_fast.explain import explainer
 
@@ -36,7 +37,7 @@ class DAVE:
         input_tensor: Tensor,
         targets: Sequence[Callable[[Tensor], Tensor]] | None = None,
         *,
-        n_samples: int = 50,
+        n_samples: int = DEFAULT_SAMPLES,
         seed: int = 0,
     ) -> np.ndarray:
         """Return maps (B, H, W) float32 in [0, 1], at the images' resolution.

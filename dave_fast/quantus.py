@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dave_fast.defaults import DEFAULT_SAMPLES
 from dave_fast.errors import InputError
 from dave_fast.explain.explainer import DAVE
 
@@ -23,7 +24,7 @@ def explain(
     inputs: np.ndarray,
     targets: np.ndarray | int | None = None,
     *,
-    n_samples: int = 50,
+    n_samples: int = DEFAULT_SAMPLES,
     seed: int = 0,
     smoothed: bool = False,
     device: str | torch.device | None = None,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dave_fast.bench.machine import slug
 from dave_fast.bench.report import duration, engine_cells, why_missing
+from dave_fast.defaults import DEFAULT_SAMPLES
 from dave_fast.files import atomically
 from dave_fast.images.drawing import save_figure
 
@@ -45,7 +46,7 @@ def write_page(results: Sequence[dict[str, Any]], folder: Path) -> Path:
     parts = [_section(result, folder) for result in results]
     gpus = sorted({r["environment"]["device"] for r in results if r["setting"]["device"] == "cuda"})
     gpu = GPU.format(devices=", ".join(gpus)) if gpus else NO_GPU
-    first = results[0]["setting"] if results else {"model": "vit_base_patch16_224", "samples": 50}
+    first = results[0]["setting"] if results else {"model": "vit_base_patch16_224", "samples": DEFAULT_SAMPLES}
     again = AGAIN.format(model=first["model"], samples=first["samples"])
     parts = parts or [NOTHING]
     text = "\n".join([INTRODUCTION.format(gpu=gpu), *parts, again])

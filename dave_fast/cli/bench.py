@@ -12,6 +12,7 @@ import typer
 from dave_fast.cli import options
 from dave_fast.cli.options import MACHINE
 from dave_fast.cli.terminal import console, plain_warnings
+from dave_fast.defaults import DEFAULT_SAMPLES
 from dave_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def bench(
     size: Annotated[
         int | None, typer.Option(min=1, help="Pixels a side.", show_default="the model's", rich_help_panel=_WHAT)
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Samples S an image.", rich_help_panel=_WHAT)] = 50,
+    samples: Annotated[int, typer.Option(min=1, help="Samples S an image.", rich_help_panel=_WHAT)] = DEFAULT_SAMPLES,
     images: Annotated[int, typer.Option(min=1, help="Images at once, for throughput.", rich_help_panel=_WHAT)] = 1,
     rows: Annotated[
         int | None,

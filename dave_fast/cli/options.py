@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dave_fast.defaults import DEFAULT_SAMPLES
 from dave_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -62,7 +63,13 @@ ConfigFile = Annotated[
 ]
 Samples = Annotated[
     int | None,
-    typer.Option("--n-samples", min=1, help="Perturbed samples an image.", show_default="50", rich_help_panel=METHOD),
+    typer.Option(
+        "--n-samples",
+        min=1,
+        help="Perturbed samples an image.",
+        show_default=str(DEFAULT_SAMPLES),
+        rich_help_panel=METHOD,
+    ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Equal seeds give equal maps.", rich_help_panel=METHOD)]
 NoiseAlpha = Annotated[
@@ -107,7 +114,7 @@ def sampling(n_samples: int | None, noise_alpha: float | None, *, config: Config
 
     A level of None leaves the choice to the model.
     """
-    return n_samples or config.n_samples or 50, config.noise_alpha if noise_alpha is None else noise_alpha
+    return n_samples or config.n_samples or DEFAULT_SAMPLES, config.noise_alpha if noise_alpha is None else noise_alpha
 
 
 @dataclass(frozen=True)

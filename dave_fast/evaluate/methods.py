@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dave_fast.defaults import DEFAULT_SAMPLES
 from dave_fast.errors import InputError
 from dave_fast.evaluate.packages import attnlrp, legrad
 from dave_fast.explain.explainer import DAVE
@@ -40,7 +41,7 @@ class MethodSettings:
         spread: the range of a normalised pixel.
     """
 
-    n_samples: int = 50
+    n_samples: int = DEFAULT_SAMPLES
     explainer: dict[str, Any] | None = None
     spread: float = 2.0
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dave_fast.defaults import DEFAULT_SAMPLES
 from dave_fast.engine.aggregation import Aggregation
 from dave_fast.engine.checks import check_classes, check_integer, check_keys, check_rows, describe
 from dave_fast.engine.eager import Walk
@@ -113,7 +114,7 @@ class DAVE:
         self,
         images: Tensor,
         target: Target = None,
-        n_samples: int = 50,
+        n_samples: int = DEFAULT_SAMPLES,
         seed: int = 0,
         *,
         targets: Sequence[Target] | Tensor | None = None,
@@ -204,7 +205,7 @@ class DAVE:
         target: Target = None,
         additional_forward_args: Any = None,
         *,
-        n_samples: int = 50,
+        n_samples: int = DEFAULT_SAMPLES,
         seed: int = 0,
         internal_batch_size: int | None = None,
     ) -> Tensor:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from dave_fast.defaults import DEFAULT_SAMPLES
 from dave_fast.errors import ImageError, NonFiniteError
 from dave_fast.explain.arrays import Scored, write_arrays
 from dave_fast.files import atomically
@@ -103,7 +104,7 @@ class Request:
     out: Path
     targets: tuple[str, ...] = ()
     top_k: int = 1
-    n_samples: int = 50
+    n_samples: int = DEFAULT_SAMPLES
     seed: int = 0
     figure: bool = False
 

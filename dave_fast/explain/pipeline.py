@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image, ImageOps
 from torch import nn
 
+from dave_fast.defaults import DEFAULT_SAMPLES
 from dave_fast.engine.checks import check_integer
 from dave_fast.errors import InputError
 from dave_fast.explain.subject import Subject
@@ -41,7 +42,7 @@ class Pipeline:
         *,
         top_k: int = 1,
         target: str | int | None = None,
-        n_samples: int = 50,
+        n_samples: int = DEFAULT_SAMPLES,
         seed: int = 0,
     ) -> list[Answer] | list[list[Answer]]:
         """Explain the most probable classes of an image, or one class.

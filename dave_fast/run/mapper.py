@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dave_fast.defaults import DEFAULT_SAMPLES
 from dave_fast.errors import DaveFastError, ImageError, InputError, NonFiniteError
 from dave_fast.images import decode_image
 from dave_fast.models.spec import ModelSpec
@@ -52,7 +53,7 @@ class MapSettings:
     """
 
     model: str | ModelSpec | nn.Module = "demo"
-    n_samples: int = 50
+    n_samples: int = DEFAULT_SAMPLES
     seed: int = 0
     target: str | int | None = None
     map_dtype: str = "float16"

@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from dave_fast.defaults import DEFAULT_SAMPLES
 from dave_fast.explain.convergence import FACTORS, Refined, checkpoints
 from dave_fast.sampling import Draws, draw
 from dave_fast.serve.scheduler import Queued
@@ -38,7 +39,7 @@ class Ask:
     image: Tensor
     targets: tuple[int, ...] | None = None
     top_k: int = 1
-    n_samples: int = 50
+    n_samples: int = DEFAULT_SAMPLES
     seed: int = 0
     tolerance: float | None = None
     deadline: float | None = None

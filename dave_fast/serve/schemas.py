@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from dave_fast.defaults import DEFAULT_SAMPLES
+
 MOST_CLASSES = 100
 MOST_SAMPLES = 65_536
 
@@ -29,7 +31,7 @@ class Options(BaseModel):
     top_k: Annotated[
         int | None, Field(ge=1, le=MOST_CLASSES, description="Instead of targets, the k most probable classes (1).")
     ] = None
-    n_samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES, description="The most samples.")] = 50
+    n_samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES, description="The most samples.")] = DEFAULT_SAMPLES
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63, description="Equal seeds give equal maps.")] = 0
     tolerance: Annotated[
         float | None,
