@@ -163,65 +163,48 @@ template <typename T>
 void run_forward(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v, void* out,
                  PeakAndShare kept, SavedProbabilities saved, int threads) {
   const int64_t stride = shape.heads * shape.dim;
-  const PerThread<Task<T>> tasks(threads, shape);
-#pragma omp parallel num_threads(threads)
-  {
-    Task<T>& task = tasks.mine();
-#pragma omp for schedule(dynamic) collapse(2)
-    for (int64_t row = 0; row < shape.rows; ++row)
-      for (int64_t head = 0; head < shape.heads; ++head) {
-        task.pack_keys(at<T>(k, row, head), k.token);
-        task.pack_rows(at<T>(v, row, head), v.token, shape.tokens);
-        const int64_t index = row * shape.heads + head;
-        for (int64_t first = 0; first < shape.queries; first += query_block) {
-          const int64_t count = first + query_block < shape.queries ? query_block : shape.queries - first;
-          task.score(at<T>(q, row, head), q.token, head, first, count);
-          task.softmax(count, kept, index * shape.queries + first);
-          if (saved.words) task.save(count, saved.words + index * saved.head + first / task.pair * task.columns);
-          multiply<T>(task.rows_of_words(count), task.columns / task.pair, 1, count, task.values, task.width,
-                      task.width, task.out, task.width, (shape.tokens + task.pair - 1) / task.pair, false);
-          T* to = static_cast<T*>(out) + (row * shape.queries + first) * stride + head * shape.dim;
-          task.store_out(to, stride, count);
-        }
-      }
-  }
+  PerThread<Task<T>>(threads, shape).run_unequal(shape.rows * shape.heads, [&](Task<T>& task, int64_t index) {
+    const int64_t row = index / shape.heads, head = index % shape.heads;
+    task.pack_keys(at<T>(k, row, head), k.token);
+    task.pack_rows(at<T>(v, row, head), v.token, shape.tokens);
+    for (int64_t first = 0; first < shape.queries; first += query_block) {
+      const int64_t count = first + query_block < shape.queries ? query_block : shape.queries - first;
+      task.score(at<T>(q, row, head), q.token, head, first, count);
+      task.softmax(count, kept, index * shape.queries + first);
+      if (saved.words) task.save(count, saved.words + index * saved.head + first / task.pair * task.columns);
+      multiply<T>(task.rows_of_words(count), task.columns / task.pair, 1, count, task.values, task.width, task.width,
+                  task.out, task.width, (shape.tokens + task.pair - 1) / task.pair, false);
+      T* to = static_cast<T*>(out) + (row * shape.queries + first) * stride + head * shape.dim;
+      task.store_out(to, stride, count);
+    }
+  });
 }
 
 template <typename T>
-void run_vjp(const AttentionShape& shape, const Heads& q, const Heads& k, PeakAndShare kept,
-             SavedProbabilities saved, const Heads& d_out, void* d_v, int threads) {
-  const int64_t stride = shape.heads * shape.dim;
-  const PerThread<Task<T>> tasks(threads, shape);
-#pragma omp parallel num_threads(threads)
-  {
-    Task<T>& task = tasks.mine();
-#pragma omp for schedule(dynamic) collapse(2)
-    for (int64_t row = 0; row < shape.rows; ++row)
-      for (int64_t head = 0; head < shape.heads; ++head) {
-        const int64_t index = row * shape.heads + head;
-        if (!saved.words) task.pack_keys(at<T>(k, row, head), k.token);
-        const int64_t block = saved.words ? shape.queries : query_block;
-        for (int64_t first = 0; first < shape.queries; first += block) {
-          const int64_t count = first + block < shape.queries ? block : shape.queries - first;
-          const uint32_t* words = saved.words + index * saved.head;
-          if (!saved.words) {
-            task.score(at<T>(q, row, head), q.token, head, first, count);
-            task.probabilities(count, kept, index * shape.queries + first);
-            task.save(count, task.rows);
-            words = task.rows;
-          }
-          task.pack_rows(at<T>(d_out, row, head) + first * d_out.token, d_out.token, count);
-          multiply<T>(words, 1, task.columns, shape.tokens, task.values, task.width, task.width, task.out,
-                      task.width, (count + task.pair - 1) / task.pair, first > 0);
-        }
-        task.store_out(static_cast<T*>(d_v) + row * shape.tokens * stride + head * shape.dim, stride, shape.tokens);
+void run_vjp(const AttentionShape& shape, const Heads& q, const Heads& k, PeakAndShare kept, SavedProbabilities saved,
+             const Heads& d_out, void* d_v, int threads) {
+  const int64_t stride = shape.heads * shape.dim, block = saved.words ? shape.queries : query_block;
+  PerThread<Task<T>>(threads, shape).run_unequal(shape.rows * shape.heads, [&](Task<T>& task, int64_t index) {
+    const int64_t row = index / shape.heads, head = index % shape.heads;
+    if (!saved.words) task.pack_keys(at<T>(k, row, head), k.token);
+    for (int64_t first = 0; first < shape.queries; first += block) {
+      const int64_t count = first + block < shape.queries ? block : shape.queries - first;
+      const uint32_t* words = saved.words + index * saved.head;
+      if (!saved.words) {
+        task.score(at<T>(q, row, head), q.token, head, first, count);
+        task.probabilities(count, kept, index * shape.queries + first);
+        task.save(count, task.rows);
+        words = task.rows;
       }
-  }
+      task.pack_rows(at<T>(d_out, row, head) + first * d_out.token, d_out.token, count);
+      multiply<T>(words, 1, task.columns, shape.tokens, task.values, task.width, task.width, task.out, task.width,
+                  (count + task.pair - 1) / task.pair, first > 0);
+    }
+    task.store_out(static_cast<T*>(d_v) + row * shape.tokens * stride + head * shape.dim, stride, shape.tokens);
+  });
 }
 
 }  // namespace
-
-const bool takes_bfloat16 = multiplies_bfloat16;
 
 void attention(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v, void* out,
                PeakAndShare kept, SavedProbabilities saved, int threads) {

@@ -1,165 +1,148 @@
 // dave_fast._native: takes pointers as integers, sizes, dtype codes and the number of threads, without torch.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <cmath>
-#include <string>
-#include <vector>
 
 #include "arguments.h"
 #include "dispatch.h"
 
 namespace py = pybind11;
+using dave::Dtype;
 
 namespace {
 
-// Checks shapes, and the draws, which the host can read.
-void check(const dave::Images& images, const dave::Draws& draws, dave::Patch patch) {
-  check_shapes(images, patch);
-  for (int64_t r = 0; r < draws.rows; ++r) {
-    if (draws.image_index[r] < 0 || draws.image_index[r] >= images.count)
+// Checks the draws too, which the host can read.
+dave::Inputs checked(Address images, Dtype dtype, const Shape& shape, const DrawsFields& fields, int64_t rows, int64_t p_h,
+                     int64_t p_w) {
+  const dave::Inputs inputs = inputs_of(images, dtype, shape, fields, rows, {p_h, p_w});
+  const dave::Draws& draws = inputs.draws;
+  for (int64_t r = 0; r < rows; ++r) {
+    if (draws.image_index[r] < 0 || draws.image_index[r] >= inputs.images.count)
       throw std::invalid_argument("draws.image_index is outside of the batch");
     const double* m = draws.matrices + 6 * r;
     const double determinant = m[0] * m[4] - m[1] * m[3];
     if (!std::isfinite(determinant) || determinant == 0 || !std::isfinite(m[2]) || !std::isfinite(m[5]))
       throw std::invalid_argument("draws.matrices must be finite and invertible");
   }
+  return inputs;
 }
 
-void perturb(uintptr_t images, int dtype, const std::vector<int64_t>& shape, const std::vector<uintptr_t>& draws,
-             int64_t rows, int64_t p_h, int64_t p_w, uintptr_t tokens, int stored, int threads) {
-  const auto images_ = images_of(images, dtype, shape);
-  const auto draws_ = draws_of(draws, rows);
-  check(images_, draws_, {p_h, p_w});
-  dave::kernels().perturb(images_, draws_, {p_h, p_w}, pointer<void>(tokens), stored_dtype(stored), threads);
+void perturb(Address images, Dtype dtype, const Shape& shape, const DrawsFields& draws, int64_t rows, int64_t p_h,
+             int64_t p_w, Address tokens, Dtype stored, int threads) {
+  dave::kernels().perturb(checked(images, dtype, shape, draws, rows, p_h, p_w), {tokens, stored}, threads);
 }
 
-void pull_back(uintptr_t cotangents, int given, uintptr_t images, int dtype, const std::vector<int64_t>& shape,
-               const std::vector<uintptr_t>& draws, int64_t rows, int64_t p_h, int64_t p_w, uintptr_t contributions,
-               int stored, int threads) {
-  const auto images_ = images_of(images, dtype, shape);
-  const auto draws_ = draws_of(draws, rows);
-  check(images_, draws_, {p_h, p_w});
-  dave::kernels().pull_back(pointer<const void>(cotangents), stored_dtype(given), images_, draws_, {p_h, p_w},
-                            pointer<void>(contributions), stored_dtype(stored), threads);
+void pull_back(Address cotangents, Dtype given, Address images, Dtype dtype, const Shape& shape, const DrawsFields& draws,
+               int64_t rows, int64_t p_h, int64_t p_w, Address contributions, Dtype stored, int threads) {
+  const auto inputs = checked(images, dtype, shape, draws, rows, p_h, p_w);
+  dave::kernels().pull_back({cotangents, given}, inputs, {contributions, stored}, threads);
 }
 
-void pull_back_mean(uintptr_t cotangents, int given, uintptr_t images, int dtype, const std::vector<int64_t>& shape,
-                    const std::vector<uintptr_t>& draws, int64_t rows, int64_t p_h, int64_t p_w, int64_t samples,
-                    uintptr_t raw, int threads) {
-  const auto images_ = images_of(images, dtype, shape);
-  const auto draws_ = draws_of(draws, rows);
-  check(images_, draws_, {p_h, p_w});
+void pull_back_mean(Address cotangents, Dtype given, Address images, Dtype dtype, const Shape& shape,
+                    const DrawsFields& draws, int64_t rows, int64_t p_h, int64_t p_w, int64_t samples, Address raw,
+                    int threads) {
+  const auto inputs = checked(images, dtype, shape, draws, rows, p_h, p_w);
   if (samples < 1 || rows % samples) throw std::invalid_argument("rows must be a multiple of the samples");
-  dave::kernels().pull_back_mean(pointer<const void>(cotangents), stored_dtype(given), images_, draws_, {p_h, p_w}, samples,
-                                 pointer<void>(raw), threads);
+  dave::kernels().pull_back_mean({cotangents, given}, inputs, samples, raw, threads);
 }
 
-void normal(uintptr_t keys, uintptr_t samples, int64_t rows, int64_t elements, uintptr_t deviates, int threads) {
-  dave::kernels().normal(pointer<const int64_t>(keys), pointer<const int64_t>(samples), rows, elements,
-                         pointer<float>(deviates), threads);
+void normal(Address keys, Address samples, int64_t rows, int64_t elements, Address deviates, int threads) {
+  dave::kernels().normal(keys, samples, rows, elements, deviates, threads);
 }
 
-void robust_mean(uintptr_t contributions, int given, int64_t images, int64_t samples, int64_t pixels, uintptr_t raw,
+void robust_mean(Address contributions, Dtype given, int64_t images, int64_t samples, int64_t pixels, Address raw,
                  int threads) {
   if (samples < 1) throw std::invalid_argument("there must be a sample");
-  dave::kernels().robust_mean(pointer<const void>(contributions), stored_dtype(given), images, samples, pixels,
-                              pointer<void>(raw), threads);
+  dave::kernels().robust_mean({{contributions, given}, images, samples, pixels}, raw, threads);
 }
 
-void smooth(uintptr_t raw, int dtype, const std::vector<int64_t>& shape, uintptr_t maps, int threads) {
-  dave::kernels().smooth(images_of(raw, dtype, shape), pointer<void>(maps), threads);
+void smooth(Address raw, Dtype dtype, const Shape& shape, Address maps, int threads) {
+  dave::kernels().smooth(images_of(raw, dtype, shape), maps, threads);
 }
 
-// (rows, tokens, heads, D) by its address and its strides (row, token, head) in elements
-dave::Heads heads_of(uintptr_t data, const std::vector<int64_t>& strides) {
-  if (strides.size() != 3) throw std::invalid_argument("heads have three strides");
-  return {pointer<const void>(data), strides[0], strides[1], strides[2]};
-}
+// The strides (row, token, head) of (rows, tokens, heads, D), in elements
+using Strides = std::array<int64_t, 3>;
+// rows, queries, tokens, heads, D
+using Sizes = std::array<int64_t, 5>;
 
-// shape: rows, queries, tokens, heads, D
-dave::AttentionShape attention_shape(const std::vector<int64_t>& shape, float scale, int dtype, uintptr_t bias) {
-  if (shape.size() != 5) throw std::invalid_argument("an attention shape has five sizes");
-  const auto type = dtype_of(dtype);
-  if (type == dave::Dtype::float64 || (type == dave::Dtype::bfloat16 && !dave::kernels().multiplies_bfloat16))
+dave::Heads heads_of(Address data, const Strides& strides) { return {data, strides[0], strides[1], strides[2]}; }
+
+dave::AttentionShape attention_shape(const Sizes& sizes, float scale, Dtype dtype, Address bias) {
+  if (dtype != Dtype::float32 && !(dtype == Dtype::bfloat16 && dave::kernels().multiplies_bfloat16))
     throw std::invalid_argument("this instruction set's attention does not take that type");
-  if (type == dave::Dtype::bfloat16 && shape[4] % 2) throw std::invalid_argument("bfloat16 needs an even head dimension");
+  if (dtype == Dtype::bfloat16 && sizes[4] % 2) throw std::invalid_argument("bfloat16 needs an even head dimension");
   if (!(scale > 0)) throw std::invalid_argument("attention's scale must be positive");
-  return {shape[0], shape[1], shape[2], shape[3], shape[4], scale, type, pointer<const void>(bias)};
+  return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], scale, dtype, bias};
 }
 
 // (2, rows, heads, queries) by its address, 0 for none
-dave::PeakAndShare peak_and_share(uintptr_t data, const std::vector<int64_t>& shape) {
-  if (shape.size() != 5) throw std::invalid_argument("an attention shape has five sizes");
-  if (!data) return {};
-  auto* peak = pointer<float>(data);
-  return {peak, peak + shape[0] * shape[3] * shape[1]};
+dave::PeakAndShare peak_and_share(float* peak, const Sizes& sizes) {
+  return {peak, peak ? peak + sizes[0] * sizes[3] * sizes[1] : nullptr};
 }
 
-void attention(const std::vector<int64_t>& shape, float scale, int dtype, uintptr_t bias, uintptr_t q,
-               const std::vector<int64_t>& q_strides, uintptr_t k, const std::vector<int64_t>& k_strides, uintptr_t v,
-               const std::vector<int64_t>& v_strides, uintptr_t out, uintptr_t kept, uintptr_t saved, int64_t saved_head,
-               int threads) {
-  dave::kernels().attention(attention_shape(shape, scale, dtype, bias), heads_of(q, q_strides), heads_of(k, k_strides),
-                            heads_of(v, v_strides), pointer<void>(out), peak_and_share(kept, shape),
-                            {pointer<uint32_t>(saved), saved_head}, threads);
+void attention(const Sizes& sizes, float scale, Dtype dtype, Address bias, Address q, const Strides& q_strides, Address k,
+               const Strides& k_strides, Address v, const Strides& v_strides, Address out, Address kept, Address saved,
+               int64_t saved_head, int threads) {
+  dave::kernels().attention(attention_shape(sizes, scale, dtype, bias), heads_of(q, q_strides), heads_of(k, k_strides),
+                            heads_of(v, v_strides), out, peak_and_share(kept, sizes), {saved, saved_head}, threads);
 }
 
-void attention_vjp(const std::vector<int64_t>& shape, float scale, int dtype, uintptr_t bias, uintptr_t q,
-                   const std::vector<int64_t>& q_strides, uintptr_t k, const std::vector<int64_t>& k_strides, uintptr_t kept,
-                   uintptr_t saved, int64_t saved_head, uintptr_t d_out, const std::vector<int64_t>& d_out_strides,
-                   uintptr_t d_v, int threads) {
-  dave::kernels().attention_vjp(attention_shape(shape, scale, dtype, bias), heads_of(q, q_strides), heads_of(k, k_strides),
-                                peak_and_share(kept, shape), {pointer<uint32_t>(saved), saved_head},
-                                heads_of(d_out, d_out_strides), pointer<void>(d_v), threads);
+void attention_vjp(const Sizes& sizes, float scale, Dtype dtype, Address bias, Address q, const Strides& q_strides,
+                   Address k, const Strides& k_strides, Address kept, Address saved, int64_t saved_head, Address d_out,
+                   const Strides& d_out_strides, Address d_v, int threads) {
+  dave::kernels().attention_vjp(attention_shape(sizes, scale, dtype, bias), heads_of(q, q_strides), heads_of(k, k_strides),
+                                peak_and_share(kept, sizes), {saved, saved_head}, heads_of(d_out, d_out_strides), d_v,
+                                threads);
 }
 
-void row_rstd(uintptr_t x, int dtype, int64_t rows, int64_t width, float eps, bool centred, uintptr_t rstd, int threads) {
-  dave::kernels().row_rstd(pointer<const void>(x), dtype_of(dtype), rows, width, eps, centred, pointer<float>(rstd), threads);
+dave::Values epilogue_values(Address data, Dtype dtype) {
+  if (dtype == Dtype::float32 || dtype == Dtype::bfloat16) return {data, dtype};
+  throw std::invalid_argument("an epilogue reads float32 or bfloat16");
 }
 
-void scale_rows(uintptr_t x, int dtype, uintptr_t scale, int64_t rows, int64_t width, uintptr_t y, int threads) {
-  dave::kernels().scale_rows(pointer<const void>(x), dtype_of(dtype), pointer<const float>(scale), rows, width,
-                             pointer<void>(y), threads);
+void row_rstd(Address x, Dtype dtype, int64_t rows, int64_t width, float eps, bool centred, Address rstd, int threads) {
+  dave::kernels().row_rstd(epilogue_values(x, dtype), rows, width, eps, centred, rstd, threads);
 }
 
-void activate(uintptr_t u, int dtype, int activation, int gated, int64_t rows, int64_t hidden, uintptr_t h, uintptr_t gate,
+void scale_rows(Address x, Dtype dtype, Address scale, int64_t rows, int64_t width, Address y, int threads) {
+  dave::kernels().scale_rows(epilogue_values(x, dtype), scale, rows, width, y, threads);
+}
+
+void activate(Address u, Dtype dtype, int activation, int gated, int64_t rows, int64_t hidden, Address h, Address gate,
               int threads) {
-  if (activation < 0 || activation >= dave::activations || gated < 0 || gated > 2) throw std::invalid_argument("unknown activation");
-  dave::kernels().activate(pointer<const void>(u), dtype_of(dtype), static_cast<dave::Activation>(activation),
-                           static_cast<dave::Gated>(gated), rows, hidden, pointer<void>(h), pointer<void>(gate), threads);
+  if (activation < 0 || activation >= dave::activations || gated < 0 || gated > 2)
+    throw std::invalid_argument("unknown activation");
+  dave::kernels().activate(epilogue_values(u, dtype), static_cast<dave::Activation>(activation),
+                           static_cast<dave::Gated>(gated), rows, hidden, h, gate, threads);
 }
 
-void pack_linear(uintptr_t matrix, int64_t out, int64_t in, uintptr_t weights) {
+void pack_linear(Address matrix, int64_t out, int64_t in, Address weights) {
   if (!dave::kernels().linear_panel) throw std::invalid_argument("this instruction set leaves linear to a library");
   if (out < 1 || in < 1) throw std::invalid_argument("linear needs an in-feature and an out-feature");
-  dave::kernels().pack_linear(pointer<const float>(matrix), out, in, pointer<float>(weights));
+  dave::kernels().pack_linear(matrix, out, in, weights);
 }
 
 // panel: what linear_panel was when the weights were packed; operands: bias, row_scale, gate, residual
-void linear(uintptr_t x, int64_t rows, int64_t stride, int64_t in, uintptr_t weights, int64_t panel, int64_t out,
-            const std::vector<uintptr_t>& operands, int activation, uintptr_t new_gate, uintptr_t y, int threads) {
+void linear(Address x, int64_t rows, int64_t stride, int64_t in, Address weights, int64_t panel, int64_t out,
+            const std::array<Address, 4>& operands, int activation, Address new_gate, Address y, int threads) {
   if (!panel || panel != dave::kernels().linear_panel)
     throw std::invalid_argument("the weights were packed for another instruction set");
-  if (operands.size() != 4 || activation < -1 || activation >= dave::activations) throw std::invalid_argument("unknown epilogue");
-  if (activation >= 0 && ((rows && !new_gate) || operands[2] || operands[3]))
+  if (activation < -1 || activation >= dave::activations) throw std::invalid_argument("unknown activation");
+  const auto& [bias, row_scale, gate, residual] = operands;
+  if (activation >= 0 && ((rows && !new_gate.value) || gate.value || residual.value))
     throw std::invalid_argument("an activation writes its gate, and goes with neither a gate nor a residual");
-  const auto operand = [&](size_t i) { return pointer<const float>(operands[i]); };
-  dave::kernels().linear(pointer<const float>(x), rows, stride, in, pointer<const float>(weights), out,
-                         {operand(0), operand(1), operand(2), operand(3), activation, pointer<float>(new_gate)},
-                         pointer<float>(y), threads);
+  dave::kernels().linear(x, rows, stride, in, weights, out, {bias, row_scale, gate, residual, activation, new_gate}, y,
+                         threads);
 }
 
 std::vector<std::string> usable_isas() {
   std::vector<std::string> names;
-  for (int i = 0; dave::usable_isa(i); ++i) names.emplace_back(dave::usable_isa(i));
+  for (const dave::Kernels* build : dave::usable()) names.emplace_back(build->isa);
   return names;
 }
 
 void use_isa(const std::string& name) {
-  if (dave::use_isa(name.c_str())) return;
+  if (dave::use_isa(name)) return;
   std::string names;
-  for (const auto& usable : usable_isas()) names += (names.empty() ? "" : ", ") + usable;
+  for (const dave::Kernels* build : dave::usable()) names += (names.empty() ? "" : ", ") + std::string(build->isa);
   throw std::invalid_argument("instruction set '" + name + "' is unknown or not in this machine; it has " + names);
 }
 
@@ -179,10 +162,12 @@ PYBIND11_MODULE(_native, module) {
   module.def("row_rstd", &row_rstd, release());
   module.def("scale_rows", &scale_rows, release());
   module.def("activate", &activate, release());
-  module.def("linear_panel", [] { return dave::kernels().linear_panel; }, "Columns of a panel of linear's weights; 0 without a linear kernel.");
+  module.def("linear_panel", [] { return dave::kernels().linear_panel; },
+             "Columns of a panel of linear's weights; 0 without a linear kernel.");
   module.def("pack_linear", &pack_linear, release());
   module.def("linear", &linear, release());
-  module.def("multiplies_bfloat16", [] { return dave::kernels().multiplies_bfloat16; }, "Whether attention takes bfloat16.");
+  module.def("multiplies_bfloat16", [] { return dave::kernels().multiplies_bfloat16; },
+             "Whether attention takes bfloat16.");
   module.def("isa", [] { return std::string(dave::kernels().isa); }, "The instruction set in use.");
   module.def("usable_isas", &usable_isas, "The instruction sets this machine can run, best first.");
   module.def("use_isa", &use_isa, "Take the kernels of one instruction set.");

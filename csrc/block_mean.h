@@ -108,13 +108,13 @@ struct BlockMean {
 
   // Means of `wanted` ≤ block_pixels pixels: the first one's first sample is element `first`, the next sample of each
   // `pixels` further.
-  void run(const void* contributions, Dtype given, int64_t first, int64_t pixels, int64_t samples, int64_t wanted,
+  void run(Values contributions, int64_t first, int64_t pixels, int64_t samples, int64_t wanted,
            const Network& network) const {
     for (int64_t s = 0; s < samples; ++s)
       for (int64_t x = 0; x < wanted; x += lanes) {
         T* row = values + (x * samples + s * lanes);
         const int64_t n = wanted - x < lanes ? wanted - x : lanes;
-        load_row(contributions, given, first + s * pixels + x, row, n);
+        load_row(contributions, first + s * pixels + x, row, n);
         for (int64_t l = n; l < lanes; ++l) row[l] = 0;
       }
     for (int64_t x = 0; x < wanted; x += lanes)

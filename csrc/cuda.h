@@ -1,6 +1,6 @@
 // The ops on a GPU: device pointers, sizes, and the stream to launch on, without torch. Callers check shapes.
 //
-// The .cu files run them on a device; tests/serial.cpp runs the same kernels block by block on the host.
+// nvcc compiles the .cu files for a device; a C++ compiler makes of them the same kernels block by block on the host.
 #pragma once
 
 #include <stdexcept>
@@ -27,7 +27,7 @@ struct Error : std::runtime_error {
 // Why kernels cannot run on a device; empty where they can.
 std::string why_not(int device);
 
-void perturb(const Queue& queue, const Images& images, const Draws& draws, Patch patch, void* tokens, Dtype stored);
+void perturb(const Queue& queue, const Inputs& inputs, Output tokens);
 
 // Rows of the draws, and source pixels of each plane.
 struct Rows {
@@ -39,27 +39,19 @@ struct Span {
 };
 
 // Contributions (rows.count, channels, span.pixels) of part of the rows and of the source pixels, for pull_back_mean.
-void pull_back(const Queue& queue, const void* cotangents, Dtype given, const Images& images, const Draws& draws,
-               Rows rows, Patch patch, Span span, void* contributions, Dtype stored);
-
-// (images, samples, pixels)
-struct Contributions {
-  const void* data;
-  Dtype dtype;
-  int64_t images, samples, pixels;
-};
+void pull_back(const Queue& queue, Values cotangents, const Inputs& inputs, Rows rows, Span span, Output contributions);
 
 // The place of the mean of pixel p of an image's contributions: offset + p / span·plane + p % span.
 struct Placement {
   int64_t span, plane, offset;
 };
 
-// (images, samples, pixels) -> one mean a pixel; float64 for float64, else float32
+// One mean a pixel; float64 for float64, else float32
 void robust_mean(const Queue& queue, const Contributions& contributions, const Placement& placement, void* raw);
 
 // scratch: samples·channels·tile values of the images' type; raw (rows / samples, channels, height, width)
-void pull_back_mean(const Queue& queue, const void* cotangents, Dtype given, const Images& images, const Draws& draws,
-                    Patch patch, int64_t samples, int64_t tile, void* scratch, void* raw);
+void pull_back_mean(const Queue& queue, Values cotangents, const Inputs& inputs, int64_t samples, int64_t tile,
+                    void* scratch, void* raw);
 
 // scratch: count·(height·width + 1) values of raw's type
 void smooth(const Queue& queue, const Images& raw, void* scratch, void* maps);

@@ -1,7 +1,6 @@
 #include "dispatch.h"
 
 #include <atomic>
-#include <cstring>
 
 namespace dave {
 
@@ -14,44 +13,39 @@ namespace baseline { extern const Kernels kernels; }
 
 namespace {
 
-struct Usable {
-  const Kernels* builds[4];
-  int count = 0;
-
-  Usable() {
+std::vector<const Kernels*> find_usable() {
+  std::vector<const Kernels*> builds;
 #ifdef DAVE_X86
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-      if (__builtin_cpu_supports("avx512bf16")) builds[count++] = &avx512bf16::kernels;
-      builds[count++] = &avx512::kernels;
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) builds[count++] = &avx2::kernels;
-#endif
-    builds[count++] = &baseline::kernels;
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
+    if (__builtin_cpu_supports("avx512bf16")) builds.push_back(&avx512bf16::kernels);
+    builds.push_back(&avx512::kernels);
   }
-};
-
-const Usable& usable() {
-  static const Usable found;
-  return found;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) builds.push_back(&avx2::kernels);
+#endif
+  builds.push_back(&baseline::kernels);
+  return builds;
 }
 
 std::atomic<const Kernels*> chosen{nullptr};
 
 }  // namespace
 
-const Kernels& kernels() {
-  const Kernels* build = chosen.load(std::memory_order_relaxed);
-  return build ? *build : *usable().builds[0];
+const std::vector<const Kernels*>& usable() {
+  static const std::vector<const Kernels*> found = find_usable();
+  return found;
 }
 
-const char* usable_isa(int i) { return i < usable().count ? usable().builds[i]->isa : nullptr; }
+const Kernels& kernels() {
+  const Kernels* build = chosen.load(std::memory_order_relaxed);
+  return build ? *build : *usable()[0];
+}
 
-bool use_isa(const char* name) {
-  for (int i = 0; i < usable().count; ++i)
-    if (std::strcmp(usable().builds[i]->isa, name) == 0) {
-      chosen.store(usable().builds[i], std::memory_order_relaxed);
+bool use_isa(const std::string& name) {
+  for (const Kernels* build : usable())
+    if (name == build->isa) {
+      chosen.store(build, std::memory_order_relaxed);
       return true;
     }
   return false;

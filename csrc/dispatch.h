@@ -1,6 +1,9 @@
 // The choice of the kernels' build: the best instruction set of this machine, or one named.
 #pragma once
 
+#include <string>
+#include <vector>
+
 #include "kernels.h"
 
 namespace dave {
@@ -8,10 +11,10 @@ namespace dave {
 // The chosen build.
 const Kernels& kernels();
 
-// Name number i of the builds that this machine can run, best first; nullptr past the end.
-const char* usable_isa(int i);
+// The builds that this machine can run, best first.
+const std::vector<const Kernels*>& usable();
 
 // Chooses the build of that name; false where this machine cannot run it.
-bool use_isa(const char* name);
+bool use_isa(const std::string& name);
 
 }  // namespace dave

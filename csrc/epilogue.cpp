@@ -30,14 +30,6 @@ float rstd_of(const T* x, int64_t width, float eps, bool centred) {
   return 1.0f / __builtin_sqrtf((variance + sum_of(about)) / width + eps);
 }
 
-template <typename T>
-void run_scale(const T* x, const float* scale, int64_t rows, int64_t width, T* y, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t i = 0; i < width; i += lanes)
-      store_part(y + row * width + i, load_part(x + row * width + i, width - i) * scale[row], width - i);
-}
-
 template <typename T, Activation activation>
 void run_activate(const T* u, int64_t rows, int64_t hidden, Gated gated, T* h, T* gate, int threads) {
   const int64_t width = gated == Gated::no ? hidden : 2 * hidden;
@@ -55,47 +47,43 @@ void run_activate(const T* u, int64_t rows, int64_t hidden, Gated gated, T* h, T
     }
 }
 
-template <typename T>
-void activate_as(Activation activation, const T* u, int64_t rows, int64_t hidden, Gated gated, T* h, T* gate,
-                 int threads) {
-  switch (activation) {
-    case Activation::gelu: return run_activate<T, Activation::gelu>(u, rows, hidden, gated, h, gate, threads);
-    case Activation::gelu_tanh: return run_activate<T, Activation::gelu_tanh>(u, rows, hidden, gated, h, gate, threads);
-    case Activation::silu: return run_activate<T, Activation::silu>(u, rows, hidden, gated, h, gate, threads);
-    case Activation::relu: return run_activate<T, Activation::relu>(u, rows, hidden, gated, h, gate, threads);
-    case Activation::quick_gelu:
-      return run_activate<T, Activation::quick_gelu>(u, rows, hidden, gated, h, gate, threads);
-  }
-}
-
-template <typename T>
-void run_rstd(const T* x, int64_t rows, int64_t width, float eps, bool centred, float* rstd, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t row = 0; row < rows; ++row) rstd[row] = rstd_of(x + row * width, width, eps, centred);
+// Calls f with a zero of bfloat16 or float32.
+template <typename F>
+void with_float(Dtype dtype, const F& f) {
+  if (dtype == Dtype::bfloat16) return f(bfloat16{});
+  f(float{});
 }
 
 }  // namespace
 
-void row_rstd(const void* x, Dtype dtype, int64_t rows, int64_t width, float eps, bool centred, float* rstd,
+void row_rstd(Values x, int64_t rows, int64_t width, float eps, bool centred, float* rstd, int threads) {
+  with_float(x.dtype, [&](auto zero) {
+    const auto* from = static_cast<const decltype(zero)*>(x.data);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < rows; ++row) rstd[row] = rstd_of(from + row * width, width, eps, centred);
+  });
+}
+
+void scale_rows(Values x, const float* scale, int64_t rows, int64_t width, void* y, int threads) {
+  with_float(x.dtype, [&](auto zero) {
+    const auto* from = static_cast<const decltype(zero)*>(x.data);
+    auto* to = static_cast<decltype(zero)*>(y);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t i = row * width, end = i + width; i < end; i += lanes)
+        store_part(to + i, load_part(from + i, end - i) * scale[row], end - i);
+  });
+}
+
+void activate(Values u, Activation activation, Gated gated, int64_t rows, int64_t hidden, void* h, void* gate,
               int threads) {
-  if (dtype == Dtype::bfloat16)
-    return run_rstd(static_cast<const bfloat16*>(x), rows, width, eps, centred, rstd, threads);
-  run_rstd(static_cast<const float*>(x), rows, width, eps, centred, rstd, threads);
-}
-
-void scale_rows(const void* x, Dtype dtype, const float* scale, int64_t rows, int64_t width, void* y, int threads) {
-  if (dtype == Dtype::bfloat16)
-    return run_scale(static_cast<const bfloat16*>(x), scale, rows, width, static_cast<bfloat16*>(y), threads);
-  run_scale(static_cast<const float*>(x), scale, rows, width, static_cast<float*>(y), threads);
-}
-
-void activate(const void* u, Dtype dtype, Activation activation, Gated gated, int64_t rows, int64_t hidden, void* h,
-              void* gate, int threads) {
-  if (dtype == Dtype::bfloat16)
-    return activate_as(activation, static_cast<const bfloat16*>(u), rows, hidden, gated, static_cast<bfloat16*>(h),
-                       static_cast<bfloat16*>(gate), threads);
-  activate_as(activation, static_cast<const float*>(u), rows, hidden, gated, static_cast<float*>(h),
-              static_cast<float*>(gate), threads);
+  with_float(u.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    with_activation(activation, [&](auto a) {
+      run_activate<T, a.value>(static_cast<const T*>(u.data), rows, hidden, gated, static_cast<T*>(h),
+                               static_cast<T*>(gate), threads);
+    });
+  });
 }
 
 }  // namespace dave::DAVE_ISA

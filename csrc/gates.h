@@ -55,4 +55,22 @@ DAVE_HD vfloat gate_of(vfloat u) {
   }
 }
 
+template <Activation activation>
+struct Chosen {
+  static constexpr Activation value = activation;
+};
+
+// Calls f with the Chosen of an activation known at run time.
+template <typename F>
+void with_activation(Activation activation, const F& f) {
+  static_assert(activations == 5, "every activation needs its case");
+  switch (activation) {
+    case Activation::gelu: return f(Chosen<Activation::gelu>{});
+    case Activation::gelu_tanh: return f(Chosen<Activation::gelu_tanh>{});
+    case Activation::silu: return f(Chosen<Activation::silu>{});
+    case Activation::relu: return f(Chosen<Activation::relu>{});
+    case Activation::quick_gelu: return f(Chosen<Activation::quick_gelu>{});
+  }
+}
+
 }  // namespace dave::DAVE_ISA

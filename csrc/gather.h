@@ -76,12 +76,12 @@ class Gatherer {
 
   // Contributions of draw r at a tile, as store(channel, y, row of tile.width values).
   template <typename Store>
-  void run(const void* cotangents, Dtype given, const Images& images, const Draws& draws, Patch patch, int64_t r,
-           const Tile& tile, const Store& store) {
+  void run(Values cotangents, const Inputs& inputs, int64_t r, const Tile& tile, const Store& store) {
+    const auto& [images, draws, patch] = inputs;
     const int32_t height = static_cast<int32_t>(images.height), width = static_cast<int32_t>(images.width);
     const Gather<T> g(draws.matrices + 6 * r, height, width);
     const Window window(g, tile, height, width);
-    unpatchify(cotangents, given, images, patch, r, window);
+    unpatchify(cotangents, images, patch, r, window);
     const T signal = static_cast<T>(draws.signal[r]);
     for (int32_t y = 0; y < tile.height; ++y) {
       pull_row(g, tile, static_cast<T>(tile.y + y), window, height, width, images.channels);
@@ -96,8 +96,7 @@ class Gatherer {
   }
 
  private:
-  void unpatchify(const void* cotangents, Dtype given, const Images& images, Patch patch, int64_t r,
-                  const Window& window) {
+  void unpatchify(Values cotangents, const Images& images, Patch patch, int64_t r, const Window& window) {
     const int64_t right = window.x + window.width < images.width ? window.x + window.width : images.width;
     T* to = window_;
     for (int64_t c = 0; c < images.channels; ++c)
@@ -108,7 +107,7 @@ class Gatherer {
           while (x < right) {
             const int64_t column = x / patch.width, end = (column + 1) * patch.width;
             const int64_t stop = end < right ? end : right;
-            load_row(cotangents, given, from.first + column * from.step + x % patch.width, to + (x - window.x), stop - x);
+            load_row(cotangents, from.first + column * from.step + x % patch.width, to + (x - window.x), stop - x);
             x = stop;
           }
         }

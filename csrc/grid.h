@@ -8,7 +8,7 @@
 // shared memory. block.pairs(f) runs f(pair, lanes) for every two neighbouring threads, which exchange values by `Lanes`.
 #pragma once
 
-#include "numerics.h"
+#include "kernels.h"
 
 #ifdef __CUDACC__
 #define DAVE_DEVICE __device__ __forceinline__
@@ -57,26 +57,14 @@ DAVE_DEVICE void store_pack(const T* from, void* to, int64_t offset) {
   *reinterpret_cast<Pack<From, count>*>(static_cast<From*>(to) + offset) = pack;
 }
 
-// Stores `count` values at element `offset`, a multiple of count, in memory of a dtype known at run time.
+// Stores `count` values at element `offset`, a multiple of count.
 template <int count, typename T>
-DAVE_DEVICE void store_run(const T* from, void* to, Dtype dtype, int64_t offset) {
-  switch (dtype) {
-    case Dtype::float32: return store_pack<float, T, count>(from, to, offset);
-    case Dtype::float64: return store_pack<double, T, count>(from, to, offset);
-    case Dtype::bfloat16: return store_pack<bfloat16, T, count>(from, to, offset);
-    case Dtype::float16: return store_pack<float16, T, count>(from, to, offset);
-  }
-}
-
-// Calls f with the address as a pointer of its dtype, known at run time; meant for outside of loops, whose loads it would
-// separate.
-template <class F>
-DAVE_DEVICE auto with_type(const void* from, Dtype dtype, const F& f) {
-  switch (dtype) {
-    case Dtype::float32: return f(static_cast<const float*>(from));
-    case Dtype::float64: return f(static_cast<const double*>(from));
-    case Dtype::bfloat16: return f(static_cast<const bfloat16*>(from));
-    default: return f(static_cast<const float16*>(from));
+DAVE_DEVICE void store_run(const T* from, Output to, int64_t offset) {
+  switch (to.dtype) {
+    case Dtype::float32: return store_pack<float, T, count>(from, to.data, offset);
+    case Dtype::float64: return store_pack<double, T, count>(from, to.data, offset);
+    case Dtype::bfloat16: return store_pack<bfloat16, T, count>(from, to.data, offset);
+    case Dtype::float16: return store_pack<float16, T, count>(from, to.data, offset);
   }
 }
 

@@ -56,6 +56,27 @@ class PerThread {
 #endif
   }
 
+  // Calls f(the thread's item, task) for every task; each thread takes a run of neighbouring ones.
+  template <typename F>
+  void run(int64_t tasks, const F& f) const {
+#pragma omp parallel num_threads(made_)
+    {
+      T& item = mine();
+#pragma omp for schedule(static)
+      for (int64_t task = 0; task < tasks; ++task) f(item, task);
+    }
+  }
+  // The same for tasks of unequal length: a thread takes the next one when it is free.
+  template <typename F>
+  void run_unequal(int64_t tasks, const F& f) const {
+#pragma omp parallel num_threads(made_)
+    {
+      T& item = mine();
+#pragma omp for schedule(dynamic)
+      for (int64_t task = 0; task < tasks; ++task) f(item, task);
+    }
+  }
+
  private:
   struct Room {
     int threads;
@@ -71,25 +92,15 @@ void copy_row(const From* from, To* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) put(to[i], widen(from[i]));
 }
 
-// Load and store n values at element `offset` of memory of a dtype known at run time.
+// Load and store n values at element `offset`.
 template <typename T>
-void load_row(const void* from, Dtype dtype, int64_t offset, T* to, int64_t n) {
-  switch (dtype) {
-    case Dtype::float32: return copy_row(static_cast<const float*>(from) + offset, to, n);
-    case Dtype::float64: return copy_row(static_cast<const double*>(from) + offset, to, n);
-    case Dtype::bfloat16: return copy_row(static_cast<const bfloat16*>(from) + offset, to, n);
-    case Dtype::float16: return copy_row(static_cast<const float16*>(from) + offset, to, n);
-  }
+void load_row(Values from, int64_t offset, T* to, int64_t n) {
+  with_type(from.dtype, [&](auto zero) { copy_row(static_cast<const decltype(zero)*>(from.data) + offset, to, n); });
 }
 
 template <typename T>
-void store_row(const T* from, void* to, Dtype dtype, int64_t offset, int64_t n) {
-  switch (dtype) {
-    case Dtype::float32: return copy_row(from, static_cast<float*>(to) + offset, n);
-    case Dtype::float64: return copy_row(from, static_cast<double*>(to) + offset, n);
-    case Dtype::bfloat16: return copy_row(from, static_cast<bfloat16*>(to) + offset, n);
-    case Dtype::float16: return copy_row(from, static_cast<float16*>(to) + offset, n);
-  }
+void store_row(const T* from, Output to, int64_t offset, int64_t n) {
+  with_type(to.dtype, [&](auto zero) { copy_row(from, static_cast<decltype(zero)*>(to.data) + offset, n); });
 }
 
 // The offset in tokens (R, n, C·p_h·p_w) of the p_w elements of patch column 0 of image row (r, c, y), and the distance

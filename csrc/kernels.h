@@ -32,20 +32,40 @@ struct Patch {
   int64_t height, width;
 };
 
+// What the ops on pixels are given: images, one perturbation a row, and the patches that become tokens.
+struct Inputs {
+  Images images;
+  Draws draws;
+  Patch patch;
+};
+
+// Memory to read or to write, of a dtype known at run time
+struct Values {
+  const void* data;
+  Dtype dtype;
+};
+struct Output {
+  void* data;
+  Dtype dtype;
+};
+
+// (images, samples, pixels)
+struct Contributions {
+  Values values;
+  int64_t images, samples, pixels;
+};
+
 // One instruction set's build of every op
 struct Kernels {
   const char* isa;
-  void (*perturb)(const Images& images, const Draws& draws, Patch patch, void* tokens, Dtype stored, int threads);
+  void (*perturb)(const Inputs& inputs, Output tokens, int threads);
   void (*normal)(const int64_t* keys, const int64_t* samples, int64_t rows, int64_t elements, float* deviates,
                  int threads);
-  void (*pull_back)(const void* cotangents, Dtype given, const Images& images, const Draws& draws, Patch patch,
-                    void* contributions, Dtype stored, int threads);
+  void (*pull_back)(Values cotangents, const Inputs& inputs, Output contributions, int threads);
   // rows of `samples` an image -> (rows / samples, channels, height, width) of the images' type
-  void (*pull_back_mean)(const void* cotangents, Dtype given, const Images& images, const Draws& draws, Patch patch,
-                         int64_t samples, void* raw, int threads);
-  // (images, samples, pixels) -> (images, pixels); float64 for float64, else float32
-  void (*robust_mean)(const void* contributions, Dtype given, int64_t images, int64_t samples, int64_t pixels,
-                      void* raw, int threads);
+  void (*pull_back_mean)(Values cotangents, const Inputs& inputs, int64_t samples, void* raw, int threads);
+  // -> (images, pixels); float64 for float64, else float32
+  void (*robust_mean)(const Contributions& contributions, void* raw, int threads);
   // float32 or float64 (count, channels, height, width) -> (count, height, width)
   void (*smooth)(const Images& raw, void* maps, int threads);
   // Whether attention takes bfloat16.
@@ -57,11 +77,10 @@ struct Kernels {
   void (*attention_vjp)(const AttentionShape& shape, const Heads& q, const Heads& k, PeakAndShare kept,
                         SavedProbabilities saved, const Heads& d_out, void* d_v, int threads);
   // float32 or bfloat16 (rows, width), as below
-  void (*row_rstd)(const void* x, Dtype dtype, int64_t rows, int64_t width, float eps, bool centred, float* rstd,
+  void (*row_rstd)(Values x, int64_t rows, int64_t width, float eps, bool centred, float* rstd, int threads);
+  void (*scale_rows)(Values x, const float* scale, int64_t rows, int64_t width, void* y, int threads);
+  void (*activate)(Values u, Activation activation, Gated gated, int64_t rows, int64_t hidden, void* h, void* gate,
                    int threads);
-  void (*scale_rows)(const void* x, Dtype dtype, const float* scale, int64_t rows, int64_t width, void* y, int threads);
-  void (*activate)(const void* u, Dtype dtype, Activation activation, Gated gated, int64_t rows, int64_t hidden, void* h,
-                   void* gate, int threads);
   // Columns of a panel of linear's weights, 0 where linear is left to a library.
   int64_t linear_panel;
   // matrix (out, in) -> weights of in · (out rounded up to whole panels) floats, zero where there is no column

@@ -117,15 +117,9 @@ struct Block {
   void multiply(int64_t from, int64_t to) {
     for (int64_t start = 0; start < m.in; start += m.length)
       for (int64_t p = from; p < to; ++p) multiply_panel(p, start);
-    static_assert(activations == 5, "every activation needs its case: the default is a product without one");
-    switch (m.epilogue.activation) {
-      case 0: return finish<0>(from, to);
-      case 1: return finish<1>(from, to);
-      case 2: return finish<2>(from, to);
-      case 3: return finish<3>(from, to);
-      case 4: return finish<4>(from, to);
-      default: return finish<-1>(from, to);
-    }
+    if (m.epilogue.activation < 0) return finish<-1>(from, to);
+    with_activation(static_cast<Activation>(m.epilogue.activation),
+                    [&](auto a) { finish<static_cast<int>(a.value)>(from, to); });
   }
 };
 
@@ -152,19 +146,12 @@ void linear(const float* x, int64_t rows, int64_t stride, int64_t in, const floa
   const int64_t shares = shares_of(rows, threads), groups = lesser(threads / shares, m.panels);
   const int64_t blocks = over(over(rows, longest_block), shares) * shares, width = over(m.panels, groups);
   const int64_t height = over(over(rows, blocks), tile_rows) * tile_rows;
-  const PerThread<Block> all(threads, m, height);
-#pragma omp parallel num_threads(threads)
-  {
-    Block& mine = all.mine();
-#pragma omp for schedule(dynamic) collapse(2)
-    for (int64_t block = 0; block < blocks; ++block)
-      for (int64_t group = 0; group < groups; ++group) {
-        const int64_t first = block * height, end = lesser((group + 1) * width, m.panels);
-        if (first >= rows) continue;
-        mine.lay_out(first, lesser(height, rows - first));
-        for (int64_t p = group * width; p < end; p += panels_together) mine.multiply(p, lesser(p + panels_together, end));
-      }
-  }
+  PerThread<Block>(threads, m, height).run_unequal(blocks * groups, [&](Block& block, int64_t task) {
+    const int64_t first = task / groups * height, group = task % groups, end = lesser((group + 1) * width, m.panels);
+    if (first >= rows) return;
+    block.lay_out(first, lesser(height, rows - first));
+    for (int64_t p = group * width; p < end; p += panels_together) block.multiply(p, lesser(p + panels_together, end));
+  });
 }
 
 }  // namespace dave::DAVE_ISA

@@ -60,30 +60,18 @@ DAVE_HD double larger_of(double a, double b) { return a > b ? a : b; }
 DAVE_HD float magnitude(float a) { return __builtin_fabsf(a); }
 DAVE_HD double magnitude(double a) { return __builtin_fabs(a); }
 
-DAVE_HD uint32_t bits_of(float value) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, sizeof bits);
-  return bits;
+template <typename To, typename From>
+DAVE_HD To reread(From from) {
+  To to;
+  static_assert(sizeof to == sizeof from);
+  __builtin_memcpy(&to, &from, sizeof to);
+  return to;
 }
 
-DAVE_HD float float_of(uint32_t bits) {
-  float value;
-  __builtin_memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-DAVE_HD uint64_t bits_of(double value) {
-  uint64_t bits;
-  __builtin_memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-DAVE_HD float number_of(uint32_t bits) { return float_of(bits); }
-DAVE_HD double number_of(uint64_t bits) {
-  double value;
-  __builtin_memcpy(&value, &bits, sizeof value);
-  return value;
-}
+DAVE_HD uint32_t bits_of(float value) { return reread<uint32_t>(value); }
+DAVE_HD uint64_t bits_of(double value) { return reread<uint64_t>(value); }
+DAVE_HD float number_of(uint32_t bits) { return reread<float>(bits); }
+DAVE_HD double number_of(uint64_t bits) { return reread<double>(bits); }
 
 // The unsigned integer as wide as T.
 template <typename T>
@@ -120,14 +108,14 @@ struct float16 {
 
 DAVE_HD float widen(float value) { return value; }
 DAVE_HD double widen(double value) { return value; }
-DAVE_HD float widen(bfloat16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
+DAVE_HD float widen(bfloat16 value) { return number_of(static_cast<uint32_t>(value.bits) << 16); }
 
 DAVE_HD float widen(float16 value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16, rest = value.bits & 0x7FFFu;
   // infinities and NaN keep their fraction; below 2⁻¹⁴ it counts in units of 2⁻²⁴
-  if (rest >= 0x7C00u) return float_of(sign | 0x7F800000u | (rest << 13));
-  if (rest < 0x0400u) return float_of(sign | bits_of(mul(static_cast<float>(rest), 0x1p-24f)));
-  return float_of(sign | ((rest << 13) + 0x38000000u));
+  if (rest >= 0x7C00u) return number_of(sign | 0x7F800000u | (rest << 13));
+  if (rest < 0x0400u) return number_of(sign | bits_of(mul(static_cast<float>(rest), 0x1p-24f)));
+  return number_of(sign | ((rest << 13) + 0x38000000u));
 }
 
 // Conversions to the stored dtype; bfloat16 and float16 round to nearest, ties to even, and keep NaN.
@@ -147,9 +135,20 @@ DAVE_HD void put(float16& to, T value) {
   uint32_t half;
   // from 2¹⁶ on infinity, or NaN; below 2⁻¹⁴ the addition of ½ rounds to units of 2⁻²⁴; else as for bfloat16
   if (rest >= 0x47800000u) half = rest > 0x7F800000u ? 0x7E00u : 0x7C00u;
-  else if (rest < 0x38800000u) half = bits_of(add(float_of(rest), 0.5f)) - 0x3F000000u;
+  else if (rest < 0x38800000u) half = bits_of(add(number_of(rest), 0.5f)) - 0x3F000000u;
   else half = (rest - 0x38000000u + 0xFFFu + ((rest >> 13) & 1u)) >> 13;
   to.bits = static_cast<uint16_t>(((bits >> 16) & 0x8000u) | half);
+}
+
+// Calls f with a zero of a dtype known at run time.
+template <class F>
+void with_type(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::float32: return f(float{});
+    case Dtype::float64: return f(double{});
+    case Dtype::bfloat16: return f(bfloat16{});
+    case Dtype::float16: return f(float16{});
+  }
 }
 
 }  // namespace DAVE_ISA

@@ -43,10 +43,10 @@ class PaddedImages {
  public:
   PaddedImages(const Images& images, const Draws& draws, int threads)
       : stride_(images.width + pad_before + pad_after), plane_((images.height + pad_before + pad_after) * stride_),
-        channels_(images.channels), first_(lowest(draws)),
-        data_((highest(draws) + 1 - first_) * images.channels * plane_) {
+        channels_(images.channels), first_(used(draws).lowest),
+        data_((used(draws).highest + 1 - first_) * images.channels * plane_) {
     const int64_t rows = images.height + pad_before + pad_after;
-    const int64_t planes = (highest(draws) + 1 - first_) * channels_;
+    const int64_t planes = (used(draws).highest + 1 - first_) * channels_;
     const T* source = static_cast<const T*>(images.data) + first_ * channels_ * images.height * images.width;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < planes * rows; ++i) {
@@ -62,15 +62,14 @@ class PaddedImages {
   int32_t stride() const { return static_cast<int32_t>(stride_); }
 
  private:
-  static int64_t lowest(const Draws& draws) {
-    int64_t index = draws.image_index[0];
-    for (int64_t r = 1; r < draws.rows; ++r) index = draws.image_index[r] < index ? draws.image_index[r] : index;
-    return index;
-  }
-  static int64_t highest(const Draws& draws) {
-    int64_t index = draws.image_index[0];
-    for (int64_t r = 1; r < draws.rows; ++r) index = draws.image_index[r] > index ? draws.image_index[r] : index;
-    return index;
+  struct Range {
+    int64_t lowest, highest;
+  };
+  static Range used(const Draws& draws) {
+    Range range{draws.image_index[0], draws.image_index[0]};
+    for (const int64_t* i = draws.image_index; i < draws.image_index + draws.rows; ++i)
+      range = {*i < range.lowest ? *i : range.lowest, *i > range.highest ? *i : range.highest};
+    return range;
   }
   int64_t stride_, plane_, channels_, first_;
   Scratch<T> data_;
@@ -124,55 +123,47 @@ void add_noise(const Key& key, int64_t element, T noise, float* deviates, T* row
 }
 
 template <typename T>
-void run(const Images& images, const Draws& draws, Patch patch, void* tokens, Dtype stored, int threads) {
-  if (draws.rows == 0) return;
+void run(const Inputs& inputs, Output tokens, int threads) {
+  const Images& images = inputs.images;
+  const Draws& draws = inputs.draws;
   const PaddedImages<T> padded(images, draws, threads);
   const int32_t height = static_cast<int32_t>(images.height), width = static_cast<int32_t>(images.width);
-  const PerThread<Work<T>> works(threads, images.width);
-#pragma omp parallel num_threads(threads)
-  {
-    auto& [taps, row, deviates] = works.mine();
-#pragma omp for schedule(static)
-    for (int64_t task = 0; task < draws.rows * height; ++task) {
-      const int64_t r = task / height, y = task % height;
-      const Key key(draws.keys, draws.samples, r);
-      const T signal = static_cast<T>(draws.signal[r]), noise = static_cast<T>(draws.noise[r]);
-      taps.fill(Affine<T>(draws.matrices + 6 * r), y, height, width);
-      for (int64_t c = 0; c < images.channels; ++c) {
-        taps.sample(padded.plane(draws.image_index[r], c), padded.stride(), signal, row, width);
-        if (noise != 0) add_noise<T>(key, (c * height + y) * width, noise, deviates, row, width);
-        const TokenRow to(images, patch, r, c, y);
-        for (int64_t x = 0; x < width; x += patch.width)
-          store_row<T>(row + x, tokens, stored, to.first + x / patch.width * to.step, patch.width);
-      }
+  PerThread<Work<T>>(threads, images.width).run(draws.rows * height, [&](Work<T>& work, int64_t task) {
+    auto& [taps, row, deviates] = work;
+    const int64_t r = task / height, y = task % height;
+    const Key key(draws.keys, draws.samples, r);
+    const T signal = static_cast<T>(draws.signal[r]), noise = static_cast<T>(draws.noise[r]);
+    taps.fill(Affine<T>(draws.matrices + 6 * r), y, height, width);
+    for (int64_t c = 0; c < images.channels; ++c) {
+      taps.sample(padded.plane(draws.image_index[r], c), padded.stride(), signal, row, width);
+      if (noise != 0) add_noise<T>(key, (c * height + y) * width, noise, deviates, row, width);
+      const TokenRow to(images, inputs.patch, r, c, y);
+      for (int64_t x = 0; x < width; x += inputs.patch.width)
+        store_row<T>(row + x, tokens, to.first + x / inputs.patch.width * to.step, inputs.patch.width);
     }
-  }
+  });
 }
 
 }  // namespace
 
-void perturb(const Images& images, const Draws& draws, Patch patch, void* tokens, Dtype stored, int threads) {
-  if (images.dtype == Dtype::float64) return run<double>(images, draws, patch, tokens, stored, threads);
-  run<float>(images, draws, patch, tokens, stored, threads);
+void perturb(const Inputs& inputs, Output tokens, int threads) {
+  if (inputs.draws.rows == 0) return;
+  if (inputs.images.dtype == Dtype::float64) return run<double>(inputs, tokens, threads);
+  run<float>(inputs, tokens, threads);
 }
 
 void normal(const int64_t* keys, const int64_t* samples, int64_t rows, int64_t elements, float* deviates,
             int threads) {
   constexpr int64_t blocks_a_task = 256;
   const int64_t blocks = (elements + 3) / 4, tasks = (blocks + blocks_a_task - 1) / blocks_a_task;
-  const PerThread<Scratch<float>> buffers(threads, room_for(4 * blocks_a_task));
-#pragma omp parallel num_threads(threads)
-  {
-    float* buffer = buffers.mine();
-#pragma omp for schedule(static)
-    for (int64_t task = 0; task < rows * tasks; ++task) {
-      const int64_t r = task / tasks, first = task % tasks * blocks_a_task;
-      const int64_t count = blocks - first < blocks_a_task ? blocks - first : blocks_a_task;
-      const int64_t wanted = elements - 4 * first < 4 * count ? elements - 4 * first : 4 * count;
-      normal_blocks(Key(keys, samples, r), first, count, buffer);
-      copy_row<float, float>(buffer, deviates + r * elements + 4 * first, wanted);
-    }
-  }
+  using Buffer = Scratch<float>;
+  PerThread<Buffer>(threads, room_for(4 * blocks_a_task)).run(rows * tasks, [&](const Buffer& buffer, int64_t task) {
+    const int64_t r = task / tasks, first = task % tasks * blocks_a_task;
+    const int64_t count = blocks - first < blocks_a_task ? blocks - first : blocks_a_task;
+    const int64_t wanted = elements - 4 * first < 4 * count ? elements - 4 * first : 4 * count;
+    normal_blocks(Key(keys, samples, r), first, count, buffer);
+    copy_row<float, float>(buffer, deviates + r * elements + 4 * first, wanted);
+  });
 }
 
 }  // namespace dave::DAVE_ISA

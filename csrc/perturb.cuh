@@ -6,7 +6,6 @@
 #pragma once
 
 #include "grid.h"
-#include "kernels.h"
 #include "perturb.h"
 #include "random.h"
 
@@ -54,15 +53,15 @@ struct Perturb {
   const char* name = "perturb";
   const T* images;
   Draws draws;
-  void* tokens;
-  Dtype stored;
+  Output tokens;
   int64_t count;
   int32_t channels, height, width, patch_area, patch_width;
   uint32_t runs;
   Divider runs_a_line, lines_a_patch, patches_x, blocks_a_row;
 
-  Perturb(const Images& from, const Draws& of, Patch patch, void* to, Dtype dtype)
-      : images(static_cast<const T*>(from.data)), draws(of), tokens(to), stored(dtype), count(from.count),
+  Perturb(const Inputs& inputs, Output to) : Perturb(inputs.images, inputs.draws, inputs.patch, to) {}
+  Perturb(const Images& from, const Draws& of, Patch patch, Output to)
+      : images(static_cast<const T*>(from.data)), draws(of), tokens(to), count(from.count),
         channels(static_cast<int32_t>(from.channels)), height(static_cast<int32_t>(from.height)),
         width(static_cast<int32_t>(from.width)), patch_area(static_cast<int32_t>(patch.height * patch.width)),
         patch_width(static_cast<int32_t>(patch.width)), runs(static_cast<uint32_t>(from.height * from.width / Run)),
@@ -119,7 +118,7 @@ struct Perturb {
       // NaN for an image outside of the batch, which only the device can detect
       DAVE_UNROLL
       for (int i = 0; i < Run; ++i) values[i] = known ? values[i] : static_cast<T>(__builtin_nan(""));
-      store_run<Run>(values, tokens, stored, to);
+      store_run<Run>(values, tokens, to);
     }
   }
 
@@ -136,27 +135,5 @@ struct Perturb {
                     lower && right ? image[first + width + 1] : static_cast<T>(0));
   }
 };
-
-template <typename T, class Grid>
-void perturb_runs(const Grid& grid, const Images& images, const Draws& draws, Patch patch, void* tokens, Dtype stored,
-                  int64_t run) {
-  switch (run) {
-    case 8: return grid.run(Perturb<T, 8>(images, draws, patch, tokens, stored));
-    case 4: return grid.run(Perturb<T, 4>(images, draws, patch, tokens, stored));
-    case 2: return grid.run(Perturb<T, 2>(images, draws, patch, tokens, stored));
-    default: return grid.run(Perturb<T, 1>(images, draws, patch, tokens, stored));
-  }
-}
-
-template <class Grid>
-void perturb_on(const Grid& grid, const Images& images, const Draws& draws, Patch patch, void* tokens, Dtype stored) {
-  // runs of 16 bytes where they divide the patches and are aligned, else the longest that do
-  const int64_t size = stored == Dtype::float64 ? 8 : stored == Dtype::float32 ? 4 : 2;
-  int64_t run = size == 2 ? 8 : 4;
-  while (run > 1 && (patch.width % run || reinterpret_cast<uintptr_t>(tokens) % (run * size < 16 ? run * size : 16)))
-    run /= 2;
-  if (images.dtype == Dtype::float64) perturb_runs<double>(grid, images, draws, patch, tokens, stored, run);
-  else perturb_runs<float>(grid, images, draws, patch, tokens, stored, run);
-}
 
 }  // namespace dave::DAVE_ISA

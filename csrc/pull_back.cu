@@ -2,11 +2,22 @@
 #include "pull_back.cuh"
 
 namespace dave::cuda {
+namespace {
 
-void pull_back(const Queue& queue, const void* cotangents, Dtype given, const Images& images, const Draws& draws,
-               Rows rows, Patch patch, Span span, void* contributions, Dtype stored) {
-  DAVE_ISA::pull_back_on(DAVE_ISA::DeviceGrid(queue), cotangents, given, images, draws, rows, patch, span, contributions,
-                         stored);
+template <typename T>
+void pull_back_to(const Grid& grid, Values cotangents, const Inputs& inputs, Rows rows, Span span, Output to) {
+  with_type(cotangents.dtype, [&](auto zero) {
+    using Given = decltype(zero);
+    grid.run(PullBack<T, Given>(static_cast<const Given*>(cotangents.data), inputs, rows, span, to));
+  });
+}
+
+}  // namespace
+
+void pull_back(const Queue& queue, Values cotangents, const Inputs& inputs, Rows rows, Span span, Output contributions) {
+  if (inputs.images.dtype == Dtype::float64)
+    pull_back_to<double>(Grid(queue), cotangents, inputs, rows, span, contributions);
+  else pull_back_to<float>(Grid(queue), cotangents, inputs, rows, span, contributions);
 }
 
 }  // namespace dave::cuda

@@ -6,7 +6,6 @@
 
 #include "cuda.h"
 #include "grid.h"
-#include "kernels.h"
 #include "pull_back.h"
 
 namespace dave::DAVE_ISA {
@@ -36,18 +35,18 @@ struct PullBack {
   const T* images;
   Draws draws;
   int64_t first_row;
-  void* contributions;
-  Dtype stored;
+  Output contributions;
   int64_t count, rows;
   int32_t channels, height, width, patch_area;
   uint32_t first, pixels, token_width, tokens_a_line;
   Divider patch_height, patch_width, row_width, blocks_a_row;
 
   // rows: of the draws from first_row on; contributions: (rows, channels, span.pixels)
-  PullBack(const void* given, const Images& of, const Draws& with, Rows some, Patch patch, Span span,
-           void* to, Dtype dtype)
-      : cotangents(static_cast<const Given*>(given)), images(static_cast<const T*>(of.data)), draws(with),
-        first_row(some.first), contributions(to), stored(dtype), count(of.count), rows(some.count),
+  PullBack(const Given* given, const Inputs& inputs, Rows some, Span span, Output to)
+      : PullBack(given, inputs.images, inputs.draws, inputs.patch, some, span, to) {}
+  PullBack(const Given* given, const Images& of, const Draws& with, Patch patch, Rows some, Span span, Output to)
+      : cotangents(given), images(static_cast<const T*>(of.data)), draws(with), first_row(some.first),
+        contributions(to), count(of.count), rows(some.count),
         channels(static_cast<int32_t>(of.channels)), height(static_cast<int32_t>(of.height)),
         width(static_cast<int32_t>(of.width)), patch_area(static_cast<int32_t>(patch.height * patch.width)),
         first(static_cast<uint32_t>(span.first)), pixels(static_cast<uint32_t>(span.pixels)),
@@ -124,7 +123,7 @@ struct PullBack {
       T value = mul(mul(row.signal, sums[k]), image[(c + k) * plane]);
       // NaN for an image outside of the batch, which only the device can detect
       value = known ? value : static_cast<T>(__builtin_nan(""));
-      store_run<1>(&value, contributions, stored, (static_cast<int64_t>(r) * channels + c + k) * pixels + pixel);
+      store_run<1>(&value, contributions, (static_cast<int64_t>(r) * channels + c + k) * pixels + pixel);
     }
   }
 
@@ -140,28 +139,5 @@ struct PullBack {
     return static_cast<int32_t>(patch * tokens_a_line * token_width + in_patch * patch_width.divisor);
   }
 };
-
-template <typename T, class Grid>
-void pull_back_given(const Grid& grid, const void* cotangents, Dtype given, const Images& images, const Draws& draws,
-                     Rows rows, Patch patch, Span span, void* to, Dtype stored) {
-  switch (given) {
-    case Dtype::float32:
-      return grid.run(PullBack<T, float>(cotangents, images, draws, rows, patch, span, to, stored));
-    case Dtype::float64:
-      return grid.run(PullBack<T, double>(cotangents, images, draws, rows, patch, span, to, stored));
-    case Dtype::bfloat16:
-      return grid.run(PullBack<T, bfloat16>(cotangents, images, draws, rows, patch, span, to, stored));
-    case Dtype::float16:
-      return grid.run(PullBack<T, float16>(cotangents, images, draws, rows, patch, span, to, stored));
-  }
-}
-
-template <class Grid>
-void pull_back_on(const Grid& grid, const void* cotangents, Dtype given, const Images& images, const Draws& draws,
-                    Rows rows, Patch patch, Span span, void* to, Dtype stored) {
-  if (images.dtype == Dtype::float64)
-    pull_back_given<double>(grid, cotangents, given, images, draws, rows, patch, span, to, stored);
-  else pull_back_given<float>(grid, cotangents, given, images, draws, rows, patch, span, to, stored);
-}
 
 }  // namespace dave::DAVE_ISA

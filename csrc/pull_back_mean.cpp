@@ -4,15 +4,16 @@
 
 namespace dave::cuda {
 
-void pull_back_mean(const Queue& queue, const void* cotangents, Dtype given, const Images& images, const Draws& draws,
-                    Patch patch, int64_t samples, int64_t tile, void* scratch, void* raw) {
-  const int64_t plane = images.height * images.width;
-  for (int64_t b = 0; b < draws.rows / samples; ++b)
+void pull_back_mean(const Queue& queue, Values cotangents, const Inputs& inputs, int64_t samples, int64_t tile,
+                    void* scratch, void* raw) {
+  const Dtype dtype = inputs.images.dtype;
+  const int64_t channels = inputs.images.channels, plane = inputs.images.height * inputs.images.width;
+  for (int64_t b = 0; b < inputs.draws.rows / samples; ++b)
     for (int64_t first = 0; first < plane; first += tile) {
       const Span span{first, plane - first < tile ? plane - first : tile};
-      pull_back(queue, cotangents, given, images, draws, {b * samples, samples}, patch, span, scratch, images.dtype);
-      const Contributions tiled{scratch, images.dtype, 1, samples, images.channels * span.pixels};
-      robust_mean(queue, tiled, {span.pixels, plane, b * images.channels * plane + first}, raw);
+      pull_back(queue, cotangents, inputs, {b * samples, samples}, span, {scratch, dtype});
+      const Contributions tiled{{scratch, dtype}, 1, samples, channels * span.pixels};
+      robust_mean(queue, tiled, {span.pixels, plane, b * channels * plane + first}, raw);
     }
 }
 

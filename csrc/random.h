@@ -37,7 +37,7 @@ DAVE_HD float ln(float u) {
   constexpr float tail_of[] = {0.33333316f, -0.25000796f, 0.20002283f, -0.16624969f,
                                0.1418142f,  -0.13125296f, 0.12879199f, -0.078654446f};
   const int32_t exponent = static_cast<int32_t>(bits_of(u) - 0x3F3504F3u) >> 23;
-  const float f = sub(float_of(bits_of(u) - (static_cast<uint32_t>(exponent) << 23)), 1.0f);
+  const float f = sub(number_of(bits_of(u) - (static_cast<uint32_t>(exponent) << 23)), 1.0f);
   const float e = static_cast<float>(exponent);
   const float square = mul(f, f);
   const float tail = add(mul(mul(horner(f, tail_of, 8), f), square), mul(e, -2.1219444e-4f));
@@ -56,8 +56,8 @@ DAVE_HD void cos_sin_of_turns(uint32_t word, float& cosine, float& sine) {
   const uint32_t c = bits_of(horner(square, cos_quarter, 5));
   const uint32_t swap = 0u - (quarter & 1u);
   // the sign bit: cosine is negative in the quarters 1 and 2, sine in 2 and 3
-  cosine = float_of(((c & ~swap) | (s & swap)) ^ (((quarter + 1u) & 2u) << 30));
-  sine = float_of(((s & ~swap) | (c & swap)) ^ ((quarter & 2u) << 30));
+  cosine = number_of(((c & ~swap) | (s & swap)) ^ (((quarter + 1u) & 2u) << 30));
+  sine = number_of(((s & ~swap) | (c & swap)) ^ ((quarter & 2u) << 30));
 }
 
 DAVE_HD void box_muller(uint32_t even, uint32_t odd, float& first, float& second) {

@@ -14,7 +14,6 @@
 
 namespace dave::DAVE_ISA {
 
-using cuda::Contributions;
 using cuda::Placement;
 
 template <int n>
@@ -99,13 +98,24 @@ struct RobustMeanArguments {
     return raw + (placement.offset + image * of.pixels + plane * placement.plane + x);
   }
 
+  // Calls f(image, pixel) for the pixels of a block, one a thread.
+  template <int threads, class Block, class F>
+  DAVE_DEVICE void each_pixel(const Block& block, const F& f) const {
+    uint32_t chunk = static_cast<uint32_t>(block.index());
+    const uint32_t image = blocks_an_image.split(chunk);
+    block.each([&](int thread) {
+      const uint32_t pixel = chunk * threads + static_cast<uint32_t>(thread);
+      if (pixel < of.pixels) f(image, pixel);
+    });
+  }
+
   // Calls f with the contributions in their own dtype: double for T = double, one of the others for float.
   template <class F>
   DAVE_DEVICE auto with_type(const F& f) const {
-    if constexpr (sizeof(T) == sizeof(double)) return f(static_cast<const double*>(of.data));
-    else if (of.dtype == Dtype::float32) return f(static_cast<const float*>(of.data));
-    else if (of.dtype == Dtype::bfloat16) return f(static_cast<const bfloat16*>(of.data));
-    else return f(static_cast<const float16*>(of.data));
+    if constexpr (sizeof(T) == sizeof(double)) return f(static_cast<const double*>(of.values.data));
+    else if (of.values.dtype == Dtype::float32) return f(static_cast<const float*>(of.values.data));
+    else if (of.values.dtype == Dtype::bfloat16) return f(static_cast<const bfloat16*>(of.values.data));
+    else return f(static_cast<const float16*>(of.values.data));
   }
 
   // Places begin, begin + stride ... of a column of n: its samples, then infinities, the first `before` of them negative.
@@ -161,11 +171,7 @@ struct SortInOne : RobustMeanArguments<T> {
 
   template <class Block>
   DAVE_DEVICE void operator()(const Block& block) const {
-    uint32_t chunk = static_cast<uint32_t>(block.index());
-    const uint32_t image = this->blocks_an_image.split(chunk);
-    block.each([&](int thread) {
-      const uint32_t pixel = chunk * threads + static_cast<uint32_t>(thread);
-      if (pixel >= this->of.pixels) return;
+    this->template each_pixel<threads>(block, [&](uint32_t image, uint32_t pixel) {
       const int64_t first = this->element(image, pixel);
       T values[P];
       const bool any_nan = this->template load<P, 1>(first, 0, before, values);
@@ -256,11 +262,7 @@ struct Select : RobustMeanArguments<T> {
 
   template <class Block>
   DAVE_DEVICE void operator()(const Block& block) const {
-    uint32_t chunk = static_cast<uint32_t>(block.index());
-    const uint32_t image = this->blocks_an_image.split(chunk);
-    block.each([&](int thread) {
-      const uint32_t pixel = chunk * threads + static_cast<uint32_t>(thread);
-      if (pixel >= this->of.pixels) return;
+    this->template each_pixel<threads>(block, [&](uint32_t image, uint32_t pixel) {
       const int64_t first = this->element(image, pixel);
       bool any_nan = false;
       for (int64_t s = 0; s < this->of.samples; ++s) {
@@ -281,7 +283,7 @@ struct Select : RobustMeanArguments<T> {
   DAVE_DEVICE static Key key(T value) { return bits_of(value) ^ (bits_of(value) & sign ? ~Key{0} : sign); }
   DAVE_DEVICE static T number(Key key) { return number_of(static_cast<Key>(key ^ (key & sign ? sign : ~Key{0}))); }
   DAVE_DEVICE T read(int64_t first, int64_t s) const {
-    return widen(static_cast<const Given*>(this->of.data)[first + s * this->of.pixels]);
+    return widen(static_cast<const Given*>(this->of.values.data)[first + s * this->of.pixels]);
   }
 
   // The key of rank (samples - 1) / 2.
@@ -304,33 +306,5 @@ struct Select : RobustMeanArguments<T> {
     return prefix;
   }
 };
-
-template <class Grid>
-void robust_mean_of_floats(const Grid& grid, const Contributions& of, const Placement& at, void* raw) {
-  if (of.samples <= 16) return grid.run(SortInOne<float, 16, 1>(of, at, raw));
-  if (of.samples <= 32) return grid.run(SortInOne<float, 32, 17>(of, at, raw));
-  if (of.samples <= 50) return grid.run(SortInOne<float, 50, 33>(of, at, raw));
-  if (of.samples <= 64) return grid.run(SortInOne<float, 64, 51>(of, at, raw));
-  if (of.samples <= 100) return grid.run(SortInOne<float, 100, 65>(of, at, raw));
-  if (of.samples <= 128) return grid.run(SortInTwo<float, 64, 101>(of, at, raw));
-  if (of.samples <= 256) return grid.run(SortInTwo<float, 128, 129>(of, at, raw));
-  if (of.dtype == Dtype::float32) return grid.run(Select<float, float>(of, at, raw));
-  if (of.dtype == Dtype::bfloat16) return grid.run(Select<float, bfloat16>(of, at, raw));
-  grid.run(Select<float, float16>(of, at, raw));
-}
-
-// A double takes two registers: 64 or more a thread would spill.
-template <class Grid>
-void robust_mean_of_doubles(const Grid& grid, const Contributions& of, const Placement& at, void* raw) {
-  if (of.samples <= 16) return grid.run(SortInOne<double, 16, 1>(of, at, raw));
-  if (of.samples <= 50) return grid.run(SortInOne<double, 50, 17>(of, at, raw));
-  grid.run(Select<double, double>(of, at, raw));
-}
-
-template <class Grid>
-void robust_mean_on(const Grid& grid, const Contributions& of, const Placement& at, void* raw) {
-  if (of.dtype == Dtype::float64) robust_mean_of_doubles(grid, of, at, raw);
-  else robust_mean_of_floats(grid, of, at, raw);
-}
 
 }  // namespace dave::DAVE_ISA

@@ -27,7 +27,6 @@ DAVE_HD vfloat splat(float a) { return as_float(vword{} + bits_of(a)); }
 DAVE_HD vword as_word(vfloat a) { return (vword)a; }
 // The second where either is NaN: a NaN that must be propagated is passed second.
 DAVE_HD vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }
-DAVE_HD vfloat smaller(vfloat a, vfloat b) { return a < b ? a : b; }
 
 template <typename V, typename T>
 DAVE_HD V load_raw(const T* from) {

@@ -4,7 +4,6 @@
 #pragma once
 
 #include "grid.h"
-#include "kernels.h"
 #include "smooth.h"
 
 namespace dave::DAVE_ISA {
@@ -47,6 +46,14 @@ struct SmoothArguments {
   DAVE_DEVICE int64_t pixel(uint32_t image, int32_t x, int32_t y) const {
     return (static_cast<int64_t>(image) * height + y) * width + x;
   }
+  // Calls f(x, y) for a thread's pixels of a tile, counted from its corner.
+  template <class F>
+  DAVE_DEVICE void each_pixel(int thread, const Tile& at, const F& f) const {
+    for (int i = thread; i < tile_x * tile_y; i += threads) {
+      const int x = i % tile_x, y = i / tile_x;
+      if (inside(at.x + x, at.y + y)) f(x, y);
+    }
+  }
 };
 
 // m = relu(Σ_channels raw), ½·(m + G(m)).
@@ -81,13 +88,11 @@ struct Blend : SmoothArguments<T> {
     });
     block.sync();
     block.each([&](int thread) {
-      for (int i = thread; i < Base::tile_x * Base::tile_y; i += Base::threads) {
-        const int x = i % Base::tile_x, y = i / Base::tile_x;
-        if (!this->inside(at.x + x, at.y + y)) continue;
+      this->each_pixel(thread, at, [&](int x, int y) {
         const T blurred = blur(&memory->across[y][x], Base::tile_x);
         const T own = memory->positive[y + blur_radius][x + blur_radius];
         this->blended[this->pixel(at.image, at.x + x, at.y + y)] = mul(static_cast<T>(0.5), add(own, blurred));
-      }
+      });
     });
   }
 
@@ -136,13 +141,11 @@ struct Bilateral : SmoothArguments<T> {
     block.sync();
     block.each([&](int thread) {
       Bits<T> peak = 0;
-      for (int i = thread; i < Base::tile_x * Base::tile_y; i += Base::threads) {
-        const int x = i % Base::tile_x, y = i / Base::tile_x;
-        if (!this->inside(at.x + x, at.y + y)) continue;
+      this->each_pixel(thread, at, [&](int x, int y) {
         const T value = filtered(&memory->blended[y + bilateral_radius][x + bilateral_radius]);
         this->maps[this->pixel(at.image, at.x + x, at.y + y)] = value;
         peak = bits_of(value) > peak ? bits_of(value) : peak;
-      }
+      });
       memory->peaks[thread] = peak;
     });
     block.sync();
@@ -188,29 +191,12 @@ struct Normalise : SmoothArguments<T> {
     const auto at = this->tile(block.index());
     block.each([&](int thread) {
       const T peak = number_of(this->peaks[at.image]), divisor = peak == 0 ? static_cast<T>(1) : peak;
-      for (int i = thread; i < Base::tile_x * Base::tile_y; i += Base::threads) {
-        const int32_t x = at.x + i % Base::tile_x, y = at.y + i / Base::tile_x;
-        if (!this->inside(x, y)) continue;
-        T* map = this->maps + this->pixel(at.image, x, y);
+      this->each_pixel(thread, at, [&](int x, int y) {
+        T* map = this->maps + this->pixel(at.image, at.x + x, at.y + y);
         *map = *map / divisor;
-      }
+      });
     });
   }
 };
-
-// scratch: room for count·(height·width + 1) values of raw's type.
-template <typename T, class Grid>
-void smooth_typed(const Grid& grid, const Images& raw, void* scratch, void* maps) {
-  const SmoothArguments<T> arguments(raw, scratch, maps);
-  grid.run(Blend<T>(arguments));
-  grid.run(Bilateral<T>(arguments));
-  grid.run(Normalise<T>(arguments));
-}
-
-template <class Grid>
-void smooth_on(const Grid& grid, const Images& raw, void* scratch, void* maps) {
-  if (raw.dtype == Dtype::float64) smooth_typed<double>(grid, raw, scratch, maps);
-  else smooth_typed<float>(grid, raw, scratch, maps);
-}
 
 }  // namespace dave::DAVE_ISA

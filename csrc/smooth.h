@@ -23,7 +23,7 @@ DAVE_HD float exp_of_nonpositive(float x) {
   const float power = sub(shifted, rounder);
   const float r = sub(sub(bounded, mul(power, 0.693359375f)), mul(power, -2.1219444e-4f));
   const float value = add(add(mul(mul(horner(r, tail_of, 5), r), r), r), 1.0f);
-  const float scale = float_of((bits_of(shifted) - bits_of(rounder) + 127u) << 23);
+  const float scale = number_of((bits_of(shifted) - bits_of(rounder) + 127u) << 23);
   return x < lowest ? 0.0f : mul(value, scale);
 }
 

@@ -31,7 +31,7 @@ DAVE_HD vfloat multiply_add(vfloat total, uint32_t a, vword b) {
   if constexpr (sizeof(T) == 2)
     return (vfloat)_mm512_dpbf16_ps((__m512)total, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), (__m512bh)b);
 #endif
-  return total + splat(float_of(a)) * as_float(b);
+  return total + splat(number_of(a)) * as_float(b);
 }
 
 template <typename T, int rows, int vectors>

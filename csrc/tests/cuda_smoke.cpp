@@ -3,12 +3,9 @@
 // host for AddressSanitizer and UBSan.
 #include "cuda.h"
 
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <vector>
 
+#include "cases.h"
 #include "device_memory.h"
 #include "dispatch.h"
 #include "grid.h"
@@ -17,21 +14,6 @@ namespace {
 
 using dave::Dtype;
 using dave::cuda::Queue;
-
-void require(bool condition, const char* what) {
-  if (condition) return;
-  std::fprintf(stderr, "cuda smoke test failed: %s\n", what);
-  std::exit(1);
-}
-
-double noise(int64_t i) { return std::sin(12.9898 * static_cast<double>(i)) * 2; }
-
-template <typename T>
-std::vector<T> values(int64_t n) {
-  std::vector<T> v(static_cast<size_t>(n));
-  for (int64_t i = 0; i < n; ++i) v[static_cast<size_t>(i)] = static_cast<T>(noise(i));
-  return v;
-}
 
 // Memory of the device with a vector's values, and back.
 template <typename T>
@@ -60,27 +42,6 @@ bool same(const std::vector<T>& a, const std::vector<T>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
 }
 
-struct Rows {
-  static constexpr int64_t count = 6;
-  std::vector<int64_t> image_index, keys, samples;
-  std::vector<double> matrices, signal, noises;
-
-  Rows() {
-    // the identity, a turn by 20°, a quarter turn with a shift, a strong zoom out, a strong zoom in, far outside
-    const double maps[count][6] = {{1, 0, 0, 0, 1, 0}, {0.94, 0.34, -1, -0.34, 0.94, 2}, {0, 1, -3.5, -1, 0, 9},
-                                   {4, 1, -7, -1, 4, 2}, {0.2, 0.05, 1, -0.05, 0.2, 2}, {1, 0, 1e9, 0, -1, -1e9}};
-    for (int64_t r = 0; r < count; ++r) {
-      image_index.push_back(r / (count / 2));
-      matrices.insert(matrices.end(), maps[r], maps[r] + 6);
-      signal.push_back(1 - 0.15 * static_cast<double>(r)), noises.push_back(0.15 * static_cast<double>(r));
-      keys.push_back(0xFFFFFFFF - r), keys.push_back(r), samples.push_back(7 * r);
-    }
-  }
-  dave::Draws draws() const {
-    return {image_index.data(), matrices.data(), signal.data(), noises.data(), keys.data(), samples.data(), count};
-  }
-};
-
 struct RowsOnDevice {
   OnDevice<int64_t> image_index, keys, samples;
   OnDevice<double> matrices, signal, noises;
@@ -99,35 +60,34 @@ void warps(const Queue& queue, Dtype dtype, Dtype stored, int64_t channels, int6
            dave::Patch patch) {
   const auto pixels = values<T>(2 * channels * height * width);
   const OnDevice<T> pixels_there(pixels);
-  const dave::Images images{pixels.data(), dtype, 2, channels, height, width};
-  const dave::Images images_there{pixels_there.get(), dtype, 2, channels, height, width};
   const Rows rows;
   const RowsOnDevice rows_there(rows);
+  const dave::Inputs inputs{{pixels.data(), dtype, 2, channels, height, width}, rows.draws(), patch};
+  const dave::Inputs there{{pixels_there.get(), dtype, 2, channels, height, width}, rows_there.draws(), patch};
   const int64_t n = Rows::count * channels * height * width;
   std::vector<S> tokens(static_cast<size_t>(n)), contributions(tokens.size());
   std::memset(tokens.data(), 0xFF, tokens.size() * sizeof(S));
   const OnDevice<S> tokens_there(tokens), contributions_there(tokens);
   const auto& host = dave::kernels();
-  host.perturb(images, rows.draws(), patch, tokens.data(), stored, 1);
-  dave::cuda::perturb(queue, images_there, rows_there.draws(), patch, tokens_there.get(), stored);
+  host.perturb(inputs, {tokens.data(), stored}, 1);
+  dave::cuda::perturb(queue, there, {tokens_there.get(), stored});
   require(same(tokens, tokens_there.values()), "perturb differs from the host's");
   // tokens that begin anywhere: shorter runs
   const OnDevice<S> moved(std::vector<S>(tokens.size() + 1));
-  dave::cuda::perturb(queue, images_there, rows_there.draws(), patch, moved.get() + 1, stored);
+  dave::cuda::perturb(queue, there, {moved.get() + 1, stored});
   const auto all = moved.values();
   require(same(tokens, std::vector<S>(all.begin() + 1, all.end())), "perturb depends on where its tokens begin");
-  host.pull_back(tokens.data(), stored, images, rows.draws(), patch, contributions.data(), stored, 1);
-  dave::cuda::pull_back(queue, tokens_there.get(), stored, images_there, rows_there.draws(), {0, Rows::count}, patch,
-                        {0, height * width}, contributions_there.get(), stored);
+  host.pull_back({tokens.data(), stored}, inputs, {contributions.data(), stored}, 1);
+  dave::cuda::pull_back(queue, {tokens_there.get(), stored}, there, {0, Rows::count}, {0, height * width},
+                        {contributions_there.get(), stored});
   require(same(contributions, contributions_there.values()), "pull_back differs from the host's");
-  const int64_t samples = Rows::count / 2;
+  const int64_t samples = Rows::samples_an_image;
   std::vector<T> raw(static_cast<size_t>(2 * channels * height * width), NAN);
-  host.pull_back_mean(tokens.data(), stored, images, rows.draws(), patch, samples, raw.data(), 1);
+  host.pull_back_mean({tokens.data(), stored}, inputs, samples, raw.data(), 1);
   for (int64_t tile : {int64_t{7}, height * width}) {
     const OnDevice<T> scratch(std::vector<T>(static_cast<size_t>(samples * channels * tile), NAN));
     const OnDevice<T> raw_there(std::vector<T>(raw.size(), NAN));
-    dave::cuda::pull_back_mean(queue, tokens_there.get(), stored, images_there, rows_there.draws(), patch, samples, tile,
-                               scratch.get(), raw_there.get());
+    dave::cuda::pull_back_mean(queue, {tokens_there.get(), stored}, there, samples, tile, scratch.get(), raw_there.get());
     require(same(raw, raw_there.values()), "pull_back_mean differs from the host's");
   }
 }
@@ -142,8 +102,8 @@ void statistics(const Queue& queue, Dtype dtype) {
       const OnDevice<T> there(contributions);
       std::vector<T> raw(static_cast<size_t>(2 * pixels), 77);
       const OnDevice<T> raw_there(raw);
-      dave::kernels().robust_mean(contributions.data(), dtype, 2, samples, pixels, raw.data(), 1);
-      dave::cuda::robust_mean(queue, {there.get(), dtype, 2, samples, pixels}, {pixels, 0, 0}, raw_there.get());
+      dave::kernels().robust_mean({{contributions.data(), dtype}, 2, samples, pixels}, raw.data(), 1);
+      dave::cuda::robust_mean(queue, {{there.get(), dtype}, 2, samples, pixels}, {pixels, 0, 0}, raw_there.get());
       const auto found = raw_there.values();
       for (size_t i = 0; i < raw.size(); ++i)
         require(raw[i] == found[i] || (std::isnan(raw[i]) && std::isnan(found[i])), "robust_mean differs from the host's");

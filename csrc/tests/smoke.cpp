@@ -1,79 +1,42 @@
 // Runs every kernel on odd shapes with outputs of exactly the right size, for AddressSanitizer and UBSan to watch;
 // checks that every output was written, and its value where that is simple.
 #include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <vector>
 
+#include "cases.h"
 #include "dispatch.h"
 
 namespace {
-
-void require(bool condition, const char* what) {
-  if (condition) return;
-  std::fprintf(stderr, "smoke test failed: %s\n", what);
-  std::exit(1);
-}
-
-// Keys need only differ; they need not be random.
-double noise(int i) { return std::sin(12.9898 * i) * 2; }
-
-template <typename T>
-std::vector<T> values(int64_t n) {
-  std::vector<T> v(n);
-  for (int64_t i = 0; i < n; ++i) v[i] = static_cast<T>(noise(static_cast<int>(i)));
-  return v;
-}
 
 template <typename T>
 void require_finite(const std::vector<T>& v, const char* what) {
   for (T value : v) require(std::isfinite(value), what);
 }
 
-struct Rows {
-  std::vector<int64_t> image_index, keys, samples;
-  std::vector<double> matrices, signal, noise;
-
-  explicit Rows(int64_t images) {
-    // the identity, a quarter turn with a shift, a strong zoom out, a strong zoom in, far outside
-    const double maps[5][6] = {{1, 0, 0, 0, 1, 0}, {0, 1, -3.5, -1, 0, 9}, {4, 1, -7, -1, 4, 2},
-                               {0.2, 0.05, 1, -0.05, 0.2, 2}, {1, 0, 1e9, 0, -1, -1e9}};
-    for (int64_t r = 0; r < 5; ++r) {
-      image_index.push_back(r % images);
-      matrices.insert(matrices.end(), maps[r], maps[r] + 6);
-      signal.push_back(1 - 0.2 * static_cast<double>(r)), noise.push_back(0.2 * static_cast<double>(r));
-      keys.push_back(0xFFFFFFFF - r), keys.push_back(r), samples.push_back(7 * r);
-    }
-  }
-  dave::Draws draws() const {
-    return {image_index.data(), matrices.data(), signal.data(), noise.data(), keys.data(), samples.data(), 5};
-  }
-};
-
 template <typename T>
 void warps(dave::Dtype dtype, int64_t channels, int64_t height, int64_t width, dave::Patch patch, int threads) {
   const auto pixels = values<T>(2 * channels * height * width);
-  const dave::Images images{pixels.data(), dtype, 2, channels, height, width};
-  const Rows rows(2);
-  const auto n = static_cast<size_t>(5 * channels * height * width);
+  const Rows rows;
+  const dave::Inputs inputs{{pixels.data(), dtype, 2, channels, height, width}, rows.draws(), patch};
+  const auto n = static_cast<size_t>(Rows::count * channels * height * width);
   std::vector<T> tokens(n, NAN), contributions(n, NAN);
   std::vector<uint16_t> stored(n, 0x7FC0);
   const auto& kernels = dave::kernels();
-  kernels.perturb(images, rows.draws(), patch, tokens.data(), dtype, threads);
+  kernels.perturb(inputs, {tokens.data(), dtype}, threads);
   require_finite(tokens, "perturb left something unwritten");
-  kernels.perturb(images, rows.draws(), patch, stored.data(), dave::Dtype::bfloat16, threads);
+  kernels.perturb(inputs, {stored.data(), dave::Dtype::bfloat16}, threads);
   for (uint16_t word : stored) require((word & 0x7FFF) < 0x7F80, "perturb left a bfloat16 unwritten");
-  kernels.pull_back(tokens.data(), dtype, images, rows.draws(), patch, contributions.data(), dtype, threads);
+  kernels.pull_back({tokens.data(), dtype}, inputs, {contributions.data(), dtype}, threads);
   require_finite(contributions, "pull_back left something unwritten");
-  std::vector<T> raw(n / 5, NAN), of_contributions(n / 5, NAN);
-  kernels.pull_back_mean(tokens.data(), dtype, images, rows.draws(), patch, 5, raw.data(), threads);
-  kernels.robust_mean(contributions.data(), dtype, 1, 5, channels * height * width, of_contributions.data(), threads);
-  // each row of one output has its own image, as in the engine
+  const int64_t samples = Rows::samples_an_image;
+  std::vector<T> raw(pixels.size(), NAN), of_contributions(pixels.size(), NAN);
+  kernels.pull_back_mean({tokens.data(), dtype}, inputs, samples, raw.data(), threads);
+  kernels.robust_mean({{contributions.data(), dtype}, 2, samples, channels * height * width}, of_contributions.data(),
+                      threads);
   require(raw == of_contributions, "pull_back_mean is not robust_mean of pull_back");
   // the last row lies outside of its source: no contribution at all
-  for (size_t i = n / 5 * 4; i < n; ++i) require(contributions[i] == 0, "a far-off warp contributes");
+  for (size_t i = n / Rows::count * (Rows::count - 1); i < n; ++i)
+    require(contributions[i] == 0, "a far-off warp contributes");
 }
 
 template <typename T>
@@ -84,7 +47,7 @@ void statistics(dave::Dtype dtype, int threads) {
       auto contributions = values<T>(2 * samples * pixels);
       contributions[0] = NAN;
       std::vector<T> raw(static_cast<size_t>(2 * pixels), 77);
-      kernels.robust_mean(contributions.data(), dtype, 2, samples, pixels, raw.data(), threads);
+      kernels.robust_mean({{contributions.data(), dtype}, 2, samples, pixels}, raw.data(), threads);
       require(std::isnan(raw[0]), "robust_mean hid a NaN");
       for (size_t i = 1; i < raw.size(); ++i) require(std::abs(raw[i]) <= 2, "robust_mean is out of range");
     }
@@ -116,7 +79,7 @@ T stored(double value) {
 template <typename T>
 std::vector<T> stored_values(int64_t n, int first = 0) {
   std::vector<T> v(n);
-  for (int64_t i = 0; i < n; ++i) v[i] = stored<T>(noise(static_cast<int>(i) + first));
+  for (int64_t i = 0; i < n; ++i) v[i] = stored<T>(noise(i + first));
   return v;
 }
 
@@ -187,10 +150,10 @@ void epilogues(dave::Dtype dtype, int threads) {
     std::vector<float> rstd(static_cast<size_t>(rows), NAN);
     std::vector<T> y(x.size(), stored<T>(NAN));
     for (bool centred : {true, false}) {
-      kernels.row_rstd(x.data(), dtype, rows, width, 1e-6f, centred, rstd.data(), threads);
+      kernels.row_rstd({x.data(), dtype}, rows, width, 1e-6f, centred, rstd.data(), threads);
       for (float r : rstd) require(r > 0 && r <= 1001, "row_rstd is out of range");
     }
-    kernels.scale_rows(x.data(), dtype, rstd.data(), rows, width, y.data(), threads);
+    kernels.scale_rows({x.data(), dtype}, rstd.data(), rows, width, y.data(), threads);
     for (size_t i = 0; i < y.size(); ++i) {
       const float expected = read(x[i]) * rstd[i / static_cast<size_t>(width)];
       require(near(read(y[i]), expected, 0.01 * std::abs(expected)), "scale_rows is wrong");
@@ -199,13 +162,13 @@ void epilogues(dave::Dtype dtype, int threads) {
       for (int gated = 0; gated < 3; ++gated) {
         const auto u = stored_values<T>(rows * width * (gated ? 2 : 1));
         std::vector<T> h(x.size(), stored<T>(NAN)), gate = h;
-        kernels.activate(u.data(), dtype, static_cast<dave::Activation>(activation), static_cast<dave::Gated>(gated),
+        kernels.activate({u.data(), dtype}, static_cast<dave::Activation>(activation), static_cast<dave::Gated>(gated),
                          rows, width, h.data(), gate.data(), threads);
         for (size_t i = 0; i < h.size(); ++i)
           require(std::abs(read(gate[i])) <= 2 && std::abs(read(h[i])) <= 4, "activate is out of range");
         if (gated) continue;
         auto in_place = u;
-        kernels.activate(in_place.data(), dtype, static_cast<dave::Activation>(activation), dave::Gated::no, rows, width,
+        kernels.activate({in_place.data(), dtype}, static_cast<dave::Activation>(activation), dave::Gated::no, rows, width,
                          in_place.data(), gate.data(), threads);
         require(in_place == h, "activate over its own input differs");
       }
@@ -252,8 +215,8 @@ void linears(int threads) {
 }  // namespace
 
 int main() {
-  for (int i = 0; dave::usable_isa(i); ++i) {
-    require(dave::use_isa(dave::usable_isa(i)), "a usable instruction set cannot be used");
+  for (const dave::Kernels* build : dave::usable()) {
+    require(dave::use_isa(build->isa), "a usable instruction set cannot be used");
     for (int threads : {1, 3, 4, 8}) linears(threads);
     for (int threads : {1, 3}) {
       warps<float>(dave::Dtype::float32, 3, 10, 14, {5, 7}, threads);
@@ -272,7 +235,7 @@ int main() {
         require_finite(deviates, "normal left something unwritten");
       }
     }
-    std::printf("%s passed\n", dave::usable_isa(i));
+    std::printf("%s passed\n", build->isa);
   }
   require(!dave::use_isa("mmx"), "an unknown instruction set is taken");
   std::puts("smoke test passed");
