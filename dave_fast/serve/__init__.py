@@ -1,6 +1,28 @@
 """The server: explanations over HTTP, with deadlines, error bounds and maps that are refined as samples arrive.
 
+From a request to its maps:
+
 scheduler   chooses the rows (request, sample) of the next micro-batch; without torch, threads or a clock
-service     open requests; `workers`, threads with one device each, compute micro-batches, another thread makes maps
-app         HTTP: routes, limits, formats; `server` runs it under uvicorn, with signals and draining
+jobs        requests, jobs and the events that they send
+workers     threads with one device each, which compute micro-batches
+service     open requests, the workers, and a thread that makes maps
+served      the models of a server
+
+HTTP:
+
+app         the ASGI app: routes, API keys, answers to errors
+api         the functions of the routes below /v1
+kserve      the routes below /v2
+page/       the page at /
+schemas     options and answers as pydantic models
+formats     answers as JSON, events, pictures and arrays
+uploads     bodies, and images stored for later requests
+middleware  limits of bodies, request ids, the access log
+limits      all limits, with their defaults
+prometheus  the metrics
+
+Running it:
+
+server      under uvicorn, with signals and draining
+cluster     on Ray Serve
 """

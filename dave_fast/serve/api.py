@@ -7,22 +7,24 @@ and encoded in a thread pool.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
-from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
+from PIL import Image
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
+from torch import Tensor
 
 from dave_fast.errors import ImageError, InputError, NonFiniteError, RefusedError, TooLargeError
 from dave_fast.explain.convergence import Refined
 from dave_fast.images import decode_image
 from dave_fast.serve import formats
-from dave_fast.serve.jobs import Ask, Ended, Event, Failed, Job, Predicted
+from dave_fast.serve.jobs import Ask, Ended, Event, Failed, Predicted
 from dave_fast.serve.limits import FORMATS, Limits
 from dave_fast.serve.middleware import UploadBudget
 from dave_fast.serve.schemas import Health, ModelInfo, Options, StoredImage, describe_errors
@@ -71,7 +73,7 @@ class Api:
         Returns:
             The model, the request for the service, and the options with those of a form.
         """
-        began = self.service.clock()
+        began = time.monotonic()
         body = Body(b"") if request.method == "GET" else await read_body(request)
         if body.fields:
             options = merge_options(options, body.fields)
@@ -83,14 +85,14 @@ class Api:
         image = await run_in_threadpool(self._prepared, model, content)
         return model, self.make_ask(model, image, options, began, refined=refined), options
 
-    def make_ask(self, model: ServedModel, image: Any, options: Options, began: float, *, refined: bool) -> Ask:
+    def make_ask(self, model: ServedModel, image: Tensor, options: Options, began: float, *, refined: bool) -> Ask:
         """Return the request for the service.
 
         Args:
             model: the served model.
             image: the model's input, (3, H, W).
             options: options of the client.
-            began: when the request came, on the service's clock.
+            began: when the request came, by `time.monotonic`.
             refined: whether the client is sent a map at every checkpoint.
 
         Raises:
@@ -123,14 +125,17 @@ class Api:
             raise HTTPException(422, "target has a class twice: give each class once.")
         return targets or None
 
-    def _prepared(self, model: ServedModel, content: bytes) -> Any:
-        image = decode_image(content, "the image", max_pixels=self.limits.pixels, formats=FORMATS)
-        return model.prepare.transform(image)
+    def decode(self, content: bytes) -> Image.Image:
+        """Decode an image file within the limits; raise ImageError or TooLargeError."""
+        return decode_image(content, "the image", max_pixels=self.limits.pixels, formats=FORMATS)
+
+    def _prepared(self, model: ServedModel, content: bytes) -> Tensor:
+        return model.prepare.transform(self.decode(content))
 
     # From an Ask to an answer.
 
-    def submit(self, model: ServedModel, ask: Ask) -> tuple[Job, asyncio.Queue[Event], Callable[[], None]]:
-        """Start a job; return it, its events, and a function that ends it and its timer."""
+    def submit(self, model: ServedModel, ask: Ask) -> tuple[asyncio.Queue[Event], Callable[[], None]]:
+        """Start a job; return its events, and a function that ends it and its timer."""
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event] = asyncio.Queue()
 
@@ -143,21 +148,21 @@ class Api:
         # The draws are made while the unperturbed image is predicted.
         loop.run_in_executor(None, getattr, job, "draws")
         # The server's own bound is not in ask.deadline, so that it does not make the request urgent.
-        until = self.service.clock() + self.limits.answer_seconds
+        until = time.monotonic() + self.limits.answer_seconds
         if ask.deadline is not None:
             until = min(until, ask.deadline)
-        left = until - self.service.clock() - self.service.margin()
+        left = until - time.monotonic() - self.service.margin()
         timer = loop.call_later(max(0.0, left), self.service.cut, job, "deadline")
 
         def leave() -> None:
             timer.cancel()
             self.service.cancel(job)
 
-        return job, events, leave
+        return events, leave
 
     async def end(self, request: Request, model: ServedModel, ask: Ask) -> Ended:
         """Run a job to its answer; if the client goes away the job is cancelled."""
-        _, events, leave = self.submit(model, ask)
+        events, leave = self.submit(model, ask)
         gone = asyncio.create_task(wait_for_disconnect(request))
         try:
             while True:
@@ -197,7 +202,7 @@ class Api:
         With GET, `image` is an id of /v1/images.
         """
         model, ask, options = await self.ask(request, options, refined=True)
-        _, events, leave = self.submit(model, ask)
+        events, leave = self.submit(model, ask)
         return EventResponse(event_stream(model, ask, options, events), leave, self.limits.answer_seconds)
 
     # Images and models.
@@ -207,8 +212,7 @@ class Api:
         body = await read_body(request)
         if not body.content:
             raise HTTPException(422, "no image was given; send an image file.")
-        decode = partial(decode_image, max_pixels=self.limits.pixels, formats=FORMATS)
-        image = await run_in_threadpool(decode, body.content, "the image")
+        image = await run_in_threadpool(self.decode, body.content)
         name = await self.store.put(body.content)
         return StoredImage(image=name, width=image.width, height=image.height, expires_in_s=self.limits.stored_seconds)
 
@@ -218,31 +222,25 @@ class Api:
         content = await self.store.get(image)
 
         def draw() -> bytes:
-            from PIL import Image
-
             return formats.png(Image.fromarray(served.prepare.pixels(self._prepared(served, content))))
 
         return Response(await run_in_threadpool(draw), media_type=formats.PNG)
 
     async def models(self) -> list[ModelInfo]:
         """List the served models."""
-        infos = []
-        for model in self.service.models.values():
-            explainer = model.explainers[0]
-            (height, width), names = model.prepare.size, model.labels.names
-            infos.append(
-                ModelInfo(
-                    name=model.name,
-                    height=height,
-                    width=width,
-                    classes=model.classes,
-                    class_names=None if names is None else [model.labels.name(i) for i in range(model.classes)],
-                    precision=explainer.precision,
-                    route=explainer.route,
-                    noise_alpha=explainer.sampling.noise_alpha,
-                )
+        return [
+            ModelInfo(
+                name=model.name,
+                height=model.prepare.size[0],
+                width=model.prepare.size[1],
+                classes=model.classes,
+                class_names=[model.labels.name(i) for i in range(model.classes)] if model.labels.names else None,
+                precision=model.explainers[0].precision,
+                route=model.explainers[0].route,
+                noise_alpha=model.explainers[0].sampling.noise_alpha,
             )
-        return infos
+            for model in self.service.models.values()
+        ]
 
     # Health.
 

@@ -101,16 +101,12 @@ def _explanations(api: Api, api_keys: Sequence[str]) -> APIRouter:
 
 def _about(api: Api) -> APIRouter:
     """Return the routes about the server, and those of the page."""
-    not_ready = {503: {"model": Health, "description": "Not ready, and why."}}
-    text = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
-    routes: list[tuple[str, Any, Any, dict[str, Any]]] = [
-        ("/healthz", api.alive, None, {"response_model": Health}),
-        ("/readyz", api.ready, not_ready, {"response_model": Health}),
-        ("/metrics", api.metrics, text, {"response_class": Response}),
-    ]
+    not_ready: dict[int | str, Any] = {503: {"model": Health, "description": "Not ready, and why."}}
+    text: dict[int | str, Any] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
     router = APIRouter(tags=["about"])
-    for path, function, responses, settings in routes:
-        router.add_api_route(path, function, methods=["GET"], responses=responses, **settings)
+    router.add_api_route("/healthz", api.alive)
+    router.add_api_route("/readyz", api.ready, responses=not_ready)
+    router.add_api_route("/metrics", api.metrics, responses=text, response_class=Response)
     add_page(router)
     return router
 

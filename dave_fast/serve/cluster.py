@@ -94,23 +94,8 @@ class ClusterSettings(BaseModel):
         return Limits(requests=self.max_requests, samples=self.max_samples, answer_seconds=self.answer_seconds)
 
 
-class Images:
-    """The deployment of the images of /v1/images for all replicas; a client sends its image again if it is lost."""
-
-    def __init__(self, limits: Limits) -> None:
-        self._store = MemoryImageStore(limits, UploadBudget(limits.held_bytes))
-
-    async def put(self, content: bytes) -> str:
-        """Store an image file and return its id."""
-        return await self._store.put(content)
-
-    async def get(self, name: str) -> bytes:
-        """Return a stored image file."""
-        return await self._store.get(name)
-
-
 class RemoteImageStore:
-    """The store of a replica: it calls the `Images` deployment."""
+    """The store of a replica: it calls the deployment of a `MemoryImageStore` for all replicas."""
 
     def __init__(self, images: DeploymentHandle) -> None:
         self._images = images
@@ -194,7 +179,10 @@ def application(settings: ClusterSettings) -> serve.Application:
                 "downscale_delay_s": settings.downscale_delay_s,
             }
         }
-    images = serve.deployment(Images, max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0})
+    # A client sends its image again if this replica is lost.
+    images = serve.deployment(
+        MemoryImageStore, name="Images", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0}
+    )
     explanations = serve.deployment(
         serve.ingress()(Explanations),
         ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
@@ -208,4 +196,4 @@ def application(settings: ClusterSettings) -> serve.Application:
         **options,
     )
     keys = [key.strip() for key in os.environ.get(KEYS_VARIABLE, "").replace(",", "\n").splitlines() if key.strip()]
-    return explanations.bind(settings, keys, images.bind(limits))
+    return explanations.bind(settings, keys, images.bind(limits, UploadBudget(limits.held_bytes)))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
@@ -17,7 +18,7 @@ from dave_fast.explain.arrays import write_arrays
 from dave_fast.explain.convergence import Refined
 from dave_fast.images import drawing
 from dave_fast.serve.jobs import Ask, Ended, Predicted
-from dave_fast.serve.schemas import Answer, Array, ClassMap, ClassProbability, Maps, Prediction, finite
+from dave_fast.serve.schemas import Answer, Array, ClassMap, ClassProbability, Encoding, Maps, Prediction, finite
 from dave_fast.serve.served import ServedModel
 
 JSON, PNG, NPY, NPZ = "application/json", "image/png", "application/x-npy", "application/x-npz"
@@ -46,13 +47,12 @@ def _number(text: str) -> float:
         return 0.0
 
 
-def array(values: Tensor, encoding: str) -> Array:
-    """Return a map (H, W) in [0, 1] for JSON; `encoding` is "float32" or "uint8"."""
+def array(values: Tensor, encoding: Encoding) -> Array:
+    """Return a map (H, W) in [0, 1] for JSON."""
     numbers = values.numpy().astype("<f4")
     if encoding == "uint8":
         numbers = np.rint(numbers * 255).astype(np.uint8)
-    data = base64.b64encode(numbers.tobytes()).decode()
-    return Array(dtype="uint8" if encoding == "uint8" else "float32", shape=list(values.shape), data=data)
+    return Array(dtype=encoding, shape=list(values.shape), data=base64.b64encode(numbers.tobytes()).decode())
 
 
 def prediction(model: ServedModel, predicted: Predicted) -> Prediction:
@@ -70,8 +70,8 @@ def _probability(model: ServedModel, predicted: Predicted, target: int) -> Class
     return ClassProbability(target=target, class_name=model.labels.name(target), probability=probability)
 
 
-def maps(model: ServedModel, ask: Ask, predicted: Predicted, refined: Refined, encoding: str) -> Maps:
-    """Return maps and their errors for JSON; `encoding` is "float32" or "uint8"."""
+def maps(model: ServedModel, ask: Ask, predicted: Predicted, refined: Refined, encoding: Encoding) -> Maps:
+    """Return maps and their errors for JSON."""
     each = [
         ClassMap(
             **_probability(model, predicted, target).model_dump(),
@@ -92,8 +92,8 @@ def maps(model: ServedModel, ask: Ask, predicted: Predicted, refined: Refined, e
     )
 
 
-def answer(model: ServedModel, ask: Ask, ended: Ended, encoding: str) -> Answer:
-    """Return an answer for JSON; `encoding` is "float32" or "uint8"."""
+def answer(model: ServedModel, ask: Ask, ended: Ended, encoding: Encoding) -> Answer:
+    """Return an answer for JSON."""
     return Answer(
         **dict(maps(model, ask, ended.predicted, ended.refined, encoding)),
         model=model.name,
@@ -135,23 +135,20 @@ def picture(model: ServedModel, ask: Ask, refined: Refined, view: str) -> bytes:
 
 def png(image: Image.Image) -> bytes:
     """Return an image as the bytes of a PNG file."""
+    return _written(partial(image.save, format="PNG"))
+
+
+def _written(write: Callable[[IO[bytes]], object]) -> bytes:
+    """Return what a function writes to a file."""
     file = io.BytesIO()
-    image.save(file, format="PNG")
+    write(file)
     return file.getvalue()
 
 
-def npy(refined: Refined) -> bytes:
-    """Return a .npy file of the maps, (K, H, W) float32."""
-    file = io.BytesIO()
-    np.save(file, refined.maps.numpy())
-    return file.getvalue()
-
-
-def npz(model: ServedModel, ask: Ask, ended: Ended) -> bytes:
-    """Return the .npz file of an answer; its arrays are those of `dave_fast.explain.arrays`."""
+def _write_npz(file: IO[bytes], model: ServedModel, ask: Ask, ended: Ended) -> None:
+    """Write the .npz file of an answer; its arrays are those of `dave_fast.explain.arrays`."""
     refined, predicted = ended.refined, ended.predicted
     explained = [_probability(model, predicted, target) for target in predicted.targets]
-    file = io.BytesIO()
     write_arrays(
         file,
         model.explainers[0],
@@ -167,17 +164,16 @@ def npz(model: ServedModel, ask: Ask, ended: Ended) -> bytes:
         errors=refined.errors,
         error_bounds=refined.bounds,
     )
-    return file.getvalue()
 
 
-def encode(kind: str, model: ServedModel, ask: Ask, ended: Ended, view: str, encoding: str) -> bytes:
+def encode(kind: str, model: ServedModel, ask: Ask, ended: Ended, view: str, encoding: Encoding) -> bytes:
     """Return an answer as the media type `kind`; `view` is for PNG and `encoding` for JSON."""
     if kind == PNG:
         return picture(model, ask, ended.refined, view)
     if kind == NPY:
-        return npy(ended.refined)
+        return _written(lambda file: np.save(file, ended.refined.maps.numpy()))
     if kind == NPZ:
-        return npz(model, ask, ended)
+        return _written(lambda file: _write_npz(file, model, ask, ended))
     return answer(model, ask, ended, encoding).model_dump_json().encode()
 
 

@@ -32,7 +32,7 @@ class Ask:
         n_samples: the most samples.
         seed: seed of the draws.
         tolerance: the error bound at which the request ends, or None.
-        deadline: seconds on the service's clock, or None.
+        deadline: by `time.monotonic`, in seconds, or None.
         refined: whether the listener is sent a map at every checkpoint.
     """
 
@@ -103,7 +103,7 @@ class Job:
         ask: the request.
         queued: the request as the scheduler sees it.
         listener: called with the request's events.
-        admitted: when it was added to the queue, on the service's clock.
+        admitted: when it was added to the queue, by `time.monotonic`.
         predicted: the prediction, once there is one.
         contributions: (K, S, C, H, W), once there are samples.
         started: when its first row was handed out.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import time
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -22,13 +23,11 @@ from starlette.responses import JSONResponse
 
 from dave_fast._version import __version__
 from dave_fast.errors import InputError
-from dave_fast.images import decode_image
-from dave_fast.serve.limits import FORMATS
+from dave_fast.serve.api import Api
 from dave_fast.serve.schemas import Options, describe_errors, finite, problems
 from dave_fast.serve.served import ServedModel
 
-_TYPES = {"UINT8": np.uint8, "FP32": np.float32}
-Flat = list[bool] | list[float] | list[int] | list[str]
+_TYPES = {"UINT8": np.uint8, "FP32": np.float32, "INT64": np.int64}
 
 
 class Tensor(BaseModel):
@@ -94,11 +93,11 @@ class ModelMetadata(BaseModel):
     outputs: list[TensorMetadata]
 
 
-def router(api: Any, dependencies: list[Any]) -> APIRouter:
+def router(api: Api, dependencies: list[Any]) -> APIRouter:
     """Return the routes below /v2.
 
     Args:
-        api: a `dave_fast.serve.api.Api`.
+        api: the functions of the server.
         dependencies: FastAPI dependencies of the routes about models, such as the check of API keys.
     """
     made = APIRouter(prefix="/v2", tags=["KServe v2"])
@@ -143,12 +142,12 @@ def router(api: Any, dependencies: list[Any]) -> APIRouter:
     return made
 
 
-def _ready(api: Any) -> Any:
+def _ready(api: Api) -> Any:
     ready = api.service.why_not_ready() is None
     return JSONResponse({"ready": ready}, 200 if ready else 503)
 
 
-async def _infer(api: Any, request: Request, model: ServedModel, body: InferRequest) -> InferResponse:
+async def _infer(api: Api, request: Request, model: ServedModel, body: InferRequest) -> InferResponse:
     try:
         options = Options.model_validate({**body.parameters, "model": model.name})
     except ValidationError as error:
@@ -156,7 +155,7 @@ async def _infer(api: Any, request: Request, model: ServedModel, body: InferRequ
     if options.image is not None:
         raise HTTPException(422, "parameters: image is given; send the image as the input.")
     image = await run_in_threadpool(_image, api, model, body.inputs[0])
-    ask = api.make_ask(model, image, options, api.service.clock(), refined=False)
+    ask = api.make_ask(model, image, options, time.monotonic(), refined=False)
     ended = await api.end(request, model, ask)
     refined = ended.refined
     bounds = [-1.0 if finite(bound) is None else bound for bound in refined.bounds]
@@ -183,7 +182,7 @@ def _content(given: Tensor) -> bytes:
         raise InputError("the BYTES input is not base64; expected an image file in base64.") from error
 
 
-def _image(api: Any, model: ServedModel, given: Tensor) -> torch.Tensor:
+def _image(api: Api, model: ServedModel, given: Tensor) -> torch.Tensor:
     """Return the model's input, (3, H, W) float32.
 
     Raises:
@@ -191,12 +190,7 @@ def _image(api: Any, model: ServedModel, given: Tensor) -> torch.Tensor:
     """
     height, width = model.prepare.size
     if given.datatype == "BYTES":
-        image = decode_image(_content(given), "the image", max_pixels=api.limits.pixels, formats=FORMATS)
-        return model.prepare.transform(image)
-    if given.datatype not in _TYPES:
-        raise InputError(
-            f"the input is {given.datatype}; expected BYTES, UINT8 (H, W, 3) or FP32 (1, 3, {height}, {width})."
-        )
+        return model.prepare.transform(api.decode(_content(given)))
     try:
         values = np.array(given.data, _TYPES[given.datatype]).reshape(given.shape)
     except (ValueError, TypeError, OverflowError) as error:
@@ -208,6 +202,6 @@ def _image(api: Any, model: ServedModel, given: Tensor) -> torch.Tensor:
     if given.datatype == "FP32" and values.shape == (1, 3, height, width) and np.isfinite(values).all():
         return torch.from_numpy(values)[0]
     raise InputError(
-        f"the input is {given.datatype} {given.shape}; expected UINT8 (H, W, 3) or finite FP32 "
+        f"the input is {given.datatype} {given.shape}; expected BYTES, UINT8 (H, W, 3) or finite FP32 "
         f"(1, 3, {height}, {width})."
     )

@@ -4,7 +4,7 @@ A request is S independent samples, so that rows (request, sample) are queued an
 whenever it is free, full if enough rows wait. The module is pure Python and deterministic, with the time as an
 argument; threads that share a `Scheduler` need a lock.
 
-Rows of one micro-batch belong to one bucket (model, image size, number of classes). There are two rules:
+Rows of one micro-batch belong to one bucket (model, number of classes). There are two rules:
 
     bucket   micro-batches go in turns to the bucket of the earliest deadline and to the bucket that was served longest
              ago.
@@ -24,8 +24,9 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 from dave_fast.errors import RefusedError
 
@@ -111,17 +112,20 @@ class Part:
     start: int
     stop: int
 
+    def __len__(self) -> int:
+        return self.stop - self.start
+
 
 @dataclass(frozen=True)
 class MicroBatch:
     """Rows of one bucket; `capacity` is the most that it could have."""
 
-    bucket: Hashable
+    bucket: Any
     parts: tuple[Part, ...]
     capacity: int
 
     def __len__(self) -> int:
-        return sum(part.stop - part.start for part in self.parts)
+        return sum(map(len, self.parts))
 
 
 @dataclass
@@ -137,6 +141,9 @@ class _Bucket:
     served: int
     turns: int = 0
     requests: dict[int, Queued] = field(default_factory=dict)
+
+    def alive(self, now: float) -> list[Queued]:
+        return [request for request in self.requests.values() if request.deadline > now]
 
 
 class Scheduler:
@@ -207,7 +214,7 @@ class Scheduler:
 
     # Micro-batches.
 
-    def take(self, capacity: Callable[[Hashable], int], now: float) -> MicroBatch | None:
+    def take(self, capacity: Callable[[Any], int], now: float) -> MicroBatch | None:
         """Return the next micro-batch, or None if nothing waits.
 
         Rows of a request whose deadline has passed are not handed out.
@@ -216,7 +223,7 @@ class Scheduler:
             capacity: the most rows of a micro-batch, by the bucket's key.
             now: the time on the caller's clock.
         """
-        alive = {key: requests for key in self._buckets if (requests := self._alive(key, now))}
+        alive = {key: requests for key, bucket in self._buckets.items() if (requests := bucket.alive(now))}
         if not alive:
             return None
         self._turn += 1
@@ -235,12 +242,9 @@ class Scheduler:
             rate = len(batch) / seconds
             self.rate = rate if self.rate == 0 else (1 - NEWEST) * self.rate + NEWEST * rate
         for part in batch.parts:
-            part.request.in_flight -= part.stop - part.start
+            part.request.in_flight -= len(part)
             if part.request.ended and part.request.in_flight == 0:
                 self._release(part.request)
-
-    def _alive(self, key: Hashable, now: float) -> list[Queued]:
-        return [request for request in self._buckets[key].requests.values() if request.deadline > now]
 
     def _next_bucket(self, alive: dict[Hashable, list[Queued]]) -> Hashable:
         if self._turn % 2:
@@ -286,13 +290,7 @@ def _by_deadline(requests: list[Queued], rows: int) -> dict[Queued, int]:
 
 def _by_turn(requests: list[Queued], counts: dict[Queued, int], total: int) -> None:
     """Fill `counts` up to `total` rows: each row goes to the request with the fewest, on a tie to the longest wait."""
-
-    def places() -> Iterator[tuple[int, int, int, Queued]]:
-        for request in requests:
-            if counts.get(request, 0) < request.available:
-                yield counts.get(request, 0), request.served, request.number, request
-
-    line = list(places())
+    line = [(counts.get(r, 0), r.served, r.number, r) for r in requests if counts.get(r, 0) < r.available]
     heapq.heapify(line)
     for _ in range(total - sum(counts.values())):
         count, served, number, request = line[0]

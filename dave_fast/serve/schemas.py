@@ -13,6 +13,8 @@ from dave_fast.defaults import DEFAULT_SAMPLES
 MOST_CLASSES = 100
 MOST_SAMPLES = 65_536
 
+Encoding = Literal["float32", "uint8"]
+
 
 class Options(BaseModel):
     """Options of an explanation."""
@@ -42,16 +44,15 @@ class Options(BaseModel):
         Field(ge=1, le=3_600_000, description="Answer within this time, with the samples done by then."),
     ] = None
     view: Annotated[Literal["overlay", "map"], Field(description="The picture in a PNG.")] = "overlay"
-    encoding: Annotated[
-        Literal["float32", "uint8"],
-        Field(description="Values of a map in JSON and events: in [0, 1], or times 255."),
-    ] = "float32"
+    encoding: Annotated[Encoding, Field(description="Values of a map in JSON and events: in [0, 1], or times 255.")] = (
+        "float32"
+    )
 
 
 class Array(BaseModel):
     """An array: base64 of its bytes, little-endian, in C order."""
 
-    dtype: Literal["float32", "uint8"]
+    dtype: Encoding
     shape: list[int]
     data: str
 

@@ -106,11 +106,10 @@ class Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Drain at a signal; uvicorn's own handler raises it again at the end, which would set the exit code."""
         loop = asyncio.get_running_loop()
-        watched = []
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, self.end)
-                watched.append(number)
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        watched = (signal.SIGTERM, signal.SIGINT) if in_main_thread else ()
+        for number in watched:
+            loop.add_signal_handler(number, self.end)
         try:
             yield
         finally:
@@ -139,19 +138,14 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def make_server(app: FastAPI, limits: Limits, host: str = "127.0.0.1", port: int = 0) -> Server:
-    """Return a server for an app of `create_app`: `run()` it, optionally with bound sockets, or `await serve()`.
+def make_server(app: FastAPI, limits: Limits) -> Server:
+    """Return a server for an app of `create_app`: `run(sockets)` it, or `await serve(sockets)`.
 
-    Args:
-        app: the app.
-        limits: limits of connections and times.
-        host: address to listen at.
-        port: port to listen at; 0: a free one.
+    Without bound sockets it listens at a free port of the loopback interface.
     """
     config = uvicorn.Config(
         app,
-        host=host,
-        port=port,
+        port=0,
         http=guarded(limits.header_seconds),
         ws="none",
         lifespan="on",
@@ -184,14 +178,14 @@ class JsonLines(logging.Formatter):
         return json.dumps(fields, default=str)
 
 
-def log_to_stderr(level: str = "info") -> None:
-    """Write the logs of dave-fast and uvicorn to stderr as JSON lines, from `level` on."""
+def log_to_stderr() -> None:
+    """Write the logs of dave-fast and uvicorn to stderr as JSON lines, from the level INFO on."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     for name in ("dave_fast", "uvicorn"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(level.upper())
+        logger.setLevel(logging.INFO)
 
 
 @contextlib.contextmanager

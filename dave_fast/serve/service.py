@@ -21,7 +21,6 @@ import torch
 from dave_fast.engine.free_memory import SHARE, free_bytes
 from dave_fast.errors import DaveFastError, InputError, NonFiniteError
 from dave_fast.explain.convergence import Refined, refine
-from dave_fast.explain.explainer import DAVE
 from dave_fast.serve.jobs import Ask, Ended, Failed, Job, Listener
 from dave_fast.serve.limits import Limits
 from dave_fast.serve.prometheus import Metrics
@@ -45,30 +44,22 @@ class Service:
     Args:
         models: the served models by name, with equally many explainers each.
         limits: the bounds of the queue; None: the defaults.
-        metrics: where measurements go; None: new ones.
-        clock: seconds, for deadlines and measurements.
 
     Attributes:
+        metrics: where measurements go.
         workers: the workers, one for each explainer of a model.
         shared: the state shared with the workers.
         map_seconds: seconds that the latest map took.
     """
 
-    def __init__(
-        self,
-        models: Mapping[str, ServedModel],
-        limits: Limits | None = None,
-        metrics: Metrics | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, models: Mapping[str, ServedModel], limits: Limits | None = None) -> None:
         self.models = dict(models)
-        self.metrics = metrics or Metrics()
-        self.clock = clock
+        self.metrics = Metrics()
         explainers = next(iter(self.models.values())).explainers
         limits = limits or Limits()
         fitting = min(int(SHARE * free_bytes(explainer.device)) for explainer in explainers)
         scheduler = Scheduler(QueueLimits(limits.requests, limits.rows, limits.queue_bytes or fitting))
-        self.shared = SharedState(scheduler, self.metrics, clock)
+        self.shared = SharedState(scheduler, self.metrics)
         self.workers = [
             Worker(number, self.models, self.shared, self._fail, self._map_due) for number in range(len(explainers))
         ]
@@ -113,13 +104,13 @@ class Service:
         if ask.classes > model.classes or any(not 0 <= target < model.classes for target in ask.targets or ()):
             classes = f"the classes {list(ask.targets)}" if ask.targets else f"the {ask.top_k} most probable classes"
             raise InputError(f"{classes} are requested; {name!r} has the classes 0 to {model.classes - 1}.")
-        now = self.clock()
+        now = time.monotonic()
         queued = Queued(
-            bucket=BatchKey(name, model.prepare.size, ask.classes),
+            bucket=BatchKey(name, ask.classes),
             samples=ask.n_samples,
             size=model.request_bytes(ask.classes, ask.n_samples),
             deadline=math.inf if ask.deadline is None else ask.deadline,
-            first=BatchKey(name, model.prepare.size, None),
+            first=BatchKey(name, None),
         )
         job = Job(model, ask, queued, listener, now)
         with self.shared.lock:
@@ -214,16 +205,18 @@ class Service:
             contributions = job.contributions
             if job.over or contributions is None or (job.cutting and why is None):
                 return
-        began = self.clock()
+        began = time.monotonic()
         try:
-            refined = refine(self._explainer(job), contributions[:, :samples])
+            # The explainer of the device that holds the contributions.
+            explainer = next(each for each in job.model.explainers if each.device == contributions.device)
+            refined = refine(explainer, contributions[:, :samples])
             if not torch.isfinite(refined.maps).all():
                 raise NonFiniteError("NaN or infinity in the map of this image. Try another image.")
         except Exception as error:
             log.exception("a map could not be made")
             self._fail(job, error)
             return
-        self.map_seconds = self.clock() - began
+        self.map_seconds = time.monotonic() - began
         tolerance = job.ask.tolerance
         if why is not None:
             self._end(job, refined, why)
@@ -233,13 +226,6 @@ class Service:
             self._end(job, refined, "tolerance")
         elif job.ask.refined:
             job.listener(refined)
-
-    @staticmethod
-    def _explainer(job: Job) -> DAVE:
-        """Return the explainer of the device that holds the contributions."""
-        assert job.contributions is not None
-        device = job.contributions.device
-        return next(explainer for explainer in job.model.explainers if explainer.device == device)
 
     # Ends.
 
@@ -258,7 +244,7 @@ class Service:
         with self.shared.lock:
             if not self._close(job):
                 return
-        now = self.clock()
+        now = time.monotonic()
         assert job.predicted is not None and job.started is not None
         self.metrics.answers.labels(job.model.name, cut_short or "samples").inc()
         self.metrics.samples.observe(refined.samples)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -108,11 +107,10 @@ class MemoryImageStore:
     Args:
         limits: number and age of the images.
         budget: bound on the bytes of all uploads.
-        clock: seconds.
     """
 
-    def __init__(self, limits: Limits, budget: UploadBudget, clock: Callable[[], float] = time.monotonic) -> None:
-        self.limits, self.budget, self._clock = limits, budget, clock
+    def __init__(self, limits: Limits, budget: UploadBudget) -> None:
+        self.limits, self.budget = limits, budget
         self._images: OrderedDict[str, tuple[float, bytes]] = OrderedDict()
 
     async def put(self, content: bytes) -> str:
@@ -124,7 +122,7 @@ class MemoryImageStore:
             self._drop_oldest()
         self.budget.add(len(content))
         name = secrets.token_urlsafe(18)
-        self._images[name] = (self._clock(), content)
+        self._images[name] = (time.monotonic(), content)
         return name
 
     async def get(self, name: str) -> bytes:
@@ -135,7 +133,7 @@ class MemoryImageStore:
         return self._images[name][1]
 
     def _drop_expired(self) -> None:
-        oldest = self._clock() - self.limits.stored_seconds
+        oldest = time.monotonic() - self.limits.stored_seconds
         while self._images and next(iter(self._images.values()))[0] < oldest:
             self._drop_oldest()
 

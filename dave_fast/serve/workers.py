@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -36,23 +37,20 @@ class BatchKey:
 
     Attributes:
         model: name of the served model.
-        size: (H, W) of the model's input.
         classes: number of classes that are explained; None for the unperturbed image, whose classes are predicted.
     """
 
     model: str
-    size: tuple[int, int]
     classes: int | None
 
 
 @dataclass
 class SharedState:
-    """The state that the threads of a service share. All but `metrics` and `clock` is used under `lock`.
+    """The state that the threads of a service share. All but `metrics` is used under `lock`.
 
     Attributes:
         scheduler: the queue.
         metrics: where measurements go.
-        clock: seconds, for deadlines and measurements.
         jobs: the open jobs.
         lock: notified when rows may have become available, and at the end.
         stopping: whether the threads are to end.
@@ -60,7 +58,6 @@ class SharedState:
 
     scheduler: Scheduler
     metrics: Metrics
-    clock: Callable[[], float]
     jobs: dict[Queued, Job] = field(default_factory=dict)
     lock: threading.Condition = field(default_factory=threading.Condition)
     stopping: bool = False
@@ -122,19 +119,19 @@ class Worker:
             if batch is None:
                 self._probe()
                 continue
-            began = self.shared.clock()
+            began = time.monotonic()
             try:
                 self._compute(batch.bucket, batch.parts)
             finally:
-                self._account(batch, self.shared.clock() - began)
+                self._account(batch, time.monotonic() - began)
 
     def _next(self) -> MicroBatch | None:
         """Wait for a micro-batch; return None at the end, and after PROBE_SECONDS if the worker is not ready."""
         shared = self.shared
         with shared.lock:
             while True:
-                now = shared.clock()
-                batch = shared.scheduler.take(self._capacity, now)
+                now = time.monotonic()
+                batch = shared.scheduler.take(lambda key: self._rows[key.model], now)
                 if batch is not None:
                     for part in batch.parts:
                         job = shared.jobs.get(part.request)
@@ -145,10 +142,6 @@ class Worker:
                 ready = self.ready
                 if shared.stopping or (not shared.lock.wait(None if ready else PROBE_SECONDS) and not ready):
                     return None
-
-    def _capacity(self, key: Hashable) -> int:
-        assert isinstance(key, BatchKey)
-        return self._rows[key.model]
 
     def _check(self) -> None:
         """Explain an example with every model; raise NonFiniteError for a map that is not finite."""
@@ -175,13 +168,12 @@ class Worker:
         metrics.device_time.labels(self.name).observe(seconds)
         metrics.rows.labels(self.name).inc(len(batch))
 
-    def _compute(self, key: Hashable, parts: Sequence[Part]) -> None:
+    def _compute(self, key: BatchKey, parts: Sequence[Part]) -> None:
         """Compute the parts whose request is still open; after an error, each half of them again."""
         with self.shared.lock:
             wanted = [(part, job) for part in parts if (job := self.shared.jobs.get(part.request)) is not None]
         if not wanted:
             return
-        assert isinstance(key, BatchKey)
         compute = self._predict if key.classes is None else self._contribute
         try:
             compute(key.model, wanted)
@@ -216,10 +208,8 @@ class Worker:
             torch.tensor([job.predicted.targets for _, job in wanted if job.predicted is not None]),
         )
         self.failures = 0
-        row = 0
-        for part, job in wanted:
-            own = made[:, row : row + part.stop - part.start]
-            row += part.stop - part.start
+        each = made.split([len(part) for part, _ in wanted], dim=1)
+        for (part, job), own in zip(wanted, each, strict=True):
             if torch.isfinite(own).all():
                 self._gather(job, part, own)
             else:

@@ -10,9 +10,8 @@ R rows (image, sample) · B images · D width of an embedding or token · (h, w)
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,12 +23,7 @@ from dave_fast.sampling import Draws
 Score = Callable[[Tensor], Tensor]
 
 
-def no_class() -> Tensor:
-    """Return `Cotangent.classes` for a score that is not a class logit: −1, shape (1,)."""
-    return torch.full((1,), -1)
-
-
-class Cotangent(Protocol):
+class Cotangent:
     """The function that gives ∂ score / ∂ output of every row.
 
     Attributes:
@@ -37,10 +31,7 @@ class Cotangent(Protocol):
             host or on the output's device.
     """
 
-    @property
-    def classes(self) -> Tensor:
-        """The explained class of each image."""
-        ...
+    classes: Tensor = torch.full((1,), -1)
 
     def __call__(self, output: Tensor, rows: Draws) -> Tensor:
         """Return ∂ score / ∂ output.
@@ -52,11 +43,11 @@ class Cotangent(Protocol):
         Returns:
             (R, ...) in the output's dtype.
         """
-        ...
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class ElementCotangent:
+class ElementCotangent(Cotangent):
     """One element of each image's output, such as a class logit.
 
     Attributes:
@@ -65,7 +56,7 @@ class ElementCotangent:
     """
 
     places: Tensor
-    classes: Tensor = field(default_factory=no_class)
+    classes: Tensor = Cotangent.classes
 
     def __call__(self, output: Tensor, rows: Draws) -> Tensor:
         """See `Cotangent`."""
@@ -75,16 +66,14 @@ class ElementCotangent:
 
 
 @dataclass(frozen=True)
-class WeightedCotangent:
+class WeightedCotangent(Cotangent):
     """Σ weight · score of several cotangents.
 
     Attributes:
         parts: pairs (weight, cotangent), at least one.
-        classes: see `Cotangent`.
     """
 
     parts: tuple[tuple[float, Cotangent], ...]
-    classes: Tensor = field(default_factory=no_class)
 
     def __call__(self, output: Tensor, rows: Draws) -> Tensor:
         """See `Cotangent`."""
@@ -96,7 +85,7 @@ class WeightedCotangent:
 
 
 @dataclass(frozen=True)
-class DirectionCotangent:
+class DirectionCotangent(Cotangent):
     """scale · ⟨f/‖f‖, e⟩ of an embedding f, its norm held constant: the cotangent is scale · e/‖f‖.
 
     Autograd's gradient of the same score has no component along f and vanishes where f and e agree. With the norm
@@ -105,12 +94,10 @@ class DirectionCotangent:
     Attributes:
         directions: e, (B, D), or (1, D) for all images, of norm 1.
         scale: factor of the score.
-        classes: see `Cotangent`.
     """
 
     directions: Tensor
     scale: float
-    classes: Tensor = field(default_factory=no_class)
 
     def __call__(self, output: Tensor, rows: Draws) -> Tensor:
         """See `Cotangent`."""
@@ -121,7 +108,7 @@ class DirectionCotangent:
 
 
 @dataclass(frozen=True)
-class PatchCotangent:
+class PatchCotangent(Cotangent):
     """⟨weights, token⟩ of the patch that shows a given place of the image, wherever a row's warp has moved it.
 
     The place is mapped by the row's τ; the tokens around the result share the cotangent bilinearly, and a place that
@@ -134,7 +121,6 @@ class PatchCotangent:
         cell: (height, width) of a patch in pixels.
         prefix: tokens before the patches in outputs (R, N, D).
         channels_last: whether outputs with four dimensions are (R, h, w, D) rather than (R, D, h, w).
-        classes: see `Cotangent`.
     """
 
     weights: Tensor
@@ -143,7 +129,6 @@ class PatchCotangent:
     cell: tuple[float, float]
     prefix: int = 0
     channels_last: bool = False
-    classes: Tensor = field(default_factory=no_class)
 
     def __call__(self, output: Tensor, rows: Draws) -> Tensor:
         """See `Cotangent`."""
@@ -169,16 +154,14 @@ class PatchCotangent:
 
 
 @dataclass(frozen=True)
-class GradientCotangent:
-    """The gradient of a callable of all rows, by autograd.
+class GradientCotangent(Cotangent):
+    """The gradient of a callable, by autograd.
 
     Attributes:
-        score: output (R, ...) -> scores (R,).
-        classes: see `Cotangent`.
+        score: output (R, ...) and the draws of the rows -> scores (R,).
     """
 
-    score: Score
-    classes: Tensor = field(default_factory=no_class)
+    score: Callable[[Tensor, Draws], Tensor]
 
     def __call__(self, output: Tensor, rows: Draws) -> Tensor:
         """See `Cotangent`.
@@ -186,61 +169,40 @@ class GradientCotangent:
         Raises:
             InputError: the scores have another shape than (R,), or no gradient.
         """
-
-        def scores(leaf: Tensor) -> Tensor:
-            found = self.score(leaf)
-            if not isinstance(found, Tensor) or found.shape != leaf.shape[:1]:
-                got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        with torch.enable_grad():
+            leaf = output.detach().requires_grad_()
+            scores = self.score(leaf, rows)
+            if not isinstance(scores, Tensor) or scores.shape != leaf.shape[:1]:
+                got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
                 raise InputError(
                     f"the target callable returned {got}; it must map the output {tuple(leaf.shape)} to one "
                     f"score for each row, shape {tuple(leaf.shape[:1])}"
                 )
-            return found
+            if not scores.requires_grad:
+                raise InputError("the target callable's score carries no gradient; compute it from the output by torch")
+            (cotangent,) = torch.autograd.grad(scores.sum(), leaf)
+        return cotangent
 
-        return _gradient(scores, output)
 
+def score_rows(scores: Sequence[Score], output: Tensor, rows: Draws) -> Tensor:
+    """Return the score of each row by the callable of its image, which waits for the device.
 
-@dataclass(frozen=True)
-class RowGradientCotangent:
-    """The gradients of one callable for each image, by autograd.
-
-    They are called row by row, and the host waits for the device.
-
-    Attributes:
+    Args:
         scores: B callables, output of one row (...) -> scalar.
-        classes: see `Cotangent`.
+        output: (R, ...).
+        rows: the draws of the R rows.
+
+    Returns:
+        (R,).
+
+    Raises:
+        InputError: a callable returns no scalar.
     """
-
-    scores: tuple[Score, ...]
-    classes: Tensor = field(default_factory=no_class)
-
-    def __call__(self, output: Tensor, rows: Draws) -> Tensor:
-        """See `Cotangent`.
-
-        Raises:
-            InputError: a callable returns no scalar, or a score without gradient.
-        """
-
-        def scores(leaf: Tensor) -> Tensor:
-            listed = [self.scores[i](row) for i, row in zip(rows.image_index.tolist(), leaf, strict=True)]
-            odd = next((s for s in listed if not isinstance(s, Tensor) or s.numel() != 1), None)
-            if odd is not None:
-                raise InputError(
-                    f"a target callable returned {odd!r}; it must map one image's output to a scalar tensor"
-                )
-            return torch.stack([s.reshape(()) for s in listed])
-
-        return _gradient(scores, output)
-
-
-def _gradient(score: Score, output: Tensor) -> Tensor:
-    with torch.enable_grad():
-        leaf = output.detach().requires_grad_()
-        scores = score(leaf)
-        if not scores.requires_grad:
-            raise InputError("the target callable's score carries no gradient; compute it from the output by torch")
-        (cotangent,) = torch.autograd.grad(scores.sum(), leaf)
-    return cotangent
+    listed = [scores[i](row) for i, row in zip(rows.image_index.tolist(), output, strict=True)]
+    odd = next((s for s in listed if not isinstance(s, Tensor) or s.numel() != 1), None)
+    if odd is not None:
+        raise InputError(f"a target callable returned {odd!r}; it must map one image's output to a scalar tensor")
+    return torch.stack([s.reshape(()) for s in listed])
 
 
 def _of_rows(vectors: Tensor, rows: Draws) -> Tensor:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from dave_fast.errors import InputError
 from dave_fast.models.adapter import kind_of
-from dave_fast.targets.cotangents import Cotangent, ElementCotangent, GradientCotangent, RowGradientCotangent, Score
+from dave_fast.targets.cotangents import Cotangent, ElementCotangent, GradientCotangent, Score, score_rows
 from dave_fast.transfers import to_device
 
 Index = tuple[int, ...]
@@ -93,7 +94,7 @@ def resolve_target(target: Target, output: Tensor, size: tuple[int, int], view: 
     if isinstance(target, Question):
         return target.resolve(output, size, view)
     if callable(target):
-        return GradientCotangent(target)
+        return GradientCotangent(lambda rows_output, rows: target(rows_output))
     return _listed(target, output)
 
 
@@ -107,9 +108,8 @@ def split_targets(targets: Any) -> list[Target]:
     Raises:
         InputError: `targets` has another form, or is empty.
     """
-    if isinstance(targets, np.ndarray):
-        targets = torch.from_numpy(targets)
-    if isinstance(targets, Tensor):
+    if isinstance(targets, np.ndarray | Tensor):
+        targets = torch.as_tensor(targets)
         if targets.dim() not in (1, 2) or targets.is_floating_point() or targets.dtype == torch.bool:
             raise InputError(
                 f"targets are a tensor {tuple(targets.shape)} of {targets.dtype}; expected integers, one for each "
@@ -151,35 +151,26 @@ def _listed(target: Target, output: Tensor) -> Cotangent:
     if len(listed) != images:
         raise InputError(f"{len(listed)} targets were given for {images} images; give one, or one for each")
     if all(callable(t) for t in listed):
-        return RowGradientCotangent(tuple(listed))
-    return _of_indices([_checked(t, output) for t in listed], output)
-
-
-def _of_indices(indices: list[Index], output: Tensor) -> ElementCotangent:
-    sizes = tuple(output.shape[1:])
+        return GradientCotangent(partial(score_rows, listed))
+    indices, sizes = [_checked(t, output) for t in listed], tuple(output.shape[1:])
     places = np.array([np.ravel_multi_index(index, sizes) if sizes else 0 for index in indices], dtype=np.int64)
     classes = torch.tensor([index[0] if len(index) == 1 else -1 for index in indices])
     return ElementCotangent(to_device(torch.from_numpy(places), output.device), classes)
 
 
 def _as_list(target: Any) -> list[Any]:
-    """Return the targets as Python ints, tuples or callables; a single one is a list of one element."""
-    if isinstance(target, bool):
-        raise InputError("target is a bool; give a class index")
-    if isinstance(target, int | tuple):
-        return [target]
-    if isinstance(target, np.ndarray):
-        target = torch.from_numpy(target)
-    if isinstance(target, Tensor):
+    """Return the targets as integers, tuples or callables; a single one is a list of one element."""
+    if isinstance(target, np.ndarray | Tensor):
+        target = torch.as_tensor(target)
         if target.is_floating_point() or target.dtype == torch.bool or target.dim() > 1:
             raise InputError(
                 f"target is a tensor {tuple(target.shape)} of {target.dtype}; expected integers, shape () or (B,)"
             )
         return target.reshape(-1).tolist()
+    if isinstance(target, tuple) or hasattr(target, "__index__"):
+        return [target]
     if isinstance(target, Sequence) and not isinstance(target, str):
         return [t.item() if isinstance(t, Tensor) and t.numel() == 1 else t for t in target]
-    if hasattr(target, "__index__"):
-        return [int(target)]
     hint = f" (a class by name is dave_fast.targets.Class({target!r}))" if isinstance(target, str) else ""
     raise InputError(
         f"target is a {type(target).__name__}; expected None, an int, a tuple, a tensor, a list of these, a callable, "
@@ -191,7 +182,10 @@ def _checked(target: Any, output: Tensor) -> Index:
     if hasattr(target, "__index__") and not isinstance(target, bool):
         target = (int(target),)
     if not isinstance(target, tuple) or not all(hasattr(i, "__index__") for i in target):
-        raise InputError(f"target {target!r} is neither an integer nor a tuple of integers; give class indices")
+        raise InputError(
+            f"target {target!r} is a {type(target).__name__}, neither an integer nor a tuple of integers; give class "
+            "indices"
+        )
     sizes = tuple(output.shape[1:])
     if len(target) != len(sizes):
         raise InputError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,21 +47,7 @@ class Class(Question):
         return resolve_target(self.bind(view).index, output, size, view)
 
 
-class _Weighted(Question):
-    """Σ weight · score of several targets."""
-
-    def _parts(self) -> Iterable[tuple[float, Target]]:
-        """Return pairs (weight, target)."""
-        raise NotImplementedError
-
-    def resolve(self, output: Tensor, size: tuple[int, int], view: ModelView) -> Cotangent:
-        """See `Question`."""
-        return cotangents.WeightedCotangent(
-            tuple((weight, resolve_target(part, output, size, view)) for weight, part in self._parts())
-        )
-
-
-class Sum(_Weighted):
+class Sum(Question):
     """The sum of several targets' scores.
 
     Args:
@@ -81,12 +66,14 @@ class Sum(_Weighted):
         """See `Question`."""
         return Sum(*(_bound(part, view) for part in self.parts))
 
-    def _parts(self) -> Iterable[tuple[float, Target]]:
-        return [(1.0, part) for part in self.parts]
+    def resolve(self, output: Tensor, size: tuple[int, int], view: ModelView) -> Cotangent:
+        """See `Question`."""
+        parts = (resolve_target(part, output, size, view) for part in self.parts)
+        return cotangents.WeightedCotangent(tuple((1.0, part) for part in parts))
 
 
 @dataclass(frozen=True)
-class Contrast(_Weighted):
+class Contrast(Question):
     """The difference of two targets' scores: why `this` and not `that`.
 
     Attributes:
@@ -101,8 +88,10 @@ class Contrast(_Weighted):
         """See `Question`."""
         return Contrast(_bound(self.this, view), _bound(self.that, view))
 
-    def _parts(self) -> Iterable[tuple[float, Target]]:
-        return [(1.0, self.this), (-1.0, self.that)]
+    def resolve(self, output: Tensor, size: tuple[int, int], view: ModelView) -> Cotangent:
+        """See `Question`."""
+        this, that = (resolve_target(part, output, size, view) for part in (self.this, self.that))
+        return cotangents.WeightedCotangent(((1.0, this), (-1.0, that)))
 
 
 @dataclass(frozen=True)
@@ -183,15 +172,13 @@ class SimilarTo(Question):
 
         Raises:
             ImageError: the file is no image that can be read.
-            InputError: the image does not fit the model, or the model's output is no embedding.
+            InputError: the image does not fit the model.
         """
         image = self.image
         if not isinstance(image, Tensor):
             image = read_image(image) if isinstance(image, str | os.PathLike) else image
             image = preprocessing(view.model)(image)[0]
         output = view.output(image)
-        if output.dim() != 2:
-            raise InputError(f"the model's output is {tuple(output.shape)}; a similarity needs one embedding an image")
         return Similarity(output[0] if len(output) == 1 else output, self.scale)
 
 
@@ -244,7 +231,9 @@ class Patch(Question):
         if self.weights is None:
             weights = torch.nn.functional.normalize(tokens[:, self.row * grid[1] + self.column], dim=1)
         else:
-            weights = _vectors(torch.as_tensor(self.weights).detach(), tokens.shape[2], len(output), "the probe's row")
+            weights = _vectors(
+                torch.as_tensor(self.weights).detach(), tokens.shape[2], len(output), "the tensor of weights"
+            )
         weights = to_device(weights.to(torch.promote_types(output.dtype, torch.float32)), output.device)
         cell = (size[0] / grid[0], size[1] / grid[1])
         place = ((self.column + 0.5) * cell[1] - 0.5, (self.row + 0.5) * cell[0] - 0.5)

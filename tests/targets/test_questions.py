@@ -206,7 +206,7 @@ def test_linear_questions_never_wait_for_the_device(shape):
         for each in asked:
             assert each(output, rows).shape == shape
         with pytest.raises(DataDependentOutputException):
-            cotangents.RowGradientCotangent((lambda y: y[0], lambda y: y[1]))(output, rows)
+            cotangents.score_rows((lambda y: y[0], lambda y: y[1]), output, rows)
 
 
 def draws_without_values(rows):
