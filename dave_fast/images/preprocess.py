@@ -86,27 +86,22 @@ def preprocessing(model: Any, image_size: Sequence[int] | None = None) -> Prepro
     """
     from timm.data.config import resolve_data_config
 
-    known = getattr(model, "pretrained_cfg", None)
+    known = getattr(model, "pretrained_cfg", None) or {}
     # A configuration that only lists class names describes no preprocessing.
-    known = known if known and not known.keys().isdisjoint(("input_size", "mean")) else None
+    if known.keys().isdisjoint(("input_size", "mean")):
+        known = {}
     config = resolve_data_config(pretrained_cfg=known or {"input_size": (3, 224, 224)})
-    if known and known.get(CROP_FLOOR):
-        config[CROP_FLOOR] = True
+    config |= {key: True for key in (ADD_INVERSE, CROP_FLOOR) if known.get(key)}
     channels, height, width = config["input_size"]
     # A model may have been made for another size than its configuration names.
     image_size = image_size or getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if image_size is None and known is None:
+    if image_size is None and not known:
         image_size = _own_size(model)
     if image_size is not None:
         height, width = (int(side) for side in image_size)
-    inverse = bool(known and known.get(ADD_INVERSE))
-    if inverse:
-        config[ADD_INVERSE] = True
-    if channels != (6 if inverse else 3):
+    if channels != (6 if ADD_INVERSE in config else 3):
         raise InputError(f"the model takes {channels} channels; image files are read as 3 (RGB). Use the Python API.")
-    note = None
-    if not known:
-        note = f"the model names no preprocessing: that of ImageNet at {height}×{width} is used."
+    note = None if known else f"the model names no preprocessing: that of ImageNet at {height}×{width} is used."
     return from_config({**config, "input_size": (channels, height, width)}, note)
 
 

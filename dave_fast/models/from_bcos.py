@@ -18,17 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from dave_fast.errors import InputError, ModelError
-from dave_fast.images import ADD_INVERSE
+from dave_fast.images import ADD_INVERSE, describe_preprocessing
 from dave_fast.models.adapter import Adapter
 
 
 class BcosModel(Adapter):
     """A B-cos model as images (B, 6, H, W), pixels and their inverse in [0, 1], -> (B, K) logits."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the model's logits."""
-        output: Tensor = self.model(images)
-        return output
 
 
 def add_inverse(images: Tensor) -> Tensor:
@@ -66,16 +61,8 @@ def preprocessing_of(model: nn.Module) -> dict[str, Any]:
         # the package's only preset for evaluation begins with Resize and CenterCrop
         resizing, crop = attached.transforms.transforms[:2]
         resize, side, interpolation = resizing.size, crop.size[0], resizing.interpolation.value
-    return {
-        "input_size": (6, side, side),
-        "mean": (0.0, 0.0, 0.0),
-        "std": (1.0, 1.0, 1.0),
-        "interpolation": interpolation,
-        # timm resizes to floor(side / crop_pct); the added half keeps rounding errors from changing the floor
-        "crop_pct": side / (resize + 0.5),
-        "crop_mode": "center",
-        ADD_INVERSE: True,
-    }
+    known = describe_preprocessing((side, side), (0, 0, 0), (1, 1, 1), resize=resize, interpolation=interpolation)
+    return {**known, "input_size": (6, side, side), ADD_INVERSE: True}
 
 
 def inherent_contributions(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:

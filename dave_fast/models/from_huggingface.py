@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Resampling
 from torch import Tensor, nn
 
 from dave_fast.errors import InputError, ModelError, UnknownModelError
 from dave_fast.images import describe_preprocessing
+from dave_fast.models import from_open_clip, from_timm
 from dave_fast.models.adapter import Adapter, SimilarityLogit, check_texts
 from dave_fast.models.hub import loading
 from dave_fast.models.spec import ModelSpec
@@ -40,10 +42,10 @@ class Transformers(Adapter):
         model: of transformers.
         values: settings of its image processor; None without one.
         place: repository or folder of its tokenizer.
-        revision: of the repository, or None.
+        revision: branch, tag or commit of the repository.
     """
 
-    def __init__(self, model: nn.Module, values: Mapping[str, Any] | None, place: str, revision: str | None) -> None:
+    def __init__(self, model: nn.Module, values: Mapping[str, Any] | None, place: str, revision: str) -> None:
         config: Any = model.config
         classifier = "ForImageClassification" in type(model).__name__
         names = _names(config) if classifier else None
@@ -100,7 +102,7 @@ class TransformersTextImage(SimilarityLogit, Transformers):
             )
         remote = not os.path.isdir(self.place)
         with loading(f"the tokenizer of {self.place}", remote=remote):
-            return AutoTokenizer.from_pretrained(self.place, revision=self.revision or "main")
+            return AutoTokenizer.from_pretrained(self.place, revision=self.revision)
 
     @torch.no_grad()
     def text_embedding(self, texts: Sequence[str]) -> Tensor:
@@ -133,24 +135,19 @@ def load(name: str, spec: ModelSpec) -> nn.Module:
             f"{spec.name!r}: there is no folder {place}; give one that save_pretrained wrote, or hf:ORG/NAME."
         )
     with loading(spec.name, remote=not local):
-        config = _read_config(place, revision, local)
+        config = _read_config(place, revision or "main", local)
     if config is None:
         raise UnknownModelError(
             f"{spec.name!r} has neither config.json nor open_clip_config.json, so its architecture is not known. "
             "For a file of weights alone name the architecture, and give the file as its weights (--weights FILE)."
         )
     suffix = f"@{revision}" if revision else ""
+    scheme = f"local-dir:{place}" if local else f"hf-hub:{place}{suffix}"
     if "model_cfg" in config:
-        from dave_fast.models import from_open_clip
-
-        scheme = f"local-dir:{place}" if local else f"hf-hub:{place}{suffix}"
         return from_open_clip.create(scheme, spec, {}, pretrained=None, remote=not local)
     if "architecture" in config:
-        from dave_fast.models import from_timm
-
-        scheme = f"local-dir:{place}" if local else f"hf-hub:{place}{suffix}"
         return from_timm.create(scheme, spec, remote=not local)
-    return _load(place, revision or None, spec, local)
+    return _load(place, revision or "main", spec, local)
 
 
 def _read_config(place: str, revision: str, local: bool) -> dict[str, Any] | None:
@@ -160,7 +157,7 @@ def _read_config(place: str, revision: str, local: bool) -> dict[str, Any] | Non
 
     for file in ("config.json", "open_clip_config.json"):
         try:
-            path = Path(place, file) if local else hf_hub_download(place, file, revision=revision or None)
+            path = Path(place, file) if local else hf_hub_download(place, file, revision=revision)
             return dict(json.loads(Path(path).read_bytes()))
         except LocalEntryNotFoundError:
             raise
@@ -169,13 +166,13 @@ def _read_config(place: str, revision: str, local: bool) -> dict[str, Any] | Non
     return None
 
 
-def _load(place: str, revision: str | None, spec: ModelSpec, local: bool) -> nn.Module:
+def _load(place: str, revision: str, spec: ModelSpec, local: bool) -> nn.Module:
     """Load a model of transformers."""
     from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
     with loading(spec.name, remote=not local), _without_bars():
         heads = {} if spec.num_classes is None else {"num_labels": spec.num_classes}
-        config = AutoConfig.from_pretrained(place, revision=revision or "main", **heads)
+        config = AutoConfig.from_pretrained(place, revision=revision, **heads)
         if config.model_type == "siglip2":
             raise ModelError(f"{spec.name} takes patches of images of any shape (NaFlex), which is not supported.")
         architecture = (config.architectures or [""])[0]
@@ -189,23 +186,19 @@ def _load(place: str, revision: str | None, spec: ModelSpec, local: bool) -> nn.
     return adapter
 
 
-def _with_weights(auto: Any, config: Any, place: str, revision: str | None, spec: ModelSpec) -> nn.Module:
+def _with_weights(auto: Any, config: Any, place: str, revision: str, spec: ModelSpec) -> nn.Module:
     """Build the module of a configuration with the weights of the spec; raise InputError if any does not fit."""
     if spec.random_weights:
         return _with_known_attention(partial(auto.from_config, config, dtype=torch.float32))
     settings = {"config": config, "dtype": torch.float32, "output_loading_info": True}
-    build: Callable[..., Any]
+    where = spec.weights or place
     if spec.weights is None:
-        where = place
-        build = partial(auto.from_pretrained, place, revision=revision or "main", **settings)
+        build = partial(auto.from_pretrained, place, revision=revision)
     else:
-        where = spec.weights
         # from_pretrained renames parameters of earlier versions, as it does for a folder
-        build = partial(
-            type(auto.from_config(config)).from_pretrained, None, state_dict=read_weights(where), **settings
-        )
+        build = partial(type(auto.from_config(config)).from_pretrained, None, state_dict=read_weights(where))
     try:
-        model, info = _with_known_attention(build)
+        model, info = _with_known_attention(partial(build, **settings))
     except RuntimeError as error:
         if spec.weights is None:
             raise
@@ -242,22 +235,20 @@ def adapt(model: nn.Module) -> Transformers:
             'load it with attn_implementation="sdpa".'
         )
     place = getattr(config, "name_or_path", "") or ""
-    return _adapter(model, _processor(place, None, local_files_only=True) if place else None, place, None)
+    return _adapter(model, _processor(place, "main", local_files_only=True) if place else None, place, "main")
 
 
-def _adapter(model: nn.Module, values: Mapping[str, Any] | None, place: str, revision: str | None) -> Transformers:
+def _adapter(model: nn.Module, values: Mapping[str, Any] | None, place: str, revision: str) -> Transformers:
     two_towers = hasattr(model, "get_image_features") and hasattr(model, "get_text_features")
     return (TransformersTextImage if two_towers else Transformers)(model, values, place, revision)
 
 
-def _processor(place: str, revision: str | None, *, local_files_only: bool) -> dict[str, Any] | None:
+def _processor(place: str, revision: str, *, local_files_only: bool) -> dict[str, Any] | None:
     """Return the settings of the image processor; None without one."""
     from transformers import AutoImageProcessor
 
     try:
-        processor = AutoImageProcessor.from_pretrained(
-            place, revision=revision or "main", local_files_only=local_files_only
-        )
+        processor = AutoImageProcessor.from_pretrained(place, revision=revision, local_files_only=local_files_only)
     except OSError:
         return None
     return dict(processor.to_dict())
@@ -285,7 +276,7 @@ def preprocessing_of(values: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(resize, int):
             raise _unsupported(f"images that keep their shape (size={values['size']} without a crop)")
         crop = resize
-    interpolation = _interpolation(values.get("resample", 3))
+    interpolation = Resampling(values.get("resample", 3)).name.lower()
     return describe_preprocessing(crop, mean, std, resize=resize, interpolation=interpolation, crop_floor=True)
 
 
@@ -302,12 +293,6 @@ def _resize(size: Any, crop_pct: float | None) -> tuple[int | tuple[int, int], t
         return edge, None
     # as ConvNeXt does: below 384 pixels a crop of a larger image, otherwise resized without keeping the aspect ratio
     return (int(edge / crop_pct), (edge, edge)) if edge < 384 else ((edge, edge), (edge, edge))
-
-
-def _interpolation(resample: int) -> str:
-    from PIL.Image import Resampling
-
-    return Resampling(resample).name.lower()
 
 
 def _unsupported(what: str) -> ModelError:

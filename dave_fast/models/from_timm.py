@@ -44,17 +44,16 @@ def create(name: str, spec: ModelSpec, *, remote: bool) -> nn.Module:
         UnknownModelError: the model cannot be loaded.
         InputError: the weights or the size of the spec do not fit.
     """
+    remote = remote and (spec.pretrained or ":" in name)
     if spec.weights is None:
-        fetched = remote and (spec.pretrained or ":" in name)
-        return _made(name, spec, spec.image_size, pretrained=spec.pretrained, remote=fetched)
-    elsewhere = remote and ":" in name
-    model: Any = _made(name, spec, None, pretrained=False, remote=elsewhere)
+        return _made(name, spec, spec.image_size, remote=remote)
+    model: Any = _made(name, spec, None, remote=remote)
     try:
         load_weights(model, spec.weights, spec.name)
     except InputError:
         if spec.image_size is None:
             raise
-        model = _made(name, spec, spec.image_size, pretrained=False, remote=elsewhere)
+        model = _made(name, spec, spec.image_size, remote=remote)
         load_weights(model, spec.weights, spec.name)
         return model
     if spec.image_size is not None:
@@ -64,7 +63,7 @@ def create(name: str, spec: ModelSpec, *, remote: bool) -> nn.Module:
     return model
 
 
-def _made(name: str, spec: ModelSpec, size: int | None, *, pretrained: bool, remote: bool) -> nn.Module:
+def _made(name: str, spec: ModelSpec, size: int | None, *, remote: bool) -> nn.Module:
     """Build a model; raise InputError if it cannot be built for images of this size."""
     import timm
 
@@ -72,7 +71,7 @@ def _made(name: str, spec: ModelSpec, size: int | None, *, pretrained: bool, rem
     settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     with loading(spec.name, remote=remote):
         try:
-            return timm.create_model(name, pretrained=pretrained, **settings)
+            return timm.create_model(name, pretrained=spec.pretrained, **settings)
         except (TypeError, AssertionError) as error:
             if size is None:
                 raise

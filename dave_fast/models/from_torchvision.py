@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from torch import nn
 
 from dave_fast.errors import UnknownModelError
@@ -40,7 +41,8 @@ def load(name: str, spec: ModelSpec) -> nn.Module:
         if spec.weights is not None:
             load_weights(model, spec.weights, spec.name)
     else:
-        with download(spec.name, chosen.url, _cached(chosen.url)):
+        cached = os.path.join(torch.hub.get_dir(), "checkpoints", chosen.url.rpartition("/")[2])
+        with download(spec.name, chosen.url, cached):
             model = models.get_model(architecture, weights=chosen, progress=False)
     names = chosen.meta["categories"] if spec.num_classes is None else None
     model.num_classes = classes
@@ -55,10 +57,3 @@ def preprocessing_of(weights: Any) -> dict[str, Any]:
     return describe_preprocessing(
         (size, size), preset.mean, preset.std, resize=resize, interpolation=preset.interpolation.value
     )
-
-
-def _cached(url: str) -> str:
-    """Return the path in torch.hub's cache."""
-    import torch
-
-    return os.path.join(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])

@@ -23,7 +23,6 @@ from typing import Any
 
 from dave_fast.errors import InputError, UnknownModelError, reason_of
 
-SOURCES = ("demo", "timm", "hf", "torchvision", "open_clip", "python")
 # timm's own schemes for the hub and for folders are synonyms of hf:
 _SCHEMES = {**{name: name for name in ("timm", "hf", "torchvision", "open_clip")}, "hf-hub": "hf", "local-dir": "hf"}
 _WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
@@ -70,7 +69,11 @@ class ModelSpec:
 
     @property
     def source(self) -> tuple[str, str]:
-        """One of SOURCES, and the rest of the name; raises UnknownModelError for a file, a folder or an empty name."""
+        """The source ("demo", "timm", "hf", "torchvision", "open_clip" or "python"), and the rest of the name.
+
+        Raises:
+            UnknownModelError: the name is empty, or that of a file or a folder.
+        """
         name = self.name
         if not name.strip():
             raise UnknownModelError("the model's name is empty; expected a timm name, 'demo', hf:ORG/NAME ...")

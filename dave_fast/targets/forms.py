@@ -94,7 +94,7 @@ def resolve_target(target: Target, output: Tensor, size: tuple[int, int], view: 
     if isinstance(target, Question):
         return target.resolve(output, size, view)
     if callable(target):
-        return GradientCotangent(lambda rows_output, rows: target(rows_output))
+        return GradientCotangent(lambda of_rows, rows: target(of_rows))
     return _listed(target, output)
 
 
