@@ -57,9 +57,6 @@ class FixedPace(Mapper):
         noise = np.random.default_rng(0).random((SIDE, SIDE), np.float32)
         self._map = np.where(bump > 0.05, bump * noise, 0)
 
-    def warm_up(self) -> None:
-        """Do nothing: a stub has no plan."""
-
     @property
     def configuration(self) -> dict[str, Any]:
         """The configuration of the stub."""
@@ -77,10 +74,18 @@ class FixedPace(Mapper):
         """Return rows after the time of the stub."""
         time.sleep(STUB_SECONDS * len(records))
         rows = []
-        for record in self._resolved(records):
+        for record in map(self._resolved, records):
             row = _record_columns(record, 50) | packed_map(self._map, "float16")
             rows.append(row | {"target": 1, "prediction": 1, "probability": 0.5, "status": "ok"})
         return rows
+
+
+class FixedPaceSettings(MapSettings):
+    """Settings whose maps `FixedPace` makes."""
+
+    def mapper(self, device: str | None, threads: int | None = None) -> Mapper:
+        """Return the stub."""
+        return FixedPace(self, device)
 
 
 def cpu_seconds() -> float:
@@ -102,7 +107,6 @@ def measure_model(place: str, settings: MapSettings, repeats: int) -> list[dict[
     """Measure the seconds of the engine alone and of the run, in turns."""
     torch.set_num_threads(torch.get_num_threads())
     mapper = Mapper(settings, "cpu")
-    mapper.warm_up()
     records = list(open_source(place).records())
     inputs = torch.stack([mapper.decode(record) for record in records])
     results = []
@@ -155,7 +159,7 @@ def measure_stub(place: str, repeats: int, threads: int, engine: str) -> list[di
 
 def stub_run(place: str, threads: int, engine: str) -> RunSummary:
     """Make a whole run with the stub."""
-    settings = MapSettings(make=FixedPace)
+    settings = FixedPaceSettings()
     with tempfile.TemporaryDirectory() as out:
         return run_dataset(place, Path(out) / "run", settings, Machine(("cpu",), workers=threads), engine=engine)
 

@@ -17,26 +17,22 @@ if TYPE_CHECKING:
 __all__ = ["DAVE", "Explanation", "ModelSpec", "__version__", "effective_gradient", "open_maps", "pipeline", "targets"]
 
 
+# Torch and timm take seconds to import, which `dave-fast --help` does not need.
+_MODULES = {
+    "DAVE": "dave_fast.explain.explainer",
+    "Explanation": "dave_fast.explain.explainer",
+    "ModelSpec": "dave_fast.models.spec",
+    "effective_gradient": "dave_fast.explain.explainer",
+    "open_maps": "dave_fast.run.reader",
+    "pipeline": "dave_fast.explain.pipeline",
+}
+
+
 def __getattr__(name: str) -> Any:
-    # Torch and timm take seconds to import, which `dave-fast --help` does not need.
-    if name in ("DAVE", "Explanation", "effective_gradient"):
-        from dave_fast.explain import explainer
-
-        return getattr(explainer, name)
-    if name == "ModelSpec":
-        from dave_fast.models.spec import ModelSpec
-
-        return ModelSpec
-    if name == "open_maps":
-        from dave_fast.run.reader import open_maps
-
-        return open_maps
-    if name == "pipeline":
-        from dave_fast.explain.pipeline import pipeline
-
-        return pipeline
     if name == "targets":
         return importlib.import_module("dave_fast.targets")
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'dave_fast' has no attribute {name!r}")
 
 

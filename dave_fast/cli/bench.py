@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -14,9 +12,6 @@ from dave_fast.cli.options import MACHINE
 from dave_fast.cli.terminal import console, plain_warnings
 from dave_fast.defaults import DEFAULT_SAMPLES
 from dave_fast.errors import InputError
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 _WHAT, _HOW, _RESULT = "What", MACHINE, "Result"
 
@@ -105,8 +100,9 @@ def bench(
         "budget": budget,
     }
     before = None if compare is None else (compare, _share(threshold))
-    with plain_warnings(screen), registered(_kernels(kernel or [], op), place.type), _status(screen) as say:
-        result = run(wanted, before=before, tests=tests, yours=bool(kernel), sweep=docs is not None, say=say)
+    own = _kernels(kernel or [], op)
+    with plain_warnings(screen), registered(own, place.type), screen.status("starting") as status:
+        result = run(wanted, before=before, tests=tests, yours=bool(own), sweep=docs is not None, say=status.update)
     _show(result)
     if json is not None:
         from dave_fast.bench.machine import write_json
@@ -144,13 +140,6 @@ def _kernels(given: list[str], op: str) -> dict[str, str]:
             raise InputError(f"--kernel {text!r} does not say for which op; write OP={text} or give --op OP")
         found[name] = path
     return found
-
-
-@contextmanager
-def _status(screen: Console) -> Iterator[Callable[[str], None]]:
-    """Show a status line in the block, which gets a function that changes its text."""
-    with screen.status("starting") as status:
-        yield lambda text: status.update(text)
 
 
 def _show(result: dict[str, Any]) -> None:

@@ -18,21 +18,12 @@ from __future__ import annotations
 import json
 import os
 import tomllib
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, get_args, get_type_hints
 
 from dave_fast.errors import InputError, reason_of
 from dave_fast.files import atomically
 
-_KINDS: dict[str, tuple[type, ...]] = {
-    "model": (str,),
-    "noise_alpha": (float, int),
-    "n_samples": (int,),
-    "weights": (str,),
-    "num_classes": (int,),
-    "labels": (str,),
-    "image_size": (int,),
-}
 _FILES = ("weights", "labels")
 
 
@@ -72,21 +63,21 @@ def load_config(path: str | os.PathLike[str]) -> Config:
         raise InputError(f"cannot read the configuration {path}: {reason_of(error)}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is no TOML file: {error}.") from error
-    known = [field.name for field in fields(Config)]
+    # The type T of each annotation T | None.
+    kinds = {name: get_args(annotation)[0] for name, annotation in get_type_hints(Config).items()}
     for key, value in values.items():
-        if key not in known:
-            raise InputError(f"{path} has the key {key!r}; expected only {', '.join(known)}.")
-        if not isinstance(value, _KINDS[key]) or isinstance(value, bool):
-            raise InputError(f"{path}: {key} is {value!r}; expected {' or '.join(k.__name__ for k in _KINDS[key])}.")
-    alpha = values.get("noise_alpha")
-    if alpha is not None and not 0 <= alpha <= 1:
-        raise InputError(f"{path}: noise_alpha is {alpha}; expected 0 ≤ noise_alpha ≤ 1.")
-    for key in ("n_samples", "num_classes", "image_size"):
-        if key in values and values[key] < 1:
-            raise InputError(f"{path}: {key} is {values[key]}; expected an integer ≥ 1.")
+        if key not in kinds:
+            raise InputError(f"{path} has the key {key!r}; expected only {', '.join(kinds)}.")
+        if kinds[key] is float and type(value) is int:
+            values[key] = float(value)
+        if type(values[key]) is not kinds[key]:
+            raise InputError(f"{path}: {key} is {value!r}; expected {kinds[key].__name__}.")
+        if kinds[key] is int and value < 1:
+            raise InputError(f"{path}: {key} is {value}; expected an integer ≥ 1.")
+    if not 0 <= values.get("noise_alpha", 0) <= 1:
+        raise InputError(f"{path}: noise_alpha is {values['noise_alpha']}; expected 0 ≤ noise_alpha ≤ 1.")
     folder = os.path.dirname(os.path.abspath(path))
-    values |= {key: os.path.join(folder, values[key]) for key in _FILES if key in values}
-    return Config(**values | ({} if alpha is None else {"noise_alpha": float(alpha)}))
+    return Config(**values | {key: os.path.join(folder, values[key]) for key in _FILES if key in values})
 
 
 def save_config(config: Config, path: str | os.PathLike[str]) -> None:

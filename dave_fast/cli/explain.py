@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dave_fast.cli import options
-from dave_fast.cli.terminal import console, note, plain_warnings, progress_bar, refuse
+from dave_fast.cli.terminal import console, note, plain_warnings, progress, refuse
 from dave_fast.errors import InputError
 from dave_fast.files import check_writable
 
@@ -155,25 +155,18 @@ def _run(
     done: list[Done] = []
     failed: list[Failed] = []
     share = request.n_samples
-    with progress_bar(screen) as bar:
-        task = bar.add_task(sources[0].path, total=share * len(sources))
-        outcomes = explain_files(
-            subject,
-            sources,
-            request,
-            progress=lambda rows, of: bar.update(
-                task, completed=share * (len(done) + len(failed)) + share * rows // of
-            ),
-            note=partial(note, screen),
-        )
-        for number, outcome in enumerate(outcomes, 1):
+    with progress(screen, sources[0].path) as update:
+
+        def show(rows: int, of: int) -> None:
+            number = len(done) + len(failed)
+            update(share * number + share * rows // of, share * len(sources), sources[number].path)
+
+        for outcome in explain_files(subject, sources, request, progress=show, note=partial(note, screen)):
             if isinstance(outcome, Done):
                 done.append(outcome)
             else:
                 failed.append(outcome)
                 refuse(outcome.error, screen)
-            following = sources[min(number, len(sources) - 1)].path
-            bar.update(task, completed=share * number, description=following)
     return done, failed
 
 

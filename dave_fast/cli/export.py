@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dave_fast.cli.terminal import console
+from dave_fast.cli.terminal import console, progress
 
 
 def export(
@@ -22,13 +22,13 @@ def export(
     Exit code 0: all written; 1: some images of overlays could not be read again; 2: refused, and why.
     """
     from dave_fast.run.export import export as write
-    from dave_fast.run.progress import simple_bar
     from dave_fast.run.reader import open_maps
 
     maps = open_maps(folder).filter(status="ok", target=target)
     maps = maps if limit is None else maps[:limit]
-    with simple_bar(console(), f"exporting to {to}", len(maps)) as progress:
-        missing = write(maps, to, out, progress)
+    name = f"exporting to {to}"
+    with progress(console(), name, "maps") as update:
+        missing = write(maps, to, out, lambda done: update(done, len(maps), name))
     console(stderr=False).print(f"{len(maps)} maps written to {out}", soft_wrap=True)
     if missing:
         console().print(f"{missing} images could not be read again: they have no overlay", style="yellow")

@@ -30,7 +30,7 @@ ModelOrDemo = Annotated[
 ]
 Weights = Annotated[
     Path | None,
-    typer.Option("--weights", help="A file of weights: safetensors, or torch's of tensors.", rich_help_panel=MODEL),
+    typer.Option("--weights", help="A state dict, saved as safetensors or by torch.save.", rich_help_panel=MODEL),
 ]
 NumClasses = Annotated[
     int | None,
@@ -71,7 +71,10 @@ Samples = Annotated[
         rich_help_panel=METHOD,
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Equal seeds give equal maps.", rich_help_panel=METHOD)]
+Seed = Annotated[
+    int,
+    typer.Option("--seed", help="Seed of the perturbations; equal seeds give equal maps.", rich_help_panel=METHOD),
+]
 NoiseAlpha = Annotated[
     float | None,
     typer.Option("--noise-alpha", help="The highest noise level.", show_default="by model", rich_help_panel=METHOD),
@@ -148,19 +151,18 @@ class ModelOptions:
         Raises:
             InputError: there is no such file, or the options contradict each other.
         """
+        from dave_fast.cli.config import Config
         from dave_fast.models.spec import ModelSpec
 
-        known = config if config is not None and self.model in (None, config.model) else None
+        known = config if config is not None and self.model in (None, config.model) else Config()
         for option, path in (("--weights", self.weights), ("--labels", self.labels)):
             if path is not None and not path.is_file():
                 raise InputError(f"{option}: there is no file {path}.")
         # Workers may have other working directories.
-        file = str(self.weights.resolve()) if self.weights else known.weights if known and not random_weights else None
-        names = str(self.labels.resolve()) if self.labels else known.labels if known else None
-        classes = self.num_classes or (known.num_classes if known else None)
-        size = self.image_size or (known.image_size if known else None)
-        name = self.model or (known.model if known else None) or default
-        return ModelSpec(name, file, classes, names, size, random_weights)
+        file = str(self.weights.resolve()) if self.weights else None if random_weights else known.weights
+        names = str(self.labels.resolve()) if self.labels else known.labels
+        classes, size = self.num_classes or known.num_classes, self.image_size or known.image_size
+        return ModelSpec(self.model or known.model or default, file, classes, names, size, random_weights)
 
 
 @dataclass(frozen=True)

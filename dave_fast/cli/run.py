@@ -173,7 +173,9 @@ def _devices(named: str | None) -> list[str | None]:
 
 def _tell(summary: RunSummary, out: Path) -> None:
     """Print the summary of a run."""
-    from dave_fast.run.progress import duration, size, speed
+    from rich.filesize import decimal
+
+    from dave_fast.run.progress import duration, speed
 
     screen = console(stderr=False)
     devices = "1 device" if summary.devices == 1 else f"{summary.devices} devices"
@@ -190,7 +192,9 @@ def _tell(summary: RunSummary, out: Path) -> None:
     if summary.doubles:
         ids = ", ".join(summary.doubles[:3])
         screen.print(f"ids that came twice, explained once: {ids}", style="yellow", soft_wrap=True)
-    screen.print(f"{out}: {summary.records} records in {summary.shards} shards, {size(summary.bytes)}", soft_wrap=True)
+    screen.print(
+        f"{out}: {summary.records} records in {summary.shards} shards, {decimal(summary.bytes)}", soft_wrap=True
+    )
     if summary.stopped is not None:
         screen.print("stopped before the end: the same command resumes it", style="yellow")
     else:

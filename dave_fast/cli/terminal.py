@@ -16,7 +16,6 @@ from dave_fast.errors import DaveFastError
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
 
 _LOG_WIDTH = 200
 
@@ -95,25 +94,21 @@ def plain_warnings(to: Console) -> Iterator[None]:
         yield
 
 
-def progress_bar(to: Console) -> Progress:
-    """Return a progress bar over samples that vanishes at its end, and is disabled where `to` is not a terminal."""
+@contextmanager
+def progress(to: Console, name: str, unit: str = "samples") -> Iterator[Callable[[int, int, str], None]]:
+    """Show a progress bar in the block, which gets a function of (done, in all, current work) that updates it.
+
+    The bar vanishes at the end of the block, and is not shown where `to` is not a terminal.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    return Progress(
+    columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("samples, left"),
+        TextColumn(f"{unit}, left"),
         TimeRemainingColumn(),
-        console=to,
-        transient=True,
-        disable=not to.is_terminal,
     )
-
-
-@contextmanager
-def progress(to: Console, name: str) -> Iterator[Callable[[int, int, str], None]]:
-    """Show a progress bar in the block, which gets a function of (done, in all, current work) that updates it."""
-    with progress_bar(to) as bar:
+    with Progress(*columns, console=to, transient=True, disable=not to.is_terminal) as bar:
         task = bar.add_task(name, total=None)
         yield lambda done, total, work: bar.update(task, completed=done, total=max(done, total), description=work)

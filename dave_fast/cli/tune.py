@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from dave_fast.evaluate.tuning import Tuning
     from dave_fast.images import Preprocessing
-    from dave_fast.models.spec import ModelSpec
 
 CONFIG, PICTURE = "dave-fast.toml", "tune.png"
 _BAR = 30
@@ -49,43 +48,29 @@ def tune(
     Writes dave-fast.toml, which explain, run and evaluate take as --config, and tune.png, the curves.
     """
     from dave_fast.cli.config import Config, save_config
+    from dave_fast.evaluate.tuning import tune as measure
+    from dave_fast.explain.subject import Subject
+    from dave_fast.images import find_images
 
     screen = console()
     with plain_warnings(screen):
         check_writable(out)
         spec = named.spec()
-        found = _run(screen, paths or [], spec, images, quality, seed, (device, precision, backend))
+        if not paths and spec.name != "demo":
+            raise InputError(f"name images that {spec.name} is used on, or a folder: tuning takes three or more.")
+        files = find_images(paths) if paths else []
+        with screen.status(f"loading {spec.name}"):
+            # The level is what is tuned: any value will do for loading.
+            subject = Subject.load(spec, device=device, precision=precision, backend=backend, noise_alpha=0.5)
+        inputs = _inputs(screen, subject.prepare, files, images, seed)
+        with progress(screen, "tuning") as update:
+            found = measure(subject.explainer, inputs, quality=quality, seed=seed, progress=update)
     # On the command line class names are always a file.
     names = spec.labels if isinstance(spec.labels, str) else None
     chosen = (spec.name, found.noise_alpha, found.n_samples, spec.weights, spec.num_classes, names, spec.image_size)
     save_config(Config(*chosen), out / CONFIG)
     picture(found, out / PICTURE)
     _tell(found, out)
-
-
-def _run(
-    screen: Console,
-    paths: Sequence[Path],
-    spec: ModelSpec,
-    images: int,
-    quality: float,
-    seed: int,
-    machine: tuple[Any, ...],
-) -> Tuning:
-    from dave_fast.evaluate.tuning import tune as measure
-    from dave_fast.explain.subject import Subject
-    from dave_fast.images import find_images
-
-    if not paths and spec.name != "demo":
-        raise InputError(f"name images that {spec.name} is used on, or a folder of them: tuning takes three or more.")
-    files = find_images(paths) if paths else []
-    device, precision, backend = machine
-    with screen.status(f"loading {spec.name}"):
-        # The level is what is tuned: any value will do for loading.
-        subject = Subject.load(spec, device=device, precision=precision, backend=backend, noise_alpha=0.5)
-    inputs = _inputs(screen, subject.prepare, files, images, seed)
-    with progress(screen, "tuning") as update:
-        return measure(subject.explainer, inputs, quality=quality, seed=seed, progress=update)
 
 
 def _inputs(screen: Console, prepare: Preprocessing, files: Sequence[Path], images: int, seed: int) -> Any:

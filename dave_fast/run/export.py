@@ -6,7 +6,6 @@ Every form is written under a temporary name and renamed when it is complete.
 from __future__ import annotations
 
 import csv
-import io
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from dave_fast.errors import ImageError, InputError, reason_of
-from dave_fast.files import atomically
 from dave_fast.images import decode_image, drawing, from_config
 from dave_fast.run.contents import read_content
 from dave_fast.run.reader import MapRecord, Maps
@@ -53,16 +51,10 @@ def export(maps: Maps, to: str, out: str | os.PathLike[str], progress: Progress 
     target = Path(out)
     if target.exists():
         raise InputError(f"{target} exists already; choose another --out, or delete it.")
-    if to != "png":
-        _refuse_sizes(maps)
-    return FORMS[to](maps, target, progress)
-
-
-def _refuse_sizes(maps: Maps) -> None:
-    """Raise InputError for maps of several sizes."""
     sizes = set(zip(maps.column("height").tolist(), maps.column("width").tolist(), strict=True))
-    if len(sizes) > 1:
+    if to != "png" and len(sizes) > 1:
         raise InputError(f"the maps have several sizes, {sorted(sizes)}; expected one: only --to png takes several.")
+    return FORMS[to](maps, target, progress)
 
 
 def _package(name: str, form: str) -> Any:
@@ -89,6 +81,12 @@ def _whole(target: Path, *, folder: bool) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
+def _shapes(maps: Maps) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of "map", (N, H, W), and of "raw", (N, 3, H, W), if the run kept it."""
+    first = maps[0]
+    return {name: (len(maps), *array.shape) for name in ("map", "raw") if (array := getattr(first, name)) is not None}
+
+
 def _zarr(maps: Maps, target: Path, progress: Progress) -> int:
     """Write a Zarr group: `map` (N, H, W) and `raw` (N, 3, H, W) if kept, float32, one map a chunk; small columns."""
     zarr = _package("zarr", "zarr")
@@ -99,54 +97,44 @@ def _zarr(maps: Maps, target: Path, progress: Progress) -> int:
         for name in ("target", "prediction", "probability", "seed", "n_samples"):
             column = maps.column(name)
             group.create_array(name, shape=column.shape, dtype=column.dtype, dimension_names=["record"])[:] = column
-        arrays: dict[str, Any] = {}
+        arrays = {
+            name: group.create_array(
+                name,
+                shape=shape,
+                chunks=(1, *shape[1:]),
+                shards=(min(_ZARR_SHARD, len(maps)), *shape[1:]),
+                dtype=np.float32,
+                dimension_names=["record", "channel", "y", "x"] if name == "raw" else ["record", "y", "x"],
+            )
+            for name, shape in _shapes(maps).items()
+        }
         for start in range(0, len(maps), _ZARR_SHARD):
             rows = list(maps[start : start + _ZARR_SHARD])
-            for name in ("map", "raw"):
-                if getattr(rows[0], name) is None:
-                    continue
-                block = np.stack([getattr(row, name) for row in rows])
-                if name not in arrays:
-                    arrays[name] = group.create_array(
-                        name,
-                        shape=(len(maps), *block.shape[1:]),
-                        chunks=(1, *block.shape[1:]),
-                        shards=(min(_ZARR_SHARD, len(maps)), *block.shape[1:]),
-                        dtype=np.float32,
-                        dimension_names=["record", "channel", "y", "x"] if name == "raw" else ["record", "y", "x"],
-                    )
-                arrays[name][start : start + len(block)] = block
+            for name, array in arrays.items():
+                array[start : start + len(rows)] = np.stack([getattr(row, name) for row in rows])
             progress(start + len(rows))
     return 0
 
 
 def _npy(maps: Maps, target: Path, progress: Progress) -> int:
     """Write maps.npy (N, H, W) and raw.npy (N, 3, H, W) if kept, float32, and index.csv in the same order."""
+    files = {"map": "maps.npy", "raw": "raw.npy"}
     with _whole(target, folder=True) as folder:
-        arrays: dict[str, np.ndarray] = {}
+        arrays = {
+            name: np.lib.format.open_memmap(folder / files[name], "w+", np.float32, shape)
+            for name, shape in _shapes(maps).items()
+        }
         for number, row in enumerate(maps):
-            for name in ("map", "raw"):
-                value = getattr(row, name)
-                if value is None:
-                    continue
-                if name not in arrays:
-                    file = folder / ("maps.npy" if name == "map" else "raw.npy")
-                    arrays[name] = np.lib.format.open_memmap(file, "w+", np.float32, (len(maps), *value.shape))
-                arrays[name][number] = value
+            for name, array in arrays.items():
+                array[number] = getattr(row, name)
             progress(number + 1)
         for array in arrays.values():
-            array.flush()  # type: ignore[attr-defined]
-        _write_index(maps, folder / "index.csv")
+            array.flush()
+        with open(folder / "index.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(INDEX)
+            writer.writerows(zip(*(maps.column(name).tolist() for name in INDEX), strict=True))
     return 0
-
-
-def _write_index(maps: Maps, path: Path) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(INDEX)
-    writer.writerows(zip(*(maps.column(name).tolist() for name in INDEX), strict=True))
-    with atomically(path) as file:
-        file.write(text.getvalue().encode())
 
 
 def _png(maps: Maps, target: Path, progress: Progress) -> int:

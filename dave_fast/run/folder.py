@@ -60,14 +60,11 @@ class RunFolder:
             save_identity(self.folder, identity)
         else:
             refuse_other(self.folder, self.before, identity)
-        if self.retry_errors and drop_errors(self.folder):
+        if self.retry_errors:
+            drop_errors(self.folder)
             self.done = committed_ids(self.folder)
         return identity
 
     def left(self) -> int | None:
         """Return how many more records may be explained, None without a limit. Valid once `check` has been called."""
         return None if self.limit is None else max(0, self.limit - len(self.done))
-
-    def skip(self, record_id: str) -> bool:
-        """Return whether a record has a row already."""
-        return record_id in self.done

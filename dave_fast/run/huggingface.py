@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from dave_fast.errors import InputError, reason_of
-from dave_fast.run.records import Record, RecordSource, Skip, as_int64, read_uri
+from dave_fast.run.records import Record, RecordSource, Skip, as_int64, count_unique, read_uri
 
 _COLUMNS = ("id", "target", "seed", "label")
 _ROWS = 4096
@@ -37,7 +37,7 @@ def dataset_source(place: str, *, labels: bool) -> RecordSource:
     identity = {"kind": "dataset", "records": len(dataset), "digest": dataset._fingerprint, "labels": labels}
     present = [c for c in _COLUMNS if c in dataset.column_names]
     if "id" in present:
-        _refuse_doubles(dataset["id"], place)
+        count_unique(dataset["id"], place)
 
     def read(skip: Skip) -> Iterator[Record]:
         # Images are not read here: workers read them by the uri.
@@ -61,14 +61,6 @@ def row_content(uri: str) -> bytes:
     place, _, row = uri.rpartition("#")
     dataset, column, _, _ = _opened(place)
     return _bytes(dataset[int(row)][column])
-
-
-def _refuse_doubles(ids: Any, place: str) -> None:
-    seen = set()
-    for record_id in ids:
-        if record_id in seen:
-            raise InputError(f"{place}: the id {record_id!r} occurs twice; every record needs an id of its own.")
-        seen.add(record_id)
 
 
 def _bytes(cell: Any) -> bytes:

@@ -81,21 +81,22 @@ def save_identity(folder: Path, identity: dict[str, Any]) -> None:
         file.write(json.dumps(identity, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
-def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return the differences of two identities, one line each: "configuration.n_samples: 50 before, 20 now"."""
-    old, new = _flat(before), _flat(now)
-    missing = "nothing"
-    return [
-        f"{name}: {old.get(name, missing)} before, {new.get(name, missing)} now"
-        for name in dict.fromkeys((*old, *new))
-        if old.get(name, missing) != new.get(name, missing)
-    ]
+def differences(one: dict[str, Any], other: dict[str, Any], form: str) -> list[str]:
+    """Return the differences of two trees of settings, each as text.
+
+    Args:
+        one: dictionaries, nested; names are joined by dots.
+        other: to compare it with.
+        form: how a difference is worded, of the setting's `name` and its two values, `one` and `other`.
+    """
+    first, second = _flat(one), _flat(other)
+    values = {name: (first.get(name, "nothing"), second.get(name, "nothing")) for name in first | second}
+    return [form.format(name=name, one=a, other=b) for name, (a, b) in values.items() if a != b]
 
 
 def refuse_other(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise InputError with the differences if the folder's run is not the one that is being started."""
-    found = differences(before, now)
-    if found:
+    if found := differences(before, now, "{name}: {one} before, {other} now"):
         raise InputError(
             f"{folder} holds another run; {'; '.join(found)}. Resume it with what it was begun with, or choose "
             "another --out."

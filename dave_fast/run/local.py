@@ -12,6 +12,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -20,8 +21,9 @@ from typing import Literal
 from dave_fast.errors import InputError, RunError
 from dave_fast.run.feed import CONTENT_BYTES, Feed
 from dave_fast.run.folder import RunFolder
+from dave_fast.run.identity import differences
 from dave_fast.run.mapper import MapSettings
-from dave_fast.run.messages import Alive, Committed, End, Finished, Go, Hello, Mapped, Stop, WorkerTask
+from dave_fast.run.messages import Alive, End, Finished, Go, Hello, Mapped, Stop, WorkerTask
 from dave_fast.run.progress import Report, Tally
 from dave_fast.run.shards import SHARD_ROWS
 from dave_fast.run.stopping import stop_in_order
@@ -87,7 +89,6 @@ class _WorkerHandle:
     hello: Hello | None = None
     # Bytes of each record that was sent and has no row yet.
     sent: deque[int] = field(default_factory=deque)
-    ended: bool = False
     last: Finished | None = None
 
     @property
@@ -96,16 +97,9 @@ class _WorkerHandle:
 
     def room(self) -> int:
         """Return how many records may be sent to it now."""
-        if self.hello is None or self.ended or sum(self.sent) > CONTENT_BYTES:
+        if self.hello is None or self.last is not None or sum(self.sent) > CONTENT_BYTES:
             return 0
         return self.hello.window - len(self.sent)
-
-
-def _differences(first: Hello, other: Hello) -> str:
-    """Return what two workers' maps differ in, with both values; "" for equal ones."""
-    ours, theirs = ({**hello.configuration, "weights": hello.weights} for hello in (first, other))
-    names = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
-    return ", ".join(f"{name} {ours.get(name)} and {theirs.get(name)}" for name in names)
 
 
 class _Parent:
@@ -114,17 +108,16 @@ class _Parent:
     def __init__(self, run_folder: RunFolder, settings: MapSettings, machine: Machine, report: Report) -> None:
         self.run_folder, self.report, self.machine = run_folder, report, machine
         self.tally = Tally(workers=len(machine.devices))
-        self.stopped_by: int | None = None
         self._told_to_stop = False
         context = multiprocessing.get_context(START)
         self.workers: list[_WorkerHandle] = []
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         share = max(1, cores // len(machine.devices))
+        decoders = machine.workers or min(_DECODERS, share)
+        rows = machine.shard_rows or SHARD_ROWS
         try:
             for number, device in enumerate(machine.devices):
                 ours, theirs = context.Pipe()
-                decoders = machine.workers or min(_DECODERS, share)
-                rows = machine.shard_rows or SHARD_ROWS
                 task = WorkerTask(
                     settings, device, share, decoders, run_folder.folder, f"{number:03d}", rows, machine.commit_s
                 )
@@ -138,20 +131,17 @@ class _Parent:
             self.end()
             raise
 
-    # ---- from start to end ----
-
     def run(self) -> Tally:
-        with stop_in_order(self):
+        error: BaseException | None = None
+        with stop_in_order(self.tally, self.report):
             self._hear_until(lambda: all(w.hello for w in self.workers) or self._over())
             if not self._over():
                 self._begin()
-                self._feed()
+                error = self._feed()
             self._stop()
             self._hear_until(lambda: all(w.last for w in self.workers), patience_s=_PATIENCE_S)
-        self.tally.stopped_by = self.stopped_by
-        for worker in self.workers:
-            if worker.last is not None and worker.last.error is not None:
-                raise worker.last.error
+        if error := error or self._failure():
+            raise error
         return self.tally
 
     def _begin(self) -> None:
@@ -159,54 +149,55 @@ class _Parent:
         hellos = [w.hello for w in self.workers if w.hello is not None]
         first = hellos[0]
         for other in hellos[1:]:
-            if differences := _differences(first, other):
+            one, two = ({**hello.configuration, "weights": hello.weights} for hello in (first, other))
+            if found := ", ".join(differences(one, two, "{name} {one} and {other}")):
                 raise InputError(
-                    f"{first.device} and {other.device} would make different maps ({differences}): give options that "
-                    "are the same on both, such as --precision, or one of the devices."
+                    f"{first.device} and {other.device} would make different maps ({found}): give options that are the "
+                    "same on both, such as --precision, or one of the devices."
                 )
         for note in dict.fromkeys(note for hello in hellos for note in hello.notes):
             self.report.note(note)
         identity = self.run_folder.check(first.configuration, first.weights)
         for worker in self.workers:
             worker.connection.send(Go(identity))
-        self.report.begin(self.tally)
+        self.tally.begin()
 
-    def _feed(self) -> None:
-        """Send records to the workers that have room, until there are none left or the run has to end."""
-        feed = Feed(self.run_folder.source, self.run_folder.skip, self.run_folder.left())
+    def _feed(self) -> BaseException | None:
+        """Send records to workers that have room until there are none left or the run has to end.
+
+        Returns:
+            The error that ended the reading of the source, or None.
+        """
+        feed = Feed(self.run_folder.source, self.run_folder.done.__contains__, self.run_folder.left())
         finished = False
         while not self._over() and not (finished and all(w.last for w in self.workers)):
-            while not finished and (room := [w for w in self.workers if w.room() > 0]):
+            while (room := [w for w in self.workers if w.room() > 0]) and (record := feed.take()):
                 # The worker with the fewest waiting records comes first.
                 worker = min(room, key=lambda w: len(w.sent))
-                records = feed.take(1)
-                if records is None:
-                    finished = True
-                    for each in self.workers:
-                        self._send(each, End())
-                    break
-                if not records:
-                    break
-                worker.sent += [len(r.content or b"") for r in records]
-                self._send(worker, records)
-            self._hear(0.02 if not finished and feed.empty() else _TICK_S)
+                worker.sent.append(len(record.content or b""))
+                self._send(worker, record)
+            if feed.ended and not finished:
+                finished = True
+                for worker in self.workers:
+                    self._send(worker, End())
+            self._hear(_TICK_S if feed or finished else 0.02)
         feed.stop()
-        if feed.error is not None:
-            self._stop()
-            self._hear_until(lambda: all(w.last for w in self.workers), patience_s=_PATIENCE_S)
-            raise feed.error
         self.tally.doubles = feed.doubles
+        return feed.error
+
+    def _failure(self) -> BaseException | None:
+        """Return the error that ended a worker, if any."""
+        return next((w.last.error for w in self.workers if w.last and w.last.error), None)
 
     def _over(self) -> bool:
         """Return whether the run has to end early: a signal came, or a worker failed."""
-        return self.stopped_by is not None or any(w.last is not None and w.last.error is not None for w in self.workers)
+        return self.tally.stopped_by is not None or self._failure() is not None
 
     def _stop(self) -> None:
-        if not self._told_to_stop:
-            self._told_to_stop = True
-            for worker in self.workers:
-                if worker.last is None:
-                    self._send(worker, Stop())
+        self._told_to_stop = True
+        for worker in self.workers:
+            if worker.last is None:
+                self._send(worker, Stop())
 
     def end(self) -> None:
         """Close the connections and end the processes, by force after a second."""
@@ -218,14 +209,10 @@ class _Parent:
                 worker.process.kill()
                 worker.process.join()
 
-    # ---- messages ----
-
     def _send(self, worker: _WorkerHandle, message: object) -> None:
-        try:
+        # `_hear` reads a closed pipe and reports the worker's end.
+        with suppress(BrokenPipeError, ConnectionResetError):
             worker.connection.send(message)
-        except (BrokenPipeError, ConnectionResetError):
-            # `_hear` reads the closed pipe and reports the worker's end.
-            worker.ended = True
 
     def _hear_until(self, reached: Callable[[], bool], patience_s: float | None = None) -> None:
         until = None if patience_s is None else time.monotonic() + patience_s
@@ -256,19 +243,15 @@ class _Parent:
     def _heard(self, worker: _WorkerHandle, message: object) -> None:
         if isinstance(message, Hello):
             worker.hello = message
-            self.tally.alive()
+            self.tally.alive(worker.name)
         elif isinstance(message, Alive):
             self.tally.alive(worker.name, message.images)
         elif isinstance(message, Mapped):
             for _ in range(message.records):
                 worker.sent.popleft()
-            self.tally.mapped(worker.name, message.records, message.busy_s, message.errors)
-            for record_id, reason in message.errors:
-                self.report.failed(record_id, reason)
-        elif isinstance(message, Committed):
-            self.tally.committed(message.rows, message.bytes)
+            self.tally.mapped(worker.name, message)
         elif isinstance(message, Finished):
-            worker.last, worker.ended = message, True
+            worker.last = message
 
     def _died(self, worker: _WorkerHandle) -> None:
         """Note that a worker's process ended without its last message."""
@@ -276,7 +259,6 @@ class _Parent:
         code = worker.process.exitcode
         how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with {code}"
         hint = " (the system does that when memory runs out)" if code == -signal.SIGKILL else ""
-        worker.ended = True
         worker.last = Finished(
             RunError(f"worker {worker.name} {how}{hint}; what is committed is kept: resume the run.")
         )

@@ -6,25 +6,26 @@ default resolved. The mappers of one run have equal `Mapper.configuration` and `
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dave_fast.defaults import DEFAULT_SAMPLES
-from dave_fast.errors import DaveFastError, ImageError, InputError, NonFiniteError
+from dave_fast.errors import ImageError, InputError, NonFiniteError
 from dave_fast.images import decode_image
 from dave_fast.models.spec import ModelSpec
 from dave_fast.run.contents import read_content
 from dave_fast.run.identity import weights_hash
+from dave_fast.run.messages import Mapped
 from dave_fast.run.records import Record, image_key, printable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from dave_fast.explain.explainer import Explanation
     from dave_fast.run.shards import ShardRow
 
 MAP_DTYPES = ("float16", "uint8")
@@ -49,7 +50,6 @@ class MapSettings:
         outputs: whether the model's outputs are stored too.
         batch_size: images a call of the explainer; None: by the device.
         options: further keywords of `dave_fast.DAVE`.
-        make: builds the mapper on a device, in place of `Mapper`; for tests and benchmarks.
     """
 
     model: str | ModelSpec | nn.Module = "demo"
@@ -61,7 +61,6 @@ class MapSettings:
     outputs: bool = False
     batch_size: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    make: Callable[[MapSettings, str | None], Mapper] | None = None
 
     def mapper(self, device: str | None, threads: int | None = None) -> Mapper:
         """Return the mapper on a device.
@@ -70,8 +69,6 @@ class MapSettings:
             device: name of a torch device, None for the best there is.
             threads: torch's threads on a CPU, None for torch's default.
         """
-        if self.make is not None:
-            return self.make(self, device)
         if threads is not None:
             import torch
 
@@ -87,7 +84,7 @@ class Mapper:
         device: name of a torch device, None for the best there is.
 
     Raises:
-        InputError: the model is no classifier of images, or has no class of the name that is the target.
+        InputError: the model is no classifier of images, its output is not (B, K), or the target is no class of it.
 
     Attributes:
         notes: remarks for the user, such as warnings while the model was loaded.
@@ -97,40 +94,29 @@ class Mapper:
     """
 
     def __init__(self, settings: MapSettings, device: str | None) -> None:
+        import torch
+
         from dave_fast.explain.subject import Subject
 
         self.settings = settings
-        self.notes: list[str] = []
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             subject = Subject.load(settings.model, device=device, **settings.options)
-        self.explainer, self.prepare, self.labels = subject
-        self.notes += [str(warning.message) for warning in caught]
+            self.explainer, self.prepare, self.labels = subject
+            self.weights = weights_hash(self.explainer.model)
+            self.target = None
+            if settings.target is not None and settings.target not in (PREDICTED, LABEL):
+                self.target = self.labels.resolve(settings.target)
+            # A grey image shows errors before the run begins, and has the weights laid out.
+            output = self.explainer.explain(torch.zeros(1, 3, *self.prepare.size), n_samples=1).output
+        if output.dim() != 2:
+            raise InputError(f"the model's output is {tuple(output.shape)}; expected (B, K): runs explain classifiers.")
+        self.notes = [str(warning.message) for warning in caught]
         if isinstance(settings.model, ModelSpec) and settings.model.random_weights:
             self.notes.append("the weights are random: the maps show the mechanics and mean nothing.")
         self.notes += [self.prepare.note] if self.prepare.note else []
-        named = settings.target not in (None, PREDICTED, LABEL)
-        self.target = self.labels.resolve(settings.target) if named and settings.target is not None else None
-        self.weights = weights_hash(self.explainer.model)
         self.device = str(self.explainer.device)
         self.batch_size = settings.batch_size or _BATCH.get(self.explainer.device.type, 4)
-
-    def warm_up(self) -> None:
-        """Explain a grey image once: errors show before the run begins, and the weights are laid out.
-
-        Raises:
-            InputError: the model's output is not (B, K).
-        """
-        import torch
-
-        images = torch.zeros(1, 3, *self.prepare.size)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            explanation = self.explainer.explain(images, n_samples=1)
-        self.notes += [str(warning.message) for warning in caught]
-        if explanation.output.dim() != 2:
-            shape = tuple(explanation.output.shape)
-            raise InputError(f"the model's output is {shape}; expected (B, K): runs explain classifiers only.")
 
     @property
     def configuration(self) -> dict[str, Any]:
@@ -167,6 +153,33 @@ class Mapper:
         except (ValueError, OSError, MemoryError) as error:
             raise ImageError(f"cannot prepare {record.uri}: {error}.") from error
 
+    def rows(
+        self, given: Sequence[tuple[Record, Callable[[], Tensor]]], progress: Progress
+    ) -> tuple[list[ShardRow], Mapped]:
+        """Return a row for each record, in their order, and the message that reports them.
+
+        Args:
+            given: the records, each with a function that returns its input as `decode` does, or raises InputError.
+            progress: as for `explain`.
+        """
+        rows: dict[str, ShardRow] = {}
+        records, inputs = [], []
+        for record, load in given:
+            try:
+                target = self._resolved(record).target
+                if target is not None:
+                    self.labels.resolve(target)
+                inputs.append(load())
+                records.append(record)
+            except InputError as error:
+                rows[record.id] = self.error_row(record, error)
+        start = time.perf_counter()
+        rows |= {row["id"]: row for row in self.explain(records, inputs, progress)}
+        busy_s = time.perf_counter() - start
+        ordered = [rows[record.id] for record, _ in given]
+        errors = [(row["id"], row["error"]) for row in ordered if row["status"] == "error"]
+        return ordered, Mapped(len(ordered), busy_s, errors)
+
     def explain(self, records: Sequence[Record], inputs: Sequence[Tensor], progress: Progress | None) -> list[ShardRow]:
         """Return a row for each record, in their order; records that cannot be explained get rows with an error.
 
@@ -180,29 +193,15 @@ class Mapper:
             Exception: any other error that is not due to a single image.
         """
         rows: dict[str, ShardRow] = {}
-        for group in _alike(self._resolved(records), inputs):
+        for group in _alike(map(self._resolved, records), inputs):
             rows |= {row["id"]: row for row in self._group(*group, progress)}
         return [rows[record.id] for record in records]
 
-    def refuse_target(self, record: Record) -> None:
-        """Raise InputError if the record's own target is no class of the model."""
-        (resolved,) = self._resolved([record])
-        if resolved.target is not None:
-            self.labels.resolve(resolved.target)
-
-    def _resolved(self, records: Sequence[Record]) -> list[Record]:
-        """Return the records with the seed and the target that they are explained with, without their content."""
-        settings = self.settings
-        forced = self.target is not None or settings.target == PREDICTED
-        return [
-            replace(
-                record,
-                seed=settings.seed if record.seed is None else record.seed,
-                target=self.target if forced else record.target,
-                content=None,
-            )
-            for record in records
-        ]
+    def _resolved(self, record: Record) -> Record:
+        """Return a record with the seed and the target that it is explained with, without its content."""
+        forced = self.target is not None or self.settings.target == PREDICTED
+        seed = self.settings.seed if record.seed is None else record.seed
+        return replace(record, seed=seed, target=self.target if forced else record.target, content=None)
 
     def _group(
         self, records: Sequence[Record], inputs: Sequence[Tensor], progress: Progress | None
@@ -214,46 +213,42 @@ class Mapper:
         import torch
 
         try:
-            yield from self._rows(records, self._explanation(records, torch.stack(list(inputs)), progress))
+            yield from self._explained(records, torch.stack(list(inputs)), progress)
+            return
         except (torch.OutOfMemoryError, MemoryError) as error:
             if len(records) == 1:
                 raise MemoryError(
                     "out of memory with one image at a time: give a smaller --internal-batch-size or fewer --n-samples."
                 ) from error
-            failure: DaveFastError | None = None
+            some = len(records) // 2
         except (InputError, NonFiniteError) as error:
             # The explainer refuses the whole batch for one image.
-            failure = error
-        else:
-            return
-        if len(records) == 1 and failure is not None:
-            yield self.error_row(records[0], failure)
-            return
-        half = len(records) // 2 if failure is None else 1
-        for start in range(0, len(records), half):
-            yield from self._group(records[start : start + half], inputs[start : start + half], progress)
+            if len(records) == 1:
+                yield self.error_row(records[0], error)
+                return
+            some = 1
+        for start in range(0, len(records), some):
+            yield from self._group(records[start : start + some], inputs[start : start + some], progress)
 
-    def _explanation(self, records: Sequence[Record], images: Tensor, progress: Progress | None) -> Explanation:
+    def _explained(self, records: Sequence[Record], images: Tensor, progress: Progress | None) -> Iterator[ShardRow]:
         import torch
 
-        targets = [record.target for record in records]
-        seed = records[0].seed
+        settings = self.settings
+        targets, seed = [record.target for record in records], records[0].seed
         assert seed is not None
-        return self.explainer.explain(
+        explanation = self.explainer.explain(
             images,
             target=None if targets[0] is None else torch.tensor(targets),
-            n_samples=self.settings.n_samples,
+            n_samples=settings.n_samples,
             seed=seed,
             image_keys=[image_key(record.id) for record in records],
             progress=progress,
         )
-
-    def _rows(self, records: Sequence[Record], explanation: Explanation) -> Iterator[ShardRow]:
         maps = explanation.maps.cpu().numpy()
-        raws = explanation.raw.cpu().numpy() if self.settings.raw else None
+        raws = explanation.raw.cpu().numpy() if settings.raw else None
         outputs = explanation.output.cpu().float().numpy()
         for n, record in enumerate(records):
-            row = _record_columns(record, self.settings.n_samples) | packed_map(maps[n], self.settings.map_dtype)
+            row = _record_columns(record, settings.n_samples) | packed_map(maps[n], settings.map_dtype)
             row |= {
                 "target": int(explanation.target[n]),
                 "prediction": int(outputs[n].argmax()),
@@ -262,13 +257,13 @@ class Mapper:
             }
             if raws is not None:
                 row |= packed_raw(raws[n])
-            if self.settings.outputs:
+            if settings.outputs:
                 row["output"] = outputs[n].tobytes()
             yield row
 
     def error_row(self, record: Record, error: Exception) -> ShardRow:
         """Return the row of a record that could not be explained."""
-        (record,) = self._resolved([record])
+        record = self._resolved(record)
         row = _record_columns(record, self.settings.n_samples)
         return row | {"target": record.target, "status": "error", "error": " ".join(str(error).split())}
 
@@ -293,7 +288,7 @@ def packed_raw(raw: np.ndarray) -> ShardRow:
     return {"raw": (raw / scale).astype("<f2").tobytes(), "raw_scale": scale}
 
 
-def _alike(records: Sequence[Record], inputs: Sequence[Tensor]) -> Iterator[tuple[list[Record], list[Tensor]]]:
+def _alike(records: Iterable[Record], inputs: Sequence[Tensor]) -> Iterator[tuple[list[Record], list[Tensor]]]:
     """Yield groups of records, and their inputs, with one seed and of which all or none have a target."""
     groups: dict[Any, tuple[list[Record], list[Tensor]]] = {}
     for record, tensor in zip(records, inputs, strict=True):

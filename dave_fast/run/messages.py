@@ -1,14 +1,15 @@
-"""Messages between a run's parent process and its workers. A list of records is a message to a worker too."""
+"""Messages between a run's parent process and its workers. A `Record` is a message to a worker too."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dave_fast.errors import DaveFastError
-from dave_fast.run.mapper import MapSettings
-from dave_fast.run.shards import SHARD_ROWS
+
+if TYPE_CHECKING:
+    from dave_fast.run.mapper import MapSettings
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class WorkerTask:
     decoders: int
     folder: Path
     name: str
-    shard_rows: int = SHARD_ROWS
-    commit_s: float = 300.0
+    shard_rows: int
+    commit_s: float
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,13 @@ class Stop:
 
 @dataclass(frozen=True)
 class Alive:
-    """From a worker: the images of its current batch that are done, as a fraction."""
+    """From a worker: it makes progress.
 
-    images: float
+    Attributes:
+        images: images of its current batch that are done, as a fraction; None for other progress, such as a commit.
+    """
+
+    images: float | None = None
 
 
 @dataclass(frozen=True)
@@ -92,14 +97,6 @@ class Mapped:
     records: int
     busy_s: float
     errors: list[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Committed:
-    """From a worker: a shard was committed, of so many rows and bytes."""
-
-    rows: int
-    bytes: int
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from dave_fast.run.messages import Mapped
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,11 +24,7 @@ class Tally:
         images: records explained, those with an error included.
         errors: records without a map.
         busy_s: seconds that devices computed, summed over the devices.
-        shards: shards committed.
-        rows: rows committed.
-        bytes: bytes committed.
-        started: when the run started; this and the following times are of `time.monotonic`.
-        first_work: when the workers were ready, None before.
+        first_work: when the workers were ready, None before; this and `last_progress` are of `time.monotonic`.
         last_progress: when something was last heard of a worker.
         first_errors: (id, reason) of the first failures.
         doubles: ids that occurred twice in the source.
@@ -39,10 +35,6 @@ class Tally:
     images: int = 0
     errors: int = 0
     busy_s: float = 0.0
-    shards: int = 0
-    rows: int = 0
-    bytes: int = 0
-    started: float = field(default_factory=time.monotonic)
     first_work: float | None = None
     last_progress: float = field(default_factory=time.monotonic)
     first_errors: list[tuple[str, str]] = field(default_factory=list)
@@ -50,31 +42,23 @@ class Tally:
     stopped_by: int | None = None
     _parts: dict[str, float] = field(default_factory=dict)
 
-    def alive(self, worker: str | None = None, images: float = 0.0) -> None:
+    def begin(self) -> None:
+        """Start the clock: the workers are ready."""
+        self.first_work = self.last_progress = time.monotonic()
+
+    def alive(self, worker: str, images: float | None = None) -> None:
         """Note that a worker is alive; `images` is how many of its current batch are done, as a fraction."""
         self.last_progress = time.monotonic()
-        if worker is not None:
+        if images is not None:
             self._parts[worker] = images
 
-    def mapped(self, worker: str, records: int, busy_s: float, errors: list[tuple[str, str]]) -> None:
-        """Add rows that a worker has made.
-
-        Args:
-            worker: the worker's name.
-            records: number of rows.
-            busy_s: seconds that the device took.
-            errors: (id, reason) of the rows without a map.
-        """
-        self.alive(worker)
-        self.images += records
-        self.errors += len(errors)
-        self.busy_s += busy_s
-        self.first_errors += errors[: max(0, _REPORTED - len(self.first_errors))]
-
-    def committed(self, rows: int, size: int) -> None:
-        """Add a shard that was committed, with its number of rows and of bytes."""
-        self.last_progress = time.monotonic()
-        self.shards, self.rows, self.bytes = self.shards + 1, self.rows + rows, self.bytes + size
+    def mapped(self, worker: str, rows: Mapped) -> None:
+        """Add rows that a worker has made."""
+        self.alive(worker, 0.0)
+        self.images += rows.records
+        self.errors += len(rows.errors)
+        self.busy_s += rows.busy_s
+        self.first_errors += rows.errors[: max(0, _REPORTED - len(self.first_errors))]
 
     @property
     def done(self) -> float:
@@ -83,8 +67,8 @@ class Tally:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since the workers were ready."""
-        return time.monotonic() - (self.first_work or self.started)
+        """Seconds since the workers were ready, 0 before."""
+        return 0.0 if self.first_work is None else time.monotonic() - self.first_work
 
     @property
     def rate(self) -> float:
@@ -100,18 +84,11 @@ class Tally:
 class Report:
     """The receiver of a run's news; this one shows nothing."""
 
-    def begin(self, tally: Tally) -> None:
-        """Start the clock: the workers are ready."""
-        tally.first_work = tally.last_progress = time.monotonic()
-
     def update(self, tally: Tally) -> None:
-        """Show the counts, which may have changed."""
+        """Show the counts and first failures, which may have changed."""
 
     def note(self, text: str) -> None:
         """Show a remark, such as a setting that had to be assumed."""
-
-    def failed(self, record_id: str, reason: str) -> None:
-        """Show why a record could not be explained."""
 
 
 class Bar(Report):
@@ -153,19 +130,19 @@ class Bar(Report):
     def __exit__(self, *details: object) -> None:
         self._progress.stop()
 
-    def begin(self, tally: Tally) -> None:
-        """Start the clock, and say that images are being explained."""
-        super().begin(tally)
-        self._progress.update(self._task, description="explaining")
-
     def update(self, tally: Tally) -> None:
-        """Move the bar, or write a line to the log if one is due."""
+        """Move the bar, or write a line to the log if one is due; write the first failures, in red."""
         if tally.first_work is None:
             return
+        for record_id, reason in tally.first_errors[self._reported :]:
+            self._reported += 1
+            self._screen.print(f"failed: {record_id}: {reason}", style="red", soft_wrap=True)
+            if self._reported == _REPORTED:
+                self._screen.print("failed: … further ones are counted only; their rows say why", style="red")
         done = self._before + tally.done
         count = f"{int(done)}{f'/{self._total}' if self._total is not None else ''} images"
-        rate, share = f"{speed(tally.rate)}", f"{100 * tally.device_share:.0f} %"
-        self._progress.update(self._task, completed=done, count=count, rate=rate, share=share)
+        rate, share = speed(tally.rate), f"{100 * tally.device_share:.0f} %"
+        self._progress.update(self._task, description="explaining", completed=done, count=count, rate=rate, share=share)
         now = time.monotonic()
         if not self._screen.is_terminal and now - self._logged >= self.LOG_S:
             self._logged = now
@@ -177,14 +154,6 @@ class Bar(Report):
     def note(self, text: str) -> None:
         """Write a remark, in yellow."""
         self._screen.print(f"note: {text}", style="yellow", soft_wrap=True)
-
-    def failed(self, record_id: str, reason: str) -> None:
-        """Write the first failures, in red; further ones are counted in the summary."""
-        self._reported += 1
-        if self._reported <= _REPORTED:
-            self._screen.print(f"failed: {record_id}: {reason}", style="red", soft_wrap=True)
-        if self._reported == _REPORTED:
-            self._screen.print("failed: … further ones are counted only; their rows say why", style="red")
 
 
 def speed(images_s: float) -> str:
@@ -199,23 +168,3 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def size(count: float) -> str:
-    """Return a number of bytes as text: "12.3 MB"."""
-    for unit in ("bytes", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
-@contextmanager
-def simple_bar(screen: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar on a terminal, and yield a function that sets how many are done."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda done: bar.update(task, completed=done)

@@ -26,7 +26,7 @@ from dave_fast.run.folder import RunFolder
 from dave_fast.run.lock import Fence
 from dave_fast.run.mapper import MapSettings
 from dave_fast.run.progress import Report, Tally
-from dave_fast.run.ray_tasks import DECODE_BATCH, Board, Part, Pipeline, execute, probe
+from dave_fast.run.ray_tasks import DECODE_BATCH, Board, Part, RayPipeline, execute, probe
 from dave_fast.run.stopping import stop_in_order
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def run_ray(run_folder: RunFolder, settings: MapSettings, machine: Machine, repo
         for note in notes:
             report.note(note)
         identity = run_folder.check(configuration, weights)
-        pipeline = Pipeline(
+        pipeline = RayPipeline(
             parts=_parts(run_folder),
             limit=None if run_folder.source.shards is None else run_folder.left(),
             settings=settings,
@@ -150,21 +150,18 @@ def preflight(resources: dict[str, float], devices: Sequence[str | None]) -> tup
 class _RayRun:
     """The driver of a run: starts the pipeline, and takes care of counts, signals and watchdog."""
 
-    def __init__(self, ray: Any, pipeline: Pipeline, report: Report, watchdog_s: float) -> None:
+    def __init__(self, ray: Any, pipeline: RayPipeline, report: Report, watchdog_s: float) -> None:
         self.ray, self.pipeline, self.report, self.watchdog_s = ray, pipeline, report, watchdog_s
         self.tally = Tally(workers=pipeline.actors)
-        self.stopped_by: int | None = None
 
     def run(self) -> Tally:
         """Run the pipeline in a task of its own and return the counts."""
+        self.tally.begin()
         if not self.pipeline.parts:
-            self.report.begin(self.tally)
             return self.tally
-        with stop_in_order(self):
-            self.report.begin(self.tally)
+        with stop_in_order(self.tally, self.report):
             task = self.ray.remote(num_cpus=0, max_retries=0)(execute).remote(self.pipeline)
             failure = self._watch(task)
-        self.tally.stopped_by = self.stopped_by
         try:
             self.ray.get(task)
         except self.ray.exceptions.RayError as error:
@@ -182,17 +179,13 @@ class _RayRun:
         stop_sent = False
         while True:
             ended, _ = self.ray.wait([task], timeout=_TICK_S)
-            news, commits, failure = self.ray.get(self.pipeline.board.news.remote())
-            for records, busy_s, errors in news:
-                self.tally.mapped("", records, busy_s, errors)
-                for record_id, reason in errors:
-                    self.report.failed(record_id, reason)
-            for rows, size in commits:
-                self.tally.committed(rows, size)
+            news, failure = self.ray.get(self.pipeline.board.news.remote())
+            for rows in news:
+                self.tally.mapped("", rows)
             self.report.update(self.tally)
             if ended:
-                return None if failure is None else str(failure)
-            if self.stopped_by is not None and not stop_sent:
+                return failure
+            if self.tally.stopped_by is not None and not stop_sent:
                 stop_sent = True
                 self.pipeline.board.stop.remote()
             silent_s = time.monotonic() - self.tally.last_progress
@@ -217,7 +210,7 @@ def _parts(run_folder: RunFolder) -> list[Part]:
     if source.shards is not None:
         done = _by_shard(run_folder.done, source.shards)
         return [partial(read, done[name].__contains__) for name, read in source.shards.items()] if left != 0 else []
-    records = list(itertools.islice(source.records(run_folder.skip), left))
+    records = list(itertools.islice(source.records(run_folder.done.__contains__), left))
     # Small enough that all processors decode, large enough that tasks are worth their cost.
     size = min(_PART, max(DECODE_BATCH, len(records) // (8 * (os.cpu_count() or 1))))
     return [records[start : start + size] for start in range(0, len(records), size)]

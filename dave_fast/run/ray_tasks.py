@@ -21,13 +21,16 @@ from dave_fast.images import Preprocessing, decode_image, from_config
 from dave_fast.run.contents import read_content
 from dave_fast.run.lock import Fence
 from dave_fast.run.mapper import MapSettings
+from dave_fast.run.messages import Mapped
 from dave_fast.run.records import Record, printable
-from dave_fast.run.shards import ShardWriter, schema
+from dave_fast.run.shards import new_shard, schema
 
 # Records that a read task decodes at a time.
 DECODE_BATCH = 16
 _BLOCK_BYTES = 8 * 2**20
 _ALIVE_S = 5.0
+# Tells the watchdog that work goes on, without rows.
+PROGRESS = Mapped(0, 0.0, [])
 
 # The records of one read task, or a function that yields them.
 Part = list[Record] | Callable[[], Iterator[Record]]
@@ -48,7 +51,6 @@ def probe(settings: MapSettings, device: str | None) -> Any:
     """Load the model where the maps will be made; return (configuration, weights, notes), or the error."""
     try:
         mapper = settings.mapper(device)
-        mapper.warm_up()
     except DaveFastError as error:
         return error
     return mapper.configuration, mapper.weights, mapper.notes
@@ -58,42 +60,32 @@ class Board:
     """An actor without work of its own: it gathers the counts of the others, and tells them to stop."""
 
     def __init__(self) -> None:
-        self._mapped: list[tuple[int, float, list[tuple[str, str]]]] = []
-        self._commits: list[tuple[int, int]] = []
+        self._mapped: list[Mapped] = []
         self._stopping = False
         self._failure: str | None = None
 
-    def mapped(self, records: int, busy_s: float, errors: list[tuple[str, str]]) -> bool:
-        """Add rows that were made; return whether the run is to stop."""
-        self._mapped.append((records, busy_s, errors))
+    def mapped(self, rows: Mapped) -> bool:
+        """Add rows that were made, `PROGRESS` for other progress; return whether the run is to stop."""
+        self._mapped.append(rows)
         return self._stopping
 
-    def committed(self, rows: int, size: int) -> None:
-        """Add a shard that was committed."""
-        self._commits.append((rows, size))
-
-    def fail(self, reason: str) -> None:
-        """Stop the run for a reason; the first one is kept."""
-        self._failure = self._failure or reason
-        self._stopping = True
-
-    def stop(self) -> None:
-        """Stop the run."""
+    def stop(self, failure: str | None = None) -> None:
+        """Stop the run; the first failure is kept."""
+        self._failure = self._failure or failure
         self._stopping = True
 
     def stopping(self) -> bool:
         """Return whether the run is to stop."""
         return self._stopping
 
-    def news(self) -> tuple[list[Any], list[Any], str | None]:
-        """Return what was added since the last call: (mapped, commits, the reason of a failure)."""
+    def news(self) -> tuple[list[Mapped], str | None]:
+        """Return the rows that were added since the last call, and the reason of a failure."""
         mapped, self._mapped = self._mapped, []
-        commits, self._commits = self._commits, []
-        return mapped, commits, self._failure
+        return mapped, self._failure
 
 
 @dataclass(frozen=True)
-class Pipeline:
+class RayPipeline:
     """The settings of a run's pipeline, which can be pickled.
 
     Attributes:
@@ -123,7 +115,7 @@ class Pipeline:
     board: Any
 
 
-def execute(pipeline: Pipeline) -> None:
+def execute(pipeline: RayPipeline) -> None:
     """Read, explain and write all records. A task of its own, so that the driver can cancel a pipeline that hangs."""
     from ray import data
 
@@ -148,7 +140,7 @@ def execute(pipeline: Pipeline) -> None:
     ).write_datasink(_sink(pipeline))
 
 
-def _datasource(pipeline: Pipeline) -> Any:
+def _datasource(pipeline: RayPipeline) -> Any:
     from ray.data.block import BlockMetadata
     from ray.data.datasource import Datasource, ReadTask
 
@@ -205,10 +197,9 @@ class _MapActor:
         self._stopping = False
         self._last_alive = time.monotonic()
         self._mapper = settings.mapper(device)
-        self._mapper.warm_up()
         made = json.loads(json.dumps([self._mapper.configuration, self._mapper.weights]))
         if made != [identity["configuration"], identity["weights"]]:
-            board.fail.remote(f"an actor on {device} would make other maps than the run's: give --precision.")
+            board.stop.remote(f"an actor on {device} would make other maps than the run's: give --precision.")
             self._stopping = True
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -224,41 +215,31 @@ class _MapActor:
 
     def _fail(self, reason: str) -> None:
         self._stopping = True
-        self._board.fail.remote(f"{reason.rstrip('.')}. What is committed is kept: resume the run.")
+        self._board.stop.remote(f"{reason.rstrip('.')}. What is committed is kept: resume the run.")
 
     def _rows(self, given: list[dict[str, Any]]) -> list[Any]:
-        mapper = self._mapper
-        height, width = mapper.prepare.size
-        failed: dict[str, Any] = {}
-        records, inputs = [], []
-        for row in given:
-            record = Record(row["id"], row["uri"], row["target"], row["seed"])
-            try:
-                if row["error"] is not None:
-                    raise InputError(row["error"])
-                mapper.refuse_target(record)
-                crop = np.frombuffer(row["crop"], np.uint8).reshape(height, width, 3)
-                inputs.append(mapper.prepare.normalised(crop))
-                records.append(record)
-            except InputError as error:
-                failed[record.id] = mapper.error_row(record, error)
-        start = time.perf_counter()
-        made = {row["id"]: row for row in mapper.explain(records, inputs, self._alive)} if records else {}
-        busy_s = time.perf_counter() - start if records else 0.0
-        rows = [(made | failed)[row["id"]] for row in given]
-        errors = [(row["id"], row["error"]) for row in rows if row["status"] == "error"]
-        self._stopping = self._ray.get(self._board.mapped.remote(len(rows), busy_s, errors))
+        records = [Record(row["id"], row["uri"], row["target"], row["seed"]) for row in given]
+        loads = [partial(self._input, row) for row in given]
+        rows, message = self._mapper.rows(list(zip(records, loads, strict=True)), self._alive)
+        self._stopping = self._ray.get(self._board.mapped.remote(message))
         return rows
+
+    def _input(self, row: dict[str, Any]) -> Any:
+        """Return the model's input for a crop (3, H, W); raise InputError if there is none."""
+        if row["error"] is not None:
+            raise InputError(row["error"])
+        prepare = self._mapper.prepare
+        return prepare.normalised(np.frombuffer(row["crop"], np.uint8).reshape(*prepare.size, 3))
 
     def _alive(self, done: int, rows: int) -> None:
         """Report progress to the watchdog during a long batch, at most every few seconds."""
         now = time.monotonic()
         if now - self._last_alive > _ALIVE_S:
             self._last_alive = now
-            self._board.mapped.remote(0, 0.0, [])
+            self._board.mapped.remote(PROGRESS)
 
 
-def _sink(pipeline: Pipeline) -> Any:
+def _sink(pipeline: RayPipeline) -> Any:
     from ray.data.datasource import Datasink
 
     class Shards(Datasink):
@@ -274,10 +255,9 @@ def _sink(pipeline: Pipeline) -> Any:
                 return
             table = pa.concat_tables(tables, promote_options="default")
             ids = hashlib.blake2b("\n".join(table["id"].to_pylist()).encode(), digest_size=12).hexdigest()
-            with pipeline.fence.inside():
-                writer = ShardWriter(pipeline.folder / f"maps-{ids}.parquet", schema(pipeline.identity))
+            path = pipeline.folder / f"maps-{ids}.parquet"
+            with pipeline.fence.inside(), new_shard(path, schema(pipeline.identity)) as writer:
                 writer.add(table.to_pylist())
-                path = writer.commit()
-            pipeline.board.committed.remote(writer.rows, path.stat().st_size)
+            pipeline.board.mapped.remote(PROGRESS)
 
     return Shards()

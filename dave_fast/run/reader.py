@@ -6,10 +6,9 @@ Opening a run reads the small columns of every shard; maps are read when they ar
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -171,13 +170,12 @@ class Maps:
             InputError: a row has no map, or sizes differ.
         """
         arrays: list[np.ndarray] = []
-        for number in range(len(self)):
-            heat = self._row(number).map
-            if heat is None:
-                raise InputError(f"{self.ids[number]} has no map; choose with .filter(status='ok').")
-            if arrays and heat.shape != arrays[0].shape:
-                raise InputError(f"maps differ in size: {arrays[0].shape} and {heat.shape} ({self.ids[number]}).")
-            arrays.append(heat)
+        for row in self:
+            if row.map is None:
+                raise InputError(f"{row.id} has no map; choose with .filter(status='ok').")
+            if arrays and row.map.shape != arrays[0].shape:
+                raise InputError(f"maps differ in size: {arrays[0].shape} and {row.map.shape} ({row.id}).")
+            arrays.append(row.map)
         if not arrays:
             configured = self.identity["configuration"]["preprocessing"]["input_size"]
             return np.empty((0, *configured[1:]), np.float32)
@@ -198,10 +196,21 @@ class Maps:
         return number % len(self)
 
     def _row(self, number: int) -> MapRecord:
-        (small,) = self._table.slice(number, 1).to_pylist()
-        if small["status"] != "ok":
-            return _row(small, {})
-        return _row(small, self._shards.row(small["_shard"], small["_row"]))
+        (row,) = self._table.slice(number, 1).to_pylist()
+        shard, place, height, width, dtype, scale = (
+            row.pop(name) for name in ("_shard", "_row", "height", "width", "dtype", "scale")
+        )
+        if row["status"] != "ok":
+            return MapRecord(**row, map=None)
+        large = self._shards.row(shard, place)
+        stored = np.frombuffer(large["map"], np.dtype(dtype).newbyteorder("<")).reshape(height, width)
+        raw = output = None
+        if large.get("raw") is not None:
+            raw = np.frombuffer(large["raw"], "<f2").reshape(3, height, width).astype(np.float32)
+            raw *= np.float32(large["raw_scale"])
+        if large.get("output") is not None:
+            output = np.frombuffer(large["output"], "<f4").astype(np.float32)
+        return MapRecord(**row, map=stored.astype(np.float32) * np.float32(scale), raw=raw, output=output)
 
 
 class MapDataset:
@@ -237,42 +246,26 @@ class _Shards:
 
     def __init__(self, files: list[Path]) -> None:
         self._files = files
-        self._open: dict[int, tuple[pq.ParquetFile, np.ndarray]] = {}
-        self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
+        self._opened = cache(self._open)
+        self._group = lru_cache(_CACHED_GROUPS)(self._read_group)
 
     def __reduce__(self) -> Any:
         return _Shards, (self._files,)
 
     def row(self, shard: int, row: int) -> dict[str, Any]:
         """Return the large columns of one row."""
-        if shard not in self._open:
-            file = pq.ParquetFile(self._files[shard])
-            sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
-            self._open[shard] = file, np.cumsum([0, *sizes])
-        file, starts = self._open[shard]
+        _, starts = self._opened(shard)
         group = int(np.searchsorted(starts, row, side="right")) - 1
-        key = (shard, group)
-        if key not in self._groups:
-            large = [name for name in file.schema_arrow.names if name not in SMALL or name in ("height", "width")]
-            self._groups[key] = file.read_row_group(group, columns=large)
-            if len(self._groups) > _CACHED_GROUPS:
-                self._groups.popitem(last=False)
-        self._groups.move_to_end(key)
-        (found,) = self._groups[key].slice(row - int(starts[group]), 1).to_pylist()
+        (found,) = self._group(shard, group).slice(row - int(starts[group]), 1).to_pylist()
         return found
 
+    def _open(self, shard: int) -> tuple[pq.ParquetFile, np.ndarray]:
+        """Return a shard's file, and the first row of each group and the number of rows."""
+        file = pq.ParquetFile(self._files[shard])
+        sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
+        return file, np.cumsum([0, *sizes])
 
-def _row(small: dict[str, Any], large: dict[str, Any]) -> MapRecord:
-    raw = output = heat = None
-    if large:
-        shape = small["height"], small["width"]
-        stored = np.frombuffer(large["map"], np.dtype(small["dtype"]).newbyteorder("<")).reshape(shape)
-        heat = stored.astype(np.float32) * np.float32(small["scale"])
-        if large.get("raw") is not None:
-            raw = np.frombuffer(large["raw"], "<f2").reshape(3, *shape).astype(np.float32) * np.float32(
-                large["raw_scale"]
-            )
-        if large.get("output") is not None:
-            output = np.frombuffer(large["output"], "<f4").astype(np.float32)
-    names = ("id", "uri", "target", "prediction", "probability", "seed", "n_samples", "status", "error")
-    return MapRecord(**{name: small[name] for name in names}, map=heat, raw=raw, output=output)
+    def _read_group(self, shard: int, group: int) -> pa.Table:
+        file, _ = self._opened(shard)
+        large = [name for name in file.schema_arrow.names if name not in SMALL]
+        return file.read_row_group(group, columns=large)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,10 +35,6 @@ class Record:
 Skip = Callable[[str], bool]
 
 
-def _none(record_id: str) -> bool:
-    return False
-
-
 @dataclass(frozen=True)
 class RecordSource:
     """Records in an order that is always the same.
@@ -58,7 +54,7 @@ class RecordSource:
     read: Callable[[Skip], Iterator[Record]]
     shards: Mapping[str, Callable[[Skip], Iterator[Record]]] | None = None
 
-    def records(self, skip: Skip = _none) -> Iterator[Record]:
+    def records(self, skip: Skip = lambda record_id: False) -> Iterator[Record]:
         """Return the records for whose id `skip` does not hold."""
         return self.read(skip)
 
@@ -68,17 +64,31 @@ def image_key(record_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(record_id.encode(), digest_size=8).digest(), "little")
 
 
-def read_uri(uri: str) -> bytes:
-    """Return the bytes behind a path or an fsspec URL."""
+def opened(uri: str) -> Any:
+    """Return the file behind a path or an fsspec URL, to be used in a `with` statement."""
     if is_local(uri):
-        with open(uri, "rb") as file:
-            return file.read()
+        return open(uri, "rb")
     import fsspec
 
     # fsspec infers the compression from the suffix, and does not know this one.
     options = {"tar": {"compression": "gzip"}} if uri.startswith("tar://") and uri.endswith(".tgz") else {}
-    with fsspec.open(uri, "rb", **options) as file:
+    return fsspec.open(uri, "rb", **options)
+
+
+def read_uri(uri: str) -> bytes:
+    """Return the bytes behind a path or an fsspec URL."""
+    with opened(uri) as file:
         return file.read()
+
+
+def count_unique(ids: Iterable[str], place: str) -> int:
+    """Return the number of ids in the source `place`; raise InputError if one occurs twice."""
+    seen: set[str] = set()
+    for record_id in ids:
+        if record_id in seen:
+            raise InputError(f"{place}: the id {record_id!r} occurs twice; every record needs an id of its own.")
+        seen.add(record_id)
+    return len(seen)
 
 
 def printable(text: str) -> str:

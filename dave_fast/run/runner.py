@@ -17,7 +17,7 @@ from dave_fast.run.lock import FENCE_FILE, LOCK_FILE, Lock
 from dave_fast.run.mapper import LABEL, MapSettings
 from dave_fast.run.progress import Report, Tally
 from dave_fast.run.shards import committed_ids, shard_files
-from dave_fast.run.sources import RecordSource, open_source
+from dave_fast.run.sources import open_source
 
 ENGINES = ("local", "ray")
 SUMMARY_FILE = "summary.json"
@@ -95,7 +95,8 @@ def run_dataset(
     lock = Lock.take(folder)
     try:
         run_folder = RunFolder(folder, lock, source, limit=limit, retry_errors=retry_errors)
-        with reporter(_total(source, limit), len(run_folder.done)) as report:
+        total = min((number for number in (source.count, limit) if number is not None), default=None)
+        with reporter(total, len(run_folder.done)) as report:
             run = run_local
             if engine == "ray":
                 from dave_fast.run.ray_engine import run_ray
@@ -112,14 +113,8 @@ def run_dataset(
             _remove_if_unused(folder)
 
 
-def _total(source: RecordSource, limit: int | None) -> int | None:
-    if source.count is None or limit is None:
-        return source.count if limit is None else limit
-    return min(source.count, limit)
-
-
 def _summary(folder: Path, tally: Tally) -> RunSummary:
-    stopped = None if tally.stopped_by is None else signal.Signals(tally.stopped_by).name
+    shards = shard_files(folder)
     return RunSummary(
         records=len(committed_ids(folder)),
         images=tally.images,
@@ -128,9 +123,9 @@ def _summary(folder: Path, tally: Tally) -> RunSummary:
         images_per_second=round(tally.images / tally.elapsed_s, 4) if tally.elapsed_s > 0 else 0.0,
         device_share=round(tally.device_share, 4),
         devices=tally.workers,
-        shards=len(shard_files(folder)),
-        bytes=sum(path.stat().st_size for path in shard_files(folder)),
-        stopped=stopped,
+        shards=len(shards),
+        bytes=sum(path.stat().st_size for path in shards),
+        stopped=None if tally.stopped_by is None else signal.Signals(tally.stopped_by).name,
         first_errors=tally.first_errors,
         doubles=tally.doubles[:10],
     )

@@ -19,13 +19,12 @@ is ever visible. The file's metadata holds the run's identity (`identity`) under
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -72,81 +71,66 @@ def schema(identity: Mapping[str, Any]) -> pa.Schema:
     return pa.schema(list(columns.items()), metadata={METADATA_KEY: json.dumps(identity).encode()})
 
 
-def write_options(columns: Iterable[str]) -> dict[str, Any]:
-    """Return the writer's options: compression, no dictionaries, statistics of the columns that rows are chosen by."""
-    return {
-        "compression": "zstd",
-        "compression_level": 1,
-        "use_dictionary": False,
-        "write_statistics": [name for name in columns if name in ("id", "target", "prediction", "status")],
-    }
-
-
 class ShardWriter:
-    """The writer of one shard: `add` rows, then `commit` or `abandon`.
+    """The writer of one shard's rows; see `new_shard`.
 
     Args:
-        path: the shard's path; it exists after `commit`.
+        file: the shard's file.
         columns: the schema of the rows.
 
     Attributes:
         rows: number of rows added.
-        bytes: bytes written so far.
     """
 
-    def __init__(self, path: Path, columns: pa.Schema) -> None:
-        self.path = path
+    def __init__(self, file: IO[bytes], columns: pa.Schema) -> None:
         self.rows = 0
-        self.bytes = 0
-        self._columns = columns
+        self._file, self._columns = file, columns
         self._pending: list[ShardRow] = []
-        self._stack = ExitStack()
-        # Opened at once, so that a folder that cannot be written to is found before anything is computed.
-        self._file = self._stack.enter_context(atomically(path, durable=True))
-        self._writer = pq.ParquetWriter(self._file, columns, **write_options(columns.names))
+        # Statistics of the columns that rows are chosen by.
+        statistics = [name for name in columns.names if name in ("id", "target", "prediction", "status")]
+        self.parquet = pq.ParquetWriter(
+            file, columns, compression="zstd", compression_level=1, use_dictionary=False, write_statistics=statistics
+        )
+
+    @property
+    def bytes(self) -> int:
+        """Bytes written so far."""
+        return self._file.tell()
 
     def add(self, rows: Sequence[ShardRow]) -> None:
         """Add rows; each full row group is written."""
         self._pending += rows
         self.rows += len(rows)
-        with self._abandoned_on_error():
-            while len(self._pending) >= ROW_GROUP:
-                self._write_group()
+        while len(self._pending) >= ROW_GROUP:
+            self._write_group()
 
-    def commit(self) -> Path:
-        """Write the remaining rows, sync and rename the file; return the shard's path."""
-        with self._abandoned_on_error():
-            if self._pending:
-                self._write_group()
-            self._writer.close()
-        self._stack.close()
-        return self.path
-
-    def abandon(self, error: BaseException | None = None) -> None:
-        """Close and delete the temporary file."""
-        error = error or _AbandonedError()
-        # The destructor of an open writer would write to the closed file.
-        self._writer.is_open = False
-        self._pending = []
-        with contextlib.suppress(_AbandonedError):
-            self._stack.__exit__(type(error), error, error.__traceback__)
+    def close(self) -> None:
+        """Write the remaining rows and the file's metadata."""
+        if self._pending:
+            self._write_group()
+        self.parquet.close()
 
     def _write_group(self) -> None:
         group, self._pending = self._pending[:ROW_GROUP], self._pending[ROW_GROUP:]
-        self._writer.write_table(pa.Table.from_pylist(group, schema=self._columns))
-        self.bytes = self._file.tell()
+        self.parquet.write_table(pa.Table.from_pylist(group, schema=self._columns))
 
-    @contextlib.contextmanager
-    def _abandoned_on_error(self) -> Iterator[None]:
+
+@contextmanager
+def new_shard(path: Path, columns: pa.Schema) -> Iterator[ShardWriter]:
+    """Yield the writer of a shard that is committed when the block ends without an exception, and dropped otherwise.
+
+    Args:
+        path: of the shard; a shard that is there is replaced.
+        columns: the schema of the rows.
+    """
+    with atomically(path, durable=True) as file:
+        writer = ShardWriter(file, columns)
         try:
-            yield
-        except BaseException as error:
-            self.abandon(error)
-            raise
-
-
-class _AbandonedError(Exception):
-    """Raised into `atomically` to have the temporary file deleted."""
+            yield writer
+            writer.close()
+        finally:
+            # The destructor of an open writer would write to the closed file.
+            writer.parquet.is_open = False
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -154,12 +138,10 @@ def shard_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob(f"*{SUFFIX}") if not path.name.startswith("."))
 
 
-def remove_leftovers(folder: Path) -> int:
-    """Delete the temporary files of killed runs and return their number. To be called only under the folder's lock."""
-    leftovers = list(folder.glob(f".*{PART}"))
-    for path in leftovers:
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files of killed runs. To be called only under the folder's lock."""
+    for path in folder.glob(f".*{PART}"):
         path.unlink(missing_ok=True)
-    return len(leftovers)
 
 
 def read_column(path: Path, *columns: str) -> pa.Table:
@@ -192,32 +174,22 @@ def committed_ids(folder: Path) -> set[str]:
     return done
 
 
-def drop_errors(folder: Path) -> int:
-    """Remove the rows of failed records from the shards, so that they are tried again; return their number.
+def drop_errors(folder: Path) -> None:
+    """Remove the rows of failed records from the shards, so that they are tried again.
 
     Each shard is replaced in one step; one without other rows is deleted.
     """
-    dropped = 0
     for path in shard_files(folder):
         status = read_column(path, "status")["status"].to_pylist()
-        failed = status.count("error")
-        dropped += failed
-        if failed == len(status):
+        if set(status) == {"error"}:
             path.unlink()
-        elif failed:
-            with pq.ParquetFile(path) as old:
-                new = ShardWriter(path, old.schema_arrow)
+        elif "error" in status:
+            with pq.ParquetFile(path) as old, new_shard(path, old.schema_arrow) as new:
                 for batch in old.iter_batches(ROW_GROUP):
                     new.add([row for row in batch.to_pylist() if row["status"] != "error"])
-            new.commit()
-    return dropped
 
 
 def next_name(folder: Path, worker: str) -> Iterator[Path]:
     """Yield unused paths for a worker's shards: maps-WORKER-00000.parquet, maps-WORKER-00001.parquet and so on."""
-    number = 0
-    while True:
-        path = folder / f"maps-{worker}-{number:05d}{SUFFIX}"
-        if not os.path.exists(path):
-            yield path
-        number += 1
+    paths = (folder / f"maps-{worker}-{number:05d}{SUFFIX}" for number in count())
+    return (path for path in paths if not path.exists())

@@ -27,7 +27,7 @@ from typing import Any
 from dave_fast.errors import InputError, reason_of
 from dave_fast.images import walk_images
 from dave_fast.run.huggingface import dataset_source, is_saved_dataset
-from dave_fast.run.records import Record, RecordSource, as_int64, is_local, located, printable
+from dave_fast.run.records import Record, RecordSource, as_int64, count_unique, is_local, located, opened, printable
 from dave_fast.run.tars import TARS, tar_source
 
 LISTS = (".txt", ".csv", ".tsv", ".jsonl")
@@ -83,13 +83,14 @@ def _folder(place: str, leave_out: str | os.PathLike[str] | None) -> RecordSourc
 
 def _listed(place: str, kind: str, records: Callable[[], Iterator[Record]]) -> RecordSource:
     """Return a source whose records are cheap to list: they are counted, hashed and checked for doubles here."""
-    digest, seen = hashlib.blake2b(digest_size=16), set()
-    for record in records():
-        if record.id in seen:
-            raise InputError(f"{place}: the id {record.id!r} occurs twice; every record needs an id of its own.")
-        seen.add(record.id)
-        digest.update(f"{record.id}\0{record.target}\0{record.seed}\n".encode())
-    count = len(seen)
+    digest = hashlib.blake2b(digest_size=16)
+
+    def ids() -> Iterator[str]:
+        for record in records():
+            digest.update(f"{record.id}\0{record.target}\0{record.seed}\n".encode())
+            yield record.id
+
+    count = count_unique(ids(), place)
     if not count and kind != "folder":
         raise InputError(f"{place} names no image: list at least one.")
     identity = {"kind": kind, "records": count, "digest": digest.hexdigest()}
@@ -166,7 +167,7 @@ def _parquet_records(place: str) -> Iterator[Record]:
     for path in _parquet_files(place):
         folder = _folder_of(path)
         try:
-            with _binary(path) as handle, pq.ParquetFile(handle) as file:
+            with opened(path) as handle, pq.ParquetFile(handle) as file:
                 columns = [c for c in ("id", "uri", "path", "target", "seed") if c in file.schema_arrow.names]
                 number = 0
                 for batch in file.iter_batches(_ROWS, columns=columns):
@@ -190,12 +191,6 @@ def _parquet_files(place: str) -> list[str]:
     if not files:
         raise InputError(f"there is no file {place}: check the path or the pattern.")
     return files
-
-
-def _binary(place: str) -> Any:
-    import fsspec
-
-    return open(place, "rb") if is_local(place) else fsspec.open(place, "rb")
 
 
 def _folder_of(place: str) -> str:

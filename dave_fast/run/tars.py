@@ -13,11 +13,12 @@ import re
 import tarfile
 from collections.abc import Iterator
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 from dave_fast.errors import InputError, reason_of
 from dave_fast.images import is_image
-from dave_fast.run.records import Record, RecordSource, Skip, as_int64, is_local, printable
+from dave_fast.run.records import Record, RecordSource, Skip, as_int64, is_local, opened, printable
 
 TARS = (".tar", ".tar.gz", ".tgz")
 
@@ -91,51 +92,45 @@ def _names(urls: list[str]) -> list[str]:
     if len(set(names)) < len(names):
         common = os.path.commonpath([url.split("://")[-1] for url in urls])
         names = [os.path.relpath(url.split("://")[-1], common) for url in urls]
-    return [
-        next(name[: -len(s)] for s in sorted(TARS, key=len, reverse=True) if name.lower().endswith(s)) for name in names
-    ]
+    return [re.sub(r"\.(tar|tar\.gz|tgz)$", "", name, flags=re.IGNORECASE) for name in names]
 
 
 def _samples(url: str, shard: str, labels: bool, skip: Skip) -> Iterator[Record]:
     """Yield the samples of one tar; the members of skipped ones are not read."""
-    import fsspec
-
     local = is_local(url)
     chained = f"file://{url}" if local else url
-    key: str | None = None
-    image: tuple[str, bytes] | None = None
-    label: str | None = None
-    skipped = False
-
-    def sample() -> Iterator[Record]:
-        if key is not None and image is not None and not skipped:
-            target = as_int64(label, f"{shard}/{key}: label") if labels else None
-            yield Record(printable(f"{shard}/{key}"), f"tar://{image[0]}::{chained}", target, None, image[1])
-
     try:
         # A pipe ("r|") avoids seeking, which is slow in remote files; on a disk, seeking passes over skipped members.
-        with fsspec.open(url, "rb") as file, tarfile.open(fileobj=file, mode="r:*" if local else "r|*") as tar:
-            for member in tar:
-                # tarfile keeps every member it has read.
-                tar.members = []  # type: ignore[attr-defined]
-                folder, _, name = member.name.rpartition("/")
-                if not member.isfile() or name.startswith("."):
+        with opened(url) as file, tarfile.open(fileobj=file, mode="r:*" if local else "r|*") as tar:
+            for key, members in groupby(_visible_files(tar), _key):
+                if skip(printable(f"{shard}/{key}")):
                     continue
-                stem, _, suffix = name.partition(".")
-                this = f"{folder}/{stem}" if folder else stem
-                if this != key:
-                    yield from sample()
-                    key, image, label = this, None, None
-                    skipped = skip(printable(f"{shard}/{this}"))
-                if skipped:
-                    continue
-                if image is None and is_image(name):
-                    image = member.name, _content(tar, member)
-                elif suffix == "cls":
-                    label = _content(tar, member).decode(errors="replace").strip()
-            yield from sample()
+                image = label = None
+                for member in members:
+                    _, _, suffix = member.name.rpartition("/")[2].partition(".")
+                    if image is None and is_image(member.name):
+                        image = member.name, _content(tar, member)
+                    elif suffix == "cls":
+                        label = _content(tar, member).decode(errors="replace").strip()
+                if image is not None:
+                    target = as_int64(label, f"{shard}/{key}: label") if labels else None
+                    yield Record(printable(f"{shard}/{key}"), f"tar://{image[0]}::{chained}", target, None, image[1])
     except (tarfile.TarError, OSError, EOFError) as error:
         raise InputError(f"cannot read {url}: {reason_of(error)}. What came before it is kept.") from error
+
+
+def _visible_files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    for member in tar:
+        # tarfile keeps every member it has read.
+        tar.members = []  # type: ignore[attr-defined]
+        if member.isfile() and not member.name.rpartition("/")[2].startswith("."):
+            yield member
+
+
+def _key(member: tarfile.TarInfo) -> str:
+    folder, _, name = member.name.rpartition("/")
+    stem = name.partition(".")[0]
+    return f"{folder}/{stem}" if folder else stem
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

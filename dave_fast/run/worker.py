@@ -19,15 +19,16 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from dave_fast.errors import DaveFastError, ImageError, InputError, RunError
+from dave_fast.errors import DaveFastError, ImageError, RunError
 from dave_fast.run.lock import Lock
 from dave_fast.run.mapper import Mapper
-from dave_fast.run.messages import Alive, Committed, End, Finished, Go, Hello, Mapped, WorkerTask
+from dave_fast.run.messages import Alive, End, Finished, Go, Hello, WorkerTask
 from dave_fast.run.records import Record
-from dave_fast.run.shards import SHARD_BYTES, ShardRow, ShardWriter, next_name, schema
+from dave_fast.run.shards import SHARD_BYTES, ShardRow, new_shard, next_name, schema
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +57,7 @@ def work(task: WorkerTask, lock: Lock, connection: Connection) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     error: DaveFastError | None = None
     try:
-        _Worker(task, connection).run()
+        _MapWorker(task, connection).run()
     except DaveFastError as raised:
         error = raised
     except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -72,7 +73,7 @@ def work(task: WorkerTask, lock: Lock, connection: Connection) -> None:
     os._exit(0)
 
 
-class _Worker:
+class _MapWorker:
     """The state of a worker's process."""
 
     def __init__(self, task: WorkerTask, connection: Connection) -> None:
@@ -80,7 +81,7 @@ class _Worker:
         self.connection = connection
         self.stopping = threading.Event()
         self._sending = threading.Lock()
-        self._waiting: queue.Queue[tuple[Record, Future[Tensor]] | None] = queue.Queue()
+        self._waiting: queue.Queue[tuple[Record, Callable[[], Tensor]] | None] = queue.Queue()
         self._last_alive = 0.0
         self._failures = 0
 
@@ -91,7 +92,6 @@ class _Worker:
     def run(self) -> None:
         task = self.task
         mapper = task.settings.mapper(task.device, task.threads)
-        mapper.warm_up()
         window = 3 * mapper.batch_size + 2 * task.decoders
         window = max(mapper.batch_size, min(window, WAITING_BYTES // mapper.input_bytes))
         self.send(Hello(mapper.configuration, mapper.weights, mapper.notes, mapper.device, window))
@@ -100,7 +100,7 @@ class _Worker:
             return
         with ThreadPoolExecutor(task.decoders, thread_name_prefix="decoder") as decoders:
             threading.Thread(target=self._receive, args=(mapper, decoders), daemon=True).start()
-            committer = Committer(task, go.identity, lambda rows, size: self.send(Committed(rows, size)))
+            committer = Committer(task, go.identity, lambda: self.send(Alive()))
             try:
                 self._map(mapper, committer)
             finally:
@@ -112,9 +112,9 @@ class _Worker:
         try:
             while not self.stopping.is_set():
                 message = self.connection.recv()
-                if isinstance(message, list):
-                    for record in message:
-                        self._waiting.put((record, decoders.submit(mapper.decode, record)))
+                if isinstance(message, Record):
+                    future = decoders.submit(mapper.decode, message)
+                    self._waiting.put((message, partial(self._decoded, future)))
                 elif isinstance(message, End):
                     self._waiting.put(None)
                 else:
@@ -124,17 +124,19 @@ class _Worker:
 
     def _map(self, mapper: Mapper, committer: Committer) -> None:
         while batch := self._batch(mapper.batch_size):
-            rows, busy_s = self._rows(mapper, batch)
-            if self.stopping.is_set() and not rows:
+            try:
+                rows, message = mapper.rows(batch, partial(self._progress, len(batch)))
+            except _StoppedError:
                 return
+            except MemoryError as error:
+                raise RunError(f"{str(error).rstrip('.')}. What is committed is kept: resume the run.") from error
             committer.put(rows)
-            errors = [(row["id"], row["error"]) for row in rows if row["status"] == "error"]
-            self.send(Mapped(len(rows), busy_s, errors))
+            self.send(message)
             self._refuse_failing(rows)
 
-    def _batch(self, size: int) -> list[tuple[Record, Future[Tensor]]]:
+    def _batch(self, size: int) -> list[tuple[Record, Callable[[], Tensor]]]:
         """Return the next records, fewer at the end; none if there are no more or the run is to stop."""
-        batch: list[tuple[Record, Future[Tensor]]] = []
+        batch: list[tuple[Record, Callable[[], Tensor]]] = []
         while len(batch) < size and not self.stopping.is_set():
             try:
                 item = self._waiting.get(timeout=_TICK_S)
@@ -147,30 +149,6 @@ class _Worker:
             batch.append(item)
         return [] if self.stopping.is_set() else batch
 
-    def _rows(self, mapper: Mapper, batch: Sequence[tuple[Record, Future[Tensor]]]) -> tuple[list[ShardRow], float]:
-        """Return the rows of a batch and the seconds that the device took; no rows if the run is to stop."""
-        failed: dict[str, ShardRow] = {}
-        records, inputs = [], []
-        for record, future in batch:
-            try:
-                mapper.refuse_target(record)
-                inputs.append(self._decoded(future))
-                records.append(record)
-            except InputError as error:
-                failed[record.id] = mapper.error_row(record, error)
-            except _StoppedError:
-                return [], 0.0
-        start = time.perf_counter()
-        try:
-            rows = mapper.explain(records, inputs, self._progress(len(records))) if records else []
-        except _StoppedError:
-            return [], 0.0
-        except MemoryError as error:
-            raise RunError(f"{str(error).rstrip('.')}. What is committed is kept: resume the run.") from error
-        busy_s = time.perf_counter() - start if records else 0.0
-        made = {row["id"]: row for row in rows} | failed
-        return [made[record.id] for record, _ in batch], busy_s
-
     def _decoded(self, future: Future[Tensor]) -> Tensor:
         """Wait for a model input; raise _StoppedError if the run is to stop."""
         while not self.stopping.is_set():
@@ -182,18 +160,14 @@ class _Worker:
                     raise ImageError("reading the image took too long.") from None
         raise _StoppedError
 
-    def _progress(self, images: int) -> Callable[[int, int], None]:
-        """Return the explainer's progress callback for a batch of so many images."""
-
-        def progress(done: int, rows: int) -> None:
-            if self.stopping.is_set():
-                raise _StoppedError
-            now = time.monotonic()
-            if now - self._last_alive > _TICK_S:
-                self._last_alive = now
-                self.send(Alive(images * done / rows))
-
-        return progress
+    def _progress(self, images: int, done: int, rows: int) -> None:
+        """Report progress within a batch of so many images, at most every half second, or raise _StoppedError."""
+        if self.stopping.is_set():
+            raise _StoppedError
+        now = time.monotonic()
+        if now - self._last_alive > _TICK_S:
+            self._last_alive = now
+            self.send(Alive(images * done / rows))
 
     def _refuse_failing(self, rows: Sequence[ShardRow]) -> None:
         """Raise RunError once too many records have failed one after another."""
@@ -212,10 +186,10 @@ class Committer:
     Args:
         task: the worker's task.
         identity: the run's identity.
-        committed: called with rows and bytes of each shard.
+        committed: called after each shard.
     """
 
-    def __init__(self, task: WorkerTask, identity: dict[str, Any], committed: Callable[[int, int], None]) -> None:
+    def __init__(self, task: WorkerTask, identity: dict[str, Any], committed: Callable[[], None]) -> None:
         self._task = task
         self._schema = schema(identity)
         self._committed = committed
@@ -247,31 +221,26 @@ class Committer:
             raise self._error
 
     def _run(self) -> None:
-        writer: ShardWriter | None = None
         try:
-            due, more = 0.0, True
+            more = True
             while more:
-                try:
-                    rows = self._rows.get(timeout=None if writer is None else max(0.0, due - time.monotonic()))
-                except queue.Empty:
-                    rows = []
-                more = rows is not None
-                if rows:
-                    if writer is None:
-                        writer = ShardWriter(next(self._names), self._schema)
-                        due = time.monotonic() + self._task.commit_s
-                    writer.add(rows)
-                if writer is not None and (not more or self._full(writer) or time.monotonic() >= due):
-                    self._commit(writer)
-                    writer = None
+                rows = self._rows.get()
+                more = rows is not None and self._write_shard(rows)
         except BaseException as error:
-            if writer is not None:
-                writer.abandon()
             self._error = error
 
-    def _commit(self, writer: ShardWriter) -> None:
-        path = writer.commit()
-        self._committed(writer.rows, path.stat().st_size)
-
-    def _full(self, writer: ShardWriter) -> bool:
-        return writer.rows >= self._task.shard_rows or writer.bytes >= SHARD_BYTES
+    def _write_shard(self, rows: list[ShardRow] | None) -> bool:
+        """Write a shard that begins with these rows; return whether more rows may come."""
+        due = time.monotonic() + self._task.commit_s
+        with new_shard(next(self._names), self._schema) as writer:
+            while rows is not None:
+                writer.add(rows)
+                left = due - time.monotonic()
+                if left <= 0 or writer.rows >= self._task.shard_rows or writer.bytes >= SHARD_BYTES:
+                    break
+                try:
+                    rows = self._rows.get(timeout=left)
+                except queue.Empty:
+                    break
+        self._committed()
+        return rows is not None

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,9 +73,6 @@ class Stub(Mapper):
         if fault and fault[0] == "load":
             raise InputError("no such model")
 
-    def warm_up(self) -> None:
-        """Do nothing."""
-
     @property
     def configuration(self) -> dict[str, Any]:
         """Settings like those of a model."""
@@ -107,7 +104,7 @@ class Stub(Mapper):
     def explain(self, records: Any, inputs: Any, progress: Any) -> list[dict[str, Any]]:
         """Return a row for each record."""
         rows = []
-        for record in self._resolved(records):
+        for record in map(self._resolved, records):
             self._inject_fault()
             time.sleep(self.seconds)
             self.images += 1
@@ -188,11 +185,22 @@ def fill_disk(step: str, commits: int) -> None:
     files.os = SimpleNamespace(**{**vars(os), "fsync": full("fsync"), "replace": full("replace")})  # type: ignore[assignment]
 
 
+@dataclass(frozen=True)
+class StubSettings(MapSettings):
+    """Settings of maps that `Stub` makes, with its keywords."""
+
+    stub: dict[str, Any] = field(default_factory=dict)
+
+    def mapper(self, device: str | None, threads: int | None = None) -> Mapper:
+        """Return a stub."""
+        return Stub(self, device, **self.stub)
+
+
 def map_settings(settings: dict[str, Any]) -> MapSettings:
     """Return the settings of a stub run."""
     stub = {name: settings[name] for name in ("seconds", "decode", "fault") if name in settings}
     plain = {name: settings[name] for name in ("n_samples", "seed", "map_dtype") if name in settings}
-    return MapSettings(make=partial(Stub, **stub), **plain)
+    return StubSettings(stub=stub, **plain)
 
 
 def run(place: str, out: str | Path, **settings: Any) -> Any:

@@ -19,7 +19,7 @@ def hello(device, weights="w", **configuration):
         (hello("cuda:0", precision="bf16"), r"\(precision fp32 and bf16\)"),
         (hello("cuda:0", backend="triton"), r"\(backend torch and triton\)"),
         (hello("cuda:0", weights="v"), r"\(weights w and v\)"),
-        (hello("cuda:0", more=1), r"\(more None and 1\)"),
+        (hello("cuda:0", more=1), r"\(more nothing and 1\)"),
     ],
 )
 def test_workers_of_different_maps_are_refused_with_the_difference(other, named):
