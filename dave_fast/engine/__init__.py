@@ -7,5 +7,5 @@ eager, graphs             one micro-batch step by step, or replayed as a CUDA gr
 micro_batches, buckets    the loop over all rows of a call, and the sizes of micro-batches
 aggregation               contributions -> raw attributions
 memory, free_memory       the memory that a call takes, as a formula, and the memory that a device has
-checks, end_of_call       checks of arguments, and of results that are not finite
+checks, end_of_call       checks of arguments, and of results and weights when a call ends
 """

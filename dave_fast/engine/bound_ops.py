@@ -1,4 +1,4 @@
-"""The ops of one backend, bound once for both walks of an engine."""
+"""The ops of one backend, bound once: those of the walks, and those between images and the walks."""
 
 from __future__ import annotations
 
@@ -16,6 +16,29 @@ from dave_fast.ops.norm import RowSums
 Scale = Tensor | RowSums
 # rows of the residual stream, or of its cotangent
 Stream = Tensor | Codes
+
+
+class PixelOps:
+    """The ops between images and the walks.
+
+    Args:
+        backend: a name of `ops._registry`, or "auto".
+        device: on which they run.
+
+    Attributes:
+        capturable: whether a CUDA graph can record them; PyTorch's own forms wait for the device.
+    """
+
+    def __init__(self, backend: str, device: torch.device) -> None:
+        def bind(op: str) -> Callable[..., Tensor]:
+            return _registry.bind(op, backend, device.type)
+
+        self.perturb = bind("perturb")
+        self.pull_back = bind("pull_back")
+        self.pull_back_mean = bind("pull_back_mean")
+        self.robust_mean = bind("robust_mean")
+        self.smooth = bind("smooth")
+        self.capturable = _registry.choose("perturb", backend, device.type) != "torch"
 
 
 class BoundOps:

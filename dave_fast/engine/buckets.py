@@ -23,8 +23,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-import torch
-
 if TYPE_CHECKING:
     from dave_fast.plan.vit_plan import ViTPlan
 
@@ -113,11 +111,6 @@ def plan_gemms(plan: ViTPlan) -> tuple[Gemm, ...]:
 def hidden_width(wide: int, activation: str) -> int:
     """Return M: half of the `wide` outputs of the first layer where the MLP is gated, else all of them."""
     return wide // 2 if "_glu" in activation else wide
-
-
-def multiprocessors(device: torch.device) -> int:
-    """Return the number of multiprocessors of a GPU."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @lru_cache(maxsize=64)

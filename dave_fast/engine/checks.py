@@ -1,4 +1,4 @@
-"""Checks of images and settings that callers give, and of results that are not finite."""
+"""Checks of images and settings that callers give."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dave_fast.errors import InputError, NonFiniteError
+from dave_fast.errors import InputError
 
 
 def check_images(images: Any, dtype: torch.dtype) -> Tensor:
@@ -40,38 +40,18 @@ def describe(value: Any) -> str:
     return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
-def finite_rows(values: Tensor) -> Tensor:
-    """Return whether all of each row of `values` (B, ...) is finite: (B,) bool on its device."""
-    return torch.isfinite(values).reshape(len(values), -1).all(1)
-
-
-def refuse_rows(finite: Tensor, what: str, advice: str) -> None:
-    """Raise NonFiniteError with the numbers of the images whose results are not finite, if there are any.
-
-    Args:
-        finite: (B,) bool on the host.
-        what: the result, for the message.
-        advice: what to do, for the message.
-    """
-    if not finite.all():
-        bad = (~finite).nonzero()[:, 0].tolist()
-        raise NonFiniteError(f"NaN or infinity in {what} of image {', '.join(map(str, bad))}. {advice}")
-
-
-def check_classes(targets: Any, images: int, output: Tensor) -> None:
-    """Raise InputError unless targets are classes of a classifier.
-
-    Args:
-        targets: integers (B, targets).
-        images: B.
-        output: (R, K) of any rows.
-    """
-    if output.dim() != 2:
-        raise InputError(f"the model's output is {tuple(output.shape)}; expected (rows, classes): give a classifier")
+def check_targets(targets: Any, images: int) -> tuple[int, int]:
+    """Return the smallest and the largest of targets (images, K); raise InputError unless they are such integers."""
     integers = isinstance(targets, Tensor) and not (targets.is_floating_point() or targets.dtype == torch.bool)
     if not integers or targets.dim() != 2 or len(targets) != images or targets.shape[1] < 1:
         raise InputError(f"targets must be integers ({images} images, one or more targets); got {describe(targets)}")
-    first, last = int(targets.min()), int(targets.max())
+    return int(targets.min()), int(targets.max())
+
+
+def check_classes(first: int, last: int, output: Tensor) -> None:
+    """Raise InputError unless `first` to `last` are classes of a classifier with this output (R, K)."""
+    if output.dim() != 2:
+        raise InputError(f"the model's output is {tuple(output.shape)}; expected (rows, classes): give a classifier")
     if first < 0 or last >= output.shape[1]:
         raise InputError(
             f"a target is out of range: targets are {first} to {last} and the model has the classes 0 to "

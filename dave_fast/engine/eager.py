@@ -2,52 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dave_fast.engine.bound_ops import PixelOps
 from dave_fast.engine.route import Route
 from dave_fast.sampling import Draws
 
 
-class Walk(Protocol):
-    """The forward walk of one micro-batch and any number of VJPs of it."""
+class Eager:
+    """A micro-batch of any number of rows, run op by op: a forward walk and any number of VJPs of it.
+
+    Args:
+        route: the walks.
+        ops: the bound ops.
+    """
+
+    def __init__(self, route: Route, ops: PixelOps) -> None:
+        self._route, self.ops = route, ops
+        self._seen: tuple[Tensor, Draws] | None = None
+        self._saved: Any = None
 
     def forward(self, images: Tensor, draws: Draws) -> Tensor:
         """Return the output (R, ...) for images (B, C, H, W) and R rows of draws."""
-        ...
+        self._seen = images, draws
+        return self.walk(self.perturbed(images, draws))
 
     def vjp(self, cotangent: Tensor, dtype: torch.dtype | None) -> Tensor:
         """Pull a cotangent of the last output (R, ...) back.
 
         Returns contributions (R, C, H, W) in `dtype`, or for None the cotangent of the tokens (R, n, C·p_h·p_w).
         """
-        ...
-
-
-class Eager:
-    """A micro-batch of any number of rows, run op by op.
-
-    Args:
-        route: the walks.
-        perturb: the bound op.
-        pull_back: the bound op.
-    """
-
-    def __init__(self, route: Route, perturb: Callable[..., Tensor], pull_back: Callable[..., Tensor]) -> None:
-        self._route, self._perturb, self._pull_back = route, perturb, pull_back
-        self._seen: tuple[Tensor, Draws] | None = None
-        self._saved: Any = None
-
-    def forward(self, images: Tensor, draws: Draws) -> Tensor:
-        """Return the output, as `Walk.forward`."""
-        self._seen = images, draws
-        return self.walk(self.perturbed(images, draws))
-
-    def vjp(self, cotangent: Tensor, dtype: torch.dtype | None) -> Tensor:
-        """Pull a cotangent back, as `Walk.vjp`."""
         tokens = self._route.vjp(self._saved, cotangent)
         if dtype is None:
             return tokens
@@ -56,7 +43,7 @@ class Eager:
 
     def perturbed(self, images: Tensor, draws: Draws) -> Tensor:
         """Return the tokens (R, n, C·p_h·p_w) of R rows of draws."""
-        return self._perturb(images, draws, self._route.patch_size, dtype=self._route.dtype)
+        return self.ops.perturb(images, draws, self._route.patch_size, dtype=self._route.dtype)
 
     def walk(self, tokens: Tensor) -> Tensor:
         """Run the forward walk alone and keep its operators for `vjp`."""
@@ -65,4 +52,4 @@ class Eager:
 
     def pulled_back(self, tokens: Tensor, images: Tensor, draws: Draws, dtype: torch.dtype) -> Tensor:
         """Return the contributions (R, C, H, W) of token cotangents."""
-        return self._pull_back(tokens, images, draws, self._route.patch_size, dtype=dtype)
+        return self.ops.pull_back(tokens, images, draws, self._route.patch_size, dtype=dtype)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from dave_fast.engine.checks import finite_rows, refuse_rows
+from dave_fast.errors import NonFiniteError
 from dave_fast.models.fingerprint import HOST, State
 from dave_fast.transfers import moved
 
@@ -27,8 +28,8 @@ class EndOfCall:
     def __init__(self, *, defers: bool) -> None:
         self.state: State | None = None
         self._defers = defers
-        self._checks: list[tuple[str, str]] = []
-        self._finite: list[Tensor] = []
+        # (finite, values in words, advice)
+        self._checks: list[tuple[Tensor, str, str]] = []
 
     def refuse_non_finite(self, values: Tensor, what: str, advice: str, *, now: bool = False) -> None:
         """Raise NonFiniteError, now or in `read`, where images have NaN or infinity.
@@ -39,12 +40,11 @@ class EndOfCall:
             advice: what to do, for the message.
             now: whether to check at once, for values on the host; otherwise deferred checks are made by `read`.
         """
-        finite = finite_rows(values)
+        finite = torch.isfinite(values).reshape(len(values), -1).all(1)
         if self._defers and not now:
-            self._checks.append((what, advice))
-            self._finite.append(finite)
+            self._checks.append((finite, what, advice))
         else:
-            refuse_rows(finite, what, advice)
+            _refuse(finite, what, advice)
 
     def read(self, *wanted: Tensor) -> list[Tensor]:
         """Wait for all that the call has queued and return tensors on the host.
@@ -59,10 +59,17 @@ class EndOfCall:
         # queued behind the call's work: the device is not idle while the host queues them
         state = self.state if self._defers else None
         sums = [] if state is None else state.checksums()
-        read = moved([*wanted, *self._finite, *sums], HOST)
-        checks, last = len(wanted), len(wanted) + len(self._finite)
+        read = moved([*wanted, *(finite for finite, _, _ in self._checks), *sums], HOST)
+        checks, last = len(wanted), len(wanted) + len(self._checks)
         if state is not None and not state.has(read[last:]):
             raise WeightsChangedError
-        for finite, (what, advice) in zip(read[checks:last], self._checks, strict=True):
-            refuse_rows(finite, what, advice)
+        for finite, (_, what, advice) in zip(read[checks:last], self._checks, strict=True):
+            _refuse(finite, what, advice)
         return read[:checks]
+
+
+def _refuse(finite: Tensor, what: str, advice: str) -> None:
+    """Raise NonFiniteError with the numbers of the images that are not finite; finite: (B,) bool on the host."""
+    if not finite.all():
+        bad = (~finite).nonzero()[:, 0].tolist()
+        raise NonFiniteError(f"NaN or infinity in {what} of image {', '.join(map(str, bad))}. {advice}")

@@ -71,8 +71,16 @@ class ForwardWalk:
     def __init__(self, plan: ViTPlan, ops: BoundOps) -> None:
         self._plan, self._ops = plan, ops
 
+    @torch.no_grad()
     def __call__(self, tokens: Tensor) -> tuple[Tensor, Saved]:
-        """Return the output (R, ...) and the operators for tokens (R, n, C·p_h·p_w)."""
+        """Walk forward.
+
+        Args:
+            tokens: (R, n, C·p_h·p_w) in the plan's dtype.
+
+        Returns:
+            The output (R, ...) in float32, or float64 for a plan in float64, and the operators.
+        """
         plan = self._plan
         rows = tokens.shape[0]
         x, squares, rstd_patch, rstd_pre = self._embed(tokens)

@@ -120,12 +120,11 @@ class Bucket:
         work: a micro-batch, which reads only the buffers.
         rows: of the bucket.
         images: (B, C, H, W) of the size, dtype and device of the buffers.
-        capture: makes replays.
-        pixels: whether perturb and pull_back are captured too; otherwise the walks read a buffer of tokens.
+        capture: makes replays. Where the ops cannot be captured, the walks read a buffer of tokens.
     """
 
-    def __init__(self, work: Eager, rows: int, images: Tensor, capture: Capture, *, pixels: bool) -> None:
-        self._work, self._rows, self._capture, self._pixels = work, rows, capture, pixels
+    def __init__(self, work: Eager, rows: int, images: Tensor, capture: Capture) -> None:
+        self._work, self._rows, self._capture, self._pixels = work, rows, capture, work.ops.capturable
         self._images = images.new_zeros(rows, *images.shape[1:])
         self._draws = identity(rows).to(images.device)
         self._tokens: Tensor | None = None
@@ -135,7 +134,7 @@ class Bucket:
         self._real = 0
 
     def forward(self, images: Tensor, draws: Draws) -> Tensor:
-        """Return the output as `Walk.forward` does, for at most `rows` rows of at most `rows` images."""
+        """Return the output as `Eager.forward` does, for at most `rows` rows of at most `rows` images."""
         self._real = len(draws)
         self._images[: len(images)].copy_(images)
         for buffer, values in zip(self._draws.tensors(), draws.tensors(), strict=True):
@@ -151,7 +150,7 @@ class Bucket:
         return self._forward()[: self._real]
 
     def vjp(self, cotangent: Tensor, dtype: torch.dtype | None) -> Tensor:
-        """Pull back as `Walk.vjp` does; the result is valid until the bucket's next VJP or forward."""
+        """Pull back as `Eager.vjp` does; the result is valid until the bucket's next VJP or forward."""
         if self._cotangent is None:
             self._cotangent = cotangent.new_zeros(self._rows, *cotangent.shape[1:])
         fill(self._cotangent, cotangent)
@@ -192,18 +191,21 @@ class Graphs:
     def turn(self, key: Any, make: Callable[[Capture], Bucket]) -> Iterator[Bucket]:
         """Lend the bucket of `key` for one micro-batch, to one caller at a time, on the host and on the device.
 
-        make: makes the bucket where there is none.
+        make: makes the bucket where there is none, given the capture.
         """
         with self._turn:
             bucket = self._buckets.pop(key, None) or make(self._captured)
             self._buckets[key] = bucket
             while len(self._buckets) > self._most:
                 self._buckets.popitem(last=False)
-            self._wait_for_last()
+            if self._last is not None:
+                # its last user may have run on another stream; the device waits, the host does not
+                torch.cuda.current_stream(self._device).wait_event(self._last)
             try:
                 yield bucket
             finally:
-                self._remember_last()
+                if self._device.type == "cuda":
+                    self._last = torch.cuda.current_stream(self._device).record_event()
 
     def clear(self) -> None:
         """Drop all buckets and with them their memory."""
@@ -222,15 +224,6 @@ class Graphs:
             logger.warning("no CUDA graph could be captured, so kernels are launched one by one: %s", error)
             self._wanted = direct
             return run
-
-    def _wait_for_last(self) -> None:
-        """Wait, on the device, for the last user of the buffers, which may have run on another stream."""
-        if self._last is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._last)
-
-    def _remember_last(self) -> None:
-        if self._device.type == "cuda":
-            self._last = torch.cuda.current_stream(self._device).record_event()
 
 
 def make_graphs(device: torch.device, wanted: bool | None) -> Graphs | None:

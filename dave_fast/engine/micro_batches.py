@@ -12,26 +12,32 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dave_fast.engine import free_memory
+from dave_fast.engine.bound_ops import PixelOps
 from dave_fast.engine.buckets import OWN_BUCKETS, next_bucket
-from dave_fast.engine.eager import Eager, Walk
-from dave_fast.engine.graphs import Bucket, Capture, Graphs
+from dave_fast.engine.eager import Eager
+from dave_fast.engine.graphs import Bucket, Graphs
 from dave_fast.engine.route import Route
 from dave_fast.errors import OutOfMemoryError
+from dave_fast.ops.patches import patchify
 from dave_fast.sampling import Draws, identity
-from dave_fast.targets.cotangents import Cotangent
 from dave_fast.transfers import moved
 
 logger = logging.getLogger("dave_fast")
 
+Walk = Eager | Bucket
 Progress = Callable[[int, int], None]
+# (output of a micro-batch, draws of its rows) -> cotangent of the output
+CotangentOf = Callable[[Tensor, Draws], Tensor]
 # micro-batches that are queued on a GPU behind the one whose end is reported
 AHEAD = 2
 
@@ -41,28 +47,15 @@ class MicroBatches:
 
     Args:
         route: the walks.
-        perturb: the bound op.
-        pull_back: the bound op.
+        ops: the bound ops.
         rows: of a full micro-batch.
         graphs: the buckets of a GPU; None where micro-batches have any size.
-        pixels: whether perturb and pull_back can be captured.
         samples: S; a size that a bucket may have besides those of the ladder.
     """
 
-    def __init__(
-        self,
-        route: Route,
-        perturb: Callable[..., Tensor],
-        pull_back: Callable[..., Tensor],
-        rows: int,
-        *,
-        graphs: Graphs | None = None,
-        pixels: bool = True,
-        samples: int | None = None,
-    ) -> None:
-        self._route, self._ops, self._rows = route, (perturb, pull_back), rows
-        self._graphs, self._pixels = graphs, pixels
-        self._samples = samples
+    def __init__(self, route: Route, ops: PixelOps, rows: int, *, graphs: Graphs | None, samples: int | None) -> None:
+        self.route, self.ops = route, ops
+        self._rows, self._graphs, self._samples = rows, graphs, samples
 
     def outputs(self, images: Tensor) -> Tensor:
         """Return the model's output (B, ...) for unperturbed images (B, C, H, W)."""
@@ -71,41 +64,49 @@ class MicroBatches:
         def keep(walk: Walk, output: Tensor, at: slice, rows: Draws) -> None:
             outputs.append(output.clone())
 
-        self.each(images, identity(len(images)), keep)
+        self._each(images, identity(len(images)), keep)
         return torch.cat(outputs)
 
     def vjps(
         self,
         images: Tensor,
         draws: Draws,
-        targets: Sequence[Cotangent],
-        into: Tensor,
+        targets: Sequence[CotangentOf],
         dtype: torch.dtype | None,
-        done: Callable[[int], None] | None = None,
-    ) -> None:
+        queued: Callable[[int], None] | None = None,
+    ) -> Tensor:
         """Pull the cotangents of all targets back, for every row; they share the forward walk of a micro-batch.
 
         Args:
             images: (B, C, H, W).
             draws: R rows on the host.
             targets: cotangents of the output.
-            into: (targets, R, ...), filled with the results of `Walk.vjp`.
-            dtype: as that of `Walk.vjp`.
-            done: is called with the number of rows that are queued.
+            dtype: of contributions; None for cotangents of tokens.
+            queued: is called with the number of rows of each micro-batch that is queued.
+
+        Returns:
+            Contributions (targets, R, C, H, W), or the cotangents of the tokens (targets, R, n, C·p_h·p_w) in the
+            route's dtype.
+
+        Raises:
+            OutOfMemoryError: memory ran out with one row a micro-batch.
         """
+        one = images[:1] if dtype is not None else patchify(images[:1], self.route.patch_size)
+        into = images.new_empty(len(targets), len(draws), *one.shape[1:], dtype=dtype or self.route.dtype)
 
         def keep(walk: Walk, output: Tensor, at: slice, rows: Draws) -> None:
             for which, target in enumerate(targets):
                 into[which, at].copy_(walk.vjp(target(output, rows), dtype))
 
-        self.each(images, draws, keep, done)
+        self._each(images, draws, keep, queued)
+        return into
 
-    def each(
+    def _each(
         self,
         images: Tensor,
         draws: Draws,
         keep: Callable[[Walk, Tensor, slice, Draws], None],
-        done: Callable[[int], None] | None = None,
+        queued: Callable[[int], None] | None = None,
     ) -> None:
         """Walk all rows forward and pass each micro-batch to `keep`.
 
@@ -114,10 +115,7 @@ class MicroBatches:
             draws: R rows on the host.
             keep: is called with the walk, its output (r, ...), the slice of its rows among R, and their draws on the
                 device; called again for the same rows where memory ran out.
-            done: is called with the number of rows that are queued.
-
-        Raises:
-            OutOfMemoryError: memory ran out with one row a micro-batch.
+            queued: is called with the number of rows of each micro-batch that is queued.
         """
         on_device, index = draws.to(images.device), draws.image_index.tolist()
         start = 0
@@ -135,21 +133,21 @@ class MicroBatches:
                 self._check_smaller(size, images, error)
             else:
                 start = at.stop
-                if done is not None:
-                    done(start)
+                if queued is not None:
+                    queued(len(part))
                 continue
             # outside the handler, since the error keeps the tensors of the failed micro-batch
             self._shrink(size, images.device)
 
     def _size(self, remaining: int) -> int:
         """Return the rows of the next micro-batch."""
-        rows = min(self._rows, self._route.most_rows)
+        rows = min(self._rows, self.route.most_rows)
         if self._graphs is None:
             return min(rows, remaining)
         own = self._own(rows)
-        size = next_bucket(remaining, rows, self._route.row_cost, own)
-        if size == own and own not in self._route.own_rows:
-            self._route.own_rows.append(own)
+        size = next_bucket(remaining, rows, self.route.row_cost, own)
+        if size == own and own not in self.route.own_rows:
+            self.route.own_rows.append(own)
         return size
 
     def _own(self, full: int) -> int | None:
@@ -158,30 +156,24 @@ class MicroBatches:
         Only the first few values of S get one, as long as memory has room for all buckets together, so that calls with
         ever new values do not capture ever new graphs.
         """
-        samples, known = self._samples, self._route.own_rows
-        if samples is None or samples > self._route.most_rows:
+        samples, known = self._samples, self.route.own_rows
+        if samples is None or samples > self.route.most_rows:
             return None
         # the buckets of the ladder together have less than twice the rows of the full one
-        fits = 2 * full + sum(known) + samples <= self._route.fitting_rows
+        fits = 2 * full + sum(known) + samples <= self.route.fitting_rows
         return samples if samples in known or (fits and len(known) < OWN_BUCKETS) else None
 
-    @contextmanager
-    def _walk(self, size: int, images: Tensor) -> Iterator[Walk]:
+    def _walk(self, size: int, images: Tensor) -> AbstractContextManager[Walk]:
+        eager = Eager(self.route, self.ops)
         if self._graphs is None:
-            yield Eager(self._route, *self._ops)
-            return
-
-        def make(capture: Capture) -> Bucket:
-            return Bucket(Eager(self._route, *self._ops), size, images, capture, pixels=self._pixels)
-
-        with self._graphs.turn((self._route, size), make) as bucket:
-            yield bucket
+            return nullcontext(eager)
+        return self._graphs.turn((self.route, size), partial(Bucket, eager, size, images))
 
     def _check_smaller(self, size: int, images: Tensor, error: BaseException) -> None:
         """Raise OutOfMemoryError where a micro-batch of this size cannot be halved."""
         if size > 1:
             return
-        route = self._route
+        route = self.route
         row = (
             f"takes {free_memory.megabytes(route.row_bytes)} by the formula"
             if route.row_bytes
@@ -196,8 +188,8 @@ class MicroBatches:
 
     def _shrink(self, size: int, device: torch.device) -> None:
         """Halve the micro-batch for this call and all later ones, and free the buckets."""
-        self._route.most_rows = size // 2
-        self._route.own_rows.clear()
+        self.route.most_rows = size // 2
+        self.route.own_rows.clear()
         logger.warning("memory ran out with %d rows a micro-batch; going on with %d", size, size // 2)
         if self._graphs is not None:
             self._graphs.clear()
@@ -225,19 +217,6 @@ def _own_images(images: Tensor, index: Sequence[int], on_device: Tensor, most: i
     return images[chosen], local
 
 
-@dataclass(frozen=True)
-class _Mark:
-    """A number of queued rows.
-
-    Attributes:
-        rows: since the start.
-        wait: waits until they are done.
-    """
-
-    rows: int
-    wait: Callable[[], None]
-
-
 class Pacer:
     """The progress of a call, reported as work is finished.
 
@@ -251,38 +230,27 @@ class Pacer:
     """
 
     def __init__(self, progress: Progress | None, total: int, device: torch.device) -> None:
-        self._progress, self._total = progress, total
-        self._mark, self._ahead = (_cuda_mark, AHEAD) if device.type == "cuda" else (_no_mark, 0)
-        self._queued: deque[_Mark] = deque()
-
-    def after(self, before: int) -> Callable[[int], None]:
-        """Return `queued` for rows that follow `before` others."""
-        return lambda rows: self.queued(before + rows)
+        self._progress, self._total, self._rows = progress, total, 0
+        self._ahead = AHEAD if device.type == "cuda" else 0
+        # rows since the start, and on a GPU the event at which they are done
+        self._queued: deque[tuple[int, Any]] = deque()
 
     def queued(self, rows: int) -> None:
-        """Note how many rows have been queued since the start, and report those that must be done by now."""
+        """Note that `rows` more have been queued, and report those that must be done by now."""
         if self._progress is None:
             return
-        self._queued.append(_Mark(rows, self._mark()))
+        self._rows += rows
+        self._queued.append((self._rows, torch.cuda.current_stream().record_event() if self._ahead else None))
         while len(self._queued) > self._ahead:
-            self._report()
+            self._report(self._progress)
 
     def finish(self) -> None:
         """Wait for all queued rows and report them."""
-        while self._queued:
-            self._report()
+        while self._queued and self._progress is not None:
+            self._report(self._progress)
 
-    def _report(self) -> None:
-        mark = self._queued.popleft()
-        mark.wait()
-        assert self._progress is not None
-        self._progress(mark.rows, self._total)
-
-
-def _no_mark() -> Callable[[], None]:
-    return lambda: None
-
-
-def _cuda_mark() -> Callable[[], None]:
-    event = torch.cuda.current_stream().record_event()
-    return event.synchronize
+    def _report(self, progress: Progress) -> None:
+        rows, event = self._queued.popleft()
+        if event is not None:
+            event.synchronize()
+        progress(rows, self._total)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dave_fast.engine.buckets import Cost, Kernel, flat_cost, full_rows, multiprocessors, plan_gemms
+from dave_fast.engine.buckets import Cost, Kernel, flat_cost, full_rows, plan_gemms
 from dave_fast.engine.build import build_engine
 from dave_fast.engine.memory import engine_row_bytes, plan_bytes, weight_bytes
 from dave_fast.engine.walks import Engine
@@ -25,6 +26,7 @@ from dave_fast.frozen.proof import ensure_proved
 from dave_fast.ops.precision import DTYPES
 from dave_fast.plan import families
 from dave_fast.plan.reading import NoPlanError, Reading
+from dave_fast.plan.vit_plan import ViTPlan
 
 ROUTES = ("auto", "engine", "frozen")
 # tokens of a micro-batch on a CPU: enough for full GEMM tiles, few enough to stay in the caches
@@ -32,132 +34,97 @@ CPU_TOKENS = 800
 FROZEN_ROWS = 4
 
 
-class Route(Protocol):
+@dataclass(eq=False)
+class Route:
     """A pair of walks for one model, image size, precision and device.
 
     Attributes:
         name: "engine" or "frozen".
+        forward: tokens (R, n, C·p_h·p_w) -> the output (R, ...), detached, and the operators.
+        vjp: the operators and the cotangent of the output (R, ...) -> the cotangent of the tokens.
         patch_size: (p_h, p_w) of the tokens.
         dtype: of the tokens.
-        row_bytes: bytes that a row of a micro-batch takes; 0 where they are not known.
         weights: bytes of the weights.
-        capturable: whether the walks never wait for the device, so that a CUDA graph can record them.
+        preferred_rows: rows of a full micro-batch where no GPU is known.
+        plan: the model's, of the engine.
+        model: the model as it is called, of the frozen route.
+        row_bytes: bytes that a row of a micro-batch takes; 0 where they are not known.
+        row_cost: rows of a micro-batch -> its cost, in rows.
         full_rows: rows of a full micro-batch; None until they have been chosen.
         fitting_rows: rows that memory had room for when they were chosen.
         own_rows: sizes of buckets whose rows are the samples of one image.
-        row_cost: rows of a micro-batch -> its cost, in rows.
         most_rows: largest micro-batch since memory ran out.
     """
 
     name: str
+    forward: Callable[[Tensor], tuple[Tensor, Any]]
+    vjp: Callable[[Any, Tensor], Tensor]
     patch_size: tuple[int, int]
     dtype: torch.dtype
-    row_bytes: int
     weights: int
-    capturable: bool
-    full_rows: int | None
-    fitting_rows: int
-    own_rows: list[int]
-    row_cost: Callable[[int], float]
-    most_rows: int
+    preferred_rows: int
+    plan: ViTPlan | None = None
+    model: nn.Module | None = None
+    row_bytes: int = 0
+    row_cost: Callable[[int], float] = flat_cost
+    full_rows: int | None = None
+    fitting_rows: int = 0
+    own_rows: list[int] = field(default_factory=list)
+    most_rows: int = sys.maxsize
+
+    @property
+    def capturable(self) -> bool:
+        """Whether the walks never wait for the device, so that a CUDA graph can record them."""
+        return self.plan is not None
 
     def best_rows(self, fitting: int) -> int:
         """Return the rows of a full micro-batch where memory has room for `fitting`."""
-        ...
-
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Any]:
-        """Return the output (R, ...), detached, and the operators for tokens (R, n, C·p_h·p_w)."""
-        ...
-
-    def vjp(self, saved: Any, cotangent: Tensor) -> Tensor:
-        """Return the cotangent of the tokens for that of the output (R, ...)."""
-        ...
-
-
-class EngineRoute:
-    """The walks of an engine.
-
-    Args:
-        engine: of the model.
-    """
-
-    name = "engine"
-    capturable = True
-
-    def __init__(self, engine: Engine) -> None:
-        plan = engine.plan
-        self.plan = plan
-        self.patch_size = plan.patch_size
-        self.dtype = plan.dtype
-        self.row_bytes = engine_row_bytes(plan)
-        self.weights = plan_bytes(plan)
-        self.full_rows: int | None = None
-        self.fitting_rows = 0
-        self.own_rows: list[int] = []
-        self.most_rows = sys.maxsize
-        self.row_cost: Callable[[int], float] = flat_cost
-        if plan.device.type == "cuda":
-            kernel, processors = Kernel.of(plan.dtype.itemsize), multiprocessors(plan.device)
-            self.row_cost = Cost(plan.tokens, plan_gemms(plan), kernel, processors)
-        self.forward = engine.forward
-        self.vjp = engine.vjp
-
-    def best_rows(self, fitting: int) -> int:
-        """Return the rows of a full micro-batch, as `Route.best_rows`."""
         if self.row_cost is flat_cost:
-            return max(1, min(64, CPU_TOKENS // self.plan.tokens, fitting))
+            return max(1, min(self.preferred_rows, fitting))
         return full_rows(self.row_cost, fitting)
 
 
-@dataclass
-class _SavedGraph:
-    leaf: Tensor
-    output: Tensor
+def _engine_route(engine: Engine) -> Route:
+    plan = engine.plan
+    cost: Callable[[int], float] = flat_cost
+    if plan.device.type == "cuda":
+        processors = torch.cuda.get_device_properties(plan.device).multi_processor_count
+        cost = Cost(plan.tokens, plan_gemms(plan), Kernel.of(plan.dtype.itemsize), processors)
+    return Route(
+        "engine",
+        engine.forward,
+        engine.vjp,
+        plan.patch_size,
+        plan.dtype,
+        weights=plan_bytes(plan),
+        preferred_rows=min(64, CPU_TOKENS // plan.tokens),
+        plan=plan,
+        row_bytes=engine_row_bytes(plan),
+        row_cost=cost,
+    )
 
 
-class FrozenRoute:
-    """Autograd through the model's own forward pass with frozen operators.
+def _frozen_route(model: nn.Module, size: tuple[int, int], dtype: torch.dtype) -> Route:
+    """Return autograd through a model's own forward pass with frozen operators; an image (H, W) is one token.
 
-    Args:
-        model: in evaluation mode, in the dtype and on the device of the tokens.
-        size: (H, W) of the images.
-        dtype: of the tokens.
+    The model is in evaluation mode, in the dtype and on the device of the tokens.
     """
 
-    name = "frozen"
-    capturable = False
-
-    def __init__(self, model: nn.Module, size: tuple[int, int], dtype: torch.dtype) -> None:
-        self.model = model
-        self._size = size
-        self.patch_size = size
-        self.dtype = dtype
-        # the memory that autograd takes is not known before it ran
-        self.row_bytes = 0
-        self.weights = weight_bytes(model)
-        self.full_rows: int | None = None
-        self.fitting_rows = 0
-        self.own_rows: list[int] = []
-        self.row_cost: Callable[[int], float] = flat_cost
-        self.most_rows = sys.maxsize
-
-    def best_rows(self, fitting: int) -> int:
-        """Return the rows of a full micro-batch, as `Route.best_rows`."""
-        return max(1, min(FROZEN_ROWS, fitting))
-
-    def forward(self, tokens: Tensor) -> tuple[Tensor, _SavedGraph]:
-        """Return the output (R, ...) and autograd's graph for images as tokens (R, 1, C·H·W)."""
+    def forward(tokens: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         with torch.inference_mode(False), torch.enable_grad():
             leaf = tokens.detach().clone().requires_grad_()
             with freeze():
-                output = run_frozen(self.model, leaf.view(len(tokens), -1, *self._size))
-        return output.detach(), _SavedGraph(leaf, output)
+                output = run_frozen(model, leaf.view(len(tokens), -1, *size))
+        return output.detach(), (leaf, output)
 
-    def vjp(self, saved: _SavedGraph, cotangent: Tensor) -> Tensor:
-        """Return the cotangent of the tokens, (R, 1, C·H·W), for that of the output."""
+    def vjp(saved: tuple[Tensor, Tensor], cotangent: Tensor) -> Tensor:
+        leaf, output = saved
         with freeze():
-            (gradient,) = torch.autograd.grad(saved.output, saved.leaf, cotangent, retain_graph=True)
+            (gradient,) = torch.autograd.grad(output, leaf, cotangent, retain_graph=True)
         return gradient
+
+    weights = weight_bytes(model)
+    return Route("frozen", forward, vjp, size, dtype, weights=weights, preferred_rows=FROZEN_ROWS, model=model)
 
 
 def _as(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -178,8 +145,8 @@ def make_route(
     device: torch.device,
     backend: str,
     sibling: Route | None = None,
-) -> tuple[Route, str | None]:
-    """Return the route of a model and, where "auto" takes the frozen one, a line with the reason.
+) -> Route:
+    """Return the route of a model, and warn with the reason where "auto" takes the frozen one.
 
     Args:
         model: any module.
@@ -198,18 +165,19 @@ def make_route(
     dtype, fp8 = DTYPES[precision], precision == "fp8"
     read = _read(model, shape)
     if route != "frozen" and isinstance(read, Reading):
-        plan = sibling.plan if isinstance(sibling, EngineRoute) else None
-        engine = build_engine(read, dtype=dtype, device=device, backend=backend, sibling=plan, fp8=fp8)
-        return EngineRoute(engine), None
+        plan = None if sibling is None else sibling.plan
+        return _engine_route(build_engine(read, dtype=dtype, device=device, backend=backend, sibling=plan, fp8=fp8))
     if route == "engine":
         raise ModelError(f"route='engine' was asked for, but {read}. Use route='auto' or 'frozen'.")
     if fp8:
         why = read if isinstance(read, str) else "route='frozen' was asked for"
         raise ModelError(f"precision='fp8' needs the engine's GEMMs, but {why}. Use precision='bf16'.")
     _prove(model, shape)
-    line = None if route == "frozen" else f"the frozen route is taken (slower, more memory): {read}"
-    fitting = sibling.model if isinstance(sibling, FrozenRoute) else _as(model, dtype, device)
-    return FrozenRoute(fitting, shape[1:], dtype), line
+    if route == "auto":
+        # in the name of whoever called the explainer's method
+        warnings.warn(f"the frozen route is taken (slower, more memory): {read}", stacklevel=5)
+    fitting = None if sibling is None else sibling.model
+    return _frozen_route(_as(model, dtype, device) if fitting is None else fitting, shape[1:], dtype)
 
 
 def _read(model: nn.Module, shape: tuple[int, int, int]) -> Reading | str:

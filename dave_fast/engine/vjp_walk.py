@@ -32,8 +32,17 @@ class VjpWalk:
     def __init__(self, plan: ViTPlan, ops: BoundOps) -> None:
         self._plan, self._ops = plan, ops
 
+    @torch.no_grad()
     def __call__(self, saved: Saved, cotangent: Tensor) -> Tensor:
-        """Return the cotangent of the tokens (R, n, C·p_h·p_w) for that of the output (R, ...)."""
+        """Walk back; may be called again with another cotangent of the same forward walk.
+
+        Args:
+            saved: the operators of a forward walk.
+            cotangent: of its output, (R, ...).
+
+        Returns:
+            The cotangent of the tokens, (R, n, C·p_h·p_w) in the plan's dtype.
+        """
         plan = self._plan
         (g,) = torch.autograd.grad(saved.tail_output, saved.tail_input, cotangent, retain_graph=True)
         # a tail may return a view of any strides

@@ -10,11 +10,8 @@ the time.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from dave_fast.engine.bound_ops import BoundOps
-from dave_fast.engine.forward_walk import ForwardWalk, Saved
+from dave_fast.engine.forward_walk import ForwardWalk
 from dave_fast.engine.vjp_walk import VjpWalk
 from dave_fast.ops.fp8 import Scales
 from dave_fast.plan.vit_plan import ViTPlan
@@ -32,6 +29,8 @@ class Engine:
     Attributes:
         plan: the model.
         ops: the bound ops.
+        forward: tokens (R, n, C·p_h·p_w) -> the output (R, ...) and the operators for `vjp`.
+        vjp: operators and a cotangent of the output -> the cotangent of the tokens.
     """
 
     def __init__(
@@ -39,29 +38,4 @@ class Engine:
     ) -> None:
         self.plan = plan
         self.ops = BoundOps(backend, plan.device, fp8=fp8, scales=scales)
-        self._forward, self._vjp = ForwardWalk(plan, self.ops), VjpWalk(plan, self.ops)
-
-    @torch.no_grad()
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Saved]:
-        """Walk forward.
-
-        Args:
-            tokens: (R, n, C·p_h·p_w) in the plan's dtype.
-
-        Returns:
-            The output (R, ...) in float32, or float64 for a plan in float64, and the operators for `vjp`.
-        """
-        return self._forward(tokens)
-
-    @torch.no_grad()
-    def vjp(self, saved: Saved, cotangent: Tensor) -> Tensor:
-        """Walk back; may be called again with another cotangent of the same forward walk.
-
-        Args:
-            saved: the operators of a forward walk.
-            cotangent: of its output, (R, ...).
-
-        Returns:
-            The cotangent of the tokens, (R, n, C·p_h·p_w) in the plan's dtype.
-        """
-        return self._vjp(saved, cotangent)
+        self.forward, self.vjp = ForwardWalk(plan, self.ops), VjpWalk(plan, self.ops)

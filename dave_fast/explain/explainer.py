@@ -15,20 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from dave_fast.defaults import DEFAULT_SAMPLES
-from dave_fast.engine.aggregation import Aggregation
-from dave_fast.engine.checks import check_classes, check_integer, check_keys, check_rows, describe
-from dave_fast.engine.eager import Walk
+from dave_fast.engine.aggregation import raw_attributions
+from dave_fast.engine.checks import check_classes, check_integer, check_keys, check_rows, check_targets, describe
 from dave_fast.engine.end_of_call import EndOfCall
 from dave_fast.engine.micro_batches import MicroBatches, Progress
-from dave_fast.engine.route import Route
 from dave_fast.errors import InputError
 from dave_fast.explain.explanation import Explanation
 from dave_fast.explain.route_cache import RouteCache
 from dave_fast.models.adapter import kind_of
 from dave_fast.models.catalog import is_private, load_model, noise_alpha_for
 from dave_fast.models.spec import ModelSpec
-from dave_fast.ops import _registry
-from dave_fast.ops.patches import patchify, unpatchify
+from dave_fast.ops.patches import unpatchify
 from dave_fast.ops.precision import DTYPES, choose_precision, own_arithmetic, resolve_device, statistics_dtype
 from dave_fast.sampling import Draws, Sampling, draw, identity
 from dave_fast.targets.cotangents import Cotangent, ElementCotangent
@@ -105,10 +102,6 @@ class DAVE:
             self.internal_batch_size,
             reads_values=not is_private(model),
         )
-        kind = self.device.type
-        self._robust_mean = _registry.bind("robust_mean", backend, kind)
-        self._aggregation = Aggregation(self._robust_mean, _registry.bind("pull_back_mean", backend, kind))
-        self._smooth = _registry.bind("smooth", backend, kind)
 
     def explain(
         self,
@@ -155,9 +148,8 @@ class DAVE:
         rows = check_rows(internal_batch_size)
         wanted = [target] if targets is None else split_targets(targets)
 
-        def work(images: Tensor, route: Route, end: EndOfCall) -> Explanation:
+        def work(images: Tensor, batches: MicroBatches, end: EndOfCall) -> Explanation:
             keys = check_keys(image_keys, len(images))
-            batches = self._cache.batches(route, rows, n_samples)
             output = self._output(batches, images, end)
             if top_k is None or top_k == 1:
                 resolved = [self._resolved(each, output, images) for each in wanted]
@@ -171,9 +163,9 @@ class DAVE:
                 image_keys=keys,
                 sampling=self.sampling,
             )
-            raw = self._aggregation.raw(batches, route, images, draws, resolved, progress)
+            raw = raw_attributions(batches, images, draws, resolved, progress)
             end.refuse_non_finite(raw, "the attribution", f"{self._advice}, or look for overflow in the model.")
-            maps = self._smooth(raw.flatten(0, 1)).view(*raw.shape[:2], *raw.shape[3:])
+            maps = batches.ops.smooth(raw.flatten(0, 1)).view(*raw.shape[:2], *raw.shape[3:])
             of_each = moved([each.classes for each in resolved], output.device)
             classes = torch.stack([each.expand(len(images)) for each in of_each], dim=1)
             classes, probability = end.read(classes, self._probability(output, classes))
@@ -189,7 +181,7 @@ class DAVE:
                 seed=seed,
             )
 
-        return self._cache.call(images, work)
+        return self._cache.call(images, work, rows, n_samples)
 
     def bind(self, question: Question) -> Question:
         """Return a question with the model's part in it filled in, so that this is done once and not at every call.
@@ -239,13 +231,7 @@ class DAVE:
 
         It is computed in the explainer's precision and by its route.
         """
-
-        def work(images: Tensor, route: Route, end: EndOfCall) -> Tensor:
-            output = self._output(self._cache.batches(route), images, end).float()
-            end.read()
-            return output
-
-        return self._cache.call(images, work)
+        return self._predicted(images).float()
 
     def effective_gradient(self, images: Tensor, target: Target = None) -> Tensor:
         """Return one row of the effective transformation for each unperturbed image: DAVE, arXiv 2602.06613, Eq. 5.
@@ -258,13 +244,10 @@ class DAVE:
             (B, C, H, W), float64 in fp64, else float32; not multiplied by the image.
         """
 
-        def work(images: Tensor, route: Route, end: EndOfCall) -> Tensor:
-            batches = self._cache.batches(route)
+        def work(images: Tensor, batches: MicroBatches, end: EndOfCall) -> Tensor:
             resolved = self._resolved(target, self._output(batches, images, end), images)
-            gradients = torch.empty_like(images)
-            tokens = torch.empty_like(patchify(images, route.patch_size))
-            batches.vjps(images, identity(len(images)), [resolved], tokens[None], None)
-            gradients.copy_(unpatchify(tokens, route.patch_size, *images.shape[2:]))
+            (tokens,) = batches.vjps(images, identity(len(images)), [resolved], None)
+            gradients = unpatchify(tokens.to(images.dtype), batches.route.patch_size, *images.shape[2:])
             end.refuse_non_finite(gradients, "the effective gradient", f"{self._advice}.")
             end.read()
             return gradients
@@ -296,29 +279,23 @@ class DAVE:
             ModelError: the model cannot be explained, or its weights change during the call.
             NonFiniteError: NaN or infinity in the images.
         """
+        if not len(draws):
+            raise InputError("draws hold no rows; expected one or more perturbed samples")
 
-        def work(images: Tensor, route: Route, end: EndOfCall) -> Tensor:
-            made: Tensor | None = None
-            of_image: list[Cotangent] = []
+        def work(images: Tensor, batches: MicroBatches, end: EndOfCall) -> Tensor:
+            first, last = check_targets(targets, len(images))
+            of_class = [ElementCotangent(each) for each in to_device(targets.T.contiguous(), images.device)]
 
-            def keep(walk: Walk, output: Tensor, at: slice, rows: Draws) -> None:
-                nonlocal made
-                if made is None:
-                    check_classes(targets, len(images), output)
-                    of_image.extend(map(ElementCotangent, to_device(targets.T.contiguous(), images.device)))
-                    made = images.new_empty(len(of_image), len(draws), *images.shape[1:])
-                for which, target in enumerate(of_image):
-                    made[which, at].copy_(walk.vjp(target(output, rows), images.dtype))
+            def checked(output: Tensor, rows: Draws) -> Tensor:
+                check_classes(first, last, output)
+                return of_class[0](output, rows)
 
-            # Captured graphs have row numbers of their own.
-            rows = len(draws) if self._cache.graphs is None else None
-            self._cache.batches(route, rows).each(images, draws, keep)
-            if made is None:
-                raise InputError("draws hold no rows")
+            made = batches.vjps(images, draws, [checked, *of_class[1:]], images.dtype)
             end.read()
             return made
 
-        return self._cache.call(images, work)
+        # captured graphs have row numbers of their own
+        return self._cache.call(images, work, len(draws) if self._cache.graphs is None else None)
 
     def aggregate(self, contributions: Tensor) -> tuple[Tensor, Tensor]:
         """Return raw (B, C, H, W) and maps (B, H, W) of contributions (B, S, C, H, W), as `explain` does.
@@ -326,8 +303,8 @@ class DAVE:
         They are NaN where a contribution is NaN.
         """
         with own_arithmetic(self.device):
-            raw = self._robust_mean(contributions)
-            return raw, self._smooth(raw)
+            raw = self._cache.ops.robust_mean(contributions)
+            return raw, self._cache.ops.smooth(raw)
 
     @property
     def statistics_dtype(self) -> torch.dtype:
@@ -368,13 +345,17 @@ class DAVE:
 
     def _view(self) -> ModelView:
         """Return the model and its output as questions see them."""
+        return ModelView(self.model, self._predicted)
 
-        def work(images: Tensor, route: Route, end: EndOfCall) -> Tensor:
-            output = self._output(self._cache.batches(route), images, end)
+    def _predicted(self, images: Tensor) -> Tensor:
+        """Return the model's output (B, ...) for unperturbed images, in the dtype of the walks."""
+
+        def work(images: Tensor, batches: MicroBatches, end: EndOfCall) -> Tensor:
+            output = self._output(batches, images, end)
             end.read()
             return output
 
-        return ModelView(self.model, lambda images: self._cache.call(images, work))
+        return self._cache.call(images, work)
 
     def _probability(self, output: Tensor, classes: Tensor) -> Tensor:
         """Return the probabilities (B, K) of classes (B, K); NaN for −1, and where the model is not a classifier."""

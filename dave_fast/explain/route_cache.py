@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dave_fast.engine import free_memory
+from dave_fast.engine.bound_ops import PixelOps
 from dave_fast.engine.checks import check_images
 from dave_fast.engine.end_of_call import EndOfCall, WeightsChangedError
 from dave_fast.engine.graphs import make_graphs
@@ -19,7 +19,6 @@ from dave_fast.engine.micro_batches import MicroBatches
 from dave_fast.engine.route import ROUTES, Route, make_route
 from dave_fast.errors import InputError, ModelError
 from dave_fast.models.fingerprint import State
-from dave_fast.ops import _registry
 from dave_fast.ops.precision import DTYPES, own_arithmetic, statistics_dtype
 from dave_fast.transfers import to_device
 
@@ -45,6 +44,7 @@ class RouteCache:
         defers: whether a call checks its numbers at its end, so that the host does not wait for a GPU earlier (see
             `dave_fast.engine.end_of_call`).
         graphs: the captured graphs, or None.
+        ops: between images and the walks.
     """
 
     def __init__(
@@ -62,14 +62,11 @@ class RouteCache:
         if route not in ROUTES:
             raise InputError(f"route is {route!r}; expected one of {', '.join(ROUTES)}")
         self.defers = device.type != "cpu"
+        self.ops = PixelOps(backend, device)
         self.make_graphs = partial(make_graphs, device, graphs)
         self.graphs = self.make_graphs()
         self._model, self._device, self._precision, self._backend = model, device, precision, backend
         self._wanted, self._graphs_wanted, self._internal_batch_size = route, graphs, internal_batch_size
-        # PyTorch's own pixel ops wait for the device, which a graph cannot.
-        self._pixels = _registry.choose("perturb", backend, device.type) != "torch"
-        self._perturb = _registry.bind("perturb", backend, device.type)
-        self._pull_back = _registry.bind("pull_back", backend, device.type)
         self._reads_values = reads_values
         self._routes: dict[tuple[int, ...], Route] = {}
         self._state: State | None = None
@@ -80,16 +77,24 @@ class RouteCache:
         """The route that was used last, "engine" or "frozen"; before the first call the one that was asked for."""
         return next(reversed(self._routes.values())).name if self._routes else self._wanted
 
-    def call(self, images: Any, work: Callable[[Tensor, Route, EndOfCall], T]) -> T:
-        """Return the result of a function of images and the route for them.
+    def call(
+        self,
+        images: Any,
+        work: Callable[[Tensor, MicroBatches, EndOfCall], T],
+        rows: int | None = None,
+        samples: int | None = None,
+    ) -> T:
+        """Return the result of a function of images and the loop over micro-batches of the route for them.
 
         Where the end of the call finds that the weights have changed since the route was made, the route is made again
         and the function called again.
 
         Args:
             images: (B, C, H, W) or (C, H, W), anywhere.
-            work: function of the images (B, C, H, W) on the device, the route and the checks of the call; it ends with
-                `EndOfCall.read`.
+            work: function of the images (B, C, H, W) on the device, the micro-batches and the checks of the call; it
+                ends with `EndOfCall.read`.
+            rows: of a full micro-batch; None takes `internal_batch_size`, else what fits.
+            samples: of one image; a captured graph may have that many rows, so that an image fills it.
 
         Raises:
             InputError: the images are not such a tensor.
@@ -101,7 +106,7 @@ class RouteCache:
                 end = EndOfCall(defers=self.defers)
                 given = self._checked(images, end)
                 try:
-                    return work(given, self.route(given, end), end)
+                    return work(given, self.batches(self.route(given, end), rows, samples), end)
                 except WeightsChangedError:
                     self._forget(end.state)
         raise ModelError("the model's weights changed twice during one call: explain a copy, or between the changes")
@@ -121,19 +126,21 @@ class RouteCache:
                 self._state = State(self._model, values=self._reads_values)
             if end is not None:
                 end.state = self._state
-            # Inserted again, so that the last entry is the route that was used last.
-            route = self._routes.pop(shape, None) or self._made(shape)
+            # inserted again, so that the last entry is the route that was used last
+            route = self._routes.pop(shape, None) or make_route(
+                self._model,
+                shape,
+                route=self._wanted,
+                precision=self._precision,
+                device=self._device,
+                backend=self._backend,
+                sibling=next(iter(self._routes.values()), None),
+            )
             self._routes[shape] = route
             return route
 
     def batches(self, route: Route, rows: int | None = None, samples: int | None = None) -> MicroBatches:
-        """Return the loop over micro-batches of a route.
-
-        Args:
-            route: the route.
-            rows: of a full micro-batch; None takes `internal_batch_size`, else what fits.
-            samples: of one image; a captured graph may have that many rows, so that an image fills it.
-        """
+        """Return the loop over micro-batches of a route; rows and samples as for `call`."""
         best, asked = self._fitting_rows(route), rows or self._internal_batch_size
         if samples is not None and asked is not None and samples > asked:
             samples = None
@@ -143,8 +150,7 @@ class RouteCache:
                 f"graphs=True was asked for, but the {route.name} route runs the model's own forward, which may wait "
                 "for the device. Use graphs=None."
             )
-        ops = (self._perturb, self._pull_back)
-        return MicroBatches(route, *ops, asked or best, graphs=graphs, pixels=self._pixels, samples=samples)
+        return MicroBatches(route, self.ops, asked or best, graphs=graphs, samples=samples)
 
     def fitting_rows(self, images: Tensor) -> int:
         """Return the rows of a full micro-batch for images (B, C, H, W)."""
@@ -169,20 +175,6 @@ class RouteCache:
         advice = "Look for NaN or infinity in how they were loaded and normalised."
         end.refuse_non_finite(images, "the pixels", advice, now=images.device.type != self._device.type)
         return to_device(images, self._device)
-
-    def _made(self, shape: tuple[int, int, int]) -> Route:
-        made, line = make_route(
-            self._model,
-            shape,
-            route=self._wanted,
-            precision=self._precision,
-            device=self._device,
-            backend=self._backend,
-            sibling=next(iter(self._routes.values()), None),
-        )
-        if line is not None:
-            warnings.warn(line, stacklevel=5)
-        return made
 
     def _forget(self, state: State | None) -> None:
         """Drop a state that the model is no longer in: the next call makes its route again."""

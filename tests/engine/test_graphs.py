@@ -155,7 +155,7 @@ def test_padding_repeats_the_last_row():
 def test_perturb_and_pull_back_may_stay_outside(model, images):
     inside = buffered(model)[0].explain(images, n_samples=5)
     explainer, _ = buffered(model)
-    explainer._cache._pixels = False
+    explainer._cache.ops.capturable = False
     assert torch.equal(explainer.explain(images, n_samples=5).raw, inside.raw)
 
 
@@ -271,13 +271,13 @@ def test_progress_follows_the_work_while_more_is_queued(monkeypatch):
     def mark():
         number = len(marks)
         marks.append(number)
-        return lambda: waited.append(number)
+        return SimpleNamespace(synchronize=lambda: waited.append(number))
 
     marks = []
-    monkeypatch.setattr("dave_fast.engine.micro_batches._cuda_mark", mark)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(record_event=mark))
     pacer = Pacer(lambda done, total: seen.append((done, total)), 10, torch.device("cuda"))
-    for rows in (2, 4, 6, 8, 10):
-        pacer.queued(rows)
+    for _ in range(5):
+        pacer.queued(2)
         assert len(marks) - len(waited) <= AHEAD
     assert seen == [(2, 10), (4, 10), (6, 10)]
     pacer.finish()
@@ -285,7 +285,7 @@ def test_progress_follows_the_work_while_more_is_queued(monkeypatch):
 
 
 def test_without_progress_nothing_waits(monkeypatch):
-    monkeypatch.setattr("dave_fast.engine.micro_batches._cuda_mark", lambda: pytest.fail("an event was recorded"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: pytest.fail("an event was recorded"))
     pacer = Pacer(None, 10, torch.device("cuda"))
     pacer.queued(10)
     pacer.finish()
