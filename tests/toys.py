@@ -1,4 +1,4 @@
-"""Models that are one function, the slopes to expect of them, and engines of models."""
+"""Models that are one function, frozen gradients of them, and engines of models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dave_fast.plan.families import read
 
 
 class Calls(nn.Module):
-    """A model that is one function of its input, so that a test can hold its slope in hand."""
+    """A model that is one function of its input, whose frozen gradient a test can compute by hand."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -38,13 +38,13 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def frozen_forward(model: nn.Module, inputs: Tensor) -> Tensor:
-    """Return a model's output for inputs (B,C,H,W) with frozen operators and autograd's graph, also under `no_grad`."""
+    """Return a model's output for inputs (B, C, H, W) with frozen operators and a graph, also under `no_grad`."""
     with torch.inference_mode(False), torch.enable_grad(), freeze():
         return run_frozen(model, inputs)
 
 
 def frozen_vjp(model: nn.Module, inputs: Tensor, target_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Return a model's output (B,K) and the frozen gradient (B,C,H,W) of one score an image.
+    """Return a model's output (B, K) and the frozen gradient (B, C, H, W) of one score an image.
 
     target_fn maps the output to scores (B,); score b may depend on row b alone, so that one backward pass of the sum
     serves the batch.
@@ -54,14 +54,14 @@ def frozen_vjp(model: nn.Module, inputs: Tensor, target_fn: Callable[[Tensor], T
         output = frozen_forward(model, leaf)
         scores = target_fn(output)
         check_scores(scores, leaf)
-        # a checkpointed model runs its forward again in here
+        # the backward pass of a checkpointed model repeats its forward pass
         with freeze():
             (gradient,) = torch.autograd.grad(scores.sum(), leaf)
     return output.detach(), gradient
 
 
 def slope(function: Callable[[Tensor], Tensor], x: Tensor, cotangent: Tensor) -> Tensor:
-    """The frozen gradient of ⟨cotangent, function(x)⟩."""
+    """Return the frozen gradient of ⟨cotangent, function(x)⟩ with respect to x."""
     model = Calls(function).eval()
     return frozen_vjp(model, x, lambda y: (y * cotangent).flatten(1).sum(1))[1]
 

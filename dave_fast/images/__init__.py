@@ -7,19 +7,11 @@
 Torch and timm are imported where they are first needed: finding and reading files needs neither.
 """
 
-from dave_fast.images.preprocess import (
-    ADD_INVERSE,
-    CROP_FLOOR,
-    Preprocessing,
-    describe_preprocessing,
-    from_config,
-    preprocessing,
-)
+from dave_fast.images.preprocess import ADD_INVERSE, Preprocessing, describe_preprocessing, from_config, preprocessing
 from dave_fast.images.reading import OURS, decode_image, find_images, is_image, read_image, walk_images
 
 __all__ = [
     "ADD_INVERSE",
-    "CROP_FLOOR",
     "OURS",
     "Preprocessing",
     "decode_image",

@@ -35,8 +35,6 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         ImageError: the file cannot be read in full; the message has the path and the reason.
     """
     try:
-        if os.path.getsize(path) == 0:
-            raise ImageError("the file is empty")
         # Given a handle, Pillow does not map the file, which garbles rotated TIFFs (seen in Pillow 13.0).
         with open(path, "rb") as file:
             return _decoded(file)
@@ -61,8 +59,6 @@ def decode_image(
         TooLargeError: the image has more than max_pixels.
     """
     try:
-        if not content:
-            raise ImageError("the file is empty")
         return _decoded(io.BytesIO(content), max_pixels, formats)
     except (TooLargeError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise TooLargeError(f"cannot read {name}: {_reason(error)}.") from error
@@ -71,6 +67,9 @@ def decode_image(
 
 
 def _decoded(file: IO[bytes], max_pixels: int | None = None, formats: tuple[str, ...] | None = None) -> Image.Image:
+    if file.seek(0, os.SEEK_END) == 0:
+        raise ImageError("the file is empty")
+    file.seek(0)
     with Image.open(file, formats=formats) as image:
         if max_pixels is not None and image.width * image.height > max_pixels:
             raise TooLargeError(f"it has {image.width}×{image.height} pixels; at most {max_pixels} are taken")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,6 +32,8 @@ _ALSO = {
     "hf:facebook/deit-base-patch16-224": "deit_base_patch16_224.fb_in1k",
     "hf:facebook/deit-small-patch16-224": "deit_small_patch16_224.fb_in1k",
 }
+# the extra of dave-fast that installs a source's library
+_EXTRAS = {"hf": "hf", "open_clip": "openclip"}
 _TIMM = ("timm:", "hf:timm/", "hf-hub:timm/")
 
 
@@ -69,7 +70,7 @@ def load_model(model: str | ModelSpec | nn.Module) -> tuple[nn.Module, str]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            loaded = _LOADERS[source](name, spec)
+            loaded = _load(source, name, spec)
         except ModuleNotFoundError as error:
             extra = f": pip install 'dave-fast[{_EXTRAS[source]}]'" if source in _EXTRAS else ""
             raise UnknownModelError(
@@ -88,7 +89,17 @@ def is_private(model: str | ModelSpec | nn.Module) -> bool:
     return not isinstance(model, nn.Module) and as_spec(model).source[0] != "python"
 
 
-def _demo(name: str, spec: ModelSpec) -> nn.Module:
+def _load(source: str, name: str, spec: ModelSpec) -> nn.Module:
+    """Load a model by its source's loader, whose module is imported here since it may import a library."""
+    if source == "demo":
+        return _demo(spec)
+    if source == "python":
+        return _python(name, spec)
+    library = "huggingface" if source == "hf" else source
+    return importlib.import_module(f"dave_fast.models.from_{library}").load(name, spec)
+
+
+def _demo(spec: ModelSpec) -> nn.Module:
     from dave_fast.models.demo.model import build_model, load_demo_model
 
     if spec.num_classes is not None:
@@ -127,22 +138,6 @@ def load_object(path: str) -> Any:
             f"{path!r} cannot be loaded: {error}; expected 'package.module:function', or one of "
             "hf:, torchvision:, open_clip: before a name"
         ) from error
-
-
-def _later(module: str) -> Callable[[str, ModelSpec], nn.Module]:
-    """Return the `load` of a module of this folder, which is imported when called, since it imports a library."""
-    return lambda name, spec: importlib.import_module(f"dave_fast.models.{module}").load(name, spec)
-
-
-_LOADERS: dict[str, Callable[[str, ModelSpec], nn.Module]] = {
-    "demo": _demo,
-    "timm": _later("from_timm"),
-    "hf": _later("from_huggingface"),
-    "torchvision": _later("from_torchvision"),
-    "open_clip": _later("from_open_clip"),
-    "python": _python,
-}
-_EXTRAS = {"hf": "hf", "open_clip": "openclip"}
 
 
 def _adapted(model: nn.Module) -> nn.Module:

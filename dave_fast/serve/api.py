@@ -24,12 +24,12 @@ from dave_fast.errors import ImageError, InputError, NonFiniteError, RefusedErro
 from dave_fast.explain.convergence import Refined
 from dave_fast.images import decode_image
 from dave_fast.serve import formats
-from dave_fast.serve.jobs import Ask, Ended, Event, Failed, Predicted
+from dave_fast.serve.jobs import Ask, DeadlineError, Ended, Event, Failed, Predicted
 from dave_fast.serve.limits import FORMATS, Limits
 from dave_fast.serve.middleware import UploadBudget
 from dave_fast.serve.schemas import Health, ModelInfo, Options, StoredImage, describe_errors
 from dave_fast.serve.served import ServedModel
-from dave_fast.serve.service import DeadlineError, Service
+from dave_fast.serve.service import Service
 from dave_fast.serve.uploads import Body, ImageStore, MemoryImageStore, read_body
 
 # Seconds without an event after which a comment is sent to keep the connection open.

@@ -18,11 +18,12 @@ from dave_fast._version import __version__
 from dave_fast.errors import InputError, NonFiniteError, RefusedError
 from dave_fast.serve import formats, kserve
 from dave_fast.serve.api import Api, status_of
+from dave_fast.serve.jobs import DeadlineError
 from dave_fast.serve.limits import Limits
 from dave_fast.serve.middleware import LimitsMiddleware
 from dave_fast.serve.page import add_page
 from dave_fast.serve.schemas import Answer, Health, ModelInfo, StoredImage, describe_errors, problems
-from dave_fast.serve.service import DeadlineError, Service
+from dave_fast.serve.service import Service
 from dave_fast.serve.uploads import FORM, ImageStore
 
 

@@ -11,14 +11,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from dave_fast.defaults import DEFAULT_SAMPLES
+from dave_fast.errors import DaveFastError
 from dave_fast.explain.convergence import FACTORS, Refined, checkpoints
 from dave_fast.sampling import Draws, draw
 from dave_fast.serve.scheduler import Queued
 from dave_fast.serve.served import ServedModel
+
+
+class DeadlineError(DaveFastError, TimeoutError):
+    """No sample was computed before the deadline."""
 
 
 @dataclass(frozen=True)
@@ -138,13 +142,6 @@ class Job:
         height, width = self.model.prepare.size
         sampling = self.model.explainers[0].sampling
         return draw(self.ask.n_samples, height=height, width=width, seed=self.ask.seed, sampling=sampling)
-
-    def buffer(self, like: Tensor) -> Tensor:
-        """Return the buffer of contributions, (K, S, C, H, W) with the dtype and device of the first ones."""
-        if self.contributions is None:
-            shape = (self.ask.classes, self.ask.n_samples, *like.shape[2:])
-            self.contributions = torch.empty(shape, dtype=like.dtype, device=like.device)
-        return self.contributions
 
     def arrived(self, start: int, stop: int) -> Sequence[int]:
         """Add samples start … stop − 1; return the numbers of samples for which a map is now due, in order."""

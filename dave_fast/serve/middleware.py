@@ -75,7 +75,7 @@ class LimitsMiddleware:
             self.metrics.requests.labels(route, str(exchange.status)).inc()
             fields = {"method": scope["method"], "route": route, "status": exchange.status}
             seconds = round(time.monotonic() - began, 4)
-            log.info("request", extra={**fields, "request": exchange.name.decode(), "seconds": seconds})
+            log.info("request", extra=fields | {"request": exchange.name.decode(), "seconds": seconds})
 
 
 class _Exchange:

@@ -192,13 +192,7 @@ def log_to_stderr() -> None:
 def running(app: FastAPI, limits: Limits) -> Iterator[str]:
     """Run a server in a thread of this process, for tests and load generators; yield its address."""
     server = make_server(app, limits)
-    loops: list[asyncio.AbstractEventLoop] = []
-
-    async def serve() -> None:
-        loops.append(asyncio.get_running_loop())
-        await server.serve()
-
-    thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
+    thread = threading.Thread(target=asyncio.run, args=(server.serve(),), daemon=True)
     thread.start()
     while not server.started and thread.is_alive():
         time.sleep(0.01)
@@ -207,5 +201,5 @@ def running(app: FastAPI, limits: Limits) -> Iterator[str]:
     try:
         yield f"http://127.0.0.1:{server.port}"
     finally:
-        loops[0].call_soon_threadsafe(server.end)
+        server.servers[0].get_loop().call_soon_threadsafe(server.end)
         thread.join()

@@ -19,11 +19,10 @@ from functools import partial
 import torch
 
 from dave_fast.engine.free_memory import SHARE, free_bytes
-from dave_fast.errors import DaveFastError, InputError, NonFiniteError
+from dave_fast.errors import InputError, NonFiniteError
 from dave_fast.explain.convergence import Refined, refine
-from dave_fast.serve.jobs import Ask, Ended, Failed, Job, Listener
+from dave_fast.serve.jobs import Ask, DeadlineError, Ended, Job, Listener
 from dave_fast.serve.limits import Limits
-from dave_fast.serve.prometheus import Metrics
 from dave_fast.serve.scheduler import Queued, QueueLimits, Scheduler
 from dave_fast.serve.served import ServedModel
 from dave_fast.serve.workers import BatchKey, SharedState, Worker
@@ -32,10 +31,6 @@ log = logging.getLogger("dave_fast.serve")
 
 # Time reserved before a deadline to make a map: a multiple of what the latest map took, and seconds added to it.
 MARGIN, LEAST_MARGIN = 1.5, 0.003
-
-
-class DeadlineError(DaveFastError, TimeoutError):
-    """No sample was computed before the deadline."""
 
 
 class Service:
@@ -54,15 +49,13 @@ class Service:
 
     def __init__(self, models: Mapping[str, ServedModel], limits: Limits | None = None) -> None:
         self.models = dict(models)
-        self.metrics = Metrics()
         explainers = next(iter(self.models.values())).explainers
         limits = limits or Limits()
         fitting = min(int(SHARE * free_bytes(explainer.device)) for explainer in explainers)
         scheduler = Scheduler(QueueLimits(limits.requests, limits.rows, limits.queue_bytes or fitting))
-        self.shared = SharedState(scheduler, self.metrics)
-        self.workers = [
-            Worker(number, self.models, self.shared, self._fail, self._map_due) for number in range(len(explainers))
-        ]
+        self.shared = SharedState(self.models, scheduler)
+        self.metrics = self.shared.metrics
+        self.workers = [Worker(number, self.shared, self._map_due) for number in range(len(explainers))]
         self._maps: queue.PriorityQueue[tuple[int, int, Callable[[], None]]] = queue.PriorityQueue()
         self._numbers = itertools.count()
         self._threads: list[threading.Thread] = []
@@ -124,7 +117,7 @@ class Service:
         with self.shared.lock:
             if not job.over:
                 self.metrics.cancelled.inc()
-                self._close(job)
+                self.shared.close(job)
 
     def cut(self, job: Job, why: str) -> None:
         """End a request early: answer with the samples that are done, or fail with DeadlineError if there are none."""
@@ -135,7 +128,7 @@ class Service:
             self.scheduler.end(job.queued)
             ready = job.ready
         if ready == 0:
-            self._fail(job, DeadlineError(f"no sample was done in time ({why}); allow more time, or try again."))
+            self.shared.fail(job, DeadlineError(f"no sample was done in time ({why}); allow more time, or try again."))
         else:
             self._queue_map(0, partial(self._refine, job, ready, why))
 
@@ -166,7 +159,7 @@ class Service:
         """Fail the requests that are not answered, and end the threads."""
         self.drain()
         for job in self.jobs():
-            self._fail(job, DeadlineError("the server was shut down."))
+            self.shared.fail(job, DeadlineError("the server was shut down."))
         with self.shared.lock:
             self.shared.stopping = True
             self.shared.lock.notify_all()
@@ -214,7 +207,7 @@ class Service:
                 raise NonFiniteError("NaN or infinity in the map of this image. Try another image.")
         except Exception as error:
             log.exception("a map could not be made")
-            self._fail(job, error)
+            self.shared.fail(job, error)
             return
         self.map_seconds = time.monotonic() - began
         tolerance = job.ask.tolerance
@@ -227,22 +220,10 @@ class Service:
         elif job.ask.refined:
             job.listener(refined)
 
-    # Ends.
-
-    def _close(self, job: Job) -> bool:
-        """Close a job and free its rows and memory; return False if it was closed. To be called under the lock."""
-        if job.over:
-            return False
-        job.over = True
-        job.contributions = None
-        self.shared.jobs.pop(job.queued, None)
-        self.scheduler.end(job.queued)
-        return True
-
     def _end(self, job: Job, refined: Refined, cut_short: str | None) -> None:
         """Answer a job."""
         with self.shared.lock:
-            if not self._close(job):
+            if not self.shared.close(job):
                 return
         now = time.monotonic()
         assert job.predicted is not None and job.started is not None
@@ -252,13 +233,3 @@ class Service:
         if job.ask.deadline is not None and now > job.ask.deadline:
             self.metrics.deadline_misses.inc()
         job.listener(Ended(job.predicted, refined, cut_short, job.started - job.admitted, now - job.admitted))
-
-    def _fail(self, job: Job, error: Exception) -> None:
-        """Fail a job."""
-        with self.shared.lock:
-            if not self._close(job):
-                return
-        self.metrics.errors.labels(type(error).__name__).inc()
-        if isinstance(error, DeadlineError):
-            self.metrics.deadline_misses.inc()
-        job.listener(Failed(error))

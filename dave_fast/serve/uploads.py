@@ -72,12 +72,8 @@ def _form(content_type: str, content: bytes) -> Body:
         body.content = file.file_object.read()
 
     try:
-        parser = create_form_parser(
-            {"Content-Type": content_type.encode("latin-1")},
-            on_field,
-            on_file,
-            config={"MAX_MEMORY_FILE_SIZE": 1 << 40},
-        )
+        headers = {"Content-Type": content_type.encode("latin-1")}
+        parser = create_form_parser(headers, on_field, on_file, config={"MAX_MEMORY_FILE_SIZE": 1 << 40})
         parser.write(content)
         parser.finalize()
     # Malformed bodies: without a boundary, with a malformed header, or with a part that has no name.

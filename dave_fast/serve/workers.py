@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dave_fast.errors import InputError, NonFiniteError
 from dave_fast.sampling import join
-from dave_fast.serve.jobs import Job, Predicted
+from dave_fast.serve.jobs import DeadlineError, Failed, Job, Predicted
 from dave_fast.serve.prometheus import Metrics
 from dave_fast.serve.scheduler import MicroBatch, Part, Queued, Scheduler
 from dave_fast.serve.served import ServedModel
@@ -46,9 +46,10 @@ class BatchKey:
 
 @dataclass
 class SharedState:
-    """The state that the threads of a service share. All but `metrics` is used under `lock`.
+    """The state that the threads of a service share. All but `models` and `metrics` is used under `lock`.
 
     Attributes:
+        models: the served models by name.
         scheduler: the queue.
         metrics: where measurements go.
         jobs: the open jobs.
@@ -56,11 +57,32 @@ class SharedState:
         stopping: whether the threads are to end.
     """
 
+    models: Mapping[str, ServedModel]
     scheduler: Scheduler
-    metrics: Metrics
+    metrics: Metrics = field(default_factory=Metrics)
     jobs: dict[Queued, Job] = field(default_factory=dict)
     lock: threading.Condition = field(default_factory=threading.Condition)
     stopping: bool = False
+
+    def close(self, job: Job) -> bool:
+        """Close a job and free its rows and memory; return False if it was closed. To be called under the lock."""
+        if job.over:
+            return False
+        job.over = True
+        job.contributions = None
+        self.jobs.pop(job.queued, None)
+        self.scheduler.end(job.queued)
+        return True
+
+    def fail(self, job: Job, error: Exception) -> None:
+        """Fail a job."""
+        with self.lock:
+            if not self.close(job):
+                return
+        self.metrics.errors.labels(type(error).__name__).inc()
+        if isinstance(error, DeadlineError):
+            self.metrics.deadline_misses.inc()
+        job.listener(Failed(error))
 
 
 class Worker:
@@ -68,9 +90,7 @@ class Worker:
 
     Args:
         number: its number, by which it takes an explainer of each model.
-        models: the served models by name.
         shared: the state shared with the service.
-        fail: called with a job and the error that it fails with.
         due: called with a job and a number of samples of which a map is due.
 
     Attributes:
@@ -78,16 +98,9 @@ class Worker:
         failures: failed micro-batches in a row.
     """
 
-    def __init__(
-        self,
-        number: int,
-        models: Mapping[str, ServedModel],
-        shared: SharedState,
-        fail: Callable[[Job, Exception], None],
-        due: Callable[[Job, int], None],
-    ) -> None:
-        self.models, self.shared, self._fail, self._due = models, shared, fail, due
-        self.explainers = {name: model.explainers[number] for name, model in models.items()}
+    def __init__(self, number: int, shared: SharedState, due: Callable[[Job, int], None]) -> None:
+        self.shared, self._due = shared, due
+        self.explainers = {name: model.explainers[number] for name, model in shared.models.items()}
         self.device = next(iter(self.explainers.values())).device
         self.name = f"{number}:{self.device}"
         self.failures = 0
@@ -107,7 +120,7 @@ class Worker:
             Exception: any error of the explanation.
         """
         self._check()
-        for name, model in self.models.items():
+        for name, model in self.shared.models.items():
             self._rows[name] = self.explainers[name].fitting_rows(model.example())
 
     def run(self, on_cpu: int) -> None:
@@ -145,7 +158,7 @@ class Worker:
 
     def _check(self) -> None:
         """Explain an example with every model; raise NonFiniteError for a map that is not finite."""
-        for name, model in self.models.items():
+        for name, model in self.shared.models.items():
             made = self.explainers[name].explain(model.example(), n_samples=8)
             if not torch.isfinite(made.maps).all():
                 raise NonFiniteError(f"worker {self.name}: a map of {name!r} is not finite.")
@@ -186,7 +199,7 @@ class Worker:
             if not isinstance(error, NonFiniteError | InputError):
                 self.failures += 1
                 log.exception("a worker failed", extra={"engine": self.name})
-            self._fail(wanted[0][1], error)
+            self.shared.fail(wanted[0][1], error)
 
     def _predict(self, model: str, wanted: Sequence[tuple[Part, Job]]) -> None:
         """Predict unperturbed images and choose the classes to explain."""
@@ -213,14 +226,17 @@ class Worker:
             if torch.isfinite(own).all():
                 self._gather(job, part, own)
             else:
-                self._fail(job, NonFiniteError("NaN or infinity in the attribution of this image. Try another image."))
+                error = NonFiniteError("NaN or infinity in the attribution of this image. Try another image.")
+                self.shared.fail(job, error)
 
     def _gather(self, job: Job, part: Part, own: Tensor) -> None:
         """Store contributions (K, rows, C, H, W) with their job, and report the maps that are now due."""
         with self.shared.lock:
             if job.over:
                 return
-            buffer = job.buffer(own)
+            if job.contributions is None:
+                job.contributions = own.new_empty((len(own), job.ask.n_samples, *own.shape[2:]))
+            buffer = job.contributions
         buffer[:, part.start : part.stop] = own
         with self.shared.lock:
             due = job.arrived(part.start, part.stop)

@@ -29,14 +29,23 @@ def load_probe(path: str | os.PathLike[str], row: int | None = None) -> Tensor:
         InputError: the file cannot be read, does not hold such a matrix, or has no such row.
     """
     path = Path(path)
+    if path.suffix not in (".npy", ".safetensors"):
+        raise InputError(
+            f"the probe is {path}; expected a .safetensors or .npy file. Save a layer with "
+            "safetensors.torch.save_file(layer.state_dict(), path)"
+        )
     try:
-        matrix = _read(path)
-    except InputError:
-        raise
-    # readers raise whatever the bytes provoke
+        tensors = _read(path)
+    # readers raise errors of any type for damaged files
     except Exception as error:
         raise InputError(f"cannot read the probe {path}: {reason_of(error)}.") from error
-    shape = tuple(matrix.shape)
+    matrices = {name: tensor for name, tensor in tensors.items() if tensor.dim() > 1} or tensors
+    named = {name: tensor for name, tensor in matrices.items() if name.endswith("weight")}
+    found = list((matrices if len(matrices) == 1 else named).values())
+    if len(found) != 1:
+        held = ", ".join(sorted(tensors)) or "nothing"
+        raise InputError(f"the probe {path} holds {held}; expected one weight matrix")
+    matrix, shape = found[0], tuple(found[0].shape)
     matrix = matrix[None] if matrix.dim() == 1 else matrix
     if matrix.dim() < 2 or any(side != 1 for side in matrix.shape[2:]) or not matrix.is_floating_point():
         raise InputError(f"the probe {path} holds {shape} of {matrix.dtype}; expected floating point, (classes, D)")
@@ -50,21 +59,9 @@ def load_probe(path: str | os.PathLike[str], row: int | None = None) -> Tensor:
     return matrix[row]
 
 
-def _read(path: Path) -> Tensor:
+def _read(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".npy":
-        return torch.from_numpy(np.load(path, allow_pickle=False))
-    if path.suffix != ".safetensors":
-        raise InputError(
-            f"the probe is {path}; expected a .safetensors or .npy file. Save a layer with "
-            "safetensors.torch.save_file(layer.state_dict(), path)"
-        )
+        return {"": torch.from_numpy(np.load(path, allow_pickle=False))}
     from safetensors.torch import load_file
 
-    tensors = load_file(path)
-    matrices = {name: tensor for name, tensor in tensors.items() if tensor.dim() > 1} or tensors
-    named = {name: tensor for name, tensor in matrices.items() if name.endswith("weight")}
-    found = matrices if len(matrices) == 1 else named
-    if len(found) != 1:
-        held = ", ".join(sorted(tensors)) or "nothing"
-        raise InputError(f"the probe {path} holds {held}; expected one weight matrix")
-    return next(iter(found.values()))
+    return load_file(path)

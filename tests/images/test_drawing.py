@@ -1,4 +1,4 @@
-"""Pictures: what is bright, what stays readable, and that figures go together in print."""
+"""Tests of pictures: the scale of brightness, overlays, and figures of matching sizes in print."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def heat():
     return values / values.max()
 
 
-# The scale
+# The scale.
 
 
 def test_shown_keeps_the_order_and_uses_the_whole_range(heat):
@@ -44,7 +44,7 @@ def test_single_bright_pixel_is_seen():
     assert shown(sparse)[3, 4] == 1 and shown(sparse).sum() == 1
 
 
-# Pictures
+# Pictures.
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_overlay_of_nothing_is_the_dimmed_photograph(crop):
 def test_overlay_covers_more_where_the_map_is_stronger(crop):
     steps = np.repeat(np.linspace(0, 1, 64, dtype=np.float32)[None], 64, axis=0)
     light, dark = (np.asarray(overlay(np.full_like(crop, v), steps), np.float32) for v in (255, 0))
-    # What is left of the photograph is the difference that a white and a black one make.
+    # The photograph's share is the difference between overlays on white and on black.
     left = (light - dark).mean(axis=(0, 2))
     assert (np.diff(left) <= 1).all() and left[0] > 140 and left[-1] < 25
 
@@ -85,7 +85,7 @@ def test_pictures_do_not_change_their_inputs(crop, heat):
     assert (crop == before[0]).all() and (heat == before[1]).all()
 
 
-# Figures
+# Figures.
 
 
 @pytest.mark.parametrize("classes", [1, 2, 5])

@@ -1,4 +1,4 @@
-"""Files of every mode that Pillow knows, and every way in which a file can be none."""
+"""Tests of reading images in all of Pillow's modes, errors for broken files, finding files, and preprocessing."""
 
 import io
 import os
@@ -23,13 +23,13 @@ def rgb(path):
 
 
 def grey(path):
-    """The pixels of an image that must be grey."""
+    """Return the pixels of one channel; fail if the image is not grey."""
     pixels = rgb(path)
     assert (pixels == pixels[..., :1]).all()
     return pixels[..., 0]
 
 
-# Modes
+# Modes.
 
 
 @pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "gif", "webp"])
@@ -136,7 +136,7 @@ def test_animation_gives_its_first_frame(tmp_path):
 
 
 UPRIGHT = np.array([[10, 20, 30], [40, 50, 60]], np.uint8)
-# How each EXIF orientation stores an upright picture.
+# The operation that stores an upright picture under each EXIF orientation.
 STORED = {
     1: UPRIGHT,
     2: UPRIGHT[:, ::-1],
@@ -165,7 +165,7 @@ def test_sixteen_bits_are_turned_too(tmp_path):
     assert (grey(tmp_path / "a.png") == UPRIGHT).all()
 
 
-# What is no image
+# Files that are no images.
 
 
 def photograph(kind):
@@ -224,7 +224,7 @@ def test_non_finite_pixels(tmp_path, bad):
         read_image(tmp_path / "a.tif")
 
 
-# Finding files
+# Finding files.
 
 
 def touch(*paths):
@@ -275,7 +275,7 @@ def test_folder_that_cannot_be_listed(tmp_path):
         find_images([tmp_path])
 
 
-# What the model sees
+# Preprocessing.
 
 
 class Model:

@@ -1,4 +1,4 @@
-"""B-cos ViTs: their dynamic scaling is frozen as an operator, and agrees with the explanation that they bring along."""
+"""Tests of B-cos ViTs: the frozen route holds their dynamic scaling constant, as their own explanation does."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ CLASSES = 7
 
 
 def tiny(stem: bool = False, b: float = 2, max_out: int = 1) -> nn.Module:
-    """The package's SimpleViT with its B-cos parts, as bcos.models.pretrained puts it together, but small."""
+    """Build the package's SimpleViT with B-cos layers, as bcos.models.pretrained does, but small."""
     from bcos.models.vit import SimpleViT
     from bcos.modules import BcosConv2d, BcosLinear, DetachableGNLayerNorm2d, LogitLayer, norms
     from bcos.modules.common import BcosSequential
 
     size = {"image_size": 8, "patch_size": 1, "conv_stem": [8, 16]} if stem else {"image_size": 32, "patch_size": 8}
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        # it wants its users to take the entry points, which have no small model
+        # it warns users who do not take the entry points, which have no small model
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
         body = SimpleViT(
@@ -74,7 +74,7 @@ def test_the_frozen_gradient_is_the_models_own_explanation(name):
     found = dave_fast.effective_gradient(model, images, classes, precision="fp64") * images
     own = inherent_contributions(model, images, classes)
     assert relative(found, own) < EXACT
-    # and in the words of the package, image by image
+    # the package explains image by image
     for i in range(2):
         said = model.explain(images[i : i + 1].requires_grad_(), idx=int(classes[i]))["contribution_map"]
         assert relative(found[i : i + 1].sum(1), said.detach()) < EXACT
@@ -90,7 +90,7 @@ def test_the_affine_replay_passes(name):
 
 
 def test_without_bias_the_contributions_are_the_logit():
-    """LayerNorm has no bias here and the position embedding is the one constant that is added: remove it."""
+    """LayerNorm has no bias here, and the position embedding, the only added constant, is set to zero."""
     model, images = tiny().double(), pictures(dtype=torch.float64)
     model[0].positional_embedding.forward = lambda patches: patches.new_zeros(())
     contributions = inherent_contributions(model, images, torch.tensor([0, 1])).sum((1, 2, 3))

@@ -1,4 +1,4 @@
-"""The shipped model: small, ready for timm's preprocessing, and right on scenes it has not seen."""
+"""Tests of the embedded model: its size, preprocessing, and accuracy on scenes that it was not trained on."""
 
 from importlib.resources import files
 
@@ -20,7 +20,7 @@ def model():
 
 
 def logits_of(model: torch.nn.Module, images: np.ndarray) -> torch.Tensor:
-    """Logits (n, 10) for pixels uint8 (n, H, W, 3)."""
+    """Return logits (n, 10) for pixels uint8 (n, H, W, 3)."""
     with torch.no_grad():
         return model(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1)
 

@@ -1,4 +1,4 @@
-"""Scenes: repeatable, and their masks are the truth."""
+"""Tests of the demo scenes: they are reproducible, and masks cover the digits' pixels."""
 
 import json
 import subprocess
@@ -143,12 +143,12 @@ def test_import_is_cheap():
 
 
 def _centre_column(mask: np.ndarray) -> float:
-    """Mean column of a mask bool (H, W)."""
+    """Return the mean column of a mask bool (H, W)."""
     return float(np.nonzero(mask)[1].mean())
 
 
 def _grown(mask: np.ndarray, steps: int) -> np.ndarray:
-    """A mask bool (H, W) and every pixel up to this many steps beside it, diagonals included."""
+    """Return a mask bool (H, W) grown by this many pixels on all sides, diagonals included."""
     for _ in range(steps):
         wide = np.pad(mask, 1)
         h, w = mask.shape

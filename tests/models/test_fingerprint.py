@@ -1,4 +1,4 @@
-"""Fingerprints of models: changes of structure are found on the host, changes of values by checksums of their bits."""
+"""Tests of fingerprints: structure is compared on the host, values by checksums of their bits."""
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ def test_writes_through_data_change_the_checksums(dtype, values):
     for name, change in CHANGES.items():
         change(made.values.data)
         assert not same(before, checksums(made)), name
-        # the structure does not show it, which is why the values are read
+        # the structure is equal, so that only the values show the change
         assert weights.structure(made) == structure, name
         made.values.data.copy_(original)
         assert same(before, checksums(made)), name
@@ -102,7 +102,7 @@ def test_checksums_do_not_depend_on_the_threads():
 
 
 def test_unusual_memory_layouts_have_checksums():
-    """Covers strides, odd offsets, conjugate views, expanded, sparse and meta tensors, and a model without tensors."""
+    """The cases are strides, odd offsets, conjugate views, expanded, sparse and meta tensors, and no tensors at all."""
     assert checksums(nn.Module()) == []
     base = torch.randn(2 * LARGE + 1)
     odd = {
@@ -152,7 +152,7 @@ def test_values_are_not_read_without_values_true(monkeypatch):
 
 @pytest.mark.parametrize("words", [GROUP * COLUMNS, 6 * GROUP * COLUMNS])
 def test_up_to_three_summed_words_cannot_cancel(words):
-    """Changes lie in one row, in one column and at three corners; amounts sum to zero or are the highest bit."""
+    """Changes are in one row, in one column and at three corners; they sum to zero, or flip the highest bit."""
     made = model(torch.int64, words)
     before, kept = checksums(made), made.values.clone()
     top = -(1 << 63)
@@ -169,7 +169,7 @@ def test_columns_are_a_prime():
 
 
 def test_checksums_are_small():
-    """The host reads them at the end of a call: a thousandth of the weights and the remainder that is not summed."""
+    """Checksums have a thousandth of the weights' bytes, and the remainder that is not summed."""
     made = model(values=1 << 22)
     assert sum(part.nbytes for part in checksums(made)) < made.values.nbytes / COLUMNS + WORD * (GROUP + 1) * COLUMNS
 

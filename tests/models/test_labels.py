@@ -1,4 +1,4 @@
-"""Class names: where they come from, and how a target is found by one."""
+"""Tests of class names: their sources, and the look-up of a target by name."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Models of other libraries: real constructors with random weights, offline; what they give, and how it is prepared."""
+"""Tests of other libraries' models, built offline with random weights: outputs, proofs and preprocessing."""
 
 import string
 
@@ -81,7 +81,7 @@ HUGGING_FACE = CLASSIFIERS | EMBEDDINGS
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Each model as `save_pretrained` writes it."""
+    """Write each model by `save_pretrained`; return the folders."""
     made = {}
     for name, build in HUGGING_FACE.items():
         torch.manual_seed(0)
@@ -92,7 +92,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def photo():
-    """A photograph with edges, whose sides leave odd remainders."""
+    """Return a picture with edges, whose sides are odd, so that crops leave odd remainders."""
     noise = np.random.default_rng(0).integers(0, 256, (17, 23, 3), np.uint8)
     return Image.fromarray(noise).resize((301, 207), Image.Resampling.BICUBIC)
 
@@ -115,11 +115,11 @@ def test_hugging_face_models_give_their_own_output_and_pass_the_proof_at_two_siz
 
 
 def theirs(model, pixels):
-    """The output by the library's own words."""
+    """Return the output as the library itself gives it."""
     from transformers import CLIPModel, SiglipModel
 
     if isinstance(model, CLIPModel | SiglipModel):
-        # the similarity matrix wants a text; the image side does not depend on it
+        # the model's forward needs a text, on which the image's embedding does not depend
         found = model(pixel_values=pixels, input_ids=torch.tensor([[0, 5, 1]])).image_embeds
         projected = model.get_image_features(pixel_values=pixels).pooler_output
         torch.testing.assert_close(found, projected / projected.norm(dim=-1, keepdim=True))
@@ -193,7 +193,7 @@ def test_open_clip_models_pass_the_proof_and_embed_texts():
     assert model.logit_scale == pytest.approx(1 / 0.07, rel=1e-5) and model.logit_bias == 0
 
 
-# Preprocessing, ours and theirs, on a photograph. We resize by Pillow; processors that resize tensors round otherwise.
+# Preprocessing against the library's own. Pillow resizes here; processors that resize tensors round differently.
 LEVELS = 2.01
 
 

@@ -1,4 +1,4 @@
-"""How models are named, and files of weights and class names: what is taken, and that nothing else is."""
+"""Tests of model names, and of files of weights and class names: accepted forms, and errors for all others."""
 
 import json
 import os
@@ -10,7 +10,6 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import save_file
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from dave_fast import DAVE
@@ -22,14 +21,14 @@ from dave_fast.models.catalog import load_model, noise_alpha_for
 from dave_fast.models.labels import labels_of
 from dave_fast.models.spec import ModelSpec, class_names
 from dave_fast.models.weights_file import load_weights, read_weights
+from tests.tiny import initial_vit
 
 HERE = "tests.models.test_spec"
 
 
 def made():
-    """A small model of one's own, as MODULE:FUNCTION names it."""
-    torch.manual_seed(0)
-    return VisionTransformer(img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=3)
+    """Return a small model, for the name MODULE:FUNCTION of this function."""
+    return initial_vit(img_size=16, embed_dim=16, depth=1, num_classes=3)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +112,7 @@ def test_safetensors_are_told_by_their_content(tmp_path):
 
 
 class Evil:
-    """What a pickled object does when it is loaded."""
+    """An object that makes a folder when it is unpickled."""
 
     def __reduce__(self):
         return os.mkdir, (os.environ["EVIL_FOLDER"],)
@@ -218,7 +217,7 @@ def test_what_the_hub_has_under_another_name_keeps_its_level():
 
 
 def waiting_connections(server):
-    """Return how many connections were made that nobody has accepted yet."""
+    """Return the number of connections that are not accepted yet."""
     server.setblocking(False)
     count = 0
     with suppress(BlockingIOError):
@@ -230,7 +229,7 @@ def waiting_connections(server):
 
 @pytest.fixture
 def silent(monkeypatch, tmp_path):
-    """A hub that takes connections and never answers, and an empty cache; how often it was asked."""
+    """Set up a hub that never answers and an empty cache; return a function that counts connections to the hub."""
     from huggingface_hub import constants
 
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -253,7 +252,7 @@ def silent(monkeypatch, tmp_path):
     ],
 )
 def test_a_hub_that_does_not_answer_is_asked_once(name, silent):
-    """The libraries' own clients ask again and again, for 23 to 47 s."""
+    """The libraries' own clients would retry for 23 to 47 s."""
     with pytest.raises(
         UnknownModelError, match=r"does not answer, and .*(is|are) not on this machine.*--weights FILE"
     ) as raised:

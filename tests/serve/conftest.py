@@ -1,4 +1,4 @@
-"""Images, and a server on loopback."""
+"""Fixtures: photographs, model inputs, and a server on loopback."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def photo(pixels: np.ndarray) -> bytes:
 
 @pytest.fixture(scope="session")
 def images() -> torch.Tensor:
-    """Six normalised images."""
+    """Return six normalised images, (6, 3, SIZE, SIZE)."""
     return torch.randn(6, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(3))
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[tuple[str, Service]]:
-    """Two models behind one server."""
+    """Serve two models by one server; yield its address and its service."""
     with serving(models=[serve_model(), serve_model("other", seed=1)]) as served:
         yield served

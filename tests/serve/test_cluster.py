@@ -1,4 +1,4 @@
-"""The app under Ray Serve: two replicas on this machine, real HTTP; replicas that are drained and killed."""
+"""Tests of the app under Ray Serve: two replicas on this machine over HTTP, also drained and killed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_settings_from_a_command_line_and_what_they_become():
     scaling = deployment._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 4, 8)
     assert deployment.ray_actor_options["num_gpus"] == 0.5
-    # a replica refuses for itself, with Retry-After, before Ray stops sending
+    # a replica refuses by its own limits, with Retry-After, before Ray stops sending it requests
     assert deployment.max_ongoing_requests > settings.limits.requests
     assert deployment._deployment_config.graceful_shutdown_timeout_s > settings.limits.answer_seconds
     fixed = application(ClusterSettings(min_replicas=2, max_replicas=2))._bound_deployment
@@ -79,7 +79,7 @@ def test_manifests_of_the_documentation_are_what_ray_and_the_server_take():
 
 
 def test_the_client_asks_again_where_a_proxy_lost_its_replica_and_not_where_the_server_failed():
-    """What Ray's proxy says for a replica that died is plain text; an error of the server's own is JSON, and final."""
+    """Ray's proxy answers for a dead replica in plain text, which is retried; the server's own errors are JSON."""
     asked: list[str] = []
 
     class Proxy(BaseHTTPRequestHandler):
@@ -93,7 +93,7 @@ def test_the_client_asks_again_where_a_proxy_lost_its_replica_and_not_where_the_
             self.wfile.write(body)
 
         def log_message(self, *arguments: Any) -> None:
-            """Nothing."""
+            """Log nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as proxy, ThreadPoolExecutor(1) as pool:
         pool.submit(proxy.serve_forever)
@@ -119,11 +119,11 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    """Ray on this machine alone; the address of its HTTP proxy."""
+    """Start Ray on this machine; yield the address of its HTTP proxy."""
     import ray
     from ray import serve
 
-    # the driver's own package path, for the workers; slots are logical, cores are few
+    # workers import the package from the driver's path; num_cpus counts slots, not cores
     paths = os.path.dirname(os.path.dirname(dave_fast.__file__))
     port = free_port()
     ray.init(
@@ -154,7 +154,7 @@ def deploy(**settings: Any) -> None:
 
 @pytest.fixture(scope="module")
 def address(cluster: str) -> str:
-    """Two replicas of the demo model. The tests below run in their order: the last ones kill and remove them."""
+    """Deploy two replicas of the demo model. The order of the tests counts: the last ones remove replicas."""
     deploy(min_replicas=2, max_replicas=2)
     return cluster
 
@@ -165,7 +165,7 @@ def scene() -> bytes:
 
 
 def explain(address: str, scene: bytes, samples: int = 24) -> tuple[str, np.ndarray]:
-    """Which replica answered, and the map."""
+    """Return the name of the replica that answered, and the map."""
     answer = httpx.post(
         f"{address}/v1/explain",
         params={"n_samples": samples, "seed": 7, "target": 4},
@@ -187,7 +187,7 @@ def test_requests_spread_and_every_replica_answers_as_a_single_server_does(addre
     with serving(models=[alone]) as (single, _), Client(single) as client:
         expected = client.explain(scene, 4, n_samples=24, seed=7).maps
     for _, maps in made:
-        # float32 on one kind of CPU: to the last bit
+        # bit-equal, since both compute float32 on one kind of CPU
         assert np.array_equal(maps, expected)
 
 
@@ -214,7 +214,7 @@ def test_a_killed_replica_costs_no_answer_and_is_replaced(address: str, scene: b
     statuses: list[int] = []
 
     def ask() -> np.ndarray:
-        # by hand, to see what the proxy says; then as the client does it
+        # plain requests first, whose answers come from the proxy; then the client
         answer = httpx.post(f"{address}/v1/explain?n_samples=200&target=4", content=scene, timeout=150)
         statuses.append(answer.status_code)
         with Client(address, timeout=150, retries=20) as client:
@@ -271,7 +271,7 @@ def test_too_much_is_refused_with_a_time_to_come_again(cluster: str, scene: byte
 
 @pytest.mark.slow
 def test_a_client_that_leaves_frees_its_rows(cluster: str, scene: bytes) -> None:
-    """With the one replica of the test before."""
+    """Uses the one replica that the test before leaves."""
     with Client(cluster, timeout=60) as client:
         for _ in client.stream(scene, n_samples=1024):
             break

@@ -1,4 +1,4 @@
-"""Clients that vanish, dawdle or lie, engines that break, and a server that is told to end."""
+"""Tests of faults: clients that disconnect, are slow or send wrong headers, workers that fail, and shutdown."""
 
 import json
 import os
@@ -34,13 +34,13 @@ QUICK = Limits(header_seconds=0.4, upload_seconds=0.6, body_bytes=1 << 20, held_
 
 @pytest.fixture(scope="module")
 def quick():
-    """A server that loses patience soon."""
+    """Serve with short time limits and small upload limits; yield the address and the service."""
     with serving(QUICK, [serve_model(rows=2)]) as served:
         yield served
 
 
 def held(address):
-    """What the server still has of earlier clients."""
+    """Return the requests, rows and bytes that the queue still counts."""
     _, service = address
     scheduler = service.scheduler
     return scheduler.requests, scheduler.rows, scheduler.bytes
@@ -121,7 +121,7 @@ def test_bodies_that_are_too_large_are_not_read(quick):
         client.sendall(head(10**12))
         assert b" 413 " in client.recv(65536)
     with httpx.Client(base_url=quick[0]) as http:
-        # without a length, and more than said
+        # without a declared length, and with one
         pieces = (bytes(1 << 18) for _ in range(8))
         with suppress(httpx.WriteError):
             assert http.post("/v1/explain", content=pieces).status_code == 413
@@ -131,7 +131,7 @@ def test_bodies_that_are_too_large_are_not_read(quick):
 
 
 def test_many_uploads_at_once_are_refused_before_memory_is_short(quick):
-    """Two that dawdle with almost all that may be held; the third is told to come again."""
+    """Two slow uploads exceed the limit together: one is refused with Retry-After, the other times out."""
     size = 1 << 20
     with connect(quick[0]) as first, connect(quick[0]) as second:
         for client in (first, second):
@@ -184,12 +184,12 @@ def test_nan_is_an_error_and_never_a_map(photo, monkeypatch):
         assert failed.value.status == 500
 
 
-# ---- the end ----
+# Shutdown.
 
 
 @pytest.fixture
 def process(tmp_path):
-    """`dave-fast serve demo` in a process of its own; (address, process)."""
+    """Return a function that starts `dave-fast serve demo`: address, process and path of the log."""
     started = []
 
     def start(*options):

@@ -1,4 +1,4 @@
-"""Real HTTP on loopback: every route and format, what is refused and how, keys, and the client."""
+"""Tests over HTTP on loopback: routes, formats, refusals and their statuses, API keys, the client."""
 
 import asyncio
 import base64
@@ -27,13 +27,13 @@ def http(server):
 
 @pytest.fixture
 def alone(server, pixels):
-    """What `explain` says of the picture: the truth for answers."""
+    """Explain the picture without the server, for comparison with answers."""
     model = server[1].models["tiny"]
     image = model.prepare.transform(Image.fromarray(pixels))
     return lambda **options: model.explainers[0].explain(image, **options)
 
 
-# ---- formats ----
+# Formats.
 
 
 def test_json_is_the_default(http, photo, alone):
@@ -102,7 +102,7 @@ def test_every_usual_format_is_read(http, pixels, kind):
     assert http.post("/v1/explain?n_samples=1", content=file_of(pixels, kind)).status_code == 200
 
 
-# ---- streams, stored images, models ----
+# Streams, stored images, models.
 
 
 def events(text):
@@ -172,14 +172,14 @@ def test_the_page_asks_no_other_origin_for_anything(http):
     for path in ("/", "/page.css", "/page.js"):
         text = http.get(path).text
         assert len(text) > 500 and "http://" not in text and "https://" not in text and "@import" not in text
-    # every element that the script asks for by its id is there
+    # the page has every element that the script looks up by its id
     page, script = http.get("/").text, http.get("/page.js").text
     wanted = set(re.findall(r'\$\("([a-z-]+)"\)', script))
     assert len(wanted) > 15 and wanted <= set(re.findall(r'id="([a-z-]+)"', page))
     assert Image.open(io.BytesIO(http.get("/example.png").content)).size == (128, 128)
 
 
-# ---- good enough, and in time ----
+# Tolerances and deadlines.
 
 
 def test_a_tolerance_stops_early_and_says_so(http, photo):
@@ -199,7 +199,7 @@ def test_a_deadline_is_kept_with_what_there_is(http, photo):
 
 
 def test_without_deadlines_small_requests_overtake_large_ones(server, photo):
-    """What bounds every request makes none of them urgent: over HTTP, too, small ones go ahead."""
+    """The server's own time limit is no deadline to the scheduler, so that small requests go first over HTTP too."""
     order = []
 
     async def ask(client, samples):
@@ -218,7 +218,7 @@ def test_without_deadlines_small_requests_overtake_large_ones(server, photo):
     assert order == [8, 300]
 
 
-# ---- what is refused ----
+# Refusals.
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_invalid_images_are_refused_in_words(http, pixels):
 
 
 def bomb(side):
-    """A PNG that says it has side × side pixels, and is small."""
+    """Return a small PNG file whose header declares side × side pixels."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -302,7 +302,7 @@ def test_other_bodies_are_refused(http, photo):
     assert http.put("/v1/explain", content=photo).status_code == 405
 
 
-# ---- KServe v2 ----
+# KServe v2.
 
 
 def test_kserve_clients_are_understood(http, photo, pixels, alone):
@@ -342,7 +342,7 @@ def test_kserve_requests_that_cannot_be_met(http, image, parameters):
     assert http.post("/v2/models/absent/infer", json=asked).status_code == 404
 
 
-# ---- keys and other origins ----
+# API keys and other origins.
 
 
 def test_keys_and_origins(photo):
@@ -363,7 +363,7 @@ def test_keys_and_origins(photo):
             client.models()
 
 
-# ---- the client ----
+# The client.
 
 
 def test_the_client_explains_paths_bytes_pictures_and_pixels(server, photo, pixels, alone, tmp_path):
@@ -409,7 +409,7 @@ def test_the_asynchronous_client_does_the_same(server, photo):
 
 
 class Script(httpx.BaseTransport):
-    """Answers as written: statuses with Retry-After, or errors."""
+    """A transport that gives prepared answers: statuses with Retry-After, or errors."""
 
     def __init__(self, *answers):
         self.answers, self.asked = list(answers), 0
@@ -428,7 +428,7 @@ BUSY = (429, {"retry-after": "2"}, {"detail": "the queue is full"})
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """A client whose server is a script, and the seconds that it slept."""
+    """Return a function that makes a client with prepared answers: client, seconds that it slept, transport."""
     slept = []
     monkeypatch.setattr("dave_fast.client.time.sleep", slept.append)
 

@@ -1,4 +1,4 @@
-"""The OpenAPI document against the server: what schemathesis invents is answered as documented."""
+"""Tests of the OpenAPI document by schemathesis: generated requests are answered as documented."""
 
 import pytest
 import schemathesis
@@ -19,12 +19,12 @@ from tests.serve.tiny_server import serve_model, serving
 
 
 def no_failure(ctx, response, case):
-    """A 5xx but for 504, which is the documented answer to a deadline of a millisecond."""
+    """Fail on a status of 500 or more, except 504, which is documented for a deadline of a millisecond."""
     if response.status_code != 504:
         not_a_server_error(ctx, response, case)
 
 
-# not positive_data_acceptance: that bytes are an image, or a name is a class, no schema can say
+# without positive_data_acceptance: a schema cannot express that bytes are an image or that a name is a class
 CHECKS = [
     no_failure,
     status_code_conformance,
@@ -43,7 +43,7 @@ def schema():
 
 
 def probe(schema, examples):
-    """Every operation with data that fit its schema, and data that do not."""
+    """Send each operation data that fit its schema, and data that do not."""
     operations = [result.ok() for result in schema.get_all_operations()]
     assert len(operations) >= 15
     for operation in operations:

@@ -1,4 +1,4 @@
-"""The page in a real browser: Chromium, driven by Selenium, that can reach nothing but loopback."""
+"""Tests of the page in Chromium, driven by Selenium, with access to loopback only."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         f"user-data-dir={folder / 'profile'}",
     ):
         options.add_argument(f"--{switch}")
-    # no name is resolved: what the page shows, it has from the server
+    # no host name is resolved, so that everything shown comes from the server
     options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(str(DRIVER)))
@@ -63,7 +63,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """The embedded model first, and a small one."""
+    """Serve the embedded model first, and a small one; yield the address."""
     with serving(models=[load_models(["demo"], [None])["demo"], serve_model()]) as (address, _):
         yield address
 
@@ -76,7 +76,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Page:
-    """What a person does and sees."""
+    """The page as a person uses it: clicks, files, keys, and the shown text and pixels."""
 
     def __init__(self, browser: Any, address: str) -> None:
         self.browser = browser
@@ -85,7 +85,7 @@ class Page:
         browser.get(address)
         self.until(lambda: self.all("#model option"), "models")
         self.run(f"document.getElementById('samples').value = {SAMPLES}")
-        # everything that is seen and heard, as it comes
+        # records each text that is shown or announced
         self.run("""
             window.seen = {}
             for (const id of ["told-samples", "told-bound", "heard", "status"]) {
@@ -142,7 +142,7 @@ class Page:
         return str(self.until(lambda: self.text("#problem"), "problem"))
 
     def pixels(self, selector: str) -> np.ndarray:
-        """A canvas, uint8 (H, W, 3)."""
+        """Return the pixels of a canvas, uint8 (H, W, 3)."""
         width, height, data = self.run(
             """
             const canvas = document.querySelector(arguments[0])
@@ -154,7 +154,7 @@ class Page:
         return np.array(data, np.uint8).reshape(height, width, 4)[..., :3]
 
     def file(self, name: str) -> bytes:
-        """A download; it is removed."""
+        """Return the content of a downloaded file, and remove it."""
         path = self.browser.downloads / name
         self.until(path.exists, f"file {name}")
         content = path.read_bytes()
@@ -162,8 +162,8 @@ class Page:
         return content
 
     def flaws(self) -> list[str]:
-        """What axe-core finds, WCAG 2 A and AA and its best practices."""
-        # the package is for another driver; what is wanted is the axe-core in it
+        """Return the violations that axe-core finds: WCAG 2 A and AA, and its best practices."""
+        # the package is for Playwright; only its copy of axe-core is used
         found = find_spec("axe_playwright_python")
         assert found is not None and found.submodule_search_locations
         (script,) = Path(found.submodule_search_locations[0]).rglob("axe.min.js")
@@ -177,7 +177,7 @@ class Page:
 def page(browser: Any, address: str) -> Iterator[Page]:
     page = Page(browser, address)
     yield page
-    # the policy refuses nothing that the page needs, and no script fails; refusals of the server are logged too
+    # entries of these sources mean a violated policy or a failed script; the server's refusals are logged under others
     wrong = [entry["message"] for entry in browser.get_log("browser") if entry["source"] in ("security", "javascript")]
     assert not wrong
 
@@ -211,7 +211,7 @@ def test_every_byte_comes_from_the_server_under_a_strict_policy(explained: Page,
     policy = explained.run("return fetch('/').then((answer) => answer.headers.get('content-security-policy'))")
     assert "default-src 'none'" in policy and "unsafe" not in policy
     assert explained.run("try { document.body.innerHTML = '<p>' } catch (error) { return error.name }") == "TypeError"
-    # it says so in the log, where the other tests want nothing
+    # reading the log empties it, since other tests expect no entry
     assert "TrustedHTML" in str(explained.browser.get_log("browser"))
 
 
@@ -223,7 +223,7 @@ def test_the_picture_is_the_one_that_files_have(explained: Page, address: str, s
         )
     file = Image.open(io.BytesIO(answer.content)).convert("RGB").resize((128, 128), Image.Resampling.BOX)
     assert np.corrcoef(shown.ravel(), np.asarray(file, float).ravel())[0, 1] > 0.99
-    # without the map there is the photograph
+    # at opacity 0 the photograph is shown
     explained.run(
         "const slider = arguments[0]; slider.value = 0; slider.dispatchEvent(new Event('input'))",
         explained.one("#opacity"),
@@ -249,7 +249,7 @@ def test_classes_switch_by_the_arrow_keys_and_compare_side_by_side(explained: Pa
     assert [title.text.split("\n")[0] for title in explained.all("#maps h3")] == ["six", "four"]
     assert (explained.pixels("#maps article:nth-child(2) canvas") == four).mean() > 0.99
     assert len(explained.all("#curve polyline")) == 2
-    # a class that is not among the five, by its name
+    # by name, a class that is not among the five most probable
     explained.one("#other").send_keys("seven\n")
     explained.until(lambda: len(explained.all("#maps article")) == 3, "third map")
     explained.done(3)
@@ -368,14 +368,14 @@ def test_files_that_are_no_image_are_refused_in_words(page: Page, scene: Path, t
     page.give(text)
     assert "“notes.txt” is no image file" in page.problem()
     assert page.one("#problem").get_attribute("role") == "alert"
-    # by its name it could be one; the server knows better
+    # its name is that of an image, so the server refuses it
     page.give(broken)
     page.until(lambda: "notes.txt" not in page.text("#problem") and page.text("#problem"), "problem of the server")
     assert page.one("#welcome").is_displayed() and not page.one("#result").is_displayed()
     page.give(scene)
     page.done()
     assert page.text("#problem") == "" and page.one("#result").is_displayed()
-    # what is there stays where the next is no image
+    # the result stays when the next file is no image
     page.give(text)
     assert "no image" in page.problem() and page.text("#status").startswith("Done")
 
@@ -399,7 +399,7 @@ def test_an_image_that_the_server_forgot_is_sent_again(browser: Any, scene: Path
 
 @contextmanager
 def occupied(address: str, photo: bytes) -> Iterator[None]:
-    """A server whose only place is taken until the block is left."""
+    """Occupy the only place of a server's queue within this context."""
     leave, there = threading.Event(), threading.Event()
 
     def stay() -> None:
@@ -437,7 +437,7 @@ def test_a_server_that_goes_away_is_said(browser: Any, scene: Path) -> None:
     page.one("#again").click()
     assert "does not answer" in page.problem() and page.text("#status") == "Not explained"
     assert page.one("#again").is_enabled()
-    # the map that is there can still be looked at and kept
+    # the map shown before can still be viewed and saved
     before = page.pixels("#maps canvas")
     slide = "const slider = arguments[0]; slider.value = 0; slider.dispatchEvent(new Event('input'))"
     page.run(slide, page.one("#opacity"))

@@ -1,4 +1,4 @@
-"""The scheduler under a virtual clock: its rules, its bound, and that nothing is lost whatever arrives."""
+"""Tests of the scheduler under a virtual clock: its rules, its bound on waiting, and its counts under random load."""
 
 import heapq
 import math
@@ -16,7 +16,7 @@ WIDE = QueueLimits(requests=10**6, rows=10**9, bytes=10**12)
 
 
 def takes(scheduler, rows, now=0.0):
-    """Micro-batches until nothing waits, as lists of (request, start, stop)."""
+    """Take micro-batches until nothing waits; return them as lists of (request, start, stop)."""
     while batch := scheduler.take(lambda bucket: rows, now):
         yield batch
         scheduler.done(batch, 1.0)
@@ -26,7 +26,7 @@ def counts(batch):
     return {part.request: part.stop - part.start for part in batch.parts}
 
 
-# ---- the rules ----
+# The rules.
 
 
 def test_one_request_starts_at_once_and_goes_out_in_order():
@@ -72,7 +72,7 @@ def test_without_deadlines_small_requests_go_first_and_patience_ends():
 
 
 def test_single_row_micro_batches_alternate_between_the_rules():
-    """With one row there is no quarter: every fourth one goes by turn, so that the large request starves nobody."""
+    """With one row a micro-batch, every fourth one is given by turn, so that the large request starves no other."""
     scheduler, large = Scheduler(), Queued("a", 1000, deadline=1.0)
     scheduler.submit(large, 0.0)
     small = [Queued("a", 1) for _ in range(3)]
@@ -134,7 +134,7 @@ def test_a_request_may_end_around_its_first_row(when):
     assert (scheduler.rows, scheduler.requests, scheduler.bytes) == (0, 0, 0)
 
 
-# ---- admission ----
+# Admission.
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_ending_frees_rows_at_once_and_memory_when_the_last_row_is_back():
     assert (scheduler.rows, scheduler.bytes, scheduler.requests) == (0, 0, 0)
 
 
-# ---- whatever arrives ----
+# Random sequences of calls.
 
 ACTIONS = st.lists(
     st.one_of(
@@ -236,7 +236,7 @@ def test_nothing_is_lost_doubled_or_over_the_limits(actions):
         elif name == "take":
             could = [r for r in live if r.waiting and r.deadline > now]
             batch = scheduler.take(lambda bucket, most=values[0]: most, now)
-            # work is conserved: an engine is idle only where nothing waits
+            # a worker gets no micro-batch only if nothing waits
             assert (batch is None) == (not could)
             if batch is not None:
                 left = [r for r in could if r.bucket == batch.bucket and r.waiting]
@@ -288,7 +288,7 @@ def memory(live):
     st.randoms(use_true_random=False),
 )
 def test_every_request_gets_its_rows_within_the_bound(capacity, buckets, arrivals, rng):
-    """8·B·n·⌈Q/R⌉ micro-batches, against rivals that are larger, more urgent, and keep coming."""
+    """The bound is 8·B·n·⌈Q/R⌉ micro-batches; the other requests are larger, more urgent and keep arriving."""
     scheduler = Scheduler(WIDE)
     for bucket, samples, wait in arrivals:
         scheduler.submit(Queued(bucket % buckets, samples, deadline=100 + wait), 0.0)
@@ -300,17 +300,17 @@ def test_every_request_gets_its_rows_within_the_bound(capacity, buckets, arrival
     for turn in range(bound):
         if quiet.waiting == 0:
             break
-        # more rivals in the same bucket and others, all of them more urgent
+        # more requests arrive in this bucket and in others, all of them more urgent
         scheduler.submit(Queued(turn % buckets, 1000, deadline=50.0), 0.0)
         scheduler.done(scheduler.take(lambda bucket: capacity, 0.0), 1.0)
     assert quiet.waiting == 0
 
 
-# ---- simulations ----
+# Simulations.
 
 
 def simulate(arrivals, load, *, capacity=12, row=0.003, overhead=0.002, seed=0):
-    """Poisson arrivals at `load` times the capacity, one engine; some clients leave early, some have deadlines."""
+    """Simulate Poisson arrivals at `load` times a worker's capacity; some clients leave early, some have deadlines."""
     rng = random.Random(seed)
     scheduler, now = Scheduler(QueueLimits(requests=64, rows=2000, bytes=64 * 50)), 0.0
     most_rows_a_second = capacity / (overhead + capacity * row)
@@ -362,7 +362,7 @@ def simulate(arrivals, load, *, capacity=12, row=0.003, overhead=0.002, seed=0):
 def test_idle_requests_start_at_once_and_overload_keeps_micro_batches_full():
     quiet, waits, _ = simulate(3_000, load=0.05)
     assert quiet["refused"] == 0
-    # nobody waits longer than a micro-batch and the odd neighbour
+    # at this load half of the requests need not wait
     assert sorted(waits)[len(waits) // 2] == 0.0
     busy, _, _ = simulate(20_000, load=2.0)
     assert busy["rows"] / busy["batches"] > 0.98 * 12

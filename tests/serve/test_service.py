@@ -1,4 +1,4 @@
-"""The service without HTTP: maps that depend on their request alone, ends of every kind, faults kept apart."""
+"""Tests of the service without HTTP: a map depends on its request alone, all ways to end, isolation of faults."""
 
 import threading
 import time
@@ -8,9 +8,9 @@ import torch
 
 from dave_fast.errors import InputError, NonFiniteError, RefusedError
 from dave_fast.explain.convergence import checkpoints
-from dave_fast.serve.jobs import Ended, Failed, Predicted
+from dave_fast.serve.jobs import DeadlineError, Ended, Failed, Predicted
 from dave_fast.serve.limits import Limits
-from dave_fast.serve.service import DeadlineError, Service
+from dave_fast.serve.service import Service
 from dave_fast.serve.workers import FAILURES
 from tests.serve.tiny_server import DirectClient, serve_model, started, until
 
@@ -35,7 +35,7 @@ def test_an_answer_is_what_explain_gives(service, images):
 
 
 def test_the_same_request_gives_the_same_map_whatever_else_is_in_flight(service, images):
-    """In float32 on a CPU to the last bit: rows of a GEMM do not feel their neighbours."""
+    """Bit-equal in float32 on a CPU, where a row of a matrix product does not depend on the other rows."""
     wants = DirectClient(service)
     alone = wants.end(wants.ask(images[0], targets=(1, 7), n_samples=33, seed=2))
     crowd = [wants.ask(image, n_samples=3 + 7 * i, seed=i, top_k=1 + i % 3) for i, image in enumerate(images)]
@@ -85,7 +85,7 @@ def test_several_engines_share_one_request(images):
         explainer = service.models["tiny"].explainers[0]
         for image, ended in zip(images, ends, strict=True):
             assert torch.equal(ended.refined.maps, explainer.explain(image, n_samples=100).maps)
-    # counted when a micro-batch has come back: after the last answer
+    # rows are counted when their micro-batch has come back, which may be after the last answer
     rows = [service.metrics.rows.labels(worker.name)._value.get() for worker in service.workers]
     assert sum(rows) == 6 * 101 and all(count > 0 for count in rows)
 
@@ -122,18 +122,18 @@ def test_cancelled_requests_free_their_rows_and_hear_no_more(service, images):
 
 
 def assert_empty(service):
-    """Nothing is held when all is answered; a micro-batch may still be on its way back."""
+    """Check that the queue is empty once all is answered, after the last micro-batch has come back."""
     until(lambda: not service.scheduler.requests)
     assert (service.scheduler.rows, service.scheduler.requests, service.scheduler.bytes) == (0, 0, 0)
     assert service.jobs() == []
 
 
-# ---- faults ----
+# Faults.
 
 
 @pytest.fixture
 def faulty(service, monkeypatch):
-    """An engine that fails on the images in `poison`: raises, or makes NaN."""
+    """Make a worker fail on the images in `poison`: by an error, or by NaN."""
     explainer = service.models["tiny"].explainers[0]
     poison, honest, calls = {}, explainer.contributions, []
 
@@ -174,7 +174,7 @@ def test_an_engine_that_keeps_failing_is_not_ready_until_it_works_again(service,
     poison[float(images[0].sum())] = "raise"
     wants = DirectClient(service)
     for _ in range(FAILURES):
-        # alone in its micro-batch, after a prediction that works
+        # the request is alone in its micro-batch, and its prediction succeeds
         ended = wants.end(wants.ask(images[0], n_samples=2))
         assert isinstance(ended, Failed)
     assert "keeps failing" in service.why_not_ready()
@@ -203,7 +203,7 @@ def test_a_model_of_nan_is_found_when_it_is_warmed():
         service.start()
 
 
-# ---- admission and the end ----
+# Admission and shutdown.
 
 
 def test_requests_are_taken_by_their_bytes(images):

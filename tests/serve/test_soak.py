@@ -1,4 +1,7 @@
-"""Memory over many requests of every kind: flat. `DAVE_FAST_SOAK_SECONDS` of the slow test; an hour by default."""
+"""Tests that memory does not grow over many requests of every kind.
+
+The slow test runs for `DAVE_FAST_SOAK_SECONDS`, by default an hour.
+"""
 
 import contextlib
 import gc
@@ -16,13 +19,13 @@ MEGABYTE = 1 << 20
 
 
 def resident():
-    """Bytes of this process in memory: server and clients, since both run here."""
+    """Return the resident bytes of this process, which runs both server and clients."""
     gc.collect()
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def bustle(address, photo, until, rng):
-    """Requests of every kind, good and bad, one after the other; how many."""
+    """Send valid and invalid requests of every kind, one after the other; return their number."""
     count = 0
     with Client(address, retries=0) as client:
         while not until(count):
@@ -47,7 +50,7 @@ def bustle(address, photo, until, rng):
 
 
 def soak(photo, until_warm, until_done):
-    """Growth in bytes, and the service at its end."""
+    """Send requests for some seconds; return the growth of memory in bytes, and the number of requests."""
     rng = random.Random(0)
     with serving(models=[serve_model()]) as (address, service):
         bustle(address, photo, until_warm, rng)

@@ -1,4 +1,4 @@
-"""Targets in captum's forms and as callables: each against the gradient of the score that it names."""
+"""Tests of targets in captum's forms and of callables: each cotangent is the gradient of the score."""
 
 from dataclasses import replace
 

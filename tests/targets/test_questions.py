@@ -1,4 +1,4 @@
-"""Questions beyond the class: each cotangent against the gradient of its score, and each map against its own run."""
+"""Tests of questions beyond the class: cotangents against gradients of the scores, joint maps against single ones."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def dense():
-    """Tokens behind a class token and a register."""
+    """Return a model whose output is tokens, after a class token and a register."""
     return tiny(num_classes=0, global_pool="", reg_tokens=1)
 
 
@@ -55,11 +55,11 @@ def cotangent(question, output, rows=None, model=None, size=SIZE):
     return found(output[rows.image_index], rows)
 
 
-# one score, one cotangent
+# Cotangents of single scores.
 
 
 class Named(nn.Identity):
-    """A classifier with names."""
+    """A classifier with class names."""
 
     num_classes = 5
 
@@ -104,7 +104,7 @@ def test_a_similarity_is_the_cosine_with_its_norm_held_constant(shape):
     (expected,) = torch.autograd.grad(2.5 * cosine.sum(), leaf)
     found = cotangent(targets.Similarity(embedding, scale=2.5), output)
     assert relative(found, expected) < EXACT
-    # what is explained adds up to the score, as the score is linear in the output
+    # the score is linear in the output, so that cotangent · output is the score
     assert torch.allclose((found * output).sum(1), 2.5 * torch.cosine_similarity(output, embedding.expand(3, 7)))
 
 
@@ -125,7 +125,7 @@ def test_embeddings_that_do_not_fit_are_refused(embedding, words):
 
 
 class Clip(nn.Module):
-    """An embedding model with a text tower, in the form of the adapters'."""
+    """An embedding model with a text tower, with the attributes of the adapters."""
 
     kind = "embedding"
     logit_scale, logit_bias = 20.0, 0.0
@@ -170,7 +170,7 @@ def test_another_image_is_its_output(model, images, tmp_path):
     assert torch.equal(found, explain.effective_gradient(images, targets.Similarity(output)))
     own = explain.effective_gradient(images, targets.SimilarTo(images))
     assert relative(own[:1], explain.effective_gradient(images[:1], targets.SimilarTo(images[0]))) < EXACT
-    # autograd's gradient of this cosine is zero; with its norm held constant it is a whole explanation
+    # autograd's gradient of this cosine is zero; with the norm held constant it is not
     assert float(own.norm()) > 0
     with pytest.raises(InputError, match=r"\(3, 5\)"):
         explain.effective_gradient(images, targets.SimilarTo(torch.randn(3, 3, *SIZE)))
@@ -193,7 +193,7 @@ def test_another_image_may_be_a_file(tmp_path):
 
 @pytest.mark.parametrize("shape", [(4, 5), (4, 25, 8), (4, 8, 4, 6)], ids=["classes", "tokens", "map"])
 def test_linear_questions_never_wait_for_the_device(shape):
-    """Tensors without values: whatever reads one on the host, as a wait does, raises."""
+    """The tensors are fake: reading a value on the host, which would wait for the device, raises."""
     with FakeTensorMode():
         rows = draws_without_values(4)
         output, weights = torch.empty(shape), torch.empty(2, shape[1] if len(shape) != 3 else shape[2])
@@ -221,7 +221,7 @@ def draws_without_values(rows):
     )
 
 
-# patches
+# Patches.
 
 
 def test_a_patch_is_the_gradient_of_its_token(dense, images):
@@ -252,13 +252,13 @@ def test_maps_of_features_have_patches_too():
     assert torch.equal(found, expected)
     last = cotangent(targets.Patch(3, 5, probe), output.permute(0, 2, 3, 1))
     assert torch.equal(last.permute(0, 3, 1, 2), expected)
-    # tokens in rows are the same grid
+    # tokens in rows have the same grid
     tokens = cotangent(targets.Patch(3, 5, probe, prefix=1), normal(2, 25, 7))
     assert torch.equal(tokens[:, 1:].mT.unflatten(2, (4, 6)), expected) and not tokens[:, 0].any()
 
 
 def test_a_patch_follows_its_content():
-    """The score's place in the perturbed image is where τ takes the patch's centre."""
+    """The cotangent lies at the place to which τ maps the patch's centre."""
     sampling = Sampling(rotation=30.0, translation=0.2, scale=(0.8, 1.2), flip=0.5)
     rows = draw(40, height=HEIGHT, width=WIDTH, seed=3, sampling=sampling)
     output, row, column = normal(1, 24, 1), 1, 4
@@ -281,7 +281,7 @@ def test_a_patch_follows_its_content():
 
 
 def test_a_mirrored_image_is_explained_by_the_mirrored_patch(dense, images):
-    """A flip alone: the sample's contribution is that of the patch on the other side."""
+    """With a flip as the only perturbation, the contribution is that of the patch on the other side."""
     still = dict(rotation=0.0, scale=(1.0, 1.0), translation=0.0)
     mirrored = dave_fast.DAVE(dense, precision="fp64", noise_alpha=0.0, flip=1.0, **still)
     plain = dave_fast.DAVE(dense, precision="fp64", noise_alpha=0.0, flip=0.0, **still)
@@ -322,7 +322,7 @@ def test_a_timm_model_gives_its_tokens(model, images):
         targets.tokens_of(nn.Identity())
 
 
-# probes
+# Probes.
 
 
 def test_probes_come_from_files(tmp_path):
@@ -361,7 +361,7 @@ def test_files_that_are_no_probe_are_refused(tmp_path):
         targets.load_probe(tmp_path / "good.npy", 2)
 
 
-# several of one image
+# Several questions of one image.
 
 SEVERAL = [3, None, targets.Sum(1, 4), targets.Contrast(0, 2), lambda y: y.log_softmax(1)[:, 2], [4, 1]]
 
@@ -415,7 +415,7 @@ ONE = 4 * 3 * HEIGHT * WIDTH * 5  # bytes of the contributions of one image and 
 
 @pytest.mark.parametrize(("fitting", "walks"), [(60, 1), (17, 3), (1, 50)])
 def test_memory_is_bounded_and_the_bits_are_the_same(model, images, monkeypatch, fitting, walks):
-    """Samples of `fitting` pairs of image and target fit; images are walked forward as often as that takes."""
+    """Memory fits the samples of `fitting` pairs (image, target); forward walks are repeated as needed."""
     explain = explainer(model)
     asked = [i % 5 for i in range(50)]
     ample = explain.explain(images[:1], targets=asked, n_samples=5, internal_batch_size=4)
@@ -440,7 +440,7 @@ def test_memory_is_bounded_and_the_bits_are_the_same(model, images, monkeypatch,
 
 @pytest.mark.parametrize("fitting", [7, 4, 2, 1])
 def test_images_and_questions_go_together_as_they_fit(model, images, monkeypatch, fitting):
-    """Two images and three questions: all at once, image by image, question by question."""
+    """Explain two images and three questions: all at once, image by image, question by question."""
     explain, asked = explainer(model), [0, targets.Contrast(1, 2), [3, 4]]
     settings = {"n_samples": 5, "internal_batch_size": 5}
     ample = explain.explain(images, targets=asked, **settings)

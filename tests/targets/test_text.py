@@ -1,4 +1,4 @@
-"""Targets as text: every form of the grammar, names that hold its signs, and what is refused."""
+"""Tests of targets as text: every form of the grammar, names that contain its signs, and errors."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ LABELS = Labels(len(NAMES), NAMES)
 
 
 def same(a, b):
-    """Sum compares by identity; its parts tell it apart."""
+    """Return whether two questions are equal; `Sum`, which compares by identity, is compared by its parts."""
     if isinstance(a, Sum):
         return isinstance(b, Sum) and all(map(same, a.parts, b.parts))
     if isinstance(a, Contrast):

@@ -3,19 +3,15 @@
 from importlib.resources import as_file, files
 from typing import TYPE_CHECKING
 
+from dave_fast.images import describe_preprocessing
+
 if TYPE_CHECKING:
     import torch
 
 IMAGE_SIZE = 128
 CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-# the keys that timm.data reads
 PREPROCESSING = {
-    "input_size": (3, IMAGE_SIZE, IMAGE_SIZE),
-    "mean": (0.5, 0.5, 0.5),
-    "std": (0.5, 0.5, 0.5),
-    "interpolation": "bicubic",
-    "crop_pct": 1.0,
-    "crop_mode": "center",
+    **describe_preprocessing((IMAGE_SIZE, IMAGE_SIZE), (0.5,) * 3, (0.5,) * 3, resize=IMAGE_SIZE),
     "num_classes": len(CLASS_NAMES),
     "label_names": CLASS_NAMES,
 }

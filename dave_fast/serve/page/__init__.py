@@ -6,7 +6,6 @@ from functools import partial
 from importlib.resources import files
 
 from fastapi import APIRouter, Response
-from fastapi.concurrency import run_in_threadpool
 
 from dave_fast.models.demo import demo_scene
 from dave_fast.serve import formats
@@ -40,7 +39,6 @@ async def _asset(name: str, kind: str) -> Response:
     return Response(files(__name__).joinpath(name).read_bytes(), media_type=kind, headers=_HEADERS)
 
 
-async def _example() -> Response:
-    """Return the embedded scene as PNG."""
-    picture = await run_in_threadpool(lambda: formats.png(demo_scene().image))
-    return Response(picture, media_type=formats.PNG)
+def _example() -> Response:
+    """Return the embedded scene as PNG; FastAPI calls this in a thread, since it is not asynchronous."""
+    return Response(formats.png(demo_scene().image), media_type=formats.PNG)
