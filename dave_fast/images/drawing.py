@@ -154,23 +154,19 @@ class _Grid:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        self.cell_width, self.cell_height = _SIDE, _SIDE * shape[0] / shape[1]
+        self.cell_height = _SIDE * shape[0] / shape[1]
         self.columns = columns
         self.width = 2 * _MARGIN + columns * (_SIDE + _GAP) + _BAR + _BAR_LABEL
         self.height = 2 * _MARGIN + _HEADING + rows * self.cell_height + (rows - 1) * _GAP
         self.figure = Figure(figsize=(self.width, self.height), dpi=_DPI)
         FigureCanvasAgg(self.figure)
 
-    def _axes(self, left: float, top: float, width: float, height: float) -> Axes:
-        bottom = self.height - top - height
-        return self.figure.add_axes((left / self.width, bottom / self.height, width / self.width, height / self.height))
-
-    def _corner(self, row: int, column: int) -> tuple[float, float]:
-        left = _MARGIN + column * (self.cell_width + _GAP)
-        return left, _MARGIN + _HEADING + row * (self.cell_height + _GAP)
-
-    def cell(self, row: int, column: int) -> Axes:
-        return self._axes(*self._corner(row, column), self.cell_width, self.cell_height)
+    def cell(self, row: int, column: int, width: float = _SIDE) -> Axes:
+        left = _MARGIN + column * (_SIDE + _GAP)
+        top = _MARGIN + _HEADING + row * (self.cell_height + _GAP)
+        left, width = left / self.width, width / self.width
+        bottom, height = (self.height - top - self.cell_height) / self.height, self.cell_height / self.height
+        return self.figure.add_axes((left, bottom, width, height))
 
     def image(
         self, row: int, column: int, pixels: np.ndarray, name: str = "", probability: float | None = None
@@ -188,8 +184,7 @@ class _Grid:
 
     def colorbar(self, row: int) -> None:
         """Draw the colour scale to the right of a row's last cell."""
-        left, top = self._corner(row, self.columns)
-        axes = self._axes(left, top, _BAR, self.cell_height)
+        axes = self.cell(row, self.columns, _BAR)
         axes.imshow(_colour_table()[::-1, None], aspect="auto", interpolation="antialiased")
         axes.set_axis_off()
         for y, text, side in ((0.99, "high", "top"), (0.01, "low", "bottom")):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -84,12 +85,8 @@ def _is_setting(kind: type) -> bool:
 
 def _tensors(model: nn.Module) -> list[Tensor]:
     """Return parameters and buffers, each once."""
-    found = {}
-    for module in model.modules():
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                found[id(tensor)] = tensor
-    return list(found.values())
+    owned = ((*module._parameters.values(), *module._buffers.values()) for module in model.modules())
+    return list({id(tensor): tensor for tensor in chain.from_iterable(owned) if tensor is not None}.values())
 
 
 def _identity(tensor: Tensor) -> tuple[object, ...]:
