@@ -199,7 +199,6 @@ def _tell(summary: Summary, absent: dict[str, str], skipped: dict[str, str], out
     from rich.table import Table
     from rich.text import Text
 
-    from dave_fast.evaluate.report import span
     from dave_fast.evaluate.settings import VARIANTS
 
     screen = console(stderr=False)
@@ -207,7 +206,7 @@ def _tell(summary: Summary, absent: dict[str, str], skipped: dict[str, str], out
     for metric in summary.metrics:
         for variant in VARIANTS:
             if found := summary.verdicts[variant].get(metric):
-                cells = (metric, variant, span(found.dave), found.rival, span(found.other), found.words)
+                cells = (metric, variant, found.dave.text(), found.rival, found.other.text(), found.words)
                 table.add_row(*(Text(cell) for cell in cells))
     screen.print(table)
     for name, why in absent.items():

@@ -47,19 +47,16 @@ class Annotations:
         labels: the class names of the model.
         noted: entries by file name without suffix.
         masks: folder of PNG masks, by the same name; None without masks.
-        folder: whether names of folders are classes.
     """
 
     labels: Labels
     noted: dict[str, Noted] = field(default_factory=dict)
     masks: Path | None = None
-    folder: bool = True
 
     def label(self, path: Path) -> int | None:
         """Return the class by the annotation, otherwise by the folder's name; None if the model has no such class."""
         noted = self.noted.get(path.stem)
-        named = noted.label if noted and noted.label else path.parent.name if self.folder else None
-        return None if named is None else class_of(named, self.labels)
+        return class_of(noted.label if noted and noted.label else path.parent.name, self.labels)
 
     def mask(self, path: Path, size: tuple[int, int]) -> np.ndarray | None:
         """Return the object's pixels.
@@ -79,14 +76,13 @@ class Annotations:
         noted = self.noted.get(path.stem)
         if noted is None or not noted.boxes:
             return None
-        factors = (1.0, 1.0)
-        if noted.size is not None and noted.size != size:
-            factors = (size[0] / noted.size[0], size[1] / noted.size[1])
-            if abs(factors[0] / factors[1] - 1) > 0.01:
-                raise InputError(
-                    f"{path} has {size[0]}×{size[1]} pixels, and its boxes are for {noted.size[0]}×{noted.size[1]}: "
-                    "give boxes for this image."
-                )
+        width, height = noted.size or size
+        factors = (size[0] / width, size[1] / height)
+        if abs(factors[0] / factors[1] - 1) > 0.01:
+            raise InputError(
+                f"{path} has {size[0]}×{size[1]} pixels, and its boxes are for {width}×{height}: "
+                "give boxes for this image."
+            )
         return _fill(noted.boxes, size, factors)
 
 
@@ -187,10 +183,9 @@ def _area(box: Box) -> float:
 
 def _fill(boxes: tuple[Box, ...], size: tuple[int, int], factors: tuple[float, float]) -> np.ndarray:
     mask = np.zeros((size[1], size[0]), bool)
-    for xmin, ymin, xmax, ymax in boxes:
-        columns = slice(max(0, round(xmin * factors[0])), max(0, round(xmax * factors[0])))
-        rows = slice(max(0, round(ymin * factors[1])), max(0, round(ymax * factors[1])))
-        mask[rows, columns] = True
+    for box in boxes:
+        left, top, right, bottom = (max(0, round(side * factors[i % 2])) for i, side in enumerate(box))
+        mask[top:bottom, left:right] = True
     return mask
 
 

@@ -9,7 +9,7 @@ is 0, a normalised image's mean. Baselines are captum's, with its defaults unles
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
@@ -42,12 +42,12 @@ class MethodSettings:
     """
 
     n_samples: int = DEFAULT_SAMPLES
-    explainer: dict[str, Any] | None = None
+    explainer: dict[str, Any] = field(default_factory=dict)
     spread: float = 2.0
 
     def dave(self, model: nn.Module) -> DAVE:
         """Return a new explainer of a model, which the caller may change."""
-        return DAVE(model, **(self.explainer or {}))
+        return DAVE(model, **self.explainer)
 
 
 @dataclass(frozen=True)
@@ -113,18 +113,24 @@ def _dave_shared(model: nn.Module, setup: MethodSettings) -> Attribute:
     explainer = setup.dave(model)
 
     def attribute(images: Tensor, classes: Tensor, keys: Sequence[int], seed: int) -> Tensor:
-        height, width = images.shape[-2:]
-        draws = draw(
-            setup.n_samples, height=height, width=width, seed=seed, image_keys=keys, sampling=explainer.sampling
-        )
-        kept = images.new_empty(len(classes), len(draws), *images.shape[1:], dtype=explainer.statistics_dtype)
-        rows = explainer.fitting_rows(images)
-        for start in range(0, len(draws), rows):
-            some = slice(start, start + rows)
-            kept[:, some] = explainer.contributions(images, draws[some], classes[None])
-        return explainer.aggregate(kept)[0].to(images)
+        found = contributions_of(explainer, images, classes, setup.n_samples, keys, seed)
+        return explainer.aggregate(found)[0].to(images)
 
     return attribute
+
+
+def contributions_of(
+    explainer: DAVE, image: Tensor, classes: Tensor, n_samples: int, keys: Sequence[int], seed: int
+) -> Tensor:
+    """Return the contributions of the samples of one image (1, C, H, W) to its classes (K,), (K, S, C, H, W)."""
+    height, width = image.shape[-2:]
+    draws = draw(n_samples, height=height, width=width, seed=seed, image_keys=keys, sampling=explainer.sampling)
+    kept = image.new_empty(len(classes), len(draws), *image.shape[1:], dtype=explainer.statistics_dtype)
+    rows = explainer.fitting_rows(image)
+    for start in range(0, len(draws), rows):
+        some = slice(start, start + rows)
+        kept[:, some] = explainer.contributions(image, draws[some], classes[None])
+    return kept
 
 
 def _frozen(model: nn.Module, setup: MethodSettings) -> Attribute:

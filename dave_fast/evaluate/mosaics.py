@@ -92,6 +92,7 @@ def _score(run: Run, name: str, model: nn.Module, mosaics: Tensor, labels: Tenso
     for number, (mosaic, wanted) in enumerate(zip(mosaics, labels, strict=True)):
         copies = 1 if method.make_shared else len(cells)
         images = mosaic.to(run.device).expand(copies, -1, -1, -1).contiguous()
-        raw = run.explain(name, attribute, images, wanted.to(run.device), [number] * copies, run.settings.seed, title)
-        for variant, maps in as_maps(raw).items():
-            run.results.add(name, variant, title, metrics.grid_pointing_game(maps, cells, grid).mean()[None])
+        classes, keys = wanted.to(run.device), [number] * copies
+        maps = as_maps(run.explain(name, images, classes, keys, title, attribute=attribute))
+        scores = {v: metrics.grid_pointing_game(each, cells, grid).mean()[None] for v, each in maps.items()}
+        run.results.add(name, title, scores)

@@ -34,21 +34,18 @@ class Line:
     dashed: bool = False
 
 
-def forest(rows: Sequence[tuple[str, int, Interval]], best: str | None, digits: int = 3) -> str:
+def forest(rows: Sequence[tuple[str, int, Interval]], best: str | None) -> str:
     """Draw means and intervals of one metric.
 
     Args:
         rows: (name, colour, interval) of each method.
         best: name of the method to set in bold, or None.
-        digits: after the decimal point.
 
     Returns:
         The SVG element.
     """
-    low, high = (f(getattr(i, side) for _, _, i in rows) for f, side in ((min, "low"), (max, "high")))
-    ticks = _ticks(low, high, 4)
-    low, high = min(low, ticks[0]), max(high, ticks[-1])
-    span = (high - low) or 1.0
+    ticks = _ticks(min(each.low for _, _, each in rows), max(each.high for _, _, each in rows), 4)
+    low, span = ticks[0], ticks[-1] - ticks[0]
 
     def place(value: float) -> float:
         return _LABEL + (value - low) / span * _PLOT
@@ -66,8 +63,7 @@ def forest(rows: Sequence[tuple[str, int, Interval]], best: str | None, digits: 
         x1, x2 = place(interval.low), place(interval.high)
         parts.append(f'<line class="s c{colour}" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y}" y2="{y}"/>')
         parts.append(f'<circle class="f c{colour}" cx="{place(interval.mean):.1f}" cy="{y}" r="4.5"/>')
-        text = f"{interval.mean:.{digits}f} ({interval.low:.{digits}f}–{interval.high:.{digits}f})"
-        parts.append(f'<text{weight} x="{_LABEL + _PLOT + 12}" y="{y + 4}">{text}</text>')
+        parts.append(f'<text{weight} x="{_LABEL + _PLOT + 12}" y="{y + 4}">{interval.text()}</text>')
     return "".join([*parts, "</svg>"])
 
 
@@ -87,11 +83,11 @@ def lines(curves: Sequence[Line], x_title: str, y_title: str, x_names: Sequence[
     ys = [y for curve in curves for y in curve.y if math.isfinite(y)]
     x_low, x_high = min(xs), max(xs)
     y_ticks = _ticks(min(ys), max(ys), 5)
-    y_low, y_high = min(*ys, y_ticks[0]), max(*ys, y_ticks[-1])
+    y_low, y_high = y_ticks[0], y_ticks[-1]
 
     def at(x: float, y: float) -> tuple[float, float]:
         across = (x - x_low) / ((x_high - x_low) or 1)
-        up = (y - y_low) / ((y_high - y_low) or 1)
+        up = (y - y_low) / (y_high - y_low)
         return _LEFT + across * (_WIDTH - _LEFT - _RIGHT), _HEIGHT - _BOTTOM - up * (_HEIGHT - _TOP - _BOTTOM)
 
     parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">']

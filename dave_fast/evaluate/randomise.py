@@ -7,36 +7,34 @@ checks for saliency maps, NeurIPS 2018.
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
 
 import torch
-from torch import Tensor
 
 from dave_fast.evaluate import metrics
 from dave_fast.evaluate.methods import CONTROLS
-from dave_fast.evaluate.scoring import Run, as_maps
+from dave_fast.evaluate.scoring import Maps, Run, as_maps
 from dave_fast.evaluate.stages import stages
 
 
 def score_randomised(run: Run) -> None:
     """Score rank correlations of the first images' maps with those of a copy of the model, stage after stage."""
-    images, classes, keys = run.first(run.settings.randomised)
-    original = {name: as_maps(run.first_raw(name, len(images)).to(images)) for name in run.methods}
-    found: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+    count = run.settings.randomised
+    images = torch.cat([batch.images for batch, _, _ in run.kept])[:count].to(run.device)
+    classes = torch.cat([classes for _, classes, _ in run.kept])[:count].to(run.device)
+    keys = [key for batch, _, _ in run.kept for key in batch.keys][:count]
+    names = [name for name in run.methods if name not in CONTROLS]
+    original = {name: as_maps(torch.cat([raw[name] for _, _, raw in run.kept])[:count].to(images)) for name in names}
+    found: dict[str, list[Maps]] = {name: [] for name in names}
     disturbed = copy.deepcopy(run.model)
-    names = []
-    for stage, randomise in stages(disturbed, run.settings.seed):
+    changes = stages(disturbed, run.settings.seed)
+    for _, randomise in changes:
         randomise()
-        names.append(stage)
-        for name, method in run.methods.items():
-            if name in CONTROLS:
-                continue
-            attribute = method.make(disturbed, run.setup)
-            raw = run.explain(name, attribute, images, classes, keys, run.settings.seed, "randomised model")
-            for variant, maps in as_maps(raw).items():
-                found[name][variant].append(metrics.rank_correlation(original[name][variant], maps).cpu())
-    rows = {name: {v: torch.stack(each, 1) for v, each in variants.items()} for name, variants in found.items()}
-    run.results.randomised = (tuple(names), rows)
-    for name, variants in rows.items():
-        for variant, correlations in variants.items():
-            run.results.add(name, variant, "random model", correlations.mean(1))
+        for name in names:
+            attribute = run.methods[name].make(disturbed, run.setup)
+            maps = as_maps(run.explain(name, images, classes, keys, "randomised model", attribute=attribute))
+            alike = {v: metrics.rank_correlation(each, maps[v]).cpu() for v, each in original[name].items()}
+            found[name].append(alike)
+    rows = {name: {v: torch.stack([one[v] for one in each], 1) for v in each[0]} for name, each in found.items()}
+    run.results.randomised = (tuple(stage for stage, _ in changes), rows)
+    for name, correlations in rows.items():
+        run.results.add(name, "random model", {v: each.mean(1) for v, each in correlations.items()})

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
+from torch import Tensor
 
 from dave_fast.evaluate import plots
 from dave_fast.evaluate.definitions import SHORT, definitions
 from dave_fast.evaluate.methods import CONTROLS, METHODS, MethodSettings
 from dave_fast.evaluate.settings import METRICS, SECTIONS, VARIANTS, EvaluationSettings, Results
-from dave_fast.evaluate.statistics import Interval, Verdict
 from dave_fast.evaluate.summary import Summary, as_csv, as_json, summarise
 from dave_fast.files import atomically
 from dave_fast.images import Preprocessing
@@ -61,22 +61,20 @@ def write(out: Path, results: Results, about: About) -> Summary:
     from jinja2 import Environment
 
     summary = summarise(results)
-    context = _context(results, summary, about)
+    shown = ["input", *(name for name in results.scores if name not in CONTROLS)]
+    pictures = [_pictures(one, shown[1:], about) for one in results.examples]
+    context = _context(results, summary, about) | {
+        "columns": shown,
+        "examples": _example_rows(results, pictures, about),
+    }
     template = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     _write(out / "report.html", Environment(autoescape=True).from_string(template).render(context))
-    if context["examples"]:
-        save_picture(_sheet(results, about), out / "examples.png")
+    if pictures:
+        save_picture(_sheet(shown, pictures), out / "examples.png")
     _write(out / "report.md", markdown(context))
-    told = {
-        "model": about.model,
-        "source": about.source,
-        "settings": asdict(about.settings),
-        "setup": asdict(about.setup),
-        "environment": about.environment,
-        "command": about.command,
-        "skipped": about.skipped,
-    }
-    _write(out / "results.json", json.dumps(as_json(results, summary, told), indent=1, ensure_ascii=False) + "\n")
+    keys = ("model", "source", "settings", "setup", "environment", "command", "skipped")
+    content = as_json(results, summary, {key: getattr(about, key) for key in keys})
+    _write(out / "results.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     _write(out / "scores.csv", as_csv(results))
     return summary
 
@@ -88,35 +86,28 @@ def _write(path: Path, text: str) -> None:
 
 def _context(results: Results, summary: Summary, about: About) -> dict[str, Any]:
     """Return the values that the page's template and the Markdown are filled with."""
-    shown = [name for name in results.scores if name not in CONTROLS]
     return {
         "title": "Attribution quality",
         "subtitle": f"{about.model} on {about.source}",
         "facts": _facts(results, about),
+        "note": VERDICTS,
         "verdicts": [
-            _verdict_row(metric, variant, summary.verdicts[variant][metric])
+            (metric, variant, summary.verdicts[variant][metric])
             for metric in summary.metrics
             for variant in VARIANTS
             if metric in summary.verdicts[variant]
         ],
-        "columns": ["input", *shown],
         "outlined": any(one["mask"].any() for one in results.examples),
-        "examples": [_example_row(one, shown, about) for one in results.examples],
         "sections": [_section(title, summary, metrics) for title, metrics in SECTIONS.items()],
         "curves": _curve_cards(results),
-        "keys": [{"name": name, "colour": colour(name)} for name in results.scores],
+        "keys": {name: colour(name) for name in results.scores},
         "seeds": [
-            {
-                "method": name,
-                "variant": variant,
-                "means": ", ".join(f"{mean:.4f}" for mean in results.seeds[name][variant]),
-                "interval": span(interval, 4),
-            }
+            (name, variant, ", ".join(f"{mean:.4f}" for mean in results.seeds[name][variant]), interval.text(4))
             for variant, row in summary.seeds.items()
             for name, interval in row.items()
         ],
         "probes": min(about.settings.probes, results.facts.get("images", 0)),
-        "tables": [(variant, _table(summary, variant)) for variant in VARIANTS],
+        "tables": [(variant, *_table(summary, variant)) for variant in VARIANTS],
         "absent": results.absent,
         "skipped": about.skipped,
         "definitions": [(m, SHORT[m]) for m in summary.metrics]
@@ -130,11 +121,6 @@ def colour(name: str) -> int:
     return list(METHODS).index(name) % plots.COLOURS
 
 
-def span(interval: Interval, digits: int = 3) -> str:
-    """Return a mean and its interval as text."""
-    return f"{interval.mean:.{digits}f} ({interval.low:.{digits}f}–{interval.high:.{digits}f})"
-
-
 def _facts(results: Results, about: About) -> list[tuple[str, str]]:
     facts = results.facts
     found = [(f"{facts['images']}", "images")]
@@ -145,30 +131,15 @@ def _facts(results: Results, about: About) -> list[tuple[str, str]]:
     for kind, count in facts.get("mosaics", {}).items():
         found.append((f"{count}", f"mosaics {kind}"))
     found.append((f"{about.setup.n_samples}", "samples an image"))
-    alpha = (about.setup.explainer or {}).get("noise_alpha")
+    alpha = about.setup.explainer.get("noise_alpha")
     if alpha is not None:
         found.append((f"{alpha:g}", "noise_alpha"))
     return found
 
 
 def _settings(about: About) -> list[tuple[str, str]]:
-    named = {"command": about.command, **asdict(about.settings), **(about.setup.explainer or {}), **about.environment}
+    named = {"command": about.command, **asdict(about.settings), **about.setup.explainer, **about.environment}
     return [(name, str(value)) for name, value in named.items() if value is not None]
-
-
-def _verdict_row(metric: str, variant: str, found: Verdict) -> dict[str, str]:
-    tone = "ahead" if found.words.startswith("ahead") else "behind" if found.words.startswith("behind") else "even"
-    return {
-        "metric": metric,
-        "variant": variant,
-        "dave": span(found.dave),
-        "rival": found.rival,
-        "other": span(found.other),
-        "difference": f"{found.difference.mean:+.3f} ({found.difference.low:+.3f} to {found.difference.high:+.3f})",
-        "n": str(found.difference.n),
-        "words": found.words,
-        "tone": tone,
-    }
 
 
 def _section(title: str, summary: Summary, metrics: Iterable[str]) -> dict[str, Any]:
@@ -187,24 +158,24 @@ def _section(title: str, summary: Summary, metrics: Iterable[str]) -> dict[str, 
 
 def _curve_cards(results: Results) -> list[dict[str, str]]:
     cards = []
-    for protocol, (changed, rows) in results.curves.items():
+
+    def add(title: str, text: str, x: Sequence[float], rows: dict[str, dict[str, Tensor]], **axes: Any) -> None:
         drawn = [
-            plots.Line(name, colour(name), changed.tolist(), row[VARIANTS[1]].nanmean(0).tolist(), name in CONTROLS)
+            plots.Line(name, colour(name), x, row[VARIANTS[1]].nanmean(0).tolist(), name in CONTROLS)
             for name, row in rows.items()
         ]
+        cards.append({"title": title, "text": text, "svg": plots.lines(drawn, **axes)})
+
+    for protocol, (changed, rows) in results.curves.items():
         images = len(next(iter(rows.values()))[VARIANTS[1]])
         text = f"{SHORT[f'{protocol} curve'].capitalize()}. Mean of {images} images, maps smoothed."
-        cards.append({"title": protocol, "text": text, "svg": plots.lines(drawn, "changed share", "probability")})
-    stages, rows_ = results.randomised
+        add(protocol, text, changed.tolist(), rows, x_title="changed share", y_title="probability")
+    stages, rows = results.randomised
     if stages:
-        names = [name.removeprefix("blocks.") for name in stages]
-        steps = list(range(len(stages)))
-        drawn = [
-            plots.Line(name, colour(name), steps, row[VARIANTS[1]].nanmean(0).tolist()) for name, row in rows_.items()
-        ]
         text = "Rank correlation with the trained model's map while parameters are randomised from the head down."
-        svg = plots.lines(drawn, "randomised down to", "rank correlation", _thinned(names))
-        cards.append({"title": "parameter randomisation", "text": text, "svg": svg})
+        axes = {"x_title": "randomised down to", "y_title": "rank correlation"}
+        names = _thinned([name.removeprefix("blocks.") for name in stages])
+        add("parameter randomisation", text, range(len(stages)), rows, **axes, x_names=names)
     return cards
 
 
@@ -214,29 +185,26 @@ def _thinned(names: Sequence[str]) -> list[str]:
     return [name if i % every == 0 else "" for i, name in enumerate(names)]
 
 
-def _table(summary: Summary, variant: str) -> dict[str, Any]:
+def _table(summary: Summary, variant: str) -> tuple[list[str], dict[str, list[tuple[str, bool]]]]:
+    """Return the metrics and, by method, a cell for each of them: its text and whether it is the best."""
     rows = summary.intervals[variant]
     metrics = [metric for metric in summary.metrics if any(metric in row for row in rows.values())]
     best = {metric: summary.best(variant, metric) for metric in metrics}
-    return {
-        "metrics": metrics,
-        "rows": [
-            {
-                "name": name,
-                "cells": [
-                    {"text": span(row[metric]) if metric in row else "–", "best": best[metric] == name}
-                    for metric in metrics
-                ],
-            }
-            for name, row in rows.items()
-        ],
+    return metrics, {
+        name: [(row[metric].text() if metric in row else "–", best[metric] == name) for metric in metrics]
+        for name, row in rows.items()
     }
 
 
-def _example_row(one: dict[str, Any], shown: Sequence[str], about: About) -> dict[str, Any]:
-    pictures = [_data(each) for each in _pictures(one, shown, about)]
-    explained = f"{about.labels.name(one['class'])}, {one['probability']:.2f}"
-    return {"name": one["name"], "explained": explained, "pictures": pictures}
+def _example_rows(results: Results, pictures: Sequence[Sequence[Image.Image]], about: About) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": one["name"],
+            "explained": f"{about.labels.name(one['class'])}, {one['probability']:.2f}",
+            "pictures": [_data(each) for each in row],
+        }
+        for one, row in zip(results.examples, pictures, strict=True)
+    ]
 
 
 def _pictures(one: dict[str, Any], shown: Sequence[str], about: About) -> list[Image.Image]:
@@ -245,12 +213,8 @@ def _pictures(one: dict[str, Any], shown: Sequence[str], about: About) -> list[I
     size = min(SHORTEST_SIDE // 2, 224)
     made = [Image.fromarray(about.prepare.pixels(one["image"]))]
     made += [plain_map(one["maps"][name].float().cpu().numpy()) for name in shown if name in one["maps"]]
-    return [_outlined(_fit(picture, size), mask) for picture in made]
-
-
-def _fit(picture: Image.Image, size: int) -> Image.Image:
-    scale = size / min(picture.size)
-    return picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.LANCZOS)
+    fitted = [ImageOps.scale(picture, size / min(picture.size), Image.Resampling.LANCZOS) for picture in made]
+    return [_outlined(picture, mask) for picture in fitted]
 
 
 def _outlined(picture: Image.Image, mask: np.ndarray) -> Image.Image:
@@ -272,20 +236,18 @@ def _data(picture: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _sheet(results: Results, about: About) -> Image.Image:
+def _sheet(columns: Sequence[str], rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
     """Return all examples in one picture, a row for each image, for the Markdown report."""
     import matplotlib
     from PIL import ImageDraw, ImageFont
 
-    shown = [name for name in results.scores if name not in CONTROLS]
-    rows = [_pictures(one, shown, about) for one in results.examples]
     width, height = max(p.width for r in rows for p in r), max(p.height for r in rows for p in r)
     gap, head = 8, 28
-    sheet = Image.new("RGB", ((width + gap) * (1 + len(shown)) + gap, head + (height + gap) * len(rows)), "white")
+    sheet = Image.new("RGB", ((width + gap) * len(columns) + gap, head + (height + gap) * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
     # Pillow's own font lacks the multiplication sign
     font = ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), 14)
-    for column, name in enumerate(["input", *shown]):
+    for column, name in enumerate(columns):
         middle = gap + column * (width + gap) + width // 2
         draw.text((middle, head // 2), name, fill=(60, 60, 60), font=font, anchor="mm")
     for number, row in enumerate(rows):
@@ -300,23 +262,24 @@ def markdown(context: dict[str, Any]) -> str:
     parts = [f"# {context['title']}", f"{context['subtitle']}: {facts}."]
     if context["examples"]:
         note = " Outlined: the object." if context["outlined"] else ""
-        parts += ["![The same images explained by every method](examples.png)"]
         parts += [
-            f"Maps behind the same post-processing, each on its own scale.{note} The first images; none was chosen."
+            "![The same images explained by every method](examples.png)",
+            f"Maps behind the same post-processing, each on its own scale.{note} The first images; none was chosen.",
         ]
     if context["verdicts"]:
-        keys = ("metric", "variant", "dave", "rival", "other", "difference", "n", "words")
         head = ("metric", "maps", "DAVE", "rival", "of the rival", "difference, paired", "n", "verdict")
-        rows = [[row[key] for key in keys] for row in context["verdicts"]]
+        rows = [
+            (metric, variant, v.dave.text(), v.rival, v.other.text(), v.difference.signed(), v.difference.n, v.words)
+            for metric, variant, v in context["verdicts"]
+        ]
         parts += ["## Is DAVE ahead?", VERDICTS, table(head, rows)]
-    for variant, each in context["tables"]:
-        rows = [[row["name"], *map(_bold, row["cells"])] for row in each["rows"]]
-        parts += [f"## Maps {variant}", table(("", *each["metrics"]), rows)]
+    for variant, metrics, scored in context["tables"]:
+        rows = [(name, *(f"**{text}**" if best else text for text, best in cells)) for name, cells in scored.items()]
+        parts += [f"## Maps {variant}", table(("", *metrics), rows)]
     parts += ["Mean over images and its 95 % bootstrap interval. **Bold**: the best mean, controls left out."]
     if context["seeds"]:
-        rows = [[row[key] for key in ("method", "variant", "means", "interval")] for row in context["seeds"]]
         parts += ["## Other seeds", f"EnergyPG of the same {context['probes']} images under each seed."]
-        parts += [table(("method", "maps", "a mean a seed", "over seeds"), rows)]
+        parts += [table(("method", "maps", "a mean a seed", "over seeds"), context["seeds"])]
     for title, key in (("Not run", "absent"), ("Files left out", "skipped")):
         if context[key]:
             parts += [f"## {title}", "\n".join(f"- **{name}**: {why}" for name, why in context[key].items())]
@@ -325,17 +288,13 @@ def markdown(context: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _bold(cell: dict[str, Any]) -> str:
-    return f"**{cell['text']}**" if cell["best"] else cell["text"]
-
-
 VERDICTS = (
     "Against the baseline that is ahead of DAVE or comes nearest. Differences are paired: on the same images, positive "
     "where DAVE is better. “Intervals apart”: DAVE's interval touches no baseline's."
 )
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Return a Markdown table; vertical bars in cells are escaped."""
     lines_ = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines_)

@@ -23,9 +23,11 @@ from dave_fast.evaluate.twin import NotTakenError
 from dave_fast.ops.smooth import smooth
 
 Progress = Callable[[int, int, str], None]
+# variant -> (n, H, W)
+Maps = dict[str, Tensor]
 
 
-def as_maps(raw: Tensor) -> dict[str, Tensor]:
+def as_maps(raw: Tensor) -> Maps:
     """Return maps (n, H, W) of attributions (n, C, H, W): the signed sum over channels, and the smoothed map."""
     return {VARIANTS[0]: raw.sum(1), VARIANTS[1]: smooth(raw)}
 
@@ -64,12 +66,12 @@ class Run:
         self.methods = {name: method for name, method in chosen.items() if name in self.attributes}
         self.device = next(model.parameters()).device
         self.images = min(settings.images, len(source))
-        self.probed = self.curved = self.done = self.labelled = 0
+        self.curved = self.done = self.labelled = 0
         self.right: list[bool] = []
         self.areas: list[Tensor] = []
-        self.seed_scores: dict[tuple[str, str, int], list[Tensor]] = defaultdict(list)
-        self.kept: list[tuple[Examples, Tensor]] = []
-        self.kept_raw: dict[str, list[Tensor]] = defaultdict(list)
+        self.seed_scores: dict[tuple[str, str, int], list[float]] = defaultdict(list)
+        # of the first images, on the CPU: themselves, their classes and each method's attributions
+        self.kept: list[tuple[Examples, Tensor, dict[str, Tensor]]] = []
 
     def wants(self, group: str) -> bool:
         """Return whether a group of metrics is to be scored."""
@@ -78,25 +80,27 @@ class Run:
     def explain(
         self,
         name: str,
-        attribute: Attribute,
         images: Tensor,
         classes: Tensor,
         keys: Sequence[int],
-        seed: int,
         what: str,
+        *,
+        seed: int | None = None,
+        attribute: Attribute | None = None,
     ) -> Tensor:
         """Return attributions (n, C, H, W), and report progress.
 
         Args:
-            name: of the method, for its cost.
-            attribute: the method.
-            images: (n, C, H, W), or as its `make_shared` takes them.
+            name: of the method.
+            images: (n, C, H, W), or as the method's `make_shared` takes them.
             classes: (n,) int64.
             keys: of the images.
-            seed: of the draws.
             what: description for the progress.
+            seed: of the draws; None for that of the settings.
+            attribute: the method on another model; None for the run's own.
         """
-        raw = attribute(images, classes, keys, seed)
+        attribute = attribute or self.attributes[name]
+        raw = attribute(images, classes, keys, self.settings.seed if seed is None else seed)
         self.done += len(classes) * self.methods[name].cost(self.setup)
         if self.progress is not None:
             self.progress(self.done, self.total, f"{name}: {what}")
@@ -125,68 +129,75 @@ class Run:
         probability = self.logits(batch.images).softmax(1)
         predicted = probability.argmax(1)
         classes = torch.where(batch.labels < 0, predicted, batch.labels)
+        seen, s = len(self.right), self.settings
+        probing, keeping = (slice(max(most - seen, 0)) for most in (s.probes, max(s.randomised, s.examples)))
+        sure = (predicted == classes) & (probability.amax(1) >= s.confident)
+        curving = sure.nonzero()[:, 0][: max(s.probes - self.curved, 0)]
+        runner_up = probability.scatter(1, classes[:, None], -1).argmax(1)
+        kept = {}
+        for name in self.methods:
+            with torch.enable_grad():
+                raw = self.explain(name, batch.images, classes, batch.keys, "images")
+            maps = as_maps(raw)
+            if self.wants("localisation"):
+                self._score_maps(name, raw, maps, batch)
+            if self.wants("curves") and len(curving):
+                some = {variant: each[curving] for variant, each in maps.items()}
+                self._score_curves(name, some, batch.images[curving], classes[curving])
+            if len(classes[probing]):
+                some = {variant: each[probing] for variant, each in maps.items()}
+                self._score_probes(name, some, batch[probing], classes[probing], runner_up[probing])
+            kept[name] = raw[keeping].cpu()
+        self._show(batch, classes, probability, kept)
+        self.kept.append((batch[keeping].to("cpu"), classes[keeping].cpu(), kept))
         self.right += (predicted == classes).tolist()
         self.labelled += int((batch.labels >= 0).sum())
         self.areas.append(batch.masks.double().mean((1, 2)).cpu())
-        probing = min(max(self.settings.probes - self.probed, 0), len(batch))
-        sure = (predicted == classes) & (probability.amax(1) >= self.settings.confident)
-        curving = sure.nonzero()[:, 0][: max(self.settings.probes - self.curved, 0)]
-        for name, attribute in self.attributes.items():
-            with torch.enable_grad():
-                raw = self.explain(name, attribute, batch.images, classes, batch.keys, self.settings.seed, "images")
-            self._score_maps(name, raw, batch)
-            if self.wants("curves") and len(curving):
-                self._score_curves(name, raw[curving], batch.images[curving], classes[curving])
-            if probing:
-                runner_up = probability.scatter(1, classes[:, None], -1).argmax(1)
-                self._score_probes(name, raw[:probing], batch[:probing], classes[:probing], runner_up[:probing])
-            self._keep(name, raw, batch)
-        self._show(batch, classes, probability)
-        self.probed += probing
         self.curved += len(curving)
 
-    def _score_maps(self, name: str, raw: Tensor, batch: Examples) -> None:
-        if not self.wants("localisation"):
-            return
-        for variant, maps in as_maps(raw).items():
-            self.results.add(name, variant, "EnergyPG", metrics.energy_pointing_game(maps, batch.masks))
-            self.results.add(name, variant, "pointing game", metrics.pointing_game(maps, batch.masks))
+    def _score_maps(self, name: str, raw: Tensor, maps: Maps, batch: Examples) -> None:
+        for metric, function in (
+            ("EnergyPG", metrics.energy_pointing_game),
+            ("pointing game", metrics.pointing_game),
+        ):
+            self.results.add(name, metric, {variant: function(each, batch.masks) for variant, each in maps.items()})
         if (patch := patch_size(self.model)) is not None:
-            self.results.add(name, VARIANTS[0], "border excess", metrics.border_excess(raw, patch))
+            self.results.add(name, "border excess", {VARIANTS[0]: metrics.border_excess(raw, patch)})
 
-    def _score_curves(self, name: str, raw: Tensor, images: Tensor, classes: Tensor) -> None:
+    def _score_curves(self, name: str, maps: Maps, images: Tensor, classes: Tensor) -> None:
         for protocol in self.settings.protocols:
-            for variant, maps in as_maps(raw).items():
-                steps = self.settings.curve_steps
-                curve = metrics.perturbation_curve(self.model, images, maps, classes, protocol, steps=steps)
-                self.results.add(name, variant, f"{protocol} curve", metrics.mean_score(curve))
-                rows = self.results.curves.setdefault(protocol, (curve.changed.cpu(), {}))[1].setdefault(name, {})
-                before = rows.get(variant)
+            steps = self.settings.curve_steps
+            curves = {
+                variant: metrics.perturbation_curve(self.model, images, each, classes, protocol, steps=steps)
+                for variant, each in maps.items()
+            }
+            self.results.add(name, f"{protocol} curve", {v: metrics.mean_score(each) for v, each in curves.items()})
+            changed = curves[VARIANTS[0]].changed.cpu()
+            rows = self.results.curves.setdefault(protocol, (changed, {}))[1].setdefault(name, {})
+            for variant, curve in curves.items():
                 scores = curve.scores.cpu()
-                rows[variant] = scores if before is None else torch.cat([before, scores])
+                rows[variant] = torch.cat([rows.get(variant, scores[:0]), scores])
 
-    def _score_probes(self, name: str, raw: Tensor, batch: Examples, classes: Tensor, runner_up: Tensor) -> None:
+    def _score_probes(self, name: str, maps: Maps, batch: Examples, classes: Tensor, runner_up: Tensor) -> None:
         """Score stability, similarity between classes, and other seeds."""
-        attribute, seed, own = self.attributes[name], self.settings.seed, as_maps(raw)
 
         def compare(metric: str, images: Tensor, targets: Tensor) -> None:
-            other = as_maps(self.explain(name, attribute, images, targets, batch.keys, seed, metric))
-            for variant, maps in own.items():
-                self.results.add(name, variant, metric, metrics.correlation(maps, other[variant]))
+            other = as_maps(self.explain(name, images, targets, batch.keys, metric))
+            self.results.add(name, metric, {v: metrics.correlation(each, other[v]) for v, each in maps.items()})
 
         if self.wants("stability"):
             compare("stability", batch.images + self.settings.stability_sigma * self._noise(batch), classes)
         if self.wants("classes"):
             compare("class similarity", batch.images, runner_up)
         if self.wants("seeds") and self.wants("localisation") and self.methods[name].random:
-            for other in range(seed, seed + self.settings.seeds):
-                if other != seed:
-                    maps = as_maps(self.explain(name, attribute, batch.images, classes, batch.keys, other, "seeds"))
-                else:
-                    maps = own
-                for variant, one in maps.items():
-                    scores = metrics.energy_pointing_game(one, batch.masks)
-                    self.seed_scores[name, variant, other].append(scores.cpu())
+            first = self.settings.seed
+            for seed in range(first, first + self.settings.seeds):
+                found = maps
+                if seed != first:
+                    found = as_maps(self.explain(name, batch.images, classes, batch.keys, "seeds", seed=seed))
+                for variant, each in found.items():
+                    scores = metrics.energy_pointing_game(each, batch.masks)
+                    self.seed_scores[name, variant, seed] += scores.tolist()
 
     def _noise(self, batch: Examples) -> Tensor:
         """Return normal noise for each image, seeded by its key."""
@@ -196,34 +207,14 @@ class Run:
 
     def close_seeds(self) -> None:
         """Store the mean EnergyPG of each seed if objects are known and there is more than one seed."""
-        for (name, variant, _), parts in sorted(self.seed_scores.items()):
-            mean = torch.cat(parts).nanmean().item()
+        for (name, variant, _), scores in sorted(self.seed_scores.items()):
+            mean = torch.tensor(scores, dtype=torch.float64).nanmean().item()
             if not math.isnan(mean) and self.settings.seeds > 1:
                 self.results.seeds.setdefault(name, {}).setdefault(variant, []).append(mean)
 
-    def first(self, count: int) -> tuple[Tensor, Tensor, list[int]]:
-        """Return the first images, their explained classes and keys."""
-        images = torch.cat([each.images for each, _ in self.kept])[:count]
-        classes = torch.cat([classes for _, classes in self.kept])[:count]
-        return images, classes, [key for each, _ in self.kept for key in each.keys][:count]
-
-    def first_raw(self, name: str, count: int) -> Tensor:
-        """Return a method's attributions of the first images."""
-        return torch.cat(self.kept_raw[name])[:count]
-
-    def _keep(self, name: str, raw: Tensor, batch: Examples) -> None:
-        """Store attributions of the first images, for randomisation and for pictures."""
-        wanted = max(self.settings.randomised, self.settings.examples)
-        have = sum(map(len, self.kept_raw[name]))
-        self.kept_raw[name].append(raw[: max(wanted - have, 0)].cpu())
-
-    def _show(self, batch: Examples, classes: Tensor, probability: Tensor) -> None:
-        """Store the first images with their classes, and as examples for the report."""
-        have = sum(len(each) for each, _ in self.kept)
-        more = max(max(self.settings.randomised, self.settings.examples) - have, 0)
-        self.kept.append((batch[:more], classes[:more]))
-        for row in range(min(len(batch), max(self.settings.examples - have, 0))):
-            at = int(classes[row])
+    def _show(self, batch: Examples, classes: Tensor, probability: Tensor, raw: dict[str, Tensor]) -> None:
+        """Store the first images of the run as examples for the report."""
+        for row, at in enumerate(classes[: max(self.settings.examples - len(self.right), 0)].tolist()):
             self.results.examples.append(
                 {
                     "name": batch.names[row],
@@ -231,11 +222,7 @@ class Run:
                     "probability": float(probability[row, at]),
                     "image": batch.images[row].cpu(),
                     "mask": batch.masks[row].cpu(),
-                    "maps": {
-                        name: smooth(self.first_raw(name, have + row + 1)[-1:])[0]
-                        for name in self.methods
-                        if name not in CONTROLS
-                    },
+                    "maps": {name: smooth(each[row, None])[0] for name, each in raw.items() if name not in CONTROLS},
                 }
             )
 
@@ -246,13 +233,11 @@ class Run:
             if both is None:
                 return
             one, other = (each.to(self.device) for each in both)
-            for name, attribute in self.attributes.items():
-                seed = self.settings.seed
-                right = self.explain(name, attribute, one.images, one.labels, one.keys, seed, "two objects")
-                wrong = self.explain(name, attribute, one.images, other.labels, one.keys, seed, "two objects")
-                for metric, raw in (("two objects", right), ("wrong object", wrong)):
-                    for variant, maps in as_maps(raw).items():
-                        self.results.add(name, variant, metric, metrics.energy_pointing_game(maps, one.masks))
+            for name in self.methods:
+                for metric, classes in (("two objects", one.labels), ("wrong object", other.labels)):
+                    maps = as_maps(self.explain(name, one.images, classes, one.keys, "two objects"))
+                    scores = {v: metrics.energy_pointing_game(each, one.masks) for v, each in maps.items()}
+                    self.results.add(name, metric, scores)
 
 
 def patch_size(model: nn.Module) -> tuple[int, int] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,7 +117,8 @@ class Results:
     absent: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def add(self, method: str, variant: str, metric: str, values: Tensor) -> None:
-        """Append scores of further images."""
-        row = self.scores.setdefault(method, {}).setdefault(variant, {}).setdefault(metric, [])
-        row.extend(values.double().cpu().tolist())
+    def add(self, method: str, metric: str, scores: Mapping[str, Tensor]) -> None:
+        """Append scores of further images, by variant."""
+        for variant, values in scores.items():
+            row = self.scores.setdefault(method, {}).setdefault(variant, {}).setdefault(metric, [])
+            row.extend(values.double().cpu().tolist())

@@ -45,7 +45,7 @@ class Examples:
     def __getitem__(self, rows: slice) -> Examples:
         return Examples(*(getattr(self, each.name)[rows] for each in fields(self)))
 
-    def to(self, device: torch.device) -> Examples:
+    def to(self, device: torch.device | str) -> Examples:
         """Return the examples on another device."""
         moved = (self.images.to(device), self.labels.to(device), self.masks.to(device))
         return Examples(*moved, self.names, self.keys)
@@ -69,13 +69,15 @@ class ExampleSource(Protocol):
 
     def read_pairs(self, start: int, stop: int) -> tuple[Examples, Examples] | None:
         """Return images with two objects, as examples of the one and of the other class; None without such images."""
+        return None
 
     def pool(self, count: int) -> ExampleSource:
-        """Return a source of about `count` examples for mosaics."""
+        """Return a source of about `count` examples for mosaics; the source itself, whatever its length, by default."""
+        return self
 
 
 @dataclass
-class DemoScenes:
+class DemoScenes(ExampleSource):
     """The embedded scenes with held-out glyphs, whose masks are the pixels of the labelled digit.
 
     Scene i depends on the seed and i only. Scenes of two digits use seed + 1, scenes for mosaics seed + 2.
@@ -120,7 +122,7 @@ class DemoScenes:
 
 
 @dataclass
-class ImageFiles:
+class ImageFiles(ExampleSource):
     """Image files in the model's preprocessing, with labels and objects from annotations.
 
     A file that cannot be read, or whose annotation does not fit it, is left out and listed in `skipped`.
@@ -154,14 +156,6 @@ class ImageFiles:
             return None
         images, labels, masks, names, keys = zip(*made, strict=True)
         return Examples(torch.stack(images), torch.stack(labels), torch.stack(masks), names, keys)
-
-    def read_pairs(self, start: int, stop: int) -> None:
-        """Return None: no pairs of objects are known of files."""
-        return
-
-    def pool(self, count: int) -> ImageFiles:
-        """Return the same files, whatever their number."""
-        return self
 
     def _example(self, number: int) -> tuple[Tensor, Tensor, Tensor, str, int]:
         path = self.files[number]

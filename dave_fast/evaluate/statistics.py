@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+# the method that verdicts are about
+DAVE = "DAVE"
 BOOTSTRAPS, LEVEL = 2000, 0.95
 # below this many images the bootstrap interval is too narrow to be trusted
 FEWEST = 5
@@ -36,6 +38,14 @@ class Interval:
     low: float
     high: float
     n: int
+
+    def text(self, digits: int = 3) -> str:
+        """Return the mean and the interval as text."""
+        return f"{self.mean:.{digits}f} ({self.low:.{digits}f}–{self.high:.{digits}f})"
+
+    def signed(self) -> str:
+        """Return a difference and its interval as text, with signs."""
+        return f"{self.mean:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
 
     def touches(self, other: Interval) -> bool:
         """Return whether two intervals have a point in common."""
@@ -101,29 +111,31 @@ class Verdict:
         if better.low > 0:
             touching = "intervals apart" if self.apart else "intervals touch; ahead image by image"
             return f"ahead of every baseline; {touching}"
-        if better.high < 0:
-            return f"behind {self.rival}"
-        return f"not told apart from {self.rival}"
+        return f"behind {self.rival}" if better.high < 0 else f"not told apart from {self.rival}"
+
+    @property
+    def tone(self) -> str:
+        """One of "ahead", "behind" and "even", each of which the page gives a colour."""
+        return next((tone for tone in ("ahead", "behind") if self.words.startswith(tone)), "even")
 
 
-def verdict(scores: Mapping[str, ArrayLike], higher: bool, dave: str = "DAVE") -> Verdict | None:
+def verdict(scores: Mapping[str, ArrayLike], higher: bool) -> Verdict | None:
     """Compare DAVE with its strongest rival in one metric.
 
     Args:
-        scores: method -> scores of the same images.
+        scores: method -> scores of the same images; DAVE's is there.
         higher: whether more is better.
-        dave: the name of DAVE in `scores`.
 
     Returns:
         The verdict, or None if no baseline has a score in common with DAVE.
     """
     sign = 1 if higher else -1
     signed = {name: sign * np.asarray(values, np.float64) for name, values in scores.items()}
-    differences = {name: paired(signed[dave], values) for name, values in signed.items() if name != dave}
+    differences = {name: paired(signed[DAVE], values) for name, values in signed.items() if name != DAVE}
     differences = {name: found for name, found in differences.items() if found.n}
     if not differences:
         return None
     rival = min(differences, key=lambda name: (differences[name].high >= 0, differences[name].low))
-    own = over_images(scores[dave])
+    own = over_images(scores[DAVE])
     others = {name: over_images(scores[name]) for name in differences}
     return Verdict(own, rival, others[rival], differences[rival], not any(own.touches(o) for o in others.values()))

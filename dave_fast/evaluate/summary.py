@@ -5,15 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any
+
+from torch import Tensor
 
 from dave_fast.evaluate import statistics
 from dave_fast.evaluate.methods import CONTROLS
 from dave_fast.evaluate.settings import METRICS, VARIANTS, Results
-from dave_fast.evaluate.statistics import Interval, Verdict
-
-DAVE = "DAVE"
+from dave_fast.evaluate.statistics import DAVE, Interval, Verdict
 
 
 @dataclass(frozen=True)
@@ -49,36 +49,26 @@ class Summary:
 
 def summarise(results: Results) -> Summary:
     """Compute intervals, verdicts and paired differences of results."""
-    intervals: dict[str, dict[str, dict[str, Interval]]] = {variant: {} for variant in VARIANTS}
-    for name, variants in results.scores.items():
-        for variant, scored in variants.items():
-            found = {metric: statistics.over_images(values) for metric, values in scored.items()}
-            intervals[variant][name] = {metric: one for metric, one in found.items() if one.n}
-    verdicts: dict[str, dict[str, Verdict]] = {variant: {} for variant in VARIANTS}
-    paired: dict[str, dict[str, dict[str, Interval]]] = {variant: {} for variant in VARIANTS}
+    found = Summary({}, {}, {}, {}, ())
     for variant in VARIANTS:
+        scores = {name: variants[variant] for name, variants in results.scores.items() if variant in variants}
+        found.intervals[variant] = {
+            name: {metric: one for metric, values in row.items() if (one := statistics.over_images(values)).n}
+            for name, row in scores.items()
+        }
+        found.verdicts[variant], found.paired[variant] = {}, {}
         for metric, higher in METRICS.items():
-            rivals = _scores(results, variant, metric)
-            if DAVE not in rivals or higher is None:
-                continue
-            judged = statistics.verdict(rivals, higher, DAVE)
+            rivals = {name: row[metric] for name, row in scores.items() if name not in CONTROLS and metric in row}
+            judged = statistics.verdict(rivals, higher) if DAVE in rivals and higher is not None else None
             if judged is not None:
-                verdicts[variant][metric] = judged
-                paired[variant][metric] = {
+                found.verdicts[variant][metric] = judged
+                found.paired[variant][metric] = {
                     name: statistics.paired(rivals[DAVE], values) for name, values in rivals.items() if name != DAVE
                 }
-    seeds: dict[str, dict[str, Interval]] = {variant: {} for variant in VARIANTS}
-    for name, by_variant in results.seeds.items():
-        for variant, means in by_variant.items():
-            seeds[variant][name] = statistics.over_seeds(means)
-    present = {metric for each in intervals.values() for row in each.values() for metric in row}
-    return Summary(intervals, verdicts, paired, seeds, tuple(metric for metric in METRICS if metric in present))
-
-
-def _scores(results: Results, variant: str, metric: str) -> dict[str, list[float]]:
-    """Return the scores of a metric by method, without the controls."""
-    rows = {name: variants.get(variant, {}) for name, variants in results.scores.items() if name not in CONTROLS}
-    return {name: row[metric] for name, row in rows.items() if metric in row}
+        means = {name: variants[variant] for name, variants in results.seeds.items() if variant in variants}
+        found.seeds[variant] = {name: statistics.over_seeds(each) for name, each in means.items()}
+    present = {metric for each in found.intervals.values() for row in each.values() for metric in row}
+    return replace(found, metrics=tuple(metric for metric in METRICS if metric in present))
 
 
 def as_json(results: Results, summary: Summary, about: dict[str, Any]) -> dict[str, Any]:
@@ -89,41 +79,36 @@ def as_json(results: Results, summary: Summary, about: dict[str, Any]) -> dict[s
         summary: of the results.
         about: further entries.
     """
+    stages, correlations = results.randomised
     content = {
         **about,
         "facts": results.facts,
-        "intervals": _dicts(summary.intervals),
-        "verdicts": {variant: {m: _told(one) for m, one in each.items()} for variant, each in summary.verdicts.items()},
-        "paired": _dicts(summary.paired),
-        "seeds": {"mean EnergyPG a seed": results.seeds, "interval": _dicts(summary.seeds)},
+        "intervals": summary.intervals,
+        "verdicts": {
+            variant: {metric: asdict(one) | {"words": one.words} for metric, one in each.items()}
+            for variant, each in summary.verdicts.items()
+        },
+        "paired": summary.paired,
+        "seeds": {"mean EnergyPG a seed": results.seeds, "interval": summary.seeds},
         "curves": {
-            protocol: {
-                "changed": changed.tolist(),
-                "mean": {n: {v: each.nanmean(0).tolist() for v, each in r.items()} for n, r in rows.items()},
-            }
+            protocol: {"changed": changed.tolist(), "mean": means_of(rows)}
             for protocol, (changed, rows) in results.curves.items()
         },
-        "randomised": {
-            "stages": list(results.randomised[0]),
-            "rank correlation": {
-                n: {v: each.nanmean(0).tolist() for v, each in r.items()} for n, r in results.randomised[1].items()
-            },
-        },
+        "randomised": {"stages": stages, "rank correlation": means_of(correlations)},
         "not run": results.absent,
     }
     return _plain(content)
 
 
-def _told(found: Verdict) -> dict[str, Any]:
-    return asdict(found) | {"words": found.words}
-
-
-def _dicts(value: Any) -> Any:
-    """Return nested dictionaries with their dataclasses as dictionaries."""
-    return {key: _dicts(one) for key, one in value.items()} if isinstance(value, dict) else asdict(value)
+def means_of(rows: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, list[float]]]:
+    """Return the means over images of curves (n, points) by method and variant, (points,) each."""
+    return {name: {v: each.nanmean(0).tolist() for v, each in row.items()} for name, row in rows.items()}
 
 
 def _plain(value: Any) -> Any:
+    """Return a value with its dataclasses as dictionaries, its tuples as lists, and None for NaN and infinities."""
+    if is_dataclass(value):
+        value = vars(value)
     if isinstance(value, dict):
         return {key: _plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple):

@@ -34,10 +34,11 @@ from torch import Tensor
 
 from dave_fast.errors import InputError
 from dave_fast.evaluate import metrics
+from dave_fast.evaluate.methods import contributions_of
 from dave_fast.explain.convergence import checkpoints, refine
 from dave_fast.explain.explainer import DAVE
 from dave_fast.ops.perturb import perturb
-from dave_fast.sampling import Draws, Sampling, draw
+from dave_fast.sampling import Sampling, draw
 
 ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 # samples of each of the two maps that are correlated, draws for each noise level, samples of the error estimate
@@ -86,7 +87,8 @@ class Tuning:
     @property
     def spread(self) -> np.ndarray:
         """Standard error of each α's difference from the best, paired by image."""
-        return standard_errors(self.repeatability, self.best)
+        differences = self.repeatability - self.repeatability[self.best]
+        return np.nanstd(differences, axis=1, ddof=1) / math.sqrt(differences.shape[1])
 
 
 def choose_alpha(repeatability: np.ndarray, kept: np.ndarray) -> tuple[int, int]:
@@ -103,12 +105,6 @@ def choose_alpha(repeatability: np.ndarray, kept: np.ndarray) -> tuple[int, int]
     means = np.nanmean(repeatability, axis=1)
     best = max(allowed, key=lambda i: means[i])
     return max(i for i in allowed if means[i] >= means[best] - TOLERANCE * abs(means[best])), best
-
-
-def standard_errors(repeatability: np.ndarray, best: int) -> np.ndarray:
-    """Return the standard errors (A,) of each α's mean difference from the best, paired by image."""
-    differences = repeatability - repeatability[best]
-    return np.nanstd(differences, axis=1, ddof=1) / math.sqrt(differences.shape[1])
 
 
 def samples_for(quality: float, samples: int, error: float) -> int:
@@ -211,26 +207,22 @@ def _repeatability(
 def _kept(explainer: DAVE, images: Tensor, classes: Tensor, alphas: Sequence[float], seed: int) -> np.ndarray:
     """Return the share of noisy samples that keep the decision, (A,): for each α the mean over levels up to it."""
     levels = np.linspace(0, alphas[-1], 13)
-    size = (images.shape[2], images.shape[3])
+    height, width = images.shape[2:]
     still = Sampling(rotation=0.0, scale=(1.0, 1.0), translation=0.0, flip=0.0)
     keys = range(len(images))
-    draws = draw(LEVEL_DRAWS, height=size[0], width=size[1], seed=seed, image_keys=keys, sampling=still)
+    draws = draw(LEVEL_DRAWS, height=height, width=width, seed=seed, image_keys=keys, sampling=still)
     wanted = classes.cpu()[draws.image_index]
     shares = []
-    for level in levels:
+    for level in levels.tolist():
         # a single patch of the image's size: its token is the perturbed image
-        shaken = perturb(images.cpu(), _at(draws, float(level)), size)
+        signal = torch.full_like(draws.signal, 1 - level)
+        at_level = replace(draws, signal=signal, noise=torch.full_like(draws.noise, math.sqrt(level * (2 - level))))
+        shaken = perturb(images.cpu(), at_level, (height, width))
         found = explainer.predict(shaken.view(-1, *images.shape[1:])).argmax(1).cpu()
         shares.append((found == wanted).double().mean().item())
     # the mean over [0, α] by the trapezoid rule; at α = 0 it is the first share
     steps = np.concatenate([[0.0], np.cumsum((np.array(shares[1:]) + shares[:-1]) / 2 * np.diff(levels))])
     return np.array([shares[0] if a == 0 else np.interp(a, levels, steps) / a for a in alphas])
-
-
-def _at(draws: Draws, level: float) -> Draws:
-    """Return the draws with every noise level t set to `level`."""
-    signal = torch.full_like(draws.signal, 1 - level)
-    return replace(draws, signal=signal, noise=torch.full_like(draws.noise, math.sqrt(level * (2 - level))))
 
 
 def _errors(
@@ -239,19 +231,8 @@ def _errors(
     """Return the bound of the relative error by number of samples, the median over images."""
     sizes = [size for size in checkpoints(ERROR_SAMPLES) if size >= 8]
     found: dict[int, list[float]] = {size: [] for size in sizes}
-    rows = explainer.fitting_rows(images[:1])
-    for number in range(len(images)):
-        image, target = images[number : number + 1], classes[number : number + 1, None].cpu()
-        draws = draw(
-            ERROR_SAMPLES,
-            height=images.shape[2],
-            width=images.shape[3],
-            seed=seed,
-            image_keys=[number],
-            sampling=explainer.sampling,
-        )
-        parts = [explainer.contributions(image, draws[at : at + rows], target) for at in range(0, ERROR_SAMPLES, rows)]
-        contributions = torch.cat(parts, dim=1)
+    for number, (image, target) in enumerate(zip(images.split(1), classes.cpu().split(1), strict=True)):
+        contributions = contributions_of(explainer, image, target, ERROR_SAMPLES, [number], seed)
         for size in sizes:
             found[size].append(refine(explainer, contributions[:, :size]).bounds[0])
         tell(ERROR_SAMPLES, "number of samples")
