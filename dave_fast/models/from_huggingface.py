@@ -77,7 +77,9 @@ class Transformers(Adapter):
 
     def prepare_for(self, size: tuple[int, int]) -> None:
         """Set the size (H, W) that images are prepared at; raise InputError if the model takes only its own."""
-        if not self.interpolates and self.own_size not in (None, size) and not _any_size(self.model.config):
+        # these take images of any size although their forward has no argument for it
+        flexible = self.interpolates or self.model.config.model_type.startswith(("dino", "swin"))
+        if not flexible and self.own_size not in (None, size):
             raise InputError(f"{type(self.model).__name__} takes images of {self.own_size}: leave image_size out.")
         self.image_size = size
         if "input_size" in self.pretrained_cfg:
@@ -308,11 +310,6 @@ def _names(config: Any) -> tuple[str, ...] | None:
     if sorted(names) != list(range(config.num_labels)) or all(n == f"LABEL_{i}" for i, n in names.items()):
         return None
     return tuple(names[index] for index in range(config.num_labels))
-
-
-def _any_size(config: Any) -> bool:
-    """Return whether a model takes images of any size although its forward has no argument for it."""
-    return config.model_type.startswith(("dino", "swin"))
 
 
 def _size(config: Any) -> tuple[int, int] | None:

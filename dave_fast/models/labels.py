@@ -43,7 +43,7 @@ class Labels:
         if not self.names:
             raise InputError(f"target {text!r}: the classes of this model have no names; give an index.")
         wanted = text.casefold()
-        exact = [i for i, name in enumerate(self.names) if wanted in _synonyms(name)]
+        exact = [i for i, name in enumerate(self.names) if wanted in map(str.strip, name.casefold().split(","))]
         found = exact or [i for i, name in enumerate(self.names) if wanted in name.casefold()]
         if not found:
             raise InputError(f"target {text!r}: no class has it in its name; give an index or another name.")
@@ -62,10 +62,6 @@ class Labels:
     def _listed(self, found: Sequence[int]) -> str:
         more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
         return ", ".join(f"{self.name(i)} ({i})" for i in found[:_LISTED]) + more
-
-
-def _synonyms(description: str) -> list[str]:
-    return [synonym.strip() for synonym in description.casefold().split(",")]
 
 
 def labels_of(model: Any) -> Labels:

@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dave_fast.errors import RefusedError
+from dave_fast.serve.limits import Limits
 
 # A request without a deadline is ordered as if it had one, this many seconds a sample after its arrival.
 PATIENCE = 0.02
@@ -38,21 +39,6 @@ BY_TURN = 4
 RETRY_AFTER = (1, 60)
 # Weight of the latest micro-batch in the estimated rate.
 NEWEST = 0.1
-
-
-@dataclass(frozen=True)
-class QueueLimits:
-    """The bounds of the queue.
-
-    Attributes:
-        requests: requests that have not ended.
-        rows: rows that wait to be computed.
-        bytes: bytes that the requests need.
-    """
-
-    requests: int = 64
-    rows: int = 16_384
-    bytes: int = 2 << 30
 
 
 @dataclass(eq=False)
@@ -147,10 +133,14 @@ class _Bucket:
 
 
 class Scheduler:
-    """The queue; its rules are in the module's docstring."""
+    """The queue; its rules are in the module's docstring.
 
-    def __init__(self, limits: QueueLimits | None = None) -> None:
-        self.limits = limits or QueueLimits()
+    Args:
+        limits: the bounds of the queue (`requests`, `rows`, `queue_bytes`); None: the defaults.
+    """
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self.limits = limits or Limits()
         self.draining = False
         self.requests = 0
         self.rows = 0
@@ -164,19 +154,19 @@ class Scheduler:
 
     def submit(self, request: Queued, now: float) -> None:
         """Add a request to the queue, or raise RefusedError."""
-        limits = self.limits
+        limits, most_bytes = self.limits, self.limits.queue_bytes or math.inf
         if self.draining:
             raise RefusedError("draining", "the server is shutting down", RETRY_AFTER[0])
-        if request.samples > limits.rows or request.size > limits.bytes:
+        if request.samples > limits.rows or request.size > most_bytes:
             raise RefusedError(
                 "too large",
                 f"the request needs {request.samples} samples and {request.size / 2**20:.0f} MiB; this server takes "
-                f"{limits.rows} and {limits.bytes / 2**20:.0f} MiB at most",
+                f"{limits.rows} and {most_bytes / 2**20:.0f} MiB at most",
             )
         for count, more, most, what in (
             (self.requests, 1, limits.requests, "requests"),
             (self.rows, request.samples, limits.rows, "samples"),
-            (self.bytes, request.size, limits.bytes, "bytes"),
+            (self.bytes, request.size, most_bytes, "bytes"),
         ):
             if count + more > most:
                 raise RefusedError("full", f"the queue is full ({count} of {most} {what})", self.retry_after())

@@ -14,6 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -23,7 +24,7 @@ from dave_fast.errors import InputError, NonFiniteError
 from dave_fast.explain.convergence import Refined, refine
 from dave_fast.serve.jobs import Ask, DeadlineError, Ended, Job, Listener
 from dave_fast.serve.limits import Limits
-from dave_fast.serve.scheduler import Queued, QueueLimits, Scheduler
+from dave_fast.serve.scheduler import Queued, Scheduler
 from dave_fast.serve.served import ServedModel
 from dave_fast.serve.workers import BatchKey, SharedState, Worker
 
@@ -52,7 +53,7 @@ class Service:
         explainers = next(iter(self.models.values())).explainers
         limits = limits or Limits()
         fitting = min(int(SHARE * free_bytes(explainer.device)) for explainer in explainers)
-        scheduler = Scheduler(QueueLimits(limits.requests, limits.rows, limits.queue_bytes or fitting))
+        scheduler = Scheduler(replace(limits, queue_bytes=limits.queue_bytes or fitting))
         self.shared = SharedState(self.models, scheduler)
         self.metrics = self.shared.metrics
         self.workers = [Worker(number, self.shared, self._map_due) for number in range(len(explainers))]
@@ -187,13 +188,7 @@ class Service:
                 return
 
     def _refine(self, job: Job, samples: int, why: str | None) -> None:
-        """Make the map of a job's first samples, and answer with it or report it.
-
-        Args:
-            job: the job.
-            samples: how many samples, from the first.
-            why: what cut the job short, or None.
-        """
+        """Make the map of a job's first samples, and answer with it or report it; `why` is what cut the job short."""
         with self.shared.lock:
             contributions = job.contributions
             if job.over or contributions is None or (job.cutting and why is None):

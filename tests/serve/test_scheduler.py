@@ -10,9 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dave_fast.errors import RefusedError
-from dave_fast.serve.scheduler import PATIENCE, Queued, QueueLimits, Scheduler
+from dave_fast.serve.limits import Limits
+from dave_fast.serve.scheduler import PATIENCE, Queued, Scheduler
 
-WIDE = QueueLimits(requests=10**6, rows=10**9, bytes=10**12)
+WIDE = Limits(requests=10**6, rows=10**9, queue_bytes=10**12)
 
 
 def takes(scheduler, rows, now=0.0):
@@ -140,9 +141,9 @@ def test_a_request_may_end_around_its_first_row(when):
 @pytest.mark.parametrize(
     ("limits", "what"),
     [
-        (QueueLimits(requests=2), "2 of 2 requests"),
-        (QueueLimits(rows=25), "20 of 25 samples"),
-        (QueueLimits(bytes=250), "200 of 250 bytes"),
+        (Limits(requests=2), "2 of 2 requests"),
+        (Limits(rows=25), "20 of 25 samples"),
+        (Limits(queue_bytes=250), "200 of 250 bytes"),
     ],
 )
 def test_a_full_queue_refuses_and_says_when(limits, what):
@@ -158,7 +159,7 @@ def test_a_full_queue_refuses_and_says_when(limits, what):
 
 
 def test_retry_after_is_the_time_the_queue_takes():
-    scheduler = Scheduler(QueueLimits(rows=1000))
+    scheduler = Scheduler(Limits(rows=1000))
     scheduler.submit(Queued("a", 1000), 0.0)
     batch = scheduler.take(lambda bucket: 10, 0.0)
     scheduler.done(batch, 0.1)
@@ -169,7 +170,7 @@ def test_retry_after_is_the_time_the_queue_takes():
 
 def test_requests_that_can_never_fit_are_refused():
     with pytest.raises(RefusedError, match="at most") as refused:
-        Scheduler(QueueLimits(bytes=10)).submit(Queued("a", 1, size=11), 0.0)
+        Scheduler(Limits(queue_bytes=10)).submit(Queued("a", 1, size=11), 0.0)
     assert refused.value.kind == "too large" and refused.value.retry_after is None
 
 
@@ -214,7 +215,7 @@ ACTIONS = st.lists(
     max_size=120,
 )
 MOST = (12, 150, 300)
-LIMITS = QueueLimits(*MOST)
+LIMITS = Limits(requests=MOST[0], rows=MOST[1], queue_bytes=MOST[2])
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -253,7 +254,7 @@ def test_nothing_is_lost_doubled_or_over_the_limits(actions):
             now += values[0]
         assert scheduler.rows == rows(live)
         assert scheduler.requests == len(held(live)) <= LIMITS.requests
-        assert scheduler.bytes == memory(live) <= LIMITS.bytes
+        assert scheduler.bytes == memory(live) <= LIMITS.queue_bytes
         assert scheduler.rows <= LIMITS.rows
     for batch in flying:
         scheduler.done(batch, 0.5)
@@ -312,7 +313,7 @@ def test_every_request_gets_its_rows_within_the_bound(capacity, buckets, arrival
 def simulate(arrivals, load, *, capacity=12, row=0.003, overhead=0.002, seed=0):
     """Simulate Poisson arrivals at `load` times a worker's capacity; some clients leave early, some have deadlines."""
     rng = random.Random(seed)
-    scheduler, now = Scheduler(QueueLimits(requests=64, rows=2000, bytes=64 * 50)), 0.0
+    scheduler, now = Scheduler(Limits(requests=64, rows=2000, queue_bytes=64 * 50)), 0.0
     most_rows_a_second = capacity / (overhead + capacity * row)
     tally = Counter()
     leaving, next_arrival, free_at, flying, waits = [], 0.0, 0.0, None, []
