@@ -52,14 +52,13 @@ async def read_body(request: Request) -> Body:
 def _form(content_type: str, content: bytes) -> Body:
     """Return the file `image` of a form, and its other fields."""
     body, files = Body(b""), []
-    wrong: list[str] = []
 
     def on_field(field: Any) -> None:
         name, value = field.field_name.decode("utf-8", "replace"), (field.value or b"").decode("utf-8", "replace")
         if name == "target":
             body.fields.setdefault("target", []).append(value)
         elif name in body.fields or len(body.fields) >= _FIELDS:
-            wrong.append(f"the form has {name[:100]!r} twice, or more than {_FIELDS} fields.")
+            raise HTTPException(422, f"the form has {name[:100]!r} twice, or more than {_FIELDS} fields.")
         else:
             body.fields[name] = value
 
@@ -67,7 +66,7 @@ def _form(content_type: str, content: bytes) -> Body:
         files.append(file)
         name = (file.field_name or b"").decode("utf-8", "replace")
         if name != "image" or len(files) > 1:
-            wrong.append(f"the form has a file {name[:100]!r}; expected one file, named 'image'.")
+            raise HTTPException(422, f"the form has a file {name[:100]!r}; expected one file, named 'image'.")
         file.file_object.seek(0)
         body.content = file.file_object.read()
 
@@ -82,8 +81,6 @@ def _form(content_type: str, content: bytes) -> Body:
     finally:
         for file in files:
             file.close()
-    if wrong:
-        raise HTTPException(422, wrong[0])
     return body
 
 
