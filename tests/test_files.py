@@ -1,4 +1,4 @@
-"""Files are whole or not there, and a folder is tried without leaving a trace."""
+"""Tests of atomic writes and of the check that a folder can be written to."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The command line: what is written, what is said, and that bad input changes nothing."""
+"""Tests of the command line: files, output, and refusals that leave no trace."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ def tiny():
 
 @pytest.fixture
 def models(monkeypatch):
-    """Names of models that exist here, in place of the hub's; "never" must not be loaded."""
+    """The models that can be loaded, by name, in place of the hub's; "never" is none of them."""
     known = {"tiny": tiny}
 
     def load_model(spec):
@@ -79,7 +79,7 @@ def tree(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-# What is written
+# Files and output
 
 
 def test_one_image(models, photo, tmp_path):
@@ -211,7 +211,7 @@ def test_notes_are_plain_lines_told_once(models, photo, tmp_path):
 
 
 def refused(result, message):
-    """One red line, no traceback."""
+    """Check that the command printed one red line and no traceback."""
     lines = [line for line in result.stderr.splitlines() if line]
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
     assert message in lines[0]
@@ -219,7 +219,7 @@ def refused(result, message):
 
 @pytest.fixture
 def untouched(tmp_path):
-    """After the test no file and no folder is there that was not there when it began."""
+    """A path for --out, which must not exist after the test; nor may temporary files."""
     out = tmp_path / "maps"
     yield out
     assert not out.exists()
@@ -378,7 +378,7 @@ def test_debug_shows_the_traceback(photo, untouched):
         explain(photo, "--out", untouched, "--debug", model="no_such_model")
 
 
-# The program itself
+# The program as a process
 
 
 def program(*arguments, cwd):

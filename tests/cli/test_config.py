@@ -1,4 +1,4 @@
-"""Configuration files: what is written is read back, and what is none is refused."""
+"""Tests of configuration files: writing and reading back, refusals."""
 
 import pytest
 

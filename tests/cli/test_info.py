@@ -1,4 +1,4 @@
-"""What the machine has: every op has a default, and every "no" a reason."""
+"""Tests of `info`: each op has a default backend, and each backend that cannot be used a reason."""
 
 import io
 import json
@@ -79,7 +79,7 @@ def test_unknown_device():
 
 
 def test_module_is_a_program_with_plain_errors():
-    # Without the native core nobody asks which of its instruction sets to take.
+    # 0 without the native core, which alone reads the variable.
     environment = os.environ | {"DAVE_FAST_ISA": "none-such"}
     command = [sys.executable, "-m", "dave_fast", "info"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)

@@ -1,4 +1,4 @@
-"""Folders of images: some that stubs do not look at, some that can be decoded."""
+"""Fixtures of image folders: files for stubs, which read no pixels, and images that can be decoded."""
 
 import pytest
 from PIL import Image
@@ -16,7 +16,7 @@ def images(tmp_path):
 
 @pytest.fixture
 def pictures(images):
-    """The same, as images that can be decoded."""
+    """The folder `images`, with images that can be decoded."""
     for path in images.rglob("*.png"):
         Image.new("RGB", (12, 12)).save(path)
     return images

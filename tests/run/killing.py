@@ -1,4 +1,4 @@
-"""Runs as programs of their own, which a test can kill, and checks of the files that they leave."""
+"""Start runs as programs that a test can kill, and check the files that they leave."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def start(place, out, **settings):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # so that a test can kill the group as a whole
+        # So that a test can kill the group as a whole.
         start_new_session=True,
     )
 
@@ -50,7 +50,7 @@ def finish(program, code=0):
 
 
 def check(out, ids, *, all_done=True):
-    """Check that every shard can be read, no id occurs twice and each map is that of its id; return the ids."""
+    """Check that every shard can be read, no id occurs twice and each map belongs to its id; return the ids."""
     assert not (all_done and list(out.glob(".*.part")))
     found = [i for path in out.glob("*.parquet") for i in pq.read_table(path, columns=["id"])["id"].to_pylist()]
     assert len(found) == len(set(found))
@@ -73,7 +73,7 @@ def kill_until_done(images, out, randomness, kills, *, whole_group, **settings):
         if killed < kills:
             until = time.monotonic() + PATIENCE_S
             before = set(out.glob("maps-*.parquet"))
-            # until it works: a run that is killed while it starts has nothing to lose
+            # Until it has written something: a run that is killed while it starts has nothing to lose.
             while program.poll() is None and time.monotonic() < until:
                 if set(out.glob("maps-*.parquet")) - before or list(out.glob(".*.part")):
                     break

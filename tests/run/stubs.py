@@ -1,4 +1,4 @@
-"""Runs without a model: a stub mapper that a worker can import, and a program that a test can kill.
+"""Make runs without a model: a stub mapper that workers can import, and a program that a test can kill.
 
 `python -m tests.run.stubs PLACE OUT SETTINGS(JSON)` makes a run with `Stub`.
 """
@@ -75,7 +75,7 @@ class Stub(Mapper):
 
     @property
     def configuration(self) -> dict[str, Any]:
-        """Settings like those of a model."""
+        """A configuration with the fields of a model's."""
         settings = self.settings
         size = {"input_size": (3, SIDE, SIDE), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}
         size |= {"crop_pct": 1.0, "crop_mode": "center"}
@@ -93,7 +93,7 @@ class Stub(Mapper):
 
     @property
     def input_bytes(self) -> int:
-        """Bytes of an input of usual size."""
+        """Bytes of an input of 224×224 pixels."""
         return 4 * 3 * 224 * 224
 
     def decode(self, record: Record) -> Any:
@@ -133,7 +133,12 @@ class Stub(Mapper):
 
 
 def kill_at_commit(step: str, commits: int) -> None:
-    """Have the run killed, parent first, at a step of the commit after `commits` of them: fsync, replace or folder."""
+    """Patch `files` to kill the run, parent first, at a step of the commit: fsync, replace or folder.
+
+    Args:
+        step: the step.
+        commits: number of commits that succeed before.
+    """
     from dave_fast import files
 
     seen = 0
@@ -155,7 +160,7 @@ def kill_at_commit(step: str, commits: int) -> None:
             kill()
         real_replace(*names)
 
-    # The real one calls fsync, which would be counted as the shard's; no test needs the folder on the disk.
+    # The real function calls fsync, which would be counted as the shard's.
     def folder(*names: Any) -> None:
         if step == "folder" and seen > commits:
             kill()
@@ -165,7 +170,7 @@ def kill_at_commit(step: str, commits: int) -> None:
 
 
 def fill_disk(step: str, commits: int) -> None:
-    """Have a step of the commit, fsync or replace, fail for lack of space after `commits` of them."""
+    """Patch `files` to fail for lack of space at a step of the commit, fsync or replace, after `commits` commits."""
     from dave_fast import files
 
     seen = 0
@@ -210,7 +215,7 @@ def run(place: str, out: str | Path, **settings: Any) -> Any:
         settings.get("workers", 2),
         settings.get("shard_rows", 7),
         settings.get("commit_s", 0.5),
-        # Tests of the watchdog set it; starting Ray's actors takes minutes on a busy machine.
+        # Starting Ray's actors takes minutes on a busy machine; tests of the watchdog set a shorter time.
         settings.get("watchdog_s", 600.0),
     )
     more = {name: settings[name] for name in ("engine", "limit", "retry_errors", "reporter") if name in settings}

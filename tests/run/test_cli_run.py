@@ -1,4 +1,4 @@
-"""The commands `run` and `export`: what they say, and their exit codes."""
+"""Tests of the commands `run` and `export`: output and exit codes."""
 
 import json
 import os
@@ -92,7 +92,7 @@ def test_refusals(photos, tmp_path, options, message):
 
 
 def test_ctrl_c_in_a_real_run(photos, tmp_path):
-    """The program as it is, with its own processes: stopped in the middle of an image."""
+    """Ctrl-C stops the real program, with its processes, in the middle of an image."""
     root = Path(dave_fast.__file__).parent.parent
     command = [sys.executable, "-m", "dave_fast", "run", photos, "--model", "demo", "--out", tmp_path / "run"]
     program = subprocess.Popen(

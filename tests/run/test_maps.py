@@ -1,4 +1,4 @@
-"""Real maps: the same whatever the batch, the worker and the interruption; stored and read back; exported."""
+"""Tests of a run's maps: independence of batches, workers and interruptions; reading; exporting."""
 
 import json
 import pickle
@@ -23,14 +23,14 @@ from dave_fast.run.mapper import Mapper, MapSettings, packed_map
 from dave_fast.run.records import Record, image_key
 from dave_fast.run.runner import run_dataset
 
-# float32: other batch, other micro-batches, other sums; relative to a map's maximum of 1
+# Of float32, since sums differ between batches; relative to a map's maximum of 1.
 ROUNDING = 2e-4
 SETTINGS = {"precision": "fp32", "noise_alpha": 0.5}
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Seven scenes, one file that is no image."""
+    """A folder of seven scenes and one file that is no image."""
     folder = tmp_path_factory.mktemp("photos")
     scene = np.asarray(demo_scene().image)
     for number in range(7):
@@ -263,7 +263,7 @@ def test_filters(whole):
 def test_torch_dataset(whole):
     good = dave_fast.open_maps(whole).filter(status="ok")
     data = good.torch()
-    # Pickled, as DataLoader does for its workers.
+    # DataLoader pickles the dataset for its workers.
     batches = list(DataLoader(pickle.loads(pickle.dumps(data)), batch_size=4))
     assert [len(b["id"]) for b in batches] == [4, 3]
     np.testing.assert_array_equal(torch.cat([b["map"] for b in batches]).numpy(), good.numpy())

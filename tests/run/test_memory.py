@@ -1,4 +1,4 @@
-"""A run's memory does not grow with the number of images, however fast the source and however slow the disk."""
+"""Tests that a run's memory does not grow with the number of images."""
 
 import multiprocessing
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ def resident(pid="self"):
 
 
 class Scale(Report):
-    """Resident bytes of the parent and of its worker, with how many images were done."""
+    """A report that records the images done and the resident bytes of the parent and of its worker."""
 
     def __init__(self):
         self.seen = []
@@ -35,7 +35,7 @@ class Scale(Report):
 
 
 def growth(seen, images):
-    """Bytes that parent and worker gained in the second half of the images."""
+    """Return the bytes that parent and worker gained in the second half of the images."""
     half = next(row for row in seen if row[0] >= images // 2)
     return seen[-1][1] - half[1], seen[-1][2] - half[2]
 
@@ -52,7 +52,7 @@ def weigh(run):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_memory_is_flat(images, tmp_path):
-    """2,000 files of 100 KB through a stub, in shards of 100: 200 MB pass through each process."""
+    """A stub run over 2,000 files of 100 KB, in shards of 100 rows, keeps its memory: 200 MB pass through it."""
     for number in range(120, 2000):
         (images / f"{number % 3}" / f"{number:04d}.png").write_bytes(b"x" * 100_000)
     summary, seen = weigh(
@@ -65,7 +65,7 @@ def test_memory_is_flat(images, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_memory_is_flat_with_a_model(tmp_path):
-    """1,000 photographs through the demo model."""
+    """A run of the demo model over 1,000 photographs keeps its memory."""
     (tmp_path / "photos").mkdir()
     randomness = np.random.default_rng(0)
     for number in range(1000):

@@ -1,4 +1,4 @@
-"""What workers tell their parent before a run begins."""
+"""Tests of the comparison of workers before a run begins."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""The Ray engine: the same rows as the local one, once each, whatever is killed; and what it refuses."""
+"""Tests of the Ray engine: the rows of the local engine, each once, also after kills; refusals."""
 
 import io
 import os
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """One cluster for the tests that do not kill it."""
+    """A cluster for the tests that do not kill it."""
     import logging
 
     import ray
@@ -48,7 +48,7 @@ def cluster(tmp_path_factory):
     ray.shutdown()
 
 
-# What is refused before anything hangs
+# Refusals
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_fence(tmp_path):
         renewed = []
         thread = threading.Thread(target=lambda: renewed.append(Fence.renew(tmp_path)))
         thread.start()
-        # It waits for the commit that is under way.
+        # The renewal waits for the commit that is under way.
         thread.join(0.2)
         assert not renewed
     thread.join(10)
@@ -113,7 +113,7 @@ def test_fence(tmp_path):
 
 @pytest.mark.parametrize("size", [(500, 375), (100, 300), (128, 128)])
 def test_crops_are_half_the_way(size):
-    """What travels between Ray's stages gives the same input, bit for bit."""
+    """The crops that travel between Ray's stages give the model's input, bit for bit."""
     prepare = Mapper(MapSettings("demo", options={"noise_alpha": 0.5}), "cpu").prepare
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
     image = Image.fromarray(pixels)
@@ -123,11 +123,11 @@ def test_crops_are_half_the_way(size):
     assert preprocessing(dave_fast.DAVE("demo", noise_alpha=0.5).model).config == prepare.config
 
 
-# What is done
+# Runs
 
 
 def test_killed_and_resumed(pictures, tmp_path):
-    """The driver is killed in the middle; another one finishes; the local engine then finds nothing left to do."""
+    """A driver that is killed is resumed by another one; the local engine then finds every record done."""
     out, settings = tmp_path / "out", {"seconds": 0.02, "engine": "ray", "shard_rows": 10, "watchdog_s": 300.0}
     assert kill_until_done(pictures, out, random.Random(0), 1, whole_group=False, **settings) == 1
     assert finish(start(pictures, out))["images"] == 0
@@ -183,7 +183,7 @@ def test_finished_records_are_kept_when_the_mapper_fails(cluster, pictures, tmp_
 
 
 class StopsAfter(Report):
-    """Sends the signal once some images are done: handlers are in place by then."""
+    """A report that sends SIGTERM once some images are done, when the handlers are in place."""
 
     def __init__(self, images):
         self.images = images

@@ -1,4 +1,4 @@
-"""Every kind of source gives the records that are in it, with ids that do not change, and says what is wrong."""
+"""Tests of the sources of a run: records, ids that never change, errors."""
 
 import io
 import json
@@ -32,7 +32,7 @@ def make_tar(path, members, mode="w"):
 
 
 def test_image_key_is_pinned():
-    """Maps of every run depend on it: it must never change."""
+    """Image keys must never change, since maps depend on them."""
     assert image_key("n01518878/ILSVRC2012_val_00007197.JPEG") == 0xC56B94982E47DA9E
     assert image_key("a") != image_key("b")
     assert 0 <= image_key("é") < 2**64
@@ -48,7 +48,7 @@ def test_folder(tmp_path):
     found = records(tmp_path, leave_out=tmp_path / "out")
     assert [record.id for record in found] == ["a/1.jpg", "b/2.PNG"]
     assert [read_content(record) for record in found] == [b"a/1.jpg", b"b/2.PNG"]
-    # The same source wherever the folder lies, another one with another image.
+    # Renaming a folder below the source changes the ids, and thus the identity.
     before = open_source(str(tmp_path), leave_out=tmp_path / "out").identity
     os.rename(tmp_path / "a", tmp_path / "c")
     assert open_source(str(tmp_path), leave_out=tmp_path / "out").identity != before
@@ -122,7 +122,7 @@ def test_lists(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_list_behind_a_url(tmp_path, kind):
-    """Relative uris are relative to the list."""
+    """Relative uris of a remote list start at the list's URL."""
     url = f"memory://lists/deep/list.{kind}"
     with fsspec.open(url, "wb") as file:
         file.write(written(tmp_path, kind).read_bytes())
@@ -200,7 +200,7 @@ def test_tar(tmp_path, suffix):
     assert [r.content for r in found] == [b"A", b"B", b"E"]
     assert [r.target for r in found] == [3, None, None]
     assert [r.target for r in records(path)] == [None] * 3
-    # The uri leads back to the image.
+    # The uri alone is enough to read the image.
     assert [read_content(Record(r.id, r.uri)) for r in found] == [b"A", b"B", b"E"]
     rest = open_source(str(path)).records(lambda record_id: record_id != "shard-00/x/b")
     assert [r.content for r in rest] == [b"B"]

@@ -1,4 +1,4 @@
-"""Whatever befalls a run: every record has one row in the end, and what was committed is never lost."""
+"""Tests of interrupted and failing runs: each record has one row in the end, and committed rows are kept."""
 
 import os
 import random
@@ -19,7 +19,7 @@ from dave_fast.run.lock import Lock
 from tests.run import stubs
 from tests.run.killing import ENVIRONMENT, PATIENCE_S, check, finish, ids_of, kill_until_done, start
 
-# longer than a crowded machine takes to start a worker
+# Longer than a busy machine takes to start a worker.
 WATCHDOG_S = 20.0
 
 
@@ -33,7 +33,7 @@ def test_killed_at_random_moments(images, tmp_path, whole_group):
 @pytest.mark.parametrize("engine", ["local", "ray"])
 @pytest.mark.parametrize("seed", range(5))
 def test_killed_many_times(pictures, tmp_path, seed, engine):
-    """Twenty kills a seed (with Ray five), with one worker or two, of the parent alone or of all at once."""
+    """Runs survive twenty kills a seed (with Ray five), with one or two workers, of the parent or of all processes."""
     if engine == "ray":
         pytest.importorskip("ray", reason="an extra: dave-fast[ray]")
     for number in range(120, 1200):
@@ -55,7 +55,7 @@ def test_killed_while_committing(images, tmp_path, step):
     program = start(images, out, fault=[f"commit:{step}", 2])
     assert program.wait(PATIENCE_S) == -signal.SIGKILL
     program.communicate()
-    # The third shard is there exactly when it was renamed.
+    # The third shard is there only if it was renamed before the kill.
     assert len(list(out.glob("*.parquet"))) == (3 if step == "folder" else 2)
     finish(start(images, out))
     check(out, ids_of(images))
@@ -72,7 +72,7 @@ def test_full_disk(images, tmp_path, step):
 
 
 def test_file_that_outgrows_its_limit(images, tmp_path):
-    """The system itself refuses to write: a limit on the size of files stands for a quota."""
+    """An error of the system while a shard is written, here a limit on the size of files, stops the run."""
     out = tmp_path / "out"
     code = f"""
 import resource, signal, sys
@@ -92,14 +92,14 @@ stubs.main()
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_in_order(images, tmp_path, number):
-    """A signal commits what is done, in seconds, also when rows are far from filling a shard."""
+    """A signal has the finished rows committed within seconds, even if they do not fill a shard."""
     out = tmp_path / "out"
     program = start(images, out, seconds=0.05, commit_s=1000, shard_rows=1000)
     until = time.monotonic() + PATIENCE_S
     while not list(out.glob(".*.part")) and time.monotonic() < until:
         time.sleep(0.01)
     time.sleep(0.3)
-    # To all of its processes, as a terminal does.
+    # A terminal sends the signal to all processes of the group.
     os.killpg(program.pid, number)
     told = finish(program)
     assert told["stopped"] == number.name and 0 < told["images"] < 120
@@ -122,7 +122,7 @@ def test_one_run_at_a_time(images, tmp_path):
     finally:
         os.killpg(program.pid, signal.SIGKILL)
         program.communicate()
-    # The lock went with its holder.
+    # The lock is released when the run is killed.
     Lock.take(out, patience_s=60.0).release()
 
 
@@ -136,7 +136,7 @@ def test_worker_that_dies(images, tmp_path):
 
 
 def test_one_of_two_workers_dies(images, tmp_path):
-    """The other one commits what it has."""
+    """The remaining worker commits its rows when one of two dies."""
     out = tmp_path / "out"
     with pytest.raises(RunError, match="was killed by SIGKILL"):
         stubs.run(images, out, fault=("die", 20), devices=("a", "b"), seconds=0.01, shard_rows=1000, commit_s=1000)
@@ -175,7 +175,7 @@ def check_committed(out):
 
 
 def test_source_that_hangs(images, tmp_path, monkeypatch):
-    """A disk that does not answer: the watchdog names the source."""
+    """The watchdog names a source that does not answer."""
     source = sources.open_source(str(images))
     endless = replace(source, read=lambda skip: iter(threading.Event().wait, None))
     monkeypatch.setattr(runner, "open_source", lambda *args, **keywords: endless)
@@ -240,7 +240,7 @@ def test_bad_images_have_rows(images, tmp_path):
     maps = dave_fast.open_maps(out)
     assert {row.status for row in maps} == {"error"}
     assert maps[0].error.startswith(f"cannot read {maps[0].uri}: it is not an image that Pillow can read")
-    # Tried again where that is asked for, not otherwise.
+    # Failed records are tried again with retry_errors only.
     assert stubs.run(images, out, limit=30).images == 0
     assert stubs.run(images, out, limit=30, retry_errors=True).images == 30
     assert len(check(out, ids_of(images), all_done=False)) == 30
@@ -261,7 +261,7 @@ def test_retry_keeps_what_is_good(images, tmp_path):
 
 
 def test_everything_fails(tmp_path):
-    """A hundred failures one after another are the disk's fault, not that of the images."""
+    """A run stops after a hundred failures one after another, which are not due to single images."""
     for number in range(300):
         (tmp_path / "images").mkdir(exist_ok=True)
         (tmp_path / f"images/{number}.png").write_bytes(b"no image")
