@@ -5,8 +5,9 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from dave_fast.evaluate import EvaluationSettings, ExampleSource
     from dave_fast.evaluate.summary import Summary
     from dave_fast.explain.subject import Subject
-    from dave_fast.models.spec import ModelSpec
 
 _HOW_MUCH = "How much"
 
@@ -84,6 +84,7 @@ def evaluate(
     the pointing games; what cannot be measured without them is left out.
     """
     from dave_fast.evaluate.settings import GROUPS, EvaluationSettings
+    from dave_fast.explain.subject import Subject
 
     chosen = EvaluationSettings(
         images=images,
@@ -105,39 +106,36 @@ def evaluate(
         given = options.read_config(config)
         spec = named.spec(given)
         samples, level = options.sampling(n_samples, noise_alpha, config=given)
-        keywords = {"device": device, "precision": precision, "backend": backend, "noise_alpha": level}
-        _run(screen, source, spec, samples, keywords, (boxes, masks), chosen, out)
+        files = _files(source, spec.name, annotated=boxes is not None or masks is not None)
+        with screen.status(f"loading {spec.name}"):
+            subject = Subject.load(spec, device=device, precision=precision, backend=backend, noise_alpha=level)
+        examples = _examples(files, boxes, masks, subject, chosen)
+        _measure(screen, spec.name, subject, examples, samples, chosen, out)
 
 
 def _listed(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def _run(
+def _measure(
     screen: Console,
-    source: str | None,
-    spec: ModelSpec,
+    model: str,
+    subject: Subject,
+    examples: ExampleSource,
     n_samples: int,
-    keywords: dict[str, Any],
-    known: tuple[Path | None, Path | None],
     settings: EvaluationSettings,
     out: Path,
 ) -> None:
-    """Load the model, measure, write the report and print its summary."""
+    """Measure, write the report and print its summary."""
     from dave_fast.cli.info import collect
     from dave_fast.evaluate import evaluate as measure
     from dave_fast.evaluate.methods import MethodSettings
     from dave_fast.evaluate.report import About, write
-    from dave_fast.explain.subject import Subject
 
-    found = _files(source, spec.name, known)
-    with screen.status(f"loading {spec.name}"):
-        subject = Subject.load(spec, **keywords)
     explainer, prepare, labels = subject
     network = explainer.model.to(explainer.device).eval().requires_grad_(False)
     if prepare.note:
         note(screen, prepare.note)
-    images = _source(found, known, settings, subject)
     used = {
         "device": str(explainer.device),
         "precision": explainer.precision,
@@ -146,43 +144,44 @@ def _run(
     }
     setup = MethodSettings(n_samples, used, 1 / min(prepare.std))
     with progress(screen, "evaluating") as update:
-        results = measure(network, images, settings, setup, update)
+        results = measure(network, examples, settings, setup, update)
     environment = collect(explainer.device.type)
     versions = {**environment.versions, "device": environment.devices[-1].name, "threads": environment.threads}
     command = shlex.join(["dave-fast", *sys.argv[1:]])
-    about = About(spec.name, images.title, settings, setup, labels, prepare, versions, command, images.skipped)
-    _tell(write(out, results, about), results.absent, images.skipped, out)
+    about = About(model, examples.title, settings, setup, labels, prepare, versions, command, examples.skipped)
+    _tell(write(out, results, about), results.absent, examples.skipped, out)
 
 
-def _files(source: str | None, model: str, known: tuple[Path | None, Path | None]) -> list[Path] | None:
+def _files(source: str | None, model: str, *, annotated: bool) -> list[Path] | None:
     """Find the image files of a folder; return None for the embedded scenes."""
     from dave_fast.images import find_images
 
     if source in (None, "demo"):
-        if model != "demo" or any(known):
+        if model != "demo" or annotated:
             raise InputError("the embedded scenes go with the model 'demo' and its masks: name a folder instead.")
         return None
     return find_images([Path(source)])
 
 
-def _source(
-    found: Sequence[Path] | None,
-    known: tuple[Path | None, Path | None],
-    settings: EvaluationSettings,
+def _examples(
+    files: Sequence[Path] | None,
+    boxes: Path | None,
+    masks: Path | None,
     subject: Subject,
+    settings: EvaluationSettings,
 ) -> ExampleSource:
+    """Return the examples that files and their annotations make, or the embedded scenes without files."""
     from dave_fast.evaluate import DemoScenes, ImageFiles
     from dave_fast.evaluate.annotations import Annotations, read_boxes
 
-    if found is None:
+    if files is None:
         return DemoScenes(settings.images, settings.seed)
-    boxes, masks = known
     if masks is not None and not masks.is_dir():
         raise InputError(f"--masks {masks}: there is no such folder.")
     noted = {} if boxes is None else read_boxes(boxes)
     annotations = Annotations(subject.labels, noted, masks)
-    title = f"{len(found)} files of {Path(found[0]).parent.parent.name or '.'}"
-    return ImageFiles(_spread(found), subject.prepare, annotations, title)
+    title = f"{len(files)} files of {Path(files[0]).parent.parent.name or '.'}"
+    return ImageFiles(_spread(files), subject.prepare, annotations, title)
 
 
 def _spread(files: Sequence[Path]) -> list[Path]:
@@ -190,8 +189,7 @@ def _spread(files: Sequence[Path]) -> list[Path]:
     folders: dict[Path, list[Path]] = {}
     for file in files:
         folders.setdefault(file.parent, []).append(file)
-    turns = [(turn, number, file) for number, each in enumerate(folders.values()) for turn, file in enumerate(each)]
-    return [file for _, _, file in sorted(turns, key=lambda one: one[:2])]
+    return [file for turn in zip_longest(*folders.values()) for file in turn if file]
 
 
 def _tell(summary: Summary, absent: dict[str, str], skipped: dict[str, str], out: Path) -> None:

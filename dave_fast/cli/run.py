@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +14,6 @@ from dave_fast.cli.terminal import console
 from dave_fast.errors import InputError
 
 if TYPE_CHECKING:
-    from dave_fast.run.progress import Report
     from dave_fast.run.runner import RunSummary
 
 _RESULTS = "Results"
@@ -109,6 +108,7 @@ def run(
     """
     from dave_fast.run.local import Machine
     from dave_fast.run.mapper import MAP_DTYPES, MapSettings
+    from dave_fast.run.progress import Bar
     from dave_fast.run.runner import run_dataset
 
     if map_dtype not in MAP_DTYPES:
@@ -136,17 +136,15 @@ def run(
         },
     )
     machine = Machine(_devices(devices), workers, shard_rows, commit_every, watchdog)
-    screen = console()
-
-    def reporter(total: int | None, before: int) -> AbstractContextManager[Report]:
-        from dave_fast.run.progress import Bar
-
-        if before:
-            screen.print(f"resuming: {before} records are done", soft_wrap=True)
-        return Bar(screen, total, before)
-
     summary = run_dataset(
-        source, out, settings, machine, engine=engine, limit=limit, retry_errors=retry_errors, reporter=reporter
+        source,
+        out,
+        settings,
+        machine,
+        engine=engine,
+        limit=limit,
+        retry_errors=retry_errors,
+        reporter=partial(Bar, console()),
     )
     _tell(summary, out)
     if summary.stopped is not None:

@@ -16,7 +16,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from typing import Literal
 
 from dave_fast.errors import InputError, RunError
 from dave_fast.run.feed import CONTENT_BYTES, Feed
@@ -33,8 +32,6 @@ from dave_fast.run.worker import work
 _PATIENCE_S = 120.0
 _TICK_S = 0.25
 _DECODERS = 16
-# A forked process cannot use the GPU of its parent, nor its threads.
-START: Literal["spawn"] = "spawn"
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,8 @@ class _Parent:
         self.run_folder, self.report, self.machine = run_folder, report, machine
         self.tally = Tally(workers=len(machine.devices))
         self._told_to_stop = False
-        context = multiprocessing.get_context(START)
+        # A forked process cannot use the GPU of its parent, nor its threads.
+        context = multiprocessing.get_context("spawn")
         self.workers: list[_WorkerHandle] = []
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         share = max(1, cores // len(machine.devices))

@@ -31,7 +31,7 @@ class Tally:
         stopped_by: number of the signal that stopped the run, or None.
     """
 
-    workers: int = 1
+    workers: int
     images: int = 0
     errors: int = 0
     busy_s: float = 0.0
@@ -82,7 +82,7 @@ class Tally:
 
 
 class Report:
-    """The receiver of a run's news; this one shows nothing."""
+    """The base class of what shows a run's progress; it shows nothing itself."""
 
     def update(self, tally: Tally) -> None:
         """Show the counts and first failures, which may have changed."""
@@ -124,6 +124,8 @@ class Bar(Report):
         )
 
     def __enter__(self) -> Bar:
+        if self._before:
+            self._screen.print(f"resuming: {self._before} records are done", soft_wrap=True)
         self._progress.start()
         return self
 
