@@ -33,11 +33,16 @@ def _load(base, o, limit, stride, D: tl.constexpr, D_BLOCK: tl.constexpr, MASKED
 
 
 @triton.jit
-def _store(p, values, o, code_lead, code_rest, code_read, m, INTERPRETED: tl.constexpr):
-    """Store values of tokens o in the pointers' dtype, or in e4m3 where scales are given."""
+def _store(
+    out, values, i_row, i_head, o, limit, H, code_lead, code_rest, code_read,
+    D: tl.constexpr, D_BLOCK: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Store values of one head's tokens o < limit in out's dtype, or in e4m3 where scales are given."""
+    d = tl.arange(0, D_BLOCK)
+    p = out + ((i_row * limit + o)[:, None] * H + i_head) * D + d[None, :]
     if code_lead is not None:
         values = encode_e4m3(values, tl.where(o < code_read, code_lead, code_rest)[:, None], INTERPRETED)
-    tl.store(p, values.to(p.dtype.element_ty), mask=m)
+    tl.store(p, values.to(p.dtype.element_ty), mask=(o < limit)[:, None] & (d < D)[None, :])
 
 
 @triton.jit
@@ -64,27 +69,23 @@ def _scores(
 
 
 @triton.jit
-def _add_bias(s, bias, over_scale, o_q, o_n, Q, N, TRANSPOSED: tl.constexpr):
-    """Return s + bias/scale: s [BLOCK_Q, BLOCK_N], or [BLOCK_N, BLOCK_Q] where TRANSPOSED; bias (Q, N) of one head."""
-    if TRANSPOSED:
-        p = bias + o_q.to(tl.int64)[None, :] * N + o_n[:, None]
-        m = (o_q < Q)[None, :] & (o_n < N)[:, None]
-    else:
-        p = bias + o_q.to(tl.int64)[:, None] * N + o_n[None, :]
-        m = (o_q < Q)[:, None] & (o_n < N)[None, :]
-    return s + tl.load(p, mask=m, other=0.0).to(tl.float32) * over_scale
+def _add_bias(s, bias, over_scale, o_q, o_n, Q, N):
+    """Return s + bias/scale for bias (Q, N) of one head, at queries o_q and tokens o_n that broadcast as s."""
+    p = bias + o_q.to(tl.int64) * N + o_n
+    return s + tl.load(p, mask=(o_q < Q) & (o_n < N), other=0.0).to(tl.float32) * over_scale
 
 
 @triton.jit
 def _forward_block(
-    b_q, q, o_q, Q, stride_q, k, v, start, N, stride_k, stride_v, factor, acc, top, total, bias, over_scale,
+    head, start, acc, top, total,
     D: tl.constexpr, D_BLOCK: tl.constexpr, D_STEP: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add a block of keys to the online softmax: its maximum score `top`, sum `total` and product `acc`."""
+    b_q, q, o_q, Q, stride_q, k, v, N, stride_k, stride_v, factor, bias, over_scale = head
     o_n = start + tl.arange(0, BLOCK_N)
     s = _scores(b_q, q, o_q, Q, stride_q, k, o_n, N, stride_k, D, D_BLOCK, D_STEP, MASKED)  # [BLOCK_Q, BLOCK_N]
     if bias is not None:
-        s = _add_bias(s, bias, over_scale, o_q, o_n, Q, N, False)
+        s = _add_bias(s, bias, over_scale, o_q[:, None], o_n[None, :], Q, N)
     if MASKED:
         s = tl.where((o_n < N)[None, :], s, float("-inf"))
     higher = tl.maximum(top, tl.max(s, 1))
@@ -116,29 +117,14 @@ def _attention_kernel(
     top = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
     last = (N - 1) // BLOCK_N * BLOCK_N
+    head = (b_q, q, o_q, Q, q_token, k, v, N, k_token, v_token, factor, bias, over_scale)
     for start in range(0, last if PEELED else N, BLOCK_N):
-        acc, top, total = _forward_block(
-            b_q, q, o_q, Q, q_token, k, v, start, N, k_token, v_token, factor, acc, top, total, bias, over_scale,
-            D, D_BLOCK, D_STEP, BLOCK_N, not PEELED,
-        )  # fmt: skip
+        acc, top, total = _forward_block(head, start, acc, top, total, D, D_BLOCK, D_STEP, BLOCK_N, not PEELED)
     if PEELED:
-        acc, top, total = _forward_block(
-            b_q, q, o_q, Q, q_token, k, v, last, N, k_token, v_token, factor, acc, top, total, bias, over_scale,
-            D, D_BLOCK, D_STEP, BLOCK_N, True,
-        )  # fmt: skip
+        acc, top, total = _forward_block(head, last, acc, top, total, D, D_BLOCK, D_STEP, BLOCK_N, True)
+    acc *= (1 / total)[:, None]
+    _store(out, acc, i_row, i_head, o_q, Q, H, code_lead, code_rest, code_read, D, D_BLOCK, INTERPRETED)
     m_q = o_q < Q
-    d = tl.arange(0, D_BLOCK)
-    p = out + ((i_row * Q + o_q)[:, None] * H + i_head) * D + d[None, :]
-    _store(
-        p,
-        acc * (1 / total)[:, None],
-        o_q,
-        code_lead,
-        code_rest,
-        code_read,
-        m_q[:, None] & (d < D)[None, :],
-        INTERPRETED,
-    )
     o_kept = i_flat * Q + o_q
     if share is not None:
         tl.store(peak + o_kept, top * factor, mask=m_q)
@@ -149,16 +135,17 @@ def _attention_kernel(
 
 @triton.jit
 def _vjp_block(
-    b_k, k, o_n, N, stride_k, q, d_out, peak, share, start, Q, stride_q, stride_o, factor, acc, bias, over_scale,
+    head, start, acc,
     D: tl.constexpr, D_BLOCK: tl.constexpr, D_STEP: tl.constexpr, BLOCK_Q: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Return acc + Pᵀ d_out of one block of queries."""
+    b_k, k, o_n, N, stride_k, q, d_out, peak, share, Q, stride_q, stride_o, factor, bias, over_scale = head
     o_q = start + tl.arange(0, BLOCK_Q)
     # An infinite peak makes every p beyond the last query zero.
     b_peak = tl.load(peak + o_q, mask=o_q < Q, other=float("inf")) if MASKED else tl.load(peak + o_q)
     s = _scores(b_k, k, o_n, N, stride_k, q, o_q, Q, stride_q, D, D_BLOCK, D_STEP, MASKED)  # [BLOCK_N, BLOCK_Q]
     if bias is not None:
-        s = _add_bias(s, bias, over_scale, o_q, o_n, Q, N, True)
+        s = _add_bias(s, bias, over_scale, o_q[None, :], o_n[:, None], Q, N)
     p = tl.exp2(s * factor - b_peak[None, :])
     if share is not None:
         p *= (tl.load(share + o_q, mask=o_q < Q, other=0.0) if MASKED else tl.load(share + o_q))[None, :]
@@ -187,16 +174,9 @@ def _attention_vjp_kernel(
     b_k = _load(k, o_n, N, k_token, D, D_BLOCK, True)  # [BLOCK_N, D_BLOCK]
     acc = tl.zeros((BLOCK_N, D_BLOCK), dtype=tl.float32)
     last = (Q - 1) // BLOCK_Q * BLOCK_Q
+    head = (b_k, k, o_n, N, k_token, q, d_out, peak, share, Q, q_token, o_token, factor, bias, over_scale)
     for start in range(0, last if PEELED else Q, BLOCK_Q):
-        acc = _vjp_block(
-            b_k, k, o_n, N, k_token, q, d_out, peak, share, start, Q, q_token, o_token, factor, acc, bias, over_scale,
-            D, D_BLOCK, D_STEP, BLOCK_Q, not PEELED,
-        )  # fmt: skip
+        acc = _vjp_block(head, start, acc, D, D_BLOCK, D_STEP, BLOCK_Q, not PEELED)
     if PEELED:
-        acc = _vjp_block(
-            b_k, k, o_n, N, k_token, q, d_out, peak, share, last, Q, q_token, o_token, factor, acc, bias, over_scale,
-            D, D_BLOCK, D_STEP, BLOCK_Q, True,
-        )  # fmt: skip
-    d = tl.arange(0, D_BLOCK)
-    p = d_v + ((i_row * N + o_n)[:, None] * H + i_head) * D + d[None, :]
-    _store(p, acc, o_n, code_lead, code_rest, code_read, (o_n < N)[:, None] & (d < D)[None, :], INTERPRETED)
+        acc = _vjp_block(head, last, acc, D, D_BLOCK, D_STEP, BLOCK_Q, True)
+    _store(d_v, acc, i_row, i_head, o_n, N, H, code_lead, code_rest, code_read, D, D_BLOCK, INTERPRETED)

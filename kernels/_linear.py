@@ -61,24 +61,19 @@ def _product(
         p_w = w + o_o[:, None] * stride_w + o_i[None, :]
         p_second = p_w + tl.cast(O, tl.int64) * stride_w
     for i in range(0, I, BLOCK_I):
+        m_i = None if EVEN_I else o_i[None, :] < I - i
         if DESCRIPTORS:
             b_x = x_desc.load([i_t * BLOCK_T, i])  # [BLOCK_T, BLOCK_I]
             b_w = w_desc.load([i_o * BLOCK_O, i])  # [BLOCK_O, BLOCK_I]
-        elif EVEN_I:
-            b_x = tl.load(p_x + i)
-            b_w = tl.load(p_w + i)
         else:
-            m_i = o_i[None, :] < I - i
-            b_x = tl.load(p_x + i, mask=m_i, other=0.0)
-            b_w = tl.load(p_w + i, mask=m_i, other=0.0)
+            b_x = tl.load(p_x + i, mask=m_i, other=None if EVEN_I else 0.0)
+            b_w = tl.load(p_w + i, mask=m_i, other=None if EVEN_I else 0.0)
         acc = tl.dot(b_x, b_w.T, acc, input_precision="ieee")
         if GLU:
             if DESCRIPTORS:
                 b_w = w_desc.load([O + i_o * BLOCK_O, i])
-            elif EVEN_I:
-                b_w = tl.load(p_second + i)
             else:
-                b_w = tl.load(p_second + i, mask=m_i, other=0.0)
+                b_w = tl.load(p_second + i, mask=m_i, other=None if EVEN_I else 0.0)
             second = tl.dot(b_x, b_w.T, second, input_precision="ieee")
     return acc, second
 
@@ -148,12 +143,11 @@ def _halves(acc):
 
 @triton.jit
 def _epilogue(
-    acc, second, bias, scale, column_scale, gate, residual, y, codes, code_lead, code_rest,
-    code_tokens, code_read, new_gate, squares, i_t, start, T, O, parts, BLOCK_T: tl.constexpr,
-    WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, GLU: tl.constexpr,
-    EXACT: tl.constexpr, PART: tl.constexpr, INTERPRETED: tl.constexpr,
+    acc, second, scale, memory, i_t, start, BLOCK_T: tl.constexpr, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr,
+    GLU: tl.constexpr, EXACT: tl.constexpr, PART: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Compute and store the epilogue of WIDTH columns from `start` on."""
+    """Compute and store the epilogue of WIDTH columns from `start` on; `memory` as the kernel makes it."""
+    bias, column_scale, gate, residual, y, codes, code_scales, new_gate, squares, T, O, parts = memory
     # 64 bits for the tile's corner, 32 for offsets in it, which take half of the registers here.
     corner = (i_t * BLOCK_T).to(tl.int64) * O + start
     at = tl.arange(0, BLOCK_T)[:, None] * O + tl.arange(0, WIDTH)[None, :]
@@ -181,6 +175,7 @@ def _epilogue(
     if residual is not None:
         acc += tl.load(residual + corner + at, mask=m, other=0.0).to(tl.float32)
     if codes is not None:
+        code_lead, code_rest, code_tokens, code_read = code_scales
         own = tl.where(t % code_tokens < code_read, code_lead, code_rest)[:, None]
         tl.store(codes + corner + at, encode_e4m3(acc, own, INTERPRETED), mask=m)
     if y is not None:
@@ -191,34 +186,24 @@ def _epilogue(
         part = tl.arange(0, WIDTH // PART)
         sums = tl.where(part[None, :] == 0, tl.sum(kept * kept, 1)[:, None], 0.0)
         part += start // PART
-        tl.store(
-            squares + t.to(tl.int64)[:, None] * parts + part[None, :],
-            sums,
-            mask=(t < T)[:, None] & (part < parts)[None, :],
-        )
+        p_squares = squares + t.to(tl.int64)[:, None] * parts + part[None, :]
+        tl.store(p_squares, sums, mask=(t < T)[:, None] & (part < parts)[None, :])
 
 
 @triton.jit
 def _epilogues(
-    acc, second, bias, scale, column_scale, gate, residual, y, codes, code_lead, code_rest,
-    code_tokens, code_read, new_gate, squares, i_t, start, T, O, parts, BLOCK_T: tl.constexpr,
-    ACTIVATION: tl.constexpr, GLU: tl.constexpr, EXACT: tl.constexpr,
-    PART: tl.constexpr, INTERPRETED: tl.constexpr,
+    acc, second, scale, memory, i_t, start, BLOCK_T: tl.constexpr, ACTIVATION: tl.constexpr, GLU: tl.constexpr,
+    EXACT: tl.constexpr, PART: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Compute the epilogue of one half of the columns after the other, so that its operands fit the registers."""
     if acc.shape[1] > (32 if ACTIVATION is not None else PART):
         acc, right = _halves(acc)
         second, second_right = _halves(second)
         _epilogue(
-            right, second_right, bias, scale, column_scale, gate, residual, y, codes, code_lead, code_rest,
-            code_tokens, code_read, new_gate, squares, i_t, start + right.shape[1], T, O, parts, BLOCK_T,
-            right.shape[1], ACTIVATION, GLU, EXACT, PART, INTERPRETED,
+            right, second_right, scale, memory, i_t, start + right.shape[1], BLOCK_T, right.shape[1],
+            ACTIVATION, GLU, EXACT, PART, INTERPRETED,
         )  # fmt: skip
-    _epilogue(
-        acc, second, bias, scale, column_scale, gate, residual, y, codes, code_lead, code_rest,
-        code_tokens, code_read, new_gate, squares, i_t, start, T, O, parts, BLOCK_T, acc.shape[1],
-        ACTIVATION, GLU, EXACT, PART, INTERPRETED,
-    )  # fmt: skip
+    _epilogue(acc, second, scale, memory, i_t, start, BLOCK_T, acc.shape[1], ACTIVATION, GLU, EXACT, PART, INTERPRETED)
 
 
 @triton.jit
@@ -250,16 +235,13 @@ def _linear_kernel(
             BLOCK_T, BLOCK_O, BLOCK_I, DESCRIPTORS, EVEN_I, GLU,
         )  # fmt: skip
         start = i_o * BLOCK_O
+        code_scales = (code_lead, code_rest, code_tokens, code_read)
+        memory = (bias, column_scale, gate, residual, y, codes, code_scales, new_gate, squares, T, O, parts)
         if ACTIVATION is not None and BLOCK_O > PART:
             acc, right = _halves(acc)
             second, second_right = _halves(second)
             _epilogues(
-                right, second_right, bias, scale, column_scale, gate, residual, y, codes, code_lead, code_rest,
-                code_tokens, code_read, new_gate, squares, i_t, start + BLOCK_O // 2, T, O, parts,
-                BLOCK_T, ACTIVATION, GLU, EXACT, PART, INTERPRETED,
+                right, second_right, scale, memory, i_t, start + BLOCK_O // 2, BLOCK_T,
+                ACTIVATION, GLU, EXACT, PART, INTERPRETED,
             )  # fmt: skip
-        _epilogues(
-            acc, second, bias, scale, column_scale, gate, residual, y, codes, code_lead, code_rest,
-            code_tokens, code_read, new_gate, squares, i_t, start, T, O, parts,
-            BLOCK_T, ACTIVATION, GLU, EXACT, PART, INTERPRETED,
-        )  # fmt: skip
+        _epilogues(acc, second, scale, memory, i_t, start, BLOCK_T, ACTIVATION, GLU, EXACT, PART, INTERPRETED)
