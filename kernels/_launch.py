@@ -12,7 +12,6 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -21,20 +20,17 @@ import triton
 from torch import Tensor
 
 from dave_fast.ops.choices import Choice, Choices
+from dave_fast.ops.fp8 import TokenScales
 
 logger = logging.getLogger("dave_fast")
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
 
-@dataclass(frozen=True)
-class Library:
+class Library(str):
     """A routine of PyTorch's that computes an op, by name."""
 
-    name: str
-
-    def __str__(self) -> str:
-        return self.name
+    __slots__ = ()
 
 
 Candidate = triton.Config | Library
@@ -59,10 +55,14 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def covered(*tensors: Tensor | None) -> bool:
-    """Return whether kernels take these dtypes: not float64, and not bfloat16 where it is interpreted (as integers)."""
-    kept_out = (torch.float64, torch.bfloat16) if INTERPRETED else (torch.float64,)
-    return all(t is None or t.dtype not in kept_out for t in tensors)
+def covered(x: Tensor) -> bool:
+    """Return whether kernels take x's dtype: not float64, and not bfloat16 where it is interpreted (as integers)."""
+    return x.dtype not in ((torch.float64, torch.bfloat16) if INTERPRETED else (torch.float64,))
+
+
+def scale_arguments(scales: TokenScales | None) -> tuple[float | None, float | None, int | None]:
+    """Return (lead, rest, read), the arguments of kernels for static scales of tokens; three times None without."""
+    return (None, None, None) if scales is None else (scales.lead, scales.rest, scales.read)
 
 
 def row_blocks(width: int) -> tuple[int, int]:
@@ -79,8 +79,7 @@ def autotuning() -> bool:
 @cache
 def choices(device: torch.device) -> Choices:
     """Return the measured choices of a device."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return Choices.of(name)
+    return Choices.of(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
 
 
 def run(

@@ -80,9 +80,8 @@ def _product(
 
 @triton.jit
 def _row_scale(
-    row_scale, row_sums, x_lead, x_rest, x_tokens, x_read, start, T, row_parts, count, eps,
-    BLOCK_T: tl.constexpr, ROW_PARTS: tl.constexpr,
-):  # fmt: skip
+    row_scale, row_sums, x_scales, start, T, row_parts, count, eps, BLOCK_T: tl.constexpr, ROW_PARTS: tl.constexpr
+):
     """Return the factors of BLOCK_T rows, given or computed from partial sums of squares, or None."""
     t = start + tl.arange(0, BLOCK_T)
     if row_sums is not None:
@@ -94,6 +93,7 @@ def _row_scale(
         scale = tl.load(row_scale + t, mask=t < T, other=0.0)
     else:
         scale = None
+    x_lead, x_rest, x_tokens, x_read = x_scales
     if x_lead is not None:
         own = tl.where(t % x_tokens < x_read, x_lead, x_rest)
         scale = own if scale is None else scale * own
@@ -142,12 +142,11 @@ def _halves(acc):
 
 
 @triton.jit
-def _epilogue(
-    acc, second, scale, memory, i_t, start, BLOCK_T: tl.constexpr, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr,
-    GLU: tl.constexpr, EXACT: tl.constexpr, PART: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """Compute and store the epilogue of WIDTH columns from `start` on; `memory` as the kernel makes it."""
+def _epilogue(acc, second, scale, memory, how, i_t, start, BLOCK_T: tl.constexpr, ACTIVATION: tl.constexpr):
+    """Compute and store the epilogue of acc's columns, from `start` on; `memory` and `how` as the kernel makes them."""
     bias, column_scale, gate, residual, y, codes, code_scales, new_gate, squares, T, O, parts = memory
+    GLU, EXACT, PART, INTERPRETED = how
+    WIDTH: tl.constexpr = acc.shape[1]
     # 64 bits for the tile's corner, 32 for offsets in it, which take half of the registers here.
     corner = (i_t * BLOCK_T).to(tl.int64) * O + start
     at = tl.arange(0, BLOCK_T)[:, None] * O + tl.arange(0, WIDTH)[None, :]
@@ -191,19 +190,14 @@ def _epilogue(
 
 
 @triton.jit
-def _epilogues(
-    acc, second, scale, memory, i_t, start, BLOCK_T: tl.constexpr, ACTIVATION: tl.constexpr, GLU: tl.constexpr,
-    EXACT: tl.constexpr, PART: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
+def _epilogues(acc, second, scale, memory, how, i_t, start, BLOCK_T: tl.constexpr, ACTIVATION: tl.constexpr):
     """Compute the epilogue of one half of the columns after the other, so that its operands fit the registers."""
+    _, _, PART, _ = how
     if acc.shape[1] > (32 if ACTIVATION is not None else PART):
         acc, right = _halves(acc)
         second, second_right = _halves(second)
-        _epilogue(
-            right, second_right, scale, memory, i_t, start + right.shape[1], BLOCK_T, right.shape[1],
-            ACTIVATION, GLU, EXACT, PART, INTERPRETED,
-        )  # fmt: skip
-    _epilogue(acc, second, scale, memory, i_t, start, BLOCK_T, acc.shape[1], ACTIVATION, GLU, EXACT, PART, INTERPRETED)
+        _epilogue(right, second_right, scale, memory, how, i_t, start + right.shape[1], BLOCK_T, ACTIVATION)
+    _epilogue(acc, second, scale, memory, how, i_t, start, BLOCK_T, ACTIVATION)
 
 
 @triton.jit
@@ -226,10 +220,8 @@ def _linear_kernel(
         i_t = first + tile % (GROUP * tiles_o) % high
         i_o = tile % (GROUP * tiles_o) // high
         # Loaded ahead of the product, which hides the latency.
-        scale = _row_scale(
-            row_scale, row_sums, x_lead, x_rest, x_tokens, x_read, i_t * BLOCK_T, T, row_parts, count, eps,
-            BLOCK_T, ROW_PARTS,
-        )  # fmt: skip
+        x_scales = (x_lead, x_rest, x_tokens, x_read)
+        scale = _row_scale(row_scale, row_sums, x_scales, i_t * BLOCK_T, T, row_parts, count, eps, BLOCK_T, ROW_PARTS)
         acc, second = _product(
             x, w, x_desc, w_desc, i_t, i_o, T, O, I, stride_x, stride_w,
             BLOCK_T, BLOCK_O, BLOCK_I, DESCRIPTORS, EVEN_I, GLU,
@@ -237,11 +229,9 @@ def _linear_kernel(
         start = i_o * BLOCK_O
         code_scales = (code_lead, code_rest, code_tokens, code_read)
         memory = (bias, column_scale, gate, residual, y, codes, code_scales, new_gate, squares, T, O, parts)
+        how = (GLU, EXACT, PART, INTERPRETED)
         if ACTIVATION is not None and BLOCK_O > PART:
             acc, right = _halves(acc)
             second, second_right = _halves(second)
-            _epilogues(
-                right, second_right, scale, memory, i_t, start + BLOCK_O // 2, BLOCK_T,
-                ACTIVATION, GLU, EXACT, PART, INTERPRETED,
-            )  # fmt: skip
-        _epilogues(acc, second, scale, memory, i_t, start, BLOCK_T, ACTIVATION, GLU, EXACT, PART, INTERPRETED)
+            _epilogues(right, second_right, scale, memory, how, i_t, start + BLOCK_O // 2, BLOCK_T, ACTIVATION)
+        _epilogues(acc, second, scale, memory, how, i_t, start, BLOCK_T, ACTIVATION)

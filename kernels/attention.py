@@ -133,16 +133,14 @@ def attention_triton(
         _attention_kernel[(grid,)](
             *(q, k, v, out, peak, share, queries, tokens, heads, factor),
             *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], bias, over_scale),
-            *(*_scale_arguments(code_scale), dim, block),
+            *(*_launch.scale_arguments(code_scale), dim, block),
             INTERPRETED=_launch.INTERPRETED,
             **candidate.all_kwargs(),
         )
         return out, peak, share
 
-    arch = _launch.architecture(q.device)
-    found: list[_launch.Candidate] = [
-        *configurations(arch, q.dtype, block, queries, vjp=False, biased=bias is not None)
-    ]
+    arch, biased = _launch.architecture(q.device), bias is not None
+    found: list[_launch.Candidate] = [*configurations(arch, q.dtype, block, queries, vjp=False, biased=biased)]
     if arch and bias is None and code_scale is None and q.dtype != torch.float32 and dim % 8 == 0:
         found.append(FLASH)
     problem = _problem("attention", q, tokens, bias, code_scale)
@@ -175,22 +173,16 @@ def attention_vjp_triton(saved: Any, d_out: Tensor, *, code_scale: TokenScales |
         _attention_vjp_kernel[(grid,)](
             *(q, k, saved.peak, saved.share, d_out, d_v, queries, tokens, heads, saved.factor),
             *(*q.stride()[:3], *k.stride()[:3], *d_out.stride()[:3], saved.bias, saved.over_scale),
-            *(*_scale_arguments(code_scale), dim, block),
+            *(*_launch.scale_arguments(code_scale), dim, block),
             INTERPRETED=_launch.INTERPRETED,
             **configuration.all_kwargs(),
         )
 
-    found = configurations(
-        _launch.architecture(q.device), q.dtype, block, queries, vjp=True, biased=saved.bias is not None
-    )
+    arch, biased = _launch.architecture(q.device), saved.bias is not None
+    found = configurations(arch, q.dtype, block, queries, vjp=True, biased=biased)
     problem = _problem("attention_vjp", q, tokens, saved.bias, code_scale)
     _launch.run(problem, rows * heads, q.device, found, launch)
     return d_v if code_scale is None else Codes(d_v, code_scale, d_out.dtype, None)
-
-
-def _scale_arguments(scales: TokenScales | None) -> tuple[float | int | None, ...]:
-    """Return the kernels' arguments for static scales of tokens."""
-    return (None,) * 3 if scales is None else (scales.lead, scales.rest, scales.read)
 
 
 def _problem(op: str, q: Tensor, tokens: int, bias: Tensor | None, code_scale: TokenScales | None) -> str:

@@ -25,6 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dave_fast.kernels import _launch
 from dave_fast.kernels._linear import _linear_kernel
+from dave_fast.ops.activation import parts_of
 from dave_fast.ops.fp8 import E4M3, Codes, TokenScales
 from dave_fast.ops.linear import linear_ref
 from dave_fast.ops.norm import RowSums
@@ -40,18 +41,17 @@ LIBRARY = _launch.Library("pytorch")
 
 
 def _configuration(
-    block_t: int,
-    block_o: int,
-    block_i: int,
+    tile: tuple[int, int, int],
     warps: int,
     stages: int,
     *,
-    descriptors: bool,
+    tma: bool,
     persistent: bool = False,
     registers: int | None = None,
 ) -> triton.Config:
-    tiles = {"BLOCK_T": block_t, "BLOCK_O": block_o, "BLOCK_I": block_i, "GROUP": 8}
-    how = {"DESCRIPTORS": descriptors, "PERSISTENT": persistent}
+    """Return the configuration of a tile (BLOCK_T, BLOCK_O, BLOCK_I)."""
+    tiles = dict(zip(("BLOCK_T", "BLOCK_O", "BLOCK_I"), tile, strict=True)) | {"GROUP": 8}
+    how = {"DESCRIPTORS": tma, "PERSISTENT": persistent}
     return triton.Config(tiles | how, num_warps=warps, num_stages=stages, maxnreg=registers)
 
 
@@ -75,33 +75,33 @@ def configurations(
         twice: whether results are stored in two dtypes.
     """
     if arch == 0:
-        return [_configuration(64, 64, 32, 4, 1, descriptors=False)]
+        return [_configuration((64, 64, 32), 4, 1, tma=False)]
     if dtype == torch.float32:
         width = 32 if glu else 64
-        return [_configuration(64, width, 32, warps, 2, descriptors=False) for warps in (8, 4)]
+        return [_configuration((64, width, 32), warps, 2, tma=False) for warps in (8, 4)]
     tma = descriptors and arch >= 90
     width, two = 64 if glu else 128, 128 if arch < 100 else None
     deep, stages = (128 // dtype.itemsize, 3) if arch >= 90 else (64 // dtype.itemsize, 4)
     if few:
         depth = 2 * deep, 4 if arch >= 90 else 3
-        return [_configuration(64, n, depth[0], 4, depth[1], descriptors=tma) for n in (32, 64)]
+        return [_configuration((64, n, depth[0]), 4, depth[1], tma=tma) for n in (32, 64)]
     found = [
-        _configuration(128, width, deep, 8, stages, descriptors=tma, registers=two),
-        _configuration(128, width, deep, 4, stages, descriptors=tma),
-        _configuration(64, width, deep, 4, 4, descriptors=tma),
+        _configuration((128, width, deep), 8, stages, tma=tma, registers=two),
+        _configuration((128, width, deep), 4, stages, tma=tma),
+        _configuration((64, width, deep), 4, 4, tma=tma),
     ]
     # Half of the warps, each with twice the registers, do not spill there.
     if arch < 100 and (dtype.itemsize == 1 or (arch < 90 and not glu)):
         found[:2] = found[1::-1]
     if not glu:
-        narrow = _configuration(128, 64, deep, 8 if twice and arch >= 100 else 4, 4, descriptors=tma)
+        narrow = _configuration((128, 64, deep), 8 if twice and arch >= 100 else 4, 4, tma=tma)
         # Two stores of a wide tile do not fit the registers (Triton 3.6 spills 160 to 500 bytes).
         found.insert(0 if twice else len(found), narrow)
     if tma and not glu:
         found += [
-            _configuration(128, 128, deep, 8, stages, descriptors=False, registers=two),
-            _configuration(128, 128, deep, 8, 4, descriptors=True, persistent=True),
-            _configuration(128, 256, deep, 8, 3, descriptors=True, persistent=True),
+            _configuration((128, 128, deep), 8, stages, tma=False, registers=two),
+            _configuration((128, 128, deep), 8, 4, tma=True, persistent=True),
+            _configuration((128, 256, deep), 8, 3, tma=True, persistent=True),
         ]
     return found
 
@@ -152,8 +152,7 @@ def linear_triton(
 
     if not _launch.covered(x):
         return plain()
-    name, _, order = (activation or "").partition("_glu")
-    glu = 0 if activation is None or "_glu" not in activation else 2 if order else 1
+    name, glu = parts_of(activation or "")
     x = x if x.stride(1) == 1 else x.contiguous()
     # The kernel addresses both like y.
     gate, residual = (t if t is None or t.is_contiguous() else t.contiguous() for t in (gate, residual))
@@ -162,7 +161,10 @@ def linear_triton(
     aligned = all(t.stride(0) * t.itemsize % 16 == 0 and t.data_ptr() % 16 == 0 for t in (x, weight))
     few, stored = T <= FEW, dtype or x.dtype
     part = FEW_PART if few else PART
-    given = _row_arguments(row_scale)
+    # row_scale, or row_sums with row_parts, count and eps
+    factors: tuple[Any, ...] = (row_scale, None, 0, 1, 0.0)
+    if isinstance(row_scale, RowSums):
+        factors = (None, row_scale.sums, row_scale.sums.shape[1], row_scale.count, row_scale.eps)
     # Whether only the residual follows the product.
     bare = bias is None and row_scale is None and activation is None and gate is None and not squares
 
@@ -187,15 +189,14 @@ def linear_triton(
         tiles = triton.cdiv(T, tile["BLOCK_T"]) * triton.cdiv(O, tile["BLOCK_O"])
         grid = min(tiles, _launch.multiprocessors(x.device)) if tile["PERSISTENT"] else tiles
         _linear_kernel[(grid,)](
-            *(x, weight, x_desc, w_desc, bias, given["row_scale"], given["row_sums"], column_scale, gate, residual),
+            *(x, weight, x_desc, w_desc, bias, *factors[:2], column_scale, gate, residual),
             *(y, codes, new_gate, sums, T, O, I, x.stride(0), weight.stride(0), 0 if sums is None else sums.shape[1]),
-            *(given["row_parts"], given["count"], given["eps"]),
-            *(*_scale_arguments(x_scale), *_scale_arguments(code_scale)),
+            *(*factors[2:], *_row_scales(x_scale), *_row_scales(code_scale)),
             ACTIVATION=name or None,
             GLU=glu,
             EXACT=x.dtype == torch.float32,
             PART=part,
-            ROW_PARTS=triton.next_power_of_2(given["row_parts"] or 1),
+            ROW_PARTS=triton.next_power_of_2(factors[2] or 1),
             EVEN_I=I % tile["BLOCK_I"] == 0,
             INTERPRETED=_launch.INTERPRETED,
             **candidate.all_kwargs(),
@@ -205,30 +206,20 @@ def linear_triton(
             return result, sums
         return result if new_gate is None else (result, new_gate)
 
-    arch = _launch.architecture(x.device)
+    arch, twice = _launch.architecture(x.device), code_scale is not None and wide
     found: list[_launch.Candidate] = [
-        *configurations(
-            arch, x.dtype, glu=bool(glu), descriptors=aligned, few=few, twice=code_scale is not None and wide
-        )
+        *configurations(arch, x.dtype, glu=bool(glu), descriptors=aligned, few=few, twice=twice)
     ]
     if x.dtype in (torch.bfloat16, torch.float16) and code_scale is None and (few or bare):
         found.append(LIBRARY)
-    operands = epilogue | {"bias": bias, "row_scale": given["row_scale"], "row_sums": given["row_sums"]}
-    words = [key for key, value in operands.items() if value is not None and key != "activation"]
-    options = {"squares": squares, "codes": code_scale is not None, "wide": wide and code_scale is not None}
+    operands = {"gate": gate, "residual": residual, "bias": bias, "row_scale": factors[0], "row_sums": factors[1]}
+    options = {"squares": squares, "codes": code_scale is not None, "wide": twice}
+    words = [word for word, operand in operands.items() if operand is not None]
     words += [word for word, on in options.items() if on] + [activation] * (activation is not None)
     problem = f"linear {str(x.dtype)[6:]} O={O} I={I} {' '.join(words)}"
     return _launch.run(problem, T, x.device, found, launch, trial=partial(launch, into=False))
 
 
-def _scale_arguments(scales: TokenScales | None) -> tuple[float | int | None, ...]:
-    """Return the kernel's arguments for static scales of rows."""
+def _row_scales(scales: TokenScales | None) -> tuple[float | int | None, ...]:
+    """Return (lead, rest, tokens, read), the kernel's arguments for static scales of rows; None each without."""
     return (None,) * 4 if scales is None else (scales.lead, scales.rest, scales.tokens, scales.read)
-
-
-def _row_arguments(row_scale: Tensor | RowSums | None) -> dict[str, Any]:
-    """Return the kernel's arguments for the rows' factors."""
-    if isinstance(row_scale, RowSums):
-        made = {"row_sums": row_scale.sums, "row_parts": row_scale.sums.shape[1]}
-        return {"row_scale": None, **made, "count": row_scale.count, "eps": row_scale.eps}
-    return {"row_scale": row_scale, "row_sums": None, "row_parts": 0, "count": 1, "eps": 0.0}

@@ -56,10 +56,10 @@ def assemble_triton(
     x = torch.empty(rows * tokens, width, dtype=patches.dtype, device=patches.device)
     sums = torch.empty(len(x), 1, dtype=torch.float32, device=x.device) if squares else None
     codes = None if code_scale is None else torch.empty(x.shape, dtype=E4M3, device=x.device)
-    code_arguments = (None,) * 3 if code_scale is None else (code_scale.lead, code_scale.rest, code_scale.read)
     block_t, block_d = _launch.row_blocks(width)
     _assemble_kernel[(triton.cdiv(len(x), block_t),)](
-        *(patches, prefix, position, x, codes, sums, len(x), tokens, len(prefix), width, *code_arguments),
+        *(patches, prefix, position, x, codes, sums, len(x), tokens, len(prefix), width),
+        *_launch.scale_arguments(code_scale),
         BLOCK_T=block_t,
         BLOCK_D=block_d,
         INTERPRETED=_launch.INTERPRETED,

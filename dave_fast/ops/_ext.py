@@ -20,6 +20,9 @@ from dave_fast.errors import BackendError
 from dave_fast.sampling import Draws
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+# Of a Draws' tensors, in the order of its fields.
+DRAWS_DTYPES = [torch.int64, torch.float64, torch.float64, torch.float64, torch.int64, torch.int64]
+CPU = torch.device("cpu")
 # `run_native` or `run_cuda`: a kernel's name and its arguments.
 Run = Callable[..., None]
 # The oldest GPUs that the CUDA kernels are compiled for.
@@ -107,22 +110,14 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-def address(tensor: Tensor) -> int:
-    """Return the address of a contiguous CPU tensor; raise BackendError for any other."""
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
-        raise BackendError(f"native kernels read contiguous CPU tensors; got {_described(tensor)}")
-    return tensor.data_ptr()
-
-
-def device_address(tensor: Tensor, device: torch.device) -> int:
+def address(tensor: Tensor, device: torch.device = CPU) -> int:
     """Return the address of a contiguous tensor on `device`; raise BackendError for any other."""
     if tensor.device != device or not tensor.is_contiguous():
-        raise BackendError(f"CUDA kernels read contiguous tensors on one device, {device}; got {_described(tensor)}")
+        raise BackendError(
+            f"these kernels read contiguous {str(device).upper()} tensors; got one of shape {tuple(tensor.shape)} and "
+            f"strides {tensor.stride()} on {tensor.device}"
+        )
     return tensor.data_ptr()
-
-
-def _described(tensor: Tensor) -> str:
-    return f"one of shape {tuple(tensor.shape)} and strides {tensor.stride()} on {tensor.device}"
 
 
 def queue(device: torch.device) -> tuple[int, int]:
@@ -147,7 +142,7 @@ def run_native(op: str, *arguments: Any) -> None:
             Draws as the addresses of its tensors and its number of rows.
     """
     kernel = getattr(module(), op)
-    passed, _kept = _passed(arguments, address)
+    passed, _kept = _passed(arguments, CPU)
     kernel(*passed, threads())
 
 
@@ -162,29 +157,23 @@ def run_cuda(op: str, *arguments: Any) -> None:
     kernel = getattr(cuda_module(), op)
     device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
     moved = [argument.to(device) if isinstance(argument, Draws) else argument for argument in arguments]
-    passed, _kept = _passed(moved, lambda tensor: device_address(tensor, device))
+    passed, _kept = _passed(moved, device)
     kernel(*queue(device), *passed)
 
 
-def _passed(arguments: Sequence[Any], place: Callable[[Tensor], int]) -> tuple[list[Any], list[Tensor]]:
+def _passed(arguments: Sequence[Any], device: torch.device) -> tuple[list[Any], list[Tensor]]:
     """Return arguments as a kernel takes them, and the tensors made for it, to be kept until it has run."""
-    passed, kept = [], []
+    passed: list[Any] = []
+    kept: list[Tensor] = []
     for argument in arguments:
         if isinstance(argument, Draws):
-            tensors = _contiguous(argument)
+            tensors = [tensor.contiguous() for tensor in argument.tensors()]
+            if [tensor.dtype for tensor in tensors] != DRAWS_DTYPES:
+                raise TypeError("draws must have the dtypes that dave_fast.sampling.Draws documents")
             kept += tensors
-            passed += [[place(tensor) for tensor in tensors], len(argument)]
+            passed += [[address(tensor, device) for tensor in tensors], len(argument)]
         elif isinstance(argument, Tensor):
-            passed.append(place(argument))
+            passed.append(address(argument, device))
         else:
             passed.append(0 if argument is None else argument)
     return passed, kept
-
-
-def _contiguous(draws: Draws) -> list[Tensor]:
-    """Return the six tensors of a Draws, contiguous; raise TypeError for other dtypes than it documents."""
-    tensors = [tensor.contiguous() for tensor in draws.tensors()]
-    expected = [torch.int64, torch.float64, torch.float64, torch.float64, torch.int64, torch.int64]
-    if [tensor.dtype for tensor in tensors] != expected:
-        raise TypeError("draws must have the dtypes that dave_fast.sampling.Draws documents")
-    return tensors

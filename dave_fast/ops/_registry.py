@@ -17,26 +17,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from dave_fast.errors import BackendError
-
-
-def _native_unavailable() -> str | None:
-    from dave_fast.ops import _ext
-
-    return _ext.unavailable()
-
-
-def _cuda_unavailable() -> str | None:
-    from dave_fast.ops import _ext
-
-    return _ext.cuda_unavailable()
+from dave_fast.ops import _ext
 
 
 def _onednn_unavailable() -> str | None:
-    import torch
-
     if not torch.backends.mkldnn.is_available():
         return "this PyTorch was built without oneDNN"
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
@@ -45,10 +36,6 @@ def _onednn_unavailable() -> str | None:
 
 
 def _triton_unavailable() -> str | None:
-    from importlib.util import find_spec
-
-    import torch
-
     if find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     if _interprets():
@@ -82,10 +69,10 @@ class Backend:
 
 BACKENDS: dict[str, Backend] = {
     "torch": Backend("torch", ("cpu", "cuda", "mps", "xpu"), lambda: None),
-    "native": Backend("native", ("cpu",), cache(_native_unavailable)),
+    "native": Backend("native", ("cpu",), cache(_ext.unavailable)),
     "onednn": Backend("onednn", ("cpu",), cache(_onednn_unavailable)),
     "triton": Backend("triton", ("cpu", "cuda") if _interprets() else ("cuda",), cache(_triton_unavailable)),
-    "cuda": Backend("cuda", ("cuda",), cache(_cuda_unavailable)),
+    "cuda": Backend("cuda", ("cuda",), cache(_ext.cuda_unavailable)),
 }
 
 # Backends for "auto", best first.
@@ -167,3 +154,9 @@ def load(op: str, backend: str) -> Callable[..., Any]:
 def bind(op: str, backend: str = "auto", device: str = "cpu") -> Callable[..., Any]:
     """Return the function that runs `op` on `device`."""
     return load(op, choose(op, backend, device))
+
+
+def run(op: str, backend: str, *arguments: Any, **options: Any) -> Tensor:
+    """Return what `op` makes of the arguments on the device of the first of them, a tensor."""
+    result: Tensor = bind(op, backend, arguments[0].device.type)(*arguments, **options)
+    return result

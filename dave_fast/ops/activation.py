@@ -14,31 +14,20 @@ from torch import Tensor
 
 from dave_fast.ops import _ext
 
-
-def _gelu_gate(u: Tensor) -> Tensor:
-    return torch.special.ndtr(u)
-
-
-def _gelu_tanh_gate(u: Tensor) -> Tensor:
-    # ½(1 + tanh z) = sigmoid(2z), which does not cancel for large negative u
-    return torch.sigmoid(2.0 * math.sqrt(2.0 / math.pi) * (u + 0.044715 * u * u * u))
-
-
-def _relu_gate(u: Tensor) -> Tensor:
-    return (u > 0).to(u.dtype)
-
-
-def _quick_gelu_gate(u: Tensor) -> Tensor:
-    return torch.sigmoid(1.702 * u)
-
-
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": _gelu_gate,
-    "gelu_tanh": _gelu_tanh_gate,
+    "gelu": torch.special.ndtr,
+    # ½(1 + tanh z) = sigmoid(2z), which does not cancel for large negative u
+    "gelu_tanh": lambda u: torch.sigmoid(2.0 * math.sqrt(2.0 / math.pi) * (u + 0.044715 * u * u * u)),
     "silu": torch.sigmoid,
-    "relu": _relu_gate,
-    "quick_gelu": _quick_gelu_gate,
+    "relu": lambda u: (u > 0).to(u.dtype),
+    "quick_gelu": lambda u: torch.sigmoid(1.702 * u),
 }
+
+
+def parts_of(activation: str) -> tuple[str, int]:
+    """Return the gate's name, and 0 for no gated MLP, 1 for one whose value is u's second half, 2 for its first."""
+    name, glu, order = activation.partition("_glu")
+    return name, 0 if not glu else 2 if order else 1
 
 
 def activate_ref(u: Tensor, activation: str) -> tuple[Tensor, Tensor]:
@@ -47,11 +36,11 @@ def activate_ref(u: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     With a name that ends in "_glu" ("silu_glu"), u (..., 2M) is a, then b, and the result is (act(a)·b, act(a)), both
     (..., M); with "_glu_last" u is b, then a.
     """
-    name, glu, order = activation.partition("_glu")
-    if not glu:
+    name, gated = parts_of(activation)
+    if not gated:
         gate = GATES[name](u)
         return gate * u, gate
-    a, b = u.chunk(2, dim=-1) if not order else reversed(u.chunk(2, dim=-1))
+    a, b = u.chunk(2, dim=-1) if gated == 1 else reversed(u.chunk(2, dim=-1))
     gate = GATES[name](a) * a
     return gate * b, gate
 
@@ -65,12 +54,11 @@ def activate_native(u: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """Run `activate_ref` in C++ on the host, in one pass; float64 is left to PyTorch."""
     if u.dtype == torch.float64:
         return activate_ref(u, activation)
-    name, glu, order = activation.partition("_glu")
+    name, gated = parts_of(activation)
     rows, width = u.shape
-    hidden = width // 2 if glu else width
+    hidden = width // 2 if gated else width
     # A gated MLP's result is narrower than u; any other activation is written over u itself.
-    h = u.new_empty(rows, hidden) if glu else u
+    h = u.new_empty(rows, hidden) if gated else u
     gate = u.new_empty(rows, hidden)
-    gated = 0 if not glu else 2 if order else 1
     _ext.run_native("activate", *_ext.coded(u), list(GATES).index(name), gated, rows, hidden, h, gate)
     return h, gate

@@ -110,16 +110,16 @@ def attention_native(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     shape = (rows, queries, k.shape[1], heads, dim)
     out = torch.empty(rows, queries, heads, dim, dtype=q.dtype)
-    words = kept = None
-    if shape[2] <= KEEP_PROBABILITIES:
-        # A word is one float, or the bfloat16 of two queries.
-        words = torch.empty(rows, heads, -(-queries // (2 if bf16 else 1)), -(-shape[2] // 16) * 16, dtype=torch.int32)
-    else:
-        kept = torch.empty(2, rows, heads, queries, dtype=torch.float32)
-    bias = None if bias is None else bias.contiguous()
-    saved = SavedNative(shape, scale, words, None if words is not None else (q, k), kept, bias)
-    operands = (*_view(q), *_view(k), *_view(v), out)
-    _ext.run_native("attention", shape, scale, _ext.DTYPE_CODES[q.dtype], bias, *operands, kept, words, saved.stride)
+    stored = shape[2] <= KEEP_PROBABILITIES
+    # A word is one float, or the bfloat16 of two queries.
+    lines = -(-queries // (2 if bf16 else 1)) if stored else 0
+    words = torch.empty(rows, heads, lines, -(-shape[2] // 16) * 16, dtype=torch.int32)
+    kept = torch.empty(2, rows, heads, 0 if stored else queries, dtype=torch.float32)
+    saved = SavedNative(
+        shape, scale, words, None if stored else (q, k), kept, None if bias is None else bias.contiguous()
+    )
+    operands = (*_view(q), *_view(k), *_view(v), out, kept, words, words.stride(1))
+    _ext.run_native("attention", shape, scale, _ext.DTYPE_CODES[q.dtype], saved.bias, *operands)
     return out, saved
 
 
@@ -134,7 +134,7 @@ def attention_vjp_native(saved: Any, d_out: Tensor) -> Tensor:
     _ext.run_native(
         "attention_vjp",
         *(saved.shape, saved.scale, _ext.DTYPE_CODES[d_out.dtype], saved.bias, *_view(q), *_view(k)),
-        *(saved.peak_and_share, saved.words, saved.stride, *_view(d_out), d_v),
+        *(saved.peak_and_share, saved.words, saved.words.stride(1), *_view(d_out), d_v),
     )
     return d_v
 
@@ -146,23 +146,18 @@ class SavedNative:
     Attributes:
         shape: (R, Q, N, heads, head_dim).
         scale: multiplies q kᵀ.
-        words: P, int32 (R, heads, ·, N rounded up to 16), or None.
+        words: P, int32 (R, heads, ·, N rounded up to 16); empty where it is not stored.
         queries_keys: q and k as they were given, None where P is stored.
-        peak_and_share: (2, R, heads, Q) float32, None where P is stored.
+        peak_and_share: (2, R, heads, Q) float32, empty where P is stored.
         bias: (heads, Q, N), or None.
     """
 
     shape: tuple[int, int, int, int, int]
     scale: float
-    words: Tensor | None
+    words: Tensor
     queries_keys: tuple[Tensor, Tensor] | None
-    peak_and_share: Tensor | None
+    peak_and_share: Tensor
     bias: Tensor | None
-
-    @property
-    def stride(self) -> int:
-        """Number of words of one (row, head)."""
-        return 0 if self.words is None else self.words.stride(1)
 
 
 def _view(heads: Tensor) -> tuple[int, list[int]]:

@@ -55,7 +55,7 @@ class Choices:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._known: dict[str, dict[int, Choice]] | None = None
+        self._known = self._read()
 
     @staticmethod
     def of(gpu: str) -> Choices:
@@ -68,13 +68,11 @@ class Choices:
 
     def all(self) -> dict[str, dict[int, Choice]]:
         """Return every choice: problem -> rows -> choice."""
-        if self._known is None:
-            self._known = self._read()
         return self._known
 
     def find(self, problem: str, rows: int) -> str | None:
         """Return the candidate for a problem, measured with the nearest number of rows; None where none is near."""
-        measured = self.all().get(problem)
+        measured = self._known.get(problem)
         if not measured:
             return None
         nearest = min(measured, key=lambda known: max(known / rows, rows / known))
@@ -83,7 +81,7 @@ class Choices:
     def keep(self, problem: str, rows: int, choice: Choice) -> None:
         """Add a choice, in memory and to the file, without losing what other processes have written to it."""
         merged = self._read()
-        for known, by_rows in self.all().items():
+        for known, by_rows in self._known.items():
             merged.setdefault(known, {}).update(by_rows)
         merged.setdefault(problem, {})[rows] = choice
         self._known = merged

@@ -189,21 +189,15 @@ def linear_fp8_ref(
         operand = values * x.scale.rows(values)
     else:
         operand = dequantise(*quantise(x), exact)
-    widened: dict[str, Any] = {
-        k: v.to(exact) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in epilogue.items()
-    }
-    squares = widened.pop("squares", False)
+    squares = epilogue.pop("squares", False)
     scale = row_scale.rstd() if isinstance(row_scale, RowSums) else row_scale
-    result = linear_ref(
-        operand,
-        dequantise(*weight, exact),
-        None if bias is None else bias.to(exact),
-        row_scale=None if scale is None else scale.to(exact),
-        **widened,
-    )
+    widened: dict[str, Any] = {
+        k: v.to(exact) if isinstance(v, Tensor) and v.is_floating_point() else v
+        for k, v in (epilogue | {"bias": bias, "row_scale": scale}).items()
+    }
+    result = linear_ref(operand, dequantise(*weight, exact), **widened)
     result, *gate = result if isinstance(result, tuple) else (result,)
-    stored = result.to(x.dtype)
-    first = stored
+    stored = first = result.to(x.dtype)
     if code_scale is not None:
         first = Codes(encode(result, code_scale), code_scale, x.dtype, stored if wide else None)
     if gate:

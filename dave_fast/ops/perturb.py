@@ -37,9 +37,7 @@ def perturb(
         return _library.call("perturb", images, draws, *patch_hw(patch_size), dtype, backend)
     _warp.check(images, draws, patch_size)
     check_dtype("dtype", dtype, STORED)
-    run = _registry.bind("perturb", backend, images.device.type)
-    tokens: Tensor = run(images, draws, patch_size, dtype=dtype)
-    return tokens
+    return _registry.run("perturb", backend, images, draws, patch_size, dtype=dtype)
 
 
 def perturb_ref(images: Tensor, draws: Draws, patch_size: PatchSize, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -49,12 +47,10 @@ def perturb_ref(images: Tensor, draws: Draws, patch_size: PatchSize, *, dtype: t
     step = _warp.rows_a_chunk(images)
     for start in range(0, len(draws), step):
         part = draws[start : start + step]
-        signal = part.signal.to(images.dtype).to(images.device).view(-1, 1, 1, 1)
-        perturbed = signal * warp(images[part.image_index.to(images.device)], part)
+        perturbed = part.signal.to(images).view(-1, 1, 1, 1) * warp(images[part.image_index.to(images.device)], part)
         if part.noise.any():
-            noise = part.noise.to(images.dtype).to(images.device).view(-1, 1, 1, 1)
             deviates = normal(part.keys.to(images.device), part.samples.to(images.device), channels * height * width)
-            perturbed = perturbed + noise * deviates.view_as(perturbed)
+            perturbed = perturbed + part.noise.to(images).view(-1, 1, 1, 1) * deviates.view_as(perturbed)
         tokens[start : start + step] = patchify(perturbed, patch_size)
     return tokens
 
@@ -81,7 +77,7 @@ def _compiled(run: _ext.Run, images: Tensor, draws: Draws, patch_size: PatchSize
 
 def warp(images: Tensor, draws: Draws) -> Tensor:
     """Return τ(x) for images (R, C, H, W): y(p) = Σ_q x(q)·h(source_x(p) - q_x)·h(source_y(p) - q_y)."""
-    x, y = _warp.source(draws.matrices.to(images.dtype).to(images.device), *_warp.pixels(images))
+    x, y = _warp.source(draws.matrices.to(images), *_warp.pixels(images))
     left, top = x.floor(), y.floor()
     warped = torch.zeros_like(images)
     for q_y in (top, top + 1):

@@ -34,8 +34,7 @@ def resolve_device(device: str | torch.device | None, model: nn.Module, *, named
     if device is None and named:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device is None:
-        parameter = next(iter(model.parameters()), None)
-        device = torch.device("cpu") if parameter is None else parameter.device
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     try:
         chosen = torch.device(device)
     except RuntimeError as error:

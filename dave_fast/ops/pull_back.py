@@ -49,9 +49,7 @@ def pull_back(
     check(token_cotangents, images, draws, patch_size)
     if dtype is not None:
         check_dtype("dtype", dtype, STORED)
-    run = _registry.bind("pull_back", backend, images.device.type)
-    contributions: Tensor = run(token_cotangents, images, draws, patch_size, dtype=dtype)
-    return contributions
+    return _registry.run("pull_back", backend, token_cotangents, images, draws, patch_size, dtype=dtype)
 
 
 def check(token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: PatchSize) -> None:
@@ -70,17 +68,21 @@ def pull_back_ref(
     token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: PatchSize, *, dtype: torch.dtype | None = None
 ) -> Tensor:
     """Run `pull_back` in PyTorch, on any device."""
-    height, width = images.shape[2:]
-    shape = (len(draws), *images.shape[1:])
-    contributions = torch.empty(shape, dtype=dtype or images.dtype, device=images.device)
+    contributions = images.new_empty(len(draws), *images.shape[1:], dtype=dtype or images.dtype)
     step = _warp.rows_a_chunk(images)
     for start in range(0, len(draws), step):
-        part = draws[start : start + step]
-        cotangents = unpatchify(token_cotangents[start : start + step].to(images.dtype), patch_size, height, width)
-        signal = part.signal.to(images.dtype).to(images.device).view(-1, 1, 1, 1)
-        image = images[part.image_index.to(images.device)]
-        contributions[start : start + step] = signal * adjoint_warp(cotangents, part) * image
+        part = slice(start, start + step)
+        contributions[part] = contributions_of(token_cotangents[part], images, draws[part], patch_size)
     return contributions
+
+
+def contributions_of(
+    token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: PatchSize, rows: slice = slice(None)
+) -> Tensor:
+    """Return the contributions (R, C, rows of pixels, W) of all draws at once."""
+    cotangents = unpatchify(token_cotangents.to(images.dtype), patch_size, *images.shape[2:])
+    image = images[draws.image_index.to(images.device), :, rows]
+    return draws.signal.to(images).view(-1, 1, 1, 1) * adjoint_warp(cotangents, draws, rows) * image
 
 
 def pull_back_native(
@@ -121,7 +123,7 @@ def cotangents_and_images(token_cotangents: Tensor, images: Tensor, draws: Draws
     return *_ext.coded(token_cotangents.contiguous()), *_ext.coded(images), images.shape
 
 
-def adjoint_warp(cotangents: Tensor, draws: Draws, rows: range | None = None) -> Tensor:
+def adjoint_warp(cotangents: Tensor, draws: Draws, rows: slice = slice(None)) -> Tensor:
     """Return τᵀ(g), with (τᵀg)(q) = Σ_p g(p)·h(source_x(p) - q_x)·h(source_y(p) - q_y).
 
     This is a gather: the destinations p that see a source pixel q lie in an open parallelogram around the inverse map
@@ -130,17 +132,20 @@ def adjoint_warp(cotangents: Tensor, draws: Draws, rows: range | None = None) ->
     Args:
         cotangents: g (R, C, H, W).
         draws: R rows.
-        rows: the rows of source pixels q that are wanted; None for all.
+        rows: the rows of source pixels q that are wanted.
 
     Returns:
-        (R, C, len(rows), W), in the dtype of the cotangents.
+        (R, C, rows of pixels, W), in the dtype of the cotangents.
     """
-    matrices = draws.matrices.to(cotangents.dtype).to(cotangents.device)
-    inverse, reach = inverse_and_reach(draws.matrices)
+    if not bool((_determinants(draws.matrices) != 0).all()):
+        raise InputError("draws.matrices must be invertible")
+    backward = inverse(draws.matrices)
+    reach = backward[:, :, :2].abs().sum(-1)
+    matrices = draws.matrices.to(cotangents)
     x, y = _warp.pixels(cotangents)
-    y = y if rows is None else y[:, rows.start : rows.stop]
-    centre_x, centre_y = _warp.source(inverse.to(cotangents.dtype).to(cotangents.device), x, y)
-    half = reach.to(cotangents.dtype).to(cotangents.device)[:, :, None, None]
+    y = y[:, rows]
+    centre_x, centre_y = _warp.source(backward.to(cotangents), x, y)
+    half = reach.to(cotangents)[:, :, None, None]
     first_x, first_y = (centre_x - half[:, 0]).floor() + 1, (centre_y - half[:, 1]).floor() + 1
     # Each row has a count of its own, so that its bits do not depend on the other rows of the batch.
     counts = (2 * reach).ceil().to(cotangents.device)[:, :, None, None]
@@ -153,14 +158,6 @@ def adjoint_warp(cotangents: Tensor, draws: Draws, rows: range | None = None) ->
             weight = torch.where((i < counts[:, 0]) & (j < counts[:, 1]), weight, 0)
             pulled += weight[:, None] * _warp.take(cotangents, p_x, p_y)
     return pulled
-
-
-def inverse_and_reach(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the inverse maps (R, 2, 3), source → destination, and the L1 norms (R, 2) of their rows; float64."""
-    if not bool((_determinants(matrices) != 0).all()):
-        raise InputError("draws.matrices must be invertible")
-    found = inverse(matrices)
-    return found, found[:, :, :2].abs().sum(-1)
 
 
 def inverse(matrices: Tensor) -> Tensor:

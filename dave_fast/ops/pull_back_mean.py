@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dave_fast.errors import InputError
 from dave_fast.ops import _ext, _library, _registry, _warp
-from dave_fast.ops.patches import PatchSize, patch_hw, unpatchify
-from dave_fast.ops.pull_back import adjoint_warp, check, cotangents_and_images
+from dave_fast.ops.patches import PatchSize, patch_hw
+from dave_fast.ops.pull_back import check, contributions_of, cotangents_and_images
 from dave_fast.ops.robust_mean import robust_mean_ref
 from dave_fast.sampling import Draws
 
@@ -57,9 +57,7 @@ def pull_back_mean(
     check(token_cotangents, images, draws, patch_size)
     if not isinstance(n_samples, int) or n_samples < 1 or len(draws) % n_samples:
         raise InputError(f"n_samples must divide the {len(draws)} rows of the draws; got {n_samples!r}")
-    run = _registry.bind("pull_back_mean", backend, images.device.type)
-    raw: Tensor = run(token_cotangents, images, draws, patch_size, n_samples)
-    return raw
+    return _registry.run("pull_back_mean", backend, token_cotangents, images, draws, patch_size, n_samples)
 
 
 def pull_back_mean_ref(
@@ -71,17 +69,13 @@ def pull_back_mean_ref(
     step = min(n_samples, _warp.rows_a_chunk(images))
     for b in range(len(raw)):
         for top in range(0, height, REF_TILE):
-            rows = range(top, min(top + REF_TILE, height))
-            contributions = images.new_empty(n_samples, channels, len(rows), width)
+            rows = slice(top, min(top + REF_TILE, height))
+            contributions = images.new_empty(n_samples, channels, rows.stop - top, width)
             for start in range(0, n_samples, step):
                 part = slice(b * n_samples + start, b * n_samples + min(start + step, n_samples))
-                some = draws[part]
-                cotangents = unpatchify(token_cotangents[part].to(images.dtype), patch_size, height, width)
-                signal = some.signal.to(images.dtype).to(images.device).view(-1, 1, 1, 1)
-                image = images[some.image_index.to(images.device), :, top : rows.stop]
-                pulled = adjoint_warp(cotangents, some, rows)
-                contributions[start : start + step] = signal * pulled * image
-            raw[b, :, top : rows.stop] = robust_mean_ref(contributions[None])[0]
+                made = contributions_of(token_cotangents[part], images, draws[part], patch_size, rows)
+                contributions[start : start + step] = made
+            raw[b, :, rows] = robust_mean_ref(contributions[None])[0]
     return raw
 
 

@@ -39,9 +39,7 @@ def robust_mean(contributions: Tensor, *, backend: str = "auto") -> Tensor:
     check_dtype("contributions", contributions, STORED)
     if contributions.ndim < 2 or contributions.shape[1] < 1:
         raise InputError(f"contributions must have the shape (B, S, ...), S ≥ 1; got {tuple(contributions.shape)}")
-    run = _registry.bind("robust_mean", backend, contributions.device.type)
-    raw: Tensor = run(contributions)
-    return raw
+    return _registry.run("robust_mean", backend, contributions)
 
 
 def robust_mean_ref(contributions: Tensor) -> Tensor:

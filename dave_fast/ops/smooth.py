@@ -42,9 +42,7 @@ def smooth(raw: Tensor, *, backend: str = "auto") -> Tensor:
     check_dtype("raw", raw, COMPUTED)
     if raw.ndim != 4 or 0 in raw.shape[1:]:
         raise InputError(f"raw must have the shape (B, C, H, W), C, H and W ≥ 1; got {tuple(raw.shape)}")
-    run = _registry.bind("smooth", backend, raw.device.type)
-    maps: Tensor = run(raw)
-    return maps
+    return _registry.run("smooth", backend, raw)
 
 
 def smooth_ref(raw: Tensor) -> Tensor:
