@@ -132,7 +132,7 @@ def test_gated_mlps_keep_the_operands_dtype_for_their_gates(numbers, monkeypatch
 @pytest.mark.parametrize("variant", ["descriptors", "persistent", "plain"])
 @pytest.mark.parametrize("glu", [False, True])
 def test_every_tile_loading_and_order(numbers, variant, glu, monkeypatch):
-    way = kernels._configuration(32, 64, 32, 4, 1, descriptors=variant != "plain", persistent=variant == "persistent")
+    way = kernels._configuration((32, 64, 32), 4, 1, tma=variant != "plain", persistent=variant == "persistent")
     monkeypatch.setattr(kernels, "configurations", lambda *_, **__: [way])
     x, matrix = numbers(150, 40, dtype=torch.float16), numbers(2 * 70, 40, dtype=torch.float16, seed=1)
     activation = "silu_glu" if glu else "silu"
