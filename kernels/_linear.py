@@ -142,10 +142,12 @@ def _halves(acc):
 
 
 @triton.jit
-def _epilogue(acc, second, scale, memory, how, i_t, start, BLOCK_T: tl.constexpr, ACTIVATION: tl.constexpr):
-    """Compute and store the epilogue of acc's columns, from `start` on; `memory` and `how` as the kernel makes them."""
+def _epilogue(
+    acc, second, scale, memory, i_t, start, BLOCK_T: tl.constexpr, ACTIVATION: tl.constexpr, GLU: tl.constexpr,
+    EXACT: tl.constexpr, PART: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Compute and store the epilogue of acc's columns, from `start` on; `memory` as the kernel makes it."""
     bias, column_scale, gate, residual, y, codes, code_scales, new_gate, squares, T, O, parts = memory
-    GLU, EXACT, PART, INTERPRETED = how
     WIDTH: tl.constexpr = acc.shape[1]
     # 64 bits for the tile's corner, 32 for offsets in it, which take half of the registers here.
     corner = (i_t * BLOCK_T).to(tl.int64) * O + start
@@ -190,14 +192,19 @@ def _epilogue(acc, second, scale, memory, how, i_t, start, BLOCK_T: tl.constexpr
 
 
 @triton.jit
-def _epilogues(acc, second, scale, memory, how, i_t, start, BLOCK_T: tl.constexpr, ACTIVATION: tl.constexpr):
+def _epilogues(
+    acc, second, scale, memory, i_t, start, BLOCK_T: tl.constexpr, ACTIVATION: tl.constexpr, GLU: tl.constexpr,
+    EXACT: tl.constexpr, PART: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
     """Compute the epilogue of one half of the columns after the other, so that its operands fit the registers."""
-    _, _, PART, _ = how
     if acc.shape[1] > (32 if ACTIVATION is not None else PART):
         acc, right = _halves(acc)
         second, second_right = _halves(second)
-        _epilogue(right, second_right, scale, memory, how, i_t, start + right.shape[1], BLOCK_T, ACTIVATION)
-    _epilogue(acc, second, scale, memory, how, i_t, start, BLOCK_T, ACTIVATION)
+        _epilogue(
+            right, second_right, scale, memory, i_t, start + right.shape[1], BLOCK_T,
+            ACTIVATION, GLU, EXACT, PART, INTERPRETED,
+        )  # fmt: skip
+    _epilogue(acc, second, scale, memory, i_t, start, BLOCK_T, ACTIVATION, GLU, EXACT, PART, INTERPRETED)
 
 
 @triton.jit
@@ -229,9 +236,11 @@ def _linear_kernel(
         start = i_o * BLOCK_O
         code_scales = (code_lead, code_rest, code_tokens, code_read)
         memory = (bias, column_scale, gate, residual, y, codes, code_scales, new_gate, squares, T, O, parts)
-        how = (GLU, EXACT, PART, INTERPRETED)
         if ACTIVATION is not None and BLOCK_O > PART:
             acc, right = _halves(acc)
             second, second_right = _halves(second)
-            _epilogues(right, second_right, scale, memory, how, i_t, start + BLOCK_O // 2, BLOCK_T, ACTIVATION)
-        _epilogues(acc, second, scale, memory, how, i_t, start, BLOCK_T, ACTIVATION)
+            _epilogues(
+                right, second_right, scale, memory, i_t, start + BLOCK_O // 2, BLOCK_T,
+                ACTIVATION, GLU, EXACT, PART, INTERPRETED,
+            )  # fmt: skip
+        _epilogues(acc, second, scale, memory, i_t, start, BLOCK_T, ACTIVATION, GLU, EXACT, PART, INTERPRETED)
