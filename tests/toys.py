@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dave_fast.engine.build import build_engine
 from dave_fast.engine.walks import Engine
-from dave_fast.frozen.mode import check_scores, freeze, run_frozen
+from dave_fast.frozen.mode import freeze, run_frozen
 from dave_fast.plan.families import read
 
 
@@ -53,7 +53,6 @@ def frozen_vjp(model: nn.Module, inputs: Tensor, target_fn: Callable[[Tensor], T
         leaf = inputs.clone().detach().requires_grad_()
         output = frozen_forward(model, leaf)
         scores = target_fn(output)
-        check_scores(scores, leaf)
         # the backward pass of a checkpointed model repeats its forward pass
         with freeze():
             (gradient,) = torch.autograd.grad(scores.sum(), leaf)

@@ -253,10 +253,4 @@ class ForwardWalk:
 
 def _readers(steps: Sequence[Step]) -> list[Any]:
     """Return the packed weights with which the stream ahead of these steps is multiplied."""
-    layers = [layer for step in steps for layer in step.layers]
-    return [
-        projection.weight
-        for layer in layers
-        for projection in ([layer.fc1] if isinstance(layer, MlpLayer) else [layer.qkv, layer.query, layer.key_value])
-        if projection is not None
-    ]
+    return [reader.weight for step in steps for layer in step.layers for reader in layer.readers]

@@ -19,11 +19,10 @@ The bound is factor(S)·ê, the factor being the 0.9 quantile of error/ê over s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import numpy as np
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -84,25 +83,15 @@ def relative_distance(maps: Tensor, limit: Tensor) -> list[float]:
 
 def factor(samples: int) -> float:
     """Return the factor that makes ê a bound with probability 0.9; infinity for fewer samples than `FACTORS` has."""
-    known = sorted(FACTORS)
-    if samples < known[0]:
+    if samples < min(FACTORS):
         return math.inf
-    for below, above in pairwise(known):
-        if samples < above:
-            share = math.log(samples / below) / math.log(above / below)
-            return (1 - share) * FACTORS[below] + share * FACTORS[above]
-    return FACTORS[known[-1]]
+    return float(np.interp(math.log(samples), [math.log(known) for known in FACTORS], list(FACTORS.values())))
 
 
-def checkpoints(n_samples: int) -> Iterator[int]:
-    """Yield the numbers of samples at which a map is made on the way: 1, 2, 3, 4, 6, 8, 12, 16, 24 … and the last."""
-    power = 1
-    while power < n_samples:
-        yield power
-        if power > 1 and power * 3 // 2 < n_samples:
-            yield power * 3 // 2
-        power *= 2
-    yield n_samples
+def checkpoints(n_samples: int) -> list[int]:
+    """Return the numbers of samples at which a map is made on the way: 1, 2, 3, 4, 6, 8, 12, 16, 24 … and the last."""
+    powers = [2**exponent for exponent in range(n_samples.bit_length())]
+    return sorted({n_samples, *(size for power in powers for size in (power, power * 3 // 2) if size < n_samples)})
 
 
 def _squares(maps: Tensor) -> Tensor:

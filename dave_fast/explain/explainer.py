@@ -20,9 +20,9 @@ from dave_fast.engine.checks import check_classes, check_integer, check_keys, ch
 from dave_fast.engine.end_of_call import EndOfCall
 from dave_fast.engine.micro_batches import MicroBatches, Progress
 from dave_fast.errors import InputError
+from dave_fast.explain.classes import most_probable, probabilities
 from dave_fast.explain.explanation import Explanation
 from dave_fast.explain.route_cache import RouteCache
-from dave_fast.models.adapter import kind_of
 from dave_fast.models.catalog import is_private, load_model, noise_alpha_for
 from dave_fast.models.spec import ModelSpec
 from dave_fast.ops.patches import unpatchify
@@ -154,21 +154,15 @@ class DAVE:
             if top_k is None or top_k == 1:
                 resolved = [self._resolved(each, output, images) for each in wanted]
             else:
-                resolved = self._most_probable(output, top_k)
-            draws = draw(
-                n_samples,
-                height=images.shape[2],
-                width=images.shape[3],
-                seed=seed,
-                image_keys=keys,
-                sampling=self.sampling,
-            )
+                resolved = [ElementCotangent(each, each) for each in most_probable(self.model, output, top_k)]
+            height, width = images.shape[2:]
+            draws = draw(n_samples, height=height, width=width, seed=seed, image_keys=keys, sampling=self.sampling)
             raw = raw_attributions(batches, images, draws, resolved, progress)
             end.refuse_non_finite(raw, "the attribution", f"{self._advice}, or look for overflow in the model.")
             maps = batches.ops.smooth(raw.flatten(0, 1)).view(*raw.shape[:2], *raw.shape[3:])
             of_each = moved([each.classes for each in resolved], output.device)
             classes = torch.stack([each.expand(len(images)) for each in of_each], dim=1)
-            classes, probability = end.read(classes, self._probability(output, classes))
+            classes, probability = end.read(classes, probabilities(self.model, output, classes))
             # `target=` gives results without the dimension K.
             at = 0 if targets is None and top_k is None else slice(None)
             return Explanation(
@@ -335,14 +329,6 @@ class DAVE:
         """Return a target's cotangent, checked against the images' output."""
         return resolve_target(target, output, (images.shape[2], images.shape[3]), self._view())
 
-    def _most_probable(self, output: Tensor, k: int) -> list[Cotangent]:
-        """Return the cotangents of the k most probable classes of each image."""
-        if output.dim() != 2 or kind_of(self.model) == "embedding":
-            raise InputError(f"the model's output is {tuple(output.shape)}; top_k needs a classifier's: (B, K).")
-        if k > output.shape[1]:
-            raise InputError(f"top_k is {k}, and the model has {output.shape[1]} classes.")
-        return [ElementCotangent(classes, classes) for classes in output.float().topk(k).indices.T.contiguous()]
-
     def _view(self) -> ModelView:
         """Return the model and its output as questions see them."""
         return ModelView(self.model, self._predicted)
@@ -356,13 +342,6 @@ class DAVE:
             return output
 
         return self._cache.call(images, work)
-
-    def _probability(self, output: Tensor, classes: Tensor) -> Tensor:
-        """Return the probabilities (B, K) of classes (B, K); NaN for −1, and where the model is not a classifier."""
-        if output.dim() != 2 or kind_of(self.model) == "embedding":
-            return torch.full(classes.shape, float("nan"), device=classes.device)
-        chosen = output.softmax(1).gather(1, classes.clamp(min=0)).float()
-        return chosen.masked_fill(classes < 0, float("nan"))
 
 
 def effective_gradient(

@@ -16,9 +16,9 @@ from PIL import Image
 from dave_fast.defaults import DEFAULT_SAMPLES
 from dave_fast.errors import ImageError, NonFiniteError
 from dave_fast.explain.arrays import Scored, write_arrays
+from dave_fast.explain.classes import has_classes
 from dave_fast.files import atomically
 from dave_fast.images import drawing, read_image
-from dave_fast.models.adapter import kind_of
 from dave_fast.targets.text import describe_target, parse_target
 
 if TYPE_CHECKING:
@@ -109,14 +109,6 @@ class Request:
     figure: bool = False
 
 
-@dataclass(frozen=True)
-class NamedTarget:
-    """A target and its name in captions and files."""
-
-    target: Target
-    name: str
-
-
 def sources_of(files: Iterable[Path], given: Sequence[Path]) -> list[ImageSource]:
     """Name the results of image files, each differently.
 
@@ -162,10 +154,11 @@ def explain_files(
         InputError: the model does not have a target; before any image is read.
     """
     parsed = [parse_target(text, subject.labels) for text in request.targets]
-    targets = [NamedTarget(subject.explainer.bind(each), describe_target(each, subject.labels)) for each in parsed]
+    targets = [subject.explainer.bind(each) for each in parsed]
+    names = [describe_target(each, subject.labels) for each in parsed]
     if subject.prepare.note:
         note(subject.prepare.note)
-    files = _FileExplainer(subject, request, targets)
+    files = _FileExplainer(subject, request, targets, names)
     for source in sources:
         try:
             yield files.explain(source, progress)
@@ -179,21 +172,22 @@ class _FileExplainer:
 
     subject: Subject
     request: Request
-    targets: Sequence[NamedTarget]
+    targets: Sequence[Target]
+    names: Sequence[str]
 
     def explain(self, source: ImageSource, progress: Callable[[int, int], None] | None) -> Done:
         """Read, explain and write one image."""
         inputs, crop = self.subject.prepare(source.read())
         explanation = self.subject.explainer.explain(
             inputs[None],
-            targets=[each.target for each in self.targets] or None,
+            targets=self.targets or None,
             top_k=None if self.targets else self.request.top_k,
             n_samples=self.request.n_samples,
             seed=self.request.seed,
             progress=progress,
         )
         classes, probabilities = explanation.target[0].tolist(), explanation.probability[0].tolist()
-        names = [each.name for each in self.targets] or [self.subject.labels.name(each) for each in classes]
+        names = self.names or [self.subject.labels.name(each) for each in classes]
         explained = list(zip(classes, names, probabilities, strict=True))
         top = self._top(explanation)
         results = tuple(
@@ -233,14 +227,13 @@ class _FileExplainer:
                 model=self.subject.explainer.model_name,
                 image=source.path,
             )
-        index, name, probability = target
-        return Result(source, index, name, probability, overlay, plain, arrays)
+        return Result(source, *target, overlay, plain, arrays)
 
     def _top(self, explanation: Explanation) -> list[Scored]:
         """Return a classifier's five most probable classes, or all that are explained where these are more."""
-        if explanation.output.dim() != 2 or kind_of(self.subject.explainer.model) == "embedding":
+        if not has_classes(self.subject.explainer.model, explanation.output):
             return []
-        output = explanation.output[0].float()
+        output = explanation.output[0]
         top = output.softmax(0).topk(min(max(_BARS, self.request.top_k), len(output)))
         pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
         return [(index, self.subject.labels.name(index), probability) for index, probability in pairs]

@@ -77,17 +77,16 @@ class Pipeline:
         found = self.explainer.explain(
             inputs[None], targets=named, top_k=top_k if named is None else None, n_samples=n_samples, seed=seed
         )
-        scores = found.output[0].softmax(0)
-        maps = found.maps[0].cpu().numpy()
+        of_each = zip(found.target[0].tolist(), found.probability[0].tolist(), found.maps[0].cpu().numpy(), strict=True)
         return [
             {
                 "label": self.labels.name(index),
-                "score": float(scores[index]),
+                "score": score,
                 "target": index,
                 "map": heat,
                 "overlay": drawing.overlay(crop, heat),
             }
-            for index, heat in zip(found.target[0].tolist(), maps, strict=True)
+            for index, score, heat in of_each
         ]
 
 

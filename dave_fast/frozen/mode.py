@@ -29,12 +29,12 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dave_fast.errors import InputError, ModelError
+from dave_fast.errors import ModelError
 from dave_fast.frozen.ranks import KEEPS_ACTIVATION, TAKES_A_FORM, Rank, canonical, rank_of, set_rank
 from dave_fast.frozen.rules import RULES
 
@@ -44,27 +44,19 @@ _DISPATCH_CHECKS = ("has_torch_function", "has_torch_function_unary", "has_torch
 _ATTRIBUTE_ACCESS = ("__get__", "__set__", "__delete__", "requires_grad_", "register_hook")
 
 
-class Tape(Protocol):
-    """A record of the operators of a forward pass: see `dave_fast.frozen.replay.OperatorTape`."""
-
-    def keep(self, name: str, operator: Tensor) -> Tensor:
-        """Record the operator of a function and return it, or return the one recorded before."""
-        ...
-
-
 class FrozenMode(TorchFunctionMode):
     """A mode in which every operator that depends on the input is a constant for autograd.
 
     Args:
-        tape: records operators for the affine replay; None where they are only used.
+        keep: of the affine replay: (name of a function, its operator) -> the operator to use.
 
     Attributes:
         met: names of the functions that were called on tensors that depend on the input.
     """
 
-    def __init__(self, tape: Tape | None = None) -> None:
+    def __init__(self, keep: Callable[[str, Tensor], Tensor] | None = None) -> None:
         super().__init__()
-        self.tape = tape
+        self._keep = keep
         self.met: set[str] = set()
         self._name = ""
         self._inside: list[Function] = []
@@ -119,7 +111,7 @@ class FrozenMode(TorchFunctionMode):
     def operator(self, tensor: Tensor) -> Tensor:
         """Return the tensor as a constant; in a replay, the operator of the recorded pass."""
         constant = tensor.detach()
-        return constant if self.tape is None else self.tape.keep(self._name, constant)
+        return constant if self._keep is None else self._keep(self._name, constant)
 
     def _as_is(self, result: Any, rank: Rank) -> Any:
         """Rank the result of a function; indices and masks that the input chose (argsort, x > 0) are operators."""
@@ -185,16 +177,6 @@ def _require_evaluation(model: nn.Module) -> None:
                 f"the model {type(model).__name__} is to be explained as it predicts, but {where} is in training "
                 "mode: call model.eval() first"
             )
-
-
-def check_scores(scores: Tensor, inputs: Tensor) -> None:
-    """Raise InputError unless there is one differentiable score (B,) for each image of `inputs` (B, ...)."""
-    if scores.shape != inputs.shape[:1]:
-        raise InputError(
-            f"target_fn returned shape {tuple(scores.shape)}; expected one score per image, ({inputs.shape[0]},)"
-        )
-    if not scores.requires_grad:
-        raise InputError("target_fn returned scores that carry no gradient; compute them from the model's output")
 
 
 def live_tensors(values: Iterable[Any]) -> list[Tensor]:

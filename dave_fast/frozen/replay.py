@@ -14,9 +14,6 @@ from dave_fast.frozen.mode import FrozenMode, live_tensors, run_frozen
 from dave_fast.frozen.ranks import canonical
 from dave_fast.frozen.trace import Trace
 
-# functions that make attention's operator, where values are weighted one by one and summed (MobileViT v2)
-WEIGHING = frozenset({"softmax"})
-
 _LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
 # functions that take no tensors of different types, and never write into one
 _SAME_TYPE = frozenset(["matmul", "mm", "bmm", "mv", "dot", "linear", "conv1d", "conv2d", "conv3d", "addmm", "baddbmm"])
@@ -46,19 +43,19 @@ class OperatorTape:
             # the model may change the tensor in place afterwards
             self.entries.append((name, operator.clone()))
             return operator
-        met = f"{name} {tuple(operator.shape)}"
+        found = f"the operator {name} {tuple(operator.shape)}"
         if self._next >= len(self.entries):
-            raise _PathError(f"{met}, after the last recorded operator")
+            raise _PathError(f"{found} after the last one of the first input")
         kept_name, kept = self.entries[self._next]
         if (kept_name, kept.shape) != (name, operator.shape):
-            raise _PathError(f"{met} where {kept_name} {tuple(kept.shape)} was recorded")
+            raise _PathError(f"{found} in place of {kept_name} {tuple(kept.shape)}")
         self._next += 1
         return kept
 
     def finish(self) -> None:
         """Raise _PathError unless every recorded operator was read."""
         if self._next is not None and self._next < len(self.entries):
-            raise _PathError(f"the end after {self._next} of {len(self.entries)} recorded operators")
+            raise _PathError(f"only {self._next} of {len(self.entries)} operators")
 
 
 class _PathError(Exception):
@@ -106,7 +103,7 @@ class Replay:
         model: the copy.
         x: the image (1, C, H, W) in float64.
         tape: the operators at `x`.
-        functions: names of the functions in which operators were met, and those of WEIGHING that were called.
+        functions: names of the functions in which operators were used, and "softmax" where it was called.
     """
 
     def __init__(self, model: nn.Module, inputs: Tensor) -> None:
@@ -134,20 +131,14 @@ class Replay:
             # fork_rng restores the caller's generator; a model that draws numbers must not draw the same ones twice
             torch.default_generator.manual_seed(self._passes)
             try:
-                with _DoubleMode(self.tape) as mode, trace.watching(self.model):
+                with _DoubleMode(self.tape.keep) as mode, trace.watching(self.model):
                     output = run_frozen(self.model, x)
                 self.tape.finish()
-                self.functions = frozenset(name for name, _ in self.tape.entries) | (mode.met & WEIGHING)
+                self.functions = frozenset(name for name, _ in self.tape.entries) | (mode.met & {"softmax"})
             except _PathError as error:
                 raise NotFrozenError(
-                    f"{self.name} takes a path that its input chooses, which has no frozen form: in {trace.where} the "
-                    f"affine replay met {error}. Compute both branches and choose with torch.where"
+                    f"{self.name} takes a path that its input chooses, which has no frozen form: at another input "
+                    f"it had, in {trace.where}, {error}. Compute both branches and choose with torch.where"
                 ) from error
         self.tape.rewind()
         return output
-
-    def backward(self, output: Tensor, cotangent: Tensor) -> Tensor:
-        """Return the frozen gradient at `self.x`, (1, C, H, W), for a cotangent of the output."""
-        with FrozenMode():
-            (slope,) = torch.autograd.grad(output, self.x, cotangent)
-        return slope

@@ -18,6 +18,8 @@ from torch.utils import _pytree as pytree
 # far above rounding in float64 through one module, far below any variation of an operator that matters
 _LOCAL_TOLERANCE = 1e-9
 
+Recorded = list[tuple[Tensor, Tensor]]
+
 
 @dataclass
 class Call:
@@ -26,18 +28,14 @@ class Call:
     Attributes:
         path: dotted path of the module.
         kind: name of its class.
-        inputs: its floating tensors.
-        input_values: copies of them, since modules may work in place.
-        outputs: the floating tensors that it returned.
-        output_values: copies of them.
+        inputs: its floating tensors, each with a copy, since modules may work in place.
+        outputs: the floating tensors that it returned, likewise.
     """
 
     path: str
     kind: str
-    inputs: list[Tensor]
-    input_values: list[Tensor]
-    outputs: list[Tensor] = field(default_factory=list)
-    output_values: list[Tensor] = field(default_factory=list)
+    inputs: Recorded
+    outputs: Recorded = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -80,9 +78,8 @@ class Trace:
 
     def _enter(self, path: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            tensors = _floating((args, kwargs)) if self._keeps_calls else []
-            values = [t.detach().clone() for t in tensors]
-            self._open.append(Call(path, type(module).__name__, tensors, values))
+            inputs = _recorded((args, kwargs)) if self._keeps_calls else []
+            self._open.append(Call(path, type(module).__name__, inputs))
             return _cloned((args, kwargs)) if self._keeps_calls else None
 
         return hook
@@ -91,8 +88,7 @@ class Trace:
         call = self._open.pop()
         if not self._keeps_calls:
             return None
-        call.outputs = _floating(output)
-        call.output_values = [t.detach().clone() for t in call.outputs]
+        call.outputs = _recorded(output)
         self.calls.append(call)
         return _cloned(output)
 
@@ -108,7 +104,7 @@ def find_culprit(before: Trace, after: Trace, score: Tensor) -> str:
     Returns:
         The module and how it fails, as the end of a sentence.
     """
-    outputs = [t for call in before.calls for t in call.outputs if t.requires_grad]
+    outputs = [t for call in before.calls for t, _ in call.outputs if t.requires_grad]
     gradients = torch.autograd.grad(score, outputs, retain_graph=True, allow_unused=True)
     # outputs that only operators are made of (queries, norms, gates) get no gradient and need not be linear
     reached = {id(t) for t, g in zip(outputs, gradients, strict=True) if g is not None}
@@ -121,24 +117,22 @@ def find_culprit(before: Trace, after: Trace, score: Tensor) -> str:
 
 def _broken(call: Call, moved: Call, reached: set[int]) -> str | None:
     """Return how a call of a module fails the comparison, or None; `reached` are ids of outputs with a gradient."""
-    d_in = [b - a for a, b in zip(call.input_values, moved.input_values, strict=True)]
-    d_out = [b - a for a, b in zip(call.output_values, moved.output_values, strict=True)]
-    inputs = zip(call.inputs, d_in, call.input_values, strict=True)
-    if any(_changes(d, v) and not t.requires_grad for t, d, v in inputs):
+    d_in = [b - a for (_, a), (_, b) in zip(call.inputs, moved.inputs, strict=True)]
+    d_out = [b - a for (_, a), (_, b) in zip(call.outputs, moved.outputs, strict=True)]
+    if _lost(call.inputs, d_in):
         # the gradient was lost before this module
         return None
-    outputs = zip(call.outputs, d_out, call.output_values, strict=True)
-    if any(_changes(d, v) and not t.requires_grad for t, d, v in outputs):
+    if _lost(call.outputs, d_out):
         return "its output changes with the input but carries no gradient (detach() or no_grad)"
-    used = [i for i, t in enumerate(call.outputs) if id(t) in reached]
-    live = [i for i, t in enumerate(call.inputs) if t.requires_grad]
+    used = [i for i, (t, _) in enumerate(call.outputs) if id(t) in reached]
+    live = [i for i, (t, _) in enumerate(call.inputs) if t.requires_grad]
     if not used or not live:
         return None
     generator = torch.Generator().manual_seed(0)
     cotangents = [torch.randn(d_out[i].shape, generator=generator, dtype=torch.float64).to(d_out[i]) for i in used]
     slopes = torch.autograd.grad(
-        [call.outputs[i] for i in used],
-        [call.inputs[i] for i in live],
+        [call.outputs[i][0] for i in used],
+        [call.inputs[i][0] for i in live],
         cotangents,
         retain_graph=True,
         allow_unused=True,
@@ -152,8 +146,14 @@ def _broken(call: Call, moved: Call, reached: set[int]) -> str | None:
     return "with frozen operators its output is not linear in its input, or its gradient is not that of its output"
 
 
-def _changes(difference: Tensor, value: Tensor) -> bool:
-    return bool(difference.norm() > _LOCAL_TOLERANCE * (value.norm() + 1))
+def _lost(tensors: Recorded, differences: list[Tensor]) -> bool:
+    """Return whether a tensor that changes with the input has no gradient."""
+    pairs = zip(tensors, differences, strict=True)
+    return any(not t.requires_grad and d.norm() > _LOCAL_TOLERANCE * (value.norm() + 1) for (t, value), d in pairs)
+
+
+def _recorded(tree: Any) -> Recorded:
+    return [(t, t.detach().clone()) for t in _floating(tree)]
 
 
 def _floating(tree: Any) -> list[Tensor]:

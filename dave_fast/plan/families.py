@@ -24,7 +24,7 @@ def read(model: nn.Module, size: tuple[int, int] | None = None) -> Reading:
     family = next((f for f in FAMILIES if type(model) in f.classes), None)
     if family is None:
         known = ", ".join(c.__name__ for f in FAMILIES for c in f.classes)
-        raise NoPlanError(f"{type(model).__name__} is not timm's {known}")
+        raise NoPlanError(f"{type(model).__name__} is none of timm's classes {known}")
     return family.read(model, size)
 
 

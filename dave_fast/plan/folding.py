@@ -89,7 +89,7 @@ class LayerBuilder:
 
     def step(self, branches: reading.Step, index: int) -> Step:
         """Return the step of this index; the last one with attention is trimmed where the tail reads few tokens."""
-        last = max(i for i, step in enumerate(self.source.steps) if any(map(_attends, step)))
+        last = max(i for i, step in enumerate(self.source.steps) if any(isinstance(b, reading.Attention) for b in step))
         trimmed = index == last and self.read < self.tokens
         layers = (self.attention(b, trimmed) if isinstance(b, reading.Attention) else self.mlp(b) for b in branches)
         return Step(tuple(layers), trimmed)
@@ -110,7 +110,7 @@ class LayerBuilder:
         else:
             whole = self.projection(qkv, values)
         return AttentionLayer(
-            norm=self._folded_norm(branch.norm),
+            norm=_folded_norm(branch.norm, self.centred),
             qkv=whole,
             query=query,
             key_value=key_value,
@@ -121,7 +121,7 @@ class LayerBuilder:
             k_norm=self._head_norm(branch.k_norm, order),
             rotation=self._rotation(branch.rotary),
             bias=self._bias(branch.bias, trimmed),
-            inner=_inner(branch.inner),
+            inner=_folded_norm(branch.inner, False),
             writer=self._writer(branch.proj, branch),
             post=self.norm(branch.post),
         )
@@ -130,41 +130,34 @@ class LayerBuilder:
         """Return the layer of an MLP branch."""
         fc1 = _fold_reader(_stack([double(part) for part in branch.fc1]), branch.norm)
         return MlpLayer(
-            norm=self._folded_norm(branch.norm),
+            norm=_folded_norm(branch.norm, self.centred),
             fc1=self.projection(fc1, _value_half(fc1.weight, branch.activation)),
             activation=branch.activation,
-            inner=_inner(branch.inner),
+            inner=_folded_norm(branch.inner, False),
             writer=self._writer(branch.fc2, branch),
             post=self.norm(branch.post),
         )
 
     def resized(self, steps: tuple[Step, ...], branches: list[reading.Step]) -> tuple[Step, ...]:
-        """Return another size's steps with this size's rotations and biases; the same objects where there are none.
+        """Return another size's steps with this size's rotations and biases; the same steps where there are none.
 
         Args:
             steps: of the plan for another image size, whose weights are shared.
             branches: of the reading for this size.
         """
+        attentions = [b for some in branches for b in some if isinstance(b, reading.Attention)]
+        if all(b.rotary is None and b.bias is None for b in attentions):
+            return steps
 
         def resize(layer: Layer, branch: reading.Branch, trimmed: bool) -> Layer:
             if not isinstance(layer, AttentionLayer) or not isinstance(branch, reading.Attention):
                 return layer
-            if branch.rotary is None and branch.bias is None:
-                return layer
-            rotation, bias = self._rotation(branch.rotary), self._bias(branch.bias, trimmed)
-            return replace(layer, rotation=rotation, bias=bias)
+            return replace(layer, rotation=self._rotation(branch.rotary), bias=self._bias(branch.bias, trimmed))
 
-        made = []
-        for step, step_branches in zip(steps, branches, strict=True):
-            pairs = zip(step.layers, step_branches, strict=True)
-            layers = tuple(resize(layer, branch, step.trimmed) for layer, branch in pairs)
-            same = all(a is b for a, b in zip(layers, step.layers, strict=True))
-            made.append(step if same else replace(step, layers=layers))
-        unchanged = all(a is b for a, b in zip(made, steps, strict=True))
-        return steps if unchanged else tuple(made)
-
-    def _folded_norm(self, norm: Norm | None) -> FoldedNorm | None:
-        return None if norm is None else FoldedNorm(norm.eps, self.centred or not norm.centres)
+        return tuple(
+            replace(step, layers=tuple(resize(*pair, step.trimmed) for pair in zip(step.layers, some, strict=True)))
+            for step, some in zip(steps, branches, strict=True)
+        )
 
     def _writer(self, linear: Linear, branch: reading.Branch) -> Projection:
         """Return γ·W₂ with the inner norm folded in, centred where the stream is and no norm follows."""
@@ -182,12 +175,14 @@ class LayerBuilder:
         order = order.to(norm.weight.device)
         return self.norm(replace(norm, weight=norm.weight[order], bias=norm.bias[order]))
 
+    def _shared(self, source: Any, make: Callable[[Any], Any]) -> Any:
+        """Return `make(source)`, made once for all layers; None for None."""
+        if source is not None and id(source) not in self.shared:
+            self.shared[id(source)] = make(source)
+        return self.shared.get(id(source))
+
     def _rotation(self, rotary: Rotary | None) -> Rotation | None:
-        if rotary is None:
-            return None
-        if id(rotary) not in self.shared:
-            self.shared[id(rotary)] = self._make_rotation(rotary)
-        rotation: Rotation = self.shared[id(rotary)]
+        rotation: Rotation | None = self._shared(rotary, self._make_rotation)
         return rotation
 
     def _make_rotation(self, rotary: Rotary) -> Rotation:
@@ -203,16 +198,8 @@ class LayerBuilder:
         return Rotation(*tables)
 
     def _bias(self, bias: Callable[[], Tensor] | None, trimmed: bool) -> Tensor | None:
-        if bias is None:
-            return None
-        if id(bias) not in self.shared:
-            self.shared[id(bias)] = self.cast(bias())
-        table: Tensor = self.shared[id(bias)]
-        return table[:, : self.read].contiguous() if trimmed else table
-
-
-def _attends(branch: reading.Branch) -> bool:
-    return isinstance(branch, reading.Attention)
+        table: Tensor | None = self._shared(bias, lambda source: self.cast(source()))
+        return table if table is None or not trimmed else table[:, : self.read].contiguous()
 
 
 def double(linear: Linear) -> Linear:
@@ -266,6 +253,11 @@ def remove_mean(rows: Tensor) -> Tensor:
     return rows - rows.mean(-1, keepdim=True)
 
 
+def _folded_norm(norm: Norm | None, centred: bool) -> FoldedNorm | None:
+    """Return what is left of a norm to compute, for rows that are centred or not."""
+    return None if norm is None else FoldedNorm(norm.eps, centred or not norm.centres)
+
+
 def _fold_reader(linear: Linear, norm: Norm | None) -> Linear:
     """Return W·diag(w), times Z where the norm centres, and b + W·β."""
     if norm is None:
@@ -273,11 +265,6 @@ def _fold_reader(linear: Linear, norm: Norm | None) -> Linear:
     scale, shift = norm.weight.to(linear.weight), norm.bias.to(linear.weight)
     weight = linear.weight * scale
     return Linear(remove_mean(weight) if norm.centres else weight, linear.bias + linear.weight @ shift)
-
-
-def _inner(norm: Norm | None) -> FoldedNorm | None:
-    """Return the settings of 1/σ for a norm inside a branch; its rows are not centred."""
-    return None if norm is None else FoldedNorm(norm.eps, not norm.centres)
 
 
 def centre_writer(linear: Linear) -> Linear:

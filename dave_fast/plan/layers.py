@@ -54,12 +54,38 @@ class Rotation:
     sin: Tensor
 
 
-@dataclass(frozen=True)
-class AttentionLayer:
-    """An attention branch.
+@dataclass(frozen=True, kw_only=True)
+class LayerBase:
+    """The parts of a branch that attentions and MLPs have alike.
 
     Attributes:
         norm: ahead of the branch; None where it reads the residual stream itself.
+        inner: on the output of the heads or the hidden layer, ahead of `writer`.
+        writer: the projection into the stream.
+        post: behind `writer`, not folded.
+    """
+
+    norm: FoldedNorm | None
+    inner: FoldedNorm | None
+    writer: Projection
+    post: Norm | None
+
+    @property
+    def readers(self) -> list[Projection]:
+        """The linear layers that read the stream."""
+        raise NotImplementedError
+
+    @property
+    def projections(self) -> list[Projection]:
+        """All linear layers of the branch."""
+        return [*self.readers, self.writer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionLayer(LayerBase):
+    """An attention branch.
+
+    Attributes:
         qkv: packed projection; None in a trimmed step.
         query: in a trimmed step, the projection of the tokens that are read.
         key_value: in a trimmed step, the projection of all tokens.
@@ -70,12 +96,8 @@ class AttentionLayer:
         k_norm: of each head's keys.
         rotation: turns queries and keys.
         bias: (heads, Q, N), added to the scores; Q is the number of queries.
-        inner: on the output of the heads, ahead of `writer`.
-        writer: the projection into the stream.
-        post: behind `writer`, not folded.
     """
 
-    norm: FoldedNorm | None
     qkv: Projection | None
     query: Projection | None
     key_value: Projection | None
@@ -86,40 +108,29 @@ class AttentionLayer:
     k_norm: Norm | nn.Module | None
     rotation: Rotation | None
     bias: Tensor | None
-    inner: FoldedNorm | None
-    writer: Projection
-    post: Norm | None
 
     @property
-    def projections(self) -> list[Projection]:
-        """All linear layers of the branch."""
-        return [p for p in (self.qkv, self.query, self.key_value, self.writer) if p is not None]
+    def readers(self) -> list[Projection]:
+        """The linear layers that read the stream."""
+        return [p for p in (self.qkv, self.query, self.key_value) if p is not None]
 
 
-@dataclass(frozen=True)
-class MlpLayer:
+@dataclass(frozen=True, kw_only=True)
+class MlpLayer(LayerBase):
     """An MLP branch.
 
     Attributes:
-        norm: ahead of the branch; None where it reads the residual stream itself.
         fc1: the first linear layer.
         activation: a name of `ops.activation`.
-        inner: on the hidden layer, ahead of `writer`.
-        writer: the projection into the stream.
-        post: behind `writer`, not folded.
     """
 
-    norm: FoldedNorm | None
     fc1: Projection
     activation: str
-    inner: FoldedNorm | None
-    writer: Projection
-    post: Norm | None
 
     @property
-    def projections(self) -> list[Projection]:
-        """All linear layers of the branch."""
-        return [self.fc1, self.writer]
+    def readers(self) -> list[Projection]:
+        """The linear layer that reads the stream."""
+        return [self.fc1]
 
 
 Layer = AttentionLayer | MlpLayer

@@ -78,8 +78,25 @@ class Rotary:
     skip: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class BranchBase:
+    """The parts of a branch that attentions and MLPs have alike.
+
+    Attributes:
+        norm: ahead of the branch.
+        inner: on the output of the heads or the hidden layer, ahead of the last linear layer.
+        gamma: (D,), LayerScale's γ.
+        post: behind the branch.
+    """
+
+    norm: Norm | None = None
+    inner: Norm | None = None
+    gamma: Tensor | None = None
+    post: Norm | None = None
+
+
 @dataclass(frozen=True)
-class Attention:
+class Attention(BranchBase):
     """An attention branch.
 
     Attributes:
@@ -94,10 +111,6 @@ class Attention:
         k_norm: of each head's keys, likewise.
         rotary: turns queries and keys.
         bias: makes what is added to the scores, (heads, N, N).
-        norm: ahead of `qkv`.
-        inner: ahead of `proj`.
-        gamma: (D,), LayerScale's γ.
-        post: behind the branch.
     """
 
     qkv: tuple[Linear, Linear, Linear]
@@ -110,33 +123,21 @@ class Attention:
     k_norm: Norm | nn.Module | None = None
     rotary: Rotary | None = None
     bias: Callable[[], Tensor] | None = None
-    norm: Norm | None = None
-    inner: Norm | None = None
-    gamma: Tensor | None = None
-    post: Norm | None = None
 
 
 @dataclass(frozen=True)
-class Mlp:
+class Mlp(BranchBase):
     """An MLP branch.
 
     Attributes:
         fc1: layers whose outputs are concatenated; two for a gated MLP that is not packed.
         activation: a name of `ops.activation`, which says whether there is a gate and where.
         fc2: (D, M).
-        norm: ahead of `fc1`.
-        inner: ahead of `fc2`.
-        gamma: (D,), LayerScale's γ.
-        post: behind the branch.
     """
 
     fc1: tuple[Linear, ...]
     activation: str
     fc2: Linear
-    norm: Norm | None = None
-    inner: Norm | None = None
-    gamma: Tensor | None = None
-    post: Norm | None = None
 
 
 Branch = Attention | Mlp

@@ -35,7 +35,8 @@ Bias = Callable[[], Tensor]
 def check_block(block: nn.Module, *classes: type[nn.Module]) -> None:
     """Raise NoPlanError for a block that is of none of these classes exactly."""
     if type(block) not in classes:
-        raise NoPlanError(f"a {type(block).__name__} is no block that a plan covers")
+        known = " or ".join(known.__name__ for known in classes)
+        raise NoPlanError(f"a {type(block).__name__} is not timm's own {known}")
 
 
 def residual_steps(block: Any, attention: Attention, *, post_norm: bool = False) -> tuple[Step, Step]:
@@ -190,5 +191,5 @@ def activation_name(module: nn.Module) -> str:
     if name == "GELU":
         return "gelu_tanh" if getattr(module, "approximate", "none") == "tanh" else "gelu"
     if name not in ACTIVATIONS:
-        raise NoPlanError(f"activation {name} has no frozen gate")
+        raise NoPlanError(f"activation {name} is none of GELU, {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]

@@ -325,7 +325,7 @@ def test_model_without_a_plan(models, untouched, photo):
     models["convolutions"] = convolutions.eval
     result = explain(photo, "--out", untouched, "--route", "engine", model="convolutions", code=2)
     assert result.stderr.splitlines()[-1].startswith("error: ")
-    assert "not timm's VisionTransformer" in result.stderr
+    assert "none of timm's classes VisionTransformer" in result.stderr
 
 
 def test_exception_in_the_model_keeps_its_traceback(models, untouched, photo):

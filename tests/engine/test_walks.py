@@ -272,7 +272,7 @@ def spoil_type(model):
         (spoil_forward, "blocks.0.attn.*replaced forward"),
         (spoil_activation, "blocks.1: activation Hardswish"),
         (spoil_dropout, "a Linear stands at 'blocks.1.attn.proj_drop'"),
-        (spoil_type, "Mine is not timm's"),
+        (spoil_type, "Mine is none of timm's classes"),
     ],
     ids=lambda value: getattr(value, "__name__", "words"),
 )
