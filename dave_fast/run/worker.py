@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
@@ -199,23 +200,18 @@ class Committer:
         self._thread = threading.Thread(target=self._run, name="committer", daemon=True)
         self._thread.start()
 
-    def put(self, rows: list[ShardRow]) -> None:
-        """Queue rows; wait while the queue is full."""
-        while self._error is None:
-            try:
-                return self._rows.put(rows, timeout=_TICK_S)
-            except queue.Full:
-                continue
-        raise self._error
+    def put(self, rows: list[ShardRow] | None) -> None:
+        """Queue rows, None to end the thread; wait while the queue is full."""
+        while self._thread.is_alive():
+            with suppress(queue.Full):
+                self._rows.put(rows, timeout=_TICK_S)
+                return
+        if self._error is not None:
+            raise self._error
 
     def close(self) -> None:
         """Commit the remaining rows and end the thread."""
-        while self._thread.is_alive():
-            try:
-                self._rows.put(None, timeout=_TICK_S)
-                break
-            except queue.Full:
-                continue
+        self.put(None)
         self._thread.join()
         if self._error is not None:
             raise self._error
