@@ -66,6 +66,8 @@ def load_model(model: str | ModelSpec | nn.Module) -> tuple[nn.Module, str]:
     source, name = spec.source
     if spec.image_size is not None and source not in ("timm", "hf"):
         raise InputError(f"{spec.name} takes images of its own size: leave image_size out.")
+    if spec.num_classes is not None and source in ("demo", "python"):
+        raise InputError(f"{spec.name} has classes of its own: leave num_classes out.")
     # random weights are the same each time, and the caller's generator is not advanced
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -102,8 +104,6 @@ def _load(source: str, name: str, spec: ModelSpec) -> nn.Module:
 def _demo(spec: ModelSpec) -> nn.Module:
     from dave_fast.models.demo.model import build_model, load_demo_model
 
-    if spec.num_classes is not None:
-        raise InputError("the demo model has ten classes: leave num_classes out.")
     if spec.pretrained:
         return load_demo_model()
     model = build_model()
@@ -117,8 +117,6 @@ def _python(name: str, spec: ModelSpec) -> nn.Module:
     made = load_object(name)()
     if not isinstance(made, nn.Module):
         raise InputError(f"{name} returned a {type(made).__name__}; expected a torch.nn.Module")
-    if spec.num_classes is not None:
-        raise InputError(f"{name} makes its model itself: leave num_classes out.")
     if spec.weights is not None:
         load_weights(made, spec.weights, name)
     return _adapted(made)

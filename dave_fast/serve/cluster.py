@@ -170,15 +170,9 @@ def application(settings: ClusterSettings) -> serve.Application:
     limits = settings.limits
     options: dict[str, Any] = {"num_replicas": settings.min_replicas}
     if settings.max_replicas > settings.min_replicas:
-        options = {
-            "autoscaling_config": {
-                "min_replicas": settings.min_replicas,
-                "max_replicas": settings.max_replicas,
-                "target_ongoing_requests": settings.target_requests,
-                "upscale_delay_s": settings.upscale_delay_s,
-                "downscale_delay_s": settings.downscale_delay_s,
-            }
-        }
+        # These settings have Ray's own names.
+        scaling = settings.model_dump(include={"min_replicas", "max_replicas", "upscale_delay_s", "downscale_delay_s"})
+        options = {"autoscaling_config": scaling | {"target_ongoing_requests": settings.target_requests}}
     # A client sends its image again if this replica is lost.
     images = serve.deployment(
         MemoryImageStore, name="Images", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0}
