@@ -148,11 +148,10 @@ class Api:
         # The draws are made while the unperturbed image is predicted.
         loop.run_in_executor(None, getattr, job, "draws")
         # The server's own bound is not in ask.deadline, so that it does not make the request urgent.
-        until = time.monotonic() + self.limits.answer_seconds
+        seconds = self.limits.answer_seconds
         if ask.deadline is not None:
-            until = min(until, ask.deadline)
-        left = until - time.monotonic() - self.service.margin()
-        timer = loop.call_later(max(0.0, left), self.service.cut, job, "deadline")
+            seconds = min(seconds, ask.deadline - time.monotonic())
+        timer = loop.call_later(max(0.0, seconds - self.service.margin()), self.service.cut, job, "deadline")
 
         def leave() -> None:
             timer.cancel()
@@ -163,21 +162,17 @@ class Api:
     async def end(self, request: Request, model: ServedModel, ask: Ask) -> Ended:
         """Run a job to its answer; if the client goes away the job is cancelled."""
         events, leave = self.submit(model, ask)
-        gone = asyncio.create_task(wait_for_disconnect(request))
+        last, gone = asyncio.create_task(last_event(events)), asyncio.create_task(wait_for_disconnect(request))
         try:
-            while True:
-                event = asyncio.create_task(events.get())
-                await asyncio.wait((event, gone), return_when=asyncio.FIRST_COMPLETED)
-                if not event.done():
-                    event.cancel()
-                    raise HTTPException(499, "the client went away.")
-                if isinstance(news := event.result(), Failed):
-                    # An HTTPException, since the framework closes the connection after any other error.
-                    status, detail, headers = status_of(news.error)
-                    raise HTTPException(status, detail, headers)
-                if isinstance(news, Ended):
-                    return news
+            await asyncio.wait((last, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not last.done():
+                raise HTTPException(499, "the client went away.")
+            if isinstance(event := last.result(), Failed):
+                # An HTTPException, since the framework closes the connection after any other error.
+                raise HTTPException(*status_of(event.error))
+            return event
         finally:
+            last.cancel()
             gone.cancel()
             leave()
 
@@ -339,6 +334,13 @@ def status_of(error: Exception) -> tuple[int, str, dict[str, str]]:
         if isinstance(error, kind):
             return status, str(error), {}
     return 500, f"the explanation failed ({type(error).__name__}); the server's log says more.", {}
+
+
+async def last_event(events: asyncio.Queue[Event]) -> Ended | Failed:
+    """Return the event after which none comes."""
+    while not isinstance(event := await events.get(), Ended | Failed):
+        pass
+    return event
 
 
 async def wait_for_disconnect(request: Request) -> None:
