@@ -27,7 +27,8 @@ from dave_fast import DAVE
 from dave_fast.bench import whole
 from dave_fast.bench.report import engine_table
 from dave_fast.bench.shapes import build_model, shapes_of
-from dave_fast.models.demo import draw_scenes, load_demo_model
+from dave_fast.evaluate import DemoScenes
+from dave_fast.models.demo import load_demo_model
 
 PLAIN_MUST_REACH = 0.85
 MAPS_MUST_AGREE = whole.MAPS_MUST_AGREE
@@ -55,8 +56,7 @@ def field(args: argparse.Namespace, model: Any, image: torch.Tensor, shapes: Any
 def agreement(samples: int, n_images: int, device: str) -> dict[str, Any]:
     """Return the lowest Pearson correlation of final maps with fp32's over scenes of the demo model, at equal draws."""
     model = load_demo_model()
-    scenes = draw_scenes(n_images, seed=7, split="test")
-    images = torch.from_numpy(scenes.images).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
+    images = DemoScenes(n_images, seed=7).read(0, n_images).images
     found: dict[str, Any] = {"images": n_images, "samples": samples}
     exact = DAVE(model, precision="fp32", noise_alpha=whole.NOISE_ALPHA, device=device)
     for precision in ("bf16", "fp8"):

@@ -1,4 +1,4 @@
-"""A stand-in for a GPU behind Triton's JIT: kernels are compiled as on the device, launches are recorded.
+"""A stand-in for a GPU below Triton's JIT: kernels are compiled as for the device, launches are recorded.
 
     with fake_gpu(arch=90) as launches:
         linear_triton(x, weight)            # CPU tensors; what comes out is uninitialised memory
@@ -47,7 +47,7 @@ SWIZZLED = {0: 2**31, 1: 32, 2: 64, 3: 128}
 
 @dataclass(frozen=True)
 class Kernel:
-    """A compiled form: constants by name, types of the other arguments, and what ptxas made of it."""
+    """A compiled kernel: constants by name, types of the other arguments, and its resources by ptxas."""
 
     name: str
     arch: int
@@ -61,7 +61,7 @@ class Kernel:
 
     @property
     def resident(self) -> int:
-        """Programs that a multiprocessor holds at once."""
+        """Number of programs that a multiprocessor runs at once."""
         return self.resources.resident(self.arch, self.warps, self.shared)
 
 
@@ -80,18 +80,18 @@ class Launch:
 
     @property
     def waves(self) -> float:
-        """Programs over those that the device holds at once."""
+        """Number of programs divided by that which the device runs at once."""
         return math.prod(self.grid) / (self.kernel.resident * MULTIPROCESSORS)
 
     @property
     def fill(self) -> float:
-        """Share of whole waves that is used, in (0, 1]."""
+        """Number of programs as a share of that of whole waves, in (0, 1]."""
         return self.waves / math.ceil(self.waves)
 
 
 @contextlib.contextmanager
 def fake_gpu(arch: int = 90) -> Iterator[list[Launch]]:
-    """Triton's JIT for a device of this compute capability; yields the list that launches are added to."""
+    """Compile for a device of this compute capability within this context; yield the list of launches."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: kernels would be interpreted, not compiled. Unset it.")
     launches: list[Launch] = []
@@ -106,7 +106,7 @@ def fake_gpu(arch: int = 90) -> Iterator[list[Launch]]:
         _launch: {
             "architecture": lambda device: arch,
             "multiprocessors": lambda device: MULTIPROCESSORS,
-            # the fixed candidate, whatever was measured on this machine
+            # the first candidate, not one chosen by a measurement on this machine
             "_choose": lambda problem, rows, device, candidates, trial: candidates[0],
             "_taken": {},
         },
@@ -117,7 +117,7 @@ def fake_gpu(arch: int = 90) -> Iterator[list[Launch]]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(triton.knobs.cache.scope())
         stack.enter_context(triton.knobs.nvidia.scope())
-        # compiled anew: a kernel from the cache comes without what ptxas said
+        # without Triton's cache, whose kernels lack the output of ptxas
         triton.knobs.cache.dir = stack.enter_context(tempfile.TemporaryDirectory())
         triton.knobs.nvidia.dump_ptxas_log = True
         stack.enter_context(mock.patch.object(_registry, "BACKENDS", backends))
@@ -129,21 +129,21 @@ def fake_gpu(arch: int = 90) -> Iterator[list[Launch]]:
         finally:
             for function in driver.launched:
                 function.device_caches.pop(driver, None)
-            # while their driver is here to unload them
+            # kernels are unloaded by the driver that loaded them
             gc.collect()
 
 
 def build(model: nn.Module, precision: str, size: tuple[int, int] | None = None) -> engine.Engine:
-    """An engine on the stand-in, in fp32, bf16 or fp8."""
+    """Build an engine on the stand-in, in fp32, bf16 or fp8."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}[precision]
-    # eight-bit scales are found by PyTorch's own ops, for numbers that nobody reads here
+    # scales of e4m3 are calibrated by PyTorch's ops; no test here reads their values
     scales = SimpleNamespace(of=lambda *weights: TokenScales(1.0, 0.5, 197, 1) if weights else None)
     with mock.patch.object(building, "calibrate", return_value=scales):
         return engine_of(model, dtype=dtype, size=size, backend="triton", fp8=precision == "fp8")
 
 
 def walk(built: engine.Engine, rows: int) -> None:
-    """Launch what a micro-batch of so many rows launches, forward and VJP."""
+    """Launch the kernels of a micro-batch of this many rows, forward and VJP."""
     plan = built.plan
     inputs = plan.channels * math.prod(plan.patch_size)
     output, saved = built.forward(torch.empty(rows, plan.position.shape[0], inputs, dtype=plan.dtype))
@@ -154,7 +154,7 @@ _real_make_cubin = CUDABackend.make_cubin
 
 
 def _make_cubin(self: CUDABackend, src: str, metadata: dict[str, Any], *arguments: Any) -> bytes:
-    """The cubin; what ptxas said goes into the metadata, where the launcher finds it."""
+    """Return the cubin, and store the output of ptxas in the metadata for the launcher."""
     with contextlib.redirect_stdout(io.StringIO()) as log:
         cubin = _real_make_cubin(self, src, metadata, *arguments)
     metadata["ptxas_log"], metadata["ptx"] = log.getvalue(), src
@@ -162,11 +162,11 @@ def _make_cubin(self: CUDABackend, src: str, metadata: dict[str, Any], *argument
 
 
 def _no_launch(*_: Any) -> None:
-    """What the compiled launcher would do."""
+    """Do nothing, in place of the compiled launcher."""
 
 
 class _Utils:
-    """In place of the module that Triton links to libcuda: it refuses what CUDA refuses."""
+    """A replacement of Triton's module that is linked to libcuda; it raises the errors of CUDA."""
 
     launch = staticmethod(_no_launch)
 
@@ -182,11 +182,11 @@ class _Utils:
         return self._properties
 
     def load_binary(self, _name: str, _binary: bytes, _shared: int, _device: Any) -> tuple[Any, ...]:
-        # module, function, registers, spills, threads: the launcher knows the last three from ptxas
+        # module, function, registers, spills, threads; the launcher has the last three from ptxas
         return object(), object(), 0, 0, 1024
 
     def unload_module(self, _module: Any) -> None:
-        """Nothing was loaded."""
+        """Do nothing: no module was loaded."""
 
     def build_signature_metadata(self, types: list[str]) -> list[str]:
         return [nvidia.ty_to_cpp(each) for each in types]
@@ -215,7 +215,7 @@ class _Utils:
 
 
 class _Driver:
-    """In place of `CudaDriver`. It is its own device, so that no other device's kernels are taken for its own."""
+    """A replacement of `CudaDriver`, and its own device, so that kernels of other devices are not reused."""
 
     def __init__(self, arch: int, launches: list[Launch]) -> None:
         self.arch = arch
@@ -241,7 +241,7 @@ class _Driver:
 
 
 class _Launcher(nvidia.CudaLauncher):
-    """Triton's launcher, which checks and records what it launches."""
+    """A replacement of Triton's launcher that checks and records launches."""
 
     def __init__(self, driver: _Driver, source: Any, metadata: Any) -> None:
         super().__init__(source, metadata)

@@ -17,18 +17,18 @@ BUILD = ROOT / "build" / "serial_cuda"
 
 
 def missing() -> str | None:
-    """Why it cannot be built; None where it can."""
+    """Return why the module cannot be built, or None."""
     tools = [name for name in ("cmake", "c++") if not shutil.which(name)]
     return f"no {' and no '.join(tools)}" if tools else None
 
 
 @cache
 def load() -> ModuleType:
-    """The module; RuntimeError with the compiler's words where it does not compile."""
+    """Return the module; raise RuntimeError with the compiler's output if it does not compile."""
     import pybind11
 
     BUILD.mkdir(parents=True, exist_ok=True)
-    # tests run side by side: one process builds, the others wait for it
+    # of the processes of a parallel test run one builds, and the others wait for it
     with (BUILD / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         options = ["-DDAVE_FAST_SERIAL=ON", f"-DPython_EXECUTABLE={sys.executable}"]

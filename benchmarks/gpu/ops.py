@@ -51,8 +51,7 @@ def jobs() -> Iterator[Job]:
             if op == "linear_fp8" and precision != "bf16":
                 continue
             for number, case in enumerate(cases_of(op, shapes)[: FEW if REHEARSAL else None]):
-                label = op if case.name == op else f"{op} {case.name}"
-                yield Job(op, number, f"{label}, {precision}", precision)
+                yield Job(op, number, f"{case.label}, {precision}", precision)
 
 
 def own_form(op: str) -> tuple[str, str | None]:

@@ -21,7 +21,8 @@ from benchmarks.gpu.setting import (
 )
 from dave_fast.bench import whole
 from dave_fast.bench.agreement import distance
-from dave_fast.models.demo import draw_scenes, load_demo_model
+from dave_fast.evaluate import DemoScenes
+from dave_fast.models.demo import load_demo_model
 
 SAMPLES = 2 if REHEARSAL else 50
 
@@ -70,8 +71,8 @@ def _graphs(model: torch.nn.Module, precision: str) -> Iterator[Row]:
 def _maps(precision: str) -> Iterator[Row]:
     """Compare final maps of the trained demo model with float32's by their correlation."""
     model = load_demo_model().to(DEVICE)
-    scenes = draw_scenes(1 if REHEARSAL else 4, seed=7, split="test")
-    images = torch.from_numpy(scenes.images).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous().to(DEVICE)
+    count = 1 if REHEARSAL else 4
+    images = DemoScenes(count, seed=7).read(0, count).images.to(DEVICE)
     low, exact = (explainer_here(model, each) for each in (precision, "fp32"))
     found, least = whole.map_agreement(low, exact, images, 16 if REHEARSAL else 50), whole.MAPS_MUST_AGREE[precision]
     state = "passed" if found >= least else "failed"

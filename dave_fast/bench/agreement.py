@@ -39,6 +39,7 @@ from dave_fast.ops import _registry
 RATIO = 2.0
 # float64 against float64: the error of reordering sums
 EXACT = 1e-12
+TINY = torch.finfo(torch.float64).tiny
 SCALES = ("the whole", "an image", "a row", "a column", "a tile", "an element")
 TILE = 16
 # error allowed besides rounding the result once, as a share of an element's size: four float32 roundings; for products
@@ -146,25 +147,20 @@ def check(case: Case, load: Load, operands: Operands, dtype: torch.dtype) -> tup
         # a copy, because the second call may write to the same memory
         found = tuple(each.clone() for each in results_of(call()))
         again = results_of(call())
+    for name, tensors in before.items():
+        if not all(map(torch.equal, tensors, kept[name])):
+            return replace(expected.agreement(found), reason=f"it changed its operand {name!r}"), found
     agreement = expected.agreement(found)
-    reason = changed(before, kept) or agreement.reason
-    if reason is None:
+    if agreement.reason is None:
         agreement = expected.agreement(again)
-        reason = None if agreement.reason is None else f"called a second time: {agreement.reason}"
-    return replace(agreement, reason=reason), found
+        if agreement.reason is not None:
+            agreement = replace(agreement, reason=f"called a second time: {agreement.reason}")
+    return agreement, found
 
 
 def _tensors(operands: Operands) -> dict[str, list[Tensor]]:
     """Return the tensors of each operand; those of draws are several."""
     return {name: [value] if isinstance(value, Tensor) else value.tensors() for name, value in operands.items()}
-
-
-def changed(operands: dict[str, list[Tensor]], before: dict[str, list[Tensor]]) -> str | None:
-    """Return which operand a form has changed, as a reason to refuse it, or None."""
-    for name, tensors in operands.items():
-        if not all(map(torch.equal, tensors, before[name])):
-            return f"it changed its operand {name!r}"
-    return None
 
 
 def misfit(found: tuple[Tensor, ...], plain: tuple[Tensor, ...]) -> str | None:
@@ -205,19 +201,20 @@ def refusal(
         error = error.masked_fill(undecided.allows(widen(found)), 0)
     size = (truth.square() + by_image(truth.square()).mean(1).view(-1, *[1] * (truth.ndim - 1))).sqrt()
     rounding = allowance(found.dtype, truth, size, computing)
-    # the norm of few errors is itself uncertain, and so is the largest of single ones
+    # the ratio of two norms of rounding errors varies by chance, the more the fewer the elements; that of the largest
+    # single errors varies most
     ratio = RATIO * (1 + 6 / truth.numel() ** 0.5)
     for scale in scales:
         ratio = 2 * ratio if scale == "an element" else ratio
         mine, theirs, sizes, least = (norms(t, scale) for t in (error, plain_error, size, rounding))
-        share = (theirs / sizes.clamp(min=torch.finfo(torch.float64).tiny)).max()
+        share = (theirs / sizes.clamp(min=TINY)).max()
         limit = torch.maximum(ratio * share * sizes, least)
         # NaN exceeds every limit
-        beyond = torch.where(mine <= limit, 0, mine / limit.clamp(min=torch.finfo(torch.float64).tiny))
+        beyond = torch.where(mine <= limit, 0, mine / limit.clamp(min=TINY))
         beyond = beyond.nan_to_num(nan=torch.inf)
         if (beyond > 0).any():
             at = int(beyond.argmax())
-            all_of = norms(truth, scale).view(-1)[at].clamp(min=torch.finfo(torch.float64).tiny)
+            all_of = norms(truth, scale).view(-1)[at].clamp(min=TINY)
             given, most, other = (float(t.view(-1)[at] / all_of) for t in (mine, limit, theirs))
             where = "" if scale == SCALES[0] else f" in {scale} (number {at})"
             return (
@@ -263,7 +260,7 @@ def by_image(values: Tensor) -> Tensor:
 def scale_error(error: Tensor, plain_error: Tensor, truth: Tensor, rounding: Tensor, computing: float) -> str | None:
     """Return why the projection of an error on the truth is more than chance, or None."""
     squares = truth.square()
-    total = squares.sum().clamp(min=torch.finfo(torch.float64).tiny)
+    total = squares.sum().clamp(min=TINY)
     share, plain_share = ((e * truth).sum() / total for e in (error, plain_error))
     # the mean square of an error uniform within ±rounding is rounding² / 3
     chance = ((plain_error.square() + rounding.square() / 3) * squares).sum().sqrt() / total
@@ -282,7 +279,7 @@ def distance(found: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> float:
         return float("inf")
     worst = torch.zeros((), dtype=torch.float64)
     for each, true in zip(found, truth, strict=True):
-        norm = true.norm().clamp(min=torch.finfo(torch.float64).tiny)
+        norm = true.norm().clamp(min=TINY)
         # torch.maximum, unlike max(), propagates NaN
         worst = torch.maximum(worst, ((widen(each) - true).norm() / norm).cpu())
     return float(worst)

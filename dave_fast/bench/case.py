@@ -54,9 +54,29 @@ class Case:
     gigaflops: float = 0.0
     undecided: Callable[[Operands], Undecided] | None = None
 
+    @property
+    def label(self) -> str:
+        """The op's name, with that of the case unless they are equal."""
+        return label(self.op, self.name)
+
     def gigabytes(self, operands: Operands, results: tuple[Tensor, ...]) -> float:
         """Return the least memory traffic: operands read once, results written once."""
         return 1e-9 * size_of([*self.reads(operands), *results])
+
+
+def label(op: str, case: str) -> str:
+    """Return the name of an op's case in tables."""
+    return op if case == op else f"{op} {case}"
+
+
+def calling(op: str, call: Callable[[Callable[..., Any], Operands, torch.dtype], Any]) -> Callable[..., Any]:
+    """Return a `Case.bind` without preparation: the call gets the op's function, the operands and their dtype."""
+
+    def bind(load: Load, given: Operands, dtype: torch.dtype) -> Callable[[], Any]:
+        run = load(op)
+        return lambda: call(run, given, dtype)
+
+    return bind
 
 
 def size_of(tensors: Sequence[Tensor]) -> int:

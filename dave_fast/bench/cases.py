@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dave_fast.bench import pixel_cases
-from dave_fast.bench.case import Case, Load, Operands, named, numbers
+from dave_fast.bench.case import Case, Load, Operands, calling, named, numbers
 from dave_fast.bench.shapes import Shapes
 from dave_fast.ops.fp8 import TokenScales, coded
 from dave_fast.ops.precision import statistics_dtype
@@ -114,48 +114,34 @@ def _product_operands(
     return {key: value for key, value in made.items() if key in (*epilogue, "x", "weight", "first")}
 
 
-def _heads(shapes: Shapes) -> Callable[[torch.Generator, torch.dtype], Operands]:
+def _attention(shapes: Shapes, *, vjp: bool = False) -> list[Case]:
+    """Return the cases of attention or its VJP at the usual scale and at another."""
+    op = "attention_vjp" if vjp else "attention"
+    flops = 4e-9 * shapes.rows * shapes.tokens**2 * shapes.heads * shapes.head_dim
+
     def operands(generator: torch.Generator, dtype: torch.dtype) -> Operands:
         packed = numbers(generator, shapes.rows, shapes.tokens, 3, shapes.heads, shapes.head_dim).to(dtype)
         d_out = numbers(generator, shapes.rows, shapes.tokens, shapes.heads, shapes.head_dim).to(dtype)
         return {"qkv": packed, "d_out": d_out}
 
-    return operands
-
-
-def _attention_gigaflops(shapes: Shapes) -> float:
-    return 4e-9 * shapes.rows * shapes.tokens**2 * shapes.heads * shapes.head_dim
-
-
-def _attention(shapes: Shapes) -> list[Case]:
     def make(name: str, factor: float) -> Case:
         def bind(load: Load, given: Operands, dtype: torch.dtype) -> Callable[[], Any]:
             forward = load("attention")
             q, k, v = given["qkv"].unbind(2)
-            return lambda: forward(q, k, v, factor * shapes.head_dim**-0.5)
+            scale = factor * shapes.head_dim**-0.5
+            if not vjp:
+                return lambda: forward(q, k, v, scale)
+            (_, saved), run = forward(q, k, v, scale), load(op)
+            return lambda: run(saved, given["d_out"])
 
-        return Case("attention", name, _heads(shapes), bind, named("qkv"), _attention_gigaflops(shapes))
-
-    return [make("attention", 1.0), make("of another scale", OTHER_SCALE)]
-
-
-def _attention_vjp(shapes: Shapes) -> list[Case]:
-    def make(name: str, factor: float) -> Case:
-        def bind(load: Load, given: Operands, dtype: torch.dtype) -> Callable[[], Any]:
-            vjp = load("attention_vjp")
-            q, k, v = given["qkv"].unbind(2)
-            _, saved = load("attention")(q, k, v, factor * shapes.head_dim**-0.5)
-            return lambda: vjp(saved, given["d_out"])
-
-        # Pᵀ d_out alone; a form that recomputes P needs as much again
-        flops = _attention_gigaflops(shapes) / 2
-        return Case("attention_vjp", name, _heads(shapes), bind, reads, flops)
+        # the VJP computes Pᵀ d_out alone; a form that recomputes P needs as much again
+        return Case(op, name, operands, bind, reads, flops / 2 if vjp else flops)
 
     def reads(given: Operands) -> list[Tensor]:
-        # without v, which the VJP does not read
-        return [given["qkv"][:, :, :2], given["d_out"]]
+        # the VJP does not read v
+        return [given["qkv"][:, :, :2], given["d_out"]] if vjp else [given["qkv"]]
 
-    return [make("attention_vjp", 1.0), make("of another scale", OTHER_SCALE)]
+    return [make(op, 1.0), make("of another scale", OTHER_SCALE)]
 
 
 def _row_rstd(shapes: Shapes) -> list[Case]:
@@ -163,10 +149,7 @@ def _row_rstd(shapes: Shapes) -> list[Case]:
         return {"x": numbers(generator, shapes.rows * shapes.tokens, shapes.width).to(dtype)}
 
     def make(name: str, eps: float, *, centred: bool) -> Case:
-        def bind(load: Load, given: Operands, dtype: torch.dtype) -> Callable[[], Any]:
-            run = load("row_rstd")
-            return lambda: run(given["x"], eps, centred=centred)
-
+        bind = calling("row_rstd", lambda run, given, _: run(given["x"], eps, centred=centred))
         return Case("row_rstd", name, operands, bind, named("x"))
 
     return [make("row_rstd", EPS, centred=True), make("of rows with means", LARGE_EPS, centred=False)]
@@ -183,15 +166,13 @@ def _normalize(shapes: Shapes, *, vjp: bool = False) -> list[Case]:
         return {"x": numbers(generator, rows, width).to(dtype), "weight": weight, "bias": bias, "rstd": rstd}
 
     def make(name: str, eps: float, *, centres: bool, centred: bool) -> Case:
-        settings = {"centres": centres, "centred": centred}
+        read = ("x", "weight", "rstd" if vjp else "bias")
+        more = () if vjp else (eps,)
 
-        def bind(load: Load, given: Operands, dtype: torch.dtype) -> Callable[[], Any]:
-            run = load(op)
-            if vjp:
-                return lambda: run(given["x"], given["weight"], given["rstd"], **settings)
-            return lambda: run(given["x"], given["weight"], given["bias"], eps, **settings)
+        def call(run: Callable[..., Any], given: Operands, dtype: torch.dtype) -> Any:
+            return run(*(given[key] for key in read), *more, centres=centres, centred=centred)
 
-        return Case(op, name, operands, bind, named("x", "weight", "rstd" if vjp else "bias"))
+        return Case(op, name, operands, calling(op, call), named(*read))
 
     return [
         make(op, EPS, centres=True, centred=True),
@@ -206,11 +187,10 @@ def _assemble(shapes: Shapes) -> list[Case]:
         sizes = {"patches": (shapes.rows, count), "prefix": (shapes.prefix,), "position": (count,)}
         return {name: numbers(generator, *size, shapes.width).to(dtype) for name, size in sizes.items()}
 
-    def bind(load: Load, given: Operands, dtype: torch.dtype) -> Callable[[], Any]:
-        run = load("assemble")
-        return lambda: run(given["patches"], given["prefix"], given["position"])
-
-    return [Case("assemble", "assemble", operands, bind, named("patches", "prefix", "position"))]
+    reads = named("patches", "prefix", "position")
+    return [
+        Case("assemble", "assemble", operands, calling("assemble", lambda run, given, _: run(*reads(given))), reads)
+    ]
 
 
 def _rotate(shapes: Shapes) -> list[Case]:
@@ -222,14 +202,10 @@ def _rotate(shapes: Shapes) -> list[Case]:
         packed = numbers(generator, shapes.rows, shapes.tokens, 3, shapes.heads, shapes.head_dim).to(dtype)
         return {"qkv": packed} | {name: table.to(statistics_dtype(dtype)) for name, table in tables.items()}
 
-    def bind(load: Load, given: Operands, dtype: torch.dtype) -> Callable[[], Any]:
-        run = load("rotate")
-        return lambda: run(given["qkv"][:, :, 0], given["cos"], given["sin"])
-
     def reads(given: Operands) -> list[Tensor]:
         return [given["qkv"][:, :, 0], given["cos"], given["sin"]]
 
-    return [Case("rotate", "rotate", operands, bind, reads)]
+    return [Case("rotate", "rotate", operands, calling("rotate", lambda run, given, _: run(*reads(given))), reads)]
 
 
 CASES: dict[str, Callable[[Shapes], list[Case]]] = {
@@ -241,7 +217,7 @@ CASES: dict[str, Callable[[Shapes], list[Case]]] = {
     "linear": _linear,
     "linear_fp8": partial(_linear, op="linear_fp8"),
     "attention": _attention,
-    "attention_vjp": _attention_vjp,
+    "attention_vjp": partial(_attention, vjp=True),
     "rotate": _rotate,
     "row_rstd": _row_rstd,
     "normalize": _normalize,

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,10 @@ class Worker:
     def ask(self, question: dict[str, Any]) -> dict[str, Any]:
         """Send a question and return the answer; raise BackendError if the process fails."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        try:
+        # a process that has ended gives no line
+        with suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(question) + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError as error:
-            raise BackendError(f"{self.name}: its process ended; see the lines above") from error
         line = self._process.stdout.readline()
         if not line:
             raise BackendError(f"{self.name}: its process ended without an answer; see the lines above")
@@ -155,9 +154,10 @@ def compare(
         progress("preparing both sides")
         prepared = {side: side.ask({"prepare": wanted}) for side in (old, new)}
         rows = []
-        for name in (name for name in prepared[new]["names"] if name in prepared[old]["names"]):
-            progress(name)
-            rows.append(_row(name, *_in_turns(old, new, name, repeats), threshold))
+        for name in prepared[new]["names"]:
+            if name in prepared[old]["names"]:
+                progress(name)
+                rows.append(_row(name, *_in_turns(old, new, name, repeats), threshold))
     return {
         "before": before,
         "after": machine.commit(),

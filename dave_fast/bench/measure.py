@@ -58,7 +58,8 @@ def run(
         BackendError: a backend is unavailable, or operands do not fit the device.
     """
     network: Any = build_model(spec_of(wanted), wanted["size"], pretrained=wanted["pretrained"])
-    shapes = None
+    # an op needs a plan; the engine runs without one
+    shapes: Any = None
     if why_not(network) is None or wanted["op"] != ENGINE:
         shapes = shapes_of(network, wanted["samples"], size=wanted["size"], rows=wanted["rows"])
     image = shapes.image if shapes else _image_of(network, wanted["size"])
@@ -77,7 +78,9 @@ def run(
         result["engine"] = _engine(network, shapes, image, wanted, yours, say)
         if yours and shapes is not None:
             result["red"] += _yours_alone(shapes, wanted)
-    result["ops"] = _ops(shapes, [name for name in green if name != ENGINE], wanted, say)
+    settings = {key: wanted[key] for key in ("precision", "device", "backend", "repeats", "budget")}
+    ops = [name for name in green if name != ENGINE]
+    result["ops"] = [row for name in ops for row in bench_op(name, shapes, progress=say, **settings)]
     if sweep and ENGINE in green:
         _sweep(result, network, image, wanted, say)
     for row in (*result.get("engine", ()), *result["ops"]):
@@ -115,15 +118,6 @@ def _names(op: str) -> list[str]:
     return [op]
 
 
-def _ops(shapes: Shapes | None, names: list[str], wanted: dict[str, Any], say: Say) -> list[dict[str, Any]]:
-    settings = {key: wanted[key] for key in ("precision", "device", "backend", "repeats", "budget")}
-    rows: list[dict[str, Any]] = []
-    for name in names:
-        assert shapes is not None
-        rows += bench_op(name, shapes, dtype=DTYPES[wanted["precision"]], progress=say, **settings)
-    return rows
-
-
 def _engine(
     network: Any,
     shapes: Shapes | None,
@@ -134,9 +128,8 @@ def _engine(
 ) -> list[dict[str, Any]]:
     """Measure the engine with the chosen backend, and with the user's kernels if registered."""
     device, precision = wanted["device"], wanted["precision"]
-    backends = [wanted["backend"] or "auto"] + ([YOURS] if yours else [])
     contestants = []
-    for backend in backends:
+    for backend in [wanted["backend"] or "auto", *([YOURS] if yours else [])]:
         made = whole.dave(network, precision, wanted["samples"], shapes, device=device, backend=backend)
         made.name += f", {backend}"
         made.rows = (wanted["rows"],)

@@ -21,7 +21,8 @@ from dave_fast.models.catalog import load_object
 from dave_fast.ops import _registry
 
 YOURS = "yours"
-CEILING, COPY = "ceiling", "copy"
+# the contestant that measures the highest rate of the machine
+LIMIT = "limit"
 # the op that a user's kernel needs besides, replaced by the default if it is not given
 COMPANIONS = {**PACKS, "attention_vjp": "attention"}
 # sets of operands together exceed a CPU's cache, or three times a GPU's L2
@@ -29,11 +30,6 @@ CPU_CACHE_BYTES = 64 << 20
 MOST_SETS = 8
 # share of the budget from which an op is so slow that its operands need not exceed a cache
 SLOW = 0.05
-
-
-def backends_of(op: str, device: str) -> dict[str, str | None]:
-    """Return for each backend of an op None if it runs here, otherwise the reason."""
-    return {name: _registry.why_not(op, name, device) for name in _registry.IMPLEMENTATIONS[op]}
 
 
 @contextmanager
@@ -73,7 +69,6 @@ def bench_op(
     op: str,
     shapes: Shapes,
     *,
-    dtype: torch.dtype,
     precision: str,
     device: str = "cpu",
     backend: str | None = None,
@@ -86,8 +81,7 @@ def bench_op(
     Args:
         op: its name.
         shapes: of the model.
-        dtype: of the operands.
-        precision: name of the precision, for the ceiling.
+        precision: of the operands and of the ceiling.
         device: to run on.
         backend: to time beside plain PyTorch; None for all.
         repeats: turns.
@@ -105,7 +99,7 @@ def bench_op(
     for case in cases_of(op, shapes):
         progress(case.name)
         try:
-            rows += _bench_case(case, shapes, dtype, precision, device, _wanted(op, backend, device), repeats, budget)
+            rows += _bench_case(case, shapes, precision, device, _wanted(op, backend, device), repeats, budget)
         except torch.OutOfMemoryError as error:
             raise BackendError(
                 f"{case.name} does not fit {device}: {error}. Give fewer --rows or --samples."
@@ -115,7 +109,7 @@ def bench_op(
 
 def _wanted(op: str, backend: str | None, device: str) -> dict[str, str | None]:
     """Return the backends to time, with None or the reason why they cannot run; raise BackendError for a bad name."""
-    every = backends_of(op, device)
+    every = {name: _registry.why_not(op, name, device) for name in _registry.IMPLEMENTATIONS[op]}
     if backend is None:
         return every
     if backend not in _registry.BACKENDS:
@@ -123,21 +117,20 @@ def _wanted(op: str, backend: str | None, device: str) -> dict[str, str | None]:
     if backend not in every:
         raise BackendError(f"op {op!r} has no {backend!r} form; it has {', '.join(every)}")
     if every[backend] is not None:
-        raise BackendError(f"backend {backend!r} was asked for and cannot run {op!r}: {every[backend]}")
+        raise BackendError(f"backend {backend!r} cannot run {op!r} here: {every[backend]}")
     return {"torch": None, backend: None}
 
 
 def _bench_case(
     case: Case,
     shapes: Shapes,
-    dtype: torch.dtype,
     precision: str,
     device: str,
     backends: dict[str, str | None],
     repeats: int,
     budget: float,
 ) -> list[dict[str, Any]]:
-    seed = secrets.randbits(32)
+    seed, dtype = secrets.randbits(32), rates.DTYPES[precision]
     sets = operand_sets(case, dtype, device, seed, budget)
     rows, contestants, gigabytes = {}, {}, 0.0
     for name, reason in backends.items():
@@ -152,32 +145,21 @@ def _bench_case(
         gigabytes = case.gigabytes(sets[0], results)
         if agreement.reason is None:
             contestants[name] = [case.bind(load, operands, dtype) for operands in sets]
-    limit = _limit(case, shapes, precision, device)
-    seconds = in_turns(
-        {**contestants, **{name: [run] for name, (_, run) in limit.items()}}, repeats, device, budget=budget
-    )
-    for name, refused in _checked_again(
-        case, {name: calls[-1] for name, calls in contestants.items()}, sets[-1], dtype
-    ):
-        if refused["reason"] is not None:
-            rows[name] |= refused
-            continue
-        rows[name] |= _rates(case, gigabytes, seconds, name, limit) | {"seed": seed, "sets": len(sets)}
-    return list(rows.values())
-
-
-def _checked_again(
-    case: Case, calls: Mapping[str, Callable[[], Any]], operands: Operands, dtype: torch.dtype
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield how each contestant agrees once it was timed, on the operands of its call."""
-    expected = Expected.of(case, operands, dtype) if calls else None
-    for name, call in calls.items():
-        assert expected is not None
+    if not contestants:
+        return list(rows.values())
+    amount, limit = _limit(case, shapes, precision, device)
+    seconds = in_turns({**contestants, LIMIT: [limit]}, repeats, device, budget=budget)
+    most = [amount / each for each in seconds[LIMIT]]
+    expected = Expected.of(case, sets[-1], dtype)
+    for name, calls in contestants.items():
         with poisoned():
-            found = results_of(call())
+            found = results_of(calls[-1]())
         agreement = expected.agreement(found)
-        reason = None if agreement.reason is None else f"after it was timed: {agreement.reason}"
-        yield name, asdict(replace(agreement, reason=reason))
+        if agreement.reason is None:
+            rows[name] |= _rates(case, gigabytes, seconds[name], most) | {"seed": seed, "sets": len(sets)}
+        else:
+            rows[name] |= asdict(replace(agreement, reason=f"after it was timed: {agreement.reason}"))
+    return list(rows.values())
 
 
 def operand_sets(case: Case, dtype: torch.dtype, device: str, seed: int, budget: float) -> list[Operands]:
@@ -194,36 +176,27 @@ def operand_sets(case: Case, dtype: torch.dtype, device: str, seed: int, budget:
     return [first, *(make(at) for at in range(1, min(MOST_SETS, -(-cache // size))))]
 
 
-def _limit(case: Case, shapes: Shapes, precision: str, device: str) -> dict[str, tuple[float, Callable[[], Any]]]:
-    """Return the call that gives the machine's highest rate, and its amount: products in GFLOP, or a copy in GB."""
+def _limit(case: Case, shapes: Shapes, precision: str, device: str) -> tuple[float, Callable[[], Any]]:
+    """Return the call that gives the machine's highest rate, and before it its amount: GFLOP, or GB of a copy."""
     if not case.gigaflops:
-        return {COPY: rates.copy(device=device)}
-    made = rates.ceiling(
-        rates.kind_of("fp8" if case.op == "linear_fp8" else precision, device),
-        shapes.rows * shapes.tokens,
-        shapes.width,
-        shapes.hidden,
-        at_least=0.0,
-        device=device,
-    )
-    return {CEILING: (made.gigaflops, made.run)}
+        return rates.copy(device=device)
+    kind = rates.kind_of("fp8" if case.op == "linear_fp8" else precision, device)
+    rows = shapes.rows * shapes.tokens
+    made = rates.ceiling(kind, rows, shapes.width, shapes.hidden, at_least=0.0, device=device)
+    return made.gigaflops, made.run
 
 
-def _rates(
-    case: Case, gigabytes: float, seconds: dict[str, list[float]], name: str, limit: dict[str, Any]
-) -> dict[str, Any]:
-    """Return seconds, GFLOP/s, GB/s, and the share of the ceiling, repeat by repeat."""
-    ((against, (amount, _)),) = limit.items()
+def _rates(case: Case, gigabytes: float, seconds: list[float], most: list[float]) -> dict[str, Any]:
+    """Return seconds, GFLOP/s, GB/s, and the share of the machine's highest rate `most`, repeat by repeat."""
     work = case.gigaflops or gigabytes
-    shares = [(work / own) / (amount / most) for own, most in zip(seconds[name], seconds[against], strict=True)]
-    timed = spread(seconds[name])
+    timed = spread(seconds)
     return {
         "seconds": timed,
         "GFLOP/s": case.gigaflops / timed["median"] if case.gigaflops else None,
         "GB/s": gigabytes / timed["median"],
         "gigaflops": case.gigaflops,
         "gigabytes": gigabytes,
-        "share": spread(shares),
+        "share": spread([work / own / rate for own, rate in zip(seconds, most, strict=True)]),
         "of": "matrix products" if case.gigaflops else "copying memory",
-        "ceiling": amount / spread(seconds[against])["median"],
+        "ceiling": spread(most)["median"],
     }

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dave_fast.bench.case import label
 from dave_fast.bench.machine import slug
 from dave_fast.bench.report import duration, engine_cells, why_missing
 from dave_fast.defaults import DEFAULT_SAMPLES
@@ -115,7 +116,7 @@ def ops_markdown(rows: Sequence[dict[str, Any]]) -> str:
     rows = [row for row in rows if not row.get("not measured")]
     lines = [_row(headings), _row(["---", "---"] + ["---:"] * (len(headings) - 2))]
     for row in rows:
-        name = row["op"] if row["case"] == row["op"] else f"{row['op']} {row['case']}"
+        name = label(row["op"], row["case"])
         if "seconds" not in row:
             lines.append(_row([name, row["backend"], why_missing(row) or "", *[""] * (len(headings) - 3)]))
             continue
@@ -160,19 +161,18 @@ def roofline(result: dict[str, Any]) -> Figure:
         left, right = min(*intensity, corner) / 2, max(*intensity, corner) * 2
         axes.set(xlim=(left, right), ylim=(min(peak / 4, *(row["GFLOP/s"] for row in rows)) / 1.5, peak * 1.6))
         axes.plot([corner, right], [peak, peak], color="0.4", linewidth=1)
-        label = axes.text(right / 1.1, peak * 1.2, "matrix products, measured", ha="right")
-        label.set(fontsize=6.5, color="0.35")
+        style: dict[str, Any] = {"fontsize": 6.5, "color": "0.35"}
+        axes.text(right / 1.1, peak * 1.2, "matrix products, measured", ha="right", **style)
         if copies:
             axes.plot([left, corner], [peak * left / corner, peak], color="0.4", linewidth=1, linestyle="--")
-            slope = axes.text(left * 1.1, peak * 1.2, "copying memory, measured", ha="left")
-            slope.set(fontsize=6.5, color="0.35")
+            axes.text(left * 1.1, peak * 1.2, "copying memory, measured", ha="left", **style)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter("{x:g}")
             axis.set_minor_formatter(NullFormatter())
-    for backend in dict.fromkeys(row["backend"] for row in rows):
-        own = [(x, row["GFLOP/s"]) for x, row in zip(intensity, rows, strict=True) if row["backend"] == backend]
-        axes.scatter([x for x, _ in own], [y for _, y in own], s=16, label=backend)
-    if rows:
+        for backend in dict.fromkeys(row["backend"] for row in rows):
+            own = [(x, row["GFLOP/s"]) for x, row in zip(intensity, rows, strict=True) if row["backend"] == backend]
+            x, y = zip(*own, strict=True)
+            axes.scatter(x, y, s=16, label=backend)
         axes.legend(fontsize=7, frameon=False)
     return figure
 
@@ -197,8 +197,8 @@ def memory(result: dict[str, Any]) -> Figure:
     axes.plot(sizes, formula, marker="o", ms=3, lw=1, label=f"formula: weights, {rows[0]['rows']} × a row")
     measured = [(row["size"], row["peak bytes"] / 2**30) for row in rows if row.get("peak bytes")]
     if measured:
-        at, peaks = [size for size, _ in measured], [peak for _, peak in measured]
-        axes.scatter(at, peaks, s=16, color="C1", label="measured peak, weights not counted")
+        x, y = zip(*measured, strict=True)
+        axes.scatter(x, y, s=16, color="C1", label="measured peak, weights not counted")
     axes.set(ylim=(0, None), xticks=sizes)
     axes.legend(fontsize=7, frameon=False)
     return figure

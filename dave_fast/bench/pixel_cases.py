@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dave_fast.bench.case import Case, Load, Operands, Undecided, named, numbers
+from dave_fast.bench.case import Case, Operands, Undecided, calling, named, numbers
 from dave_fast.bench.shapes import Shapes
 from dave_fast.ops.precision import statistics_dtype
 from dave_fast.ops.pull_back import pull_back_ref
@@ -44,11 +44,10 @@ def perturb(shapes: Shapes) -> list[Case]:
         images = _images(generator, dtype, shapes)
         return {"images": images, "draws": _draws(generator, shapes, shapes.samples)}
 
-    def bind(load: Load, given: Operands, dtype: torch.dtype) -> Callable[[], Any]:
-        run = load("perturb")
-        return lambda: run(given["images"], given["draws"], shapes.patch, dtype=dtype)
+    def call(run: Callable[..., Any], given: Operands, dtype: torch.dtype) -> Any:
+        return run(given["images"], given["draws"], shapes.patch, dtype=dtype)
 
-    return [Case("perturb", "perturb", operands, bind, lambda given: [_images_read(given)])]
+    return [Case("perturb", "perturb", operands, calling("perturb", call), lambda given: [_images_read(given)])]
 
 
 def _cotangents(shapes: Shapes, rows: int) -> Callable[[torch.Generator, torch.dtype], Operands]:
@@ -65,23 +64,22 @@ def _cotangents(shapes: Shapes, rows: int) -> Callable[[torch.Generator, torch.d
 def pull_back(shapes: Shapes) -> list[Case]:
     """Return the case of S rows."""
 
-    def bind(load: Load, given: Operands, dtype: torch.dtype) -> Callable[[], Any]:
-        run, stored = load("pull_back"), given["images"].dtype
-        return lambda: run(given["cotangents"], given["images"], given["draws"], shapes.patch, dtype=stored)
+    def call(run: Callable[..., Any], given: Operands, dtype: torch.dtype) -> Any:
+        images = given["images"]
+        return run(given["cotangents"], images, given["draws"], shapes.patch, dtype=images.dtype)
 
     def reads(given: Operands) -> list[Tensor]:
         return [_images_read(given), given["cotangents"]]
 
-    return [Case("pull_back", "pull_back", _cotangents(shapes, shapes.samples), bind, reads)]
+    return [Case("pull_back", "pull_back", _cotangents(shapes, shapes.samples), calling("pull_back", call), reads)]
 
 
 def pull_back_mean(shapes: Shapes) -> list[Case]:
     """Return the case of IMAGES means of S rows, each of rows of all images."""
     (case,) = pull_back(shapes)
 
-    def bind(load: Load, given: Operands, dtype: torch.dtype) -> Callable[[], Any]:
-        run = load("pull_back_mean")
-        return lambda: run(given["cotangents"], given["images"], given["draws"], shapes.patch, shapes.samples)
+    def call(run: Callable[..., Any], given: Operands, dtype: torch.dtype) -> Any:
+        return run(given["cotangents"], given["images"], given["draws"], shapes.patch, shapes.samples)
 
     def undecided(wide: Operands) -> Undecided:
         contributions = pull_back_ref(wide["cotangents"], wide["images"], wide["draws"], shapes.patch)
@@ -91,7 +89,7 @@ def pull_back_mean(shapes: Shapes) -> list[Case]:
 
     operands = _cotangents(shapes, IMAGES * shapes.samples)
     op = "pull_back_mean"
-    return [replace(case, op=op, name=op, operands=operands, bind=bind, undecided=undecided)]
+    return [replace(case, op=op, name=op, operands=operands, bind=calling(op, call), undecided=undecided)]
 
 
 def threshold_is_near(contributions: Tensor, share: float) -> Undecided:
@@ -120,9 +118,7 @@ def robust_mean(shapes: Shapes) -> list[Case]:
         # the cube of a normal number has heavy tails, so that some samples are outliers
         return {"contributions": (values**3).to(statistics_dtype(dtype))}
 
-    def bind(load: Load, given: Operands, dtype: torch.dtype) -> Callable[[], Any]:
-        run = load("robust_mean")
-        return lambda: run(given["contributions"])
+    bind = calling("robust_mean", lambda run, given, _: run(given["contributions"]))
 
     def undecided(wide: Operands) -> Undecided:
         return threshold_is_near(wide["contributions"], 1e-6)
@@ -136,8 +132,5 @@ def smooth(shapes: Shapes) -> list[Case]:
     def operands(generator: torch.Generator, dtype: torch.dtype) -> Operands:
         return {"raw": 0.05 * _images(generator, dtype, shapes)}
 
-    def bind(load: Load, given: Operands, dtype: torch.dtype) -> Callable[[], Any]:
-        run = load("smooth")
-        return lambda: run(given["raw"])
-
+    bind = calling("smooth", lambda run, given, _: run(given["raw"]))
     return [Case("smooth", "smooth", operands, bind, named("raw"))]

@@ -12,29 +12,9 @@ from torch import Tensor
 
 from dave_fast.ops import _registry
 from dave_fast.ops.linear import before_avx512, linear_onednn, pack_onednn
+from dave_fast.ops.precision import DTYPES as ENGINE_DTYPES
 
-# the ceiling of a precision on a device: "mkl" and "cublas" are F.linear, "packed" is oneDNN with weights packed
-# beforehand, if it packs the dtype; `kind_of` has the replacement on processors where "packed" is slower or missing
-KINDS = {
-    # CPUs have no products in e4m3, and the reference multiplies in float32
-    "cpu": {"fp64": "mkl-fp64", "fp32": "packed-fp32", "bf16": "packed-bf16", "fp8": "packed-fp32"},
-    "cuda": {
-        "fp64": "cublas-fp64",
-        "fp32": "cublas-fp32",
-        "tf32": "cublas-tf32",
-        "fp16": "cublas-fp16",
-        "bf16": "cublas-bf16",
-        "fp8": "cublas-fp8",
-    },
-}
-DTYPES = {
-    "fp64": torch.float64,
-    "fp32": torch.float32,
-    "tf32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp8": torch.bfloat16,
-}
+DTYPES = ENGINE_DTYPES | {"tf32": torch.float32, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -51,10 +31,18 @@ class Ceiling:
 
 
 def kind_of(precision: str, device: str) -> str:
-    """Return the kind of ceiling of a precision; on a CPU that of the faster library."""
-    kind = KINDS[device][precision]
-    packs = _registry.why_not("linear", "onednn", "cpu") is None and not (kind == "packed-fp32" and before_avx512())
-    return kind if packs else kind.replace("packed", "mkl")
+    """Return the kind of ceiling of a precision on a device: a library and the precision of its products.
+
+    "mkl" and "cublas" are F.linear, "packed" is oneDNN with weights packed beforehand, taken where it packs the dtype
+    and is not the slower one.
+    """
+    if device == "cuda":
+        return f"cublas-{precision}"
+    if precision == "fp8":
+        # CPUs have no products in e4m3, and the reference multiplies in float32
+        precision = "fp32"
+    packs = precision != "fp64" and _registry.why_not("linear", "onednn", "cpu") is None
+    return f"packed-{precision}" if packs and not (precision == "fp32" and before_avx512()) else f"mkl-{precision}"
 
 
 def ceiling(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
+
+from dave_fast.bench.case import label
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -11,21 +14,16 @@ if TYPE_CHECKING:
 
 def duration(seconds: float) -> str:
     """Return a time with three digits and a unit: "1.23 ms"."""
-    for factor, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "µs")):
-        if seconds * factor >= 1 or unit == "µs":
-            return f"{seconds * factor:.3g} {unit}"
-    raise AssertionError
+    factor, unit = (1.0, "s") if seconds >= 1 else (1e3, "ms") if seconds * 1e3 >= 1 else (1e6, "µs")
+    return f"{seconds * factor:.3g} {unit}"
 
 
 def ops_table(result: dict[str, Any]) -> RenderableType:
     """Return a table with a line for each case and backend, and below it the reasons of those not measured."""
-    from rich.console import Group
-    from rich.text import Text
-
     reasons: dict[str, None] = {}
     table = _table(result, "op", "backend", "median", "min to max", "GFLOP/s", "GB/s", "share", "error", "plain's")
     for row in result["ops"]:
-        name = row["op"] if row["case"] == row["op"] else f"{row['op']} {row['case']}"
+        name = label(row["op"], row["case"])
         if "seconds" not in row:
             missing = why_missing(row) or ""
             table.add_row(name, row["backend"], missing.partition(":")[0])
@@ -43,20 +41,16 @@ def ops_table(result: dict[str, Any]) -> RenderableType:
             f"{row['error']:.1e}",
             f"{row['plain']:.1e}",
         )
-    return Group(table, *(Text(line, style="dim") for line in reasons))
+    return _with_lines(table, reasons)
 
 
 def engine_table(result: dict[str, Any]) -> RenderableType:
     """Return a table with a line for each contestant, and below it the reasons of those not measured."""
-    from rich.console import Group
-    from rich.text import Text
-
     table = _table(result, "", "images/s", "one image", "99 %", "rows", "memory", "of ceiling", "error", "plain's")
     for row in result["engine"]:
         missing = why_missing(row)
         table.add_row(row["name"], *([missing.partition(":")[0]] if missing else engine_cells(row)))
-    reasons = [f"{row['name']}: {why_missing(row)}" for row in result["engine"] if why_missing(row)]
-    return Group(table, *(Text(line, style="dim") for line in reasons))
+    return _with_lines(table, [f"{row['name']}: {why_missing(row)}" for row in result["engine"] if why_missing(row)])
 
 
 def why_missing(row: dict[str, Any]) -> str | None:
@@ -96,6 +90,13 @@ def comparison_table(result: dict[str, Any]) -> Table:
             "slower" if row["slower"] else "",
         )
     return table
+
+
+def _with_lines(table: Table, lines: Iterable[str]) -> RenderableType:
+    from rich.console import Group
+    from rich.text import Text
+
+    return Group(table, *(Text(line, style="dim") for line in lines))
 
 
 def _table(result: dict[str, Any], *headings: str) -> Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -24,22 +24,19 @@ SIZES = (224, 336, 448, 560, 672)
 REPEATS = 3
 
 
-def latency_against_samples(
-    explainer: DAVE, image: tuple[int, int, int], budget: float, samples: Sequence[int] = SAMPLES
-) -> list[dict[str, Any]]:
+def latency_against_samples(explainer: DAVE, image: tuple[int, int, int], budget: float) -> list[dict[str, Any]]:
     """Measure the seconds of one image at growing S.
 
     Args:
         explainer: of the model.
         image: (C, H, W).
         budget: seconds; the list ends before the measurement that would exceed it.
-        samples: rising values of S.
     """
     images = torch.randn(1, *image).to(explainer.device)
     rows: list[dict[str, Any]] = []
     began = time.perf_counter()
-    explainer.explain(images, 0, samples[0])
-    for number in samples:
+    explainer.explain(images, 0, SAMPLES[0])
+    for number in SAMPLES:
         call = partial(explainer.explain, images, 0, number)
         expected = rows[-1]["seconds"]["median"] * number / rows[-1]["samples"] if rows else 0.0
         if rows and time.perf_counter() - began + REPEATS * expected > budget:
@@ -55,8 +52,7 @@ def memory_against_size(
     precision: str,
     device: str,
     samples: int,
-    rows: int = 1,
-    sizes: Sequence[int] = SIZES,
+    rows: int,
 ) -> list[dict[str, Any]]:
     """Return the bytes of one micro-batch by the formula of `dave_fast.engine.memory`; on a GPU also the measured peak.
 
@@ -66,10 +62,12 @@ def memory_against_size(
         device: to run on.
         samples: S.
         rows: of the micro-batch.
-        sizes: sides of the image; the list ends at the first without a plan or too large for the device.
+
+    Returns:
+        A row for each of SIZES, up to the first without a plan or too large for the device.
     """
     found: list[dict[str, Any]] = []
-    for size in sizes:
+    for size in SIZES:
         model = build(size)
         try:
             reading = families.read(model, (size, size))

@@ -74,7 +74,7 @@ def clock(
         once()
     if host or torch.device(device).type != "cuda":
         return lambda: host_seconds(once, device) / len(calls), False
-    run, times, captured = _many(calls)
+    run, times, captured = _many(once)
     return lambda: _by_events(run) / (len(calls) * times), captured
 
 
@@ -87,22 +87,16 @@ def _by_events(run: Call) -> float:
     return float(start.elapsed_time(stop)) * 1e-3
 
 
-def _many(calls: Sequence[Call]) -> tuple[Call, int, bool]:
-    """Return a call that repeats the calls for GRAPH_SECONDS, how often it does, and whether it is a graph."""
-
-    def once() -> None:
-        for call in calls:
-            call()
-
+def _many(once: Call) -> tuple[Call, int, bool]:
+    """Return a call that repeats the given one for GRAPH_SECONDS, how often it does, and whether it is a graph."""
     torch.cuda.synchronize()
     times = max(1, round(GRAPH_SECONDS / max(1e-6, _by_events(once))))
-    waiting = _waits(once)
 
     def eager() -> None:
         for _ in range(times):
             once()
 
-    if waiting:
+    if _waits(once):
         return eager, times, False
     try:
         graph = torch.cuda.CUDAGraph()

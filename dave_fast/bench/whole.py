@@ -137,20 +137,17 @@ def find_truth(model: nn.Module, images: Tensor, precisions: Sequence[str], devi
     return Truth(images, draws, contributions, plain, found)
 
 
-def refusal(precision: str, error: float, truth: Truth, ratio: float = RATIO) -> str | None:
+def refusal(precision: str, error: float, truth: Truth) -> str | None:
     """Return why contributions with this error are refused, or None."""
     if not error < 1:
         return f"its contributions are {error:.1e} away from float64's (relative, Euclidean)"
-    if precision == "fp64":
-        limit, plain = EXACT, 0.0
-    elif precision in truth.plain:
-        plain = truth.plain[precision]
-        limit = ratio * max(plain, torch.finfo(torch.float32).eps)
-    else:
-        return f"nothing was computed plainly in {precision} to hold its contributions against"
-    if error > limit:
-        return f"its error against float64 is {error:.1e}; at most {limit:.1e} is allowed (plain PyTorch: {plain:.1e})"
-    return None
+    if precision not in {"fp64", *truth.plain}:
+        return f"nothing was computed plainly in {precision} to compare its contributions with"
+    plain = truth.plain.get(precision, 0.0)
+    limit = EXACT if precision == "fp64" else RATIO * max(plain, torch.finfo(torch.float32).eps)
+    if error <= limit:
+        return None
+    return f"its error against float64 is {error:.1e}; at most {limit:.1e} is allowed (plain PyTorch: {plain:.1e})"
 
 
 def map_agreement(low: DAVE, exact: DAVE, images: Tensor, samples: int) -> float:
@@ -195,25 +192,26 @@ def measure(
         if not {"reason", "not measured"} & rows[each.name].keys():
             running[each.name] = each
     best = {name: rows[name]["rows"] for name in running}
-    ceilings = _ceilings(running.values(), shapes, device)
+    labels, ceilings = _ceilings(running.values(), shapes, device)
 
     def timed(some: Tensor, repeats: int, others: Mapping[str, rates.Ceiling]) -> dict[str, list[float]]:
-        calls: dict[str, list[Callable[[], Any]]]
         calls = {name: [partial(each.explain, some, best[name])] for name, each in running.items()}
-        calls |= {label: [made.run] for label, made in others.items()}
-        return in_turns(calls, repeats, device, budget=budget, host=True)
+        others_calls = {label: [made.run] for label, made in others.items()}
+        return in_turns({**calls, **others_calls}, repeats, device, budget=budget, host=True)
 
     progress("throughput")
     seconds = timed(batch, repeats, ceilings)
     progress("one image")
-    # a throughput of one image is its latency
+    # with one image at a time, the turns for throughput measure the time of one image, too
     waits = timed(batch[:1], latencies, {}) if images > 1 or latencies > repeats else seconds
     for name, each in running.items():
         row = rows[name]
         row["images a second"] = spread([images / s for s in seconds[name]])
         row["seconds an image"] = spread(waits[name])
         row["peak bytes"] = peak_memory(partial(each.explain, batch, best[name]), device)
-        row |= _share(each, seconds, ceilings, shapes, images, device)
+        if name in labels:
+            label = labels[name]
+            row |= _share(each, images, seconds[name], label, [ceilings[label].gigaflops / s for s in seconds[label]])
     return list(rows.values())
 
 
@@ -237,7 +235,7 @@ def _try(each: Contestant, truth: Truth, row: dict[str, Any]) -> str | None:
     try:
         found = each.contributions(truth.images, truth.draws)
     except RuntimeError as error:
-        return _said(error)
+        return _in_one_line(error)
     row["error"] = distance((found.to(truth.contributions.device),), (truth.contributions,))
     row["plain error"] = truth.plain.get(each.precision)
     refused = refusal(each.precision, row["error"], truth) or _refused_in_a_part(each.precision, found, truth)
@@ -259,7 +257,7 @@ def _refused_in_a_part(precision: str, found: Tensor, truth: Truth) -> str | Non
     )
 
 
-def _said(error: RuntimeError) -> str:
+def _in_one_line(error: RuntimeError) -> str:
     """Return an error in one line, and free the cache if memory ran out."""
     if isinstance(error, torch.OutOfMemoryError):
         torch.cuda.empty_cache()
@@ -278,54 +276,33 @@ def _best_rows(each: Contestant, batch: Tensor, device: str) -> tuple[int | None
             alone = len(each.rows) == 1
             seconds[rows] = 0.0 if alone else host_seconds(partial(each.explain, batch, rows), device)
         except RuntimeError as error:
-            reason = f"with {rows or 'its own choice of'} rows: {_said(error)}"
+            reason = f"with {rows or 'its own choice of'} rows: {_in_one_line(error)}"
     return (min(seconds, key=seconds.__getitem__), None) if seconds else (None, reason)
 
 
-def _ceiling_of(each: Contestant, shapes: Shapes | None, device: str) -> tuple[str, int] | None:
-    """Return (kind, samples at a time) of the rate to compare a contestant with, or None."""
-    if shapes is None or each.gigaflops is None:
-        return None
-    return each.ceiling or (rates.kind_of(each.precision, device), shapes.rows)
-
-
-def _ceilings(contestants: Iterable[Contestant], shapes: Shapes | None, device: str) -> dict[str, rates.Ceiling]:
-    """Return the machine's rates to compare the contestants with, at the model's shapes."""
-    made = {}
+def _ceilings(
+    contestants: Iterable[Contestant], shapes: Shapes | None, device: str
+) -> tuple[dict[str, str], dict[str, rates.Ceiling]]:
+    """Return the machine's rates to compare with, at the model's shapes: contestant -> label, label -> products."""
+    labels, made = {}, {}
     for each in contestants:
-        against = _ceiling_of(each, shapes, device)
-        if against is None or shapes is None or each.gigaflops is None:
+        if shapes is None or each.gigaflops is None:
             continue
-        size = (against[1] * shapes.tokens, shapes.width, shapes.hidden)
+        kind, samples = each.ceiling or (rates.kind_of(each.precision, device), shapes.rows)
+        labels[each.name] = label = f"{kind}, {samples} at a time"
+        size = (samples * shapes.tokens, shapes.width, shapes.hidden)
         # about as long as the contestant's own work, so that other load on the machine affects both
         at_least = min(LONG_ENOUGH, each.gigaflops * each.samples)
-        made[_label(*against)] = rates.ceiling(against[0], *size, at_least=at_least, device=device)
-    return made
+        made[label] = rates.ceiling(kind, *size, at_least=at_least, device=device)
+    return labels, made
 
 
-def _label(kind: str, samples: int) -> str:
-    return f"{kind}, {samples} at a time"
-
-
-def _share(
-    each: Contestant,
-    seconds: dict[str, list[float]],
-    ceilings: dict[str, rates.Ceiling],
-    shapes: Shapes | None,
-    images: int,
-    device: str,
-) -> dict[str, Any]:
+def _share(each: Contestant, images: int, seconds: list[float], label: str, most: list[float]) -> dict[str, Any]:
     """Return the achieved GFLOP/s as a share of the ceiling's, repeat by repeat."""
-    against = _ceiling_of(each, shapes, device)
-    if against is None or each.gigaflops is None:
-        return {}
-    label = _label(*against)
-    work = each.gigaflops * each.samples * images
-    most = [ceilings[label].gigaflops / s for s in seconds[label]]
-    shares = [work / own / rate for own, rate in zip(seconds[each.name], most, strict=True)]
+    work = (each.gigaflops or 0.0) * each.samples * images
     return {
         "gigaflops a sample": each.gigaflops,
-        "share of ceiling": spread(shares),
+        "share of ceiling": spread([work / own / rate for own, rate in zip(seconds, most, strict=True)]),
         "ceiling": label,
         "ceiling GFLOP/s": spread(most),
     }

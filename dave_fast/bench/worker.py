@@ -51,13 +51,12 @@ def prepare(wanted: dict[str, Any]) -> tuple[dict[str, Callable[[], float]], dic
             continue
         shapes = shapes_of(model, wanted["samples"], size=wanted["size"], rows=wanted["rows"])
         for case in cases_of(op, shapes):
-            name = op if case.name == op else f"{op} {case.name}"
             operands = case.operands(torch.Generator(device).manual_seed(wanted["seed"]), dtype)
             agreement, _ = check(case, load, operands, dtype)
             if agreement.reason is None:
-                clocks[name], _ = clock([case.bind(load, operands, dtype)], device)
+                clocks[case.label], _ = clock([case.bind(load, operands, dtype)], device)
             else:
-                refused[name] = agreement.reason
+                refused[case.label] = agreement.reason
     return clocks, refused
 
 

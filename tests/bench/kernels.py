@@ -1,23 +1,19 @@
-"""A small model, and kernels of somebody's own: right, wrong, and careless."""
+"""Small models, and kernels as a user may give them to `dave-fast bench --kernel`: right ones and wrong ones."""
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 
 from dave_fast.ops.attention import attention_vjp_ref
 from dave_fast.ops.linear import linear_ref
 from dave_fast.ops.norm import row_rstd_ref
+from tests.tiny import initial_vit
 
 
 def model():
-    torch.manual_seed(0)
-    return VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=10)
+    return initial_vit(embed_dim=32, num_classes=10)
 
 
 def gated_model():
-    torch.manual_seed(0)
-    return VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=10, mlp_layer=gated, mlp_ratio=2.0
-    )
+    return initial_vit(embed_dim=32, depth=1, num_classes=10, mlp_layer=gated, mlp_ratio=2.0)
 
 
 def gated(in_features, hidden_features, **settings):
@@ -48,13 +44,13 @@ calls_of_tired = []
 
 
 def tired_row_rstd(x, eps, *, centred, squares=None):
-    """Zeros from the fourth call on."""
+    """Return zeros from the fourth call on."""
     calls_of_tired.append(1)
     return row_rstd_ref(x, eps, centred=centred, squares=squares) * (len(calls_of_tired) < 4)
 
 
 def careless_row_rstd(x, eps, *, centred, squares=None):
-    """The last row is never written."""
+    """Leave the last row unwritten."""
     rstd = torch.empty(len(x))
     rstd[:-1] = row_rstd_ref(x, eps, centred=centred, squares=squares)[:-1]
     return rstd

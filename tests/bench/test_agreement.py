@@ -1,4 +1,4 @@
-"""check refuses wrong forms of every op, however small or confined their error, and accepts right ones."""
+"""Test that `check` refuses wrong forms of every op, also with a small or local error, and accepts right ones."""
 
 import os
 import re
@@ -34,9 +34,9 @@ LARGE = shapes(rows=8, image=(3, 128, 128), hidden=512)
 
 
 def seed():
-    """One for all runs, since chance decides at the boundary of what can be seen; DAVE_FAST_SEED: another.
+    """Return a fixed seed, since errors near the limit are found by chance only; DAVE_FAST_SEED replaces it.
 
-    Right forms meet fresh seeds in tests/gpu/test_ops.py.
+    Right forms are tested with fresh seeds in tests/gpu/test_ops.py.
     """
     return int(os.environ.get("DAVE_FAST_SEED") or 2)
 
@@ -58,11 +58,11 @@ def test_right_forms_are_accepted_on_odd_shapes(op, precision):
             assert agreement.reason is None, (case.name, backend, f"DAVE_FAST_SEED={number}", agreement.reason)
 
 
-# ---- planted errors ----
+# errors planted in right results
 
 
 def planted(case, spoil, which):
-    """A case whose form is exact, rounded once to the right type, but for what `spoil` does to result `which`."""
+    """Return a case whose form is exact and rounded once to its dtype, except that `spoil` changes result `which`."""
 
     def bind(load, given, dtype):
         if load is reference:
@@ -80,7 +80,7 @@ def planted(case, spoil, which):
 
 
 def reasons(op, precision, spoil, sizes=None):
-    """(case, which of its results) -> why it is refused, None where it is not, with an error in that result alone."""
+    """Return (case, number of a result) -> why it is refused, or None, with an error in that result alone."""
     found, number = {}, seed()
     print(f"DAVE_FAST_SEED={number}")
     for case in cases_of(op, sizes or shapes()):
@@ -125,7 +125,7 @@ def last_tile_zero(exact):
 
 
 def transposed(exact):
-    """The numbers of the other order of dimensions; of a vector: backwards."""
+    """Return a matrix's numbers read in the other order of dimensions, or a vector reversed."""
     return exact.flip(0) if exact.ndim == 1 else exact.transpose(0, -1).reshape(exact.shape)
 
 
@@ -141,7 +141,7 @@ def unwritten(exact):
 
 
 def neighbours_swapped(exact):
-    """Two elements of the last row, the largest and the smallest."""
+    """Exchange the largest and the smallest element of the last row."""
     row = exact.view(-1, exact.shape[-1])[-1] if exact.ndim > 1 else exact
     high, low = int(row.argmax()), int(row.argmin())
     row[[high, low]] = row[[low, high]]
@@ -162,7 +162,7 @@ GROSS = {
 }
 
 
-# seen in float32 and float64
+# found in float32 and float64
 SMALL = {
     "scale by a thousandth": scaled(1.001),
     "scale by a ten thousandth": scaled(1.0001),
@@ -187,7 +187,7 @@ def test_a_small_error_is_refused_in_float32_and_float64(op, precision):
 
 @pytest.mark.parametrize("op", [op for op in CASES if op != "linear_fp8"])
 def test_a_thousandth_of_scale_is_refused_in_bfloat16_too(op):
-    """The norm of a narrow result's error hides it, its projection on the truth does not."""
+    """Test a scale error that rounding hides from the norm of a bfloat16 result, but not from its projection."""
     for where, reason in reasons(op, "bf16", scaled(1.001), LARGE).items():
         assert reason is not None, where
 
@@ -198,7 +198,7 @@ def test_one_element_of_a_million_is_refused():
             assert reason is not None, (precision, where)
 
 
-# what the docstring says cannot be seen
+# errors that the docstring of `agreement` names as not detected
 
 
 def test_a_scale_error_of_a_ten_thousandth_in_bfloat16_is_seen_in_many_elements_only():
@@ -220,11 +220,11 @@ def test_eight_bit_products_may_lose_a_thousandth_in_their_sums():
     assert set(reasons("linear_fp8", "bf16", scaled(1.0005)).values()) == {None}
 
 
-# ---- what a form leaves out, and of which kind its results are ----
+# forms that ignore an operand, or whose results have another dtype or shape
 
 
 def without(name):
-    """Functions by op that ignore one of their operands."""
+    """Return functions by op that ignore one of their operands."""
 
     def load(op):
         def run(*args, **kwargs):
@@ -247,7 +247,7 @@ def test_a_product_that_leaves_an_operand_out_is_refused(op, precision, operand)
 
 
 def answers(case, change):
-    """Functions whose results are changed."""
+    """Return functions by op whose results are changed."""
     return lambda op: lambda *args, **kwargs: change(reference(op)(*args, **kwargs)) if op == case.op else reference(op)
 
 
@@ -297,7 +297,7 @@ def test_samples_on_the_threshold_are_few_and_a_nan_is_refused_there():
 @pytest.mark.parametrize("op", ["robust_mean", "pull_back_mean"])
 def test_an_undecided_mean_beyond_its_samples_is_refused(op):
     (case,) = cases_of(op, shapes(samples=50))
-    # rounding decides few elements of a mean, and with some seeds none
+    # few elements of a mean depend on a decision by rounding, with some seeds none
     tried = (operands(case, torch.float32, seed() + i) for i in range(100))
     given = next(each for each in tried if case.undecided(widened(each)).where.any())
     undecided = case.undecided(widened(given))
@@ -308,11 +308,11 @@ def test_an_undecided_mean_beyond_its_samples_is_refused(op):
         assert (check(case, form, given, torch.float32)[0].reason is None) == accepted
 
 
-# ---- what one image, one call or the usual options do not show ----
+# errors that one image, one call or the usual options do not show
 
 
 def of_image_0(images, draws):
-    """The operands of a form that takes one image for all of them."""
+    """Return the operands as seen by a form that reads the first image for every row."""
     return images[:1], replace(draws, image_index=torch.zeros_like(draws.image_index))
 
 
@@ -328,7 +328,7 @@ OF_THE_FIRST = {
 
 
 def verdicts(op, form, sizes=None):
-    """Case -> why it is refused with `form` in place of the op."""
+    """Return case -> why it is refused with `form` in place of the op."""
     found = {}
     for case in cases_of(op, sizes or shapes()):
         given = operands(case, torch.float32, seed())
@@ -344,7 +344,7 @@ def test_a_pixel_op_that_takes_the_first_image_for_all_is_refused(op, samples):
 
 @pytest.mark.parametrize("op", ["perturb", "pull_back", "pull_back_mean"])
 def test_draws_lie_beside_the_images(op, monkeypatch):
-    """So that a timed call on a GPU copies nothing."""
+    """Test that draws are on the images' device, so that a timed call on a GPU copies nothing."""
     moved = []
     monkeypatch.setattr(Draws, "to", lambda draws, device: moved.append(device) or draws)
     (case,) = cases_of(op, shapes())
@@ -369,7 +369,7 @@ def test_a_form_that_hands_out_one_buffer_is_held_at_its_first_call_too():
     buffer = []
 
     def late(*args, **kwargs):
-        """Zeros at first, and the right numbers in the same memory when it is called again."""
+        """Return zeros at the first call, and at the second the right numbers in the same memory."""
         right = reference("row_rstd")(*args, **kwargs)
         buffer.append(right if buffer else torch.zeros_like(right))
         return buffer[0].copy_(buffer[-1])

@@ -1,4 +1,4 @@
-"""`dave-fast bench` from the outside: rows, JSON, pages, exit codes; before and after."""
+"""Test the command `dave-fast bench`: rows, JSON, pages, exit codes, and the comparison with a revision."""
 
 import json
 import subprocess
@@ -61,7 +61,7 @@ def test_your_own_kernel_in_the_whole_engine():
     done = run("--precision", "fp32", "--kernel", f"row_rstd={KERNELS}:careless_row_rstd")
     assert done.exit_code == 1 and "refused: dave-fast fp32, yours: its error" in done.output, done.output
 
-    # bfloat16 throughout hides a thousandth
+    # in bfloat16 the engine's own rounding hides an error of 0.001 in one op
     done = run("--precision", "bf16", "--kernel", f"row_rstd={KERNELS}:wrong_row_rstd")
     assert done.exit_code == 1 and "row_rstd by yours: its error against float64" in done.output, done.output
 
@@ -109,7 +109,7 @@ def this_tree(name, root):
 
 
 def test_two_trees_are_timed_in_turns_and_a_slower_one_is_seen(monkeypatch):
-    """Both sides are this tree; what is slower is told by the workers' answers."""
+    """Test the comparison with this tree on both sides."""
     if machine.checkout() is None:
         pytest.skip("no git checkout: there is nothing to compare")
     monkeypatch.setattr(compare, "revision", this_tree)

@@ -1,4 +1,4 @@
-"""The run and its report: what is measured, what is said, what is refused, and that the model is only read."""
+"""Test `dave-fast evaluate`: its metrics, the files of its report, bad requests, and that the model is unchanged."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""Every method: signed attributions of the images' shape, repeatable, and what it says it is."""
+"""Test the methods: shapes, repeatability, independence of the batch, formulas, and the choice by name."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Scenes, image files and their annotations: labels and objects as the model's crop shows them."""
+"""Test scenes, image files and annotations: labels, and objects in the model's crop."""
 
 import json
 

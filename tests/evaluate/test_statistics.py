@@ -1,4 +1,4 @@
-"""Intervals, paired differences and verdicts."""
+"""Test intervals, paired differences and verdicts."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Tuning: the rule on curves with known answers, the number of samples, and the whole on a small model."""
+"""Test tuning: the rule on curves with known answers, the number of samples, and a run on a small model."""
 
 import numpy as np
 import pytest

@@ -29,13 +29,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def device() -> str:
-    """Where the ops run."""
+    """Return the device that the ops run on."""
     return DEVICE
 
 
 @pytest.fixture
 def fresh_seed(record_property: object) -> int:
-    """Another seed in every run, written into the report so that a failure can be repeated (DAVE_FAST_SEED)."""
+    """Return a new seed in every run, stored in the report so that a failure can be repeated (DAVE_FAST_SEED)."""
     seed = int(os.environ.get("DAVE_FAST_SEED") or int.from_bytes(os.urandom(4), "little"))
     print(f"DAVE_FAST_SEED={seed}")
     return seed

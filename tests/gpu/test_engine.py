@@ -1,4 +1,4 @@
-"""The engine on the device: equal to the frozen route, to itself without graphs, to the CPU, and within memory."""
+"""Test the engine on the device against the frozen route, itself without graphs, the CPU, and its memory limit."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import torch
 import dave_fast
 from dave_fast import DAVE
 from dave_fast.engine.aggregation import raw_attributions
+from dave_fast.evaluate import DemoScenes
 from dave_fast.evaluate.metrics import correlation
-from dave_fast.models.demo import draw_scenes, load_demo_model
+from dave_fast.models.demo import load_demo_model
 from dave_fast.ops.precision import has_bf16, why_no_fp8
 from dave_fast.targets import Contrast, Similarity
 from tests.gpu.conftest import REHEARSAL
@@ -38,9 +39,8 @@ def demo(**settings: Any) -> DAVE:
 
 
 def scenes(number: int) -> tuple[torch.Tensor, torch.Tensor]:
-    drawn = draw_scenes(number, seed=11, split="test")
-    images = torch.from_numpy(drawn.images).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
-    return images, torch.from_numpy(drawn.labels)
+    drawn = DemoScenes(number, seed=11).read(0, number)
+    return drawn.images, drawn.labels
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -88,7 +88,7 @@ def test_final_maps_follow_float32_on_trained_weights(precision: str, device: st
 
 
 def test_the_devices_maps_are_the_cpus(device: str) -> None:
-    """Equal draws on any device: float32 maps differ by rounding, and by values on the outlier threshold."""
+    """Test float32 maps against a CPU's at equal draws: only rounding and values on the outlier threshold differ."""
     images, labels = scenes(2)
     maps = [demo(precision="fp32", device=each).explain(images, labels, SAMPLES).maps.cpu() for each in (device, "cpu")]
     assert correlation(*maps).min() > 0.9999
@@ -132,7 +132,7 @@ def test_out_of_memory_halves_the_micro_batch_and_goes_on(device: str) -> None:
     small = demo(precision="fp32", device=device, internal_batch_size=128)
     small.explain(images, labels, 2)
     try:
-        # what is reserved now, and a little more: 128 rows do not fit
+        # a little more than is reserved now, which is too little for 128 rows
         torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (96 << 20)) / total)
         found = small.explain(images, labels, 64)
     finally:
@@ -154,7 +154,7 @@ def test_a_side_stream_and_a_second_thread_get_the_same_maps(device: str) -> Non
 
 @contextmanager
 def host_waits() -> Iterator[list[warnings.WarningMessage]]:
-    """Every wait of the host for the device within the block, as PyTorch reports it."""
+    """Yield a list of the host's waits for the device within this context, as PyTorch reports them."""
     with warnings.catch_warnings(record=True) as reported:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")

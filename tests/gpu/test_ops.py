@@ -1,4 +1,4 @@
-"""Every op and every backend of this device against float64, on fresh random operands."""
+"""Test every op by every backend of this device against float64, on fresh random operands."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def shapes(name: str) -> Shapes:
 
 
 def backends() -> list[tuple[str, str]]:
-    """Return (op, backend) of everything that runs on the device, PyTorch's own forms included."""
+    """Return every (op, backend) that runs on the device, with the forms in PyTorch."""
     return [
         (op, backend)
         for op in CASES
@@ -57,7 +57,7 @@ def backends() -> list[tuple[str, str]]:
     ]
 
 
-# A size a test: on a GPU an error of CUDA ends a test, and must not hide the other sizes.
+# one test for each size: an error of CUDA ends a test and must not hide the other sizes
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("size", SMALL if REHEARSAL else SIZES)
 @pytest.mark.parametrize(("op", "backend"), backends())
@@ -75,7 +75,7 @@ def test_against_float64(op: str, backend: str, size: str, precision: str, devic
 
 @pytest.mark.parametrize("op", CASES)
 def test_kernels_of_the_device_load(op: str, device: str) -> None:
-    """A kernel that silently does not load would leave PyTorch's form to pass every test."""
+    """Test that the device's own kernels load, since otherwise the other tests would test the forms in PyTorch."""
     own = {"cuda": {"cuda", "triton"}, "cpu": {"native"}}[device]
     forms = set(_registry.IMPLEMENTATIONS[op]) & own
     if not forms:
@@ -86,7 +86,7 @@ def test_kernels_of_the_device_load(op: str, device: str) -> None:
 
 @pytest.mark.parametrize(("op", "backend"), backends())
 def test_the_same_bits_twice(op: str, backend: str, device: str, fresh_seed: int) -> None:
-    """A race would give other bits; nothing here uses atomics on floating point."""
+    """Test that two calls give equal bits: a race would not, and no kernel uses floating-point atomics."""
     for case in cases_of(op, shapes("odd")):
         operands = case.operands(torch.Generator(device).manual_seed(fresh_seed), torch.float32)
         call = case.bind(loader(backend, device), operands, torch.float32)

@@ -1,4 +1,4 @@
-"""The baselines and the tables of benchmarks/: what a comparison rests on is tested like everything else."""
+"""Test the baselines of benchmarks/ and the tables of their comparison."""
 
 from dataclasses import replace
 
@@ -88,7 +88,7 @@ def test_ceilings_count_what_they_run(kind):
 
 @pytest.fixture(scope="module")
 def small():
-    """A model, its shapes at S = 6, an image and the truth: what a contest needs."""
+    """Return a model, its shapes at S = 6, an image and the truth."""
     model = initial_vit(embed_dim=32, num_classes=16).requires_grad_(False)
     images = torch.randn(whole.CHECKED, 3, 32, 32)
     return model, shapes_of(model, 6), images[0], whole.find_truth(model, images, ["fp32", "fp8"], "cpu")
@@ -108,7 +108,7 @@ def test_all_contestants_make_the_same_contributions(small):
 
 
 def test_a_peers_map_does_not_depend_on_its_micro_batch(small, monkeypatch):
-    """Rows of several images share micro-batches, and the last one is filled up."""
+    """Test micro-batches with rows of several images, the last of them padded."""
     model, shapes, image, _ = small
     made = peer(model, LADDER["P1 batched"], "fp32", 6, shapes, image)
     monkeypatch.setattr(torch, "randn", lambda *size, **_: torch.zeros(size))
@@ -145,7 +145,7 @@ def test_one_wrong_patch_of_one_sample_is_refused(small):
 
 
 def test_an_engine_in_fp8_is_held_against_pytorchs_forms(small):
-    """Right as it is; refused with the scale of one product of the way back half too large."""
+    """Test that the engine in fp8 passes, and is refused with a scale of one product of the VJP 1.5 times too large."""
     model, shapes, _, truth = small
     made = whole.dave(model, "fp8", 6, shapes, backend="torch")
     row = {}
@@ -173,7 +173,7 @@ def test_a_precision_without_a_plain_form_is_refused(small):
 
 
 def test_a_failing_contestant_leaves_the_other_rows(small):
-    """A micro-batch that fails is no choice; a contestant without any, or without contributions, has a reason."""
+    """Test that failing micro-batches are not chosen, and that a contestant that cannot run has a reason in its row."""
     model, shapes, image, truth = small
     right = ours(model, image, 6, shapes, "cpu")[0]
 
@@ -198,7 +198,7 @@ def test_a_failing_contestant_leaves_the_other_rows(small):
 
 @pytest.mark.parametrize("precisions", [["fp32"], ["fp32", "bf16"]])
 def test_captum_explains_with_its_passes(small, precisions, monkeypatch):
-    """Whatever this CPU has: bfloat16 is emulated where it must be."""
+    """Test captum's methods; a CPU without bfloat16 products emulates them."""
     model, _, image, _ = small
     monkeypatch.setattr(contestants, "has_bf16", lambda device: "bf16" in precisions)
     methods = captum_methods(model, image)

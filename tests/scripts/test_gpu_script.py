@@ -1,4 +1,4 @@
-"""scripts/gpu on the CPU: its stages and rows, and what becomes of a stage that fails, hangs or is killed."""
+"""Test scripts/gpu on the CPU: its stages and rows, and stages that fail, hang or are killed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from benchmarks.gpu.stages import Stage
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "gpu"
 MOST_FILES, MOST_BYTES = 8, 16 << 20
-# seconds for what happens at once on an idle machine
+# seconds for steps that an idle machine makes at once
 PATIENCE = 120.0
 # a stage that writes numbered rows without end
 COUNTING = """
@@ -37,7 +37,7 @@ for number in itertools.count():
     write(row(f"row {number}", "measured", number, number=number))
     time.sleep(0.001)
 """
-# the script with stages of a test's own, and no wait for PyTorch
+# the script with stages of a test, without the import of PyTorch
 DRIVER = """
 import sys, runpy
 sys.path.insert(0, {root!r})
@@ -60,13 +60,13 @@ def rehearse(form, out, *arguments):
 
 
 def driven(out, *given):
-    """A process of the script whose stages are (name, Python code)."""
+    """Start a process of the script whose stages are (name, Python code)."""
     code = DRIVER.format(patience=PATIENCE, root=str(ROOT), script=str(SCRIPT), out=str(out), given=list(given))
     return subprocess.Popen([sys.executable, "-c", code], env=plain_environment(), stdout=subprocess.DEVNULL)
 
 
 def ended(out):
-    """Stage -> what became of it."""
+    """Return stage -> the state of its end."""
     return {made["stage"]: made["state"] for made in rows.read(out / "rows.jsonl") if made["name"] == "the stage"}
 
 
@@ -85,14 +85,14 @@ def wait_for(condition):
 
 
 def alive(pid):
-    """Whether a process runs; one that is dead and not yet waited for does not."""
+    """Return whether a process runs; one that has ended and is not yet waited for does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
 
 
-# ---- rows ----
+# rows
 
 
 def test_nan_and_paths_are_strict_json(tmp_path, monkeypatch):
@@ -117,7 +117,7 @@ def test_rows_of_processes_that_write_at_once_do_not_mix(tmp_path):
     assert sorted(made["value"] for made in rows.read(tmp_path / "rows.jsonl")) == sorted(3 * list(range(200)))
 
 
-# ---- stages that fail, hang, print without end ----
+# stages that fail, hang or print without end
 
 
 def run_stage(tmp_path, code, limit):
@@ -130,7 +130,7 @@ def test_a_failing_stage_leaves_its_last_line(tmp_path):
 
 
 def endless_stage(tmp_path, monkeypatch, state):
-    """What becomes of a stage that takes the time that is left, writes one row and is not done then."""
+    """Return the state of a stage that writes one row and does not end within its time."""
     monkeypatch.setenv(rows.FILE, str(tmp_path / "rows.jsonl"))
     monkeypatch.setenv(rows.STAGE, "tests")
     code = f"from benchmarks.gpu import rows; rows.write(rows.row('a', {state!r})); import time; time.sleep(1000)"
@@ -157,7 +157,7 @@ def test_a_missing_program_is_named(tmp_path):
 
 
 def is_late_when(monkeypatch, told):
-    """Give the conductor a clock that stands still until the stage has written the file `told`: then the time is up."""
+    """Give the conductor a clock that stands still until the stage has written the file `told`, then shows the end."""
 
     def now():
         return 1e9 if told.exists() and told.read_text() else 0.0
@@ -176,7 +176,7 @@ def test_a_late_stage_is_interrupted_and_may_say_where_it_was(tmp_path, monkeypa
     code = f"""
 import time
 try:
-    # closed by name: an interrupt while a forgotten file is closed would be lost
+    # closed here, because an interrupt while the garbage collector closes a file is lost
     with open({str(tmp_path / "told")!r}, "w") as file:
         file.write("x")
     time.sleep({4 * PATIENCE})
@@ -186,7 +186,7 @@ except KeyboardInterrupt:
 """
     began = time.monotonic()
     assert run_stage(tmp_path, code, 1.0) == ("out of time", "asleep")
-    # nobody waited for what had ended
+    # the ended process was not waited for
     assert time.monotonic() - began < conductor.GRACE
 
 
@@ -201,7 +201,7 @@ open({str(tmp_path / "pid")!r}, "w").write(str(child.pid))
 time.sleep({4 * PATIENCE})
 """
     assert run_stage(tmp_path, code, 1.0)[0] == "out of time"
-    # whoever adopts a child takes a moment to see it end
+    # the process that adopts a child notices its end after a moment
     wait_for(lambda: not alive(int((tmp_path / "pid").read_text())))
 
 
@@ -225,7 +225,7 @@ def test_after_a_failed_and_a_hanging_stage_the_next_one_runs(tmp_path):
     check_files(tmp_path)
 
 
-# ---- kills ----
+# kills
 
 
 def test_sigkill_keeps_every_row_and_ends_the_stage(tmp_path):
@@ -262,7 +262,7 @@ def test_a_rehearsal_killed_at_any_moment_keeps_what_it_printed(tmp_path):
         time.sleep(random.uniform(2.0, 25.0))
         process.kill()
         process.wait()
-        # what the interrupted stage's children still print
+        # output of the interrupted stage's children
         time.sleep(1.0)
         kept = [rows.line(made) for made in rows.read(out / "rows.jsonl")]
         printed = [text for text in (out / "logs.txt").read_text().splitlines() if text.startswith("  ")]
@@ -270,7 +270,7 @@ def test_a_rehearsal_killed_at_any_moment_keeps_what_it_printed(tmp_path):
         assert measured and set(measured) <= set(kept)
 
 
-# ---- the whole ----
+# whole runs
 
 
 def check_rehearsal(done, out, expected):
@@ -294,7 +294,7 @@ def test_a_rehearsal_of_two_stages(tmp_path):
     ("selection", "least"),
     [
         (stages.REHEARSED, 10),
-        # a machine without a GPU has no Triton's form of an op
+        # without a GPU no op has a form in Triton
         (stages.WATCHED.replace("triton", "torch"), 1),
     ],
 )
@@ -355,11 +355,11 @@ def test_a_second_run_appends(tmp_path):
     assert [made["stage"] for made in rows.read(tmp_path / "rows.jsonl")] == ["machine", "only"] * 2
 
 
-# ---- command lines ----
+# command lines
 
 
 def command_lines(tmp_path):
-    """Every command of both forms, with paths that hold a space."""
+    """Return every command of both forms, with paths that contain a space."""
     authors, wheels, work = (tmp_path / name for name in ("their code", "some wheels", "my work"))
     wheels.mkdir()
     wheel(wheels)
@@ -368,7 +368,7 @@ def command_lines(tmp_path):
 
 
 def wheel(folder):
-    """The smallest package that pip installs."""
+    """Return the smallest package that pip installs."""
     name = "tiny_thing-1.0"
     with zipfile.ZipFile(folder / f"{name}-py3-none-any.whl", "w") as archive:
         archive.writestr("tiny_thing.py", "")
@@ -421,11 +421,11 @@ def test_the_sanitizers_program_is_built_by_cmake(tmp_path):
     assert tools == ["memcheck", "racecheck", "memcheck"]
 
 
-# ---- what is measured ----
+# measurements
 
 
 def speed_rows(monkeypatch, broken):
-    """Rows of three micro-batches at S = 2; broken: rows of the micro-batch whose attributions have a wrong image."""
+    """Return rows of three micro-batches at S = 2; that of `broken` rows has an image with wrong attributions."""
     monkeypatch.setattr(speed, "REHEARSAL", True)
     monkeypatch.setattr(speed, "DEVICE", "cpu")
     raw = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -472,7 +472,7 @@ def test_eager_launches_are_told_and_fail(monkeypatch):
     assert "one by one; x" in made["note"]
 
 
-# ---- tests as rows ----
+# tests as rows
 
 
 def test_after_a_sticky_cuda_error_another_process_runs_the_other_tests(tmp_path):
@@ -498,12 +498,12 @@ def test_after_a_sticky_cuda_error_another_process_runs_the_other_tests(tmp_path
     assert any("an illegal memory access" in note for note in notes)
 
 
-# ---- prebuilt ----
+# prebuilt modules
 
 
 @pytest.fixture
 def prebuilt(tmp_path):
-    """A folder of modules that import, made of these sources."""
+    """Return a folder of modules that can be imported, built from these sources."""
     folder = tmp_path / "prebuilt"
     folder.mkdir()
     for name in ("_native", "_cuda"):

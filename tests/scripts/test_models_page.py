@@ -1,4 +1,4 @@
-"""docs/models.json and the table made of it: complete, up to date, and true where a sample is proved again."""
+"""Test that docs/models.json and its table are complete and up to date, and that a sample is proved again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.tolerances import EXACT
 
 DATA = page.read()
 ROWS: list[dict[str, Any]] = DATA["rows"]
-# architectures may leave and enter timm's registry; an older one than the table's has fewer
+# the registry of a timm other than the table's may have more or fewer architectures
 KNOWN = [row for row in ROWS if timm.is_model(row["name"])]
 SAMPLE = [
     "vit_pe_core_tiny_patch16_384",
@@ -31,7 +31,7 @@ def test_at_least_95_percent_are_explained() -> None:
     for row in ROWS:
         count[row["route"]] += len(row["architectures"])
     assert len(listed) == len(set(listed)) == sum(count.values()) > 600
-    # what is open was not run: it is neither explained nor refused, and there is little of it
+    # open models were not run, so they are neither explained nor refused; there are few
     assert count["engine"] + count["frozen"] >= 0.95 * len(listed)
 
 
@@ -94,7 +94,7 @@ def test_the_smallest_form_keeps_the_structure() -> None:
 
 @pytest.mark.slow
 def test_every_plan_is_in_the_table() -> None:
-    """A few minutes."""
+    """Test every architecture that has a plan; it takes a few minutes."""
     stale = [row["name"] for row in KNOWN if page.route_now(row) != row["route"]]
     assert not stale, "run scripts/model_table.py --routes"
 
@@ -102,7 +102,7 @@ def test_every_plan_is_in_the_table() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(timm.__version__ != DATA["timm"], reason="the table is of another timm: scripts/model_table.py")
 def test_the_whole_table_again() -> None:
-    """Half an hour on two cores."""
+    """Test the whole table; it takes half an hour on two cores."""
     again = sorted(page.prove_all(), key=lambda row: (row["family"], row["name"]))
     assert [(row["name"], row["architectures"], row["route"]) for row in again] == [
         (row["name"], row["architectures"], row["route"]) for row in ROWS

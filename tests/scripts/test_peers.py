@@ -1,4 +1,4 @@
-"""The PyTorch peers of the speed comparison compute the frozen gradient, whatever tricks they use."""
+"""Test that the PyTorch peers of the speed comparison compute the frozen gradient with each of their optimisations."""
 
 import warnings
 from dataclasses import replace
@@ -28,7 +28,7 @@ def small_model(pooling):
 
 
 def case(pooling):
-    """A model, tokens (R, n, c·p·p) and their frozen gradient."""
+    """Return a model, tokens (R, n, C·p_h·p_w) and their frozen gradient."""
     model = small_model(pooling)
     images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
     truth = dave_fast.effective_gradient(model, images, TARGET, precision="fp64", route="frozen")

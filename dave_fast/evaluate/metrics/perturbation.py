@@ -219,9 +219,8 @@ def blur(images: Tensor, size: int = 31, sigma: float = 7.0) -> Tensor:
 
 def _values(maps: Tensor, images: Tensor, protocol: Protocol) -> Tensor:
     """Return the importance of the units: (B, 1, H, W) for pixels, (B, C, H, W) for elements."""
-    if protocol.element:
-        return maps.expand_as(images) if maps.ndim == 4 else maps[:, None].expand_as(images)
-    return maps.sum(1, keepdim=True) if maps.ndim == 4 else maps[:, None]
+    maps = maps if maps.ndim == 4 else maps[:, None]
+    return maps.expand_as(images) if protocol.element else maps.sum(1, keepdim=True)
 
 
 def _fill(images: Tensor, protocol: Protocol) -> Tensor:

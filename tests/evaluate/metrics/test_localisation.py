@@ -1,4 +1,4 @@
-"""The pointing games against cases that can be worked out by hand."""
+"""Test the pointing games on cases worked out by hand."""
 
 import math
 

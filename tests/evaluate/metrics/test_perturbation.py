@@ -1,4 +1,4 @@
-"""Deletion and insertion: order, points, fills, ties and areas of each protocol, worked out by hand."""
+"""Test order, points, fills, ties and areas of the protocols of deletion and insertion on cases worked out by hand."""
 
 import math
 from dataclasses import replace
@@ -16,7 +16,7 @@ WHOLE = Protocol("least", steps=4)
 
 
 def brightness(images: Tensor) -> Tensor:
-    """Two classes; log-odds of class 1 are twice the sum of the image."""
+    """Return logits of two classes whose log-odds of class 1 are twice the sum of the image."""
     total = images.sum((1, 2, 3))
     return torch.stack([-total, total], dim=1)
 
@@ -88,7 +88,7 @@ def test_elements_change_one_channel_at_a_time():
     protocol = replace(PROTOCOLS["quantus"], fill="zero", steps=3, probability=False)
     curve = perturbation_curve(brightness, images, images, torch.tensor([1]), protocol)
     assert curve.scores[0].tolist() == [3, 1, 0]
-    # by pixels, all three channels go at once
+    # a pixel changes in all three channels at once
     pixels = perturbation_curve(brightness, images, images, torch.tensor([1]), replace(protocol, element=False))
     assert pixels.scores[0].tolist() == [0]
 

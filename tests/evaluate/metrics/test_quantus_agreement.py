@@ -25,7 +25,7 @@ SHAPE = (4, 3, 8, 10)
 
 
 class Linear(nn.Module):
-    """Logits of two classes, linear in the image."""
+    """A model of two classes whose logits are linear in the image."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Correlations, changes and the excess along patch borders, in cases with known answers."""
+"""Test correlations, changes and the excess along patch borders on cases with known answers."""
 
 import math
 
