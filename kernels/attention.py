@@ -164,8 +164,7 @@ def attention_vjp_triton(saved: Any, d_out: Tensor, *, code_scale: TokenScales |
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
     rows, tokens, heads, dim = k.shape
     queries = q.shape[1]
-    stored = d_out.dtype if code_scale is None else E4M3
-    d_v = torch.empty(rows, tokens, heads, dim, dtype=stored, device=d_out.device)
+    d_v = torch.empty(k.shape, dtype=d_out.dtype if code_scale is None else E4M3, device=d_out.device)
     block = max(16, triton.next_power_of_2(dim))
 
     def launch(configuration: Any) -> None:

@@ -94,12 +94,7 @@ def _forms(module: str, op: str, *backends: str) -> dict[str, str]:
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     op: _forms(op, op, "native", "cuda") for op in ("perturb", "pull_back", "robust_mean", "pull_back_mean", "smooth")
 } | {
-    "pack_weight": {
-        "torch": "dave_fast.ops.linear:pack_ref",
-        "onednn": "dave_fast.ops.linear:pack_onednn",
-        "native": "dave_fast.ops.linear:pack_native",
-        "triton": "dave_fast.ops.linear:pack_ref",
-    },
+    "pack_weight": _forms("linear", "pack", "onednn", "native") | {"triton": "dave_fast.ops.linear:pack_ref"},
     "linear": _forms("linear", "linear", "onednn", "native", "triton"),
     "pack_weight_fp8": dict.fromkeys(("torch", "triton"), "dave_fast.ops.fp8:pack_fp8"),
     "linear_fp8": _forms("fp8", "linear_fp8", "triton"),
@@ -115,8 +110,6 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
 
 def why_not(op: str, backend: str, device: str) -> str | None:
     """Return why `backend` cannot run `op` on `device`; None when it can."""
-    if backend not in BACKENDS:
-        return f"there is no backend {backend!r}; there are {', '.join(BACKENDS)}"
     if backend not in IMPLEMENTATIONS[op]:
         return f"op {op!r} has no {backend!r} form"
     if device not in BACKENDS[backend].devices:

@@ -32,21 +32,16 @@ class SavedAttention:
 
     Attributes:
         scale: multiplies q kᵀ.
-        probabilities: P (R, heads, Q, N), or None.
-        q: (R, heads, Q, head_dim), None where P is stored.
-        k: (R, heads, N, head_dim), None where P is stored.
-        peak: (R, heads, Q, 1), the bias included, None where P is stored.
-        share: (R, heads, Q, 1), None where P is stored.
         bias: (heads, Q, N), or None.
+        probabilities: P (R, heads, Q, N), or None.
+        parts: q (R, heads, Q, head_dim), k (R, heads, N, head_dim), peak (R, heads, Q, 1), the bias included, and share
+            (R, heads, Q, 1); None where P is stored.
     """
 
     scale: float
+    bias: Tensor | None
     probabilities: Tensor | None = None
-    q: Tensor | None = None
-    k: Tensor | None = None
-    peak: Tensor | None = None
-    share: Tensor | None = None
-    bias: Tensor | None = None
+    parts: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
 
 def attention_ref(
@@ -68,18 +63,17 @@ def attention_ref(
     if k.shape[2] <= KEEP_PROBABILITIES:
         probabilities = _scores(q, k, scale, bias).softmax(-1, dtype=q.dtype)
         out = probabilities @ v
-        return out.transpose(1, 2).contiguous(), SavedAttention(scale, probabilities)
+        return out.transpose(1, 2).contiguous(), SavedAttention(scale, None, probabilities)
     out = torch.empty(q.shape[:1] + q.shape[2:3] + q.shape[1:2] + q.shape[3:], dtype=q.dtype, device=q.device)
     peaks, shares = [], []
     for start in range(0, q.shape[2], QUERY_BLOCK):
         block = slice(start, start + QUERY_BLOCK)
-        scores = _scores(q[:, :, block], k, scale, None if bias is None else bias[:, block])
-        scores = scores.to(statistics_dtype(q.dtype))
+        scores = _scores(q, k, scale, bias, block).to(statistics_dtype(q.dtype))
         peaks.append(scores.amax(-1, keepdim=True))
         p = scores.sub_(peaks[-1]).exp_()
         shares.append(1 / p.sum(-1, keepdim=True))
         out[:, block] = (p.mul_(shares[-1]).to(q.dtype) @ v).transpose(1, 2)
-    return out, SavedAttention(scale, None, q, k, torch.cat(peaks, dim=2), torch.cat(shares, dim=2), bias)
+    return out, SavedAttention(scale, bias, parts=(q, k, torch.cat(peaks, dim=2), torch.cat(shares, dim=2)))
 
 
 def attention_vjp_ref(saved: SavedAttention, d_out: Tensor) -> Tensor:
@@ -87,13 +81,13 @@ def attention_vjp_ref(saved: SavedAttention, d_out: Tensor) -> Tensor:
     d_out = d_out.transpose(1, 2)
     if saved.probabilities is not None:
         return (saved.probabilities.transpose(-1, -2) @ d_out).transpose(1, 2).contiguous()
-    assert saved.q is not None and saved.k is not None and saved.peak is not None and saved.share is not None
-    dv = torch.zeros(saved.k.shape, dtype=statistics_dtype(d_out.dtype), device=d_out.device)
-    for start in range(0, saved.q.shape[2], QUERY_BLOCK):
+    assert saved.parts is not None
+    q, k, peak, share = saved.parts
+    dv = torch.zeros(k.shape, dtype=statistics_dtype(d_out.dtype), device=d_out.device)
+    for start in range(0, q.shape[2], QUERY_BLOCK):
         block = slice(start, start + QUERY_BLOCK)
-        bias = None if saved.bias is None else saved.bias[:, block]
-        scores = _scores(saved.q[:, :, block], saved.k, saved.scale, bias)
-        p = (scores - saved.peak[:, :, block]).exp_().mul_(saved.share[:, :, block]).to(d_out.dtype)
+        scores = _scores(q, k, saved.scale, saved.bias, block)
+        p = (scores - peak[:, :, block]).exp_().mul_(share[:, :, block]).to(d_out.dtype)
         dv += p.transpose(-1, -2) @ d_out[:, :, block]
     return dv.to(d_out.dtype).transpose(1, 2).contiguous()
 
@@ -165,6 +159,6 @@ def _view(heads: Tensor) -> tuple[int, list[int]]:
     return heads.data_ptr(), list(heads.stride()[:3])
 
 
-def _scores(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    scores = (q * scale) @ k.transpose(-1, -2)
-    return scores if bias is None else scores.add_(bias)
+def _scores(q: Tensor, k: Tensor, scale: float, bias: Tensor | None, queries: slice = slice(None)) -> Tensor:
+    scores = (q[:, :, queries] * scale) @ k.transpose(-1, -2)
+    return scores if bias is None else scores.add_(bias[:, queries])

@@ -85,12 +85,9 @@ class Choices:
             merged.setdefault(known, {}).update(by_rows)
         merged.setdefault(problem, {})[rows] = choice
         self._known = merged
-        text = json.dumps(
-            {name: {str(n): vars(kept) for n, kept in by_rows.items()} for name, by_rows in merged.items()}, indent=1
-        )
         try:
             with atomically(self.path) as file:
-                file.write(text.encode())
+                file.write(json.dumps(merged, indent=1, default=vars).encode())
         except InputError as error:
             logger.warning("the choice of a kernel is kept for this process alone: %s", error)
 

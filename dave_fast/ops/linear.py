@@ -94,7 +94,8 @@ def pack_onednn(matrix: Tensor) -> Any:
     """
     if _registry.why_not("linear", "onednn", "cpu") is not None or not _packs(matrix.dtype):
         return pack_ref(matrix)
-    parts = matrix.split(_sum_terms(matrix), dim=1)
+    at_once = SUM_TERMS if matrix.dtype == torch.float32 and before_avx512() else matrix.shape[1]
+    parts = matrix.split(at_once, dim=1)
     return tuple(torch.ops.mkldnn._reorder_linear_weight(part.contiguous(), PACK_ROWS) for part in parts)
 
 
@@ -104,16 +105,9 @@ def before_avx512() -> bool:
     return x86 and not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
-def _sum_terms(matrix: Tensor) -> int:
-    """Return how many in-features are summed at once."""
-    return SUM_TERMS if matrix.dtype == torch.float32 and before_avx512() else matrix.shape[1]
-
-
 def _packs(dtype: torch.dtype) -> bool:
     """Return whether oneDNN packs a dtype on this CPU; packing any other raises."""
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return dtype == torch.float32
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def linear_onednn(x: Tensor, weight: Any, bias: Tensor | None = None, **epilogue: Any) -> Any:
@@ -245,15 +239,12 @@ def _linear_packed(
     return (y, row_squares(y)) if squares else y
 
 
-def _product(x: Tensor, packed: Tensor, bias: Tensor | None, other: Tensor | None, operation: str) -> Tensor:
+def _product(x: Tensor, packed: Tensor, bias: Tensor | None, other: Tensor | None, operation: str) -> Any:
     """Return x Wᵀ + bias, with `operation` ("add" or "mul") applied to another tensor where one is given."""
     pointwise = torch.ops.mkldnn._linear_pointwise
-    y: Tensor
     if other is None:
-        y = pointwise(x, packed, bias, "none", [], "")
-    else:
-        y = pointwise.binary(x, other, packed, bias, operation)
-    return y
+        return pointwise(x, packed, bias, "none", [], "")
+    return pointwise.binary(x, other, packed, bias, operation)
 
 
 def _scale_ref(x: Tensor, row_scale: Tensor) -> Tensor:

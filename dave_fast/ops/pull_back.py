@@ -137,9 +137,9 @@ def adjoint_warp(cotangents: Tensor, draws: Draws, rows: slice = slice(None)) ->
     Returns:
         (R, C, rows of pixels, W), in the dtype of the cotangents.
     """
-    if not bool((_determinants(draws.matrices) != 0).all()):
-        raise InputError("draws.matrices must be invertible")
     backward = inverse(draws.matrices)
+    if not bool(backward.isfinite().all()):
+        raise InputError("draws.matrices must be invertible")
     reach = backward[:, :, :2].abs().sum(-1)
     matrices = draws.matrices.to(cotangents)
     x, y = _warp.pixels(cotangents)
@@ -163,14 +163,9 @@ def adjoint_warp(cotangents: Tensor, draws: Draws, rows: slice = slice(None)) ->
 def inverse(matrices: Tensor) -> Tensor:
     """Return the inverse maps (R, 2, 3), source → destination, of invertible ones without a device synchronisation."""
     a, b, c, d = matrices[:, :, :2].flatten(1).unbind(1)
-    linear = torch.stack([d, -b, -c, a], dim=1).view(-1, 2, 2) / _determinants(matrices)[:, None, None]
+    linear = torch.stack([d, -b, -c, a], dim=1).view(-1, 2, 2) / (a * d - b * c)[:, None, None]
     offset = -(linear * matrices[:, None, :, 2]).sum(-1, keepdim=True)
     return torch.cat([linear, offset], dim=-1)
-
-
-def _determinants(matrices: Tensor) -> Tensor:
-    a, b, c, d = matrices[:, :, :2].flatten(1).unbind(1)
-    return a * d - b * c
 
 
 def _candidates(reach: Tensor) -> int:

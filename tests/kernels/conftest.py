@@ -1,4 +1,4 @@
-"""The Triton kernels run here: on a GPU, or by Triton's interpreter in a process with TRITON_INTERPRET=1.
+"""Run the tests of the Triton kernels on a GPU, or by Triton's interpreter in a process with TRITON_INTERPRET=1.
 
 `tests/ops/test_triton.py` starts that process: the variable must be set before Triton is imported, and would keep every
 other test of the process from compiling.
@@ -25,13 +25,13 @@ if not INTERPRETED and not torch.cuda.is_available():
 
 @pytest.fixture
 def device() -> str:
-    """Where kernels run."""
+    """Return the type of the device that kernels run on."""
     return "cpu" if INTERPRETED else "cuda"
 
 
 @pytest.fixture
 def numbers(device: str) -> Callable[..., Tensor]:
-    """Normal deviates on the device: numbers(*shape, dtype=, seed=)."""
+    """Return a function that draws normal deviates on the device: numbers(*shape, dtype=, seed=)."""
 
     def make(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -41,12 +41,12 @@ def numbers(device: str) -> Callable[..., Tensor]:
 
 
 def error(found: Tensor, expected: Tensor) -> float:
-    """Relative error, Euclidean norms."""
+    """Return the relative error, by Euclidean norms."""
     return ((found.double() - expected).norm() / expected.norm()).item()
 
 
 def assert_as_good(found: Tensor, plain: Tensor, expected: Tensor) -> None:
-    """A kernel's result against the truth, and plain PyTorch's in the same precision."""
+    """Fail unless a kernel's error is within the bound beside plain PyTorch's in the same precision."""
     assert found.shape == expected.shape and found.dtype == plain.dtype and found.device == plain.device
     assert found.isfinite().all()
     limit = LOW_PRECISION_RATIO * max(error(plain, expected), torch.finfo(found.dtype).eps)

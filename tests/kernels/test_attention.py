@@ -1,4 +1,4 @@
-"""attention and its frozen VJP: the Triton kernels against the formula in float64, and plain PyTorch."""
+"""Test attention and its frozen VJP: the Triton kernels against the formula in float64, and plain PyTorch."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ SHAPES = [
 
 @pytest.fixture(params=[False, True], ids=["masked", "peeled"])
 def _form(request, monkeypatch):
-    """Both forms of the kernels: every block masked, or the last one with code of its own."""
+    """Select each form of the kernels: every block masked, or only the last one, in separate code."""
     fixed = attention.configurations
 
     def configurations(*arguments, **settings):
@@ -39,7 +39,7 @@ both_forms = pytest.mark.usefixtures("_form")
 
 
 def heads(shape, dtype, device, scale=1.0):
-    """q, k, v (R, tokens, heads, D) as strided views of a packed projection, and the cotangent of the output."""
+    """Return q, k, v (R, tokens, heads, D), strided views of a packed projection, and the output's cotangent."""
     rows, queries, tokens, count, dim = shape
     generator = torch.Generator().manual_seed(0)
     longest = max(queries, tokens)
@@ -141,7 +141,7 @@ def test_nothing_quadratic_is_saved(device):
 )
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_nan_and_infinity_propagate(spot, value, queries, dtype, device):
-    """NaN exactly where softmax attention by the formula has it: one query's row, one key's head, one component."""
+    """NaN appears exactly where the formula has it: in one query's row, one key's head or one component."""
     case = heads((1, queries, 33, 2, 16), dtype, device)
     dict(zip("qkv", case, strict=False))[spot[0]][spot[1:]] = value
     for got, want in zip(run(*case, 0.3), by_formula(*case, 0.3), strict=True):

@@ -1,4 +1,4 @@
-"""The engine on Triton kernels, end to end, against the frozen route in float64."""
+"""Test the engine on Triton kernels, end to end, against the frozen route in float64."""
 
 from dataclasses import replace
 
@@ -63,7 +63,7 @@ def test_an_identity_tail_does_not_change_the_cotangent(device):
 
 
 class Transposed(torch.nn.Module):
-    """A tail whose input's cotangent is no contiguous tensor."""
+    """A tail whose input has a cotangent that is not contiguous."""
 
     def forward(self, x):
         return x.transpose(1, 2)

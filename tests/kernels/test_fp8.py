@@ -1,4 +1,4 @@
-"""e4m3 operands on Triton: codes bit for bit, products against float64, the engine end to end."""
+"""Test e4m3 operands on Triton: codes bit for bit, products against float64, the engine end to end."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Which configuration runs, what is too large for 32 bits, and what only launchers decide."""
+"""Test the launchers: the choice of a candidate, sizes beyond 32 bits, shared memory."""
 
 from itertools import product
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def launches(monkeypatch, tmp_path):
-    """What was launched and timed, with nothing measured before; HUGE does not fit the device."""
+    """Return the lists of launched and timed candidates, with nothing measured before; HUGE does not fit the device."""
     log = []
 
     def timing(call, **_):
@@ -39,7 +39,7 @@ def launches(monkeypatch, tmp_path):
 
 
 def new_process(monkeypatch, tune="0"):
-    """Forget what this process knows; files stay."""
+    """Clear what this process has read and chosen, but no files."""
     monkeypatch.setenv("DAVE_FAST_AUTOTUNE", tune)
     monkeypatch.setattr(_launch, "_taken", {})
     _launch.choices.cache_clear()
@@ -70,7 +70,7 @@ def test_choices_are_found_by_the_next_process_for_near_numbers_of_rows(launches
     for rows in (100, 149, 151, 60):
         _launch.run("problem", rows, CPU, [SLOW, FAST], launch)
     assert log == [FAST, FAST, SLOW, SLOW]
-    # a candidate that is none any more
+    # a stored choice that is no longer a candidate
     new_process(monkeypatch)
     _launch.run("problem", 100, CPU, [SLOW, LIBRARY], launch)
     assert log[-1] is SLOW
@@ -140,6 +140,6 @@ def test_only_offered_candidates_are_launched(launches, monkeypatch):
     new_process(monkeypatch)
     del log[:]
     _launch.run("problem", 100, CPU, [SLOW, FAST], launch)
-    # operands that lie in another way, in the same process
+    # operands of another memory layout, in the same process
     _launch.run("problem", 100, CPU, [SLOW, LIBRARY], launch)
     assert log == [FAST, SLOW]

@@ -1,4 +1,4 @@
-"""linear: the Triton kernel against the formulas in float64, and plain PyTorch in the same precision."""
+"""Test linear: the Triton kernel against the formulas in float64, and plain PyTorch in the same precision."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ ACTIVATIONS = [*GATES, "silu_glu", "gelu_glu_last"]
 
 
 def steps(gate):
-    """A gate in 255 steps."""
+    """Return a gate rounded to 255 steps."""
     return (gate.double() * 255).round().to(torch.uint8)
 
 
@@ -81,9 +81,9 @@ def test_gates_in_eight_bits_are_within_half_a_step(numbers, activation, monkeyp
     expected, expected_gate = activate_ref(x.double() @ matrix.double().T, activation)
     found, gate = linear_triton(x, matrix, activation=activation)
     assert gate.dtype == torch.uint8
-    # what the polynomial and the narrow product add to half a step
+    # half a step, and the error of the polynomial and of the product in low precision
     assert (gate.double() / 255 - expected_gate).abs().max() <= 0.5 / 255 + 2e-4
-    # the forward walk multiplies with the gate itself, not with what is kept of it
+    # the forward walk multiplies with the gate itself, not with the stored one
     assert error(found, expected) <= LOW_PRECISION_RATIO * torch.finfo(torch.float16).eps
 
 
@@ -213,7 +213,7 @@ def test_results_beyond_the_range_of_eight_bits_are_nan(numbers):
 @pytest.mark.parametrize("squares", [False, True])
 @pytest.mark.parametrize("given", [(), ("bias",), ("row_scale",), ("bias", "row_scale")], ids=str)
 def test_pytorchs_product_is_the_kernels_whatever_the_epilogue(numbers, monkeypatch, rows, overwrite, squares, given):
-    """As where a measurement had chosen it: it stands among the candidates of just the products that it can do."""
+    """PyTorch's product is a candidate only of the products that it computes, and then gives the kernel's result."""
     operands = {"bias": numbers(64, dtype=torch.float16), "row_scale": numbers(rows, dtype=torch.float32, seed=3).abs()}
     settings = {name: operands[name] for name in given} | {"squares": squares, "overwrite": overwrite}
     x, matrix = numbers(rows, 32, dtype=torch.float16), numbers(64, 32, dtype=torch.float16, seed=1)

@@ -1,4 +1,4 @@
-"""row_rstd, whole norms, the assembly of tokens, rotations: the Triton kernels against the references in float64."""
+"""Test the Triton kernels of row_rstd, normalize, assemble and rotate against the references in float64."""
 
 import pytest
 import torch

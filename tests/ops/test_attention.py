@@ -1,4 +1,4 @@
-"""attention and its frozen VJP: every backend against float64 and plain PyTorch, with P kept and with P recomputed."""
+"""Test attention and its frozen VJP, with P stored and recomputed: every backend against float64 and PyTorch."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from dave_fast.ops import _ext, _registry, attention
 from tests.tolerances import EXACT, LOW_PRECISION_RATIO
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
-# the longest sequence whose probabilities the forward keeps, and what becomes of P in these tests
+# the longest sequence whose P the forward stores, by the name of what the tests check with it
 KEPT = {"kept": 400, "recomputed": 0}
 # rows, queries, tokens, heads, head dimension
 SHAPES = [
@@ -123,7 +123,7 @@ SPOTS = [("q", 1, 3, 0, 2), ("k", 0, 20, 1, 15), ("k", 1, 0, 0, 0), ("v", 1, 18,
 # an odd number of queries, and tokens that fill no vector
 @pytest.mark.parametrize("shape", [(2, 21, 21, 2, 16), (2, 49, 33, 2, 16)], ids=str)
 def test_nan_and_infinity_propagate_as_in_pytorch(backend, dtype, shape, monkeypatch):
-    """NaN appears where PyTorch's softmax attention has it and nowhere else; the rest is as accurate as ever."""
+    """NaN appears exactly where PyTorch's softmax attention has it; all other values are within the usual bound."""
     for (operand, *at), value in itertools.product(SPOTS, (torch.nan, torch.inf, -torch.inf)):
         *operands, d_out = heads(shape, dtype)
         operands["qkv".index(operand)][tuple(at)] = value

@@ -1,4 +1,4 @@
-"""Choices on disk: kept, found, merged with other processes', and never fatal."""
+"""Test the choices on disk: storing, finding, merging with other processes, and files that cannot be used."""
 
 import json
 

@@ -1,5 +1,5 @@
-"""The CUDA kernels without a GPU: what the compiler makes of them, why they cannot be used, and what the serial run of
-their bodies shows beyond the tests of the ops."""
+"""Test the CUDA kernels without a GPU: their registers and PTX, the reasons why they cannot be used, the build, and the
+serial run of their bodies on the host."""
 
 from __future__ import annotations
 
@@ -34,9 +34,6 @@ PIXEL_OPS = ("perturb", "pull_back", "robust_mean", "pull_back_mean", "smooth")
 needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
 needs_module = pytest.mark.skipif(isinstance(_ext._load_cuda(), str), reason=str(_ext._load_cuda()))
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
-
-
-# ---- what the compiler makes of them ----
 
 
 @needs_nvcc
@@ -104,12 +101,9 @@ def test_nothing_is_fused_where_bits_are_promised(source, tmp_path):
         assert "mul.rn.f32" in body or "mul.rn.f64" in body
 
 
-# ---- why they cannot be used ----
-
-
 @pytest.fixture
 def forgotten() -> Iterator[None]:
-    """What was found out about the CUDA module is forgotten before and after the test."""
+    """Clear the caches about the CUDA module before and after the test."""
     caches = [_ext._load_cuda, _registry.BACKENDS["cuda"].unavailable]
     for function in caches:
         function.cache_clear()
@@ -119,7 +113,7 @@ def forgotten() -> Iterator[None]:
 
 
 def gpu(monkeypatch: pytest.MonkeyPatch, *, capability: tuple[int, int] = (9, 0), why_not: str = "") -> None:
-    """Fake a machine with one GPU and a CUDA module that says `why_not` of it."""
+    """Fake a machine with one GPU and a CUDA module whose `why_not` returns a given reason."""
     monkeypatch.setattr(_ext, "import_module", lambda name: SimpleNamespace(why_not=lambda index: why_not))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -214,11 +208,8 @@ print("unavailable:", _ext.cuda_unavailable())
     assert "unavailable: PyTorch" in done.stdout
 
 
-# ---- the build ----
-
-
 def setup_says(*, path: str, **environment: str) -> str:
-    """What setup.py says of what it will build."""
+    """Return what setup.py prints about what it will build."""
     clean = {k: v for k, v in os.environ.items() if k not in ("CUDACXX", "CUDA_PATH")} | {"CUDA_HOME": "/nowhere"}
     done = subprocess.run(
         [sys.executable, "setup.py", "--name"],
@@ -246,9 +237,6 @@ def test_missing_nvcc_is_reported_in_one_line(choice, tmp_path):
     assert line not in setup_says(path=str(tmp_path), CUDACXX=str(nvcc))
 
 
-# ---- the serial run of their bodies ----
-
-
 @pytest.mark.usefixtures("serial_cuda_kernels")
 def test_small_tiles_give_the_result_of_large_ones(monkeypatch):
     images = image_batch(3, 24, 40, torch.float32)
@@ -267,7 +255,7 @@ def test_small_tiles_give_the_result_of_large_ones(monkeypatch):
 
 @pytest.mark.usefixtures("serial_cuda_kernels")
 def test_rows_of_no_image_are_nan_and_read_nothing():
-    """Draws on a device are not looked at before they are used."""
+    """The host does not read draws on a device, so that a wrong image index must be found by the kernel."""
     images = image_batch(3, 8, 12, torch.float32)
     draws = draw(2, height=8, width=12, image_keys=[1, 2])
     wrong = dataclasses.replace(draws, image_index=torch.tensor([0, -1, 1, 2]))
@@ -305,7 +293,7 @@ def test_more_channels_than_share_a_weight():
 
 @pytest.mark.usefixtures("serial_cuda_kernels")
 def test_the_whole_method_runs_on_cuda_kernels():
-    """An explanation by the CUDA kernels' bodies equals one by the host's kernels, to the bit until smooth."""
+    """The CUDA kernels' bodies give the raw attribution of the host's kernels to the bit, and its map to rounding."""
     images = torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(1))
     found, expected = (
         dave_fast.DAVE("demo", device="cpu", precision="fp32", backend=name).explain(images, 3, 3)

@@ -1,4 +1,4 @@
-"""The native extension's loading: reasons are kept, an explicit choice raises, "auto" takes PyTorch instead."""
+"""Test the loading of the native extension: reasons of failures, explicit choices that raise, "auto" without it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dave_fast.ops.robust_mean import robust_mean, robust_mean_ref
 
 @pytest.fixture
 def forgotten() -> Iterator[None]:
-    """What was loaded is forgotten before and after the test, in the extension's loader and in the registry."""
+    """Clear the caches of the extension's loader and of the registry before and after the test."""
     caches = [_ext._load, _registry.BACKENDS["native"].unavailable]
     for function in caches:
         function.cache_clear()

@@ -1,4 +1,4 @@
-"""e4m3 operands: what a number becomes, and the GEMM of such numbers against float64."""
+"""Test e4m3 operands: the codes of numbers, and the GEMM of codes against float64."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_codes_of_a_row_do_not_depend_on_other_rows():
 
 
 def test_scales_are_divided_by_a_tensor():
-    """By a Python number PyTorch multiplies with its reciprocal on a GPU, and rounds in another way than the kernel."""
+    """PyTorch on a GPU multiplies by the reciprocal of a Python number, which rounds differently from the kernel."""
     divisors = []
 
     class Divisions(TorchDispatchMode):

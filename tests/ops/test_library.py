@@ -1,4 +1,4 @@
-"""The pixel ops as torch.compile and opcheck see them."""
+"""Test the torch.library schemas of the pixel ops by opcheck and torch.compile."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""linear and its epilogues: every backend against float64 and against plain PyTorch in the same precision."""
+"""Test linear and its epilogues: every backend against float64 and against plain PyTorch in the same precision."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ ACTIVATIONS = [*GATES, "silu_glu", "gelu_glu_last"]
 
 @pytest.fixture(params=["torch", "onednn", "avx512bf16", "avx512", "avx2", "baseline"])
 def linear_backend(request):
-    """Each form of linear in turn: those of `backend`, and oneDNN by way of PyTorch."""
+    """Yield each form of linear in turn: those of `backend`, and oneDNN through PyTorch."""
     if request.param == "onednn":
         if (reason := _registry.why_not("linear", "onednn", "cpu")) is not None:
             pytest.skip(str(reason))
@@ -150,7 +150,7 @@ def test_row_rstd(backend, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nan_and_infinity_propagate_through_an_activation(backend, dtype):
-    """They are put in a whole vector, in a last shorter one, and in either half of a gated MLP."""
+    """NaN and infinity propagate from a whole vector, from a last shorter one, and from either half of a gated MLP."""
     u = numbers(6, 2 * 21, dtype=dtype, seed=6)
     for row, (column, value) in enumerate([(0, torch.nan), (20, torch.nan), (41, torch.nan), (21, -torch.inf)]):
         u[row, column] = value
@@ -184,7 +184,7 @@ LONG = [(3, 600, 77), (70, 257, 777), (300, 513, 50), (1, 257, 23)]
 
 @pytest.fixture(params=["as it is", "avx2"])
 def native(request):
-    """The extension with this machine's own instruction set, and restricted to AVX2."""
+    """Yield the extension with this machine's own instruction set, and restricted to AVX2."""
     if (reason := _registry.why_not("linear", "native", "cpu")) is not None:
         pytest.skip(str(reason))
     extension = _ext.module()
@@ -199,7 +199,7 @@ def native(request):
 
 @pytest.fixture
 def avx2():
-    """The extension restricted to AVX2, which alone has panels; elsewhere oneDNN checks its operands."""
+    """Yield the extension restricted to AVX2, which alone has panels; elsewhere oneDNN checks operands."""
     if (reason := _registry.why_not("linear", "native", "cpu")) is not None:
         pytest.skip(str(reason))
     for _ in chosen_backend("avx2"):
@@ -283,7 +283,7 @@ def test_weights_of_another_instruction_set_are_refused(avx2):
 
 
 def test_kind_of_ceiling_follows_the_machine(monkeypatch):
-    """MKL stands for the ceiling of float32 on x86 before AVX-512, oneDNN elsewhere."""
+    """The ceiling of float32 is measured with MKL on x86 before AVX-512, and with oneDNN elsewhere."""
     if _registry.why_not("linear", "onednn", "cpu") is not None:
         pytest.skip("this PyTorch has no oneDNN")
     machines = {("x86_64", "AVX2"): "mkl", ("x86_64", "AVX512_VNNI"): "packed", ("aarch64", "DEFAULT"): "packed"}

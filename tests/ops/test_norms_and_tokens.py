@@ -1,4 +1,4 @@
-"""normalize, its frozen VJP and the assembly of tokens: the references against PyTorch and autograd, in float64."""
+"""Test the references of normalize, its frozen VJP and assemble against PyTorch and autograd, in float64."""
 
 import pytest
 import torch

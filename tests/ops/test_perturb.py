@@ -1,4 +1,4 @@
-"""perturb against PyTorch's grid_sample in float64: warp, noise, layout, odd shapes, every backend."""
+"""Test perturb against PyTorch's grid_sample in float64: warp, noise, layout, odd shapes, every backend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What holds of the ops whatever they are given: adjoints, symmetries, bounds; by Hypothesis, in every form."""
+"""Test properties of the ops for inputs by Hypothesis, in every backend: adjoints, symmetries, bounds."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def numbers(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch
 
 @st.composite
 def whole_numbers(draw_, odd: bool = False) -> torch.Tensor:
-    """(1, S, pixels) of small whole numbers: their sums are exact in any order, and no distance is near the limit.
+    """Draw (1, S, pixels) small whole numbers: their sums are exact in any order, and no distance is near the limit.
 
     The limit is 3.7065·mad + 2.5e-8; below a mad of 2000, 3.7065·mad is no whole number, so that neither the
     rounding nor the 2.5e-8 decides what is kept.
@@ -76,7 +76,7 @@ def test_robust_mean_commutes_with_powers_of_two(pixel_backend, values, power):
 @some
 @given(whole_numbers(odd=True))
 def test_robust_mean_commutes_with_the_sign(pixel_backend, values):
-    """For an odd number of samples: of an even number the lower median is taken, and becomes the upper one."""
+    """The mean changes its sign with odd S; with even S the sign would swap the lower and the upper median."""
     assert torch.equal(robust_mean(-values, backend=pixel_backend), -robust_mean(values, backend=pixel_backend))
 
 
@@ -96,7 +96,7 @@ def test_maps_are_shares_of_their_peak(pixel_backend, channels, height, width, s
     assert float(maps.min()) >= 0
     for image, found in zip(raw, maps, strict=True):
         assert float(found.max()) == (1 if bool((image.sum(0) > 0).any()) else 0)
-        # an image's map is its own, and that of its positive part
+        # a map depends neither on the other images nor on negative values
         assert torch.equal(smooth(image[None], backend=pixel_backend)[0], found)
     whole = raw.sum(1, keepdim=True)
     assert torch.equal(smooth(whole.clamp(min=0), backend=pixel_backend), smooth(whole, backend=pixel_backend))
@@ -113,7 +113,7 @@ def test_smooth_commutes_with_reflections(pixel_backend, height, width, seed):
 
 @st.composite
 def attentions(draw_) -> dict[str, torch.Tensor]:
-    """q, k, v and two cotangents in float32; scores from flat to one-hot; tokens on both sides of what keeps P."""
+    """Draw q, k, v and two cotangents in float32: scores from flat to one-hot, token counts with P stored and not."""
     rows, queries, heads = draw_(st.integers(1, 2)), draw_(st.integers(1, 60)), draw_(st.integers(1, 3))
     tokens, dim = draw_(st.one_of(st.integers(1, 70), st.integers(399, 403))), draw_(st.integers(1, 40))
     seed, scale = draw_(seeds), draw_(st.sampled_from([0.1, 1.0, 10.0]))
@@ -126,7 +126,7 @@ def attentions(draw_) -> dict[str, torch.Tensor]:
 @some
 @given(attentions())
 def test_attention_weights_sum_to_one(backend, case):
-    """Rows of P sum to one: a constant v comes out as it is, and a cotangent is shared out whole."""
+    """Rows of P sum to one: the output of a constant v is v, and the sum of dv is that of the cotangent."""
     forward, vjp = _registry.load("attention", backend), _registry.load("attention_vjp", backend)
     constant = case["v"][:, :1].expand_as(case["v"])
     out, saved = forward(case["q"], case["k"], constant, 0.3)

@@ -1,4 +1,4 @@
-"""pull_back as the exact adjoint of perturb and by autograd through grid_sample, on odd shapes, with every backend."""
+"""Test pull_back, in every backend: the exact adjoint of perturb, and autograd through grid_sample, on odd shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pull_back_mean equals robust_mean(pull_back(...)) to the bit, tile by tile, without the contributions in memory."""
+"""Test that pull_back_mean equals robust_mean(pull_back(...)) to the bit without storing the contributions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""robust_mean against two passes of torch.median, bit for bit: every number of samples, ties, NaN and infinities."""
+"""Test robust_mean bit for bit against two passes of torch.median: every number of samples, ties, NaN, infinities."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def case_and_truth(samples: int, pixels: int = 37) -> tuple[torch.Tensor, torch.
 
 
 def test_every_number_of_samples(backend):
-    """A wrong median, deviation or mask shows, since the mean of the kept values is rounded once."""
+    """The mean of the kept values is rounded once, so that a wrong median, deviation or mask changes its bits."""
     for samples in range(1, 258):
         contributions, truth = case_and_truth(samples)
         raw = robust_mean(contributions, backend=backend)

@@ -1,4 +1,4 @@
-"""rotate: against multiplication by e^{iθ}, and what the plan makes of its tables."""
+"""Test rotate against multiplication by e^{iθ}, and the tables of a plan."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""smooth against explicit loops in float64: a case by hand, zeros, NaN, and the dependence on scale."""
+"""Test smooth against explicit loops in float64: a case by hand, zeros, NaN, and the dependence on scale."""
 
 from __future__ import annotations
 

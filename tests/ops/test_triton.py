@@ -1,4 +1,4 @@
-"""Triton without a GPU: the kernels' own tests by the interpreter, what compilation gives, the dispatcher.
+"""Test Triton without a GPU: the kernels' own tests in the interpreter, compiled kernels, the dispatcher.
 
 Kernels are interpreted or compiled for a whole process, so each file of tests/kernels runs in a process of its own.
 """
@@ -26,7 +26,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 
 def run(*command: object, **environment: str) -> str:
-    """What a process of Python printed; its output is the failure's message."""
+    """Return what a Python process printed; where it fails, fail with its output."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "PYTEST_"))}
     done = subprocess.run(
         [sys.executable, *map(str, command)],
@@ -55,7 +55,7 @@ PRODUCTS = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
 
 
 def assert_compiled(rows, arch):
-    """No spills; products on tensor cores in the architecture's own form; the table of the page."""
+    """Fail unless kernels do not spill, multiply on the architecture's tensor cores, and match docs/kernels.md."""
     page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
     (section,) = (part for part in page.split("\n## ") if part.startswith(f"sm_{arch}\n"))
     # other versions allot registers in their own way, and compile to other numbers
@@ -79,7 +79,7 @@ def test_every_kernel_compiles_ahead_of_time_as_the_page_says(arch):
 
 @pytest.fixture
 def faked(monkeypatch):
-    """A machine to be: faked(triton=, gpu=, capability=)."""
+    """Return a function that fakes a machine: faked(triton=, gpu=, capability=)."""
 
     def fake(*, triton=True, gpu=True, capability=(9, 0)):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if triton else None)

@@ -1,5 +1,5 @@
-"""The build: sanitizer builds of the kernels; wheels with and without the extension and the
-sdist, installed and run outside of the checkout (slow)."""
+"""Test the build: sanitizer builds of the kernels; and, slow, wheels with and without the extension and the sdist,
+installed and run outside of the checkout."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ needs_compiler = pytest.mark.skipif(
 
 
 def run(*command: object, cwd: Path | None = None, **environment: str) -> str:
-    """What a command printed; its output is the failure's message."""
+    """Return what a command printed; where it fails, fail with its output."""
     everything = os.environ | environment
     done = subprocess.run(
         [str(part) for part in command], cwd=cwd, env=everything, capture_output=True, text=True, check=False
@@ -48,7 +48,7 @@ def test_the_kernels_of_every_instruction_set_run_under_sanitizers(tmp_path):
 
 @pytest.fixture
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what is packaged: builds leave nothing in the working tree and find nothing of one another's."""
+    """Return a copy of what is packaged, so that builds neither change the working tree nor see each other's files."""
     copy = tmp_path_factory.mktemp("source")
     for name in TRACKED:
         if (ROOT / name).is_dir():
@@ -67,7 +67,7 @@ def wheel_of(source: Path, to: Path, choice: str, **environment: str) -> tuple[P
 
 
 def assert_no_more_than_the_package(wheel: Path, names: set[str]) -> None:
-    """Nothing beside the package and its metadata, whose description is the README."""
+    """Fail unless an archive has the package and its metadata alone, with the README as the description."""
     (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
     assert {name.split("/")[0] for name in names} == {"dave_fast", metadata.split("/")[0]}
     readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[0]
@@ -75,7 +75,7 @@ def assert_no_more_than_the_package(wheel: Path, names: set[str]) -> None:
 
 
 def assert_it_explains(archive: Path, tmp_path: Path, *, native: bool) -> None:
-    """Installs an archive in an environment of its own, and runs the demo there, far from the checkout."""
+    """Install an archive in an environment of its own, and run the demo there, outside of the checkout."""
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
     python = tmp_path / "venv" / "bin" / "python"
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())

@@ -1,4 +1,4 @@
-"""The notebook and the gallery run from end to end, and say what is true."""
+"""Test that the notebook and the gallery run from end to end and that their statements are true."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ SETTING = "SAMPLES = 50"
 
 
 def test_every_cell_of_the_notebook_runs(monkeypatch, capsys):
-    """Cell by cell in one namespace, as a kernel would, with few samples; the pictures are drawn but not shown."""
+    """Every cell runs in one namespace, as in a notebook, with few samples; figures are drawn but not shown."""
     mpl.use("agg", force=True)
     import matplotlib.pyplot as plt
 

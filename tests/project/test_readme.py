@@ -1,4 +1,4 @@
-"""README.md and the guide: their Python runs and prints what they show; figures, commands and extras are true."""
+"""Test README.md and the guide: their Python prints what they show; figures, commands and extras are true."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COMMANDS = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 @pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
 def test_python_blocks_run_as_written_and_print_what_is_shown(page, tmp_path, monkeypatch, capsys):
-    """Each block by itself, imports included, in a folder that holds a photograph."""
+    """Every block runs by itself, imports included, in a folder with a photograph."""
     demo_scene().image.save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     blocks = BLOCKS.findall((ROOT / page).read_text(encoding="utf-8"))
@@ -49,7 +49,7 @@ def test_the_table_of_extras_is_that_of_pyproject():
 
 @pytest.mark.parametrize("what", ["speed on a CPU", "maps", "models"])
 def test_headline_figures_stand_in_the_page_that_they_link_to(what):
-    """Every number of a row with three digits or more, such as 3.27, 0.478 or 658."""
+    """Every number of three digits or more in a row, such as 3.27, 0.478 or 658, is on the page that it links to."""
     ((figures, page),) = re.findall(rf"^\| {what} \| (.*?) \| \[.*?\]\((docs/.*?)\) \|$", README, re.MULTILINE)
     numbers = re.findall(r"\d\.\d{2,}|\d{3}\b", figures)
     text = (ROOT / page).read_text(encoding="utf-8")
@@ -63,7 +63,7 @@ def test_links_and_pictures_exist(page):
 
 
 def test_files_that_contributing_names_exist():
-    """Paths are those of the repository or of the package; `<op>` stands for an op."""
+    """Every path that CONTRIBUTING.md names exists, in the repository or in the package; `<op>` stands for an op."""
     named = re.findall(r"`([\w./]+/[\w.]+\.(?:py|h|cpp|md))`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
     assert named and not [path for path in named if not any((at / path).exists() for at in (ROOT, ROOT / "dave_fast"))]
 

@@ -1,4 +1,4 @@
-"""What runs on every change is one thing, `.ci/run`: the README, the workflow and the hooks name the same steps."""
+"""Test that the README, the workflow and the hooks name the steps of `.ci/run`, which runs on every change."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def workflow(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", ".ci/run"])
 def test_the_environment_has_the_same_extras_everywhere(name):
-    """The only extras that are installed together."""
+    """Every environment installs the same extras, the only ones that go together."""
     together = set(re.findall(r"'\.\[(test,[a-z,]+)\]'", (ROOT / name).read_text()))
     assert together == {"test,dev,docs"}
     assert {"test", "dev", "docs"} <= set(PROJECT["project"]["optional-dependencies"])
@@ -51,7 +51,7 @@ def test_wheels_are_published_by_hand_on_a_tag_after_an_approval():
 
 
 def test_wheels_are_built_for_every_python_that_the_tests_take():
-    """The oldest of them is the oldest that may install the package."""
+    """Wheels are built for the tested versions of Python, the oldest of which is the oldest that the package allows."""
     versions = [int(name.removeprefix("cp3").removesuffix("-*")) for name in PROJECT["tool"]["cibuildwheel"]["build"]]
     assert versions == list(range(versions[0], versions[-1] + 1))
     assert PROJECT["project"]["requires-python"] == f">=3.{versions[0]}"
