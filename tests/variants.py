@@ -2,6 +2,10 @@
 
 `ENGINE` are variants of timm's families that the engine is expected to have a plan for, `FROZEN_ONLY` what goes
 through the frozen route; both map a readable id to a `Variant`.
+
+A new activation, say X: a variant `_vit(act_layer=...)` in `PLAIN` with its closed form in `gate` of
+`tests/frozen/oracle.py`, or in `ENGINE` without one. A new family or block: a variant in `ENGINE` (the engine against
+the frozen route), or in `FROZEN_ONLY` where the engine has no plan for it.
 """
 
 from __future__ import annotations

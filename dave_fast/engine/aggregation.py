@@ -7,19 +7,14 @@ divided into groups, and the images are walked forward once for each group.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from dave_fast.engine import free_memory, memory
-from dave_fast.engine.memory import Storage
 from dave_fast.engine.micro_batches import MicroBatches, Pacer, Progress
 from dave_fast.sampling import Draws
 from dave_fast.targets.cotangents import Cotangent
-
-logger = logging.getLogger("dave_fast")
 
 
 def raw_attributions(
@@ -39,7 +34,7 @@ def raw_attributions(
     """
     samples, shape, ops = len(draws) // len(images), tuple(images.shape[1:]), batches.ops
     free = free_memory.free_bytes(images.device)
-    storage = _choose_storage(samples, shape, images.dtype, batches.route.dtype, free)
+    storage = memory.choose_storage(samples, shape, images.dtype, batches.route.dtype, free)
     together, groups = memory.fitting_pairs(storage, len(targets), free)
     pacer = Pacer(progress, len(draws) * len(groups), images.device)
     raw = images.new_empty(len(images), len(targets), *shape)
@@ -58,20 +53,3 @@ def raw_attributions(
             del kept, of_target
     pacer.finish()
     return raw
-
-
-def _choose_storage(
-    samples: int, shape: tuple[int, ...], statistics: torch.dtype, engine: torch.dtype, free: int
-) -> Storage:
-    """Return the storage of one (image, target) pair and log a warning where contributions are rounded.
-
-    It must not depend on the number of targets, and so neither do the bits of the result.
-    """
-    storage = memory.choose_storage(samples, shape, statistics, engine, free)
-    if not storage.tokens and storage.dtype != statistics:
-        logger.warning(
-            "contributions are kept in bfloat16: in %s they would take %s of the %s that are free",
-            *(statistics, free_memory.megabytes(memory.contribution_bytes(samples, shape, statistics))),
-            free_memory.megabytes(free),
-        )
-    return storage

@@ -68,12 +68,12 @@ class BoundOps:
             return _registry.bind(op, backend, device.type)
 
         self.multiply = bind(linear)
-        self.embed_multiply = bind("linear")
+        self.embed_multiply: Callable[..., Tensor] = bind("linear")
         self.assemble = bind("assemble")
-        self.row_rstd = bind("row_rstd")
-        self.normalize = bind("normalize")
-        self.normalize_vjp = bind("normalize_vjp")
-        self.rotate = bind("rotate")
+        self.row_rstd: Callable[..., Tensor] = bind("row_rstd")
+        self.normalize: Callable[..., tuple[Tensor, Tensor]] = bind("normalize")
+        self.normalize_vjp: Callable[..., Tensor] = bind("normalize_vjp")
+        self.rotate: Callable[..., Tensor] = bind("rotate")
         self.attention = bind("attention")
         self.attention_vjp = bind("attention_vjp")
 

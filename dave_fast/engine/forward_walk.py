@@ -17,7 +17,7 @@ from dave_fast.frozen.mode import freeze
 from dave_fast.ops.fp8 import Codes, wide
 from dave_fast.ops.norm import RowSums
 from dave_fast.ops.precision import statistics_dtype
-from dave_fast.plan.layers import AttentionLayer, FoldedNorm, Layer, MlpLayer, Step
+from dave_fast.plan.layers import AttentionLayer, FoldedNorm, Layer, Step
 from dave_fast.plan.reading import Norm
 from dave_fast.plan.vit_plan import ViTPlan
 
@@ -114,8 +114,7 @@ class ForwardWalk:
         return x, None, rstd_patch, rstd
 
     def _normed(self, norm: Norm, x: Tensor, *, centred: bool) -> tuple[Tensor, Tensor]:
-        normed, rstd = self._ops.normalize(x, norm.weight, norm.bias, norm.eps, centres=norm.centres, centred=centred)
-        return normed, rstd
+        return self._ops.normalize(x, norm.weight, norm.bias, norm.eps, centres=norm.centres, centred=centred)
 
     def _step(
         self, step: Step, x: Stream, squares: Tensor | None, rows: int, codes: dict[str, Any]
@@ -130,19 +129,18 @@ class ForwardWalk:
             codes: arguments that store the stream as the next step reads it.
         """
         read = stream = self._read(step, x, rows)
-        scales: dict[FoldedNorm, Scale] = {}
+        norms = dict.fromkeys(layer.norm for layer in step.layers)
+        scales = {norm: None if norm is None else self._rstd(norm, x, squares) for norm in norms}
         known, saved = None, []
         for layer in step.layers:
-            scale = None
-            if layer.norm is not None:
-                if layer.norm not in scales:
-                    scales[layer.norm] = self._rstd(layer.norm, x, squares)
-                scale = scales[layer.norm]
+            scale = scales[layer.norm]
             if isinstance(layer, AttentionLayer):
                 y, core = self._attend(layer, step, x, read, scale, rows)
             else:
                 scale = None if scale is None else self._read(step, scale, rows)
-                y, core = self._hidden(layer, read, scale)
+                hidden = self._ops.codes([layer.writer.weight], wide=False) if layer.inner is None else {}
+                epilogue = {"row_scale": scale, "activation": layer.activation, **hidden}
+                y, core = self._ops.multiply(read, layer.fc1.weight, layer.fc1.bias, **epilogue)
             inner = layer.inner
             rstd = None if inner is None else self._ops.row_rstd(wide(y), inner.eps, centred=inner.centred)
             last = layer is step.layers[-1]
@@ -156,8 +154,7 @@ class ForwardWalk:
         """Return 1/σ of the rows of x, or the sums of squares from which the next product makes it."""
         if norm.centred and squares is not None:
             return RowSums(squares, x.shape[1], norm.eps)
-        rstd: Tensor = self._ops.row_rstd(wide(x), norm.eps, centred=norm.centred)
-        return rstd
+        return self._ops.row_rstd(wide(x), norm.eps, centred=norm.centred)
 
     def _read(self, step: Step, x: Any, rows: int) -> Any:
         """Return the tokens of x (R·N, ...) that leave the step; x is a tensor, codes or sums of squares."""
@@ -195,14 +192,6 @@ class ForwardWalk:
         projected = self._ops.multiply(y, writer.weight, writer.bias, row_scale=inner)
         normed, rstd = self._normed(post, projected, centred=self._plan.centred)
         return normed.add_(x), None, rstd
-
-    def _hidden(self, layer: MlpLayer, read: Stream, scale: Scale | None) -> tuple[Stream, Any]:
-        """Return the hidden layer (R·Q, M) and its gate."""
-        settings = self._ops.codes([layer.writer.weight], wide=False) if layer.inner is None else {}
-        hidden, gate = self._ops.multiply(
-            *(read, layer.fc1.weight, layer.fc1.bias), row_scale=scale, activation=layer.activation, **settings
-        )
-        return hidden, gate
 
     def _attend(
         self, layer: AttentionLayer, step: Step, x: Stream, read: Stream, scale: Scale | None, rows: int
@@ -247,8 +236,7 @@ class ForwardWalk:
         if layer.rotation is None:
             return heads
         cos, sin = (table[: heads.shape[1]] for table in (layer.rotation.cos, layer.rotation.sin))
-        rotated: Tensor = self._ops.rotate(heads, cos, sin)
-        return rotated
+        return self._ops.rotate(heads, cos, sin)
 
 
 def _readers(steps: Sequence[Step]) -> list[Any]:

@@ -129,8 +129,8 @@ class Bucket:
         self._draws = identity(rows).to(images.device)
         self._tokens: Tensor | None = None
         self._cotangent: Tensor | None = None
-        self._forward: Run | None = None
-        self._vjps: dict[torch.dtype | None, Run] = {}
+        # of the forward walk by this word, of VJPs by the dtype of their result
+        self._runs: dict[Any, Run] = {}
         self._real = 0
 
     def forward(self, images: Tensor, draws: Draws) -> Tensor:
@@ -145,9 +145,7 @@ class Bucket:
             tokens = self._work.perturbed(self._images, self._draws)
             self._tokens = tokens if self._tokens is None else self._tokens.copy_(tokens)
             run = partial(self._work.walk, self._tokens)
-        if self._forward is None:
-            self._forward = self._capture(run)
-        return self._forward()[: self._real]
+        return self._replayed("forward", run)[: self._real]
 
     def vjp(self, cotangent: Tensor, dtype: torch.dtype | None) -> Tensor:
         """Pull back as `Eager.vjp` does; the result is valid until the bucket's next VJP or forward."""
@@ -155,12 +153,16 @@ class Bucket:
             self._cotangent = cotangent.new_zeros(self._rows, *cotangent.shape[1:])
         fill(self._cotangent, cotangent)
         inside = dtype if self._pixels else None
-        if inside not in self._vjps:
-            self._vjps[inside] = self._capture(partial(self._work.vjp, self._cotangent, inside))
-        result = self._vjps[inside]()
+        result = self._replayed(inside, partial(self._work.vjp, self._cotangent, inside))
         if dtype is not None and not self._pixels:
             result = self._work.pulled_back(result, self._images, self._draws, dtype)
         return result[: self._real]
+
+    def _replayed(self, key: Any, run: Run) -> Tensor:
+        """Return the result of `run`, which is captured the first time."""
+        if key not in self._runs:
+            self._runs[key] = self._capture(run)
+        return self._runs[key]()
 
 
 def fill(buffer: Tensor, values: Tensor) -> None:

@@ -15,6 +15,7 @@ The formula is linear in tokens, except for P, which a CPU keeps below 400 token
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from dave_fast.engine.buckets import hidden_width
-from dave_fast.engine.free_memory import SHARE
+from dave_fast.engine.free_memory import SHARE, megabytes
 from dave_fast.errors import InputError
 from dave_fast.ops.attention import KEEP_PROBABILITIES
 from dave_fast.ops.linear import BLOCK_ROWS, NativeWeight
@@ -33,6 +34,8 @@ from dave_fast.plan.layers import MlpLayer
 if TYPE_CHECKING:
     from dave_fast.plan.layers import Layer
     from dave_fast.plan.vit_plan import ViTPlan
+
+logger = logging.getLogger("dave_fast")
 
 # columns whose squares are summed together on a GPU, as PART of kernels/linear.py
 SQUARES = 64
@@ -205,6 +208,9 @@ def choose_storage(
 ) -> Storage:
     """Return the first form of storage that leaves half of the memory free, or else the first that fits at all.
 
+    It does not depend on the number of targets, and so neither do the bits of the result. A warning is logged where
+    contributions are rounded.
+
     1. Contributions in the dtype of the statistics.
     2. Token cotangents in the engine's dtype, where that is narrower: the result has the same bits.
     3. Contributions rounded to bfloat16, where the statistics are float32 and the engine's dtype is not narrower: raw
@@ -229,6 +235,11 @@ def choose_storage(
     for limit in (SHARE * free, free):
         fitting = next((storage for storage in found if storage.bytes <= limit), None)
         if fitting is not None:
+            if not fitting.tokens and fitting.dtype != statistics:
+                logger.warning(
+                    "contributions are kept in bfloat16: in %s they would take %s of the %s that are free",
+                    *(statistics, megabytes(found[0].bytes), megabytes(free)),
+                )
             return fitting
     raise InputError(
         f"{n_samples} samples of {image_shape} take {found[-1].bytes / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are "

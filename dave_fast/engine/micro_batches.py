@@ -130,7 +130,8 @@ class MicroBatches:
             except (RuntimeError, MemoryError) as error:
                 if not free_memory.is_out_of_memory(error):
                     raise
-                self._check_smaller(size, images, error)
+                if size == 1:
+                    raise self._shortage(images.device) from error
             else:
                 start = at.stop
                 if queued is not None:
@@ -169,22 +170,20 @@ class MicroBatches:
             return nullcontext(eager)
         return self._graphs.turn((self.route, size), partial(Bucket, eager, size, images))
 
-    def _check_smaller(self, size: int, images: Tensor, error: BaseException) -> None:
-        """Raise OutOfMemoryError where a micro-batch of this size cannot be halved."""
-        if size > 1:
-            return
+    def _shortage(self, device: torch.device) -> OutOfMemoryError:
+        """Return the error for one row a micro-batch that does not fit."""
         route = self.route
         row = (
             f"takes {free_memory.megabytes(route.row_bytes)} by the formula"
             if route.row_bytes
             else "takes what autograd saves, which is not known beforehand"
         )
-        raise OutOfMemoryError(
+        return OutOfMemoryError(
             f"memory ran out with one row a micro-batch: a row {row}, the weights take "
             f"{free_memory.megabytes(route.weights)}, and "
-            f"{free_memory.megabytes(free_memory.free_bytes(images.device))} are free on {images.device}. "
+            f"{free_memory.megabytes(free_memory.free_bytes(device))} are free on {device}. "
             "Give smaller images or a smaller model, take precision='bf16', or free memory"
-        ) from error
+        )
 
     def _shrink(self, size: int, device: torch.device) -> None:
         """Halve the micro-batch for this call and all later ones, and free the buckets."""

@@ -71,7 +71,7 @@ class VjpWalk:
             centred = plan.centred and norm is None
             patches = ops.normalize_vjp(patches, first.weight, saved.rstd_patch, centres=first.centres, centred=centred)
         scale = None if size is None else size.repeat_interleave(g.shape[1])
-        tokens: Tensor = ops.embed_multiply(patches, plan.embed.transposed, row_scale=scale)
+        tokens = ops.embed_multiply(patches, plan.embed.transposed, row_scale=scale)
         return tokens.view(saved.rows, g.shape[1], -1)
 
     def _step(self, step: Step, saved: list[SavedLayer], g: Stream, rows: int, codes: dict[str, Any]) -> Stream:
@@ -123,10 +123,8 @@ class VjpWalk:
         post = layer.post
         if post is None:
             return g
-        before: Tensor = self._ops.normalize_vjp(
-            *(wide(g), post.weight, saved.post), centres=post.centres, centred=self._plan.centred
-        )
-        return before
+        centred = self._plan.centred
+        return self._ops.normalize_vjp(wide(g), post.weight, saved.post, centres=post.centres, centred=centred)
 
     def _mlp(
         self, layer: MlpLayer, saved: SavedLayer, g: Stream, total: Tensor, *, overwrite: bool, codes: dict[str, Any]

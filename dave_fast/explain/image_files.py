@@ -251,8 +251,7 @@ class _FileExplainer:
             for heat, (_, name, probability) in zip(explanation.maps[0], explained, strict=True)
         ]
         bars = [(name, probability) for _, name, probability in top[:_BARS]]
-        picture = drawing.figure(crop, panels, bars)
-        return drawing.save_figure(picture, self.request.out / f"{source.name}.figure.png")
+        return drawing.save_figure(drawing.figure(crop, panels, bars), self.request.out / f"{source.name}.figure.png")
 
 
 def _stems(source: ImageSource, explained: Sequence[Scored]) -> list[str]:

@@ -72,7 +72,7 @@ class FrozenMode(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in _ATTRIBUTE_ACCESS and name != "__get__":
             return func(*args, **kwargs)
-        if name != "__get__" or not _is_parameter(args):
+        if name != "__get__" or not (args and isinstance(args[0], nn.Parameter)):
             args = [_constant(a) for a in args]
             kwargs = {key: _constant(value) for key, value in kwargs.items()}
         live = live_tensors((*args, *kwargs.values()))
@@ -191,10 +191,6 @@ def live_tensors(values: Iterable[Any]) -> list[Tensor]:
     return found
 
 
-def _is_parameter(args: Sequence[Any]) -> bool:
-    return bool(args) and isinstance(args[0], nn.Parameter)
-
-
 def _constant(value: Any) -> Any:
     """Return a detached alias of a parameter, so that requires_grad is not set on the user's model."""
     if isinstance(value, nn.Parameter):
@@ -202,10 +198,6 @@ def _constant(value: Any) -> Any:
     if isinstance(value, list | tuple) and any(isinstance(v, nn.Parameter) for v in value):
         return [_constant(v) for v in value]
     return value
-
-
-def _never(*_: Any) -> bool:
-    return False
 
 
 def _entered(func: Function) -> Function | None:
@@ -219,7 +211,7 @@ def _entered(func: Function) -> Function | None:
         return None
     if not any(name in func.__globals__ for name in _DISPATCH_CHECKS if name in func.__code__.co_names):
         return None
-    scope = {**func.__globals__, **dict.fromkeys(_DISPATCH_CHECKS, _never)}
+    scope = {**func.__globals__, **dict.fromkeys(_DISPATCH_CHECKS, lambda *_: False)}
     copy = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
     copy.__kwdefaults__ = func.__kwdefaults__
     return copy

@@ -97,10 +97,10 @@ def prove_frozen(model: nn.Module, inputs: Tensor) -> ReplayReport:
     report = affine_replay(model, inputs)
     if not report.passed:
         raise NotFrozenError(
-            f"the frozen gradient of {report.model} would be wrong: its affine replay is off by "
-            f"{max(report.errors):.1e} (tolerance {TOLERANCE:.0e}), because of {report.culprit}. Write that "
-            "step with functions that have a frozen form (dave_fast/frozen/rules.py lists them), without detach() "
-            "or custom autograd functions"
+            f"the frozen gradient of {report.model} would be wrong: with its operators held constant the model is not "
+            f"the affine function that it should be; its affine replay is off by {max(report.errors):.1e} (tolerance "
+            f"{TOLERANCE:.0e}), because of {report.culprit}. Write that step with functions that "
+            "have a frozen form (dave_fast/frozen/rules.py lists them), without detach() or custom autograd functions"
         )
     return report
 

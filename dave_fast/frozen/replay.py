@@ -30,10 +30,6 @@ class OperatorTape:
         self.entries: list[tuple[str, Tensor]] = []
         self._next: int | None = None
 
-    def rewind(self) -> None:
-        """Read from the first operator from now on."""
-        self._next = 0
-
     def keep(self, name: str, operator: Tensor) -> Tensor:
         """Record the operator, or return the one that the recorded pass had here.
 
@@ -53,9 +49,10 @@ class OperatorTape:
         return kept
 
     def finish(self) -> None:
-        """Raise _PathError unless every recorded operator was read."""
+        """End a pass: the next one reads from the first operator. Raise _PathError unless every operator was read."""
         if self._next is not None and self._next < len(self.entries):
             raise _PathError(f"only {self._next} of {len(self.entries)} operators")
+        self._next = 0
 
 
 class _PathError(Exception):
@@ -140,5 +137,4 @@ class Replay:
                     f"{self.name} takes a path that its input chooses, which has no frozen form: at another input "
                     f"it had, in {trace.where}, {error}. Compute both branches and choose with torch.where"
                 ) from error
-        self.tape.rewind()
         return output

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ class Trace:
         """Register hooks on every module of the replay's copy for the time of one pass."""
         handles = []
         for path, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(self._enter(path), with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(partial(self._enter, path), with_kwargs=True))
             handles.append(module.register_forward_hook(self._leave))
         try:
             yield
@@ -76,13 +77,10 @@ class Trace:
             for handle in handles:
                 handle.remove()
 
-    def _enter(self, path: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            inputs = _recorded((args, kwargs)) if self._keeps_calls else []
-            self._open.append(Call(path, type(module).__name__, inputs))
-            return _cloned((args, kwargs)) if self._keeps_calls else None
-
-        return hook
+    def _enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        inputs = _recorded((args, kwargs)) if self._keeps_calls else []
+        self._open.append(Call(path, type(module).__name__, inputs))
+        return _cloned((args, kwargs)) if self._keeps_calls else None
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         call = self._open.pop()

@@ -215,8 +215,8 @@ def _repeat_heads(linear: Linear, groups: int, head_dim: int) -> Linear:
     """Repeat every head `groups` times in a row."""
     if groups == 1:
         return linear
-    weight = linear.weight.unflatten(0, (-1, head_dim)).repeat_interleave(groups, 0).flatten(0, 1)
-    return Linear(weight, linear.bias.unflatten(0, (-1, head_dim)).repeat_interleave(groups, 0).flatten())
+    tensors = (linear.weight, linear.bias)
+    return Linear(*(t.unflatten(0, (-1, head_dim)).repeat_interleave(groups, 0).flatten(0, 1) for t in tensors))
 
 
 def _halves(head_dim: int) -> Tensor:

@@ -36,8 +36,10 @@ def _require(condition: bool, what: str, given: object) -> None:
         raise InputError(f"{what}; got {given!r}")
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _is_number(value: object, least: float = -math.inf, most: float = math.inf) -> bool:
+    """Return whether a value is a finite number, not a bool, from `least` to `most`."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return number and least <= value <= most  # type: ignore[operator]
 
 
 @dataclass(frozen=True)
@@ -62,27 +64,14 @@ class Sampling:
     flip: float = 0.5
 
     def __post_init__(self) -> None:
-        _require(
-            _is_number(self.noise_alpha) and 0 <= self.noise_alpha <= 1,
-            "noise_alpha must be in [0, 1]",
-            self.noise_alpha,
-        )
+        _require(_is_number(self.noise_alpha, 0, 1), "noise_alpha must be in [0, 1]", self.noise_alpha)
         _require(self.schedule in SCHEDULES, f"schedule must be one of {', '.join(SCHEDULES)}", self.schedule)
-        _require(
-            _is_number(self.rotation) and self.rotation >= 0, "rotation must be an angle ≥ 0 in degrees", self.rotation
-        )
-        _require(
-            isinstance(self.scale, tuple | list)
-            and len(self.scale) == 2
-            and all(map(_is_number, self.scale))
-            and 0 < self.scale[0] <= self.scale[1],
-            "scale must be (smallest, largest) with 0 < smallest ≤ largest",
-            self.scale,
-        )
-        _require(
-            _is_number(self.translation) and self.translation >= 0, "translation must be a share ≥ 0", self.translation
-        )
-        _require(_is_number(self.flip) and 0 <= self.flip <= 1, "flip must be a probability in [0, 1]", self.flip)
+        _require(_is_number(self.rotation, 0), "rotation must be an angle ≥ 0 in degrees", self.rotation)
+        pair = isinstance(self.scale, tuple | list) and len(self.scale) == 2 and all(map(_is_number, self.scale))
+        ordered = pair and 0 < self.scale[0] <= self.scale[1]
+        _require(ordered, "scale must be (smallest, largest) with 0 < smallest ≤ largest", self.scale)
+        _require(_is_number(self.translation, 0), "translation must be a share ≥ 0", self.translation)
+        _require(_is_number(self.flip, 0, 1), "flip must be a probability in [0, 1]", self.flip)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +151,8 @@ def draw(
     image_index = torch.arange(len(image_keys)).repeat_interleave(n_samples)
     keys = _philox_keys(seed, image_keys)[image_index]
     if sampling.schedule == "paper":
-        t = _paper_schedule(samples, sampling.noise_alpha, _length(n_samples, first_sample, schedule_length))
+        length = _length(n_samples, first_sample, schedule_length)
+        t = samples.double() * sampling.noise_alpha / max(length - 1, 1)
     else:
         shift = _uniforms(0, keys, SCHEDULE_STREAM, 0)[0]
         t = sampling.noise_alpha * ((_van_der_corput(one_image).repeat(len(image_keys)) + shift) % 1.0)
@@ -212,10 +202,6 @@ def _length(n_samples: int, first_sample: int, schedule_length: int | None) -> i
         enough, f"schedule_length must be an integer ≥ {first_sample + n_samples}, the last sample", schedule_length
     )
     return schedule_length
-
-
-def _paper_schedule(samples: Tensor, noise_alpha: float, length: int) -> Tensor:
-    return samples.double() * noise_alpha / max(length - 1, 1)
 
 
 def _van_der_corput(samples: Tensor) -> Tensor:

@@ -13,10 +13,10 @@ import warnings
 from pathlib import Path
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 
 import dave_fast
 from dave_fast.engine.memory import choose_storage, explanation_bytes
+from tests.tiny import initial_vit
 
 
 def resident(field):
@@ -25,15 +25,14 @@ def resident(field):
 
 
 def measure(size, width, depth, precision, backend, n_images, n_samples, rows, n_targets=1):
-    model = VisionTransformer(img_size=size, patch_size=16, embed_dim=width, depth=depth, num_heads=width // 32)
+    settings = {"img_size": size, "patch_size": 16, "embed_dim": width, "depth": depth, "num_heads": width // 32}
+    model = initial_vit(**settings, num_classes=1000)
     images = torch.randn(n_images, 3, size, size)
     gc.collect()
     # the kernel's own way to start the high-water mark anew
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
-    explainer = dave_fast.DAVE(
-        model.eval(), precision=precision, backend=backend, noise_alpha=0.5, internal_batch_size=rows
-    )
+    explainer = dave_fast.DAVE(model, precision=precision, backend=backend, noise_alpha=0.5, internal_batch_size=rows)
     explainer.explain(images, targets=range(n_targets), n_samples=n_samples)
     measured = resident("VmHWM") - before
     plan = explainer._cache.route(images).plan
