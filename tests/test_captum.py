@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the frozen route")
 
 
 class Reshaped(nn.Module):
-    """Outputs (B, 2, 3): targets are tuples."""
+    """A model with outputs (B, 2, 3), whose targets are tuples."""
 
     def __init__(self, inner):
         super().__init__()
@@ -36,7 +36,7 @@ class Reshaped(nn.Module):
 
 
 class Scaled(Reshaped):
-    """A forward with more arguments than images."""
+    """A model whose forward has an argument besides the images."""
 
     def forward(self, x, factor=1.0, classes=6):
         return factor * self.inner(x)[:, :classes]

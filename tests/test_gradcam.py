@@ -1,4 +1,4 @@
-"""dave_fast.gradcam.DAVE: pytorch-grad-cam's call, without its surprises."""
+"""dave_fast.gradcam.DAVE: pytorch-grad-cam's calling convention."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ SETTINGS = {"noise_alpha": 0.3, "precision": "fp32"}
 
 
 class ClassifierOutputTarget:
-    """As theirs: a callable object of one image's output."""
+    """A target as pytorch-grad-cam's: a callable of one image's output."""
 
     def __init__(self, category):
         self.category = category

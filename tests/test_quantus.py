@@ -1,4 +1,4 @@
-"""dave_fast.quantus.explain, alone and inside of Quantus' own metrics."""
+"""dave_fast.quantus.explain, by itself and in Quantus' own metrics."""
 
 import importlib
 import warnings

@@ -1,4 +1,4 @@
-"""Tiny models with random, nowhere trivial weights: what every route has to explain alike.
+"""Tiny models with random weights, for which all routes must give the same attributions.
 
 `ENGINE` are variants of timm's families that the engine is expected to have a plan for, `FROZEN_ONLY` what goes
 through the frozen route; both map a readable id to a `Variant`.
@@ -32,19 +32,19 @@ CLASSES = 7
 
 @dataclass(frozen=True)
 class Variant:
-    """A model to be: build() gives it in float32 and evaluation mode, images() what it looks at."""
+    """A recipe of a model: `build` makes it in evaluation mode, `images` makes inputs of its size."""
 
     make: Callable[[], nn.Module]
     size: tuple[int, int] = (32, 32)
     at: Callable[[tuple[int, int]], Variant] | None = None
 
     def resized(self) -> Variant:
-        """The same constructor for images of 1.5 × 2 times the size, whole patches where a patch is half of it."""
+        """Return the same recipe for images of 1.5 × 2 times the size; whole patches where a patch is half of it."""
         assert self.at is not None
         return self.at((3 * self.size[0] // 2, 2 * self.size[1]))
 
     def build(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
-        """The model with random weights; the global generator is left as it was."""
+        """Return the model with random weights; the global generator is not changed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = self.make()
@@ -52,13 +52,13 @@ class Variant:
         return model.eval().to(dtype)
 
     def images(self, n: int = 2, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
-        """Images (n, 3, H, W), normal deviates."""
+        """Return images (n, 3, H, W) of normal deviates."""
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(n, 3, *self.size, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def randomise(model: nn.Module, gain: float = 1.3) -> None:
-    """Vectors away from their 0 and 1, matrices large enough that attention and gates are far from uniform."""
+    """Draw vectors away from 0 and 1, and matrices so large that attention and gates are far from uniform."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape)
@@ -101,7 +101,7 @@ _CLIP = "vit_base_patch16_clip_quickgelu_224"
 _SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
 _RELPOS = "vit_relpos_small_patch16_224"
 
-# the forms that tests/frozen/oracle.py writes out
+# the models that tests/frozen/oracle.py implements
 PLAIN: dict[str, Variant] = {
     "vit": _vit(),
     "vit-3-blocks-48": _vit(embed_dim=48, depth=3, num_heads=3),
@@ -182,7 +182,7 @@ def _torchvision_vit() -> nn.Module:
 
 
 class HandWritten(nn.Module):
-    """A ViT as it stands in many repositories: separate q, k, v, two matrix products, its own norm and gelu."""
+    """A hand-written ViT, as many repositories have: separate q, k, v, two matrix products, its own norm and GELU."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Run by tests/engine/test_memory.py in a process of its own: peak memory of explanations, weights included, as JSON.
+"""Measure the peak memory of explanations, weights included, in a process of its own, for tests/engine/test_memory.py.
 
 python -m tests.engine.peak_memory '[[size, width, depth, precision, backend, images, samples, rows, targets], ...]'
 
@@ -20,7 +20,7 @@ from tests.tiny import initial_vit
 
 
 def resident(field):
-    """VmRSS or VmHWM, in bytes."""
+    """Return VmRSS or VmHWM of this process in bytes."""
     return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 

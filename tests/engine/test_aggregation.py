@@ -1,4 +1,4 @@
-"""Samples that wait for their aggregation in less memory: which form is taken, and what it changes."""
+"""The form in which samples are stored until their robust mean, by free memory, and its effect on the result."""
 
 import logging
 
@@ -61,7 +61,7 @@ def explained(model, images, monkeypatch, free=None, **settings):
 @pytest.mark.parametrize("route", ["engine", "frozen"])
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_token_cotangents_give_the_same_bits(model, images, monkeypatch, backend, route):
-    """Image by image, so that micro-batches are the same."""
+    """Images are explained one by one, so that micro-batches are the same."""
     for image in images:
         settings = dict(precision="bf16", backend=backend, route=route)
         ordinary = explained(model, image, monkeypatch, **settings)

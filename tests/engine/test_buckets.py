@@ -69,7 +69,7 @@ def test_the_overhead_is_five_rows_of_a_vit_b_and_fewer_of_larger_ones():
 
 
 def documented():
-    """(model, pixels, overhead, m*, fill, cost of 50 rows) of each line of the table in docs/gpu.md."""
+    """Yield (model, pixels, overhead, m*, fill, cost of 50 rows) of each line of the table in docs/gpu.md."""
     page = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text(encoding="utf-8")
     for line in page.splitlines():
         found = re.match(r"\| ViT-(.)/16, (\d+) px \| ([\d.]+) \|.*\| (\d+): ([\d.]+) \| [^|]*: ([\d.]+) \|$", line)

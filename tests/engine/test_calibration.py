@@ -1,4 +1,4 @@
-"""Static scales of eight-bit operands: repeatable, wide enough, used by every product that can, and never silent."""
+"""Static scales of eight-bit operands: repeatable, wide enough, used by every product, numbers beyond them refused."""
 
 import math
 

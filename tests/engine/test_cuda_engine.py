@@ -1,4 +1,4 @@
-"""The engine on a GPU: graphs against the same kernels launched one by one, memory that really runs out, precisions."""
+"""The engine on a GPU: graphs against the same kernels launched one by one, memory that runs out, precisions."""
 
 import pytest
 import timm
@@ -17,7 +17,7 @@ NAMES = ["vit", "deit-distilled", "vit-average", "clip", "dinov2-giant-swiglu", 
 
 
 def pair(name, **settings):
-    """An explainer with graphs, one without; both have the same buckets."""
+    """Return an explainer with graphs and one without; both have the same buckets."""
     model = ENGINE[name].build()
     return [dave_fast.DAVE(model, device="cuda", noise_alpha=0.5, graphs=g, **settings) for g in (True, False)]
 

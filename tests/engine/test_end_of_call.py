@@ -1,4 +1,4 @@
-"""What the host reads of a call: at its end, in one copy, whatever the model, the rows and the micro-batches.
+"""Reads of the device by the host: one copy at the end of a call, whatever the model, rows and micro-batches.
 
 The rehearsal of a GPU is an explainer on the CPU that defers its checks and runs in buckets, as one on a GPU does.
 """
@@ -52,7 +52,7 @@ def rehearsal(model, **settings):
 
 
 def counted(explainer, images, **asked):
-    """Looks of the second call: the first makes the walks."""
+    """Return the reads of the second call; the first one makes the walks."""
     explainer.explain(images, **asked)
     with looks() as found:
         explainer.explain(images, **asked)

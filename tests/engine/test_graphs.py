@@ -23,7 +23,7 @@ SIZE = 16
 
 
 class Replays:
-    """As a CUDA graph does it: one output tensor, whose old values are gone before the recorded work runs again."""
+    """A stand-in for CUDA graphs: one output tensor, erased before the recorded work runs again."""
 
     def __init__(self):
         self.captured = self.replayed = 0
@@ -51,7 +51,7 @@ def images():
 
 
 def buffered(model, capture=None, *, strict=False, most=24, **settings):
-    """An explainer whose micro-batches run in buckets, and what captures them."""
+    """Return an explainer whose micro-batches run in buckets, and the capture."""
     capture = Replays() if capture is None else capture
     settings = {"precision": "fp32", "noise_alpha": 0.5, "internal_batch_size": 4} | settings
     explainer = dave_fast.DAVE(model, **settings)
@@ -292,7 +292,7 @@ def test_without_progress_nothing_waits(monkeypatch):
 
 
 class Held:
-    """Counts those that are alive."""
+    """An object that counts how many of its class are alive."""
 
     alive = 0
 
@@ -317,7 +317,7 @@ class Entered:
 
 
 class Capturing:
-    """Stands for PyTorch's capture on a CPU; as there, ending one in which nothing was launched is an error."""
+    """A stand-in for PyTorch's capture on a CPU: ending one in which nothing was launched is an error, as there."""
 
     def __init__(self, patch):
         self.streams, self.active = ["caller's"], False

@@ -46,7 +46,7 @@ def gpu() -> Iterator[list[Launch]]:
 
 
 def launched(gpu: list[Launch], name: str, precision: str, **settings: Any) -> list[Launch]:
-    """What a model of two blocks launches: one of all tokens, one that is trimmed to those that the head reads."""
+    """Return the launches of a model of two blocks, the last one trimmed to the tokens that the head reads."""
     engine = build(timm.create_model(name, depth=2, **settings).eval(), precision)
     # what found eight-bit scales runs once a model: that it compiles is enough
     gpu.clear()
@@ -55,14 +55,14 @@ def launched(gpu: list[Launch], name: str, precision: str, **settings: Any) -> l
 
 
 def serialised(kernel: Kernel) -> bool:
-    """Whether ptxas made the kernel's products wait for each other."""
+    """Return whether ptxas made the kernel's products wait for each other."""
     # a bias is added between the products: Triton 3.6 and 3.8 have no form in which the forward does not wait
     biased = kernel.name.startswith("_attention") and "bias" in dict(kernel.types)
     return "C7515" in kernel.resources.warnings and not biased
 
 
 def check(launches: Iterable[Launch], most: int = SPILLS) -> None:
-    """No more than so many bytes spill, no products wait. What CUDA refuses was refused at the launch."""
+    """Assert that at most `most` bytes a thread spill and no products wait; the launch refuses what CUDA refuses."""
     kernels = {launch.kernel for launch in launches}
     assert {"_linear_kernel", "_attention_kernel", "_attention_vjp_kernel"} <= {kernel.name for kernel in kernels}
     bad = [kernel for kernel in kernels if kernel.resources.spills > most or serialised(kernel)]

@@ -1,4 +1,4 @@
-"""The documented formula for memory against what a process really takes."""
+"""The documented formula for memory against the measured memory of a process."""
 
 import json
 import os
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def peak_bytes(run):
-    """Most bytes of CPU tensors alive at once, as PyTorch's allocator reports them."""
+    """Return the most bytes of CPU tensors alive at once, as PyTorch's allocator reports them."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
     waiting = list(recorded.profiler.kineto_results.experimental_event_tree())

@@ -14,7 +14,7 @@ SIZE = 16
 
 @pytest.fixture(scope="module", params=["engine", "frozen"])
 def explainer(request):
-    """float64, so that what is equal in exact arithmetic must be equal."""
+    """Return an explainer in float64, so that results that are equal in exact arithmetic agree to rounding."""
     return dave_fast.DAVE(initial_vit(img_size=SIZE), precision="fp64", route=request.param, noise_alpha=0.5)
 
 

@@ -1,4 +1,4 @@
-"""Memory that runs out: smaller micro-batches, the same result, and a plain error at one row."""
+"""Memory that runs out: smaller micro-batches with the same result, and an error at one row."""
 
 import logging
 
@@ -20,7 +20,7 @@ SHORTAGES = {
 
 
 class Scarce:
-    """An engine's forward walk that has memory for so many rows."""
+    """A route's forward walk with memory for `most` rows."""
 
     def __init__(self, forward, most, error):
         self.forward, self.most, self.error = forward, most, error
@@ -48,7 +48,7 @@ def explainer(model, **settings):
 
 
 def scarce(made, images, most, error):
-    """The explainer's route, with memory for `most` rows."""
+    """Return the explainer's route, with memory for `most` rows."""
     route = made._cache.route(images)
     route.forward = Scarce(route.forward, most, error)
     return route

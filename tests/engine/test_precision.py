@@ -1,4 +1,4 @@
-"""What each precision costs in fidelity, on trained weights and on random ones, and where it is refused."""
+"""The fidelity of each precision on trained and on random weights, and the devices on which it is refused."""
 
 import pytest
 import timm
@@ -16,7 +16,7 @@ from tests.variants import ENGINE
 
 
 def pearson(found, expected):
-    """Of each map (B, H, W) with its like."""
+    """Return the correlation of each map (B, H, W) with the other of its image."""
     a, b = (t.flatten(1) - t.flatten(1).mean(1, keepdim=True) for t in (found, expected))
     return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
 

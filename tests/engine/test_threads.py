@@ -20,7 +20,7 @@ def threads():
     ids=str,
 )
 def test_one_two_and_three_threads_give_the_same_bits(threads, precision, size, backend):
-    """352 pixels are 485 tokens: attention block by block."""
+    """Images of 352 pixels have 485 tokens, for which attention runs block by block."""
     model = initial_vit(img_size=size, patch_size=16, embed_dim=96, num_classes=11)
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
     found = []

@@ -322,7 +322,7 @@ def test_unsupported_parts_of_other_families_are_named(name, spoil, words):
 
 
 def test_training_alone_does_not_change_a_reading():
-    """Stochastic depth, dropout and moved coordinates are of training: an explanation is of the model as it infers."""
+    """Stochastic depth, dropout and moved coordinates of training do not enter a plan."""
     model = ENGINE["dinov3"].build(torch.float64)
     augmented = timm.create_model(
         "vit_small_patch16_dinov3", img_size=32, embed_dim=32, depth=2, num_heads=2, patch_size=8, num_classes=7,

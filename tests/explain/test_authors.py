@@ -1,4 +1,4 @@
-"""Our pipeline against numbers recorded from the authors' released code (scripts/record_authors.py).
+"""The pipeline against numbers recorded from the authors' released code (scripts/record_authors.py).
 
 Their warps, their noise and their levels t go through our operations, one after the other; the result must be
 theirs. In float64 that tests the definitions, every pixel of them. In float32 a few values of a hundred thousand lie
@@ -31,7 +31,7 @@ THRESHOLD_MARGIN = 1e-3
 
 
 class Recording:
-    """Inputs, draws and results of their run, in one dtype."""
+    """The inputs, draws and results of the authors' run, in one dtype."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         with np.load(Path(__file__).parent / "data" / "authors_pipeline.npz") as archive:
@@ -57,7 +57,7 @@ class Recording:
 
 
 def contributions_of(recording: Recording, dtype: torch.dtype, route: str) -> Tensor:
-    """Our contributions (1, S, C, H, W) for their draws."""
+    """Return this project's contributions (1, S, C, H, W) for the authors' draws."""
     image, draws = recording.image, recording.draws
     tokens = perturb(image, draws, PATCH, dtype=dtype)
     tokens += recording.noise_level.to(dtype)[:, None, None] * patchify(recording.noise, PATCH)
@@ -74,7 +74,7 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 
 
 def near_threshold(contributions: Tensor) -> Tensor:
-    """Where the keeping of any sample hangs on less than the margin: (1, C, H, W) bool."""
+    """Return where a sample lies within the margin of the outlier threshold: (1, C, H, W) bool."""
     deviations = (contributions - contributions.median(dim=1, keepdim=True).values).abs()
     limit = KEPT_SIGMAS * (MAD_TO_SIGMA * deviations.median(dim=1, keepdim=True).values + EPSILON)
     return ((deviations - limit).abs() < THRESHOLD_MARGIN * limit).any(dim=1)

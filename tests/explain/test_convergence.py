@@ -1,4 +1,4 @@
-"""The error estimate: exact where there is a formula, and what is stated of maps."""
+"""The error estimate: against the formula for plain means, and against the distance of maps to their limit."""
 
 import math
 from itertools import pairwise
@@ -69,7 +69,7 @@ def test_checkpoints_grow_by_half_and_end_at_the_budget():
 
 
 def test_refine_is_the_end_of_explain_with_an_error_that_tells_the_distance():
-    """On one demo scene: the map is that of `explain`; its error, against 256 samples, is about what is said."""
+    """On one demo scene the map is that of `explain`, and its error against 256 samples is about the estimate."""
     scene = draw_scenes(1, 5, split="test").images[0]
     image = torch.from_numpy(scene).permute(2, 0, 1).float().div(127.5).sub(1)[None]
     explainer = dave_fast.DAVE("demo", precision="fp32", internal_batch_size=16)

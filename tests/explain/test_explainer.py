@@ -1,4 +1,4 @@
-"""DAVE from images to maps: repeatable, independent of batches, the model untouched, plain errors."""
+"""DAVE from images to maps: repeatable, independent of batches, the model unchanged, errors."""
 
 import copy
 import warnings
@@ -35,7 +35,7 @@ def explainer(model, **settings):
 
 
 def state_of(model):
-    """Everything about a model that an explanation might have changed."""
+    """Return all of a model's state that an explanation could have changed."""
     return (
         {k: v.clone() for k, v in model.state_dict().items()},
         [(p.requires_grad, p.grad) for p in model.parameters()],
@@ -49,7 +49,7 @@ def assert_same_state(before, after):
 
 
 class Linear(nn.Module):
-    """Scores linear in the image: attention over one token, so P = 1, and the map is weight ⊙ image, by hand."""
+    """A model with scores linear in the image: attention over one token has P = 1, and raw is weight ⊙ image."""
 
     def __init__(self, shape, classes=2):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The frozen route against a second implementation, against hand-computed slopes, and its promise to touch nothing."""
+"""The frozen route against a second implementation and hand-computed slopes; it leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_lower_precision(name: str, dtype: torch.dtype, tolerance: float) -> Non
 
 
 def state(model: nn.Module) -> dict[str, object]:
-    """Everything about a model that a caller could see changing."""
+    """Return all of a model's state that a caller could see changing."""
     return {
         "weights": {k: v.clone() for k, v in model.state_dict().items()},
         "parameters": [(k, id(p), p.requires_grad, p.grad) for k, p in model.named_parameters()],
@@ -185,7 +185,7 @@ def test_threads_do_not_meet() -> None:
 
 
 class Output:
-    """What transformers' models return: an object with logits."""
+    """An object with logits, as transformers' models return."""
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits

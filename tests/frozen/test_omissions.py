@@ -25,7 +25,7 @@ from tests.variants import ENGINE, FROZEN_ONLY, randomise
 
 
 def fused(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The function as a kernel of its own: right forward, right backward, and no function mode sees into it."""
+    """Return the function as one custom kernel, with its true gradient, which no function mode can look into."""
 
     class Kernel(torch.autograd.Function):
         @staticmethod
@@ -78,7 +78,7 @@ class CustomNorm(nn.Module):
 
 
 class BilinearPooling(nn.Module):
-    """Second-order features: every channel times its neighbour, over the tokens. No rule could freeze it."""
+    """Second-order features, every channel times its neighbour over the tokens, which no rule can freeze."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ def torchvision_vit() -> nn.Module:
 
 @dataclass(frozen=True)
 class Plant:
-    """Where an omission goes in a model."""
+    """An omission and its place in a model."""
 
     model: Callable[[], nn.Module]
     path: str
@@ -123,7 +123,7 @@ PLACES: dict[str, dict[type[nn.Module], Plant]] = {
 
 
 def planted(place: Plant, kind: type[nn.Module]) -> nn.Module:
-    """The model with the omission in it, weights far from trivial."""
+    """Return the model with the omission in it and random weights."""
     model = place.model()
     width = 64 if place.path.endswith("mlp.2") else 32
     with torch.random.fork_rng(devices=[]):

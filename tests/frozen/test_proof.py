@@ -1,4 +1,4 @@
-"""The affine replay: every family passes, everything left unfrozen is found and named."""
+"""The affine replay: every family passes, and every function that is not frozen is found and named."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class HiddenSoftmax(torch.autograd.Function):
 
 
 class WrongBackward(torch.autograd.Function):
-    """Linear, with the gradient of something else."""
+    """A linear function with a wrong gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class WrongBackward(torch.autograd.Function):
 
 
 class Planted(nn.Module):
-    """Stands in a block where an identity or LayerScale stood."""
+    """A module that replaces an identity or a LayerScale of a block."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -207,7 +207,7 @@ def test_a_model_that_cannot_be_copied_is_refused() -> None:
 
 
 class Careful(nn.LayerNorm):
-    """Computes in float32 and returns what it was given, as models trained in half precision do."""
+    """A norm that computes in float32 and returns the dtype of its input, as models for half precision have it."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = x.float()

@@ -27,7 +27,7 @@ Function = Callable[[Tensor], Tensor]
 
 
 def made(module: nn.Module) -> nn.Module:
-    """The module in float64 with weights that are nowhere trivial."""
+    """Return the module in float64 with random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         randomise(module)
@@ -92,7 +92,7 @@ def attention_pooling() -> tuple[Function, Function]:
 
 
 def rotated(x: Tensor, emb: Tensor) -> Tensor:
-    """Rotary embedding as multiplication by e^{iθ} of the pairs (x₀, x₁), (x₂, x₃) …, but for the class token."""
+    """Rotary embedding as multiplication by e^{iθ} of the pairs (x₀, x₁), (x₂, x₃) …, except the class token's."""
     sin, cos = emb.chunk(2, -1)
     turn = torch.complex(cos[..., ::2], sin[..., ::2])
     pairs = torch.view_as_complex(x[:, :, 1:].unflatten(-1, (-1, 2)).contiguous())
