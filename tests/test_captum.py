@@ -1,4 +1,4 @@
-"""dave_fast.captum.DAVE under captum's own rules: what its generic tests ask of every method, its tunnel, its metrics.
+"""dave_fast.captum.DAVE in captum: the generic tests of its methods, its noise tunnel, its metrics.
 
 captum's test suite runs its methods over models without attention, which DAVE refuses; what it asks of them is asked
 here of a small transformer, with captum's own helpers.

@@ -1,4 +1,4 @@
-"""Four omissions that would make maps quietly wrong, planted in real ViTs: each is found and named.
+"""Four omissions that would make maps wrong without an error, planted in ViTs: the proof finds and names each.
 
 An operator is left unfrozen where PyTorch's functions cannot be seen (a fused kernel in a custom autograd function),
 where a rule is missing, or where there is none (a bilinear product of two values). Logits stay right in all of them.
