@@ -183,7 +183,7 @@ class DAVE:
         The model's part is the index of a class name, or the embedding of a text or image; see `dave_fast.targets`.
         """
         with own_arithmetic(self.device):
-            return question.bind(self._view())
+            return question.bind(ModelView(self.model, self._predicted))
 
     def attribute(
         self,
@@ -197,13 +197,7 @@ class DAVE:
     ) -> Tensor:
         """Return signed attributions of the shape and dtype of inputs (B, C, H, W), as captum's methods do.
 
-        Args:
-            inputs: images (B, C, H, W), as for `explain`.
-            target: as for `explain`.
-            additional_forward_args: must be None.
-            n_samples: as for `explain`.
-            seed: as for `explain`.
-            internal_batch_size: as for `explain`.
+        All other arguments are those of `explain`, except that additional_forward_args must be None.
 
         Raises:
             InputError: as `explain`, and where additional_forward_args are given.
@@ -327,11 +321,8 @@ class DAVE:
 
     def _resolved(self, target: Target, output: Tensor, images: Tensor) -> Cotangent:
         """Return a target's cotangent, checked against the images' output."""
-        return resolve_target(target, output, (images.shape[2], images.shape[3]), self._view())
-
-    def _view(self) -> ModelView:
-        """Return the model and its output as questions see them."""
-        return ModelView(self.model, self._predicted)
+        height, width = images.shape[2:]
+        return resolve_target(target, output, (height, width), ModelView(self.model, self._predicted))
 
     def _predicted(self, images: Tensor) -> Tensor:
         """Return the model's output (B, ...) for unperturbed images, in the dtype of the walks."""
@@ -356,16 +347,7 @@ def effective_gradient(
 ) -> Tensor:
     """Return the effective gradient of each unperturbed image, (B, C, H, W); see `DAVE.effective_gradient`.
 
-    The routes "engine" and "frozen" agree to rounding.
-
-    Args:
-        model: as for `DAVE`.
-        images: (B, C, H, W), as for `DAVE.explain`.
-        target: as for `DAVE.explain`.
-        precision: as for `DAVE`.
-        route: as for `DAVE`.
-        device: as for `DAVE`.
-        backend: as for `DAVE`.
+    The arguments are those of `DAVE` and of that method. The routes "engine" and "frozen" agree to rounding.
 
     Raises:
         DaveFastError: as `DAVE` and `DAVE.explain` do.
