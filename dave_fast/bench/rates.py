@@ -83,7 +83,12 @@ def product(kind: str, rows: int, inner: int, outer: int, device: torch.device |
     if precision == "fp8":
         return _eight_bits(x, weight, bias)
     if precision in ("tf32", "fp32") and torch.device(device).type == "cuda":
-        return _with_tf32(lambda: F.linear(x, weight, bias), precision == "tf32")
+
+        def run() -> Tensor:
+            with tf32(precision == "tf32"):
+                return F.linear(x, weight, bias)
+
+        return run
     return lambda: F.linear(x, weight, bias)
 
 
@@ -105,14 +110,6 @@ def tf32(allowed: bool) -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def _with_tf32(call: Callable[[], Tensor], allowed: bool) -> Callable[[], Tensor]:
-    def run() -> Tensor:
-        with tf32(allowed):
-            return call()
-
-    return run
 
 
 def copy(device: torch.device | str = "cpu") -> tuple[float, Callable[[], Tensor]]:

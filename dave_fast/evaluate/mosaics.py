@@ -45,9 +45,9 @@ def score_grids(run: Run) -> None:
 def resized(model: nn.Module, size: tuple[int, int]) -> nn.Module | None:
     """Return the model if it takes images of this (height, width), else a copy that does; None if timm makes none."""
     now = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if now is None or tuple(now) == size:
-        return model if now is not None else None
-    if not hasattr(model, "set_input_size"):
+    if now is not None and tuple(now) == size:
+        return model
+    if now is None or not hasattr(model, "set_input_size"):
         return None
     other: Any = copy.deepcopy(model)
     other.set_input_size(img_size=size)
@@ -59,17 +59,15 @@ def _draw(run: Run, grid: int) -> tuple[Tensor, Tensor]:
     """Draw M mosaics, fewer than the settings say if images run out: tiles (M, grid², 3, H, W), classes (M, grid²)."""
     wanted = run.settings.mosaics_of(grid)
     pool = run.source.pool(max(100, POOL * wanted * grid**2))
-    images, labels, confidences = [], [], []
+    found = []
     for start in range(0, len(pool), run.settings.batch_size):
         batch = pool.read(start, min(start + run.settings.batch_size, len(pool)))
         if batch is None:
             continue
         probability, predicted = run.logits(batch.images.to(run.device)).softmax(1).cpu().max(1)
         kept = (predicted == batch.labels) & (probability >= run.settings.confident)
-        images.append(batch.images[kept])
-        labels.append(batch.labels[kept])
-        confidences.append(probability[kept])
-    every, known, sure = torch.cat(images), torch.cat(labels), torch.cat(confidences)
+        found.append((batch.images[kept], batch.labels[kept], probability[kept]))
+    every, known, sure = (torch.cat(parts) for parts in zip(*found, strict=True))
     if len(known.unique()) < grid**2:
         raise InputError(
             f"{len(known.unique())} classes are named rightly with p ≥ {run.settings.confident:g}, a mosaic needs "

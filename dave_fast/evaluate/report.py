@@ -63,10 +63,11 @@ def write(out: Path, results: Results, about: About) -> Summary:
     summary = summarise(results)
     shown = ["input", *(name for name in results.scores if name not in CONTROLS)]
     pictures = [_pictures(one, shown[1:], about) for one in results.examples]
-    context = _context(results, summary, about) | {
-        "columns": shown,
-        "examples": _example_rows(results, pictures, about),
-    }
+    examples = [
+        (one["name"], f"{about.labels.name(one['class'])}, {one['probability']:.2f}", [_data(each) for each in row])
+        for one, row in zip(results.examples, pictures, strict=True)
+    ]
+    context = _context(results, summary, about) | {"columns": shown, "examples": examples}
     template = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     _write(out / "report.html", Environment(autoescape=True).from_string(template).render(context))
     if pictures:
@@ -194,17 +195,6 @@ def _table(summary: Summary, variant: str) -> tuple[list[str], dict[str, list[tu
         name: [(row[metric].text() if metric in row else "–", best[metric] == name) for metric in metrics]
         for name, row in rows.items()
     }
-
-
-def _example_rows(results: Results, pictures: Sequence[Sequence[Image.Image]], about: About) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": one["name"],
-            "explained": f"{about.labels.name(one['class'])}, {one['probability']:.2f}",
-            "pictures": [_data(each) for each in row],
-        }
-        for one, row in zip(results.examples, pictures, strict=True)
-    ]
 
 
 def _pictures(one: dict[str, Any], shown: Sequence[str], about: About) -> list[Image.Image]:
