@@ -83,7 +83,8 @@ def test_final_maps_follow_float32_on_trained_weights(precision: str, device: st
     if reason is not None:
         pytest.skip(reason)
     images, labels = scenes(8)
-    maps = [demo(precision=p, device=device).explain(images, labels, SAMPLES).maps.cpu() for p in (precision, "fp32")]
+    # The promise is about maps of the default number of samples; rounding shows more in those of fewer.
+    maps = [demo(precision=p, device=device).explain(images, labels).maps.cpu() for p in (precision, "fp32")]
     assert correlation(*maps).min() >= FIDELITY[precision]
 
 
