@@ -22,11 +22,11 @@ from dave_fast.run.feed import CONTENT_BYTES, Feed
 from dave_fast.run.folder import RunFolder
 from dave_fast.run.identity import differences
 from dave_fast.run.mapper import MapSettings
-from dave_fast.run.messages import Alive, End, Finished, Go, Hello, Mapped, Stop, WorkerTask
+from dave_fast.run.messages import Alive, End, Finished, Go, Hello, Mapped, Stop
 from dave_fast.run.progress import Report, Tally
 from dave_fast.run.shards import SHARD_ROWS
 from dave_fast.run.stopping import stop_in_order
-from dave_fast.run.worker import work
+from dave_fast.run.worker import WorkerTask, work
 
 # Seconds that a worker may take to commit and end when it is told to.
 _PATIENCE_S = 120.0

@@ -3,38 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dave_fast.errors import DaveFastError
-
-if TYPE_CHECKING:
-    from dave_fast.run.mapper import MapSettings
-
-
-@dataclass(frozen=True)
-class WorkerTask:
-    """The task of one worker, given to its process at the start.
-
-    Attributes:
-        settings: the settings of the maps.
-        device: name of a torch device, None for the best there is.
-        threads: torch's threads on a CPU.
-        decoders: threads that decode images.
-        folder: the run's folder.
-        name: the worker's name, a part of its shards' names.
-        shard_rows: rows at which a shard is committed.
-        commit_s: seconds after which rows are committed, however few they are.
-    """
-
-    settings: MapSettings
-    device: str | None
-    threads: int
-    decoders: int
-    folder: Path
-    name: str
-    shard_rows: int
-    commit_s: float
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,16 @@ import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dave_fast.errors import DaveFastError, ImageError, RunError
 from dave_fast.run.lock import Lock
-from dave_fast.run.mapper import Mapper
-from dave_fast.run.messages import Alive, End, Finished, Go, Hello, WorkerTask
+from dave_fast.run.mapper import Mapper, MapSettings
+from dave_fast.run.messages import Alive, End, Finished, Go, Hello
 from dave_fast.run.records import Record
 from dave_fast.run.shards import SHARD_BYTES, ShardRow, new_shard, next_name, schema
 
@@ -39,6 +41,31 @@ WAITING_BYTES = 512 * 2**20
 # Consecutive failures at which the run stops: images are then not the cause.
 FAILURES = 100
 _TICK_S = 0.5
+
+
+@dataclass(frozen=True)
+class WorkerTask:
+    """The task of one worker, given to its process at the start.
+
+    Attributes:
+        settings: the settings of the maps.
+        device: name of a torch device, None for the best there is.
+        threads: torch's threads on a CPU.
+        decoders: threads that decode images.
+        folder: the run's folder.
+        name: the worker's name, a part of its shards' names.
+        shard_rows: rows at which a shard is committed.
+        commit_s: seconds after which rows are committed, however few they are.
+    """
+
+    settings: MapSettings
+    device: str | None
+    threads: int
+    decoders: int
+    folder: Path
+    name: str
+    shard_rows: int
+    commit_s: float
 
 
 class _StoppedError(Exception):
