@@ -204,12 +204,10 @@ def prove(small: Small) -> dict[str, Any]:
     return row
 
 
-def inventory(families: Collection[str] = ()) -> dict[Structure, list[str]]:
-    """Group the ViT-like architectures, of these families or of all, by structure, those with fewest weights first."""
+def inventory() -> dict[Structure, list[str]]:
+    """Group the ViT-like architectures by structure, those with fewest weights first."""
     groups: dict[Structure, list[tuple[int, str]]] = defaultdict(list)
     for name in timm.list_models():
-        if families and family(name) not in families:
-            continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = on_meta(lambda name=name: timm.create_model(name, num_classes=7))
@@ -219,8 +217,12 @@ def inventory(families: Collection[str] = ()) -> dict[Structure, list[str]]:
 
 
 def prove_all(families: Collection[str] = ()) -> Iterator[dict[str, Any]]:
-    """Yield the rows of the table, in the order of timm's modules and names."""
-    groups = sorted(inventory(families).values(), key=lambda names: (family(names[0]), names[0]))
+    """Yield the rows of the table, in the order of timm's modules and names; those of these families, or all.
+
+    Architectures of several families may share a structure, and then a row.
+    """
+    asked = (names for names in inventory().values() if not families or any(family(n) in families for n in names))
+    groups = sorted(asked, key=lambda names: (family(names[0]), names[0]))
     for number, names in enumerate(groups, 1):
         started = time.perf_counter()
         row = proved(names)
@@ -309,8 +311,9 @@ def main() -> None:
     if options.routes:
         write([{**row, "route": route_now(row)} for row in rows])
         return
-    kept = [row for row in rows if options.only and row["family"] not in options.only]
-    write(kept + list(prove_all(options.only)))
+    proved_again = list(prove_all(options.only))
+    names = {name for row in proved_again for name in row["architectures"]}
+    write([row for row in rows if options.only and names.isdisjoint(row["architectures"])] + proved_again)
 
 
 if __name__ == "__main__":

@@ -92,14 +92,18 @@ class MicroBatches:
             OutOfMemoryError: memory ran out with one row a micro-batch.
         """
         one = images[:1] if dtype is not None else patchify(images[:1], self.route.patch_size)
-        into = images.new_empty(len(targets), len(draws), *one.shape[1:], dtype=dtype or self.route.dtype)
+        shape = len(targets), len(draws), *one.shape[1:]
+        into: list[Tensor] = []
 
         def keep(walk: Walk, output: Tensor, at: slice, rows: Draws) -> None:
+            if not into:
+                # here, so that a shortage of memory for it is answered as one of the walk is
+                into.append(images.new_empty(shape, dtype=dtype or self.route.dtype))
             for which, target in enumerate(targets):
-                into[which, at].copy_(walk.vjp(target(output, rows), dtype))
+                into[0][which, at].copy_(walk.vjp(target(output, rows), dtype))
 
         self._each(images, draws, keep, queued)
-        return into
+        return into[0]
 
     def _each(
         self,

@@ -125,7 +125,8 @@ def contributions_of(
     """Return the contributions of the samples of one image (1, C, H, W) to its classes (K,), (K, S, C, H, W)."""
     height, width = image.shape[-2:]
     draws = draw(n_samples, height=height, width=width, seed=seed, image_keys=keys, sampling=explainer.sampling)
-    kept = image.new_empty(len(classes), len(draws), *image.shape[1:], dtype=explainer.statistics_dtype)
+    shape = len(classes), len(draws), *image.shape[1:]
+    kept = torch.empty(shape, dtype=explainer.statistics_dtype, device=explainer.device)
     rows = explainer.fitting_rows(image)
     for start in range(0, len(draws), rows):
         some = slice(start, start + rows)

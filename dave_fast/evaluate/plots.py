@@ -44,8 +44,11 @@ def forest(rows: Sequence[tuple[str, int, Interval]], best: str | None) -> str:
     Returns:
         The SVG element.
     """
-    ticks = _ticks(min(each.low for _, _, each in rows), max(each.high for _, _, each in rows), 4)
-    low, span = ticks[0], ticks[-1] - ticks[0]
+    low, high = min(each.low for _, _, each in rows), max(each.high for _, _, each in rows)
+    ticks = _ticks(low, high, 4)
+    low, high = min(low, ticks[0]), max(high, ticks[-1])
+    # Ticks are rounded: those of values that differ by rounding alone are equal.
+    span = (high - low) or 1.0
 
     def place(value: float) -> float:
         return _LABEL + (value - low) / span * _PLOT
@@ -83,11 +86,11 @@ def lines(curves: Sequence[Line], x_title: str, y_title: str, x_names: Sequence[
     ys = [y for curve in curves for y in curve.y if math.isfinite(y)]
     x_low, x_high = min(xs), max(xs)
     y_ticks = _ticks(min(ys), max(ys), 5)
-    y_low, y_high = y_ticks[0], y_ticks[-1]
+    y_low, y_high = min(*ys, y_ticks[0]), max(*ys, y_ticks[-1])
 
     def at(x: float, y: float) -> tuple[float, float]:
         across = (x - x_low) / ((x_high - x_low) or 1)
-        up = (y - y_low) / (y_high - y_low)
+        up = (y - y_low) / ((y_high - y_low) or 1)
         return _LEFT + across * (_WIDTH - _LEFT - _RIGHT), _HEIGHT - _BOTTOM - up * (_HEIGHT - _TOP - _BOTTOM)
 
     parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">']

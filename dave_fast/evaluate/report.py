@@ -61,6 +61,11 @@ def write(out: Path, results: Results, about: About) -> Summary:
     from jinja2 import Environment
 
     summary = summarise(results)
+    # First the numbers, then what is drawn of them.
+    keys = ("model", "source", "settings", "setup", "environment", "command", "skipped")
+    content = as_json(results, summary, {key: getattr(about, key) for key in keys})
+    _write(out / "results.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    _write(out / "scores.csv", as_csv(results))
     shown = ["input", *(name for name in results.scores if name not in CONTROLS)]
     pictures = [_pictures(one, shown[1:], about) for one in results.examples]
     examples = [
@@ -73,10 +78,6 @@ def write(out: Path, results: Results, about: About) -> Summary:
     if pictures:
         save_picture(_sheet(shown, pictures), out / "examples.png")
     _write(out / "report.md", markdown(context))
-    keys = ("model", "source", "settings", "setup", "environment", "command", "skipped")
-    content = as_json(results, summary, {key: getattr(about, key) for key in keys})
-    _write(out / "results.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    _write(out / "scores.csv", as_csv(results))
     return summary
 
 

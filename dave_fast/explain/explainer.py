@@ -9,6 +9,7 @@ Eq. 3-8.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -183,7 +184,7 @@ class DAVE:
         The model's part is the index of a class name, or the embedding of a text or image; see `dave_fast.targets`.
         """
         with own_arithmetic(self.device):
-            return question.bind(ModelView(self.model, self._predicted))
+            return question.bind(self._view())
 
     def attribute(
         self,
@@ -219,7 +220,7 @@ class DAVE:
 
         It is computed in the explainer's precision and by its route.
         """
-        return self._predicted(images).float()
+        return self._cache.call(images, self._prediction).float()
 
     def effective_gradient(self, images: Tensor, target: Target = None) -> Tensor:
         """Return one row of the effective transformation for each unperturbed image: DAVE, arXiv 2602.06613, Eq. 5.
@@ -322,17 +323,17 @@ class DAVE:
     def _resolved(self, target: Target, output: Tensor, images: Tensor) -> Cotangent:
         """Return a target's cotangent, checked against the images' output."""
         height, width = images.shape[2:]
-        return resolve_target(target, output, (height, width), ModelView(self.model, self._predicted))
+        return resolve_target(target, output, (height, width), self._view())
 
-    def _predicted(self, images: Tensor) -> Tensor:
+    def _view(self) -> ModelView:
+        """Return what a question may ask of the model."""
+        return ModelView(self.model, partial(self._cache.call, work=self._prediction))
+
+    def _prediction(self, images: Tensor, batches: MicroBatches, end: EndOfCall) -> Tensor:
         """Return the model's output (B, ...) for unperturbed images, in the dtype of the walks."""
-
-        def work(images: Tensor, batches: MicroBatches, end: EndOfCall) -> Tensor:
-            output = self._output(batches, images, end)
-            end.read()
-            return output
-
-        return self._cache.call(images, work)
+        output = self._output(batches, images, end)
+        end.read()
+        return output
 
 
 def effective_gradient(

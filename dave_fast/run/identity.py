@@ -81,25 +81,19 @@ def save_identity(folder: Path, identity: dict[str, Any]) -> None:
         file.write(json.dumps(identity, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
-def differences(one: dict[str, Any], other: dict[str, Any], form: str) -> list[str]:
-    """Return the differences of two trees of settings, each as text.
-
-    Args:
-        one: dictionaries, nested; names are joined by dots.
-        other: to compare it with.
-        form: how a difference is worded, of the setting's `name` and its two values, `one` and `other`.
-    """
+def differences(one: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Return (name, value of one, value of the other) where two trees of settings differ; names have dots."""
     first, second = _flat(one), _flat(other)
-    values = {name: (first.get(name, "nothing"), second.get(name, "nothing")) for name in first | second}
-    return [form.format(name=name, one=a, other=b) for name, (a, b) in values.items() if a != b]
+    pairs = ((name, first.get(name, "nothing"), second.get(name, "nothing")) for name in first | second)
+    return [(name, a, b) for name, a, b in pairs if a != b]
 
 
 def refuse_other(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise InputError with the differences if the folder's run is not the one that is being started."""
-    if found := differences(before, now, "{name}: {one} before, {other} now"):
+    if found := differences(before, now):
+        words = "; ".join(f"{name}: {old} before, {new} now" for name, old, new in found)
         raise InputError(
-            f"{folder} holds another run; {'; '.join(found)}. Resume it with what it was begun with, or choose "
-            "another --out."
+            f"{folder} holds another run; {words}. Resume it with what it was begun with, or choose another --out."
         )
 
 

@@ -148,9 +148,10 @@ class _Parent:
         first = hellos[0]
         for other in hellos[1:]:
             one, two = ({**hello.configuration, "weights": hello.weights} for hello in (first, other))
-            if found := ", ".join(differences(one, two, "{name} {one} and {other}")):
+            if found := differences(one, two):
+                words = ", ".join(f"{name} {ours} and {theirs}" for name, ours, theirs in found)
                 raise InputError(
-                    f"{first.device} and {other.device} would make different maps ({found}): give options that are the "
+                    f"{first.device} and {other.device} would make different maps ({words}): give options that are the "
                     "same on both, such as --precision, or one of the devices."
                 )
         for note in dict.fromkeys(note for hello in hellos for note in hello.notes):

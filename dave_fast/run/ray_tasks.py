@@ -117,7 +117,7 @@ class RayPipeline:
 
 def execute(pipeline: RayPipeline) -> None:
     """Read, explain and write all records. A task of its own, so that the driver can cancel a pipeline that hangs."""
-    from ray import cloudpickle, data
+    from ray import data
 
     context = data.DataContext.get_current()
     context.target_max_block_size = _BLOCK_BYTES
@@ -126,11 +126,7 @@ def execute(pipeline: RayPipeline) -> None:
     context.print_on_execution_start = False
     # The errors that Ray logs are raised too.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    parts = [{"part": cloudpickle.dumps(part)} for part in pipeline.parts]
-    config = pipeline.identity["configuration"]["preprocessing"]
-    crops = data.from_items(parts, override_num_blocks=len(parts)).map_batches(
-        _crops, fn_args=(pipeline.board, config), batch_size=1, batch_format="pyarrow"
-    )
+    crops = data.read_datasource(_datasource(pipeline), override_num_blocks=len(pipeline.parts))
     if pipeline.limit is not None:
         crops = crops.limit(pipeline.limit)
     crops.map_batches(
@@ -144,12 +140,38 @@ def execute(pipeline: RayPipeline) -> None:
     ).write_datasink(_sink(pipeline))
 
 
-def _crops(parts: pa.Table, board: Any, config: dict[str, Any]) -> Iterator[pa.Table]:
-    """Yield the records of one part with their crops, or the reason why there is none, until the run is to stop."""
+def _datasource(pipeline: RayPipeline) -> Any:
+    """Return the source of the records.
+
+    Ray neither fuses a source with the actors that follow, nor moves a limit before it, as it may with `map_batches`.
+    """
+    from ray.data.block import BlockMetadata
+    from ray.data.datasource import Datasource, ReadTask
+
+    config = pipeline.identity["configuration"]["preprocessing"]
+
+    class Records(Datasource):
+        """Read tasks, one a part."""
+
+        def estimate_inmemory_data_size(self) -> int | None:
+            return None
+
+        def get_read_tasks(self, parallelism: int, *given: Any, **more: Any) -> list[Any]:
+            tasks = []
+            for part in pipeline.parts:
+                count = len(part) if isinstance(part, list) else None
+                metadata = BlockMetadata(num_rows=count, size_bytes=None, input_files=None, exec_stats=None)
+                tasks.append(ReadTask(partial(_read, part, pipeline.board, config), metadata, schema=_CROPS))
+            return tasks
+
+    return Records()
+
+
+def _read(part: Part, board: Any, config: dict[str, Any]) -> Iterator[pa.Table]:
+    """Yield records with their crops, or the reason why there is none, until the run is to stop."""
     import ray
 
     prepare = from_config(config)
-    part: Part = ray.cloudpickle.loads(parts["part"][0].as_py())
     records = iter(part) if isinstance(part, list) else part()
     while some := list(itertools.islice(records, DECODE_BATCH)):
         if ray.get(board.stopping.remote()):

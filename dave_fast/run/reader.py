@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -246,8 +246,9 @@ class _Shards:
 
     def __init__(self, files: list[Path]) -> None:
         self._files = files
-        self._opened = cache(self._open)
-        self._group = lru_cache(_CACHED_GROUPS)(self._read_group)
+        # Functions without self: a cycle of references would keep the files open after the last use of the maps.
+        self._opened = cache(lambda shard: _open(files[shard]))
+        self._group = lru_cache(_CACHED_GROUPS)(partial(_read_group, self._opened))
 
     def __reduce__(self) -> Any:
         return _Shards, (self._files,)
@@ -259,13 +260,15 @@ class _Shards:
         (found,) = self._group(shard, group).slice(row - int(starts[group]), 1).to_pylist()
         return found
 
-    def _open(self, shard: int) -> tuple[pq.ParquetFile, np.ndarray]:
-        """Return a shard's file, and the first row of each group and the number of rows."""
-        file = pq.ParquetFile(self._files[shard])
-        sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
-        return file, np.cumsum([0, *sizes])
 
-    def _read_group(self, shard: int, group: int) -> pa.Table:
-        file, _ = self._opened(shard)
-        large = [name for name in file.schema_arrow.names if name not in SMALL]
-        return file.read_row_group(group, columns=large)
+def _open(file: Path) -> tuple[pq.ParquetFile, np.ndarray]:
+    """Return a shard's file, and the first row of each group and the number of rows."""
+    shard = pq.ParquetFile(file)
+    sizes = [shard.metadata.row_group(g).num_rows for g in range(shard.num_row_groups)]
+    return shard, np.cumsum([0, *sizes])
+
+
+def _read_group(opened: Callable[[int], tuple[pq.ParquetFile, np.ndarray]], shard: int, group: int) -> pa.Table:
+    file, _ = opened(shard)
+    large = [name for name in file.schema_arrow.names if name not in SMALL]
+    return file.read_row_group(group, columns=large)

@@ -154,7 +154,8 @@ class Scheduler:
 
     def submit(self, request: Queued, now: float) -> None:
         """Add a request to the queue, or raise RefusedError."""
-        limits, most_bytes = self.limits, self.limits.queue_bytes or math.inf
+        limits = self.limits
+        most_bytes = math.inf if limits.queue_bytes is None else limits.queue_bytes
         if self.draining:
             raise RefusedError("draining", "the server is shutting down", RETRY_AFTER[0])
         if request.samples > limits.rows or request.size > most_bytes:

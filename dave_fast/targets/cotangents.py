@@ -31,7 +31,7 @@ class Cotangent:
             host or on the output's device.
     """
 
-    classes: Tensor = torch.full((1,), -1)
+    classes: Tensor = torch.full((1,), -1, device="cpu")
 
     def __call__(self, output: Tensor, rows: Draws) -> Tensor:
         """Return ∂ score / ∂ output.

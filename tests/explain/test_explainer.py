@@ -294,9 +294,12 @@ def test_unsupported_models_take_the_frozen_route_with_a_note(images):
     model = tiny_vit(class_token=False, global_pool="avg")
     model.blocks[0].register_forward_hook(lambda *args: None)
     found = explainer(model)
-    with pytest.warns(UserWarning, match="frozen route is taken.*blocks.0.*hooks"):
+    with pytest.warns(UserWarning, match="frozen route is taken.*blocks.0.*hooks") as warned:
         found.explain(images, n_samples=2)
-    assert found.route == "frozen"
+    assert found.route == "frozen" and warned[0].filename == __file__
+    with pytest.warns(UserWarning, match="frozen route is taken") as warned:
+        explainer(model).predict(images)
+    assert warned[0].filename == __file__
     with pytest.raises(ModelError, match="route='engine' was asked for"):
         explainer(model, route="engine").explain(images, n_samples=2)
 

@@ -15,6 +15,7 @@ import dave_fast
 from dave_fast import DAVE
 from dave_fast.engine.aggregation import raw_attributions
 from dave_fast.evaluate import DemoScenes
+from dave_fast.evaluate.methods import contributions_of
 from dave_fast.evaluate.metrics import correlation
 from dave_fast.models.demo import load_demo_model
 from dave_fast.ops.precision import has_bf16, why_no_fp8
@@ -86,6 +87,14 @@ def test_final_maps_follow_float32_on_trained_weights(precision: str, device: st
     # The promise is about maps of the default number of samples; rounding shows more in those of fewer.
     maps = [demo(precision=p, device=device).explain(images, labels).maps.cpu() for p in (precision, "fp32")]
     assert correlation(*maps).min() >= FIDELITY[precision]
+
+
+def test_contributions_of_an_image_on_the_host_are_on_the_device(device: str) -> None:
+    explainer, (images, labels) = demo(device=device), scenes(1)
+    found = contributions_of(explainer, images, labels, SAMPLES, (0,), 0)
+    assert found.device == explainer.device
+    _, maps = explainer.aggregate(found)
+    assert correlation(maps.cpu(), explainer.explain(images, labels, SAMPLES).maps.cpu()).min() > 0.9999
 
 
 def test_the_devices_maps_are_the_cpus(device: str) -> None:

@@ -82,7 +82,7 @@ def faked(monkeypatch):
     """Return a function that fakes a machine: faked(triton=, gpu=, capability=)."""
 
     def fake(*, triton=True, gpu=True, capability=(9, 0)):
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if triton else None)
+        monkeypatch.setattr(_registry, "find_spec", lambda name: object() if triton else None)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -1,7 +1,9 @@
 """Tests of a run's maps: independence of batches, workers and interruptions; reading; exporting."""
 
+import gc
 import json
 import pickle
+import weakref
 
 import numpy as np
 import pyarrow as pa
@@ -236,6 +238,18 @@ def test_reading_by_id_number_slice_and_list(whole):
         maps["none"]
     with pytest.raises(IndexError, match="row 8 of 8"):
         maps[8]
+
+
+def test_the_last_reference_to_maps_closes_their_files(whole):
+    maps = dave_fast.open_maps(whole)
+    assert maps.filter(status="ok")[0].map is not None
+    shards = weakref.ref(maps._shards)
+    gc.disable()
+    try:
+        del maps
+        assert shards() is None
+    finally:
+        gc.enable()
 
 
 def test_filters(whole):

@@ -171,6 +171,10 @@ def test_same_rows_as_the_local_engine(cluster, tars, tmp_path):
             np.testing.assert_allclose(a.raw, b.raw, atol=2e-3 * np.abs(a.raw).max())
 
 
+def test_limit_counts_the_records_of_tars(cluster, tars, tmp_path):
+    assert stubs.run(tars, tmp_path / "out", engine="ray", limit=3).records == 3
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [("memory", "out of memory with one image at a time"), ("raise", "ZeroDivisionError: in the mapper")],

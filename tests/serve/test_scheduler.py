@@ -168,9 +168,10 @@ def test_retry_after_is_the_time_the_queue_takes():
     assert refused.value.retry_after == math.ceil(990 / 100)
 
 
-def test_requests_that_can_never_fit_are_refused():
+@pytest.mark.parametrize("most", [10, 0])
+def test_requests_that_can_never_fit_are_refused(most):
     with pytest.raises(RefusedError, match="at most") as refused:
-        Scheduler(Limits(queue_bytes=10)).submit(Queued("a", 1, size=11), 0.0)
+        Scheduler(Limits(queue_bytes=most)).submit(Queued("a", 1, size=11), 0.0)
     assert refused.value.kind == "too large" and refused.value.retry_after is None
 
 
