@@ -73,11 +73,10 @@ def _work(explainer: DAVE) -> Callable[[], Any]:
     images = images_here(1)
     draws = draw(ROWS, height=images.shape[2], width=images.shape[3], sampling=explainer.sampling)
     target = ElementCotangent(torch.zeros(1, dtype=torch.int64, device=DEVICE))
-    into = images.new_empty(1, ROWS, *images.shape[1:])
 
     def work() -> None:
         with own_arithmetic(explainer.device):
-            batches.vjps(images, draws, [target], into, images.dtype)
+            batches.vjps(images, draws, [target], images.dtype)
 
     with own_arithmetic(explainer.device):
         batches = explainer._cache.batches(explainer._cache.route(images), ROWS)
