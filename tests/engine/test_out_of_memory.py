@@ -97,6 +97,29 @@ def test_several_classes_survive_out_of_memory(model, images):
     assert (found - expected).abs().max() <= 2e-6 * expected.abs().max()
 
 
+@pytest.mark.parametrize("times", [1, 100])
+def test_a_shortage_for_the_result_is_answered_as_one_of_the_walk(model, images, monkeypatch, times):
+    draws, targets = dave_fast.sampling.draw(6, height=16, width=16), torch.tensor([[0, 3]])
+    expected = explainer(model, internal_batch_size=3).contributions(images[:1], draws, targets)
+    real, shortages = torch.Tensor.new_empty, iter(range(times))
+
+    def new_empty(tensor, *size, **settings):
+        if size[0] == expected.shape and next(shortages, None) is not None:
+            raise SHORTAGES["cuda"]
+        return real(tensor, *size, **settings)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    made = explainer(model)
+    if times == 1:
+        found = made.contributions(images[:1], draws, targets)
+        assert (found - expected).abs().max() <= 2e-6 * expected.abs().max()
+    else:
+        with pytest.raises(OutOfMemoryError):
+            made.contributions(images[:1], draws, targets)
+    # the tensor was asked for in the way that the test spoils
+    assert next(shortages, None) != 0
+
+
 def test_buckets_are_given_up_before_smaller_ones_are_made(model, images):
     made = explainer(model, internal_batch_size=8)
     made._cache.make_graphs = lambda: Graphs(made.device, direct, strict=True)
