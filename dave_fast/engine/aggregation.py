@@ -41,12 +41,12 @@ def raw_attributions(
     for start in range(0, len(images), together):
         some = slice(start, min(start + together, len(images)))
         part = draws[some.start * samples : some.stop * samples]
+        on_device = part.to(images.device) if storage.tokens else None
         for group in groups:
             kept = batches.vjps(images, part, targets[group], None if storage.tokens else storage.dtype, pacer.queued)
             for at, of_target in enumerate(kept, group.start):
-                if storage.tokens:
-                    rows, patch_size = part.to(images.device), batches.route.patch_size
-                    raw[some, at] = ops.pull_back_mean(of_target, images, rows, patch_size, samples)
+                if on_device is not None:
+                    raw[some, at] = ops.pull_back_mean(of_target, images, on_device, batches.route.patch_size, samples)
                 else:
                     raw[some, at] = ops.robust_mean(of_target.view(-1, samples, *shape))
             # free before those of the next group are made
