@@ -2,7 +2,6 @@
 
 explainer     DAVE and effective_gradient
 explanation   the result of DAVE.explain
-classes       the classes of a model's output and their probabilities
 route_cache   the routes through a model, by size of images
 subject       a model with its preprocessing and class names
 convergence   the error of a map at a finite number of samples

@@ -21,10 +21,10 @@ from dave_fast.engine.checks import check_classes, check_integer, check_keys, ch
 from dave_fast.engine.end_of_call import EndOfCall
 from dave_fast.engine.micro_batches import MicroBatches, Progress
 from dave_fast.errors import InputError
-from dave_fast.explain.classes import most_probable, probabilities
 from dave_fast.explain.explanation import Explanation
 from dave_fast.explain.route_cache import RouteCache
 from dave_fast.models.catalog import is_private, load_model, noise_alpha_for
+from dave_fast.models.meaning import most_probable, probability_of
 from dave_fast.models.spec import ModelSpec
 from dave_fast.ops.patches import unpatchify
 from dave_fast.ops.precision import DTYPES, choose_precision, own_arithmetic, resolve_device, statistics_dtype
@@ -163,7 +163,7 @@ class DAVE:
             maps = batches.ops.smooth(raw.flatten(0, 1)).view(*raw.shape[:2], *raw.shape[3:])
             of_each = moved([each.classes for each in resolved], output.device)
             classes = torch.stack([each.expand(len(images)) for each in of_each], dim=1)
-            classes, probability = end.read(classes, probabilities(self.model, output, classes))
+            classes, probability = end.read(classes, probability_of(self.model, output, classes))
             # `target=` gives results without the dimension K.
             at = 0 if targets is None and top_k is None else slice(None)
             return Explanation(

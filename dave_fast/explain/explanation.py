@@ -17,8 +17,8 @@ class Explanation:
         maps: (B, H, W) float32 in [0, 1], for looking at.
         raw: (B, C, H, W) float32, signed, per channel: the median/MAD mean of effective gradient ⊙ image.
         target: (B,) int64, the class; −1 where the target is not a class.
-        probability: (B,) float32, softmax of the unperturbed image's output at the class; NaN where the target is not
-            a class.
+        probability: (B,) float32, that of the class by the unperturbed image's output, a softmax or a sigmoid of it
+            (`models.meaning`); NaN where the target is not a class, or the output has no probabilities.
         output: (B, ...) float32, the model's output for the unperturbed images.
         n_samples: as given.
         seed: as given.

@@ -16,9 +16,9 @@ from PIL import Image
 from dave_fast.defaults import DEFAULT_SAMPLES
 from dave_fast.errors import ImageError, NonFiniteError
 from dave_fast.explain.arrays import Scored, write_arrays
-from dave_fast.explain.classes import has_classes
 from dave_fast.files import atomically
 from dave_fast.images import drawing, read_image
+from dave_fast.models.meaning import has_classes, most_probable, probability_of
 from dave_fast.targets.text import describe_target, parse_target
 
 if TYPE_CHECKING:
@@ -231,11 +231,11 @@ class _FileExplainer:
 
     def _top(self, explanation: Explanation) -> list[Scored]:
         """Return a classifier's five most probable classes, or all that are explained where these are more."""
-        if not has_classes(self.subject.explainer.model, explanation.output):
+        model, output = self.subject.explainer.model, explanation.output
+        if not has_classes(model, output):
             return []
-        output = explanation.output[0]
-        top = output.softmax(0).topk(min(max(_BARS, self.request.top_k), len(output)))
-        pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        top = most_probable(model, output, min(max(_BARS, self.request.top_k), output.shape[1])).T
+        pairs = zip(top[0].tolist(), probability_of(model, output, top)[0].tolist(), strict=True)
         return [(index, self.subject.labels.name(index), probability) for index, probability in pairs]
 
     def _write_figure(
@@ -250,7 +250,7 @@ class _FileExplainer:
             drawing.Panel(heat.cpu().numpy(), name, None if math.isnan(probability) else probability)
             for heat, (_, name, probability) in zip(explanation.maps[0], explained, strict=True)
         ]
-        bars = [(name, probability) for _, name, probability in top[:_BARS]]
+        bars = [(name, probability) for _, name, probability in top[:_BARS] if not math.isnan(probability)]
         return drawing.save_figure(drawing.figure(crop, panels, bars), self.request.out / f"{source.name}.figure.png")
 
 

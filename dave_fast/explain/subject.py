@@ -8,8 +8,8 @@ from torch import nn
 
 from dave_fast.explain.explainer import DAVE
 from dave_fast.images import Preprocessing, preprocessing
-from dave_fast.models.adapter import require_classifier
 from dave_fast.models.labels import Labels, labels_of
+from dave_fast.models.meaning import require_classifier
 from dave_fast.models.spec import ModelSpec
 
 

@@ -6,6 +6,7 @@ from_*        a loader for each library
 adapter       models of other libraries as functions of images
 hub           the network, and errors of other libraries
 weights_file  weights from files
+meaning       what an output means: classes or an embedding, and their probabilities
 labels        class names
 fingerprint   whether a model has been changed
 demo/         the embedded model and its scenes

@@ -1,20 +1,19 @@
 """Models of other libraries as functions of images.
 
-An `Adapter` wraps a model whose forward takes or returns more than tensors. Its `kind` is the meaning of the output. It
-has its preprocessing and class names in the attributes of a timm model, `pretrained_cfg` and `num_classes`, so that
-`images.preprocessing` and `labels.labels_of` read both alike. Modules without an adapter have a kind, too (`kind_of`).
+An `Adapter` wraps a model whose forward takes or returns more than tensors. Its `kind` and `link` say what the output
+means (`meaning`). It has its preprocessing and class names in the attributes of a timm model, `pretrained_cfg` and
+`num_classes`, so that `images.preprocessing` and `labels.labels_of` read both alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from dave_fast.errors import InputError
-
-Kind = Literal["classifier", "embedding"]
+from dave_fast.models.meaning import Kind, Link
 
 
 class Adapter(nn.Module):
@@ -26,17 +25,27 @@ class Adapter(nn.Module):
     Attributes:
         kind: "classifier" if the output is logits; "embedding" if it is a feature vector, not normalised, and there is
             no predicted class.
-        num_classes: K, 0 for embeddings.
+        link: how a logit becomes a probability: "softmax" over exclusive classes, "sigmoid" for each class by itself
+            (several labels, a single logit), None where there is none, as for a regression. A single logit is a sigmoid
+            under "softmax", too; embeddings have none under either.
+        num_classes: K; 0 for embeddings, and where it is not known.
         pretrained_cfg: preprocessing under timm's keys (input_size, mean, std, interpolation, crop_pct, crop_mode; see
             `images.describe_preprocessing`), and class names as label_names; empty where neither is known.
     """
 
     def __init__(
-        self, model: nn.Module, *, kind: Kind, num_classes: int = 0, pretrained_cfg: Mapping[str, Any] | None = None
+        self,
+        model: nn.Module,
+        *,
+        kind: Kind,
+        num_classes: int = 0,
+        pretrained_cfg: Mapping[str, Any] | None = None,
+        link: Link = "softmax",
     ) -> None:
         super().__init__()
         self.model: Any = model
         self.kind: Kind = kind
+        self.link: Link = link
         self.num_classes = num_classes
         self.pretrained_cfg: dict[str, Any] = dict(pretrained_cfg or {})
 
@@ -90,23 +99,6 @@ class TextImageModel(Protocol):
             UnknownModelError: the tokenizer cannot be loaded.
         """
         ...
-
-
-def kind_of(model: nn.Module) -> Kind:
-    """Return the kind of any module: its own `kind`, or "embedding" for timm models without a head."""
-    kind = getattr(model, "kind", None)
-    if kind in ("classifier", "embedding"):
-        return kind
-    return "embedding" if getattr(model, "num_classes", None) == 0 else "classifier"
-
-
-def require_classifier(model: nn.Module, name: str) -> None:
-    """Raise InputError for a model that gives embeddings."""
-    if kind_of(model) == "embedding":
-        raise InputError(
-            f"{name} gives embeddings and has no classes. Explain a similarity (DAVE.explain with a callable as the "
-            "target), or give a model with a head."
-        )
 
 
 def check_texts(texts: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dave_fast.errors import InputError, UnknownModelError
-from dave_fast.models.adapter import require_classifier
+from dave_fast.models.meaning import require_classifier
 from dave_fast.models.spec import ModelSpec, as_spec, class_names
 from dave_fast.models.weights_file import load_weights
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dave_fast.errors import InputError
+from dave_fast.models.meaning import has_own_head, head_width, kind_of
 
 _LISTED = 8
 
@@ -64,11 +65,20 @@ class Labels:
         return ", ".join(f"{self.name(i)} ({i})" for i in found[:_LISTED]) + more
 
 
-def labels_of(model: Any) -> Labels:
-    """Return the labels of an nn.Module, from its `num_classes` and its timm `pretrained_cfg` if it has them."""
-    count = getattr(model, "num_classes", None)
+def labels_of(model: Any, width: int | None = None) -> Labels:
+    """Return the labels of an nn.Module: as many classes as its output has, and their names if there are as many.
+
+    Names are those of the timm `pretrained_cfg`: its own labels, else ImageNet's descriptions, these only for a head
+    that was not replaced (`meaning.has_own_head`).
+
+    Args:
+        model: the module.
+        width: K of its output (B, K); None where it has not run: as its head says, else its `num_classes`.
+    """
+    if kind_of(model) == "embedding":
+        return Labels(0)
+    count = width or head_width(model) or getattr(model, "num_classes", None) or None
     names = _pretrained_names(model, getattr(model, "pretrained_cfg", None))
-    # the names of the pretrained weights do not apply to a head that was replaced
     return Labels(count, names if names and len(names) == count else None)
 
 
@@ -80,9 +90,9 @@ def _pretrained_names(model: Any, config: Any) -> tuple[str, ...] | None:
     if own:
         described = config.get("label_descriptions") or {}
         return tuple(str(described.get(name, name)) for name in own)
-    if config.get("num_classes") != getattr(model, "num_classes", None):
+    if not has_own_head(model):
         return None
     from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 
-    subset = infer_imagenet_subset(model)
+    subset = infer_imagenet_subset(config)
     return tuple(ImageNetInfo(subset).label_descriptions()) if subset else None

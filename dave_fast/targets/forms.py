@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from dave_fast.errors import InputError
-from dave_fast.models.adapter import kind_of
+from dave_fast.models.meaning import has_classes
 from dave_fast.targets.cotangents import Cotangent, ElementCotangent, GradientCotangent, Score, score_rows
 from dave_fast.transfers import to_device
 
@@ -126,7 +126,7 @@ def _predicted(output: Tensor, model: nn.Module) -> Cotangent:
     if output.dim() == 1:
         # captum's rule for models with one score for each image
         return ElementCotangent(torch.zeros(len(output), dtype=torch.int64, device=output.device))
-    if output.dim() != 2 or kind_of(model) == "embedding":
+    if not has_classes(model, output):
         what = "an embedding" if output.dim() == 2 else tuple(output.shape)
         raise InputError(
             f"target=None takes the predicted class and needs an output (B, classes); this model's is {what}. Give "

@@ -9,9 +9,10 @@ from PIL import Image
 
 from dave_fast.frozen.proof import prove_frozen
 from dave_fast.images import preprocessing
-from dave_fast.models.adapter import TextImageModel, kind_of
+from dave_fast.models.adapter import TextImageModel
 from dave_fast.models.catalog import load_model
 from dave_fast.models.labels import labels_of
+from dave_fast.models.meaning import kind_of
 from dave_fast.models.spec import ModelSpec
 
 SMALL = dict(

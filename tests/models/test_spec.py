@@ -16,9 +16,10 @@ from dave_fast import DAVE
 from dave_fast.errors import InputError, UnknownModelError
 from dave_fast.images import preprocessing
 from dave_fast.models import hub
-from dave_fast.models.adapter import Adapter, kind_of, require_classifier
+from dave_fast.models.adapter import Adapter
 from dave_fast.models.catalog import load_model, noise_alpha_for
 from dave_fast.models.labels import labels_of
+from dave_fast.models.meaning import kind_of, require_classifier
 from dave_fast.models.spec import ModelSpec, class_names
 from dave_fast.models.weights_file import load_weights, read_weights
 from tests.tiny import initial_vit
