@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from dave_fast.errors import InputError
+from dave_fast.errors import InputError, ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # Two keys of our own beside timm's: ADD_INVERSE appends the inverse 1 − x of each channel (B-cos models), CROP_FLOOR
 # rounds the crop's offsets down.
 ADD_INVERSE, CROP_FLOOR = "add_inverse", "crop_floor"
+# Why a model's own preprocessing cannot be described, in place of all other keys.
+NOT_SUPPORTED = "not_supported"
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,13 @@ def preprocessing(model: Any, image_size: Sequence[int] | None = None) -> Prepro
 
     Raises:
         InputError: the model takes other channels than red, green and blue (and their inverse).
+        ModelError: its preprocessing has a step that is not supported.
     """
     from timm.data.config import resolve_data_config
 
     known = getattr(model, "pretrained_cfg", None) or {}
+    if NOT_SUPPORTED in known:
+        raise ModelError(known[NOT_SUPPORTED])
     # A configuration that only lists class names describes no preprocessing.
     if known.keys().isdisjoint(("input_size", "mean")):
         known = {}

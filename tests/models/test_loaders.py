@@ -214,7 +214,7 @@ def test_images_are_prepared_as_by_the_image_processor(name, photo):
     import transformers
 
     from dave_fast.images import from_config
-    from dave_fast.models.from_huggingface import preprocessing_of
+    from dave_fast.models.huggingface_images import preprocessing_of
 
     processor = getattr(transformers, name)(**PROCESSORS[name])
     prepare = from_config(preprocessing_of(processor.to_dict()))

@@ -1,0 +1,174 @@
+"""Folders that peft wrote: an adapter (LoRA and its kin), which names the model that it was trained on."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from dave_fast.errors import ModelError, UnknownModelError
+from dave_fast.models.huggingface_adapter import Transformers
+from dave_fast.models.huggingface_files import Place, named_class
+from dave_fast.models.weights_file import check_fit, read_weights
+
+ADAPTER = "adapter_config.json"
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+# these change weights; others add tokens to a text, or have weights that the folder may lack
+_TYPES = ("LORA", "ADALORA", "LOHA", "LOKR", "IA3", "OFT", "BOFT", "LN_TUNING")
+_PREFIX = "base_model.model."
+# relative difference of outputs in float32 up to which merged weights compute the same
+_SAME = 1e-4
+
+
+@dataclass(frozen=True)
+class PeftFolder:
+    """An adapter that peft wrote.
+
+    Attributes:
+        place: of its files.
+        values: its configuration, the content of `ADAPTER`.
+        has_config: whether the place has a config.json, too, which is then the whole model's.
+
+    Raises:
+        UnknownModelError: peft is not installed, or the configuration names no base model.
+        ModelError: the adapter's method is not supported.
+    """
+
+    place: Place
+    values: Mapping[str, Any]
+    has_config: bool
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be loaded."""
+        name = self.place.name
+        method = str(self.values.get("peft_type"))
+        if method not in _TYPES:
+            raise ModelError(
+                f"{name} is an adapter of peft's method {method}, which is not supported; expected one of "
+                f"{', '.join(_TYPES)}. Load it yourself, and give the module."
+            )
+        if self.values.get("megatron_config"):
+            raise ModelError(f"{name} is an adapter for Megatron (megatron_config), which is not supported.")
+        if not self.base_name:
+            raise UnknownModelError(
+                f"the adapter {name} does not say which model it belongs to: write the place of that model into "
+                f"base_model_name_or_path of its {ADAPTER}, or load both yourself, and give the module."
+            )
+        if importlib.util.find_spec("peft") is None:
+            raise UnknownModelError(
+                f"{name} is an adapter, and the package peft is missing: pip install 'dave-fast[hf]'."
+            )
+
+    @property
+    def base_name(self) -> str:
+        """The place of the model that the adapter was trained on, as the adapter names it."""
+        return str(self.values.get("base_model_name_or_path") or "")
+
+    def base(self) -> Place:
+        """Return the place of the model that the adapter was trained on.
+
+        A relative path counts from the current folder, else from the adapter's.
+
+        Raises:
+            UnknownModelError: it is a path, and there is no such folder.
+        """
+        beside = Path(self.place.name, self.base_name)
+        if self.place.local and not os.path.isdir(self.base_name) and beside.is_dir():
+            return Place(str(beside), local=True)
+        try:
+            return Place.of(self.base_name, str(self.values.get("revision") or ""))
+        except UnknownModelError as error:
+            raise UnknownModelError(
+                f"the adapter {self.place.name} was trained on {self.base_name}, and there is no such folder here: "
+                f"copy that model here, and write its place into base_model_name_or_path of {ADAPTER}."
+            ) from error
+
+    def named_class(self, config: Any) -> Any:
+        """Return the class of the model that the adapter was trained on; None where the adapter does not say.
+
+        Raises:
+            ModelError: it is no class of transformers.
+        """
+        mapping = self.values.get("auto_mapping") or {}
+        name, library = str(mapping.get("base_model_class") or ""), str(mapping.get("parent_library") or "")
+        if name and not library.startswith("transformers."):
+            raise ModelError(
+                f"the adapter {self.place.name} was trained on the class {name} of {library}, which is no part of "
+                "transformers: load both yourself, and give the module."
+            )
+        return named_class(name, config, self.place.name) if name else None
+
+    def head_width(self, weights: Mapping[str, Tensor]) -> int | None:
+        """Return the outputs of the heads that the adapter has saved whole; None if there is none, or they differ.
+
+        Args:
+            weights: see `weights`.
+        """
+        heads = tuple(f".{name}.weight" for name in self.values.get("modules_to_save") or ())
+        widths = {tensor.shape[0] for name, tensor in weights.items() if name.endswith(heads) and tensor.dim() == 2}
+        return int(widths.pop()) if len(widths) == 1 else None
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the adapter's tensors, by their names in the file.
+
+        Raises:
+            UnknownModelError: there is no file of them.
+            InputError: it cannot be read, or holds other objects.
+        """
+        path = self.place.file(*_WEIGHTS)
+        if path is None:
+            raise UnknownModelError(f"the adapter {self.place.name} has no weights: it lacks {' and '.join(_WEIGHTS)}.")
+        return read_weights(path)
+
+    def applied(self, model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+        """Return the model with the adapter, merged into its weights where that computes the same.
+
+        Args:
+            model: is changed in place.
+            weights: see `weights`.
+
+        Raises:
+            InputError: the weights do not fit the model.
+            ModelError: the adapter was written by a later version of peft.
+        """
+        from peft import PeftModel, set_peft_model_state_dict
+
+        wrapped = PeftModel(model, self._settings()).eval()
+        found: Any = set_peft_model_state_dict(wrapped, dict(weights))
+        missing = [key for key in found.missing_keys if ".default" in key]
+        check_fit(self.place.name, self.base_name, missing, found.unexpected_keys, ())
+        merged = copy.deepcopy(wrapped).merge_and_unload()
+        before, after = (_example_output(each) for each in (wrapped.get_base_model(), merged))
+        same = before is not None and after is not None and (after - before).norm() <= _SAME * before.norm()
+        return merged if same else wrapped.get_base_model()
+
+    def _settings(self) -> Any:
+        """Return peft's configuration, for inference."""
+        import peft
+
+        kind: Any = peft.PEFT_TYPE_TO_CONFIG_MAPPING[self.values["peft_type"]]
+        known = {field.name for field in fields(kind)}
+        later = [key for key, value in self.values.items() if value and key not in known and key != "peft_version"]
+        if later:
+            raise ModelError(
+                f"the adapter {self.place.name} has settings that peft {peft.__version__} does not know "
+                f"({', '.join(sorted(later))}): install a later version of peft."
+            )
+        settings = {key: value for key, value in self.values.items() if key in known}
+        return kind(**(settings | {"inference_mode": True}))
+
+
+def saved_by(weights: Mapping[str, Tensor]) -> set[str]:
+    """Return the names of an adapter's tensors in its base model, which has those of `modules_to_save`."""
+    return {name.removeprefix(_PREFIX) for name in weights}
+
+
+def _example_output(model: nn.Module) -> Tensor | None:
+    """Return a model's output for one image; None where it cannot be tried."""
+    return Transformers(model, None, "", "", own_head=True).tried()
