@@ -26,6 +26,7 @@ from dave_fast.images.preprocess import NOT_SUPPORTED
 from dave_fast.models.adapter import Adapter, SimilarityLogit, check_texts
 from dave_fast.models.hub import loading
 from dave_fast.models.huggingface_images import preprocessing_of
+from dave_fast.models.meaning import LINKS
 
 # names of the output, the first that is there is taken
 _OUTPUTS = ("logits", "image_embeds", "predicted_depth", "reconstruction")
@@ -75,6 +76,7 @@ class Transformers(Adapter):
         self.num_classes = self._count_classes(own_head)
         if self.num_classes:
             self.kind = "classifier"
+            self.link = LINKS.get(config.problem_type or "", "softmax")
             names = _names(config)
             # the names are not those of a head that was replaced
             if names is not None and len(names) == self.num_classes:
@@ -242,7 +244,7 @@ def _image_argument(forward: Callable[..., Any], name: str) -> str | None:
 
 def _is_theirs(forward: Callable[..., Any]) -> bool:
     """Return whether a forward was written in transformers, not by the user."""
-    return getattr(forward, "__module__", "").startswith("transformers.")
+    return (getattr(forward, "__module__", None) or "").startswith("transformers.")
 
 
 def _is_output(value: Any) -> bool:

@@ -162,7 +162,8 @@ def named_class(name: str, config: Any, place: str) -> Any:
     import transformers
 
     found: Any = getattr(transformers, name, None)
-    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+    known = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    if not known:
         raise ModelError(
             f"{place} was saved by the class {name}, which transformers {transformers.__version__} does not have: "
             "import your own class, and give the module that it loads (MODULE:FUNCTION on the command line)."
