@@ -4,6 +4,7 @@ spec          the names: timm's, `hf:…`, `torchvision:…`, `open_clip:…`, `
 catalog       `load_model`, and the tuned noise_alpha of a model
 from_*        a loader for each library
 adapter       models of other libraries as functions of images
+huggingface_* modules of transformers as functions of images, their processors, files, and adapters of peft
 hub           the network, and errors of other libraries
 weights_file  weights from files
 meaning       what an output means: classes or an embedding, and their probabilities

@@ -121,7 +121,7 @@ def own(argument, form, width=K, config=None):
 
     Own.forward = space["forward"]
     torch.manual_seed(0)
-    model = Own(ViTConfig(**VIT, num_labels=K, **(config or {}))).eval()
+    model = Own(ViTConfig(**VIT, **({"num_labels": K} | (config or {})))).eval()
     nn.init.normal_(model.head.weight)
     return model
 
@@ -273,3 +273,35 @@ def test_class_of_transformers_is_explained_by_its_own_output(name, config, sett
     classifier = "ForImageClassification" in name
     assert kind_of(explain.model) == ("classifier" if classifier else "embedding")
     assert result.probability.isnan().all() != classifier
+
+
+@pytest.mark.parametrize("theirs", [True, False])
+@pytest.mark.parametrize(
+    ("problem", "labels", "link"),
+    [
+        ("single_label_classification", 5, "softmax"),
+        (None, 5, "softmax"),
+        ("multi_label_classification", 5, "sigmoid"),
+        ("regression", 5, None),
+        ("regression", 1, None),
+        (None, 1, "sigmoid"),
+    ],
+)
+def test_probability_follows_the_problem_type(problem, labels, link, theirs):
+    settings = dict(problem_type=problem, num_labels=labels)
+    if theirs:
+        model = made("ViTForImageClassification", "ViTConfig", **VIT, **settings)
+    else:
+        model = own("x", FORMS["tensor"], labels, settings)
+    adapted, _ = load_model(model)
+    assert kind_of(adapted) == "classifier" and link_of(adapted, labels) == link
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 8, 100])
+def test_replaced_head_has_as_many_classes_as_outputs_and_no_names(width):
+    names = {i: f"bird {i}" for i in range(K)}
+    model = made("ViTForImageClassification", "ViTConfig", **VIT, id2label=names)
+    assert labels_of(load_model(model)[0]).name(3) == "bird 3"
+    model.classifier = nn.Linear(32, width)
+    labels = labels_of(load_model(model)[0])
+    assert labels.count == width and labels.names is None
