@@ -78,6 +78,9 @@ class Preprocessing:
 def preprocessing(model: Any, image_size: Sequence[int] | None = None) -> Preprocessing:
     """Return the preprocessing that a model was trained with, as timm knows it.
 
+    A model in wrappers (see `dave_fast.wrappers`) has that of the model. Where it normalises its images itself, mean
+    and standard deviation are those that lead to the same input of the model: mostly 0 and 1.
+
     Args:
         model: an nn.Module. Without a `pretrained_cfg` it gets ImageNet's mean and standard deviation, bicubic
             resizing, a central crop of 87.5 % (at 224 pixels where its size is unknown), and a note that says so.
@@ -88,7 +91,14 @@ def preprocessing(model: Any, image_size: Sequence[int] | None = None) -> Prepro
         ModelError: its preprocessing has a step that is not supported.
     """
     from timm.data.config import resolve_data_config
+    from torch import nn
 
+    from dave_fast.wrappers import Normalised, unwrapped
+
+    model = unwrapped(model) if isinstance(model, nn.Module) else model
+    channel_map = None
+    if type(model) is Normalised:
+        channel_map, model = model.channel_map(), model.model
     known = getattr(model, "pretrained_cfg", None) or {}
     if NOT_SUPPORTED in known:
         raise ModelError(known[NOT_SUPPORTED])
@@ -107,7 +117,35 @@ def preprocessing(model: Any, image_size: Sequence[int] | None = None) -> Prepro
     if channels != (6 if ADD_INVERSE in config else 3):
         raise InputError(f"the model takes {channels} channels; image files are read as 3 (RGB). Use the Python API.")
     note = None if known else f"the model names no preprocessing: that of ImageNet at {height}×{width} is used."
-    return from_config({**config, "input_size": (channels, height, width)}, note)
+    config |= {"input_size": (channels, height, width)}
+    if channel_map is not None:
+        scale, shift = (each.tolist() for each in channel_map)
+        if known:
+            config |= _ahead_of(scale, shift, config)
+        else:
+            # a standard deviation of more than that is one of pixels up to 255
+            top = 1 if min(map(abs, scale)) > 0.1 else 255
+            config |= {"mean": (0.0,) * channels, "std": (1 / top,) * channels}
+            note = f"the model names no preprocessing: pixels from 0 to {top} at {height}×{width} are used."
+    return from_config(config, note)
+
+
+def _ahead_of(
+    scale: Sequence[float], shift: Sequence[float], config: Mapping[str, Any]
+) -> dict[str, tuple[float, ...]]:
+    """Return mean and standard deviation for images that scale · x + shift maps to those of a configuration."""
+    if ADD_INVERSE in config:
+        raise InputError(
+            "the model normalises images and takes the inverse of their channels: files are not prepared for such "
+            "models. Use the Python API."
+        )
+    std = [s * a for s, a in zip(config["std"], scale, strict=True)]
+    mean = [m + s * b for m, s, b in zip(config["mean"], config["std"], shift, strict=True)]
+    # constants in float32 are off by 1e-8 of their value
+    return {
+        "mean": tuple(0.0 if abs(value) < 1e-6 else value for value in mean),
+        "std": tuple(1.0 if abs(value - 1) < 1e-6 else value for value in std),
+    }
 
 
 def _own_size(model: Any) -> Sequence[int] | None:

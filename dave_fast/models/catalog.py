@@ -14,6 +14,7 @@ from dave_fast.errors import InputError, UnknownModelError
 from dave_fast.models.meaning import require_classifier
 from dave_fast.models.spec import ModelSpec, as_spec, class_names
 from dave_fast.models.weights_file import load_weights
+from dave_fast.wrappers import Normalised, unwrapped
 
 DEFAULT_NOISE_ALPHA = 0.5
 # The authors' tuned values (github.com/a-vrobell/DAVE, model configurations at ee412e5). A name without a tag
@@ -45,8 +46,8 @@ def load_model(model: str | ModelSpec | nn.Module) -> tuple[nn.Module, str]:
     """Load a model.
 
     Args:
-        model: a name (see `dave_fast.models.spec`), a spec, or a module. A module is returned as it is; those of
-            transformers, open_clip and bcos are wrapped in an adapter.
+        model: a name (see `dave_fast.models.spec`), a spec, or a module. A module is returned without its wrappers
+            (see `dave_fast.wrappers`); those of transformers, open_clip and bcos are wrapped in an adapter.
 
     Returns:
         The module, in evaluation mode if it was loaded here, and its name.
@@ -139,7 +140,10 @@ def load_object(path: str) -> Any:
 
 
 def _adapted(model: nn.Module) -> nn.Module:
-    """Wrap a module of a known library in its adapter; return any other as it is."""
+    """Return the model inside of wrappers; wrap one of a known library in its adapter."""
+    model = unwrapped(model)
+    if type(model) is Normalised:
+        return Normalised(model.normalise, _adapted(model.model))
     for library, kind, module in (
         ("transformers", "PreTrainedModel", "from_huggingface"),
         ("open_clip", "CLIP", "from_open_clip"),
@@ -171,7 +175,12 @@ def _name_classes(model: nn.Module, spec: ModelSpec) -> None:
 
 
 def model_name(model: nn.Module) -> str:
-    """Return architecture.tag of a timm model, hf:PLACE of one of transformers, otherwise the name of its class."""
+    """Return architecture.tag of a timm model, hf:PLACE of one of transformers, otherwise the name of its class.
+
+    The name of a model in wrappers is that of the model.
+    """
+    model = unwrapped(model)
+    model = model.model if type(model) is Normalised else model
     config = getattr(model, "pretrained_cfg", None) or {}
     architecture = config.get("architecture")
     if not architecture:

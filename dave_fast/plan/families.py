@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from torch import nn
+from dataclasses import replace
+
+from torch import Tensor, nn
 
 from dave_fast.plan import timm_beit, timm_eva, timm_relpos, timm_vit
-from dave_fast.plan.reading import Family, NoPlanError, Reading
+from dave_fast.plan.folding import double
+from dave_fast.plan.reading import Family, Linear, NoPlanError, Reading
+from dave_fast.wrappers import Normalised
 
 FAMILIES: tuple[Family, ...] = (timm_vit.FAMILY, timm_eva.FAMILY, timm_beit.FAMILY, timm_relpos.FAMILY)
 
@@ -21,11 +25,29 @@ def read(model: nn.Module, size: tuple[int, int] | None = None) -> Reading:
         NoPlanError: the model belongs to no family, has a part that its family's reader does not know, or does not
             take images of this size.
     """
+    if type(model) is Normalised:
+        channels = model.channel_map()
+        if channels is None:
+            raise NoPlanError("what stands ahead of its model is no map of single channels")
+        return _normalised(read(model.model, size), *channels)
     family = next((f for f in FAMILIES if type(model) in f.classes), None)
     if family is None:
         known = ", ".join(c.__name__ for f in FAMILIES for c in f.classes)
         raise NoPlanError(f"{type(model).__name__} is none of timm's classes {known}")
     return family.read(model, size)
+
+
+def _normalised(model: Reading, scale: Tensor, shift: Tensor) -> Reading:
+    """Return a model behind the map scale · x + shift of its channels (C,): W·diag(scale) and W·shift."""
+    projection = double(model.projection)
+    # a patch is ordered (c, y, x)
+    pixels = projection.weight.shape[1] // len(scale)
+    scale, shift = (each.to(projection.weight).repeat_interleave(pixels) for each in (scale, shift))
+    added = projection.weight @ shift
+    weight = projection.weight * scale
+    if model.patch_norm is None:
+        return replace(model, projection=Linear(weight, projection.bias), position=model.position + added)
+    return replace(model, projection=Linear(weight, projection.bias + added))
 
 
 def why_not(model: nn.Module, size: tuple[int, int] | None = None) -> str | None:

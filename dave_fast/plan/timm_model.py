@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from dave_fast.plan.reading import Family, Linear, NoPlanError, Reading, Step
 from dave_fast.plan.timm_parts import LAYER_NORMS, read_norm
 
-# modules that are the identity in evaluation mode
-INERT = (nn.Identity, nn.Dropout, DropPath, PatchDropout, PatchDropoutWithIndices)
+# modules that are the identity in evaluation mode, and the table of an adapter's, which cannot be called
+INERT = (nn.Identity, nn.Dropout, DropPath, PatchDropout, PatchDropoutWithIndices, nn.ModuleDict)
 # modules ahead of the tail
 BODY = ("blocks", "patch_embed", "norm_pre", "rope", "rel_pos_bias", "shared_rel_pos")
 

@@ -5,6 +5,7 @@ Readers take exact types and known attributes; anything else raises `NoPlanError
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -75,11 +76,38 @@ def read_norm(norm: Any) -> Norm | None:
 
 
 def read_linear(module: Any) -> Linear:
-    """Read an nn.Linear, with a bias of zeros where it has none."""
+    """Read an nn.Linear that is called, with a bias of zeros where it has none; peft's with its LoRA weights added."""
+    # a library that has not been imported has made no module
+    if type(module) is getattr(sys.modules.get("peft.tuners.lora"), "Linear", None):
+        return _read_lora(module)
     if type(module) is not nn.Linear:
         raise NoPlanError(f"a {type(module).__name__} stands where nn.Linear is expected")
     weight = module.weight.detach()
     return Linear(weight, torch.zeros_like(weight[:, 0]) if module.bias is None else module.bias.detach())
+
+
+def _read_lora(module: Any) -> Linear:
+    """Read peft's linear layer: W + Σ scaling · B · A of its active adapters, in float64."""
+    base = read_linear(module.base_layer)
+    if module.merged and module.disable_adapters:
+        # its forward would take the adapters out of the weights
+        raise NoPlanError("its LoRA adapters are merged and disabled")
+    if module.merged or module.disable_adapters:
+        return base
+    weight, bias = base.weight.double(), base.bias.double()
+    for name in module.active_adapters:
+        if name not in module.lora_A:
+            continue
+        # peft before 0.15 has no table of variants
+        if name in getattr(module, "lora_variant", (name,)):
+            raise NoPlanError(f"its LoRA adapter '{name}' is none of the plain form")
+        if type(module.lora_dropout[name]) not in (nn.Identity, nn.Dropout):
+            raise NoPlanError(f"a {type(module.lora_dropout[name]).__name__} stands ahead of its LoRA adapter '{name}'")
+        down, up = (read_linear(part[name]) for part in (module.lora_A, module.lora_B))
+        scaling, up_weight = float(module.scaling[name]), up.weight.double()
+        weight = weight + scaling * up_weight @ down.weight.double()
+        bias = bias + scaling * (up_weight @ down.bias.double() + up.bias.double())
+    return Linear(weight, bias)
 
 
 def split(packed: Linear) -> tuple[Linear, Linear, Linear]:
@@ -155,6 +183,9 @@ def _read_projections(attn: Any) -> tuple[Linear, Linear, Linear]:
         return split(packed)
     if attn.qkv.bias is not None:
         raise NoPlanError("its qkv projection has two biases")
+    if type(attn.qkv) is not nn.Linear:
+        # such an attention takes the layer's weight and may not call it, so that an adapter has no effect
+        raise NoPlanError("its qkv projection has separate biases and is not nn.Linear")
     biases = [b.detach() for b in (attn.q_bias, attn.k_bias, attn.v_bias)]
     return split(Linear(packed.weight, torch.cat(biases)))
 

@@ -1,0 +1,198 @@
+"""Models inside of wrappers: what people put around a model for training or speed, and a normalisation ahead of it.
+
+A wrapper is seen through only where calling it is calling the model inside: by its exact class, without hooks and
+without a replaced forward. Any other module stays as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# the qualified name of a class, whose library may be absent, and the attribute that holds the model
+_HOLDERS = {
+    "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
+    "torch.nn.parallel.data_parallel.DataParallel": "module",
+    "torch.nn.parallel.distributed.DistributedDataParallel": "module",
+    "torch.optim.swa_utils.AveragedModel": "module",
+    "timm.utils.model_ema.ModelEmaV3": "module",
+    "peft.mixed_model.PeftMixedModel": "base_model",
+}
+_COMPILED, _PEFT = "torch._dynamo.eval_frame.OptimizedModule", "peft.peft_model.PeftModel"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# an affine map in float64 differs by rounding alone, relative to its largest summand
+_ROUNDING = 1e-12
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside of wrappers that compute nothing; a `Normalised` where its images are normalised first.
+
+    Args:
+        model: any module; it is not changed, and returned as it is where it is no such wrapper.
+    """
+    model = _held(model)
+    if type(model) is not nn.Sequential:
+        return model
+    parts = _parts(model)
+    if len(parts) == 1:
+        return parts[0]
+    normalise = nn.Sequential(*parts[:-1])
+    normalise.training = model.training
+    if not parts or _channel_map(normalise, _channels(parts[-1])) is None:
+        return model
+    return Normalised(normalise, parts[-1])
+
+
+class Normalised(nn.Module):
+    """A model behind a map scale · x + shift of each channel, as `nn.Sequential(normalise, model)` has it.
+
+    Attributes that it does not have are those of the model, such as `num_classes`.
+
+    Args:
+        normalise: computes the map of images (B, C, H, W).
+        model: of normalised images.
+    """
+
+    def __init__(self, normalise: nn.Module, model: nn.Module) -> None:
+        super().__init__()
+        self.normalise, self.model = normalise, model
+        self.training = model.training
+
+    def forward(self, images: Tensor) -> Any:
+        """Return the model's output for images that are not normalised."""
+        return self.model(self.normalise(images))
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a part of this module, else an attribute of the model."""
+        if name in ("normalise", "model") or "_modules" not in self.__dict__:
+            return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.model, name)
+
+    def channel_map(self) -> tuple[Tensor, Tensor] | None:
+        """Return scale and shift as they are now, (C,) float64 each on the CPU; None if there are none any more."""
+        return _channel_map(self.normalise, _channels(self.model))
+
+
+def _held(model: nn.Module) -> nn.Module:
+    """Return the module inside of all wrappers that only hold one."""
+    while _is_plain(model):
+        name = _name(model)
+        if name == _PEFT:
+            inner = _in_peft(model)
+        elif name.startswith("peft.tuners.") and type(model).forward.__qualname__ == "BaseTuner.forward":
+            inner: Any = model.model
+        else:
+            inner = getattr(model, _HOLDERS[name]) if name in _HOLDERS else None
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
+    return model
+
+
+def _in_peft(model: Any) -> nn.Module | None:
+    """Return what a PeftModel calls: the model with adapters in it; None where it does more than call it."""
+    tuner = type(model.base_model)
+    enable = getattr(tuner, "_enable_peft_forward_hooks", None)
+    # LoRA's acts on arguments that no image model is given, other tuners' on every call
+    harmless = enable is None or enable.__qualname__.startswith("LoraModel.")
+    if model.active_peft_config.is_prompt_learning or not harmless or not tuner.__module__.startswith("peft.tuners."):
+        return None
+    inner: nn.Module = model.base_model.model
+    return inner
+
+
+def _name(model: nn.Module) -> str:
+    return f"{type(model).__module__}.{type(model).__qualname__}"
+
+
+def _is_plain(model: nn.Module) -> bool:
+    """Return whether a module has no hooks, and the forward that its library gave it."""
+
+    def library(thing: Any) -> str:
+        return str(thing.__module__).partition(".")[0]
+
+    return _is_untouched(model) and library(type(model).forward) == library(type(model))
+
+
+def _is_untouched(model: nn.Module) -> bool:
+    """Return whether a module has no hooks and the forward of its class."""
+    own = vars(model)
+    if any(own.get(kind) for kind in _HOOKS):
+        return False
+    # torch.compile puts its own there
+    compiled = _name(model) == _COMPILED and hasattr(own.get("forward"), "_torchdynamo_orig_callable")
+    return "forward" not in own or compiled
+
+
+def _parts(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that a model applies one after another, without wrappers and identities."""
+    model = _held(model)
+    if not _is_plain(model) or type(model) not in (nn.Sequential, nn.Identity):
+        return [model]
+    return [part for child in model.children() for part in _parts(child)]
+
+
+def _channels(model: nn.Module) -> int:
+    """Return the channels of a model's images: those of its first convolution, otherwise 3."""
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    return 3 if first is None else first.in_channels
+
+
+def _channel_map(module: nn.Module, channels: int) -> tuple[Tensor, Tensor] | None:
+    """Return scale and shift (C,) of a module that maps each channel to scale · x + shift; None if it does not.
+
+    A copy of the module in float64 is called with images of zeros, of ones and of several magnitudes and sizes. Neither
+    the module nor PyTorch's global random generator is changed.
+    """
+    if not all(map(_is_untouched, module.modules())):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, channels, 6, 8), (1, channels, 9, 7))
+    images = [
+        size * torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in shapes
+        for size in (1e-2, 1.0, 1e3)
+    ]
+    device = next(_tensors(module), images[0]).device
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+        before = torch.get_rng_state()
+        try:
+            copied = copy.deepcopy(module).double().eval()
+            shift = copied(torch.zeros(shapes[0], dtype=torch.float64, device=device))
+            scale = copied(torch.ones_like(shift)) - shift
+            fits = all(_is_map(copied, image.to(device), scale[0, :, 0, 0], shift[0, :, 0, 0]) for image in images)
+        # a module that is no map of images may raise anything; it is then called as its owner does
+        except Exception:
+            return None
+        if not fits or not torch.equal(torch.get_rng_state(), before):
+            return None
+    return scale[0, :, 0, 0].detach().cpu(), shift[0, :, 0, 0].detach().cpu()
+
+
+def _is_map(module: nn.Module, images: Tensor, scale: Tensor, shift: Tensor) -> bool:
+    """Return whether output and gradient of a module are those of the map for images (B, C, H, W)."""
+    leaf = images.clone().requires_grad_()
+    # a copy of the leaf may be changed in place
+    output = module(leaf.clone())
+    if output.shape != images.shape or not bool((scale.isfinite() & (scale != 0)).all()):
+        return False
+    scale, shift = scale[:, None, None], shift[:, None, None]
+    (gradient,) = torch.autograd.grad(output, leaf, images)
+    size = (scale * images).abs().amax() + shift.abs().amax()
+    near = (output - (scale * images + shift)).abs() <= _ROUNDING * size
+    return bool(near.all()) and bool(((gradient - scale * images).abs() <= _ROUNDING * size).all())
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Yield a module's parameters and buffers, and the tensors that it has as attributes."""
+    for each in module.modules():
+        for value in (*each._parameters.values(), *each._buffers.values(), *vars(each).values()):
+            if isinstance(value, Tensor):
+                yield value
