@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -23,7 +24,11 @@ _HOLDERS = {
     "peft.mixed_model.PeftMixedModel": "base_model",
 }
 _COMPILED, _PEFT = "torch._dynamo.eval_frame.OptimizedModule", "peft.peft_model.PeftModel"
+# attributes by which a module says what it is; a wrapper that has them is taken at its word
+_SAYS = ("kind", "link", "num_classes", "pretrained_cfg")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# a normalisation may hold an image; one with more numbers is taken for a part of the model
+_MOST_NUMBERS = 1_000_000
 # an affine map in float64 differs by rounding alone, relative to its largest summand
 _ROUNDING = 1e-12
 
@@ -42,9 +47,18 @@ def unwrapped(model: nn.Module) -> nn.Module:
         return parts[0]
     normalise = nn.Sequential(*parts[:-1])
     normalise.training = model.training
-    if not parts or _channel_map(normalise, _channels(parts[-1])) is None:
+    small = sum(tensor.numel() for tensor in _tensors(normalise)) <= _MOST_NUMBERS
+    if not parts or not small or _channel_map(normalise, _channels(parts[-1])) is None:
         return model
     return Normalised(normalise, parts[-1])
+
+
+def last_part(model: Any) -> Any:
+    """Return the module whose output is the model's, without wrappers and what stands ahead of it; others as given."""
+    if not isinstance(model, nn.Module):
+        return model
+    parts = _parts(model)
+    return parts[-1] if parts else model
 
 
 class Normalised(nn.Module):
@@ -82,30 +96,26 @@ class Normalised(nn.Module):
 
 def _held(model: nn.Module) -> nn.Module:
     """Return the module inside of all wrappers that only hold one."""
-    while _is_plain(model):
-        name = _name(model)
-        if name == _PEFT:
-            inner = _in_peft(model)
-        elif name.startswith("peft.tuners.") and type(model).forward.__qualname__ == "BaseTuner.forward":
-            inner: Any = model.model
-        else:
-            inner = getattr(model, _HOLDERS[name]) if name in _HOLDERS else None
-        if not isinstance(inner, nn.Module):
-            break
-        model = inner
+    while _is_plain(model) and (attribute := _attribute(model)) is not None:
+        model = attrgetter(attribute)(model)
     return model
 
 
-def _in_peft(model: Any) -> nn.Module | None:
-    """Return what a PeftModel calls: the model with adapters in it; None where it does more than call it."""
+def _attribute(model: Any) -> str | None:
+    """Return the attribute of the module that a wrapper calls; None where a module is no wrapper."""
+    name = _name(model)
+    if name.startswith("peft.tuners.") and type(model).forward.__qualname__ == "BaseTuner.forward":
+        return "model"
+    if name != _PEFT:
+        return _HOLDERS.get(name)
     tuner = type(model.base_model)
     enable = getattr(tuner, "_enable_peft_forward_hooks", None)
     # LoRA's acts on arguments that no image model is given, other tuners' on every call
     harmless = enable is None or enable.__qualname__.startswith("LoraModel.")
-    if model.active_peft_config.is_prompt_learning or not harmless or not tuner.__module__.startswith("peft.tuners."):
-        return None
-    inner: nn.Module = model.base_model.model
-    return inner
+    called = (
+        harmless and tuner.__module__.startswith("peft.tuners.") and not model.active_peft_config.is_prompt_learning
+    )
+    return "base_model.model" if called else None
 
 
 def _name(model: nn.Module) -> str:
@@ -113,12 +123,13 @@ def _name(model: nn.Module) -> str:
 
 
 def _is_plain(model: nn.Module) -> bool:
-    """Return whether a module has no hooks, and the forward that its library gave it."""
+    """Return whether a module has no hooks, no description of its own, and the forward that its library gave it."""
 
     def library(thing: Any) -> str:
         return str(thing.__module__).partition(".")[0]
 
-    return _is_untouched(model) and library(type(model).forward) == library(type(model))
+    says = any(name in vars(model) for name in _SAYS)
+    return not says and _is_untouched(model) and library(type(model).forward) == library(type(model))
 
 
 def _is_untouched(model: nn.Module) -> bool:
@@ -134,7 +145,7 @@ def _is_untouched(model: nn.Module) -> bool:
 def _parts(model: nn.Module) -> list[nn.Module]:
     """Return the modules that a model applies one after another, without wrappers and identities."""
     model = _held(model)
-    if not _is_plain(model) or type(model) not in (nn.Sequential, nn.Identity):
+    if type(model) not in (nn.Sequential, nn.Identity, Normalised) or not _is_plain(model):
         return [model]
     return [part for child in model.children() for part in _parts(child)]
 

@@ -15,6 +15,7 @@ from dave_fast import DAVE, effective_gradient
 from dave_fast.images import preprocessing
 from dave_fast.models.catalog import load_model, model_name
 from dave_fast.models.labels import labels_of
+from dave_fast.models.meaning import kind_of, link_of
 from dave_fast.wrappers import Normalised, unwrapped
 from tests.tiny import named_vit, random_vit
 from tests.tolerances import EXACT
@@ -470,6 +471,26 @@ def test_what_is_no_map_of_single_channels_is_not_seen_through(kind):
     assert unwrapped(model) is model
     assert torch.equal(torch.get_rng_state(), state)
     assert preprocessing(model).note is not None
+
+
+@pytest.mark.parametrize("wrapper", [DataParallel, AveragedModel, nn.Sequential, lora])
+def test_a_wrapper_that_says_what_it_is_stays(wrapper):
+    model = wrapper(core())
+    model.pretrained_cfg = {"mean": (0.1, 0.1, 0.1), "label_names": tuple("abcde")}
+    model.num_classes = 5
+    assert unwrapped(model) is model
+    assert preprocessing(model).mean == (0.1,) * 3 and labels_of(model).names == tuple("abcde")
+
+
+@pytest.mark.parametrize("wrapper", [DataParallel, AveragedModel, nn.Sequential, lora, torch.compile])
+@pytest.mark.parametrize("classes", [0, 1, 5, 9])
+def test_the_meaning_of_the_output_is_that_of_the_model(wrapper, classes):
+    model = core()
+    model.reset_classifier(classes)
+    around = wrapper(model)
+    for each in (around, nn.Sequential(Own(), around), load_model(nn.Sequential(Own(), around))[0]):
+        assert kind_of(each) == kind_of(model) and labels_of(each) == labels_of(model)
+        assert link_of(each, classes) == link_of(model, classes)
 
 
 def test_normalisation_with_a_hook_is_not_seen_through():

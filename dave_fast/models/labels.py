@@ -8,6 +8,7 @@ from typing import Any
 
 from dave_fast.errors import InputError
 from dave_fast.models.meaning import has_own_head, head_width, kind_of
+from dave_fast.wrappers import last_part
 
 _LISTED = 8
 
@@ -75,6 +76,7 @@ def labels_of(model: Any, width: int | None = None) -> Labels:
         model: the module.
         width: K of its output (B, K); None where it has not run: as its head says, else its `num_classes`.
     """
+    model = last_part(model)
     if kind_of(model) == "embedding":
         return Labels(0)
     count = width or head_width(model) or getattr(model, "num_classes", None) or None

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dave_fast.errors import InputError
+from dave_fast.wrappers import last_part
 
 Kind = Literal["classifier", "embedding"]
 Link = Literal["softmax", "sigmoid"] | None
@@ -37,6 +38,7 @@ _HEADS = ("head", "heads", "classifier", "fc", "mlp_head", "linear_head")
 
 def kind_of(model: Any) -> Kind:
     """Return the kind of any module: its own `kind`, else by its head, else by its number of classes."""
+    model = last_part(model)
     kind = getattr(model, "kind", None)
     if kind in ("classifier", "embedding"):
         return kind
@@ -99,7 +101,7 @@ def probability_of(model: Callable[..., Any], output: Tensor, classes: Tensor) -
 
 def head_width(model: Any) -> int | None:
     """Return the number of outputs of a model's head; None where no head, or none of a known width, is found."""
-    widths = {_width(head) for head in _heads(model)}
+    widths = {_width(head) for head in _heads(last_part(model))}
     return widths.pop() if len(widths) == 1 else None
 
 
@@ -109,12 +111,14 @@ def has_own_head(model: Any) -> bool:
     All of timm's are. A head of several modules in such a place has replaced it; another single layer of as many
     outputs cannot be told from the first one.
     """
+    model = last_part(model)
     names = _named_heads(model)
     modules = dict(model.named_modules()) if names else {}
     return all(_own_width(modules.get(name)) is not None for name in names)
 
 
 def _declared_link(model: Any) -> Link:
+    model = last_part(model)
     link = getattr(model, "link", "")
     # a module may use the name for something else
     if link is None or (isinstance(link, str) and link in LINKS.values()):
