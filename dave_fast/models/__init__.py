@@ -6,7 +6,7 @@ from_*        a loader for each library
 adapter       models of other libraries as functions of images
 huggingface_* modules of transformers as functions of images, their processors, files, and adapters of peft
 hub           the network, and errors of other libraries
-weights_file  weights from files
+weights_file  weights from files; `checkpoint` finds them in what training scripts save
 meaning       what an output means: classes or an embedding, and their probabilities
 labels        class names
 fingerprint   whether a model has been changed

@@ -201,7 +201,10 @@ def build(kind: Any, config: Any, place: Place, spec: ModelSpec, **settings: Any
         return _with_known_attention(
             partial(kind.from_pretrained, place.name, revision=place.at, weights_only=True, **settings)
         )
-    weights = read_weights(spec.weights)
+    # on the meta device, for its names alone
+    with torch.device("meta"):
+        own = kind._from_config(config).state_dict()
+    weights = read_weights(spec.weights, own)
     try:
         # from_pretrained renames parameters of earlier versions, as it does for a folder
         return _with_known_attention(partial(kind.from_pretrained, None, state_dict=weights, **settings))
