@@ -131,10 +131,11 @@ def _base_model(folder: PeftFolder, base: Place, weights: Mapping[str, Tensor], 
             f"the adapter {folder.place.name} was trained on {base.name}, which is no model of transformers that "
             "save_pretrained wrote: load both yourself, and give the module."
         )
-    described = folder.place if folder.has_config else base
-    config, width = described.configuration(), folder.head_width(weights)
+    config = (folder.place if folder.has_config else base).configuration()
+    width = folder.head_width(weights)
     if width not in (None, config.num_labels):
-        config = described.configuration(num_labels=width)
+        # the names are then gone, too
+        config.num_labels = width
     kind = folder.named_class(config) or _class_of(config, base, head=width is not None)
     model, report = build(kind, config, base, spec, ignore_mismatched_sizes=True)
     missing, other = _lacking(report, saved_by(weights))

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dave_fast.errors import ModelError, UnknownModelError
+from dave_fast.errors import InputError, ModelError, UnknownModelError
 from dave_fast.models.huggingface_adapter import Transformers
 from dave_fast.models.huggingface_files import Place, named_class
 from dave_fast.models.weights_file import check_fit, read_weights
@@ -22,6 +22,15 @@ _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # these change weights; others add tokens to a text, or have weights that the folder may lack
 _TYPES = ("LORA", "ADALORA", "LOHA", "LOKR", "IA3", "OFT", "BOFT", "LN_TUNING")
 _PREFIX = "base_model.model."
+# settings that choose modules by patterns of their names
+_PATTERNS = (
+    "rank_pattern",
+    "alpha_pattern",
+    "layers_pattern",
+    "exclude_modules",
+    "layers_to_transform",
+    "layer_replication",
+)
 # relative difference of outputs in float32 up to which merged weights compute the same
 _SAME = 1e-4
 
@@ -139,9 +148,17 @@ class PeftFolder:
         """
         from peft import PeftModel, set_peft_model_state_dict
 
-        wrapped = PeftModel(model, self._settings()).eval()
-        found: Any = set_peft_model_state_dict(wrapped, dict(weights))
-        missing = [key for key in found.missing_keys if ".default" in key]
+        settings, weights = _renamed(model, self._settings(), weights)
+        wrapped = PeftModel(model, settings).eval()
+        try:
+            found: Any = set_peft_model_state_dict(wrapped, dict(weights))
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:400]
+            raise InputError(
+                f"the weights of the adapter {self.place.name} do not fit {self.base_name}: {reason}"
+            ) from error
+        # the rank of AdaLoRA is no tensor of the file: peft sets it from the configuration
+        missing = [key for key in found.missing_keys if ".default" in key and ".ranknum." not in key]
         check_fit(self.place.name, self.base_name, missing, found.unexpected_keys, ())
         merged = copy.deepcopy(wrapped).merge_and_unload()
         before, after = (_example_output(each) for each in (wrapped.get_base_model(), merged))
@@ -167,6 +184,56 @@ class PeftFolder:
 def saved_by(weights: Mapping[str, Tensor]) -> set[str]:
     """Return the names of an adapter's tensors in its base model, which has those of `modules_to_save`."""
     return {name.removeprefix(_PREFIX) for name in weights}
+
+
+def _renamed(model: nn.Module, settings: Any, weights: Mapping[str, Tensor]) -> tuple[Any, Mapping[str, Tensor]]:
+    """Return settings and weights of LoRA with the names that modules have in this version of transformers.
+
+    Args:
+        model: the base model.
+        settings: of peft.
+        weights: of the adapter, by their names in the file.
+
+    Raises:
+        ModelError: the settings name modules by patterns, which cannot be renamed.
+    """
+    targets = {name.partition(".lora_")[0] for name in saved_by(weights) if ".lora_" in name}
+    if targets <= {name for name, _ in model.named_modules()}:
+        return settings, weights
+    now = _earlier_names(model)
+    if not targets <= now.keys():
+        # peft says which modules it does not find
+        return settings, weights
+    patterns = [each for each in _PATTERNS if getattr(settings, each, None)]
+    patterns += ["target_modules as a pattern"] if isinstance(settings.target_modules, str) else []
+    if patterns:
+        raise ModelError(
+            f"the adapter names its modules as an earlier version of transformers did, with {', '.join(patterns)}: "
+            "load it with that version, merge it (merge_and_unload), and save the whole model."
+        )
+    ends = tuple(f".{name}" for name in settings.target_modules)
+    settings.target_modules = {now[name] for name in now if f".{name}".endswith(ends)}
+    renamed = {}
+    for name, tensor in weights.items():
+        own = name.removeprefix(_PREFIX)
+        module = max((each for each in now if own.startswith(f"{each}.")), key=len, default="")
+        renamed[f"{_PREFIX}{now.get(module, module)}{own[len(module) :]}"] = tensor
+    return settings, renamed
+
+
+def _earlier_names(model: nn.Module) -> dict[str, str]:
+    """Return the present name of each module by the name that it has in files of weights, as earlier versions had."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:
+        # versions before 5 rename no modules
+        return {}
+    found = {}
+    for name, tensor in model.state_dict().items():
+        in_file = list(revert_weight_conversion(model, {name: tensor}))
+        if len(in_file) == 1:
+            found[in_file[0].rpartition(".")[0]] = name.rpartition(".")[0]
+    return found
 
 
 def _example_output(model: nn.Module) -> Tensor | None:
