@@ -274,7 +274,7 @@ SPOILED = {
     "an adapter as the base": (nested, ModelError, "no model of transformers"),
     "a base without configuration": (without_base_config, ModelError, "no model of transformers"),
     "a tensor less": (less_weights, InputError, "1 are missing"),
-    "a tensor more": (more_weights, InputError, "1 have no place in it"),
+    "a tensor more": (more_weights, InputError, "has no place for"),
     "tensors of another shape": (other_shape, InputError, "size|shape"),
     "no weights": (without_weights, UnknownModelError, "has no weights"),
     "a pickle of objects": (pickled, InputError, "code in pickles is not run"),
