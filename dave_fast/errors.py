@@ -13,6 +13,8 @@
     ├── RunError              (RuntimeError)  a run over a dataset stopped early; finished work is kept
     └── NonFiniteError        (ArithmeticError) NaN or infinity in images, logits or maps
 
+    ImageWarning              (UserWarning)   an image file of which something had to be assumed
+
 Messages say what was given, what was expected, and what to do next.
 """
 
@@ -75,6 +77,10 @@ class RunError(DaveFastError, RuntimeError):
 
 class NonFiniteError(DaveFastError, ArithmeticError):
     """NaN or infinity where finite numbers are needed."""
+
+
+class ImageWarning(UserWarning):
+    """An image file that does not say all that its pixels mean, so that something was assumed; once for a file."""
 
 
 def reason_of(error: Exception) -> str:

@@ -1,19 +1,24 @@
 """Read photographs, prepare them for a model, and draw maps.
 
-    reading      image files -> 8-bit RGB; the files behind paths and folders
+    finding      the image files behind paths and in folders
+    reading      image files -> upright 8-bit RGB
+    pixels       any of Pillow's modes -> 8-bit RGB: depth, polarity, transparency
+    png, tiff    what these files say of their samples, and corrections of Pillow's reading
     preprocess   8-bit RGB -> a model's input: resize, crop, normalisation
     drawing      maps -> overlays, plain maps, figures
 
 Torch and timm are imported where they are first needed: finding and reading files needs neither.
 """
 
+from dave_fast.images.finding import OURS, find_images, is_image, walk_images
 from dave_fast.images.preprocess import ADD_INVERSE, Preprocessing, describe_preprocessing, from_config, preprocessing
-from dave_fast.images.reading import OURS, decode_image, find_images, is_image, read_image, walk_images
+from dave_fast.images.reading import as_rgb, decode_image, read_image
 
 __all__ = [
     "ADD_INVERSE",
     "OURS",
     "Preprocessing",
+    "as_rgb",
     "decode_image",
     "describe_preprocessing",
     "find_images",

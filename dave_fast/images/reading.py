@@ -1,50 +1,79 @@
-"""Find image files and read them as 8-bit RGB. Needs Pillow only, neither torch nor timm."""
+"""Read image files as 8-bit RGB. Needs Pillow only, neither torch nor timm."""
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Iterator
-from functools import cache
-from pathlib import Path
-from typing import IO
+import warnings
+from collections.abc import Callable
+from typing import IO, Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+from PIL.GifImagePlugin import GifImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
-from dave_fast.errors import ImageError, InputError, TooLargeError, reason_of
+from dave_fast.errors import ImageError, ImageWarning, TooLargeError, reason_of
+from dave_fast.images import png, tiff
+from dave_fast.images.pixels import Samples, to_rgb
 
-# Formats that Pillow recognises but cannot draw without a program or plug-in of its own.
-_STUBS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+# EXIF's tag of the orientation, and what turns a picture upright.
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
-# Candidates for the white level of integers and floats, whose range no header declares.
-_FULL_SCALES = {"I": (255.0, 65535.0), "F": (1.0, 255.0, 65535.0)}
+# How Pillow reads the lower eight of sixteen bits, or all sixteen as two channels, where it would read the upper ones.
+_OTHER_BYTES = {
+    "RGB;16B": "RGB;16L",
+    "RGB;16L": "RGB;16B",
+    "RGB;16N": "RGB;16B",
+    "RGBA;16B": "RGBA;16L",
+    "RGBA;16L": "RGBA;16B",
+    "RGBA;16N": "RGBA;16B",
+    "LA;16B": "RGBA",
+}
 
-# How the names of our own pictures end.
-OURS = (".overlay.png", ".map.png", ".figure.png")
 
+def read_image(path: str | os.PathLike[str], *, note: Callable[[str], None] | None = None) -> Image.Image:
+    """Read a file as 8-bit RGB, turned upright by its EXIF or XMP orientation.
 
-def read_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Read a file as 8-bit RGB, turned upright by its EXIF orientation.
+    Transparent pixels are shown on white. Animations give their first frame. Samples of more than eight bits are
+    scaled as `dave_fast.images.pixels.to_rgb` says. Colour profiles are not applied.
 
-    Transparent pixels are shown on white. Animations give their first frame. 16-bit grey is divided by 257;
-    32-bit integers and floats are divided by the smallest of 1 (floats only), 255 and 65535 that is no less than their
-    maximum, or stretched from minimum to maximum where there is none.
+    Args:
+        path: the file.
+        note: called with each remark on what had to be assumed, such as what is white; None to give them as
+            ImageWarning.
 
     Raises:
         ImageError: the file cannot be read in full; the message has the path and the reason.
     """
+    notes: list[str] = []
     try:
         # Given a handle, Pillow does not map the file, which garbles rotated TIFFs (seen in Pillow 13.0).
         with open(path, "rb") as file:
-            return _decoded(file)
+            image = _decoded(file, notes)
     # Decoders raise errors of many classes (struct.error, SyntaxError, zlib.error, EOFError ...).
     except Exception as error:
         raise ImageError(f"cannot read {os.fspath(path)}: {_reason(error)}.") from error
+    _tell(notes, os.fspath(path), note)
+    return image
 
 
 def decode_image(
-    content: bytes, name: str, *, max_pixels: int | None = None, formats: tuple[str, ...] | None = None
+    content: bytes,
+    name: str,
+    *,
+    max_pixels: int | None = None,
+    formats: tuple[str, ...] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Image.Image:
     """Decode the bytes of an image file to 8-bit RGB, as `read_image` does.
 
@@ -53,29 +82,180 @@ def decode_image(
         name: of the image in error messages.
         max_pixels: width × height above which nothing is decoded; None for no limit.
         formats: Pillow's formats that are tried; None for all.
+        note: as of `read_image`.
 
     Raises:
         ImageError: the bytes cannot be read in full.
         TooLargeError: the image has more than max_pixels.
     """
+    notes: list[str] = []
     try:
-        return _decoded(io.BytesIO(content), max_pixels, formats)
+        image = _decoded(io.BytesIO(content), notes, max_pixels, formats)
     except (TooLargeError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise TooLargeError(f"cannot read {name}: {_reason(error)}.") from error
     except Exception as error:
         raise ImageError(f"cannot read {name}: {_reason(error)}.") from error
+    _tell(notes, name, note)
+    return image
 
 
-def _decoded(file: IO[bytes], max_pixels: int | None = None, formats: tuple[str, ...] | None = None) -> Image.Image:
+def as_rgb(image: Image.Image, *, note: Callable[[str], None] | None = None) -> Image.Image:
+    """Return a picture that somebody opened with Pillow as `read_image` would return its file.
+
+    Args:
+        image: of any mode. Of what its file said of the samples, only what Pillow keeps is known.
+        note: as of `read_image`.
+
+    Raises:
+        ImageError: the picture cannot be decoded.
+    """
+    notes: list[str] = []
+    try:
+        result = _finished(image, _samples(image, None), notes)
+    except Exception as error:
+        raise ImageError(f"cannot read the picture: {_reason(error)}.") from error
+    _tell(notes, "the picture", note)
+    return result
+
+
+def _tell(notes: list[str], name: str, note: Callable[[str], None] | None) -> None:
+    for each in notes:
+        text = f"{name}: {each}."
+        if note is None:
+            warnings.warn(text, ImageWarning, stacklevel=3)
+        else:
+            note(text)
+
+
+def _decoded(
+    file: IO[bytes], notes: list[str], max_pixels: int | None = None, formats: tuple[str, ...] | None = None
+) -> Image.Image:
     if file.seek(0, os.SEEK_END) == 0:
         raise ImageError("the file is empty")
-    file.seek(0)
+    header, file = png.read_header(file)
     with Image.open(file, formats=formats) as image:
         if max_pixels is not None and image.width * image.height > max_pixels:
             raise TooLargeError(f"it has {image.width}×{image.height} pixels; at most {max_pixels} are taken")
-        # Decode all pixels here, so that a truncated file raises.
-        image.load()
-        return _rgb(ImageOps.exif_transpose(image))
+        samples = _samples(image, header, file)
+        if header and header.colour == png.PALETTE and header.transparency is not None:
+            # Pillow takes some tables of transparency for a single transparent entry.
+            image.info["transparency"] = header.transparency
+        other = _other_bytes(image)
+        return _finished(image, samples, notes, lambda: _deep(file, formats, other, image))
+
+
+def _finished(
+    image: Image.Image,
+    samples: Samples,
+    notes: list[str],
+    deep: Callable[[], np.ndarray | None] = lambda: None,
+) -> Image.Image:
+    """Decode, convert and turn a picture."""
+    # Decode all pixels here, so that a truncated file raises.
+    image.load()
+    result, found = to_rgb(image, samples, deep)
+    notes += found
+    if isinstance(image, GifImageFile):
+        result = _on_background(image, result)
+    turn = _TURNS.get(_orientation(image, notes))
+    return result if turn is None else result.transpose(turn)
+
+
+def _orientation(image: Image.Image, notes: list[str]) -> Any:
+    """Return the orientation that is left to apply: Pillow turns TIFFs itself."""
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    # A block of EXIF that is cut off or no EXIF raises errors of many classes.
+    except Exception as error:
+        notes.append(f"its EXIF data cannot be read ({reason_of(error)}): it is taken to be upright")
+        return 1
+
+
+def _samples(image: Image.Image, header: png.Header | None, file: IO[bytes] | None = None) -> Samples:
+    """Return what a file says of its samples beyond Pillow's mode.
+
+    Args:
+        image: opened; may be loaded, and then less is known.
+        header: of a PNG.
+        file: the file, or None.
+    """
+    if isinstance(image, TiffImageFile):
+        return tiff.read_samples(image)
+    if header is not None and image.format == "PNG":
+        return header.samples()
+    # A picture that no file was opened for has no tiles.
+    decoders = [(tile[0], *_arguments(tile)) for tile in getattr(image, "tile", [])]
+    arguments = {each for decoder in decoders for each in decoder}
+    if image.format == "PPM" and image.mode == "I" and decoders:
+        # Pillow scales what the file says is white to 65535.
+        most = 65535 if decoders[0][0] == "raw" else decoders[0][-1]
+        return Samples(16, None if most == 65535 else 16, levels=(65535.0,))
+    if image.format == "FITS" and image.mode == "I;16":
+        return Samples(16, dtype="int16", levels=(255.0, 32767.0))
+    if image.format == "TGA" and image.mode == "RGBA" and file is not None:
+        file.seek(17)
+        return Samples(opaque=file.read(1)[0] & 15 == 0)
+    deep = image.mode.startswith("I;16") or "SGI16" in arguments or any(";16" in str(each) for each in arguments)
+    depths = [bits for mode, bits in (("1", 1), ("L;2", 2), ("L;4", 4)) if mode in arguments]
+    return Samples(16 if deep else min(depths, default=8))
+
+
+def _arguments(tile: Any) -> tuple[Any, ...]:
+    """Return the arguments of the decoder of a tile, Pillow's (decoder, extents, offset, arguments)."""
+    return tile[3] if isinstance(tile[3], tuple) else (tile[3],)
+
+
+def _with_arguments(tile: Any, arguments: tuple[Any, ...]) -> Any:
+    # A tuple, or from Pillow 11 a named one.
+    make = getattr(type(tile), "_make", tuple)
+    return make((*tile[:3], arguments if isinstance(tile[3], tuple) else arguments[0]))
+
+
+def _other_bytes(image: Image.Image) -> list[Any] | None:
+    """Return the tiles that read what Pillow leaves out of samples of sixteen bits, None where there are none."""
+    tiles = getattr(image, "tile", [])
+    if not tiles or any(_arguments(tile)[0] not in _OTHER_BYTES for tile in tiles):
+        return None
+    return [_with_arguments(tile, (_OTHER_BYTES[_arguments(tile)[0]], *_arguments(tile)[1:])) for tile in tiles]
+
+
+def _deep(
+    file: IO[bytes], formats: tuple[str, ...] | None, other: list[Any] | None, upper: Image.Image
+) -> np.ndarray | None:
+    """Return all sixteen bits of a picture's samples, (H, W, channels) uint16, None where they cannot be had.
+
+    Args:
+        file: the file.
+        formats: Pillow's formats that are tried; None for all.
+        other: the tiles of `_other_bytes`.
+        upper: the picture as Pillow reads it: the upper bytes, or grey with alpha as RGBA.
+    """
+    if other is None:
+        return None
+    file.seek(0)
+    with Image.open(file, formats=formats) as again:
+        again.tile = other
+        again.load()
+        found = np.asarray(again).astype(np.uint16)
+    if _arguments(other[0])[0] == "RGBA":
+        # The bytes of the grey and of the alpha.
+        grey, alpha = found[..., 0] << 8 | found[..., 1], found[..., 2] << 8 | found[..., 3]
+        return np.stack([grey, grey, grey, alpha], axis=2)
+    return np.asarray(upper).astype(np.uint16) << 8 | found
+
+
+def _on_background(image: GifImageFile, result: Image.Image) -> Image.Image:
+    """Return a GIF's first frame on the background colour, which Pillow takes to be the first of the palette."""
+    box = image.dispose_extent
+    if box in (None, (0, 0, *image.size)) or "transparency" in image.info:
+        return result
+    index, palette = image.info.get("background"), image.global_palette
+    colour: tuple[int, ...] = (255, 255, 255)
+    if index is not None:
+        colour = tuple(palette.palette[3 * index : 3 * index + 3]) if palette else (index,) * 3
+    canvas = Image.new("RGB", result.size, colour)
+    canvas.paste(result.crop(box), box)
+    return canvas
 
 
 def _reason(error: Exception) -> str:
@@ -83,92 +263,9 @@ def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "it is not an image that Pillow can read"
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-        return f"it is too large ({error})"
-    return reason_of(error)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any Pillow mode to RGB."""
-    if image.mode.startswith("I") or image.mode == "F":
-        image = _eight_bit(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """Convert a one-channel image of more than eight bits to mode L; Pillow itself would clip at 255."""
-    values = np.asarray(image, dtype=np.float64)
-    if not np.isfinite(values).all():
-        raise ImageError("it holds pixels that are not finite (NaN or infinity)")
-    low, high = float(values.min()), float(values.max())
-    scales = _FULL_SCALES.get(image.mode, (65535.0,))
-    full = next((scale for scale in scales if low >= 0 and high <= scale), None)
-    if full is None:
-        values, full = values - low, (high - low) or 1.0
-    return Image.fromarray(np.rint(values * (255 / full)).astype(np.uint8))
-
-
-def find_images(paths: Iterable[str | os.PathLike[str]], *, skip: str | os.PathLike[str] | None = None) -> list[Path]:
-    """Return the image files behind paths: files as given, folders searched recursively, in sorted order.
-
-    In folders, the suffix decides; hidden files are left out, and so are the pictures of an earlier run. A file that is
-    reached twice is listed once.
-
-    Args:
-        paths: files and folders.
-        skip: the folder of results, which is not searched.
-
-    Raises:
-        InputError: a path does not exist, a folder cannot be listed, or there is no image.
-    """
-    given = [Path(path) for path in paths]
-    found: dict[Path, Path] = {}
-    for path in given:
-        if not path.exists():
-            raise InputError(f"there is no file or folder {path}.")
-        for file in sorted(map(Path, walk_images(path, skip=skip))) if path.is_dir() else [path]:
-            found.setdefault(file.resolve(), file)
-    if not found:
-        where = ", ".join(map(str, given)) or "nothing was given"
-        raise InputError(f"no image to explain ({where}): give image files, or a folder that has some.")
-    return list(found.values())
-
-
-def walk_images(
-    folder: str | os.PathLike[str], *, skip: str | os.PathLike[str] | None = None, follow: bool = False
-) -> Iterator[str]:
-    """Yield the paths of the images in a folder and below, in a reproducible order.
-
-    Args:
-        folder: is searched as `find_images` searches folders.
-        skip: a folder that is not searched.
-        follow: whether symbolic links to folders are followed.
-
-    Raises:
-        InputError: a folder cannot be listed.
-    """
-
-    def refuse(error: OSError) -> None:
-        raise InputError(f"cannot list the folder {error.filename}: {reason_of(error)}.")
-
-    skipped = None if skip is None else Path(skip).resolve()
-    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=follow):
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and Path(root, f).resolve() != skipped)
-        for name in sorted(names):
-            if not name.startswith(".") and not name.endswith(OURS) and is_image(name):
-                yield os.path.join(root, name)
-
-
-def is_image(name: str) -> bool:
-    """Return whether a file's suffix is that of an image format that this Pillow reads."""
-    return os.path.splitext(name)[1].lower() in _suffixes()
-
-
-@cache
-def _suffixes() -> frozenset[str]:
-    """Return the suffixes, in lower case with their dot, of the formats that this Pillow reads."""
-    Image.init()
-    readable = set(Image.OPEN) - _STUBS
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in readable)
+        return f"it is too large ({reason_of(error)}); PIL.Image.MAX_IMAGE_PIXELS sets Pillow's limit"
+    reason = reason_of(error)
+    # Pillow's words for layouts that it knows and cannot decode, and for damaged data.
+    if reason.startswith(("unknown raw mode", "decoder error", "No packer", "No unpacker")):
+        return f"its pixels are damaged, or laid out in a way that Pillow cannot decode ({reason}); save it as PNG"
+    return reason

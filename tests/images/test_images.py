@@ -114,15 +114,13 @@ def test_big_endian_sixteen_bits(tmp_path):
     [
         (RAMP.astype(np.int32), RAMP),
         (RAMP.astype(np.int32) * 257, RAMP),
-        (RAMP.astype(np.int32) * 1000 - 70000, RAMP),
         (RAMP.astype(np.float32) / 255, RAMP),
         (RAMP.astype(np.float32), RAMP),
         (RAMP.astype(np.float32) * 257, RAMP),
-        (RAMP.astype(np.float32) - 40, RAMP),
         (np.full((2, 2), -3.0, np.float32), np.zeros((2, 2))),
         (np.full((2, 2), 0.0, np.float32), np.zeros((2, 2))),
     ],
-    ids=["int-8", "int-16", "int-wide", "unit", "float-8", "float-16", "signed", "constant", "zero"],
+    ids=["int-8", "int-16", "unit", "float-8", "float-16", "constant", "zero"],
 )
 def test_wide_pixels_are_scaled_not_clipped(tmp_path, values, expected):
     Image.fromarray(values).save(tmp_path / "a.tif")
