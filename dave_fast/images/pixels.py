@@ -154,11 +154,11 @@ def _eight_bits(
 
 
 def _white(
-    values: np.ndarray, low: float, high: float, levels: tuple[float, ...], samples: Samples
+    values: np.ndarray | None, low: float, high: float, levels: tuple[float, ...], samples: Samples
 ) -> tuple[float | None, list[str]]:
     """Return the sample that is white, None where the samples are to be stretched, and a note on a doubtful choice."""
     bits = samples.bits
-    if bits is not None and low >= 0 and high < 1 << bits and not (samples.left and _fills_upper_bits(values, samples)):
+    if values is not None and bits is not None and low >= 0 and high < 1 << bits and not _spread(values, samples):
         return float((1 << bits) - 1), []
     white = next((level for level in levels if low >= 0 and high <= level), None)
     if bits is not None or low == high:
@@ -178,16 +178,16 @@ def _white(
     return white, []
 
 
-def _from_eight_bits(values: np.ndarray) -> bool:
+def _from_eight_bits(values: np.ndarray | None) -> bool:
     """Return whether samples of sixteen bits were made of eight, and so have the format's white."""
-    return any(bool((values % factor == 0).all()) for factor in (256, 257))
+    return values is not None and any(bool((values % factor == 0).all()) for factor in (256, 257))
 
 
-def _fills_upper_bits(values: np.ndarray, samples: Samples) -> bool:
-    """Return whether samples may have been spread over the depth, from the bits that the file names."""
+def _spread(values: np.ndarray, samples: Samples) -> bool:
+    """Return whether the file puts its bits at the upper end of the depth, and these samples can be such."""
     rest = (1 << (samples.depth - (samples.bits or samples.depth))) - 1
     # To spread a small number is to move it up; rounding may add one, where there is more than one bit to fill.
-    return bool(((values & rest) <= (rest > 1)).all())
+    return samples.left and bool(((values & rest) <= (rest > 1)).all())
 
 
 def _relevelled(
@@ -204,7 +204,7 @@ def _relevelled(
     values = deep()
     if values is None:
         # What Pillow left is enough for the note.
-        _, note = _white(upper, float(upper.min()) * 257, float(upper.max()) * 257, (SIXTEEN,), samples)
-        return image, note
+        low, high = int(upper.min()) << 8, int(upper.max()) << 8 | 255
+        return image, _white(None, low, high, (SIXTEEN,), samples)[1]
     eight, note = _eight_bits(values, (SIXTEEN,), samples, colours)
     return Image.fromarray(eight), note

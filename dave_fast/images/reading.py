@@ -11,6 +11,8 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.GifImagePlugin import GifImageFile
+from PIL.IcnsImagePlugin import IcnsImageFile
+from PIL.IcoImagePlugin import IcoImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from dave_fast.errors import ImageError, ImageWarning, TooLargeError, reason_of
@@ -111,6 +113,7 @@ def as_rgb(image: Image.Image, *, note: Callable[[str], None] | None = None) -> 
     """
     notes: list[str] = []
     try:
+        image = _inside(image)
         result = _finished(image, _samples(image, None), notes)
     except Exception as error:
         raise ImageError(f"cannot read the picture: {_reason(error)}.") from error
@@ -133,7 +136,8 @@ def _decoded(
     if file.seek(0, os.SEEK_END) == 0:
         raise ImageError("the file is empty")
     header, file = png.read_header(file)
-    with Image.open(file, formats=formats) as image:
+    with Image.open(file, formats=formats) as opened:
+        image = _inside(opened)
         if max_pixels is not None and image.width * image.height > max_pixels:
             raise TooLargeError(f"it has {image.width}×{image.height} pixels; at most {max_pixels} are taken")
         samples = _samples(image, header, file)
@@ -142,6 +146,15 @@ def _decoded(
             image.info["transparency"] = header.transparency
         other = _other_bytes(image)
         return _finished(image, samples, notes, lambda: _deep(file, formats, other, image))
+
+
+def _inside(image: Image.Image) -> Image.Image:
+    """Return the picture inside an icon, of whose palette and transparency Pillow hands on a part only."""
+    if isinstance(image, IcoImageFile):
+        return image.ico.getimage(image.size)
+    if isinstance(image, IcnsImageFile):
+        return image.icns.getimage(image.best_size)
+    return image
 
 
 def _finished(
@@ -164,7 +177,9 @@ def _finished(
 def _orientation(image: Image.Image, notes: list[str]) -> Any:
     """Return the orientation that is left to apply: Pillow turns TIFFs itself."""
     try:
-        return image.getexif().get(_ORIENTATION, 1)
+        value = image.getexif().get(_ORIENTATION, 1)
+        # A number in one byte is bytes for Pillow.
+        return value[0] if isinstance(value, bytes) and len(value) == 1 else value
     # A block of EXIF that is cut off or no EXIF raises errors of many classes.
     except Exception as error:
         notes.append(f"its EXIF data cannot be read ({reason_of(error)}): it is taken to be upright")
@@ -185,7 +200,7 @@ def _samples(image: Image.Image, header: png.Header | None, file: IO[bytes] | No
         return header.samples()
     # A picture that no file was opened for has no tiles.
     decoders = [(tile[0], *_arguments(tile)) for tile in getattr(image, "tile", [])]
-    arguments = {each for decoder in decoders for each in decoder}
+    arguments = [each for decoder in decoders for each in decoder]
     if image.format == "PPM" and image.mode == "I" and decoders:
         # Pillow scales what the file says is white to 65535.
         most = 65535 if decoders[0][0] == "raw" else decoders[0][-1]

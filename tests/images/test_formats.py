@@ -1,0 +1,281 @@
+"""Every mode that Pillow writes, in every format that takes it, against pixels known beforehand."""
+
+import io
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dave_fast.errors import ImageError
+from dave_fast.images import as_rgb, decode_image
+from tests.images.files import png, tiff
+
+# Squares of one colour, of this side: formats that lose detail keep them.
+SIDE = 16
+ROWS, COLUMNS = 4, 5
+RANDOM = np.random.default_rng(5)
+GREY = RANDOM.integers(0, 256, (ROWS, COLUMNS), np.uint8)
+COLOUR = RANDOM.integers(0, 256, (ROWS, COLUMNS, 4), np.uint8)
+ALPHA = RANDOM.integers(0, 256, (ROWS, COLUMNS), np.uint8)
+ALPHA[0, :3] = 0, 255, 128
+GREY[0, :4] = 0, 255, 1, 254
+PALETTE = RANDOM.integers(0, 256, (ROWS * COLUMNS, 3), np.uint8)
+INDEX = np.arange(ROWS * COLUMNS, dtype=np.uint8).reshape(ROWS, COLUMNS)
+
+
+def squares(values):
+    return np.ascontiguousarray(np.repeat(np.repeat(values, SIDE, axis=0), SIDE, axis=1))
+
+
+def on_white(colours, alpha):
+    share = alpha[..., None] / 255
+    return colours * share + 255 * (1 - share)
+
+
+def grey3(values):
+    return np.repeat(np.asarray(values, np.float64)[..., None], 3, axis=2)
+
+
+def palette_image(mode="P"):
+    image = Image.fromarray(squares(INDEX), "P")
+    image.putpalette(PALETTE.ravel().tolist())
+    if mode == "PA":
+        image = image.convert("PA")
+        image.putalpha(Image.fromarray(squares(ALPHA)))
+    return image
+
+
+def channels(mode, *arrays):
+    return Image.merge(mode, [Image.fromarray(squares(each)) for each in arrays])
+
+
+def pictures():
+    """Return {mode: (the image, the picture that it is, (ROWS, COLUMNS, 3) in 0..255)}."""
+    c, m, y, k = (COLOUR[..., i].astype(float) for i in range(4))
+    blue, red = m - 128, y - 128
+    of_ycc = np.stack([c + 1.402 * red, c - 0.344136 * blue - 0.714136 * red, c + 1.772 * blue], axis=2)
+    rgb = COLOUR[..., :3].astype(float)
+    return {
+        "1": (Image.fromarray(squares(GREY > 100)), grey3((GREY > 100) * 255)),
+        "L": (Image.fromarray(squares(GREY)), grey3(GREY)),
+        "LA": (channels("LA", GREY, ALPHA), on_white(grey3(GREY), ALPHA)),
+        "RGB": (channels("RGB", *np.moveaxis(COLOUR[..., :3], 2, 0)), rgb),
+        "RGBA": (channels("RGBA", *np.moveaxis(COLOUR[..., :3], 2, 0), ALPHA), on_white(rgb, ALPHA)),
+        "RGBX": (channels("RGBX", *np.moveaxis(COLOUR, 2, 0)), rgb),
+        "CMYK": (
+            channels("CMYK", *np.moveaxis(COLOUR, 2, 0)),
+            np.stack([(255 - v) * (255 - k) / 255 for v in (c, m, y)], 2),
+        ),
+        "YCbCr": (channels("YCbCr", *np.moveaxis(COLOUR[..., :3], 2, 0)), of_ycc.clip(0, 255)),
+        "P": (palette_image(), PALETTE[INDEX].astype(float)),
+        "PA": (palette_image("PA"), on_white(PALETTE[INDEX].astype(float), ALPHA)),
+        "I;16": (Image.fromarray(squares(GREY.astype(np.uint16) * 257)), grey3(GREY)),
+        "I": (Image.fromarray(squares(GREY.astype(np.int32))), grey3(GREY)),
+        "F": (Image.fromarray(squares(GREY.astype(np.float32) / 255)), grey3(GREY)),
+        "RGBa": (channels("RGBa", *np.minimum(np.moveaxis(COLOUR[..., :3], 2, 0), ALPHA), ALPHA), None),
+        "La": (channels("La", np.minimum(GREY, ALPHA), ALPHA), None),
+    }
+
+
+PICTURES = pictures()
+# The modes whose pixels a format keeps, and how it is written.
+FORMATS = {
+    "BMP": ("1 L RGB P", {}),
+    "DIB": ("1 L RGB P", {}),
+    "DDS": ("L LA RGB RGBA", {}),
+    "GIF": ("1 L P RGB", {}),
+    "ICO": ("1 L LA RGB RGBA P I;16", {"sizes": [(COLUMNS * SIDE, ROWS * SIDE)]}),
+    "JPEG": ("L RGB CMYK", {"quality": 97, "subsampling": 0}),
+    "JPEG2000": ("L LA RGB RGBA CMYK I;16", {}),
+    "MPO": ("L RGB CMYK", {"quality": 97}),
+    "MSP": ("1", {}),
+    "PCX": ("1 L RGB P", {}),
+    "PNG": ("1 L LA RGB RGBA P I;16", {}),
+    "PPM": ("1 L RGB I;16 F", {}),
+    "QOI": ("RGB RGBA", {}),
+    "SGI": ("L RGB RGBA", {}),
+    "SPIDER": ("L F", {}),
+    "TGA": ("1 L LA RGB RGBA P", {}),
+    "TIFF": ("1 L LA RGB RGBA RGBX CMYK YCbCr P PA I;16 I F", {}),
+    "WEBP": ("1 L LA RGB RGBA P", {"lossless": True, "exact": True}),
+    "AVIF": ("L LA RGB RGBA P", {"quality": 95, "subsampling": "4:4:4"}),
+    "XBM": ("1", {}),
+    "BLP": ("P", {}),
+}
+LOSSY = {"JPEG": 5, "MPO": 8, "AVIF": 12}
+CASES = [(kind, mode) for kind, (modes, _) in FORMATS.items() for mode in modes.split()]
+
+
+def written(image, kind, **settings):
+    file = io.BytesIO()
+    image.save(file, kind, **FORMATS[kind][1], **settings)
+    return file.getvalue()
+
+
+def colours_of(image):
+    """Return the colour in the middle of each square."""
+    pixels = np.asarray(image)
+    assert pixels.shape == (ROWS * SIDE, COLUMNS * SIDE, 3) and image.mode == "RGB"
+    return pixels[SIDE // 2 :: SIDE, SIDE // 2 :: SIDE].astype(float)
+
+
+@pytest.mark.parametrize(("kind", "mode"), CASES)
+def test_mode_of_a_format(kind, mode):
+    image, expected = PICTURES[mode]
+    found = colours_of(decode_image(written(image, kind), "a"))
+    assert np.abs(found - expected).max() <= LOSSY.get(kind, 1)
+
+
+# Pillow writes colour differences uncompressed only.
+COMPRESSED = [
+    (mode, compression)
+    for mode in FORMATS["TIFF"][0].split()
+    for compression in ("raw", "tiff_lzw", "tiff_adobe_deflate", "packbits")
+    if mode != "YCbCr" or compression == "raw"
+]
+
+
+@pytest.mark.parametrize(("mode", "compression"), COMPRESSED)
+def test_mode_of_a_compressed_tiff(mode, compression):
+    image, expected = PICTURES[mode]
+    found = colours_of(decode_image(written(image, "TIFF", compression=compression), "a"))
+    assert np.abs(found - expected).max() <= 1
+
+
+@pytest.mark.parametrize("compression", ["group3", "group4", "tiff_ccitt"])
+def test_fax(compression):
+    image, expected = PICTURES["1"]
+    assert (colours_of(decode_image(written(image, "TIFF", compression=compression), "a")) == expected).all()
+
+
+@pytest.mark.parametrize("mode", PICTURES)
+def test_picture_from_memory(mode):
+    image, expected = PICTURES[mode]
+    if expected is None:
+        # Colours that are multiplied by their alpha only need what is missing.
+        premultiplied = np.asarray(image)[SIDE // 2 :: SIDE, SIDE // 2 :: SIDE].astype(float)
+        colours = premultiplied[..., :-1]
+        colours = np.repeat(colours, 3, axis=2) if mode == "La" else colours
+        expected = colours + 255 - premultiplied[..., -1:]
+    assert np.abs(colours_of(as_rgb(image)) - expected).max() <= 2
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "WEBP", "ICO", "TIFF"])
+@pytest.mark.parametrize("index", [0, 7, ROWS * COLUMNS - 1])
+def test_transparent_entry_of_a_palette(kind, index):
+    image, expected = palette_image(), PALETTE[INDEX].astype(float)
+    if kind in ("TIFF", "WEBP"):
+        # They have no transparent entry.
+        image.info["transparency"] = index
+        image = image.convert("RGBA")
+        content = written(image, kind)
+    else:
+        content = written(image, kind, transparency=index)
+    expected[index == INDEX] = 255
+    assert np.abs(colours_of(decode_image(content, "a")) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("bpc", [1, 2])
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_sgi(mode, bpc):
+    image, expected = PICTURES[mode]
+    assert np.abs(colours_of(decode_image(written(image, "SGI", bpc=bpc), "a")) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P"])
+def test_icns(mode):
+    image, expected = PICTURES[mode]
+    if mode == "P":
+        image = image.copy()
+        image.info["transparency"] = 3
+        expected = np.where((INDEX == 3)[..., None], 255.0, expected)
+    file = io.BytesIO()
+    image.resize((128, 128), Image.Resampling.NEAREST).save(file, "PNG")
+    content = file.getvalue()
+    # One picture of 128 x 128, as PNG.
+    icon = b"icns" + struct.pack(">I", 16 + len(content)) + b"ic07" + struct.pack(">I", 8 + len(content)) + content
+    pixels = np.asarray(decode_image(icon, "a")).astype(float)
+    rows, columns = ((np.arange(n) + 0.5) * 128 // n for n in (ROWS, COLUMNS))
+    assert np.abs(pixels[rows.astype(int)][:, columns.astype(int)] - expected).max() <= 1
+
+
+@pytest.mark.parametrize("adobe", [True, False], ids=["adobe", "plain"])
+def test_cmyk_of_a_jpeg_is_inverted(adobe):
+    image, expected = PICTURES["CMYK"]
+    content = written(image, "JPEG")
+    at = content.index(b"\xff\xee")
+    if not adobe:
+        content = content[:at] + content[at + 2 + struct.unpack(">H", content[at + 2 : at + 4])[0] :]
+    assert np.abs(colours_of(decode_image(content, "a")) - expected).max() <= 5
+
+
+# GIF: pixels that the first frame does not cover.
+
+
+def gif(background, transparent=None, *, palette=True):
+    """Return a GIF of 4 x 4 pixels whose frame covers the middle four, with colour 1."""
+    colours = bytes([255, 0, 0, 0, 255, 0, 0, 0, 255, 10, 20, 30])
+    screen = struct.pack("<HHBBB", 4, 4, 0x81 if palette else 0, background, 0) + (colours if palette else b"")
+    control = b"" if transparent is None else b"\x21\xf9\x04" + bytes([1, 0, 0, transparent, 0])
+    frame = b"," + struct.pack("<HHHHB", 1, 1, 2, 2, 0 if palette else 0x81) + (b"" if palette else colours)
+    # Clear, four ones, end: codes of three bits, and of four once eight codes are known.
+    codes = [(4, 3), (1, 3), (1, 3), (1, 3), (1, 4), (5, 4)]
+    bits = "".join(f"{code:0{width}b}" for code, width in reversed(codes))
+    data = int(bits, 2).to_bytes((len(bits) + 7) // 8, "little")
+    return b"GIF89a" + screen + control + frame + b"\2" + bytes([len(data)]) + data + b"\0;"
+
+
+@pytest.mark.parametrize(("background", "colour"), [(0, (255, 0, 0)), (2, (0, 0, 255)), (3, (10, 20, 30))])
+def test_uncovered_part_of_a_gif_has_the_background_colour(background, colour):
+    image = decode_image(gif(background), "a.gif")
+    assert image.getpixel((0, 0)) == image.getpixel((3, 1)) == colour
+    assert image.getpixel((1, 1)) == image.getpixel((2, 2)) == (0, 255, 0)
+
+
+@pytest.mark.parametrize("transparent", [0, 2, 3])
+def test_uncovered_part_of_a_transparent_gif_is_white(transparent):
+    image = decode_image(gif(0, transparent), "a.gif")
+    assert image.getpixel((0, 0)) == (255, 255, 255)
+    assert image.getpixel((1, 1)) == (0, 255, 0)
+
+
+def test_uncovered_part_of_a_gif_without_a_palette_for_it_is_white():
+    image = decode_image(gif(0, palette=False), "a.gif")
+    assert image.getpixel((0, 0)) == (255, 255, 255)
+    assert image.getpixel((1, 1)) == (0, 255, 0)
+
+
+# TGA: a fourth channel that the header calls no alpha.
+
+
+@pytest.mark.parametrize("alpha", [0, 100, 255])
+@pytest.mark.parametrize("attribute_bits", [0, 8])
+def test_fourth_channel_of_a_tga(attribute_bits, alpha):
+    header = struct.pack("<BBBHHBHHHHBB", 0, 0, 2, 0, 0, 0, 0, 0, 2, 2, 32, attribute_bits)
+    found = decode_image(header + bytes([10, 20, 30, alpha]) * 4, "a.tga").getpixel((0, 0))
+    opacity = alpha / 255 if attribute_bits else 1
+    assert np.abs(np.array(found) - [v * opacity + 255 * (1 - opacity) for v in (30, 20, 10)]).max() <= 1
+
+
+# Icons hold pictures with transparency of their own.
+
+
+@pytest.mark.parametrize("transparent", [b"\0", b"\xff\0", b"\xff\xff\x40"])
+def test_palette_of_a_png_inside_an_icon(transparent):
+    samples = np.arange(256, dtype=np.uint32).reshape(16, 16, 1) % 3
+    colours = np.array([[200, 0, 0], [0, 200, 0], [0, 0, 200]], np.uint8)
+    content = png(samples, 3, 8, before=[(b"PLTE", colours.tobytes()), (b"tRNS", transparent)])
+    entry = struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 8, len(content), 22)
+    found = np.asarray(decode_image(struct.pack("<HHH", 0, 1, 1) + entry + content, "a.ico"))
+    opacity = np.array([*transparent, 255, 255, 255][:3]) / 255
+    expected = colours * opacity[:, None] + 255 * (1 - opacity[:, None])
+    assert np.abs(found - expected[samples[..., 0]]).max() <= 1
+
+
+def test_layout_that_pillow_cannot_decode_is_refused_in_words():
+    content = tiff(
+        INDEX[..., None], 3, 8, colours=[0] * 768, planar=False, fill=1, tags={258: ("H", [4]), 266: ("H", [2])}
+    )
+    with pytest.raises(ImageError, match=r"^cannot read a\.tif: .*Pillow cannot decode .*; save it as PNG\.$"):
+        decode_image(content, "a.tif")
