@@ -15,11 +15,12 @@ from typing import Any, Self
 
 import httpx
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dave_fast.errors import DaveFastError, InputError, reason_of
 
 Picture = bytes | str | os.PathLike[str] | Image.Image | np.ndarray
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 _AGAIN = (429, 502, 503)
 # Seconds: the first wait without Retry-After, and the longest.
 _FIRST_WAIT, _LONGEST_WAIT = 0.1, 10.0
@@ -62,6 +63,7 @@ class Explained:
         queue_ms: milliseconds in the queue.
         total_ms: milliseconds in all.
         top: (class, name, probability) of the most probable classes, in an answer.
+        notes: what the server had to assume about the image file, in an answer.
     """
 
     maps: np.ndarray
@@ -79,6 +81,7 @@ class Explained:
     queue_ms: float | None = None
     total_ms: float | None = None
     top: list[tuple[int, str, float]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def error_bound(self) -> float:
@@ -103,7 +106,9 @@ def picture_bytes(picture: Picture) -> bytes:
         picture = Image.fromarray(picture)
     if isinstance(picture, Image.Image):
         file = io.BytesIO()
-        picture.save(file, format="PNG")
+        # What PNG cannot hold, TIFF can; not every version of Pillow writes the orientation.
+        picture = ImageOps.exif_transpose(picture)
+        picture.save(file, format="PNG" if picture.mode in _PNG_MODES else "TIFF")
         return file.getvalue()
     try:
         return Path(picture).read_bytes()
@@ -132,7 +137,9 @@ def explained(told: Mapping[str, Any], *, final: bool = True) -> Explained:
         top=[(one["target"], one["class_name"], one["probability"]) for one in told.get("top", [])],
         samples=told["samples"],
         n_samples=told["n_samples"],
-        **{name: told[name] for name in ("cut_short", "model", "seed", "queue_ms", "total_ms") if name in told},
+        **{
+            name: told[name] for name in ("cut_short", "model", "seed", "queue_ms", "total_ms", "notes") if name in told
+        },
     )
 
 

@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from dave_fast.errors import InputError
-from dave_fast.images import read_image
+from dave_fast.images import read_mask
 from dave_fast.models.labels import Labels
 
 Box = tuple[float, float, float, float]
@@ -192,10 +192,11 @@ def _fill(boxes: tuple[Box, ...], size: tuple[int, int], factors: tuple[float, f
 def _mask_file(path: Path, size: tuple[int, int]) -> np.ndarray | None:
     if not path.exists():
         return None
-    mask = read_image(path)
-    if mask.size != size:
+    mask = read_mask(path)
+    height, width = mask.shape
+    if (width, height) != size:
         raise InputError(
-            f"the mask {path} has {mask.size[0]}×{mask.size[1]} pixels, its image {size[0]}×{size[1]}: give masks of "
-            "the images' size."
+            f"the mask {path} has {width}×{height} pixels, its image {size[0]}×{size[1]}: give masks of the images' "
+            "size."
         )
-    return np.asarray(mask).max(axis=2) > 0
+    return mask

@@ -10,14 +10,14 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import nn
 
 from dave_fast.defaults import DEFAULT_SAMPLES
 from dave_fast.engine.checks import check_integer
 from dave_fast.errors import InputError
 from dave_fast.explain.subject import Subject
-from dave_fast.images import drawing, read_image
+from dave_fast.images import as_rgb, drawing, read_image
 from dave_fast.models.spec import ModelSpec
 
 Picture = str | os.PathLike[str] | Image.Image
@@ -105,5 +105,5 @@ def pipeline(model: str | ModelSpec | nn.Module = "demo", **settings: Any) -> Pi
 
 def _read(picture: Picture) -> Image.Image:
     if isinstance(picture, Image.Image):
-        return ImageOps.exif_transpose(picture).convert("RGB")
+        return as_rgb(picture)
     return read_image(picture)

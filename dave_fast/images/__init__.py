@@ -12,7 +12,7 @@ Torch and timm are imported where they are first needed: finding and reading fil
 
 from dave_fast.images.finding import OURS, find_images, is_image, walk_images
 from dave_fast.images.preprocess import ADD_INVERSE, Preprocessing, describe_preprocessing, from_config, preprocessing
-from dave_fast.images.reading import as_rgb, decode_image, read_image
+from dave_fast.images.reading import as_rgb, decode_image, read_image, read_mask
 
 __all__ = [
     "ADD_INVERSE",
@@ -26,5 +26,6 @@ __all__ = [
     "is_image",
     "preprocessing",
     "read_image",
+    "read_mask",
     "walk_images",
 ]

@@ -148,8 +148,9 @@ def _eight_bits(
         black, white = low, high if high > low else low + 1
     factors = np.full(values.shape[-1] if values.ndim == 3 else 1, 255 / levels[0])
     factors[:colours] = 255 / (white - black)
-    scaled = np.rint((values.astype(np.float64) - black) * factors)
-    eight = np.clip(scaled, 0, 255).astype(np.uint8)
+    # Single precision holds sixteen bits exactly.
+    real = values.astype(np.float32 if values.dtype.itemsize <= 2 else np.float64)
+    eight = np.clip(np.rint((real - black) * factors.astype(real.dtype)), 0, 255).astype(np.uint8)
     return (255 - eight if samples.white_is_zero else eight), note
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -48,7 +47,7 @@ class Header(NamedTuple):
         if self.colour in (GREY, COLOUR) and self.transparency is not None:
             key = struct.unpack_from(">H" if self.colour == GREY else ">3H", self.transparency)
         levels = (65535.0,) if self.depth == 16 else ()
-        bits = self.significant if self.depth == 16 else None
+        bits = self.significant if self.depth == 16 and (self.significant or 0) <= 16 else None
         return Samples(self.depth, bits, left=True, levels=levels, transparent=key)
 
 
@@ -97,6 +96,8 @@ def _chunks(file: IO[bytes]) -> Iterator[tuple[bytes, int, int]]:
         if len(head) < 8:
             return
         length, kind = struct.unpack(">I4s", head)
+        if kind == b"IEND":
+            return
         yield kind, start, length
         start += length + 12
 
@@ -110,12 +111,12 @@ def _is_small(file: IO[bytes], kind: bytes, length: int) -> bool:
     content = file.read(length)
     if not content.startswith(_ORIENTED):
         return False
-    if kind == b"tEXt" or (kind == b"iTXt" and content[len(_ORIENTED[0])] == 0):
+    value = content.split(b"\0", 1)[1]
+    # The first byte of iTXt says whether it is compressed.
+    if kind == b"tEXt" or (kind == b"iTXt" and value[0] == 0):
         return True
-    # The compressed part follows the keyword, and in iTXt two bytes, a language and a translated keyword.
-    packed = re.split(rb"\0", content, maxsplit=1)[1][1:]
-    if kind == b"iTXt":
-        packed = re.split(rb"\0", packed[1:], maxsplit=2)[-1]
+    # The compressed part follows one byte, and in iTXt two, a language and a translated keyword.
+    packed = value[1:] if kind == b"zTXt" else value[2:].split(b"\0", 2)[-1]
     expand = zlib.decompressobj()
     try:
         expand.decompress(packed, _MEBIBYTE)

@@ -101,6 +101,24 @@ def decode_image(
     return image
 
 
+def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
+    """Return where a picture is not black, (H, W) bool, upright; a number counts however small it is beside white.
+
+    Raises:
+        ImageError: the file cannot be read in full.
+    """
+    try:
+        with open(path, "rb") as file, Image.open(png.read_header(file)[1]) as image:
+            image.load()
+            if image.mode[0] in "IF":
+                turn = _TURNS.get(_orientation(image, []))
+                marked = Image.fromarray(np.asarray(image) != 0)
+                return np.asarray(marked if turn is None else marked.transpose(turn))
+    except Exception as error:
+        raise ImageError(f"cannot read {os.fspath(path)}: {_reason(error)}.") from error
+    return np.asarray(read_image(path)).max(axis=2) > 0
+
+
 def as_rgb(image: Image.Image, *, note: Callable[[str], None] | None = None) -> Image.Image:
     """Return a picture that somebody opened with Pillow as `read_image` would return its file.
 
@@ -210,9 +228,14 @@ def _samples(image: Image.Image, header: png.Header | None, file: IO[bytes] | No
     if image.format == "TGA" and image.mode == "RGBA" and file is not None:
         file.seek(17)
         return Samples(opaque=file.read(1)[0] & 15 == 0)
+    notes: tuple[str, ...] = ()
+    if image.format == "PNG" and not decoders and image.mode in ("L", "RGB") and "transparency" in image.info:
+        notes = (
+            "of its transparent colour it is no longer known how many bits it has: eight are taken. Give the file",
+        )
     deep = image.mode.startswith("I;16") or "SGI16" in arguments or any(";16" in str(each) for each in arguments)
     depths = [bits for mode, bits in (("1", 1), ("L;2", 2), ("L;4", 4)) if mode in arguments]
-    return Samples(16 if deep else min(depths, default=8))
+    return Samples(16 if deep else min(depths, default=8), notes=notes)
 
 
 def _arguments(tile: Any) -> tuple[Any, ...]:
@@ -262,13 +285,14 @@ def _deep(
 def _on_background(image: GifImageFile, result: Image.Image) -> Image.Image:
     """Return a GIF's first frame on the background colour, which Pillow takes to be the first of the palette."""
     box = image.dispose_extent
-    if box in (None, (0, 0, *image.size)) or "transparency" in image.info:
+    if image.tell() or box in (None, (0, 0, *image.size)) or image.mode == "RGBA" or "transparency" in image.info:
         return result
     index, palette = image.info.get("background"), image.global_palette
     colour: tuple[int, ...] = (255, 255, 255)
     if index is not None:
         colour = tuple(palette.palette[3 * index : 3 * index + 3]) if palette else (index,) * 3
-    canvas = Image.new("RGB", result.size, colour)
+    # An index may lie beyond the palette.
+    canvas = Image.new("RGB", result.size, colour or "white")
     canvas.paste(result.crop(box), box)
     return canvas
 

@@ -42,7 +42,7 @@ def read_samples(image: TiffImageFile) -> Samples:
     if image.mode == "RGBA" and _EXTRA not in tags:
         notes.append("its file does not say what the fourth channel is: transparency is taken")
     most = _first(tags, _MAXIMUM, 0)
-    stated = isinstance(most, int) and most >= 255 and (most & (most + 1)) == 0
+    stated = isinstance(most, int) and 255 <= most < 1 << depth and (most & (most + 1)) == 0
     bits = most.bit_length() if stated and depth > 8 and not signed else None
     dtype: str | None = None
     levels: tuple[float, ...] = ()

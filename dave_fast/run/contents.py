@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+
+from PIL import Image
+
 from dave_fast.errors import ImageError, reason_of
+from dave_fast.images import decode_image
 from dave_fast.run.huggingface import row_content
 from dave_fast.run.records import Record, read_uri
+
+logger = logging.getLogger("dave_fast.run")
+
+
+def read_picture(record: Record) -> Image.Image:
+    """Return the image of a record as 8-bit RGB; what had to be assumed about it is logged.
+
+    Raises:
+        ImageError: the image cannot be read; the message has the uri and the reason.
+    """
+    return decode_image(read_content(record), record.uri, note=logger.warning)
 
 
 def read_content(record: Record) -> bytes:

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from dave_fast.errors import ImageError, InputError, reason_of
-from dave_fast.images import decode_image, drawing, from_config
-from dave_fast.run.contents import read_content
+from dave_fast.images import drawing, from_config
+from dave_fast.run.contents import read_picture
 from dave_fast.run.reader import MapRecord, Maps
 from dave_fast.run.records import Record
 
@@ -148,7 +148,7 @@ def _png(maps: Maps, target: Path, progress: Progress) -> int:
             assert heat is not None
             drawing.save_picture(drawing.plain_map(heat), folder / f"{name}.map.png")
             try:
-                image = decode_image(read_content(Record(row.id, row.uri)), row.uri)
+                image = read_picture(Record(row.id, row.uri))
                 drawing.save_picture(drawing.overlay(prepare.crop(image), heat), folder / f"{name}.overlay.png")
             except ImageError as error:
                 missing, first = missing + 1, first or str(error)

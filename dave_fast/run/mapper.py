@@ -16,9 +16,8 @@ import numpy as np
 
 from dave_fast.defaults import DEFAULT_SAMPLES
 from dave_fast.errors import ImageError, InputError, NonFiniteError
-from dave_fast.images import decode_image
 from dave_fast.models.spec import ModelSpec
-from dave_fast.run.contents import read_content
+from dave_fast.run.contents import read_picture
 from dave_fast.run.identity import weights_hash
 from dave_fast.run.messages import Mapped
 from dave_fast.run.records import Record, image_key, printable
@@ -147,7 +146,7 @@ class Mapper:
         Raises:
             ImageError: the image cannot be read or prepared.
         """
-        image = decode_image(read_content(record), record.uri)
+        image = read_picture(record)
         try:
             return self.prepare.transform(image)
         except (ValueError, OSError, MemoryError) as error:

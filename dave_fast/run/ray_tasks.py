@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 
 from dave_fast.errors import DaveFastError, InputError
-from dave_fast.images import Preprocessing, decode_image, from_config
-from dave_fast.run.contents import read_content
+from dave_fast.images import Preprocessing, from_config
+from dave_fast.run.contents import read_picture
 from dave_fast.run.lock import Fence
 from dave_fast.run.mapper import MapSettings
 from dave_fast.run.messages import Mapped
@@ -182,7 +182,7 @@ def _read(part: Part, board: Any, config: dict[str, Any]) -> Iterator[pa.Table]:
 def _decoded(prepare: Preprocessing, record: Record) -> dict[str, Any]:
     row = {"id": record.id, "uri": printable(record.uri), "target": record.target, "seed": record.seed}
     try:
-        return row | {"crop": prepare.crop(decode_image(read_content(record), record.uri)).tobytes()}
+        return row | {"crop": prepare.crop(read_picture(record)).tobytes()}
     except InputError as error:
         return row | {"error": str(error)}
 

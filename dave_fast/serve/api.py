@@ -82,10 +82,19 @@ class Api:
             given = "both a body and an image id were" if body.content else "no image was"
             raise HTTPException(422, f"{given} given; send an image file, or image= with an id of /v1/images.")
         content = body.content or await self.store.get(options.image or "")
-        image = await run_in_threadpool(self._prepared, model, content)
-        return model, self.make_ask(model, image, options, began, refined=refined), options
+        image, notes = await run_in_threadpool(self.prepared, model, content)
+        return model, self.make_ask(model, image, options, began, refined=refined, notes=notes), options
 
-    def make_ask(self, model: ServedModel, image: Tensor, options: Options, began: float, *, refined: bool) -> Ask:
+    def make_ask(
+        self,
+        model: ServedModel,
+        image: Tensor,
+        options: Options,
+        began: float,
+        *,
+        refined: bool,
+        notes: tuple[str, ...] = (),
+    ) -> Ask:
         """Return the request for the service.
 
         Args:
@@ -94,6 +103,7 @@ class Api:
             options: options of the client.
             began: when the request came, by `time.monotonic`.
             refined: whether the client is sent a map at every checkpoint.
+            notes: what had to be assumed about the image.
 
         Raises:
             HTTPException: 422, an option exceeds the limits or contradicts another.
@@ -109,6 +119,7 @@ class Api:
             tolerance=options.tolerance,
             deadline=deadline,
             refined=refined,
+            notes=notes,
         )
 
     def _targets(self, model: ServedModel, options: Options) -> tuple[int, ...] | None:
@@ -125,12 +136,22 @@ class Api:
             raise HTTPException(422, "target has a class twice: give each class once.")
         return targets or None
 
-    def decode(self, content: bytes) -> Image.Image:
-        """Decode an image file within the limits; raise ImageError or TooLargeError."""
-        return decode_image(content, "the image", max_pixels=self.limits.pixels, formats=FORMATS)
+    def prepared(self, model: ServedModel, content: bytes) -> tuple[Tensor, tuple[str, ...]]:
+        """Return a model's input, (3, H, W), and what had to be assumed about the image, as `decode` does."""
+        image, notes = self.decode(content)
+        return model.prepare.transform(image), notes
 
-    def _prepared(self, model: ServedModel, content: bytes) -> Tensor:
-        return model.prepare.transform(self.decode(content))
+    def decode(self, content: bytes) -> tuple[Image.Image, tuple[str, ...]]:
+        """Decode an image file within the limits; return it and what had to be assumed about it.
+
+        Raises:
+            ImageError: it cannot be read.
+            TooLargeError: it has too many pixels.
+        """
+        notes: list[str] = []
+        limit = self.limits.pixels
+        image = decode_image(content, "the image", max_pixels=limit, formats=FORMATS, note=notes.append)
+        return image, tuple(notes)
 
     # From an Ask to an answer.
 
@@ -207,7 +228,7 @@ class Api:
         body = await read_body(request)
         if not body.content:
             raise HTTPException(422, "no image was given; send an image file.")
-        image = await run_in_threadpool(self.decode, body.content)
+        image, _ = await run_in_threadpool(self.decode, body.content)
         name = await self.store.put(body.content)
         return StoredImage(image=name, width=image.width, height=image.height, expires_in_s=self.limits.stored_seconds)
 
@@ -217,7 +238,7 @@ class Api:
         content = await self.store.get(image)
 
         def draw() -> bytes:
-            return formats.png(Image.fromarray(served.prepare.pixels(self._prepared(served, content))))
+            return formats.png(Image.fromarray(served.prepare.pixels(self.prepared(served, content)[0])))
 
         return Response(await run_in_threadpool(draw), media_type=formats.PNG)
 

@@ -102,6 +102,7 @@ def answer(model: ServedModel, ask: Ask, ended: Ended, encoding: Encoding) -> An
         queue_ms=round(1000 * ended.queue_seconds, 3),
         total_ms=round(1000 * ended.seconds, 3),
         top=_top(model, ended.predicted),
+        notes=list(ask.notes),
     )
 
 
@@ -120,6 +121,7 @@ def headers(model: ServedModel, ask: Ask, ended: Ended) -> dict[str, str]:
         "queue-ms": f"{1000 * ended.queue_seconds:.3f}",
         "total-ms": f"{1000 * ended.seconds:.3f}",
     }
+    values |= {"notes": " ".join(ask.notes)} if ask.notes else {}
     return {f"x-dave-{name}": str(value).encode("ascii", "replace").decode() for name, value in values.items()}
 
 

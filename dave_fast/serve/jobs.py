@@ -38,6 +38,7 @@ class Ask:
         tolerance: the error bound at which the request ends, or None.
         deadline: by `time.monotonic`, in seconds, or None.
         refined: whether the listener is sent a map at every checkpoint.
+        notes: what had to be assumed about the image file.
     """
 
     image: Tensor
@@ -48,6 +49,7 @@ class Ask:
     tolerance: float | None = None
     deadline: float | None = None
     refined: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def classes(self) -> int:

@@ -154,8 +154,8 @@ async def _infer(api: Api, request: Request, model: ServedModel, body: InferRequ
         raise HTTPException(422, f"parameters: {describe_errors(error.errors())}") from error
     if options.image is not None:
         raise HTTPException(422, "parameters: image is given; send the image as the input.")
-    image = await run_in_threadpool(_image, api, model, body.inputs[0])
-    ask = api.make_ask(model, image, options, time.monotonic(), refined=False)
+    image, notes = await run_in_threadpool(_image, api, model, body.inputs[0])
+    ask = api.make_ask(model, image, options, time.monotonic(), refined=False, notes=notes)
     ended = await api.end(request, model, ask)
     refined = ended.refined
     bounds = [-1.0 if finite(bound) is None else bound for bound in refined.bounds]
@@ -165,6 +165,7 @@ async def _infer(api: Api, request: Request, model: ServedModel, body: InferRequ
         _output("error_bounds", "FP32", np.array(bounds, np.float32)),
     ]
     parameters = {"samples": refined.samples, "seed": ask.seed, "cut_short": ended.cut_short}
+    parameters |= {"notes": " ".join(notes)} if notes else {}
     return InferResponse(model_name=model.name, id=body.id, parameters=parameters, outputs=outputs)
 
 
@@ -182,15 +183,15 @@ def _content(given: Tensor) -> bytes:
         raise InputError("the BYTES input is not base64; expected an image file in base64.") from error
 
 
-def _image(api: Api, model: ServedModel, given: Tensor) -> torch.Tensor:
-    """Return the model's input, (3, H, W) float32.
+def _image(api: Api, model: ServedModel, given: Tensor) -> tuple[torch.Tensor, tuple[str, ...]]:
+    """Return the model's input, (3, H, W) float32, and what had to be assumed about an image file.
 
     Raises:
         InputError: the tensor has a wrong type, shape or value, or the image cannot be read.
     """
     height, width = model.prepare.size
     if given.datatype == "BYTES":
-        return model.prepare.transform(api.decode(_content(given)))
+        return api.prepared(model, _content(given))
     try:
         values = np.array(given.data, _TYPES[given.datatype]).reshape(given.shape)
     except (ValueError, TypeError, OverflowError) as error:
@@ -198,9 +199,9 @@ def _image(api: Api, model: ServedModel, given: Tensor) -> torch.Tensor:
     if given.datatype == "UINT8" and values.ndim == 3 and values.shape[2] == 3 and values.size:
         if values.shape[0] * values.shape[1] > api.limits.pixels:
             raise InputError(f"the image has more than {api.limits.pixels} pixels.")
-        return model.prepare.transform(Image.fromarray(values))
+        return model.prepare.transform(Image.fromarray(values)), ()
     if given.datatype == "FP32" and values.shape == (1, 3, height, width) and np.isfinite(values).all():
-        return torch.from_numpy(values)[0]
+        return torch.from_numpy(values)[0], ()
     raise InputError(
         f"the input is {given.datatype} {given.shape}; expected BYTES, UINT8 (H, W, 3) or finite FP32 "
         f"(1, 3, {height}, {width})."

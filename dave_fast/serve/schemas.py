@@ -94,7 +94,8 @@ class Maps(BaseModel):
 class Answer(Maps):
     """An explanation: the JSON answer, and the event `done`.
 
-    cut_short is null if all samples were used, else what ended it: tolerance, deadline or shutdown.
+    cut_short is null if all samples were used, else what ended it: tolerance, deadline or shutdown. notes say what had
+    to be assumed about the image file, such as which of its samples is white.
     """
 
     model: str
@@ -103,6 +104,7 @@ class Answer(Maps):
     queue_ms: float
     total_ms: float
     top: list[ClassProbability]
+    notes: list[str]
 
 
 class StoredImage(BaseModel):

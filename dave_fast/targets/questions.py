@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dave_fast.errors import InputError
-from dave_fast.images import preprocessing, read_image
+from dave_fast.images import as_rgb, preprocessing, read_image
 from dave_fast.models.adapter import TextImageModel
 from dave_fast.models.labels import labels_of
 from dave_fast.targets import cotangents
@@ -176,7 +176,7 @@ class SimilarTo(Question):
         """
         image = self.image
         if not isinstance(image, Tensor):
-            image = read_image(image) if isinstance(image, str | os.PathLike) else image
+            image = read_image(image) if isinstance(image, str | os.PathLike) else as_rgb(image)
             image = preprocessing(view.model)(image)[0]
         output = view.output(image)
         return Similarity(output[0] if len(output) == 1 else output, self.scale)

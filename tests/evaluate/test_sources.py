@@ -149,3 +149,24 @@ def test_wordnet_ids_are_classes_of_models_with_a_thousand():
     assert [class_of(name, thousand) for name in ("n01518878", "n02129604", "n04285008")] == [9, 292, 817]
     assert class_of("n02129604", LABELS) is None
     assert class_of("dog", LABELS) == 1
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int32, np.float32])
+@pytest.mark.parametrize("mark", [1, 7, 200])
+def test_mask_holds_labels_of_any_depth(photo, tmp_path, kind, mark):
+    mask = np.zeros((60, 100), kind)
+    mask[20:40, 30:60] = mark
+    # Pillow opens a file of this name by its content.
+    Image.fromarray(mask).save(tmp_path / "one.png", format="TIFF")
+    assert files(photo, masks=tmp_path).read(0, 1).masks.sum() == 150
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_mask_is_turned_upright(photo, tmp_path, kind):
+    mask = np.zeros((60, 100), kind)
+    mask[20:40, 30:60] = 1
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.ascontiguousarray(np.rot90(mask))).save(tmp_path / "one.png", exif=exif)
+    found = files(photo, masks=tmp_path).read(0, 1)
+    assert found.masks[0, 10:20, 5:20].all() and found.masks.sum() == 150

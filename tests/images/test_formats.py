@@ -279,3 +279,18 @@ def test_layout_that_pillow_cannot_decode_is_refused_in_words():
     )
     with pytest.raises(ImageError, match=r"^cannot read a\.tif: .*Pillow cannot decode .*; save it as PNG\.$"):
         decode_image(content, "a.tif")
+
+
+def test_background_beyond_the_palette_of_a_gif_is_white():
+    assert decode_image(gif(200), "a.gif").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_later_frame_of_a_gif_that_was_opened_with_pillow_is_whole():
+    frames = [Image.new("RGB", (6, 6), "red"), Image.new("RGB", (6, 6), "red")]
+    frames[1].paste("blue", (1, 1, 3, 3))
+    file = io.BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    with Image.open(file) as image:
+        image.seek(1)
+        found = as_rgb(image)
+    assert found.getpixel((5, 5)) == (255, 0, 0) and found.getpixel((1, 1)) == (0, 0, 255)

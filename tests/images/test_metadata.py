@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from dave_fast.errors import ImageError, ImageWarning
-from dave_fast.images import as_rgb, decode_image
+from dave_fast.images import as_rgb, decode_image, read_mask
 from dave_fast.images.png import read_header
 from tests.images.files import png, tiff
 
@@ -250,3 +250,13 @@ def test_png_that_is_cut_off_is_refused_in_words(cut):
 def test_picture_opened_with_pillow_is_turned_upright():
     with Image.open(io.BytesIO(written(stored(6), "PNG", exif=exif_of(6)))) as image:
         assert (np.asarray(as_rgb(image))[..., 0] == stored(1)).all()
+
+
+def test_mask_with_a_long_text_is_read(tmp_path):
+    samples = np.array([[[0], [1]]], np.uint32)
+    (tmp_path / "a.png").write_bytes(png(samples, 0, 16, before=[text("zTXt", b"a", b"a" * 3 * MEBIBYTE)]))
+    assert read_mask(tmp_path / "a.png").tolist() == [[False, True]]
+
+
+def test_bytes_behind_the_end_of_a_png_are_no_chunks():
+    assert_upright(png(stored(1)[..., None], 0, 8) + struct.pack(">I", 1 << 20) + b"zTXt" + bytes(100))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dave_fast.errors import ImageError
+from dave_fast.errors import ImageError, ImageWarning
 from dave_fast.images import as_rgb, decode_image
 from tests.images.files import CHANNELS, png
 
@@ -207,3 +207,19 @@ def test_animation_gives_the_default_image(tmp_path):
     for default, expected in ((True, (255, 255, 255)), (False, (255, 255, 255))):
         frames[0].save(tmp_path / "a.png", save_all=True, default_image=default, append_images=frames[1:] * 2)
         assert decode_image((tmp_path / "a.png").read_bytes(), "a.png").getpixel((1, 1)) == expected
+
+
+@pytest.mark.parametrize("bits", [0, 17, 200, 255])
+@pytest.mark.parametrize("colour", [0, 2, 4, 6])
+def test_stated_depth_that_cannot_be_is_left_out(colour, bits):
+    samples = samples_of(colour, 16)
+    content = png(samples, colour, 16, before=[(b"sBIT", bytes([bits] * samples.shape[2]))])
+    assert_close(content, wanted(samples, colour, 16), within=1.5)
+
+
+def test_depth_of_a_transparent_colour_is_noted_where_it_is_lost(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(samples_of(2, 8), 2, 8, before=chunks_of(2, 8, [1, 2, 3])))
+    with Image.open(tmp_path / "a.png") as image:
+        image.load()
+        with pytest.warns(ImageWarning, match="how many bits"):
+            as_rgb(image)

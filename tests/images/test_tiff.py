@@ -280,3 +280,8 @@ def test_first_page_is_turned_upright(tmp_path, orientation, depth, compression)
     (tmp_path / "a.tif").write_bytes(content)
     assert (grey_of(content) == upright).all()
     assert (np.asarray(read_image(tmp_path / "a.tif"))[..., 0] == upright).all()
+
+
+@pytest.mark.parametrize("most", [0, 1, 127, 2**17 - 1, 2**32 - 1])
+def test_greatest_sample_that_cannot_be_changes_nothing(most):
+    assert (grey_of(tiff_of(RAMP * 257, tags={281: ("L", [most])})) == RAMP).all()

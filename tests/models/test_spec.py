@@ -7,8 +7,10 @@ import socket
 from contextlib import suppress
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
@@ -279,3 +281,20 @@ def test_the_pipeline_gives_labels_scores_maps_and_overlays(tmp_path):
         pipe(scene, target=4, top_k=2)
     with pytest.raises(InputError, match="the model has 10 classes"):
         pipe(scene, top_k=11)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "RGBA", "LA"])
+def test_the_pipeline_sees_a_picture_as_it_sees_its_file(tmp_path, mode):
+    import dave_fast
+    from dave_fast.models.demo import demo_scene
+
+    scene = demo_scene().image
+    if mode == "I;16":
+        picture = Image.fromarray(np.asarray(scene.convert("L")).astype(np.uint16) * 257)
+    else:
+        picture = scene.convert(mode)
+        picture.putalpha(100)
+    picture.save(tmp_path / "scene.png")
+    pipe = dave_fast.pipeline("demo")
+    given, (read,) = pipe(picture, n_samples=1), pipe(tmp_path / "scene.png", n_samples=1)
+    assert given[0]["score"] == read["score"] and (given[0]["map"] == read["map"]).all()

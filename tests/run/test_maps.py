@@ -76,6 +76,21 @@ def test_a_record_has_the_map_that_it_has_alone(photos, whole):
         assert (row.seed, row.n_samples, row.status, row.error) == (0, 3, "ok", None)
 
 
+def test_what_was_assumed_about_an_image_is_logged_once(tmp_path, caplog):
+    Image.fromarray(np.linspace(0, 4095, 64 * 64).astype(np.uint16).reshape(64, 64)).save(tmp_path / "scan.png")
+    mapper = Mapper(map_settings(), "cpu")
+    mapper.decode(Record("scan.png", str(tmp_path / "scan.png")))
+    (said,) = [each.getMessage() for each in caplog.records if each.name == "dave_fast.run"]
+    assert said.startswith(f"{tmp_path / 'scan.png'}: its samples run from 0 to 4095")
+
+
+def test_note_on_an_image_does_not_stop_a_worker(tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.fromarray(np.linspace(0, 4095, 64 * 64).astype(np.uint16).reshape(64, 64)).save(tmp_path / "in/scan.png")
+    done = run_dataset(str(tmp_path / "in"), tmp_path / "out", map_settings())
+    assert (done.images, done.errors) == (1, 0)
+
+
 def test_batches_workers_and_interruptions_do_not_change_maps(photos, whole, tmp_path):
     for limit in (2, 5, None):
         run_dataset(

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dave_fast.client import AsyncClient, Client, ServerError
+from dave_fast.client import AsyncClient, Client, ServerError, picture_bytes
 from dave_fast.errors import InputError
+from dave_fast.images import as_rgb, decode_image
 from dave_fast.serve.limits import Limits
 from tests.serve.tiny_server import NAMES, SIZE, file_of, serve_model, serving
 
@@ -95,6 +96,51 @@ def test_a_form_brings_image_and_options(http, photo, alone):
     assert [one["target"] for one in told["maps"]] == [4, 1] and told["samples"] == 7
     values = np.frombuffer(base64.b64decode(told["maps"][0]["map"]["data"]), np.uint8).reshape(SIZE, SIZE)
     assert np.abs(values / 255 - alone(target=4, n_samples=7).maps[0].numpy()).max() <= 0.5 / 255 + 1e-6
+
+
+def scan():
+    """Return a PNG of sixteen bits whose samples use twelve."""
+    file = io.BytesIO()
+    Image.fromarray(np.linspace(0, 4095, SIZE * SIZE).astype(np.uint16).reshape(SIZE, SIZE)).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_what_was_assumed_about_an_image_is_told(http, photo):
+    (note,) = http.post("/v1/explain?n_samples=2", content=scan()).json()["notes"]
+    assert note.startswith("the image: its samples run from 0 to 4095, as data of 12 bits would")
+    picture = http.post("/v1/explain?n_samples=2", content=scan(), headers={"accept": "image/png"})
+    assert picture.headers["x-dave-notes"] == note
+    plain = http.post("/v1/explain?n_samples=2", content=photo)
+    assert plain.json()["notes"] == [] and "x-dave-notes" not in plain.headers
+
+
+def test_client_is_told_what_was_assumed(server):
+    with Client(server[0]) as client:
+        assert "as data of 12 bits would" in client.explain(scan(), n_samples=2).notes[0]
+        assert client.explain(Image.open(io.BytesIO(scan())), n_samples=2).notes
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I", "F", "I;16"])
+def test_client_sends_pictures_of_every_mode(mode):
+    values = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    image = Image.fromarray(values)
+    if mode in ("I", "F", "I;16"):
+        image = Image.fromarray(values.astype({"I": np.int32, "F": np.float32, "I;16": np.uint16}[mode]) * 257)
+    else:
+        image = image.convert(mode)
+    expected = as_rgb(image)
+    assert np.array_equal(np.asarray(decode_image(picture_bytes(image), "a")), np.asarray(expected))
+
+
+def test_client_sends_pictures_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    values = np.arange(32, dtype=np.uint8).reshape(4, 8) * 8
+    Image.fromarray(np.ascontiguousarray(np.rot90(values))).save(file, "PNG", exif=exif)
+    with Image.open(file) as image:
+        found = np.asarray(decode_image(picture_bytes(image), "a"))
+    assert np.array_equal(found[..., 0], values)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
