@@ -93,3 +93,14 @@ def reason_of(error: Exception) -> str:
         return (error.strerror[0].lower() + error.strerror[1:]).rstrip(".")
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".")[:300] if lines else type(error).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error means that memory ran out, on a GPU, in PyTorch's CPU allocator, or in C++."""
+    if isinstance(error, MemoryError):
+        return True
+    # PyTorch's own class is told by its name, so that this module needs no PyTorch
+    words = ("can't allocate memory", "std::bad_alloc", "CUDA out of memory", "out of memory")
+    return isinstance(error, RuntimeError) and (
+        type(error).__name__ == "OutOfMemoryError" or any(word in str(error) for word in words)
+    )

@@ -39,8 +39,8 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def frozen_forward(model: nn.Module, inputs: Tensor) -> Tensor:
     """Return a model's output for inputs (B, C, H, W) with frozen operators and a graph, also under `no_grad`."""
-    with torch.inference_mode(False), torch.enable_grad(), freeze():
-        return run_frozen(model, inputs)
+    with torch.inference_mode(False), torch.enable_grad():
+        return run_frozen(model, inputs.clone(), freeze(inputs))
 
 
 def frozen_vjp(model: nn.Module, inputs: Tensor, target_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -54,7 +54,7 @@ def frozen_vjp(model: nn.Module, inputs: Tensor, target_fn: Callable[[Tensor], T
         output = frozen_forward(model, leaf)
         scores = target_fn(output)
         # the backward pass of a checkpointed model repeats its forward pass
-        with freeze():
+        with freeze(leaf):
             (gradient,) = torch.autograd.grad(scores.sum(), leaf)
     return output.detach(), gradient
 

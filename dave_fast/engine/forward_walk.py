@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dave_fast.engine.bound_ops import BoundOps, Scale, Stream
-from dave_fast.frozen.mode import freeze
+from dave_fast.frozen.mode import run_frozen
 from dave_fast.ops.fp8 import Codes, wide
 from dave_fast.ops.norm import RowSums
 from dave_fast.ops.precision import statistics_dtype
@@ -83,18 +83,18 @@ class ForwardWalk:
         """
         plan = self._plan
         rows = tokens.shape[0]
-        x, squares, rstd_patch, rstd_pre = self._embed(tokens)
+        x, squares, rstd_patch, rstd_pre = self.embed(tokens)
         saved = []
         for i, step in enumerate(plan.steps):
             codes = self._ops.codes(_readers(plan.steps[i + 1 : i + 2]))
-            x, squares, operators = self._step(step, x, squares, rows, codes)
+            x, squares, operators = self.step(step, x, squares, rows, codes)
             saved.append(operators)
         stream = wide(x).view(rows, -1, plan.width).to(statistics_dtype(plan.dtype)).requires_grad_()
-        with torch.enable_grad(), freeze():
-            output = plan.tail(stream)
+        with torch.enable_grad():
+            output = run_frozen(plan.tail, stream)
         return output.detach(), Saved(rows, rstd_patch, rstd_pre, saved, stream, output)
 
-    def _embed(self, tokens: Tensor) -> tuple[Stream, Tensor | None, Tensor | None, Tensor | None]:
+    def embed(self, tokens: Tensor) -> tuple[Stream, Tensor | None, Tensor | None, Tensor | None]:
         """Return the stream (R·N, D), its partial sums of squares, and 1/σ of the norms of patches and of tokens."""
         plan, ops, rstd_patch = self._plan, self._ops, None
         rows, patches, _ = tokens.shape
@@ -116,7 +116,7 @@ class ForwardWalk:
     def _normed(self, norm: Norm, x: Tensor, *, centred: bool) -> tuple[Tensor, Tensor]:
         return self._ops.normalize(x, norm.weight, norm.bias, norm.eps, centres=norm.centres, centred=centred)
 
-    def _step(
+    def step(
         self, step: Step, x: Stream, squares: Tensor | None, rows: int, codes: dict[str, Any]
     ) -> tuple[Stream, Tensor | None, list[SavedLayer]]:
         """Return the stream after a step, its partial sums of squares and the operators of its layers.

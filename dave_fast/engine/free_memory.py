@@ -1,4 +1,4 @@
-"""The free memory of a device, and the errors that mean that it ran out."""
+"""The free memory of a device."""
 
 from __future__ import annotations
 
@@ -10,14 +10,6 @@ import torch
 CGROUP = "/sys/fs/cgroup"
 # share of the free memory that an explanation may take by default
 SHARE = 0.5
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that memory ran out, on a GPU, in PyTorch's CPU allocator, or in C++."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    words = ("can't allocate memory", "std::bad_alloc", "CUDA out of memory", "out of memory")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def megabytes(count: int) -> str:

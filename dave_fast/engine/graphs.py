@@ -33,8 +33,7 @@ import torch
 from torch import Tensor
 
 from dave_fast.engine.eager import Eager
-from dave_fast.engine.free_memory import is_out_of_memory
-from dave_fast.errors import InputError
+from dave_fast.errors import InputError, is_out_of_memory
 from dave_fast.sampling import Draws, identity
 
 logger = logging.getLogger("dave_fast")

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import warnings
 from collections.abc import Callable
@@ -22,7 +21,8 @@ from dave_fast.engine.memory import engine_row_bytes, plan_bytes, weight_bytes
 from dave_fast.engine.walks import Engine
 from dave_fast.errors import InputError, ModelError
 from dave_fast.frozen.mode import freeze, run_frozen
-from dave_fast.frozen.proof import ensure_proved
+from dave_fast.frozen.proof import ReplayReport, check_copy, ensure_proved, prove_frozen
+from dave_fast.isolation import form_of, isolated, own_errors
 from dave_fast.ops.precision import DTYPES
 from dave_fast.plan import families
 from dave_fast.plan.reading import NoPlanError, Reading
@@ -54,6 +54,7 @@ class Route:
         fitting_rows: rows that memory had room for when they were chosen.
         own_rows: sizes of buckets whose rows are the samples of one image.
         most_rows: largest micro-batch since memory ran out.
+        agrees: whether its output has been compared with the model's own (`engine.agreement`).
     """
 
     name: str
@@ -71,6 +72,7 @@ class Route:
     fitting_rows: int = 0
     own_rows: list[int] = field(default_factory=list)
     most_rows: int = sys.maxsize
+    agrees: bool = False
 
     @property
     def capturable(self) -> bool:
@@ -113,27 +115,18 @@ def _frozen_route(model: nn.Module, size: tuple[int, int], dtype: torch.dtype) -
     def forward(tokens: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         with torch.inference_mode(False), torch.enable_grad():
             leaf = tokens.detach().clone().requires_grad_()
-            with freeze():
-                output = run_frozen(model, leaf.view(len(tokens), -1, *size))
+            # a copy, so that a model that works in place does not change the leaf
+            output = run_frozen(model, leaf.view(len(tokens), -1, *size).clone(), freeze(leaf))
         return output.detach(), (leaf, output)
 
     def vjp(saved: tuple[Tensor, Tensor], cotangent: Tensor) -> Tensor:
         leaf, output = saved
-        with freeze():
+        with own_errors(model, "backward pass"), freeze(leaf):
             (gradient,) = torch.autograd.grad(output, leaf, cotangent, retain_graph=True)
         return gradient
 
     weights = weight_bytes(model)
     return Route("frozen", forward, vjp, size, dtype, weights=weights, preferred_rows=FROZEN_ROWS, model=model)
-
-
-def _as(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Return the model if it has this dtype and device and is in evaluation mode, else a copy that does."""
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
-    fits = all(t.dtype == dtype and t.device == device for t in tensors)
-    if fits and not any(m.training for m in model.modules()):
-        return model
-    return copy.deepcopy(model).to(device=device, dtype=dtype).eval()
 
 
 def make_route(
@@ -145,6 +138,7 @@ def make_route(
     device: torch.device,
     backend: str,
     sibling: Route | None = None,
+    no_plan: str | None = None,
 ) -> Route:
     """Return the route of a model, and warn with the reason where "auto" takes the frozen one.
 
@@ -156,28 +150,33 @@ def make_route(
         device: of the walks.
         backend: a name of `ops._registry`, or "auto".
         sibling: this model's route for another image size, in the same precision and on the same device.
+        no_plan: why the engine is not taken although the model can be read; None where nothing is known against it.
 
     Raises:
         InputError: the model does not take images of this shape.
         ModelError: route="engine" or precision="fp8" is given and there is no plan, or the model has no attention.
-        NotFrozenError: the frozen route's proof fails.
+        NotFrozenError: the proof of the frozen route, or of the engine's tail, fails.
     """
     dtype, fp8 = DTYPES[precision], precision == "fp8"
-    read = _read(model, shape)
+    read = no_plan or _read(model, shape)
     if route != "frozen" and isinstance(read, Reading):
         plan = None if sibling is None else sibling.plan
+        if plan is None:
+            _prove_tail(model, read)
         return _engine_route(build_engine(read, dtype=dtype, device=device, backend=backend, sibling=plan, fp8=fp8))
     if route == "engine":
         raise ModelError(f"route='engine' was asked for, but {read}. Use route='auto' or 'frozen'.")
     if fp8:
         why = read if isinstance(read, str) else "route='frozen' was asked for"
         raise ModelError(f"precision='fp8' needs the engine's GEMMs, but {why}. Use precision='bf16'.")
-    _prove(model, shape)
+    report = _prove(model, shape)
+    fitting = None if sibling is None else sibling.model
+    made = isolated(model, dtype, device) if fitting is None else fitting
+    check_copy(made, model, report)
     if route == "auto":
         # in the name of whoever called the explainer's method
         warnings.warn(f"the frozen route is taken (slower, more memory): {read}", stacklevel=5)
-    fitting = None if sibling is None else sibling.model
-    return _frozen_route(_as(model, dtype, device) if fitting is None else fitting, shape[1:], dtype)
+    return _frozen_route(made, shape[1:], dtype)
 
 
 def _read(model: nn.Module, shape: tuple[int, int, int]) -> Reading | str:
@@ -207,12 +206,22 @@ def _read(model: nn.Module, shape: tuple[int, int, int]) -> Reading | str:
     return reading
 
 
-def _prove(model: nn.Module, shape: tuple[int, int, int]) -> None:
-    """Run the affine replay, once a model; raise ModelError for a model without attention."""
+def _prove(model: nn.Module, shape: tuple[int, int, int]) -> ReplayReport:
+    """Run the affine replay, once a model and size; raise ModelError for a model without attention."""
     example = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
-    parameter = next(model.parameters(), example)
-    if not ensure_proved(model, example.to(parameter.device)).has_attention:
+    report = ensure_proved(model, example.to(form_of(model)[0]))
+    if not report.has_attention:
         raise ModelError(
             f"{type(model).__name__} has no attention: DAVE explains transformers. Give a Vision Transformer, or use a "
             "gradient method for this model"
         )
+    return report
+
+
+def _prove_tail(model: nn.Module, reading: Reading) -> None:
+    """Run the affine replay of what follows the last block: norm, pooling, and whatever stands in place of the head."""
+    tokens = len(reading.position) + len(reading.prefix) if reading.read is None else reading.read
+    generator = torch.Generator().manual_seed(0)
+    example = torch.randn(1, tokens, reading.position.shape[1], generator=generator, dtype=torch.float64)
+    device = reading.position.device
+    prove_frozen(reading.tail(torch.float64, device), example.to(device), name=type(model).__name__)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dave_fast.engine import free_memory
+from dave_fast.engine.agreement import PlanDiffersError, disagreement, find_difference
 from dave_fast.engine.bound_ops import PixelOps
 from dave_fast.engine.checks import check_images
 from dave_fast.engine.end_of_call import EndOfCall, WeightsChangedError
@@ -18,8 +19,10 @@ from dave_fast.engine.graphs import make_graphs
 from dave_fast.engine.micro_batches import MicroBatches
 from dave_fast.engine.route import ROUTES, Route, make_route
 from dave_fast.errors import InputError, ModelError
+from dave_fast.isolation import check_readable, form_of
 from dave_fast.models.fingerprint import State
 from dave_fast.ops.precision import DTYPES, own_arithmetic, statistics_dtype
+from dave_fast.plan import families
 from dave_fast.transfers import to_device
 
 T = TypeVar("T")
@@ -70,6 +73,8 @@ class RouteCache:
         self._reads_values = reads_values
         self._routes: dict[tuple[int, ...], Route] = {}
         self._state: State | None = None
+        # why the engine does not serve the model in this state although it can be read
+        self._no_plan: str | None = None
         self._lock = threading.Lock()
 
     @property
@@ -102,13 +107,20 @@ class RouteCache:
             ModelError: the weights changed twice during the call, or the model has no such route.
         """
         with own_arithmetic(self._device):
-            for _ in range(2):
+            changes = 0
+            while changes < 2:
                 end = EndOfCall(defers=self.defers)
                 given = self._checked(images, end)
                 try:
-                    return work(given, self.batches(self.route(given, end), rows, samples), end)
+                    batches = self.batches(self.route(given, end), rows, samples)
+                    if not batches.route.agrees:
+                        self._compare(batches, given)
+                    return work(given, batches, end)
+                except PlanDiffersError as reason:
+                    self._leave_engine(end.state, str(reason))
                 except WeightsChangedError:
                     self._forget(end.state)
+                    changes += 1
         raise ModelError("the model's weights changed twice during one call: explain a copy, or between the changes")
 
     def route(self, images: Tensor, end: EndOfCall | None = None) -> Route:
@@ -121,8 +133,9 @@ class RouteCache:
         shape = (images.shape[1], images.shape[2], images.shape[3])
         with self._lock:
             if self._state is None or not self._state.holds(values=not self.defers):
+                check_readable(self._model)
                 self._routes.clear()
-                self.graphs = self.make_graphs()
+                self.graphs, self._no_plan = self.make_graphs(), None
                 self._state = State(self._model, values=self._reads_values)
             if end is not None:
                 end.state = self._state
@@ -135,9 +148,50 @@ class RouteCache:
                 device=self._device,
                 backend=self._backend,
                 sibling=next(iter(self._routes.values()), None),
+                no_plan=self._no_plan,
             )
             self._routes[shape] = route
             return route
+
+    def _compare(self, batches: MicroBatches, images: Tensor) -> None:
+        """Compare a new route's output with the model's own for the first image.
+
+        The output that is computed for it is that of the call.
+
+        Raises:
+            PlanDiffersError: the engine's output is not the model's.
+            ModelError: the frozen route's output is not the model's, which rounding alone can cause.
+        """
+        route, model, image = batches.route, self._model, images[:1]
+        if route.model is not None and form_of(model)[1] == route.dtype:
+            # the frozen route's copy computes in the model's own precision: it is the comparison
+            route.agrees = True
+            return
+        output = batches.outputs(images)[:1]
+        if not (image.isfinite().all() and output.isfinite().all()):
+            # the call ends with NonFiniteError, and the next one compares
+            return
+        error = disagreement(output, model, image, route.dtype, fp8=self._precision == "fp8")
+        if error is None:
+            route.agrees = True
+        elif route.plan is None:
+            raise ModelError(
+                f"in {self._precision} the output of {type(model).__name__} is off by {error:.0%} from its own forward: "
+                "its arithmetic loses too much in this precision. Give precision='fp32'"
+            )
+        else:
+            where = find_difference(model, families.read(model, (images.shape[2], images.shape[3])), image)
+            raise PlanDiffersError(
+                f"the plan that its class promises gives another output than its own forward, off by {error:.1%}, "
+                f"because of {where}"
+            )
+
+    def _leave_engine(self, state: State | None, reason: str) -> None:
+        """Take the frozen route as long as the model is in this state."""
+        with self._lock:
+            if self._state is state:
+                self._routes.clear()
+                self.graphs, self._no_plan = self.make_graphs(), reason
 
     def batches(self, route: Route, rows: int | None = None, samples: int | None = None) -> MicroBatches:
         """Return the loop over micro-batches of a route; rows and samples as for `call`."""

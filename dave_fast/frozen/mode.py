@@ -20,9 +20,10 @@ An OPERATOR is detached where it meets a value and not before. One that is used 
 product of two VALUEs (x·x), has no rule and keeps autograd's gradient; `frozen.proof`, which checks every model, finds
 it. The rules are in `dave_fast/frozen/rules.py`.
 
-The model is only called. Its parameters enter every function as detached aliases, so that none gets a gradient, and
-no hook, module or attribute is set on it. Until the backward pass autograd keeps the gates and norm scales of every
-layer, and P where the model writes attention as two matrix products.
+The input alone is live: a tensor depends on it if autograd's graph of the tensor reaches it. Every other tensor, a
+parameter, a leaf that requires a gradient, or a value kept from an earlier pass with its graph, enters every function
+as a detached alias. Until the backward pass autograd keeps the gates and norm scales of every layer, and P where the
+model writes attention as two matrix products.
 """
 
 from __future__ import annotations
@@ -32,31 +33,43 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from dave_fast.errors import ModelError
 from dave_fast.frozen.ranks import KEEPS_ACTIVATION, TAKES_A_FORM, Rank, canonical, rank_of, set_rank
 from dave_fast.frozen.rules import RULES
+from dave_fast.isolation import logits_of, own_errors
 
 Function = Callable[..., Any]
 
 _DISPATCH_CHECKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+# the attribute of a tensor that holds the mark of the input on which it depends
+_MARK = "_dave_fast_input"
 _ATTRIBUTE_ACCESS = ("__get__", "__set__", "__delete__", "requires_grad_", "register_hook")
+
+
+class _Mark:
+    """The identity of one input."""
 
 
 class FrozenMode(TorchFunctionMode):
     """A mode in which every operator that depends on the input is a constant for autograd.
 
     Args:
+        inputs: the input, (B, C, H, W) images or (R, N, D) tokens; it requires a gradient.
         keep: of the affine replay: (name of a function, its operator) -> the operator to use.
 
     Attributes:
         met: names of the functions that were called on tensors that depend on the input.
     """
 
-    def __init__(self, keep: Callable[[str, Tensor], Tensor] | None = None) -> None:
+    def __init__(self, inputs: Tensor, keep: Callable[[str, Tensor], Tensor] | None = None) -> None:
         super().__init__()
-        self._keep = keep
+        self._inputs, self._keep = inputs, keep
+        # a mark of the tensors that depend on this input, kept by it: the modes of its backward passes share it
+        self._mark = getattr(inputs, _MARK, None) or _Mark()
+        setattr(inputs, _MARK, self._mark)
         self.met: set[str] = set()
         self._name = ""
         self._inside: list[Function] = []
@@ -70,11 +83,10 @@ class FrozenMode(TorchFunctionMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
-        if name in _ATTRIBUTE_ACCESS and name != "__get__":
+        if name in _ATTRIBUTE_ACCESS and not (name == "__get__" and self.is_live(args[0])):
             return func(*args, **kwargs)
-        if name != "__get__" or not (args and isinstance(args[0], nn.Parameter)):
-            args = [_constant(a) for a in args]
-            kwargs = {key: _constant(value) for key, value in kwargs.items()}
+        args = [self._constant(a) for a in args]
+        kwargs = {key: self._constant(value) for key, value in kwargs.items()}
         live = live_tensors((*args, *kwargs.values()))
         if not live:
             return func(*args, **kwargs)
@@ -88,6 +100,26 @@ class FrozenMode(TorchFunctionMode):
                 return composite(*args, **kwargs)
         finally:
             self._inside.pop()
+
+    def is_live(self, tensor: Any) -> bool:
+        """Return whether a tensor depends on the input by a differentiable path."""
+        if not isinstance(tensor, Tensor) or not tensor.requires_grad or isinstance(tensor, nn.Parameter):
+            return False
+        if getattr(tensor, _MARK, None) is self._mark:
+            return True
+        # made outside of the mode, by a custom autograd function, or in place
+        if not _reaches(tensor, self._inputs):
+            return False
+        setattr(tensor, _MARK, self._mark)
+        return True
+
+    def _constant(self, value: Any) -> Any:
+        """Return a detached alias of a tensor that does not depend on the input, whatever its requires_grad."""
+        if isinstance(value, Tensor):
+            return value.detach() if value.requires_grad and not self.is_live(value) else value
+        if isinstance(value, list | tuple) and any(isinstance(v, Tensor) and v.requires_grad for v in value):
+            return [self._constant(v) for v in value]
+        return value
 
     def _call(self, func: Function, args: Sequence[Any], kwargs: dict[str, Any], live: list[Tensor]) -> Any:
         """Run one function of PyTorch's core on `live` tensors, by its rule or as it is."""
@@ -106,6 +138,8 @@ class FrozenMode(TorchFunctionMode):
         if in_place and result is not args[0]:
             # the rule made a new tensor, and callers expect the result in the argument
             result = set_rank(args[0].copy_(result), rank_of(result))
+        for tensor in live_tensors([result]):
+            setattr(tensor, _MARK, self._mark)
         return result
 
     def operator(self, tensor: Tensor) -> Tensor:
@@ -126,40 +160,38 @@ class FrozenMode(TorchFunctionMode):
         return result
 
 
-def freeze() -> FrozenMode:
-    """Return a context in which any model's forward pass has frozen operators.
+def freeze(inputs: Tensor) -> FrozenMode:
+    """Return a context in which any model's forward pass on these inputs has frozen operators.
 
-    Use it as `with freeze(): output = model(x)`, with an input that requires a gradient. Activation checkpointing
-    recomputes in the backward pass, so call `torch.autograd.grad` within the context too. A context serves one `with`
-    at a time; take one per thread.
+    Use it as `with freeze(x): output = model(x)`, with an input that requires a gradient. Activation checkpointing
+    recomputes in the backward pass, so call `torch.autograd.grad` within the context of the same input too. A context
+    serves one `with` at a time; take one per thread.
     """
-    return FrozenMode()
+    return FrozenMode(inputs)
 
 
-def run_frozen(model: nn.Module, inputs: Tensor) -> Tensor:
-    """Call a model within an active mode and return its output, checked.
+def run_frozen(model: nn.Module, inputs: Tensor, mode: FrozenMode | None = None) -> Tensor:
+    """Call a model with frozen operators and return its output, checked.
 
     Args:
-        model: any module in evaluation mode.
-        inputs: (B, C, H, W), requires a gradient.
+        model: any module in evaluation mode; it may change the inputs in place.
+        inputs: (B, ...), requires a gradient.
+        mode: of these inputs, or of a leaf that they are a view of; None makes one.
 
     Returns:
         The output (B, ...) or its tensor `logits`, with autograd's graph to `inputs`.
 
     Raises:
-        ModelError: the model is in training mode, its output is no tensor and has no tensor `logits`, or the output
-            does not depend on the inputs.
+        ModelError: the model is in training mode, its forward raises, its output is no tensor and has no tensor
+            `logits`, or the output does not depend on the inputs.
     """
     _require_evaluation(model)
-    # a copy, so that a model that works in place does not change the caller's tensor
-    output = model(inputs.clone())
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
-        raise ModelError(
-            f"the model {type(model).__name__} returned {type(output).__name__}; expected a tensor (B, classes): "
-            "wrap the model in a module that returns its logits"
-        )
-    if not logits.requires_grad:
+    mode = mode or freeze(inputs)
+    form = f"forward pass on inputs {tuple(inputs.shape)} in {str(inputs.dtype).removeprefix('torch.')}"
+    with own_errors(model, form), mode:
+        output = model(inputs)
+    logits = logits_of(model, output)
+    if not mode.is_live(logits):
         raise ModelError(
             f"the output of {type(model).__name__} does not depend on its input by any differentiable path: does "
             "its forward use torch.no_grad() or detach()?"
@@ -191,13 +223,19 @@ def live_tensors(values: Iterable[Any]) -> list[Tensor]:
     return found
 
 
-def _constant(value: Any) -> Any:
-    """Return a detached alias of a parameter, so that requires_grad is not set on the user's model."""
-    if isinstance(value, nn.Parameter):
-        return value.detach()
-    if isinstance(value, list | tuple) and any(isinstance(v, nn.Parameter) for v in value):
-        return [_constant(v) for v in value]
-    return value
+def _reaches(tensor: Tensor, inputs: Tensor) -> bool:
+    """Return whether autograd's graph of a tensor leads back to the inputs."""
+    if tensor is inputs or not inputs.requires_grad:
+        return tensor is inputs
+    goal, pending, seen = get_gradient_edge(inputs).node, [tensor.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is goal:
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            pending += [before for before, _ in node.next_functions]
+    return False
 
 
 def _entered(func: Function) -> Function | None:

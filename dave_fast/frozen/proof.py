@@ -4,26 +4,33 @@ Operators (P, norm scales, gates, masks) are recorded at x. Replayed with them, 
 input, and the frozen gradient w is its slope: f(x+δ) − f(x) = ⟨w, δ⟩ for any δ, to rounding. Where that fails, some
 product that depends on the input was not frozen, or a path lost its gradient.
 
-The proof runs on one image and on a deep copy of the model in float64 and evaluation mode, so that the tolerance can be
+The proof runs on one image and on a copy of the model in float64 and evaluation mode, so that the tolerance can be
 1e-12; the user's model is not called. Casts to lower precision inside the model are ignored. It takes the memory of the
 copy (8 bytes a weight) and of the recorded operators, and four forward passes and one backward pass in float64.
+
+The copy that is then run, in the precision that was asked for, comes from the same conversion (`dave_fast.isolation`),
+and its gradient at the image of the proof is compared with the proven slope: `check_copy`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from dave_fast.errors import ModelError, NonFiniteError, NotFrozenError
-from dave_fast.frozen.mode import freeze
+from dave_fast.frozen.mode import freeze, run_frozen
 from dave_fast.frozen.replay import Replay
-from dave_fast.frozen.trace import Trace, find_culprit
+from dave_fast.frozen.trace import Trace, find_culprit, find_rounding
+from dave_fast.isolation import form_of, own_errors
 from dave_fast.models.fingerprint import fingerprint
 
 TOLERANCE = 1e-12
+# relative error of a copy's gradient above which it is that of another function: rounding alone gives a few per cent
+# in bfloat16 and 1e-5 in float32
+COPY_TOLERANCE = {torch.float64: 1e-2, torch.float32: 1e-2, torch.float16: 0.5, torch.bfloat16: 0.5}
 
 # a model has attention where one of these functions has an operator as a factor, P or softmax(q·kᵀ) of P·v, or where it
 # calls softmax and multiplies its weights and the values one by one (MobileViT v2)
@@ -37,15 +44,31 @@ _OUTPUT_SHARE = 0.01
 
 
 @dataclass(frozen=True)
+class Proven:
+    """The frozen gradient that the replay has proved, in float64.
+
+    Attributes:
+        x: the image (1, C, H, W).
+        cotangent: of the output (1, ...).
+        slope: the gradient (1, C, H, W).
+    """
+
+    x: Tensor
+    cotangent: Tensor
+    slope: Tensor
+
+
+@dataclass(frozen=True)
 class ReplayReport:
     """The result of an affine replay.
 
     Attributes:
-        model: name of the model's class.
+        model: name of the model.
         errors: |⟨c, f(x+δ) − f(x)⟩ − ⟨w, δ⟩| / (‖c‖·(‖f(x+δ) − f(x)‖ + ‖f(x)‖/100)), one for each δ of norm ‖x‖; c is
             the cotangent.
         operators: how many operators were recorded.
         functions: names of the functions in which they were used, and "softmax" where it was called.
+        proven: what was compared.
         culprit: path and class of the module where it failed, and how; None where it held.
     """
 
@@ -53,6 +76,7 @@ class ReplayReport:
     errors: tuple[float, ...]
     operators: int
     functions: frozenset[str]
+    proven: Proven = field(repr=False, compare=False)
     culprit: str | None = None
 
     @property
@@ -66,43 +90,82 @@ class ReplayReport:
         return all(error <= TOLERANCE for error in self.errors)
 
 
-def affine_replay(model: nn.Module, inputs: Tensor, *, seed: int = 0) -> ReplayReport:
+def affine_replay(model: nn.Module, inputs: Tensor, *, seed: int = 0, name: str | None = None) -> ReplayReport:
     """Replay a model with the operators of one image at two other inputs and compare with the frozen gradient.
 
     Args:
         model: any nn.Module.
-        inputs: (B, C, H, W), of which the first image is used.
+        inputs: (B, ...), of which the first is used: images (B, C, H, W), or tokens for the tail of a model.
         seed: of the cotangent, a random combination of all outputs, and of the δ; no global generator is changed.
+        name: of the model, for messages; None takes that of its class.
 
     Raises:
         ModelError: the model is random or constant, or cannot be copied.
         NotFrozenError: its path depends on the input.
         NonFiniteError: its output has NaN or infinity.
     """
-    replay = Replay(model, inputs)
+    replay = Replay(model, inputs, name or type(model).__name__)
     output = replay.forward(replay.x, Trace())
     _check_output(replay, output)
     generator = torch.Generator().manual_seed(seed)
     cotangent = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.device)
-    with freeze():
+    with own_errors(model, "backward pass"), freeze(replay.x):
         (slope,) = torch.autograd.grad(output, replay.x, cotangent)
     steps = [_step(replay.x, generator) for _ in range(2)]
     errors = tuple(_error(replay, output, cotangent, slope, step) for step in steps)
-    report = ReplayReport(replay.name, errors, len(replay.tape.entries), replay.functions)
+    proven = Proven(replay.x.detach(), cotangent, slope)
+    report = ReplayReport(replay.name, errors, len(replay.tape.entries), replay.functions, proven)
     return report if report.passed else replace(report, culprit=_locate(replay, cotangent, steps[0]))
 
 
-def prove_frozen(model: nn.Module, inputs: Tensor) -> ReplayReport:
+def prove_frozen(model: nn.Module, inputs: Tensor, *, name: str | None = None) -> ReplayReport:
     """Run `affine_replay` and raise NotFrozenError, with the name of the module where it fails, unless it holds."""
-    report = affine_replay(model, inputs)
+    report = affine_replay(model, inputs, name=name)
     if not report.passed:
         raise NotFrozenError(
             f"the frozen gradient of {report.model} would be wrong: with its operators held constant the model is not "
             f"the affine function that it should be; its affine replay is off by {max(report.errors):.1e} (tolerance "
-            f"{TOLERANCE:.0e}), because of {report.culprit}. Write that step with functions that "
-            "have a frozen form (dave_fast/frozen/rules.py lists them), without detach() or custom autograd functions"
+            f"{TOLERANCE:.0e}), because of {report.culprit}. Where the model ends in a softmax, a sigmoid or another "
+            "function of its logits, explain the logits: give the model without it. Otherwise write that step with "
+            "functions that have a frozen form (dave_fast/frozen/rules.py lists them), without detach() or custom "
+            "autograd functions"
         )
     return report
+
+
+def check_copy(made: nn.Module, model: nn.Module, report: ReplayReport) -> None:
+    """Raise ModelError where a converted copy of a proved model has another frozen gradient than the proven one.
+
+    Args:
+        made: the copy, in any precision, in evaluation mode.
+        model: the model that was proved.
+        report: of its proof.
+    """
+    proven, (device, dtype) = report.proven, form_of(made)
+    with torch.inference_mode(False), torch.enable_grad():
+        x = proven.x.to(device, dtype).detach().requires_grad_()
+        output = run_frozen(made, x.clone(), freeze(x))
+        with own_errors(model, "backward pass"), freeze(x):
+            (gradient,) = torch.autograd.grad(output, x, proven.cotangent.to(output))
+    error = float((gradient.to(proven.slope) - proven.slope).norm() / proven.slope.norm())
+    # a NaN is refused, too
+    if not error <= COPY_TOLERANCE[dtype]:
+        precision = str(dtype).removeprefix("torch.")
+        raise ModelError(
+            f"in {precision} the frozen gradient of {report.model} is off by {error:.0%} from that in float64, most of "
+            f"it by {_locate_rounding(made, model, proven.x)}. Give precision='fp32'"
+        )
+
+
+def _locate_rounding(made: nn.Module, model: nn.Module, x: Tensor) -> str:
+    """Name the module of a copy that rounds most, against a float64 copy of the model."""
+    exact, rounded = Trace(keeps_calls=True), Trace(keeps_calls=True)
+    replay = Replay(model, x, type(model).__name__)
+    replay.forward(replay.x, exact)
+    device, dtype = form_of(made)
+    with torch.no_grad(), rounded.watching(made):
+        made(x.to(device, dtype))
+    return find_rounding(exact, rounded, torch.finfo(dtype).eps)
 
 
 _proved: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], tuple[object, ReplayReport]]] = WeakKeyDictionary()

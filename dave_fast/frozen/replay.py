@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dave_fast.errors import ModelError, NotFrozenError
+from dave_fast.errors import NotFrozenError
 from dave_fast.frozen.mode import FrozenMode, live_tensors, run_frozen
 from dave_fast.frozen.ranks import canonical
 from dave_fast.frozen.trace import Trace
+from dave_fast.isolation import isolated
 
-_LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
+_WIDER = {
+    **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64),
+    torch.complex64: torch.complex128,
+}
 # functions that take no tensors of different types, and never write into one
 _SAME_TYPE = frozenset(["matmul", "mm", "bmm", "mv", "dot", "linear", "conv1d", "conv2d", "conv3d", "addmm", "baddbmm"])
 
@@ -55,7 +58,7 @@ class OperatorTape:
         self._next = 0
 
 
-class _PathError(Exception):
+class _PathError(NotFrozenError):
     """An operator of a replay that the recorded pass did not have there."""
 
 
@@ -81,10 +84,10 @@ class _DoubleMode(FrozenMode):
 
 def _lifted(value: Any, products: bool) -> Any:
     """Replace a lower precision by float64; in products of equal types, constants of lower precision too."""
-    if isinstance(value, torch.dtype) and value in _LOW_PRECISION:
-        return torch.float64
-    if products and isinstance(value, Tensor) and value.dtype in _LOW_PRECISION:
-        return value.double()
+    if isinstance(value, torch.dtype):
+        return _WIDER.get(value, value)
+    if products and isinstance(value, Tensor) and value.dtype in _WIDER:
+        return value.to(_WIDER[value.dtype])
     return value
 
 
@@ -93,24 +96,20 @@ class Replay:
 
     Args:
         model: any module; it is copied and not called.
-        inputs: (B, C, H, W), of which the first image is used.
+        inputs: (B, ...), of which the first is used: images, or tokens for the tail of a model.
+        name: of the model, for messages.
 
     Attributes:
-        name: of the model's class.
+        name: of the model.
         model: the copy.
-        x: the image (1, C, H, W) in float64.
+        x: the first input (1, ...) in float64.
         tape: the operators at `x`.
         functions: names of the functions in which operators were used, and "softmax" where it was called.
     """
 
-    def __init__(self, model: nn.Module, inputs: Tensor) -> None:
-        self.name = type(model).__name__
-        try:
-            self.model = copy.deepcopy(model).double().eval()
-        except Exception as error:
-            raise ModelError(
-                f"{self.name} cannot be copied for the affine replay: {error}. Give a model that copy.deepcopy can copy"
-            ) from error
+    def __init__(self, model: nn.Module, inputs: Tensor, name: str) -> None:
+        self.name = name
+        self.model = isolated(model, torch.float64)
         with torch.inference_mode(False):
             self.x = inputs[:1].clone().detach().double().requires_grad_()
         self.tape = OperatorTape()
@@ -118,7 +117,7 @@ class Replay:
         self._passes = 0
 
     def forward(self, x: Tensor, trace: Trace) -> Tensor:
-        """Return the output (1, K) at x (1, C, H, W).
+        """Return the output (1, K) at x (1, ...), which requires a gradient.
 
         The first call records the operators, all others use the recorded ones. Raises NotFrozenError where the model
         takes another path than in the recorded pass.
@@ -128,8 +127,10 @@ class Replay:
             # fork_rng restores the caller's generator; a model that draws numbers must not draw the same ones twice
             torch.default_generator.manual_seed(self._passes)
             try:
-                with _DoubleMode(self.tape.keep) as mode, trace.watching(self.model):
-                    output = run_frozen(self.model, x)
+                mode = _DoubleMode(x, self.tape.keep)
+                with trace.watching(self.model):
+                    # a copy, so that a model that works in place does not change x
+                    output = run_frozen(self.model, x.clone(), mode)
                 self.tape.finish()
                 self.functions = frozenset(name for name, _ in self.tape.entries) | (mode.met & {"softmax"})
             except _PathError as error:

@@ -19,6 +19,9 @@ from torch.utils import _pytree as pytree
 # far above rounding in float64 through one module, far below any variation of an operator that matters
 _LOCAL_TOLERANCE = 1e-9
 
+# how much more error than its input and one rounding a module's output may have
+_ROUNDING = 8
+
 Recorded = list[tuple[Tensor, Tensor]]
 
 
@@ -111,6 +114,27 @@ def find_culprit(before: Trace, after: Trace, score: Tensor) -> str:
         if reason is not None:
             return f"{call.name}: {reason}"
     return f"a step outside of any module, or rounding (no module is off by more than {_LOCAL_TOLERANCE:.0e})"
+
+
+def find_rounding(exact: Trace, rounded: Trace, unit: float) -> str:
+    """Name the first and innermost module whose output has far more error than its input.
+
+    Args:
+        exact: a pass in float64.
+        rounded: a pass of a copy in lower precision, at the same input.
+        unit: the machine epsilon of that precision.
+    """
+    for call, other in zip(exact.calls, rounded.calls, strict=False):
+        before, after = _error(call.inputs, other.inputs), _error(call.outputs, other.outputs)
+        if not after <= _ROUNDING * (before + unit):
+            return call.name
+    return "all modules together"
+
+
+def _error(exact: Recorded, rounded: Recorded) -> float:
+    """Return the largest relative difference of tensors in pairs."""
+    pairs = [(a, b.to(a)) for (_, a), (_, b) in zip(exact, rounded, strict=False) if a.shape == b.shape]
+    return max((float((a - b).norm() / a.norm().clamp(min=1e-300)) for a, b in pairs), default=0.0)
 
 
 def _broken(call: Call, moved: Call, reached: set[int]) -> str | None:

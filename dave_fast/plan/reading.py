@@ -159,7 +159,7 @@ class Reading:
         norm_pre: of all tokens, ahead of the blocks.
         blocks: the steps of each block.
         read: leading tokens that the tail reads; None for all.
-        tail: dtype -> module of what follows the last block, tokens (R, read, D) -> output (R, ...).
+        tail: (dtype, device) -> module of what follows the last block, tokens (R, read, D) -> output (R, ...).
         blind: whether the tail ignores each token's mean.
     """
 
@@ -173,7 +173,7 @@ class Reading:
     norm_pre: Norm | None
     blocks: tuple[tuple[Step, ...], ...]
     read: int | None
-    tail: Callable[[torch.dtype], nn.Module]
+    tail: Callable[[torch.dtype, torch.device], nn.Module]
     blind: bool
 
     @property

@@ -15,6 +15,7 @@ import torch
 from timm.layers import DropPath, PatchDropout, PatchDropoutWithIndices, PatchEmbed, resample_abs_pos_embed
 from torch import Tensor, nn
 
+from dave_fast.isolation import isolated
 from dave_fast.plan.reading import Family, Linear, NoPlanError, Reading, Step
 from dave_fast.plan.timm_parts import LAYER_NORMS, read_norm
 
@@ -139,19 +140,22 @@ def _read_embedding(model: Any, grid: tuple[int, int]) -> tuple[Linear, Tensor, 
 
 
 class Tail(nn.Module):
-    """The final norm, pooling and head of a model, as copies of its own modules."""
+    """The final norm, pooling and head of a model, as copies of its own modules.
 
-    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+    Args:
+        model: the model.
+        dtype: of the copies.
+        device: of the copies.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         shell = copy.copy(model)
-        # the copy keeps its own table of modules, without the blocks and the embedding
-        kept = {k: m for k, m in model._modules.items() if k not in BODY}
-        shell.__dict__ = model.__dict__ | {
-            "_modules": {k: copy.deepcopy(m) for k, m in kept.items()},
-            "_parameters": {},
-            "_buffers": {},
-        }
-        self.model: Any = shell.to(dtype).eval().requires_grad_(False)
+        # the shell has its own table of modules, without the blocks and the embedding
+        kept = {name: module for name, module in model._modules.items() if name not in BODY}
+        shell.__dict__ = model.__dict__ | {"_modules": kept, "_parameters": {}, "_buffers": {}}
+        self.model: Any = isolated(shell, dtype, device)
+        self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output (R, ...) for the tokens (R, tokens, D) after the last block."""

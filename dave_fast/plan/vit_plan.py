@@ -135,7 +135,7 @@ def make_plan(
         norm_pre=builder.norm(reading.norm_pre),
         centred=centred,
         steps=tuple(builder.step(step, i) for i, step in enumerate(reading.steps)),
-        tail=reading.tail(statistics_dtype(dtype)).to(builder.device),
+        tail=reading.tail(statistics_dtype(dtype), builder.device),
     )
 
 

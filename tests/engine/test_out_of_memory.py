@@ -6,9 +6,8 @@ import pytest
 import torch
 
 import dave_fast
-from dave_fast.engine.free_memory import is_out_of_memory
 from dave_fast.engine.graphs import Graphs, direct
-from dave_fast.errors import OutOfMemoryError
+from dave_fast.errors import OutOfMemoryError, is_out_of_memory
 from tests.tiny import random_vit
 
 SHORTAGES = {

@@ -152,7 +152,7 @@ def test_the_context_and_the_forward() -> None:
     model, images = ENGINE["vit"].build(torch.float64), ENGINE["vit"].images(dtype=torch.float64)
     expected_output, expected = frozen_vjp(model, images, second_score)
     leaf = images.clone().requires_grad_()
-    with freeze():
+    with freeze(leaf):
         output = model(leaf)
     assert torch.equal(output, expected_output)
     assert torch.equal(torch.autograd.grad(second_score(output).sum(), leaf)[0], expected)

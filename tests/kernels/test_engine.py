@@ -53,7 +53,7 @@ def test_the_walks_are_as_good_as_plain_pytorch(name, dtype, device):
 
 def test_an_identity_tail_does_not_change_the_cotangent(device):
     engine = engine_of(ENGINE["vit-average-all-tokens"].build(), dtype=torch.float32, device=device, backend="triton")
-    engine.plan = replace(engine.plan, tail=torch.nn.Identity())
+    engine.plan = replace(engine.plan, tail=torch.nn.Identity().eval())
     images = ENGINE["vit-average-all-tokens"].images(2).to(device)
     output, saved = engine.forward(patchify(images, engine.plan.patch_size))
     cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(3)).to(device)
@@ -71,7 +71,7 @@ class Transposed(torch.nn.Module):
 
 def test_a_row_is_the_same_alone_where_the_tail_transposes(device):
     engine = engine_of(ENGINE["vit-average-all-tokens"].build(), dtype=torch.float32, device=device, backend="triton")
-    engine.plan = replace(engine.plan, tail=Transposed())
+    engine.plan = replace(engine.plan, tail=Transposed().eval())
     tokens = patchify(ENGINE["vit-average-all-tokens"].images(2).to(device), engine.plan.patch_size)
     output, saved = engine.forward(tokens)
     cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(3)).to(device)
