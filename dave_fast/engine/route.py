@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,10 +19,11 @@ from dave_fast.engine.buckets import Cost, Kernel, flat_cost, full_rows, plan_ge
 from dave_fast.engine.build import build_engine
 from dave_fast.engine.memory import engine_row_bytes, plan_bytes, weight_bytes
 from dave_fast.engine.walks import Engine
-from dave_fast.errors import InputError, ModelError
+from dave_fast.errors import InputError, ModelError, NonFiniteError
 from dave_fast.frozen.mode import freeze, run_frozen
 from dave_fast.frozen.proof import ReplayReport, check_copy, ensure_proved, prove_frozen
 from dave_fast.isolation import form_of, isolated, own_errors
+from dave_fast.models.fingerprint import Attribute, attributes, written
 from dave_fast.ops.precision import DTYPES
 from dave_fast.plan import families
 from dave_fast.plan.reading import NoPlanError, Reading
@@ -54,6 +55,7 @@ class Route:
         fitting_rows: rows that memory had room for when they were chosen.
         own_rows: sizes of buckets whose rows are the samples of one image.
         most_rows: largest micro-batch since memory ran out.
+        written: attributes that the model's own forward writes, so that they may change between calls.
         agrees: whether its output has been compared with the model's own (`engine.agreement`).
     """
 
@@ -72,6 +74,7 @@ class Route:
     fitting_rows: int = 0
     own_rows: list[int] = field(default_factory=list)
     most_rows: int = sys.maxsize
+    written: Collection[Attribute] = ()
     agrees: bool = False
 
     @property
@@ -172,11 +175,12 @@ def make_route(
     report = _prove(model, shape)
     fitting = None if sibling is None else sibling.model
     made = isolated(model, dtype, device) if fitting is None else fitting
+    before = attributes(made)
     check_copy(made, model, report)
     if route == "auto":
         # in the name of whoever called the explainer's method
         warnings.warn(f"the frozen route is taken (slower, more memory): {read}", stacklevel=5)
-    return _frozen_route(made, shape[1:], dtype)
+    return replace(_frozen_route(made, shape[1:], dtype), written=written(made, before))
 
 
 def _read(model: nn.Module, shape: tuple[int, int, int]) -> Reading | str:
@@ -224,4 +228,8 @@ def _prove_tail(model: nn.Module, reading: Reading) -> None:
     generator = torch.Generator().manual_seed(0)
     example = torch.randn(1, tokens, reading.position.shape[1], generator=generator, dtype=torch.float64)
     device = reading.position.device
-    prove_frozen(reading.tail(torch.float64, device), example.to(device), name=type(model).__name__)
+    try:
+        prove_frozen(reading.tail(torch.float64, device), example.to(device), name=type(model).__name__)
+    except NonFiniteError:
+        # every call checks its output and names the images
+        return

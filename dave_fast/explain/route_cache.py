@@ -137,8 +137,6 @@ class RouteCache:
                 self._routes.clear()
                 self.graphs, self._no_plan = self.make_graphs(), None
                 self._state = State(self._model, values=self._reads_values)
-            if end is not None:
-                end.state = self._state
             # inserted again, so that the last entry is the route that was used last
             route = self._routes.pop(shape, None) or make_route(
                 self._model,
@@ -151,6 +149,10 @@ class RouteCache:
                 no_plan=self._no_plan,
             )
             self._routes[shape] = route
+            if not self._state.ignored.issuperset(route.written):
+                self._state = State(self._model, values=self._reads_values, ignored=route.written)
+            if end is not None:
+                end.state = self._state
             return route
 
     def _compare(self, batches: MicroBatches, images: Tensor) -> None:

@@ -29,9 +29,11 @@ model writes attention as two matrix products.
 from __future__ import annotations
 
 import types
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
@@ -50,7 +52,10 @@ _ATTRIBUTE_ACCESS = ("__get__", "__set__", "__delete__", "requires_grad_", "regi
 
 
 class _Mark:
-    """The identity of one input."""
+    """The identity of one input, and the tensors that require a gradient and do not depend on it, by their id."""
+
+    def __init__(self) -> None:
+        self.constants: dict[int, weakref.ref[Tensor]] = {}
 
 
 class FrozenMode(TorchFunctionMode):
@@ -108,10 +113,15 @@ class FrozenMode(TorchFunctionMode):
         if getattr(tensor, _MARK, None) is self._mark:
             return True
         # made outside of the mode, by a custom autograd function, or in place
-        if not _reaches(tensor, self._inputs):
-            return False
-        setattr(tensor, _MARK, self._mark)
-        return True
+        if _reaches(tensor, self._inputs):
+            setattr(tensor, _MARK, self._mark)
+            return True
+        known = self._mark.constants.get(id(tensor))
+        if _in_backward() and (known is None or known() is not tensor):
+            # a graph of its own, which a custom autograd function builds in its backward
+            return True
+        self._mark.constants[id(tensor)] = weakref.ref(tensor)
+        return False
 
     def _constant(self, value: Any) -> Any:
         """Return a detached alias of a tensor that does not depend on the input, whatever its requires_grad."""
@@ -221,6 +231,11 @@ def live_tensors(values: Iterable[Any]) -> list[Tensor]:
         elif isinstance(value, list | tuple):
             found += live_tensors(value)
     return found
+
+
+def _in_backward() -> bool:
+    """Return whether this thread runs a backward pass; activation checkpointing repeats the forward pass in it."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def _reaches(tensor: Tensor, inputs: Tensor) -> bool:

@@ -125,10 +125,9 @@ def prove_frozen(model: nn.Module, inputs: Tensor, *, name: str | None = None) -
         raise NotFrozenError(
             f"the frozen gradient of {report.model} would be wrong: with its operators held constant the model is not "
             f"the affine function that it should be; its affine replay is off by {max(report.errors):.1e} (tolerance "
-            f"{TOLERANCE:.0e}), because of {report.culprit}. Where the model ends in a softmax, a sigmoid or another "
-            "function of its logits, explain the logits: give the model without it. Otherwise write that step with "
-            "functions that have a frozen form (dave_fast/frozen/rules.py lists them), without detach() or custom "
-            "autograd functions"
+            f"{TOLERANCE:.0e}), because of {report.culprit}. Write that step with functions that have a frozen form "
+            "(dave_fast/frozen/rules.py lists them), without detach() or custom autograd functions; where it is a "
+            "softmax, a sigmoid or another function of the logits, explain the logits: give the model without it"
         )
     return report
 

@@ -1,24 +1,34 @@
-"""A fingerprint of a model's modules, settings and weights, by which changes to the model are noticed.
+"""A fingerprint of a model's code, modules, settings and weights, by which changes to the model are noticed.
 
-The structure (replaced modules, parameters and buffers, hooks, replaced forwards, settings such as `eps`, and in-place
-updates, by autograd's version counter) is compared on the host. Writes through `.data` do not advance the version
-counter; checksums of the weights' bits, computed on the weights' own device, notice them.
+The structure (methods of the classes, replaced modules, parameters, buffers and tensors that are plain attributes,
+hooks, functions and settings such as `eps` on modules, and in-place updates, by autograd's version counter) is compared
+on the host. Writes through `.data` do not advance the version counter; checksums of the weights' bits, computed on the
+weights' own device, notice them. Attributes that the model's own forward writes, such as kept attention maps and
+counters, can be left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
-from itertools import chain
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from functools import lru_cache, partial
+from types import BuiltinFunctionType, FunctionType, MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dave_fast.transfers import moved
 
-# types of attributes that are settings; `training` is left out, since explanations are always in evaluation mode
-SETTINGS = (bool, int, float, str, tuple, type(None))
+# types of attributes that are settings
+SETTINGS = (bool, int, float, str, type(None), torch.dtype)
+FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType, partial, property, staticmethod, classmethod)
+CONTAINERS = (list, tuple, dict)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# attributes that every module has: its tables of modules, parameters, buffers and hooks, which are read as such, and
+# `training`, since explanations are always in evaluation mode
+_TABLES = frozenset(vars(nn.Module()))
+# (path of the module, name of the attribute)
+Attribute = tuple[str, str]
 # A tensor's 64-bit words are laid out in rows of COLUMNS words, and summed along both axes. COLUMNS is a prime: the
 # same power of two added to each word of a row (the sign of a float64 is its highest bit) does not cancel, as it would
 # with an even number, and the columns do not coincide with the tensor's own. Columns are summed in GROUPs of rows
@@ -33,22 +43,23 @@ class State:
     Args:
         model: is not changed.
         values: whether to compare the weights' values, too, besides the structure.
+        ignored: attributes that may change, because the model's own forward writes them.
     """
 
-    def __init__(self, model: nn.Module, *, values: bool) -> None:
-        self._model, self._values = model, values
-        self._structure = structure(model)
+    def __init__(self, model: nn.Module, *, values: bool, ignored: Collection[Attribute] = ()) -> None:
+        self._model, self._values, self.ignored = model, values, frozenset(ignored)
+        self._structure = structure(model, self.ignored)
         self._checksums = moved(self.checksums(), HOST)
 
     def holds(self, *, values: bool) -> bool:
         """Return whether the model is unchanged; with `values` the weights too, which waits for their devices."""
-        if structure(self._model) != self._structure:
+        if structure(self._model, self.ignored) != self._structure:
             return False
         return not values or self.has(moved(self.checksums(), HOST))
 
     def checksums(self) -> list[Tensor]:
         """Queue the computation of the model's present checksums on its devices; an empty list without values."""
-        return checksums(self._model) if self._values else []
+        return checksums(self._model, self.ignored) if self._values else []
 
     def has(self, checksums: Sequence[Tensor]) -> bool:
         """Return whether these, read back to the host, are the checksums of the state."""
@@ -63,30 +74,84 @@ def fingerprint(model: nn.Module) -> tuple[object, ...]:
     return structure(model), tuple(read.numpy().tobytes() for read in moved(checksums(model), HOST))
 
 
-def structure(model: nn.Module) -> tuple[object, ...]:
-    """Return the part of the fingerprint that does not read the weights' values."""
-    modules = tuple((name, id(module), *_settings(module)) for name, module in model.named_modules())
-    return modules, tuple(map(_identity, _tensors(model)))
+def structure(model: nn.Module, ignored: Collection[Attribute] = ()) -> tuple[object, ...]:
+    """Return the part of the fingerprint that does not read the weights' values.
+
+    It holds the functions that it compares, so that none is replaced by another at the same address.
+    """
+    modules = list(model.named_modules())
+    classes = {owner: None for kind in {type(module) for _, module in modules} for owner in kind.__mro__}
+    code = tuple([(owner, *_members(vars(owner))) for owner in classes])
+    found = tuple([(path, id(module), *_own(module, path, ignored)) for path, module in modules])
+    return code, found, tuple(map(_identity, _tensors(modules, ignored)))
 
 
-def _settings(module: nn.Module) -> tuple[object, ...]:
-    own = module.__dict__
-    settings = tuple([item for item in own.items() if _is_setting(item[1].__class__) and item[0] != "training"])
+def written(model: nn.Module, before: dict[Attribute, object]) -> set[Attribute]:
+    """Return the attributes of a model that differ from those that `attributes` returned before."""
+    after = attributes(model)
+    return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+
+
+def attributes(model: nn.Module) -> dict[Attribute, object]:
+    """Return what identifies each attribute of a model's modules that has settings, functions or tensors."""
+    found: dict[Attribute, object] = {}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name not in _TABLES:
+                items = list(_leaves(value))
+                found[path, name] = tuple(_identity(item) if isinstance(item, Tensor) else item for item in items)
+    return found
+
+
+def _own(module: nn.Module, path: str, ignored: Collection[Attribute]) -> tuple[object, ...]:
+    """Return the settings, functions and hooks of one module."""
+    own = vars(module)
+    kept = {name: value for name, value in own.items() if name not in _TABLES and (path, name) not in ignored}
     # a new hook may have the address of a removed one, but not the number of its handle
     hooks = tuple([(key, id(hook)) for kind in HOOKS if own.get(kind) for key, hook in own[kind].items()])
-    return settings, hooks, id(own.get("forward"))
+    return _members(kept), hooks
 
 
-@lru_cache(maxsize=1024)
-def _is_setting(kind: type) -> bool:
-    """Return whether an attribute of this type is a setting; cached, since every call checks every attribute."""
-    return issubclass(kind, SETTINGS)
+def _members(own: Any) -> tuple[object, ...]:
+    """Return the names and values of the settings and functions among attributes, those in containers included."""
+    found: list[object] = []
+    for name, value in own.items():
+        kind = _kind(value.__class__)
+        if kind is CONTAINERS:
+            found.append((name, *[item for item in _leaves(value) if not isinstance(item, Tensor)]))
+        elif kind is not None and kind is not Tensor:
+            found.append((name, value))
+    return tuple(found)
 
 
-def _tensors(model: nn.Module) -> list[Tensor]:
-    """Return parameters and buffers, each once."""
-    owned = ((*module._parameters.values(), *module._buffers.values()) for module in model.modules())
-    return list({id(tensor): tensor for tensor in chain.from_iterable(owned) if tensor is not None}.values())
+@lru_cache(maxsize=4096)
+def _kind(cls: type) -> object:
+    """Return which kind of attribute a class is, or None; cached, since every call looks at every attribute."""
+    return next((kind for kind in (SETTINGS, FUNCTIONS, CONTAINERS, Tensor) if issubclass(cls, kind)), None)
+
+
+def _leaves(value: Any, depth: int = 4) -> Iterator[Any]:
+    """Yield the settings, functions and tensors of an attribute, also those in lists, tuples and dictionaries."""
+    kind = _kind(value.__class__)
+    if kind is CONTAINERS and depth:
+        for item in (*value, *value.values()) if isinstance(value, dict) else value:
+            yield from _leaves(item, depth - 1)
+    elif kind is not None:
+        yield value
+
+
+def _tensors(modules: Iterable[tuple[str, nn.Module]], ignored: Collection[Attribute]) -> list[Tensor]:
+    """Return parameters, buffers, and tensors among plain attributes, each once."""
+    found: dict[int, Tensor] = {}
+    for path, module in modules:
+        own = vars(module)
+        for table in (own["_parameters"], own["_buffers"]):
+            found |= {id(tensor): tensor for tensor in table.values() if tensor is not None}
+        for name, value in own.items():
+            kind = _kind(value.__class__)
+            if (kind is Tensor or kind is CONTAINERS) and name not in _TABLES and (path, name) not in ignored:
+                found |= {id(item): item for item in _leaves(value) if isinstance(item, Tensor)}
+    return list(found.values())
 
 
 def _identity(tensor: Tensor) -> tuple[object, ...]:
@@ -96,7 +161,7 @@ def _identity(tensor: Tensor) -> tuple[object, ...]:
 
 
 @torch.no_grad()
-def checksums(model: nn.Module) -> list[Tensor]:
+def checksums(model: nn.Module, ignored: Collection[Attribute] = ()) -> list[Tensor]:
     """Return checksums of the weights' bits, a tensor of bytes for each device, independent of the number of threads.
 
     Tensors of less than 28 KiB, and the remainders of larger ones, are copied. The rest are 64-bit words in rows of
@@ -108,7 +173,7 @@ def checksums(model: nn.Module) -> list[Tensor]:
     at random 2^-(rows + columns - 1).
     """
     by_device: dict[torch.device, list[Tensor]] = {}
-    for tensor in _tensors(model):
+    for tensor in _tensors(model.named_modules(), ignored):
         # a meta tensor has no values
         if not tensor.is_meta:
             by_device.setdefault(tensor.device, []).append(_bits(tensor))

@@ -169,8 +169,11 @@ def test_several_classes_share_one_replay_of_the_forward(model, images):
     explainer, capture = buffered(model)
     draws = draw(4, height=SIZE, width=SIZE, image_keys=(0,), sampling=explainer.sampling)
     targets = torch.tensor([[0, 1, 3]])
+    # the output of a new route is compared with the model's own
+    explainer.predict(images[:1])
+    before = capture.captured, capture.replayed
     found = explainer.contributions(images[:1], draws, targets)
-    assert (capture.captured, capture.replayed) == (2, 4)
+    assert (capture.captured - before[0], capture.replayed - before[1]) == (2, 4)
     assert same(found, plain(model).contributions(images[:1], draws, targets))
 
 

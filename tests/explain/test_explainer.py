@@ -204,7 +204,7 @@ def test_the_model_is_untouched_when_its_forward_raises(images):
 
     model = Broken().eval()
     before = state_of(model)
-    with pytest.raises(RuntimeError, match="broken on purpose"):
+    with pytest.raises(ModelError, match="of Broken raised RuntimeError: broken on purpose"):
         explainer(model).explain(images, n_samples=2)
     assert_same_state(before, state_of(model))
     assert torch.is_grad_enabled()

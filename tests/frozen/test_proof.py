@@ -197,9 +197,13 @@ def test_a_constant_model_is_refused() -> None:
 
 
 def test_a_model_that_cannot_be_copied_is_refused() -> None:
+    class Single(nn.Identity):
+        def __deepcopy__(self, memo: object) -> Single:
+            raise TypeError("there is one")
+
     model, images = ENGINE["vit"].build(), ENGINE["vit"].images()
-    model.state = (i for i in range(3))
-    with pytest.raises(ModelError, match="cannot be copied for the affine replay"):
+    model.norm = Single()
+    with pytest.raises(ModelError, match="cannot be copied.*TypeError: there is one.*Give a model that"):
         prove_frozen(model, images)
 
 

@@ -1,0 +1,141 @@
+"""Whether the classes of a model are still the code that was installed.
+
+A plan follows the forward that timm defines. A method that somebody has replaced in the class (a patch for another
+attention, a fix copied from a forum) is another model of the same name. Each method of a class, and each function of
+its module that the method calls, is compared with the code object that its source file compiles to, which Python's
+import system has in its cache.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from functools import lru_cache
+from types import BuiltinFunctionType, CodeType, FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional
+from torch import nn
+
+# packages whose own functions are called by timm's; the standard library's as well
+PACKAGES = frozenset({"timm", "torch", "numpy", "einops", "huggingface_hub", "safetensors"}) | sys.stdlib_module_names
+
+
+def replaced(cls: type) -> str | None:
+    """Return the name of a method of a class, or of a function that it calls, that is not the installed one, or None.
+
+    Classes outside of timm and torch are other models to begin with, and are not compared.
+    """
+    for owner in cls.__mro__:
+        known = _methods(owner) if owner.__module__.startswith(("timm.", "torch.")) else None
+        if known is None:
+            continue
+        for name, member in vars(owner).items():
+            functions = _functions(member)
+            if not all(_is_of(function, name, owner, known) for function in functions):
+                return f"{owner.__name__}.{name}"
+            if name in known and not functions and not isinstance(member, type):
+                return f"{owner.__name__}.{name}"
+            found = next(filter(None, map(_replaced_global, functions)), None)
+            if found is not None and owner is not nn.Module:
+                return f"{found}, which {owner.__name__}.{name} calls,"
+    return None
+
+
+def _functions(member: Any) -> list[FunctionType]:
+    """Return the Python functions of a member of a class: of a method, a static or class method, or a property."""
+    inner = [getattr(member, name, None) for name in ("__func__", "fget", "fset", "fdel")]
+    return [function for function in (member, *inner) if isinstance(function, FunctionType)]
+
+
+def _is_of(function: FunctionType, name: str, owner: type, known: dict[str, list[CodeType]]) -> bool:
+    """Return whether a function is what the body of a class has under a name.
+
+    A body may also give a function of its module another name, and decorate methods that take no part in the forward.
+    """
+    if function.__code__ in known.get(name, ()):
+        return True
+    if name not in known:
+        return function.__globals__.get("__name__") == owner.__module__ and _is_installed(function)
+    inner = getattr(function, "__wrapped__", None)
+    return "forward" not in name and inner is not None and _is_installed(function) and inner.__code__ in known[name]
+
+
+def _replaced_global(function: FunctionType, seen: frozenset[str] = frozenset()) -> str | None:
+    """Return the name of a function that this one calls by a global name, and that is not the installed one, or None.
+
+    Functions of timm are followed into those that they call.
+    """
+    for name, value in _called(function):
+        if isinstance(value, FunctionType):
+            package = str(value.__globals__.get("__name__")).partition(".")[0]
+            if package not in PACKAGES or not _is_installed(value):
+                return name
+            if package == "timm" and name not in seen:
+                found = _replaced_global(value, seen | {name})
+                if found is not None:
+                    return found
+        elif isinstance(value, BuiltinFunctionType) and name.startswith("torch.nn.functional."):
+            short = name.rpartition(".")[2]
+            if value not in (getattr(torch, short, None), getattr(torch._C._nn, short, None)):
+                return name
+    return None
+
+
+def _called(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """Yield the functions that a function's code names: globals, and those of torch.nn.functional."""
+    for name in function.__code__.co_names:
+        value = function.__globals__.get(name)
+        inner = vars(torch.nn.functional).get(name)
+        if value is not None:
+            yield name, value
+        elif inner is not None:
+            yield f"torch.nn.functional.{name}", inner
+
+
+def _is_installed(function: FunctionType) -> bool:
+    """Return whether a function's code is that of the module that it was defined in."""
+    known = _codes(str(function.__globals__.get("__name__")))
+    return known is None or function.__code__ in known.get(function.__code__.co_name, ())
+
+
+def _methods(owner: type) -> dict[str, list[CodeType]] | None:
+    """Return the code objects in the body of a class by name, or None where its source is not known."""
+    module = _module_code(owner.__module__)
+    if module is None:
+        return None
+    bodies = [module]
+    for part in owner.__qualname__.split("."):
+        bodies = [code for body in bodies for code in _inner(body) if code.co_name == part]
+    found: dict[str, list[CodeType]] = {}
+    for body in bodies:
+        for code in _inner(body):
+            found.setdefault(code.co_name, []).append(code)
+    return found
+
+
+@lru_cache(maxsize=256)
+def _codes(module: str) -> dict[str, list[CodeType]] | None:
+    """Return all code objects of a module by name, or None where its source is not known."""
+    top = _module_code(module)
+    if top is None:
+        return None
+    found: dict[str, list[CodeType]] = {}
+    pending = [top]
+    while pending:
+        code = pending.pop()
+        found.setdefault(code.co_name, []).append(code)
+        pending += _inner(code)
+    return found
+
+
+@lru_cache(maxsize=256)
+def _module_code(name: str) -> CodeType | None:
+    """Return the code object that a module's file compiles to, or None for a module without a file."""
+    loader: Any = getattr(getattr(sys.modules.get(name), "__spec__", None), "loader", None)
+    return loader.get_code(name) if hasattr(loader, "get_code") else None
+
+
+def _inner(code: CodeType) -> Iterator[CodeType]:
+    return (constant for constant in code.co_consts if isinstance(constant, CodeType))
