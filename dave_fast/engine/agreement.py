@@ -11,10 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dave_fast.engine.bound_ops import Stream
 from dave_fast.engine.build import build_engine
 from dave_fast.errors import ModelError
 from dave_fast.frozen.trace import Trace
 from dave_fast.isolation import form_of, isolated, own_output
+from dave_fast.ops.fp8 import wide
 from dave_fast.ops.patches import patchify
 from dave_fast.plan.reading import Reading
 
@@ -83,15 +85,16 @@ def find_difference(model: nn.Module, reading: Reading, image: Tensor) -> str:
     # only the name is lost
     except Exception as error:
         return f"its own forward in float64 ({type(error).__name__}: {error})"
-    calls = {call.path: call for call in trace.calls}
+    # what stands ahead of the model has no blocks
+    calls = {call.path[call.path.find("blocks.") :]: call for call in trace.calls}
     paths = [f"blocks.{i}" for i in range(len(reading.blocks))]
     if not all(path in calls and calls[path].inputs for path in paths):
         return f"its own forward, which does not run all of {paths[0]} to {paths[-1]}"
     engine = build_engine(reading, dtype=torch.float64, device=device, backend="torch")
     steps = iter(engine.plan.steps)
 
-    def differs(stream: Tensor, expected: Tensor) -> bool:
-        stream = stream.view(1, -1, engine.plan.width)
+    def differs(found: Stream, expected: Tensor) -> bool:
+        stream = wide(found).view(1, -1, engine.plan.width)
         expected = expected[:, : stream.shape[1]]
         if engine.plan.centred:
             expected = expected - expected.mean(-1, keepdim=True)

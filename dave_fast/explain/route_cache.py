@@ -178,8 +178,8 @@ class RouteCache:
             route.agrees = True
         elif route.plan is None:
             raise ModelError(
-                f"in {self._precision} the output of {type(model).__name__} is off by {error:.0%} from its own forward: "
-                "its arithmetic loses too much in this precision. Give precision='fp32'"
+                f"in {self._precision} the output of {type(model).__name__} is off by {error:.0%} from its own "
+                "forward: its arithmetic loses too much in this precision. Give precision='fp32'"
             )
         else:
             where = find_difference(model, families.read(model, (images.shape[2], images.shape[3])), image)

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional
-from torch import nn
 
+# by which a module of PyTorch's is called; other libraries replace others, for loading and printing
+_CALLS = frozenset({"__call__", "_wrapped_call_impl", "_call_impl", "forward", "_conv_forward", "__getattr__"})
 # packages whose own functions are called by timm's; the standard library's as well
 PACKAGES = frozenset({"timm", "torch", "numpy", "einops", "huggingface_hub", "safetensors"}) | sys.stdlib_module_names
 
@@ -32,13 +33,15 @@ def replaced(cls: type) -> str | None:
         if known is None:
             continue
         for name, member in vars(owner).items():
+            if name == "__init__" or (owner.__module__.startswith("torch.") and name not in _CALLS):
+                continue
             functions = _functions(member)
             if not all(_is_of(function, name, owner, known) for function in functions):
                 return f"{owner.__name__}.{name}"
             if name in known and not functions and not isinstance(member, type):
                 return f"{owner.__name__}.{name}"
             found = next(filter(None, map(_replaced_global, functions)), None)
-            if found is not None and owner is not nn.Module:
+            if found is not None:
                 return f"{found}, which {owner.__name__}.{name} calls,"
     return None
 

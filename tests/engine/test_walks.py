@@ -269,7 +269,7 @@ def spoil_type(model):
     [
         (spoil_lora, "blocks.1: a LoRA"),
         (spoil_norm, "blocks.0: norm GroupNorm"),
-        (spoil_forward, "blocks.0.attn.*replaced forward"),
+        (spoil_forward, "blocks.0.attn' has a forward of its own"),
         (spoil_activation, "blocks.1: activation Hardswish"),
         (spoil_dropout, "a Linear stands at 'blocks.1.attn.proj_drop'"),
         (spoil_type, "Mine is none of timm's classes"),

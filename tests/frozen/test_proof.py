@@ -203,7 +203,7 @@ def test_a_model_that_cannot_be_copied_is_refused() -> None:
 
     model, images = ENGINE["vit"].build(), ENGINE["vit"].images()
     model.norm = Single()
-    with pytest.raises(ModelError, match="cannot be copied.*TypeError: there is one.*Give a model that"):
+    with pytest.raises(ModelError, match=r"cannot be copied.*TypeError: there is one.*Give a model that"):
         prove_frozen(model, images)
 
 
