@@ -14,6 +14,7 @@ from dave_fast.errors import InputError, ModelError, UnknownModelError
 from dave_fast.images import describe_preprocessing
 from dave_fast.models.adapter import Adapter, SimilarityLogit, check_texts
 from dave_fast.models.hub import loading
+from dave_fast.models.huggingface_files import no_code
 from dave_fast.models.spec import ModelSpec, suggestion
 from dave_fast.models.weights_file import load_weights
 
@@ -40,7 +41,7 @@ class OpenClip(SimilarityLogit, Adapter):
         import open_clip
 
         check_texts(texts)
-        with loading(self.name, remote=True), _quiet():
+        with loading(self.name, remote=True), no_code(self.name), _quiet():
             tokens = open_clip.get_tokenizer(self.name)(list(texts))
         device = next(self.model.parameters()).device
         return self.model.encode_text(tokens.to(device), normalize=True).float()
@@ -93,7 +94,7 @@ def create(name: str, spec: ModelSpec, preprocess: dict[str, Any], *, pretrained
         raise InputError(f"{spec.name} gives embeddings and has no classes: leave num_classes out.")
     if spec.image_size is not None:
         raise InputError(f"{spec.name} takes images of its own size: leave image_size out.")
-    with loading(spec.name, remote=remote), _quiet():
+    with loading(spec.name, remote=remote), no_code(spec.name), _quiet():
         model = open_clip.create_model(
             name,
             pretrained,

@@ -31,7 +31,7 @@ from dave_fast.models.meaning import LINKS
 # names of the output, the first that is there is taken
 _OUTPUTS = ("logits", "image_embeds", "predicted_depth", "reconstruction")
 # arguments of models that take more than images, or other things
-_NO_IMAGES = ("input_ids", "decoder_input_ids", "inputs_embeds", "input_values", "input_features")
+_NO_IMAGES = ("input_ids", "decoder_input_ids", "input_values", "input_features", "pixel_values_videos")
 # last names of the parameters that are class tokens; tokens of models without one have no place for the whole image
 _CLASS_TOKENS = ("cls_token", "class_embedding", "class_token", "cls_embedding")
 # side of the images on which a forward is tried where the configuration has none

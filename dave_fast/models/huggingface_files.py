@@ -224,6 +224,37 @@ def _with_known_attention(make: Callable[..., Any]) -> Any:
 
 
 @contextmanager
+def no_code(name: str) -> Iterator[None]:
+    """Keep other libraries from running, or asking on the terminal to run, code that transformers finds in a place.
+
+    Args:
+        name: of the model, for messages.
+
+    Raises:
+        ModelError: there is such code.
+    """
+    try:
+        from transformers import dynamic_module_utils
+    except ImportError:
+        yield
+        return
+    before = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    # without time for an answer there is no question
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+    try:
+        yield
+    except ValueError as error:
+        if "custom code" not in str(error):
+            raise
+        raise ModelError(
+            f"{name} needs code of its own, in its text tower or its tokenizer, which is not run: import that code "
+            "yourself, and give the module that it makes."
+        ) from error
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = before
+
+
+@contextmanager
 def without_bars() -> Iterator[None]:
     """Switch off the progress bar for reading weights; those of downloads stay."""
     from transformers.utils import logging

@@ -266,6 +266,20 @@ THEIRS = [
 ]
 
 
+def detr():
+    from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
+
+    backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1], out_features=["stage4"])
+    layers = dict(encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2)
+    layers |= dict(d_model=32, encoder_ffn_dim=32, decoder_ffn_dim=32, num_queries=5, num_labels=K)
+    torch.manual_seed(0)
+    return DetrForObjectDetection(DetrConfig(backbone_config=backbone, use_timm_backbone=False, **layers)).eval()
+
+
+def test_object_of_a_detector_with_a_convolutional_backbone_is_explained():
+    check(detr(), field("logits"), (1, 2), 64)
+
+
 @pytest.mark.parametrize(("name", "config", "settings", "expected", "target"), THEIRS, ids=[row[0] for row in THEIRS])
 def test_class_of_transformers_is_explained_by_its_own_output(name, config, settings, expected, target):
     size = 64 if "Segformer" in name else 32

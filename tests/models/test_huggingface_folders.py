@@ -123,6 +123,26 @@ def test_tokenizer_with_code_is_refused_and_its_code_is_not_run(auto_map, tmp_pa
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("part", ["hf_model_name", "hf_tokenizer_name"])
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_open_clip_folder_whose_text_tower_has_code_is_refused_and_its_code_is_not_run(part, pretrained, tmp_path):
+    pytest.importorskip("open_clip")
+    folder, evil = tmp_path / "model", tmp_path / "evil"
+    folder.mkdir()
+    evil.mkdir()
+    (evil / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    auto_map = {"AutoConfig": "evil.C", "AutoModel": "evil.M", "AutoTokenizer": ["evil.T", None]}
+    rewrite(evil / "config.json", {"model_type": "evil", "auto_map": auto_map})
+    rewrite(evil / "tokenizer_config.json", {"auto_map": auto_map, "tokenizer_class": "T"})
+    text = {"context_length": 8, "vocab_size": 100, "width": 32, "heads": 2, "layers": 1, part: str(evil)}
+    vision = {"image_size": 32, "layers": 1, "width": 32, "patch_size": 8, "head_width": 16}
+    config = {"model_cfg": {"embed_dim": 8, "vision_cfg": vision, "text_cfg": text}, "preprocess_cfg": {}}
+    rewrite(folder / "open_clip_config.json", config)
+    with pytest.raises(DaveFastError, match=r"code of its own|could not be loaded"):
+        load_model(ModelSpec(f"hf:{folder}", random_weights=not pretrained))[0].text_embedding(["a cat"])
+    assert not (tmp_path / "ran").exists()
+
+
 class Evil:
     def __init__(self, path):
         self.path = path
