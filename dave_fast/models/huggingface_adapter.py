@@ -11,7 +11,6 @@ the user's, where it has `config.num_labels` numbers an image.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from dave_fast.errors import InputError, ModelError, UnknownModelError
 from dave_fast.images.preprocess import NOT_SUPPORTED
+from dave_fast.isolation import isolated
 from dave_fast.models.adapter import Adapter, SimilarityLogit, check_texts
 from dave_fast.models.hub import loading
 from dave_fast.models.huggingface_images import preprocessing_of
@@ -129,7 +129,7 @@ class Transformers(Adapter):
         channels = getattr(self.model.config, "num_channels", 3)
         image = torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(0))
         try:
-            twin = copy.deepcopy(self).eval()
+            twin = isolated(self)
             with torch.random.fork_rng(devices=[]):
                 return twin(image.to(next(self.model.parameters(), image)))
         # a model that does not take these images may take the user's; where it does not, the explanation says why
