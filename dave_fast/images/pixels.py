@@ -149,7 +149,7 @@ def _eight_bits(
     factors = np.full(values.shape[-1] if values.ndim == 3 else 1, 255 / levels[0])
     factors[:colours] = 255 / (white - black)
     # Single precision holds sixteen bits exactly.
-    real = values.astype(np.float32 if values.dtype.itemsize <= 2 else np.float64)
+    real: np.ndarray = values.astype(np.float32 if values.dtype.itemsize <= 2 else np.float64)
     eight = np.clip(np.rint((real - black) * factors.astype(real.dtype)), 0, 255).astype(np.uint8)
     return (255 - eight if samples.white_is_zero else eight), note
 
