@@ -171,10 +171,15 @@ def _white(
             "white at the greatest. To choose otherwise, give it as 8 or 16 bits"
         ]
     if white > 1 and high < white * _DARK and not (samples.depth == 16 and _from_eight_bits(values)):
-        used = f"as data of {int(high).bit_length()} bits would, and" if samples.depth == 16 else "and"
+        if samples.depth != 16:
+            return white, [
+                f"{held}, and its file does not say which of them is white: {white:g} is taken, so that it is dark. To "
+                "choose otherwise, give it as 8 or 16 bits"
+            ]
         return white, [
-            f"{held}, {used} white is {white:g}: it is read so, and is dark. If it should be brighter, scale "
-            "its samples, or state their depth in the file (sBIT of a PNG, MaxSampleValue of a TIFF)"
+            f"{held}, as data of {int(high).bit_length()} bits would. It is read as its format says, with white at "
+            f"{white:g}, so that it is dark. If it should be brighter, scale its samples to 16 bits, or state their "
+            "depth in the file (sBIT of a PNG, MaxSampleValue of a TIFF)"
         ]
     return white, []
 

@@ -11,7 +11,7 @@ from dave_fast.errors import ImageError
 from dave_fast.images.pixels import Samples
 
 _FILL_ORDER, _PLANAR, _COLOURS, _EXTRA, _FORMAT, _SUBSAMPLING = 266, 284, 320, 338, 339, 530
-_PHOTOMETRIC, _BITS, _MAXIMUM = 262, 258, 281
+_KIND, _PHOTOMETRIC, _BITS, _MAXIMUM = 254, 262, 258, 281
 _UNSIGNED, _SIGNED = 1, 2
 _WHITE_IS_ZERO, _YCBCR = 0, 6
 
@@ -37,6 +37,8 @@ def read_samples(image: TiffImageFile) -> Samples:
         _check_planes(image, depth)
         _correct(image)
     notes = []
+    if tags.get(_KIND, 0) & 1:
+        notes.append("its first page is a smaller version of another one, which is not read")
     if _PHOTOMETRIC not in tags:
         notes.append("its file does not say whether 0 is black or white: white is taken")
     if image.mode == "RGBA" and _EXTRA not in tags:

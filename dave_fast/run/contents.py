@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 
 from PIL import Image
@@ -14,13 +15,34 @@ from dave_fast.run.records import Record, read_uri
 logger = logging.getLogger("dave_fast.run")
 
 
+class Notes:
+    """Log notes on images: the first as warnings, the others, which nobody would read, as information.
+
+    Args:
+        loud: number of warnings.
+    """
+
+    def __init__(self, loud: int = 20) -> None:
+        self._loud, self._numbers = loud, itertools.count()
+
+    def __call__(self, text: str) -> None:
+        """Log a note."""
+        number = next(self._numbers)
+        logger.log(logging.WARNING if number < self._loud else logging.INFO, text)
+        if number == self._loud:
+            logger.warning("more images have such notes, which are logged as information.")
+
+
+_notes = Notes()
+
+
 def read_picture(record: Record) -> Image.Image:
     """Return the image of a record as 8-bit RGB; what had to be assumed about it is logged.
 
     Raises:
         ImageError: the image cannot be read; the message has the uri and the reason.
     """
-    return decode_image(read_content(record), record.uri, note=logger.warning)
+    return decode_image(read_content(record), record.uri, note=_notes)
 
 
 def read_content(record: Record) -> bytes:

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -260,3 +261,26 @@ def test_mask_with_a_long_text_is_read(tmp_path):
 
 def test_bytes_behind_the_end_of_a_png_are_no_chunks():
     assert_upright(png(stored(1)[..., None], 0, 8) + struct.pack(">I", 1 << 20) + b"zTXt" + bytes(100))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_exif_with_two_headers(kind):
+    content = written(stored(6), kind, exif=b"Exif\0\0" + exif_of(6).tobytes(), **WRITERS[kind])
+    assert_upright(content, within=6 if kind in LOSSY else 0)
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_damaged_exif_does_not_stop_a_picture(kind, seed):
+    random = np.random.default_rng(seed)
+    exif = exif_of(1)
+    exif[271] = "maker"
+    exif.get_ifd(0x8769)[33434] = 0.5
+    block = bytearray(exif.tobytes())
+    for place in random.integers(6, len(block), 5):
+        block[place] = random.integers(0, 256)
+    content = written(stored(1), kind, exif=bytes(block[: random.integers(20, len(block))]), **WRITERS[kind])
+    with warnings.catch_warnings():
+        # Pillow's own words on damaged data.
+        warnings.simplefilter("ignore")
+        decode_image(content, "a")

@@ -285,3 +285,10 @@ def test_first_page_is_turned_upright(tmp_path, orientation, depth, compression)
 @pytest.mark.parametrize("most", [0, 1, 127, 2**17 - 1, 2**32 - 1])
 def test_greatest_sample_that_cannot_be_changes_nothing(most):
     assert (grey_of(tiff_of(RAMP * 257, tags={281: ("L", [most])})) == RAMP).all()
+
+
+@pytest.mark.parametrize(("kind", "noted"), [(0, 0), (1, 1), (2, 0), (3, 1)])
+def test_first_page_that_is_a_smaller_version_is_noted(kind, noted):
+    notes = []
+    decode_image(tiff_of(RAMP, depth=8, tags={254: ("L", [kind])}), "a.tif", note=notes.append)
+    assert len(notes) == noted

@@ -19,6 +19,8 @@ from dave_fast.errors import InputError, NonFiniteError
 from dave_fast.images import decode_image
 from dave_fast.models.demo import demo_scene
 from dave_fast.models.spec import ModelSpec
+from dave_fast.run import contents
+from dave_fast.run.contents import Notes
 from dave_fast.run.export import export
 from dave_fast.run.local import Machine
 from dave_fast.run.mapper import Mapper, MapSettings, packed_map
@@ -76,12 +78,23 @@ def test_a_record_has_the_map_that_it_has_alone(photos, whole):
         assert (row.seed, row.n_samples, row.status, row.error) == (0, 3, "ok", None)
 
 
-def test_what_was_assumed_about_an_image_is_logged_once(tmp_path, caplog):
+def test_what_was_assumed_about_an_image_is_logged_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(contents, "_notes", Notes())
     Image.fromarray(np.linspace(0, 4095, 64 * 64).astype(np.uint16).reshape(64, 64)).save(tmp_path / "scan.png")
     mapper = Mapper(map_settings(), "cpu")
     mapper.decode(Record("scan.png", str(tmp_path / "scan.png")))
     (said,) = [each.getMessage() for each in caplog.records if each.name == "dave_fast.run"]
     assert said.startswith(f"{tmp_path / 'scan.png'}: its samples run from 0 to 4095")
+
+
+def test_notes_are_warnings_until_there_are_too_many(caplog):
+    notes = Notes(loud=3)
+    caplog.set_level("INFO", "dave_fast.run")
+    for number in range(6):
+        notes(f"note {number}")
+    loud = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert loud == ["note 0", "note 1", "note 2", "more images have such notes, which are logged as information."]
+    assert [each.getMessage() for each in caplog.records if each.levelname == "INFO"] == ["note 3", "note 4", "note 5"]
 
 
 def test_note_on_an_image_does_not_stop_a_worker(tmp_path):
