@@ -7,6 +7,7 @@ It is a TOML file in which every key is optional; paths are relative to its fold
     num_classes = 12
     labels = "names.txt"
     image_size = 224
+    link = "sigmoid"
     noise_alpha = 0.3
     n_samples = 50
 
@@ -39,6 +40,7 @@ class Config:
         num_classes: of the weights.
         labels: a file of class names.
         image_size: pixels a side.
+        link: "softmax", "sigmoid" or "none" (see `dave_fast.models.spec`).
     """
 
     model: str | None = None
@@ -48,6 +50,7 @@ class Config:
     num_classes: int | None = None
     labels: str | None = None
     image_size: int | None = None
+    link: str | None = None
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:

@@ -182,10 +182,9 @@ def _summary(done: Sequence[Done], failed: Sequence[Failed], request: Request) -
     if results:
         table = Table("image", "target", "probability", "overlay", box=None, header_style="bold", pad_edge=False)
         for result in results[:_ROWS]:
-            name, probability = result.class_name, "–"
-            if result.target >= 0:
-                name, probability = f"{name} ({result.target})", percent(result.probability)
-            cells = (result.source.path, name, probability, str(result.overlay.relative_to(request.out)))
+            name = f"{result.class_name} ({result.target})" if result.target >= 0 else result.class_name
+            overlay = str(result.overlay.relative_to(request.out))
+            cells = (result.source.path, name, percent(result.probability), overlay)
             table.add_row(*(Text(cell, overflow="fold") for cell in cells))
         screen.print(table)
         if len(results) > _ROWS:

@@ -58,6 +58,16 @@ ImageSize = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+Link = Annotated[
+    str | None,
+    typer.Option(
+        "--link",
+        metavar="softmax|sigmoid|none",
+        help="How logits become probabilities; sigmoid for several labels.",
+        show_default="the model's",
+        rich_help_panel=MODEL,
+    ),
+]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="A file of settings from `dave-fast tune`.", rich_help_panel=MODEL)
 ]
@@ -130,6 +140,7 @@ class ModelOptions:
         num_classes: of --num-classes.
         labels: of --labels.
         image_size: of --image-size.
+        link: of --link.
     """
 
     model: Model = None
@@ -137,11 +148,13 @@ class ModelOptions:
     num_classes: NumClasses = None
     labels: ClassNames = None
     image_size: ImageSize = None
+    link: Link = None
 
     def spec(self, config: Config | None = None, *, default: str = "demo", random_weights: bool = False) -> ModelSpec:
         """Return the model that the options and a configuration name; the command line comes before the configuration.
 
-        The configuration's weights, classes and size belong to its own model: they are ignored where another is named.
+        The configuration's weights, classes, size and link belong to its own model: where another is named they are
+        ignored.
 
         Args:
             config: the configuration, or None.
@@ -162,7 +175,8 @@ class ModelOptions:
         file = str(self.weights.resolve()) if self.weights else None if random_weights else known.weights
         names = str(self.labels.resolve()) if self.labels else known.labels
         classes, size = self.num_classes or known.num_classes, self.image_size or known.image_size
-        return ModelSpec(self.model or known.model or default, file, classes, names, size, random_weights)
+        link = self.link or known.link
+        return ModelSpec(self.model or known.model or default, file, classes, names, size, random_weights, link)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ def serve(
     num_classes: options.NumClasses = None,
     labels: options.ClassNames = None,
     image_size: options.ImageSize = None,
+    link: options.Link = None,
     host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 for every network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = 8000,
     device: Annotated[
@@ -71,6 +72,7 @@ def serve(
         "num_classes": num_classes,
         "labels": _file(labels),
         "image_size": image_size,
+        "link": link,
     }
     # A port that is in use is refused before the models are loaded.
     with _bound(host, port) as listening:

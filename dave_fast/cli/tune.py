@@ -67,8 +67,8 @@ def tune(
             found = measure(subject.explainer, inputs, quality=quality, seed=seed, progress=update)
     # On the command line class names are always a file.
     names = spec.labels if isinstance(spec.labels, str) else None
-    chosen = (spec.name, found.noise_alpha, found.n_samples, spec.weights, spec.num_classes, names, spec.image_size)
-    save_config(Config(*chosen), out / CONFIG)
+    own = (spec.weights, spec.num_classes, names, spec.image_size, spec.link)
+    save_config(Config(spec.name, found.noise_alpha, found.n_samples, *own), out / CONFIG)
     picture(found, out / PICTURE)
     _tell(found, out)
 

@@ -51,7 +51,7 @@ class Explained:
         maps: (K, H, W) float32 in [0, 1].
         targets: K class indices.
         class_names: K names.
-        probabilities: K probabilities.
+        probabilities: K probabilities; NaN for a model that has none.
         errors: K estimates of the relative L2 distance of a map to its limit; infinity where unknown.
         error_bounds: K bounds, each of which holds with 90 % certainty; infinity where unknown.
         samples: perturbed samples that the maps are made of.
@@ -130,11 +130,11 @@ def explained(told: Mapping[str, Any], *, final: bool = True) -> Explained:
         maps=np.stack([_map(one["map"]) for one in each]),
         targets=[one["target"] for one in each],
         class_names=[one["class_name"] for one in each],
-        probabilities=[one["probability"] for one in each],
+        probabilities=[_probability(one) for one in each],
         errors=[_error(one["error"]) for one in each],
         error_bounds=[_error(one["error_bound"]) for one in each],
         final=final,
-        top=[(one["target"], one["class_name"], one["probability"]) for one in told.get("top", [])],
+        top=[(one["target"], one["class_name"], _probability(one)) for one in told.get("top", [])],
         samples=told["samples"],
         n_samples=told["n_samples"],
         **{
@@ -145,6 +145,10 @@ def explained(told: Mapping[str, Any], *, final: bool = True) -> Explained:
 
 def _error(value: float | None) -> float:
     return float("inf") if value is None else value
+
+
+def _probability(told: Mapping[str, Any]) -> float:
+    return float("nan") if told["probability"] is None else told["probability"]
 
 
 def _map(told: Mapping[str, Any]) -> np.ndarray:

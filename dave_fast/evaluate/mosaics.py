@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from dave_fast.errors import InputError
 from dave_fast.evaluate import metrics
-from dave_fast.evaluate.scoring import Run, as_maps
+from dave_fast.evaluate.scoring import NO_PROBABILITIES, Run, as_maps
 from dave_fast.evaluate.settings import GRIDS
+from dave_fast.models.meaning import probabilities
 
 # images drawn for each tile: not every one is classified correctly with confidence, and classes run out unevenly
 POOL = 4
@@ -64,7 +65,11 @@ def _draw(run: Run, grid: int) -> tuple[Tensor, Tensor]:
         batch = pool.read(start, min(start + run.settings.batch_size, len(pool)))
         if batch is None:
             continue
-        probability, predicted = run.logits(batch.images.to(run.device)).softmax(1).cpu().max(1)
+        output = run.logits(batch.images.to(run.device)).cpu()
+        every_probability = probabilities(run.model, output)
+        if every_probability.isnan().all():
+            raise InputError(NO_PROBABILITIES)
+        probability, predicted = every_probability.max(1)
         kept = (predicted == batch.labels) & (probability >= run.settings.confident)
         found.append((batch.images[kept], batch.labels[kept], probability[kept]))
     every, known, sure = (torch.cat(parts) for parts in zip(*found, strict=True))

@@ -22,7 +22,7 @@ from dave_fast.evaluate.settings import METRICS, SECTIONS, VARIANTS, EvaluationS
 from dave_fast.evaluate.summary import Summary, as_csv, as_json, summarise
 from dave_fast.files import atomically
 from dave_fast.images import Preprocessing
-from dave_fast.images.drawing import SHORTEST_SIDE, plain_map, save_picture
+from dave_fast.images.drawing import SHORTEST_SIDE, percent, plain_map, save_picture
 from dave_fast.models.labels import Labels
 
 WAYS = {True: "more is better", False: "less is better", None: "to be read beside another"}
@@ -69,7 +69,7 @@ def write(out: Path, results: Results, about: About) -> Summary:
     shown = ["input", *(name for name in results.scores if name not in CONTROLS)]
     pictures = [_pictures(one, shown[1:], about) for one in results.examples]
     examples = [
-        (one["name"], f"{about.labels.name(one['class'])}, {one['probability']:.2f}", [_data(each) for each in row])
+        (one["name"], f"{about.labels.name(one['class'])}, {percent(one['probability'])}", list(map(_data, row)))
         for one, row in zip(results.examples, pictures, strict=True)
     ]
     context = _context(results, summary, about) | {"columns": shown, "examples": examples}

@@ -20,7 +20,10 @@ from dave_fast.evaluate.settings import GRIDS, VARIANTS, EvaluationSettings, Res
 from dave_fast.evaluate.sources import Examples, ExampleSource
 from dave_fast.evaluate.stages import stages
 from dave_fast.evaluate.twin import NotTakenError
+from dave_fast.models.meaning import probabilities
 from dave_fast.ops.smooth import smooth
+
+NO_PROBABILITIES = "the model's scores have no probabilities (its link is None), by which its images are chosen"
 
 Progress = Callable[[int, int, str], None]
 # variant -> (n, H, W)
@@ -126,14 +129,17 @@ class Run:
 
     def score_batch(self, batch: Examples) -> None:
         """Explain a batch by every method, and score everything that needs only that batch."""
-        probability = self.logits(batch.images).softmax(1)
-        predicted = probability.argmax(1)
+        output = self.logits(batch.images)
+        probability = probabilities(self.model, output)
+        predicted = output.argmax(1)
         classes = torch.where(batch.labels < 0, predicted, batch.labels)
         seen, s = len(self.right), self.settings
         probing, keeping = (slice(max(most - seen, 0)) for most in (s.probes, max(s.randomised, s.examples)))
         sure = (predicted == classes) & (probability.amax(1) >= s.confident)
+        if self.wants("curves") and probability.isnan().all():
+            self.results.absent |= {f"{protocol} curve": NO_PROBABILITIES for protocol in s.protocols}
         curving = sure.nonzero()[:, 0][: max(s.probes - self.curved, 0)]
-        runner_up = probability.scatter(1, classes[:, None], -1).argmax(1)
+        runner_up = output.scatter(1, classes[:, None], -torch.inf).argmax(1)
         kept = {}
         for name in self.methods:
             with torch.enable_grad():
@@ -187,7 +193,8 @@ class Run:
 
         if self.wants("stability"):
             compare("stability", batch.images + self.settings.stability_sigma * self._noise(batch), classes)
-        if self.wants("classes"):
+        # a model with a single score has no other class
+        if self.wants("classes") and not torch.equal(runner_up, classes):
             compare("class similarity", batch.images, runner_up)
         if self.wants("seeds") and self.wants("localisation") and self.methods[name].random:
             first = self.settings.seed

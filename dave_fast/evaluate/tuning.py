@@ -6,9 +6,9 @@ a larger variance, and beyond some level the model recognises nothing. Both can 
 - Repeatability r(α): the Pearson correlation of two maps of the same image with different draws, each of a copy of the
   image under slight noise of its own. Without that noise α = 0 would score too well: a single gradient repeats exactly
   at the same point, however noisy it is.
-- Decision kept k(α): the share of noisy samples (without the transformations) whose top class is that of the
-  unperturbed image. The robust mean over samples breaks down when half of them explain something else, so α must keep
-  k(α) ≥ ½.
+- Decision kept k(α): the share of noisy samples (without the transformations) whose top class, or the sign of whose
+  single logit, is that of the unperturbed image. The robust mean over samples breaks down when half of them explain
+  something else, so α must keep k(α) ≥ ½.
 
 The choice is the largest such α whose mean r is at least 98 % of the best: the most smoothing at nearly no cost.
 
@@ -37,6 +37,7 @@ from dave_fast.evaluate import metrics
 from dave_fast.evaluate.methods import contributions_of
 from dave_fast.explain.convergence import checkpoints, refine
 from dave_fast.explain.explainer import DAVE
+from dave_fast.models.meaning import link_of
 from dave_fast.ops.perturb import perturb
 from dave_fast.sampling import Sampling, draw
 
@@ -139,7 +140,7 @@ def tune(
         progress: called with (samples done, samples in all, description).
 
     Raises:
-        InputError: an argument is outside of these limits.
+        InputError: an argument is outside of these limits, or the model's scores have no probabilities.
     """
     _check(images, alphas, quality)
     before = explainer.sampling
@@ -152,8 +153,11 @@ def tune(
         if progress is not None:
             progress(done, total, what)
 
-    classes = explainer.predict(images).argmax(1)
-    kept = _kept(explainer, images, classes, alphas, seed)
+    output = explainer.predict(images)
+    if link_of(explainer.model, output.shape[1]) is None:
+        raise InputError("the model's scores decide nothing (its link is None): choose noise_alpha by looking at maps.")
+    classes = output.argmax(1)
+    kept = _kept(explainer, images, _decisions(output), alphas, seed)
     views = _views(images, seed)
     try:
         repeatability = _repeatability(explainer, views, classes, alphas, seed, tell)
@@ -204,21 +208,26 @@ def _repeatability(
     return np.stack(rows)
 
 
-def _kept(explainer: DAVE, images: Tensor, classes: Tensor, alphas: Sequence[float], seed: int) -> np.ndarray:
+def _decisions(output: Tensor) -> Tensor:
+    """Return the decision on each image, (n,) int64: the top class, or of a single logit whether it is positive."""
+    return output.argmax(1) if output.shape[1] > 1 else (output[:, 0] > 0).long()
+
+
+def _kept(explainer: DAVE, images: Tensor, decisions: Tensor, alphas: Sequence[float], seed: int) -> np.ndarray:
     """Return the share of noisy samples that keep the decision, (A,): for each α the mean over levels up to it."""
     levels = np.linspace(0, alphas[-1], 13)
     height, width = images.shape[2:]
     still = Sampling(rotation=0.0, scale=(1.0, 1.0), translation=0.0, flip=0.0)
     keys = range(len(images))
     draws = draw(LEVEL_DRAWS, height=height, width=width, seed=seed, image_keys=keys, sampling=still)
-    wanted = classes.cpu()[draws.image_index]
+    wanted = decisions.cpu()[draws.image_index]
     shares = []
     for level in levels.tolist():
         # a single patch of the image's size: its token is the perturbed image
         signal = torch.full_like(draws.signal, 1 - level)
         at_level = replace(draws, signal=signal, noise=torch.full_like(draws.noise, math.sqrt(level * (2 - level))))
         shaken = perturb(images.cpu(), at_level, (height, width))
-        found = explainer.predict(shaken.view(-1, *images.shape[1:])).argmax(1).cpu()
+        found = _decisions(explainer.predict(shaken.view(-1, *images.shape[1:]))).cpu()
         shares.append((found == wanted).double().mean().item())
     # the mean over [0, α] by the trapezoid rule; at α = 0 it is the first share
     steps = np.concatenate([[0.0], np.cumsum((np.array(shares[1:]) + shares[:-1]) / 2 * np.diff(levels))])

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dave_fast.models.meaning import head_width
+
 # largest difference allowed, as a share of the largest logit, by the model's dtype
 LOGITS_AGREE = {torch.float64: 1e-9, torch.float32: 1e-3}
 # timm's names -> torchvision's; the first that matches is taken
@@ -64,7 +66,7 @@ def torchvision_twin(model: nn.Module) -> nn.Module:
         num_heads=block.attn.num_heads,
         hidden_dim=model.embed_dim,
         mlp_dim=block.mlp.fc1.out_features,
-        num_classes=model.num_classes,
+        num_classes=head_width(model) or model.num_classes,
         norm_layer=partial(nn.LayerNorm, eps=getattr(block.norm1, "eps", 1e-6)),
     )
     try:

@@ -222,6 +222,16 @@ class DAVE:
         """
         return self._cache.call(images, self._prediction).float()
 
+    def output_shape(self, images: Tensor) -> tuple[int, ...]:
+        """Return the shape (B, ...) of the model's output for images (B, C, H, W), whatever its values are."""
+
+        def work(images: Tensor, batches: MicroBatches, end: EndOfCall) -> tuple[int, ...]:
+            output = batches.outputs(images)
+            end.read()
+            return tuple(output.shape)
+
+        return self._cache.call(images, work)
+
     def effective_gradient(self, images: Tensor, target: Target = None) -> Tensor:
         """Return one row of the effective transformation for each unperturbed image: DAVE, arXiv 2602.06613, Eq. 5.
 

@@ -18,7 +18,9 @@ from dave_fast.engine.checks import check_integer
 from dave_fast.errors import InputError
 from dave_fast.explain.subject import Subject
 from dave_fast.images import as_rgb, drawing, read_image
+from dave_fast.models.labels import labels_of
 from dave_fast.models.spec import ModelSpec
+from dave_fast.targets import Class
 
 Picture = str | os.PathLike[str] | Image.Image
 Answer = dict[str, Any]
@@ -55,8 +57,8 @@ class Pipeline:
             seed: equal seeds give equal maps.
 
         Returns:
-            A dictionary for each class, with label, score (probability), target (index), map ((H, W) float32 in [0, 1])
-            and overlay (a PIL image); for a list of images a list of such lists.
+            A dictionary for each class, with label, score (probability; NaN where the model has none), target (index),
+            map ((H, W) float32 in [0, 1]) and overlay (a PIL image); for a list of images a list of such lists.
 
         Raises:
             ImageError: an image cannot be read.
@@ -73,14 +75,17 @@ class Pipeline:
         self, picture: Picture, top_k: int, target: str | int | None, n_samples: int, seed: int
     ) -> list[Answer]:
         inputs, crop = self.prepare(_read(picture))
-        named = None if target is None else [self.labels.resolve(target)]
+        # as text, so that a negative index is refused
+        named = None if target is None else [Class(str(target))]
         found = self.explainer.explain(
             inputs[None], targets=named, top_k=top_k if named is None else None, n_samples=n_samples, seed=seed
         )
+        # its owner may have given the module another head since the names were read
+        labels = labels_of(self.explainer.model, found.output.shape[1])
         of_each = zip(found.target[0].tolist(), found.probability[0].tolist(), found.maps[0].cpu().numpy(), strict=True)
         return [
             {
-                "label": self.labels.name(index),
+                "label": labels.name(index),
                 "score": score,
                 "target": index,
                 "map": heat,

@@ -205,7 +205,9 @@ def _bars(axes: Axes, probabilities: Sequence[tuple[str, float]], explained: set
 
 
 def percent(probability: float) -> str:
-    """Return a probability for readers: "93.1 %", "< 0.1 %"."""
+    """Return a probability for readers: "93.1 %", "< 0.1 %", "–" where there is none (NaN)."""
+    if math.isnan(probability):
+        return "–"
     return "< 0.1 %" if 0 <= probability < 0.001 else f"{100 * probability:.1f} %"
 
 

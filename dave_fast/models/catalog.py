@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from dave_fast.errors import InputError, UnknownModelError
-from dave_fast.models.meaning import require_classifier
+from dave_fast.models.meaning import LINK_WORDS, require_classifier
 from dave_fast.models.spec import ModelSpec, as_spec, class_names
 from dave_fast.models.weights_file import load_weights
-from dave_fast.wrappers import Normalised, unwrapped
+from dave_fast.wrappers import Normalised, last_part, unwrapped
 
 DEFAULT_NOISE_ALPHA = 0.5
 # The authors' tuned values (github.com/a-vrobell/DAVE, model configurations at ee412e5). A name without a tag
@@ -81,6 +81,10 @@ def load_model(model: str | ModelSpec | nn.Module) -> tuple[nn.Module, str]:
             ) from error
     if spec.labels is not None:
         _name_classes(loaded, spec)
+    if spec.link is not None:
+        require_classifier(loaded, spec.name)
+        said: Any = last_part(loaded)
+        said.link = LINK_WORDS[spec.link]
     return loaded.eval(), spec.name
 
 

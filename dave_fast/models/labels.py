@@ -74,13 +74,14 @@ def labels_of(model: Any, width: int | None = None) -> Labels:
 
     Args:
         model: the module.
-        width: K of its output (B, K); None where it has not run: as its head says, else its `num_classes`.
+        width: K of its output (B, K); None where it has not run: as its head says, else its `num_classes`, else as many
+            as there are names.
     """
     model = last_part(model)
     if kind_of(model) == "embedding":
         return Labels(0)
-    count = width or head_width(model) or getattr(model, "num_classes", None) or None
-    names = _pretrained_names(model, getattr(model, "pretrained_cfg", None))
+    names = _pretrained_names(model, getattr(model, "pretrained_cfg", None)) or ()
+    count = width or head_width(model) or getattr(model, "num_classes", None) or len(names) or None
     return Labels(count, names if names and len(names) == count else None)
 
 

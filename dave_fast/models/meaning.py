@@ -15,7 +15,7 @@ A single score is never a softmax, which would be 1 whatever the score.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from dave_fast.wrappers import last_part
 Kind = Literal["classifier", "embedding"]
 Link = Literal["softmax", "sigmoid"] | None
 
+# by the words of `ModelSpec.link`
+LINK_WORDS: dict[str, Link] = {"softmax": "softmax", "sigmoid": "sigmoid", "none": None}
 # by the `problem_type` of a transformers configuration
 LINKS: dict[str, Link] = {
     "single_label_classification": "softmax",
@@ -121,8 +123,8 @@ def _declared_link(model: Any) -> Link:
     model = last_part(model)
     link = getattr(model, "link", "")
     # a module may use the name for something else
-    if link is None or (isinstance(link, str) and link in LINKS.values()):
-        return cast("Link", link)
+    if link is None or (isinstance(link, str) and link in LINK_WORDS):
+        return LINK_WORDS[link or "none"]
     problem = getattr(getattr(model, "config", None), "problem_type", None)
     return LINKS.get(problem, "softmax") if isinstance(problem, str) else "softmax"
 
@@ -140,8 +142,9 @@ def _heads(model: Any) -> list[nn.Module]:
         return []
     names = _named_heads(model)
     if not names:
-        name, last = next(reversed(list(model.named_children())), ("", model))
-        return [last] if name in _HEADS else []
+        # a single layer, at the end of a sequence, is its own head
+        name, last = next(reversed(list(model.named_children())), (_HEADS[0], model))
+        return [last] if name in _HEADS and (last is not model or _own_width(model)) else []
     return [found for name in names if (found := _nearest(model, name)) is not model]
 
 

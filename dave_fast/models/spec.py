@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dave_fast.errors import InputError, UnknownModelError, reason_of
+from dave_fast.models.meaning import LINK_WORDS
 
 # timm's own schemes for the hub and for folders are synonyms of hf:
 _SCHEMES = {**{name: name for name in ("timm", "hf", "torchvision", "open_clip")}, "hf-hub": "hf", "local-dir": "hf"}
@@ -40,6 +41,9 @@ class ModelSpec:
         image_size: side of the images in pixels; None for the model's own. timm's models are built for it,
             transformers' interpolate their position encodings.
         random_weights: whether to use random weights, the same each time, for trials.
+        link: how the logits of a classifier become probabilities, where the model does not say it: "softmax" (one of
+            several classes), "sigmoid" (each class for itself: several labels) or "none" (a regression). None is the
+            model's own.
     """
 
     name: str
@@ -48,6 +52,7 @@ class ModelSpec:
     labels: str | Sequence[str] | None = None
     image_size: int | None = None
     random_weights: bool = False
+    link: str | None = None
 
     def __post_init__(self) -> None:
         """Raise InputError for values out of range, and for arguments that exclude each other."""
@@ -61,6 +66,8 @@ class ModelSpec:
             raise InputError(f"num_classes is {self.num_classes}; expected an integer ≥ 1.")
         if self.image_size is not None and self.image_size < 1:
             raise InputError(f"image_size is {self.image_size}; expected pixels, an integer ≥ 1.")
+        if self.link not in (None, *LINK_WORDS):
+            raise InputError(f"link is {self.link!r}; expected one of {', '.join(LINK_WORDS)}.")
         if self.num_classes is not None and self.weights is None and not self.random_weights:
             raise InputError(
                 f"num_classes={self.num_classes} without weights would explain a head of random numbers: give the file "

@@ -17,6 +17,7 @@ import numpy as np
 
 from dave_fast.errors import ImageError, InputError, reason_of
 from dave_fast.images import drawing, from_config
+from dave_fast.models.meaning import Link
 from dave_fast.run.contents import read_picture
 from dave_fast.run.reader import MapRecord, Maps
 from dave_fast.run.records import Record
@@ -133,7 +134,9 @@ def _npy(maps: Maps, target: Path, progress: Progress) -> int:
         with open(folder / "index.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(INDEX)
-            writer.writerows(zip(*(maps.column(name).tolist() for name in INDEX), strict=True))
+            # NaN is a missing probability, an empty field in a table
+            rows = zip(*(maps.column(name).tolist() for name in INDEX), strict=True)
+            writer.writerows([None if value != value else value for value in row] for row in rows)
     return 0
 
 
@@ -168,10 +171,13 @@ def _virelay(maps: Maps, target: Path, progress: Progress) -> int:
     """Write ViRelAy's attribution database: index, attribution (N, C, H, W), label, prediction (N, K).
 
     The attribution is the signed contributions if the run kept them (--raw), else the map with C = 1. The prediction
-    is the softmax of the outputs if the run kept them (--outputs), else the explained class's probability and zeros.
+    is the probabilities of the outputs if the run kept them (--outputs), or the outputs of a model without
+    probabilities; else the explained class's probability, NaN where there is none, and zeros.
     """
     h5py = _package("h5py", "virelay")
-    classes = maps.identity["configuration"]["classes"]
+    configuration = maps.identity["configuration"]
+    # runs of earlier versions hold softmax probabilities
+    classes, link = configuration["classes"], configuration.get("link", "softmax")
     first = maps[0]
     if first.output is not None:
         classes = len(first.output)
@@ -190,19 +196,20 @@ def _virelay(maps: Maps, target: Path, progress: Progress) -> int:
         book.create_dataset("id", data=maps.ids, dtype=h5py.string_dtype())
         for number, row in enumerate(maps):
             attribution[number] = row.map if row.raw is None else row.raw
-            prediction[number] = _prediction(row, classes)
+            prediction[number] = _prediction(row, classes, link)
             progress(number + 1)
     return 0
 
 
-def _prediction(row: MapRecord, classes: int) -> np.ndarray:
-    if row.output is not None:
+def _prediction(row: MapRecord, classes: int, link: Link) -> np.ndarray:
+    if row.output is None:
+        found = np.zeros(classes, np.float32)
+        found[row.target] = np.nan if row.probability is None else row.probability
+        return found
+    if link == "softmax":
         exponents = np.exp(row.output - row.output.max())
         return exponents / exponents.sum()
-    found = np.zeros(classes, np.float32)
-    assert row.target is not None and row.probability is not None
-    found[row.target] = row.probability
-    return found
+    return row.output if link is None else 1 / (1 + np.exp(-row.output))
 
 
 FORMS = {"zarr": _zarr, "npy": _npy, "png": _png, "virelay": _virelay}

@@ -6,6 +6,7 @@ default resolved. The mappers of one run have equal `Mapper.configuration` and `
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ import numpy as np
 
 from dave_fast.defaults import DEFAULT_SAMPLES
 from dave_fast.errors import ImageError, InputError, NonFiniteError
+from dave_fast.models.meaning import link_of
 from dave_fast.models.spec import ModelSpec
 from dave_fast.run.contents import read_picture
 from dave_fast.run.identity import weights_hash
@@ -107,9 +109,7 @@ class Mapper:
             if settings.target is not None and settings.target not in (PREDICTED, LABEL):
                 self.target = self.labels.resolve(settings.target)
             # A grey image shows errors before the run begins, and has the weights laid out.
-            output = self.explainer.explain(torch.zeros(1, 3, *self.prepare.size), n_samples=1).output
-        if output.dim() != 2:
-            raise InputError(f"the model's output is {tuple(output.shape)}; expected (B, K): runs explain classifiers.")
+            self.explainer.explain(torch.zeros(1, 3, *self.prepare.size), n_samples=1)
         self.notes = [str(warning.message) for warning in caught]
         if isinstance(settings.model, ModelSpec) and settings.model.random_weights:
             self.notes.append("the weights are random: the maps show the mechanics and mean nothing.")
@@ -130,6 +130,7 @@ class Mapper:
             "sampling": vars(explainer.sampling),
             "preprocessing": dict(self.prepare.config),
             "classes": self.labels.count,
+            "link": link_of(explainer.model, self.labels.count or 0),
             "map_dtype": settings.map_dtype,
             "raw": settings.raw,
             "outputs": settings.outputs,
@@ -246,12 +247,13 @@ class Mapper:
         maps = explanation.maps.cpu().numpy()
         raws = explanation.raw.cpu().numpy() if settings.raw else None
         outputs = explanation.output.cpu().float().numpy()
+        probability = explanation.probability.tolist()
         for n, record in enumerate(records):
             row = _record_columns(record, settings.n_samples) | packed_map(maps[n], settings.map_dtype)
             row |= {
                 "target": int(explanation.target[n]),
                 "prediction": int(outputs[n].argmax()),
-                "probability": float(explanation.probability[n]),
+                "probability": None if math.isnan(probability[n]) else probability[n],
                 "status": "ok",
             }
             if raws is not None:

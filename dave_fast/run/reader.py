@@ -36,7 +36,7 @@ class MapRecord:
         uri: path or URL of the image.
         target: the class that was explained, None without a map.
         prediction: the most probable class, None without a map.
-        probability: softmax of the unperturbed image's output at the target, None without a map.
+        probability: of the target for the unperturbed image, None without a map and for a model without probabilities.
         seed: seed of the draws.
         n_samples: samples of the map.
         status: "ok" or "error".
@@ -236,7 +236,8 @@ class MapDataset:
             "map": torch.from_numpy(row.map),
             "target": row.target,
             "prediction": row.prediction,
-            "probability": row.probability,
+            # the default collation takes no None
+            "probability": float("nan") if row.probability is None else row.probability,
         }
         return item if row.raw is None else item | {"raw": torch.from_numpy(row.raw)}
 

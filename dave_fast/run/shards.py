@@ -5,7 +5,7 @@
 | id, uri | string | the record |
 | target | int64 | the class that was explained |
 | prediction | int64 | the most probable class |
-| probability | float32 | softmax of the unperturbed image's output at the target |
+| probability | float32 | the model's probability of the target for the unperturbed image; null: it has none |
 | seed, n_samples | int64, int32 | of the draws |
 | status, error | string | "ok"; or "error" and why there is no map |
 | height, width, dtype | int32, int32, string | of the map: float16 or uint8, row by row, little-endian |

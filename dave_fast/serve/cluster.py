@@ -51,6 +51,7 @@ class ClusterSettings(BaseModel):
         num_classes: of a single model.
         labels: of a single model.
         image_size: of a single model.
+        link: of a single model.
         cpus: CPUs of a replica, as Ray counts them.
         gpus: GPUs of a replica, as Ray counts them.
         min_replicas: the least number of replicas.
@@ -67,6 +68,7 @@ class ClusterSettings(BaseModel):
     num_classes: int | None = None
     labels: str | None = None
     image_size: int | None = None
+    link: str | None = None
     precision: str | None = None
     noise_alpha: float | None = None
     internal_batch_size: int | None = None
@@ -142,7 +144,8 @@ class Explanations:
     def __init__(self, settings: ClusterSettings, api_keys: list[str], images: DeploymentHandle) -> None:
         log_to_stderr()
         self._settings, self._api_keys, self._images = settings, api_keys, images
-        names = {"precision", "noise_alpha", "internal_batch_size", "weights", "num_classes", "labels", "image_size"}
+        own = {"weights", "num_classes", "labels", "image_size", "link"}
+        names = own | {"precision", "noise_alpha", "internal_batch_size"}
         loaded = load_models(settings.models, [None], **settings.model_dump(include=names))
         self._service = Service(loaded, settings.limits)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import IO, Any
 
@@ -14,7 +15,7 @@ from PIL import Image
 from pydantic import BaseModel
 from torch import Tensor
 
-from dave_fast.explain.arrays import write_arrays
+from dave_fast.explain.arrays import Scored, write_arrays
 from dave_fast.explain.convergence import Refined
 from dave_fast.images import drawing
 from dave_fast.serve.jobs import Ask, Ended, Predicted
@@ -61,13 +62,18 @@ def prediction(model: ServedModel, predicted: Predicted) -> Prediction:
 
 
 def _top(model: ServedModel, predicted: Predicted) -> list[ClassProbability]:
-    top = predicted.probabilities.topk(min(TOP, model.classes)).indices.tolist()
+    top = predicted.scores.topk(min(TOP, model.classes)).indices.tolist()
     return [_probability(model, predicted, target) for target in top]
 
 
 def _probability(model: ServedModel, predicted: Predicted, target: int) -> ClassProbability:
-    probability = float(predicted.probabilities[target])
+    probability = finite(float(predicted.probabilities[target]))
     return ClassProbability(target=target, class_name=model.labels.name(target), probability=probability)
+
+
+def _scored(found: Sequence[ClassProbability]) -> list[Scored]:
+    """Return classes as `.npz` files hold them: without a probability it is NaN."""
+    return [(one.target, one.class_name, math.nan if one.probability is None else one.probability) for one in found]
 
 
 def maps(model: ServedModel, ask: Ask, predicted: Predicted, refined: Refined, encoding: Encoding) -> Maps:
@@ -157,8 +163,8 @@ def _write_npz(file: IO[bytes], model: ServedModel, ask: Ask, ended: Ended) -> N
         maps=refined.maps,
         raw=refined.raw,
         crop=model.prepare.pixels(ask.image),
-        targets=[(each.target, each.class_name, each.probability) for each in explained],
-        top=[(each.target, each.class_name, each.probability) for each in _top(model, predicted)],
+        targets=_scored(explained),
+        top=_scored(_top(model, predicted)),
         samples=refined.samples,
         n_samples=ask.n_samples,
         seed=ask.seed,

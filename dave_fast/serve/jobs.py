@@ -62,10 +62,12 @@ class Predicted:
     """An event: the unperturbed image has been predicted.
 
     Attributes:
-        probabilities: softmax of the model's output, (K,).
+        scores: the model's output, (K,).
+        probabilities: of the K classes; NaN where the model has none.
         targets: the classes that are explained.
     """
 
+    scores: Tensor
     probabilities: Tensor
     targets: tuple[int, ...]
 

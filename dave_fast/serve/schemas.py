@@ -58,11 +58,11 @@ class Array(BaseModel):
 
 
 class ClassProbability(BaseModel):
-    """A class and the model's probability for the unperturbed image."""
+    """A class and the model's probability for the unperturbed image (null: the model has no probabilities)."""
 
     target: int
     class_name: str
-    probability: float
+    probability: float | None
 
 
 class ClassMap(ClassProbability):

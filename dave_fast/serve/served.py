@@ -76,6 +76,7 @@ def load_models(
     num_classes: int | None = None,
     labels: str | None = None,
     image_size: int | None = None,
+    link: str | None = None,
     **settings: Any,
 ) -> dict[str, ServedModel]:
     """Load every model on every device.
@@ -83,10 +84,11 @@ def load_models(
     Args:
         names: models, or NAME=MODEL; equal ones are loaded once.
         devices: names of torch devices, one for each worker; None is the best there is.
-        weights: see `ModelSpec`; this and the following three only for a single model.
+        weights: see `ModelSpec`; this and the following four only for a single model.
         num_classes: see `ModelSpec`.
         labels: see `ModelSpec`.
         image_size: see `ModelSpec`.
+        link: see `ModelSpec`.
         settings: keywords of `DAVE`.
 
     Returns:
@@ -96,21 +98,19 @@ def load_models(
         InputError: two models have one name, or a model is no classifier of images.
         ModelError: a model cannot be loaded or explained.
     """
-    own = (weights, num_classes, labels, image_size)
-    if len(set(names)) > 1 and any(one is not None for one in own):
+    own: dict[str, Any] = {"weights": weights, "num_classes": num_classes, "labels": labels}
+    own |= {"image_size": image_size, "link": link}
+    if len(set(names)) > 1 and any(one is not None for one in own.values()):
         raise InputError(
-            f"weights, num_classes, labels and image_size belong to one model, and {len(set(names))} are named: "
-            "start a server for each."
+            f"{', '.join(own)} belong to one model, and {len(set(names))} are named: start a server for each."
         )
     served: dict[str, ServedModel] = {}
     for text in dict.fromkeys(names):
         name, model = served_name(text)
         if name in served:
             raise InputError(f"two models would be served as {name!r}: write NAME=MODEL to tell them apart.")
-        first, prepare, found = Subject.load(ModelSpec(model, *own), device=devices[0], **settings)
+        first, prepare, found = Subject.load(ModelSpec(model, **own), device=devices[0], **settings)
         given = {**settings, "noise_alpha": first.sampling.noise_alpha}
         explainers = (first, *(DAVE(first.model, device=device or first.device, **given) for device in devices[1:]))
-        if found.count is None:
-            raise InputError(f"the model {name!r} does not say how many classes it has; only classifiers are served.")
         served[name] = ServedModel(name, explainers, prepare, found)
     return served

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dave_fast.errors import InputError, NonFiniteError
+from dave_fast.models.meaning import probabilities
 from dave_fast.sampling import join
 from dave_fast.serve.jobs import DeadlineError, Failed, Job, Predicted
 from dave_fast.serve.prometheus import Metrics
@@ -203,11 +204,12 @@ class Worker:
 
     def _predict(self, model: str, wanted: Sequence[tuple[Part, Job]]) -> None:
         """Predict unperturbed images and choose the classes to explain."""
-        output = self.explainers[model].predict(torch.stack([job.ask.image for _, job in wanted])).cpu()
-        for (_, job), logits in zip(wanted, output, strict=True):
-            probabilities = logits.softmax(0)
-            targets = job.ask.targets or tuple(probabilities.topk(job.ask.top_k).indices.tolist())
-            job.predicted = Predicted(probabilities, targets)
+        explainer = self.explainers[model]
+        output = explainer.predict(torch.stack([job.ask.image for _, job in wanted])).cpu()
+        of_each = zip(wanted, output, probabilities(explainer.model, output), strict=True)
+        for (_, job), scores, probability in of_each:
+            targets = job.ask.targets or tuple(scores.topk(job.ask.top_k).indices.tolist())
+            job.predicted = Predicted(scores, probability, targets)
             job.listener(job.predicted)
             with self.shared.lock:
                 self.shared.scheduler.proceed(job.queued)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,9 +30,11 @@ class Class(Question):
 
     Attributes:
         index: an int, or a name: one of the model's class names, or a part that occurs in only one of them.
+        of: number of classes that the name was looked up among; an output with another number is refused.
     """
 
     index: int | str
+    of: int | None = field(default=None, compare=False, repr=False)
 
     def bind(self, view: ModelView) -> Class:
         """See `Question`.
@@ -40,11 +42,24 @@ class Class(Question):
         Raises:
             InputError: the name fits no class, or several.
         """
-        return Class(labels_of(view.model).resolve(self.index)) if isinstance(self.index, str) else self
+        if not isinstance(self.index, str):
+            return self
+        labels = labels_of(view.model)
+        return Class(labels.resolve(self.index), labels.count)
 
     def resolve(self, output: Tensor, size: tuple[int, int], view: ModelView) -> Cotangent:
-        """See `Question`."""
-        return resolve_target(self.bind(view).index, output, size, view)
+        """See `Question`.
+
+        Raises:
+            InputError: the output has another number of classes than there are names.
+        """
+        bound = self.bind(view)
+        if bound.of is not None and output.shape[1:] != (bound.of,):
+            raise InputError(
+                f"class {self.index!r} was looked up among {bound.of} classes, and the model's output is "
+                f"{tuple(output.shape)}: its names are those of another head; give the index"
+            )
+        return resolve_target(bound.index, output, size, view)
 
 
 class Sum(Question):

@@ -3,13 +3,14 @@
 Published "deletion" numbers differ in seven choices, so they are comparable only under the same protocol:
 
     dave             least important pixels first; 0, every ⌊⌊0.9·n⌋/128⌋ up to ⌊0.9·n⌋ of them give way to the image's
-                     own blur (31×31, σ 7, zeros outside); softmax; area: trapezoids over per cent, 0 to 90
+                     own blur (31×31, σ 7, zeros outside); probability; area: trapezoids over per cent, 0 to 90
     rise-deletion    most important pixels first; 0, every ⌈n/224⌉ up to n of them become 0, a normalised image's mean;
-                     softmax; area: trapezoids over fractions
+                     probability; area: trapezoids over fractions
     rise-insertion   the same points, from the image's own blur (11×11, σ 5, zeros outside) to the image
     quantus          most important elements of C·H·W first; every ⌈n/224⌉ up to n (never 0) become the image's
-                     minimum; softmax; area: trapezoids over points, one apart
+                     minimum; probability; area: trapezoids over points, one apart
 
+A probability is the softmax of the logits, or what else the model's link says (`dave_fast.models.meaning`).
 n is the number of pixels (or elements) of an image; 128 and 224 are `steps`. Sources: the authors' script
 (github.com/a-vrobell/DAVE at ee412e5); Petsiuk et al., RISE, BMVC 2018, whose script folds the tails of its blur back
 into the 11 pixels where this one cuts them; Quantus 0.6 `PixelFlipping`, whose default of one element a step (150,528
@@ -30,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dave_fast.errors import InputError
+from dave_fast.models.meaning import link_of, probabilities
 
 # Knuth's multiplicative hash: scatters pixel indices evenly and repeatably
 _SCATTER, _SCATTER_RANGE = 2654435761, 2**32
@@ -62,7 +64,7 @@ class Protocol:
         steps: about how many points there are.
         coarse: whether strides between points are rounded up instead of down.
         start: whether the unchanged image is a point.
-        probability: whether the score is the softmax probability instead of the logit.
+        probability: whether the score is the model's probability, a softmax or a sigmoid, instead of the logit.
         area: the abscissa of `published_area`, "per cent", "fraction" or "points".
     """
 
@@ -137,7 +139,8 @@ def perturbation_curve(
     beforehand.
 
     Args:
-        model: images (n, C, H, W) -> logits (n, K), on the images' device.
+        model: images (n, C, H, W) -> logits (n, K), on the images' device; what they mean is read from its attributes
+            (see `dave_fast.models.meaning`).
         images: (B, C, H, W), normalised.
         maps: (B, H, W), signed or not; or (B, C, H, W), summed over channels unless the protocol changes elements.
         targets: (B,) int64, classes.
@@ -150,7 +153,7 @@ def perturbation_curve(
         The curve; its scores are NaN for a map with NaN.
 
     Raises:
-        InputError: maps and images do not fit, or the protocol is unknown.
+        InputError: maps and images do not fit, the protocol is unknown, or it takes probabilities of a model without.
     """
     chosen = protocol_of(protocol, steps)
     if maps.shape not in (images.shape, images[:, 0].shape):
@@ -171,11 +174,21 @@ def perturbation_curve(
         changed = ranks[row] < points[some, None, None, None]
         first, second = (images[row], filled[row]) if chosen.insert else (filled[row], images[row])
         output = model(torch.where(changed, first, second)).double()
-        output = output.softmax(dim=-1) if chosen.probability else output
+        output = _probabilities(model, output) if chosen.probability else output
         scores[some] = output.gather(1, targets.to(images.device)[row, None])[:, 0]
     scores = scores.view(len(images), len(counts))
     scores[values.flatten(1).isnan().any(1)] = torch.nan
     return Curve(counts.double() / ranks[0].numel(), scores)
+
+
+def _probabilities(model: Callable[[Tensor], Tensor], output: Tensor) -> Tensor:
+    """Return the probabilities of logits (n, K); raise InputError for a model that has none."""
+    if link_of(model, output.shape[1]) is None:
+        raise InputError(
+            "the model's output has no probabilities (embeddings, or its link is None): measure the score itself, by a "
+            "protocol of its own: Protocol(..., probability=False)."
+        )
+    return probabilities(model, output)
 
 
 def mean_score(curve: Curve) -> Tensor:

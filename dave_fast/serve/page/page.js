@@ -200,8 +200,7 @@ function listTop() {
     box.addEventListener("change", () => choose(target, box.checked));
     const bar = make("span", { className: "bar", ariaHidden: "true" }, make("span"));
     bar.firstChild.style.width = `${100 * (probability ?? 0)}%`;
-    const share = probability === null ? "" : percent(probability);
-    return make("label", {}, box, make("span", { className: "name", title: class_name }, class_name), make("span", { className: "percent" }, share), bar);
+    return make("label", {}, box, make("span", { className: "name", title: class_name }, class_name), make("span", { className: "percent" }, chance(probability)), bar);
   }));
   if (focused) $("top").querySelector(`[data-target="${focused}"]`)?.focus();
 }
@@ -267,7 +266,7 @@ function panel(one, number) {
   canvas.setAttribute("role", "img");
   canvas.setAttribute("aria-label", `Map of the pixels that speak for ${one.class_name}`);
   const swatch = make("span", { className: `swatch c${number % COLOURS}`, ariaHidden: "true" });
-  const title = make("h3", {}, swatch, make("span", { className: "name", title: one.class_name }, one.class_name), make("span", { className: "percent" }, percent(one.probability)));
+  const title = make("h3", {}, swatch, make("span", { className: "name", title: one.class_name }, one.class_name), make("span", { className: "percent" }, chance(one.probability)));
   const buttons = [["PNG", savePicture], [".npz", saveArrays]].map(([kind, action]) => {
     const button = make("button", { type: "button", className: "quiet", disabled: true }, `Save ${kind}`, make("span", { className: "sr" }, ` of ${one.class_name}`));
     button.addEventListener("click", () => action(one, canvas).catch(problem));
@@ -317,6 +316,9 @@ function make(tag, properties = {}, ...children) {
 }
 
 const percent = (share) => (share > 0 && share < 0.001 ? "< 0.1 %" : `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`);
+
+// A class without a probability: chosen by the user, or of a model that has none.
+const chance = (probability) => (probability === null ? "" : percent(probability));
 
 // The visible status changes with every event; screen readers announce the beginning, the end and problems only.
 function say(text) {
