@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from dave_fast.errors import InputError, ModelError
+from dave_fast.images.reading import as_rgb
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +54,7 @@ class Preprocessing:
 
     def crop(self, image: Image.Image) -> np.ndarray:
         """Return the image resized and cropped, uint8 (H, W, 3): the first half of the transform."""
-        return np.array(self._half(first=True)(image))
+        return np.array(self._half(first=True)(as_rgb(image)))
 
     def normalised(self, crop: np.ndarray) -> Tensor:
         """Return the input for a crop: `normalised(crop(image))` is bit for bit `transform(image)`."""

@@ -189,7 +189,10 @@ def _finished(
     if isinstance(image, GifImageFile):
         result = _on_background(image, result)
     turn = _TURNS.get(_orientation(image, notes))
-    return result if turn is None else result.transpose(turn)
+    result = result if turn is None else result.transpose(turn)
+    # What the file said of orientation and transparency has been heeded, and must not be again.
+    result.info.clear()
+    return result
 
 
 def _orientation(image: Image.Image, notes: list[str]) -> Any:

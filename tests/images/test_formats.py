@@ -294,3 +294,24 @@ def test_later_frame_of_a_gif_that_was_opened_with_pillow_is_whole():
         image.seek(1)
         found = as_rgb(image)
     assert found.getpixel((5, 5)) == (255, 0, 0) and found.getpixel((1, 1)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize("mode", PICTURES)
+def test_picture_that_was_read_is_not_changed_by_another_reading(mode):
+    once = as_rgb(PICTURES[mode][0])
+    assert not once.info and (np.asarray(as_rgb(once)) == np.asarray(once)).all()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_picture_that_was_turned_is_not_turned_again(kind):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    once = decode_image(written(PICTURES["RGB"][0], kind, exif=exif), "a")
+    assert once.size == (ROWS * SIDE, COLUMNS * SIDE) == as_rgb(once).size
+    assert (np.asarray(as_rgb(once)) == np.asarray(once)).all()
+
+
+def test_transparent_colour_is_not_heeded_twice():
+    samples = np.array([[[1, 2, 3], [255, 255, 255], [4, 5, 6]]], np.uint32)
+    once = decode_image(png(samples, 2, 8, before=[(b"tRNS", struct.pack(">3H", 4, 5, 6))]), "a")
+    assert np.asarray(as_rgb(once)).tolist() == [[[1, 2, 3], [255, 255, 255], [255, 255, 255]]]

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from dave_fast.errors import ImageError, InputError
-from dave_fast.images import find_images, preprocessing, read_image
+from dave_fast.images import as_rgb, find_images, preprocessing, read_image
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
@@ -307,6 +307,31 @@ def test_crop_is_what_the_model_sees(picture, mode):
     assert (crop == np.asarray(expected)).all()
     again = (crop / 255 - np.array(CONFIG["mean"])) / np.array(CONFIG["std"])
     np.testing.assert_allclose(inputs.permute(1, 2, 0), again, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16"])
+def test_picture_of_any_mode_is_prepared_as_rgb(picture, mode):
+    prepare = preprocessing(Model(**CONFIG))
+    if mode in ("I", "F", "I;16"):
+        kind = {"I": np.int32, "F": np.float32, "I;16": np.uint16}[mode]
+        given = Image.fromarray(np.asarray(picture.convert("L")).astype(kind) * kind(257))
+    elif mode == "PA":
+        given = picture.convert("P").convert("PA")
+    else:
+        given = picture.convert(mode)
+    inputs, crop = prepare(given)
+    truth, expected = prepare(as_rgb(given))
+    assert torch.equal(inputs, truth) and (crop == expected).all() and crop.std() > 10
+
+
+def test_picture_is_prepared_upright(picture):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    picture.rotate(90, expand=True).save(file, "PNG", exif=exif)
+    prepare = preprocessing(Model(**CONFIG))
+    with Image.open(file) as given:
+        assert (prepare.crop(given) == prepare.crop(picture)).all()
 
 
 def test_every_pixel_value_survives_the_way_there_and_back():
