@@ -1,0 +1,273 @@
+"""What users do to a model: it is explained as it is, exactly, or refused in plain words, and left untouched."""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from random import Random
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+from dave_fast import DAVE
+from tests.engine.cases import EXPLAINED, REFUSED, outcome
+from tests.engine.effects import effect
+from tests.engine.own_models import Own, images, own_model
+from tests.engine.patches import INNER, Damped, replace
+from tests.engine.wrappers import WRAPPERS
+from tests.held import truth
+from tests.variants import CLASSES, ENGINE
+
+IMAGES = images()
+ROUTES = ("auto", "frozen", "engine")
+PRECISIONS = ("bf16", "fp32", "fp64")
+
+
+# changes drawn at random, twelve of each kind
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("kind", INNER)
+def test_a_changed_model_is_explained_as_it_is_or_refused(kind: str, seed: int):
+    rng = Random(f"{kind} {seed}")
+    variant = ENGINE[rng.choice(["vit", "vit-swiglu", "vit-registers", "deit-distilled", "eva02", "beit"])]
+    with ExitStack() as undo:
+        change = INNER[kind](rng, undo)
+        outcome(lambda: change(variant.build()), variant.images(), route=ROUTES[seed % 3])
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_wrapped_model_is_explained_as_it_is_or_refused(name: str):
+    variant = ENGINE["vit"]
+    found = outcome(lambda: WRAPPERS[name](variant.build()), variant.images())
+    assert found == (REFUSED if name in ("probabilities", "one of two results", "a cut") else EXPLAINED)
+
+
+# the engine reads a model by its class: what stands in the class's place is what has to be explained
+
+
+def _damped(before: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda self, *args, **kwargs: 0.1 * before(self, *args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("variant", "owner", "name"),
+    [
+        ("vit", timm.layers.Attention, "forward"),
+        ("vit", timm.layers.Mlp, "forward"),
+        ("vit", timm.layers.PatchEmbed, "forward"),
+        ("vit", timm.models.vision_transformer.Block, "forward"),
+        ("vit", timm.models.vision_transformer.VisionTransformer, "forward"),
+        ("vit", timm.models.vision_transformer.VisionTransformer, "forward_features"),
+        ("vit", timm.models.vision_transformer.VisionTransformer, "forward_head"),
+        ("vit", timm.models.vision_transformer.VisionTransformer, "_pos_embed"),
+        ("vit-average", timm.models.vision_transformer.VisionTransformer, "pool"),
+        ("deit3", timm.layers.LayerScale, "forward"),
+        ("deit-distilled", timm.models.deit.VisionTransformerDistilled, "forward_head"),
+        ("eva02", timm.models.eva.EvaAttention, "forward"),
+        ("beit", timm.models.beit.Attention, "forward"),
+        ("relative-position", timm.models.vision_transformer_relpos.RelPosAttention, "forward"),
+    ],
+)
+@pytest.mark.parametrize("route", ["auto", "frozen"])
+def test_a_method_replaced_in_its_class_is_explained(variant: str, owner: type, name: str, route: str):
+    with ExitStack() as undo:
+        replace(undo, owner, name, _damped(getattr(owner, name)))
+        assert outcome(ENGINE[variant].build, ENGINE[variant].images(), route=route) == EXPLAINED
+
+
+@pytest.mark.parametrize(
+    "name", ["forward", "forward_features", "forward_head", "_pos_embed", "pool", "blocks.0", "blocks.1.attn", "norm"]
+)
+def test_a_method_replaced_in_the_instance_is_explained(name: str):
+    def build() -> nn.Module:
+        model = ENGINE["vit"].build()
+        owner = model.get_submodule(name) if "." in name or name == "norm" else model
+        method = "forward" if owner is not model else name
+        plain = getattr(type(owner), method)
+        setattr(owner, method, types.MethodType(_damped(plain), owner))
+        return model
+
+    assert outcome(build, ENGINE["vit"].images()) == EXPLAINED
+
+
+def test_a_patch_that_is_undone_is_explained_no_longer():
+    model, attention = ENGINE["vit"].build(), timm.layers.Attention
+    explainer = DAVE(model, precision="fp64", noise_alpha=0.0)
+    classes, given = torch.tensor([2, 5]), ENGINE["vit"].images()
+    before = explainer.effective_gradient(given, classes)
+    with ExitStack() as undo, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        replace(undo, attention, "forward", _damped(attention.forward))
+        during = explainer.effective_gradient(given, classes)
+    assert (during - before).norm() > 0.1 * before.norm()
+    torch.testing.assert_close(explainer.effective_gradient(given, classes), before)
+
+
+# heads: all routes give one verdict
+
+
+class Parts(nn.Module):
+    """Two heads that a function joins."""
+
+    def __init__(self, width: int, join: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.one, self.other, self.join = nn.Linear(width, CLASSES), nn.Linear(width, CLASSES), join
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.join(self.one(z), self.other(z))
+
+
+class Cosine(nn.Module):
+    """Cosine similarity with a learnt vector of each class."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(CLASSES, width))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return 10 * F.normalize(z, dim=-1) @ F.normalize(self.weight, dim=-1).T
+
+
+class Then(nn.Module):
+    """A linear head and a function of its output."""
+
+    def __init__(self, width: int, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.function = nn.Linear(width, CLASSES), function
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.function(self.layer(z))
+
+
+# head of a width, and whether it has an effective gradient
+HEADS_OF_USERS: dict[str, tuple[Callable[[int], nn.Module], str]] = {
+    "two layers": (lambda d: nn.Sequential(nn.Linear(d, 16), nn.GELU(), nn.Linear(16, CLASSES)), EXPLAINED),
+    "norm first": (lambda d: nn.Sequential(nn.LayerNorm(d), nn.Linear(d, CLASSES)), EXPLAINED),
+    "dropout": (lambda d: nn.Sequential(nn.Dropout(0.5), nn.Linear(d, CLASSES)), EXPLAINED),
+    "cosine": (Cosine, EXPLAINED),
+    "mean of two": (lambda d: Parts(d, lambda a, b: (a + b) / 2), EXPLAINED),
+    "larger of two": (lambda d: Parts(d, torch.maximum), EXPLAINED),
+    "largest of parts": (lambda d: Parts(d, lambda a, b: torch.stack([a, b]).amax(0)), EXPLAINED),
+    "gated": (lambda d: Parts(d, lambda a, b: a * torch.sigmoid(b)), EXPLAINED),
+    "absolute": (lambda d: Then(d, torch.abs), EXPLAINED),
+    "tanh": (lambda d: Then(d, torch.tanh), EXPLAINED),
+    "tempered": (lambda d: Then(d, lambda z: z / 0.07), EXPLAINED),
+    "softmax": (lambda d: nn.Sequential(nn.Linear(d, CLASSES), nn.Softmax(-1)), REFUSED),
+    "log softmax": (lambda d: nn.Sequential(nn.Linear(d, CLASSES), nn.LogSoftmax(-1)), REFUSED),
+    "sigmoid": (lambda d: nn.Sequential(nn.Linear(d, CLASSES), nn.Sigmoid()), REFUSED),
+    "exponential": (lambda d: Then(d, torch.exp), REFUSED),
+    "softplus": (lambda d: nn.Sequential(nn.Linear(d, CLASSES), nn.Softplus()), REFUSED),
+    "square": (lambda d: Then(d, lambda z: z * z), REFUSED),
+    "power": (lambda d: Then(d, lambda z: z**2), REFUSED),
+    "product of two": (lambda d: Parts(d, torch.mul), REFUSED),
+    "partly detached": (lambda d: Then(d, lambda z: z + z.detach()), REFUSED),
+    "gate of its own": (lambda d: Then(d, lambda z: z * z.detach()), REFUSED),
+    "all detached": (lambda d: Then(d, Tensor.detach), REFUSED),
+    "in no_grad": (lambda d: Then(d, torch.no_grad()(lambda z: 2 * z)), REFUSED),
+    "rounded": (lambda d: Then(d, torch.round), REFUSED),
+}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("name", HEADS_OF_USERS)
+def test_a_head_is_explained_or_refused_on_every_route(name: str, route: str):
+    make, verdict = HEADS_OF_USERS[name]
+
+    def build() -> nn.Module:
+        model = ENGINE["vit"].build()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(7)
+            model.head = make(32).eval()
+        return model
+
+    assert outcome(build, ENGINE["vit"].images(), route=route) == verdict
+
+
+# weights that are computed at every call
+
+
+def _weight_norm_of_old(layer: nn.Linear) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nn.utils.weight_norm(layer).weight_g.data.mul_(0.7)
+
+
+def _pruned(layer: nn.Linear) -> None:
+    prune.l1_unstructured(layer, "weight", 0.4)
+
+
+def _pruned_for_good(layer: nn.Linear) -> None:
+    _pruned(layer)
+    prune.remove(layer, "weight")
+
+
+def _computed_in_a_hook(layer: nn.Linear) -> None:
+    """Compute the weight ahead of each call, as normalisations of one's own do."""
+    weight = layer.weight
+    del layer.weight
+    layer.register_parameter("raw", nn.Parameter(weight.detach().clone()))
+
+    def hook(module: nn.Module, args: Any) -> None:
+        module.weight = 0.5 * module.raw / module.raw.norm(dim=1, keepdim=True)
+
+    layer.register_forward_pre_hook(hook)
+    hook(layer, None)
+
+
+WEIGHTS: dict[str, Callable[[nn.Linear], Any]] = {
+    "weight norm of old": _weight_norm_of_old,
+    "weight norm": lambda layer: parametrizations.weight_norm(layer).parametrizations.weight.original0.data.mul_(0.7),
+    "spectral norm of old": lambda layer: nn.utils.spectral_norm(layer).eval(),
+    "spectral norm": lambda layer: parametrizations.spectral_norm(layer).eval(),
+    "own": lambda layer: parametrize.register_parametrization(layer, "weight", Damped()),
+    "own, of the bias": lambda layer: parametrize.register_parametrization(layer, "bias", Damped()),
+    "two": lambda layer: [parametrize.register_parametrization(layer, "weight", Damped()) for _ in range(2)],
+    "own, taken off": lambda layer: (
+        parametrize.register_parametrization(layer, "weight", Damped())
+        and parametrize.remove_parametrizations(layer, "weight")
+    ),
+    "pruned": _pruned,
+    "pruned for good": _pruned_for_good,
+    "computed in a hook": _computed_in_a_hook,
+}
+
+
+@pytest.mark.parametrize("path", ["blocks.1.mlp.fc1", "blocks.0.attn.qkv", "head"])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_computed_weight_is_the_weight_that_is_explained(name: str, path: str):
+    def build() -> nn.Module:
+        model = ENGINE["vit"].build()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(2)
+            WEIGHTS[name](model.get_submodule(path))
+        return model.eval()
+
+    assert outcome(build, ENGINE["vit"].images()) == EXPLAINED
+
+
+def test_the_truth_sees_every_effect():
+    # without this, tests above could pass for patches that change nothing
+    seen = set()
+    for seed in range(80):
+        name, act = effect(Random(seed))
+        plain, changed = (
+            truth(own_model().double().requires_grad_(False), IMAGES, torch.tensor([2, 5])),
+            truth(_with_effect(act), IMAGES, torch.tensor([2, 5])),
+        )
+        if changed is None or not torch.equal(plain, changed):
+            seen.add(name)
+    assert "nothing" not in seen and len(seen) >= 13
+
+
+def _with_effect(act: Callable[..., Tensor]) -> nn.Module:
+    model = own_model().double().requires_grad_(False)
+    model.attend = lambda x: act(Own.attend(model, x), x)
+    return model
