@@ -124,6 +124,8 @@ class Held(TorchFunctionMode):
 
     def _ruled(self, func: Callable[..., Any], name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """Call a function by its rule; functions without one keep autograd's own derivative."""
+        if name in ("float", "half", "bfloat16"):
+            return args[0]
         if name in RULES:
             return RULES[name](self, *args, **kwargs)
         if name.rstrip("_") in ACTIVATIONS:
