@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from random import Random
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -73,8 +74,10 @@ def outcome(
         route: of the explainer.
         precision: of the explainer.
     """
-    output, expected = _expected(build, images, classes)
-    given = build()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        output, expected = _expected(build, images, classes)
+        given = build()
     before = state(given)
     try:
         gradient, predicted = explained(given, images, classes, route=route, precision=precision)
@@ -91,6 +94,11 @@ def outcome(
     return EXPLAINED
 
 
+def thinned(values: Iterable[Any], every: int) -> list[Any]:
+    """Return parameters of a test, of which one in `every` runs always and the others are slow."""
+    return [value if i % every == 0 else pytest.param(value, marks=pytest.mark.slow) for i, value in enumerate(values)]
+
+
 def explained(
     model: nn.Module, images: Tensor, classes: Any = CLASSES, *, route: str = "auto", precision: str = "fp64"
 ) -> tuple[Tensor, Tensor]:
@@ -103,19 +111,18 @@ def explained(
 
 def _expected(build: Build, images: Tensor, classes: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Return the model's output (B, K) and its effective gradient in float64, each None where there is none."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            with torch.no_grad():
-                single = build().eval()(images)
-        except Exception:  # whatever a broken model raises
-            return None, None
-        double = doubled(build())
-        output = Held().run(double, images.double().requires_grad_())
-        if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] <= int(classes.max()):
-            return None, None
-        assert off(single, output.detach()) < SINGLE, "the truth is of another model"
-        return output.detach(), truth(doubled(build()), images, classes)
+    try:
+        plain = build().eval()
+        with torch.no_grad():
+            single = plain(images)
+    except Exception:  # whatever a broken model raises
+        return None, None
+    double = doubled(build())
+    output = Held().run(double, images.double().requires_grad_())
+    if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] <= int(classes.max()):
+        return None, None
+    assert off(single, output.detach()) < SINGLE, "the truth is of another model"
+    return output.detach(), truth(doubled(build()), images, classes)
 
 
 def off(found: Tensor, expected: Tensor) -> float:

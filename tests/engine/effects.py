@@ -22,10 +22,13 @@ def _masked(y: Tensor, x: Any) -> Tensor:
     return y * (torch.arange(y.shape[-1]) % 3 != 0)
 
 
-def effect(rng: Random) -> tuple[str, Effect]:
-    """Return one of the effects, with its name."""
-    c = rng.choice([0.1, 0.5, -1.0, 1.7])
-    effects: dict[str, Effect] = {
+# the last effects have no effective gradient
+HOPELESS = 3
+
+
+def effects(c: float) -> dict[str, Effect]:
+    """Return all effects by their names, with one constant."""
+    return {
         "nothing": lambda y, x: y,
         "scaled": lambda y, x: c * y,
         "shifted": lambda y, x: y + c,
@@ -39,15 +42,17 @@ def effect(rng: Random) -> tuple[str, Effect]:
         "tanh": lambda y, x: torch.tanh(y),
         "normalised": lambda y, x: F.layer_norm(y, y.shape[-1:]),
         "clamped": lambda y, x: y.clamp(-2.0, 2.0),
-        # these have no effective gradient
         "squared": lambda y, x: y * y,
         "half detached": lambda y, x: c * y + y.detach(),
         "softmax": lambda y, x: y.softmax(-1),
     }
-    # those without one are drawn less often, since only a refusal can follow
-    names = [*list(effects)[:-3], *list(effects)] if rng.random() < 0.7 else list(effects)[:-3]
-    name = rng.choice(names)
-    return name, effects[name]
+
+
+def effect(rng: Random) -> Effect:
+    """Return one of the effects; those without an effective gradient are rare, since only a refusal can follow."""
+    drawn = effects(rng.choice([0.1, 0.5, -1.0, 1.7]))
+    names = list(drawn)
+    return drawn[rng.choice(names[:-HOPELESS] + (names if rng.random() < 0.7 else []))]
 
 
 def applied(act: Effect, result: Any, x: Any) -> Any:

@@ -110,7 +110,7 @@ class Wrapped:
 
 def instance_method(rng: Random, undo: ExitStack) -> Change:
     where, name = _method(rng)
-    ways = _ways(effect(rng)[1])
+    ways = _ways(effect(rng))
     way = ways[rng.choice(list(ways))]
 
     def change(model: nn.Module) -> nn.Module:
@@ -125,7 +125,7 @@ def instance_method(rng: Random, undo: ExitStack) -> Change:
 def class_method(rng: Random, undo: ExitStack) -> Change:
     owner = rng.choice(CLASSES_PATCHED)
     name = rng.choice([name for name in METHODS if hasattr(owner, name)])
-    act, before = effect(rng)[1], getattr(owner, name)
+    act, before = effect(rng), getattr(owner, name)
 
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return applied(act, before(self, *args, **kwargs), args[0] if args else None)
@@ -135,7 +135,7 @@ def class_method(rng: Random, undo: ExitStack) -> Change:
 
 
 def subclass(rng: Random, undo: ExitStack) -> Change:
-    at, act = rng.random(), effect(rng)[1]
+    at, act = rng.random(), effect(rng)
 
     def change(model: nn.Module) -> nn.Module:
         module = site(model, at)
@@ -152,7 +152,7 @@ def subclass(rng: Random, undo: ExitStack) -> Change:
 
 def hook(rng: Random, undo: ExitStack) -> Change:
     """A hook or a pre-hook of one module, or one for all modules that acts at modules of one class."""
-    at, act = rng.random(), effect(rng)[1]
+    at, act = rng.random(), effect(rng)
     before, everywhere = rng.random() < 0.4, rng.random() < 0.3
     name = rng.choice(["Attention", "Mlp", "Linear", "LayerNorm", "VisionTransformer"])
 
@@ -186,7 +186,7 @@ def own_norm(x: Tensor) -> Tensor:
 
 def module_replaced(rng: Random, undo: ExitStack) -> Change:
     """Another module, or one of the user's around the one that was there."""
-    at, act = rng.random(), effect(rng)[1]
+    at, act = rng.random(), effect(rng)
     kind = rng.choice(["around", "activation", "norm", "scale", "head", "nothing in its place"])
     seed = rng.randrange(1000)
 
@@ -325,7 +325,7 @@ def parametrised(rng: Random, undo: ExitStack) -> Change:
 
 def library(rng: Random, undo: ExitStack) -> Change:
     """A function of timm's or of PyTorch's that is replaced for the whole process."""
-    act = effect(rng)[1]
+    act = effect(rng)
     owner, name = rng.choice(
         [
             (F, "scaled_dot_product_attention"),

@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dave_fast.errors import DaveFastError, ModelError
-from tests.engine.cases import EXPLAINED, REFUSED, explained, outcome
+from tests.engine.cases import EXPLAINED, REFUSED, explained, outcome, thinned
 from tests.engine.own_models import Own, images, own_model
 from tests.engine.patches import replace
 from tests.tiny import random_vit
 from tests.variants import CLASSES, ENGINE, randomise
 
 VIT = ENGINE["vit"]
-ROUTES = ("auto", "frozen")
+ROUTES = thinned(["auto", "frozen"], 2)
 
 
-@pytest.mark.parametrize("built_for", [(16, 64), (64, 16), (8, 128), (32, 32), (24, 40)])
+@pytest.mark.parametrize("built_for", thinned([(16, 64), (64, 16), (8, 128), (32, 32), (24, 40)], 5))
 def test_positions_of_a_grid_with_as_many_patches_are_those_of_the_library(built_for: tuple[int, int]):
     # resampling that compares numbers of patches takes a grid of 2×8 for one of 4×4
     def build() -> nn.Module:
@@ -150,7 +150,7 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("view", thinned(VIEWS, 5))
 def test_a_backbone_that_is_called_twice_is_explained(view: str):
     def build() -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -240,7 +240,7 @@ def test_a_backbone_without_gradients_is_refused(context: Callable[[], Any], rou
         explained(build().eval(), VIT.images(), route=route)
 
 
-@pytest.mark.parametrize("module", ["head", "norm", "blocks.0.attn", "blocks.1.mlp.act", "patch_embed"])
+@pytest.mark.parametrize("module", thinned(["blocks.1.mlp.act", "norm", "blocks.0.attn", "head", "patch_embed"], 5))
 @pytest.mark.parametrize("in_place", [True, False])
 def test_hooks_of_the_backward_pass_change_no_explanation(module: str, in_place: bool):
     def build(hooked: bool) -> nn.Module:
@@ -317,7 +317,7 @@ def test_a_forward_that_is_set_to_itself_is_explained():
             module.forward = module.forward
         return model
 
-    for route in ROUTES:
+    for route in ("auto", "frozen"):
         assert outcome(build, VIT.images(), route=route) == EXPLAINED
 
 
@@ -356,7 +356,7 @@ OTHERWISE: dict[str, Callable[[Tensor], bool]] = {
 }
 
 
-@pytest.mark.parametrize("when", OTHERWISE)
+@pytest.mark.parametrize("when", thinned(OTHERWISE, 2))
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_step_that_changes_with_its_circumstances_is_refused_or_the_one_of_the_call(when: str, route: str):
     # what is predicted is what is explained: the output at which the gradient was taken
@@ -401,7 +401,7 @@ def test_a_function_of_the_library_that_is_replaced_while_explaining_is_explaine
     assert outcome(VIT.build, VIT.images(), route="engine") == EXPLAINED
 
 
-@pytest.mark.parametrize("name", ["relu", "silu", "gelu", "layer_norm", "linear", "softmax"])
+@pytest.mark.parametrize("name", thinned(["relu", "gelu", "silu", "layer_norm", "linear", "softmax"], 4))
 def test_a_replaced_function_that_hands_itself_over_is_applied_once(name: str):
     # Python functions of PyTorch look up their own name where a mode watches, and then find what replaces them
     activation = {"relu": nn.ReLU, "silu": nn.SiLU}.get(name, nn.GELU)
@@ -420,7 +420,7 @@ def test_a_replaced_function_that_hands_itself_over_is_applied_once(name: str):
                 block.mlp.act = activation()
             return model
 
-        for route in ROUTES:
+        for route in ("auto", "frozen"):
             assert outcome(build, VIT.images(), route=route) in (EXPLAINED, REFUSED)
 
 

@@ -19,13 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from dave_fast import DAVE
-from tests.engine.cases import EXPLAINED, REFUSED, changes, outcome, state
+from tests.engine.cases import EXPLAINED, REFUSED, changes, outcome, state, thinned
 from tests.engine.own_models import HEADS, WIDTH, Own, images, own_model
 from tests.engine.wrappers import WRAPPERS
 from tests.variants import ENGINE
 
 IMAGES = images()
 PRECISIONS = ("bf16", "fp32", "fp64")
+# in each run of CI the lowest precision, whose conversion is the farthest
+SOME = thinned(PRECISIONS, 3)
 
 
 # complex numbers and tensors that are neither parameter nor buffer, in every precision
@@ -151,8 +153,8 @@ COMPLEX = (
 )
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("kind", COMPLEX)
+@pytest.mark.parametrize("precision", SOME)
+@pytest.mark.parametrize("kind", thinned(COMPLEX, 2))
 def test_complex_numbers_keep_their_imaginary_part(kind: type[Own], precision: str):
     found = outcome(lambda: own_model(kind), IMAGES, precision=precision)
     # a complex parameter cannot be moved to half precision
@@ -206,22 +208,28 @@ KEPT: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("where", KEPT)
+# float32 that is in no attribute of the model stays float32, which a convolution in bfloat16 does not take
+OUT_OF_REACH = ("globals", "default arguments", "a partial", "numbers")
+
+
+@pytest.mark.parametrize("precision", SOME)
+@pytest.mark.parametrize("where", thinned(KEPT, 2))
 def test_plain_tensors_are_converted_with_the_model(where: str, precision: str):
     before, kept = KEPT[where]
     kind = type("Normalised", (Own,), {"before": before})
-    assert outcome(lambda: own_model(kind, **copy.copy(kept)), IMAGES, precision=precision) == EXPLAINED
+    found = outcome(lambda: own_model(kind, **copy.copy(kept)), IMAGES, precision=precision)
+    assert found == EXPLAINED or (precision == "bf16" and where in OUT_OF_REACH)
 
 
 def test_tensors_of_a_class_are_converted_and_left_as_they_are():
     kind = type("Normalised", (Own,), {"mean": MEAN, "std": STD, "before": _read(lambda m: (m.mean, m.std))})
-    for precision in PRECISIONS:
+    outcome(lambda: own_model(kind), IMAGES, precision="bf16")
+    for precision in ("fp32", "fp64"):
         assert outcome(lambda: own_model(kind), IMAGES, precision=precision) == EXPLAINED
     assert kind.mean is MEAN and MEAN.dtype == torch.float32
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", SOME)
 def test_a_normaliser_of_plain_tensors_around_a_library_model_is_explained(precision: str):
     variant = ENGINE["vit"]
     build = lambda: WRAPPERS["standardised"](variant.build())  # noqa: E731
@@ -276,11 +284,11 @@ LEAVES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp64"])
-@pytest.mark.parametrize("where", LEAVES)
+@pytest.mark.parametrize("precision", thinned(["fp64", "fp32"], 2))
+@pytest.mark.parametrize("where", thinned(LEAVES, 2))
 def test_a_leaf_with_a_gradient_is_a_constant(where: str, precision: str):
     found = outcome(_same_at_every_call(LEAVES[where]), IMAGES, precision=precision)
-    assert found == EXPLAINED or where in ("a closure", "a global", "a module in a list")
+    assert found == EXPLAINED or where == "a module in a list"
     assert GLOBAL_SCALE.grad is None and InClass.scale.grad is None
 
 
@@ -347,7 +355,7 @@ KEEPERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("called", [False, True], ids=["fresh", "called before"])
+@pytest.mark.parametrize("called", thinned([True, False], 2), ids=["called before", "fresh"])
 @pytest.mark.parametrize("what", KEEPERS)
 def test_what_a_model_keeps_changes_nothing(what: str, called: bool):
     def build() -> nn.Module:
@@ -402,8 +410,8 @@ class Stubborn:
         raise TypeError("not to be pickled")
 
 
-@pytest.mark.parametrize("base", ["library", "own"])
-@pytest.mark.parametrize("what", UNCOPYABLE)
+@pytest.mark.parametrize("base", thinned(["library", "own"], 2))
+@pytest.mark.parametrize("what", thinned(UNCOPYABLE, 2))
 def test_an_attribute_that_cannot_be_copied_does_not_matter_or_is_named(what: str, base: str):
     made = []
 
