@@ -84,6 +84,9 @@ def test_a_method_replaced_in_its_class_is_explained(method: tuple[str, type, st
         assert outcome(ENGINE[variant].build, ENGINE[variant].images(), route=route) == EXPLAINED
 
 
+@pytest.mark.parametrize(
+    "name", ["forward", "forward_features", "forward_head", "_pos_embed", "pool", "blocks.0", "blocks.1.attn", "norm"]
+)
 def test_a_method_replaced_in_the_instance_is_explained(name: str):
     def build() -> nn.Module:
         model = ENGINE["vit"].build()
