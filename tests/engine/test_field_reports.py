@@ -460,7 +460,8 @@ def test_the_attention_that_a_model_was_switched_to_is_explained(switch: str):
             model.config._attn_implementation = "eager"
         return Logits(model)
 
-    assert outcome(build, images()) == EXPLAINED
+    # plain attention takes its softmax in float32, whatever the precision of the model
+    assert outcome(build, images(), precision="fp32") == EXPLAINED
 
 
 class Logits(nn.Module):
