@@ -292,3 +292,32 @@ def test_first_page_that_is_a_smaller_version_is_noted(kind, noted):
     notes = []
     decode_image(tiff_of(RAMP, depth=8, tags={254: ("L", [kind])}), "a.tif", note=notes.append)
     assert len(notes) == noted
+
+
+PLANES = [
+    (RGB, 8, (), NONE),
+    (RGB, 8, (), DEFLATE),
+    (RGB, 16, (), DEFLATE),
+    (RGB, 8, (2,), NONE),
+    (RGB, 8, (2,), DEFLATE),
+]
+PLANES += [(RGB, 8, (1,), DEFLATE), (CMYK, 8, (), NONE), (CMYK, 8, (), DEFLATE), (CMYK, 16, (), DEFLATE)]
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize(("photometric", "depth", "extra", "compression"), PLANES)
+def test_separate_planes_are_read(photometric, depth, extra, compression, order):
+    samples = samples_of(depth, (3 if photometric == RGB else 4) + len(extra), UNSIGNED)
+    if extra == (1,):
+        samples[..., :3] = np.minimum(samples[..., :3], samples[..., 3:])
+    content = tiff(samples, photometric, depth, order=order, planar=True, extra=extra, compression=compression)
+    expected = wanted(samples, photometric, depth, UNSIGNED, extra, None)
+    assert np.abs(np.asarray(decode_image(content, "a.tif")) - expected).max() <= 2
+
+
+@pytest.mark.parametrize("extra", [(1,), (2,)])
+@pytest.mark.parametrize("compression", [NONE, DEFLATE])
+def test_grey_and_alpha_in_separate_planes_are_refused(extra, compression):
+    content = tiff(samples_of(8, 2, UNSIGNED), 1, 8, planar=True, extra=extra, compression=compression)
+    with pytest.raises(ImageError, match="in separate planes, which cannot be read; save it with the channels"):
+        decode_image(content, "a.tif")

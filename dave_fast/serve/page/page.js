@@ -163,6 +163,8 @@ function arrived(told, final) {
   say(final ? `${state}, in ${(told.total_ms / 1000).toFixed(1)} s` : `${state} …`);
   if (final) hear(`${state}: ${told.samples} samples, ${told.error_bound === null ? "error unknown" : `error below ${percent(told.error_bound)}`}.`);
   show(told);
+  // What was assumed about the file.
+  if (final) $("problem").textContent = told.notes.join(" ");
   const known = new Map(told.maps.map((one) => [one.target, one]));
   others = others.map((one) => known.get(one.target) ?? one);
   if (final) listTop();
