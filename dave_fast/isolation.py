@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.overrides import TorchFunctionMode
 
 from dave_fast.errors import DaveFastError, ModelError, is_out_of_memory, reason_of
@@ -55,7 +56,16 @@ def isolated(model: nn.Module, dtype: torch.dtype | None = None, device: torch.d
                 f"{type(error).__name__}: {reason_of(error)}. Give a model that copy.deepcopy can copy"
             ) from error
     _require_same(model, made)
-    return made
+    return _uncompiled(made)
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """Return a model with the modules that torch.compile wraps in their wrappers' place: its graphs hide operators."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is OptimizedModule:
+                module.register_module(name, child._orig_mod)
+    return model._orig_mod if type(model) is OptimizedModule else model
 
 
 class _Conversion(TorchFunctionMode):
@@ -114,6 +124,8 @@ def _require_same(model: nn.Module, made: nn.Module) -> None:
     own, copied = list(model.named_modules()), list(made.named_modules())
     for (path, module), (other, twin) in zip(own, copied, strict=False):
         same = path == other and len(own) == len(copied)
+        # a forward that was set on a compiled module is not copied
+        same = same and (type(module) is not OptimizedModule or hasattr(module.forward, "_torchdynamo_orig_callable"))
         if not same or any(len(getattr(module, hooks)) != len(getattr(twin, hooks)) for hooks in _HOOKS):
             where = f"module {path!r} ({type(module).__name__})" if path else type(module).__name__
             raise ModelError(

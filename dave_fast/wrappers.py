@@ -6,13 +6,15 @@ without a replaced forward. Any other module stays as it is.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from dave_fast.errors import ModelError
+from dave_fast.isolation import isolated
 
 # the qualified name of a class, whose library may be absent, and the attribute that holds the model
 _HOLDERS = {
@@ -53,6 +55,44 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return Normalised(normalise, parts[-1])
 
 
+class Watched:
+    """A model in wrappers that were seen through, as they were.
+
+    Args:
+        model: any module; it is not changed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._found, self._visited = model, unwrapped(model), _visited(model)
+
+    def check(self) -> None:
+        """Raise ModelError where calling the model is no longer calling what was found inside of it."""
+        visited = _visited(self._model)
+        if visited == self._visited:
+            return
+        if _content(unwrapped(self._model)) != _content(self._found):
+            raise ModelError(
+                f"the {type(self._model).__name__} that was given has been changed since (a hook, or another module "
+                "inside): make a new DAVE of it."
+            )
+        self._visited = visited
+
+
+def _content(model: nn.Module) -> list[nn.Module]:
+    return [*model.normalise.children(), model.model] if type(model) is Normalised else [model]
+
+
+def _visited(model: nn.Module) -> list[nn.Module]:
+    """Return the wrappers that are seen through, and what is in them, in the order of the calls."""
+    found = [model]
+    while _is_plain(model) and (attribute := _attribute(model)) is not None:
+        model = attrgetter(attribute)(model)
+        found.append(model)
+    if type(model) is nn.Sequential and _is_plain(model):
+        found += [each for child in model.children() for each in _visited(child)]
+    return found
+
+
 def last_part(model: Any) -> Any:
     """Return the module whose output is the model's, without wrappers and what stands ahead of it; others as given."""
     if not isinstance(model, nn.Module):
@@ -82,7 +122,8 @@ class Normalised(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """Return a part of this module, else an attribute of the model."""
-        if name in ("normalise", "model") or "_modules" not in self.__dict__:
+        # a copy or a pickle of this module is not one of the model
+        if name.startswith("__") or name in ("normalise", "model") or "_modules" not in self.__dict__:
             return super().__getattr__(name)
         try:
             return super().__getattr__(name)
@@ -175,7 +216,7 @@ def _channel_map(module: nn.Module, channels: int) -> tuple[Tensor, Tensor] | No
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
         before = torch.get_rng_state()
         try:
-            copied = copy.deepcopy(module).double().eval()
+            copied = isolated(module, torch.float64)
             shift = copied(torch.zeros(shapes[0], dtype=torch.float64, device=device))
             scale = copied(torch.ones_like(shift)) - shift
             fits = all(_is_map(copied, image.to(device), scale[0, :, 0, 0], shift[0, :, 0, 0]) for image in images)

@@ -32,6 +32,7 @@ from dave_fast.sampling import Draws, Sampling, draw, identity
 from dave_fast.targets.cotangents import Cotangent, ElementCotangent
 from dave_fast.targets.forms import ModelView, Question, Target, resolve_target, split_targets
 from dave_fast.transfers import moved, to_device
+from dave_fast.wrappers import Watched
 
 __all__ = ["DAVE", "Explanation", "effective_gradient"]
 
@@ -85,6 +86,7 @@ class DAVE:
         internal_batch_size: int | None = None,
         graphs: bool | None = None,
     ) -> None:
+        self._wrapping = Watched(model) if isinstance(model, nn.Module) else None
         self.model, self.model_name = load_model(model)
         self.device = resolve_device(device, self.model, named=not isinstance(model, nn.Module))
         self.precision = choose_precision(precision, self.device, backend)
@@ -176,7 +178,7 @@ class DAVE:
                 seed=seed,
             )
 
-        return self._cache.call(images, work, rows, n_samples)
+        return self._checked.call(images, work, rows, n_samples)
 
     def bind(self, question: Question) -> Question:
         """Return a question with the model's part in it filled in, so that this is done once and not at every call.
@@ -220,7 +222,7 @@ class DAVE:
 
         It is computed in the explainer's precision and by its route.
         """
-        return self._cache.call(images, self._prediction).float()
+        return self._checked.call(images, self._prediction).float()
 
     def output_shape(self, images: Tensor) -> tuple[int, ...]:
         """Return the shape (B, ...) of the model's output for images (B, C, H, W), whatever its values are."""
@@ -251,7 +253,7 @@ class DAVE:
             end.read()
             return gradients
 
-        return self._cache.call(images, work)
+        return self._checked.call(images, work)
 
     @property
     def route(self) -> str:
@@ -294,7 +296,7 @@ class DAVE:
             return made
 
         # captured graphs have row numbers of their own
-        return self._cache.call(images, work, len(draws) if self._cache.graphs is None else None)
+        return self._checked.call(images, work, len(draws) if self._cache.graphs is None else None)
 
     def aggregate(self, contributions: Tensor) -> tuple[Tensor, Tensor]:
         """Return raw (B, C, H, W) and maps (B, H, W) of contributions (B, S, C, H, W), as `explain` does.
@@ -312,7 +314,7 @@ class DAVE:
 
     def fitting_rows(self, images: Tensor) -> int:
         """Return how many rows `contributions` should be given at once for images (B, C, H, W)."""
-        return self._cache.fitting_rows(images)
+        return self._checked.fitting_rows(images)
 
     @property
     def _advice(self) -> str:
@@ -323,6 +325,13 @@ class DAVE:
                 "expects them (standard deviation about 1; see `dave_fast.engine.calibration`): try precision='bf16'"
             )
         return "Try precision='fp32'"
+
+    @property
+    def _checked(self) -> RouteCache:
+        """The routes; raises ModelError where a wrapper of the given model has been changed."""
+        if self._wrapping is not None:
+            self._wrapping.check()
+        return self._cache
 
     def _output(self, batches: MicroBatches, images: Tensor, end: EndOfCall) -> Tensor:
         """Return the model's output for the unperturbed images, and queue its check."""
@@ -337,7 +346,7 @@ class DAVE:
 
     def _view(self) -> ModelView:
         """Return what a question may ask of the model."""
-        return ModelView(self.model, partial(self._cache.call, work=self._prediction))
+        return ModelView(self.model, partial(self._checked.call, work=self._prediction))
 
     def _prediction(self, images: Tensor, batches: MicroBatches, end: EndOfCall) -> Tensor:
         """Return the model's output (B, ...) for unperturbed images, in the dtype of the walks."""
