@@ -30,6 +30,8 @@ from dave_fast.models.weights_file import check_fit
 
 # BERT's pooler, which some bare vision models have; it is trained for another task, or not at all, and not used here
 _POOLERS = ("pooler.dense.weight", "pooler.dense.bias")
+# last names of what earlier versions saved besides weights, and of weights that training alone uses
+_UNUSED = (*_POOLERS, "position_ids", "relative_position_index", "num_batches_tracked", "inv_freq", "mask_token")
 
 
 def load(name: str, spec: ModelSpec) -> nn.Module:
@@ -65,9 +67,8 @@ def _load(place: Place, spec: ModelSpec) -> nn.Module:
         kind = _class_of(config, place, head=spec.num_classes is not None)
         model, report = build(kind, config, place, spec)
         missing, other = _lacking(report)
-        # without the name of its class, weights that the bare model has no place for may be those of a head
-        strict = spec.weights is not None or not config.architectures
-        extra = report.get("unexpected_keys", ()) if strict else ()
+        # what the class has no place for may be the head of another one
+        extra = [key for key in report.get("unexpected_keys", ()) if not key.endswith(_UNUSED)]
         check_fit(spec.weights or place.name, spec.name, missing, extra, other)
         values = place.processor()
     return _adapter(model, values, place, spec.image_size)
@@ -137,7 +138,7 @@ def _base_model(folder: PeftFolder, base: Place, weights: Mapping[str, Tensor], 
         # the names are then gone, too
         config.num_labels = width
     kind = folder.named_class(config) or _class_of(config, base, head=width is not None)
-    model, report = build(kind, config, base, spec, ignore_mismatched_sizes=True)
+    model, report = build(kind, config, base, spec)
     missing, other = _lacking(report, saved_by(weights))
     check_fit(base.name, f"the adapter {folder.place.name}", missing, (), other)
     return model

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dave_fast.errors import InputError, ModelError, UnknownModelError
+from dave_fast.errors import ModelError, UnknownModelError
 from dave_fast.models.spec import ModelSpec
 from dave_fast.models.weights_file import read_weights
 
@@ -177,7 +177,7 @@ def named_class(name: str, config: Any, place: str) -> Any:
     return found
 
 
-def build(kind: Any, config: Any, place: Place, spec: ModelSpec, **settings: Any) -> tuple[nn.Module, dict[str, Any]]:
+def build(kind: Any, config: Any, place: Place, spec: ModelSpec) -> tuple[nn.Module, dict[str, Any]]:
     """Build a model of transformers in float32 with the weights of its place, or of the spec.
 
     Args:
@@ -185,18 +185,20 @@ def build(kind: Any, config: Any, place: Place, spec: ModelSpec, **settings: Any
         config: its configuration.
         place: of its weights.
         spec: of the model.
-        settings: further arguments of `from_pretrained`.
 
     Returns:
-        The model, and the report of `from_pretrained` about keys (empty for random weights).
+        The model, and the report of `from_pretrained` about keys (empty for random weights). Weights that are missing
+        there, or have another shape, are random in the model.
 
     Raises:
-        InputError: the shapes of the spec's weights do not fit.
+        InputError: the spec's weights cannot be read.
     """
     if spec.random_weights:
         # from_config of a class itself is private
         return _with_known_attention(partial(kind._from_config, config, dtype=torch.float32)), {}
-    settings |= {"config": config, "dtype": torch.float32, "output_loading_info": True}
+    settings = {"config": config, "dtype": torch.float32, "output_loading_info": True}
+    # weights of other shapes are in the report, too
+    settings["ignore_mismatched_sizes"] = True
     if spec.weights is None:
         return _with_known_attention(
             partial(kind.from_pretrained, place.name, revision=place.at, weights_only=True, **settings)
@@ -205,12 +207,8 @@ def build(kind: Any, config: Any, place: Place, spec: ModelSpec, **settings: Any
     with torch.device("meta"):
         own = kind._from_config(config).state_dict()
     weights = read_weights(spec.weights, own)
-    try:
-        # from_pretrained renames parameters of earlier versions, as it does for a folder
-        return _with_known_attention(partial(kind.from_pretrained, None, state_dict=weights, **settings))
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:400]
-        raise InputError(f"the weights in {spec.weights} do not fit {spec.name}: {reason}") from error
+    # from_pretrained renames parameters of earlier versions, as it does for a folder
+    return _with_known_attention(partial(kind.from_pretrained, None, state_dict=weights, **settings))
 
 
 def _with_known_attention(make: Callable[..., Any]) -> Any:

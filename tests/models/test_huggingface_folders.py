@@ -216,7 +216,7 @@ def test_classifier_whose_head_would_be_random_is_refused(name, config, settings
 
 
 @pytest.mark.parametrize(("name", "config", "settings"), CLASSIFIERS, ids=[row[0] for row in CLASSIFIERS])
-def test_classifier_with_a_weight_less_or_of_another_shape_is_refused(name, config, settings, tmp_path):
+def test_classifier_with_a_weight_less_or_more_or_of_another_shape_is_refused(name, config, settings, tmp_path):
     from safetensors.torch import load_file, save_file
 
     folder = saved(made(name, config, **settings, num_labels=K), tmp_path)
@@ -226,7 +226,11 @@ def test_classifier_with_a_weight_less_or_of_another_shape_is_refused(name, conf
     save_file({k: t for k, t in whole.items() if k != key}, file, {"format": "pt"})
     assert key in refused(folder, InputError, "1 are missing")
     save_file(whole | {key: torch.zeros(K + 1, whole[key].shape[1])}, file, {"format": "pt"})
-    refused(folder, DaveFastError, "shape|size")
+    assert f"{key} is ({K + 1}, " in refused(folder, InputError, "shapes differ")
+    save_file(whole | {"head.weight": torch.zeros(3, 3)}, file, {"format": "pt"})
+    refused(folder, InputError, "1 have no place in it .head.weight")
+    save_file(whole | {"embeddings.position_ids": torch.arange(3)}, file, {"format": "pt"})
+    assert load_model(folder)[0].num_classes == K
 
 
 @pytest.mark.parametrize(
