@@ -12,15 +12,18 @@ from dave_fast.images.pixels import Samples
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
-# Chunks that hold text or a colour profile. Pillow expands them, and refuses the picture if they are large.
-_TEXT = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
-# Texts that can hold the orientation.
-_ORIENTED = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
-# zlib expands by a factor of at most 1032, so that a chunk of this length makes less than the MiB that Pillow allows,
-# and all the chunks that are kept less than its 64 MiB.
-_SHORT = 1000
-_IN_ALL = 60_000
+# Of the chunks that a reader may leave out, those without which there would be other pixels.
+_PIXELS = (b"tRNS", b"acTL", b"fcTL", b"fdAT")
+# Those that can hold the orientation, and how they begin.
+_ORIENTED = {
+    b"eXIf": (b"",),
+    b"tEXt": (b"Raw profile type exif\0",),
+    b"zTXt": (b"Raw profile type exif\0",),
+    b"iTXt": (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0"),
+}
+# Pillow's limits of a compressed text, and of all texts with room for what it counts besides.
 _MEBIBYTE = 1 << 20
+_IN_ALL = 60 * _MEBIBYTE
 
 # The colour types of IHDR.
 GREY, COLOUR, PALETTE = 0, 2, 3
@@ -52,7 +55,9 @@ class Header(NamedTuple):
 
 
 def read_header(file: IO[bytes]) -> tuple[Header | None, IO[bytes]]:
-    """Return what a PNG says of its samples, and the file, without text that Pillow would refuse.
+    """Return what a PNG says of its samples, and the file without what does not touch its pixels.
+
+    Pillow refuses a picture whose comment or profile is long, damaged or of an unknown kind. These are left out.
 
     Args:
         file: at any place; is left at its start.
@@ -65,20 +70,22 @@ def read_header(file: IO[bytes]) -> tuple[Header | None, IO[bytes]]:
         file.seek(0)
         return None, file
     found: dict[bytes, bytes] = {}
-    large: list[tuple[int, int]] = []
-    kept = 0
+    edges, texts = [0], 0
     for kind, start, length in _chunks(file):
         if kind in (b"IHDR", b"tRNS", b"sBIT") and length <= 256:
             found.setdefault(kind, file.read(length))
-        elif kind in _TEXT:
-            if kept + length > _IN_ALL or not _is_small(file, kind, length):
-                large.append((start, start + length + 12))
-            else:
-                kept += length
+        # The case of the first letter says whether a reader may leave a chunk out.
+        if kind[:1].isupper() or kind in _PIXELS:
+            continue
+        size = _text_size(file, kind, length) if kind in _ORIENTED else None
+        if size is None or texts + size > _IN_ALL:
+            edges += [start, start + length + 12]
+        else:
+            texts += size
     file.seek(0)
-    if large:
+    if len(edges) > 1:
         content = file.read()
-        edges = [0, *(edge for pair in large for edge in pair), len(content)]
+        edges.append(len(content))
         file = io.BytesIO(b"".join(content[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)))
     header = found.get(b"IHDR", b"")
     if len(header) < 13:
@@ -102,24 +109,23 @@ def _chunks(file: IO[bytes]) -> Iterator[tuple[bytes, int, int]]:
         start += length + 12
 
 
-def _is_small(file: IO[bytes], kind: bytes, length: int) -> bool:
-    """Return whether a chunk is short, or one that can hold the orientation and that Pillow will take."""
-    if length <= _SHORT:
-        return True
-    if length > _IN_ALL:
-        return False
-    content = file.read(length)
-    if not content.startswith(_ORIENTED):
-        return False
+def _text_size(file: IO[bytes], kind: bytes, length: int) -> int | None:
+    """Return the length of the text in a chunk, None where it is damaged, too long or cannot hold the orientation."""
+    content, check = file.read(length), file.read(4)
+    if check != struct.pack(">I", zlib.crc32(kind + content)) or not content.startswith(_ORIENTED[kind]):
+        return None
+    if kind in (b"eXIf", b"tEXt"):
+        return length
+    # Behind the keyword: whether it is compressed (iTXt only), the method, a language and a translated keyword (iTXt).
     value = content.split(b"\0", 1)[1]
-    # The first byte of iTXt says whether it is compressed.
-    if kind == b"tEXt" or (kind == b"iTXt" and value[0] == 0):
-        return True
-    # The compressed part follows one byte, and in iTXt two, a language and a translated keyword.
-    packed = value[1:] if kind == b"zTXt" else value[2:].split(b"\0", 2)[-1]
+    if kind == b"iTXt":
+        if value[:1] == b"\0":
+            return length
+        value = value[1:]
+    packed = value[1:] if kind == b"zTXt" else value[1:].split(b"\0", 2)[-1]
     expand = zlib.decompressobj()
     try:
-        expand.decompress(packed, _MEBIBYTE)
+        size = len(expand.decompress(packed, _MEBIBYTE))
     except zlib.error:
-        return False
-    return not expand.unconsumed_tail
+        return None
+    return size if value[:1] == b"\0" and not expand.unconsumed_tail else None

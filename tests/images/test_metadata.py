@@ -190,7 +190,7 @@ def test_many_texts_do_not_stop_a_picture(kind):
 
 @pytest.mark.parametrize("kind", ["iTXt", "iTXt-compressed"])
 @pytest.mark.parametrize("form", XMPS)
-@pytest.mark.parametrize("padding", [0, 1500, 50_000])
+@pytest.mark.parametrize("padding", [0, 1500, 50_000, 900_000])
 def test_orientation_stands_beside_long_texts(kind, form, padding):
     xmp = XMPS[form].format(6).encode() + b" " * padding
     long = text("zTXt", b"Comment", b"a" * 3 * MEBIBYTE)
@@ -211,11 +211,54 @@ def test_xmp_that_expands_beyond_the_limit_is_left_out():
     assert_upright(png(stored(1)[..., None], 0, 8, before=[xmp]))
 
 
-def test_short_texts_are_kept():
-    content = png(stored(1)[..., None], 0, 8, before=[text("tEXt", b"Title", b"a picture")])
-    file = io.BytesIO(content)
+def test_file_without_texts_is_not_copied():
+    file = io.BytesIO(png(stored(1)[..., None], 0, 8))
     header, same = read_header(file)
     assert header.depth == 8 and same is file
+
+
+DAMAGED = [
+    (b"gAMA", b""),
+    (b"cHRM", b"\0" * 4),
+    (b"sRGB", b""),
+    (b"pHYs", b"\0\0"),
+    (b"bKGD", b""),
+    (b"iCCP", b"name\0\7data"),
+    (b"iCCP", b"name"),
+    (b"zTXt", b"key\0\7data"),
+    (b"zTXt", b"key"),
+    (b"zTXt", b""),
+    (b"iTXt", b"key\0\1\7\0\0data"),
+    (b"iTXt", b"XML:com.adobe.xmp\0"),
+    (b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0no zlib"),
+    (b"zTXt", b"Raw profile type exif\0"),
+    (b"tEXt", b"Raw profile type exif\0not hexadecimal"),
+    (b"tEXt", b"no end of the keyword"),
+    (b"prVt", b"a private chunk"),
+]
+
+
+@pytest.mark.filterwarnings("ignore::dave_fast.errors.ImageWarning")
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("damaged", DAMAGED, ids=str)
+def test_malformed_chunk_without_pixels_does_not_stop_a_picture(damaged, place):
+    assert_upright(png(stored(1)[..., None], 0, 8, **{place: [damaged]}))
+
+
+@pytest.mark.parametrize("kind", [b"gAMA", b"pHYs", b"tEXt", b"iTXt", b"eXIf", b"iCCP", b"tIME", b"prVt"])
+def test_wrong_checksum_of_a_chunk_without_pixels_does_not_stop_a_picture(kind):
+    content = png(stored(1)[..., None], 0, 8, before=[(kind, b"12345678\0")])
+    at = content.index(kind) + 4
+    assert_upright(content[:at] + b"x" + content[at + 1 :])
+
+
+@pytest.mark.parametrize("kind", [b"IHDR", b"tRNS", b"IDAT"])
+def test_wrong_checksum_of_a_chunk_with_pixels_is_refused(kind):
+    content = png(stored(1)[..., None], 0, 8, before=[(b"tRNS", b"\0\7")])
+    end = content.index(kind) + 4 + {b"IHDR": 13, b"tRNS": 2}.get(kind, 0)
+    damaged = content[:end] + bytes([content[end] ^ 1]) + content[end + 1 :]
+    with pytest.raises(ImageError, match=r"^cannot read a\.png: "):
+        decode_image(damaged, "a.png")
 
 
 def test_limits_of_pillow_are_left_as_they_were():
