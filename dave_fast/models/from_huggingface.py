@@ -25,6 +25,7 @@ from dave_fast.models.huggingface_files import (
     without_bars,
 )
 from dave_fast.models.huggingface_peft import ADAPTER, PeftFolder, saved_by
+from dave_fast.models.meaning import LINKS
 from dave_fast.models.spec import ModelSpec
 from dave_fast.models.weights_file import check_fit
 
@@ -56,7 +57,9 @@ def load(name: str, spec: ModelSpec) -> nn.Module:
     if "model_cfg" in config:
         return from_open_clip.create(place.scheme, spec, {}, pretrained=None, remote=not place.local)
     if "architecture" in config:
-        return from_timm.create(place.scheme, spec, remote=not place.local)
+        model: Any = from_timm.create(place.scheme, spec, remote=not place.local)
+        model.link = LINKS.get(config.get("problem_type") or "", "softmax")
+        return model
     return _load(place, spec)
 
 

@@ -26,7 +26,7 @@ from dave_fast.isolation import isolated
 from dave_fast.models.adapter import Adapter, SimilarityLogit, check_texts
 from dave_fast.models.hub import loading
 from dave_fast.models.huggingface_images import preprocessing_of
-from dave_fast.models.meaning import LINKS
+from dave_fast.models.meaning import LINKS, kind_of
 
 # names of the output, the first that is there is taken
 _OUTPUTS = ("logits", "image_embeds", "predicted_depth", "reconstruction")
@@ -109,6 +109,9 @@ class Transformers(Adapter):
 
     def _count_classes(self, own_head: bool) -> int:
         """Return the number of classes that the output has logits of; 0 for other outputs."""
+        # without its head a classifier's logits are features
+        if kind_of(self.model) == "embedding":
+            return 0
         forward = self.model.forward
         named = "ForImageClassification" in getattr(forward, "__qualname__", "")
         labels = int(self.model.config.num_labels)

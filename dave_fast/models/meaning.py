@@ -102,13 +102,13 @@ def probability_of(model: Callable[..., Any], output: Tensor, classes: Tensor) -
 
 
 def head_width(model: Any) -> int | None:
-    """Return the number of outputs of a model's head; None where no head, or none of a known width, is found."""
-    widths = {_width(head) for head in _heads(last_part(model))}
-    return widths.pop() if len(widths) == 1 else None
+    """Return the number of outputs of a model's first head; None where no head, or none of a known width, is found."""
+    widths = map(_width, _heads(last_part(model)))
+    return next((width for width in widths if width is not None), None)
 
 
 def has_own_head(model: Any) -> bool:
-    """Return whether each layer that the configuration names as the head is there, and a single layer.
+    """Return whether each layer that the configuration names as the head is there, a single layer of the same width.
 
     All of timm's are. A head of several modules in such a place has replaced it; another single layer of as many
     outputs cannot be told from the first one.
@@ -116,7 +116,8 @@ def has_own_head(model: Any) -> bool:
     model = last_part(model)
     names = _named_heads(model)
     modules = dict(model.named_modules()) if names else {}
-    return all(_own_width(modules.get(name)) is not None for name in names)
+    widths = {_own_width(modules.get(name)) for name in names}
+    return None not in widths and len(widths) <= 1
 
 
 def _declared_link(model: Any) -> Link:
