@@ -1,15 +1,16 @@
 """Models of Hugging Face by name: of transformers, timm and open_clip, and adapters that peft wrote.
 
 The class is the one that the configuration names in `architectures`; without that name it is the bare model. Every
-weight of the class must be there: a model whose head would be random is refused. Attention is PyTorch's own ("sdpa",
-else "eager"), whose operators the frozen route can intercept.
+weight that the output depends on must be there: a model whose head would be random is refused. Attention is PyTorch's
+own ("sdpa", else "eager"), whose operators the frozen route can intercept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dave_fast.errors import InputError, ModelError, UnknownModelError
@@ -29,10 +30,16 @@ from dave_fast.models.meaning import LINKS
 from dave_fast.models.spec import ModelSpec
 from dave_fast.models.weights_file import check_fit
 
-# BERT's pooler, which some bare vision models have; it is trained for another task, or not at all, and not used here
-_POOLERS = ("pooler.dense.weight", "pooler.dense.bias")
-# last names of what earlier versions saved besides weights, and of weights that training alone uses
-_UNUSED = (*_POOLERS, "position_ids", "relative_position_index", "num_batches_tracked", "inv_freq", "mask_token")
+# last names of what earlier versions saved besides weights, and of weights that other tasks or training alone use
+_UNUSED = (
+    "pooler.dense.weight",
+    "pooler.dense.bias",
+    "mask_token",
+    "position_ids",
+    "relative_position_index",
+    "num_batches_tracked",
+    "inv_freq",
+)
 
 
 def load(name: str, spec: ModelSpec) -> nn.Module:
@@ -69,7 +76,7 @@ def _load(place: Place, spec: ModelSpec) -> nn.Module:
         config = place.configuration(**({} if spec.num_classes is None else {"num_labels": spec.num_classes}))
         kind = _class_of(config, place, head=spec.num_classes is not None)
         model, report = build(kind, config, place, spec)
-        missing, other = _lacking(report)
+        missing, other = _lacking(model, report)
         # what the class has no place for may be the head of another one
         extra = [key for key in report.get("unexpected_keys", ()) if not key.endswith(_UNUSED)]
         check_fit(spec.weights or place.name, spec.name, missing, extra, other)
@@ -100,16 +107,37 @@ def _class_of(config: Any, place: Place, *, head: bool) -> Any:
     return found[0] if isinstance(found, tuple | list) else found
 
 
-def _lacking(report: Mapping[str, Any], elsewhere: Collection[str] = ()) -> tuple[list[str], list[str]]:
-    """Return the weights that a model did not get, and those of other shapes.
+def _lacking(
+    model: nn.Module, report: Mapping[str, Any], elsewhere: Collection[str] = ()
+) -> tuple[list[str], list[str]]:
+    """Return the weights that a model needs and did not get, and those of other shapes.
 
     Args:
+        model: is as it was when this returns.
         report: of `from_pretrained`.
         elsewhere: weights that come from another file.
     """
-    missing = [key for key in report.get("missing_keys", ()) if key not in (*_POOLERS, *elsewhere)]
+    missing = [key for key in report.get("missing_keys", ()) if key not in elsewhere]
     other = [each for each in report.get("mismatched_keys", ()) if each[0] not in elsewhere]
-    return missing, [f"{key} is {tuple(found)}, expected {tuple(wanted)}" for key, found, wanted in other]
+    needed = [] if missing and _is_without(model, missing) else missing
+    return needed, [f"{key} is {tuple(found)}, expected {tuple(wanted)}" for key, found, wanted in other]
+
+
+@torch.no_grad()
+def _is_without(model: nn.Module, names: Sequence[str]) -> bool:
+    """Return whether a model's output does not depend on weights, as on those of a pooler that it does not use."""
+    weights = model.state_dict()
+    if not all(name in weights and weights[name].is_floating_point() for name in names):
+        return False
+    kept = {name: weights[name].clone() for name in names}
+    adapter = _wrapped(model, None, Place(""), own_head=True)
+    before = adapter.tried()
+    for name in names:
+        weights[name].fill_(torch.nan)
+    after = adapter.tried()
+    for name in names:
+        weights[name].copy_(kept[name])
+    return before is not None and after is not None and torch.equal(before, after)
 
 
 def _load_adapter(folder: PeftFolder, spec: ModelSpec) -> nn.Module:
@@ -142,7 +170,7 @@ def _base_model(folder: PeftFolder, base: Place, weights: Mapping[str, Tensor], 
         config.num_labels = width
     kind = folder.named_class(config) or _class_of(config, base, head=width is not None)
     model, report = build(kind, config, base, spec)
-    missing, other = _lacking(report, saved_by(weights))
+    missing, other = _lacking(model, report, saved_by(weights))
     check_fit(base.name, f"the adapter {folder.place.name}", missing, (), other)
     return model
 

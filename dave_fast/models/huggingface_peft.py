@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -149,7 +150,10 @@ class PeftFolder:
         from peft import PeftModel, set_peft_model_state_dict
 
         settings, weights = _renamed(model, self._settings(), weights)
-        wrapped = PeftModel(model, settings).eval()
+        with warnings.catch_warnings():
+            # of transformers, about a name that peft uses
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            wrapped = PeftModel(model, settings).eval()
         try:
             found: Any = set_peft_model_state_dict(wrapped, dict(weights))
         except RuntimeError as error:

@@ -215,6 +215,29 @@ def test_classifier_whose_head_would_be_random_is_refused(name, config, settings
     assert "classifier" in message
 
 
+UNUSED = {
+    "ViTModel": ["pooler.dense.weight", "pooler.dense.bias"],
+    "DPTForDepthEstimation": ["neck.fusion_stage.layers.0.residual_layer1.convolution1.weight"],
+    "DeiTForImageClassification": ["deit.embeddings.mask_token"],
+}
+
+
+@pytest.mark.parametrize("name", UNUSED)
+def test_weights_that_the_output_does_not_depend_on_may_be_missing(name, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    config, settings, expected = next(row[1:4] for row in THEIRS if row[0] == name)
+    model = made(name, config, **settings, num_labels=K)
+    folder = saved(model, tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = load_file(file)
+    save_file({key: tensor for key, tensor in whole.items() if key not in UNUSED[name]}, file, {"format": "pt"})
+    loaded, _ = load_model(folder)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images()), expected(model, images()))
+    assert not any(tensor.isnan().any() for tensor in loaded.state_dict().values())
+
+
 @pytest.mark.parametrize(("name", "config", "settings"), CLASSIFIERS, ids=[row[0] for row in CLASSIFIERS])
 def test_classifier_with_a_weight_less_or_more_or_of_another_shape_is_refused(name, config, settings, tmp_path):
     from safetensors.torch import load_file, save_file
