@@ -127,7 +127,8 @@ def _lacking(
 def _is_without(model: nn.Module, names: Sequence[str]) -> bool:
     """Return whether a model's output does not depend on weights, as on those of a pooler that it does not use."""
     weights = model.state_dict()
-    if not all(name in weights and weights[name].is_floating_point() for name in names):
+    # prompts go through the text tower, which the image's output does not depend on
+    if has_two_towers(model) or not all(name in weights and weights[name].is_floating_point() for name in names):
         return False
     kept = {name: weights[name].clone() for name in names}
     adapter = _wrapped(model, None, Place(""), own_head=True)

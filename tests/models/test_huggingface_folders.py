@@ -215,6 +215,16 @@ def test_classifier_whose_head_would_be_random_is_refused(name, config, settings
     assert "classifier" in message
 
 
+@pytest.mark.parametrize("part", ["text_projection", "text_model.final_layer_norm.weight", "logit_scale"])
+def test_weights_of_a_text_tower_are_needed(part, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = saved(made("CLIPModel", "CLIPConfig", **TOWERS, projection_dim=16), tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({key: each for key, each in load_file(file).items() if part not in key}, file, {"format": "pt"})
+    assert part in refused(folder, InputError, "1 are missing")
+
+
 UNUSED = {
     "ViTModel": ["pooler.dense.weight", "pooler.dense.bias"],
     "DPTForDepthEstimation": ["neck.fusion_stage.layers.0.residual_layer1.convolution1.weight"],
