@@ -18,6 +18,8 @@ from torch.nn.parallel import DataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from dave_fast.errors import InputError
+from dave_fast.models.catalog import load_model
+from dave_fast.models.spec import ModelSpec
 from dave_fast.models.weights_file import load_weights, read_weights
 from tests.tiny import initial_vit
 
@@ -319,3 +321,30 @@ def test_a_torchscript_archive_is_named(tmp_path):
     torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "w.pt"))
     with pytest.raises(InputError, match="is a TorchScript archive"):
         read_weights(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "_orig_mod.model.", "model._orig_mod.", "net.module."])
+@pytest.mark.parametrize("container", [None, "state_dict", "model_ema"])
+def test_checkpoints_of_hugging_face_models(container, prefix, tmp_path_factory, hugging_face):
+    model, folder = hugging_face
+    own = {name: torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
+    tensors = prefixed(prefix, own)
+    file = tmp_path_factory.mktemp("weights") / "w.ckpt"
+    torch.save(tensors if container is None else {container: tensors, **OTHERS}, file)
+    found, _ = load_model(ModelSpec(f"hf:{folder}", str(file)))
+    assert all(torch.equal(tensor, own[name]) for name, tensor in found.model.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory):
+    """Return a model of transformers, and the folder that it was saved in."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=16, patch_size=8
+    )
+    torch.manual_seed(0)
+    model = ViTForImageClassification(config)
+    folder = tmp_path_factory.mktemp("folder")
+    model.save_pretrained(folder)
+    return model, folder
