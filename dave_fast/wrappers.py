@@ -6,7 +6,7 @@ without a replaced forward. Any other module stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -31,8 +31,8 @@ _SAYS = ("kind", "link", "num_classes", "pretrained_cfg")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # a normalisation may hold an image; one with more numbers is taken for a part of the model
 _MOST_NUMBERS = 1_000_000
-# an affine map in float64 differs by rounding alone, relative to its largest summand
-_ROUNDING = 1e-12
+# an affine map differs by rounding alone, relative to its largest summand
+_ROUNDINGS = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -198,48 +198,65 @@ def _channels(model: nn.Module) -> int:
 
 
 def _channel_map(module: nn.Module, channels: int) -> tuple[Tensor, Tensor] | None:
-    """Return scale and shift (C,) of a module that maps each channel to scale · x + shift; None if it does not.
-
-    A copy of the module in float64 is called with images of zeros, of ones and of several magnitudes and sizes. Neither
-    the module nor PyTorch's global random generator is changed.
-    """
+    """Return scale and shift (C,) of a module that maps each channel to scale · x + shift; None if it does not."""
     if not all(map(_is_untouched, module.modules())):
         return None
-    generator = torch.Generator().manual_seed(0)
+    device = next(_tensors(module), torch.empty(0)).device
     shapes = ((2, channels, 6, 8), (1, channels, 9, 7))
+    return measured_map(
+        lambda: isolated(module, torch.float64), shapes, torch.zeros(0, dtype=torch.float64, device=device)
+    )
+
+
+def measured_map(
+    make: Callable[[], Callable[[Tensor], Tensor]], shapes: Sequence[Sequence[int]], like: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """Return scale and shift of a function that maps each channel of images to scale · x + shift; None if it does not.
+
+    It is called with images of zeros, of ones and of several magnitudes. PyTorch's global random generator is not
+    changed.
+
+    Args:
+        make: returns the function of images (B, C, H, W).
+        shapes: of images.
+        like: has the device and the dtype of the images.
+
+    Returns:
+        (C,) float64 each on the CPU.
+    """
+    generator = torch.Generator().manual_seed(0)
     images = [
-        size * torch.randn(shape, generator=generator, dtype=torch.float64)
+        size * torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
         for shape in shapes
         for size in (1e-2, 1.0, 1e3)
     ]
-    device = next(_tensors(module), images[0]).device
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
         before = torch.get_rng_state()
         try:
-            copied = isolated(module, torch.float64)
-            shift = copied(torch.zeros(shapes[0], dtype=torch.float64, device=device))
-            scale = copied(torch.ones_like(shift)) - shift
-            fits = all(_is_map(copied, image.to(device), scale[0, :, 0, 0], shift[0, :, 0, 0]) for image in images)
-        # a module that is no map of images may raise anything; it is then called as its owner does
+            function = make()
+            shift = function(like.new_zeros(tuple(shapes[0])))
+            scale = function(torch.ones_like(shift)) - shift
+            fits = all(_is_map(function, image.to(like), scale[0, :, 0, 0], shift[0, :, 0, 0]) for image in images)
+        # what is no map of images may raise anything; it is then called as its owner does
         except Exception:
             return None
         if not fits or not torch.equal(torch.get_rng_state(), before):
             return None
-    return scale[0, :, 0, 0].detach().cpu(), shift[0, :, 0, 0].detach().cpu()
+    return scale[0, :, 0, 0].detach().cpu().double(), shift[0, :, 0, 0].detach().cpu().double()
 
 
-def _is_map(module: nn.Module, images: Tensor, scale: Tensor, shift: Tensor) -> bool:
-    """Return whether output and gradient of a module are those of the map for images (B, C, H, W)."""
+def _is_map(function: Callable[[Tensor], Tensor], images: Tensor, scale: Tensor, shift: Tensor) -> bool:
+    """Return whether output and gradient of a function are those of the map for images (B, C, H, W)."""
     leaf = images.clone().requires_grad_()
     # a copy of the leaf may be changed in place
-    output = module(leaf.clone())
+    output = function(leaf.clone())
     if output.shape != images.shape or not bool((scale.isfinite() & (scale != 0)).all()):
         return False
     scale, shift = scale[:, None, None], shift[:, None, None]
     (gradient,) = torch.autograd.grad(output, leaf, images)
-    size = (scale * images).abs().amax() + shift.abs().amax()
-    near = (output - (scale * images + shift)).abs() <= _ROUNDING * size
-    return bool(near.all()) and bool(((gradient - scale * images).abs() <= _ROUNDING * size).all())
+    rounding = _ROUNDINGS[images.dtype] * ((scale * images).abs().amax() + shift.abs().amax())
+    near = (output - (scale * images + shift)).abs() <= rounding
+    return bool(near.all()) and bool(((gradient - scale * images).abs() <= rounding).all())
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

@@ -5,6 +5,7 @@
     pixels       any of Pillow's modes -> 8-bit RGB: depth, polarity, transparency
     png, tiff    what these files say of their samples, and corrections of Pillow's reading
     preprocess   8-bit RGB -> a model's input: resize, crop, normalisation
+    arrival      how images arrive at a part of a model that says how they are to be prepared
     drawing      maps -> overlays, plain maps, figures
 
 Torch and timm are imported where they are first needed: finding and reading files needs neither.

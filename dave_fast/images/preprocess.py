@@ -79,12 +79,14 @@ class Preprocessing:
 def preprocessing(model: Any, image_size: Sequence[int] | None = None) -> Preprocessing:
     """Return the preprocessing that a model was trained with, as timm knows it.
 
-    A model in wrappers (see `dave_fast.wrappers`) has that of the model. Where it normalises its images itself, mean
-    and standard deviation are those that lead to the same input of the model: mostly 0 and 1.
+    A model in wrappers (see `dave_fast.wrappers`) has that of the model, and so has a module of one's own around it.
+    Where it normalises its images itself, mean and standard deviation are those that lead to the same input of the
+    model: mostly 0 and 1.
 
     Args:
-        model: an nn.Module. Without a `pretrained_cfg` it gets ImageNet's mean and standard deviation, bicubic
-            resizing, a central crop of 87.5 % (at 224 pixels where its size is unknown), and a note that says so.
+        model: an nn.Module. Without a `pretrained_cfg`, its own or one inside, it gets ImageNet's mean and standard
+            deviation, bicubic resizing, a central crop of 87.5 % (at 224 pixels where its size is unknown), and a note
+            that says so.
         image_size: (H, W) of the input; None takes the model's own, else its configuration's.
 
     Raises:
@@ -92,20 +94,8 @@ def preprocessing(model: Any, image_size: Sequence[int] | None = None) -> Prepro
         ModelError: its preprocessing has a step that is not supported.
     """
     from timm.data.config import resolve_data_config
-    from torch import nn
 
-    from dave_fast.wrappers import Normalised, unwrapped
-
-    model = unwrapped(model) if isinstance(model, nn.Module) else model
-    channel_map = None
-    if type(model) is Normalised:
-        channel_map, model = model.channel_map(), model.model
-    known = getattr(model, "pretrained_cfg", None) or {}
-    if NOT_SUPPORTED in known:
-        raise ModelError(known[NOT_SUPPORTED])
-    # A configuration that only lists class names describes no preprocessing.
-    if known.keys().isdisjoint(("input_size", "mean")):
-        known = {}
+    model, known, channel_map, note = _described(model)
     config = resolve_data_config(pretrained_cfg=known or {"input_size": (3, 224, 224)})
     config |= {key: True for key in (ADD_INVERSE, CROP_FLOOR) if known.get(key)}
     channels, height, width = config["input_size"]
@@ -117,18 +107,47 @@ def preprocessing(model: Any, image_size: Sequence[int] | None = None) -> Prepro
         height, width = (int(side) for side in image_size)
     if channels != (6 if ADD_INVERSE in config else 3):
         raise InputError(f"the model takes {channels} channels; image files are read as 3 (RGB). Use the Python API.")
-    note = None if known else f"the model names no preprocessing: that of ImageNet at {height}×{width} is used."
     config |= {"input_size": (channels, height, width)}
     if channel_map is not None:
         scale, shift = (each.tolist() for each in channel_map)
-        if known:
-            config |= _ahead_of(scale, shift, config)
-        else:
-            # a standard deviation of more than that is one of pixels up to 255
-            top = 1 if min(map(abs, scale)) > 0.1 else 255
-            config |= {"mean": (0.0,) * channels, "std": (1 / top,) * channels}
-            note = f"the model names no preprocessing: pixels from 0 to {top} at {height}×{width} are used."
+        # Without a configuration a standard deviation of more than 10 is one of pixels up to 255.
+        top = 1 if min(map(abs, scale)) > 0.1 else 255
+        config |= (
+            _ahead_of(scale, shift, config) if known else {"mean": (0.0,) * channels, "std": (1 / top,) * channels}
+        )
+        note = note or (None if known else f"the model names no preprocessing: pixels from 0 to {top} are used.")
+    elif not known:
+        note = f"the model names no preprocessing: that of ImageNet at {height}×{width} is used."
     return from_config(config, note)
+
+
+def _described(model: Any) -> tuple[Any, Mapping[str, Any], tuple[Tensor, Tensor] | None, str | None]:
+    """Return the part of a model that describes its images, what is known of them, their way to it, and a note.
+
+    The way is scale and shift (C,) of a map of each channel; None where the images arrive as they are. Nothing is known
+    where no part describes them.
+
+    Raises:
+        ModelError: its preprocessing has a step that is not supported.
+    """
+    from torch import nn
+
+    from dave_fast.images.arrival import arrival
+    from dave_fast.wrappers import Normalised, unwrapped
+
+    whole = unwrapped(model) if isinstance(model, nn.Module) else model
+    part, channel_map = (whole.model, whole.channel_map()) if type(whole) is Normalised else (whole, None)
+    known = getattr(part, "pretrained_cfg", None) or {}
+    if NOT_SUPPORTED in known:
+        raise ModelError(known[NOT_SUPPORTED])
+    # A configuration that only lists class names describes no preprocessing.
+    if not known.keys().isdisjoint(("input_size", "mean")):
+        return part, known, channel_map, None
+    found = arrival(whole) if isinstance(whole, nn.Module) else None
+    if found is None:
+        return part, {}, channel_map, None
+    note = f"the model names no preprocessing: that of its part {found.path!r} is used."
+    return found.part, found.part.pretrained_cfg, (found.scale, found.shift), note
 
 
 def _ahead_of(
@@ -142,10 +161,10 @@ def _ahead_of(
         )
     std = [s * a for s, a in zip(config["std"], scale, strict=True)]
     mean = [m + s * b for m, s, b in zip(config["mean"], config["std"], shift, strict=True)]
-    # constants in float32 are off by 1e-8 of their value
+    # constants in float32 are off by 1e-7 of their value
     return {
-        "mean": tuple(0.0 if abs(value) < 1e-6 else value for value in mean),
-        "std": tuple(1.0 if abs(value - 1) < 1e-6 else value for value in std),
+        "mean": tuple(0.0 if abs(value) < 1e-5 else value for value in mean),
+        "std": tuple(1.0 if abs(value - 1) < 1e-5 else value for value in std),
     }
 
 

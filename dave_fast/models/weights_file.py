@@ -20,7 +20,9 @@ from dave_fast.errors import InputError, reason_of
 from dave_fast.models.checkpoint import NOT_WEIGHTS, Candidate, Tensors, choose, likeliest
 
 # of layers that adapters of peft add
-_LORA = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+_LORA = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_down", "lora_up")
+# the end of the name of a file of several, as "-00001-of-00002"
+_SHARD = re.compile(r"-0*(\d+)-of-0*(\d+)\.")
 _NAMED = 4
 # bytes in which other files than weights show what they are
 _HEAD = 4096
@@ -193,6 +195,12 @@ def check_fit(
         raise InputError(
             f"{path} holds LoRA adapters, which {name} has no place for: load base model and adapter with peft, and "
             "give that module or save the state dict of its merge_and_unload()."
+        )
+    shard = _SHARD.search(str(path))
+    if missing and shard is not None:
+        raise InputError(
+            f"{path} is file {shard[1]} of {shard[2]}, and {len(missing)} weights of {name} are not in it: give the "
+            "folder as the model (hf:FOLDER), or save the whole state dict in one file."
         )
     if found:
         raise InputError(

@@ -303,6 +303,13 @@ def test_files_in_the_place_of_weights_are_named(content, says, name, tmp_path):
     assert says.replace("w.pth", name) in str(raised.value)
 
 
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "pytorch_model-00002-of-00012.bin"])
+def test_one_file_of_several_is_named(name, tmp_path):
+    save_file({"norm.weight": torch.ones(16)}, tmp_path / name)
+    with pytest.raises(InputError, match=r"is file \d of \d+, and \d+ weights of mine are not in it.*hf:FOLDER"):
+        load_weights(made(), tmp_path / name, "mine")
+
+
 @pytest.mark.parametrize("form", ["zip", "pickle", "safetensors"])
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.999])
 def test_files_that_were_cut_short(form, share, tmp_path):
