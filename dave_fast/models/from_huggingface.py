@@ -18,6 +18,8 @@ from dave_fast.models import from_open_clip, from_timm
 from dave_fast.models.hub import loading
 from dave_fast.models.huggingface_adapter import Transformers, TransformersTextImage, has_two_towers
 from dave_fast.models.huggingface_files import (
+    ADAPTER,
+    CONFIGURATIONS,
     SEEN_ATTENTION,
     Place,
     build,
@@ -25,7 +27,7 @@ from dave_fast.models.huggingface_files import (
     refuse_quantised,
     without_bars,
 )
-from dave_fast.models.huggingface_peft import ADAPTER, PeftFolder, saved_by
+from dave_fast.models.huggingface_peft import PeftFolder, saved_by
 from dave_fast.models.meaning import LINKS
 from dave_fast.models.spec import ModelSpec
 from dave_fast.models.weights_file import check_fit
@@ -53,7 +55,7 @@ def load(name: str, spec: ModelSpec) -> nn.Module:
     place = Place.of(name)
     with loading(spec.name, remote=not place.local):
         adapter = place.read(ADAPTER)
-        config = place.read("config.json", "open_clip_config.json")
+        config = place.read(*CONFIGURATIONS[1:])
     if adapter is not None:
         return _load_adapter(PeftFolder(place, adapter, config is not None), spec)
     if config is None:

@@ -22,6 +22,9 @@ from dave_fast.models.spec import ModelSpec
 from dave_fast.models.weights_file import read_weights
 
 NO_CODE = {"trust_remote_code": False}
+# of peft, transformers and timm, and open_clip
+ADAPTER = "adapter_config.json"
+CONFIGURATIONS = (ADAPTER, "config.json", "open_clip_config.json")
 # an attention whose operators the frozen route can intercept
 SEEN_ATTENTION = (None, "sdpa", "eager")
 
@@ -81,10 +84,19 @@ class Place:
             try:
                 return Path(hf_hub_download(self.name, name, revision=self.at))
             except LocalEntryNotFoundError:
-                raise
+                # without a network, a repository on this machine has the files that were downloaded with it
+                if not self._is_cached():
+                    raise
             except EntryNotFoundError:
                 continue
         return None
+
+    def _is_cached(self) -> bool:
+        """Return whether a configuration of the repository is on this machine."""
+        from huggingface_hub import try_to_load_from_cache
+
+        found = (try_to_load_from_cache(self.name, each, revision=self.at) for each in CONFIGURATIONS)
+        return any(isinstance(each, str) for each in found)
 
     def read(self, *names: str) -> dict[str, Any] | None:
         """Return the first of these JSON files that is there; None if none is.

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from dave_fast.errors import InputError, ModelError, UnknownModelError
 from dave_fast.models.huggingface_adapter import Transformers
-from dave_fast.models.huggingface_files import Place, named_class
+from dave_fast.models.huggingface_files import ADAPTER, Place, named_class
 from dave_fast.models.weights_file import check_fit, read_weights
 
-ADAPTER = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # these change weights; others add tokens to a text, or have weights that the folder may lack
 _TYPES = ("LORA", "ADALORA", "LOHA", "LOKR", "IA3", "OFT", "BOFT", "LN_TUNING")

@@ -206,6 +206,29 @@ def test_base_of_the_hub_that_cannot_be_fetched_is_named(tmp_path, monkeypatch):
     refused(f"hf:{tmp_path / 'adapter'}", UnknownModelError, "nobody/nothing, the model of the adapter")
 
 
+def cached(folder, name, cache):
+    """Put a folder into the cache of the hub, as if it had been downloaded."""
+    place = cache / f"models--{name.replace('/', '--')}"
+    shutil.copytree(folder, place / "snapshots" / ("0" * 40))
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("0" * 40)
+
+
+def test_repositories_that_were_downloaded_are_loaded_without_a_network(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    whole = adapted(tmp_path / "base", tmp_path / "adapter")
+    rewrite(tmp_path / "adapter" / CONFIG, {"base_model_name_or_path": "some/base"})
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    cached(tmp_path / "base", "some/base", tmp_path / "cache")
+    expected = load_model(f"hf:{tmp_path / 'base'}")[0](images())
+    torch.testing.assert_close(load_model("hf:some/base")[0](images()), expected)
+    refused("hf:some/adapter", UnknownModelError, "is not on this machine")
+    cached(tmp_path / "adapter", "some/adapter", tmp_path / "cache")
+    torch.testing.assert_close(load_model("hf:some/adapter")[0](images()), whole(images()).logits)
+
+
 # What is refused
 
 
