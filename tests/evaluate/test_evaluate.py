@@ -2,7 +2,9 @@
 
 import csv
 import json
+import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from dave_fast.evaluate.randomise import stages
 from dave_fast.evaluate.report import table
 from dave_fast.evaluate.settings import METRICS, VARIANTS
 from dave_fast.explain import explainer as explainer_module
-from dave_fast.models.demo.model import build_model
+from dave_fast.models.demo.model import build_model, load_demo_model
 
 SMALL = ("--images", 3, "--probes", 1, "--randomised", 1, "--mosaics", 1, "--seeds", 2, "--batch-size", 2)
 METHOD = ("--n-samples", 2, "--precision", "fp32", "--methods", "input × gradient", "--grids", "2x2-rescaled")
@@ -176,6 +178,46 @@ def test_the_model_is_only_read():
     )
     evaluate(model, DemoScenes(1, 0), settings, MethodSettings(1, {"precision": "fp32", "noise_alpha": 0.1}))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def small_evaluation(model, source, *groups):
+    chosen = EvaluationSettings(
+        images=2, probes=2, randomised=0, pairs=1, mosaics=1, grids=("2x2-rescaled",), seeds=1, batch_size=2,
+        protocols=("dave",), curve_steps=2, methods=("input × gradient",), confident=0.0, groups=groups,
+    )  # fmt: skip
+    setup = MethodSettings(1, {"precision": "fp32", "noise_alpha": 0.3}, 2.0)
+    return evaluate(model.requires_grad_(False), source, chosen, setup)
+
+
+def test_a_model_without_probabilities_has_no_curves_and_mosaics():
+    model = load_demo_model()
+    model.link = None
+    found = small_evaluation(model, DemoScenes(2, 0), "localisation", "curves", "classes", "grids")
+    assert {"dave curve", "GridPG 2x2-rescaled"} <= set(found.absent)
+    assert "no probabilities" in found.absent["dave curve"]
+    scores = found.scores["DAVE"]["as it is"]
+    assert not scores.keys() & {"dave curve", "GridPG 2x2-rescaled"}
+    assert len(scores["EnergyPG"]) == 2 and all(math.isnan(one["probability"]) for one in found.examples)
+
+
+def test_one_logit_is_evaluated_as_a_sigmoid():
+    model = load_demo_model()
+    model.head = nn.Linear(model.embed_dim, 1)
+
+    class Unlabelled(DemoScenes):
+        def read(self, start, stop):
+            read = super().read(start, stop)
+            return replace(read, labels=torch.full_like(read.labels, -1))
+
+        def read_pairs(self, start, stop):
+            return None
+
+    source = Unlabelled(2, 0)
+    found = small_evaluation(model, source, "curves", "classes")
+    wanted = model(source.read(0, 2).images).sigmoid()[:, 0]
+    _, rows = found.curves["dave"]
+    torch.testing.assert_close(rows["DAVE"]["as it is"][:, 0].float(), wanted, rtol=0, atol=1e-5)
+    assert "class similarity" not in found.scores["DAVE"]["as it is"]
 
 
 def test_a_source_without_a_readable_image_is_refused(tmp_path):

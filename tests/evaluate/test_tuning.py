@@ -9,7 +9,7 @@ from dave_fast import DAVE
 from dave_fast.cli.app import app
 from dave_fast.cli.config import load_config
 from dave_fast.errors import InputError
-from dave_fast.evaluate.tuning import choose_alpha, samples_for, tune
+from dave_fast.evaluate.tuning import _decisions, choose_alpha, samples_for, tune
 from tests.tiny import random_head_vit
 
 NOISE = np.random.default_rng(0).normal(0, 0.01, (4, 8))
@@ -88,6 +88,29 @@ def test_a_model_is_tuned_repeatably_and_left_as_it_was(explainer):
 def test_models_that_cannot_be_tuned_are_refused(explainer, images, options, said):
     with pytest.raises(InputError, match=said):
         tune(explainer, torch.zeros(images), **options)
+
+
+@pytest.mark.parametrize(("scores", "decisions"), [([[-1.0], [2.0]], [0, 1]), ([[1.0, 3.0], [2.0, 0.0]], [1, 0])])
+def test_the_decision_of_one_logit_is_its_sign(scores, decisions):
+    assert _decisions(torch.tensor(scores)).tolist() == decisions
+
+
+def test_a_single_logit_is_tuned_by_its_sign():
+    model = random_head_vit(num_classes=1)
+    explainer = DAVE(model, precision="fp32", noise_alpha=0.25)
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        # about zero, so that noise changes signs
+        model.head.bias -= model(images).mean()
+    assert tune(explainer, images, alphas=(0.0, 1.0)).kept[-1] < 1
+
+
+def test_a_regression_has_no_decision_to_keep():
+    model = random_head_vit()
+    model.link = None
+    explainer = DAVE(model, precision="fp32", noise_alpha=0.25)
+    with pytest.raises(InputError, match="decide nothing"):
+        tune(explainer, torch.zeros(3, 3, 32, 32), alphas=(0.0, 0.3))
 
 
 def test_the_command_writes_a_file_that_other_commands_take(tmp_path, monkeypatch):

@@ -165,3 +165,30 @@ def test_unknown_protocols_and_foreign_maps_are_refused():
         perturbation_curve(brightness, images, maps, targets, steps=0)
     with pytest.raises(InputError, match="do not belong"):
         perturbation_curve(brightness, images, maps[:, :2], targets)
+
+
+class Brightness(torch.nn.Module):
+    """One or two logits by the sum of the image, and what its owner says of them."""
+
+    def __init__(self, classes, link):
+        super().__init__()
+        self.classes, self.link = classes, link
+
+    def forward(self, images):
+        return brightness(images)[:, 1:] if self.classes == 1 else brightness(images)
+
+
+@pytest.mark.parametrize(("classes", "link"), [(1, "softmax"), (1, "sigmoid"), (2, "sigmoid")])
+def test_a_single_logit_and_several_labels_are_sigmoids(classes, link):
+    model, target = Brightness(classes, link), torch.tensor([classes - 1])
+    found = perturbation_curve(model, ROW, ROW[:, 0], target, WHOLE).scores[0].tolist()
+    assert found == pytest.approx([sigmoid(total / 2) for total in (1.5, 1.4, 1.2, 0.8, 0)], rel=1e-6)
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+def test_a_model_without_probabilities_is_measured_by_its_score(classes):
+    model, target = Brightness(classes, None), torch.tensor([classes - 1])
+    with pytest.raises(InputError, match=r"no probabilities .*probability=False"):
+        perturbation_curve(model, ROW, ROW[:, 0], target, WHOLE)
+    found = perturbation_curve(model, ROW, ROW[:, 0], target, replace(WHOLE, probability=False)).scores[0].tolist()
+    assert found == pytest.approx([1.5, 1.4, 1.2, 0.8, 0], abs=1e-6)
