@@ -25,6 +25,7 @@ from dave_fast.images.preprocess import NOT_SUPPORTED
 from dave_fast.isolation import isolated
 from dave_fast.models.adapter import Adapter, SimilarityLogit, check_texts
 from dave_fast.models.hub import loading
+from dave_fast.models.huggingface_files import NO_CODE, Place
 from dave_fast.models.huggingface_images import preprocessing_of
 from dave_fast.models.meaning import LINKS, kind_of
 
@@ -195,9 +196,11 @@ class TransformersTextImage(SimilarityLogit, Transformers):
             raise UnknownModelError(
                 "the place of the model's tokenizer is not known: load the model by name, as hf:ORG/NAME."
             )
-        remote = not os.path.isdir(self.place)
-        with loading(f"the tokenizer of {self.place}", remote=remote):
-            return AutoTokenizer.from_pretrained(self.place, revision=self.revision, trust_remote_code=False)
+        place = Place(self.place, self.revision, local=os.path.isdir(self.place))
+        with loading(f"the tokenizer of {self.place}", remote=not place.local):
+            # a tokenizer with code of its own is refused here
+            place.read("tokenizer_config.json")
+            return AutoTokenizer.from_pretrained(place.name, revision=place.at, **NO_CODE)
 
     @torch.no_grad()
     def text_embedding(self, texts: Sequence[str]) -> Tensor:
