@@ -6,6 +6,7 @@ without a replaced forward. Any other module stays as it is.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any
@@ -153,10 +154,8 @@ def _attribute(model: Any) -> str | None:
     enable = getattr(tuner, "_enable_peft_forward_hooks", None)
     # LoRA's acts on arguments that no image model is given, other tuners' on every call
     harmless = enable is None or enable.__qualname__.startswith("LoraModel.")
-    called = (
-        harmless and tuner.__module__.startswith("peft.tuners.") and not model.active_peft_config.is_prompt_learning
-    )
-    return "base_model.model" if called else None
+    prompts = any(config.is_prompt_learning for config in model.peft_config.values())
+    return "base_model.model" if harmless and not prompts and tuner.__module__.startswith("peft.tuners.") else None
 
 
 def _name(model: nn.Module) -> str:
@@ -167,10 +166,12 @@ def _is_plain(model: nn.Module) -> bool:
     """Return whether a module has no hooks, no description of its own, and the forward that its library gave it."""
 
     def library(thing: Any) -> str:
-        return str(thing.__module__).partition(".")[0]
+        return str(getattr(thing, "__module__", "")).partition(".")[0]
 
     says = any(name in vars(model) for name in _SAYS)
-    return not says and _is_untouched(model) and library(type(model).forward) == library(type(model))
+    # the forward of TorchScript is no function
+    forward = inspect.getattr_static(type(model), "forward")
+    return not says and _is_untouched(model) and library(forward) == library(type(model))
 
 
 def _is_untouched(model: nn.Module) -> bool:

@@ -60,6 +60,49 @@ def test_wrapped_models_take_the_engine_and_agree_with_the_frozen_route(names, g
     assert_routes_agree(wrap(random_vit(), names))
 
 
+def averaged_by_timm(model):
+    from timm.utils import ModelEmaV3
+
+    return ModelEmaV3(model)
+
+
+def mixed_adapters(model):
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["qkv"]), mixed=True).eval()
+
+
+def tuner_alone(model):
+    return lora(model).base_model
+
+
+def no_adapter_left(model):
+    wrapper = lora(model)
+    wrapper.delete_adapter("default")
+    return wrapper.eval()
+
+
+@pytest.mark.parametrize("wrapper", [averaged_by_timm, mixed_adapters, tuner_alone])
+def test_rarer_wrappers_are_seen_through(wrapper):
+    model = wrapper(core())
+    found, name = load_model(DataParallel(model))
+    assert type(found) is type(core()) and name == "tiny.own" and preprocessing(model).mean == MEAN
+    assert torch.equal(found(IMAGES.float()), model(IMAGES.float()))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("wrapper", [lambda m: m, DataParallel, nn.Sequential, lambda m: nn.Sequential(Own(), m)])
+def test_torchscript_in_wrappers_is_refused(wrapper):
+    model = wrapper(torch.jit.trace(random_vit(), IMAGES.float()))
+    with pytest.raises(ModelError, match="TorchScript"):
+        DAVE(model, noise_alpha=0.1, precision="fp32").explain(IMAGES.float(), n_samples=1)
+
+
+def test_a_wrapper_whose_adapter_was_deleted_is_explained_as_its_model():
+    model = no_adapter_left(random_vit())
+    assert relative(effective_gradient(model, IMAGES, 1), effective_gradient(random_vit(), IMAGES, 1)) < EXACT
+
+
 def call_twice(model):
     class Twice(DataParallel):
         def forward(self, images):
