@@ -91,7 +91,7 @@ def test_a_replaced_timm_head_has_as_many_classes_as_outputs_and_no_names(name, 
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("name", ("swin_tiny_patch4_window7_224", "convnext_atto"))
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "convnext_atto"])
 def test_a_module_in_place_of_all_that_held_the_head_has_no_names(name, head):
     model = made(name)
     setattr(model, places(model)[0].partition(".")[0], HEADS[head](3))
@@ -105,7 +105,7 @@ def test_a_head_of_another_form_loses_the_names_even_with_as_many_outputs(name):
     assert labels_of(model) == Labels(1000)
 
 
-@pytest.mark.parametrize("name", ("deit_tiny_distilled_patch16_224", "levit_128s"))
+@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "levit_128s"])
 def test_one_replaced_head_of_two_is_enough_to_lose_the_names(name):
     model = made(name)
     put(model, places(model)[-1], of_width(3))
