@@ -35,8 +35,8 @@ _OUTPUTS = ("logits", "image_embeds", "predicted_depth", "reconstruction")
 _NO_IMAGES = ("input_ids", "decoder_input_ids", "input_values", "input_features", "pixel_values_videos")
 # last names of the parameters that are class tokens; tokens of models without one have no place for the whole image
 _CLASS_TOKENS = ("cls_token", "class_embedding", "class_token", "cls_embedding")
-# side of the images on which a forward is tried where the configuration has none
-_USUAL_SIZE = (224, 224)
+# sides of the images on which a forward is tried where the configuration has none
+_USUAL_SIZES = (224, 256, 384, 512, 336, 448, 128, 96, 64, 32)
 
 
 class Transformers(Adapter):
@@ -126,11 +126,17 @@ class Transformers(Adapter):
             return labels if named else 0
         return output.shape[1] if output.dim() == 2 and (named or output.shape[1] == labels) else 0
 
-    @torch.no_grad()
     def tried(self) -> Tensor | None:
         """Return the output (1, ...) of a copy for one random image; None if it cannot be tried."""
-        height, width = self.own_size or self.pretrained_cfg.get("input_size", (3, *_USUAL_SIZE))[1:]
-        channels = getattr(self.model.config, "num_channels", 3)
+        known = self.own_size or self.pretrained_cfg.get("input_size", (None,))[1:]
+        sizes = [tuple(known)] if known else [(side, side) for side in _USUAL_SIZES]
+        convolutions = (each.in_channels for each in self.model.modules() if isinstance(each, nn.Conv2d))
+        channels = getattr(self.model.config, "num_channels", None) or next(convolutions, 3)
+        return next((output for size in sizes if (output := self._output_for(channels, *size)) is not None), None)
+
+    @torch.no_grad()
+    def _output_for(self, channels: int, height: int, width: int) -> Tensor | None:
+        """Return the output (1, ...) of a copy for one random image of a size; None if it raises an error."""
         image = torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(0))
         try:
             twin = isolated(self)

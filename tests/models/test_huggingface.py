@@ -199,6 +199,33 @@ def test_subclass_of_a_classifier_that_overrides_its_forward_is_explained_by_it(
         assert kind_of(adapted) == "classifier" and labels_of(adapted).count == K
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("side", [224, 384, 96, 32])
+def test_own_configuration_without_a_size_is_tried_at_the_usual_ones(channels, side):
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    class OwnConfig(PretrainedConfig):
+        model_type = "own"
+
+    class Own(PreTrainedModel):
+        config_class = OwnConfig
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.patches = nn.Conv2d(channels, 8, 16, 16)
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.head = nn.Linear(8, K)
+
+        def forward(self, x):
+            assert x.shape[-1] == side, "another size"
+            tokens = self.patches(x).flatten(2).mT
+            return self.head((tokens + self.attention(tokens, tokens, tokens)[0]).mean(1))
+
+    adapted, _ = load_model(Own(OwnConfig(num_labels=K)).eval())
+    assert kind_of(adapted) == "classifier" and adapted.num_classes == K
+    assert adapted(torch.randn(2, channels, side, side)).shape == (2, K)
+
+
 def test_trial_of_a_forward_leaves_the_module_and_the_generator_alone():
     model = own("x", FORMS["tensor"])
     inner = model.forward
