@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -87,13 +88,19 @@ class Annotations:
 
 
 def class_of(name: str, labels: Labels) -> int | None:
-    """Return the class of a name, or of a WordNet id if the model has ImageNet's 1,000 classes; None if unknown."""
-    if labels.count == 1000 and name in _wordnet():
+    """Return the class of a name, or of a WordNet id if the model's names are ImageNet's 1,000; None if unknown."""
+    if name in _wordnet() and _are_imagenets(labels.names or ()):
         return _wordnet()[name]
     try:
         return labels.resolve(name)
     except InputError:
         return None
+
+
+def _are_imagenets(names: Sequence[str]) -> bool:
+    """Return whether names are those of ImageNet's 1,000 classes, which libraries word differently, in its order."""
+    known = {0: "tench", 487: "cell", 999: "toilet"}
+    return len(names) == 1000 and all(word in names[index].lower() for index, word in known.items())
 
 
 @cache

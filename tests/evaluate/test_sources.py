@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data.imagenet_info import ImageNetInfo
 
 from dave_fast.errors import InputError
 from dave_fast.evaluate import DemoScenes, ImageFiles
@@ -144,9 +145,20 @@ def test_a_broken_file_is_left_out_and_named(photo, tmp_path):
     assert list(source.skipped) == [str(broken)]
 
 
-def test_wordnet_ids_are_classes_of_models_with_a_thousand():
-    thousand = Labels(1000)
-    assert [class_of(name, thousand) for name in ("n01518878", "n02129604", "n04285008")] == [9, 292, 817]
+def worded_by(library):
+    if library == "torchvision":
+        from torchvision.models import ViT_B_16_Weights
+
+        return tuple(ViT_B_16_Weights.DEFAULT.meta["categories"])
+    return tuple(ImageNetInfo("imagenet-1k").label_descriptions())
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_wordnet_ids_are_classes_of_models_with_imagenets_names(library):
+    imagenet = Labels(1000, worded_by(library))
+    assert [class_of(name, imagenet) for name in ("n01518878", "n02129604", "n04285008")] == [9, 292, 817]
+    others = (None, tuple(map(str, range(1000))), imagenet.names[::-1], ("tench", *imagenet.names[:-1]))
+    assert {class_of("n02129604", Labels(1000, names)) for names in others} == {None}
     assert class_of("n02129604", LABELS) is None
     assert class_of("dog", LABELS) == 1
 
