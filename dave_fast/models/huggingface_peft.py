@@ -19,8 +19,8 @@ from dave_fast.models.huggingface_files import ADAPTER, Place, named_class
 from dave_fast.models.weights_file import check_fit, read_weights
 
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-# these change weights; others add tokens to a text, or have weights that the folder may lack
-_TYPES = ("LORA", "ADALORA", "LOHA", "LOKR", "IA3", "OFT", "BOFT", "LN_TUNING")
+# these change weights; others add tokens to a text, have weights that the folder may lack, or compile code (BOFT)
+_TYPES = ("LORA", "ADALORA", "LOHA", "LOKR", "IA3", "OFT", "LN_TUNING")
 _PREFIX = "base_model.model."
 # settings that choose modules by patterns of their names
 _PATTERNS = (

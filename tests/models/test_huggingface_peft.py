@@ -283,6 +283,7 @@ OWN_CLASS = {"base_model_class": "Own", "parent_library": "evil"}
 SPOILED = {
     "prompt tuning": (changed(peft_type="PROMPT_TUNING"), ModelError, "method PROMPT_TUNING, which is not supported"),
     "prefix tuning": (changed(peft_type="PREFIX_TUNING"), ModelError, "method PREFIX_TUNING"),
+    "a method that compiles code": (changed(peft_type="BOFT"), ModelError, "method BOFT"),
     "an unknown method": (changed(peft_type="NEW"), ModelError, "method NEW"),
     "no method": (changed(peft_type=None), ModelError, "method None"),
     "no base": (changed(base_model_name_or_path=None), UnknownModelError, "does not say which model it belongs to"),
