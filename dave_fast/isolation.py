@@ -8,28 +8,38 @@ engine's tail and the comparison with the model's own output get theirs.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from types import CellType, CodeType, FunctionType, MethodType
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.overrides import TorchFunctionMode
 
-from dave_fast.errors import DaveFastError, ModelError, is_out_of_memory, reason_of
+from dave_fast.errors import ModelError, is_out_of_memory, reason_of
 
 _COMPLEX = {torch.float64: torch.complex128}
-_QUANTISED = ("torch.ao.nn.quantized", "torch.nn.quantized", "torch.ao.nn.intrinsic.quantized", "bitsandbytes")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+# tables of hooks, and which of them take keywords or are always called
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+# attributes by which timm, transformers and others switch activation checkpointing on
+_CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing", "use_checkpoint", "with_cp")
 
 
 def isolated(model: nn.Module, dtype: torch.dtype | None = None, device: torch.device | None = None) -> nn.Module:
     """Return a copy of a model in evaluation mode that shares no tensor with it.
 
-    Tensors are copied wherever the model keeps them: parameters, buffers, plain attributes, and those inside of lists
-    and objects. None of the copies requires a gradient or has a graph. Attributes that cannot be copied, such as locks
-    and generators, are shared.
+    Tensors are copied wherever the model keeps them: parameters, buffers, plain attributes, those inside of lists and
+    objects, and those that functions set on modules have in their closures; such functions call the copy's modules.
+    None of the copies requires a gradient or has a graph. Attributes that cannot be copied, such as locks and
+    generators, are shared. Activation checkpointing, which only costs time without training, is switched off.
 
     Args:
         model: any module.
@@ -44,18 +54,19 @@ def isolated(model: nn.Module, dtype: torch.dtype | None = None, device: torch.d
     with torch.inference_mode(False), torch.no_grad():
         try:
             try:
-                made = conversion.deepcopy(model, {})
+                made = conversion.deepcopy(model)
             except Exception:
                 made = conversion.deepcopy(model, {id(value): value for value in _uncopyable(model)})
+            _complete(model, made, conversion)
             made.eval().requires_grad_(False)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
+            why = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {reason_of(error)}"
             raise ModelError(
                 f"{type(model).__name__} cannot be copied, and it is explained by a copy so that it is not changed: "
-                f"{type(error).__name__}: {reason_of(error)}. Give a model that copy.deepcopy can copy"
+                f"{why}. Give a model that copy.deepcopy can copy"
             ) from error
-    _require_same(model, made)
     return _uncompiled(made)
 
 
@@ -63,21 +74,79 @@ def _uncompiled(model: nn.Module) -> nn.Module:
     """Return a model with the modules that torch.compile wraps in their wrappers' place: its graphs hide operators."""
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if type(child) is OptimizedModule:
+            if _is_compiled(child):
                 module.register_module(name, child._orig_mod)
-    return model._orig_mod if type(model) is OptimizedModule else model
+    return model._orig_mod if _is_compiled(model) else model
+
+
+def _is_compiled(module: nn.Module) -> TypeGuard[Any]:
+    """Return whether a module is a wrapper of torch.compile, whose library is not imported before it is used."""
+    return type(module) is getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", None)
+
+
+def _is_plain(compiled: Any) -> bool:
+    """Return whether a wrapper of torch.compile has no hooks, and the forward that torch.compile gave it."""
+    hooks = any(vars(compiled)[table] for table in _HOOKS)
+    return not hooks and hasattr(compiled.forward, "_torchdynamo_orig_callable")
 
 
 class _Conversion(TorchFunctionMode):
-    """A mode in which `copy.deepcopy` detaches and converts every tensor."""
+    """A mode in which `copy.deepcopy` detaches and converts every tensor.
+
+    Attributes:
+        memo: that of copy.deepcopy: id of what was copied -> copy.
+    """
 
     def __init__(self, dtype: torch.dtype | None, device: torch.device | None) -> None:
         super().__init__()
         self._dtype, self._device = dtype, device
+        self.memo: dict[int, Any] = {}
 
-    def deepcopy(self, model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    def deepcopy(self, value: Any, memo: dict[int, Any] | None = None) -> Any:
+        """Return a copy of anything; what `memo` has is taken from there."""
+        self.memo = {} if memo is None else memo
         with self:
-            return copy.deepcopy(model, memo)
+            return copy.deepcopy(value, self.memo)
+
+    def rebound(self, value: Any) -> Any:
+        """Return a function or bound method that refers to copies where it referred to modules and tensors."""
+        if id(value) in self.memo or isinstance(value, nn.Module):
+            return self.memo.get(id(value), value)
+        if isinstance(value, Tensor):
+            return self.memo.setdefault(id(value), self._converted(value))
+        if isinstance(value, MethodType):
+            return MethodType(self.rebound(value.__func__), self.rebound(value.__self__))
+        if isinstance(value, partial):
+            return partial(self.rebound(value.func), *map(self.rebound, value.args), **self._values(value.keywords))
+        if isinstance(value, tuple | list) and type(value) in (tuple, list):
+            return type(value)(map(self.rebound, value))
+        return self._function(value) if isinstance(value, FunctionType) else value
+
+    def _values(self, named: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: self.rebound(value) for name, value in named.items()}
+
+    def _function(self, function: FunctionType) -> FunctionType:
+        """Return a function with the copies of what its closure, its defaults and the globals that it names hold."""
+        cells = tuple(CellType() for _ in function.__closure__ or ())
+        scope = dict(function.__globals__)
+        made = FunctionType(function.__code__, scope, function.__name__, None, cells)
+        # ahead of what it holds: a function may hold itself
+        self.memo[id(function)] = made
+        made.__dict__.update(function.__dict__)
+        made.__defaults__ = self.rebound(function.__defaults__)
+        made.__kwdefaults__ = self._values(function.__kwdefaults__ or {})
+        for cell, own in zip(cells, function.__closure__ or (), strict=True):
+            try:
+                cell.cell_contents = self.rebound(own.cell_contents)
+            except ValueError:
+                # an empty cell
+                continue
+        for name in _names(function.__code__) & scope.keys():
+            value = scope[name]
+            # functions of other modules do not know the model
+            if not isinstance(value, FunctionType) or value.__globals__ is function.__globals__:
+                scope[name] = self.rebound(value)
+        return made
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -99,6 +168,12 @@ class _Conversion(TorchFunctionMode):
         return tensor.detach().to(self._device or tensor.device, dtype, copy=True)
 
 
+def _names(code: CodeType) -> set[str]:
+    """Return the names of globals and attributes in a code object and those inside of it."""
+    inner = (_names(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*inner)
+
+
 def _uncopyable(model: nn.Module) -> Iterator[Any]:
     """Yield the attributes of all modules, also those in lists and dictionaries, that copy.deepcopy cannot copy."""
     modules = {id(module): module for module in model.modules()}
@@ -113,112 +188,39 @@ def _uncopyable(model: nn.Module) -> Iterator[Any]:
             pending += [*value.values()] if isinstance(value, dict) else [*value]
             continue
         try:
-            _Conversion(None, None).deepcopy(value, dict(modules))
+            _Conversion(None, None).deepcopy(value, {**modules})
         # what __deepcopy__ and __reduce__ raise can be of any class
         except Exception:
             yield value
 
 
-def _require_same(model: nn.Module, made: nn.Module) -> None:
-    """Raise ModelError where a copy has other modules or hooks; torch.fx's GraphModule loses its hooks, for one."""
-    own, copied = list(model.named_modules()), list(made.named_modules())
-    for (path, module), (other, twin) in zip(own, copied, strict=False):
-        same = path == other and len(own) == len(copied)
-        # a forward that was set on a compiled module is not copied
-        same = same and (type(module) is not OptimizedModule or hasattr(module.forward, "_torchdynamo_orig_callable"))
-        if not same or any(len(getattr(module, hooks)) != len(getattr(twin, hooks)) for hooks in _HOOKS):
-            where = f"module {path!r} ({type(module).__name__})" if path else type(module).__name__
-            raise ModelError(
-                f"{type(model).__name__} cannot be copied, and it is explained by a copy so that it is not changed: "
-                f"copy.deepcopy loses hooks or modules of {where}. Put what the hooks do into a module's forward"
-            )
+def _complete(model: nn.Module, made: nn.Module, conversion: _Conversion) -> None:
+    """Give a copy what copy.deepcopy leaves out: functions of the copy's modules, and what a class drops.
 
-
-def check_readable(model: nn.Module) -> None:
-    """Raise ModelError for a model whose weights or code cannot be read: compiled, quantised, sharded, not loaded."""
-    for path, module in model.named_modules():
-        where = f"its module {path!r} ({type(module).__name__})" if path else f"it ({type(module).__name__})"
-        if isinstance(module, torch.jit.ScriptModule):
-            raise _unreadable(model, f"{where} is TorchScript, whose operators cannot be held constant", "was made of")
-        if type(module).__module__.startswith(_QUANTISED):
-            raise _unreadable(model, f"{where} has quantised weights", "was before it was quantised")
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None:
-                _check_tensor(model, f"{path}.{name}".strip("."), tensor)
-
-
-def _check_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
-    kind = type(tensor.data).__name__ if not nn.parameter.is_lazy(tensor) else type(tensor).__name__
-    if nn.parameter.is_lazy(tensor):
-        raise _unreadable(model, f"{name!r} has no values yet ({kind})", "is after a first call")
-    if tensor.is_meta:
-        raise _unreadable(model, f"{name!r} is on the meta device and has no values", "is with its weights loaded")
-    if kind == "DTensor" or "Flat" in type(tensor).__name__:
-        raise _unreadable(model, f"{name!r} is a shard ({kind}) of a distributed model (FSDP)", "is with full weights")
-    if tensor.is_quantized or kind != "Tensor":
-        raise _unreadable(model, f"{name!r} is quantised or of another kind ({kind})", "was before its conversion")
-
-
-def _unreadable(model: nn.Module, why: str, instead: str) -> ModelError:
-    return ModelError(
-        f"{type(model).__name__} cannot be explained: {why}, and a floating-point nn.Module in PyTorch's own operators "
-        f"is expected. Give the model as it {instead}"
-    )
-
-
-@contextmanager
-def own_errors(model: nn.Module, doing: str) -> Iterator[None]:
-    """Run a caller's code within this context; its exceptions are chained to a ModelError that names the model.
-
-    Args:
-        model: the module that is run.
-        doing: what is done with it, for the message: "forward pass on images (1, 3, 224, 224)".
+    torch.fx's GraphModule drops hooks and attributes, for one.
 
     Raises:
-        ModelError: any exception inside, except the project's own and those that mean that memory ran out.
+        ModelError: the copy has other modules.
     """
-    try:
-        yield
-    except DaveFastError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        advice = "Call the model on such images yourself: does it work, also in this precision?"
-        if "use_reentrant" in str(error):
-            advice = "Switch activation checkpointing off, or build it with use_reentrant=False"
-        raise ModelError(
-            f"the {doing} of {type(model).__name__} raised {type(error).__name__}: {reason_of(error)}. {advice}"
-        ) from error
-
-
-def logits_of(model: nn.Module, output: object) -> Tensor:
-    """Return a model's output, or its entry `logits`; raise ModelError where there is no such tensor."""
-    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
-    if not isinstance(found, Tensor):
-        keys = f" with {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""
-        raise ModelError(
-            f"the model {type(model).__name__} returned {type(output).__name__}{keys}; expected a tensor (B, classes) "
-            "or an output with logits: wrap the model in a module that returns its logits"
-        )
-    return found
-
-
-def own_output(model: nn.Module, images: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return the output (B, ...) of a model's own forward for images (B, C, H, W), computed by a copy on its device.
-
-    Args:
-        model: any module; it is not called.
-        images: on any device.
-        dtype: of the copy; None takes the model's own.
-
-    Raises:
-        ModelError: the model cannot be copied, its forward raises, or it returns no tensor.
-    """
-    made = isolated(model, dtype)
-    images = images.to(*form_of(made))
-    with torch.no_grad(), own_errors(model, f"forward pass on images {tuple(images.shape)}"):
-        return logits_of(model, made(images))
+    own, copied = dict(model.named_modules()), dict(made.named_modules())
+    if own.keys() != copied.keys():
+        raise ModelError(f"copy.deepcopy gives other modules ({', '.join(sorted(own.keys() ^ copied.keys()))})")
+    for path, twin in copied.items():
+        attributes: dict[str, Any] = twin.__dict__
+        # the wrapper of torch.compile is left out of the copy
+        if _is_compiled(twin) and not _is_plain(own[path]):
+            where = f"module {path!r}" if path else "model"
+            raise ModelError(f"the compiled {where} has hooks or a forward of its own: give them to what it wraps")
+        for name in vars(own[path]).keys() - attributes.keys() - {"_compiled_call_impl"}:
+            attributes[name] = conversion.deepcopy(vars(own[path])[name], conversion.memo)
+        for hooks in _HOOKS:
+            kept = vars(own[path])[hooks]
+            attributes[hooks] = type(kept)((key, conversion.rebound(hook)) for key, hook in kept.items())
+        for name, value in attributes.items():
+            if isinstance(value, FunctionType | partial):
+                attributes[name] = conversion.rebound(value)
+            elif name in _CHECKPOINTING and value is True:
+                attributes[name] = False
 
 
 def form_of(model: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -19,12 +19,13 @@ from dave_fast.engine.buckets import Cost, Kernel, flat_cost, full_rows, plan_ge
 from dave_fast.engine.build import build_engine
 from dave_fast.engine.memory import engine_row_bytes, plan_bytes, weight_bytes
 from dave_fast.engine.walks import Engine
-from dave_fast.errors import InputError, ModelError, NonFiniteError
+from dave_fast.errors import InputError, ModelError, NonFiniteError, NotFrozenError
 from dave_fast.frozen.mode import freeze, run_frozen
 from dave_fast.frozen.proof import ReplayReport, check_copy, ensure_proved, prove_frozen
-from dave_fast.isolation import form_of, isolated, own_errors
+from dave_fast.isolation import form_of, isolated
 from dave_fast.models.fingerprint import Attribute, attributes, written
 from dave_fast.ops.precision import DTYPES
+from dave_fast.own_forward import own_errors
 from dave_fast.plan import families
 from dave_fast.plan.reading import NoPlanError, Reading
 from dave_fast.plan.vit_plan import ViTPlan
@@ -164,9 +165,16 @@ def make_route(
     read = no_plan or _read(model, shape)
     if route != "frozen" and isinstance(read, Reading):
         plan = None if sibling is None else sibling.plan
-        if plan is None:
-            _prove_tail(model, read)
-        return _engine_route(build_engine(read, dtype=dtype, device=device, backend=backend, sibling=plan, fp8=fp8))
+        try:
+            if plan is None:
+                _prove_tail(model, read)
+            with own_errors(model, "making of the plan"):
+                engine = build_engine(read, dtype=dtype, device=device, backend=backend, sibling=plan, fp8=fp8)
+            return _engine_route(engine)
+        except NotFrozenError:
+            raise
+        except ModelError as error:
+            read = str(error)
     if route == "engine":
         raise ModelError(f"route='engine' was asked for, but {read}. Use route='auto' or 'frozen'.")
     if fp8:
@@ -189,13 +197,14 @@ def _read(model: nn.Module, shape: tuple[int, int, int]) -> Reading | str:
     Raises InputError for images that the model does not take.
     """
     try:
-        reading = families.read(model, shape[1:])
-    except NoPlanError:
-        # only the size may be at fault
-        try:
-            reading = families.read(model)
-        except NoPlanError as reason:
-            return str(reason)
+        with own_errors(model, "reading of the modules"):
+            try:
+                reading = families.read(model, shape[1:])
+            except NoPlanError:
+                # only the size may be at fault
+                reading = families.read(model)
+    except ModelError as reason:
+        return str(reason)
     if shape[0] != reading.channels:
         raise InputError(
             f"images have {shape[0]} channels and the model takes {reading.channels}: "

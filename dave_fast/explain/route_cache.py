@@ -19,9 +19,10 @@ from dave_fast.engine.graphs import make_graphs
 from dave_fast.engine.micro_batches import MicroBatches
 from dave_fast.engine.route import ROUTES, Route, make_route
 from dave_fast.errors import InputError, ModelError
-from dave_fast.isolation import check_readable, form_of
+from dave_fast.isolation import form_of
 from dave_fast.models.fingerprint import State
 from dave_fast.ops.precision import DTYPES, own_arithmetic, statistics_dtype
+from dave_fast.own_forward import check_readable, own_errors
 from dave_fast.plan import families
 from dave_fast.transfers import to_device
 
@@ -169,7 +170,13 @@ class RouteCache:
             # the frozen route's copy computes in the model's own precision: it is the comparison
             route.agrees = True
             return
-        output = batches.outputs(images)[:1]
+        try:
+            with own_errors(model, "walk over the plan"):
+                output = batches.outputs(images)[:1]
+        except ModelError as reason:
+            if route.plan is None:
+                raise
+            raise PlanDiffersError(f"the plan that its class promises cannot be run: {reason}") from reason
         if not (image.isfinite().all() and output.isfinite().all()):
             # the call ends with NonFiniteError, and the next one compares
             return

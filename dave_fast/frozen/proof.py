@@ -24,12 +24,14 @@ from dave_fast.errors import ModelError, NonFiniteError, NotFrozenError
 from dave_fast.frozen.mode import freeze, run_frozen
 from dave_fast.frozen.replay import Replay
 from dave_fast.frozen.trace import Trace, find_culprit, find_rounding
-from dave_fast.isolation import form_of, own_errors
+from dave_fast.isolation import form_of
 from dave_fast.models.fingerprint import fingerprint
+from dave_fast.own_forward import logits_of, own_errors
 
 TOLERANCE = 1e-12
 # relative error of a copy's gradient above which it is that of another function: rounding alone gives a few per cent
 # in bfloat16 and 1e-5 in float32
+PLAIN_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 COPY_TOLERANCE = {torch.float64: 1e-2, torch.float32: 1e-2, torch.float16: 0.5, torch.bfloat16: 0.5}
 
 # a model has attention where one of these functions has an operator as a factor, P or softmax(q·kᵀ) of P·v, or where it
@@ -133,7 +135,11 @@ def prove_frozen(model: nn.Module, inputs: Tensor, *, name: str | None = None) -
 
 
 def check_copy(made: nn.Module, model: nn.Module, report: ReplayReport) -> None:
-    """Raise ModelError where a converted copy of a proved model has another frozen gradient than the proven one.
+    """Raise ModelError where a copy of a proved model, as it is run, is not what was proved.
+
+    Its frozen gradient has to be the proven one, and its output under frozen operators that of a plain forward pass on
+    several images: a model that mixes the images of a batch, or that asks whether gradients are needed, is another one
+    in the proof than in its predictions.
 
     Args:
         made: the copy, in any precision, in evaluation mode.
@@ -146,6 +152,16 @@ def check_copy(made: nn.Module, model: nn.Module, report: ReplayReport) -> None:
         output = run_frozen(made, x.clone(), freeze(x))
         with own_errors(model, "backward pass"), freeze(x):
             (gradient,) = torch.autograd.grad(output, x, proven.cotangent.to(output))
+    batch = torch.cat([x.detach(), x.detach().flip(-1)])
+    with torch.no_grad(), own_errors(model, f"forward pass on images {tuple(batch.shape)}"):
+        plain = logits_of(model, made(batch))
+    apart = float((plain[:1] - output.detach()).double().norm() / plain[:1].double().norm())
+    if not apart <= PLAIN_TOLERANCE[dtype]:
+        raise ModelError(
+            f"{report.model} gives another output ({apart:.1%} apart) for an image beside others, or without a "
+            "gradient, than for the image alone with one. Explained is what it predicts: does it mix the images of a "
+            "batch, or ask for requires_grad or is_grad_enabled()?"
+        )
     error = float((gradient.to(proven.slope) - proven.slope).norm() / proven.slope.norm())
     # a NaN is refused, too
     if not error <= COPY_TOLERANCE[dtype]:
@@ -227,6 +243,9 @@ def _locate(replay: Replay, cotangent: Tensor, step: Tensor) -> str:
     before, after = Trace(keeps_calls=True), Trace(keeps_calls=True)
     output = replay.forward(replay.x, before)
     replay.forward((replay.x + step).detach().requires_grad_(), after)
-    # the caller may be under no_grad or in inference mode
-    with torch.inference_mode(False), torch.enable_grad():
-        return find_culprit(before, after, (output * cotangent).sum())
+    try:
+        # the caller may be under no_grad or in inference mode
+        with torch.inference_mode(False), torch.enable_grad(), own_errors(replay.model, "backward pass"):
+            return find_culprit(before, after, (output * cotangent).sum())
+    except ModelError as error:
+        return f"a step that could not be found ({error})"

@@ -21,8 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dave_fast.errors import ModelError
 
-class NoPlanError(Exception):
+
+class NoPlanError(ModelError):
     """A model that the engine has no plan for; the message is the reason, as the end of a sentence."""
 
 
