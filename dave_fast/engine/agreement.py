@@ -68,6 +68,18 @@ def _error(output: Tensor, expected: Tensor) -> float:
     return error if error == error else float("inf")
 
 
+def can_run(reading: Reading, image: Tensor) -> bool:
+    """Return whether a model as it was read has a forward walk over an image (1, C, H, W) at all, in plain PyTorch."""
+    device = reading.position.device
+    try:
+        engine = build_engine(reading, dtype=torch.float64, device=device, backend="torch")
+        engine.forward(patchify(image.to(device, torch.float64), reading.patch_size))
+    # shapes that do not fit raise errors of many classes
+    except (RuntimeError, ValueError, IndexError):
+        return False
+    return True
+
+
 @torch.no_grad()
 def find_difference(model: nn.Module, reading: Reading, image: Tensor) -> str:
     """Name the first module whose output is not that of its reading, in float64, as the end of a sentence.

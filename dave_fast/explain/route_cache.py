@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from dave_fast.engine import free_memory
-from dave_fast.engine.agreement import PlanDiffersError, disagreement, find_difference
+from dave_fast.engine.agreement import PlanDiffersError, can_run, disagreement, find_difference
 from dave_fast.engine.bound_ops import PixelOps
 from dave_fast.engine.checks import check_images
 from dave_fast.engine.end_of_call import EndOfCall, WeightsChangedError
 from dave_fast.engine.graphs import make_graphs
 from dave_fast.engine.micro_batches import MicroBatches
 from dave_fast.engine.route import ROUTES, Route, make_route
-from dave_fast.errors import InputError, ModelError
+from dave_fast.errors import InputError, ModelError, is_out_of_memory, reason_of
 from dave_fast.isolation import form_of
 from dave_fast.models.fingerprint import State
 from dave_fast.ops.precision import DTYPES, own_arithmetic, statistics_dtype
-from dave_fast.own_forward import check_readable, own_errors
+from dave_fast.own_forward import check_readable
 from dave_fast.plan import families
 from dave_fast.transfers import to_device
 
@@ -170,26 +170,27 @@ class RouteCache:
             # the frozen route's copy computes in the model's own precision: it is the comparison
             route.agrees = True
             return
+        reading = None if route.plan is None else families.read(model, (images.shape[2], images.shape[3]))
         try:
-            with own_errors(model, "walk over the plan"):
-                output = batches.outputs(images)[:1]
-        except ModelError as reason:
-            if route.plan is None:
+            output = batches.outputs(images)[:1]
+        except (RuntimeError, ValueError, IndexError) as failure:
+            if reading is None or is_out_of_memory(failure) or can_run(reading, image):
                 raise
-            raise PlanDiffersError(f"the plan that its class promises cannot be run: {reason}") from reason
+            why = f"the plan that its class promises cannot be run ({reason_of(failure)})"
+            raise PlanDiffersError(why) from failure
         if not (image.isfinite().all() and output.isfinite().all()):
             # the call ends with NonFiniteError, and the next one compares
             return
         error = disagreement(output, model, image, route.dtype, fp8=self._precision == "fp8")
         if error is None:
             route.agrees = True
-        elif route.plan is None:
+        elif reading is None:
             raise ModelError(
                 f"in {self._precision} the output of {type(model).__name__} is off by {error:.0%} from its own "
                 "forward: its arithmetic loses too much in this precision. Give precision='fp32'"
             )
         else:
-            where = find_difference(model, families.read(model, (images.shape[2], images.shape[3])), image)
+            where = find_difference(model, reading, image)
             raise PlanDiffersError(
                 f"the plan that its class promises gives another output than its own forward, off by {error:.1%}, "
                 f"because of {where}"
