@@ -35,6 +35,7 @@ from dave_fast.images import Preprocessing, preprocessing, read_image
 from dave_fast.images import drawing as figures
 from dave_fast.images.drawing import Panel
 from dave_fast.models.labels import Labels, labels_of
+from dave_fast.models.meaning import probabilities
 from dave_fast.targets import Contrast, Patch, Sum, Target, tokens_of
 
 CLASSES = 4
@@ -124,8 +125,8 @@ def classes(subject: GallerySubject) -> GalleryFigure:
         Panel(heat.numpy(), subject.name(index), float(probability))
         for heat, index, probability in zip(found.maps[0].cpu(), shown, found.probability[0], strict=True)
     ]
-    chances = found.output[0].softmax(0).topk(min(5, found.output.shape[1]))
-    bars = [(subject.name(int(i)), float(p)) for p, i in zip(chances.values, chances.indices, strict=True)]
+    chances = probabilities(subject.explainer.model, found.output)[0].tolist()
+    bars = [(subject.name(index), chances[index]) for index in subject.ranked[:5]]
     text = (
         f"The {len(shown)} most probable classes, explained in one call that walks the perturbed images forward "
         "once. Each map is "

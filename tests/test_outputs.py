@@ -15,7 +15,10 @@ from PIL import Image
 from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer
 from torchvision.transforms import Normalize
+from typer.testing import CliRunner
 
+from dave_fast.cli.app import app
+from dave_fast.cli.config import Config, save_config
 from dave_fast.client.protocol import explained
 from dave_fast.errors import InputError
 from dave_fast.explain.image_files import ImageSource, Request, explain_files
@@ -363,6 +366,23 @@ def test_a_link_that_is_named_is_that_of_a_served_model(word, link):
     scores = torch.tensor([[1.0, 2.0, 0.0, -1.0]])
     found = probabilities(model.explainers[0].model, scores)[0].double()
     torch.testing.assert_close(found, PROBABILITIES[link](scores[0].double()), rtol=0, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("given", ["option", "configuration"])
+def test_the_command_line_says_the_link(given, tmp_path):
+    PICTURE.save(tmp_path / "picture.png")
+    save_config(Config(f"{__name__}:tiny", link="sigmoid"), tmp_path / "own.toml")
+    said = {
+        "option": ("--model", f"{__name__}:tiny", "--link", "sigmoid"),
+        "configuration": ("--config", tmp_path / "own.toml"),
+    }
+    out = tmp_path / "maps"
+    words = ("explain", tmp_path / "picture.png", *said[given], "--out", out, "--n-samples", 1, "--noise-alpha", 0.1)
+    result = CliRunner().invoke(app, [*map(str, words), "--precision", "fp32"])
+    assert result.exit_code == 0, result.output
+    scores, _, _ = truth("timm with names")
+    with np.load(out / "picture.npz") as arrays:
+        assert close(arrays["probabilities"][0], scores.max().sigmoid())
 
 
 def test_an_unknown_link_is_refused():
