@@ -41,7 +41,13 @@ def test_lora_is_read_as_its_merged_weight(kind):
 
 @pytest.mark.parametrize(
     "name",
-    ["vit-parallel", "vit-parallel-things", "vit-swiglu", "vit-post-norm", "dinov3", "rope", "relative-position"],
+    [
+        *("vit-parallel", "dinov3", "relative-position"),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("vit-parallel-things", "vit-swiglu", "vit-post-norm", "rope")
+        ),
+    ],
 )
 def test_lora_in_other_families_is_read_as_its_merged_weight(name):
     variant = ENGINE[name]

@@ -102,8 +102,9 @@ def test_usual_normalisation_takes_pixels_as_they_are():
     assert of_bytes.std == (1 / 255,) * 3 and "0 to 255" in of_bytes.note
 
 
-def test_normalised_models_inside_and_around_wrappers(group):
-    for inner, outer in nestings(2):
+@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_normalised_models_inside_and_around_wrappers(step, group):
+    for inner, outer in nestings(2)[::step]:
         model = WRAPPERS[outer](nn.Sequential(Own(), WRAPPERS[inner](core())).eval())
         found, name = load_model(model)
         assert type(found) is Normalised and type(found.model) is type(core()) and name == "tiny.own"
