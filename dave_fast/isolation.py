@@ -64,7 +64,7 @@ def isolated(model: nn.Module, dtype: torch.dtype | None = None, device: torch.d
                 raise
             why = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {reason_of(error)}"
             raise ModelError(
-                f"{type(model).__name__} cannot be copied, and it is explained by a copy so that it is not changed: "
+                f"{class_name(model)} cannot be copied, and it is explained by a copy so that it is not changed: "
                 f"{why}. Give a model that copy.deepcopy can copy"
             ) from error
     return _uncompiled(made)
@@ -228,3 +228,9 @@ def form_of(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     tensors = (*model.parameters(), *model.buffers())
     first = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
     return first.device, first.dtype
+
+
+def class_name(model: nn.Module) -> str:
+    """Return the name of a model's class, for messages; that of the model inside of one of our adapters."""
+    inner = getattr(model, "model", None) if type(model).__module__.startswith("dave_fast.") else None
+    return type(inner if isinstance(inner, nn.Module) else model).__name__

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dave_fast.errors import DaveFastError, ModelError, is_out_of_memory, reason_of
-from dave_fast.isolation import form_of, isolated
+from dave_fast.isolation import class_name, form_of, isolated
 
 _QUANTISED = ("torch.ao.nn.quantized", "torch.nn.quantized", "torch.ao.nn.intrinsic.quantized", "bitsandbytes")
 
@@ -41,7 +41,7 @@ def _check_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 def _unreadable(model: nn.Module, why: str, instead: str) -> ModelError:
     return ModelError(
-        f"{type(model).__name__} cannot be explained: {why}, and a floating-point nn.Module in PyTorch's own operators "
+        f"{class_name(model)} cannot be explained: {why}, and a floating-point nn.Module in PyTorch's own operators "
         f"is expected. Give the model as it {instead}"
     )
 
@@ -68,7 +68,7 @@ def own_errors(model: nn.Module, doing: str) -> Iterator[None]:
         if "use_reentrant" in str(error):
             advice = "Switch activation checkpointing off, or build it with use_reentrant=False"
         raise ModelError(
-            f"the {doing} of {type(model).__name__} raised {type(error).__name__}: {reason_of(error)}. {advice}"
+            f"the {doing} of {class_name(model)} raised {type(error).__name__}: {reason_of(error)}. {advice}"
         ) from error
 
 
@@ -78,7 +78,7 @@ def logits_of(model: nn.Module, output: object) -> Tensor:
     if not isinstance(found, Tensor):
         keys = f" with {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""
         raise ModelError(
-            f"the model {type(model).__name__} returned {type(output).__name__}{keys}; expected a tensor (B, classes) "
+            f"the model {class_name(model)} returned {type(output).__name__}{keys}; expected a tensor (B, classes) "
             "or an output with logits: wrap the model in a module that returns its logits"
         )
     return found

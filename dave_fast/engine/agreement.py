@@ -26,6 +26,8 @@ BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.02, torch.b
 FP8_BOUND = 0.3
 # how much larger than the model's own in the same precision the error of a route may be where it exceeds the bound
 OWN_ERRORS = 8
+# an error above which an output is that of another function, whatever the model's own error is
+WORST, FP8_WORST = 0.3, 0.8
 # relative difference, in float64, of the stream behind a module that is another function
 _DIFFERS = 1e-7
 
@@ -33,8 +35,8 @@ _DIFFERS = 1e-7
 def disagreement(output: Tensor, model: nn.Module, image: Tensor, dtype: torch.dtype, *, fp8: bool) -> float | None:
     """Return the relative error of a route's output where it is not the model's own; None where it is.
 
-    Where the error is larger than the bound, the model's own sensitivity decides: a copy in the route's precision (in
-    float64 for a route as exact as the model).
+    Where the error is somewhat larger than the bound, the model's own sensitivity decides: a copy in the route's
+    precision (in float64 for a route as exact as the model).
 
     Args:
         output: (1, ...) of the route.
@@ -53,6 +55,8 @@ def disagreement(output: Tensor, model: nn.Module, image: Tensor, dtype: torch.d
     if error <= bound:
         return None
     coarser = BOUNDS[dtype] > BOUNDS.get(own_dtype, 0.0)
+    if error > (FP8_WORST if fp8 else WORST):
+        return error
     own = _error(own_output(model, image, dtype if coarser else torch.float64), expected)
     return None if error <= OWN_ERRORS * own * (FP8_BOUND / BOUNDS[dtype] if fp8 else 1) else error
 

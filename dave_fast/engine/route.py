@@ -22,7 +22,7 @@ from dave_fast.engine.walks import Engine
 from dave_fast.errors import InputError, ModelError, NonFiniteError, NotFrozenError
 from dave_fast.frozen.mode import freeze, run_frozen
 from dave_fast.frozen.proof import ReplayReport, check_copy, ensure_proved, prove_frozen
-from dave_fast.isolation import form_of, isolated
+from dave_fast.isolation import class_name, form_of, isolated
 from dave_fast.models.fingerprint import Attribute, attributes, written
 from dave_fast.ops.precision import DTYPES
 from dave_fast.own_forward import own_errors
@@ -225,7 +225,7 @@ def _prove(model: nn.Module, shape: tuple[int, int, int]) -> ReplayReport:
     report = ensure_proved(model, example.to(form_of(model)[0]))
     if not report.has_attention:
         raise ModelError(
-            f"{type(model).__name__} has no attention: DAVE explains transformers. Give a Vision Transformer, or use a "
+            f"{class_name(model)} has no attention: DAVE explains transformers. Give a Vision Transformer, or use a "
             "gradient method for this model"
         )
     return report
@@ -238,7 +238,7 @@ def _prove_tail(model: nn.Module, reading: Reading) -> None:
     example = torch.randn(1, tokens, reading.position.shape[1], generator=generator, dtype=torch.float64)
     device = reading.position.device
     try:
-        prove_frozen(reading.tail(torch.float64, device), example.to(device), name=type(model).__name__)
+        prove_frozen(reading.tail(torch.float64, device), example.to(device), name=class_name(model))
     except NonFiniteError:
         # every call checks its output and names the images
         return

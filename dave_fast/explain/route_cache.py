@@ -19,7 +19,7 @@ from dave_fast.engine.graphs import make_graphs
 from dave_fast.engine.micro_batches import MicroBatches
 from dave_fast.engine.route import ROUTES, Route, make_route
 from dave_fast.errors import InputError, ModelError, is_out_of_memory, reason_of
-from dave_fast.isolation import form_of
+from dave_fast.isolation import class_name, form_of
 from dave_fast.models.fingerprint import State
 from dave_fast.ops.precision import DTYPES, own_arithmetic, statistics_dtype
 from dave_fast.own_forward import check_readable
@@ -186,8 +186,8 @@ class RouteCache:
             route.agrees = True
         elif reading is None:
             raise ModelError(
-                f"in {self._precision} the output of {type(model).__name__} is off by {error:.0%} from its own "
-                "forward: its arithmetic loses too much in this precision. Give precision='fp32'"
+                f"in {self._precision} the output of {class_name(model)} is off by {error:.0%} from its own "
+                "forward: it computes something else in this precision, or loses too much. Give precision='fp32'"
             )
         else:
             where = find_difference(model, reading, image)

@@ -41,6 +41,7 @@ from torch.overrides import TorchFunctionMode
 from dave_fast.errors import ModelError
 from dave_fast.frozen.ranks import KEEPS_ACTIVATION, TAKES_A_FORM, Rank, canonical, rank_of, set_rank
 from dave_fast.frozen.rules import RULES
+from dave_fast.isolation import class_name
 from dave_fast.own_forward import logits_of, own_errors
 
 Function = Callable[..., Any]
@@ -203,7 +204,7 @@ def run_frozen(model: nn.Module, inputs: Tensor, mode: FrozenMode | None = None)
     logits = logits_of(model, output)
     if not mode.is_live(logits):
         raise ModelError(
-            f"the output of {type(model).__name__} does not depend on its input by any differentiable path: does "
+            f"the output of {class_name(model)} does not depend on its input by any differentiable path: does "
             "its forward use torch.no_grad() or detach()?"
         )
     return logits
@@ -216,7 +217,7 @@ def _require_evaluation(model: nn.Module) -> None:
         if module.training and (module is model or isinstance(module, by_mode)):
             where = f"its module {path!r} ({type(module).__name__})" if path else "it"
             raise ModelError(
-                f"the model {type(model).__name__} is to be explained as it predicts, but {where} is in training "
+                f"the model {class_name(model)} is to be explained as it predicts, but {where} is in training "
                 "mode: call model.eval() first"
             )
 

@@ -24,7 +24,7 @@ from dave_fast.errors import ModelError, NonFiniteError, NotFrozenError
 from dave_fast.frozen.mode import freeze, run_frozen
 from dave_fast.frozen.replay import Replay
 from dave_fast.frozen.trace import Trace, find_culprit, find_rounding
-from dave_fast.isolation import form_of
+from dave_fast.isolation import class_name, form_of
 from dave_fast.models.fingerprint import fingerprint
 from dave_fast.own_forward import logits_of, own_errors
 
@@ -106,7 +106,7 @@ def affine_replay(model: nn.Module, inputs: Tensor, *, seed: int = 0, name: str 
         NotFrozenError: its path depends on the input.
         NonFiniteError: its output has NaN or infinity.
     """
-    replay = Replay(model, inputs, name or type(model).__name__)
+    replay = Replay(model, inputs, name or class_name(model))
     output = replay.forward(replay.x, Trace())
     _check_output(replay, output)
     generator = torch.Generator().manual_seed(seed)
@@ -152,16 +152,7 @@ def check_copy(made: nn.Module, model: nn.Module, report: ReplayReport) -> None:
         output = run_frozen(made, x.clone(), freeze(x))
         with own_errors(model, "backward pass"), freeze(x):
             (gradient,) = torch.autograd.grad(output, x, proven.cotangent.to(output))
-    batch = torch.cat([x.detach(), x.detach().flip(-1)])
-    with torch.no_grad(), own_errors(model, f"forward pass on images {tuple(batch.shape)}"):
-        plain = logits_of(model, made(batch))
-    apart = float((plain[:1] - output.detach()).double().norm() / plain[:1].double().norm())
-    if not apart <= PLAIN_TOLERANCE[dtype]:
-        raise ModelError(
-            f"{report.model} gives another output ({apart:.1%} apart) for an image beside others, or without a "
-            "gradient, than for the image alone with one. Explained is what it predicts: does it mix the images of a "
-            "batch, or ask for requires_grad or is_grad_enabled()?"
-        )
+    _check_batches(made, model, x.detach(), output.detach())
     error = float((gradient.to(proven.slope) - proven.slope).norm() / proven.slope.norm())
     # a NaN is refused, too
     if not error <= COPY_TOLERANCE[dtype]:
@@ -172,10 +163,42 @@ def check_copy(made: nn.Module, model: nn.Module, report: ReplayReport) -> None:
         )
 
 
+def _check_batches(made: nn.Module, model: nn.Module, image: Tensor, output: Tensor) -> None:
+    """Raise ModelError where the output for an image depends on the other images, their order, or on gradients.
+
+    Args:
+        made: the copy that is run.
+        model: of which it is a copy.
+        image: (1, C, H, W).
+        output: (1, ...), of the image alone under frozen operators.
+    """
+
+    def plain(*images: Tensor) -> Tensor:
+        batch = torch.cat(images)
+        with torch.no_grad(), own_errors(model, f"forward pass on images {tuple(batch.shape)}"):
+            return logits_of(model, made(batch))
+
+    first, second = output, plain(-image)
+    for found, alone in (
+        (plain(image, -image), torch.cat([first, second])),
+        (plain(-image, image), torch.cat([second, first])),
+    ):
+        if found.shape == alone.shape:
+            apart = max(float((a - b).double().norm() / b.double().norm()) for a, b in zip(found, alone, strict=True))
+        else:
+            apart = float("inf")
+        if not apart <= PLAIN_TOLERANCE[output.dtype]:
+            raise ModelError(
+                f"{class_name(model)} gives another output ({apart:.1%} apart) for an image beside others, or without "
+                "a gradient, than for the image alone with one. Explained is what it predicts: does it mix the images "
+                "of a batch, or ask for requires_grad or is_grad_enabled()?"
+            )
+
+
 def _locate_rounding(made: nn.Module, model: nn.Module, x: Tensor) -> str:
     """Name the module of a copy that rounds most, against a float64 copy of the model."""
     exact, rounded = Trace(keeps_calls=True), Trace(keeps_calls=True)
-    replay = Replay(model, x, type(model).__name__)
+    replay = Replay(model, x, class_name(model))
     replay.forward(replay.x, exact)
     device, dtype = form_of(made)
     with torch.no_grad(), rounded.watching(made):

@@ -23,7 +23,9 @@ from dave_fast.transfers import moved
 SETTINGS = (bool, int, float, str, type(None), torch.dtype)
 FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType, partial, property, staticmethod, classmethod)
 CONTAINERS = (list, tuple, dict)
+OTHER = object
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+GLOBAL_HOOKS = tuple("_global" + hooks for hooks in HOOKS)
 # attributes that every module has: its tables of modules, parameters, buffers and hooks, which are read as such, and
 # `training`, since explanations are always in evaluation mode
 _TABLES = frozenset(vars(nn.Module()))
@@ -81,9 +83,10 @@ def structure(model: nn.Module, ignored: Collection[Attribute] = ()) -> tuple[ob
     """
     modules = list(model.named_modules())
     classes = {owner: None for kind in {type(module) for _, module in modules} for owner in kind.__mro__}
-    code = tuple([(owner, *_members(vars(owner))) for owner in classes])
+    code = tuple([(owner, *_members(vars(owner), of_class=True), *_called(owner)) for owner in classes])
+    hooks = tuple([tuple(vars(nn.modules.module)[table].values()) for table in GLOBAL_HOOKS])
     found = tuple([(path, id(module), *_own(module, path, ignored)) for path, module in modules])
-    return code, found, tuple(map(_identity, _tensors(modules, ignored)))
+    return code, hooks, found, tuple(map(_identity, _tensors(modules, ignored)))
 
 
 def written(model: nn.Module, before: dict[Attribute, object]) -> set[Attribute]:
@@ -112,32 +115,81 @@ def _own(module: nn.Module, path: str, ignored: Collection[Attribute]) -> tuple[
     return _members(kept), hooks
 
 
-def _members(own: Any) -> tuple[object, ...]:
-    """Return the names and values of the settings and functions among attributes, those in containers included."""
+def _members(own: Any, *, of_class: bool = False) -> tuple[object, ...]:
+    """Return the names and values of attributes: settings and functions, also in containers, and other objects."""
     found: list[object] = []
     for name, value in own.items():
         kind = _kind(value.__class__)
         if kind is CONTAINERS:
             found.append((name, *[item for item in _leaves(value) if not isinstance(item, Tensor)]))
-        elif kind is not None and kind is not Tensor:
+        elif kind is OTHER:
+            if not of_class or callable(value):
+                found.append((name, _Same(value)))
+        elif kind is not Tensor:
             found.append((name, value))
     return tuple(found)
 
 
+class _Same:
+    """An object that is compared by its identity; it is held, so that no other one gets its address."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def _called(owner: type) -> tuple[object, ...]:
+    """Return the functions that the methods of a class call by global names."""
+    return tuple([scope.get(name) for scope, name in _places(owner)])
+
+
+@lru_cache(maxsize=1024)
+def _places(owner: type) -> tuple[tuple[dict[str, Any], str], ...]:
+    """Return where the functions are that the methods of a class call: scopes, and names in them.
+
+    Followed are functions of the same library and those of torch.nn.functional, which other projects replace.
+    """
+    library, places = owner.__module__.partition(".")[0], dict[tuple[int, str], tuple[dict[str, Any], str]]()
+    pending = [] if library in ("torch", "builtins", "abc") else _functions(vars(owner).values())
+    while pending:
+        function = pending.pop()
+        for name in function.__code__.co_names:
+            scope = function.__globals__ if name in function.__globals__ else vars(torch.nn.functional)
+            value = scope.get(name)
+            if isinstance(value, FUNCTIONS) and (id(scope), name) not in places:
+                places[id(scope), name] = scope, name
+                own = str(getattr(value, "__module__", "")).partition(".")[0] == library
+                pending += _functions([value]) if own else []
+    return tuple(places.values())
+
+
+def _functions(members: Iterable[Any]) -> list[FunctionType]:
+    """Return the Python functions among members of a class: methods, static and class methods, and properties."""
+    inner = [getattr(m, name, None) for m in members for name in ("__func__", "fget")]
+    return [function for function in (*members, *inner) if isinstance(function, FunctionType)]
+
+
 @lru_cache(maxsize=4096)
 def _kind(cls: type) -> object:
-    """Return which kind of attribute a class is, or None; cached, since every call looks at every attribute."""
-    return next((kind for kind in (SETTINGS, FUNCTIONS, CONTAINERS, Tensor) if issubclass(cls, kind)), None)
+    """Return which kind of attribute a class is; cached, since every call looks at every attribute."""
+    return next((kind for kind in (SETTINGS, FUNCTIONS, CONTAINERS, Tensor) if issubclass(cls, kind)), OTHER)
 
 
 def _leaves(value: Any, depth: int = 4) -> Iterator[Any]:
-    """Yield the settings, functions and tensors of an attribute, also those in lists, tuples and dictionaries."""
+    """Yield the settings, functions, tensors and objects of an attribute, those in containers one by one."""
     kind = _kind(value.__class__)
     if kind is CONTAINERS and depth:
         for item in (*value, *value.values()) if isinstance(value, dict) else value:
             yield from _leaves(item, depth - 1)
-    elif kind is not None:
-        yield value
+    else:
+        yield _Same(value) if kind in (OTHER, CONTAINERS) else value
 
 
 def _tensors(modules: Iterable[tuple[str, nn.Module]], ignored: Collection[Attribute]) -> list[Tensor]:
