@@ -178,10 +178,12 @@ def _check_batches(made: nn.Module, model: nn.Module, image: Tensor, output: Ten
         with torch.no_grad(), own_errors(model, f"forward pass on images {tuple(batch.shape)}"):
             return logits_of(model, made(batch))
 
-    first, second = output, plain(-image)
+    # another sign, size and order of pixels, so that what is taken of both images differs from what is taken of one
+    other = -0.5 * image.flip(-1)
+    first, second = output, plain(other)
     for found, alone in (
-        (plain(image, -image), torch.cat([first, second])),
-        (plain(-image, image), torch.cat([second, first])),
+        (plain(image, other), torch.cat([first, second])),
+        (plain(other, image), torch.cat([second, first])),
     ):
         if found.shape == alone.shape:
             apart = max(float((a - b).double().norm() / b.double().norm()) for a, b in zip(found, alone, strict=True))
