@@ -104,9 +104,10 @@ class Held(TorchFunctionMode):
             func = getattr(func, "__wrapped__", func)
         args, kwargs = self._constants(list(args)), {key: self._constants(value) for key, value in kwargs.items()}
         live = live_tensors([*args, *kwargs.values()])
+        if live or any(isinstance(a, Tensor) and a.dtype in WIDE.values() for a in args):
+            args, kwargs = _widened(args), {key: _widened(value) for key, value in kwargs.items()}
         if not live:
             return func(*args, **kwargs)
-        args, kwargs = _widened(args), {key: _widened(value) for key, value in kwargs.items()}
         result = self._ruled(func, name.split(".")[0], args, kwargs)
         if isinstance(result, Tensor) and not result.requires_grad and not result.is_floating_point():
             return self.hold(result) if not result.is_complex() else result

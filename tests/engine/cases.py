@@ -39,6 +39,8 @@ SINGLE = 1e-2
 REFUSED, EXPLAINED = "refused", "explained"
 
 Build = Callable[[], nn.Module]
+# the output (B, K) and the effective gradient (B, C, H, W), each None where there is none
+Expectation = tuple[Tensor | None, Tensor | None]
 
 
 @contextmanager
@@ -53,7 +55,7 @@ def patched(seed: int) -> Iterator[tuple[str, Build, Tensor]]:
             names.append("wrapper")
             changes.append(wrapper(rng, undo))
 
-        def build(dtype: torch.dtype = torch.float32) -> nn.Module:
+        def build() -> nn.Module:
             model = variant.build()
             for change in changes:
                 model = change(model)
@@ -76,18 +78,30 @@ def outcome(
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        output, expected = _expected(build, images, classes)
-        given = build()
+        expected, given = expectation(build, images, classes), build()
     before = state(given)
     try:
-        gradient, predicted = explained(given, images, classes, route=route, precision=precision)
-    except DaveFastError:
-        return REFUSED
+        return judged(expected, lambda: explained(given, images, classes, route=route, precision=precision), precision)
     finally:
         assert changes(before, state(given)) == []
+
+
+def judged(expected: Expectation, explain: Callable[[], tuple[Tensor, Tensor]], precision: str = "fp64") -> str:
+    """Return "refused" where explaining raises an error of the project's, else compare what it returns.
+
+    Args:
+        expected: as `expectation` returns it.
+        explain: () -> effective gradient and output.
+        precision: of the explainer.
+    """
+    try:
+        gradient, predicted = explain()
+    except DaveFastError:
+        return REFUSED
+    output, slope = expected
     assert output is not None, "a model that fails was explained"
-    assert expected is not None, "explained, and there is no effective gradient"
-    errors = {"gradient": off(gradient, expected), "output": off(predicted, output)}
+    assert slope is not None, "explained, and there is no effective gradient"
+    errors = {"gradient": off(gradient, slope), "output": off(predicted, output)}
     # predictions are handed out in float32
     allowed = {"gradient": OF_THE_TRUTH[precision], "output": max(OF_THE_TRUTH[precision], 1e-6)}
     assert all(errors[k] <= allowed[k] for k in errors), f"relative errors {errors}"
@@ -103,14 +117,18 @@ def explained(
     model: nn.Module, images: Tensor, classes: Any = CLASSES, *, route: str = "auto", precision: str = "fp64"
 ) -> tuple[Tensor, Tensor]:
     """Return the effective gradient and the output that the explainer has for a model, whatever route it warns of."""
+    return answer(DAVE(model, precision=precision, noise_alpha=0.0, route=route), images, classes)
+
+
+def answer(explainer: DAVE, images: Tensor, classes: Any = CLASSES) -> tuple[Tensor, Tensor]:
+    """Return the effective gradient and the output of an explainer, whatever route it warns of."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        explainer = DAVE(model, precision=precision, noise_alpha=0.0, route=route)
         return explainer.effective_gradient(images, classes), explainer.predict(images)
 
 
-def _expected(build: Build, images: Tensor, classes: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Return the model's output (B, K) and its effective gradient in float64, each None where there is none."""
+def expectation(build: Build, images: Tensor, classes: Tensor = CLASSES) -> Expectation:
+    """Return a model's output and its effective gradient in float64."""
     try:
         plain = build().eval()
         with torch.no_grad():

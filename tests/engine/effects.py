@@ -23,7 +23,7 @@ def _masked(y: Tensor, x: Any) -> Tensor:
 
 
 # the last effects have no effective gradient
-HOPELESS = 3
+HOPELESS = 4
 
 
 def effects(c: float) -> dict[str, Effect]:
@@ -42,6 +42,7 @@ def effects(c: float) -> dict[str, Effect]:
         "tanh": lambda y, x: torch.tanh(y),
         "normalised": lambda y, x: F.layer_norm(y, y.shape[-1:]),
         "clamped": lambda y, x: y.clamp(-2.0, 2.0),
+        "straight through": lambda y, x: y + c * (y - y.detach()),
         "squared": lambda y, x: y * y,
         "half detached": lambda y, x: c * y + y.detach(),
         "softmax": lambda y, x: y.softmax(-1),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from random import Random
@@ -55,7 +56,7 @@ def replace(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
 
 
 def called_modules(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if not isinstance(m, nn.ModuleList) and not (isinstance(m, nn.Sequential))]
+    return [m for m in model.modules() if not isinstance(m, nn.ModuleList)]
 
 
 def site(model: nn.Module, at: float) -> nn.Module:
@@ -313,7 +314,9 @@ def parametrised(rng: Random, undo: ExitStack) -> Change:
             if kind == "weight_norm":
                 parametrizations.weight_norm(layer).parametrizations.weight.original0.data.mul_(0.7)
             elif kind == "old weight_norm":
-                nn.utils.weight_norm(layer).weight_g.data.mul_(0.7)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    nn.utils.weight_norm(layer).weight_g.data.mul_(0.7)
             elif kind == "spectral_norm":
                 parametrizations.spectral_norm(layer)
             else:

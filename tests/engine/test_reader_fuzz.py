@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from random import Random
 from typing import Any
 
@@ -12,7 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.engine.cases import EXPLAINED, outcome, patched
+from dave_fast import DAVE
+from tests.engine.cases import BASES, EXPLAINED, answer, expectation, judged, outcome, patched
+from tests.engine.patches import INNER
 from tests.variants import ENGINE
 
 pytestmark = pytest.mark.slow
@@ -32,6 +35,42 @@ def test_twenty_changed_models_are_explained_as_they_are_or_refused(first: int, 
     assert not wrong
     # a reader that refuses everything is never wrong; the engine alone has to refuse most of these
     assert route == "engine" or found[EXPLAINED] > BATCH / 4
+
+
+@pytest.mark.parametrize("first", range(0, 240, BATCH))
+def test_what_changes_between_two_calls_is_noticed(first: int):
+    wrong, found = {}, Counter()
+    for seed in range(first, first + BATCH):
+        try:
+            found[_changed_between_calls(Random(seed))] += 1
+        except Exception as error:
+            wrong[seed] = f"{type(error).__name__}: {error}"
+    assert not wrong
+    assert found[EXPLAINED] > BATCH / 4
+
+
+def _changed_between_calls(rng: Random) -> str:
+    """Explain a model, change it, and return the outcome of explaining it again by the same explainer."""
+    variant = ENGINE[rng.choice(BASES)]
+    given, images = variant.build(), variant.images()
+    explainer = DAVE(given, precision="fp64", noise_alpha=0.0)
+    plain, _ = answer(explainer, images)
+    names = [rng.choice([name for name in INNER if name != "mode"]) for _ in range(rng.choice([1, 1, 2]))]
+    with ExitStack() as undo:
+        drawn = [INNER[name](rng, undo) for name in names]
+
+        def changed(model: nn.Module) -> nn.Module:
+            for change in drawn:
+                model = change(model)
+            return model
+
+        expected = expectation(lambda: changed(variant.build()), images)
+        changed(given)
+        found = judged(expected, lambda: answer(explainer, images))
+    if set(names) <= {"class", "library"}:
+        # nothing of the changes is left
+        torch.testing.assert_close(answer(explainer, images)[0], plain)
+    return found
 
 
 def _compiled(model: nn.Module) -> nn.Module:
