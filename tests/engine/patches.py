@@ -308,6 +308,8 @@ def parametrised(rng: Random, undo: ExitStack) -> Change:
 
     def change(model: nn.Module) -> nn.Module:
         linears = [m for m in model.modules() if type(m) is nn.Linear and "weight" in m._parameters]
+        if not linears:
+            return model
         layer = linears[int(at * len(linears))]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -372,10 +374,9 @@ def mode(rng: Random, undo: ExitStack) -> Change:
             site(model, at).train()
         elif kind in ("called", "trained"):
             dtype = next((p.dtype for p in model.parameters()), torch.float32)
-            size = model.patch_embed.img_size
             # a model that fails here is given to the explainer as it is
             with contextlib.suppress(Exception):
-                score = model(torch.ones(1, 3, *size, dtype=dtype)).sum()
+                score = model(torch.ones(1, 3, *model.patch_embed.img_size, dtype=dtype)).sum()
                 if kind == "trained":
                     score.backward()
         return model

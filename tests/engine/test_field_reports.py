@@ -19,7 +19,7 @@ from tests.engine.cases import EXPLAINED, REFUSED, explained, outcome, thinned
 from tests.engine.own_models import Own, images, own_model
 from tests.engine.patches import replace
 from tests.tiny import random_vit
-from tests.variants import CLASSES, ENGINE, randomise
+from tests.variants import ALL, CLASSES, ENGINE, randomise
 
 VIT = ENGINE["vit"]
 ROUTES = thinned(["auto", "frozen"], 2)
@@ -332,6 +332,26 @@ def test_a_spectral_norm_in_a_parallel_model_is_explained(norm: Callable[..., nn
         return nn.DataParallel(model).eval()
 
     assert outcome(build, VIT.images()) == EXPLAINED
+
+
+ENCODER = ALL["encoder-pre-norm-gelu"]
+
+
+@pytest.mark.parametrize(
+    "module", ["body.layers.0.self_attn", "body.layers.1.linear1", "body.layers.0.norm1", "body.layers.0", "body"]
+)
+def test_a_hook_inside_of_a_fused_encoder_layer_is_explained(module: str):
+    # in evaluation and without gradients such a layer may run as one function, past its modules
+    def build() -> nn.Module:
+        model = ENCODER.build()
+        model.get_submodule(module).register_forward_hook(_damped)
+        return model
+
+    assert outcome(build, ENCODER.images()) == EXPLAINED
+
+
+def _damped(module: nn.Module, args: Any, output: Any) -> Any:
+    return (0.1 * output[0], *output[1:]) if isinstance(output, tuple) else 0.1 * output
 
 
 class Traced(nn.Module):
