@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dave_fast.errors import DaveFastError, ModelError
-from tests.engine.cases import EXPLAINED, REFUSED, explained, outcome, thinned
+from tests.engine.cases import EXPLAINED, REFUSED, explained, off, outcome, thinned
 from tests.engine.own_models import Own, images, own_model
 from tests.engine.patches import replace
 from tests.tiny import random_vit
@@ -396,17 +396,51 @@ def _called(model: nn.Module, gradients: bool, one_by_one: bool) -> Tensor:
         return torch.cat([model(each) for each in given.split(1 if one_by_one else 2)]).detach()
 
 
-class Mixing(Own):
-    """A model whose tokens are centred over the images of a batch."""
+# functions of the images by which the answer to one depends on the others, or on how many there are
+MIXING: dict[str, Callable[[Tensor], Tensor]] = {
+    "centred": lambda x: x - 0.5 * x.mean(0),
+    "scaled by all": lambda x: x / x.std(),
+    "normalised as a batch": lambda x: F.batch_norm(x, None, None, training=True),
+    "blended": lambda x: 0.8 * x + 0.2 * x.flip(0),
+    "of the neighbour": lambda x: x + 0.1 * x.roll(1, 0),
+    "of the first": lambda x: x + 0.3 * x[:1],
+    "of the last": lambda x: x + 0.3 * x[-1:],
+    "of the largest": lambda x: x - 0.1 * x.amax(0, keepdim=True),
+    "by number": lambda x: x * (1 + 0.1 * len(x)),
+    "by place": lambda x: x * torch.linspace(1, 2, len(x)).to(x).view(-1, 1, 1, 1),
+    "alone": lambda x: x if len(x) == 1 else 0.5 * x,
+}
 
-    def before(self, x: Tensor) -> Tensor:
-        return x - 0.5 * x.mean(0)
 
-
-def test_a_model_that_mixes_the_images_of_a_batch_is_refused():
-    # its answer to an image depends on the other images, so that no map of one image exists
+@pytest.mark.parametrize("given", [1, 2])
+@pytest.mark.parametrize("how", thinned(MIXING, 3))
+def test_a_model_that_mixes_the_images_of_a_batch_is_refused(how: str, given: int):
+    # the samples of one image would be mixed with each other
+    model = own_model(type("Mixing", (Own,), {"before": lambda self, x: MIXING[how](x)}))
     with pytest.raises(ModelError):
-        explained(own_model(Mixing), images())
+        explained(model, images()[:given], 1)
+
+
+# steps that differ by the precision in which the model runs
+BY_PRECISION: dict[str, Callable[[Tensor], Tensor]] = {
+    "float32": lambda y: 0.1 * y if y.dtype == torch.float32 else y,
+    "float64": lambda y: 0.1 * y if y.dtype == torch.float64 else y,
+    "half": lambda y: 0.1 * y if y.dtype == torch.bfloat16 else y,
+    "not float32": lambda y: y.roll(1, 1) if y.dtype != torch.float32 else y,
+    "size": lambda y: y * y.element_size(),
+}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32", "fp64"])
+@pytest.mark.parametrize("by", BY_PRECISION)
+def test_a_step_that_differs_by_precision_is_refused_where_it_differs(by: str, precision: str):
+    model = VIT.build()
+    model.blocks[0].attn.register_forward_hook(lambda module, args, output: BY_PRECISION[by](output))
+    try:
+        _, predicted = explained(model, VIT.images(), precision=precision)
+    except ModelError:
+        return
+    assert off(predicted, model(VIT.images()).detach().double()) < 0.1
 
 
 def test_a_function_of_the_library_that_is_replaced_while_explaining_is_explained():

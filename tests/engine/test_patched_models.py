@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import types
 import warnings
 from collections.abc import Callable
@@ -17,12 +18,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from dave_fast import DAVE
-from tests.engine.cases import EXPLAINED, REFUSED, outcome, thinned
+from tests.engine.cases import EXPLAINED, REFUSED, answer, doubled, off, outcome, thinned
 from tests.engine.effects import effects
 from tests.engine.own_models import Own, images, own_model
-from tests.engine.patches import INNER, Damped, replace
+from tests.engine.patches import INNER, Damped, Wrapped, replace
 from tests.engine.wrappers import WRAPPERS
 from tests.held import truth
+from tests.tolerances import OF_THE_TRUTH
 from tests.variants import CLASSES, ENGINE
 
 IMAGES, CLASSES_OF_IMAGES = images(), torch.tensor([2, 5])
@@ -99,17 +101,59 @@ def test_a_method_replaced_in_the_instance_is_explained(name: str):
     assert outcome(build, ENGINE["vit"].images()) == EXPLAINED
 
 
-def test_a_patch_that_is_undone_is_explained_no_longer():
-    model, attention = ENGINE["vit"].build(), timm.layers.Attention
-    explainer = DAVE(model, precision="fp64", noise_alpha=0.0)
-    classes, given = torch.tensor([2, 5]), ENGINE["vit"].images()
-    before = explainer.effective_gradient(given, classes)
-    with ExitStack() as undo, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        replace(undo, attention, "forward", _damped(attention.forward))
-        during = explainer.effective_gradient(given, classes)
-    assert (during - before).norm() > 0.1 * before.norm()
-    torch.testing.assert_close(explainer.effective_gradient(given, classes), before)
+# what is put in place between two calls of one explainer, and taken away again
+BETWEEN: dict[str, Callable[[nn.Module, ExitStack], None]] = {
+    "a method of a class": lambda m, undo: _halved(undo, timm.layers.Attention, "forward"),
+    "a method of the model's class": lambda m, undo: _halved(undo, type(m), "forward_features"),
+    "a method of PyTorch's": lambda m, undo: _halved(undo, nn.GELU, "forward"),
+    "attention": lambda m, undo: _halved(undo, F, "scaled_dot_product_attention"),
+    "an activation": lambda m, undo: _halved(undo, F, "gelu"),
+    "a product": lambda m, undo: _halved(undo, F, "linear"),
+    "a norm": lambda m, undo: _halved(undo, F, "layer_norm"),
+    "a function of the library": lambda m, undo: _halved(undo, timm.models.vision_transformer, "global_pool_nlc"),
+    "a hook of all modules": lambda m, undo: undo.callback(
+        nn.modules.module.register_module_forward_hook(_halve_mlp).remove
+    ),
+    "a hook before all modules": lambda m, undo: undo.callback(
+        nn.modules.module.register_module_forward_pre_hook(lambda module, args: _halve_first(module, args)).remove
+    ),
+    "a hook of one module": lambda m, undo: undo.callback(m.norm.register_forward_hook(lambda *a: 0.5 * a[2]).remove),
+    "a method of the instance": lambda m, undo: _halved(undo, m.blocks[0].mlp, "forward"),
+    "an object": lambda m, undo: replace(
+        undo, m, "forward_features", Wrapped(m.forward_features, lambda y, x: 0.5 * y)
+    ),
+    "a setting": lambda m, undo: replace(undo, m.blocks[0].attn, "num_heads", 1),
+    "a module": lambda m, undo: replace(undo, m.blocks[0].mlp, "act", nn.ReLU()),
+}
+
+
+def _halved(undo: ExitStack, owner: Any, name: str) -> None:
+    plain = getattr(owner, name)
+    replace(undo, owner, name, lambda *args, **kwargs: 0.5 * plain(*args, **kwargs))
+
+
+def _halve_mlp(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    return 0.5 * output if isinstance(module, timm.layers.Mlp) else None
+
+
+def _halve_first(module: nn.Module, args: Any) -> Any:
+    return (0.5 * args[0],) if isinstance(module, timm.layers.Mlp) else None
+
+
+@pytest.mark.parametrize("route", thinned(["auto", "frozen"], 2))
+@pytest.mark.parametrize("what", BETWEEN)
+def test_what_changes_between_two_calls_is_explained_as_long_as_it_is_there(what: str, route: str):
+    model, given = ENGINE["vit-average"].build(), ENGINE["vit-average"].images()
+    explainer = DAVE(model, precision="fp64", noise_alpha=0.0, route=route)
+    before = answer(explainer, given)
+    with ExitStack() as undo:
+        BETWEEN[what](model, undo)
+        expected = doubled(copy.deepcopy(model))
+        slope = truth(expected, given, CLASSES_OF_IMAGES)
+        found = answer(explainer, given)
+        assert off(before[0], slope) > 0.01
+        assert off(found[0], slope) < OF_THE_TRUTH["fp64"]
+    assert off(answer(explainer, given)[0], before[0].double()) < OF_THE_TRUTH["fp64"]
 
 
 # heads: all routes give one verdict
