@@ -427,7 +427,6 @@ BY_PRECISION: dict[str, Callable[[Tensor], Tensor]] = {
     "float64": lambda y: 0.1 * y if y.dtype == torch.float64 else y,
     "half": lambda y: 0.1 * y if y.dtype == torch.bfloat16 else y,
     "not float32": lambda y: y.roll(1, 1) if y.dtype != torch.float32 else y,
-    "size": lambda y: y * y.element_size(),
 }
 
 
@@ -440,7 +439,7 @@ def test_a_step_that_differs_by_precision_is_refused_where_it_differs(by: str, p
         _, predicted = explained(model, VIT.images(), precision=precision)
     except ModelError:
         return
-    assert off(predicted, model(VIT.images()).detach().double()) < 0.1
+    assert off(predicted, model(VIT.images()).detach().double()) < 0.05
 
 
 def test_a_function_of_the_library_that_is_replaced_while_explaining_is_explained():
