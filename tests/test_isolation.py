@@ -170,13 +170,12 @@ def test_a_copy_with_other_modules_is_refused():
         def __deepcopy__(self, memo):
             return nn.Sequential()
 
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Loses(nn.Linear(2, 2))
+
     with pytest.raises(ModelError, match=r"Outer cannot be copied.*other modules \(inner\.0\)"):
-
-        class Outer(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.inner = Loses(nn.Linear(2, 2))
-
         isolated(Outer())
 
 
@@ -273,9 +272,9 @@ def test_other_outputs_are_refused_by_their_class(output, words):
 
 
 def test_an_exception_of_the_model_is_chained_and_ours_are_not():
-    with pytest.raises(ModelError, match="forward pass of Identity raised KeyError: 'x'") as caught:
-        with own_errors(nn.Identity(), "forward pass"):
-            raise KeyError("x")
+    words = "forward pass of Identity raised KeyError: 'x'"
+    with pytest.raises(ModelError, match=words) as caught, own_errors(nn.Identity(), "forward pass"):
+        raise KeyError("x")
     assert isinstance(caught.value.__cause__, KeyError)
     for error in (NotFrozenError("ours"), MemoryError(), RuntimeError("CUDA out of memory"), KeyboardInterrupt()):
         with pytest.raises(type(error)) as raised, own_errors(nn.Identity(), "forward pass"):

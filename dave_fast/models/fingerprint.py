@@ -154,10 +154,11 @@ def _called(owner: type) -> tuple[object, ...]:
 def _places(owner: type) -> tuple[tuple[dict[str, Any], str], ...]:
     """Return where the functions are that the methods of a class call: scopes, and names in them.
 
-    Followed are functions of the same library and those of torch.nn.functional, which other projects replace.
+    Those of torch.nn.functional are among them, which other projects replace. Functions of the same library are
+    followed into those that they call, except within PyTorch.
     """
     library, places = owner.__module__.partition(".")[0], dict[tuple[int, str], tuple[dict[str, Any], str]]()
-    pending = [] if library in ("torch", "builtins", "abc") else _functions(vars(owner).values())
+    pending = [] if owner is nn.Module or library in ("builtins", "abc") else _functions(vars(owner).values())
     while pending:
         function = pending.pop()
         for name in function.__code__.co_names:
@@ -166,7 +167,7 @@ def _places(owner: type) -> tuple[tuple[dict[str, Any], str], ...]:
             if isinstance(value, FUNCTIONS) and (id(scope), name) not in places:
                 places[id(scope), name] = scope, name
                 own = str(getattr(value, "__module__", "")).partition(".")[0] == library
-                pending += _functions([value]) if own else []
+                pending += _functions([value]) if own and library != "torch" else []
     return tuple(places.values())
 
 
