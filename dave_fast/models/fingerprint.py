@@ -81,12 +81,38 @@ def structure(model: nn.Module, ignored: Collection[Attribute] = ()) -> tuple[ob
 
     It holds the functions that it compares, so that none is replaced by another at the same address.
     """
-    modules = list(model.named_modules())
-    classes = {owner: None for kind in {type(module) for _, module in modules} for owner in kind.__mro__}
-    code = tuple([(owner, *_members(vars(owner), of_class=True), *_called(owner)) for owner in classes])
-    hooks = tuple([tuple(vars(nn.modules.module)[table].values()) for table in GLOBAL_HOOKS])
-    found = tuple([(path, id(module), *_own(module, path, ignored)) for path, module in modules])
-    return code, hooks, found, tuple(map(_identity, _tensors(modules, ignored)))
+    found, tensors, kinds = [], dict[int, Tensor](), set()
+    for path, module in model.named_modules():
+        kinds.add(type(module))
+        own = vars(module)
+        _collect(own["_parameters"].values(), tensors)
+        _collect(own["_buffers"].values(), tensors)
+        found += [path, id(module)]
+        # a new hook may have the address of a removed one, but not the number of its handle
+        found += [(key, id(hook)) for table in HOOKS if own.get(table) for key, hook in own[table].items()]
+        for name, value in own.items():
+            if name in _TABLES or (ignored and (path, name) in ignored):
+                continue
+            kind = _kind(value.__class__)
+            if kind is SETTINGS or kind is FUNCTIONS:
+                found += [name, value]
+            elif kind is Tensor:
+                tensors[id(value)] = value
+            else:
+                leaves = list(_leaves(value))
+                _collect(leaves, tensors)
+                found += [name, *[item for item in leaves if not isinstance(item, Tensor)]]
+    classes = {owner: None for kind in kinds for owner in kind.__mro__}
+    code = [(owner, *_members(owner), *_called(owner)) for owner in classes]
+    hooks = [tuple(vars(nn.modules.module)[table].values()) for table in GLOBAL_HOOKS]
+    return code, hooks, found, list(map(_identity, tensors.values()))
+
+
+def _collect(values: Iterable[Any], tensors: dict[int, Tensor]) -> None:
+    """Add the tensors among values."""
+    for value in values:
+        if isinstance(value, Tensor):
+            tensors[id(value)] = value
 
 
 def written(model: nn.Module, before: dict[Attribute, object]) -> set[Attribute]:
@@ -106,28 +132,16 @@ def attributes(model: nn.Module) -> dict[Attribute, object]:
     return found
 
 
-def _own(module: nn.Module, path: str, ignored: Collection[Attribute]) -> tuple[object, ...]:
-    """Return the settings, functions and hooks of one module."""
-    own = vars(module)
-    kept = {name: value for name, value in own.items() if name not in _TABLES and (path, name) not in ignored}
-    # a new hook may have the address of a removed one, but not the number of its handle
-    hooks = tuple([(key, id(hook)) for kind in HOOKS if own.get(kind) for key, hook in own[kind].items()])
-    return _members(kept), hooks
-
-
-def _members(own: Any, *, of_class: bool = False) -> tuple[object, ...]:
-    """Return the names and values of attributes: settings and functions, also in containers, and other objects."""
+def _members(owner: type) -> list[object]:
+    """Return the settings, functions and callable objects of a class."""
     found: list[object] = []
-    for name, value in own.items():
+    for name, value in vars(owner).items():
         kind = _kind(value.__class__)
-        if kind is CONTAINERS:
-            found.append((name, *[item for item in _leaves(value) if not isinstance(item, Tensor)]))
-        elif kind is OTHER:
-            if not of_class or callable(value):
-                found.append((name, _Same(value)))
-        elif kind is not Tensor:
-            found.append((name, value))
-    return tuple(found)
+        if kind is SETTINGS or kind is FUNCTIONS:
+            found += [name, value]
+        elif kind is OTHER and callable(value):
+            found += [name, _Same(value)]
+    return found
 
 
 class _Same:
@@ -193,17 +207,17 @@ def _leaves(value: Any, depth: int = 4) -> Iterator[Any]:
         yield _Same(value) if kind in (OTHER, CONTAINERS) else value
 
 
-def _tensors(modules: Iterable[tuple[str, nn.Module]], ignored: Collection[Attribute]) -> list[Tensor]:
+def _tensors(model: nn.Module, ignored: Collection[Attribute]) -> list[Tensor]:
     """Return parameters, buffers, and tensors among plain attributes, each once."""
     found: dict[int, Tensor] = {}
-    for path, module in modules:
+    for path, module in model.named_modules():
         own = vars(module)
-        for table in (own["_parameters"], own["_buffers"]):
-            found |= {id(tensor): tensor for tensor in table.values() if tensor is not None}
+        _collect(own["_parameters"].values(), found)
+        _collect(own["_buffers"].values(), found)
         for name, value in own.items():
             kind = _kind(value.__class__)
             if (kind is Tensor or kind is CONTAINERS) and name not in _TABLES and (path, name) not in ignored:
-                found |= {id(item): item for item in _leaves(value) if isinstance(item, Tensor)}
+                _collect(_leaves(value), found)
     return list(found.values())
 
 
@@ -226,7 +240,7 @@ def checksums(model: nn.Module, ignored: Collection[Attribute] = ()) -> list[Ten
     at random 2^-(rows + columns - 1).
     """
     by_device: dict[torch.device, list[Tensor]] = {}
-    for tensor in _tensors(model.named_modules(), ignored):
+    for tensor in _tensors(model, ignored):
         # a meta tensor has no values
         if not tensor.is_meta:
             by_device.setdefault(tensor.device, []).append(_bits(tensor))
