@@ -57,5 +57,7 @@ def effect(rng: Random) -> Effect:
 
 
 def applied(act: Effect, result: Any, x: Any) -> Any:
-    """Apply an effect to a tensor, or to the first of several results."""
-    return (act(result[0], x), *result[1:]) if isinstance(result, tuple) else act(result, x)
+    """Apply an effect to a tensor, or to the first of several results; tables of whole numbers stay as they are."""
+    if isinstance(result, tuple):
+        return (act(result[0], x), *result[1:])
+    return act(result, x) if result.is_floating_point() else result

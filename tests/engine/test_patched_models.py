@@ -102,13 +102,15 @@ def test_a_method_replaced_in_the_instance_is_explained(name: str):
     assert outcome(build, ENGINE["vit"].images()) == EXPLAINED
 
 
-# what is put in place between two calls of one explainer, and taken away again
 WEIGHTS_OF_NORM = torch.linspace(0.2, 2, 32)
+# what is put in place between two calls of one explainer, and taken away again
 BETWEEN: dict[str, Callable[[nn.Module, ExitStack], Any]] = {
     "a method of a class": lambda m, undo: _weighted(undo, timm.layers.Attention, "forward"),
     "a method of the model's class": lambda m, undo: _weighted(undo, type(m), "forward_features"),
     "a method of PyTorch's": lambda m, undo: _weighted(undo, nn.GELU, "forward"),
     "attention": lambda m, undo: _weighted(undo, F, "scaled_dot_product_attention"),
+    "an activation": lambda m, undo: _weighted(undo, F, "gelu"),
+    "a product": lambda m, undo: _weighted(undo, F, "linear"),
     "a norm": lambda m, undo: _weighted(undo, F, "layer_norm"),
     "a function of the library": lambda m, undo: _weighted(undo, timm.models.vision_transformer, "global_pool_nlc"),
     "a hook of all modules": lambda m, undo: undo.callback(
