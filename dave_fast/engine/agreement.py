@@ -27,7 +27,8 @@ FP8_BOUND = 0.3
 # how much larger than the model's own in the same precision the error of a route may be where it exceeds the bound
 OWN_ERRORS = 8
 # an error above which an output is that of another function, whatever the model's own error is
-WORST, FP8_WORST = 0.3, 0.8
+WORST = {torch.float64: 1e-6, torch.float32: 0.01, torch.float16: 0.1, torch.bfloat16: 0.3}
+FP8_WORST = 0.8
 # relative difference, in float64, of the stream behind a module that is another function
 _DIFFERS = 1e-7
 
@@ -51,11 +52,11 @@ def disagreement(output: Tensor, model: nn.Module, image: Tensor, dtype: torch.d
     own_dtype = form_of(model)[1]
     expected = own_output(model, image)
     error = _error(output, expected)
-    bound = FP8_BOUND if fp8 else max(BOUNDS[dtype], BOUNDS.get(own_dtype, 0.0))
-    if error <= bound:
-        return None
     coarser = BOUNDS[dtype] > BOUNDS.get(own_dtype, 0.0)
-    if error > (FP8_WORST if fp8 else WORST):
+    coarse = dtype if coarser else own_dtype
+    if error <= (FP8_BOUND if fp8 else BOUNDS[coarse]):
+        return None
+    if error > (FP8_WORST if fp8 else WORST[coarse]):
         return error
     own = _error(own_output(model, image, dtype if coarser else torch.float64), expected)
     return None if error <= OWN_ERRORS * own * (FP8_BOUND / BOUNDS[dtype] if fp8 else 1) else error
