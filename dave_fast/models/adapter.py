@@ -13,7 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from dave_fast.errors import InputError
-from dave_fast.models.meaning import Kind, Link
+from dave_fast.models.meaning import Kind
+from dave_fast.models.spec import Link
 
 
 class Adapter(nn.Module):

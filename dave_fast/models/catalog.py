@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from dave_fast.errors import InputError, UnknownModelError
-from dave_fast.models.meaning import LINK_WORDS, require_classifier
-from dave_fast.models.spec import ModelSpec, as_spec, class_names
+from dave_fast.models.meaning import require_classifier
+from dave_fast.models.spec import LINK_WORDS, ModelSpec, as_spec, class_names
 from dave_fast.models.weights_file import load_weights
 from dave_fast.wrappers import Normalised, last_part, unwrapped
 

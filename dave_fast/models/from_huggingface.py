@@ -28,7 +28,7 @@ from dave_fast.models.huggingface_files import (
     without_bars,
 )
 from dave_fast.models.huggingface_peft import PeftFolder, saved_by
-from dave_fast.models.meaning import LINKS
+from dave_fast.models.meaning import link_of_problem
 from dave_fast.models.spec import ModelSpec
 from dave_fast.models.weights_file import check_fit
 
@@ -67,7 +67,7 @@ def load(name: str, spec: ModelSpec) -> nn.Module:
         return from_open_clip.create(place.scheme, spec, {}, pretrained=None, remote=not place.local)
     if "architecture" in config:
         model: Any = from_timm.create(place.scheme, spec, remote=not place.local)
-        model.link = LINKS.get(config.get("problem_type") or "", "softmax")
+        model.link = link_of_problem(config.get("problem_type"))
         return model
     return _load(place, spec)
 

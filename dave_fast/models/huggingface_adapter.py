@@ -27,7 +27,7 @@ from dave_fast.models.adapter import Adapter, SimilarityLogit, check_texts
 from dave_fast.models.hub import loading
 from dave_fast.models.huggingface_files import NO_CODE, Place
 from dave_fast.models.huggingface_images import preprocessing_of
-from dave_fast.models.meaning import LINKS, kind_of
+from dave_fast.models.meaning import kind_of, link_of_problem
 
 # names of the output, the first that is there is taken
 _OUTPUTS = ("logits", "image_embeds", "predicted_depth", "reconstruction")
@@ -77,7 +77,7 @@ class Transformers(Adapter):
         self.num_classes = self._count_classes(own_head)
         if self.num_classes:
             self.kind = "classifier"
-            self.link = LINKS.get(config.problem_type or "", "softmax")
+            self.link = link_of_problem(config.problem_type)
             names = _names(config)
             # the names are not those of a head that was replaced
             if names is not None and len(names) == self.num_classes:

@@ -21,15 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from dave_fast.errors import InputError
+from dave_fast.models.spec import LINK_WORDS, Link
 from dave_fast.wrappers import last_part
 
 Kind = Literal["classifier", "embedding"]
-Link = Literal["softmax", "sigmoid"] | None
 
-# by the words of `ModelSpec.link`
-LINK_WORDS: dict[str, Link] = {"softmax": "softmax", "sigmoid": "sigmoid", "none": None}
 # by the `problem_type` of a transformers configuration
-LINKS: dict[str, Link] = {
+_PROBLEMS: dict[str, Link] = {
     "single_label_classification": "softmax",
     "multi_label_classification": "sigmoid",
     "regression": None,
@@ -65,6 +63,11 @@ def link_of(model: Callable[..., Any], classes: int) -> Link:
         return None
     link = _declared_link(model)
     return "sigmoid" if link == "softmax" and classes == 1 else link
+
+
+def link_of_problem(problem_type: Any) -> Link:
+    """Return the link that the `problem_type` of a transformers configuration stands for; a softmax without one."""
+    return _PROBLEMS.get(problem_type, "softmax") if isinstance(problem_type, str) else "softmax"
 
 
 def has_classes(model: Callable[..., Any], output: Tensor) -> bool:
@@ -126,8 +129,7 @@ def _declared_link(model: Any) -> Link:
     # a module may use the name for something else
     if link is None or (isinstance(link, str) and link in LINK_WORDS):
         return LINK_WORDS[link or "none"]
-    problem = getattr(getattr(model, "config", None), "problem_type", None)
-    return LINKS.get(problem, "softmax") if isinstance(problem, str) else "softmax"
+    return link_of_problem(getattr(getattr(model, "config", None), "problem_type", None))
 
 
 def _named_heads(model: Any) -> tuple[str, ...]:

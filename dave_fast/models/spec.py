@@ -19,11 +19,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dave_fast.errors import InputError, UnknownModelError, reason_of
-from dave_fast.models.meaning import LINK_WORDS
 
+Link = Literal["softmax", "sigmoid"] | None
+# by the words of `ModelSpec.link`
+LINK_WORDS: dict[str, Link] = {"softmax": "softmax", "sigmoid": "sigmoid", "none": None}
 # timm's own schemes for the hub and for folders are synonyms of hf:
 _SCHEMES = {**{name: name for name in ("timm", "hf", "torchvision", "open_clip")}, "hf-hub": "hf", "local-dir": "hf"}
 _WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")

@@ -17,7 +17,7 @@ import numpy as np
 
 from dave_fast.errors import ImageError, InputError, reason_of
 from dave_fast.images import drawing, from_config
-from dave_fast.models.meaning import Link
+from dave_fast.models.spec import Link
 from dave_fast.run.contents import read_picture
 from dave_fast.run.reader import MapRecord, Maps
 from dave_fast.run.records import Record
