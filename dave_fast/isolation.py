@@ -21,10 +21,12 @@ from torch.overrides import TorchFunctionMode
 from dave_fast.errors import ModelError, is_out_of_memory, reason_of
 
 _COMPLEX = {torch.float64: torch.complex128}
-# tables of hooks, and which of them take keywords or are always called
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
+# the tables of a module's hooks, and those of the hooks of all modules in torch.nn.modules.module
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+GLOBAL_HOOKS = tuple("_global" + table for table in HOOKS)
+# those of the forward pass, and which of these hooks take keywords or are always called
+_FORWARD_HOOKS = (
+    *HOOKS[:2],
     "_forward_hooks_with_kwargs",
     "_forward_pre_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -79,15 +81,17 @@ def _uncompiled(model: nn.Module) -> nn.Module:
     return model._orig_mod if _is_compiled(model) else model
 
 
+def is_untouched(module: nn.Module) -> bool:
+    """Return whether a module has no hooks, and the forward of its class or the one that torch.compile gave it."""
+    own = vars(module)
+    forward = own.get("forward")
+    replaced = forward is not None and not (_is_compiled(module) and hasattr(forward, "_torchdynamo_orig_callable"))
+    return not replaced and not any(own.get(table) for table in HOOKS)
+
+
 def _is_compiled(module: nn.Module) -> TypeGuard[Any]:
     """Return whether a module is a wrapper of torch.compile, whose library is not imported before it is used."""
     return type(module) is getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", None)
-
-
-def _is_plain(compiled: Any) -> bool:
-    """Return whether a wrapper of torch.compile has no hooks, and the forward that torch.compile gave it."""
-    hooks = any(vars(compiled)[table] for table in _HOOKS)
-    return not hooks and hasattr(compiled.forward, "_torchdynamo_orig_callable")
 
 
 class _Conversion(TorchFunctionMode):
@@ -208,12 +212,12 @@ def _complete(model: nn.Module, made: nn.Module, conversion: _Conversion) -> Non
     for path, twin in copied.items():
         attributes: dict[str, Any] = twin.__dict__
         # the wrapper of torch.compile is left out of the copy
-        if _is_compiled(twin) and not _is_plain(own[path]):
+        if _is_compiled(twin) and not is_untouched(own[path]):
             where = f"module {path!r}" if path else "model"
             raise ModelError(f"the compiled {where} has hooks or a forward of its own: give them to what it wraps")
         for name in vars(own[path]).keys() - attributes.keys() - {"_compiled_call_impl"}:
             attributes[name] = conversion.deepcopy(vars(own[path])[name], conversion.memo)
-        for hooks in _HOOKS:
+        for hooks in _FORWARD_HOOKS:
             kept = vars(own[path])[hooks]
             attributes[hooks] = type(kept)((key, conversion.rebound(hook)) for key, hook in kept.items())
         for name, value in attributes.items():

@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from dave_fast.errors import DaveFastError, ModelError, is_out_of_memory, reason_of
 from dave_fast.isolation import class_name, form_of, isolated
 
+# what to do about an error, by the first word of what was done
+_ADVICE = {
+    "forward": ". Call the model yourself on such images in this precision, and correct what raises",
+    "backward": ". Call torch.autograd.grad yourself on its output, and correct what raises",
+}
 _QUANTISED = ("torch.ao.nn.quantized", "torch.nn.quantized", "torch.ao.nn.intrinsic.quantized", "bitsandbytes")
 
 
@@ -19,9 +24,11 @@ def check_readable(model: nn.Module) -> None:
     for path, module in model.named_modules():
         where = f"its module {path!r} ({type(module).__name__})" if path else f"it ({type(module).__name__})"
         if isinstance(module, torch.jit.ScriptModule):
-            raise _unreadable(model, f"{where} is TorchScript, whose operators cannot be held constant", "was made of")
+            raise _unreadable(
+                model, f"{where} is TorchScript, whose operators cannot be held constant", "as it was before torch.jit"
+            )
         if type(module).__module__.startswith(_QUANTISED):
-            raise _unreadable(model, f"{where} has quantised weights", "was before it was quantised")
+            raise _unreadable(model, f"{where} has quantised weights", "as it was before it was quantised")
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
                 _check_tensor(model, f"{path}.{name}".strip("."), tensor)
@@ -30,19 +37,19 @@ def check_readable(model: nn.Module) -> None:
 def _check_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
     kind = type(tensor.data).__name__ if not nn.parameter.is_lazy(tensor) else type(tensor).__name__
     if nn.parameter.is_lazy(tensor):
-        raise _unreadable(model, f"{name!r} has no values yet ({kind})", "is after a first call")
+        raise _unreadable(model, f"{name!r} has no values yet ({kind})", "after a first call")
     if tensor.is_meta:
-        raise _unreadable(model, f"{name!r} is on the meta device and has no values", "is with its weights loaded")
+        raise _unreadable(model, f"{name!r} is on the meta device and has no values", "with its weights loaded")
     if kind == "DTensor" or "Flat" in type(tensor).__name__:
-        raise _unreadable(model, f"{name!r} is a shard ({kind}) of a distributed model (FSDP)", "is with full weights")
+        raise _unreadable(model, f"{name!r} is a shard ({kind}) of a distributed model (FSDP)", "with full weights")
     if tensor.is_quantized or kind != "Tensor":
-        raise _unreadable(model, f"{name!r} is quantised or of another kind ({kind})", "was before its conversion")
+        raise _unreadable(model, f"{name!r} is quantised or of another kind ({kind})", "as it was before that")
 
 
 def _unreadable(model: nn.Module, why: str, instead: str) -> ModelError:
     return ModelError(
         f"{class_name(model)} cannot be explained: {why}, and a floating-point nn.Module in PyTorch's own operators "
-        f"is expected. Give the model as it {instead}"
+        f"is expected. Give the model {instead}"
     )
 
 
@@ -52,7 +59,7 @@ def own_errors(model: nn.Module, doing: str) -> Iterator[None]:
 
     Args:
         model: the module that is run.
-        doing: what is done with it, for the message: "forward pass on images (1, 3, 224, 224)".
+        doing: what is done with it, for the message: "forward pass on images (1, 3, 224, 224)", "backward pass".
 
     Raises:
         ModelError: any exception inside, except the project's own and those that mean that memory ran out.
@@ -64,11 +71,11 @@ def own_errors(model: nn.Module, doing: str) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        advice = "Call the model on such images yourself: does it work, also in this precision?"
+        advice = _ADVICE.get(doing.partition(" ")[0], "")
         if "use_reentrant" in str(error):
-            advice = "Switch activation checkpointing off, or build it with use_reentrant=False"
+            advice = ". Switch activation checkpointing off, or build it with use_reentrant=False"
         raise ModelError(
-            f"the {doing} of {class_name(model)} raised {type(error).__name__}: {reason_of(error)}. {advice}"
+            f"the {doing} of {class_name(model)} raised {type(error).__name__}: {reason_of(error)}{advice}"
         ) from error
 
 

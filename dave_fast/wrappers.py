@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dave_fast.errors import ModelError
-from dave_fast.isolation import isolated
+from dave_fast.isolation import is_untouched, isolated
 
 # the qualified name of a class, whose library may be absent, and the attribute that holds the model
 _HOLDERS = {
@@ -26,10 +26,9 @@ _HOLDERS = {
     "timm.utils.model_ema.ModelEmaV3": "module",
     "peft.mixed_model.PeftMixedModel": "base_model",
 }
-_COMPILED, _PEFT = "torch._dynamo.eval_frame.OptimizedModule", "peft.peft_model.PeftModel"
+_PEFT = "peft.peft_model.PeftModel"
 # attributes by which a module says what it is; a wrapper that has them is taken at its word
 _SAYS = ("kind", "link", "num_classes", "pretrained_cfg")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # a normalisation may hold an image; one with more numbers is taken for a part of the model
 _MOST_NUMBERS = 1_000_000
 # an affine map differs by rounding alone, relative to its largest summand
@@ -171,17 +170,7 @@ def _is_plain(model: nn.Module) -> bool:
     says = any(name in vars(model) for name in _SAYS)
     # the forward of TorchScript is no function
     forward = inspect.getattr_static(type(model), "forward")
-    return not says and _is_untouched(model) and library(forward) == library(type(model))
-
-
-def _is_untouched(model: nn.Module) -> bool:
-    """Return whether a module has no hooks and the forward of its class."""
-    own = vars(model)
-    if any(own.get(kind) for kind in _HOOKS):
-        return False
-    # torch.compile puts its own there
-    compiled = _name(model) == _COMPILED and hasattr(own.get("forward"), "_torchdynamo_orig_callable")
-    return "forward" not in own or compiled
+    return not says and is_untouched(model) and library(forward) == library(type(model))
 
 
 def _parts(model: nn.Module) -> list[nn.Module]:
@@ -200,7 +189,7 @@ def _channels(model: nn.Module) -> int:
 
 def _channel_map(module: nn.Module, channels: int) -> tuple[Tensor, Tensor] | None:
     """Return scale and shift (C,) of a module that maps each channel to scale · x + shift; None if it does not."""
-    if not all(map(_is_untouched, module.modules())):
+    if not all(map(is_untouched, module.modules())):
         return None
     device = next(_tensors(module), torch.empty(0)).device
     shapes = ((2, channels, 6, 8), (1, channels, 9, 7))

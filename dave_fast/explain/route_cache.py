@@ -176,7 +176,7 @@ class RouteCache:
         except (RuntimeError, ValueError, IndexError) as failure:
             if reading is None or is_out_of_memory(failure) or can_run(reading, image):
                 raise
-            why = f"the plan that its class promises cannot be run ({reason_of(failure)})"
+            why = f"the plan of its class cannot be run ({reason_of(failure)})"
             raise PlanDiffersError(why) from failure
         if not (image.isfinite().all() and output.isfinite().all()):
             # the call ends with NonFiniteError, and the next one compares
@@ -185,14 +185,16 @@ class RouteCache:
         if error is None:
             route.agrees = True
         elif reading is None:
+            own = next((name for name in ("bf16", "fp64") if DTYPES[name] == form_of(model)[1]), "fp32")
             raise ModelError(
-                f"in {self._precision} the output of {class_name(model)} is off by {error:.0%} from its own "
-                "forward: it computes something else in this precision, or loses too much. Give precision='fp32'"
+                f"in {self._precision} the output of {class_name(model)} is off by {error:.0%} from that of its own "
+                "forward in its own precision: it computes something else in this one, or loses too much. Give "
+                f"precision='{own}'"
             )
         else:
             where = find_difference(model, reading, image)
             raise PlanDiffersError(
-                f"the plan that its class promises gives another output than its own forward, off by {error:.1%}, "
+                f"the plan of its class gives another output than its own forward, off by {error:.1%}, "
                 f"because of {where}"
             )
 

@@ -38,6 +38,8 @@ COPY_TOLERANCE = {torch.float64: 1e-2, torch.float32: 1e-2, torch.float16: 0.5, 
 # calls softmax and multiplies its weights and the values one by one (MobileViT v2)
 ATTENTION = frozenset({"scaled_dot_product_attention", "matmul", "bmm", "baddbmm", "einsum", "mm", "softmax"})
 
+# image sizes whose reports are kept for a model: each holds two images in float64
+_MOST_REPORTS = 16
 # a change of less than this, relative to the output, is rounding
 _NO_CHANGE = 1e-14
 # allowance for the rounding of the output itself, 45 units in the last place at a tolerance of 1e-12; it matters where
@@ -156,10 +158,11 @@ def check_copy(made: nn.Module, model: nn.Module, report: ReplayReport) -> None:
     error = float((gradient.to(proven.slope) - proven.slope).norm() / proven.slope.norm())
     # a NaN is refused, too
     if not error <= COPY_TOLERANCE[dtype]:
-        precision = str(dtype).removeprefix("torch.")
+        precision, finer = str(dtype).removeprefix("torch."), "fp64" if dtype == torch.float32 else "fp32"
+        advice = "Remove its casts to a lower precision" if dtype == torch.float64 else f"Give precision='{finer}'"
         raise ModelError(
             f"in {precision} the frozen gradient of {report.model} is off by {error:.0%} from that in float64, most of "
-            f"it by {_locate_rounding(made, model, proven.x)}. Give precision='fp32'"
+            f"it because of {_locate_rounding(made, model, proven.x)}. {advice}"
         )
 
 
@@ -191,9 +194,10 @@ def _check_batches(made: nn.Module, model: nn.Module, image: Tensor, output: Ten
             apart = float("inf")
         if not apart <= PLAIN_TOLERANCE[output.dtype]:
             raise ModelError(
-                f"{class_name(model)} gives another output ({apart:.1%} apart) for an image beside others, or without "
-                "a gradient, than for the image alone with one. Explained is what it predicts: does it mix the images "
-                "of a batch, or ask for requires_grad or is_grad_enabled()?"
+                f"the output of {class_name(model)} for an image differs by {apart:.1%} between a pass over the image "
+                "alone with a gradient and a pass over a batch without one; they have to agree, so that what is "
+                "explained is what the model predicts. Remove what mixes the images of a batch, and what asks for "
+                "requires_grad or torch.is_grad_enabled()"
             )
 
 
@@ -208,7 +212,8 @@ def _locate_rounding(made: nn.Module, model: nn.Module, x: Tensor) -> str:
     return find_rounding(exact, rounded, torch.finfo(dtype).eps)
 
 
-_proved: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], tuple[object, ReplayReport]]] = WeakKeyDictionary()
+# a model -> its fingerprint, and its reports by image size, the last one used last
+_proved: WeakKeyDictionary[nn.Module, tuple[object, dict[tuple[int, ...], ReplayReport]]] = WeakKeyDictionary()
 
 
 def ensure_proved(model: nn.Module, inputs: Tensor) -> ReplayReport:
@@ -223,10 +228,11 @@ def ensure_proved(model: nn.Module, inputs: Tensor) -> ReplayReport:
         inputs: (B, C, H, W), of which the first image is used.
     """
     now, size = fingerprint(model), tuple(inputs.shape[1:])
-    proved = _proved.setdefault(model, {})
-    if size not in proved or proved[size][0] != now:
-        proved[size] = (now, prove_frozen(model, inputs))
-    return proved[size][1]
+    known, reports = _proved.get(model, (None, {}))
+    reports = dict(reports) if known == now else {}
+    report = reports.pop(size, None) or prove_frozen(model, inputs)
+    _proved[model] = now, dict([*reports.items(), (size, report)][-_MOST_REPORTS:])
+    return report
 
 
 def _check_output(replay: Replay, output: Tensor) -> None:

@@ -9,7 +9,8 @@ counters, can be left out.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dave_fast.isolation import GLOBAL_HOOKS, HOOKS
 from dave_fast.transfers import moved
 
 # types of attributes that are settings
@@ -24,8 +26,6 @@ SETTINGS = (bool, int, float, str, type(None), torch.dtype)
 FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType, partial, property, staticmethod, classmethod)
 CONTAINERS = (list, tuple, dict)
 OTHER = object
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-GLOBAL_HOOKS = tuple("_global" + hooks for hooks in HOOKS)
 # attributes that every module has: its tables of modules, parameters, buffers and hooks, which are read as such, and
 # `training`, since explanations are always in evaluation mode
 _TABLES = frozenset(vars(nn.Module()))
@@ -79,7 +79,8 @@ def fingerprint(model: nn.Module) -> tuple[object, ...]:
 def structure(model: nn.Module, ignored: Collection[Attribute] = ()) -> tuple[object, ...]:
     """Return the part of the fingerprint that does not read the weights' values.
 
-    It holds the functions that it compares, so that none is replaced by another at the same address.
+    It refers to functions and objects on modules weakly, since they may hold the model: one that is gone is equal to no
+    other, not even to one at the same address.
     """
     found, tensors, kinds = [], dict[int, Tensor](), set()
     for path, module in model.named_modules():
@@ -94,8 +95,10 @@ def structure(model: nn.Module, ignored: Collection[Attribute] = ()) -> tuple[ob
             if name in _TABLES or (ignored and (path, name) in ignored):
                 continue
             kind = _kind(value.__class__)
-            if kind is SETTINGS or kind is FUNCTIONS:
+            if kind is SETTINGS:
                 found += [name, value]
+            elif kind is FUNCTIONS:
+                found += [name, _Same(value)]
             elif kind is Tensor:
                 tensors[id(value)] = value
             else:
@@ -104,7 +107,7 @@ def structure(model: nn.Module, ignored: Collection[Attribute] = ()) -> tuple[ob
                 found += [name, *[item for item in leaves if not isinstance(item, Tensor)]]
     classes = {owner: None for kind in kinds for owner in kind.__mro__}
     code = [(owner, *_members(owner), *_called(owner)) for owner in classes]
-    hooks = [tuple(vars(nn.modules.module)[table].values()) for table in GLOBAL_HOOKS]
+    hooks = [_Same(hook) for table in GLOBAL_HOOKS for hook in vars(nn.modules.module)[table].values()]
     return code, hooks, found, list(map(_identity, tensors.values()))
 
 
@@ -145,18 +148,20 @@ def _members(owner: type) -> list[object]:
 
 
 class _Same:
-    """An object that is compared by its identity; it is held, so that no other one gets its address."""
+    """An object that is compared by its identity, and not kept alive where its class allows weak references."""
 
-    __slots__ = ("value",)
+    __slots__ = ("_get",)
 
     def __init__(self, value: object) -> None:
-        self.value = value
+        self._get: Callable[[], object]
+        try:
+            self._get = weakref.ref(value)
+        except TypeError:
+            # held, so that no other one gets its address
+            self._get = lambda: value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.value is self.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
+        return isinstance(other, _Same) and (value := self._get()) is not None and other._get() is value
 
 
 def _called(owner: type) -> tuple[object, ...]:
@@ -204,7 +209,7 @@ def _leaves(value: Any, depth: int = 4) -> Iterator[Any]:
         for item in (*value, *value.values()) if isinstance(value, dict) else value:
             yield from _leaves(item, depth - 1)
     else:
-        yield _Same(value) if kind in (OTHER, CONTAINERS) else value
+        yield value if kind is SETTINGS or kind is Tensor else _Same(value)
 
 
 def _tensors(model: nn.Module, ignored: Collection[Attribute]) -> list[Tensor]:

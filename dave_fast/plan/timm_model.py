@@ -15,15 +15,13 @@ import torch
 from timm.layers import DropPath, PatchDropout, PatchDropoutWithIndices, PatchEmbed, resample_abs_pos_embed
 from torch import Tensor, nn
 
-from dave_fast.isolation import isolated
+from dave_fast.isolation import GLOBAL_HOOKS, HOOKS, isolated
 from dave_fast.plan.installed import replaced
 from dave_fast.plan.reading import Family, Linear, NoPlanError, Reading, Step
 from dave_fast.plan.timm_parts import LAYER_NORMS, read_norm
 
 # modules that are the identity in evaluation mode, and the table of an adapter's, which cannot be called
 INERT = (nn.Identity, nn.Dropout, DropPath, PatchDropout, PatchDropoutWithIndices, nn.ModuleDict)
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-GLOBAL_HOOKS = tuple("_global" + name for name in HOOKS)
 # modules ahead of the tail
 BODY = ("blocks", "patch_embed", "norm_pre", "rope", "rel_pos_bias", "shared_rel_pos")
 

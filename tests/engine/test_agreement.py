@@ -218,7 +218,7 @@ class Coarse(nn.Module):
 def test_the_part_that_rounds_most_is_named():
     model = random_vit()
     model.blocks.insert(1, Coarse().eval())
-    with pytest.raises(ModelError, match=r"in bfloat16.*most of it by module 'blocks.1' \(Coarse\)"):
+    with pytest.raises(ModelError, match=r"in bfloat16.*most of it because of module 'blocks.1' \(Coarse\)"):
         explainer(model, precision="bf16").predict(IMAGES)
     explainer(model, precision="fp32").predict(IMAGES)
 
@@ -251,7 +251,7 @@ class Mixes(nn.Module):
 def test_an_image_that_is_explained_by_its_company_is_refused(step):
     with pytest.raises((ModelError, NotFrozenError)) as caught:
         explainer(Mixes(step).eval()).explain(IMAGES[:1], n_samples=2)
-    assert "beside others" in str(caught.value) or "path that its input chooses" in str(caught.value)
+    assert "over a batch" in str(caught.value) or "path that its input chooses" in str(caught.value)
 
 
 def test_the_copy_is_that_of_the_proof_and_the_comparison():

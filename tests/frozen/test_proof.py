@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -279,6 +281,33 @@ def test_the_proof_is_given_once(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(NotFrozenError):
             ensure_proved(model, images)
     assert len(proofs) == 4
+
+
+def _set_forward(model: Any) -> None:
+    own = model.forward
+    model.forward = lambda x: own(x)
+
+
+def _set_parents(model: Any) -> None:
+    model.blocks[0].parents = [model]
+
+
+@pytest.mark.parametrize("refer", [_set_forward, _set_parents])
+def test_a_proved_model_that_refers_to_itself_is_freed(refer: Callable[[Any], None]) -> None:
+    model = ENGINE["vit"].build()
+    refer(model)
+    ensure_proved(model, ENGINE["vit"].images())
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_reports_of_many_sizes_are_dropped() -> None:
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 3)).double()
+    sizes = range(4, 4 + replay._MOST_REPORTS + 2)
+    reports = [ensure_proved(model, torch.ones(1, 3, side, side, dtype=torch.float64)) for side in sizes]
+    assert list(replay._proved[model][1].values()) == reports[2:]
 
 
 def test_attention_is_noticed() -> None:
