@@ -65,6 +65,7 @@ class DAVE:
 
     Raises:
         UnknownModelError: there is no such model, or its weights cannot be fetched.
+        ModelError: the model is not supported: it takes more than images, or is quantised.
         InputError: a setting is out of range.
         BackendError: the backend was named and cannot be used.
     """
@@ -141,8 +142,11 @@ class DAVE:
 
         Raises:
             InputError: the shape or dtype of the images, a target or a setting cannot be explained.
-            ModelError: the model cannot be explained, or its weights change during the call.
+            ModelError: the model cannot be read or copied (TorchScript, quantised or sharded weights), its own forward
+                raises, it computes something else for a batch or in this precision, or it changes during the call.
+            NotFrozenError: the model has an operator that cannot be held constant.
             NonFiniteError: NaN or infinity in images, output or attribution.
+            OutOfMemoryError: memory runs out with the smallest micro-batch.
         """
         seed, n_samples = check_integer(seed, "seed"), check_integer(n_samples, "n_samples", 1)
         if sum(each is not None for each in (target, targets, top_k)) > 1:
@@ -277,7 +281,7 @@ class DAVE:
 
         Raises:
             InputError: images or targets are not of that form, or there are no rows.
-            ModelError: the model cannot be explained, or its weights change during the call.
+            ModelError: as `explain`.
             NonFiniteError: NaN or infinity in the images.
         """
         if not len(draws):
