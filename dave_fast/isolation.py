@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from types import CellType, CodeType, FunctionType, MethodType
+import weakref
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from functools import lru_cache, partial
+from itertools import chain
+from operator import is_not
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType
 from typing import Any, TypeGuard
 
 import torch
@@ -20,7 +24,10 @@ from torch.overrides import TorchFunctionMode
 
 from dave_fast.errors import ModelError, is_out_of_memory, reason_of
 
+_CONTAINERS = (list, set, dict, OrderedDict, defaultdict)
 _COMPLEX = {torch.float64: torch.complex128}
+# attributes that a copy is better without: compiled code, and torch.export's methods that refuse to leave training mode
+_NOT_KEPT = {"_compiled_call_impl", "train", "eval"}
 # the tables of a module's hooks, and those of the hooks of all modules in torch.nn.modules.module
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = tuple("_global" + table for table in HOOKS)
@@ -40,6 +47,7 @@ def isolated(model: nn.Module, dtype: torch.dtype | None = None, device: torch.d
 
     Tensors are copied wherever the model keeps them: parameters, buffers, plain attributes, those inside of lists and
     objects, and those that functions set on modules have in their closures; such functions call the copy's modules.
+    Tables that know a module by its id or by a weak reference know the copy's.
     None of the copies requires a gradient or has a graph. Attributes that cannot be copied, such as locks and
     generators, are shared. Activation checkpointing, which only costs time without training, is switched off.
 
@@ -52,7 +60,7 @@ def isolated(model: nn.Module, dtype: torch.dtype | None = None, device: torch.d
     Raises:
         ModelError: the model cannot be copied.
     """
-    conversion = _Conversion(dtype, device)
+    conversion = _Conversion(dtype, device, model)
     with torch.inference_mode(False), torch.no_grad():
         try:
             try:
@@ -60,6 +68,7 @@ def isolated(model: nn.Module, dtype: torch.dtype | None = None, device: torch.d
             except Exception:
                 made = conversion.deepcopy(model, {id(value): value for value in _uncopyable(model)})
             _complete(model, made, conversion)
+            conversion.follow()
             made.eval().requires_grad_(False)
         except Exception as error:
             if is_out_of_memory(error):
@@ -101,10 +110,13 @@ class _Conversion(TorchFunctionMode):
         memo: that of copy.deepcopy: id of what was copied -> copy.
     """
 
-    def __init__(self, dtype: torch.dtype | None, device: torch.device | None) -> None:
+    def __init__(self, dtype: torch.dtype | None, device: torch.device | None, model: nn.Module | None = None) -> None:
         super().__init__()
         self._dtype, self._device = dtype, device
         self.memo: dict[int, Any] = {}
+        known = () if model is None else (*model.modules(), *model.parameters(), *model.buffers())
+        self._ids = {id(each) for each in known}
+        self._read_by_methods = set() if model is None else set(map(id, _globals_of_methods(model)))
 
     def deepcopy(self, value: Any, memo: dict[int, Any] | None = None) -> Any:
         """Return a copy of anything; what `memo` has is taken from there."""
@@ -116,15 +128,85 @@ class _Conversion(TorchFunctionMode):
         """Return a function or bound method that refers to copies where it referred to modules and tensors."""
         if id(value) in self.memo or isinstance(value, nn.Module):
             return self.memo.get(id(value), value)
+        if type(value) in (int, weakref.ref, weakref.WeakMethod):
+            return self._followed(value)
         if isinstance(value, Tensor):
             return self.memo.setdefault(id(value), self._converted(value))
         if isinstance(value, MethodType):
             return MethodType(self.rebound(value.__func__), self.rebound(value.__self__))
+        if isinstance(value, BuiltinFunctionType) and type(value.__self__) in _CONTAINERS:
+            return getattr(self.rebound(value.__self__), value.__name__)
         if isinstance(value, partial):
             return partial(self.rebound(value.func), *map(self.rebound, value.args), **self._values(value.keywords))
-        if isinstance(value, tuple | list) and type(value) in (tuple, list):
+        if type(value) in (tuple, frozenset):
             return type(value)(map(self.rebound, value))
+        if type(value) in _CONTAINERS:
+            return self._container(value)
         return self._function(value) if isinstance(value, FunctionType) else value
+
+    def _container(self, value: Any) -> Any:
+        """Return a copy of a list, set or dictionary, one for all functions that have it."""
+        # ahead of what it holds: a container may hold itself
+        made = self.memo[id(value)] = copy.copy(value)
+        made.clear()
+        if isinstance(value, dict):
+            made.update((self.rebound(key), self.rebound(each)) for key, each in value.items())
+        elif isinstance(value, list):
+            # a list may be as long as a data set
+            made.extend([each if type(each) in (str, float) else self.rebound(each) for each in value])
+        else:
+            made.update(map(self.rebound, value))
+        return made
+
+    def _followed(self, value: Any) -> Any:
+        """Return the id of a copy for that of a module or tensor, and a weak reference to a copy for one to either."""
+        if type(value) is int and value in self._ids and value in self.memo:
+            return id(self.memo[value])
+        if type(value) is weakref.ref and id(value()) in self.memo:
+            return weakref.ref(self.memo[id(value())])
+        if type(value) is weakref.WeakMethod and (method := value()) and id(method.__self__) in self.memo:
+            return weakref.WeakMethod(MethodType(method.__func__, self.memo[id(method.__self__)]))
+        return value
+
+    def _held(self, value: Any, function: FunctionType) -> Any:
+        """Return what a function holds, bound again; an object of a class of the function's module is copied."""
+        own = type(value).__module__ == function.__module__ and not isinstance(value, nn.Module | Tensor)
+        if not own or id(value) in self.memo:
+            return self.rebound(value)
+        before = set(self.memo)
+        try:
+            return self.deepcopy(value, self.memo)
+        # as for attributes, what cannot be copied is shared
+        except Exception:
+            for key in self.memo.keys() - before:
+                del self.memo[key]
+            return value
+
+    def follow(self) -> None:
+        """Give all that was copied the ids of copies and weak references to copies, which copy.deepcopy leaves."""
+        for key, made in list(self.memo.items()):
+            # what is shared is the caller's, and the memo keeps the originals alive in a list of its own
+            if id(made) != key and key != id(self.memo):
+                self._follow_in(made)
+
+    def _follow_in(self, made: Any) -> None:
+        if isinstance(made, weakref.WeakKeyDictionary | weakref.WeakValueDictionary | weakref.WeakSet):
+            found = [
+                (self.memo.get(id(key), key), self.memo.get(id(each), each))
+                for key, each in (made.items() if isinstance(made, MutableMapping) else zip(made, made, strict=True))
+            ]
+            items = found if isinstance(made, MutableMapping) else [key for key, _ in found]
+        else:
+            made = made if type(made) in _CONTAINERS else getattr(made, "__dict__", None)
+            if type(made) not in _CONTAINERS:
+                return
+            values = [*chain(*made.items())] if isinstance(made, dict) else [*made]
+            items = [*map(self._followed, values)]
+            if not any(map(is_not, items, values)):
+                return
+            items = [*zip(items[::2], items[1::2], strict=True)] if isinstance(made, dict) else items
+        made.clear()
+        made.extend(items) if isinstance(made, list) else made.update(items)
 
     def _values(self, named: Mapping[str, Any]) -> dict[str, Any]:
         return {name: self.rebound(value) for name, value in named.items()}
@@ -141,15 +223,16 @@ class _Conversion(TorchFunctionMode):
         made.__kwdefaults__ = self._values(function.__kwdefaults__ or {})
         for cell, own in zip(cells, function.__closure__ or (), strict=True):
             try:
-                cell.cell_contents = self.rebound(own.cell_contents)
+                cell.cell_contents = self._held(own.cell_contents, function)
             except ValueError:
                 # an empty cell
                 continue
-        for name in _names(function.__code__) & scope.keys():
+        for name in names_in(function.__code__) & scope.keys():
             value = scope[name]
-            # functions of other modules do not know the model
-            if not isinstance(value, FunctionType) or value.__globals__ is function.__globals__:
-                scope[name] = self.rebound(value)
+            # functions of other modules do not know the model; methods of classes keep their globals
+            elsewhere = isinstance(value, FunctionType) and value.__globals__ is not function.__globals__
+            if not elsewhere and id(value) not in self._read_by_methods:
+                scope[name] = self._held(value, function)
         return made
 
     def __torch_function__(
@@ -172,10 +255,20 @@ class _Conversion(TorchFunctionMode):
         return tensor.detach().to(self._device or tensor.device, dtype, copy=True)
 
 
-def _names(code: CodeType) -> set[str]:
+@lru_cache(maxsize=4096)
+def names_in(code: CodeType) -> frozenset[str]:
     """Return the names of globals and attributes in a code object and those inside of it."""
-    inner = (_names(constant) for constant in code.co_consts if isinstance(constant, CodeType))
-    return set(code.co_names).union(*inner)
+    inner = (names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    return frozenset(code.co_names).union(*inner)
+
+
+def _globals_of_methods(model: nn.Module) -> Iterator[Any]:
+    """Yield the globals that the methods of a model's classes name, except PyTorch's."""
+    for owner in {owner for kind in set(map(type, model.modules())) for owner in kind.__mro__}:
+        methods = () if owner.__module__.startswith("torch.") else vars(owner).values()
+        for method in methods:
+            if isinstance(method, FunctionType):
+                yield from (method.__globals__.get(name) for name in names_in(method.__code__))
 
 
 def _uncopyable(model: nn.Module) -> Iterator[Any]:
@@ -215,7 +308,7 @@ def _complete(model: nn.Module, made: nn.Module, conversion: _Conversion) -> Non
         if _is_compiled(twin) and not is_untouched(own[path]):
             where = f"module {path!r}" if path else "model"
             raise ModelError(f"the compiled {where} has hooks or a forward of its own: give them to what it wraps")
-        for name in vars(own[path]).keys() - attributes.keys() - {"_compiled_call_impl"}:
+        for name in vars(own[path]).keys() - attributes.keys() - _NOT_KEPT:
             attributes[name] = conversion.deepcopy(vars(own[path])[name], conversion.memo)
         for hooks in _FORWARD_HOOKS:
             kept = vars(own[path])[hooks]

@@ -1,10 +1,10 @@
 """A fingerprint of a model's code, modules, settings and weights, by which changes to the model are noticed.
 
 The structure (methods of the classes, replaced modules, parameters, buffers and tensors that are plain attributes,
-hooks, functions and settings such as `eps` on modules, and in-place updates, by autograd's version counter) is compared
-on the host. Writes through `.data` do not advance the version counter; checksums of the weights' bits, computed on the
-weights' own device, notice them. Attributes that the model's own forward writes, such as kept attention maps and
-counters, can be left out.
+hooks, functions and settings such as `eps` on modules, what hooks, functions and objects hold, and in-place updates, by
+autograd's version counter) is compared on the host. Writes through `.data` do not advance the version counter;
+checksums of the weights' bits, computed on the weights' own device, notice them. Attributes that the model's own
+forward writes, such as kept attention maps and counters, can be left out.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
-from types import BuiltinFunctionType, FunctionType, MethodType
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dave_fast.isolation import GLOBAL_HOOKS, HOOKS
+from dave_fast.isolation import GLOBAL_HOOKS, HOOKS, names_in
 from dave_fast.transfers import moved
 
 # types of attributes that are settings
@@ -83,6 +83,7 @@ def structure(model: nn.Module, ignored: Collection[Attribute] = ()) -> tuple[ob
     other, not even to one at the same address.
     """
     found, tensors, kinds = [], dict[int, Tensor](), set()
+    held, seen = dict[Attribute, object](), set[int]()
     for path, module in model.named_modules():
         kinds.add(type(module))
         own = vars(module)
@@ -91,10 +92,13 @@ def structure(model: nn.Module, ignored: Collection[Attribute] = ()) -> tuple[ob
         found += [path, id(module)]
         # a new hook may have the address of a removed one, but not the number of its handle
         found += [(key, id(hook)) for table in HOOKS if own.get(table) for key, hook in own[table].items()]
+        _look_at_hooks(held, seen, path, own)
         for name, value in own.items():
             if name in _TABLES or (ignored and (path, name) in ignored):
                 continue
             kind = _kind(value.__class__)
+            if kind is FUNCTIONS or kind is OTHER:
+                _look(held, seen, path, name, value)
             if kind is SETTINGS:
                 found += [name, value]
             elif kind is FUNCTIONS:
@@ -108,7 +112,8 @@ def structure(model: nn.Module, ignored: Collection[Attribute] = ()) -> tuple[ob
     classes = {owner: None for kind in kinds for owner in kind.__mro__}
     code = [(owner, *_members(owner), *_called(owner)) for owner in classes]
     hooks = [_Same(hook) for table in GLOBAL_HOOKS for hook in vars(nn.modules.module)[table].values()]
-    return code, hooks, found, list(map(_identity, tensors.values()))
+    inner = [entry for entry in held.items() if entry[0] not in ignored]
+    return code, hooks, found, inner, list(map(_identity, tensors.values()))
 
 
 def _collect(values: Iterable[Any], tensors: dict[int, Tensor]) -> None:
@@ -125,14 +130,87 @@ def written(model: nn.Module, before: dict[Attribute, object]) -> set[Attribute]
 
 
 def attributes(model: nn.Module) -> dict[Attribute, object]:
-    """Return what identifies each attribute of a model's modules that has settings, functions or tensors."""
-    found: dict[Attribute, object] = {}
+    """Return what identifies each attribute of a model's modules, and what functions and objects on them hold."""
+    found = _held(model.named_modules())
     for path, module in model.named_modules():
         for name, value in vars(module).items():
             if name not in _TABLES:
                 items = list(_leaves(value))
                 found[path, name] = tuple(_identity(item) if isinstance(item, Tensor) else item for item in items)
     return found
+
+
+def _held(modules: Iterable[tuple[str, nn.Module]]) -> dict[Attribute, object]:
+    """Return the settings and tensors that hooks, functions and objects on modules hold: a hook may scale by them.
+
+    Looked at are attributes of objects, closures, defaults, and the globals that functions name.
+    """
+    found: dict[Attribute, object] = {}
+    seen: set[int] = set()
+    for path, module in modules:
+        _look_at_hooks(found, seen, path, vars(module))
+        for name, value in list(vars(module).items()):
+            if name not in _TABLES and _kind(value.__class__) in (FUNCTIONS, OTHER):
+                _look(found, seen, path, name, value)
+    return found
+
+
+def _look_at_hooks(found: dict[Attribute, object], seen: set[int], path: str, own: dict[str, Any]) -> None:
+    for table in HOOKS:
+        if own.get(table):
+            for number, hook in enumerate(list(own[table].values())):
+                _look(found, seen, path, f"{table}.{number}", hook)
+
+
+def _look(found: dict[Attribute, object], seen: set[int], path: str, name: str, value: Any, depth: int = 6) -> None:
+    kind = _kind(value.__class__)
+    if kind is SETTINGS or kind is Tensor:
+        found[path, name] = _identity(value) if kind is Tensor else value
+    elif isinstance(value, nn.Module | type | ModuleType):
+        found[path, name] = _Same(value)
+    elif depth and id(value) not in seen:
+        seen.add(id(value))
+        if isinstance(value, list):
+            # one entry for all: where outputs are collected, the number of items changes at every call
+            items: dict[Attribute, object] = {}
+            for number, each in enumerate(list(value)):
+                _look(items, seen, path, str(number), each, depth - 1)
+            found[path, name] = tuple(items.items())
+            return
+        for inner, each in _inside(value):
+            _look(found, seen, path, f"{name}.{inner}", each, depth - 1)
+
+
+def _inside(value: Any) -> list[tuple[object, Any]]:
+    """Return what a function, a container or an object holds, by name or number."""
+    if isinstance(value, MethodType):
+        return [("function", value.__func__), ("self", value.__self__)]
+    if isinstance(value, BuiltinFunctionType):
+        return [("self", value.__self__)]
+    if isinstance(value, partial):
+        return [("function", value.func), ("arguments", value.args), ("keywords", value.keywords)]
+    if isinstance(value, FunctionType):
+        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+        scope = value.__globals__
+        inner = [(name, _content(cell)) for name, cell in cells]
+        named = [(name, scope[name]) for name in sorted(names_in(value.__code__)) if name in scope]
+        # functions of other modules do not know the model
+        near = [(name, v) for name, v in named if getattr(v, "__globals__", scope) is scope]
+        return [*inner, *near, ("defaults", value.__defaults__), ("keywords", value.__kwdefaults__)]
+    if isinstance(value, dict):
+        return [(key if _kind(key.__class__) is SETTINGS else n, v) for n, (key, v) in enumerate(list(value.items()))]
+    if isinstance(value, tuple):
+        return list(enumerate(value))
+    attributes = getattr(value, "__dict__", None)
+    return list(attributes.items()) if isinstance(attributes, dict) else []
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    # an empty cell
+    except ValueError:
+        return None
 
 
 def _members(owner: type) -> list[object]:
