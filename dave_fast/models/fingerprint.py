@@ -37,6 +37,8 @@ Attribute = tuple[str, str]
 # first, which is faster.
 WORD, GROUP, COLUMNS = 8, 7, 509
 HOST = torch.device("cpu")
+# containers of functions and objects that have more items are data, of which the number of items is compared
+_LONGEST = 1000
 
 
 class State:
@@ -170,6 +172,9 @@ def _look(found: dict[Attribute, object], seen: set[int], path: str, name: str, 
         found[path, name] = _Same(value)
     elif depth and id(value) not in seen:
         seen.add(id(value))
+        if kind is CONTAINERS and len(value) > _LONGEST:
+            found[path, name] = _Same(value), len(value)
+            return
         if isinstance(value, list):
             # one entry for all: where outputs are collected, the number of items changes at every call
             items: dict[Attribute, object] = {}

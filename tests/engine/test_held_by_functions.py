@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dave_fast import DAVE
+from dave_fast.models.fingerprint import structure
 from tests.engine.cases import EXPLAINED, explained, off, outcome
 from tests.engine.own_models import Own, images, own_model
 
@@ -257,6 +258,26 @@ def test_collecting_changes_no_explanation_and_makes_no_new_route(kind: type, mo
     model(images())
     assert torch.equal(explainer.predict(images()), first)
     assert made == []
+
+
+def test_items_of_data_that_an_object_holds_are_not_read_at_every_call():
+    class Item(str):
+        __slots__ = ()
+        reads = 0
+
+        @property
+        def __class__(self) -> type:
+            Item.reads += 1
+            return str
+
+    model = own_model()
+    model.settings = Factor()
+    model.settings.files = [Item("file")] * 2000
+    structure(model)
+    assert Item.reads == 0
+    model.settings.files = model.settings.files[:1]
+    structure(model)
+    assert Item.reads > 0
 
 
 @pytest.mark.slow
