@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from dave_fast.errors import ModelError
@@ -73,6 +73,8 @@ class FrozenMode(TorchFunctionMode):
     def __init__(self, inputs: Tensor, keep: Callable[[str, Tensor], Tensor] | None = None) -> None:
         super().__init__()
         self._inputs, self._keep = inputs, keep
+        # asked here, since a function below autograd, as in a TorchDispatchMode, cannot
+        self._node = get_gradient_edge(inputs).node if inputs.requires_grad else None
         # a mark of the tensors that depend on this input, kept by it: the modes of its backward passes share it
         self._mark = getattr(inputs, _MARK, None) or _Mark()
         setattr(inputs, _MARK, self._mark)
@@ -114,7 +116,7 @@ class FrozenMode(TorchFunctionMode):
         if getattr(tensor, _MARK, None) is self._mark:
             return True
         # made outside of the mode, by a custom autograd function, or in place
-        if _reaches(tensor, self._inputs):
+        if tensor is self._inputs or (self._node is not None and _reaches(tensor, self._node)):
             setattr(tensor, _MARK, self._mark)
             return True
         known = self._mark.constants.get(id(tensor))
@@ -239,11 +241,9 @@ def _in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-def _reaches(tensor: Tensor, inputs: Tensor) -> bool:
-    """Return whether autograd's graph of a tensor leads back to the inputs."""
-    if tensor is inputs or not inputs.requires_grad:
-        return tensor is inputs
-    goal, pending, seen = get_gradient_edge(inputs).node, [tensor.grad_fn], set()
+def _reaches(tensor: Tensor, goal: Node) -> bool:
+    """Return whether autograd's graph of a tensor leads back to a node."""
+    pending, seen = [tensor.grad_fn], set()
     while pending:
         node = pending.pop()
         if node is goal:

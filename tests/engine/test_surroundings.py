@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.engine.cases import EXPLAINED, expectation, explained, judged, thinned
 from tests.variants import ALL
@@ -22,6 +24,13 @@ class Watching(TorchFunctionMode):
     """A mode that calls every function as it is."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class Dispatched(TorchDispatchMode):
+    """A mode that calls every function as it is."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
 
 
@@ -53,6 +62,8 @@ SURROUNDINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "bfloat16 by default": lambda: default_dtype(torch.bfloat16),
     "deterministic": deterministic,
     "a mode": Watching,
+    "a mode below autograd": Dispatched,
+    "operations counted": lambda: FlopCounterMode(display=False),
     "plain attention": lambda: sdpa_kernel(SDPBackend.MATH),
     "saved on the host": torch.autograd.graph.save_on_cpu,
     "anomalies detected": lambda: torch.autograd.set_detect_anomaly(True, check_nan=False),
