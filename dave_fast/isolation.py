@@ -20,7 +20,9 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
+from torch.utils.data import DataLoader, Dataset
 
 from dave_fast.errors import ModelError, is_out_of_memory, reason_of
 
@@ -38,6 +40,8 @@ _FORWARD_HOOKS = (
     "_forward_pre_hooks_with_kwargs",
     "_forward_hooks_always_called",
 )
+# libraries whose objects on a model train it
+_TRAINERS = ("lightning", "pytorch_lightning", "accelerate")
 # attributes by which timm, transformers and others switch activation checkpointing on
 _CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing", "use_checkpoint", "with_cp")
 
@@ -49,7 +53,8 @@ def isolated(model: nn.Module, dtype: torch.dtype | None = None, device: torch.d
     objects, and those that functions set on modules have in their closures; such functions call the copy's modules.
     Tables that know a module by its id or by a weak reference know the copy's.
     None of the copies requires a gradient or has a graph. Attributes that cannot be copied, such as locks and
-    generators, are shared. Activation checkpointing, which only costs time without training, is switched off.
+    generators, are shared, and so are data sets, optimisers and trainers. Activation checkpointing, which only costs
+    time without training, is switched off.
 
     Args:
         model: any module.
@@ -63,10 +68,11 @@ def isolated(model: nn.Module, dtype: torch.dtype | None = None, device: torch.d
     conversion = _Conversion(dtype, device, model)
     with torch.inference_mode(False), torch.no_grad():
         try:
+            kept = {id(value): value for value in _training(model)}
             try:
-                made = conversion.deepcopy(model)
+                made = conversion.deepcopy(model, {**kept})
             except Exception:
-                made = conversion.deepcopy(model, {id(value): value for value in _uncopyable(model)})
+                made = conversion.deepcopy(model, kept | {id(value): value for value in _uncopyable(model)})
             _complete(model, made, conversion)
             conversion.follow()
             made.eval().requires_grad_(False)
@@ -269,6 +275,16 @@ def _globals_of_methods(model: nn.Module) -> Iterator[Any]:
         for method in methods:
             if isinstance(method, FunctionType):
                 yield from (method.__globals__.get(name) for name in names_in(method.__code__))
+
+
+def _training(model: nn.Module) -> Iterator[Any]:
+    """Yield the data sets, loaders, optimisers and trainers on modules: they may be large, and refer to the model."""
+    for module in model.modules():
+        for value in vars(module).values():
+            library = type(value).__module__.partition(".")[0]
+            own = isinstance(value, Dataset | DataLoader | Optimizer) and not isinstance(value, nn.Module)
+            if own or (library in _TRAINERS and not isinstance(value, nn.Module | Tensor)):
+                yield value
 
 
 def _uncopyable(model: nn.Module) -> Iterator[Any]:

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from dave_fast import DAVE
+from dave_fast.isolation import isolated
 from dave_fast.models.fingerprint import structure
 from tests.engine.cases import EXPLAINED, explained, off, outcome
 from tests.engine.own_models import Own, images, own_model
@@ -278,6 +280,14 @@ def test_items_of_data_that_an_object_holds_are_not_read_at_every_call():
     model.settings.files = model.settings.files[:1]
     structure(model)
     assert Item.reads > 0
+
+
+def test_a_data_set_on_a_model_is_not_copied():
+    model = own_model()
+    model.data = TensorDataset(torch.zeros(3, 2))
+    model.loader, model.optimizer = DataLoader(model.data), torch.optim.AdamW(model.parameters())
+    made = isolated(model, torch.float64)
+    assert all(getattr(made, name) is getattr(model, name) for name in ("data", "loader", "optimizer"))
 
 
 @pytest.mark.slow
