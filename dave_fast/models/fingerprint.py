@@ -91,7 +91,7 @@ def structure(model: nn.Module, ignored: Collection[Attribute] = ()) -> tuple[ob
         own = vars(module)
         _collect(own["_parameters"].values(), tensors)
         _collect(own["_buffers"].values(), tensors)
-        found += [path, id(module)]
+        found += [path, id(module), type(module)]
         # a new hook may have the address of a removed one, but not the number of its handle
         found += [(key, id(hook)) for table in HOOKS if own.get(table) for key, hook in own[table].items()]
         _look_at_hooks(held, seen, path, own)

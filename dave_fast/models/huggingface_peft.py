@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -82,13 +81,18 @@ class PeftFolder:
     def base(self) -> Place:
         """Return the place of the model that the adapter was trained on.
 
-        A relative path counts from the current folder, else from the adapter's.
+        A relative path counts from the adapter's folder or from the current one, wherever there is such a folder.
 
         Raises:
-            UnknownModelError: it is a path, and there is no such folder.
+            UnknownModelError: it is a path, and there is no such folder, or a relative one and there are two.
         """
-        beside = Path(self.place.name, self.base_name)
-        if self.place.local and not os.path.isdir(self.base_name) and beside.is_dir():
+        beside, here = Path(self.place.name, self.base_name), Path(self.base_name)
+        if self.place.local and beside.is_dir():
+            if here.is_dir() and not here.samefile(beside):
+                raise UnknownModelError(
+                    f"the adapter {self.place.name} was trained on {self.base_name}, which may be {beside.resolve()} "
+                    f"or {here.resolve()}: write the whole path into base_model_name_or_path of {ADAPTER}."
+                )
             return Place(str(beside), local=True)
         try:
             return Place.of(self.base_name, str(self.values.get("revision") or ""))

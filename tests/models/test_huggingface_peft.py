@@ -183,10 +183,23 @@ def test_adapter_of_a_model_with_a_text_tower_embeds(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["../base", "../adapter/../base", "./../base"])
-def test_relative_base_counts_from_the_adapters_folder(place, tmp_path):
+def test_relative_base_counts_from_the_adapters_folder(place, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "some" / "where"
+    elsewhere.mkdir(parents=True)
+    monkeypatch.chdir(elsewhere)
     whole = adapted(tmp_path / "base", tmp_path / "adapter")
     rewrite(tmp_path / "adapter" / CONFIG, {"base_model_name_or_path": place})
     torch.testing.assert_close(load_model(f"hf:{tmp_path / 'adapter'}")[0](images()), whole(images()).logits)
+
+
+def test_relative_base_that_two_folders_may_be_is_refused(tmp_path, monkeypatch):
+    adapted(tmp_path / "base", tmp_path / "adapter")
+    rewrite(tmp_path / "adapter" / CONFIG, {"base_model_name_or_path": "../base"})
+    (tmp_path / "some" / "where").mkdir(parents=True)
+    (tmp_path / "some" / "base").mkdir()
+    monkeypatch.chdir(tmp_path / "some" / "where")
+    message = refused(f"hf:{tmp_path / 'adapter'}", UnknownModelError, "may be")
+    assert str(tmp_path / "base") in message and str(tmp_path / "some" / "base") in message
 
 
 @pytest.mark.parametrize("place", ["/nowhere/model", "./nowhere", "~/nowhere"])
