@@ -71,7 +71,9 @@ def isolated(model: nn.Module, dtype: torch.dtype | None = None, device: torch.d
             kept = {id(value): value for value in _training(model)}
             try:
                 made = conversion.deepcopy(model, {**kept})
-            except Exception:
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
                 made = conversion.deepcopy(model, kept | {id(value): value for value in _uncopyable(model)})
             _complete(model, made, conversion)
             conversion.follow()
@@ -183,7 +185,9 @@ class _Conversion(TorchFunctionMode):
         try:
             return self.deepcopy(value, self.memo)
         # as for attributes, what cannot be copied is shared
-        except Exception:
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
             for key in self.memo.keys() - before:
                 del self.memo[key]
             return value
@@ -303,7 +307,9 @@ def _uncopyable(model: nn.Module) -> Iterator[Any]:
         try:
             _Conversion(None, None).deepcopy(value, {**modules})
         # what __deepcopy__ and __reduce__ raise can be of any class
-        except Exception:
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
             yield value
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dave_fast.errors import ModelError
+from dave_fast.errors import ModelError, is_out_of_memory
 from dave_fast.isolation import is_untouched, isolated
 
 # the qualified name of a class, whose library may be absent, and the attribute that holds the model
@@ -228,7 +228,9 @@ def measured_map(
             scale = function(torch.ones_like(shift)) - shift
             fits = all(_is_map(function, image.to(like), scale[0, :, 0, 0], shift[0, :, 0, 0]) for image in images)
         # what is no map of images may raise anything; it is then called as its owner does
-        except Exception:
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
             return None
         if not fits or not torch.equal(torch.get_rng_state(), before):
             return None

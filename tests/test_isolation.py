@@ -188,6 +188,33 @@ def test_memory_that_runs_out_is_no_fault_of_the_model(monkeypatch):
         isolated(nn.Linear(2, 2))
 
 
+class Short:
+    """An object that finds no memory for its copy."""
+
+    def __deepcopy__(self, memo):
+        raise MemoryError
+
+
+def held_by_an_attribute(model, short):
+    model.kept = short
+
+
+def held_in_a_list(model, short):
+    model.kept = [short]
+
+
+def held_by_a_hook(model, short):
+    model.register_forward_hook(lambda module, args, output: (output, short)[0])
+
+
+@pytest.mark.parametrize("keep", [held_by_an_attribute, held_in_a_list, held_by_a_hook])
+def test_an_object_without_memory_for_its_copy_is_not_taken_for_one_that_cannot_be_copied(keep):
+    model = nn.Linear(2, 2)
+    keep(model, Short())
+    with pytest.raises(MemoryError):
+        isolated(model)
+
+
 def lazy():
     return nn.LazyLinear(2)
 

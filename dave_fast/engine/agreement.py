@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dave_fast.engine.bound_ops import Stream
 from dave_fast.engine.build import build_engine
-from dave_fast.errors import ModelError
+from dave_fast.errors import ModelError, is_out_of_memory
 from dave_fast.frozen.trace import Trace
 from dave_fast.isolation import form_of, isolated
 from dave_fast.ops.fp8 import wide
@@ -102,6 +102,8 @@ def find_difference(model: nn.Module, reading: Reading, image: Tensor) -> str:
             made(x)
     # only the name is lost
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         return f"its own forward in float64 ({type(error).__name__}: {error})"
     # what stands ahead of the model has no blocks
     calls = {call.path[call.path.find("blocks.") :]: call for call in trace.calls}

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dave_fast.errors import InputError, ModelError, UnknownModelError
+from dave_fast.errors import InputError, ModelError, UnknownModelError, is_out_of_memory
 from dave_fast.images.preprocess import NOT_SUPPORTED
 from dave_fast.isolation import isolated
 from dave_fast.models.adapter import Adapter, SimilarityLogit, check_texts
@@ -143,7 +143,9 @@ class Transformers(Adapter):
             with torch.random.fork_rng(devices=[]):
                 return twin(image.to(next(self.model.parameters(), image)))
         # a model that does not take these images may take the user's; where it does not, the explanation says why
-        except Exception:
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
             return None
 
     def _chosen(self, output: Any) -> Tensor:
