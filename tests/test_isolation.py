@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from dave_fast.errors import ModelError, NotFrozenError
-from dave_fast.isolation import class_name, form_of, isolated
-from dave_fast.own_forward import check_readable, logits_of, own_errors, own_output
+from dave_fast.given.isolation import class_name, form_of, isolated
+from dave_fast.given.own_forward import check_readable, logits_of, own_errors, own_output
 from tests.tiny import random_vit
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

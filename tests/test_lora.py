@@ -7,9 +7,9 @@ from torch.nn.parallel import DataParallel
 from torchvision.transforms import Normalize
 
 from dave_fast import DAVE, effective_gradient
+from dave_fast.given.wrappers import Normalised, unwrapped
 from dave_fast.models.catalog import load_model
 from dave_fast.models.labels import labels_of
-from dave_fast.wrappers import Normalised, unwrapped
 from tests.tiny import random_vit
 from tests.tolerances import EXACT
 from tests.toys import relative

@@ -11,11 +11,11 @@ from torch.optim.swa_utils import AveragedModel
 from torchvision.transforms import GaussianBlur, Normalize, RandomHorizontalFlip, Resize
 
 from dave_fast import DAVE, effective_gradient
+from dave_fast.given.wrappers import Normalised, unwrapped
 from dave_fast.images import preprocessing
 from dave_fast.models.catalog import load_model
 from dave_fast.models.labels import labels_of
 from dave_fast.models.meaning import kind_of, link_of
-from dave_fast.wrappers import Normalised, unwrapped
 from tests.tiny import random_vit
 from tests.tolerances import EXACT
 from tests.toys import relative

@@ -9,10 +9,10 @@ from torchvision.transforms import GaussianBlur, Normalize
 
 from dave_fast import DAVE, effective_gradient
 from dave_fast.errors import ModelError
+from dave_fast.given.wrappers import unwrapped
 from dave_fast.images import preprocessing
 from dave_fast.models.catalog import load_model, model_name
 from dave_fast.models.labels import labels_of
-from dave_fast.wrappers import unwrapped
 from tests.tiny import random_vit
 from tests.tolerances import EXACT
 from tests.toys import relative

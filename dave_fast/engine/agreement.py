@@ -15,10 +15,10 @@ from dave_fast.engine.bound_ops import Stream
 from dave_fast.engine.build import build_engine
 from dave_fast.errors import ModelError, is_out_of_memory
 from dave_fast.frozen.trace import Trace
-from dave_fast.isolation import form_of, isolated
+from dave_fast.given.isolation import form_of, isolated
+from dave_fast.given.own_forward import own_output
 from dave_fast.ops.fp8 import wide
 from dave_fast.ops.patches import patchify
-from dave_fast.own_forward import own_output
 from dave_fast.plan.reading import Reading
 
 # relative error of an output by the machine epsilon of the coarser of the two precisions; deep models reach a tenth

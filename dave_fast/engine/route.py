@@ -22,10 +22,10 @@ from dave_fast.engine.walks import Engine
 from dave_fast.errors import InputError, ModelError, NonFiniteError, NotFrozenError
 from dave_fast.frozen.mode import freeze, run_frozen
 from dave_fast.frozen.proof import ReplayReport, check_copy, ensure_proved, prove_frozen
-from dave_fast.isolation import class_name, form_of, isolated
+from dave_fast.given.isolation import class_name, form_of, isolated
+from dave_fast.given.own_forward import own_errors
 from dave_fast.models.fingerprint import Attribute, attributes, written
 from dave_fast.ops.precision import DTYPES
-from dave_fast.own_forward import own_errors
 from dave_fast.plan import families
 from dave_fast.plan.reading import NoPlanError, Reading
 from dave_fast.plan.vit_plan import ViTPlan

@@ -23,6 +23,7 @@ from dave_fast.engine.micro_batches import MicroBatches, Progress
 from dave_fast.errors import InputError
 from dave_fast.explain.explanation import Explanation
 from dave_fast.explain.route_cache import RouteCache
+from dave_fast.given.wrappers import Watched
 from dave_fast.models.catalog import is_private, load_model, noise_alpha_for
 from dave_fast.models.meaning import most_probable, probability_of
 from dave_fast.models.spec import ModelSpec
@@ -32,7 +33,6 @@ from dave_fast.sampling import Draws, Sampling, draw, identity
 from dave_fast.targets.cotangents import Cotangent, ElementCotangent
 from dave_fast.targets.forms import ModelView, Question, Target, resolve_target, split_targets
 from dave_fast.transfers import moved, to_device
-from dave_fast.wrappers import Watched
 
 __all__ = ["DAVE", "Explanation", "effective_gradient"]
 

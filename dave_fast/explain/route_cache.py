@@ -19,10 +19,10 @@ from dave_fast.engine.graphs import make_graphs
 from dave_fast.engine.micro_batches import MicroBatches
 from dave_fast.engine.route import ROUTES, Route, make_route
 from dave_fast.errors import InputError, ModelError, is_out_of_memory, reason_of
-from dave_fast.isolation import class_name, form_of
+from dave_fast.given.isolation import class_name, form_of
+from dave_fast.given.own_forward import check_readable
 from dave_fast.models.fingerprint import State
 from dave_fast.ops.precision import DTYPES, own_arithmetic, statistics_dtype
-from dave_fast.own_forward import check_readable
 from dave_fast.plan import families
 from dave_fast.transfers import to_device
 

@@ -41,8 +41,8 @@ from torch.overrides import TorchFunctionMode
 from dave_fast.errors import ModelError
 from dave_fast.frozen.ranks import KEEPS_ACTIVATION, TAKES_A_FORM, Rank, canonical, rank_of, set_rank
 from dave_fast.frozen.rules import RULES
-from dave_fast.isolation import class_name
-from dave_fast.own_forward import logits_of, own_errors
+from dave_fast.given.isolation import class_name
+from dave_fast.given.own_forward import logits_of, own_errors
 
 Function = Callable[..., Any]
 

@@ -8,8 +8,9 @@ The proof runs on one image and on a copy of the model in float64 and evaluation
 1e-12; the user's model is not called. Casts to lower precision inside the model are ignored. It takes the memory of the
 copy (8 bytes a weight) and of the recorded operators, and four forward passes and one backward pass in float64.
 
-The copy that is then run, in the precision that was asked for, comes from the same conversion (`dave_fast.isolation`),
-and its gradient at the image of the proof is compared with the proven slope: `check_copy`.
+The copy that is then run, in the precision that was asked for, comes from the same conversion
+(`dave_fast.given.isolation`), and its gradient at the image of the proof is compared with the proven slope:
+`check_copy`.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from dave_fast.errors import ModelError, NonFiniteError, NotFrozenError
 from dave_fast.frozen.mode import freeze, run_frozen
 from dave_fast.frozen.replay import Replay
 from dave_fast.frozen.trace import Trace, find_culprit, find_rounding
-from dave_fast.isolation import class_name, form_of
+from dave_fast.given.isolation import class_name, form_of
+from dave_fast.given.own_forward import logits_of, own_errors
 from dave_fast.models.fingerprint import fingerprint
-from dave_fast.own_forward import logits_of, own_errors
 
 TOLERANCE = 1e-12
 # relative error of a copy's gradient above which it is that of another function: rounding alone gives a few per cent

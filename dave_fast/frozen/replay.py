@@ -12,7 +12,7 @@ from dave_fast.errors import NotFrozenError
 from dave_fast.frozen.mode import FrozenMode, live_tensors, run_frozen
 from dave_fast.frozen.ranks import canonical
 from dave_fast.frozen.trace import Trace
-from dave_fast.isolation import isolated
+from dave_fast.given.isolation import isolated
 
 _WIDER = {
     **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64),

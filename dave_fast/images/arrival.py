@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dave_fast.isolation import form_of, isolated
-from dave_fast.wrappers import measured_map
+from dave_fast.given.isolation import form_of, isolated
+from dave_fast.given.wrappers import measured_map
 
 
 class Arrival(NamedTuple):

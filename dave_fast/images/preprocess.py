@@ -79,8 +79,8 @@ class Preprocessing:
 def preprocessing(model: Any, image_size: Sequence[int] | None = None) -> Preprocessing:
     """Return the preprocessing that a model was trained with, as timm knows it.
 
-    A model in wrappers (see `dave_fast.wrappers`) has that of the model, and so has a module of one's own around it.
-    Where it normalises its images itself, mean and standard deviation are those that lead to the same input of the
+    A model in wrappers (see `dave_fast.given.wrappers`) has that of the model, and so has a module of one's own around
+    it. Where it normalises its images itself, mean and standard deviation are those that lead to the same input of the
     model: mostly 0 and 1.
 
     Args:
@@ -132,8 +132,8 @@ def _described(model: Any) -> tuple[Any, Mapping[str, Any], tuple[Tensor, Tensor
     """
     from torch import nn
 
+    from dave_fast.given.wrappers import Normalised, unwrapped
     from dave_fast.images.arrival import arrival
-    from dave_fast.wrappers import Normalised, unwrapped
 
     whole = unwrapped(model) if isinstance(model, nn.Module) else model
     part, channel_map = (whole.model, whole.channel_map()) if type(whole) is Normalised else (whole, None)

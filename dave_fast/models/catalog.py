@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from dave_fast.errors import InputError, UnknownModelError
+from dave_fast.given.wrappers import Normalised, last_part, unwrapped
 from dave_fast.models.meaning import require_classifier
 from dave_fast.models.spec import LINK_WORDS, ModelSpec, as_spec, class_names
 from dave_fast.models.weights_file import load_weights
-from dave_fast.wrappers import Normalised, last_part, unwrapped
 
 DEFAULT_NOISE_ALPHA = 0.5
 # The authors' tuned values (github.com/a-vrobell/DAVE, model configurations at ee412e5). A name without a tag
@@ -47,7 +47,7 @@ def load_model(model: str | ModelSpec | nn.Module) -> tuple[nn.Module, str]:
 
     Args:
         model: a name (see `dave_fast.models.spec`), a spec, or a module. A module is returned without its wrappers
-            (see `dave_fast.wrappers`); those of transformers, open_clip and bcos are wrapped in an adapter.
+            (see `dave_fast.given.wrappers`); those of transformers, open_clip and bcos are wrapped in an adapter.
 
     Returns:
         The module, in evaluation mode if it was loaded here, and its name.

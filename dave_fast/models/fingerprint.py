@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dave_fast.isolation import GLOBAL_HOOKS, HOOKS, names_in
+from dave_fast.given.isolation import GLOBAL_HOOKS, HOOKS, names_in
 from dave_fast.transfers import moved
 
 # types of attributes that are settings

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from dave_fast.errors import InputError, ModelError, UnknownModelError, is_out_of_memory
+from dave_fast.given.isolation import isolated
 from dave_fast.images.preprocess import NOT_SUPPORTED
-from dave_fast.isolation import isolated
 from dave_fast.models.adapter import Adapter, SimilarityLogit, check_texts
 from dave_fast.models.hub import loading
 from dave_fast.models.huggingface_files import NO_CODE, Place

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dave_fast.errors import InputError
+from dave_fast.given.wrappers import last_part
 from dave_fast.models.meaning import has_own_head, head_width, kind_of
-from dave_fast.wrappers import last_part
 
 _LISTED = 8
 

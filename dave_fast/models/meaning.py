@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from dave_fast.errors import InputError
+from dave_fast.given.wrappers import last_part
 from dave_fast.models.spec import LINK_WORDS, Link
-from dave_fast.wrappers import last_part
 
 Kind = Literal["classifier", "embedding"]
 

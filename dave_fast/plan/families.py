@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from dave_fast.given.wrappers import Normalised
 from dave_fast.plan import timm_beit, timm_eva, timm_relpos, timm_vit
 from dave_fast.plan.folding import double
 from dave_fast.plan.reading import Family, Linear, NoPlanError, Reading
-from dave_fast.wrappers import Normalised
 
 FAMILIES: tuple[Family, ...] = (timm_vit.FAMILY, timm_eva.FAMILY, timm_beit.FAMILY, timm_relpos.FAMILY)
 

@@ -15,7 +15,7 @@ import torch
 from timm.layers import DropPath, PatchDropout, PatchDropoutWithIndices, PatchEmbed, resample_abs_pos_embed
 from torch import Tensor, nn
 
-from dave_fast.isolation import GLOBAL_HOOKS, HOOKS, isolated
+from dave_fast.given.isolation import GLOBAL_HOOKS, HOOKS, isolated
 from dave_fast.plan.installed import replaced
 from dave_fast.plan.reading import Family, Linear, NoPlanError, Reading, Step
 from dave_fast.plan.timm_parts import LAYER_NORMS, read_norm

@@ -10,8 +10,8 @@ from torch import nn
 from dave_fast import DAVE
 from dave_fast.engine.agreement import BOUNDS, disagreement, find_difference
 from dave_fast.errors import ModelError, NotFrozenError
-from dave_fast.isolation import isolated
-from dave_fast.own_forward import own_output
+from dave_fast.given.isolation import isolated
+from dave_fast.given.own_forward import own_output
 from dave_fast.plan import families
 from tests.tiny import random_vit
 from tests.variants import ENGINE

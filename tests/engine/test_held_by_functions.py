@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dave_fast import DAVE
-from dave_fast.isolation import isolated
+from dave_fast.given.isolation import isolated
 from dave_fast.models.fingerprint import structure
 from tests.engine.cases import EXPLAINED, explained, off, outcome
 from tests.engine.own_models import Own, images, own_model

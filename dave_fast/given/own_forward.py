@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dave_fast.errors import DaveFastError, ModelError, is_out_of_memory, reason_of
-from dave_fast.isolation import class_name, form_of, isolated
+from dave_fast.given.isolation import class_name, form_of, isolated
 
 # what to do about an error, by the first word of what was done
 _ADVICE = {

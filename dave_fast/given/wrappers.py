@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dave_fast.errors import ModelError, is_out_of_memory
-from dave_fast.isolation import is_untouched, isolated
+from dave_fast.given.isolation import is_untouched, isolated
 
 # the qualified name of a class, whose library may be absent, and the attribute that holds the model
 _HOLDERS = {
