@@ -81,3 +81,14 @@ def pixel_backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield "cuda"
     else:
         yield from chosen_backend(request.param)
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory):
+    """Set up a process group of this process alone, which DistributedDataParallel needs."""
+    import torch.distributed as dist
+
+    store = dist.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -23,17 +23,6 @@ from tests.variants import ENGINE, randomise
 from tests.wrapped import IMAGES, MEAN, NAMES, STD, WRAPPERS, Function, Own, core, lora, nestings
 
 
-@pytest.fixture(scope="module")
-def group(tmp_path_factory):
-    """Set up a process group of this process alone, which DistributedDataParallel needs."""
-    import torch.distributed as dist
-
-    store = dist.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def batch_norm():
     norm = nn.BatchNorm2d(3).eval()
     randomise(norm)

@@ -32,17 +32,6 @@ from tests.wrapped import (
 )
 
 
-@pytest.fixture(scope="module")
-def group(tmp_path_factory):
-    """Set up a process group of this process alone, which DistributedDataParallel needs."""
-    import torch.distributed as dist
-
-    store = dist.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("depth", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_every_nesting_of_wrappers_has_the_preprocessing_and_names_of_its_model(depth, group):
     for names in nestings(depth):

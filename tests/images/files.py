@@ -136,3 +136,17 @@ def _directory(entries, start, order):
             place = content.ljust(4, b"\0")
         fields += struct.pack(order + "HHL", tag, number, count) + place
     return struct.pack(order + "H", len(entries)) + fields + struct.pack(order + "L", 0) + behind
+
+
+def stored(upright):
+    """Return how an upright picture (H, W) is stored under each EXIF orientation, 1 to 8."""
+    return {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.T,
+        6: np.rot90(upright),
+        7: upright[::-1, ::-1].T,
+        8: np.rot90(upright, -1),
+    }

@@ -12,6 +12,7 @@ from PIL import Image
 
 from dave_fast.errors import ImageError, InputError
 from dave_fast.images import as_rgb, find_images, preprocessing, read_image
+from tests.images.files import stored
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
@@ -134,17 +135,7 @@ def test_animation_gives_its_first_frame(tmp_path):
 
 
 UPRIGHT = np.array([[10, 20, 30], [40, 50, 60]], np.uint8)
-# The operation that stores an upright picture under each EXIF orientation.
-STORED = {
-    1: UPRIGHT,
-    2: UPRIGHT[:, ::-1],
-    3: UPRIGHT[::-1, ::-1],
-    4: UPRIGHT[::-1],
-    5: UPRIGHT.T,
-    6: np.rot90(UPRIGHT),
-    7: UPRIGHT[::-1, ::-1].T,
-    8: np.rot90(UPRIGHT, -1),
-}
+STORED = stored(UPRIGHT)
 
 
 @pytest.mark.parametrize("orientation", STORED)

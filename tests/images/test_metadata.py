@@ -12,20 +12,10 @@ from PIL import Image, PngImagePlugin
 from dave_fast.errors import ImageError, ImageWarning
 from dave_fast.images import as_rgb, decode_image, read_mask
 from dave_fast.images.png import read_header
-from tests.images.files import png, tiff
+from tests.images.files import png, stored, tiff
 
 UPRIGHT = np.array([[20, 60, 100], [140, 180, 220]], np.uint8)
-# How an upright picture is stored under each orientation.
-STORED = {
-    1: UPRIGHT,
-    2: UPRIGHT[:, ::-1],
-    3: UPRIGHT[::-1, ::-1],
-    4: UPRIGHT[::-1],
-    5: UPRIGHT.T,
-    6: np.rot90(UPRIGHT),
-    7: UPRIGHT[::-1, ::-1].T,
-    8: np.rot90(UPRIGHT, -1),
-}
+STORED = stored(UPRIGHT)
 # Pixels are squares of this side, so that JPEG keeps them.
 SIDE = 16
 XMP = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF><rdf:Description {}</rdf:RDF></x:xmpmeta>'

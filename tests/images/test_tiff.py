@@ -9,7 +9,7 @@ from PIL.TiffImagePlugin import OPEN_INFO
 
 from dave_fast.errors import ImageError, ImageWarning
 from dave_fast.images import as_rgb, decode_image, read_image
-from tests.images.files import DEFLATE, NONE, tiff
+from tests.images.files import DEFLATE, NONE, stored, tiff
 
 ORDERS = {b"II": "<", b"MM": ">"}
 GREYS, RGB, PALETTE, CMYK, YCBCR, LAB = (0, 1), 2, 3, 5, 6, 8
@@ -264,18 +264,9 @@ def test_lab(lightness, a, b):
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_first_page_is_turned_upright(tmp_path, orientation, depth, compression):
     upright = np.array([[10, 20, 30], [40, 50, 60]], np.uint32) * 4
-    stored = {
-        1: upright,
-        2: upright[:, ::-1],
-        3: upright[::-1, ::-1],
-        4: upright[::-1],
-        5: upright.T,
-        6: np.rot90(upright),
-        7: upright[::-1, ::-1].T,
-        8: np.rot90(upright, -1),
-    }[orientation]
+    pixels = stored(upright)[orientation]
     content = tiff_of(
-        stored * (257 if depth == 16 else 1), depth=depth, compression=compression, tags={274: ("H", [orientation])}
+        pixels * (257 if depth == 16 else 1), depth=depth, compression=compression, tags={274: ("H", [orientation])}
     )
     (tmp_path / "a.tif").write_bytes(content)
     assert (grey_of(content) == upright).all()
