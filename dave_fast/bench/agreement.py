@@ -24,7 +24,7 @@ takes, codes in eight bits as results, an RMSNorm after which a centred stream s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -105,13 +105,13 @@ class Expected:
     Attributes:
         truth: in float64.
         plain: of plain PyTorch in the same precision.
-        undecided: elements that rounding decides, or None.
+        undecided: of each result, elements that rounding decides, or None.
         computing: error allowed besides rounding once, as a share of an element's size.
     """
 
     truth: tuple[Tensor, ...]
     plain: tuple[Tensor, ...]
-    undecided: Undecided | None
+    undecided: Sequence[Undecided | None]
     computing: float
 
     @classmethod
@@ -120,14 +120,15 @@ class Expected:
         wide = widened(operands)
         truth = results_of(case.bind(reference, wide, torch.float64)())
         plain = results_of(case.bind(reference, operands, dtype)())
-        undecided = None if case.undecided is None else case.undecided(wide)
+        undecided = [None] * len(truth) if case.undecided is None else case.undecided(wide)
         return cls(truth, plain, undecided, COMPUTING_FP8 if case.op == "linear_fp8" else COMPUTING)
 
     def agreement(self, found: tuple[Tensor, ...]) -> Agreement:
         """Compare results with the expected ones."""
         reason = misfit(found, self.plain)
-        for each in zip(found, self.plain, self.truth, strict=True) if reason is None else ():
-            reason = reason or refusal(*each, computing=self.computing, undecided=self.undecided)
+        results = zip(found, self.plain, self.truth, self.undecided, strict=True) if reason is None else ()
+        for *each, undecided in results:
+            reason = reason or refusal(*each, computing=self.computing, undecided=undecided)
         return Agreement(distance(found, self.truth), distance(self.plain, self.truth), reason)
 
 

@@ -43,7 +43,7 @@ class Case:
         bind: functions by op, operands, dtype -> the call that is timed.
         reads: operands -> the parts of them that the call reads, as tensors of the same size.
         gigaflops: arithmetic of the call, 0 for ops that only move memory.
-        undecided: operands in float64 -> elements of the result that rounding decides, or None.
+        undecided: operands in float64 -> elements of each result that rounding decides; None where there are none.
     """
 
     op: str
@@ -52,7 +52,7 @@ class Case:
     bind: Callable[[Load, Operands, torch.dtype], Callable[[], Any]]
     reads: Callable[[Operands], Sequence[Tensor]]
     gigaflops: float = 0.0
-    undecided: Callable[[Operands], Undecided] | None = None
+    undecided: Callable[[Operands], Sequence[Undecided]] | None = None
 
     @property
     def label(self) -> str:

@@ -74,22 +74,34 @@ def pull_back(shapes: Shapes) -> list[Case]:
     return [Case("pull_back", "pull_back", _cotangents(shapes, shapes.samples), calling("pull_back", call), reads)]
 
 
-def pull_back_mean(shapes: Shapes) -> list[Case]:
-    """Return the case of IMAGES means of S rows, each of rows of all images."""
+def pull_back_mean(shapes: Shapes, *, variance: bool = False) -> list[Case]:
+    """Return the case of IMAGES means of S rows, each of rows of all images; with their variance if asked for."""
     (case,) = pull_back(shapes)
 
     def call(run: Callable[..., Any], given: Operands, dtype: torch.dtype) -> Any:
         return run(given["cotangents"], given["images"], given["draws"], shapes.patch, shapes.samples)
 
-    def undecided(wide: Operands) -> Undecided:
+    def undecided(wide: Operands) -> list[Undecided]:
         contributions = pull_back_ref(wide["cotangents"], wide["images"], wide["draws"], shapes.patch)
         # float32 rounds the warp's source positions, in pixels, and the random cotangents of neighbours are unrelated
         share = 1e-4 + 5e-6 * max(shapes.image[1:])
-        return threshold_is_near(contributions.unflatten(0, (-1, shapes.samples)), share)
+        return _undecided(contributions.unflatten(0, (-1, shapes.samples)), share, variance=variance)
 
     operands = _cotangents(shapes, IMAGES * shapes.samples)
-    op = "pull_back_mean"
+    op = "pull_back_mean_variance" if variance else "pull_back_mean"
     return [replace(case, op=op, name=op, operands=operands, bind=calling(op, call), undecided=undecided)]
+
+
+def _undecided(contributions: Tensor, share: float, *, variance: bool) -> list[Undecided]:
+    """Return `threshold_is_near` of a mean, and of its variance if asked for."""
+    mean = threshold_is_near(contributions, share)
+    if not variance:
+        return [mean]
+    # at most all samples are kept, one at least, each as far from the mean as the mean may be
+    middle, half = (mean.most + mean.least) / 2, (mean.most - mean.least) / 2
+    farthest = ((contributions - middle[:, None]).abs() + half[:, None]).sum(dim=2)
+    most = farthest.square().sum(dim=1)
+    return [mean, Undecided(mean.where.any(dim=1), torch.zeros_like(most), most)]
 
 
 def threshold_is_near(contributions: Tensor, share: float) -> Undecided:
@@ -110,20 +122,33 @@ def threshold_is_near(contributions: Tensor, share: float) -> Undecided:
     return Undecided(((deviations > 0) & near).any(1), least.amin(1) - slack, most.amax(1) + slack)
 
 
-def robust_mean(shapes: Shapes) -> list[Case]:
-    """Return the case of S samples of every image."""
+def robust_mean(shapes: Shapes, *, variance: bool = False) -> list[Case]:
+    """Return the case of S samples of every image; with the variance if asked for."""
 
     def operands(generator: torch.Generator, dtype: torch.dtype) -> Operands:
         values = numbers(generator, IMAGES, shapes.samples, *shapes.image)
         # the cube of a normal number has heavy tails, so that some samples are outliers
         return {"contributions": (values**3).to(statistics_dtype(dtype))}
 
-    bind = calling("robust_mean", lambda run, given, _: run(given["contributions"]))
+    op = "robust_mean_variance" if variance else "robust_mean"
+    bind = calling(op, lambda run, given, _: run(given["contributions"]))
 
-    def undecided(wide: Operands) -> Undecided:
-        return threshold_is_near(wide["contributions"], 1e-6)
+    def undecided(wide: Operands) -> list[Undecided]:
+        return _undecided(wide["contributions"], 1e-6, variance=variance)
 
-    return [Case("robust_mean", "robust_mean", operands, bind, named("contributions"), undecided=undecided)]
+    return [Case(op, op, operands, bind, named("contributions"), undecided=undecided)]
+
+
+def shrink(shapes: Shapes) -> list[Case]:
+    """Return the case of every image, with a variance that accounts for all of some pixels and none of others."""
+
+    def operands(generator: torch.Generator, dtype: torch.dtype) -> Operands:
+        raw = _images(generator, dtype, shapes)
+        power = 3 * numbers(generator, IMAGES, *shapes.image[1:]).double() ** 4
+        return {"raw": raw, "variance": power}
+
+    bind = calling("shrink", lambda run, given, _: run(given["raw"], given["variance"]))
+    return [Case("shrink", "shrink", operands, bind, named("raw", "variance"))]
 
 
 def smooth(shapes: Shapes) -> list[Case]:

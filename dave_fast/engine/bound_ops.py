@@ -30,14 +30,17 @@ class PixelOps:
     """
 
     def __init__(self, backend: str, device: torch.device) -> None:
-        def bind(op: str) -> Callable[..., Tensor]:
+        def bind(op: str) -> Callable[..., Any]:
             return _registry.bind(op, backend, device.type)
 
-        self.perturb = bind("perturb")
-        self.pull_back = bind("pull_back")
-        self.pull_back_mean = bind("pull_back_mean")
-        self.robust_mean = bind("robust_mean")
-        self.smooth = bind("smooth")
+        self.perturb: Callable[..., Tensor] = bind("perturb")
+        self.pull_back: Callable[..., Tensor] = bind("pull_back")
+        self.pull_back_mean: Callable[..., Tensor] = bind("pull_back_mean")
+        self.pull_back_mean_variance: Callable[..., tuple[Tensor, Tensor]] = bind("pull_back_mean_variance")
+        self.robust_mean: Callable[..., Tensor] = bind("robust_mean")
+        self.robust_mean_variance: Callable[..., tuple[Tensor, Tensor]] = bind("robust_mean_variance")
+        self.shrink: Callable[..., Tensor] = bind("shrink")
+        self.smooth: Callable[..., Tensor] = bind("smooth")
         self.capturable = _registry.choose("perturb", backend, device.type) != "torch"
 
 

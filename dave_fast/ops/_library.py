@@ -29,24 +29,34 @@ SCHEMAS = {
     "pull_back": f"(Tensor g, Tensor images, Tensor[] draws, {_PATCHES}, ScalarType? dtype, str backend) -> Tensor",
     "pull_back_mean": f"(Tensor g, Tensor images, Tensor[] draws, {_PATCHES}, int samples, str backend) -> Tensor",
     "robust_mean": "(Tensor contributions, str backend) -> Tensor",
+    "pull_back_mean_variance": (
+        f"(Tensor g, Tensor images, Tensor[] draws, {_PATCHES}, int samples, str backend) -> (Tensor, Tensor)"
+    ),
+    "robust_mean_variance": "(Tensor contributions, str backend) -> (Tensor, Tensor)",
+    "shrink": "(Tensor raw, Tensor variance, str backend) -> Tensor",
     "smooth": "(Tensor raw, str backend) -> Tensor",
 }
 
 
-def call(op: str, *arguments: Any) -> Tensor:
+def call(op: str, *arguments: Any) -> Any:
     """Call an op as one node of a traced graph, with a Draws passed as its tensors."""
     flat = [a.tensors() if isinstance(a, Draws) else a for a in arguments]
-    result: Tensor = getattr(torch.ops.dave_fast, op)(*flat)
-    return result
+    return getattr(torch.ops.dave_fast, op)(*flat)
 
 
-def _public(op: str) -> Callable[..., Tensor]:
-    function: Callable[..., Tensor] = getattr(import_module(f"dave_fast.ops.{op}"), op)
+def _public(op: str) -> Callable[..., Any]:
+    module = op.removesuffix("_variance")
+    function: Callable[..., Any] = getattr(import_module(f"dave_fast.ops.{module}"), op)
     return function
 
 
+def _raw_and_variance(raw: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the fake form of a mean with its variance."""
+    return raw, raw.new_empty(raw.shape[:1] + raw.shape[2:], dtype=torch.float64)
+
+
 # Both take the arguments of the op's schema.
-_RUNS: dict[str, Callable[..., Tensor]] = {
+_RUNS: dict[str, Callable[..., Any]] = {
     "perturb": lambda images, draws, p_h, p_w, dtype, backend: _public("perturb")(
         images, Draws(*draws), (p_h, p_w), dtype=dtype, backend=backend
     ),
@@ -57,9 +67,16 @@ _RUNS: dict[str, Callable[..., Tensor]] = {
         g, images, Draws(*draws), (p_h, p_w), samples, backend=backend
     ),
     "robust_mean": lambda contributions, backend: _public("robust_mean")(contributions, backend=backend),
+    "pull_back_mean_variance": lambda g, images, draws, p_h, p_w, samples, backend: _public("pull_back_mean_variance")(
+        g, images, Draws(*draws), (p_h, p_w), samples, backend=backend
+    ),
+    "robust_mean_variance": lambda contributions, backend: _public("robust_mean_variance")(
+        contributions, backend=backend
+    ),
+    "shrink": lambda raw, variance, backend: _public("shrink")(raw, variance, backend=backend),
     "smooth": lambda raw, backend: _public("smooth")(raw, backend=backend),
 }
-_FAKES: dict[str, Callable[..., Tensor]] = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "perturb": lambda images, draws, p_h, p_w, dtype, backend: images.new_empty(
         tokens_shape(images, Draws(*draws), (p_h, p_w)), dtype=dtype
     ),
@@ -72,8 +89,11 @@ _FAKES: dict[str, Callable[..., Tensor]] = {
     "robust_mean": lambda contributions, backend: contributions.new_empty(
         contributions.shape[:1] + contributions.shape[2:], dtype=statistics_dtype(contributions.dtype)
     ),
+    "shrink": lambda raw, variance, backend: raw.new_empty(raw.shape),
     "smooth": lambda raw, backend: raw.new_empty(raw.shape[:1] + raw.shape[2:]),
 }
+for _op in ("pull_back_mean", "robust_mean"):
+    _FAKES[f"{_op}_variance"] = lambda *given, _fake=_FAKES[_op]: _raw_and_variance(_fake(*given))
 
 for _op, _schema in SCHEMAS.items():
     torch.library.define(f"dave_fast::{_op}", _schema)

@@ -21,7 +21,6 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dave_fast.errors import BackendError
 from dave_fast.ops import _ext
@@ -94,6 +93,9 @@ def _forms(module: str, op: str, *backends: str) -> dict[str, str]:
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     op: _forms(op, op, "native", "cuda") for op in ("perturb", "pull_back", "robust_mean", "pull_back_mean", "smooth")
 } | {
+    "robust_mean_variance": _forms("robust_mean", "robust_mean_variance"),
+    "pull_back_mean_variance": _forms("pull_back_mean", "pull_back_mean_variance"),
+    "shrink": _forms("shrink", "shrink"),
     "pack_weight": _forms("linear", "pack", "onednn", "native") | {"triton": "dave_fast.ops.linear:pack_ref"},
     "linear": _forms("linear", "linear", "onednn", "native", "triton"),
     "pack_weight_fp8": dict.fromkeys(("torch", "triton"), "dave_fast.ops.fp8:pack_fp8"),
@@ -149,7 +151,6 @@ def bind(op: str, backend: str = "auto", device: str = "cpu") -> Callable[..., A
     return load(op, choose(op, backend, device))
 
 
-def run(op: str, backend: str, *arguments: Any, **options: Any) -> Tensor:
+def run(op: str, backend: str, *arguments: Any, **options: Any) -> Any:
     """Return what `op` makes of the arguments on the device of the first of them, a tensor."""
-    result: Tensor = bind(op, backend, arguments[0].device.type)(*arguments, **options)
-    return result
+    return bind(op, backend, arguments[0].device.type)(*arguments, **options)

@@ -1,10 +1,14 @@
 """pull_back_mean: robust_mean(pull_back(...)), one tile of source pixels at a time.
 
+pull_back_mean_variance: the same, and the variance of the sum over channels of that mean.
+
 It is for images and sample counts whose contributions do not fit in memory: it needs the cotangents of all S rows, in
 any dtype (bfloat16 halves them), and the contributions of one tile. DAVE, arXiv 2602.06613, Eq. 6-8.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -13,7 +17,7 @@ from dave_fast.errors import InputError
 from dave_fast.ops import _ext, _library, _registry, _warp
 from dave_fast.ops.patches import PatchSize, patch_hw
 from dave_fast.ops.pull_back import check, contributions_of, cotangents_and_images
-from dave_fast.ops.robust_mean import robust_mean_ref
+from dave_fast.ops.robust_mean import robust_mean_ref, robust_mean_variance_ref
 from dave_fast.sampling import Draws
 
 # Rows of source pixels in a tile of the reference.
@@ -54,20 +58,79 @@ def pull_back_mean(
     if torch.compiler.is_compiling():
         given = (token_cotangents, images, draws, *patch_hw(patch_size), n_samples)
         return _library.call("pull_back_mean", *given, backend)
+    _check(token_cotangents, images, draws, patch_size, n_samples)
+    return _registry.run("pull_back_mean", backend, token_cotangents, images, draws, patch_size, n_samples)
+
+
+def pull_back_mean_variance(
+    token_cotangents: Tensor,
+    images: Tensor,
+    draws: Draws,
+    patch_size: PatchSize,
+    n_samples: int,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Return the robust mean over each image's S contributions and the variance of its sum over the channels.
+
+    Args:
+        token_cotangents: as `pull_back_mean` takes them, as are the others.
+        images: (any number, C, H, W).
+        draws: the B·S rows that the tokens were made from.
+        patch_size: p or (p_h, p_w).
+        n_samples: S.
+        backend: "auto", or the name of one.
+
+    Returns:
+        raw (B, C, H, W) of images' dtype and the variance (B, H, W) float64: bit for bit
+        robust_mean_variance(pull_back(...)) of contributions in images' dtype.
+
+    Raises:
+        TypeError: an argument is of another type.
+        InputError: shapes do not match, or n_samples does not divide the rows.
+    """
+    if torch.compiler.is_compiling():
+        given = (token_cotangents, images, draws, *patch_hw(patch_size), n_samples)
+        return _library.call("pull_back_mean_variance", *given, backend)
+    _check(token_cotangents, images, draws, patch_size, n_samples)
+    return _registry.run("pull_back_mean_variance", backend, token_cotangents, images, draws, patch_size, n_samples)
+
+
+def _check(token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: PatchSize, n_samples: int) -> None:
+    """Raise TypeError or InputError where the arguments do not match."""
     check(token_cotangents, images, draws, patch_size)
     if not isinstance(n_samples, int) or n_samples < 1 or len(draws) % n_samples:
         raise InputError(f"n_samples must divide the {len(draws)} rows of the draws; got {n_samples!r}")
-    return _registry.run("pull_back_mean", backend, token_cotangents, images, draws, patch_size, n_samples)
 
 
 def pull_back_mean_ref(
     token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: PatchSize, n_samples: int
 ) -> Tensor:
     """Run `pull_back_mean` in PyTorch, on any device."""
+    raw = images.new_empty(len(draws) // n_samples, *images.shape[1:])
+    for b, rows, contributions in _tiles(token_cotangents, images, draws, patch_size, n_samples):
+        raw[b, :, rows] = robust_mean_ref(contributions[None])[0]
+    return raw
+
+
+def pull_back_mean_variance_ref(
+    token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: PatchSize, n_samples: int
+) -> tuple[Tensor, Tensor]:
+    """Run `pull_back_mean_variance` in PyTorch, on any device."""
+    raw = images.new_empty(len(draws) // n_samples, *images.shape[1:])
+    variance = raw.new_empty(len(raw), *raw.shape[2:], dtype=torch.float64)
+    for b, rows, contributions in _tiles(token_cotangents, images, draws, patch_size, n_samples):
+        (raw[b, :, rows],), (variance[b, rows],) = robust_mean_variance_ref(contributions[None])
+    return raw, variance
+
+
+def _tiles(
+    token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: PatchSize, n_samples: int
+) -> Iterator[tuple[int, slice, Tensor]]:
+    """Yield an image's number, rows of its source pixels, and its contributions (S, C, rows, W) there."""
     channels, height, width = images.shape[1:]
-    raw = images.new_empty(len(draws) // n_samples, channels, height, width)
     step = min(n_samples, _warp.rows_a_chunk(images))
-    for b in range(len(raw)):
+    for b in range(len(draws) // n_samples):
         for top in range(0, height, REF_TILE):
             rows = slice(top, min(top + REF_TILE, height))
             contributions = images.new_empty(n_samples, channels, rows.stop - top, width)
@@ -75,8 +138,7 @@ def pull_back_mean_ref(
                 part = slice(b * n_samples + start, b * n_samples + min(start + step, n_samples))
                 made = contributions_of(token_cotangents[part], images, draws[part], patch_size, rows)
                 contributions[start : start + step] = made
-            raw[b, :, rows] = robust_mean_ref(contributions[None])[0]
-    return raw
+            yield b, rows, contributions
 
 
 def pull_back_mean_native(

@@ -1,4 +1,7 @@
-"""robust_mean: the median/MAD-masked mean over the samples. DAVE, arXiv 2602.06613, Eq. 8 as its authors compute it."""
+"""robust_mean: the median/MAD-masked mean over the samples. DAVE, arXiv 2602.06613, Eq. 8 as its authors compute it.
+
+robust_mean_variance: the same, and how far the sum over channels of that mean is expected to be from its limit.
+"""
 
 from __future__ import annotations
 
@@ -42,18 +45,56 @@ def robust_mean(contributions: Tensor, *, backend: str = "auto") -> Tensor:
     return _registry.run("robust_mean", backend, contributions)
 
 
+def robust_mean_variance(contributions: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Return the robust mean, and the variance of its sum over the channels as the samples themselves tell it.
+
+    With c_s the contributions of sample s, keep what the robust mean keeps of them and n̄ the number kept, averaged over
+    the channels: variance = Σ_s (Σ_channels keep·(c_s - raw))² / n̄². It is 0 for a single sample.
+
+    Where nothing is left out it is (S - 1)/S of the true variance. What the mask leaves out makes the kept samples lie
+    closer together, and the mean vary more: of normal samples it is 0.60, 0.71, 0.77 and, for S → ∞, 0.83 of the true
+    variance at S = 16, 32, 64.
+
+    Args:
+        contributions: (B, S, C, ...) float32, float64, bfloat16 or float16.
+        backend: "auto", or the name of one.
+
+    Returns:
+        raw (B, C, ...), bit for bit that of `robust_mean`, and the variance (B, ...) float64, NaN where raw is NaN in
+        any channel. Squares of float32 values need the range of float64.
+
+    Raises:
+        TypeError: the contributions are of another type.
+        InputError: there is no sample or no channel.
+    """
+    if torch.compiler.is_compiling():
+        return _library.call("robust_mean_variance", contributions, backend)
+    check_dtype("contributions", contributions, STORED)
+    if contributions.ndim < 3 or 0 in contributions.shape[1:3]:
+        shape = tuple(contributions.shape)
+        raise InputError(f"contributions must have the shape (B, S, C, ...), S and C ≥ 1; got {shape}")
+    return _registry.run("robust_mean_variance", backend, contributions)
+
+
 def robust_mean_ref(contributions: Tensor) -> Tensor:
     """Run `robust_mean` in PyTorch, on any device."""
-    statistics = statistics_dtype(contributions.dtype)
-    raw = contributions.new_empty(contributions.shape[:1] + contributions.shape[2:], dtype=statistics)
+    raw = _raw_like(contributions)
     for mean, one_image in zip(raw, contributions, strict=True):
-        values = one_image.to(statistics)
-        median = values.median(dim=0).values
-        deviations = (values - median).abs()
-        mad = deviations.median(dim=0).values
-        kept = deviations <= KEPT_SIGMAS * (MAD_TO_SIGMA * mad + EPSILON)
-        mean.copy_(torch.where(mad.isnan(), torch.nan, mean_of_kept(values, kept)))
+        values = one_image.to(raw.dtype)
+        mean.copy_(_mean_and_kept(values)[0])
     return raw
+
+
+def robust_mean_variance_ref(contributions: Tensor) -> tuple[Tensor, Tensor]:
+    """Run `robust_mean_variance` in PyTorch, on any device."""
+    raw = _raw_like(contributions)
+    variance = raw.new_empty(raw.shape[:1] + raw.shape[2:], dtype=torch.float64)
+    for mean, spread, one_image in zip(raw, variance, contributions, strict=True):
+        values = one_image.to(raw.dtype)
+        found, kept = _mean_and_kept(values)
+        mean.copy_(found)
+        spread.copy_(variance_of_sum(values, kept, found))
+    return raw, variance
 
 
 def robust_mean_native(contributions: Tensor) -> Tensor:
@@ -66,13 +107,28 @@ def robust_mean_cuda(contributions: Tensor) -> Tensor:
     return _compiled(_ext.run_cuda, contributions)
 
 
+def _raw_like(contributions: Tensor) -> Tensor:
+    """Return memory for raw (B, ...)."""
+    shape = contributions.shape[:1] + contributions.shape[2:]
+    return contributions.new_empty(shape, dtype=statistics_dtype(contributions.dtype))
+
+
 def _compiled(run: _ext.Run, contributions: Tensor) -> Tensor:
     """Run `robust_mean` by `_ext.run_native` or `_ext.run_cuda`."""
     contributions = contributions.contiguous()
     images, samples, *rest = contributions.shape
-    raw = contributions.new_empty(images, *rest, dtype=statistics_dtype(contributions.dtype))
+    raw = _raw_like(contributions)
     run("robust_mean", *_ext.coded(contributions), images, samples, math.prod(rest), raw)
     return raw
+
+
+def _mean_and_kept(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the robust mean over dimension 0, and which values (S, ...) it keeps."""
+    median = values.median(dim=0).values
+    deviations = (values - median).abs()
+    mad = deviations.median(dim=0).values
+    kept = deviations <= KEPT_SIGMAS * (MAD_TO_SIGMA * mad + EPSILON)
+    return torch.where(mad.isnan(), torch.nan, mean_of_kept(values, kept)), kept
 
 
 def mean_of_kept(values: Tensor, kept: Tensor) -> Tensor:
@@ -92,3 +148,20 @@ def mean_of_kept(values: Tensor, kept: Tensor) -> Tensor:
     # The rounding error of an infinite sum is NaN.
     total = total + torch.where(carry.isfinite(), carry, 0)
     return (total / kept.sum(0).clamp(min=1)).to(values.dtype)
+
+
+def variance_of_sum(values: Tensor, kept: Tensor, mean: Tensor) -> Tensor:
+    """Return the variance (...) float64 of the channel sum of a mean (C, ...) of the kept of values (S, C, ...).
+
+    Deviations and their sum over the channels, in order, are in the values' dtype; squares and their sum, sample by
+    sample, are in float64.
+    """
+    squares = torch.zeros_like(mean[0], dtype=torch.float64)
+    for value, keep in zip(values, kept, strict=True):
+        deviations = torch.where(keep, value - mean, 0)
+        in_all = deviations[0]
+        for deviation in deviations[1:]:
+            in_all = in_all + deviation
+        squares += in_all.double() ** 2
+    number = kept.sum(dim=(0, 1)).double() / len(mean)
+    return torch.where(mean.isnan().any(dim=0), torch.nan, squares / (number * number))

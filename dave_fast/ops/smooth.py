@@ -48,7 +48,7 @@ def smooth(raw: Tensor, *, backend: str = "auto") -> Tensor:
 def smooth_ref(raw: Tensor) -> Tensor:
     """Run `smooth` in PyTorch, on any device."""
     positive = raw.sum(dim=1).relu()
-    blended = 0.5 * (positive + gaussian_blur(positive))
+    blended = 0.5 * (positive + blur(positive, gaussian_weights(BLUR_TAPS, BLUR_SIGMA)))
     filtered = bilateral(blended)
     peak = filtered.amax(dim=(1, 2), keepdim=True)
     return filtered / torch.where(peak == 0, 1, peak)
@@ -73,18 +73,18 @@ def smooth_cuda(raw: Tensor) -> Tensor:
     return maps
 
 
-def blur_weights() -> list[float]:
-    """Return the 11 normalised weights of one axis of the blur; the 11×11 kernel is their outer product."""
-    offsets = range(-(BLUR_TAPS // 2), BLUR_TAPS // 2 + 1)
-    weights = torch.tensor([-0.5 * (k / BLUR_SIGMA) ** 2 for k in offsets], dtype=torch.float64).exp()
+def gaussian_weights(taps: int, sigma: float) -> list[float]:
+    """Return the normalised weights of one axis of a Gaussian; the square kernel is their outer product."""
+    offsets = range(-(taps // 2), taps // 2 + 1)
+    weights = torch.tensor([-0.5 * (k / sigma) ** 2 for k in offsets], dtype=torch.float64).exp()
     return (weights / weights.sum()).tolist()
 
 
-def gaussian_blur(maps: Tensor) -> Tensor:
-    """Return G(m) of maps (B, H, W), one axis after the other."""
+def blur(maps: Tensor, weights: list[float]) -> Tensor:
+    """Return maps (B, H, W) padded with zeros and convolved with the weights, one axis after the other."""
     for axis in (1, 2):
-        taps = _neighbours(maps, BLUR_TAPS // 2, axis)
-        maps = sum((w * tap for w, tap in zip(blur_weights(), taps, strict=True)), torch.zeros_like(maps))
+        taps = _neighbours(maps, len(weights) // 2, axis)
+        maps = sum((w * tap for w, tap in zip(weights, taps, strict=True)), torch.zeros_like(maps))
     return maps
 
 

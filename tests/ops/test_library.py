@@ -6,8 +6,9 @@ import torch
 from dave_fast.ops import _library
 from dave_fast.ops.perturb import perturb
 from dave_fast.ops.pull_back import pull_back
-from dave_fast.ops.pull_back_mean import pull_back_mean
-from dave_fast.ops.robust_mean import robust_mean
+from dave_fast.ops.pull_back_mean import pull_back_mean, pull_back_mean_variance
+from dave_fast.ops.robust_mean import robust_mean, robust_mean_variance
+from dave_fast.ops.shrink import shrink
 from dave_fast.ops.smooth import smooth
 from dave_fast.sampling import draw
 
@@ -30,6 +31,9 @@ def arguments(op, case):
         "pull_back": (cotangents, images, draws.tensors(), *PATCH, None, "torch"),
         "pull_back_mean": (cotangents, images, draws.tensors(), *PATCH, 3, "torch"),
         "robust_mean": (images.bfloat16(), "torch"),
+        "pull_back_mean_variance": (cotangents, images, draws.tensors(), *PATCH, 3, "torch"),
+        "robust_mean_variance": (cotangents.bfloat16(), "torch"),
+        "shrink": (images, images[:, 0].double().square(), "torch"),
         "smooth": (images.double(), "torch"),
     }[op]
 
@@ -46,7 +50,10 @@ def test_a_compiled_function_has_them_as_nodes(case, backend):
         contributions = pull_back(tokens + cotangents, images, draws, PATCH, backend=backend)
         raw = robust_mean(contributions.view(2, 3, 3, 8, 16), backend=backend)
         tiled = pull_back_mean(tokens + cotangents, images, draws, PATCH, 3, backend=backend)
-        return smooth(raw, backend=backend), raw - tiled
+        again, variance = robust_mean_variance(contributions.view(2, 3, 3, 8, 16), backend=backend)
+        of_tiles = pull_back_mean_variance(tokens + cotangents, images, draws, PATCH, 3, backend=backend)
+        shrunk = shrink(raw, variance, backend=backend)
+        return smooth(shrunk, backend=backend), raw - tiled, again - of_tiles[0], of_tiles[1]
 
     graphs = []
 
