@@ -21,15 +21,18 @@ PAGE = "performance.md"
 INTRODUCTION = """# Performance
 
 {gpu}
+"""
+READING = """## How to read the tables of speed
 
-How to read this page: every figure was measured in one run, in turns with what it is compared with, on the machine
-named above it, but for memory against resolution on a CPU, which is the engine's own formula. *One image* is what
-someone who waits for one map sees (median; 99th percentile where at least 100 runs were made, else the slowest of them
-and their number). *Of ceiling* is the achieved rate over the machine's own rate for matrix products at the model's
-shapes, measured in between, repeat by repeat; what is counted is the least arithmetic that the result takes, whatever a
-form does besides (dave-fast walks the image itself forward once more, for its prediction and probability). *Error* is
-the relative distance of single contributions from float64 at equal draws, and beside it that of plain PyTorch in the
-same precision: a form with more than twice that is refused, not reported.
+Every figure was measured in one run, in turns with what it is compared with, on the machine named above it, but for
+memory against resolution on a CPU, which is the engine's own formula. *One image* is what someone who waits for one map
+sees (median; 99th percentile where at least 100 runs were made, else the slowest of them and their number). *Of
+ceiling* is the achieved rate over the machine's own rate for matrix products at the model's shapes, measured in
+between, repeat by repeat; what is counted is the least arithmetic that the result takes, whatever a form does besides
+(dave-fast walks the image itself forward once more, for its prediction and probability). *Error* is the relative
+distance of single contributions from float64 at equal draws, and beside it that of plain PyTorch in the same precision:
+a form with more than twice that is refused, not reported. *Times* is the ratio of images a second, repeat by repeat:
+median, lowest and highest.
 """
 NO_GPU = "**Nothing here was measured on a GPU yet.** `scripts/gpu` does it there, in two commands."
 NOTHING = "No result of the bench is kept here yet.\n"
@@ -42,41 +45,77 @@ AGAIN = """## Again
 """
 
 
-def write_page(results: Sequence[dict[str, Any]], folder: Path) -> Path:
-    """Write `folder`/performance.md and its plots in `folder`/figures; return the path of the page."""
-    parts = [_section(result, folder) for result in results]
+def write_page(results: Sequence[dict[str, Any]], folder: Path, *, first: Sequence[str] = (), again: str = "") -> Path:
+    """Write `folder`/performance.md and its plots in `folder`/figures; return the path of the page.
+
+    Args:
+        results: comparisons make sections before ops; those of a single row, with nothing to plot, share the last one.
+        folder: of the documents.
+        first: sections to put before those of the results.
+        again: further commands.
+    """
+    alone = [r for r in results if len(r.get("engine", ())) == 1 and not any(r.get(key) for _, _, key, _ in PLOTS)]
+    whole = [result for result in results if result not in alone]
+    whole.sort(key=lambda result: bool(result.get("ops")))
+    parts = [_section(result, folder) for result in whole] + ([_engines(alone)] if alone else [])
     gpus = sorted({r["environment"]["device"] for r in results if r["setting"]["device"] == "cuda"})
     gpu = GPU.format(devices=", ".join(gpus)) if gpus else NO_GPU
-    first = results[0]["setting"] if results else {"model": "vit_base_patch16_224", "samples": DEFAULT_SAMPLES}
-    again = AGAIN.format(model=first["model"], samples=first["samples"])
-    parts = parts or [NOTHING]
-    text = "\n".join([INTRODUCTION.format(gpu=gpu), *parts, again])
+    usual = {"model": "vit_base_patch16_224", "samples": DEFAULT_SAMPLES}
+    setting = next((result["setting"] for result in [*whole, *alone]), usual)
+    end = AGAIN.format(model=setting["model"], samples=setting["samples"]) + again
+    text = "\n".join([INTRODUCTION.format(gpu=gpu), *first, READING, *(parts or [NOTHING]), end])
     path = folder / PAGE
     with atomically(path) as file:
         file.write(text.encode())
     return path
 
 
+def _engines(results: Sequence[dict[str, Any]]) -> str:
+    """Return one section of results that have the engine alone, a line for each."""
+    rows, lines = [], []
+    for result in results:
+        setting = result["setting"]
+        what = f"{setting['model']}, {setting['image']}, S = {setting['samples']}"
+        rows += [row | {"name": f"{what}: {row['name']}"} for row in result.get("engine", ())]
+        lines += [_measured_on(result), *_lines(result)]
+    said = [f"- {line}" for line in dict.fromkeys(lines)]
+    return "\n".join(["## Models and sizes", "", engine_markdown(rows), "", *said]) + "\n"
+
+
+def _measured_on(result: dict[str, Any]) -> str:
+    """Return the environment of a result in words."""
+    where = result["environment"]
+    versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items() if number != "not installed")
+    isa = f", {where['isa']}" if where.get("isa") else ""
+    said = f"{where['device']}, {where['threads']} threads{isa}; commit {where['commit']}"
+    return f"{said}, Python {where['python']}, {versions}."
+
+
+def _lines(result: dict[str, Any]) -> list[str]:
+    """Return what there is to say below the tables of a result."""
+    lines = _trust(result)
+    passed = [name for name, said in result.get("tests", {}).items() if said.startswith("passed")]
+    if passed:
+        lines.append(f"Tests passed of: {', '.join(passed)}.")
+    lines += [f"{name}: tests {said}." for name, said in result.get("tests", {}).items() if name not in passed]
+    return lines + [f"Refused: {reason}." for reason in result.get("red", ())]
+
+
 def _section(result: dict[str, Any], folder: Path) -> str:
     """Return the section of one result: environment, tables, plots."""
     setting, where = result["setting"], result["environment"]
-    versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items() if number != "not installed")
-    what = ", op by op" if result.get("ops") else ", side by side" if len(result.get("engine", ())) > 1 else ""
-    isa = f", {where['isa']}" if where.get("isa") else ""
+    what = "Op by op" if result.get("ops") else "Side by side" if len(result["engine"]) > 1 else "The engine"
     lines = [
-        f"## {where['device']}: {setting['model']}, {setting['image']}, S = {setting['samples']}" + what,
+        f"## {what}: {setting['model']}, {setting['image']}, S = {setting['samples']}",
         "",
-        f"Commit {where['commit']}, {where['threads']} threads{isa}, Python {where['python']}, {versions}."
-        + (f" {setting['note']}" if setting.get("note") else ""),
+        _measured_on(result) + (f" {setting['note']}" if setting.get("note") else ""),
         "",
     ]
     if result.get("engine"):
         lines += [engine_markdown(result["engine"]), ""]
     if result.get("ops"):
         lines += [ops_markdown(result["ops"]), ""]
-    lines += [f"- {line}" for line in _ratios(result)]
-    lines += [f"- {name}: tests {said}." for name, said in result.get("tests", {}).items()]
-    lines += [f"- Refused: {reason}." for reason in result.get("red", ())]
+    lines += [f"- {line}" for line in _lines(result)]
     for name, alt, key, draw in PLOTS:
         if result.get(key):
             figure = Path("figures") / f"{name}_{slug(where['device'])}_{slug(setting['model'])}.png"
@@ -85,28 +124,35 @@ def _section(result: dict[str, Any], folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _ratios(result: dict[str, Any]) -> list[str]:
-    """Return lines with ratios taken repeat by repeat, agreement of final maps, and reasons not to trust the ratios."""
-    lines = []
-    for row in result.get("engine", ()):
-        for key in (key for key in row if key.startswith("times ")):
-            low, high = row[key]["min"], row[key]["max"]
-            lines.append(f"{row['name']}: {row[key]['median']:.2f} {key} ({low:.2f} to {high:.2f}).")
-    for precision, value in result.get("agreement", {}).items():
-        if isinstance(value, float):
-            lines.append(f"Final maps of the demo model, {precision} to fp32: Pearson ≥ {value:.5f}.")
+def _trust(result: dict[str, Any]) -> list[str]:
+    """Return lines with the agreement of final maps and reasons not to trust the ratios."""
+    lines = [
+        f"Final maps of the demo model, {precision} to fp32: Pearson ≥ {value:.5f}."
+        for precision, value in result.get("agreement", {}).items()
+        if isinstance(value, float)
+    ]
     return lines + [f"**These ratios do not count**: {reason}." for reason in result.get("does not count because", ())]
 
 
 def engine_markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the table of contestants."""
-    headings = ("", "images/s", "one image", "99 %", "rows", "memory", "of ceiling", "error", "plain PyTorch's")
-    lines = [_row(headings), _row(["---"] + ["---:"] * (len(headings) - 1))]
-    for row in rows:
-        missing = why_missing(row)
-        cells = [missing, *[""] * (len(headings) - 2)] if missing else engine_cells(row)
-        lines.append(_row([row["name"], *cells]))
-    return "\n".join(lines)
+    """Return the table of contestants with the columns that have an entry, and below it who was not measured."""
+    headings = ["images/s", "one image", "99 %", "rows", "memory", "of ceiling", "error", "plain PyTorch's"]
+    ratios = list(dict.fromkeys(key for row in rows for key in row if key.startswith("times ")))
+    measured = {
+        row["name"]: engine_cells(row) + [_ratio(row.get(key)) for key in ratios]
+        for row in rows
+        if not why_missing(row)
+    }
+    headings += ratios
+    used = [at for at in range(len(headings)) if any(cells[at] for cells in measured.values())]
+    lines = [_row(["", *(headings[at] for at in used)]), _row(["---"] + ["---:"] * len(used))] if measured else []
+    lines += [_row([name, *(cells[at] for at in used)]) for name, cells in measured.items()]
+    absent = [f"- {row['name']}: {why_missing(row)}." for row in rows if why_missing(row)]
+    return "\n".join([*lines, *([""] if measured and absent else []), *absent])
+
+
+def _ratio(found: dict[str, Any] | None) -> str:
+    return "" if found is None else f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})"
 
 
 def ops_markdown(rows: Sequence[dict[str, Any]]) -> str:

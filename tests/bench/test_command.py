@@ -184,16 +184,21 @@ def test_a_page_of_several_results_names_gpus_only_where_they_were(tmp_path):
 
     text = write_page([result("cpu", "Zen"), result("cuda", "H200")], tmp_path).read_text()
     assert "Devices: H200." in text and "Nothing here was measured" not in text
-    assert r"a peer \| of ours | not measured: captum is not installed" in text
+    assert text.count("- demo, 3×128×128, S = 8: a peer | of ours: not measured: captum is not installed.") == 2
     assert "- Refused: x." in text
 
 
 def test_a_page_without_results_and_one_with_ratios_that_do_not_count(tmp_path):
     assert "No result of the bench is kept here yet" in write_page([], tmp_path).read_text()
     where = {"device": "Zen", "commit": "abc", "threads": 2, "python": "3.12", "versions": {}}
-    row = {"name": "ours", "not measured": "x", "times plain": {"median": 2.0, "min": 1.5, "max": 2.5}}
+    half = {"median": 0.5, "min": 0.5, "max": 0.5, "repeats": 3}
+    row = {"name": "ours", "rows": None, "peak bytes": None, "images a second": half, "seconds an image": half}
+    row["times plain"] = {"median": 2.0, "min": 1.5, "max": 2.5}
     setting = {"model": "demo", "image": "3×128×128", "samples": 8, "device": "cpu"}
     result = {"setting": setting, "environment": where, "engine": [row], "agreement": {"bf16": 0.9998, "images": 8}}
     text = write_page([result | {"does not count because": ["the plain way is slow"]}], tmp_path).read_text()
-    assert "ours: 2.00 times plain (1.50 to 2.50)." in text
+    # columns without entries, such as memory on a CPU, are left out
+    assert "|  | images/s | one image | 99 % | rows | times plain |" in text
+    cells = "0.5 | 500 ms | ≤ 500 ms (3) | own choice | 2.00 (1.50 to 2.50)"
+    assert f"| demo, 3×128×128, S = 8: ours | {cells} |" in text
     assert "Pearson ≥ 0.99980" in text and "**These ratios do not count**: the plain way is slow." in text
