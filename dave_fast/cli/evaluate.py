@@ -38,7 +38,7 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="The folder for the report.")] = Path("evaluation"),
     boxes: Annotated[
         Path | None,
-        typer.Option(help="Where the objects are: a folder of ImageNet's XML files, a .csv, or a COCO .json."),
+        typer.Option(help="Where the objects are: a folder of ImageNet's XML files, a .csv, or a .json."),
     ] = None,
     masks: Annotated[Path | None, typer.Option(help="A folder of PNG masks, named as the images.")] = None,
     methods: Annotated[

@@ -1,4 +1,4 @@
-"""Labels and objects of image files: ImageNet's XML, a CSV of boxes, COCO's JSON, PNG masks, names of folders.
+"""Labels and objects of image files: ImageNet's XML, CSV and JSON of boxes, COCO's JSON, PNG masks, names of folders.
 
 Boxes are (xmin, ymin, xmax, ymax) in pixels of the photograph after its EXIF rotation; xmax and ymax are excluded. An
 object is the union of its image's boxes, or the nonzero pixels of its mask.
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -111,9 +112,11 @@ def _wordnet() -> dict[str, int]:
 
 
 def read_boxes(path: Path) -> dict[str, Noted]:
-    """Read boxes from a folder of XML files (PASCAL VOC's format, as ImageNet's), a .csv, or a COCO .json.
+    """Read boxes from a folder of XML files (PASCAL VOC's format, as ImageNet's), a .csv, or a .json.
 
-    A CSV has one line for each box, with the columns image, xmin, ymin, xmax, ymax, and optionally label.
+    A CSV has one line for each box, with the columns image, xmin, ymin, xmax, ymax, and optionally label. A JSON is
+    COCO's, or a list with an object for each image: file, boxes ([xmin, ymin, xmax, ymax] each), and optionally label,
+    width and height.
 
     Returns:
         Entries by file name without suffix.
@@ -124,18 +127,17 @@ def read_boxes(path: Path) -> dict[str, Noted]:
     if path.is_dir():
         files = sorted(path.rglob("*.xml"))
         if not files:
-            raise InputError(
-                f"{path} holds no XML file: --boxes takes a folder of annotations, a .csv or a COCO .json."
-            )
+            raise InputError(f"{path} holds no XML file: --boxes takes a folder of annotations, a .csv or a .json.")
         return {file.stem: _read_xml(file) for file in files}
-    readers = {".csv": _read_csv, ".json": _read_coco}
+    readers = {".csv": _read_csv, ".json": _read_json}
     if not path.is_file() or path.suffix.lower() not in readers:
-        raise InputError(f"--boxes {path}: expected a folder of XML files, a .csv or a COCO .json that exists.")
+        raise InputError(f"--boxes {path}: expected a folder of XML files, a .csv or a .json that exists.")
     try:
         return readers[path.suffix.lower()](path)
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
-        wanted = f"the columns {', '.join(COLUMNS)}" if path.suffix.lower() == ".csv" else "COCO's images, annotations"
+        forms = "COCO's images, annotations, or a list of objects with file, boxes"
+        wanted = f"the columns {', '.join(COLUMNS)}" if path.suffix.lower() == ".csv" else forms
         raise InputError(f"cannot read {path} ({reason}): expected {wanted}.") from error
 
 
@@ -167,9 +169,25 @@ def _read_csv(path: Path) -> dict[str, Noted]:
     return {stem: Noted(tuple(all_of), labels[stem]) for stem, all_of in boxes.items()}
 
 
-def _read_coco(path: Path) -> dict[str, Noted]:
-    """Read the boxes of each image's largest category, since a map explains one class."""
+def _read_json(path: Path) -> dict[str, Noted]:
     content = json.loads(path.read_text())
+    return _listed(content) if isinstance(content, list) else _of_coco(content)
+
+
+def _listed(content: list[dict[str, Any]]) -> dict[str, Noted]:
+    """Return the entries of a list of images with their boxes."""
+    noted = {}
+    for one in content:
+        boxes = tuple(
+            (float(left), float(top), float(right), float(bottom)) for left, top, right, bottom in one["boxes"]
+        )
+        size = (int(one["width"]), int(one["height"])) if "width" in one else None
+        noted[Path(one["file"]).stem] = Noted(boxes, one.get("label"), size)
+    return noted
+
+
+def _of_coco(content: dict[str, Any]) -> dict[str, Noted]:
+    """Return the boxes of each image's largest category, since a map explains one class."""
     categories = {one["id"]: one["name"] for one in content.get("categories", [])}
     found: dict[int, dict[int, list[Box]]] = defaultdict(lambda: defaultdict(list))
     for one in content["annotations"]:

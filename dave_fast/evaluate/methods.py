@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dave_fast.defaults import DEFAULT_SAMPLES
 from dave_fast.errors import InputError
+from dave_fast.evaluate.full_gradient import libra_fullgrad_plus
 from dave_fast.evaluate.packages import attnlrp, legrad
 from dave_fast.explain.explainer import DAVE
 from dave_fast.sampling import draw
@@ -194,6 +195,7 @@ METHODS = {
     "input × gradient": Method(_input_gradient, passes=1, package="captum"),
     "integrated gradients": Method(_integrated, package="captum"),
     "SmoothGrad": Method(_smoothgrad, random=True, package="captum"),
+    "Libra FullGrad+": Method(libra_fullgrad_plus, passes=1),
     "LeGrad": Method(legrad, passes=1, package="torchcam"),
     "AttnLRP": Method(attnlrp, passes=1, package="lxt"),
     CONTROLS[0]: Method(lambda model, setup: lambda images, classes, keys, seed: images.abs(), passes=0),

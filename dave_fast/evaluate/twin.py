@@ -1,8 +1,9 @@
 """A timm ViT as torchvision's VisionTransformer with the same weights, for packages that support no other.
 
 Supported is what torchvision can express: a class token, square images, a bias on every layer, LayerNorm, GELU, no
-LayerScale, no qk-norm, no registers. Other parts either have parameters that torchvision has no name for, or change the
-logits, which are compared.
+qk-norm, no registers. LayerScale becomes part of the linear layer before it; a head on the mean of the patch tokens is
+a subclass. Other parts either have parameters that torchvision has no name for, or change the logits, which are
+compared.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dave_fast.models.meaning import head_width
 
@@ -54,12 +55,14 @@ def torchvision_twin(model: nn.Module) -> nn.Module:
         raise NotTakenError(f"torchvision cannot be imported ({error})") from error
     if not isinstance(model, VisionTransformer):
         raise NotTakenError(f"it takes torchvision's ViT or a timm VisionTransformer, not {type(model).__name__}")
-    weights = {_renamed(name): value for name, value in model.state_dict().items()}
+    weights = {_renamed(name): value for name, value in _without_layer_scale(model.state_dict()).items()}
     (height, width), (patch, other) = model.patch_embed.img_size, model.patch_embed.patch_size
     if height != width or patch != other:
         raise NotTakenError(f"torchvision's ViT takes square images and patches, not {height}×{width}, {patch}×{other}")
     block: Any = model.blocks[0]
-    made = vision_transformer.VisionTransformer(
+    averaged = getattr(model, "global_pool", "token") == "avg"
+    kind = _averaging(vision_transformer.VisionTransformer) if averaged else vision_transformer.VisionTransformer
+    made = kind(
         image_size=height,
         patch_size=patch,
         num_layers=len(model.blocks),
@@ -69,14 +72,39 @@ def torchvision_twin(model: nn.Module) -> nn.Module:
         num_classes=head_width(model) or model.num_classes,
         norm_layer=partial(nn.LayerNorm, eps=getattr(block.norm1, "eps", 1e-6)),
     )
+    parameter = next(model.parameters())
+    made = made.to(parameter)
     try:
         made.load_state_dict(weights)
     except RuntimeError as error:
         raise NotTakenError(f"torchvision's ViT has other parameters: {_first_line(error)}") from error
-    parameter = next(model.parameters())
-    made = made.to(parameter).eval().requires_grad_(False)
+    made = made.eval().requires_grad_(False)
     _check_logits(model, made, parameter, height)
     return made
+
+
+def _averaging(base: type[Any]) -> type[Any]:
+    """Return a subclass of torchvision's ViT whose head takes the mean of the patch tokens."""
+
+    class Averaging(base):
+        def forward(self, x: Tensor) -> Tensor:
+            patches = self._process_input(x)
+            tokens = self.encoder(torch.cat([self.class_token.expand(len(x), -1, -1), patches], 1))
+            return self.heads(tokens[:, 1:].mean(1))
+
+    return Averaging
+
+
+def _without_layer_scale(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights in which the factors of LayerScale are part of the linear layers before it."""
+    scaled = dict(weights)
+    for name in weights:
+        if found := re.fullmatch(r"(blocks\.\d+\.)ls([12])\.gamma", name):
+            layer = found[1] + ("attn.proj" if found[2] == "1" else "mlp.fc2")
+            factors = scaled.pop(name)
+            scaled[f"{layer}.weight"] = factors[:, None] * weights[f"{layer}.weight"]
+            scaled[f"{layer}.bias"] = factors * weights[f"{layer}.bias"]
+    return scaled
 
 
 def _renamed(name: str) -> str:

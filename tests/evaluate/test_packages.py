@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from timm.layers import LayerScale
 from torch import nn
 from typer.testing import CliRunner
 
@@ -17,7 +16,7 @@ from dave_fast.evaluate.methods import METHODS, MethodSettings
 from dave_fast.evaluate.twin import NotTakenError, torchvision_twin
 from dave_fast.models.demo import load_demo_model
 from tests.evaluate import needs
-from tests.tiny import initial_vit
+from tests.tiny import initial_vit, random_vit
 from tests.tolerances import EXACT
 
 SETUP = MethodSettings(2, {"precision": "fp32", "noise_alpha": 0.5})
@@ -27,13 +26,21 @@ def small(**options):
     return initial_vit(**{"num_heads": 3, "num_classes": 4} | options).requires_grad_(False)
 
 
+def dinov2():
+    return random_vit(num_heads=3, init_values=0.1, patch_size=14, img_size=42).requires_grad_(False)
+
+
+def averaging():
+    return small(global_pool="avg", fc_norm=False)
+
+
 def images_for(model, n=2):
     size = model.patch_embed.img_size[0]
     drawn = torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1))
     return drawn.to(next(model.parameters()))
 
 
-@pytest.mark.parametrize("made", [load_demo_model, small, lambda: small(norm_layer=nn.LayerNorm)])
+@pytest.mark.parametrize("made", [load_demo_model, small, lambda: small(norm_layer=nn.LayerNorm), dinov2, averaging])
 def test_the_twin_is_the_same_function(made):
     model = made().double()
     images = images_for(model)
@@ -44,12 +51,12 @@ def test_the_twin_is_the_same_function(made):
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"init_values": 0.1}, "no blocks.0.ls1.gamma"),
         ({"qk_norm": True}, "no blocks.0.attn.q_norm.weight"),
         ({"reg_tokens": 2}, "no reg_token"),
         ({"qkv_bias": False}, "in_proj_bias"),
         ({"no_embed_class": True}, "other parameters"),
-        ({"global_pool": "avg", "fc_norm": False}, "gives other logits"),
+        ({"global_pool": "avg"}, "no fc_norm.weight"),
+        ({"global_pool": "max", "fc_norm": False}, "gives other logits"),
         ({"act_layer": nn.ReLU}, "gives other logits"),
         ({"img_size": (32, 48)}, "square images"),
     ],
@@ -94,10 +101,10 @@ def test_methods_not_run_are_listed_with_the_reason(tmp_path, monkeypatch):
 def test_a_method_that_does_not_take_the_model_is_listed_and_the_others_run():
     torch.manual_seed(0)
     model = load_demo_model()
-    model.blocks[0].ls1 = LayerScale(144, init_values=0.5)
+    model.blocks[0].attn.q_norm = nn.LayerNorm(48)
     settings = EvaluationSettings(images=1, groups=("localisation",), methods=("LeGrad",))
     found = evaluate(model.requires_grad_(False), DemoScenes(1, 0), settings, SETUP)
-    assert "blocks.0.ls1.gamma" in found.absent["LeGrad"]
+    assert "blocks.0.attn.q_norm.weight" in found.absent["LeGrad"]
     assert set(found.scores) == {"DAVE", "|x|", "uniform"}
 
 

@@ -101,9 +101,21 @@ def test_boxes_of_csv_and_coco(tmp_path):
     assert (noted["one"].boxes, noted["one"].label, noted["one"].size) == (((1, 1, 5, 4),), "dog", (9, 9))
 
 
+def test_boxes_of_a_json_list_are_those_of_the_same_xml(photo, tmp_path):
+    (tmp_path / "xml").mkdir()
+    (tmp_path / "xml" / "one.xml").write_text(XML.format(w=100, h=60))
+    one = {"file": "cat/one.JPEG", "width": 100, "height": 60, "boxes": [[10, 20, 30, 50], [50, 20, 60, 30]]}
+    (tmp_path / "boxes.json").write_text(json.dumps([one]))
+    listed = files(photo, noted=read_boxes(tmp_path / "boxes.json")).read(0, 1)
+    assert torch.equal(listed.masks, files(photo, noted=read_boxes(tmp_path / "xml")).read(0, 1).masks)
+    # without a label of its own, the folder's name is the class
+    assert listed.labels.tolist() == [0]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
+        ("boxes.json", '[{"file": "a.jpg", "boxes": [[1, 2, 3]]}]', "list of objects with file, boxes"),
         ("boxes.csv", "image,left\na,1\n", "columns image, xmin"),
         ("boxes.csv", "image,xmin,ymin,xmax,ymax\na,1,2,three,4\n", "three"),
         ("boxes.json", "{}", "COCO"),
