@@ -29,6 +29,7 @@ SHORT = {
 
 
 PACKAGES = {
+    "Libra FullGrad+": "input × frozen gradient of every block and of every bias, a map of patches, enlarged",
     "LeGrad": "torchcam's, of all blocks, its map of patches enlarged bilinearly; positive, and not ⊙ input",
     "AttnLRP": f"LXT's rules for ViT, attention probabilities constant, with γ = {GAMMAS[0]:g} on the patch embedding "
     f"and {GAMMAS[1]:g} on linear layers, not tuned; without γ it is the frozen gradient",

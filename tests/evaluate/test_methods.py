@@ -69,7 +69,7 @@ def test_classes_of_one_image_share_walks_and_get_the_maps_they_get_alone(model,
 def test_absent_packages_are_named_and_unknown_methods_refused(monkeypatch):
     monkeypatch.setattr(methods, "find_spec", lambda name: None)
     chosen, absent = choose(None)
-    assert set(chosen) == {"DAVE", "frozen gradient", "|x|", "uniform"}
+    assert set(chosen) == {"DAVE", "frozen gradient", "Libra FullGrad+", "|x|", "uniform"}
     assert absent["SmoothGrad"] == "the package captum is absent"
     with pytest.raises(InputError, match="integrated gradients"):
         choose(["Grad-CAM"])

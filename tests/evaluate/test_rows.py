@@ -1,0 +1,65 @@
+"""Rows of a comparison: those of shared samples are those of runs of their own."""
+
+import pytest
+import torch
+
+from dave_fast import DAVE
+from dave_fast.evaluate import rows
+from dave_fast.evaluate.methods import MethodSettings
+from dave_fast.ops.smooth import smooth
+from tests.tiny import random_head_vit
+
+SEED = 5
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_head_vit().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def image():
+    return torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_rows_of_one_run_are_runs_of_their_own(model, image):
+    classes = torch.tensor([1, 3])
+    found = rows.dave(model, "DAVE", (4, 8), SEED, alpha=0.2)(image, classes, 7)
+    assert list(found) == ["DAVE, S = 4", "DAVE, S = 4, paper's", "DAVE, S = 8", "DAVE, S = 8, paper's"]
+    explainer = DAVE(model, noise_alpha=0.2)
+    for size in (4, 8):
+        for row, wanted in enumerate(classes.tolist()):
+            raw = explainer.explain(image, wanted, size, SEED, image_keys=[7]).raw
+            papers = found[f"DAVE, S = {size}, paper's"]
+            assert torch.allclose(papers["as it is"][row], raw.sum(1)[0], atol=1e-6)
+            assert torch.allclose(papers["smoothed"][row], smooth(raw)[0], atol=1e-4)
+    # where the samples disagree, shrinkage takes most of the map away
+    assert found["DAVE, S = 8"]["as it is"].norm() < 0.9 * found["DAVE, S = 8, paper's"]["as it is"].norm()
+
+
+def test_questions_beyond_the_logit(model, image):
+    classes = torch.tensor([2])
+    plain = rows.dave(model, "DAVE", (8,), SEED, 0.2)(image, classes, 0)["DAVE, S = 8"]["smoothed"]
+    contrast = rows.dave_contrast(model, "contrast", 8, SEED, 0.2)(image, classes, 0)["contrast, S = 8"]["smoothed"]
+    assert not torch.allclose(plain, contrast, atol=0.05)
+    (found,) = rows.dave_log_softmax(model, "log p", 8, SEED, 0.2)(image, classes, 0).values()
+    assert found["smoothed"].shape == (1, 32, 32)
+    assert not torch.allclose(plain, found["smoothed"], atol=0.05)
+
+
+def test_a_method_is_a_row_under_its_name_or_another(model, image):
+    classes = torch.tensor([0, 4])
+    family = rows.single(model, "integrated gradients", MethodSettings(4), SEED)
+    (name, maps), *others = family(image, classes, 0).items()
+    assert (name, others) == ("integrated gradients", [])
+    assert maps["as it is"].shape == (2, 32, 32)
+    fast = rows.single(model, "integrated gradients", MethodSettings(4), SEED, row="fast", autocast=True)
+    almost = fast(image, classes, 0)["fast"]
+    assert torch.nn.functional.cosine_similarity(almost["as it is"].flatten(), maps["as it is"].flatten(), dim=0) > 0.99
+
+
+def test_passes_in_the_time_of_a_slower_method_are_more(model, image, monkeypatch):
+    cost = {"slow": 6.0}
+    monkeypatch.setattr(rows, "_seconds", lambda family, image, classes: cost.get(family, family))
+    # 0.5 seconds and 0.25 a pass: (6 − 0.5)/0.25 passes
+    assert rows.passes_in_the_time_of("slow", lambda passes: 0.5 + 0.25 * passes, image, None) == 22
