@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _LOG_WIDTH = 200
+# seconds between two lines of progress in a file
+LOG_S = 5.0
 
 
 def console(*, stderr: bool = True) -> Console:
@@ -98,8 +101,11 @@ def plain_warnings(to: Console) -> Iterator[None]:
 def progress(to: Console, name: str, unit: str = "samples") -> Iterator[Callable[[int, int, str], None]]:
     """Show a progress bar in the block, which gets a function of (done, in all, current work) that updates it.
 
-    The bar vanishes at the end of the block, and is not shown where `to` is not a terminal.
+    The bar vanishes at the end of the block. Where `to` is not a terminal, a line is printed every `LOG_S` seconds.
     """
+    if not to.is_terminal:
+        yield _lines(to, unit)
+        return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
@@ -109,6 +115,19 @@ def progress(to: Console, name: str, unit: str = "samples") -> Iterator[Callable
         TextColumn(f"{unit}, left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=to, transient=True, disable=not to.is_terminal) as bar:
+    with Progress(*columns, console=to, transient=True) as bar:
         task = bar.add_task(name, total=None)
         yield lambda done, total, work: bar.update(task, completed=done, total=max(done, total), description=work)
+
+
+def _lines(to: Console, unit: str) -> Callable[[int, int, str], None]:
+    """Return a function of (done, in all, current work) that prints a line if the last one is `LOG_S` seconds old."""
+    last = time.monotonic()
+
+    def update(done: int, total: int, work: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= LOG_S:
+            last = time.monotonic()
+            to.print(f"{work}: {done} of {total} {unit}", soft_wrap=True)
+
+    return update

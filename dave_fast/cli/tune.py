@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from dave_fast.images import Preprocessing
 
 CONFIG, PICTURE = "dave-fast.toml", "tune.png"
-_BAR = 30
 
 
 def tune(
@@ -42,14 +41,12 @@ def tune(
 ) -> None:
     """Choose noise_alpha and n_samples for a model, without labels.
 
-    Takes the largest noise level at which two maps of an image, of different draws, still agree as well as at any
-    other, while half of the samples still see the model's own decision; and the samples for a map of --quality.
+    Takes noise in a fixed proportion to the spread of the images' pixels, less where the model then loses its own
+    decision in half of the samples; and the samples for a map of --quality.
 
     Writes dave-fast.toml, which explain, run and evaluate take as --config, and tune.png, the curves.
     """
     from dave_fast.cli.config import Config, save_config
-    from dave_fast.evaluate.tuning import tune as measure
-    from dave_fast.explain.subject import Subject
     from dave_fast.images import find_images
 
     screen = console()
@@ -59,9 +56,15 @@ def tune(
         if not paths and spec.name != "demo":
             raise InputError(f"name images that {spec.name} is used on, or a folder: tuning takes three or more.")
         files = find_images(paths) if paths else []
+        if not screen.is_terminal:
+            # a file has no moving status, and PyTorch takes seconds to import
+            screen.print(f"loading {spec.name}", soft_wrap=True)
         with screen.status(f"loading {spec.name}"):
+            from dave_fast.evaluate.tuning import tune as measure
+            from dave_fast.explain.subject import Subject
+
             # The level is what is tuned: any value will do for loading.
-            subject = Subject.load(spec, device=device, precision=precision, backend=backend, noise_alpha=0.5)
+            subject = Subject.load(spec, device=device, precision=precision, backend=backend, noise_alpha=0.0)
         inputs = _inputs(screen, subject.prepare, files, images, seed)
         with progress(screen, "tuning") as update:
             found = measure(subject.explainer, inputs, quality=quality, seed=seed, progress=update)
@@ -100,23 +103,14 @@ def _inputs(screen: Console, prepare: Preprocessing, files: Sequence[Path], imag
 
 
 def _tell(found: Tuning, out: Path) -> None:
-    """Print the curve, what was chosen, and the paths of the files."""
-    from rich.table import Table
-    from rich.text import Text
-
-    from dave_fast.evaluate.tuning import KEPT
-
+    """Print what was chosen and why, and the paths of the files."""
     screen = console(stderr=False)
-    table = Table(
-        "noise_alpha", "repeatability", "", "decision kept", "", box=None, header_style="bold", pad_edge=False
-    )
-    low, high = min(found.means.min(), 0.0), max(found.means.max(), 1e-9)
-    for alpha, mean, kept in zip(found.alphas, found.means, found.kept, strict=True):
-        bar = "█" * round(_BAR * (mean - low) / (high - low))
-        mark = "← chosen" if alpha == found.noise_alpha else "" if kept >= KEPT else "decision lost"
-        table.add_row(*map(Text, (f"{alpha:g}", f"{mean:.3f}", bar, f"{kept:.0%}", mark)))
-    screen.print(table)
-    screen.print(f"noise_alpha = {found.noise_alpha:g}")
+    text = f"noise_alpha = {found.noise_alpha:g} for images of spread {found.spread:.2f}"
+    if found.noise_alpha < found.by_spread:
+        text += f", halved from {found.by_spread:g} until half of the samples keep the model's decision"
+    elif found.decides:
+        text += f"; {found.kept_at(found.noise_alpha):.0%} of the samples keep the model's decision"
+    screen.print(text, soft_wrap=True)
     last, error = list(found.errors.items())[-1]
     screen.print(
         f"n_samples = {found.n_samples} for a correlation of {found.quality:g} with the converged map "
@@ -127,43 +121,34 @@ def _tell(found: Tuning, out: Path) -> None:
 
 
 def picture(found: Tuning, path: Path) -> None:
-    """Draw the three curves of the choice: repeatability and decision by noise_alpha, error by samples."""
+    """Draw the curves of the choice: decisions kept by noise_alpha, where the model decides, and error by samples."""
     import matplotlib as mpl
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from dave_fast.evaluate.tuning import KEPT, TOLERANCE
+    from dave_fast.evaluate.tuning import KEPT
     from dave_fast.images.drawing import save_figure
 
     with mpl.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(8.4, 2.7), dpi=200, layout="constrained")
+        figure = Figure(figsize=(5.6, 2.7), dpi=200, layout="constrained")
         FigureCanvasAgg(figure)
-        left, middle, right = figure.subplots(1, 3)
-        left.plot(found.alphas, found.repeatability, color="0.8", lw=0.7)
-        left.plot(found.alphas, found.means, color="#d9480f", lw=1.8, marker="o", ms=3)
-        left.fill_between(
-            found.alphas, found.means - found.spread, found.means + found.spread, color="#d9480f", alpha=0.2
-        )
-        left.axhline(found.means[found.best] * (1 - TOLERANCE), color="0.5", lw=0.8, ls="--")
-        left.set(xlabel="noise_alpha", title="two maps of an image agree by", ylabel="correlation")
-        middle.plot(found.alphas, found.kept, color="#1971c2", lw=1.8, marker="o", ms=3)
-        middle.axhline(KEPT, color="0.5", lw=0.8, ls="--")
-        middle.set(xlabel="noise_alpha", title="samples that keep the decision", ylabel="share", ylim=(0, 1.05))
-        for axes in (left, middle):
-            axes.axvline(found.noise_alpha, color="0.2", lw=0.9)
+        left, right = figure.subplots(1, 2)
+        left.plot(found.alphas, found.kept, color="#1971c2", lw=1.8, marker="o", ms=3)
+        left.axhline(KEPT, color="0.5", lw=0.8, ls="--")
+        left.set(xlabel="noise_alpha", title="samples that keep the decision", ylabel="share", ylim=(0, 1.05))
         sizes = np.array(list(found.errors))
         last, error = list(found.errors.items())[-1]
         reach = np.array([min(found.n_samples, last), max(found.n_samples, last)])
         right.plot(sizes, list(found.errors.values()), color="#2b8a3e", lw=1.8, marker="o", ms=3)
         right.plot(reach, error * np.sqrt(last / reach), color="#2b8a3e", lw=0.9, ls=":")
         right.axhline(np.sqrt(1 - found.quality**2), color="0.5", lw=0.8, ls="--")
-        right.axvline(found.n_samples, color="0.2", lw=0.9)
         right.set(
             xlabel="samples", title=f"error; dashed: correlation {found.quality:g}", ylabel="relative error, bound"
         )
         right.set_xscale("log", base=2)
         right.xaxis.set_major_formatter("{x:g}")
         for axes, value in ((left, found.noise_alpha), (right, found.n_samples)):
+            axes.axvline(value, color="0.2", lw=0.9)
             axes.annotate(f" {value:g}", (value, 0), xycoords=("data", "axes fraction"), va="bottom")
         save_figure(figure, path)

@@ -1,31 +1,25 @@
 """The choice of noise_alpha and of the number of samples for a model, from a few of its own images without labels.
 
-noise_alpha. Averaging over noise keeps the part of a gradient that its neighbourhood shares; but noisier samples have
-a larger variance, and beyond some level the model recognises nothing. Both can be measured without labels.
-
-- Repeatability r(α): the Pearson correlation of two maps of the same image with different draws, each of a copy of the
-  image under slight noise of its own. Without that noise α = 0 would score too well: a single gradient repeats exactly
-  at the same point, however noisy it is.
-- Decision kept k(α): the share of noisy samples (without the transformations) whose top class, or the sign of whose
-  single logit, is that of the unperturbed image. The robust mean over samples breaks down when half of them explain
-  something else, so α must keep k(α) ≥ ½.
-
-The choice is the largest such α whose mean r is at least 98 % of the best: the most smoothing at nearly no cost.
+noise_alpha. The rule is that of an untuned model (`explain.noise_level`), with the spread of the model's own images in
+place of that of photographs: scans, drawings and dark images have another one. Then the level is halved until the
+decision is kept: k(α), the share of noisy samples (without the transformations) whose top class, or the sign of whose
+single logit, is that of the unperturbed image, must be ½ or more, since the robust mean over samples breaks down when
+half of them explain something else.
 
 n_samples. A bound of a map's relative error, valid nine times in ten, is estimated from halves of its samples
 (`explain.convergence`) and falls with 1/√S; a map of relative error e correlates about √(1 − e²) with its limit. So
 S = S₀·(bound(S₀)/e)², the median over images, for the requested correlation.
 
-Tried on other scenes than those of the validation (`scripts/validate_tune.py`), and rejected: deletion and insertion
-by the model's own maps (flat in α); correlation with the effect of removing random patches (flat, with another
-maximum); one standard error instead of 2 % (with few images it permits too much); counting decisions under the
-transformations, too (many models are not invariant to them).
+Tried (`scripts/validate_tune.py`), and rejected: the largest level at which two maps of an image agree nearly as well
+as at any other (0.5 on the demo model, whose best EnergyPG lies at 0); deletion and insertion by the model's own maps
+(flat in α); correlation with the effect of removing random patches (flat, with another maximum); counting decisions
+under the transformations, too (many models are not invariant to them).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,23 +27,19 @@ import torch
 from torch import Tensor
 
 from dave_fast.errors import InputError
-from dave_fast.evaluate import metrics
 from dave_fast.evaluate.methods import contributions_of
 from dave_fast.explain.convergence import checkpoints, refine
 from dave_fast.explain.explainer import DAVE
+from dave_fast.explain.noise_level import level_for
 from dave_fast.models.meaning import link_of
 from dave_fast.ops.perturb import perturb
 from dave_fast.sampling import Sampling, draw
 
-ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-# samples of each of the two maps that are correlated, draws for each noise level, samples of the error estimate
-SAMPLES, LEVEL_DRAWS, ERROR_SAMPLES = 24, 4, 64
-# noise in which the two copies of an image differ, as a share of the standard deviation of the images
-VIEW_NOISE = 0.1
+# levels at which decisions are counted, draws of each, samples of the error estimate
+LEVELS, LEVEL_DRAWS, ERROR_SAMPLES = 13, 4, 64
+HIGHEST = 0.9
 # the smallest share of decisions kept
 KEPT = 0.5
-# the share of the best repeatability that may be given up for more smoothing
-TOLERANCE = 0.02
 QUALITY = 0.9
 MOST_SAMPLES = 1000
 
@@ -61,51 +51,45 @@ class Tuning:
     """The result of tuning.
 
     Attributes:
-        alphas: A values of α.
-        repeatability: (A, n) float64, of each α and image.
-        kept: (A,) float64, share of samples that keep the decision.
-        best: index of the highest mean repeatability among the allowed α.
+        spread: standard deviation of the images.
+        by_spread: the α that it stands for.
+        alphas: (A,) float64, rising.
+        kept: (A,) float64, share of samples that keep the decision; NaN where the model decides nothing.
         noise_alpha: the α chosen.
         errors: S -> bound of the relative error, the median over images.
         n_samples: the number of samples chosen.
         quality: the requested correlation with the converged map.
     """
 
-    alphas: tuple[float, ...]
-    repeatability: np.ndarray
+    spread: float
+    by_spread: float
+    alphas: np.ndarray
     kept: np.ndarray
-    best: int
     noise_alpha: float
     errors: dict[int, float]
     n_samples: int
     quality: float
 
     @property
-    def means(self) -> np.ndarray:
-        """Mean repeatability of each α."""
-        return np.nanmean(self.repeatability, axis=1)
+    def decides(self) -> bool:
+        """Whether the model decides something, so that decisions were counted."""
+        return not np.isnan(self.kept).any()
 
-    @property
-    def spread(self) -> np.ndarray:
-        """Standard error of each α's difference from the best, paired by image."""
-        differences = self.repeatability - self.repeatability[self.best]
-        return np.nanstd(differences, axis=1, ddof=1) / math.sqrt(differences.shape[1])
+    def kept_at(self, alpha: float) -> float:
+        """Return the share of samples that keep the decision at a level."""
+        return float(np.interp(alpha, self.alphas, self.kept))
 
 
-def choose_alpha(repeatability: np.ndarray, kept: np.ndarray) -> tuple[int, int]:
-    """Choose α by the rule above; the smallest if no α keeps half of the decisions.
+def choose_alpha(spread: float, alphas: np.ndarray, kept: np.ndarray) -> float:
+    """Choose α by the rule above; 0 if no α keeps half of the decisions.
 
     Args:
-        repeatability: (A, n), of rising α and each image.
-        kept: (A,), share of samples that keep the decision.
-
-    Returns:
-        Indices of the α chosen and of the most repeatable one among those allowed.
+        spread: standard deviation of the model's images.
+        alphas: (A,), rising from 0.
+        kept: (A,), share of samples that keep the decision; NaN where there is none.
     """
-    allowed = [i for i, share in enumerate(kept) if share >= KEPT] or [0]
-    means = np.nanmean(repeatability, axis=1)
-    best = max(allowed, key=lambda i: means[i])
-    return max(i for i in allowed if means[i] >= means[best] - TOLERANCE * abs(means[best])), best
+    halved = (level_for(spread) / 2**times for times in range(6))
+    return next((alpha for alpha in halved if not np.interp(alpha, alphas, kept) < KEPT), 0.0)
 
 
 def samples_for(quality: float, samples: int, error: float) -> int:
@@ -121,30 +105,25 @@ def samples_for(quality: float, samples: int, error: float) -> int:
 
 
 def tune(
-    explainer: DAVE,
-    images: Tensor,
-    *,
-    alphas: Sequence[float] = ALPHAS,
-    quality: float = QUALITY,
-    seed: int = 0,
-    progress: Progress | None = None,
+    explainer: DAVE, images: Tensor, *, quality: float = QUALITY, seed: int = 0, progress: Progress | None = None
 ) -> Tuning:
     """Choose noise_alpha and the number of samples for a model; the predicted classes are explained.
 
     Args:
         explainer: of the model, with any noise_alpha, which is restored.
-        images: (n, 3, H, W), normalised, three or more.
-        alphas: rising values within [0, 1].
+        images: (n, C, H, W), normalised, three or more.
         quality: the wanted correlation with the converged map, between 0 and 1.
         seed: of the draws.
         progress: called with (samples done, samples in all, description).
 
     Raises:
-        InputError: an argument is outside of these limits, or the model's scores have no probabilities.
+        InputError: an argument is outside of these limits, or the model's output is no scores (B, K).
     """
-    _check(images, alphas, quality)
-    before = explainer.sampling
-    total = len(alphas) * 2 * SAMPLES * len(images) + ERROR_SAMPLES * len(images)
+    if images.ndim != 4 or len(images) < 3:
+        raise InputError(f"images {tuple(images.shape)}: tuning takes three or more, (n, C, H, W); eight are better.")
+    if not 0 < quality < 1:
+        raise InputError(f"quality is {quality}; expected a correlation between 0 and 1, as 0.9.")
+    total = (LEVELS * LEVEL_DRAWS + ERROR_SAMPLES) * len(images)
     done = 0
 
     def tell(samples: int, what: str) -> None:
@@ -153,59 +132,23 @@ def tune(
         if progress is not None:
             progress(done, total, what)
 
+    tell(0, "noise_alpha")
     output = explainer.predict(images)
-    if link_of(explainer.model, output.shape[1]) is None:
-        raise InputError("the model's scores decide nothing (its link is None): choose noise_alpha by looking at maps.")
-    classes = output.argmax(1)
-    kept = _kept(explainer, images, _decisions(output), alphas, seed)
-    views = _views(images, seed)
+    if output.ndim != 2:
+        raise InputError(f"the model's output is {tuple(output.shape)}; tuning takes the scores of classes, (B, K).")
+    alphas = np.linspace(0, HIGHEST, LEVELS)
+    kept = np.full(LEVELS, np.nan)
+    if link_of(explainer.model, output.shape[1]) is not None:
+        kept = _kept(explainer, images, _decisions(output), alphas, seed, tell)
+    spread = images.double().std(dim=(0, 2, 3)).mean().item()
+    before, chosen = explainer.sampling, choose_alpha(spread, alphas, kept)
     try:
-        repeatability = _repeatability(explainer, views, classes, alphas, seed, tell)
-        chosen, best = choose_alpha(repeatability, kept)
-        explainer.sampling = replace(before, noise_alpha=float(alphas[chosen]))
-        errors = _errors(explainer, images, classes, seed, tell)
+        explainer.sampling = replace(before, noise_alpha=chosen)
+        errors = _errors(explainer, images, output.argmax(1), seed, tell)
     finally:
         explainer.sampling = before
     n_samples = samples_for(quality, ERROR_SAMPLES, errors[ERROR_SAMPLES])
-    return Tuning(tuple(alphas), repeatability, kept, best, float(alphas[chosen]), errors, n_samples, quality)
-
-
-def _check(images: Tensor, alphas: Sequence[float], quality: float) -> None:
-    if images.ndim != 4 or len(images) < 3:
-        raise InputError(f"images {tuple(images.shape)}: tuning takes three or more, (n, 3, H, W); eight are better.")
-    if len(alphas) < 2 or list(alphas) != sorted(set(alphas)) or not 0 <= alphas[0] <= alphas[-1] <= 1:
-        raise InputError(f"alphas are {list(alphas)}; expected two or more that rise, between 0 and 1.")
-    if not 0 < quality < 1:
-        raise InputError(f"quality is {quality}; expected a correlation between 0 and 1, as 0.9.")
-
-
-def _views(images: Tensor, seed: int) -> list[Tensor]:
-    """Return two copies of the images, each under slight noise of its own."""
-    generator = torch.Generator().manual_seed(seed)
-    spread = VIEW_NOISE * images.std()
-    noise = [torch.randn(images.shape, generator=generator).to(images) for _ in range(2)]
-    return [images + spread * each for each in noise]
-
-
-def _repeatability(
-    explainer: DAVE,
-    views: Sequence[Tensor],
-    classes: Tensor,
-    alphas: Sequence[float],
-    seed: int,
-    tell: Callable[[int, str], None],
-) -> np.ndarray:
-    """Return the correlation of the maps of both views, (A, n) by α and image; changes the explainer's α."""
-    rows = []
-    for alpha in alphas:
-        explainer.sampling = replace(explainer.sampling, noise_alpha=float(alpha))
-        maps = []
-        for number, view in enumerate(views):
-            found = explainer.explain(view, classes, SAMPLES, seed + number, image_keys=range(len(view)))
-            maps.append(found.maps)
-            tell(SAMPLES * len(view), f"noise_alpha {alpha:g}")
-        rows.append(metrics.correlation(*maps).cpu().numpy())
-    return np.stack(rows)
+    return Tuning(spread, level_for(spread), alphas, kept, chosen, errors, n_samples, quality)
 
 
 def _decisions(output: Tensor) -> Tensor:
@@ -213,9 +156,15 @@ def _decisions(output: Tensor) -> Tensor:
     return output.argmax(1) if output.shape[1] > 1 else (output[:, 0] > 0).long()
 
 
-def _kept(explainer: DAVE, images: Tensor, decisions: Tensor, alphas: Sequence[float], seed: int) -> np.ndarray:
+def _kept(
+    explainer: DAVE,
+    images: Tensor,
+    decisions: Tensor,
+    levels: np.ndarray,
+    seed: int,
+    tell: Callable[[int, str], None],
+) -> np.ndarray:
     """Return the share of noisy samples that keep the decision, (A,): for each α the mean over levels up to it."""
-    levels = np.linspace(0, alphas[-1], 13)
     height, width = images.shape[2:]
     still = Sampling(rotation=0.0, scale=(1.0, 1.0), translation=0.0, flip=0.0)
     keys = range(len(images))
@@ -229,9 +178,10 @@ def _kept(explainer: DAVE, images: Tensor, decisions: Tensor, alphas: Sequence[f
         shaken = perturb(images.cpu(), at_level, (height, width))
         found = _decisions(explainer.predict(shaken.view(-1, *images.shape[1:]))).cpu()
         shares.append((found == wanted).double().mean().item())
+        tell(len(shaken), "noise_alpha")
     # the mean over [0, α] by the trapezoid rule; at α = 0 it is the first share
-    steps = np.concatenate([[0.0], np.cumsum((np.array(shares[1:]) + shares[:-1]) / 2 * np.diff(levels))])
-    return np.array([shares[0] if a == 0 else np.interp(a, levels, steps) / a for a in alphas])
+    areas = np.cumsum((np.array(shares[1:]) + shares[:-1]) / 2 * np.diff(levels))
+    return np.concatenate([shares[:1], areas / levels[1:]])
 
 
 def _errors(

@@ -22,9 +22,10 @@ from dave_fast.engine.end_of_call import EndOfCall
 from dave_fast.engine.micro_batches import MicroBatches, Progress
 from dave_fast.errors import InputError
 from dave_fast.explain.explanation import Explanation
+from dave_fast.explain.noise_level import noise_level
 from dave_fast.explain.route_cache import RouteCache
 from dave_fast.given.wrappers import Watched
-from dave_fast.models.catalog import is_private, load_model, noise_alpha_for
+from dave_fast.models.catalog import is_private, load_model
 from dave_fast.models.meaning import most_probable, probability_of
 from dave_fast.models.spec import ModelSpec
 from dave_fast.ops.patches import unpatchify
@@ -53,7 +54,8 @@ class DAVE:
             bf16 where the device has it, else fp32.
         backend: "auto", or "native" (C++ on the host), "onednn" or "torch": taken for every op that has it.
         route: "auto", "engine" (raises where the model has no plan) or "frozen".
-        noise_alpha: largest noise level; by default the authors' value for the model, else 0.5 with a warning.
+        noise_alpha: largest noise level; by default the authors' value for the model, else one by the scale of its
+            pixels (see `dave_fast.explain.noise_level`).
         schedule: "sequence" or "paper" (see `dave_fast.sampling.Sampling`, also for the next four).
         rotation: largest angle in degrees.
         scale: smallest and largest factor.
@@ -93,7 +95,7 @@ class DAVE:
         self.precision = choose_precision(precision, self.device, backend)
         self.backend = backend
         if noise_alpha is None:
-            noise_alpha = noise_alpha_for(self.model_name)
+            noise_alpha = noise_level(self.model, self.model_name)
         self.sampling = Sampling(noise_alpha, schedule, rotation, scale, translation, flip)
         self.internal_batch_size = check_rows(internal_batch_size)
         self._cache = RouteCache(

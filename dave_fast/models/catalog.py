@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-import warnings
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from dave_fast.models.meaning import require_classifier
 from dave_fast.models.spec import LINK_WORDS, ModelSpec, as_spec, class_names
 from dave_fast.models.weights_file import load_weights
 
-DEFAULT_NOISE_ALPHA = 0.5
 # The authors' tuned values (github.com/a-vrobell/DAVE, model configurations at ee412e5). A name without a tag
 # stands for timm's default weights of that architecture. That of "demo" was tuned for this package.
 NOISE_ALPHA = {
@@ -36,10 +34,6 @@ _ALSO = {
 # the extra of dave-fast that installs a source's library
 _EXTRAS = {"hf": "hf", "open_clip": "openclip"}
 _TIMM = ("timm:", "hf:timm/", "hf-hub:timm/")
-
-
-class NoiseAlphaWarning(UserWarning):
-    """The default noise_alpha is used because none was tuned for the model."""
 
 
 def load_model(model: str | ModelSpec | nn.Module) -> tuple[nn.Module, str]:
@@ -194,21 +188,12 @@ def model_name(model: nn.Module) -> str:
     return f"{architecture}.{tag}" if tag else str(architecture)
 
 
-def noise_alpha_for(name: str) -> float:
-    """Return the tuned noise_alpha of a model; the default with a `NoiseAlphaWarning` if none was tuned."""
+def noise_alpha_for(name: str) -> float | None:
+    """Return the noise_alpha that was tuned for a model; None where none was."""
     same = _ALSO.get(name, name)
     for prefix in _TIMM:
         same = same.removeprefix(prefix)
-    for known in (same, same.partition(".")[0] if _has_default_tag(same) else same):
-        if known in NOISE_ALPHA:
-            return NOISE_ALPHA[known]
-    warnings.warn(
-        f"noise_alpha was never tuned for {name!r}; {DEFAULT_NOISE_ALPHA} is used. It changes maps strongly: let "
-        "`dave-fast tune` choose it from a few of your own images, or pass noise_alpha=.",
-        NoiseAlphaWarning,
-        stacklevel=3,
-    )
-    return DEFAULT_NOISE_ALPHA
+    return NOISE_ALPHA.get(same, NOISE_ALPHA.get(same.partition(".")[0]) if _has_default_tag(same) else None)
 
 
 def _has_default_tag(name: str) -> bool:

@@ -36,7 +36,6 @@ def models(monkeypatch):
         return known[spec.name](), spec.name
 
     monkeypatch.setattr(explainer, "load_model", load_model)
-    monkeypatch.setattr(explainer, "noise_alpha_for", lambda name: 0.5)
     return known
 
 

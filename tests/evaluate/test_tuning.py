@@ -1,4 +1,4 @@
-"""Test tuning: the rule on curves with known answers, the number of samples, and a run on a small model."""
+"""Test tuning: the choice with known answers, the number of samples, and a run on a small model."""
 
 import numpy as np
 import pytest
@@ -10,40 +10,26 @@ from dave_fast.cli.app import app
 from dave_fast.cli.config import load_config
 from dave_fast.errors import InputError
 from dave_fast.evaluate.tuning import _decisions, choose_alpha, samples_for, tune
+from dave_fast.explain.noise_level import level_for
+from dave_fast.targets import tokens_of
 from tests.tiny import random_head_vit
 
-NOISE = np.random.default_rng(0).normal(0, 0.01, (4, 8))
-EASY = np.ones(4)
-
-
-def curve(*means, noise=NOISE):
-    return np.array(means)[:, None] + noise
+ALPHAS = np.array([0.0, 0.1, 0.2, 0.4])
 
 
 @pytest.mark.parametrize(
-    ("means", "kept", "chosen"),
+    ("spread", "kept", "chosen"),
     [
-        pytest.param((0.9, 0.7, 0.5, 0.3), EASY, 0, id="falling"),
-        pytest.param((0.3, 0.5, 0.9, 0.6), EASY, 2, id="a maximum inside"),
-        pytest.param((0.3, 0.5, 0.7, 0.9), EASY, 3, id="rising"),
-        pytest.param((0.3, 0.5, 0.7, 0.9), [1, 0.8, 0.49, 0.3], 1, id="rising, but the decision is lost"),
-        pytest.param((0.3, 0.5, 0.7, 0.9), [0.4, 0.3, 0.2, 0.1], 0, id="the decision is lost at once"),
+        pytest.param(1.0, [1, 1, 1, 1], 0.1, id="normalised as ImageNet's"),
+        pytest.param(0.5, [1, 1, 1, 1], level_for(0.5), id="half of that"),
+        pytest.param(1.0, [1, 0.5, 0.4, 0.3], 0.1, id="just kept"),
+        pytest.param(1.0, [1, 0.4, 0.3, 0.2], 0.05, id="lost, but not at the half"),
+        pytest.param(1.0, [0.4, 0.3, 0.2, 0.1], 0.0, id="lost at once"),
+        pytest.param(1.0, [np.nan] * 4, 0.1, id="no decision"),
     ],
 )
-def test_the_choice_on_curves_with_a_known_answer(means, kept, chosen):
-    assert choose_alpha(curve(*means), np.array(kept))[0] == chosen
-
-
-def test_nearly_equal_scores_choose_more_noise():
-    assert choose_alpha(curve(0.9, 0.91, 0.895, 0.5, noise=0 * NOISE), EASY) == (2, 1)
-    assert choose_alpha(curve(0.9, 0.91, 0.89, 0.5, noise=0 * NOISE), EASY) == (1, 1)
-    assert choose_alpha(curve(-0.2, -0.1, -0.3, -0.5, noise=0 * NOISE), EASY) == (1, 1)
-
-
-def test_an_image_with_a_constant_map_is_left_out():
-    values = curve(0.3, 0.5, 0.9, 0.6)
-    values[:, 0] = np.nan
-    assert choose_alpha(values, EASY)[0] == 2
+def test_the_choice_on_curves_with_a_known_answer(spread, kept, chosen):
+    assert choose_alpha(spread, ALPHAS, np.array(kept)) == chosen
 
 
 def test_samples_follow_the_square_of_the_error():
@@ -62,18 +48,18 @@ def explainer():
 def test_a_model_is_tuned_repeatably_and_left_as_it_was(explainer):
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     seen = []
-    first, second = (
-        tune(explainer, images, alphas=(0.0, 0.3, 0.6), progress=lambda *a: seen.append(a)) for _ in range(2)
-    )
-    assert first.noise_alpha in (0.0, 0.3, 0.6)
+    first, second = (tune(explainer, images, progress=lambda *a: seen.append(a)) for _ in range(2))
+    assert first.spread == pytest.approx(1, abs=0.05)
+    assert first.noise_alpha in (level_for(first.spread), 0.05)
     assert (first.noise_alpha, first.n_samples) == (second.noise_alpha, second.n_samples)
-    np.testing.assert_array_equal(first.repeatability, second.repeatability)
-    assert first.repeatability.shape == (3, 3)
+    np.testing.assert_array_equal(first.kept, second.kept)
     assert (first.kept <= 1).all()
+    assert first.kept[0] == 1
     assert first.kept[0] >= first.kept[-1]
     errors = list(first.errors.values())
     assert errors[0] > errors[-1] > 0
     assert explainer.sampling.noise_alpha == 0.25
+    assert seen[0][0] == 0
     assert seen[-1][0] == seen[-1][1]
 
 
@@ -81,7 +67,6 @@ def test_a_model_is_tuned_repeatably_and_left_as_it_was(explainer):
     ("images", "options", "said"),
     [
         ((2, 3, 32, 32), {}, "three or more"),
-        ((3, 3, 32, 32), {"alphas": (0.5, 0.1)}, "rise"),
         ((3, 3, 32, 32), {"quality": 1.0}, "quality"),
     ],
 )
@@ -102,19 +87,30 @@ def test_a_single_logit_is_tuned_by_its_sign():
     with torch.no_grad():
         # about zero, so that noise changes signs
         model.head.bias -= model(images).mean()
-    assert tune(explainer, images, alphas=(0.0, 1.0)).kept[-1] < 1
+    assert tune(explainer, images).kept[-1] < 1
 
 
-def test_a_regression_has_no_decision_to_keep():
+def test_images_of_a_smaller_spread_get_less_noise(explainer):
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert tune(explainer, images / 4).by_spread == level_for((images / 4).std().item())
+
+
+def test_a_regression_is_tuned_by_its_images_alone():
     model = random_head_vit()
     model.link = None
     explainer = DAVE(model, precision="fp32", noise_alpha=0.25)
-    with pytest.raises(InputError, match="decide nothing"):
-        tune(explainer, torch.zeros(3, 3, 32, 32), alphas=(0.0, 0.3))
+    found = tune(explainer, torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    assert not found.decides
+    assert found.noise_alpha == found.by_spread
+
+
+def test_an_output_without_classes_is_refused():
+    explainer = DAVE(tokens_of(random_head_vit()), precision="fp32", noise_alpha=0.25)
+    with pytest.raises(InputError, match=r"scores of classes"):
+        tune(explainer, torch.randn(3, 3, 32, 32))
 
 
 def test_the_command_writes_a_file_that_other_commands_take(tmp_path, monkeypatch):
-    monkeypatch.setattr("dave_fast.evaluate.tuning.SAMPLES", 2)
     monkeypatch.setattr("dave_fast.evaluate.tuning.ERROR_SAMPLES", 8)
     result = CliRunner().invoke(app, ["tune", "--images", "3", "--precision", "fp32", "--out", str(tmp_path / "tuned")])
     assert result.exit_code == 0, result.output
@@ -122,6 +118,8 @@ def test_the_command_writes_a_file_that_other_commands_take(tmp_path, monkeypatc
     assert config.model == "demo"
     assert f"noise_alpha = {config.noise_alpha:g}" in result.output
     assert f"n_samples = {config.n_samples}" in result.output
+    # the output is no terminal
+    assert "loading demo" in result.output
     assert (tmp_path / "tuned" / "tune.png").stat().st_size > 10_000
 
 

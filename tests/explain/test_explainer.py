@@ -1,7 +1,6 @@
 """DAVE from images to maps: repeatable, independent of batches, the model unchanged, errors."""
 
 import copy
-import warnings
 from itertools import pairwise
 
 import pytest
@@ -10,7 +9,6 @@ from torch import nn
 
 import dave_fast
 from dave_fast.errors import InputError, ModelError, NonFiniteError, UnknownModelError
-from dave_fast.models.catalog import NoiseAlphaWarning, noise_alpha_for
 from tests.tiny import random_vit
 
 STILL = dict(rotation=0.0, scale=(1.0, 1.0), translation=0.0, flip=0.0, noise_alpha=0.0)
@@ -401,18 +399,6 @@ def test_a_model_without_attention_is_refused(images):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
     with pytest.raises(ModelError, match="attention"):
         explainer(model).explain(images, n_samples=1)
-
-
-def test_noise_alpha_is_the_tuned_one_or_warns():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert noise_alpha_for("deit3_base_patch16_224.fb_in1k") == 0.9
-        assert noise_alpha_for("vit_base_patch16_224") == 0.3
-        assert noise_alpha_for("vit_base_patch16_224.augreg2_in21k_ft_in1k") == 0.3
-    with pytest.warns(NoiseAlphaWarning, match="vit_tiny.*noise_alpha="):
-        assert noise_alpha_for("vit_tiny_patch16_224") == 0.5
-    with pytest.warns(NoiseAlphaWarning, match="vit_base_patch16_224.dino"):
-        assert noise_alpha_for("vit_base_patch16_224.dino") == 0.5
 
 
 def test_the_most_probable_classes_are_explained_in_order(model, images):

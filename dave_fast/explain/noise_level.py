@@ -1,0 +1,69 @@
+"""The noise level of a model: the authors' where they tuned one, else one by the scale of the model's pixels.
+
+A sample is (1 − t)·τ(x) + √(1 − (1 − t)²)·ε with t up to α and ε ~ N(0, 1), whatever the scale of x (DAVE,
+arXiv 2602.06613, Eq. 7). So the same α is stronger noise for a model whose pixels have a smaller spread s: at the
+highest level noise and image have the ratio
+
+    √(1 − (1 − α)²) / ((1 − α)·s),   hence   α = 1 − 1/√(1 + (ratio·s)²)
+
+The ratio is that of α = 0.1 for pixels that are normalised as ImageNet's, s = 1. A larger spread gets 0.1 too, since
+1 − t also takes contrast away, which the model sees at any scale. `scripts/validate_tune.py` measures how far the
+result is from the best level of a sweep.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+
+from torch import nn
+
+from dave_fast.errors import is_out_of_memory, reason_of
+from dave_fast.images.preprocess import preprocessing
+from dave_fast.models.catalog import noise_alpha_for
+
+logger = logging.getLogger("dave_fast")
+
+# the level for pixels of spread 1
+LEVEL = 0.1
+# the spread of photographs in [0, 1]: the mean of the standard deviations by which ImageNet's channels are divided
+PHOTOGRAPHS = 0.226
+
+
+def noise_level(model: nn.Module, name: str) -> float:
+    """Return noise_alpha for a model; log it where the authors tuned none.
+
+    It depends on nothing but the model's description of its pixels.
+
+    Args:
+        model: any module.
+        name: of the model, as `load_model` returns it.
+    """
+    tuned = noise_alpha_for(name)
+    if tuned is not None:
+        return tuned
+    try:
+        std = preprocessing(model).std
+        chosen, why = level_for(PHOTOGRAPHS * len(std) / sum(std)), f"divided by {', '.join(f'{s:.3g}' for s in std)}"
+    # a description of the user's own may be anything
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        chosen, why = LEVEL, f"of unknown scale ({reason_of(error)})"
+    logger.info(
+        "noise_alpha is %g for %s, whose pixels are %s; noise_alpha= sets another, `dave-fast tune` measures it",
+        chosen,
+        name,
+        why,
+    )
+    return chosen
+
+
+def level_for(spread: float) -> float:
+    """Return noise_alpha for pixels of a standard deviation, to two digits, so that rounding does not tell.
+
+    Args:
+        spread: standard deviation of a model's normalised images.
+    """
+    ratio = math.sqrt(1 / (1 - LEVEL) ** 2 - 1)
+    return float(f"{1 - 1 / math.hypot(1, ratio * min(1.0, spread)):.2g}")
