@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -81,9 +82,21 @@ def note(to: Console, text: str) -> None:
     to.print(f"note: {text}", style="yellow", soft_wrap=True)
 
 
+class _Lines(logging.Handler):
+    """A handler of log records that gives their text to a function."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        super().__init__()
+        self._show = show
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Give the text of a record to the function."""
+        self._show(record.getMessage())
+
+
 @contextmanager
 def plain_warnings(to: Console) -> Iterator[None]:
-    """Print warnings in the block as notes, each text once, without the line of code that gave it."""
+    """Print warnings in the block, and what was chosen for the model, as notes; each text once, without its place."""
     seen = set()
 
     def show(message: Warning | str, *details: Any, **more: Any) -> None:
@@ -92,9 +105,17 @@ def plain_warnings(to: Console) -> Iterator[None]:
             seen.add(text)
             note(to, text)
 
-    with warnings.catch_warnings():
-        warnings.showwarning = show
-        yield
+    handler, choices = _Lines(show), logging.getLogger("dave_fast.explain")
+    level = choices.level
+    choices.addHandler(handler)
+    choices.setLevel(logging.INFO)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            yield
+    finally:
+        choices.removeHandler(handler)
+        choices.setLevel(level)
 
 
 @contextmanager

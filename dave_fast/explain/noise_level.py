@@ -22,7 +22,7 @@ from dave_fast.errors import is_out_of_memory, reason_of
 from dave_fast.images.preprocess import preprocessing
 from dave_fast.models.catalog import noise_alpha_for
 
-logger = logging.getLogger("dave_fast")
+logger = logging.getLogger("dave_fast.explain")
 
 # the level for pixels of spread 1
 LEVEL = 0.1

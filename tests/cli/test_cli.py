@@ -1,5 +1,6 @@
 """Tests of the command line: files, output, and refusals that leave no trace."""
 
+import io
 import os
 import subprocess
 import sys
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
 import dave_fast
+from dave_fast.cli import terminal
 from dave_fast.cli.app import app
 from dave_fast.errors import UnknownModelError
 from dave_fast.explain import explainer, image_files
@@ -87,6 +90,7 @@ def test_one_image(models, photo, tmp_path):
     assert tree(out) == ["photo.map.png", "photo.npz", "photo.overlay.png"]
     assert size(out / "photo.overlay.png") == size(out / "photo.map.png") == (448, 448)
     assert f"1 image explained in {out}" in result.stdout
+    assert "note: noise_alpha is 0.1 for tiny" in result.stderr
 
 
 def test_arrays(models, photo, tmp_path):
@@ -198,6 +202,15 @@ def test_results_inside_the_folder_are_not_explained(models, tmp_path):
         assert "1 image explained" in result.stdout
 
 
+def test_progress_in_a_file_is_a_line_once_in_a_while(monkeypatch):
+    text = io.StringIO()
+    with terminal.progress(Console(file=text), "tuning") as update:
+        update(1, 8, "noise_alpha")
+        monkeypatch.setattr(terminal, "LOG_S", 0.0)
+        update(2, 8, "noise_alpha")
+    assert text.getvalue() == "noise_alpha: 2 of 8 samples\n"
+
+
 def test_notes_are_plain_lines_told_once(models, photo, tmp_path):
     models["bare"] = lambda: setattr(model := tiny(), "pretrained_cfg", None) or model
     write(tmp_path / "in/b.png")
@@ -210,8 +223,8 @@ def test_notes_are_plain_lines_told_once(models, photo, tmp_path):
 
 
 def refused(result, message):
-    """Check that the command printed one red line and no traceback."""
-    lines = [line for line in result.stderr.splitlines() if line]
+    """Check that the command printed one red line and no traceback, beside the note of the level chosen."""
+    lines = [line for line in result.stderr.splitlines() if line and not line.startswith("note: noise_alpha is")]
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
     assert message in lines[0]
 
