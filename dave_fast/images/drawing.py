@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # Pictures are enlarged by a whole number until their shorter side has this many pixels.
 SHORTEST_SIDE = 448
 COLORMAP = "inferno"
+# From −1 to 1: blue, black at 0 as in inferno, orange: colours that the colour-blind tell apart.
+_TWO_COLOURS = ("#c8f0ff", "#35b0ff", "#1040b0", "#000000", "#a03000", "#ff8c1a", "#fff0a0")
 # The maximum is often a few isolated pixels: values above this quantile are shown as brightest.
 _BRIGHTEST = 0.995
 _GAMMA = 0.7
@@ -80,11 +82,30 @@ def overlay(crop: np.ndarray, heat: np.ndarray) -> Image.Image:
     The opacity of the map's colour grows with a pixel's contribution.
     """
     strength = _enlarge(shown(heat))
+    return _over(crop, strength, _colours(strength), _SATURATION)
+
+
+def signed_map(heat: np.ndarray) -> Image.Image:
+    """Draw a signed map (H, W), enlarged: RGB; orange above zero, blue below, black at zero, on the scale of `shown`.
+
+    Both signs have one scale: a side that is weaker than the other is darker.
+    """
+    return _picture(_signed_colours(_signed(heat)))
+
+
+def signed_overlay(crop: np.ndarray, heat: np.ndarray) -> Image.Image:
+    """Draw a signed map (H, W), in the colours of `signed_map`, over the crop in grey, uint8 (H, W, 3): RGB."""
+    values = _signed(heat)
+    return _over(crop, np.abs(values), _signed_colours(values), saturation=0)
+
+
+def _over(crop: np.ndarray, strength: np.ndarray, colours: np.ndarray, saturation: float) -> Image.Image:
+    """Draw colours (H, W, 3) over the crop, the stronger (H, W) the more opaque; all but the crop are enlarged."""
     photograph = photograph_of(crop) / np.float32(255)
     grey = (photograph @ np.array(_LUMINANCE, np.float32))[..., None]
-    under = _LIFT + _DIMMING * (grey + _SATURATION * (photograph - grey))
+    under = _LIFT + _DIMMING * (grey + saturation * (photograph - grey))
     alpha = _OPACITY * np.clip(strength / _OPAQUE_FROM, 0, 1)[..., None]
-    return _picture(under + alpha * (_colours(strength) - under))
+    return _picture(under + alpha * (colours - under))
 
 
 def photograph_of(crop: np.ndarray) -> np.ndarray:
@@ -100,6 +121,21 @@ def _resized(image: Image.Image) -> Image.Image:
 def _enlarge(values: np.ndarray) -> np.ndarray:
     """Return values in [0, 1], float32 (H, W), enlarged; bicubic overshoot is clipped."""
     return np.clip(np.asarray(_resized(Image.fromarray(values))), 0, 1)
+
+
+def _signed(heat: np.ndarray) -> np.ndarray:
+    """Return a signed map on the scale of `shown`, float32 in [-1, 1], enlarged; bicubic overshoot is clipped."""
+    values = np.copysign(shown(np.abs(heat)), heat).astype(np.float32)
+    return np.clip(np.asarray(_resized(Image.fromarray(values))), -1, 1)
+
+
+def _signed_colours(values: np.ndarray) -> np.ndarray:
+    """Return colours, float32 (H, W, 3) in [0, 1], for values in [-1, 1], float32 (H, W)."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    # an odd number of colours: zero is exactly black
+    table = LinearSegmentedColormap.from_list("blue to orange", _TWO_COLOURS, N=511)(np.arange(511))
+    return table[:, :3].astype(np.float32)[np.rint(values * 255).astype(np.int16) + 255]
 
 
 def _colours(values: np.ndarray) -> np.ndarray:

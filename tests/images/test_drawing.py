@@ -5,7 +5,18 @@ import pytest
 from PIL import Image
 
 from dave_fast.images import drawing as figures
-from dave_fast.images.drawing import Panel, figure, overlay, percent, plain_map, save_figure, save_picture, shown
+from dave_fast.images.drawing import (
+    Panel,
+    figure,
+    overlay,
+    percent,
+    plain_map,
+    save_figure,
+    save_picture,
+    shown,
+    signed_map,
+    signed_overlay,
+)
 
 
 @pytest.fixture
@@ -55,6 +66,7 @@ def test_pictures_are_enlarged_by_whole_numbers(shape, size):
     heat = np.random.default_rng(0).random(shape, np.float32)
     for picture in (plain_map(heat), overlay(np.zeros((*shape, 3), np.uint8), heat)):
         assert picture.size == size and picture.mode == "RGB"
+    assert signed_map(heat).size == signed_overlay(np.zeros((*shape, 3), np.uint8), heat).size == size
 
 
 def test_plain_map_goes_from_dark_to_bright(heat):
@@ -78,10 +90,32 @@ def test_overlay_covers_more_where_the_map_is_stronger(crop):
     assert (np.diff(left) <= 1).all() and left[0] > 140 and left[-1] < 25
 
 
+def test_signed_map_is_orange_above_zero_blue_below_and_black_at_zero():
+    heat = np.repeat(np.array([[1.0, 0.0, -1.0]], np.float32), 30, axis=1).repeat(90, axis=0)
+    pixels = np.asarray(signed_map(heat), np.int16)[:, 75::150]
+    (for_red, _, for_blue), none, (against_red, _, against_blue) = pixels[len(pixels) // 2]
+    assert for_red > for_blue + 50 and against_blue > against_red + 50 and not none.any()
+
+
+def test_weaker_sign_is_darker_whichever_it_is():
+    heat = np.repeat(np.array([[1.0, -0.3]], np.float32), 45, axis=1).repeat(90, axis=0)
+    for turned in (heat, -heat):
+        strong, weak = np.asarray(signed_map(turned).convert("L"), np.int16)[225, 112::225]
+        assert strong > weak + 50 and weak > 0
+
+
+def test_signed_overlay_of_nothing_is_the_photograph_in_grey(crop):
+    picture = np.asarray(signed_overlay(crop, np.zeros((64, 64), np.float32)), np.int16)
+    grey = figures.photograph_of(crop).astype(np.float32) @ np.array(figures._LUMINANCE, np.float32)
+    assert (picture == picture[..., :1]).all()
+    np.testing.assert_allclose(picture[..., 0], 255 * figures._LIFT + figures._DIMMING * grey, atol=1.0)
+
+
 def test_pictures_do_not_change_their_inputs(crop, heat):
     before = crop.copy(), heat.copy()
     overlay(crop, heat)
     plain_map(heat)
+    signed_overlay(crop, heat)
     assert (crop == before[0]).all() and (heat == before[1]).all()
 
 
