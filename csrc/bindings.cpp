@@ -36,22 +36,37 @@ void pull_back(Address cotangents, Dtype given, Address images, Dtype dtype, con
   dave::kernels().pull_back({cotangents, given}, inputs, {contributions, stored}, threads);
 }
 
+void pull_back_mean_variance(Address cotangents, Dtype given, Address images, Dtype dtype, const Shape& shape,
+                             const DrawsFields& draws, int64_t rows, int64_t p_h, int64_t p_w, int64_t samples,
+                             Address raw, Address variance, int threads) {
+  const auto inputs = checked(images, dtype, shape, draws, rows, p_h, p_w);
+  if (samples < 1 || rows % samples) throw std::invalid_argument("rows must be a multiple of the samples");
+  dave::kernels().pull_back_mean({cotangents, given}, inputs, samples, {raw, variance}, threads);
+}
+
 void pull_back_mean(Address cotangents, Dtype given, Address images, Dtype dtype, const Shape& shape,
                     const DrawsFields& draws, int64_t rows, int64_t p_h, int64_t p_w, int64_t samples, Address raw,
                     int threads) {
-  const auto inputs = checked(images, dtype, shape, draws, rows, p_h, p_w);
-  if (samples < 1 || rows % samples) throw std::invalid_argument("rows must be a multiple of the samples");
-  dave::kernels().pull_back_mean({cotangents, given}, inputs, samples, raw, threads);
+  pull_back_mean_variance(cotangents, given, images, dtype, shape, draws, rows, p_h, p_w, samples, raw, {}, threads);
 }
 
 void normal(Address keys, Address samples, int64_t rows, int64_t elements, Address deviates, int threads) {
   dave::kernels().normal(keys, samples, rows, elements, deviates, threads);
 }
 
+void robust_mean_variance(Address contributions, Dtype given, int64_t images, int64_t samples, int64_t channels,
+                          int64_t pixels, Address raw, Address variance, int threads) {
+  if (samples < 1 || channels < 1) throw std::invalid_argument("there must be a sample and a channel");
+  dave::kernels().robust_mean({{contributions, given}, images, samples, channels, pixels}, {raw, variance}, threads);
+}
+
 void robust_mean(Address contributions, Dtype given, int64_t images, int64_t samples, int64_t pixels, Address raw,
                  int threads) {
-  if (samples < 1) throw std::invalid_argument("there must be a sample");
-  dave::kernels().robust_mean({{contributions, given}, images, samples, pixels}, raw, threads);
+  robust_mean_variance(contributions, given, images, samples, 1, pixels, raw, {}, threads);
+}
+
+void shrink(Address raw, Dtype dtype, const Shape& shape, Address variance, Address shrunk, int threads) {
+  dave::kernels().shrink(images_of(raw, dtype, shape), variance, shrunk, threads);
 }
 
 void smooth(Address raw, Dtype dtype, const Shape& shape, Address maps, int threads) {
@@ -154,8 +169,11 @@ PYBIND11_MODULE(_native, module) {
   module.def("perturb", &perturb, release());
   module.def("pull_back", &pull_back, release());
   module.def("pull_back_mean", &pull_back_mean, release());
+  module.def("pull_back_mean_variance", &pull_back_mean_variance, release());
   module.def("normal", &normal, release());
   module.def("robust_mean", &robust_mean, release());
+  module.def("robust_mean_variance", &robust_mean_variance, release());
+  module.def("shrink", &shrink, release());
   module.def("smooth", &smooth, release());
   module.def("attention", &attention, release());
   module.def("attention_vjp", &attention_vjp, release());

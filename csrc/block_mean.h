@@ -72,10 +72,61 @@ void mean_of_kept(const T* values, int64_t samples, const T* median, const T* ma
   }
 }
 
-// One group of lanes, whose values are (samples, lanes); `sorted` is room for as many.
+// Adds the deviations of a channel's kept values from their mean to `sums` (samples, lanes), and how many are kept, or NaN
+// where the mean is NaN, to `counts`.
 template <typename T>
-void robust_mean_of(const T* values, int64_t samples, const Exchange* network, int64_t exchanges, T* sorted, T* mean) {
-  T mad[lanes];
+void add_deviations(const T* values, int64_t samples, const T* median, const T* mad, const T* mean, T* sums, T* counts) {
+  T within[lanes];
+  for (int l = 0; l < lanes; ++l) {
+    within[l] = kept_within(mad[l]);
+    counts[l] += mean[l] == mean[l] ? static_cast<T>(0) : mean[l];
+  }
+  for (int64_t s = 0; s < samples; ++s) {
+    const T* row = values + s * lanes;
+    T* sum = sums + s * lanes;
+    T kept[lanes];
+    for (int l = 0; l < lanes; ++l)
+      kept[l] = magnitude(sub(row[l], median[l])) <= within[l] ? static_cast<T>(1) : static_cast<T>(0);
+    for (int l = 0; l < lanes; ++l) {
+      sum[l] = add(sum[l], deviation(row[l], mean[l], kept[l] > 0));
+      counts[l] += kept[l];
+    }
+  }
+}
+
+template <typename T>
+void variance_of_lanes(const T* sums, const T* counts, int64_t samples, int64_t channels, double* variance) {
+  double squares[lanes] = {};
+  for (int64_t s = 0; s < samples; ++s)
+    for (int l = 0; l < lanes; ++l) squares[l] = add_square(squares[l], sums[s * lanes + l]);
+  for (int l = 0; l < lanes; ++l) variance[l] = variance_of(squares[l], static_cast<double>(counts[l]), channels);
+}
+
+// The deviations of a block's samples, summed over its channels, and its variances: the scratch memory of one thread.
+template <typename T>
+struct BlockVariance {
+  int64_t samples;
+  Scratch<T> sums, counts;
+  Scratch<double> variances;
+
+  explicit BlockVariance(int64_t samples_)
+      : samples(samples_), sums(samples * block_pixels), counts(block_pixels), variances(block_pixels) {}
+
+  void clear() const {
+    for (int64_t i = 0; i < samples * block_pixels; ++i) sums[i] = 0;
+    for (int64_t i = 0; i < block_pixels; ++i) counts[i] = 0;
+  }
+  // After all channels have been added, the variances of the first `wanted` pixels.
+  void finish(int64_t channels, int64_t wanted) const {
+    for (int64_t x = 0; x < wanted; x += lanes)
+      variance_of_lanes<T>(sums + x * samples, counts + x, samples, channels, variances + x);
+  }
+};
+
+// One group of lanes, whose values are (samples, lanes); `sorted` is room for as many, `mad` for one.
+template <typename T>
+void robust_mean_of(const T* values, int64_t samples, const Exchange* network, int64_t exchanges, T* sorted, T* mad,
+                    T* mean) {
   copy_row(values, sorted, samples * lanes);
   sort_lanes(sorted, network, exchanges);
   const T* median = sorted + (samples - 1) / 2 * lanes;
@@ -107,9 +158,9 @@ struct BlockMean {
       : values(samples * block_pixels), sorted(samples * lanes), means(block_pixels) {}
 
   // Means of `wanted` ≤ block_pixels pixels: the first one's first sample is element `first`, the next sample of each
-  // `pixels` further.
-  void run(Values contributions, int64_t first, int64_t pixels, int64_t samples, int64_t wanted,
-           const Network& network) const {
+  // `pixels` further. Their deviations are added to `variance` unless it is null.
+  void run(Values contributions, int64_t first, int64_t pixels, int64_t samples, int64_t wanted, const Network& network,
+           const BlockVariance<T>* variance) const {
     for (int64_t s = 0; s < samples; ++s)
       for (int64_t x = 0; x < wanted; x += lanes) {
         T* row = values + (x * samples + s * lanes);
@@ -117,8 +168,14 @@ struct BlockMean {
         load_row(contributions, first + s * pixels + x, row, n);
         for (int64_t l = n; l < lanes; ++l) row[l] = 0;
       }
-    for (int64_t x = 0; x < wanted; x += lanes)
-      robust_mean_of<T>(values + x * samples, samples, network.exchanges(), network.count(), sorted, means + x);
+    for (int64_t x = 0; x < wanted; x += lanes) {
+      T mad[lanes];
+      const T* group = values + x * samples;
+      robust_mean_of<T>(group, samples, network.exchanges(), network.count(), sorted, mad, means + x);
+      if (!variance) continue;
+      const T* median = sorted + (samples - 1) / 2 * lanes;
+      add_deviations<T>(group, samples, median, mad, means + x, variance->sums + x * samples, variance->counts + x);
+    }
   }
 };
 

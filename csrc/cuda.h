@@ -41,17 +41,24 @@ struct Span {
 // Contributions (rows.count, channels, span.pixels) of part of the rows and of the source pixels, for pull_back_mean.
 void pull_back(const Queue& queue, Values cotangents, const Inputs& inputs, Rows rows, Span span, Output contributions);
 
-// The place of the mean of pixel p of an image's contributions: offset + p / span·plane + p % span.
+// The place of the mean of pixel p of an image's contributions, its channels one after the other: offset +
+// p / span·plane + p % span.
 struct Placement {
   int64_t span, plane, offset;
 };
 
-// One mean a pixel; float64 for float64, else float32
-void robust_mean(const Queue& queue, const Contributions& contributions, const Placement& placement, void* raw);
+// One mean a pixel and channel; float64 for float64, else float32. The variance, where it is wanted, has one value a
+// pixel, and needs 2·images·channels·pixels values of raw's type as scratch.
+void robust_mean(const Queue& queue, const Contributions& contributions, const Placement& placement, void* scratch,
+                 Means to);
 
-// scratch: samples·channels·tile values of the images' type; raw (rows / samples, channels, height, width)
+// scratch: samples·channels·tile values of the images' type, with the variance (samples + 2)·channels·tile; raw (rows /
+// samples, channels, height, width)
 void pull_back_mean(const Queue& queue, Values cotangents, const Inputs& inputs, int64_t samples, int64_t tile,
-                    void* scratch, void* raw);
+                    void* scratch, Means to);
+
+// variance (count, height, width); shrunk like raw
+void shrink(const Queue& queue, const Images& raw, const double* variance, void* shrunk);
 
 // scratch: count·(height·width + 1) values of raw's type
 void smooth(const Queue& queue, const Images& raw, void* scratch, void* maps);

@@ -33,23 +33,40 @@ void pull_back(int device, Address stream, Address cotangents, Dtype given, Addr
                         {contributions, stored});
 }
 
+void robust_mean_variance(int device, Address stream, Address contributions, Dtype given, int64_t images, int64_t samples,
+                          int64_t channels, int64_t pixels, Address scratch, Address raw, Address variance) {
+  if (samples < 1 || channels < 1) throw std::invalid_argument("there must be a sample and a channel");
+  if (pixels < 1 || images < 1) return;
+  // a value's number in an image is divided as a 31-bit one
+  if (pixels >= (int64_t{1} << 31) / channels || samples >= int64_t{1} << 31)
+    throw std::invalid_argument("an image must have fewer than 2^31 values and samples");
+  dave::cuda::robust_mean({device, stream}, {{contributions, given}, images, samples, channels, pixels},
+                          {pixels, pixels, 0}, scratch, {raw, variance});
+}
+
 void robust_mean(int device, Address stream, Address contributions, Dtype given, int64_t images, int64_t samples,
                  int64_t pixels, Address raw) {
-  if (samples < 1) throw std::invalid_argument("there must be a sample");
-  if (pixels < 1 || images < 1) return;
-  // a pixel's number is divided as a 31-bit one
-  if (pixels >= int64_t{1} << 31 || samples >= int64_t{1} << 31)
-    throw std::invalid_argument("an image must have fewer than 2^31 pixels and samples");
-  dave::cuda::robust_mean({device, stream}, {{contributions, given}, images, samples, pixels}, {pixels, 0, 0}, raw);
+  robust_mean_variance(device, stream, contributions, given, images, samples, 1, pixels, {}, raw, {});
+}
+
+void pull_back_mean_variance(int device, Address stream, Address cotangents, Dtype given, Address images, Dtype dtype,
+                             const Shape& shape, const DrawsFields& draws, int64_t rows, int64_t p_h, int64_t p_w,
+                             int64_t samples, int64_t tile, Address scratch, Address raw, Address variance) {
+  if (samples < 1 || rows % samples || tile < 1)
+    throw std::invalid_argument("rows must be a multiple of the samples, and a tile have pixels");
+  const auto inputs = checked(images, dtype, shape, draws, rows, p_h, p_w);
+  dave::cuda::pull_back_mean({device, stream}, {cotangents, given}, inputs, samples, tile, scratch, {raw, variance});
 }
 
 void pull_back_mean(int device, Address stream, Address cotangents, Dtype given, Address images, Dtype dtype,
                     const Shape& shape, const DrawsFields& draws, int64_t rows, int64_t p_h, int64_t p_w, int64_t samples,
                     int64_t tile, Address scratch, Address raw) {
-  if (samples < 1 || rows % samples || tile < 1)
-    throw std::invalid_argument("rows must be a multiple of the samples, and a tile have pixels");
-  const auto inputs = checked(images, dtype, shape, draws, rows, p_h, p_w);
-  dave::cuda::pull_back_mean({device, stream}, {cotangents, given}, inputs, samples, tile, scratch, raw);
+  pull_back_mean_variance(device, stream, cotangents, given, images, dtype, shape, draws, rows, p_h, p_w, samples, tile,
+                          scratch, raw, {});
+}
+
+void shrink(int device, Address stream, Address raw, Dtype dtype, const Shape& shape, Address variance, Address shrunk) {
+  dave::cuda::shrink({device, stream}, checked(images_of(raw, dtype, shape)), variance, shrunk);
 }
 
 void smooth(int device, Address stream, Address raw, Dtype dtype, const Shape& shape, Address scratch, Address maps) {
@@ -66,6 +83,9 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("perturb", &perturb, release());
   module.def("pull_back", &pull_back, release());
   module.def("robust_mean", &robust_mean, release());
+  module.def("robust_mean_variance", &robust_mean_variance, release());
   module.def("pull_back_mean", &pull_back_mean, release());
+  module.def("pull_back_mean_variance", &pull_back_mean_variance, release());
+  module.def("shrink", &shrink, release());
   module.def("smooth", &smooth, release());
 }

@@ -49,10 +49,16 @@ struct Output {
   Dtype dtype;
 };
 
-// (images, samples, pixels)
+// (images, samples, channels, pixels)
 struct Contributions {
   Values values;
-  int64_t images, samples, pixels;
+  int64_t images, samples, channels, pixels;
+};
+
+// Where means are written, and, unless it is null, the variance of their sum over the channels.
+struct Means {
+  void* raw;
+  double* variance;
 };
 
 // One instruction set's build of every op
@@ -63,9 +69,11 @@ struct Kernels {
                  int threads);
   void (*pull_back)(Values cotangents, const Inputs& inputs, Output contributions, int threads);
   // rows of `samples` an image -> (rows / samples, channels, height, width) of the images' type
-  void (*pull_back_mean)(Values cotangents, const Inputs& inputs, int64_t samples, void* raw, int threads);
-  // -> (images, pixels); float64 for float64, else float32
-  void (*robust_mean)(const Contributions& contributions, void* raw, int threads);
+  void (*pull_back_mean)(Values cotangents, const Inputs& inputs, int64_t samples, Means to, int threads);
+  // -> (images, channels, pixels); float64 for float64, else float32
+  void (*robust_mean)(const Contributions& contributions, Means to, int threads);
+  // raw, float32 or float64, and variance (count, height, width) -> (count, channels, height, width) of raw's type
+  void (*shrink)(const Images& raw, const double* variance, void* shrunk, int threads);
   // float32 or float64 (count, channels, height, width) -> (count, height, width)
   void (*smooth)(const Images& raw, void* maps, int threads);
   // Whether attention takes bfloat16.

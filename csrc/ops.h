@@ -15,6 +15,7 @@ Function<decltype(Kernels::normal)> normal;
 Function<decltype(Kernels::pull_back)> pull_back;
 Function<decltype(Kernels::pull_back_mean)> pull_back_mean;
 Function<decltype(Kernels::robust_mean)> robust_mean;
+Function<decltype(Kernels::shrink)> shrink;
 Function<decltype(Kernels::smooth)> smooth;
 Function<decltype(Kernels::attention)> attention;
 Function<decltype(Kernels::attention_vjp)> attention_vjp;

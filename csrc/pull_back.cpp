@@ -27,19 +27,21 @@ template <typename T>
 struct TileMean {
   Gatherer<T> gatherer;
   BlockMean<T> block;
+  BlockVariance<T> variance;
   Scratch<T> contributions;
 
-  TileMean(const Images& images, int64_t window, int64_t samples)
-      : gatherer(images, window), block(samples),
+  TileMean(const Images& images, int64_t window, int64_t samples, bool with_variance)
+      : gatherer(images, window), block(samples), variance(with_variance ? samples : 0),
         contributions(samples * images.channels * tile_height * tile_width) {}
 };
 
 template <typename T>
-void pull_mean(Values cotangents, const Inputs& inputs, int64_t samples, T* raw, int threads) {
+void pull_mean(Values cotangents, const Inputs& inputs, int64_t samples, Means to, int threads) {
   const Images& images = inputs.images;
   const Tiling tiles(images);
   const Network network(samples);
-  const PerThread<TileMean<T>> works(threads, images, Gatherer<T>::largest_window(images, inputs.draws), samples);
+  const int64_t window = Gatherer<T>::largest_window(images, inputs.draws);
+  const PerThread<TileMean<T>> works(threads, images, window, samples, to.variance != nullptr);
   works.run(inputs.draws.rows / samples * tiles.count, [&](TileMean<T>& work, int64_t task) {
     const int64_t b = task / tiles.count;
     const Tile tile = tiles[task % tiles.count];
@@ -49,13 +51,27 @@ void pull_mean(Values cotangents, const Inputs& inputs, int64_t samples, T* raw,
         T* to = work.contributions + s * pixels + c * area + static_cast<int64_t>(y) * tile.width;
         copy_row(row, to, tile.width);
       });
-    for (int64_t first = 0; first < pixels; first += block_pixels) {
-      const int64_t wanted = pixels - first < block_pixels ? pixels - first : block_pixels;
-      work.block.run({work.contributions, images.dtype}, first, pixels, samples, wanted, network);
-      for (int64_t i = 0; i < wanted; ++i) {
-        const int64_t c = (first + i) / area, y = (first + i) % area / tile.width, x = (first + i) % tile.width;
-        raw[((b * images.channels + c) * images.height + tile.y + y) * images.width + tile.x + x] = work.block.means[i];
+    // from a pixel of the tile to the place of its value in a plane
+    const auto store = [&](const auto* from, int64_t first, int64_t count, auto* plane) {
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t y = (first + i) / tile.width, x = (first + i) % tile.width;
+        plane[(tile.y + y) * images.width + tile.x + x] = from[i];
       }
+    };
+    const int64_t plane = images.height * images.width;
+    const BlockVariance<T>* variance = to.variance ? &work.variance : nullptr;
+    for (int64_t first = 0; first < area; first += block_pixels) {
+      const int64_t wanted = area - first < block_pixels ? area - first : block_pixels;
+      if (variance) variance->clear();
+      for (int64_t c = 0; c < images.channels; ++c) {
+        const Values values{work.contributions, images.dtype};
+        work.block.run(values, c * area + first, pixels, samples, wanted, network, variance);
+        T* raw = static_cast<T*>(to.raw) + (b * images.channels + c) * plane;
+        store(static_cast<const T*>(work.block.means), first, wanted, raw);
+      }
+      if (!variance) continue;
+      variance->finish(images.channels, wanted);
+      store(static_cast<const double*>(variance->variances), first, wanted, to.variance + b * plane);
     }
   });
 }
@@ -67,10 +83,9 @@ void pull_back(Values cotangents, const Inputs& inputs, Output contributions, in
   pull<float>(cotangents, inputs, contributions, threads);
 }
 
-void pull_back_mean(Values cotangents, const Inputs& inputs, int64_t samples, void* raw, int threads) {
-  if (inputs.images.dtype == Dtype::float64)
-    return pull_mean(cotangents, inputs, samples, static_cast<double*>(raw), threads);
-  pull_mean(cotangents, inputs, samples, static_cast<float*>(raw), threads);
+void pull_back_mean(Values cotangents, const Inputs& inputs, int64_t samples, Means to, int threads) {
+  if (inputs.images.dtype == Dtype::float64) return pull_mean<double>(cotangents, inputs, samples, to, threads);
+  pull_mean<float>(cotangents, inputs, samples, to, threads);
 }
 
 }  // namespace dave::DAVE_ISA

@@ -5,15 +5,18 @@
 namespace dave::cuda {
 
 void pull_back_mean(const Queue& queue, Values cotangents, const Inputs& inputs, int64_t samples, int64_t tile,
-                    void* scratch, void* raw) {
+                    void* scratch, Means to) {
   const Dtype dtype = inputs.images.dtype;
   const int64_t channels = inputs.images.channels, plane = inputs.images.height * inputs.images.width;
+  const int64_t bytes = dtype == Dtype::float64 ? sizeof(double) : sizeof(float);
+  void* const beyond = static_cast<char*>(scratch) + samples * channels * tile * bytes;
   for (int64_t b = 0; b < inputs.draws.rows / samples; ++b)
     for (int64_t first = 0; first < plane; first += tile) {
       const Span span{first, plane - first < tile ? plane - first : tile};
       pull_back(queue, cotangents, inputs, {b * samples, samples}, span, {scratch, dtype});
-      const Contributions tiled{{scratch, dtype}, 1, samples, channels * span.pixels};
-      robust_mean(queue, tiled, {span.pixels, plane, b * channels * plane + first}, raw);
+      const Contributions tiled{{scratch, dtype}, 1, samples, channels, span.pixels};
+      double* const variance = to.variance ? to.variance + b * plane + first : nullptr;
+      robust_mean(queue, tiled, {span.pixels, plane, b * channels * plane + first}, beyond, {to.raw, variance});
     }
 }
 

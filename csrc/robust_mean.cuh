@@ -4,6 +4,10 @@
 // are read twice: to be sorted, and, from the caches, to be summed in the order of the samples. A network of P values
 // sorts any S ≤ P: it is padded with infinities on both sides, so that the median's index is known at compile time. For
 // more samples than the largest network the median is selected bit by bit.
+//
+// The variance is a kernel of its own, one thread a pixel, which reads the values a third time, from the caches: sorting
+// needs all registers for one channel, while a deviation is summed over the channels before it is squared. What decided
+// which values are kept, two numbers a mean, is stored in between.
 #pragma once
 
 #include <utility>
@@ -82,10 +86,12 @@ struct RobustMeanArguments {
   Contributions of;
   Placement placement;
   T* raw;
+  // the medians, then the thresholds of all means; null where the variance is not wanted
+  T* statistics;
   Divider span, blocks_an_image;
 
-  RobustMeanArguments(const Contributions& contributions, const Placement& at, void* to, int pixels_a_block)
-      : of(contributions), placement(at), raw(static_cast<T*>(to)), span(at.span),
+  RobustMeanArguments(const Contributions& contributions, const Placement& at, T* kept, T* to, int pixels_a_block)
+      : of(contributions), placement(at), raw(to), statistics(kept), span(at.span),
         blocks_an_image(blocks_of(contributions.pixels, pixels_a_block)) {}
 
   int64_t blocks() const { return of.images * blocks_an_image.divisor; }
@@ -139,6 +145,14 @@ struct RobustMeanArguments {
     return any_nan;
   }
 
+  // Stores the mean of the values within a distance of the median, and both where the variance is wanted.
+  DAVE_DEVICE void store(uint32_t image, uint32_t pixel, T median, T within, bool any_nan) const {
+    *mean(image, pixel) = mean_of_kept(element(image, pixel), median, within, any_nan);
+    if (!statistics) return;
+    T* const to = statistics + (image * of.pixels + pixel);
+    to[0] = median, to[of.images * of.pixels] = within;
+  }
+
   // The mean of the kept values, summed sample by sample.
   DAVE_DEVICE T mean_of_kept(int64_t first, T median, T within, bool any_nan) const {
     return with_type([&](const auto* from) {
@@ -166,8 +180,8 @@ struct SortInOne : RobustMeanArguments<T> {
   const char* name = "robust_mean";
   int before;
 
-  SortInOne(const Contributions& of, const Placement& at, void* to)
-      : RobustMeanArguments<T>(of, at, to, threads), before(middle - static_cast<int>((of.samples - 1) / 2)) {}
+  SortInOne(const Contributions& of, const Placement& at, T* kept, T* to)
+      : RobustMeanArguments<T>(of, at, kept, to, threads), before(middle - static_cast<int>((of.samples - 1) / 2)) {}
 
   template <class Block>
   DAVE_DEVICE void operator()(const Block& block) const {
@@ -183,7 +197,7 @@ struct SortInOne : RobustMeanArguments<T> {
       DAVE_UNROLL
       for (int i = 0; i < P / 2; ++i)
         mad = larger_of(smaller_of(magnitude(sub(values[i], median)), magnitude(sub(values[i + P / 2], median))), mad);
-      *this->mean(image, pixel) = this->mean_of_kept(first, median, kept_within(mad), any_nan);
+      this->store(image, pixel, median, kept_within(mad), any_nan);
     });
   }
 };
@@ -203,8 +217,8 @@ struct SortInTwo : RobustMeanArguments<T> {
   };
   static constexpr int shared_bytes = sizeof(Statistics);
 
-  SortInTwo(const Contributions& of, const Placement& at, void* to)
-      : RobustMeanArguments<T>(of, at, to, pixels), before(N - 1 - static_cast<int>((of.samples - 1) / 2)) {}
+  SortInTwo(const Contributions& of, const Placement& at, T* kept, T* to)
+      : RobustMeanArguments<T>(of, at, kept, to, pixels), before(N - 1 - static_cast<int>((of.samples - 1) / 2)) {}
 
   template <class Block>
   DAVE_DEVICE void operator()(const Block& block) const {
@@ -222,8 +236,7 @@ struct SortInTwo : RobustMeanArguments<T> {
       const uint32_t pixel = begin + static_cast<uint32_t>(thread);
       if (thread >= pixels || pixel >= this->of.pixels) return;
       const bool any_nan = found->nans[thread][0] || found->nans[thread][1];
-      *this->mean(image, pixel) =
-          this->mean_of_kept(this->element(image, pixel), found->median[thread], found->within[thread], any_nan);
+      this->store(image, pixel, found->median[thread], found->within[thread], any_nan);
     });
   }
 
@@ -258,7 +271,8 @@ struct Select : RobustMeanArguments<T> {
   static constexpr int threads = 256, resident = 1, shared_bytes = 0;
   const char* name = "robust_mean (selection)";
 
-  Select(const Contributions& of, const Placement& at, void* to) : RobustMeanArguments<T>(of, at, to, threads) {}
+  Select(const Contributions& of, const Placement& at, T* kept, T* to)
+      : RobustMeanArguments<T>(of, at, kept, to, threads) {}
 
   template <class Block>
   DAVE_DEVICE void operator()(const Block& block) const {
@@ -271,7 +285,7 @@ struct Select : RobustMeanArguments<T> {
       }
       const T median = number(selected([&](int64_t s) { return key(read(first, s)); }));
       const T mad = number(selected([&](int64_t s) { return key(magnitude(sub(read(first, s), median))); }));
-      *this->mean(image, pixel) = this->mean_of_kept(first, median, kept_within(mad), any_nan);
+      this->store(image, pixel, median, kept_within(mad), any_nan);
     });
   }
 
@@ -304,6 +318,78 @@ struct Select : RobustMeanArguments<T> {
       prefix = (prefix << 2) | digit;
     }
     return prefix;
+  }
+};
+
+// The variance of the sum over the channels, after their means: one thread a pixel.
+template <typename T, typename Given>
+struct ChannelVariance {
+  static constexpr int threads = 128, resident = 1, shared_bytes = 0;
+  // channels whose statistics fit registers: most images have at most three
+  static constexpr int together = 3;
+  const char* name = "robust_mean (variance)";
+  const Given* values;
+  const T *statistics, *raw;
+  double* variance;
+  int64_t images, samples, channels, pixels;
+  Placement placement;
+  Divider blocks_an_image;
+
+  ChannelVariance(const Contributions& of, const Placement& at, const T* kept, const T* means, double* to)
+      : values(static_cast<const Given*>(of.values.data)), statistics(kept), raw(means), variance(to), images(of.images),
+        samples(of.samples), channels(of.channels), pixels(of.pixels), placement(at),
+        blocks_an_image(blocks_of(of.pixels, threads)) {}
+
+  int64_t blocks() const { return images * blocks_an_image.divisor; }
+
+  template <class Block>
+  DAVE_DEVICE void operator()(const Block& block) const {
+    uint32_t chunk = static_cast<uint32_t>(block.index());
+    const uint32_t image = blocks_an_image.split(chunk);
+    block.each([&](int thread) {
+      const uint32_t pixel = chunk * threads + static_cast<uint32_t>(thread);
+      if (pixel >= pixels) return;
+      variance[image * pixels + pixel] = channels <= together ? of_pixel<together>(image, pixel) : of_pixel<0>(image, pixel);
+    });
+  }
+
+ private:
+  struct Kept {
+    T median, within, mean;
+  };
+  DAVE_DEVICE Kept kept(uint32_t image, uint32_t pixel, int64_t c) const {
+    const T* of = statistics + ((image * channels + c) * pixels + pixel);
+    const int64_t place = placement.offset + image * channels * pixels + c * placement.plane + pixel;
+    return {of[0], of[images * channels * pixels], raw[place]};
+  }
+
+  // Most: a bound of the channels, 0 for none.
+  template <int Most>
+  DAVE_DEVICE double of_pixel(uint32_t image, uint32_t pixel) const {
+    const Given* from = values + (image * samples * channels * pixels + pixel);
+    Kept known[Most > 0 ? Most : 1];
+    DAVE_UNROLL
+    for (int c = 0; c < Most; ++c) known[c] = kept(image, pixel, c < channels ? c : 0);
+    double squares = 0;
+    int64_t count = 0;
+    bool any_nan = false;
+    DAVE_UNROLL_BY((Most > 0 ? 4 : 1))
+    for (int64_t s = 0; s < samples; ++s) {
+      T sum = 0;
+      DAVE_UNROLL_BY((Most > 0 ? Most : 1))
+      for (int64_t c = 0; c < (Most > 0 ? Most : channels); ++c) {
+        // beyond the last channel the first is loaded and left out: without a branch the loads overlap
+        const bool there = c < channels;
+        const Kept k = Most > 0 ? known[Most > 0 ? c : 0] : kept(image, pixel, c);
+        const T value = widen(from[(s * channels + (there ? c : 0)) * pixels]);
+        const bool is_kept = there && magnitude(sub(value, k.median)) <= k.within;
+        sum = add(sum, deviation(value, k.mean, is_kept));
+        count += is_kept ? 1 : 0;
+        any_nan |= k.mean != k.mean;
+      }
+      squares = add_square(squares, sum);
+    }
+    return any_nan ? __builtin_nan("") : variance_of(squares, static_cast<double>(count), channels);
   }
 };
 

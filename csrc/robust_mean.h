@@ -1,5 +1,6 @@
 // robust_mean: med = lower median of the S values c, mad = lower median of |c - med|,
 //              mean of the c with |c - med| ≤ 2.5·(1.4826·mad + 1e-8).  DAVE, arXiv 2602.06613, Eq. 8.
+// Its variance:  Σ_s (Σ_channels keep·(c_s - mean))² / n̄², n̄ the number kept, averaged over the channels.
 //
 // One sort serves both medians: along the sorted values |c - med| falls and then rises, so the k-th smallest deviation is
 // max over i of min(|c_i - med|, |c_{i+h} - med|), h = ceil(S/2), i < h, with +∞ past the end.
@@ -28,6 +29,25 @@ DAVE_HD T mean_of(T median, bool any_nan, double total, double carry, double cou
   const double carried = sub(carry, carry) == 0 ? carry : 0.0;
   const double mean = add(total, carried) / (count > 1 ? count : 1.0);
   return any_nan || sub(median, median) != 0 ? static_cast<T>(__builtin_nan("")) : static_cast<T>(mean);
+}
+
+// The deviation of one sample from the mean; 0 where it is not kept.
+template <typename T>
+DAVE_HD T deviation(T value, T mean, bool kept) {
+  return kept ? sub(value, mean) : static_cast<T>(0);
+}
+
+// total + deviation², in float64, whose range has the squares of all floats.
+template <typename T>
+DAVE_HD double add_square(double total, T deviation) {
+  const double wide = static_cast<double>(deviation);
+  return add(total, mul(wide, wide));
+}
+
+// The variance from the sum of the squares and the number kept in all channels.
+DAVE_HD double variance_of(double squares, double kept, int64_t channels) {
+  const double number = kept / static_cast<double>(channels);
+  return squares / mul(number, number);
 }
 
 struct Exchange {

@@ -1,24 +1,11 @@
 // Host driver of smooth: one image after the other, one row a task, planes padded with zeros.
 #include "smooth.h"
 
-#include "host.h"
 #include "ops.h"
+#include "planes.h"
 
 namespace dave::DAVE_ISA {
 namespace {
-
-// One image's planes (height, width) with a border of zeros wide enough for the blur and the bilateral filter.
-template <typename T>
-struct Plane {
-  int64_t height, width, stride;
-  Scratch<T> data;
-
-  Plane(int64_t height_, int64_t width_)
-      : height(height_), width(width_), stride(width_ + 2 * blur_radius), data((height_ + 2 * blur_radius) * stride) {
-    for (int64_t i = 0; i < (height + 2 * blur_radius) * stride; ++i) data[i] = 0;
-  }
-  T* row(int64_t y) const { return data + (y + blur_radius) * stride + blur_radius; }
-};
 
 template <typename T>
 void positive_part(const Images& raw, int64_t image, int64_t y, T* to) {
@@ -27,14 +14,6 @@ void positive_part(const Images& raw, int64_t image, int64_t y, T* to) {
   for (int64_t c = 1; c < raw.channels; ++c)
     for (int64_t x = 0; x < raw.width; ++x) to[x] = add(to[x], from[c * raw.height * raw.width + x]);
   for (int64_t x = 0; x < raw.width; ++x) to[x] = to[x] < 0 ? 0 : to[x];
-}
-
-// The blur along one axis; `step` is the distance between neighbours on it.
-template <typename T>
-void blur_row(const T* from, int64_t step, const T* weights, T* to, int64_t width) {
-  for (int64_t x = 0; x < width; ++x) to[x] = 0;
-  for (int k = 0; k < blur_taps; ++k)
-    for (int64_t x = 0; x < width; ++x) to[x] = add(to[x], mul(weights[k], from[(k - blur_radius) * step + x]));
 }
 
 // `weights` is room for a row.
@@ -67,7 +46,7 @@ template <typename T>
 void run(const Images& raw, T* maps, int threads) {
   const int64_t height = raw.height, width = raw.width;
   T weights[blur_taps];
-  blur_weights(weights);
+  gaussian_weights(blur_sigma, weights);
   const Plane<T> positive(height, width), across(height, width), blended(height, width);
   const Scratch<T> peaks(height);
   const PerThread<Scratch<T>> rows(threads, width);

@@ -3,57 +3,22 @@
 // reproducible.
 #pragma once
 
-#include "grid.h"
+#include "map_tiles.cuh"
 #include "smooth.h"
 
 namespace dave::DAVE_ISA {
 
 template <typename T>
-struct SmoothArguments {
-  static constexpr int threads = 256, resident = 1, tile_x = 32, tile_y = 16;
+struct SmoothArguments : MapTiles {
   const T* raw;
   T *blended, *maps;
   // the images' maxima, as the bits of numbers that are not negative: these compare as the numbers do, NaN the largest
   Bits<T>* peaks;
-  int64_t count;
-  int32_t channels, height, width;
-  Divider tiles_x, tiles;
 
   SmoothArguments(const Images& from, void* scratch, void* to)
-      : raw(static_cast<const T*>(from.data)), blended(static_cast<T*>(scratch)), maps(static_cast<T*>(to)),
-        peaks(reinterpret_cast<Bits<T>*>(static_cast<T*>(scratch) + from.count * from.height * from.width)),
-        count(from.count), channels(static_cast<int32_t>(from.channels)), height(static_cast<int32_t>(from.height)),
-        width(static_cast<int32_t>(from.width)), tiles_x(blocks_of(from.width, tile_x)),
-        tiles(blocks_of(from.width, tile_x) * blocks_of(from.height, tile_y)) {}
-
-  int64_t blocks() const { return count * tiles.divisor; }
-
-  struct Tile {
-    uint32_t image;
-    int32_t x, y;
-    bool first;
-  };
-  DAVE_DEVICE Tile tile(int64_t block) const {
-    uint32_t in_image = static_cast<uint32_t>(block);
-    const uint32_t image = tiles.split(in_image);
-    uint32_t column = in_image;
-    const uint32_t row = tiles_x.split(column);
-    return {image, static_cast<int32_t>(column) * tile_x, static_cast<int32_t>(row) * tile_y, in_image == 0};
-  }
-  DAVE_DEVICE bool inside(int32_t x, int32_t y) const {
-    return static_cast<uint32_t>(x) < static_cast<uint32_t>(width) && static_cast<uint32_t>(y) < static_cast<uint32_t>(height);
-  }
-  DAVE_DEVICE int64_t pixel(uint32_t image, int32_t x, int32_t y) const {
-    return (static_cast<int64_t>(image) * height + y) * width + x;
-  }
-  // Calls f(x, y) for a thread's pixels of a tile, counted from its corner.
-  template <class F>
-  DAVE_DEVICE void each_pixel(int thread, const Tile& at, const F& f) const {
-    for (int i = thread; i < tile_x * tile_y; i += threads) {
-      const int x = i % tile_x, y = i / tile_x;
-      if (inside(at.x + x, at.y + y)) f(x, y);
-    }
-  }
+      : MapTiles(from), raw(static_cast<const T*>(from.data)), blended(static_cast<T*>(scratch)),
+        maps(static_cast<T*>(to)),
+        peaks(reinterpret_cast<Bits<T>*>(static_cast<T*>(scratch) + from.count * from.height * from.width)) {}
 };
 
 // m = relu(Σ_channels raw), ½·(m + G(m)).
@@ -68,7 +33,7 @@ struct Blend : SmoothArguments<T> {
     T positive[high][wide], across[high][Base::tile_x];
   };
 
-  explicit Blend(const Base& arguments) : Base(arguments) { blur_weights(weights); }
+  explicit Blend(const Base& arguments) : Base(arguments) { gaussian_weights(blur_sigma, weights); }
   static constexpr int shared_bytes = sizeof(Memory);
 
   template <class Block>
@@ -84,12 +49,12 @@ struct Blend : SmoothArguments<T> {
     block.sync();
     block.each([&](int thread) {
       for (int i = thread; i < high * Base::tile_x; i += Base::threads)
-        memory->across[i / Base::tile_x][i % Base::tile_x] = blur(&memory->positive[i / Base::tile_x][i % Base::tile_x], 1);
+        memory->across[i / Base::tile_x][i % Base::tile_x] = blur(&memory->positive[i / Base::tile_x][i % Base::tile_x], 1, weights);
     });
     block.sync();
     block.each([&](int thread) {
       this->each_pixel(thread, at, [&](int x, int y) {
-        const T blurred = blur(&memory->across[y][x], Base::tile_x);
+        const T blurred = blur(&memory->across[y][x], Base::tile_x, weights);
         const T own = memory->positive[y + blur_radius][x + blur_radius];
         this->blended[this->pixel(at.image, at.x + x, at.y + y)] = mul(static_cast<T>(0.5), add(own, blurred));
       });
@@ -104,12 +69,6 @@ struct Blend : SmoothArguments<T> {
     T sum = *from;
     for (int32_t c = 1; c < this->channels; ++c) sum = add(sum, from[c * plane]);
     return sum < 0 ? static_cast<T>(0) : sum;
-  }
-  DAVE_DEVICE T blur(const T* from, int step) const {
-    T sum = 0;
-    DAVE_UNROLL
-    for (int k = 0; k < blur_taps; ++k) sum = add(sum, mul(weights[k], from[k * step]));
-    return sum;
   }
 };
 

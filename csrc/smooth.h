@@ -4,12 +4,11 @@
 // σ_s = 0.5, σ_r = 0.05; zeros outside, which take part in the sums.
 #pragma once
 
-#include "numerics.h"
+#include "blur.h"
 
 namespace dave::DAVE_ISA {
 
-constexpr int blur_radius = 5, bilateral_radius = 2;
-constexpr int blur_taps = 2 * blur_radius + 1;
+constexpr int bilateral_radius = 2;
 constexpr double blur_sigma = 7.0, spatial_sigma = 0.5, range_sigma = 0.05;
 
 // exp x for x ≤ 0 in float32, to 2 ulp; 0 below the smallest normal number; NaN stays NaN.
@@ -33,17 +32,6 @@ template <typename T>
 DAVE_HD T bilateral_weight(T distance_term, T difference) {
   constexpr T range_factor = static_cast<T>(0.5 / (range_sigma * range_sigma));
   return exp_of_nonpositive(sub(distance_term, mul(mul(difference, difference), range_factor)));
-}
-
-// The normalised weights of one axis of G.
-template <typename T>
-void blur_weights(T* weights) {
-  double values[blur_taps], total = 0;
-  for (int k = 0; k < blur_taps; ++k) {
-    const double distance = (k - blur_radius) / blur_sigma;
-    total += values[k] = exp(-0.5 * distance * distance);
-  }
-  for (int k = 0; k < blur_taps; ++k) weights[k] = static_cast<T>(values[k] / total);
 }
 
 // -|p - q|²/2σ_s² for neighbours dx, dy apart.

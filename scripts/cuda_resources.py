@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "cuda.md"
-SOURCES = ("perturb", "pull_back", "robust_mean", "smooth")
+SOURCES = ("perturb", "pull_back", "robust_mean", "shrink", "smooth")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100")
 BEGIN, END = "<!-- cuda_resources.py: begin -->", "<!-- cuda_resources.py: end -->"
 # as in CMakeLists.txt

@@ -42,6 +42,14 @@ bool same(const std::vector<T>& a, const std::vector<T>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
 }
 
+// Whether values are equal or both NaN.
+template <typename T>
+bool alike(const std::vector<T>& a, const std::vector<T>& b) {
+  for (size_t i = 0; i < a.size(); ++i)
+    if (a[i] != b[i] && !(std::isnan(a[i]) && std::isnan(b[i]))) return false;
+  return a.size() == b.size();
+}
+
 struct RowsOnDevice {
   OnDevice<int64_t> image_index, keys, samples;
   OnDevice<double> matrices, signal, noises;
@@ -83,13 +91,19 @@ void warps(const Queue& queue, Dtype dtype, Dtype stored, int64_t channels, int6
   require(same(contributions, contributions_there.values()), "pull_back differs from the host's");
   const int64_t samples = Rows::samples_an_image;
   std::vector<T> raw(static_cast<size_t>(2 * channels * height * width), NAN);
-  host.pull_back_mean({tokens.data(), stored}, inputs, samples, raw.data(), 1);
-  for (int64_t tile : {int64_t{7}, height * width}) {
-    const OnDevice<T> scratch(std::vector<T>(static_cast<size_t>(samples * channels * tile), NAN));
-    const OnDevice<T> raw_there(std::vector<T>(raw.size(), NAN));
-    dave::cuda::pull_back_mean(queue, {tokens_there.get(), stored}, there, samples, tile, scratch.get(), raw_there.get());
-    require(same(raw, raw_there.values()), "pull_back_mean differs from the host's");
-  }
+  std::vector<double> variance(static_cast<size_t>(2 * height * width), NAN);
+  host.pull_back_mean({tokens.data(), stored}, inputs, samples, {raw.data(), variance.data()}, 1);
+  for (int64_t tile : {int64_t{7}, height * width})
+    for (bool wanted : {false, true}) {
+      const int64_t rows_of_scratch = samples + (wanted ? 2 : 0);
+      const OnDevice<T> scratch(std::vector<T>(static_cast<size_t>(rows_of_scratch * channels * tile), NAN));
+      const OnDevice<T> raw_there(std::vector<T>(raw.size(), NAN));
+      const OnDevice<double> variance_there(std::vector<double>(variance.size(), NAN));
+      dave::cuda::pull_back_mean(queue, {tokens_there.get(), stored}, there, samples, tile, scratch.get(),
+                                 {raw_there.get(), wanted ? variance_there.get() : nullptr});
+      require(same(raw, raw_there.values()), "pull_back_mean differs from the host's");
+      require(!wanted || same(variance, variance_there.values()), "pull_back_mean's variance differs from the host's");
+    }
 }
 
 template <typename T>
@@ -97,16 +111,21 @@ void statistics(const Queue& queue, Dtype dtype) {
   // each network, full and not, two lanes, and selection; a pixel, a whole block and a rest of one
   for (int64_t samples : {1, 5, 16, 17, 32, 33, 50, 51, 64, 65, 100, 101, 128, 129, 256, 257})
     for (int64_t pixels : {1, 64, 131}) {
-      auto contributions = values<T>(2 * samples * pixels);
+      // three channels keep their statistics in registers, four do not
+      const int64_t channels = samples % 2 ? 3 : 4;
+      auto contributions = values<T>(2 * samples * channels * pixels);
       contributions[0] = INFINITY;
       const OnDevice<T> there(contributions);
-      std::vector<T> raw(static_cast<size_t>(2 * pixels), 77);
-      const OnDevice<T> raw_there(raw);
-      dave::kernels().robust_mean({{contributions.data(), dtype}, 2, samples, pixels}, raw.data(), 1);
-      dave::cuda::robust_mean(queue, {{there.get(), dtype}, 2, samples, pixels}, {pixels, 0, 0}, raw_there.get());
-      const auto found = raw_there.values();
-      for (size_t i = 0; i < raw.size(); ++i)
-        require(raw[i] == found[i] || (std::isnan(raw[i]) && std::isnan(found[i])), "robust_mean differs from the host's");
+      std::vector<T> raw(static_cast<size_t>(2 * channels * pixels), 77);
+      std::vector<double> variance(static_cast<size_t>(2 * pixels), 77);
+      const OnDevice<T> raw_there(raw), scratch(std::vector<T>(2 * raw.size(), NAN));
+      const OnDevice<double> variance_there(variance);
+      dave::kernels().robust_mean({{contributions.data(), dtype}, 2, samples, channels, pixels},
+                                  {raw.data(), variance.data()}, 1);
+      dave::cuda::robust_mean(queue, {{there.get(), dtype}, 2, samples, channels, pixels}, {pixels, pixels, 0},
+                              scratch.get(), {raw_there.get(), variance_there.get()});
+      require(alike(raw, raw_there.values()), "robust_mean differs from the host's");
+      require(alike(variance, variance_there.values()), "robust_mean's variance differs from the host's");
     }
 }
 
@@ -120,6 +139,13 @@ void maps(const Queue& queue, Dtype dtype) {
       const OnDevice<T> found(expected), scratch(std::vector<T>(static_cast<size_t>(2 * (height * width + 1)), NAN));
       dave::kernels().smooth({raw.data(), dtype, 2, 3, height, width}, expected.data(), 1);
       dave::cuda::smooth(queue, {there.get(), dtype, 2, 3, height, width}, scratch.get(), found.get());
+      std::vector<T> shrunk(raw.size(), NAN);
+      const auto variance = values<double>(2 * height * width);
+      const OnDevice<double> variance_there(variance);
+      const OnDevice<T> shrunk_there(shrunk);
+      dave::kernels().shrink({raw.data(), dtype, 2, 3, height, width}, variance.data(), shrunk.data(), 1);
+      dave::cuda::shrink(queue, {there.get(), dtype, 2, 3, height, width}, variance_there.get(), shrunk_there.get());
+      require(alike(shrunk, shrunk_there.values()), "shrink differs from the host's");
       const auto maps = found.values();
       for (size_t i = 0; i < maps.size(); ++i)
         require(std::abs(maps[i] - expected[i]) <= 1e-6, "smooth differs from the host's");

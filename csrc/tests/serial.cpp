@@ -2,4 +2,5 @@
 #include "perturb.cu"
 #include "pull_back.cu"
 #include "robust_mean.cu"
+#include "shrink.cu"
 #include "smooth.cu"

@@ -30,10 +30,15 @@ void warps(dave::Dtype dtype, int64_t channels, int64_t height, int64_t width, d
   require_finite(contributions, "pull_back left something unwritten");
   const int64_t samples = Rows::samples_an_image;
   std::vector<T> raw(pixels.size(), NAN), of_contributions(pixels.size(), NAN);
-  kernels.pull_back_mean({tokens.data(), dtype}, inputs, samples, raw.data(), threads);
-  kernels.robust_mean({{contributions.data(), dtype}, 2, samples, channels * height * width}, of_contributions.data(),
-                      threads);
+  std::vector<double> variance(static_cast<size_t>(2 * height * width), NAN), of_samples = variance;
+  kernels.pull_back_mean({tokens.data(), dtype}, inputs, samples, {raw.data(), nullptr}, threads);
+  const dave::Contributions stack{{contributions.data(), dtype}, 2, samples, channels, height * width};
+  kernels.robust_mean(stack, {of_contributions.data(), of_samples.data()}, threads);
   require(raw == of_contributions, "pull_back_mean is not robust_mean of pull_back");
+  kernels.pull_back_mean({tokens.data(), dtype}, inputs, samples, {raw.data(), variance.data()}, threads);
+  require(raw == of_contributions, "pull_back_mean depends on whether its variance is wanted");
+  require_finite(variance, "pull_back_mean left a variance unwritten");
+  require(variance == of_samples, "the variance of pull_back_mean is not that of robust_mean");
   // the last row lies outside of its source: no contribution at all
   for (size_t i = n / Rows::count * (Rows::count - 1); i < n; ++i)
     require(contributions[i] == 0, "a far-off warp contributes");
@@ -47,14 +52,18 @@ void statistics(dave::Dtype dtype, int threads) {
       auto contributions = values<T>(2 * samples * pixels);
       contributions[0] = NAN;
       std::vector<T> raw(static_cast<size_t>(2 * pixels), 77);
-      kernels.robust_mean({{contributions.data(), dtype}, 2, samples, pixels}, raw.data(), threads);
+      kernels.robust_mean({{contributions.data(), dtype}, 2, samples, 1, pixels}, {raw.data(), nullptr}, threads);
       require(std::isnan(raw[0]), "robust_mean hid a NaN");
       for (size_t i = 1; i < raw.size(); ++i) require(std::abs(raw[i]) <= 2, "robust_mean is out of range");
     }
   }
   for (int64_t height : {1, 4, 19}) {
     const auto raw = values<T>(2 * 3 * height * 7);
-    std::vector<T> maps(static_cast<size_t>(2 * height * 7), NAN);
+    std::vector<T> maps(static_cast<size_t>(2 * height * 7), NAN), shrunk(raw.size(), NAN);
+    const std::vector<double> variance(maps.size(), 0.1);
+    kernels.shrink({raw.data(), dtype, 2, 3, height, 7}, variance.data(), shrunk.data(), threads);
+    for (size_t i = 0; i < raw.size(); ++i)
+      require(std::abs(shrunk[i]) <= std::abs(raw[i]), "shrink is out of range");
     kernels.smooth({raw.data(), dtype, 2, 3, height, 7}, maps.data(), threads);
     for (T value : maps) require(value >= 0 && value <= 1, "smooth is out of range");
   }

@@ -17,7 +17,7 @@ from dave_fast.errors import InputError
 from dave_fast.ops import _ext, _library, _registry, _warp
 from dave_fast.ops.patches import PatchSize, patch_hw
 from dave_fast.ops.pull_back import check, contributions_of, cotangents_and_images
-from dave_fast.ops.robust_mean import robust_mean_ref, robust_mean_variance_ref
+from dave_fast.ops.robust_mean import robust_mean_ref, robust_mean_variance_ref, variance_like
 from dave_fast.sampling import Draws
 
 # Rows of source pixels in a tile of the reference.
@@ -118,7 +118,7 @@ def pull_back_mean_variance_ref(
 ) -> tuple[Tensor, Tensor]:
     """Run `pull_back_mean_variance` in PyTorch, on any device."""
     raw = images.new_empty(len(draws) // n_samples, *images.shape[1:])
-    variance = raw.new_empty(len(raw), *raw.shape[2:], dtype=torch.float64)
+    variance = variance_like(raw)
     for b, rows, contributions in _tiles(token_cotangents, images, draws, patch_size, n_samples):
         (raw[b, :, rows],), (variance[b, rows],) = robust_mean_variance_ref(contributions[None])
     return raw, variance
@@ -152,16 +152,49 @@ def pull_back_mean_native(
     return raw
 
 
+def pull_back_mean_variance_native(
+    token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: PatchSize, n_samples: int
+) -> tuple[Tensor, Tensor]:
+    """Run `pull_back_mean_variance` in C++ on the host."""
+    images = images.contiguous()
+    given = cotangents_and_images(token_cotangents, images, draws)
+    raw = images.new_empty(len(draws) // n_samples, *images.shape[1:])
+    variance = variance_like(raw)
+    _ext.run_native("pull_back_mean_variance", *given, draws, *patch_hw(patch_size), n_samples, raw, variance)
+    return raw, variance
+
+
 def pull_back_mean_cuda(
     token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: PatchSize, n_samples: int
 ) -> Tensor:
     """Run `pull_back_mean` in CUDA C++ on images' device."""
     images = images.contiguous()
     given = cotangents_and_images(token_cotangents, images, draws)
-    channels, height, width = images.shape[1:]
-    fitting = SCRATCH_BYTES // (n_samples * channels * images.element_size())
-    tile = min(max(SMALLEST_TILE, fitting // SMALLEST_TILE * SMALLEST_TILE), height * width)
-    scratch = images.new_empty(n_samples * channels * tile)
-    raw = images.new_empty(len(draws) // n_samples, channels, height, width)
+    tile = _tile_of(images, n_samples)
+    scratch = images.new_empty(n_samples * images.shape[1] * tile)
+    raw = images.new_empty(len(draws) // n_samples, *images.shape[1:])
     _ext.run_cuda("pull_back_mean", *given, draws, *patch_hw(patch_size), n_samples, tile, scratch, raw)
     return raw
+
+
+def pull_back_mean_variance_cuda(
+    token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: PatchSize, n_samples: int
+) -> tuple[Tensor, Tensor]:
+    """Run `pull_back_mean_variance` in CUDA C++ on images' device."""
+    images = images.contiguous()
+    given = cotangents_and_images(token_cotangents, images, draws)
+    tile = _tile_of(images, n_samples)
+    # the contributions of a tile, and the median and the threshold of each of its means
+    scratch = images.new_empty((n_samples + 2) * images.shape[1] * tile)
+    raw = images.new_empty(len(draws) // n_samples, *images.shape[1:])
+    variance = variance_like(raw)
+    given = (*given, draws, *patch_hw(patch_size), n_samples, tile)
+    _ext.run_cuda("pull_back_mean_variance", *given, scratch, raw, variance)
+    return raw, variance
+
+
+def _tile_of(images: Tensor, n_samples: int) -> int:
+    """Return how many source pixels have contributions that fit SCRATCH_BYTES, in whole blocks of threads."""
+    channels, height, width = images.shape[1:]
+    fitting = SCRATCH_BYTES // (n_samples * channels * images.element_size())
+    return min(max(SMALLEST_TILE, fitting // SMALLEST_TILE * SMALLEST_TILE), height * width)

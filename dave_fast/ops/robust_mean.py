@@ -6,6 +6,7 @@ robust_mean_variance: the same, and how far the sum over channels of that mean i
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,7 +89,7 @@ def robust_mean_ref(contributions: Tensor) -> Tensor:
 def robust_mean_variance_ref(contributions: Tensor) -> tuple[Tensor, Tensor]:
     """Run `robust_mean_variance` in PyTorch, on any device."""
     raw = _raw_like(contributions)
-    variance = raw.new_empty(raw.shape[:1] + raw.shape[2:], dtype=torch.float64)
+    variance = variance_like(raw)
     for mean, spread, one_image in zip(raw, variance, contributions, strict=True):
         values = one_image.to(raw.dtype)
         found, kept = _mean_and_kept(values)
@@ -105,6 +106,37 @@ def robust_mean_native(contributions: Tensor) -> Tensor:
 def robust_mean_cuda(contributions: Tensor) -> Tensor:
     """Run `robust_mean` in CUDA C++ on the contributions' device."""
     return _compiled(_ext.run_cuda, contributions)
+
+
+def robust_mean_variance_native(contributions: Tensor) -> tuple[Tensor, Tensor]:
+    """Run `robust_mean_variance` in C++ on the host."""
+    contributions = contributions.contiguous()
+    raw = _raw_like(contributions)
+    variance = variance_like(raw)
+    _ext.run_native("robust_mean_variance", *_sizes(contributions), raw, variance)
+    return raw, variance
+
+
+def robust_mean_variance_cuda(contributions: Tensor) -> tuple[Tensor, Tensor]:
+    """Run `robust_mean_variance` in CUDA C++ on the contributions' device."""
+    contributions = contributions.contiguous()
+    raw = _raw_like(contributions)
+    variance = variance_like(raw)
+    # the median and the threshold of every mean
+    scratch = raw.new_empty(2 * raw.numel())
+    _ext.run_cuda("robust_mean_variance", *_sizes(contributions), scratch, raw, variance)
+    return raw, variance
+
+
+def _sizes(contributions: Tensor) -> tuple[Any, ...]:
+    """Return a compiled kernel's arguments for contributions (B, S, C, ...)."""
+    images, samples, channels, *rest = contributions.shape
+    return *_ext.coded(contributions), images, samples, channels, math.prod(rest)
+
+
+def variance_like(raw: Tensor) -> Tensor:
+    """Return memory for the variance (B, ...) of raw (B, C, ...)."""
+    return raw.new_empty(raw.shape[:1] + raw.shape[2:], dtype=torch.float64)
 
 
 def _raw_like(contributions: Tensor) -> Tensor:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from dave_fast.errors import InputError
-from dave_fast.ops import _library, _registry
+from dave_fast.ops import _ext, _library, _registry
 from dave_fast.ops.precision import COMPUTED, check_dtype
 from dave_fast.ops.smooth import blur, gaussian_weights
 
-# G: an 11×11 Gaussian of this σ, in pixels
+# G: an 11×11 Gaussian of this σ, in pixels; csrc/shrink.h and csrc/blur.h have the same constants for C++ and CUDA
 WINDOW_TAPS, WINDOW_SIGMA = 11, 1.5
 
 
@@ -60,3 +60,21 @@ def shrink_ref(raw: Tensor, variance: Tensor) -> Tensor:
     signal = (power - blur(variance.double(), weights)).clamp(min=0)
     factor = signal / torch.where(power == 0, 1, power)
     return raw * factor.to(raw.dtype)[:, None]
+
+
+def shrink_native(raw: Tensor, variance: Tensor) -> Tensor:
+    """Run `shrink` in C++ on the host."""
+    return _compiled(_ext.run_native, raw, variance)
+
+
+def shrink_cuda(raw: Tensor, variance: Tensor) -> Tensor:
+    """Run `shrink` in CUDA C++ on raw's device."""
+    return _compiled(_ext.run_cuda, raw, variance)
+
+
+def _compiled(run: _ext.Run, raw: Tensor, variance: Tensor) -> Tensor:
+    """Run `shrink` by `_ext.run_native` or `_ext.run_cuda`."""
+    raw = raw.contiguous()
+    shrunk = raw.new_empty(raw.shape)
+    run("shrink", *_ext.coded(raw), raw.shape, variance.double().contiguous(), shrunk)
+    return shrunk

@@ -29,7 +29,8 @@ from scripts import cuda_resources
 from tests.ops.test_perturb import image_batch
 
 ROOT = Path(__file__).resolve().parents[2]
-PIXEL_OPS = ("perturb", "pull_back", "robust_mean", "pull_back_mean", "smooth")
+MEANS = ("robust_mean", "pull_back_mean", "robust_mean_variance", "pull_back_mean_variance")
+PIXEL_OPS = ("perturb", "pull_back", *MEANS, "shrink", "smooth")
 
 needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
 needs_module = pytest.mark.skipif(isinstance(_ext._load_cuda(), str), reason=str(_ext._load_cuda()))
@@ -39,7 +40,8 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machi
 @needs_nvcc
 def test_no_kernel_spills_and_the_table_says_what_the_compiler_says():
     kernels = cuda_resources.collect(("sm_90a",))["sm_90a"]
-    # 4 run lengths and 4 kinds of cotangents in 2 precisions; 7 networks, 4 selections; 3 steps in 2 precisions
+    # 4 run lengths and 4 kinds of cotangents in 2 precisions; 7 networks, 4 selections, 4 variances; 4 steps in 2
+    # precisions
     names = {one.kernel.split("<")[0]: [] for one in kernels}
     for one in kernels:
         names[one.kernel.split("<")[0]].append(one)
@@ -50,6 +52,8 @@ def test_no_kernel_spills_and_the_table_says_what_the_compiler_says():
         "SortInOne": 7,
         "SortInTwo": 2,
         "Select": 4,
+        "ChannelVariance": 4,
+        "Shrink": 2,
         "Blend": 2,
         "Bilateral": 2,
         "Normalise": 2,
@@ -88,13 +92,13 @@ def test_a_spilling_kernel_is_detected():
 
 
 @needs_nvcc
-@pytest.mark.parametrize("source", ["perturb", "pull_back"])
-def test_nothing_is_fused_where_bits_are_promised(source, tmp_path):
+@pytest.mark.parametrize(("source", "count"), [("perturb", 8), ("pull_back", 8), ("shrink", 2)])
+def test_nothing_is_fused_where_bits_are_promised(source, count, tmp_path):
     ptx = tmp_path / "kernels.ptx"
     command = ["nvcc", *cuda_resources.FLAGS, "-arch=sm_90a", "-ptx", "-o", ptx, ROOT / "csrc" / f"{source}.cu"]
     subprocess.run(command, check=True, capture_output=True)
     kernels = ptx.read_text().split(".entry")[1:]
-    assert len(kernels) == 8
+    assert len(kernels) == count
     for body in kernels:
         # fused operations would round once where the host rounds twice
         assert "fma" not in body
@@ -243,14 +247,20 @@ def test_small_tiles_give_the_result_of_large_ones(monkeypatch):
     draws = draw(6, height=24, width=40, image_keys=[1, 2])
     tokens = patchify(image_batch(3, 24, 40, torch.float32, count=12), 8)
     whole = tiled.pull_back_mean_cuda(tokens, images, draws, 8, 6)
+    variance = tiled.pull_back_mean_variance_cuda(tokens, images, draws, 8, 6)[1]
     sizes = []
-    run = _ext.cuda_module().pull_back_mean
+    given = _ext.cuda_module()
     # 960 pixels: seven tiles of the smallest size and a half
     monkeypatch.setattr(tiled, "SCRATCH_BYTES", 1)
-    module = SimpleNamespace(pull_back_mean=lambda *given: (sizes.append(given[-3]), run(*given)))
+    module = SimpleNamespace(
+        pull_back_mean=lambda *sent: (sizes.append(sent[-3]), given.pull_back_mean(*sent)),
+        pull_back_mean_variance=lambda *sent: (sizes.append(sent[-4]), given.pull_back_mean_variance(*sent)),
+    )
     monkeypatch.setattr(_ext, "cuda_module", lambda: module)
     assert torch.equal(tiled.pull_back_mean_cuda(tokens, images, draws, 8, 6), whole)
-    assert sizes == [tiled.SMALLEST_TILE]
+    again = tiled.pull_back_mean_variance_cuda(tokens, images, draws, 8, 6)
+    assert torch.equal(again[0], whole) and torch.equal(again[1], variance)
+    assert sizes == [tiled.SMALLEST_TILE] * 2
 
 
 @pytest.mark.usefixtures("serial_cuda_kernels")
