@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,21 @@ from tests import serial_cuda
 
 INTEGER_POISON, BYTE_POISON = -7, 173
 
+# files that take longest: a process that began one of them at the end would keep the others waiting
+LONGEST = (
+    *("run/test_survival.py", "ops/test_triton.py", "run/test_ray.py", "run/test_maps.py", "project/test_build.py"),
+    *("scripts/test_gpu_script.py", "ops/test_perturb.py", "cli/test_cli.py", "ops/test_cuda.py"),
+    *("models/test_demo_model.py", "run/test_cli_run.py", "engine/test_memory.py", "bench/test_agreement.py"),
+)
+
 # tests are small, and often run side by side; those about threads ask for them
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files of `LONGEST` first."""
+    place = {Path(__file__).parent / name: at for at, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
 def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
