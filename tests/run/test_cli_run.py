@@ -17,6 +17,8 @@ import dave_fast
 from dave_fast.cli.app import app
 from dave_fast.models.demo import demo_scene
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 
 @pytest.fixture
 def photos(tmp_path):

@@ -27,6 +27,8 @@ from dave_fast.run.mapper import Mapper, MapSettings, packed_map
 from dave_fast.run.records import Record, image_key
 from dave_fast.run.runner import run_dataset
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 # Of float32, since sums differ between batches; relative to a map's maximum of 1.
 ROUNDING = 2e-4
 SETTINGS = {"precision": "fp32", "noise_alpha": 0.5}
@@ -58,18 +60,26 @@ def images(photos):
     return {path.name: path for path in sorted(photos.glob("[0-9].png"))}
 
 
-def alone(photos, name, seed=0, target=None):
-    explainer = DAVE("demo", **SETTINGS)
-    mapper = Mapper(map_settings(), "cpu")
+@pytest.fixture(scope="module")
+def mapper():
+    return Mapper(map_settings(), "cpu")
+
+
+@pytest.fixture(scope="module")
+def explainer():
+    return DAVE("demo", **SETTINGS)
+
+
+def alone(explainer, mapper, photos, name, seed=0, target=None):
     inputs = mapper.prepare.transform(decode_image((photos / name).read_bytes(), name))
     return explainer.explain(inputs, target, 3, seed, image_keys=[image_key(name)])
 
 
-def test_a_record_has_the_map_that_it_has_alone(photos, whole):
+def test_a_record_has_the_map_that_it_has_alone(explainer, mapper, photos, whole):
     maps = dave_fast.open_maps(whole)
     assert sorted(maps.ids) == [*images(photos), "bad.png"]
     for name in images(photos):
-        row, own = maps[name], alone(photos, name)
+        row, own = maps[name], alone(explainer, mapper, photos, name)
         np.testing.assert_allclose(row.map, own.maps[0].numpy(), atol=ROUNDING + 2**-11)
         np.testing.assert_allclose(row.raw, own.raw[0].numpy(), atol=float(own.raw.abs().max()) * (ROUNDING + 2**-11))
         np.testing.assert_allclose(row.output, own.output[0].numpy(), rtol=1e-4, atol=1e-4)
@@ -78,10 +88,9 @@ def test_a_record_has_the_map_that_it_has_alone(photos, whole):
         assert (row.seed, row.n_samples, row.status, row.error) == (0, 3, "ok", None)
 
 
-def test_what_was_assumed_about_an_image_is_logged_once(tmp_path, caplog, monkeypatch):
+def test_what_was_assumed_about_an_image_is_logged_once(mapper, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(contents, "_notes", Notes())
     Image.fromarray(np.linspace(0, 4095, 64 * 64).astype(np.uint16).reshape(64, 64)).save(tmp_path / "scan.png")
-    mapper = Mapper(map_settings(), "cpu")
     mapper.decode(Record("scan.png", str(tmp_path / "scan.png")))
     (said,) = [each.getMessage() for each in caplog.records if each.name == "dave_fast.run"]
     assert said.startswith(f"{tmp_path / 'scan.png'}: its samples run from 0 to 4095")
@@ -119,7 +128,7 @@ def test_batches_workers_and_interruptions_do_not_change_maps(photos, whole, tmp
         np.testing.assert_allclose(now[name].map, before[name].map, atol=ROUNDING + 2**-10)
 
 
-def test_seeds_and_targets_of_records(photos, tmp_path):
+def test_seeds_and_targets_of_records(explainer, mapper, photos, tmp_path):
     manifest = tmp_path / "m.csv"
     lines = [
         f"{name},{path},{number if number % 2 else ''},{5 if number > 3 else ''}"
@@ -130,7 +139,7 @@ def test_seeds_and_targets_of_records(photos, tmp_path):
     maps = dave_fast.open_maps(tmp_path / "out")
     for number, name in enumerate(images(photos)):
         seed, target = 5 if number > 3 else 1, number if number % 2 else None
-        own = alone(photos, name, seed, target)
+        own = alone(explainer, mapper, photos, name, seed, target)
         assert (maps[name].seed, maps[name].target) == (seed, int(own.target[0]))
         np.testing.assert_allclose(maps[name].map, own.maps[0].numpy(), atol=ROUNDING + 2**-11)
     run_dataset(str(manifest), tmp_path / "forced", map_settings(target="seven"))
