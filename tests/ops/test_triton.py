@@ -1,6 +1,7 @@
 """Test Triton without a GPU: the kernels' own tests in the interpreter, compiled kernels, the dispatcher.
 
-Kernels are interpreted or compiled for a whole process, so each file of tests/kernels runs in a process of its own.
+Kernels are interpreted or compiled for a whole process, so tests/kernels runs in processes of its own: one for the
+engine, whose tests take longest, one for everything else.
 """
 
 import importlib.util
@@ -20,7 +21,7 @@ from tests.toys import engine_of
 from tests.variants import ENGINE
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = sorted(path.name for path in (ROOT / "tests" / "kernels").glob("test_*.py"))
+ENGINE_FILE = "tests/kernels/test_engine.py"
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -43,21 +44,24 @@ def run(*command: object, **environment: str) -> str:
 
 @needs_triton
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/kernels runs on this machine's GPU itself")
-@pytest.mark.parametrize("file", FILES)
-def test_the_kernels_by_the_interpreter(file):
+@pytest.mark.parametrize("files", [[ENGINE_FILE], ["tests/kernels", f"--ignore={ENGINE_FILE}"]], ids=["engine", "rest"])
+def test_the_kernels_by_the_interpreter(files):
     # NumPy warns where a kernel means its infinities and NaN
     quiet = ("-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider", "-p", "no:xdist")
-    out = run("-m", "pytest", "-q", "--tb=short", *quiet, ROOT / "tests" / "kernels" / file, TRITON_INTERPRET="1")
+    out = run("-m", "pytest", "-q", "--tb=short", *quiet, *files, TRITON_INTERPRET="1")
     assert "passed" in out and "skipped" not in out
 
 
 PRODUCTS = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
+# each kernel's forms with the most registers, and each type of operands
+DEMANDING = "linear fc1 .*|linear VJP fc2 .*|attention (forward|VJP), D = 80 bf16|attention .* e4m3, .*|normalize.*"
 
 
 def assert_compiled(rows, arch):
     """Fail unless kernels do not spill, multiply on the architecture's tensor cores, and match docs/kernels.md."""
     page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
     (section,) = (part for part in page.split("\n## ") if part.startswith(f"sm_{arch}\n"))
+    assert rows
     # other versions allot registers in their own way, and compile to other numbers
     same = f"Triton {version('triton')} " in page
     for row in rows:
@@ -70,11 +74,21 @@ def assert_compiled(rows, arch):
             assert row["line"] in section.splitlines(), "run scripts/compile_kernels.py"
 
 
+def compiled(*arguments):
+    return [json.loads(line) for line in run(ROOT / "scripts" / "compile_kernels.py", *arguments).splitlines()]
+
+
 @needs_triton
-@pytest.mark.parametrize("arch", PRODUCTS)
+@pytest.mark.parametrize("arch", [90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 100))])
 def test_every_kernel_compiles_ahead_of_time_as_the_page_says(arch):
-    out = run(ROOT / "scripts" / "compile_kernels.py", "--arch", arch)
-    assert_compiled([json.loads(line) for line in out.splitlines()], arch)
+    assert_compiled(compiled("--arch", arch), arch)
+
+
+@needs_triton
+def test_demanding_kernels_compile_for_other_architectures_as_the_page_says():
+    rows = compiled("--only", DEMANDING, "--arch", 80, "--arch", 100)
+    for arch in (80, 100):
+        assert_compiled([row for row in rows if row["arch"] == arch], arch)
 
 
 @pytest.fixture
