@@ -1,3 +1,4 @@
-"""The default number of samples, in a module without imports: the command line's help must not wait for torch."""
+"""Defaults, in a module without imports: the command line's help must not wait for torch."""
 
-DEFAULT_SAMPLES = 50
+# Perturbed samples of an image, and whether its map is shrunk (see `dave_fast.explain.explainer.DAVE`).
+DEFAULT_SAMPLES, DEFAULT_SHRINK = 50, True

@@ -10,6 +10,7 @@ It is a TOML file in which every key is optional; paths are relative to its fold
     link = "sigmoid"
     noise_alpha = 0.3
     n_samples = 50
+    shrink = true
 
 The command line comes before the file.
 """
@@ -41,6 +42,7 @@ class Config:
         labels: a file of class names.
         image_size: pixels a side.
         link: "softmax", "sigmoid" or "none" (see `dave_fast.models.spec`).
+        shrink: whether maps are shrunk (see `dave_fast.DAVE`).
     """
 
     model: str | None = None
@@ -51,6 +53,7 @@ class Config:
     labels: str | None = None
     image_size: int | None = None
     link: str | None = None
+    shrink: bool | None = None
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:

@@ -71,6 +71,7 @@ def evaluate(
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of the random methods.", rich_help_panel=_HOW_MUCH)] = 3,
     n_samples: options.Samples = None,
     noise_alpha: options.NoiseAlpha = None,
+    shrink: options.Shrink = None,
     seed: Annotated[int, typer.Option(min=0, help="The first seed.", rich_help_panel=METHOD)] = 0,
     device: options.Device = None,
     precision: options.Precision = None,
@@ -105,10 +106,10 @@ def evaluate(
         check_writable(out)
         given = options.read_config(config)
         spec = named.spec(given)
-        samples, level = options.sampling(n_samples, noise_alpha, config=given)
+        samples, method = options.method(n_samples, noise_alpha, shrink, config=given)
         files = _files(source, spec.name, annotated=boxes is not None or masks is not None)
         with screen.status(f"loading {spec.name}"):
-            subject = Subject.load(spec, device=device, precision=precision, backend=backend, noise_alpha=level)
+            subject = Subject.load(spec, device=device, precision=precision, backend=backend, **method)
         examples = _examples(files, boxes, masks, subject, chosen)
         _measure(screen, spec.name, subject, examples, samples, chosen, out)
 
@@ -141,6 +142,7 @@ def _measure(
         "precision": explainer.precision,
         "backend": explainer.backend,
         "noise_alpha": explainer.sampling.noise_alpha,
+        "shrink": explainer.shrink,
     }
     setup = MethodSettings(n_samples, used, 1 / min(prepare.std))
     with progress(screen, "evaluating") as update:

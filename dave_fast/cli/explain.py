@@ -49,6 +49,7 @@ def explain(
     n_samples: options.Samples = None,
     seed: options.Seed = 0,
     noise_alpha: options.NoiseAlpha = None,
+    shrink: options.Shrink = None,
     schedule: options.Schedule = "sequence",
     device: options.Device = None,
     precision: options.Precision = None,
@@ -84,14 +85,14 @@ def explain(
         )
     # The embedded scene has two digits, which shows that maps differ by class.
     top_k = top_k or (2 if demo and not target else 1)
-    samples, level = options.sampling(n_samples, noise_alpha, config=given)
+    samples, method = options.method(n_samples, noise_alpha, shrink, config=given)
     request = Request(out, tuple(target or ()), top_k, samples, seed, figure=demo)
     keywords = {
         "device": device,
         "precision": precision,
         "backend": backend,
         "route": route,
-        "noise_alpha": level,
+        **method,
         "schedule": schedule,
         "internal_batch_size": internal_batch_size,
     }

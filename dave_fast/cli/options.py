@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dave_fast.defaults import DEFAULT_SAMPLES
+from dave_fast.defaults import DEFAULT_SAMPLES, DEFAULT_SHRINK
 from dave_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -89,6 +89,15 @@ NoiseAlpha = Annotated[
     float | None,
     typer.Option("--noise-alpha", help="The highest noise level.", show_default="by model", rich_help_panel=METHOD),
 ]
+Shrink = Annotated[
+    bool | None,
+    typer.Option(
+        "--shrink/--no-shrink",
+        help="Whether maps are shrunk by the noise left in them; without, they are the paper's.",
+        show_default="shrink" if DEFAULT_SHRINK else "no-shrink",
+        rich_help_panel=METHOD,
+    ),
+]
 Schedule = Annotated[
     str,
     typer.Option("--schedule", metavar="sequence|paper", help="How noise levels are spread.", rich_help_panel=METHOD),
@@ -122,12 +131,18 @@ def read_config(path: Path | None) -> Config:
     return Config() if path is None else load_config(path)
 
 
-def sampling(n_samples: int | None, noise_alpha: float | None, *, config: Config) -> tuple[int, float | None]:
-    """Return the number of samples and the noise level; the command line comes before the configuration.
+def method(
+    n_samples: int | None, noise_alpha: float | None, shrink: bool | None, *, config: Config
+) -> tuple[int, dict[str, Any]]:
+    """Return the number of samples, and the keywords of `DAVE` for noise level and shrinkage.
 
-    A level of None leaves the choice to the model.
+    The command line comes before the configuration. A noise level of None leaves the choice to the model.
     """
-    return n_samples or config.n_samples or DEFAULT_SAMPLES, config.noise_alpha if noise_alpha is None else noise_alpha
+    settings = {
+        "noise_alpha": config.noise_alpha if noise_alpha is None else noise_alpha,
+        "shrink": next(given for given in (shrink, config.shrink, DEFAULT_SHRINK) if given is not None),
+    }
+    return n_samples or config.n_samples or DEFAULT_SAMPLES, settings
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ def run(
     n_samples: options.Samples = None,
     seed: options.Seed = 0,
     noise_alpha: options.NoiseAlpha = None,
+    shrink: options.Shrink = None,
     schedule: options.Schedule = "sequence",
     engine: Annotated[str, typer.Option(metavar="local|ray", rich_help_panel=MACHINE)] = "local",
     devices: Annotated[
@@ -116,7 +117,7 @@ def run(
     if not -_INT64 <= seed < _INT64:
         raise InputError(f"--seed is {seed}; expected an integer of 64 bits.")
     given = options.read_config(config)
-    samples, level = options.sampling(n_samples, noise_alpha, config=given)
+    samples, method = options.method(n_samples, noise_alpha, shrink, config=given)
     settings = MapSettings(
         model=named.spec(given, default=options.DEFAULT_MODEL, random_weights=random_weights),
         n_samples=samples,
@@ -130,7 +131,7 @@ def run(
             "precision": precision,
             "backend": backend,
             "route": route,
-            "noise_alpha": level,
+            **method,
             "schedule": schedule,
             "internal_batch_size": internal_batch_size,
         },

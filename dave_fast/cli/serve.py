@@ -12,6 +12,7 @@ import typer
 from dave_fast.cli import options
 from dave_fast.cli.options import MACHINE
 from dave_fast.cli.terminal import console, plain_warnings
+from dave_fast.defaults import DEFAULT_SHRINK
 from dave_fast.errors import InputError, reason_of
 
 _LIMITS, _ACCESS = "Limits", "Access"
@@ -39,6 +40,7 @@ def serve(
     precision: options.Precision = None,
     backend: options.Backend = "auto",
     noise_alpha: options.NoiseAlpha = None,
+    shrink: options.Shrink = None,
     internal_batch_size: options.InternalBatchSize = None,
     max_requests: Annotated[int, typer.Option(min=1, help="Requests in the queue.", rich_help_panel=_LIMITS)] = 64,
     max_samples: Annotated[int, typer.Option(min=1, help="Samples of one request.", rich_help_panel=_LIMITS)] = 1024,
@@ -66,7 +68,7 @@ def serve(
     settings: dict[str, Any] = {
         "precision": precision,
         "backend": backend,
-        "noise_alpha": noise_alpha,
+        "shrink": DEFAULT_SHRINK if shrink is None else shrink,
         "internal_batch_size": internal_batch_size,
         "weights": _file(weights),
         "num_classes": num_classes,

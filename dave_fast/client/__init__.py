@@ -74,6 +74,7 @@ class Client:
         top_k: int | None = None,
         n_samples: int | None = None,
         seed: int | None = None,
+        shrink: bool | None = None,
         tolerance: float | None = None,
         deadline_ms: int | None = None,
         timeout: float | None = None,
@@ -87,6 +88,7 @@ class Client:
             top_k: in place of target, the number of most probable classes.
             n_samples: perturbed samples at most.
             seed: equal seeds give equal maps.
+            shrink: whether maps are shrunk by the noise left in them; None is the server's setting.
             tolerance: stop when the relative error of the map is below this, nine times in ten.
             deadline_ms: answer within this time with the samples that there are.
             timeout: seconds for the call, retries included; None is the client's.
@@ -96,7 +98,7 @@ class Client:
             ServerError: the server refused, failed or cannot be reached.
         """
         options: dict[str, Any] = dict(model=model, top_k=top_k, n_samples=n_samples, seed=seed)
-        options |= dict(tolerance=tolerance, deadline_ms=deadline_ms)
+        options |= dict(shrink=shrink, tolerance=tolerance, deadline_ms=deadline_ms)
         response = self._send(explain_request("/v1/explain", picture, target, options), timeout)
         return explained(response.json())
 

@@ -21,6 +21,8 @@ from dave_fast.errors import DaveFastError, InputError, reason_of
 
 Picture = bytes | str | os.PathLike[str] | Image.Image | np.ndarray
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+# Fields of an answer that are taken as they are.
+_COPIED = ("cut_short", "model", "seed", "shrink", "queue_ms", "total_ms", "notes")
 _AGAIN = (429, 502, 503)
 # Seconds: the first wait without Retry-After, and the longest.
 _FIRST_WAIT, _LONGEST_WAIT = 0.1, 10.0
@@ -60,6 +62,7 @@ class Explained:
         cut_short: the reason for fewer samples, "tolerance", "deadline" or "shutdown"; None where all were made.
         model: the served name.
         seed: of the samples.
+        shrink: whether the maps are shrunk by the noise left in them; False for a server that does not know of it.
         queue_ms: milliseconds in the queue.
         total_ms: milliseconds in all.
         top: (class, name, probability) of the most probable classes, in an answer.
@@ -78,6 +81,7 @@ class Explained:
     cut_short: str | None = None
     model: str | None = None
     seed: int | None = None
+    shrink: bool = False
     queue_ms: float | None = None
     total_ms: float | None = None
     top: list[tuple[int, str, float]] = field(default_factory=list)
@@ -137,9 +141,7 @@ def explained(told: Mapping[str, Any], *, final: bool = True) -> Explained:
         top=[(one["target"], one["class_name"], _probability(one)) for one in told.get("top", [])],
         samples=told["samples"],
         n_samples=told["n_samples"],
-        **{
-            name: told[name] for name in ("cut_short", "model", "seed", "queue_ms", "total_ms", "notes") if name in told
-        },
+        **{name: told[name] for name in _COPIED if name in told},
     )
 
 

@@ -19,6 +19,8 @@ model's input and H×W pixels:
     n_samples           int64, perturbed samples that were asked for
     seed                int64, or uint64 for a seed modulo 2⁶⁴
     noise_alpha         float64
+    shrink              bool, whether the maps are shrunk (see `dave_fast.DAVE`), which raw never is; files without it
+                        are of earlier versions, whose maps are not
     model, precision, dave_fast_version, image    strings; image is the path of the photograph, empty where unknown
 """
 
@@ -52,6 +54,7 @@ def write_arrays(
     samples: int,
     n_samples: int,
     seed: int,
+    shrink: bool,
     model: str,
     image: str = "",
     errors: Sequence[float] | None = None,
@@ -70,6 +73,7 @@ def write_arrays(
         samples: perturbed samples that the maps are made of.
         n_samples: perturbed samples that were asked for.
         seed: of the samples.
+        shrink: whether the maps are shrunk.
         model: the model's name.
         image: the path of the photograph.
         errors: of the K maps; None where they were not estimated.
@@ -90,6 +94,7 @@ def write_arrays(
         "n_samples": np.int64(n_samples),
         "seed": kept_seed,
         "noise_alpha": np.float64(explainer.sampling.noise_alpha),
+        "shrink": np.bool_(shrink),
         "model": model,
         "precision": explainer.precision,
         "dave_fast_version": __version__,

@@ -42,6 +42,7 @@ class Refined:
         samples: S.
         errors: the estimate ê for each class.
         bounds: an upper bound of each error that holds with a probability of 0.9; infinity below eight samples.
+        shrink: whether the maps are shrunk (see `dave_fast.DAVE`).
     """
 
     maps: Tensor
@@ -49,6 +50,7 @@ class Refined:
     samples: int
     errors: list[float]
     bounds: list[float]
+    shrink: bool
 
     @property
     def bound(self) -> float:
@@ -56,18 +58,28 @@ class Refined:
         return max(self.bounds)
 
 
-def refine(explainer: DAVE, contributions: Tensor) -> Refined:
-    """Make maps and estimate their errors from contributions (K, S, C, H, W) of K classes and S samples."""
+def refine(explainer: DAVE, contributions: Tensor, *, shrink: bool | None = None) -> Refined:
+    """Make maps and estimate their errors.
+
+    The maps of both halves of the samples are shrunk where that of all is, each by its own variance.
+
+    Args:
+        explainer: which the contributions are of.
+        contributions: (K, S, C, H, W) of K classes and S samples.
+        shrink: whether the maps are shrunk; None takes the explainer's setting.
+    """
     samples = contributions.shape[1]
-    raw, maps = explainer.aggregate(contributions)
+    shrink = explainer.shrink if shrink is None else shrink
+    raw, maps = explainer.aggregate(contributions, shrink=shrink)
     half = samples // 2
     errors = [math.inf] * len(maps)
     if half > 0:
         # Of an odd number of samples the last one is in neither half.
-        halves = [explainer.aggregate(contributions[:, start : start + half])[1] for start in (0, half)]
+        parts = [contributions[:, start : start + half] for start in (0, half)]
+        halves = [explainer.aggregate(part, shrink=shrink)[1] for part in parts]
         errors = estimate(maps, *halves)
     bounds = [factor(samples) * error for error in errors]
-    return Refined(maps.float().cpu(), raw.float().cpu(), samples, errors, bounds)
+    return Refined(maps.float().cpu(), raw.float().cpu(), samples, errors, bounds, shrink)
 
 
 def estimate(maps: Tensor, first: Tensor, second: Tensor) -> list[float]:

@@ -1,9 +1,9 @@
 """The front end: images and targets in, attribution maps out.
 
 Perturbed samples of the images are drawn and made (perturb), taken forward and back through the model with its
-operators frozen, pulled back to the images (pull_back), averaged over the samples (robust_mean) and smoothed for
-looking at (smooth). All but the last two work on rows (image, sample) in micro-batches. Source: DAVE, arXiv 2602.06613,
-Eq. 3-8.
+operators frozen, pulled back to the images (pull_back), averaged over the samples (robust_mean), shrunk by the noise
+that is left in the average (shrink) and smoothed for looking at (smooth). All but the last three work on rows (image,
+sample) in micro-batches. Source: DAVE, arXiv 2602.06613, Eq. 3-8; shrinkage is an addition.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dave_fast.defaults import DEFAULT_SAMPLES
-from dave_fast.engine.aggregation import raw_attributions
+from dave_fast.defaults import DEFAULT_SAMPLES, DEFAULT_SHRINK
+from dave_fast.engine.aggregation import maps_of, raw_attributions, robust_mean
 from dave_fast.engine.checks import check_classes, check_integer, check_keys, check_rows, check_targets, describe
 from dave_fast.engine.end_of_call import EndOfCall
 from dave_fast.engine.micro_batches import MicroBatches, Progress
@@ -61,6 +61,10 @@ class DAVE:
         scale: smallest and largest factor.
         translation: largest shift as a share of the side.
         flip: probability of a horizontal flip.
+        shrink: whether maps are shrunk: before negative values are cut off, a pixel is multiplied by the share of its
+            power that is not noise, as the spread of its own samples tells (`dave_fast.ops.shrink`). Few samples then
+            give nearly the map of many; the limit for many is the same. False gives the paper's maps. `raw` is the
+            paper's in either case.
         internal_batch_size: rows (image, sample) of a micro-batch; by default what fits.
         graphs: replay micro-batches as CUDA graphs (see `dave_fast.engine.graphs`). None where the device and the
             route can; True raises where they cannot; False launches the same kernels one by one, with the same result.
@@ -86,6 +90,7 @@ class DAVE:
         scale: tuple[float, float] = (0.9, 1.1),
         translation: float = 0.1,
         flip: float = 0.5,
+        shrink: bool = DEFAULT_SHRINK,
         internal_batch_size: int | None = None,
         graphs: bool | None = None,
     ) -> None:
@@ -97,6 +102,9 @@ class DAVE:
         if noise_alpha is None:
             noise_alpha = noise_level(self.model, self.model_name)
         self.sampling = Sampling(noise_alpha, schedule, rotation, scale, translation, flip)
+        if not isinstance(shrink, bool):
+            raise InputError(f"shrink is {shrink!r}; expected True, or False for the paper's maps")
+        self.shrink = shrink
         self.internal_batch_size = check_rows(internal_batch_size)
         self._cache = RouteCache(
             self.model,
@@ -155,7 +163,7 @@ class DAVE:
             raise InputError("of target=, targets= and top_k= more than one was given; give one of them")
         top_k = None if top_k is None else check_integer(top_k, "top_k", 1)
         rows = check_rows(internal_batch_size)
-        wanted = [target] if targets is None else split_targets(targets)
+        wanted, shrink = [target] if targets is None else split_targets(targets), self.shrink
 
         def work(images: Tensor, batches: MicroBatches, end: EndOfCall) -> Explanation:
             keys = check_keys(image_keys, len(images))
@@ -166,9 +174,10 @@ class DAVE:
                 resolved = [ElementCotangent(each, each) for each in most_probable(self.model, output, top_k)]
             height, width = images.shape[2:]
             draws = draw(n_samples, height=height, width=width, seed=seed, image_keys=keys, sampling=self.sampling)
-            raw = raw_attributions(batches, images, draws, resolved, progress)
+            raw, variance = raw_attributions(batches, images, draws, resolved, progress, with_variance=shrink)
             end.refuse_non_finite(raw, "the attribution", f"{self._advice}, or look for overflow in the model.")
-            maps = batches.ops.smooth(raw.flatten(0, 1)).view(*raw.shape[:2], *raw.shape[3:])
+            flat = maps_of(batches.ops, raw.flatten(0, 1), None if variance is None else variance.flatten(0, 1))
+            maps = flat.view(*raw.shape[:2], *raw.shape[3:])
             of_each = moved([each.classes for each in resolved], output.device)
             classes = torch.stack([each.expand(len(images)) for each in of_each], dim=1)
             classes, probability = end.read(classes, probability_of(self.model, output, classes))
@@ -182,6 +191,7 @@ class DAVE:
                 output=output.float(),
                 n_samples=n_samples,
                 seed=seed,
+                shrink=shrink,
             )
 
         return self._checked.call(images, work, rows, n_samples)
@@ -304,14 +314,19 @@ class DAVE:
         # captured graphs have row numbers of their own
         return self._checked.call(images, work, len(draws) if self._cache.graphs is None else None)
 
-    def aggregate(self, contributions: Tensor) -> tuple[Tensor, Tensor]:
+    def aggregate(self, contributions: Tensor, *, shrink: bool | None = None) -> tuple[Tensor, Tensor]:
         """Return raw (B, C, H, W) and maps (B, H, W) of contributions (B, S, C, H, W), as `explain` does.
 
         They are NaN where a contribution is NaN.
+
+        Args:
+            contributions: of B images or classes and S samples.
+            shrink: whether the maps are shrunk; None takes the explainer's setting.
         """
+        ops = self._cache.ops
         with own_arithmetic(self.device):
-            raw = self._cache.ops.robust_mean(contributions)
-            return raw, self._cache.ops.smooth(raw)
+            raw, variance = robust_mean(ops, contributions, with_variance=self.shrink if shrink is None else shrink)
+            return raw, maps_of(ops, raw, variance)
 
     @property
     def statistics_dtype(self) -> torch.dtype:

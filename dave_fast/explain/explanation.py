@@ -14,7 +14,7 @@ class Explanation:
     Of K targets (`targets=` or `top_k=`) the fields maps, raw, target and probability have a dimension K after B.
 
     Attributes:
-        maps: (B, H, W) float32 in [0, 1], for looking at.
+        maps: (B, H, W) float32 in [0, 1], for looking at; made of raw, after shrinkage where `shrink` is True.
         raw: (B, C, H, W) float32, signed, per channel: the median/MAD mean of effective gradient ⊙ image.
         target: (B,) int64, the class; −1 where the target is not a class.
         probability: (B,) float32, that of the class by the unperturbed image's output, a softmax or a sigmoid of it
@@ -22,6 +22,7 @@ class Explanation:
         output: (B, ...) float32, the model's output for the unperturbed images.
         n_samples: as given.
         seed: as given.
+        shrink: whether the maps are shrunk (see `DAVE`); False: they are the paper's.
     """
 
     maps: Tensor
@@ -31,3 +32,4 @@ class Explanation:
     output: Tensor
     n_samples: int
     seed: int
+    shrink: bool

@@ -224,6 +224,7 @@ class _FileExplainer:
                 samples=explanation.n_samples,
                 n_samples=explanation.n_samples,
                 seed=explanation.seed,
+                shrink=explanation.shrink,
                 model=self.subject.explainer.model_name,
                 image=source.path,
             )

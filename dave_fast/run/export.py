@@ -118,7 +118,10 @@ def _zarr(maps: Maps, target: Path, progress: Progress) -> int:
 
 
 def _npy(maps: Maps, target: Path, progress: Progress) -> int:
-    """Write maps.npy (N, H, W) and raw.npy (N, 3, H, W) if kept, float32, and index.csv in the same order."""
+    """Write maps.npy (N, H, W) and raw.npy (N, 3, H, W) if kept, float32, and index.csv in the same order.
+
+    The index also says whether the run's maps are shrunk.
+    """
     files = {"map": "maps.npy", "raw": "raw.npy"}
     with _whole(target, folder=True) as folder:
         arrays = {
@@ -133,10 +136,11 @@ def _npy(maps: Maps, target: Path, progress: Progress) -> int:
             array.flush()
         with open(folder / "index.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(INDEX)
+            writer.writerow((*INDEX, "shrink"))
             # NaN is a missing probability, an empty field in a table
             rows = zip(*(maps.column(name).tolist() for name in INDEX), strict=True)
-            writer.writerows([None if value != value else value for value in row] for row in rows)
+            shrink = maps.identity["configuration"]["shrink"]
+            writer.writerows([*(None if value != value else value for value in row), shrink] for row in rows)
     return 0
 
 

@@ -61,6 +61,8 @@ def weights_hash(model: nn.Module) -> str:
 def load_identity(folder: Path) -> dict[str, Any] | None:
     """Return the content of `run.json`, None if the folder holds no run.
 
+    Runs of earlier versions do not say whether their maps are shrunk; they are not, and the identity says so.
+
     Raises:
         InputError: the file cannot be read or is of another format.
     """
@@ -72,6 +74,7 @@ def load_identity(folder: Path) -> dict[str, Any] | None:
         raise InputError(f"cannot read {folder / RUN_FILE}: {error}. Choose another --out, or mend it.") from error
     if not isinstance(identity, dict) or identity.get("format") != FORMAT:
         raise InputError(f"{folder / RUN_FILE} is of no format that this version of dave-fast reads ({FORMAT}).")
+    identity.get("configuration", {}).setdefault("shrink", False)
     return identity
 
 

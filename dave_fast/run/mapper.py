@@ -128,6 +128,7 @@ class Mapper:
             "target": self.target if self.target is not None else settings.target,
             "precision": explainer.precision,
             "sampling": vars(explainer.sampling),
+            "shrink": explainer.shrink,
             "preprocessing": dict(self.prepare.config),
             "classes": self.labels.count,
             "link": link_of(explainer.model, self.labels.count or 0),

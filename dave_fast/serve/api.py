@@ -116,6 +116,7 @@ class Api:
             top_k=options.top_k or 1,
             n_samples=options.n_samples,
             seed=options.seed,
+            shrink=options.shrink,
             tolerance=options.tolerance,
             deadline=deadline,
             refined=refined,
@@ -254,6 +255,7 @@ class Api:
                 precision=model.explainers[0].precision,
                 route=model.explainers[0].route,
                 noise_alpha=model.explainers[0].sampling.noise_alpha,
+                shrink=model.explainers[0].shrink,
             )
             for model in self.service.models.values()
         ]

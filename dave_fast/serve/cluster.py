@@ -23,6 +23,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from dave_fast.defaults import DEFAULT_SHRINK
 from dave_fast.serve.app import create_app
 from dave_fast.serve.limits import Limits
 from dave_fast.serve.middleware import UploadBudget
@@ -71,6 +72,7 @@ class ClusterSettings(BaseModel):
     link: str | None = None
     precision: str | None = None
     noise_alpha: float | None = None
+    shrink: bool = DEFAULT_SHRINK
     internal_batch_size: int | None = None
     max_requests: Annotated[int, Field(ge=1)] = 64
     max_samples: Annotated[int, Field(ge=1)] = 1024
@@ -145,7 +147,7 @@ class Explanations:
         log_to_stderr()
         self._settings, self._api_keys, self._images = settings, api_keys, images
         own = {"weights", "num_classes", "labels", "image_size", "link"}
-        names = own | {"precision", "noise_alpha", "internal_batch_size"}
+        names = own | {"precision", "noise_alpha", "shrink", "internal_batch_size"}
         loaded = load_models(settings.models, [None], **settings.model_dump(include=names))
         self._service = Service(loaded, settings.limits)
 

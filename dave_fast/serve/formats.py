@@ -92,6 +92,7 @@ def maps(model: ServedModel, ask: Ask, predicted: Predicted, refined: Refined, e
     return Maps(
         samples=refined.samples,
         n_samples=ask.n_samples,
+        shrink=refined.shrink,
         error=finite(max(refined.errors)),
         error_bound=finite(refined.bound),
         maps=each,
@@ -121,6 +122,7 @@ def headers(model: ServedModel, ask: Ask, ended: Ended) -> dict[str, str]:
         "samples": refined.samples,
         "n-samples": ask.n_samples,
         "seed": ask.seed,
+        "shrink": str(refined.shrink).lower(),
         "error": f"{max(refined.errors):.6g}",
         "error-bound": f"{refined.bound:.6g}",
         "cut-short": ended.cut_short or "no",
@@ -168,6 +170,7 @@ def _write_npz(file: IO[bytes], model: ServedModel, ask: Ask, ended: Ended) -> N
         samples=refined.samples,
         n_samples=ask.n_samples,
         seed=ask.seed,
+        shrink=refined.shrink,
         model=model.name,
         errors=refined.errors,
         error_bounds=refined.bounds,

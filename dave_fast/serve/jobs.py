@@ -35,6 +35,7 @@ class Ask:
         top_k: number of classes if `targets` is None.
         n_samples: the most samples.
         seed: seed of the draws.
+        shrink: whether maps are shrunk, None for the explainers' setting.
         tolerance: the error bound at which the request ends, or None.
         deadline: by `time.monotonic`, in seconds, or None.
         refined: whether the listener is sent a map at every checkpoint.
@@ -46,6 +47,7 @@ class Ask:
     top_k: int = 1
     n_samples: int = DEFAULT_SAMPLES
     seed: int = 0
+    shrink: bool | None = None
     tolerance: float | None = None
     deadline: float | None = None
     refined: bool = False

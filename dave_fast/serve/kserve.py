@@ -164,7 +164,8 @@ async def _infer(api: Api, request: Request, model: ServedModel, body: InferRequ
         _output("targets", "INT64", np.array(ended.predicted.targets)),
         _output("error_bounds", "FP32", np.array(bounds, np.float32)),
     ]
-    parameters = {"samples": refined.samples, "seed": ask.seed, "cut_short": ended.cut_short}
+    parameters: dict[str, Any] = {"samples": refined.samples, "seed": ask.seed, "cut_short": ended.cut_short}
+    parameters["shrink"] = refined.shrink
     parameters |= {"notes": " ".join(notes)} if notes else {}
     return InferResponse(model_name=model.name, id=body.id, parameters=parameters, outputs=outputs)
 

@@ -35,6 +35,10 @@ class Options(BaseModel):
     ] = None
     n_samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES, description="The most samples.")] = DEFAULT_SAMPLES
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63, description="Equal seeds give equal maps.")] = 0
+    shrink: Annotated[
+        bool | None,
+        Field(description="Whether maps are shrunk by the noise left in them; by default as the server was started."),
+    ] = None
     tolerance: Annotated[
         float | None,
         Field(gt=0, le=10, description="Stop when the relative error of the map is below this, nine times in ten."),
@@ -82,10 +86,11 @@ class Prediction(BaseModel):
 
 
 class Maps(BaseModel):
-    """Maps of the first samples: the event `maps`."""
+    """Maps of the first samples: the event `maps`. shrink says whether they are shrunk by the noise left in them."""
 
     samples: int
     n_samples: int
+    shrink: bool
     error: float | None
     error_bound: float | None
     maps: list[ClassMap]
@@ -127,6 +132,7 @@ class ModelInfo(BaseModel):
     precision: str
     route: str
     noise_alpha: float
+    shrink: bool
 
 
 class Health(BaseModel):

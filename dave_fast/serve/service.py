@@ -197,7 +197,7 @@ class Service:
         try:
             # The explainer of the device that holds the contributions.
             explainer = next(each for each in job.model.explainers if each.device == contributions.device)
-            refined = refine(explainer, contributions[:, :samples])
+            refined = refine(explainer, contributions[:, :samples], shrink=job.ask.shrink)
             if not torch.isfinite(refined.maps).all():
                 raise NonFiniteError("NaN or infinity in the map of this image. Try another image.")
         except Exception as error:

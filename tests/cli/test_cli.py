@@ -428,10 +428,16 @@ def test_help_and_version_do_not_wait_for_torch(tmp_path):
 
 
 def test_settings_of_a_file_are_taken_unless_said_otherwise(photo, models, tmp_path):
-    (tmp_path / "tuned.toml").write_text('model = "tiny"\nnoise_alpha = 0.25\nn_samples = 2\n')
+    (tmp_path / "tuned.toml").write_text('model = "tiny"\nnoise_alpha = 0.25\nn_samples = 2\nshrink = false\n')
     quick = ("--precision", "fp32", "--backend", "torch", "--out", tmp_path / "out")
-    for options, samples, alpha in (((), 2, 0.25), (("--n-samples", 3, "--noise-alpha", 0.5), 3, 0.5)):
+    others = ("--n-samples", 3, "--noise-alpha", 0.5, "--shrink")
+    for options, expected in (((), (2, 0.25, False)), (others, (3, 0.5, True))):
         run("explain", photo, "--config", tmp_path / "tuned.toml", *quick, *options)
         with np.load(tmp_path / "out" / "photo.npz") as arrays:
-            assert arrays["n_samples"] == samples
-            assert arrays["noise_alpha"] == alpha
+            assert (arrays["n_samples"], arrays["noise_alpha"], arrays["shrink"]) == expected
+
+
+@pytest.mark.parametrize(("options", "expected"), [((), True), (("--shrink",), True), (("--no-shrink",), False)])
+def test_maps_are_shrunk_unless_told_otherwise(photo, models, tmp_path, options, expected):
+    explain(photo, "--out", tmp_path / "maps", *options)
+    assert load(tmp_path / "maps/photo.npz")["shrink"] == expected

@@ -8,7 +8,14 @@ from dave_fast.errors import InputError
 
 @pytest.mark.parametrize(
     "config",
-    [Config(), Config("demo"), Config('a "quoted" \\ model\n\x7f é', 0.25, 7), Config(None, 0.0), Config(None, 1e-9)],
+    [
+        Config(),
+        Config("demo"),
+        Config('a "quoted" \\ model\n\x7f é', 0.25, 7),
+        Config(None, 0.0),
+        Config(None, 1e-9),
+        Config(shrink=False),
+    ],
 )
 def test_written_and_read_back(tmp_path, config):
     save_config(config, tmp_path / "c.toml")
@@ -30,6 +37,7 @@ def test_integers_stand_for_floats(tmp_path):
         ("n_samples = 0", "n_samples is 0"),
         ("noise_alpha = 1.5", "noise_alpha is 1.5"),
         ("noise_alpha = nan", "noise_alpha is nan"),
+        ("shrink = 1", "shrink is 1; expected bool"),
         ("model = 3", "model is 3; expected str"),
         ("model", "is no TOML file"),
     ],

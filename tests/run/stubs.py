@@ -84,6 +84,7 @@ class Stub(Mapper):
             "n_samples": settings.n_samples,
             "seed": settings.seed,
             "precision": "fp32",
+            "shrink": settings.options.get("shrink", True),
             "preprocessing": size,
             "classes": 10,
             "map_dtype": settings.map_dtype,
@@ -204,7 +205,7 @@ class StubSettings(MapSettings):
 def map_settings(settings: dict[str, Any]) -> MapSettings:
     """Return the settings of a stub run."""
     stub = {name: settings[name] for name in ("seconds", "decode", "fault") if name in settings}
-    plain = {name: settings[name] for name in ("n_samples", "seed", "map_dtype") if name in settings}
+    plain = {name: settings[name] for name in ("n_samples", "seed", "map_dtype", "options") if name in settings}
     return StubSettings(stub=stub, **plain)
 
 

@@ -63,13 +63,15 @@ def test_bad_image_is_told(photos, tmp_path):
 
 
 def test_config_file(photos, tmp_path):
-    (tmp_path / "c.toml").write_text('model = "demo"\nnoise_alpha = 0.25\nn_samples = 3\n')
+    (tmp_path / "c.toml").write_text('model = "demo"\nnoise_alpha = 0.25\nn_samples = 3\nshrink = false\n')
     call("run", photos, "--config", tmp_path / "c.toml", "--out", tmp_path / "a")
     made = json.loads((tmp_path / "a/run.json").read_bytes())["configuration"]
     assert (made["model"], made["n_samples"], made["sampling"]["noise_alpha"]) == ("demo", 3, 0.25)
-    call("run", photos, "--config", tmp_path / "c.toml", "--n-samples", 1, "--noise-alpha", 0, "--out", tmp_path / "b")
+    assert made["shrink"] is False
+    others = ("--n-samples", 1, "--noise-alpha", 0, "--shrink")
+    call("run", photos, "--config", tmp_path / "c.toml", *others, "--out", tmp_path / "b")
     made = json.loads((tmp_path / "b/run.json").read_bytes())["configuration"]
-    assert (made["n_samples"], made["sampling"]["noise_alpha"]) == (1, 0.0)
+    assert (made["n_samples"], made["sampling"]["noise_alpha"], made["shrink"]) == (1, 0.0, True)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from dave_fast.run.local import Machine
 from dave_fast.run.mapper import Mapper, MapSettings, packed_map
 from dave_fast.run.records import Record, image_key
 from dave_fast.run.runner import run_dataset
+from tests.run import stubs
 
 pytestmark = pytest.mark.usefixtures("forked_workers")
 
@@ -164,13 +165,41 @@ def test_target_that_the_model_lacks(photos, tmp_path):
 def test_resume_notices_other_weights_and_settings(photos, whole, tmp_path):
     with pytest.raises(InputError, match=r"configuration\.raw: True before, False now"):
         run_dataset(str(photos), whole, map_settings(outputs=True))
-    with pytest.raises(InputError, match=r"configuration\.sampling\.noise_alpha: 0.5 before, 0.25 now"):
-        run_dataset(str(photos), whole, map_settings(raw=True, outputs=True, options=SETTINGS | {"noise_alpha": 0.25}))
+    others = SETTINGS | {"noise_alpha": 0.25, "shrink": False}
+    differ = (
+        r"configuration\.sampling\.noise_alpha: 0.5 before, 0.25 now; configuration\.shrink: True before, False now"
+    )
+    with pytest.raises(InputError, match=differ):
+        run_dataset(str(photos), whole, map_settings(raw=True, outputs=True, options=others))
     changed = DAVE("demo", noise_alpha=0.5).model
     with torch.no_grad():
         changed.head.bias[0] += 1e-3
     with pytest.raises(InputError, match=r"weights: \w+ before, \w+ now"):
         run_dataset(str(photos), whole, map_settings(model=changed, raw=True, outputs=True))
+
+
+@pytest.mark.parametrize("shrink", [True, False])
+def test_mapper_passes_shrinkage_on_and_says_so(photos, shrink):
+    mapper = Mapper(map_settings(options=SETTINGS | {"shrink": shrink}), "cpu")
+    assert mapper.configuration["shrink"] is shrink
+    record = Record("0.png", str(photos / "0.png"))
+    (row,) = mapper.explain([record], [mapper.decode(record)], None)
+    made = np.frombuffer(row["map"], "<f2").reshape(128, 128)
+    own = alone(DAVE("demo", **SETTINGS, shrink=shrink), mapper, photos, "0.png").maps[0].numpy()
+    np.testing.assert_allclose(made, own, atol=ROUNDING + 2**-11)
+
+
+def test_runs_of_before_shrinkage_are_read_and_continued_without_it(photos, tmp_path):
+    out, plain = tmp_path / "out", {"options": {"shrink": False}}
+    stubs.run(str(photos), out, limit=2, **plain)
+    made = json.loads((out / "run.json").read_bytes())
+    del made["configuration"]["shrink"]
+    (out / "run.json").write_text(json.dumps(made))
+    assert dave_fast.open_maps(out).identity["configuration"]["shrink"] is False
+    with pytest.raises(InputError, match=r"configuration\.shrink: False before, True now"):
+        stubs.run(str(photos), out, limit=3)
+    stubs.run(str(photos), out, limit=3, **plain)
+    assert len(dave_fast.open_maps(out)) == 3
 
 
 def test_shards_say_what_they_are(whole):
@@ -349,6 +378,7 @@ def test_npy(whole, tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "n/maps.npy", mmap_mode="r"), good.numpy())
     lines = (tmp_path / "n/index.csv").read_text().splitlines()
     assert lines[0].startswith("id,uri,target") and [line.split(",")[0] for line in lines[1:]] == good.ids
+    assert lines[0].endswith(",shrink") and all(line.endswith(",True") for line in lines[1:])
 
 
 def test_png(whole, tmp_path):

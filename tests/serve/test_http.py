@@ -16,6 +16,7 @@ from PIL import Image
 from dave_fast.client import AsyncClient, Client, ServerError, picture_bytes
 from dave_fast.errors import InputError
 from dave_fast.images import as_rgb, decode_image
+from dave_fast.ops.smooth import smooth
 from dave_fast.serve.limits import Limits
 from tests.serve.tiny_server import NAMES, SIZE, file_of, serve_model, serving
 
@@ -72,6 +73,44 @@ def test_npz_holds_everything(http, photo, alone):
         assert arrays["input"].shape == (SIZE, SIZE, 3) and arrays["class_names"].tolist() == ["dog"]
         assert arrays["samples"] == arrays["n_samples"] == 9 and len(arrays["top_targets"]) == 5
         assert np.isfinite(arrays["errors"]).all() and str(arrays["model"]) == "tiny"
+
+
+@pytest.mark.parametrize(("params", "expected"), [({}, True), ({"shrink": True}, True), ({"shrink": False}, False)])
+def test_every_form_of_an_answer_says_whether_it_is_shrunk(server, http, photo, alone, params, expected):
+    given, shrunk = {"target": "dog", "n_samples": 9, **params}, alone(target=1, n_samples=9)
+    truth = shrunk.maps if expected else smooth(shrunk.raw)
+
+    def answer(kind):
+        return http.post("/v1/explain", content=photo, params=given, headers={"accept": kind})
+
+    told = answer("application/json").json()
+    assert told["shrink"] is expected
+    values = np.frombuffer(base64.b64decode(told["maps"][0]["map"]["data"]), "<f4").reshape(SIZE, SIZE)
+    assert np.array_equal(values, truth[0].numpy())
+    npy = answer("application/x-npy")
+    assert npy.headers["x-dave-shrink"] == str(expected).lower()
+    assert np.array_equal(np.load(io.BytesIO(npy.content)), truth.numpy())
+    with np.load(io.BytesIO(answer("application/x-npz").content)) as arrays:
+        assert arrays["shrink"] == expected and np.array_equal(arrays["maps"], truth.numpy())
+        assert np.array_equal(arrays["raw"], shrunk.raw.numpy())
+    (image,) = [{"name": "image", "shape": [1], "datatype": "BYTES", "data": [base64.b64encode(photo).decode()]}]
+    parameters = {"target": ["1"], "n_samples": 9, **params}
+    inferred = http.post("/v2/models/tiny/infer", json={"inputs": [image], "parameters": parameters}).json()
+    assert inferred["parameters"]["shrink"] is expected
+    assert np.array_equal(np.array(inferred["outputs"][0]["data"], np.float32).reshape(truth.shape), truth.numpy())
+    with Client(server[0]) as client:
+        assert client.models()[0]["shrink"] is True
+        explained = client.explain(photo, 1, n_samples=9, **params)
+        updates = list(client.stream(photo, 1, n_samples=9, **params))
+        assert {each.shrink for each in (explained, *updates)} == {expected}
+        assert np.array_equal(explained.maps, truth.numpy()) and np.array_equal(updates[-1].maps, truth.numpy())
+
+
+def test_a_server_without_shrinkage_shrinks_where_it_is_asked_to(photo):
+    with serving(models=[serve_model(shrink=False)]) as (address, _), Client(address) as client:
+        assert client.models()[0]["shrink"] is False
+        plain, shrunk = (client.explain(photo, 1, n_samples=9, shrink=each) for each in (None, True))
+        assert (plain.shrink, shrunk.shrink) == (False, True) and not np.array_equal(plain.maps, shrunk.maps)
 
 
 @pytest.mark.parametrize("view", ["overlay", "map"])

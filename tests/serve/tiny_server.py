@@ -38,10 +38,13 @@ def until(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-def serve_model(name: str = "tiny", workers: int = 1, seed: int = 0, rows: int = 8) -> ServedModel:
+def serve_model(
+    name: str = "tiny", workers: int = 1, seed: int = 0, rows: int = 8, *, shrink: bool = True
+) -> ServedModel:
     """Return a served tiny ViT with the given number of CPU workers; a row takes about a millisecond."""
     model = named_vit(NAMES, seed)
-    made = [DAVE(model, precision="fp32", noise_alpha=0.5, internal_batch_size=rows) for _ in range(workers)]
+    settings: dict[str, Any] = {"precision": "fp32", "noise_alpha": 0.5, "internal_batch_size": rows, "shrink": shrink}
+    made = [DAVE(model, **settings) for _ in range(workers)]
     return ServedModel(name, tuple(made), preprocessing(model), labels_of(model))
 
 

@@ -138,7 +138,7 @@ function numbersHold() {
 }
 
 function query(mine, extra = {}) {
-  const asked = new URLSearchParams({ image: mine.id, model: $("model").value, n_samples: $("samples").value, seed: $("seed").value, ...extra });
+  const asked = new URLSearchParams({ image: mine.id, model: $("model").value, n_samples: $("samples").value, seed: $("seed").value, shrink: $("shrink").checked, ...extra });
   if ($("tolerance").value) asked.set("tolerance", $("tolerance").value);
   for (const target of chosen) asked.append("target", target);
   return asked;
@@ -295,8 +295,8 @@ async function savePicture(one, canvas) {
 
 async function saveArrays(one) {
   // The number of samples that is shown, of this class only.
-  const { model, seed, samples } = latest;
-  const asked = () => new URLSearchParams({ image: image.id, model, seed, n_samples: samples, target: one.target });
+  const { model, seed, samples, shrink } = latest;
+  const asked = () => new URLSearchParams({ image: image.id, model, seed, n_samples: samples, shrink, target: one.target });
   const answer = await withImage(image, undefined, () => ask(`v1/explain?${asked()}`, { method: "POST", headers: { accept: "application/x-npz" } }));
   save(await answer.blob(), one, "npz");
 }
@@ -355,6 +355,7 @@ async function begin() {
     models = await (await ask("v1/models")).json();
     $("model").replaceChildren(...models.map((model) => make("option", { value: model.name }, model.name)));
     listClasses();
+    $("shrink").checked = models[0].shrink;
     if (new URLSearchParams(location.search).has("example")) await example();
   } catch (error) {
     problem(error);
@@ -380,7 +381,7 @@ $("again").addEventListener("click", explain);
 $("stop").addEventListener("click", () => { stop(); say("Stopped"); hear("Stopped."); $("again").focus(); });
 $("add").addEventListener("click", addClass);
 $("other").addEventListener("keydown", (event) => event.key === "Enter" && addClass());
-for (const id of ["samples", "seed", "tolerance"]) $(id).addEventListener("change", explain);
+for (const id of ["samples", "seed", "tolerance", "shrink"]) $(id).addEventListener("change", explain);
 $("opacity").addEventListener("input", () => { $("opacity-value").textContent = `${$("opacity").value} %`; repaint(); });
 for (const name of ["dragenter", "dragover"]) {
   addEventListener(name, (event) => { event.preventDefault(); document.body.classList.add("dragging"); });
