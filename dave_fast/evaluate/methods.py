@@ -1,9 +1,9 @@
 """The attribution methods of a comparison, DAVE among them, behind one signature.
 
 An `Attribute` takes images (B, C, H, W), classes (B,), an integer key for each image and a seed, and returns signed
-attributions (B, C, H, W). Each is a gradient ⊙ input, so that methods differ in the gradient only; the reference input
-is 0, a normalised image's mean. Baselines are captum's, with its defaults unless stated here, and those of
-`dave_fast.evaluate.packages`.
+attributions (B, C, H, W); DAVE's returns its own maps (B, H, W) too, which take the spread of its samples. Each is a
+gradient ⊙ input, so that methods differ in the gradient only; the reference input is 0, a normalised image's mean.
+Baselines are captum's, with its defaults unless stated here, and those of `dave_fast.evaluate.packages`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from dave_fast.explain.explainer import DAVE
 from dave_fast.sampling import draw
 from dave_fast.sampling.philox import WORD, splitmix64
 
-Attribute = Callable[[Tensor, Tensor, Sequence[int], int], Tensor]
+# Signed attributions (B, C, H, W), or these and the method's own maps (B, H, W).
+Attributed = Tensor | tuple[Tensor, Tensor]
+Attribute = Callable[[Tensor, Tensor, Sequence[int], int], Attributed]
 
 ROWS_AT_ONCE = 25
 # SmoothGrad's usual share of the input's range
@@ -103,8 +105,9 @@ def choose(names: Sequence[str] | None) -> tuple[dict[str, Method], dict[str, st
 def _dave(model: nn.Module, setup: MethodSettings) -> Attribute:
     explainer = setup.dave(model)
 
-    def attribute(images: Tensor, classes: Tensor, keys: Sequence[int], seed: int) -> Tensor:
-        return explainer.explain(images, classes, setup.n_samples, seed, image_keys=keys).raw.to(images)
+    def attribute(images: Tensor, classes: Tensor, keys: Sequence[int], seed: int) -> tuple[Tensor, Tensor]:
+        found = explainer.explain(images, classes, setup.n_samples, seed, image_keys=keys)
+        return found.raw.to(images), found.maps.to(images)
 
     return attribute
 
@@ -113,9 +116,10 @@ def _dave_shared(model: nn.Module, setup: MethodSettings) -> Attribute:
     """Return DAVE of several classes of one image with one forward walk for all; the maps equal those of `_dave`."""
     explainer = setup.dave(model)
 
-    def attribute(images: Tensor, classes: Tensor, keys: Sequence[int], seed: int) -> Tensor:
+    def attribute(images: Tensor, classes: Tensor, keys: Sequence[int], seed: int) -> tuple[Tensor, Tensor]:
         found = contributions_of(explainer, images, classes, setup.n_samples, keys, seed)
-        return explainer.aggregate(found)[0].to(images)
+        raw, maps = explainer.aggregate(found)
+        return raw.to(images), maps.to(images)
 
     return attribute
 

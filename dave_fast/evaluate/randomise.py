@@ -13,6 +13,7 @@ import torch
 from dave_fast.evaluate import metrics
 from dave_fast.evaluate.methods import CONTROLS
 from dave_fast.evaluate.scoring import Maps, Run, as_maps
+from dave_fast.evaluate.settings import VARIANTS
 from dave_fast.evaluate.stages import stages
 
 
@@ -23,7 +24,10 @@ def score_randomised(run: Run) -> None:
     classes = torch.cat([classes for _, classes, _ in run.kept])[:count].to(run.device)
     keys = [key for batch, _, _ in run.kept for key in batch.keys][:count]
     names = [name for name in run.methods if name not in CONTROLS]
-    original = {name: as_maps(torch.cat([raw[name] for _, _, raw in run.kept])[:count].to(images)) for name in names}
+    original = {
+        name: {v: torch.cat([maps[name][v] for _, _, maps in run.kept])[:count].to(images) for v in VARIANTS}
+        for name in names
+    }
     found: dict[str, list[Maps]] = {name: [] for name in names}
     disturbed = copy.deepcopy(run.model)
     changes = stages(disturbed, run.settings.seed)

@@ -1,8 +1,9 @@
 """The run of an evaluation: every method explains the same batches, and every metric scores every map.
 
 Each attribution is scored twice: as it is (signed sum over channels) and after DAVE's own post-processing
-(`dave_fast.ops.smooth`), so that no method gains from smoothing alone. Progress is counted in passes, one forward and
-one backward of one image of the model's size, so that it is even in time.
+(`dave_fast.ops.smooth`), so that no method gains from smoothing alone. DAVE's smoothed maps are those that it gives: by
+default they are shrunk first (`dave_fast.ops.shrink`), which takes samples and their spread. Progress is counted in
+passes, one forward and one backward of one image of the model's size, so that it is even in time.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dave_fast.evaluate import metrics
-from dave_fast.evaluate.methods import CONTROLS, Attribute, Method, MethodSettings
+from dave_fast.evaluate.methods import CONTROLS, Attribute, Attributed, Method, MethodSettings
 from dave_fast.evaluate.settings import GRIDS, VARIANTS, EvaluationSettings, Results
 from dave_fast.evaluate.sources import Examples, ExampleSource
 from dave_fast.evaluate.stages import stages
@@ -30,9 +31,10 @@ Progress = Callable[[int, int, str], None]
 Maps = dict[str, Tensor]
 
 
-def as_maps(raw: Tensor) -> Maps:
-    """Return maps (n, H, W) of attributions (n, C, H, W): the signed sum over channels, and the smoothed map."""
-    return {VARIANTS[0]: raw.sum(1), VARIANTS[1]: smooth(raw)}
+def as_maps(found: Attributed) -> Maps:
+    """Return maps (n, H, W): the signed sum over channels, and the smoothed map."""
+    raw, smoothed = found if isinstance(found, tuple) else (found, smooth(found))
+    return {VARIANTS[0]: raw.sum(1), VARIANTS[1]: smoothed}
 
 
 class Run:
@@ -73,8 +75,8 @@ class Run:
         self.right: list[bool] = []
         self.areas: list[Tensor] = []
         self.seed_scores: dict[tuple[str, str, int], list[float]] = defaultdict(list)
-        # of the first images, on the CPU: themselves, their classes and each method's attributions
-        self.kept: list[tuple[Examples, Tensor, dict[str, Tensor]]] = []
+        # of the first images, on the CPU: themselves, their classes and each method's maps
+        self.kept: list[tuple[Examples, Tensor, dict[str, Maps]]] = []
 
     def wants(self, group: str) -> bool:
         """Return whether a group of metrics is to be scored."""
@@ -90,8 +92,8 @@ class Run:
         *,
         seed: int | None = None,
         attribute: Attribute | None = None,
-    ) -> Tensor:
-        """Return attributions (n, C, H, W), and report progress.
+    ) -> Attributed:
+        """Return what the method's `Attribute` returns, and report progress.
 
         Args:
             name: of the method.
@@ -103,11 +105,11 @@ class Run:
             attribute: the method on another model; None for the run's own.
         """
         attribute = attribute or self.attributes[name]
-        raw = attribute(images, classes, keys, self.settings.seed if seed is None else seed)
+        found = attribute(images, classes, keys, self.settings.seed if seed is None else seed)
         self.done += len(classes) * self.methods[name].cost(self.setup)
         if self.progress is not None:
             self.progress(self.done, self.total, f"{name}: {what}")
-        return raw
+        return found
 
     @property
     def total(self) -> int:
@@ -143,17 +145,17 @@ class Run:
         kept = {}
         for name in self.methods:
             with torch.enable_grad():
-                raw = self.explain(name, batch.images, classes, batch.keys, "images")
-            maps = as_maps(raw)
+                found = self.explain(name, batch.images, classes, batch.keys, "images")
+            maps = as_maps(found)
             if self.wants("localisation"):
-                self._score_maps(name, raw, maps, batch)
+                self._score_maps(name, found[0] if isinstance(found, tuple) else found, maps, batch)
             if self.wants("curves") and len(curving):
                 some = {variant: each[curving] for variant, each in maps.items()}
                 self._score_curves(name, some, batch.images[curving], classes[curving])
             if len(classes[probing]):
                 some = {variant: each[probing] for variant, each in maps.items()}
                 self._score_probes(name, some, batch[probing], classes[probing], runner_up[probing])
-            kept[name] = raw[keeping].cpu()
+            kept[name] = {variant: each[keeping].cpu() for variant, each in maps.items()}
         self._show(batch, classes, probability, kept)
         self.kept.append((batch[keeping].to("cpu"), classes[keeping].cpu(), kept))
         self.right += (predicted == classes).tolist()
@@ -219,7 +221,7 @@ class Run:
             if not math.isnan(mean) and self.settings.seeds > 1:
                 self.results.seeds.setdefault(name, {}).setdefault(variant, []).append(mean)
 
-    def _show(self, batch: Examples, classes: Tensor, probability: Tensor, raw: dict[str, Tensor]) -> None:
+    def _show(self, batch: Examples, classes: Tensor, probability: Tensor, kept: dict[str, Maps]) -> None:
         """Store the first images of the run as examples for the report."""
         for row, at in enumerate(classes[: max(self.settings.examples - len(self.right), 0)].tolist()):
             self.results.examples.append(
@@ -229,7 +231,7 @@ class Run:
                     "probability": float(probability[row, at]),
                     "image": batch.images[row].cpu(),
                     "mask": batch.masks[row].cpu(),
-                    "maps": {name: smooth(each[row, None])[0] for name, each in raw.items() if name not in CONTROLS},
+                    "maps": {name: maps[VARIANTS[1]][row] for name, maps in kept.items() if name not in CONTROLS},
                 }
             )
 

@@ -121,7 +121,7 @@ def test_bad_requests_are_refused_and_leave_nothing_behind(arguments, said, tmp_
 
 
 def test_settings_of_a_file_are_taken_unless_said_otherwise(tmp_path):
-    (tmp_path / "model.toml").write_text('model = "demo"\nnoise_alpha = 0.25\nn_samples = 1\n')
+    (tmp_path / "model.toml").write_text('model = "demo"\nnoise_alpha = 0.25\nn_samples = 1\nshrink = false\n')
     quick = (
         "--images",
         1,
@@ -136,10 +136,10 @@ def test_settings_of_a_file_are_taken_unless_said_otherwise(tmp_path):
     )
     run("--config", tmp_path / "model.toml", *quick)
     setup = json.loads((tmp_path / "out" / "results.json").read_text())["setup"]
-    assert (setup["n_samples"], setup["explainer"]["noise_alpha"]) == (1, 0.25)
-    run("--config", tmp_path / "model.toml", "--noise-alpha", 0.5, "--n-samples", 2, *quick)
+    assert (setup["n_samples"], setup["explainer"]["noise_alpha"], setup["explainer"]["shrink"]) == (1, 0.25, False)
+    run("--config", tmp_path / "model.toml", "--noise-alpha", 0.5, "--n-samples", 2, "--shrink", *quick)
     setup = json.loads((tmp_path / "out" / "results.json").read_text())["setup"]
-    assert (setup["n_samples"], setup["explainer"]["noise_alpha"]) == (2, 0.5)
+    assert (setup["n_samples"], setup["explainer"]["noise_alpha"], setup["explainer"]["shrink"]) == (2, 0.5, True)
 
 
 def test_randomisation_goes_from_the_head_down_repeatably_and_keeps_scales():

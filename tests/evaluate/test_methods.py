@@ -6,7 +6,10 @@ import torch
 from dave_fast.errors import InputError
 from dave_fast.evaluate import methods
 from dave_fast.evaluate.methods import METHODS, MethodSettings, choose
+from dave_fast.evaluate.scoring import as_maps
+from dave_fast.explain.explainer import DAVE
 from dave_fast.models.demo.model import build_model
+from dave_fast.ops.smooth import smooth
 from tests.evaluate import needs
 
 SETUP = MethodSettings(3, {"precision": "fp32", "noise_alpha": 0.5})
@@ -33,7 +36,12 @@ NAMES = [pytest.param(name, marks=needs.lxt if METHODS[name].package == "lxt" el
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_image_is_explained_alike_alone_and_in_company_and_by_its_seed(name, model, images):
-    attribute = METHODS[name].make(model, SETUP)
+    made = METHODS[name].make(model, SETUP)
+
+    def attribute(*given):
+        found = made(*given)
+        return found[0] if isinstance(found, tuple) else found
+
     state = torch.get_rng_state()
     both = attribute(images, CLASSES, (7, 8), 0)
     assert both.shape == images.shape
@@ -62,8 +70,20 @@ def test_classes_of_one_image_share_walks_and_get_the_maps_they_get_alone(model,
     found = shared(images[:1], CLASSES, (7,), 3)
     alone = METHODS["DAVE"].make(model, MethodSettings(5, explainer))
     wanted = alone(images[:1].expand(2, -1, -1, -1).contiguous(), CLASSES, (7, 7), 3)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6 * wanted.abs().max().item())
-    assert not torch.equal(wanted[0], wanted[1])
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6 * other.abs().max().item())
+        assert not torch.equal(other[0], other[1])
+
+
+@pytest.mark.parametrize("shrink", [True, False])
+def test_smoothed_maps_of_dave_are_those_that_it_gives(model, images, shrink):
+    settings = SETUP.explainer | {"shrink": shrink}
+    found = METHODS["DAVE"].make(model, MethodSettings(3, settings))(images, CLASSES, (7, 8), 1)
+    own = DAVE(model, **settings).explain(images, CLASSES, 3, 1, image_keys=(7, 8))
+    maps = as_maps(found)
+    assert torch.equal(maps["as it is"], own.raw.sum(1)) and torch.equal(maps["smoothed"], own.maps)
+    assert torch.equal(maps["smoothed"], smooth(own.raw)) != shrink
+    assert torch.equal(as_maps(own.raw)["smoothed"], smooth(own.raw))
 
 
 def test_absent_packages_are_named_and_unknown_methods_refused(monkeypatch):
