@@ -2,7 +2,7 @@
 
     python scripts/gallery.py                                              the embedded scene and model
     python scripts/gallery.py photo.jpg --model deit3_base_patch16_224.fb_in1k --out gallery/
-    python scripts/gallery.py --page docs/gallery.md --out docs/figures    the gallery of the documentation
+    python scripts/gallery.py --page docs/gallery-image.md --out docs/figures    that of the documentation
 
 It writes the figures under --out, and a page that describes them and the correlations of their maps. A model is any
 that `dave_fast.DAVE` takes by name; resolutions need one whose position embeddings timm can resample.
@@ -272,7 +272,7 @@ def page(subject: GallerySubject, made: list[tuple[GalleryFigure, Path]], target
         f"α = {subject.explainer.sampling.noise_alpha} where nothing else is said. Above: the map over the image; "
         f"below: the map alone. Made by `{command}`, which takes your image and your model as well."
     )
-    lines = ["# Gallery", "", textwrap.fill(about, WIDTH)]
+    lines = ["# Gallery of one image", "", textwrap.fill(about, WIDTH)]
     for question, path in made:
         link = os.path.relpath(path, target.parent)
         lines += [

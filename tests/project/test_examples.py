@@ -63,5 +63,5 @@ def test_the_gallery_is_a_page_with_its_figures(gallery):
 def test_the_documents_figures_are_small():
     figures = list((ROOT / "docs/figures").glob("gallery_*.png"))
     assert len(figures) == 6 and all(path.stat().st_size < 300_000 for path in figures)
-    page = (ROOT / "docs/gallery.md").read_text()
+    page = (ROOT / "docs/gallery-image.md").read_text()
     assert all(f"(figures/{path.name})" in page for path in figures)

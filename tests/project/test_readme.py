@@ -7,10 +7,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from dave_fast.models.demo import demo_scene
-from scripts import photograph
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -66,25 +64,3 @@ def test_files_that_contributing_names_exist():
     """Every path that CONTRIBUTING.md names exists, in the repository or in the package; `<op>` stands for an op."""
     named = re.findall(r"`([\w./]+/[\w.]+\.(?:py|h|cpp|md))`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
     assert named and not [path for path in named if not any((at / path).exists() for at in (ROOT, ROOT / "dave_fast"))]
-
-
-def test_the_figure_is_small_and_its_script_draws_a_panel_for_each_target(tmp_path, monkeypatch):
-    assert photograph.FIGURE.stat().st_size < 300_000
-    demo_scene().image.save(tmp_path / "photo.png")
-    out = tmp_path / "figure.jpg"
-    given = [
-        str(tmp_path / "photo.png"),
-        "--target",
-        "four",
-        "--target",
-        "four-six",
-        "--n-samples",
-        "1",
-        "--out",
-        str(out),
-    ]
-    monkeypatch.setattr("sys.argv", ["photograph.py", *given])
-    photograph.main()
-    with Image.open(out) as drawn:
-        height = drawn.height - photograph.HEADING
-        assert drawn.width == 3 * height + 2 * photograph.GAP
