@@ -146,8 +146,8 @@ struct RobustMeanArguments {
   }
 
   // Stores the mean of the values within a distance of the median, and both where the variance is wanted.
-  DAVE_DEVICE void store(uint32_t image, uint32_t pixel, T median, T within, bool any_nan) const {
-    *mean(image, pixel) = mean_of_kept(element(image, pixel), median, within, any_nan);
+  DAVE_DEVICE void store(uint32_t image, uint32_t pixel, int64_t first, T median, T within, bool any_nan) const {
+    *mean(image, pixel) = mean_of_kept(first, median, within, any_nan);
     if (!statistics) return;
     T* const to = statistics + (image * of.pixels + pixel);
     to[0] = median, to[of.images * of.pixels] = within;
@@ -197,7 +197,7 @@ struct SortInOne : RobustMeanArguments<T> {
       DAVE_UNROLL
       for (int i = 0; i < P / 2; ++i)
         mad = larger_of(smaller_of(magnitude(sub(values[i], median)), magnitude(sub(values[i + P / 2], median))), mad);
-      this->store(image, pixel, median, kept_within(mad), any_nan);
+      this->store(image, pixel, first, median, kept_within(mad), any_nan);
     });
   }
 };
@@ -236,7 +236,7 @@ struct SortInTwo : RobustMeanArguments<T> {
       const uint32_t pixel = begin + static_cast<uint32_t>(thread);
       if (thread >= pixels || pixel >= this->of.pixels) return;
       const bool any_nan = found->nans[thread][0] || found->nans[thread][1];
-      this->store(image, pixel, found->median[thread], found->within[thread], any_nan);
+      this->store(image, pixel, this->element(image, pixel), found->median[thread], found->within[thread], any_nan);
     });
   }
 
@@ -285,7 +285,7 @@ struct Select : RobustMeanArguments<T> {
       }
       const T median = number(selected([&](int64_t s) { return key(read(first, s)); }));
       const T mad = number(selected([&](int64_t s) { return key(magnitude(sub(read(first, s), median))); }));
-      this->store(image, pixel, median, kept_within(mad), any_nan);
+      this->store(image, pixel, first, median, kept_within(mad), any_nan);
     });
   }
 
