@@ -1,6 +1,7 @@
 // robust_mean: med = lower median of the S values c, mad = lower median of |c - med|,
 //              mean of the c with |c - med| ≤ 2.5·(1.4826·mad + 1e-8).  DAVE, arXiv 2602.06613, Eq. 8.
-// Its variance:  Σ_s (Σ_channels keep·(c_s - mean))² / n̄², n̄ the number kept, averaged over the channels.
+// Its variance:  Σ_s (Σ_channels keep·(c_s - mean))² / (n̄·(n̄ - 1)), n̄ the number kept, averaged over the
+//                channels.
 //
 // One sort serves both medians: along the sorted values |c - med| falls and then rises, so the k-th smallest deviation is
 // max over i of min(|c_i - med|, |c_{i+h} - med|), h = ceil(S/2), i < h, with +∞ past the end.
@@ -44,10 +45,10 @@ DAVE_HD double add_square(double total, T deviation) {
   return add(total, mul(wide, wide));
 }
 
-// The variance from the sum of the squares and the number kept in all channels.
+// The variance from the sum of the squares and the number kept in all channels; 0 for one a channel, NaN for NaN.
 DAVE_HD double variance_of(double squares, double kept, int64_t channels) {
   const double number = kept / static_cast<double>(channels);
-  return squares / mul(number, number);
+  return number <= 1 ? 0.0 : squares / mul(number, sub(number, 1.0));
 }
 
 struct Exchange {

@@ -89,7 +89,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "robust_mean": lambda contributions, backend: contributions.new_empty(
         contributions.shape[:1] + contributions.shape[2:], dtype=statistics_dtype(contributions.dtype)
     ),
-    "shrink": lambda raw, variance, backend: raw.new_empty(raw.shape),
+    "shrink": lambda raw, variance, backend: raw.new_empty(raw[:, :1].shape),
     "smooth": lambda raw, backend: raw.new_empty(raw.shape[:1] + raw.shape[2:]),
 }
 for _op in ("pull_back_mean", "robust_mean"):

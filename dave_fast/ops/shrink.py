@@ -1,8 +1,9 @@
-"""shrink: raw without what its own variance accounts for, so that few samples make no positive background of noise.
+"""shrink: the channel sum without what its own variance accounts for, so that few samples make no background of noise.
 
 The ReLU of `smooth` turns the noise that is left in a mean into positive background: E[relu(m + σz)] > relu(m). Before
-it, m is multiplied by an estimate of the share of m² around a pixel that is not noise (an empirical Wiener filter). For
-S → ∞ the variance tends to 0, the factor to 1 and the map to that of DAVE, arXiv 2602.06613.
+it, m and its fine detail are multiplied by an estimate of the share of their power around a pixel that is not noise
+(empirical Wiener filters). For S → ∞ the variance tends to 0, the factors to 1 and the map to that of DAVE,
+arXiv 2602.06613.
 """
 
 from __future__ import annotations
@@ -11,19 +12,21 @@ import torch
 from torch import Tensor
 
 from dave_fast.errors import InputError
-from dave_fast.ops import _ext, _library, _registry
+from dave_fast.ops import _library, _registry
 from dave_fast.ops.precision import COMPUTED, check_dtype
 from dave_fast.ops.smooth import blur, gaussian_weights
 
-# G: an 11×11 Gaussian of this σ, in pixels; csrc/shrink.h and csrc/blur.h have the same constants for C++ and CUDA
-WINDOW_TAPS, WINDOW_SIGMA = 11, 1.5
+# σ in pixels and taps of the local mean μ, and of the windows in which power is compared with variance
+MEAN_SIGMA, MEAN_TAPS = 1.0, 9
+POWER_SIGMA, POWER_TAPS = 4.0, 25
 
 
 def shrink(raw: Tensor, variance: Tensor, *, backend: str = "auto") -> Tensor:
-    """Return raw times max(G*m² - G*variance, 0) / (G*m²), m = Σ_channels raw, G a Gaussian of σ = 1.5 pixels.
+    """Return (μ + d·max(1 - V/(G*d²), 0))·max(1 - V/(G*m²), 0), what is left of the channel sum m = Σ_channels raw.
 
-    Both windows are padded with zeros at the border, where they lose the same pixels; their ratio needs no weight. The
-    factor is 0 where m is 0 in the whole window, and exactly 1 where the variance is 0 in it and m is not.
+    μ is the local mean of m, by a Gaussian of σ = 1 pixel over the part of its window inside of the image; d = m - μ;
+    G is a Gaussian of σ = 4 pixels and V = G*variance. Power and variance are padded with zeros at the border, where
+    they lose the same pixels: their ratio needs no weight.
 
     Args:
         raw: (B, C, H, W) float32 or float64.
@@ -31,8 +34,8 @@ def shrink(raw: Tensor, variance: Tensor, *, backend: str = "auto") -> Tensor:
         backend: "auto", or the name of one.
 
     Returns:
-        raw (B, C, H, W) times a factor in [0, 1], the same for all channels of a pixel; the factor is computed in
-        float64. A NaN makes its window NaN.
+        (B, 1, H, W) of raw's dtype, computed in float64: with its sign, for `smooth`. A factor is 0 where there is no
+        power in the window. Without variance it is m to rounding. A NaN makes all NaN that its windows reach.
 
     Raises:
         TypeError: an argument is of another type.
@@ -55,26 +58,21 @@ def shrink(raw: Tensor, variance: Tensor, *, backend: str = "auto") -> Tensor:
 
 def shrink_ref(raw: Tensor, variance: Tensor) -> Tensor:
     """Run `shrink` in PyTorch, on any device."""
-    weights = gaussian_weights(WINDOW_TAPS, WINDOW_SIGMA)
-    power = blur(raw.double().sum(dim=1) ** 2, weights)
-    signal = (power - blur(variance.double(), weights)).clamp(min=0)
-    factor = signal / torch.where(power == 0, 1, power)
-    return raw * factor.to(raw.dtype)[:, None]
+    m = raw.double().sum(dim=1)
+    mean = gaussian_weights(MEAN_TAPS, MEAN_SIGMA)
+    local = blur(m, mean) / blur(torch.ones_like(m), mean)
+    noise = _power_window(variance.double())
+    detail = m - local
+    shrunk = (local + detail * _share_of_signal(detail, noise)) * _share_of_signal(m, noise)
+    return shrunk.to(raw.dtype)[:, None]
 
 
-def shrink_native(raw: Tensor, variance: Tensor) -> Tensor:
-    """Run `shrink` in C++ on the host."""
-    return _compiled(_ext.run_native, raw, variance)
+def _share_of_signal(values: Tensor, noise: Tensor) -> Tensor:
+    """Return max(1 - noise/(G*values²), 0) of values and noise (B, H, W); 0 where there is no power."""
+    power = _power_window(values**2)
+    return (power - noise).clamp(min=0) / torch.where(power == 0, 1, power)
 
 
-def shrink_cuda(raw: Tensor, variance: Tensor) -> Tensor:
-    """Run `shrink` in CUDA C++ on raw's device."""
-    return _compiled(_ext.run_cuda, raw, variance)
-
-
-def _compiled(run: _ext.Run, raw: Tensor, variance: Tensor) -> Tensor:
-    """Run `shrink` by `_ext.run_native` or `_ext.run_cuda`."""
-    raw = raw.contiguous()
-    shrunk = raw.new_empty(raw.shape)
-    run("shrink", *_ext.coded(raw), raw.shape, variance.double().contiguous(), shrunk)
-    return shrunk
+def _power_window(maps: Tensor) -> Tensor:
+    """Return G of maps (B, H, W), padded with zeros."""
+    return blur(maps, gaussian_weights(POWER_TAPS, POWER_SIGMA))

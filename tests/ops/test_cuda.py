@@ -30,7 +30,7 @@ from tests.ops.test_perturb import image_batch
 
 ROOT = Path(__file__).resolve().parents[2]
 MEANS = ("robust_mean", "pull_back_mean", "robust_mean_variance", "pull_back_mean_variance")
-PIXEL_OPS = ("perturb", "pull_back", *MEANS, "shrink", "smooth")
+PIXEL_OPS = ("perturb", "pull_back", *MEANS, "smooth")
 
 needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
 needs_module = pytest.mark.skipif(isinstance(_ext._load_cuda(), str), reason=str(_ext._load_cuda()))
