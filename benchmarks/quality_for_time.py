@@ -210,7 +210,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--samples", type=int, default=OWN_SAMPLES[-1], help="the largest S")
     made.add_argument("--limits", type=int, default=6, help="photographs whose limit is computed")
     made.add_argument("--limit-samples", type=int, default=LIMIT_SAMPLES)
-    made.add_argument("--repeats", type=int, default=5, help="rounds of timing")
+    made.add_argument("--repeats", type=int, default=3, help="rounds of timing")
     made.add_argument("--budget", type=float, default=300.0, help="seconds after which no further round begins")
     made.add_argument("--authors", type=Path, help="a checkout of the authors' code")
     made.add_argument("--out", type=Path, help="JSON; by default benchmarks/results/<device>/quality_for_time.json")

@@ -39,6 +39,8 @@ photographs and rounds of timing; between two measured S the quality is interpol
 {tables}
 
 - {shrinkage}
+- Times are of calls with that S. For quality, DAVE's maps of a smaller S are made of the samples of the largest: the
+  first ones, for the authors' code those at the noise levels of the smaller S.
 - All maps are smoothed alike, also those of integrated gradients and SmoothGrad (captum, ⊙ input, S passes). These two
   tend to maps of their own: the correlation says how much they resemble DAVE's map, not how good they are.
 - No line of the authors' code was changed. It takes timm's VisionTransformer, replaces attention, LayerNorm and GELU,
