@@ -7,7 +7,8 @@ highest level noise and image have the ratio
     √(1 − (1 − α)²) / ((1 − α)·s),   hence   α = 1 − 1/√(1 + (ratio·s)²)
 
 The ratio is that of α = 0.1 for pixels that are normalised as ImageNet's, s = 1. A larger spread gets 0.1 too, since
-1 − t also takes contrast away, which the model sees at any scale. `scripts/validate_tune.py` measures how far the
+1 − t also takes contrast away, which the model sees at any scale. An authors' level is of the model alone: a module
+that normalises the images ahead of it gets the level of the same ratio. `scripts/validate_tune.py` measures how far the
 result is from the best level of a sweep.
 """
 
@@ -15,10 +16,12 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 
 from torch import nn
 
 from dave_fast.errors import is_out_of_memory, reason_of
+from dave_fast.given.wrappers import last_part
 from dave_fast.images.preprocess import preprocessing
 from dave_fast.models.catalog import noise_alpha_for
 
@@ -31,39 +34,47 @@ PHOTOGRAPHS = 0.226
 
 
 def noise_level(model: nn.Module, name: str) -> float:
-    """Return noise_alpha for a model; log it where the authors tuned none.
+    """Return noise_alpha for a model; log it where it is none of the authors'.
 
-    It depends on nothing but the model's description of its pixels.
+    It depends on nothing but the model's name and its description of its pixels.
 
     Args:
         model: any module.
         name: of the model, as `load_model` returns it.
     """
     tuned = noise_alpha_for(name)
-    if tuned is not None:
-        return tuned
+    chosen = level = LEVEL if tuned is None else tuned
     try:
         std = preprocessing(model).std
-        chosen, why = level_for(PHOTOGRAPHS * len(std) / sum(std)), f"divided by {', '.join(f'{s:.3g}' for s in std)}"
+        reference = PHOTOGRAPHS if tuned is None else _mean(preprocessing(last_part(model)).std)
+        chosen, why = level_for(reference / _mean(std), level), f"divided by {', '.join(f'{s:.3g}' for s in std)}"
     # a description of the user's own may be anything
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        chosen, why = LEVEL, f"of unknown scale ({reason_of(error)})"
-    logger.info(
-        "noise_alpha is %g for %s, whose pixels are %s; noise_alpha= sets another, `dave-fast tune` measures it",
-        chosen,
-        name,
-        why,
-    )
+        why = f"of unknown scale ({reason_of(error)})"
+    if chosen != tuned:
+        logger.info(
+            "noise_alpha is %g for %s, whose pixels are %s; noise_alpha= sets another, `dave-fast tune` measures it",
+            chosen,
+            name,
+            why,
+        )
     return chosen
 
 
-def level_for(spread: float) -> float:
-    """Return noise_alpha for pixels of a standard deviation, to two digits, so that rounding does not tell.
+def level_for(spread: float, level: float = LEVEL) -> float:
+    """Return noise_alpha for pixels of a spread, to two digits, so that rounding does not tell.
 
     Args:
-        spread: standard deviation of a model's normalised images.
+        spread: standard deviation of a model's normalised images, relative to that for which `level` is right.
+        level: noise_alpha for a spread of 1.
     """
-    ratio = math.sqrt(1 / (1 - LEVEL) ** 2 - 1)
-    return float(f"{1 - 1 / math.hypot(1, ratio * min(1.0, spread)):.2g}")
+    if spread >= 1:
+        return level
+    ratio = math.sqrt(1 / (1 - level) ** 2 - 1)
+    return float(f"{1 - 1 / math.hypot(1, ratio * spread):.2g}")
+
+
+def _mean(std: Sequence[float]) -> float:
+    return sum(std) / len(std)

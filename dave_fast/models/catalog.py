@@ -16,7 +16,7 @@ from dave_fast.models.spec import LINK_WORDS, ModelSpec, as_spec, class_names
 from dave_fast.models.weights_file import load_weights
 
 # The authors' tuned values (github.com/a-vrobell/DAVE, model configurations at ee412e5). A name without a tag
-# stands for timm's default weights of that architecture. That of "demo" was tuned for this package.
+# stands for timm's default weights of that architecture.
 NOISE_ALPHA = {
     "deit3_base_patch16_224.fb_in1k": 0.9,
     "deit3_small_patch16_224.fb_in1k": 0.5,
@@ -24,7 +24,6 @@ NOISE_ALPHA = {
     "deit_small_patch16_224.fb_in1k": 0.5,
     "vit_base_patch16_224": 0.3,
     "vit_small_patch16_224": 0.1,
-    "demo": 0.5,
 }
 # the same weights under another name
 _ALSO = {

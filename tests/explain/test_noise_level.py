@@ -59,6 +59,15 @@ def test_a_normalisation_inside_of_the_model_decides():
     assert DAVE(whole).sampling.noise_alpha == level_for(PHOTOGRAPHS)
 
 
+def test_a_level_of_the_authors_follows_a_normalisation_ahead_of_the_model():
+    model = random_vit()
+    model.pretrained_cfg = {"architecture": "vit_base_patch16_224", "tag": "augreg2_in21k_ft_in1k"}
+    model.pretrained_cfg |= {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    assert DAVE(model).sampling.noise_alpha == 0.3
+    whole = DAVE(nn.Sequential(Normalize([0.5] * 3, [0.5] * 3), model)).sampling.noise_alpha
+    assert ratio(whole, 0.5) == pytest.approx(ratio(0.3, 1.0), rel=0.03)
+
+
 def test_precision_and_weights_do_not_decide():
     levels = {
         DAVE(divided_by(0.5, 0.5, 0.5, seed=n), precision=p).sampling.noise_alpha for n, p in ((0, "fp32"), (1, "bf16"))
