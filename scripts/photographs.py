@@ -175,7 +175,8 @@ def contrast(explainer: DAVE, seen: Tensor, this: Question, that: Question, n_sa
 def signed(found: Explanation, at: int) -> np.ndarray:
     """Return the signed map (H, W) of the contrast at `at`, whose reverse is next to it.
 
-    Each of the two maps is divided by a maximum of its own; that of raw, smoothed alike, brings them to one scale.
+    Each of the two maps is divided by a maximum of its own; that of raw, smoothed alike, brings them to one scale,
+    except for what shrinkage takes from the maxima.
     """
     sides = torch.stack([found.raw[0, at].sum(0), found.raw[0, at + 1].sum(0)]).relu()
     peaks = (0.5 * (sides + blur(sides, gaussian_weights(BLUR_TAPS, BLUR_SIGMA)))).amax(dim=(1, 2))
