@@ -65,8 +65,8 @@ void robust_mean(Address contributions, Dtype given, int64_t images, int64_t sam
   robust_mean_variance(contributions, given, images, samples, 1, pixels, raw, {}, threads);
 }
 
-void shrink(Address raw, Dtype dtype, const Shape& shape, Address variance, Address shrunk, int threads) {
-  dave::kernels().shrink(images_of(raw, dtype, shape), variance, shrunk, threads);
+void shrink(Address variance, Address raw, Dtype dtype, const Shape& shape, Address shrunk, int threads) {
+  dave::kernels().shrink(variance, images_of(raw, dtype, shape), shrunk, threads);
 }
 
 void smooth(Address raw, Dtype dtype, const Shape& shape, Address maps, int threads) {

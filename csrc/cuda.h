@@ -57,8 +57,8 @@ void robust_mean(const Queue& queue, const Contributions& contributions, const P
 void pull_back_mean(const Queue& queue, Values cotangents, const Inputs& inputs, int64_t samples, int64_t tile,
                     void* scratch, Means to);
 
-// variance (count, height, width); shrunk like raw
-void shrink(const Queue& queue, const Images& raw, const double* variance, void* shrunk);
+// variance and shrunk (count, height, width); scratch: 2·count·height·width values
+void shrink(const Queue& queue, const double* variance, const Images& raw, double* scratch, void* shrunk);
 
 // scratch: count·(height·width + 1) values of raw's type
 void smooth(const Queue& queue, const Images& raw, void* scratch, void* maps);

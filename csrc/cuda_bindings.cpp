@@ -65,8 +65,9 @@ void pull_back_mean(int device, Address stream, Address cotangents, Dtype given,
                           scratch, raw, {});
 }
 
-void shrink(int device, Address stream, Address raw, Dtype dtype, const Shape& shape, Address variance, Address shrunk) {
-  dave::cuda::shrink({device, stream}, checked(images_of(raw, dtype, shape)), variance, shrunk);
+void shrink(int device, Address stream, Address variance, Address raw, Dtype dtype, const Shape& shape, Address scratch,
+            Address shrunk) {
+  dave::cuda::shrink({device, stream}, variance, checked(images_of(raw, dtype, shape)), scratch, shrunk);
 }
 
 void smooth(int device, Address stream, Address raw, Dtype dtype, const Shape& shape, Address scratch, Address maps) {

@@ -72,8 +72,8 @@ struct Kernels {
   void (*pull_back_mean)(Values cotangents, const Inputs& inputs, int64_t samples, Means to, int threads);
   // -> (images, channels, pixels); float64 for float64, else float32
   void (*robust_mean)(const Contributions& contributions, Means to, int threads);
-  // raw, float32 or float64, and variance (count, height, width) -> (count, channels, height, width) of raw's type
-  void (*shrink)(const Images& raw, const double* variance, void* shrunk, int threads);
+  // variance (count, height, width) and raw, float32 or float64 -> (count, height, width) of raw's type
+  void (*shrink)(const double* variance, const Images& raw, void* shrunk, int threads);
   // float32 or float64 (count, channels, height, width) -> (count, height, width)
   void (*smooth)(const Images& raw, void* maps, int threads);
   // Whether attention takes bfloat16.

@@ -46,8 +46,8 @@ template <typename T>
 void run(const Images& raw, T* maps, int threads) {
   const int64_t height = raw.height, width = raw.width;
   T weights[blur_taps];
-  gaussian_weights(blur_sigma, weights);
-  const Plane<T> positive(height, width), across(height, width), blended(height, width);
+  gaussian_weights<blur_radius>(blur_sigma, weights);
+  const Plane<T, blur_radius> positive(height, width), across(height, width), blended(height, width);
   const Scratch<T> peaks(height);
   const PerThread<Scratch<T>> rows(threads, width);
 #pragma omp parallel num_threads(threads)
@@ -57,12 +57,12 @@ void run(const Images& raw, T* maps, int threads) {
 #pragma omp for schedule(static)
     for (int64_t y = 0; y < height; ++y) {
       positive_part(raw, image, y, positive.row(y));
-      blur_row<T>(positive.row(y), 1, weights, across.row(y), width);
+      blur_row<blur_radius, T>(positive.row(y), 1, weights, across.row(y), width);
     }
 #pragma omp for schedule(static)
     for (int64_t y = 0; y < height; ++y) {
       T* row = blended.row(y);
-      blur_row<T>(across.row(y), across.stride, weights, row, width);
+      blur_row<blur_radius, T>(across.row(y), across.stride, weights, row, width);
       for (int64_t x = 0; x < width; ++x) row[x] = mul(static_cast<T>(0.5), add(positive.row(y)[x], row[x]));
     }
 #pragma omp for schedule(static)

@@ -33,7 +33,7 @@ struct Blend : SmoothArguments<T> {
     T positive[high][wide], across[high][Base::tile_x];
   };
 
-  explicit Blend(const Base& arguments) : Base(arguments) { gaussian_weights(blur_sigma, weights); }
+  explicit Blend(const Base& arguments) : Base(arguments) { gaussian_weights<blur_radius>(blur_sigma, weights); }
   static constexpr int shared_bytes = sizeof(Memory);
 
   template <class Block>
@@ -49,12 +49,12 @@ struct Blend : SmoothArguments<T> {
     block.sync();
     block.each([&](int thread) {
       for (int i = thread; i < high * Base::tile_x; i += Base::threads)
-        memory->across[i / Base::tile_x][i % Base::tile_x] = blur(&memory->positive[i / Base::tile_x][i % Base::tile_x], 1, weights);
+        memory->across[i / Base::tile_x][i % Base::tile_x] = blur<blur_radius>(&memory->positive[i / Base::tile_x][i % Base::tile_x], 1, weights);
     });
     block.sync();
     block.each([&](int thread) {
       this->each_pixel(thread, at, [&](int x, int y) {
-        const T blurred = blur(&memory->across[y][x], Base::tile_x, weights);
+        const T blurred = blur<blur_radius>(&memory->across[y][x], Base::tile_x, weights);
         const T own = memory->positive[y + blur_radius][x + blur_radius];
         this->blended[this->pixel(at.image, at.x + x, at.y + y)] = mul(static_cast<T>(0.5), add(own, blurred));
       });

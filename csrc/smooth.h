@@ -8,7 +8,8 @@
 
 namespace dave::DAVE_ISA {
 
-constexpr int bilateral_radius = 2;
+constexpr int blur_radius = 5, bilateral_radius = 2;
+constexpr int blur_taps = 2 * blur_radius + 1;
 constexpr double blur_sigma = 7.0, spatial_sigma = 0.5, range_sigma = 0.05;
 
 // exp x for x ≤ 0 in float32, to 2 ulp; 0 below the smallest normal number; NaN stays NaN.

@@ -139,12 +139,14 @@ void maps(const Queue& queue, Dtype dtype) {
       const OnDevice<T> found(expected), scratch(std::vector<T>(static_cast<size_t>(2 * (height * width + 1)), NAN));
       dave::kernels().smooth({raw.data(), dtype, 2, 3, height, width}, expected.data(), 1);
       dave::cuda::smooth(queue, {there.get(), dtype, 2, 3, height, width}, scratch.get(), found.get());
-      std::vector<T> shrunk(raw.size(), NAN);
+      std::vector<T> shrunk(expected.size(), NAN);
       const auto variance = values<double>(2 * height * width);
       const OnDevice<double> variance_there(variance);
       const OnDevice<T> shrunk_there(shrunk);
-      dave::kernels().shrink({raw.data(), dtype, 2, 3, height, width}, variance.data(), shrunk.data(), 1);
-      dave::cuda::shrink(queue, {there.get(), dtype, 2, 3, height, width}, variance_there.get(), shrunk_there.get());
+      const OnDevice<double> sums(std::vector<double>(2 * variance.size(), NAN));
+      dave::kernels().shrink(variance.data(), {raw.data(), dtype, 2, 3, height, width}, shrunk.data(), 1);
+      dave::cuda::shrink(queue, variance_there.get(), {there.get(), dtype, 2, 3, height, width}, sums.get(),
+                         shrunk_there.get());
       require(alike(shrunk, shrunk_there.values()), "shrink differs from the host's");
       const auto maps = found.values();
       for (size_t i = 0; i < maps.size(); ++i)

@@ -91,9 +91,9 @@ def _forms(module: str, op: str, *backends: str) -> dict[str, str]:
 
 # op -> backend -> "module:function"
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
-    op: _forms(op, op, "native", "cuda") for op in ("perturb", "pull_back", "robust_mean", "pull_back_mean", "smooth")
+    op: _forms(op, op, "native", "cuda")
+    for op in ("perturb", "pull_back", "robust_mean", "pull_back_mean", "shrink", "smooth")
 } | {
-    "shrink": _forms("shrink", "shrink"),
     "robust_mean_variance": _forms("robust_mean", "robust_mean_variance", "native", "cuda"),
     "pull_back_mean_variance": _forms("pull_back_mean", "pull_back_mean_variance", "native", "cuda"),
     "pack_weight": _forms("linear", "pack", "onednn", "native") | {"triton": "dave_fast.ops.linear:pack_ref"},

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from dave_fast.errors import InputError
-from dave_fast.ops import _library, _registry
+from dave_fast.ops import _ext, _library, _registry
 from dave_fast.ops.precision import COMPUTED, check_dtype
 from dave_fast.ops.smooth import blur, gaussian_weights
 
-# σ in pixels and taps of the local mean μ, and of the windows in which power is compared with variance
+# σ in pixels and taps of the local mean μ, and of the windows in which power is compared with variance; csrc/shrink.h
+# has the same constants for C++ and CUDA
 MEAN_SIGMA, MEAN_TAPS = 1.0, 9
 POWER_SIGMA, POWER_TAPS = 4.0, 25
 
@@ -76,3 +77,21 @@ def _share_of_signal(values: Tensor, noise: Tensor) -> Tensor:
 def _power_window(maps: Tensor) -> Tensor:
     """Return G of maps (B, H, W), padded with zeros."""
     return blur(maps, gaussian_weights(POWER_TAPS, POWER_SIGMA))
+
+
+def shrink_native(raw: Tensor, variance: Tensor) -> Tensor:
+    """Run `shrink` in C++ on the host."""
+    raw = raw.contiguous()
+    shrunk = raw.new_empty(raw[:, :1].shape)
+    _ext.run_native("shrink", variance.double().contiguous(), *_ext.coded(raw), raw.shape, shrunk)
+    return shrunk
+
+
+def shrink_cuda(raw: Tensor, variance: Tensor) -> Tensor:
+    """Run `shrink` in CUDA C++ on raw's device."""
+    raw = raw.contiguous()
+    shrunk = raw.new_empty(raw[:, :1].shape)
+    # the channel sum and its detail
+    scratch = raw.new_empty(2 * shrunk.numel(), dtype=torch.float64)
+    _ext.run_cuda("shrink", variance.double().contiguous(), *_ext.coded(raw), raw.shape, scratch, shrunk)
+    return shrunk
