@@ -10,6 +10,7 @@ environment of its own. The settings of a part were committed before it was run.
 import argparse
 import pickle
 import shutil
+import sys
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
@@ -27,6 +28,11 @@ from dave_fast.evaluate.settings import GRIDS, GROUPS
 from dave_fast.images import preprocessing
 from dave_fast.models.demo import load_demo_model
 from dave_fast.models.labels import labels_of
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from scripts.quality_section import HEADING, PAGE  # noqa: E402
 
 # used neither in training or tuning nor for an earlier table
 SEED = 20261124
@@ -131,7 +137,6 @@ def _join(whole: Results, other: Results) -> None:
 
 def write_docs(out: Path) -> None:
     """Write the page, its picture and its numbers into the repository."""
-    root = Path(__file__).parents[1]
     model = load_demo_model()
     prepare = preprocessing(model)
     chosen = EvaluationSettings(**COUNTS, grids=tuple(GRIDS))
@@ -143,11 +148,12 @@ def write_docs(out: Path) -> None:
         made = Path(folder)
         write(made, whole, about)
         page = (made / "report.md").read_text().replace("(examples.png)", "(figures/quality_examples.png)")
-        (root / "docs" / "quality.md").write_text(
-            page.replace("# Attribution quality\n", f"# Quality\n\n{PREFACE}\n", 1)
-        )
-        shutil.copy(made / "examples.png", root / "docs" / "figures" / "quality_examples.png")
-        shutil.copy(made / "results.json", root / "benchmarks" / "results" / "quality.json")
+        # the section on photographs is written by its own script
+        _, heading, photographs = PAGE.read_text().partition(f"\n{HEADING}\n")
+        page = page.replace("# Attribution quality\n", f"# Quality\n\n{PREFACE}\n", 1)
+        PAGE.write_text(page + heading + photographs)
+        shutil.copy(made / "examples.png", ROOT / "docs" / "figures" / "quality_examples.png")
+        shutil.copy(made / "results.json", ROOT / "benchmarks" / "results" / "quality.json")
         shutil.copytree(made, out / "report", dirs_exist_ok=True)
 
 

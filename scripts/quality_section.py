@@ -1,0 +1,206 @@
+"""The section of docs/quality.md on photographs: tables and sentences of stored scores."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dave_fast.evaluate import statistics
+from dave_fast.evaluate.report import table
+from dave_fast.evaluate.settings import METRICS, VARIANTS
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "quality.md"
+RESULTS = ROOT / "benchmarks" / "results" / "quality_photographs.json"
+HEADING = "## On photographs, by a trained model"
+SMOOTHED = VARIANTS[1]
+DEFAULT, PAPERS = "DAVE, S = 32", "DAVE, S = 256, paper's"
+CONTROL = "uniform"
+
+# head -> row -> metric -> item -> score, of the smoothed maps
+Scores = dict[str, dict[str, dict[str, dict[str, float]]]]
+
+INTRODUCTION = """\
+The same question of a trained model and photographs: DINOv2 ViT-S/14 (eleven blocks, 224 px) under three linear
+heads, {boxes} photographs of raccoons with boxes, and mosaics of them with photographs of six other classes. *class
+means* is the classifier as it came: a row of its head is the mean of a class's features. *class token* and *patch
+average* are logistic regressions on that output of the backbone, fitted to the other half of the photographs, their
+flips, crops and mosaics. Every second photograph of each folder, from the first, was used for the probes, the best α,
+γ of AttnLRP and the passes of equal time (`benchmarks/results/quality_photographs_settings.json`); the scores below
+are of the others, and those settings were written down before any of them was computed.
+
+Maps of all methods are smoothed alike. "best α" was chosen by EnergyPG for photographs, by GridPG for mosaics; so was
+γ. "paper's" is without shrinkage. *contrast* explains the logit minus the mean of the other logits, *log p* the
+logarithm of the probability. "in DAVE's time": as many passes, in bfloat16, as took the time of DAVE with S = 32."""
+
+PAPER = """\
+The paper's own figures (its Table 1, ImageNet, other models; per cent, GridPG / EnergyPG): ViT-B 60.19 / –, DeiT-B
+63.52 / 82.23, DeiT-III-B 65.76 / 82.43, DINO-B 51.33 / 83.38. They are not comparable with those above in height:
+other models, photographs, boxes (raccoons fill {area:.0%} of an image here) and mosaics."""
+
+AGAIN = """\
+Again: `python scripts/quality_photographs.py measure` with the folders that its help names, then `write`. Every
+interval: `benchmarks/results/quality_photographs.json`."""
+
+
+def collected(parts: dict[str, list[dict[str, Any]]]) -> Scores:
+    """Return the scores of all parts by head, row, metric and item."""
+    found: Any = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
+    for part, lines in parts.items():
+        for line in lines:
+            for row, scored in line["scores"].items():
+                for metric, variants in scored.items():
+                    found[line["head"]][row][metric][f"{part}: {line['item']}"] = variants[SMOOTHED]
+    return {head: {row: dict(scored) for row, scored in rows.items()} for head, rows in found.items()}
+
+
+def interval(scores: dict[str, float]) -> statistics.Interval:
+    """Return the mean over items and its interval."""
+    return statistics.over_images(list(scores.values()))
+
+
+def paired(scores: Scores, head: str, metric: str, one: str, other: str) -> statistics.Interval | None:
+    """Return the difference of two rows on the items that both scored, positive where the first is better."""
+    first, second = (scores.get(head, {}).get(row, {}).get(metric, {}) for row in (one, other))
+    common = [item for item in first if item in second]
+    if not common:
+        return None
+    sign = 1 if METRICS[metric] else -1
+    return statistics.paired(*(sign * np.array([each[item] for item in common]) for each in (first, second)))
+
+
+def section(scores: Scores, facts: dict[str, Any], settings: dict[str, Any]) -> str:
+    """Return the section as Markdown."""
+    boxes = max(len(each) for row in scores.values() for each in row[DEFAULT].values())
+    parts = [HEADING, INTRODUCTION.format(boxes=boxes), "### What the heads follow", _heads(facts, settings)]
+    parts += ["### Is DAVE ahead there?", *_verdicts(scores)]
+    parts += ["### What shrinkage, α and the question do", _settings(scores)]
+    for head in scores:
+        parts += [f"### All rows: {head}", _table(scores[head])]
+    parts += [
+        "Mean over photographs or mosaics and its 95 % bootstrap interval; **bold**: the best, the control left out."
+    ]
+    return "\n\n".join([*parts, PAPER.format(area=facts["object area"]), AGAIN]) + "\n"
+
+
+def _heads(facts: dict[str, Any], settings: dict[str, Any]) -> str:
+    head = (
+        "head",
+        "named rightly",
+        "logit falls, own cell blanked",
+        "another cell",
+        "own is more",
+        "α by default",
+        "best α",
+    )
+    rows = [
+        (
+            name,
+            f"{each['accuracy']:.0%} of {each['photographs']}",
+            f"{each['blanked itself']:+.2f}",
+            f"{each['blanked another']:+.2f}",
+            f"{each['cells where its own is more']:.0%} of {each['cells']}",
+            f"{settings[name]['default noise_alpha']:g}",
+            " / ".join(f"{settings[name][kind]['noise_alpha']:g}" for kind in ("photographs", "mosaics")),
+        )
+        for name, each in facts["heads"].items()
+    ]
+    note = (
+        "In 2×2 mosaics each cell in turn becomes grey. GridPG says something of a method only where the logit of a "
+        "cell's class falls more with the cell than with another one. Best α: of photographs / mosaics."
+    )
+    return f"{table(head, rows)}\n\n{note}"
+
+
+def _verdicts(scores: Scores) -> list[str]:
+    """Return the comparison of DAVE's default with its strongest rival for every head and metric, and it in words."""
+    rows, words = [], defaultdict(list)
+    for head, by_row in scores.items():
+        rivals = {row: each for row, each in by_row.items() if not row.startswith("DAVE") and row != CONTROL}
+        for metric, own in _of_default(by_row).items():
+            common = {row: each[metric] for row, each in rivals.items() if metric in each}
+            if not common:
+                continue
+            names = list(own)
+            values = {row: [each.get(name, np.nan) for name in names] for row, each in common.items()}
+            found = statistics.verdict({statistics.DAVE: list(own.values()), **values}, bool(METRICS[metric]))
+            if found is None:
+                continue
+            rows.append(
+                (
+                    metric,
+                    head,
+                    found.dave.text(),
+                    found.rival,
+                    found.other.text(),
+                    found.difference.signed(),
+                    found.words,
+                )
+            )
+            words[found.tone].append(f"{metric} ({head})")
+    titles = {"ahead": "Ahead of every baseline", "behind": "Behind one", "even": "Not told apart from one"}
+    said = [f"**{title}**: {', '.join(words[tone])}." for tone, title in titles.items() if words[tone]]
+    head = ("metric", "head", DEFAULT, "rival", "of the rival", "difference, paired", "verdict")
+    return ["\n".join(f"- {one}" for one in said), table(head, rows)]
+
+
+def _of_default(by_row: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Return the scores of DAVE as it is by default, with the fewest samples where S = 32 was not measured."""
+    sizes = [row for row in by_row if row.startswith("DAVE, S = ") and "paper" not in row]
+    fewest = min(sizes, key=lambda row: int(row.rpartition(" ")[2]))
+    return by_row[fewest] | by_row.get(DEFAULT, {})
+
+
+def _settings(scores: Scores) -> str:
+    """Return paired differences of settings of DAVE."""
+    best = "DAVE, best α, S = 32"
+    pairs = [
+        ("shrinkage at S = 32", DEFAULT, f"{DEFAULT}, paper's"),
+        ("shrinkage at S = 32 against S = 256 without", DEFAULT, PAPERS),
+        ("best α at S = 32", best, DEFAULT),
+        ("contrast at S = 32", "DAVE, contrast, best α, S = 32", best),
+        ("log p at S = 32", "DAVE, log p, best α, S = 32", best),
+        ("best α at S = 16", "DAVE, best α, S = 16", "DAVE, S = 16"),
+        ("contrast at S = 16", "DAVE, contrast, best α, S = 16", "DAVE, best α, S = 16"),
+        ("log p at S = 16", "DAVE, log p, best α, S = 16", "DAVE, best α, S = 16"),
+    ]
+    rows = [
+        (title, metric, head, found.signed(), found.n)
+        for title, one, other in pairs
+        for metric in ("EnergyPG", "pointing game", "GridPG 2x2")
+        for head in scores
+        if (found := paired(scores, head, metric, one, other)) is not None
+    ]
+    return table(("what", "metric", "head", "difference, paired", "n"), rows)
+
+
+def _table(by_row: dict[str, dict[str, dict[str, float]]]) -> str:
+    present = [metric for metric in METRICS if any(metric in each for each in by_row.values())]
+    means = {row: {m: interval(each[m]) for m in present if m in each} for row, each in by_row.items()}
+    best = {}
+    for metric in present:
+        known = {row: each[metric].mean for row, each in means.items() if metric in each and row != CONTROL}
+        best[metric] = (max if METRICS[metric] else min)(known, key=lambda row: known[row])
+    rows = [
+        (row, *((f"**{each[m].text()}**" if best[m] == row else each[m].text()) if m in each else "–" for m in present))
+        for row, each in means.items()
+    ]
+    return table(("", *present), rows)
+
+
+def write_section(parts: dict[str, list[dict[str, Any]]], facts: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Write the section into docs/quality.md, in place of an earlier one, and the intervals into RESULTS."""
+    scores = collected(parts)
+    page = PAGE.read_text().partition(f"\n{HEADING}\n")[0]
+    PAGE.write_text(f"{page.rstrip()}\n\n{section(scores, facts, settings)}")
+    content = {
+        "facts": facts,
+        "settings": settings,
+        "intervals": {
+            head: {row: {m: vars(interval(each)) for m, each in scored.items()} for row, scored in by_row.items()}
+            for head, by_row in scores.items()
+        },
+    }
+    RESULTS.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
