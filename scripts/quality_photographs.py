@@ -59,7 +59,7 @@ HEADS = (OWN_HEAD, *probes.POOLS)
 ALPHAS = (0.05, 0.1, 0.2, 0.3, 0.5)
 GAMMAS = tuple((embedding, linear) for embedding in (0.1, 0.25, 1.0) for linear in (0.0, 0.05, 0.25, 1.0))
 PATHS = ("integrated gradients", "SmoothGrad")
-OWN_STEPS, STANDARD = 50, 32
+OWN_STEPS, STANDARD, MOSAIC_VIEWS = 50, 32, 24
 ONE_PASS = ("frozen gradient", "input × gradient", "Libra FullGrad+", "LeGrad", "uniform")
 
 
@@ -140,7 +140,7 @@ class Subject:
         """The model under each head; probes are fitted once for a folder `--out`."""
         path = self.out / "probes.pt"
         if not path.exists():
-            views = probes.views_of(self.fitted_on.images, self.fitted_on.labels, self.labels.count, 24, SEED)
+            views = probes.views_of(self.fitted_on.images, self.fitted_on.labels, self.labels.count, MOSAIC_VIEWS, SEED)
             read = [probes.features(self.at_size(self.model, each.images), each.images) for each in views]
             targets = torch.cat([each.targets for each in views])
             fits = {pool: probes.fit(torch.cat([each[pool] for each in read]), targets) for pool in probes.POOLS}

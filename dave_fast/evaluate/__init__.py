@@ -2,7 +2,11 @@
 
     sources      images with their labels, boxes and masks, as far as they are known
     methods      DAVE, its single frozen gradient, captum's baselines and two controls behind one signature
+    full_gradient Libra FullGrad+, on the frozen operators
     scoring      every method on every batch of images, scored by every metric that the source permits
+    rows         one method under several settings, from shared samples
+    items        photographs and mosaics one by one, under every row
+    probes       linear heads worth explaining, and whether they follow what is where
     statistics   intervals over images and seeds, paired differences, verdicts
     report       HTML, Markdown, JSON, CSV
     tuning       the choice of noise_alpha and of the number of samples

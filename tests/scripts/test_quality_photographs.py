@@ -87,7 +87,6 @@ SETUP = script.MethodSettings(2, {"noise_alpha": 0.0})
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:noise_alpha was never tuned")
 def test_it_is_chosen_on_one_half_measured_on_the_other_resumed_and_written(monkeypatch, given, small, capsys):
     run(monkeypatch, given, "choose")
     chosen = json.loads((given / "settings.json").read_text())
@@ -115,7 +114,6 @@ def test_it_is_chosen_on_one_half_measured_on_the_other_resumed_and_written(monk
     assert 0 <= intervals["patch average"]["DAVE, contrast, best α, S = 4"]["EnergyPG"]["mean"] <= 1
 
 
-@pytest.mark.filterwarnings("ignore:noise_alpha was never tuned")
 def test_a_method_that_cannot_run_is_named_and_the_others_are_measured(monkeypatch, given, small, capsys):
     def refuse(model, gammas, seed):
         raise NotTakenError("no lxt")
