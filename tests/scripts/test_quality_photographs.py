@@ -59,14 +59,14 @@ def small(monkeypatch, given):
     """The script's settings at small scale, with the frozen gradient in the place of AttnLRP."""
     for name, value in {
         "ALPHAS": (0.1, 0.4),
-        "GAMMAS": ((0.25, 0.05), (0.1, 0.0)),
+        "GAMMAS": ((0.25, 0.05),),
         "STANDARD": 4,
         "OWN_STEPS": 2,
     }.items():
         monkeypatch.setattr(script, name, value)
     monkeypatch.setattr(script, "CHOICES", {"photographs": (2, 1, "EnergyPG", 4), "mosaics": (1, 2, "GridPG 2x2", 2)})
     parts = {
-        "photographs": script.Part("photographs", 3, dict.fromkeys(script.HEADS, (32,))),
+        "photographs": script.Part("photographs", 3, dict.fromkeys(("class token", "patch average"), (32,))),
         "mosaics-2x2": script.Part("mosaics", 2, {"class token": (2,)}, grid=2),
         "behaviour": script.Part("behaviour", 1, {"class token": (2,)}, full=False),
         "randomised": script.Part("randomised", 1, {"class token": (2,)}, full=False),
@@ -121,6 +121,8 @@ def test_a_method_that_cannot_run_is_named_and_the_others_are_measured(monkeypat
     monkeypatch.setattr(rows, "attnlrp_with", refuse)
     best = {"noise_alpha": 0.1, "gammas": [0.25, 0.05]}
     head = {"default noise_alpha": 0.5, "photographs": best, "mosaics": best}
+    only = script.Part("mosaics", 1, {"class token": (2,)}, full=False, grid=2)
+    monkeypatch.setattr(script, "PARTS", {"mosaics-2x2": only})
     content = dict.fromkeys(script.HEADS, head) | {"passes": dict.fromkeys(script.PATHS, 2)}
     (given / "settings.json").write_text(json.dumps(content))
     run(monkeypatch, given, "measure", "mosaics-2x2")
