@@ -102,8 +102,10 @@ It is its γ rule, not α, S, the noise or the question. Without γ AttnLRP is t
 shrinkage and S = 16 has 0.337, 0.339 and 0.334 at α = 0, 0.2 and 0.5, with S = 64 at α = 0.2 0.351: averaging adds
 0.02 to 0.03 to the frozen gradient, whatever α. The logit minus the mean of the other logits changes nothing: frozen
 gradient 0.321, DAVE with S = 16 at α = 0.2 0.338, AttnLRP 0.384. A position embedding repeated in every cell, in place
-of one resampled to the mosaic's size, gives AttnLRP 0.399. The γ rule lets positive weights through more than negative
-ones; what comes back is no longer the model's own linear operator, which is what DAVE averages.
+of one resampled to the mosaic's size, gives AttnLRP 0.399 and DAVE 0.349. The γ rule lets positive weights through
+more than negative ones; what comes back is no longer the model's own linear operator, which is what DAVE averages.
+**Libra FullGrad+**, one pass, is far ahead of both there, 0.528: it adds up what the tokens of every block contribute,
+and tokens know their class better than pixels do.
 
 An earlier run, of 100 other scenes and by other code, had found the same order in EnergyPG (DAVE 0.468, integrated
 gradients 0.426) and GridPG 2x2 (0.359, frozen gradient 0.328), and in native 3x3 mosaics intervals that touch
