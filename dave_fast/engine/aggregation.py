@@ -7,9 +7,8 @@ divided into groups, and the images are walked forward once for each group.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from dave_fast.engine import free_memory, memory
@@ -19,15 +18,15 @@ from dave_fast.sampling import Draws
 from dave_fast.targets.cotangents import Cotangent
 
 
-def raw_attributions(
+def attributions(
     batches: MicroBatches,
     images: Tensor,
     draws: Draws,
     targets: Sequence[Cotangent],
     progress: Progress | None,
     *,
-    with_variance: bool,
-) -> tuple[Tensor, Tensor | None]:
+    shrink: bool,
+) -> tuple[Tensor, Tensor]:
     """Walk all rows of draws, micro-batch by micro-batch, and aggregate them.
 
     Args:
@@ -36,11 +35,10 @@ def raw_attributions(
         draws: R = B·S rows on the host, image-major.
         targets: cotangents of the output.
         progress: is called with (rows done, rows in all).
-        with_variance: whether the variance is estimated too.
+        shrink: whether the maps are shrunk.
 
     Returns:
-        raw (B, targets, C, H, W) in the dtype of the images, and the variance of its sum over channels
-        (B, targets, H, W) float64, or None.
+        raw (B, targets, C, H, W) and maps (B, targets, H, W) in the dtype of the images.
     """
     samples, shape, ops = len(draws) // len(images), tuple(images.shape[1:]), batches.ops
     free = free_memory.free_bytes(images.device)
@@ -48,7 +46,7 @@ def raw_attributions(
     together, groups = memory.fitting_pairs(storage, len(targets), free)
     pacer = Pacer(progress, len(draws) * len(groups), images.device)
     raw = images.new_empty(len(images), len(targets), *shape)
-    variance = raw.new_empty(*raw.shape[:2], *shape[1:], dtype=torch.float64) if with_variance else None
+    maps = images.new_empty(len(images), len(targets), *shape[1:])
     for start in range(0, len(images), together):
         some = slice(start, min(start + together, len(images)))
         part = draws[some.start * samples : some.stop * samples]
@@ -57,26 +55,33 @@ def raw_attributions(
             kept = batches.vjps(images, part, targets[group], None if storage.tokens else storage.dtype, pacer.queued)
             for at, of_target in enumerate(kept, group.start):
                 if on_device is None:
-                    mean, spread = robust_mean(ops, of_target.view(-1, samples, *shape), with_variance=with_variance)
+                    made = aggregate(ops, of_target.view(-1, samples, *shape), shrink=shrink)
                 else:
                     given = (of_target, images, on_device, batches.route.patch_size, samples)
-                    mean, spread = (
-                        ops.pull_back_mean_variance(*given) if with_variance else (ops.pull_back_mean(*given), None)
-                    )
-                raw[some, at] = mean
-                if variance is not None and spread is not None:
-                    variance[some, at] = spread
+                    made = _with_maps(ops, ops.pull_back_mean, ops.pull_back_mean_variance, given, shrink=shrink)
+                raw[some, at], maps[some, at] = made
             # free before those of the next group are made
             del kept, of_target
     pacer.finish()
-    return raw, variance
+    return raw, maps
 
 
-def robust_mean(ops: PixelOps, contributions: Tensor, *, with_variance: bool) -> tuple[Tensor, Tensor | None]:
-    """Return raw (B, C, H, W) of contributions (B, S, C, H, W), and the variance (B, H, W) or None."""
-    return ops.robust_mean_variance(contributions) if with_variance else (ops.robust_mean(contributions), None)
+def aggregate(ops: PixelOps, contributions: Tensor, *, shrink: bool) -> tuple[Tensor, Tensor]:
+    """Return raw (B, C, H, W) and maps (B, H, W) of contributions (B, S, C, H, W)."""
+    return _with_maps(ops, ops.robust_mean, ops.robust_mean_variance, (contributions,), shrink=shrink)
 
 
-def maps_of(ops: PixelOps, raw: Tensor, variance: Tensor | None) -> Tensor:
-    """Return maps (B, H, W) of raw (B, C, H, W), which is shrunk where its variance (B, H, W) is given."""
-    return ops.smooth(raw if variance is None else ops.shrink(raw, variance))
+def _with_maps(
+    ops: PixelOps,
+    mean: Callable[..., Tensor],
+    mean_variance: Callable[..., tuple[Tensor, Tensor]],
+    given: tuple[object, ...],
+    *,
+    shrink: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the mean that an op makes of what is given, raw, and the maps of raw or of shrunk raw."""
+    if not shrink:
+        raw = mean(*given)
+        return raw, ops.smooth(raw)
+    raw, variance = mean_variance(*given)
+    return raw, ops.smooth(ops.shrink(raw, variance))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dave_fast.defaults import DEFAULT_SAMPLES, DEFAULT_SHRINK
-from dave_fast.engine.aggregation import maps_of, raw_attributions, robust_mean
+from dave_fast.engine.aggregation import aggregate, attributions
 from dave_fast.engine.checks import check_classes, check_integer, check_keys, check_rows, check_targets, describe
 from dave_fast.engine.end_of_call import EndOfCall
 from dave_fast.engine.micro_batches import MicroBatches, Progress
@@ -174,10 +174,8 @@ class DAVE:
                 resolved = [ElementCotangent(each, each) for each in most_probable(self.model, output, top_k)]
             height, width = images.shape[2:]
             draws = draw(n_samples, height=height, width=width, seed=seed, image_keys=keys, sampling=self.sampling)
-            raw, variance = raw_attributions(batches, images, draws, resolved, progress, with_variance=shrink)
+            raw, maps = attributions(batches, images, draws, resolved, progress, shrink=shrink)
             end.refuse_non_finite(raw, "the attribution", f"{self._advice}, or look for overflow in the model.")
-            flat = maps_of(batches.ops, raw.flatten(0, 1), None if variance is None else variance.flatten(0, 1))
-            maps = flat.view(*raw.shape[:2], *raw.shape[3:])
             of_each = moved([each.classes for each in resolved], output.device)
             classes = torch.stack([each.expand(len(images)) for each in of_each], dim=1)
             classes, probability = end.read(classes, probability_of(self.model, output, classes))
@@ -323,10 +321,8 @@ class DAVE:
             contributions: of B images or classes and S samples.
             shrink: whether the maps are shrunk; None takes the explainer's setting.
         """
-        ops = self._cache.ops
         with own_arithmetic(self.device):
-            raw, variance = robust_mean(ops, contributions, with_variance=self.shrink if shrink is None else shrink)
-            return raw, maps_of(ops, raw, variance)
+            return aggregate(self._cache.ops, contributions, shrink=self.shrink if shrink is None else shrink)
 
     @property
     def statistics_dtype(self) -> torch.dtype:

@@ -11,7 +11,7 @@ import torch
 import dave_fast
 from dave_fast import transfers
 from dave_fast.engine import end_of_call
-from dave_fast.engine.aggregation import raw_attributions
+from dave_fast.engine.aggregation import attributions
 from dave_fast.engine.graphs import Graphs, direct
 from dave_fast.errors import ModelError, NonFiniteError
 from dave_fast.explain import explainer as explainer_module
@@ -221,11 +221,12 @@ def test_non_finite_values_are_named_at_the_end(model, images, break_it, words):
 def test_attributions_that_are_not_finite_are_named(model, images, monkeypatch):
     explainer = rehearsal(model)
     explainer.explain(images, n_samples=2)
-    monkeypatch.setattr(
-        explainer_module,
-        "raw_attributions",
-        lambda *args: raw_attributions(*args).index_fill_(0, torch.tensor(2), torch.inf),
-    )
+
+    def spoilt(*args, **settings):
+        raw, maps = attributions(*args, **settings)
+        return raw.index_fill_(0, torch.tensor(2), torch.inf), maps
+
+    monkeypatch.setattr(explainer_module, "attributions", spoilt)
     with pytest.raises(NonFiniteError, match="the attribution of image 2"):
         explainer.explain(images, n_samples=2)
 

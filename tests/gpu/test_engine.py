@@ -13,7 +13,7 @@ import torch
 
 import dave_fast
 from dave_fast import DAVE
-from dave_fast.engine.aggregation import raw_attributions
+from dave_fast.engine.aggregation import attributions
 from dave_fast.evaluate import DemoScenes
 from dave_fast.evaluate.methods import contributions_of
 from dave_fast.evaluate.metrics import correlation
@@ -184,10 +184,10 @@ def test_the_host_waits_once_a_call_and_never_in_its_loop(
     images, _ = scenes(3)
     explainer = DAVE(load_demo_model().to(weights), noise_alpha=NOISE_ALPHA, device=device)
 
-    def strict(*args: Any) -> torch.Tensor:
+    def strict(*args: Any, **settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return raw_attributions(*args)
+            return attributions(*args, **settings)
         finally:
             torch.cuda.set_sync_debug_mode("warn")
 
@@ -196,7 +196,7 @@ def test_the_host_waits_once_a_call_and_never_in_its_loop(
         # the first captures graphs
         expected = explainer.explain(images, n_samples=SAMPLES, **each).raw
         with monkeypatch.context() as patch, host_waits() as waits:
-            patch.setattr("dave_fast.explain.explainer.raw_attributions", strict)
+            patch.setattr("dave_fast.explain.explainer.attributions", strict)
             found = explainer.explain(images, n_samples=SAMPLES, **each).raw
         assert len(waits) == 1, [str(wait.filename) for wait in waits]
         assert torch.equal(found, expected)
