@@ -272,7 +272,19 @@ def test_downloads_hold_what_is_shown(explained: Page, address: str, scene: Path
             arrays["targets"].tolist() == [4]
             and arrays["samples"] == SAMPLES
             and arrays["input"].shape == (128, 128, 3)
+            and arrays["shrink"]
         )
+
+
+def test_shrinkage_is_the_servers_until_it_is_switched_off(explained: Page) -> None:
+    shrunk, box = explained.pixels("#maps canvas"), explained.one("#shrink")
+    assert explained.run("return arguments[0].checked", box)
+    explained.run("arguments[0].click()", box)
+    explained.until(lambda: (explained.pixels("#maps canvas") != shrunk).any(), "the paper's map")
+    explained.done()
+    explained.all("#maps article button")[1].click()
+    with np.load(io.BytesIO(explained.file("dave-four.npz"))) as arrays:
+        assert not arrays["shrink"]
 
 
 def test_drop_paste_and_another_model(page: Page, photo: bytes) -> None:
