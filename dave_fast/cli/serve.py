@@ -68,6 +68,7 @@ def serve(
     settings: dict[str, Any] = {
         "precision": precision,
         "backend": backend,
+        "noise_alpha": noise_alpha,
         "shrink": DEFAULT_SHRINK if shrink is None else shrink,
         "internal_batch_size": internal_batch_size,
         "weights": _file(weights),

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from dave_fast.cli import app as cli
 from dave_fast.client import Client, ServerError
+from dave_fast.errors import InputError
 from dave_fast.serve.limits import Limits
 from tests.serve.tiny_server import PATIENCE, serve_model, serving, until
 
@@ -277,6 +278,23 @@ def test_options_that_cannot_be_met_are_told(tmp_path):
     ):
         result = refused(*options)
         assert result.exit_code == 2 and word in result.output, options
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [([], (None, True)), (["--noise-alpha", "0.3", "--no-shrink"], (0.3, False)), (["--shrink"], (None, True))],
+)
+def test_settings_of_the_method_reach_the_models(monkeypatch, options, expected):
+    given = {}
+
+    def load(names, devices, **settings):
+        given.update(settings)
+        raise InputError("no model is loaded here")
+
+    monkeypatch.setattr("dave_fast.serve.served.load_models", load)
+    result = CliRunner().invoke(cli.app, ["serve", "--port", "0", *options])
+    assert "no model is loaded here" in result.output
+    assert (given["noise_alpha"], given["shrink"]) == expected
 
 
 def test_a_missing_package_is_told_with_what_installs_it(monkeypatch):
