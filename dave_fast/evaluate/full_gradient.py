@@ -10,8 +10,8 @@ every layer and of every bias:
 Where the paper leaves a detail open, it is decided here:
 - x_l, l = 0 … L−1, are the tokens that enter the L blocks; so x₀ holds the position embedding and the patches' bias.
 - A bias is a term at every token that it is added to; the position embedding and prefix tokens are biases, too.
-- A term's place is its patch, and its channels are added up; terms of prefix tokens and of the head have no place in
-  the image and are left out.
+- A term's place is its patch, and its channels are added up; terms of prefix tokens, of a pooling by attention and of
+  the head have no place in the image and are left out.
 - The map of patches is enlarged bilinearly; its channels get equal shares.
 """
 
@@ -36,7 +36,7 @@ class Terms(NamedTuple):
         logits: (B,), what is explained.
         pixels: (B, C, H, W), x ⊙ ∂f/∂x.
         layers: of each block, (B, N, D): the tokens that enter it ⊙ their gradient.
-        biases: by name, (B, N, D) or (B, K): a bias ⊙ the gradient where it is added.
+        biases: by name, (B, N, D), (B, 1, D) or (B, K): a bias ⊙ the gradient where it is added.
     """
 
     logits: Tensor
@@ -75,14 +75,17 @@ def _recorded(model: Any) -> Iterator[tuple[list[Tensor], dict[str, tuple[Tensor
     entered: list[Tensor] = []
     added: dict[str, tuple[Tensor, Tensor]] = {}
 
+    def embeds(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        added["embedding"] = _embedding(model, inputs[0]), inputs[0]
+
     def enters(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if not entered:
-            added["embedding"] = _embedding(model, inputs[0]), inputs[0]
         entered.append(inputs[0])
 
     def adds(name: str) -> Any:
         def keep(module: Any, inputs: Any, output: Tensor) -> None:
-            added[name] = module.bias.detach(), output
+            # the query of a pooling is the same for every image
+            if output.requires_grad:
+                added[name] = module.bias.detach(), output
 
         return keep
 
@@ -92,7 +95,8 @@ def _recorded(model: Any) -> Iterator[tuple[list[Tensor], dict[str, tuple[Tensor
         # the patch embedding's bias is part of the embedding
         if getattr(module, "bias", None) is not None and not name.startswith("patch_embed.")
     ]
-    handles = [block.register_forward_pre_hook(enters) for block in model.blocks]
+    handles = [model.norm_pre.register_forward_pre_hook(embeds)]
+    handles += [block.register_forward_pre_hook(enters) for block in model.blocks]
     handles += [module.register_forward_hook(adds(name)) for name, module in biased]
     try:
         yield entered, added
@@ -106,7 +110,7 @@ def _embedding(model: Any, tokens: Tensor) -> Tensor:
     size = model.patch_embed.img_size
     with torch.no_grad():
         black = tokens.new_zeros(1, model.patch_embed.proj.in_channels, *size)
-        return model.norm_pre(model._pos_embed(model.patch_embed(black)))
+        return model._pos_embed(model.patch_embed(black))
 
 
 def libra_fullgrad_plus(model: nn.Module, setup: Any) -> Any:
@@ -123,7 +127,11 @@ def libra_fullgrad_plus(model: nn.Module, setup: Any) -> Any:
 
     def attribute(images: Tensor, classes: Tensor, keys: Sequence[int], seed: int) -> Tensor:
         terms = full_gradient(model, images, classes)
-        located = [each for each in (*terms.layers, *terms.biases.values()) if each.ndim == 3]
+        tokens = terms.layers[0].shape[:2]
+        # (B, K) of the head and (B, 1, D) of a pooling have no place
+        located = [
+            each for each in (*terms.layers, *terms.biases.values()) if each.ndim == 3 and each.shape[:2] == tokens
+        ]
         patches = torch.stack([each[:, prefix:].sum(2) for each in located]).sum(0)
         maps = patches.unflatten(1, grid)[:, None]
         enlarged = functional.interpolate(maps, images.shape[-2:], mode="bilinear", align_corners=False)

@@ -103,7 +103,9 @@ def _without_layer_scale(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             layer = found[1] + ("attn.proj" if found[2] == "1" else "mlp.fc2")
             factors = scaled.pop(name)
             scaled[f"{layer}.weight"] = factors[:, None] * weights[f"{layer}.weight"]
-            scaled[f"{layer}.bias"] = factors * weights[f"{layer}.bias"]
+            # without a bias torchvision has another parameter than the model
+            if f"{layer}.bias" in weights:
+                scaled[f"{layer}.bias"] = factors * weights[f"{layer}.bias"]
     return scaled
 
 

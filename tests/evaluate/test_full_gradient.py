@@ -16,6 +16,8 @@ OPTIONS = [
     {"init_values": 0.1},
     {"global_pool": "avg", "fc_norm": False},
     {"reg_tokens": 2, "qkv_bias": False},
+    {"pre_norm": True},
+    {"global_pool": "map", "class_token": False},
 ]
 CLASSES = torch.tensor([1, 3])
 
@@ -24,10 +26,7 @@ def drawn():
     return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"init_values": 0.1}, {"global_pool": "avg", "fc_norm": False}, {"reg_tokens": 2, "qkv_bias": False}],
-)
+@pytest.mark.parametrize("options", OPTIONS)
 def test_pixels_and_biases_add_up_to_the_logit(options):
     model, images = random_vit(**options).double(), drawn()
     terms = full_gradient(model, images, CLASSES)
@@ -56,6 +55,17 @@ def test_the_map_has_the_sum_of_the_patch_tokens_terms_and_no_hook_is_left():
     assert torch.allclose(maps.sum(1), wanted[:, None, None].expand(2, 8, 8), rtol=EXACT)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_terms_of_the_one_token_of_a_pooling_have_no_place():
+    model, images = random_vit(global_pool="map", class_token=False).double(), drawn()
+    maps = libra_fullgrad_plus(model, MethodSettings())(images, CLASSES, (0, 1), 0)
+    terms = full_gradient(model, images, CLASSES)
+    assert terms.biases["attn_pool.proj"].shape == (2, 1, 24)
+    patches = [each for each in (*terms.layers, *terms.biases.values()) if each.shape[1] == 16]
+    wanted = sum(each.flatten(1).sum(1) for each in patches)
+    # the enlarged map has each patch 64 times
+    assert torch.allclose(maps.flatten(1).sum(1) / 64, wanted, rtol=EXACT)
 
 
 def test_a_model_without_tokens_is_refused():

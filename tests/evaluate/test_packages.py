@@ -54,6 +54,7 @@ def test_the_twin_is_the_same_function(made):
         ({"qk_norm": True}, "no blocks.0.attn.q_norm.weight"),
         ({"reg_tokens": 2}, "no reg_token"),
         ({"qkv_bias": False}, "in_proj_bias"),
+        ({"init_values": 0.1, "proj_bias": False}, "other parameters"),
         ({"no_embed_class": True}, "other parameters"),
         ({"global_pool": "avg"}, "no fc_norm.weight"),
         ({"global_pool": "max", "fc_norm": False}, "gives other logits"),
