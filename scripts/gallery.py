@@ -40,7 +40,7 @@ from dave_fast.targets import Contrast, Patch, Sum, Target, tokens_of
 
 CLASSES = 4
 SAMPLES = (1, 4, 16, 50, 200)
-ALPHAS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
+ALPHAS = (0.0, 0.1, 0.3, 0.5, 0.9)
 # sides of the image, as shares of the model's own
 RESOLUTIONS = (0.75, 1.0, 1.5, 2.0)
 DPI = 120
@@ -207,16 +207,17 @@ def samples(subject: GallerySubject) -> GalleryFigure:
 
 
 def alphas(subject: GallerySubject) -> GalleryFigure:
-    """Draw maps at several noise levels."""
-    maps = {}
-    for alpha in ALPHAS:
+    """Draw maps at several noise levels, that of the subject among them."""
+    own, maps = subject.explainer.sampling.noise_alpha, {}
+    for alpha in sorted({*ALPHAS, own}):
         with_alpha = dave_fast.DAVE(subject.explainer.model, precision=subject.explainer.precision, noise_alpha=alpha)
         maps[alpha] = GallerySubject(with_alpha, subject.image, subject.n_samples, subject.converged).maps(
             [subject.first]
         )
     panels = [Panel(heat[0].cpu().numpy(), f"α = {alpha}") for alpha, heat in maps.items()]
-    own = min(ALPHAS, key=lambda alpha: abs(alpha - subject.explainer.sampling.noise_alpha))
-    told = ", ".join(f"{correlation(maps[alpha], maps[own]).item():.2f} at {alpha}" for alpha in ALPHAS if alpha != own)
+    told = ", ".join(
+        f"{correlation(heat, maps[own]).item():.2f} at {alpha}" for alpha, heat in maps.items() if alpha != own
+    )
     text = (
         "The predicted class at several highest noise levels, `noise_alpha`. Correlation with the map at "
         f"α = {own}: {told}. How much it matters depends on the model; `dave-fast tune` chooses it for one."
