@@ -19,6 +19,7 @@ from dave_fast.evaluate.methods import METHODS, MethodSettings, contributions_of
 from dave_fast.evaluate.packages import attnlrp
 from dave_fast.evaluate.probes import contrasted
 from dave_fast.evaluate.scoring import Maps, as_maps
+from dave_fast.evaluate.settings import VARIANTS
 from dave_fast.explain.explainer import DAVE
 from dave_fast.ops.robust_mean import robust_mean_variance
 from dave_fast.ops.shrink import shrink
@@ -59,18 +60,19 @@ def dave_contrast(model: nn.Module, title: str, size: int, seed: int, alpha: flo
 
 
 def dave_log_softmax(model: nn.Module, title: str, size: int, seed: int, alpha: float | None = None) -> Family:
-    """Return DAVE's family for the logarithm of the class's probability: the map behind the post-processing only."""
+    """Return DAVE's family for the logarithm of the class's probability."""
     explainer = DAVE(model, noise_alpha=alpha)
 
     def rows(image: Tensor, classes: Tensor, key: int) -> dict[str, Maps]:
-        maps = []
+        found = []
         for wanted in classes.tolist():
 
             def score(output: Tensor, wanted: int = wanted) -> Tensor:
                 return output.float().log_softmax(1)[:, wanted]
 
-            maps.append(explainer.explain(image, score, size, seed, image_keys=[key]).maps)
-        return {f"{title}, S = {size}": {"smoothed": torch.cat(maps)}}
+            found.append(explainer.explain(image, score, size, seed, image_keys=[key]))
+        maps = torch.cat([each.raw for each in found]), torch.cat([each.maps for each in found])
+        return {f"{title}, S = {size}": as_maps(maps)}
 
     return rows
 
@@ -105,8 +107,9 @@ def _of_one(attribute: Any, name: str, seed: int, autocast: bool = False) -> Fam
         # class by class, so that a mosaic needs no more memory than an image of its size
         for wanted in classes.split(1):
             with _precision(image, autocast):
-                found.append(attribute(image, wanted, [key], seed).float())
-        return {name: as_maps(torch.cat(found))}
+                made = attribute(image, wanted, [key], seed)
+            found.append(as_maps(made if isinstance(made, tuple) else made.float()))
+        return {name: {variant: torch.cat([maps[variant] for maps in found]) for variant in VARIANTS}}
 
     return rows
 

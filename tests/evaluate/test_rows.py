@@ -43,7 +43,7 @@ def test_questions_beyond_the_logit(model, image):
     contrast = rows.dave_contrast(model, "contrast", 8, SEED, 0.2)(image, classes, 0)["contrast, S = 8"]["smoothed"]
     assert not torch.allclose(plain, contrast, atol=0.05)
     (found,) = rows.dave_log_softmax(model, "log p", 8, SEED, 0.2)(image, classes, 0).values()
-    assert found["smoothed"].shape == (1, 32, 32)
+    assert found["smoothed"].shape == found["as it is"].shape == (1, 32, 32)
     assert not torch.allclose(plain, found["smoothed"], atol=0.05)
 
 
@@ -56,6 +56,15 @@ def test_a_method_is_a_row_under_its_name_or_another(model, image):
     fast = rows.single(model, "integrated gradients", MethodSettings(4), SEED, row="fast", autocast=True)
     almost = fast(image, classes, 0)["fast"]
     assert torch.nn.functional.cosine_similarity(almost["as it is"].flatten(), maps["as it is"].flatten(), dim=0) > 0.99
+
+
+@pytest.mark.parametrize("shrink", [True, False])
+def test_dave_as_a_method_of_one_row_has_the_maps_that_it_gives(model, image, shrink):
+    settings = {"noise_alpha": 0.2, "shrink": shrink}
+    found = rows.single(model, "DAVE", MethodSettings(8, settings), SEED)(image, torch.tensor([1, 3]), 7)["DAVE"]
+    for row, wanted in enumerate((1, 3)):
+        own = DAVE(model, **settings).explain(image, wanted, 8, SEED, image_keys=[7])
+        assert torch.equal(found["as it is"][row], own.raw.sum(1)[0]) and torch.equal(found["smoothed"][row], own.maps[0])
 
 
 def test_passes_in_the_time_of_a_slower_method_are_more(model, image, monkeypatch):

@@ -98,7 +98,6 @@ def test_maps_of_the_authors_at_a_smaller_s_are_of_samples_spread_over_the_noise
     found = form.every(torch.zeros(1, 3, 2, 2), torch.zeros(1), 0)
     assert list(found) == [50, 8, 16, 32] and {each.shape for each in found.values()} == {(1, 2, 2)}
     # 49 = 7 · 7, so that a schedule of 8 levels is every seventh of 50
-    form = authors_form(tmp_path, torch.nn.Identity(), 0.1, 50)
     assert found[8].flatten()[0] == np.mean(range(0, 50, 7))
     assert found[50].flatten()[0] == np.mean(range(50))
 
