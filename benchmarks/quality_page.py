@@ -20,9 +20,9 @@ How long does an image take until its map is good? {photographs} photographs wit
 {noise_alpha:g}, one photograph a call, on {device} ({isa}), {threads} threads.
 
 *EnergyPG* is the share of the map inside the object's box. *Correlation* is that with the map that DAVE tends to: the
-paper's map of other draws at S = {limit_samples}, for {limits} of the photographs. dave-fast's maps are shrunk by
-their own standard error, which takes away most of what noise adds to the background at a small S; "the paper's map" is
-without that.
+paper's map of other draws at S = {limit_samples}, for {limits} of the photographs. dave-fast's maps are
+[shrunk](guide.md#shrinkage), which takes away most of what noise adds to the background at a small S; "the paper's map"
+is without that.
 
 {verdict}
 

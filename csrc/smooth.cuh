@@ -49,7 +49,8 @@ struct Blend : SmoothArguments<T> {
     block.sync();
     block.each([&](int thread) {
       for (int i = thread; i < high * Base::tile_x; i += Base::threads)
-        memory->across[i / Base::tile_x][i % Base::tile_x] = blur<blur_radius>(&memory->positive[i / Base::tile_x][i % Base::tile_x], 1, weights);
+        memory->across[i / Base::tile_x][i % Base::tile_x] =
+            blur<blur_radius>(&memory->positive[i / Base::tile_x][i % Base::tile_x], 1, weights);
     });
     block.sync();
     block.each([&](int thread) {

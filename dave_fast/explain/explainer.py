@@ -63,8 +63,8 @@ class DAVE:
         flip: probability of a horizontal flip.
         shrink: whether maps are shrunk: before negative values are cut off, detail and level of a map are multiplied by
             the share of their power that is not noise, as the spread of its own samples tells (`dave_fast.ops.shrink`).
-            Few samples then give nearly the map of many; the limit for many is the same. False gives the paper's maps.
-            `raw` is the paper's in either case.
+            Few samples then leave little more background than many; the limit for many is the same. False gives the
+            paper's maps. `raw` is the paper's in either case.
         internal_batch_size: rows (image, sample) of a micro-batch; by default what fits.
         graphs: replay micro-batches as CUDA graphs (see `dave_fast.engine.graphs`). None where the device and the
             route can; True raises where they cannot; False launches the same kernels one by one, with the same result.
