@@ -64,7 +64,8 @@ def test_dave_as_a_method_of_one_row_has_the_maps_that_it_gives(model, image, sh
     found = rows.single(model, "DAVE", MethodSettings(8, settings), SEED)(image, torch.tensor([1, 3]), 7)["DAVE"]
     for row, wanted in enumerate((1, 3)):
         own = DAVE(model, **settings).explain(image, wanted, 8, SEED, image_keys=[7])
-        assert torch.equal(found["as it is"][row], own.raw.sum(1)[0]) and torch.equal(found["smoothed"][row], own.maps[0])
+        assert torch.equal(found["as it is"][row], own.raw.sum(1)[0])
+        assert torch.equal(found["smoothed"][row], own.maps[0])
 
 
 def test_passes_in_the_time_of_a_slower_method_are_more(model, image, monkeypatch):
