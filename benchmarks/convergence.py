@@ -1,14 +1,18 @@
 """The distance of a map from its limit, and how often the bounds of `dave_fast.explain.convergence` hold.
 
-    python -m benchmarks.convergence samples --set fit          a file for each scene in build/convergence, resumable
+    python -m benchmarks.convergence samples --set fit          a file for each image in build/convergence, resumable
     python -m benchmarks.convergence samples --set validation
+    python -m benchmarks.convergence samples --set photographs --model hf:FOLDER --photographs FOLDER --boxes FILE
     python -m benchmarks.convergence fit                        prints the factors for convergence.py
     python -m benchmarks.convergence validate                   JSON beside the other results, and docs/figures
 
-Scenes are of the demo model's held-out split, alternately with one and two digits, explained for the predicted class in
-float32, each with its own draws. The factors are fitted on scenes of one seed and validated, once, on scenes of
-another. A scene's file has its limit map, and the final maps of the first blocks of consecutive samples of several
-sizes, so that any estimate from halves can be tried without computing the samples again.
+Scenes are of the demo model's held-out split, alternately with one and two digits; photographs are even ones of the
+folder, by name, and then odd ones. All are explained for the predicted class, each with its own draws, scenes in
+float32 and photographs in the device's own precision. The factors are fitted on scenes of one seed and validated, once,
+on scenes of another, and on the photographs. An image's file has its limit maps, with and without shrinkage, and the
+maps of the first blocks of consecutive samples of several sizes, so that any estimate from halves can be tried without
+computing the samples again. `validate` also compares shrunk maps with those of the paper: EnergyPG, and the correlation
+with the paper's limit.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +31,13 @@ from torch import Tensor
 
 import dave_fast
 from benchmarks import machine
+from dave_fast.evaluate import metrics
+from dave_fast.evaluate.annotations import Annotations, read_boxes
+from dave_fast.evaluate.sources import ImageFiles
 from dave_fast.explain.convergence import FACTORS, estimate, factor, relative_distance
+from dave_fast.images import find_images, preprocessing
 from dave_fast.models.demo import draw_scenes
+from dave_fast.models.labels import labels_of
 from dave_fast.sampling import draw, join
 
 # samples of a block, and how many blocks of each size are stored; a block's halves are two blocks of half its size
@@ -35,88 +45,125 @@ SIZES = (4, 6, 8, 12, 16, 24, 25, 32, 48, 50, 64, 96, 100, 128, 256)
 BLOCKS = 8
 # numbers of samples at which the bounds are checked
 VALIDATED = (16, 32, 64)
+# numbers of samples at which shrunk maps are compared with the paper's
+COMPARED = (8, 16, 32, 64, 256)
 # probability with which a bound should hold
 LEVEL = 0.9
 ROWS = 16
 FOLDER = Path("build/convergence")
+# the names of maps with and without shrinkage, in the files
+FORMS = {"shrunk": True, "plain": False}
 
 
 @dataclass(frozen=True)
-class SceneSet:
-    """Scenes 0 … images − 1 of a seed.
+class ImageSet:
+    """Images 0 … images − 1.
 
     Attributes:
-        seed: of the scenes.
-        images: number of scenes.
-        limit: samples of the map that is taken as the limit.
+        images: how many.
+        limit: samples of the maps that are taken as the limit.
+        seed: of the scenes; None for photographs.
     """
 
-    seed: int
     images: int
     limit: int
+    seed: int | None = None
 
 
-SETS = {"fit": SceneSet(2026_11, 100, 1024), "validation": SceneSet(2026_12, 200, 4096)}
+SETS = {
+    "fit": ImageSet(100, 1024, 2026_11),
+    "validation": ImageSet(200, 1024, 2026_12),
+    "photographs": ImageSet(30, 512),
+}
+# image (3, H, W), normalised, and the mask (H, W) of each class's object
+Example = tuple[Tensor, dict[int, Tensor]]
 
 
-def scene(chosen: SceneSet, number: int) -> Tensor:
-    """Return scene `number` of a set, normalised (3, H, W), with one digit if it is even, otherwise two."""
-    drawn = draw_scenes(1, chosen.seed, n_digits=1 + number % 2, split="test", start=number // 2)
-    return torch.from_numpy(drawn.images[0]).permute(2, 0, 1).float().div(127.5).sub(1).contiguous()
+def scenes(images: int, seed: int) -> Iterator[Example]:
+    """Yield the scenes of a seed, with one digit where their number is even, otherwise two."""
+    for number in range(images):
+        drawn = draw_scenes(1, seed, n_digits=1 + number % 2, split="test", start=number // 2)
+        objects = {int(drawn.labels[0]): torch.from_numpy(drawn.masks[0])}
+        if number % 2:
+            objects[int(drawn.other_labels[0])] = torch.from_numpy(drawn.other_masks[0])
+        yield torch.from_numpy(drawn.images[0]).permute(2, 0, 1).float().div(127.5).sub(1).contiguous(), objects
 
 
-def contributions(explainer: dave_fast.DAVE, image: Tensor, key: int, samples: int) -> Tensor:
-    """Return contributions (S, C, H, W) of the first samples of one image, for its predicted class."""
-    target = explainer.predict(image[None]).argmax(1)[:, None]
+def photographs(chosen: ImageSet, model: torch.nn.Module, folder: Path, boxes: Path) -> Iterator[Example]:
+    """Yield photographs of a folder with their boxes, as many of the even ones as of the odd ones."""
+    files, half = find_images([folder]), (chosen.images + 1) // 2
+    source = ImageFiles(
+        [*files[0::2][:half], *files[1::2][: chosen.images - half]],
+        preprocessing(model),
+        Annotations(labels_of(model), read_boxes(boxes)),
+    )
+    for number in range(len(source)):
+        found = source.read(number, number + 1)
+        if found is None:
+            raise SystemExit(f"cannot use a photograph: {source.skipped}")
+        yield found.images[0], {int(found.labels[0]): found.masks[0]}
+
+
+def contributions(explainer: dave_fast.DAVE, image: Tensor, key: int, target: int, samples: int) -> Tensor:
+    """Return contributions (S, C, H, W) of the first samples of one image."""
     height, width = image.shape[1:]
     draws = draw(samples, height=height, width=width, image_keys=(key,), sampling=explainer.sampling)
     made = torch.empty(samples, *image.shape)
     for start in range(0, samples, ROWS):
         rows = slice(start, min(start + ROWS, samples))
-        made[rows] = explainer.contributions(image[None], join([draws[rows]]), target)[0]
+        made[rows] = explainer.contributions(image[None], join([draws[rows]]), torch.tensor([[target]]))[0]
     return made
 
 
-def write_scene(explainer: dave_fast.DAVE, chosen: SceneSet, number: int, path: Path) -> None:
-    """Write the limit and the blocks of one scene atomically."""
-    made = contributions(explainer, scene(chosen, number), number, chosen.limit)
-    maps = {"limit": explainer.aggregate(made[None])[1][0].numpy()}
-    for size in SIZES:
-        count = min(BLOCKS, chosen.limit // size)
-        blocks = made[: count * size].view(count, size, *made.shape[1:])
-        maps[f"blocks_{size}"] = explainer.aggregate(blocks)[1].numpy().astype(np.float16)
+def write_maps(explainer: dave_fast.DAVE, limit: int, example: Example, number: int, path: Path) -> None:
+    """Write the limits and the blocks of one image atomically."""
+    image, objects = example
+    target = int(explainer.predict(image[None]).argmax(1))
+    made = contributions(explainer, image, number, target, limit)
+    # no object of the predicted class: a mask without a pixel
+    maps: dict[str, Any] = {"mask": objects.get(target, torch.zeros(image.shape[1:], dtype=torch.bool)).numpy()}
+    for form, shrink in FORMS.items():
+        maps[f"{form}_limit"] = explainer.aggregate(made[None], shrink=shrink)[1][0].numpy()
+        for size in (each for each in SIZES if each <= limit):
+            count = min(BLOCKS, limit // size)
+            blocks = made[: count * size].view(count, size, *made.shape[1:])
+            maps[f"{form}_{size}"] = explainer.aggregate(blocks, shrink=shrink)[1].numpy().astype(np.float16)
     part = path.with_suffix(".part.npz")
     np.savez(part, **maps)
     os.replace(part, path)
 
 
-def compute_samples(name: str, seconds: float) -> bool:
-    """Compute missing scenes until `seconds` have passed; return whether all are there."""
+def compute_samples(name: str, given: argparse.Namespace) -> bool:
+    """Compute missing images until `seconds` have passed; return whether all are there."""
     chosen, folder = SETS[name], FOLDER / name
     folder.mkdir(parents=True, exist_ok=True)
-    explainer = dave_fast.DAVE("demo", precision="fp32")
+    if chosen.seed is not None:
+        explainer = dave_fast.DAVE("demo", precision="fp32")
+        examples = scenes(chosen.images, chosen.seed)
+    else:
+        explainer = dave_fast.DAVE(given.model)
+        examples = photographs(chosen, explainer.model, given.photographs, given.boxes)
     began = time.monotonic()
-    for number in range(chosen.images):
+    for number, example in enumerate(examples):
         path = folder / f"{number:04d}.npz"
         if path.exists():
             continue
-        if time.monotonic() - began > seconds:
+        if time.monotonic() - began > given.seconds:
             return False
-        write_scene(explainer, chosen, number, path)
+        write_maps(explainer, chosen.limit, example, number, path)
         print(f"{name} {number}: {time.monotonic() - began:.0f} s", flush=True)
     return True
 
 
-def errors(chosen: SceneSet, scene_file: Path, samples: int) -> tuple[np.ndarray, np.ndarray]:
+def errors(chosen: ImageSet, file: Path, samples: int, form: str) -> tuple[np.ndarray, np.ndarray]:
     """Return for each block of `samples` its distance to the limit, and the estimate from its halves.
 
     The limit includes the block's samples: the distance from a mean of N that includes the S is too small by the factor
     √(1 − S/N), and is corrected.
     """
-    with np.load(scene_file) as arrays:
+    with np.load(file) as arrays:
         limit, blocks, halves = (
-            torch.from_numpy(arrays[name].astype(np.float64))
-            for name in ("limit", f"blocks_{samples}", f"blocks_{samples // 2}")
+            torch.from_numpy(arrays[f"{form}_{name}"].astype(np.float64)) for name in ("limit", samples, samples // 2)
         )
     count = min(len(blocks), len(halves) // 2)
     blocks, halves = blocks[:count], halves[: 2 * count]
@@ -125,7 +172,7 @@ def errors(chosen: SceneSet, scene_file: Path, samples: int) -> tuple[np.ndarray
 
 
 def files(name: str) -> list[Path]:
-    """Return the files of the scenes computed so far."""
+    """Return the files of the images computed so far."""
     return sorted(path for path in (FOLDER / name).glob("*.npz") if ".part" not in path.name)
 
 
@@ -135,57 +182,94 @@ def fit() -> dict[str, Any]:
     "left_out_share" is how often the bound of a scene's first block holds with factors fitted on the other scenes.
     """
     table = []
-    for samples in sorted(FACTORS):
-        scenes = [distance / told for distance, told in (errors(SETS["fit"], f, samples) for f in files("fit"))]
-        without = [np.concatenate(scenes[:i] + scenes[i + 1 :]) for i in range(len(scenes))]
-        held = [scene[0] <= np.quantile(others, LEVEL) for scene, others in zip(scenes, without, strict=True)]
-        table.append(
-            {
-                "samples": samples,
-                "scenes": len(scenes),
-                # scenes have equal weights, since all have as many blocks of a size
-                "factor": float(np.quantile(np.concatenate(scenes), LEVEL)),
-                "left_out_share": float(np.mean(held)),
-            }
-        )
-        print(table[-1])
+    for form in FORMS:
+        for samples in sorted(FACTORS):
+            pairs = (errors(SETS["fit"], file, samples, form) for file in files("fit"))
+            ratios = [distance / told for distance, told in pairs]
+            without = [np.concatenate(ratios[:i] + ratios[i + 1 :]) for i in range(len(ratios))]
+            held = [ratio[0] <= np.quantile(others, LEVEL) for ratio, others in zip(ratios, without, strict=True)]
+            table.append(
+                {
+                    "form": form,
+                    "samples": samples,
+                    "scenes": len(ratios),
+                    # scenes have equal weights, since all have as many blocks of a size
+                    "factor": float(np.quantile(np.concatenate(ratios), LEVEL)),
+                    "left_out_share": float(np.mean(held)),
+                }
+            )
+            print(table[-1])
     return {"limit": SETS["fit"].limit, "table": table}
 
 
+def coverage(name: str, form: str, samples: int) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    """Return how often the bounds of the first S samples of a set's images hold, the errors and the bounds."""
+    pairs = [errors(SETS[name], path, samples, form) for path in files(name)]
+    distance, told = (np.array([pair[which][0] for pair in pairs]) for which in (0, 1))
+    bound = factor(samples) * told
+    row = {
+        "set": name,
+        "form": form,
+        "samples": samples,
+        "images": len(pairs),
+        "bound_held": int((distance <= bound).sum()),
+        "share": float(np.mean(distance <= bound)),
+        "median_error": float(np.median(distance)),
+        "median_estimate": float(np.median(told)),
+        "correlation_of_logs": float(np.corrcoef(np.log(distance), np.log(told))[0, 1]),
+    }
+    return row, distance, bound
+
+
+def compare(name: str, samples: int) -> dict[str, Any]:
+    """Return EnergyPG and the correlation with the paper's limit of the first S samples of a set's images, by form.
+
+    Differences are shrunk less plain, paired; images whose predicted class has no object count for the correlation.
+    """
+    scores: dict[str, list[tuple[float, float]]] = {form: [] for form in FORMS}
+    for path in files(name):
+        with np.load(path) as arrays:
+            mask, limit = torch.from_numpy(arrays["mask"])[None], torch.from_numpy(arrays["plain_limit"])[None].double()
+            for form in FORMS:
+                one = torch.from_numpy(arrays[f"{form}_{samples}"][:1].astype(np.float64))
+                inside = metrics.energy_pointing_game(one, mask) if mask.any() else torch.tensor([np.nan])
+                scores[form].append((float(inside), float(metrics.correlation(one, limit))))
+    row: dict[str, Any] = {"set": name, "samples": samples}
+    for at, metric in enumerate(("EnergyPG", "correlation")):
+        by_form = {form: np.array(each)[:, at] for form, each in scores.items()}
+        row |= {f"{metric} {form}": float(np.nanmean(each)) for form, each in by_form.items()}
+        difference = by_form["shrunk"] - by_form["plain"]
+        known = difference[~np.isnan(difference)]
+        row |= {f"{metric} difference": float(known.mean())}
+        row |= {f"{metric} standard error": float(known.std(ddof=1) / np.sqrt(len(known)))}
+    return row
+
+
 def validate(out: Path, figure: Path) -> None:
-    """Count how often the bounds hold for the first S samples of each validation scene; write JSON and figure."""
-    found = files("validation")
-    if not found:
+    """Count how often the bounds hold for the first S samples of each validation image; write JSON and figure."""
+    if not files("validation"):
         raise SystemExit("no validation scene was computed; run `samples --set validation` first")
-    table = []
+    table, compared = [], []
     points: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    for samples in VALIDATED:
-        pairs = [errors(SETS["validation"], path, samples) for path in found]
-        distance, told = (np.array([pair[which][0] for pair in pairs]) for which in (0, 1))
-        points[samples] = distance, factor(samples) * told
-        held = int((distance <= points[samples][1]).sum())
-        table.append(
-            {
-                "samples": samples,
-                "scenes": len(found),
-                "bound_held": held,
-                "share": held / len(found),
-                "median_error": float(np.median(distance)),
-                "median_estimate": float(np.median(told)),
-                "correlation_of_logs": float(np.corrcoef(np.log(distance), np.log(told))[0, 1]),
-            }
-        )
-        print(table[-1])
+    for name in (each for each in ("validation", "photographs") if files(each)):
+        for samples in VALIDATED:
+            for form in FORMS:
+                row, distance, bound = coverage(name, form, samples)
+                table.append(row)
+                print(row)
+                if (name, form) == ("validation", "shrunk"):
+                    points[samples] = distance, bound
+        for samples in (each for each in COMPARED if each < SETS[name].limit):
+            compared.append(compare(name, samples))
+            print(compared[-1])
     content = {
         "environment": machine.environment(),
-        "model": "demo",
-        "precision": "fp32",
-        "limit": SETS["validation"].limit,
-        "scenes_wanted": SETS["validation"].images,
-        "scenes_computed": len(found),
+        "limits": {name: chosen.limit for name, chosen in SETS.items()},
+        "images_wanted": {name: chosen.images for name, chosen in SETS.items()},
         "factors": FACTORS,
         "fit": fit(),
         "validation": table,
+        "shrinkage": compared,
     }
     machine.write_json(out, content)
     draw_points(points, figure)
@@ -212,6 +296,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("stage", choices=("samples", "fit", "validate"))
     parser.add_argument("--set", choices=tuple(SETS), default="fit")
+    parser.add_argument("--model", help="of photographs")
+    parser.add_argument("--photographs", type=Path, help="a folder")
+    parser.add_argument("--boxes", type=Path, help="as `dave-fast evaluate --boxes` takes them")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long; run again to go on")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=machine.results_path("convergence"))
@@ -219,7 +306,9 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     if chosen.stage == "samples":
-        raise SystemExit(0 if compute_samples(chosen.set, chosen.seconds) else 3)
+        if chosen.set == "photographs" and None in (chosen.model, chosen.photographs, chosen.boxes):
+            parser.error("--set photographs needs --model, --photographs and --boxes")
+        raise SystemExit(0 if compute_samples(chosen.set, chosen) else 3)
     if chosen.stage == "fit":
         fit()
     else:
