@@ -31,7 +31,7 @@ def test_equal_samples_give_their_sum(form):
 
 @pytest.mark.parametrize("form", [name for name in shrinkage.FORMS if name != "paper"])
 def test_noise_beside_a_signal_is_taken_away(form):
-    signal, samples = noisy(16, 2.0)
+    samples = noisy(16, 2.0)[1]
     of = shrinkage.Samples.of(samples)
     away = torch.zeros(40, 40, dtype=torch.bool)
     away[:6], away[34:] = True, True
@@ -58,7 +58,7 @@ def test_tables_of_both_halves_are_written(tmp_path, monkeypatch):
     examples = []
     for number in range(4):
         image = torch.randn(3, side, side, generator=torch.Generator().manual_seed(number))
-        examples.append((image, {label: image[0] > 0 for label in range(100)}))
+        examples.append((image, dict.fromkeys(range(100), image[0] > 0)))
     monkeypatch.setitem(shrinkage.LIMITS, "scenes", 16)
     shrinkage.measure("scenes", explainer, iter(examples), tmp_path / "scenes.json")
     content = json.loads((tmp_path / "scenes.json").read_text())
