@@ -323,6 +323,13 @@ OF_THE_FIRST = {
     ),
     "pull_back_mean": lambda g, images, draws, *rest: reference("pull_back_mean")(g, *of_image_0(images, draws), *rest),
     "robust_mean": lambda batch: reference("robust_mean")(batch[:1]).expand(len(batch), *batch.shape[2:]),
+    "pull_back_mean_variance": lambda g, images, draws, *rest: reference("pull_back_mean_variance")(
+        g, *of_image_0(images, draws), *rest
+    ),
+    "robust_mean_variance": lambda batch: tuple(
+        each.expand(len(batch), *each.shape[1:]) for each in reference("robust_mean_variance")(batch[:1])
+    ),
+    "shrink": lambda raw, variance: reference("shrink")(raw[:1], variance[:1]).expand(len(raw), 1, *raw.shape[2:]),
     "smooth": lambda batch: reference("smooth")(batch[:1]).expand(len(batch), *batch.shape[2:]),
 }
 
