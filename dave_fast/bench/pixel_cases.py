@@ -140,7 +140,7 @@ def robust_mean(shapes: Shapes, *, variance: bool = False) -> list[Case]:
 
 
 def shrink(shapes: Shapes) -> list[Case]:
-    """Return the case of every image, with a variance that accounts for all in the middle and for little at the sides."""
+    """Return the case of every image, whose variance accounts for all in the middle and for little at the sides."""
 
     def operands(generator: torch.Generator, dtype: torch.dtype) -> Operands:
         raw = _images(generator, dtype, shapes)
