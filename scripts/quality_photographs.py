@@ -7,8 +7,8 @@
 `--boxes` takes what `dave-fast evaluate --boxes` takes, for the files of `--photographs`; `--classes` is a folder of
 further classes' folders, named by class or WordNet id. Of each folder's files in their order every second one, from the
 first, is the half on which `choose` fits probes and chooses settings (`benchmarks/results/quality_photographs_settings
-.json`, to be committed); `measure` scores the others. It goes on where it was stopped, and one part or head may be
-named, so that two processes share the work (`measure photographs`, `measure mosaics-2x2 --head "class token"`).
+.json`, to be committed); `measure` scores the others. Both go on where they were stopped, and a head or a part may be
+named, so that two processes share the work (`choose --head "class token"`, `measure photographs`).
 Packages that cannot be installed together: run `measure` again in the other environment, and it adds what is absent.
 
 Budget on two Zen 4 cores, a process each. A sample of DAVE is taken as 0.035 s at 224 px, 0.5 s for the four classes of
@@ -250,29 +250,18 @@ def facts(subject: Subject, limit: int | None) -> None:
     write_json(subject.out / "facts.json", {"heads": found, "object area": sum(area) / len(area)})
 
 
-def choose(subject: Subject, limit: int | None) -> None:
-    """Choose α, γ and the passes of equal time on the half for it, and store all candidates' scores."""
-    found: dict[str, Any] = {}
-    setup = setup_of(subject)
-    for head, model in subject.heads.items():
-        found[head] = {"default noise_alpha": DAVE(model).sampling.noise_alpha}
-        for kind, (count, grid, metric, samples) in CHOICES.items():
-            part = Part(kind, count, {}, grid=grid)
-            every = items_of(subject.examples, part, limit)
-            sized = subject.at_size(model, every[0].image)
-            of_alpha = {
-                alpha: _mean(rows.dave(sized, "DAVE", (samples,), SEED, alpha), every, metric) for alpha in ALPHAS
-            }
-            of_gammas = {g: _mean(rows.attnlrp_with(sized, g, SEED), every, metric) for g in GAMMAS}
-            found[head][kind] = {
-                "noise_alpha": max(of_alpha, key=lambda alpha: of_alpha[alpha]),
-                "gammas": max(of_gammas, key=lambda gammas: of_gammas[gammas]),
-                "items": len(every),
-                f"{metric} by noise_alpha, S = {samples}": of_alpha,
-                f"{metric} by gammas": {str(gammas): score for gammas, score in of_gammas.items()},
-            }
-            print(head, kind, found[head][kind], flush=True)
-    image, model = subject.examples.images[:1], subject.model
+def choose(subject: Subject, head: str | None, limit: int | None) -> None:
+    """Choose α, γ and the passes of equal time on the half for it, and store all candidates' scores.
+
+    What a head's candidates scored is kept in `--out`; with a head named, only that is made.
+    """
+    for name in HEADS if head is None else (head,):
+        if not choices_of(subject.out, name).exists():
+            write_json(choices_of(subject.out, name), candidates(subject, name, limit))
+    if not all(choices_of(subject.out, name).exists() for name in HEADS):
+        return
+    found = {name: json.loads(choices_of(subject.out, name).read_text()) for name in HEADS}
+    image, model, setup = subject.examples.images[:1], subject.model, setup_of(subject)
     dave = rows.dave(model, "DAVE", (STANDARD,), SEED)
     found["passes"] = {
         name: rows.passes_in_the_time_of(
@@ -286,6 +275,37 @@ def choose(subject: Subject, limit: int | None) -> None:
         for name in PATHS
     }
     write_json(settings_of(subject.args), found)
+
+
+def candidates(subject: Subject, head: str, limit: int | None) -> dict[str, Any]:
+    """Return the scores of every α and γ under a head, and the best of them."""
+    model = subject.heads[head]
+    found: dict[str, Any] = {"default noise_alpha": DAVE(model).sampling.noise_alpha}
+    for kind, (count, grid, metric, samples) in CHOICES.items():
+        part = Part(kind, count, {}, grid=grid)
+        every = items_of(subject.examples, part, limit)
+        sized = subject.at_size(model, every[0].image)
+        of_alpha = {}
+        for alpha in ALPHAS:
+            of_alpha[alpha] = _mean(rows.dave(sized, "DAVE", (samples,), SEED, alpha), every, metric)
+            print(f"{head}, {kind}: noise_alpha {alpha}, {metric} {of_alpha[alpha]:.4f}", flush=True)
+        of_gammas = {}
+        for gammas in GAMMAS:
+            of_gammas[gammas] = _mean(rows.attnlrp_with(sized, gammas, SEED), every, metric)
+            print(f"{head}, {kind}: gammas {gammas}, {metric} {of_gammas[gammas]:.4f}", flush=True)
+        found[kind] = {
+            "noise_alpha": max(of_alpha, key=lambda alpha: of_alpha[alpha]),
+            "gammas": max(of_gammas, key=lambda gammas: of_gammas[gammas]),
+            "items": len(every),
+            f"{metric} by noise_alpha, S = {samples}": of_alpha,
+            f"{metric} by gammas": {str(gammas): score for gammas, score in of_gammas.items()},
+        }
+    return found
+
+
+def choices_of(out: Path, head: str) -> Path:
+    """Return the file of what a head's candidates scored."""
+    return out / f"choices-{head.replace(' ', '-')}.json"
 
 
 def settings_of(args: argparse.Namespace) -> Path:
@@ -347,7 +367,7 @@ def main() -> None:
         parser.error("choose and measure need --model, --boxes, --photographs and --classes")
     subject = Subject(args, chosen_on=args.chosen_on or args.step == "choose")
     if args.step == "choose":
-        choose(subject, args.limit)
+        choose(subject, args.head, args.limit)
         return
     if args.part in (None, "facts"):
         facts(subject, args.limit)
