@@ -182,8 +182,8 @@ def fit() -> dict[str, Any]:
     "left_out_share" is how often the bound of a scene's first block holds with factors fitted on the other scenes.
     """
     table = []
-    for form in FORMS:
-        for samples in sorted(FACTORS):
+    for form, shrink in FORMS.items():
+        for samples in sorted(FACTORS[shrink]):
             pairs = (errors(SETS["fit"], file, samples, form) for file in files("fit"))
             ratios = [distance / told for distance, told in pairs]
             without = [np.concatenate(ratios[:i] + ratios[i + 1 :]) for i in range(len(ratios))]
@@ -206,7 +206,7 @@ def coverage(name: str, form: str, samples: int) -> tuple[dict[str, Any], np.nda
     """Return how often the bounds of the first S samples of a set's images hold, the errors and the bounds."""
     pairs = [errors(SETS[name], path, samples, form) for path in files(name)]
     distance, told = (np.array([pair[which][0] for pair in pairs]) for which in (0, 1))
-    bound = factor(samples) * told
+    bound = factor(samples, shrink=FORMS[form]) * told
     row = {
         "set": name,
         "form": form,
@@ -266,7 +266,7 @@ def validate(out: Path, figure: Path) -> None:
         "environment": machine.environment(),
         "limits": {name: chosen.limit for name, chosen in SETS.items()},
         "images_wanted": {name: chosen.images for name, chosen in SETS.items()},
-        "factors": FACTORS,
+        "factors": {form: FACTORS[shrink] for form, shrink in FORMS.items()},
         "fit": fit(),
         "validation": table,
         "shrinkage": compared,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dave_fast.defaults import DEFAULT_SAMPLES
 from dave_fast.errors import DaveFastError
-from dave_fast.explain.convergence import FACTORS, Refined, checkpoints
+from dave_fast.explain.convergence import FEWEST, Refined, checkpoints
 from dave_fast.sampling import Draws, draw
 from dave_fast.serve.scheduler import Queued
 from dave_fast.serve.served import ServedModel
@@ -138,7 +138,7 @@ class Job:
     _due: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        samples, smallest = self.ask.n_samples, min(FACTORS)
+        samples, smallest = self.ask.n_samples, FEWEST
         every = checkpoints(samples) if self.ask.refined or self.ask.tolerance is not None else [samples]
         self._due = [c for c in every if self.ask.refined or c >= smallest or c == samples]
 

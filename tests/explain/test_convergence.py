@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dave_fast
-from dave_fast.explain.convergence import FACTORS, checkpoints, estimate, factor, refine, relative_distance
+from dave_fast.explain.convergence import FACTORS, FEWEST, checkpoints, estimate, factor, refine, relative_distance
 from dave_fast.models.demo import draw_scenes
 from dave_fast.sampling import Sampling, draw
 
@@ -47,15 +47,17 @@ def test_halves_are_fair_samples_of_the_noise_levels_and_every_second_sample_is_
     assert bins(levels[::2]) <= 17 and bins(levels[1::2]) <= 17
 
 
-def test_factors_are_interpolated_and_nothing_is_promised_where_nothing_was_measured():
-    known = sorted(FACTORS)
-    assert factor(known[0] - 1) == math.inf
-    for samples, value in FACTORS.items():
-        assert factor(samples) == pytest.approx(value)
+@pytest.mark.parametrize("shrink", [True, False])
+def test_factors_are_interpolated_and_nothing_is_promised_where_nothing_was_measured(shrink):
+    table = FACTORS[shrink]
+    known = sorted(table)
+    assert known[0] == FEWEST and factor(FEWEST - 1, shrink=shrink) == math.inf
+    for samples, value in table.items():
+        assert factor(samples, shrink=shrink) == pytest.approx(value)
     for below, above in pairwise(known):
-        middle = factor(round(math.sqrt(below * above)))
-        assert min(FACTORS[below], FACTORS[above]) <= middle <= max(FACTORS[below], FACTORS[above])
-    assert factor(10**6) == FACTORS[known[-1]]
+        middle = factor(round(math.sqrt(below * above)), shrink=shrink)
+        assert min(table[below], table[above]) <= middle <= max(table[below], table[above])
+    assert factor(10**6, shrink=shrink) == table[known[-1]]
 
 
 @pytest.mark.parametrize(("samples", "expected"), [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (5, [1, 2, 3, 4, 5])])
@@ -83,6 +85,6 @@ def test_refine_is_the_end_of_explain_with_an_error_that_tells_the_distance():
     assert torch.allclose(refined.raw, alone.raw, rtol=1e-5, atol=1e-7)
     error = relative_distance(refined.maps, explainer.aggregate(contributions)[1])[0]
     assert error == pytest.approx(refined.errors[0], rel=0.5)
-    assert refined.bound == factor(32) * refined.errors[0]
+    assert refined.bound == factor(32, shrink=True) * refined.errors[0]
     assert refine(explainer, contributions[:, :1]).bound == math.inf
     assert refine(explainer, contributions[:, :4]).bound == math.inf
