@@ -11,9 +11,9 @@ n_samples. A bound of a map's relative error, valid nine times in ten, is estima
 S = S₀·(bound(S₀)/e)², the median over images, for the requested correlation.
 
 Tried (`scripts/validate_tune.py`), and rejected: the largest level at which two maps of an image agree nearly as well
-as at any other (0.5 on the demo model, whose best EnergyPG lies at 0); deletion and insertion by the model's own maps
-(flat in α); correlation with the effect of removing random patches (flat, with another maximum); counting decisions
-under the transformations, too (many models are not invariant to them).
+as at any other (0.5 on the demo model, whose EnergyPG is 2 % below its best there); deletion and insertion by the
+model's own maps (flat in α); correlation with the effect of removing random patches (flat, with another maximum);
+counting decisions under the transformations, too (many models are not invariant to them).
 """
 
 from __future__ import annotations
