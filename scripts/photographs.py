@@ -70,7 +70,7 @@ class Photographs:
 
     @cached_property
     def of_patches(self) -> Explanation:
-        """The spoon and the coffee of coffee.png, their difference and its reverse."""
+        """The spoon and the coffee of coffee.png, and their difference."""
         spoon, coffee = self.patch(SPOON), self.patch(COFFEE)
         return contrast(self.tokens, self.inputs(self.crop("coffee.png")), spoon, coffee, self.n_samples)
 
@@ -123,7 +123,7 @@ def hero(photographs: Photographs) -> list[list[Cell]]:
         [
             (f"Why “{name}”?", drawing.plain_map(of_class.maps[0].numpy())),
             ("What is its embedding made of?", drawing.plain_map(of_image.maps[0].numpy())),
-            ("What tells spoon from coffee?", drawing.signed_map(signed(photographs.of_patches, 2))),
+            ("What tells spoon from coffee?", drawing.signed_map(signed(photographs.of_patches))),
         ],
     ]
 
@@ -166,27 +166,22 @@ def alphas(photographs: Photographs) -> list[list[Cell]]:
 
 
 def contrast(explainer: DAVE, seen: Tensor, this: Question, that: Question, n_samples: int) -> Explanation:
-    """Explain two questions, their difference and its reverse."""
+    """Explain two questions and their difference."""
     this, that = explainer.bind(this), explainer.bind(that)
-    questions: list[Target] = [this, that, Contrast(this, that), Contrast(that, this)]
+    questions: list[Target] = [this, that, Contrast(this, that)]
     return explainer.explain(seen, targets=questions, n_samples=n_samples)
 
 
-def signed(found: Explanation, at: int) -> np.ndarray:
-    """Return the signed map (H, W) of the contrast at `at`, whose reverse is next to it.
-
-    Each of the two maps is divided by a maximum of its own; that of raw, smoothed alike, brings them to one scale,
-    except for what shrinkage takes from the maxima.
-    """
-    sides = torch.stack([found.raw[0, at].sum(0), found.raw[0, at + 1].sum(0)]).relu()
-    peaks = (0.5 * (sides + blur(sides, gaussian_weights(BLUR_TAPS, BLUR_SIGMA)))).amax(dim=(1, 2))
-    return (found.maps[0, at] * peaks[0] - found.maps[0, at + 1] * peaks[1]).numpy()
+def signed(found: Explanation) -> np.ndarray:
+    """Return the signed map (H, W) of the last question, blended with its blur as maps are."""
+    values = found.signed[:, -1]
+    return (0.5 * (values + blur(values, gaussian_weights(BLUR_TAPS, BLUR_SIGMA))))[0].numpy()
 
 
 def contrast_row(photograph: Image.Image, crop: np.ndarray, found: Explanation, names: tuple[str, str]) -> list[Cell]:
     """Return a row: the photograph, the maps of two questions, their difference over the photograph."""
     maps = [(name, drawing.plain_map(heat.numpy())) for name, heat in zip(names, found.maps[0], strict=False)]
-    return [("", photograph), *maps, (" − ".join(names), drawing.signed_overlay(crop, signed(found, 2)))]
+    return [("", photograph), *maps, (" − ".join(names), drawing.signed_overlay(crop, signed(found)))]
 
 
 def stacked(photographs: Photographs, *names: str) -> np.ndarray:

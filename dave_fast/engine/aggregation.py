@@ -26,7 +26,7 @@ def attributions(
     progress: Progress | None,
     *,
     shrink: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Walk all rows of draws, micro-batch by micro-batch, and aggregate them.
 
     Args:
@@ -38,7 +38,7 @@ def attributions(
         shrink: whether the maps are shrunk.
 
     Returns:
-        raw (B, targets, C, H, W) and maps (B, targets, H, W) in the dtype of the images.
+        raw (B, targets, C, H, W), signed maps and maps (B, targets, H, W), all in the dtype of the images.
     """
     samples, shape, ops = len(draws) // len(images), tuple(images.shape[1:]), batches.ops
     free = free_memory.free_bytes(images.device)
@@ -46,7 +46,7 @@ def attributions(
     together, groups = memory.fitting_pairs(storage, len(targets), free)
     pacer = Pacer(progress, len(draws) * len(groups), images.device)
     raw = images.new_empty(len(images), len(targets), *shape)
-    maps = images.new_empty(len(images), len(targets), *shape[1:])
+    signed, maps = (images.new_empty(len(images), len(targets), *shape[1:]) for _ in range(2))
     for start in range(0, len(images), together):
         some = slice(start, min(start + together, len(images)))
         part = draws[some.start * samples : some.stop * samples]
@@ -59,15 +59,15 @@ def attributions(
                 else:
                     given = (of_target, images, on_device, batches.route.patch_size, samples)
                     made = _with_maps(ops, ops.pull_back_mean, ops.pull_back_mean_variance, given, shrink=shrink)
-                raw[some, at], maps[some, at] = made
+                raw[some, at], signed[some, at], maps[some, at] = made
             # free before those of the next group are made
             del kept, of_target
     pacer.finish()
-    return raw, maps
+    return raw, signed, maps
 
 
-def aggregate(ops: PixelOps, contributions: Tensor, *, shrink: bool) -> tuple[Tensor, Tensor]:
-    """Return raw (B, C, H, W) and maps (B, H, W) of contributions (B, S, C, H, W)."""
+def aggregate(ops: PixelOps, contributions: Tensor, *, shrink: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return raw (B, C, H, W), signed maps and maps (B, H, W) of contributions (B, S, C, H, W)."""
     return _with_maps(ops, ops.robust_mean, ops.robust_mean_variance, (contributions,), shrink=shrink)
 
 
@@ -78,10 +78,11 @@ def _with_maps(
     given: tuple[object, ...],
     *,
     shrink: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return the mean that an op makes of what is given, raw, and the maps of raw or of shrunk raw."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the mean that an op makes of what is given, raw; its sum over the channels, shrunk or not; the maps."""
     if not shrink:
         raw = mean(*given)
-        return raw, ops.smooth(raw)
+        return raw, raw.sum(dim=1), ops.smooth(raw)
     raw, variance = mean_variance(*given)
-    return raw, ops.smooth(ops.shrink(raw, variance))
+    shrunk = ops.shrink(raw, variance)
+    return raw, shrunk[:, 0], ops.smooth(shrunk)

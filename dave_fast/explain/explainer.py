@@ -174,7 +174,7 @@ class DAVE:
                 resolved = [ElementCotangent(each, each) for each in most_probable(self.model, output, top_k)]
             height, width = images.shape[2:]
             draws = draw(n_samples, height=height, width=width, seed=seed, image_keys=keys, sampling=self.sampling)
-            raw, maps = attributions(batches, images, draws, resolved, progress, shrink=shrink)
+            raw, signed, maps = attributions(batches, images, draws, resolved, progress, shrink=shrink)
             end.refuse_non_finite(raw, "the attribution", f"{self._advice}, or look for overflow in the model.")
             of_each = moved([each.classes for each in resolved], output.device)
             classes = torch.stack([each.expand(len(images)) for each in of_each], dim=1)
@@ -184,6 +184,7 @@ class DAVE:
             return Explanation(
                 maps=maps.float()[:, at],
                 raw=raw.float()[:, at],
+                signed=signed.float()[:, at],
                 target=classes[:, at],
                 probability=probability[:, at],
                 output=output.float(),
@@ -322,7 +323,8 @@ class DAVE:
             shrink: whether the maps are shrunk; None takes the explainer's setting.
         """
         with own_arithmetic(self.device):
-            return aggregate(self._cache.ops, contributions, shrink=self.shrink if shrink is None else shrink)
+            raw, _, maps = aggregate(self._cache.ops, contributions, shrink=self.shrink if shrink is None else shrink)
+        return raw, maps
 
     @property
     def statistics_dtype(self) -> torch.dtype:

@@ -11,11 +11,12 @@ from torch import Tensor
 class Explanation:
     """Attribution maps of B images, and what they explain.
 
-    Of K targets (`targets=` or `top_k=`) the fields maps, raw, target and probability have a dimension K after B.
+    Of K targets (`targets=` or `top_k=`) maps, raw, signed, target and probability have a dimension K after B.
 
     Attributes:
-        maps: (B, H, W) float32 in [0, 1], for looking at; made of raw, after shrinkage where `shrink` is True.
+        maps: (B, H, W) float32 in [0, 1], for looking at: signed without its negative part, smoothed.
         raw: (B, C, H, W) float32, signed, per channel: the median/MAD mean of effective gradient ⊙ image.
+        signed: (B, H, W) float32, raw's sum over the channels, after shrinkage where `shrink` is True.
         target: (B,) int64, the class; −1 where the target is not a class.
         probability: (B,) float32, that of the class by the unperturbed image's output, a softmax or a sigmoid of it
             (`models.meaning`); NaN where the target is not a class, or the output has no probabilities.
@@ -27,6 +28,7 @@ class Explanation:
 
     maps: Tensor
     raw: Tensor
+    signed: Tensor
     target: Tensor
     probability: Tensor
     output: Tensor

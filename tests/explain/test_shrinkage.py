@@ -16,6 +16,7 @@ from dave_fast.ops.robust_mean import robust_mean, robust_mean_variance
 from dave_fast.ops.shrink import shrink
 from dave_fast.ops.smooth import smooth
 from dave_fast.sampling import draw
+from dave_fast.targets import Contrast
 from tests.tiny import named_vit, random_vit
 
 SETTINGS = {"precision": "fp32", "noise_alpha": 0.3}
@@ -54,6 +55,7 @@ def test_without_shrinkage_maps_are_the_smoothed_robust_mean(model, images, rout
     found = made.explain(images, 1, n_samples=SAMPLES)
     raw = robust_mean(contributions_of(made, images, 1))
     assert torch.equal(found.raw, raw) and torch.equal(found.maps, smooth(raw))
+    torch.testing.assert_close(found.signed, raw.sum(1), rtol=0, atol=0)
     assert found.shrink is False
 
 
@@ -62,6 +64,7 @@ def test_by_default_maps_are_of_shrunk_raw_and_raw_is_unchanged(model, images):
     found = made.explain(images, 1, n_samples=SAMPLES)
     raw, variance = robust_mean_variance(contributions_of(made, images, 1))
     assert torch.equal(found.raw, raw) and torch.equal(found.maps, smooth(shrink(raw, variance)))
+    assert torch.equal(found.signed, shrink(raw, variance)[:, 0])
     assert found.shrink is True
     paper = explainer(model, shrink=False, internal_batch_size=2 * SAMPLES).explain(images, 1, n_samples=SAMPLES)
     assert torch.equal(found.raw, paper.raw) and not torch.equal(found.maps, paper.maps)
@@ -77,13 +80,21 @@ def test_token_cotangents_of_several_targets_in_groups_give_the_same_maps(model,
                 made = explainer(model, precision="bf16", internal_batch_size=3)
                 found.append(made.explain(image, targets=[1, 3], n_samples=SAMPLES))
         assert torch.equal(found[0].raw, found[1].raw) and torch.equal(found[0].maps, found[1].maps)
+        assert torch.equal(found[0].signed, found[1].signed)
 
 
 def test_each_of_several_targets_has_the_map_of_its_own_call(model, images):
     made = explainer(model)
     together = made.explain(images, targets=[1, 3], n_samples=SAMPLES)
     for which, target in enumerate((1, 3)):
-        assert torch.equal(together.maps[:, which], made.explain(images, target, n_samples=SAMPLES).maps)
+        alone = made.explain(images, target, n_samples=SAMPLES)
+        assert torch.equal(together.maps[:, which], alone.maps)
+        assert torch.equal(together.signed[:, which], alone.signed)
+
+
+def test_a_reversed_contrast_has_the_same_signed_map_with_the_other_sign(model, images):
+    found = explainer(model).explain(images, targets=[Contrast(1, 3), Contrast(3, 1)], n_samples=SAMPLES)
+    assert torch.equal(found.signed[:, 0], -found.signed[:, 1]) and (found.signed > 0).any()
 
 
 def test_both_forms_have_the_same_limit(model, images):

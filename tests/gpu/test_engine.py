@@ -184,7 +184,7 @@ def test_the_host_waits_once_a_call_and_never_in_its_loop(
     images, _ = scenes(3)
     explainer = DAVE(load_demo_model().to(weights), noise_alpha=NOISE_ALPHA, device=device)
 
-    def strict(*args: Any, **settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def strict(*args: Any, **settings: Any) -> tuple[torch.Tensor, ...]:
         torch.cuda.set_sync_debug_mode("error")
         try:
             return attributions(*args, **settings)

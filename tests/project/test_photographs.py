@@ -39,13 +39,10 @@ def test_the_script_draws_every_figure_with_the_demo_model(tmp_path, monkeypatch
 
 
 def test_signed_map_of_a_side_four_times_as_strong_is_four_times_as_large():
-    raw = torch.zeros(1, 2, 3, 32, 32)
-    raw[0, 0, :, 8, 8], raw[0, 0, :, 24, 24] = 4.0, -1.0
-    raw[0, 1] = -raw[0, 0]
-    maps = torch.zeros(1, 2, 32, 32)
-    maps[0, 0, 8, 8] = maps[0, 1, 24, 24] = 1.0
-    none = torch.full((1, 2), float("nan"))
-    found = Explanation(maps, raw, torch.full((1, 2), -1), none, torch.zeros(1, 4), n_samples=1, seed=0, shrink=True)
-    signed = photographs.signed(found, 0)
+    raw, sums, none = torch.zeros(1, 2, 3, 32, 32), torch.zeros(1, 2, 32, 32), torch.full((1, 2), float("nan"))
+    sums[0, 1, 8, 8], sums[0, 1, 24, 24] = 4.0, -1.0
+    maps, targets = torch.zeros_like(sums), torch.full((1, 2), -1)
+    found = Explanation(maps, raw, sums, targets, none, torch.zeros(1, 4), n_samples=1, seed=0, shrink=True)
+    signed = photographs.signed(found)
     assert signed[8, 8] > 0 > signed[24, 24]
     np.testing.assert_allclose(signed[8, 8], -4 * signed[24, 24], rtol=1e-5)
