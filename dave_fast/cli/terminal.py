@@ -99,7 +99,7 @@ def plain_warnings(to: Console) -> Iterator[None]:
     """Print warnings in the block, and what was chosen for the model, as notes; each text once, without its place."""
     seen = set()
 
-    def show(message: Warning | str, *details: Any, **more: Any) -> None:
+    def show(message: Warning | str, *_details: Any, **_more: Any) -> None:
         text = " ".join(str(message).split())
         if text not in seen:
             seen.add(text)

@@ -48,6 +48,7 @@ class Sampling:
 
     Attributes:
         noise_alpha: largest t, in [0, 1]; the input keeps the share 1 - t and gets noise of √(1 - (1 - t)²).
+            Explainers do not use this default (see `dave_fast.explain.noise_level`).
         schedule: "sequence" (t_s = α·v_s, v a shifted van der Corput sequence: the first S samples are spread evenly
             for any S) or "paper" (t_s = s·α/(S - 1)).
         rotation: largest angle in degrees.
