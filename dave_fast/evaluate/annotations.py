@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -34,11 +35,23 @@ class Noted:
         boxes: of the object.
         label: name of its class, or None.
         size: (width, height) of the image that the boxes refer to; None where the file does not give it.
+
+    Raises:
+        TypeError: the label is no text, or a side of a box no number.
+        ValueError: a side of a box is not finite, or the size not positive.
     """
 
     boxes: tuple[Box, ...]
     label: str | None = None
     size: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.label, str | None):
+            raise TypeError(f"the label {self.label!r} is no text")
+        if wrong := [box for box in self.boxes if not all(map(math.isfinite, box))]:
+            raise ValueError(f"the box {wrong[0]} is not finite")
+        if self.size is not None and min(self.size) < 1:
+            raise ValueError(f"width and height are {self.size}")
 
 
 @dataclass(frozen=True)
@@ -134,7 +147,7 @@ def read_boxes(path: Path) -> dict[str, Noted]:
         raise InputError(f"--boxes {path}: expected a folder of XML files, a .csv or a .json that exists.")
     try:
         return readers[path.suffix.lower()](path)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
         forms = "COCO's images, annotations, or a list of objects with file, boxes"
         wanted = f"the columns {', '.join(COLUMNS)}" if path.suffix.lower() == ".csv" else forms

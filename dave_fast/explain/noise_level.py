@@ -77,4 +77,8 @@ def level_for(spread: float, level: float = LEVEL) -> float:
 
 
 def _mean(std: Sequence[float]) -> float:
-    return sum(std) / len(std)
+    """Return the mean magnitude; a normalisation may turn the sign of its images."""
+    mean = sum(map(abs, std)) / len(std)
+    if not 0 < mean < math.inf:
+        raise ValueError(f"a standard deviation of {mean:g}")
+    return mean

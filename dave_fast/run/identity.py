@@ -72,9 +72,10 @@ def load_identity(folder: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {folder / RUN_FILE}: {error}. Choose another --out, or mend it.") from error
-    if not isinstance(identity, dict) or identity.get("format") != FORMAT:
+    known = isinstance(identity, dict) and identity.get("format") == FORMAT
+    if not known or not isinstance(identity.get("configuration"), dict):
         raise InputError(f"{folder / RUN_FILE} is of no format that this version of dave-fast reads ({FORMAT}).")
-    identity.get("configuration", {}).setdefault("shrink", False)
+    identity["configuration"].setdefault("shrink", False)
     return identity
 
 

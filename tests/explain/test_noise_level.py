@@ -59,6 +59,14 @@ def test_a_normalisation_inside_of_the_model_decides():
     assert DAVE(whole).sampling.noise_alpha == level_for(PHOTOGRAPHS)
 
 
+def test_the_sign_of_a_normalisation_does_not_decide():
+    levels = [
+        DAVE(nn.Sequential(Normalize([0.5] * 3, [std] * 3), divided_by(0.5, 0.5, 0.5))).sampling.noise_alpha
+        for std in (5.0, -5.0)
+    ]
+    assert levels == [LEVEL] * 2
+
+
 def test_a_level_of_the_authors_follows_a_normalisation_ahead_of_the_model():
     model = random_vit()
     model.pretrained_cfg = {"architecture": "vit_base_patch16_224", "tag": "augreg2_in21k_ft_in1k"}
@@ -84,7 +92,13 @@ def test_a_model_that_describes_no_pixels_gets_the_level_of_imagenet(sizes):
 
 
 @pytest.mark.parametrize(
-    "config", [{"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,)}, {"input_size": 32, "mean": None}]
+    "config",
+    [
+        {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,)},
+        {"input_size": 32, "mean": None},
+        {"input_size": (3, 32, 32), "std": (math.nan,) * 3},
+        {"input_size": (3, 32, 32), "std": (math.inf,) * 3},
+    ],
 )
 def test_a_description_that_cannot_be_read_gets_a_plain_level_and_a_line(config, caplog):
     model = random_vit()

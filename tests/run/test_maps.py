@@ -202,6 +202,13 @@ def test_runs_of_before_shrinkage_are_read_and_continued_without_it(photos, tmp_
     assert len(dave_fast.open_maps(out)) == 3
 
 
+def test_a_run_whose_file_is_damaged_is_refused(whole, tmp_path):
+    identity = json.loads((whole / "run.json").read_bytes())
+    (tmp_path / "run.json").write_text(json.dumps(identity | {"configuration": None}))
+    with pytest.raises(InputError, match="no format that this version"):
+        dave_fast.open_maps(tmp_path)
+
+
 def test_shards_say_what_they_are(whole):
     identity = json.loads((whole / "run.json").read_bytes())
     (shard,) = whole.glob("*.parquet")
