@@ -9,7 +9,8 @@ further classes' folders, named by class or WordNet id. Of each folder's files i
 first, is the half on which `choose` fits probes and chooses settings (`benchmarks/results/quality_photographs_settings
 .json`, to be committed); `measure` scores the others. Both go on where they were stopped, and a head or a part may be
 named, so that two processes share the work (`choose --head "class token"`, `measure photographs`).
-Packages that cannot be installed together: run `measure` again in the other environment, and it adds what is absent.
+Packages that cannot be installed together: `choose` needs LXT (AttnLRP's γ); run `measure` again in the other
+environment, and it adds what is absent. Trials (`--limit`, `--chosen-on`) leave the files of a whole measurement alone.
 
 Budget on two Zen 4 cores, a process each. A sample of DAVE is taken as 0.035 s at 224 px, 0.5 s for the four classes of
 a 448 px mosaic, 2.4 s for the five of a 672 px mosaic (ratios measured, seconds estimated):
@@ -109,10 +110,14 @@ class Subject:
     def _read(self, chosen_on: bool) -> Examples:
         noted = read_boxes(self.args.boxes)
         folders = {path.parent for path in self.args.photographs.rglob("*") if is_image(path.name)}
+        if not folders:
+            raise SystemExit(f"there are no photographs in {self.args.photographs}")
         others = {path for path in self.args.classes.iterdir() if path.is_dir()}
         files = []
         for folder in (*sorted(folders), *sorted(others)):
             there = sorted(path for path in folder.iterdir() if is_image(path.name))
+            if not there:
+                raise SystemExit(f"there are no photographs in {folder}: expected a folder for each class")
             files += there[0 if chosen_on else 1 :: 2]
             for path in there if folder in others else ():
                 noted[path.stem] = Noted((), self._class_name(folder.name))
@@ -201,7 +206,7 @@ def measure(subject: Subject, part_name: str, head: str, limit: int | None) -> N
     part, chosen = PARTS[part_name], json.loads(settings_of(subject.args).read_text())
     every = items_of(subject.examples, part, limit)
     model = subject.at_size(subject.heads[head], every[0].image)
-    path = scores_of(subject.out, part_name, head)
+    path = scores_of(subject.args, part_name, head)
     done = {(one["item"], one["family"]) for one in whole_lines(path)}
     for name, make in families(part, head, chosen, setup_of(subject)).items():
         left = [item for item in every if (item.name, name) not in done]
@@ -247,7 +252,7 @@ def facts(subject: Subject, limit: int | None) -> None:
             "cells where its own is more": (own > other).double().mean().item(),
         }
     area = [mask.double().mean().item() for mask in subject.examples.masks if mask.any()]
-    write_json(subject.out / "facts.json", {"heads": found, "object area": sum(area) / len(area)})
+    write_json(results_of(subject.args) / "facts.json", {"heads": found, "object area": sum(area) / len(area)})
 
 
 def choose(subject: Subject, head: str | None, limit: int | None) -> None:
@@ -255,12 +260,13 @@ def choose(subject: Subject, head: str | None, limit: int | None) -> None:
 
     What a head's candidates scored is kept in `--out`; with a head named, only that is made.
     """
+    paths = {name: choices_of(subject.out, name, limit) for name in HEADS}
     for name in HEADS if head is None else (head,):
-        if not choices_of(subject.out, name).exists():
-            write_json(choices_of(subject.out, name), candidates(subject, name, limit))
-    if not all(choices_of(subject.out, name).exists() for name in HEADS):
+        if not paths[name].exists():
+            write_json(paths[name], candidates(subject, name, limit))
+    if not all(path.exists() for path in paths.values()):
         return
-    found = {name: json.loads(choices_of(subject.out, name).read_text()) for name in HEADS}
+    found = {name: json.loads(path.read_text()) for name, path in paths.items()}
     image, model, setup = subject.examples.images[:1], subject.model, setup_of(subject)
     dave = rows.dave(model, "DAVE", (STANDARD,), SEED)
     found["passes"] = {
@@ -285,14 +291,15 @@ def candidates(subject: Subject, head: str, limit: int | None) -> dict[str, Any]
         part = Part(kind, count, {}, grid=grid)
         every = items_of(subject.examples, part, limit)
         sized = subject.at_size(model, every[0].image)
-        of_alpha = {}
-        for alpha in ALPHAS:
-            of_alpha[alpha] = _mean(rows.dave(sized, "DAVE", (samples,), SEED, alpha), every, metric)
-            print(f"{head}, {kind}: noise_alpha {alpha}, {metric} {of_alpha[alpha]:.4f}", flush=True)
+        # first, since LXT may be absent
         of_gammas = {}
         for gammas in GAMMAS:
             of_gammas[gammas] = _mean(rows.attnlrp_with(sized, gammas, SEED), every, metric)
             print(f"{head}, {kind}: gammas {gammas}, {metric} {of_gammas[gammas]:.4f}", flush=True)
+        of_alpha = {}
+        for alpha in ALPHAS:
+            of_alpha[alpha] = _mean(rows.dave(sized, "DAVE", (samples,), SEED, alpha), every, metric)
+            print(f"{head}, {kind}: noise_alpha {alpha}, {metric} {of_alpha[alpha]:.4f}", flush=True)
         found[kind] = {
             "noise_alpha": max(of_alpha, key=lambda alpha: of_alpha[alpha]),
             "gammas": max(of_gammas, key=lambda gammas: of_gammas[gammas]),
@@ -303,9 +310,10 @@ def candidates(subject: Subject, head: str, limit: int | None) -> dict[str, Any]
     return found
 
 
-def choices_of(out: Path, head: str) -> Path:
-    """Return the file of what a head's candidates scored."""
-    return out / f"choices-{head.replace(' ', '-')}.json"
+def choices_of(out: Path, head: str, limit: int | None) -> Path:
+    """Return the file of what a head's candidates scored; that of a trial is another."""
+    trial = "" if limit is None else f"-limit-{limit}"
+    return out / f"choices-{head.replace(' ', '-')}{trial}.json"
 
 
 def settings_of(args: argparse.Namespace) -> Path:
@@ -325,9 +333,17 @@ def write_json(path: Path, content: Any) -> None:
         file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def scores_of(out: Path, part: str, head: str) -> Path:
+def results_of(args: argparse.Namespace) -> Path:
+    """Return the folder of the scores: another one for a trial, whose mosaics have the names of the others."""
+    trial = ["chosen-on"] * args.chosen_on + [f"limit-{args.limit}"] * (args.limit is not None)
+    folder: Path = args.out / "-".join(trial)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def scores_of(args: argparse.Namespace, part: str, head: str) -> Path:
     """Return the file of a part's scores under a head: one process at a time writes it."""
-    return out / f"{part}-{head.replace(' ', '-')}.jsonl"
+    return results_of(args) / f"{part}-{head.replace(' ', '-')}.jsonl"
 
 
 def whole_lines(path: Path) -> list[dict[str, Any]]:
@@ -356,12 +372,11 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.step == "write":
         scores = {
-            name: [line for head in part.sizes for line in whole_lines(scores_of(args.out, name, head))]
+            name: [line for head in part.sizes for line in whole_lines(scores_of(args, name, head))]
             for name, part in PARTS.items()
         }
-        write_section(
-            scores, json.loads((args.out / "facts.json").read_text()), json.loads(settings_of(args).read_text())
-        )
+        facts_found = json.loads((results_of(args) / "facts.json").read_text())
+        write_section(scores, facts_found, json.loads(settings_of(args).read_text()))
         return
     if None in (args.model, args.boxes, args.photographs, args.classes):
         parser.error("choose and measure need --model, --boxes, --photographs and --classes")

@@ -1,5 +1,6 @@
 """The measurement on photographs, whole and at small scale: a tiny model, drawn photographs, both forms of boxes."""
 
+import argparse
 import json
 import sys
 
@@ -86,6 +87,10 @@ def small(monkeypatch, given):
 SETUP = script.MethodSettings(2, {"noise_alpha": 0.0})
 
 
+def scores_of(given, part, head, *, chosen_on=False):
+    return script.scores_of(argparse.Namespace(out=given / "out", chosen_on=chosen_on, limit=None), part, head)
+
+
 @pytest.mark.slow
 def test_it_is_chosen_on_one_half_measured_on_the_other_resumed_and_written(monkeypatch, given, small, capsys):
     run(monkeypatch, given, "choose")
@@ -93,7 +98,7 @@ def test_it_is_chosen_on_one_half_measured_on_the_other_resumed_and_written(monk
     assert chosen["class token"]["mosaics"]["noise_alpha"] in script.ALPHAS
     assert set(chosen["passes"]) == set(script.PATHS)
     run(monkeypatch, given, "measure")
-    path = script.scores_of(given / "out", "photographs", "patch average")
+    path = scores_of(given, "photographs", "patch average")
     lines = script.whole_lines(path)
     # of each folder's files the second, fourth, …
     assert {one["item"] for one in lines} == {"raccoon-1.png", "raccoon-3.png", "raccoon-5.png"}
@@ -127,16 +132,31 @@ def test_a_method_that_cannot_run_is_named_and_the_others_are_measured(monkeypat
     (given / "settings.json").write_text(json.dumps(content))
     run(monkeypatch, given, "measure", "mosaics-2x2")
     assert "AttnLRP is not run: no lxt" in capsys.readouterr().out
-    families = {
-        one["family"] for one in script.whole_lines(script.scores_of(given / "out", "mosaics-2x2", "class token"))
-    }
+    families = {one["family"] for one in script.whole_lines(scores_of(given, "mosaics-2x2", "class token"))}
     assert "Libra FullGrad+" in families and "AttnLRP" not in families
+    # a trial on the other half, whose mosaic has the same name, is neither taken for these scores nor put among them
+    path, trial = (scores_of(given, "mosaics-2x2", "class token", chosen_on=each) for each in (False, True))
+    before = path.read_bytes()
+    run(monkeypatch, given, "measure", "mosaics-2x2", "--chosen-on")
+    assert path.read_bytes() == before
+    first, other = (script.whole_lines(each)[0] for each in (path, trial))
+    assert first["item"] == other["item"] and first["scores"] != other["scores"]
 
 
 def test_a_folder_of_an_unknown_class_is_refused(monkeypatch, given):
     (given / "classes" / "n04285008").mkdir()
     Image.new("RGB", (32, 32)).save(given / "classes" / "n04285008" / "car.png")
     with pytest.raises(SystemExit, match="no class of the folder n04285008"):
+        run(monkeypatch, given, "measure", "facts")
+
+
+def test_folders_without_photographs_are_refused(monkeypatch, given):
+    (given / "classes" / "tiger").mkdir()
+    with pytest.raises(SystemExit, match="no photographs in .*tiger"):
+        run(monkeypatch, given, "measure", "facts")
+    for path in (given / "boxes" / "raccoon").iterdir():
+        path.unlink()
+    with pytest.raises(SystemExit, match="no photographs in .*boxes"):
         run(monkeypatch, given, "measure", "facts")
 
 
