@@ -4,8 +4,8 @@
     python -m benchmarks.performance_page
 
 MODEL is anything that `DAVE` takes by name, PHOTOS a folder of photographs of one class or one folder for each class,
-BOXES what `dave-fast evaluate --boxes` takes. Photographs at even positions, sorted by name, are the half on which
-settings are chosen; those at odd positions are held out.
+BOXES what `dave-fast evaluate --boxes` takes. Of each folder's photographs, sorted by name, those at even positions are
+the half on which settings are chosen; those at odd positions are held out.
 
 Every method explains the same photographs for the same class. Its quality is EnergyPG, the share of the map inside the
 object's box, and the correlation of the map with DAVE's limit: the paper's map of other draws at S = 640. All maps are
@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import machine
-from benchmarks.quality_forms import AUTHORS, OWN_SAMPLES, Form, authors_form, captum_forms, own_forms
+from benchmarks.quality_forms import AUTHORS, OTHER_SAMPLES, OWN_SAMPLES, Form, authors_form, captum_forms, own_forms
 from benchmarks.time_to_quality import Measured, compare, median_ratio
 from dave_fast.bench.timing import in_turns, spread
 from dave_fast.evaluate.annotations import Annotations, read_boxes
@@ -130,13 +130,18 @@ def read_photographs(subject: Subject, args: argparse.Namespace) -> Examples:
     """Return one half of the photographs; a class that is not given is the predicted one.
 
     Raises:
-        SystemExit: no photograph can be read.
+        SystemExit: no photograph can be read, or none has a box.
     """
-    files = find_images([args.photographs])[HALVES[args.half] :: 2][: args.most]
+    folders: dict[Path, list[Path]] = {}
+    for path in find_images([args.photographs]):
+        folders.setdefault(path.parent, []).append(path)
+    files = [path for there in folders.values() for path in there[HALVES[args.half] :: 2]][: args.most]
     source = ImageFiles(files, subject.prepare, Annotations(subject.labels, read_boxes(args.boxes)))
     photos = source.read(0, len(files))
     if photos is None:
         raise SystemExit(f"none of the {len(files)} photographs can be read: {source.skipped}")
+    if not photos.masks.any():
+        raise SystemExit(f"{args.boxes} has no box for these photographs: {', '.join(photos.names)}")
     unknown = photos.labels < 0
     if unknown.any():
         photos.labels[unknown] = subject.explainer.predict(photos.images[unknown]).argmax(1).cpu()
@@ -219,7 +224,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, or the given arguments."""
-    args = parser().parse_args(arguments)
+    made = parser()
+    args = made.parse_args(arguments)
+    for name, least in (("samples", min(OTHER_SAMPLES)), ("limit-samples", 1), ("repeats", 1)):
+        if getattr(args, name.replace("-", "_")) < least:
+            made.error(f"--{name} is smaller than {least}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         result = measure(args)

@@ -1,5 +1,6 @@
 """Test benchmarks/quality_for_time.py: the time to a quality, the run on drawn pictures, and the page."""
 
+import argparse
 import json
 import re
 
@@ -11,6 +12,7 @@ from PIL import Image
 from benchmarks import authors, performance_page, quality_for_time, quality_page
 from benchmarks.quality_forms import AUTHORS, authors_form
 from benchmarks.time_to_quality import Measured, compare, median_ratio, samples_needed
+from dave_fast.explain.subject import Subject
 from dave_fast.models.demo import draw_scenes
 
 
@@ -137,6 +139,33 @@ def test_a_run_scores_and_times_every_form_on_the_held_out_half(result):
     assert 0.3 < plain["correlation"]["mean"] < 1
     assert "give --authors PATH" in result["not measured"][AUTHORS] and result["time to quality"] == []
     assert result["shrinkage"]["pairs"] == 2
+
+
+def test_each_folder_is_halved(folder, tmp_path):
+    for name in ("a/0.png", "a/1.png", "a/2.png", "b/3.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((folder / name[2:]).read_bytes())
+    subject = Subject.load("demo", noise_alpha=0.5)
+    names = {}
+    for half in quality_for_time.HALVES:
+        args = argparse.Namespace(photographs=tmp_path, half=half, most=None, boxes=folder / "boxes.csv")
+        names[half] = list(quality_for_time.read_photographs(subject, args).names)
+    assert names == {"chosen-on": ["0.png", "2.png", "3.png"], "held-out": ["1.png"]}
+
+
+@pytest.mark.parametrize(
+    ("more", "said"), [(["--repeats", "0"], "--repeats is smaller than 1"), (["--samples", "4"], "smaller than 8")]
+)
+def test_a_number_that_would_end_the_run_after_its_scores_is_refused_at_once(folder, more, said, capsys):
+    with pytest.raises(SystemExit):
+        quality_for_time.main(["demo", str(folder), "--boxes", str(folder / "boxes.csv"), *more])
+    assert said in capsys.readouterr().err
+
+
+def test_photographs_without_a_box_are_refused(folder, tmp_path):
+    (tmp_path / "boxes.csv").write_text("image,xmin,ymin,xmax,ymax\n")
+    with pytest.raises(SystemExit, match=r"no box for these photographs: 1\.png, 3\.png"):
+        quality_for_time.main(["demo", str(folder), "--boxes", str(tmp_path / "boxes.csv")])
 
 
 def test_the_page_has_the_tables_of_a_run(result, tmp_path):
