@@ -152,11 +152,11 @@ def test_a_folder_of_an_unknown_class_is_refused(monkeypatch, given):
 
 def test_folders_without_photographs_are_refused(monkeypatch, given):
     (given / "classes" / "tiger").mkdir()
-    with pytest.raises(SystemExit, match="no photographs in .*tiger"):
+    with pytest.raises(SystemExit, match=r"no photographs in .*tiger"):
         run(monkeypatch, given, "measure", "facts")
     for path in (given / "boxes" / "raccoon").iterdir():
         path.unlink()
-    with pytest.raises(SystemExit, match="no photographs in .*boxes"):
+    with pytest.raises(SystemExit, match=r"no photographs in .*boxes"):
         run(monkeypatch, given, "measure", "facts")
 
 
