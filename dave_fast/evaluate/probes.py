@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dave_fast.errors import InputError
 from dave_fast.evaluate import metrics
 
 POOLS = {"class token": "token", "patch average": "avg"}
@@ -77,7 +78,14 @@ def draw_mosaics(labels: Tensor, grid: int, count: int, seed: int) -> Tensor:
         grid: cells along each side.
         count: number of mosaics.
         seed: of the draw.
+
+    Raises:
+        InputError: there are too few photographs.
     """
+    if len(labels) < grid**2:
+        raise InputError(
+            f"there are {len(labels)} photographs; a mosaic of {grid}×{grid} takes {grid**2} different ones"
+        )
     generator = torch.Generator().manual_seed(seed)
     used = torch.zeros(len(labels))
     seen = {int(one): 0 for one in labels.unique()}
@@ -167,7 +175,8 @@ def contrasted(model: Any) -> nn.Module:
     made = copy.deepcopy(model)
     classes = made.head.out_features
     with torch.no_grad():
-        for values in (made.head.weight, made.head.bias):
+        # a head may have no bias
+        for values in made.head.parameters():
             values.copy_((values * classes - values.sum(0)) / (classes - 1))
     result: nn.Module = made
     return result

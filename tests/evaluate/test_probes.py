@@ -1,7 +1,9 @@
 """Probes on tokens: the fit, the heads, mosaics with too few classes, and the check by blanking cells."""
 
+import pytest
 import torch
 
+from dave_fast.errors import InputError
 from dave_fast.evaluate import metrics, probes
 from dave_fast.evaluate.mosaics import resized
 from tests.tiny import named_vit
@@ -53,8 +55,11 @@ def test_a_fit_recovers_the_probabilities_that_made_its_targets():
     assert (found.argmax(1) == (inputs @ truth.T).argmax(1)).double().mean() > 0.9
 
 
-def test_a_contrast_is_the_logit_minus_the_mean_of_the_others():
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_contrast_is_the_logit_minus_the_mean_of_the_others(bias):
     model = named_vit(NAMES).double()
+    if not bias:
+        model.head.bias = None
     images = coloured(2)[0].double()
     logits = model(images)
     wanted = logits - (logits.sum(1, keepdim=True) - logits) / 3
@@ -74,3 +79,8 @@ def test_mosaics_use_different_classes_where_there_are_enough_and_all_about_equa
         # seven classes in nine cells: two occur twice
         assert len(probes.asked_cells(labels[chosen])) == 5
     assert not torch.equal(probes.draw_mosaics(labels, 2, 3, 3), probes.draw_mosaics(labels, 2, 3, 4))
+
+
+def test_too_few_photographs_for_a_mosaic_are_refused():
+    with pytest.raises(InputError, match="there are 3 photographs"):
+        probes.draw_mosaics(torch.tensor([0, 1, 2]), 2, 1, 0)
