@@ -122,6 +122,7 @@ def write_maps(explainer: dave_fast.DAVE, limit: int, example: Example, number: 
     made = contributions(explainer, image, number, target, limit)
     # no object of the predicted class: a mask without a pixel
     maps: dict[str, Any] = {"mask": objects.get(target, torch.zeros(image.shape[1:], dtype=torch.bool)).numpy()}
+    maps["further"] = explainer.aggregate(made[None, COMPARED[-1] :], shrink=False)[1][0].numpy()
     for form, shrink in FORMS.items():
         maps[f"{form}_limit"] = explainer.aggregate(made[None], shrink=shrink)[1][0].numpy()
         for size in (each for each in SIZES if each <= limit):
@@ -224,12 +225,13 @@ def coverage(name: str, form: str, samples: int) -> tuple[dict[str, Any], np.nda
 def compare(name: str, samples: int) -> dict[str, Any]:
     """Return EnergyPG and the correlation with the paper's limit of the first S samples of a set's images, by form.
 
+    The limit is of further samples: one that included these would share their noise, most of all the map that keeps it.
     Differences are shrunk less plain, paired; images whose predicted class has no object count for the correlation.
     """
     scores: dict[str, list[tuple[float, float]]] = {form: [] for form in FORMS}
     for path in files(name):
         with np.load(path) as arrays:
-            mask, limit = torch.from_numpy(arrays["mask"])[None], torch.from_numpy(arrays["plain_limit"])[None].double()
+            mask, limit = torch.from_numpy(arrays["mask"])[None], torch.from_numpy(arrays["further"])[None].double()
             for form in FORMS:
                 one = torch.from_numpy(arrays[f"{form}_{samples}"][:1].astype(np.float64))
                 inside = metrics.energy_pointing_game(one, mask) if mask.any() else torch.tensor([np.nan])
@@ -259,7 +261,7 @@ def validate(out: Path, figure: Path) -> None:
                 print(row)
                 if (name, form) == ("validation", "shrunk"):
                     points[samples] = distance, bound
-        for samples in (each for each in COMPARED if each < SETS[name].limit):
+        for samples in COMPARED:
             compared.append(compare(name, samples))
             print(compared[-1])
     content = {
