@@ -235,10 +235,10 @@ def table(content: dict[str, Any], half: slice) -> list[str]:
 
 
 def write(results: dict[str, Path]) -> None:
-    """Write the tables of the page, behind its last heading."""
+    """Write the tables of the kinds that were measured into the page, behind its last heading."""
     text = PAGE.read_text()
     lines = [text[: text.index("## Tables")] + "## Tables"]
-    for kind, path in results.items():
+    for kind, path in ((kind, path) for kind, path in results.items() if path.exists()):
         content = json.loads(path.read_text())
         chosen = content["chosen on"]
         for title, half in (("chosen on", slice(0, chosen)), ("held out", slice(chosen, None))):
