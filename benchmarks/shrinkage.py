@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,15 +35,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 import dave_fast
 from benchmarks import machine
 from benchmarks.convergence import Example, ImageSet, contributions, photographs, scenes
 from dave_fast.evaluate import metrics
-from dave_fast.ops.robust_mean import EPSILON, KEPT_SIGMAS, MAD_TO_SIGMA, robust_mean, robust_mean_variance
+from dave_fast.ops.robust_mean import mean_and_kept, robust_mean, robust_mean_variance
 from dave_fast.ops.shrink import shrink
-from dave_fast.ops.smooth import smooth
+from dave_fast.ops.smooth import blur, gaussian_weights, smooth
 
 SIZES = (8, 16, 32, 64)
 # scenes of this seed are in no other table; images of each kind, and samples of their limits
@@ -58,7 +58,6 @@ class Samples:
         contributions: (S, C, H, W).
         raw: (C, H, W).
         variance: (H, W), of m.
-        deviations: (S, H, W) float64: Σ_channels keep·(c_s − raw).
         by_channel: (S, C, H, W) float64: keep·(c_s − raw).
         divisor: (H, W): the sum of squared deviations over it is a variance.
     """
@@ -73,8 +72,7 @@ class Samples:
     def of(cls, contributions: Tensor) -> Samples:
         """Return the samples with their statistics."""
         raw, variance = (each[0] for each in robust_mean_variance(contributions[None]))
-        distance = (contributions - contributions.median(0).values).abs()
-        kept = distance <= KEPT_SIGMAS * (MAD_TO_SIGMA * distance.median(0).values + EPSILON)
+        kept = mean_and_kept(contributions)[1]
         number = kept.sum(0).double().mean(0)
         divisor = (number * (number - 1)).clamp(min=1e-9)
         return cls(contributions, raw, variance, (contributions - raw).double() * kept, divisor)
@@ -91,18 +89,12 @@ class Samples:
 
 
 def window(planes: Tensor, sigma: float) -> Tensor:
-    """Return planes (..., H, W) convolved with a normalised Gaussian, padded with zeros."""
-    radius = int(np.ceil(3 * sigma))
-    taps = torch.exp(-(torch.arange(-radius, radius + 1, dtype=torch.float64) ** 2) / (2 * sigma**2))
-    return _filtered(planes, taps / taps.sum(), 1)
+    """Return planes (..., H, W) in float64 convolved with a normalised Gaussian, padded with zeros."""
+    return _blurred(planes, gaussian_weights(2 * math.ceil(3 * sigma) + 1, sigma))
 
 
-def _filtered(planes: Tensor, taps: Tensor, dilation: int) -> Tensor:
-    """Return planes (..., H, W) filtered along both axes, padded with zeros."""
-    radius, stacked = len(taps) // 2 * dilation, planes.double().reshape(-1, 1, *planes.shape[-2:])
-    rows = functional.conv2d(stacked, taps[None, None, :, None], padding=(radius, 0), dilation=(dilation, 1))
-    both = functional.conv2d(rows, taps[None, None, None, :], padding=(0, radius), dilation=(1, dilation))
-    return both.reshape(planes.shape)
+def _blurred(planes: Tensor, weights: list[float]) -> Tensor:
+    return blur(planes.double().reshape(-1, *planes.shape[-2:]), weights).view(planes.shape)
 
 
 def share(values: Tensor, noise: Tensor) -> Tensor:
@@ -143,10 +135,12 @@ def wiener(of: Samples) -> Tensor:
 
 def wavelet(of: Samples) -> Tensor:
     """Return the sum of three bands of an à trous transform and the rest, each times its share."""
-    taps = torch.tensor([1, 4, 6, 4, 1], dtype=torch.float64) / 16
     planes, total = torch.cat([of.sum[None], of.deviations]), torch.zeros_like(of.sum)
     for level in range(3):
-        low = _filtered(planes, taps, 2**level)
+        # the taps are 2^level pixels apart
+        weights = [0.0] * (4 * 2**level + 1)
+        weights[:: 2**level] = [tap / 16 for tap in (1, 4, 6, 4, 1)]
+        low = _blurred(planes, weights)
         total += _own_share(planes - low, of.divisor, 1.5 * 2**level)
         planes = low
     return total + _own_share(planes, of.divisor, 12)

@@ -23,6 +23,7 @@ from dave_fast.evaluate.settings import VARIANTS
 from dave_fast.explain.explainer import DAVE
 from dave_fast.ops.robust_mean import robust_mean_variance
 from dave_fast.ops.shrink import shrink
+from dave_fast.ops.smooth import smooth
 
 # image (1, C, H, W), classes (K,), key -> row -> variant -> (K, H, W)
 Family = Callable[[Tensor, Tensor, int], dict[str, Maps]]
@@ -32,6 +33,8 @@ PAPERS = "paper's"
 
 def dave(model: nn.Module, title: str, sizes: Sequence[int], seed: int, alpha: float | None = None) -> Family:
     """Return DAVE's family: a row for each number of samples, with shrinkage and the paper's.
+
+    As everywhere in an evaluation, the signed sum is that of raw, which is never shrunk.
 
     Args:
         model: in evaluation mode.
@@ -47,7 +50,7 @@ def dave(model: nn.Module, title: str, sizes: Sequence[int], seed: int, alpha: f
         made = {}
         for size in sizes:
             raw, variance = robust_mean_variance(found[:, :size])
-            made[f"{title}, S = {size}"] = as_maps(shrink(raw, variance))
+            made[f"{title}, S = {size}"] = as_maps((raw, smooth(shrink(raw, variance))))
             made[f"{title}, S = {size}, {PAPERS}"] = as_maps(raw)
         return made
 

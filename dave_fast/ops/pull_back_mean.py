@@ -9,6 +9,7 @@ any dtype (bfloat16 halves them), and the contributions of one tile. DAVE, arXiv
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,11 +56,9 @@ def pull_back_mean(
         TypeError: an argument is of another type.
         InputError: shapes do not match, or n_samples does not divide the rows.
     """
-    if torch.compiler.is_compiling():
-        given = (token_cotangents, images, draws, *patch_hw(patch_size), n_samples)
-        return _library.call("pull_back_mean", *given, backend)
-    _check(token_cotangents, images, draws, patch_size, n_samples)
-    return _registry.run("pull_back_mean", backend, token_cotangents, images, draws, patch_size, n_samples)
+    given = token_cotangents, images, draws, patch_size, n_samples
+    found: Tensor = _run("pull_back_mean", backend, *given)
+    return found
 
 
 def pull_back_mean_variance(
@@ -89,18 +88,21 @@ def pull_back_mean_variance(
         TypeError: an argument is of another type.
         InputError: shapes do not match, or n_samples does not divide the rows.
     """
+    given = token_cotangents, images, draws, patch_size, n_samples
+    found: tuple[Tensor, Tensor] = _run("pull_back_mean_variance", backend, *given)
+    return found
+
+
+def _run(
+    op: str, backend: str, token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: PatchSize, n_samples: int
+) -> Any:
+    """Run one of the two ops; raise TypeError or InputError where the arguments do not match."""
     if torch.compiler.is_compiling():
-        given = (token_cotangents, images, draws, *patch_hw(patch_size), n_samples)
-        return _library.call("pull_back_mean_variance", *given, backend)
-    _check(token_cotangents, images, draws, patch_size, n_samples)
-    return _registry.run("pull_back_mean_variance", backend, token_cotangents, images, draws, patch_size, n_samples)
-
-
-def _check(token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: PatchSize, n_samples: int) -> None:
-    """Raise TypeError or InputError where the arguments do not match."""
+        return _library.call(op, token_cotangents, images, draws, *patch_hw(patch_size), n_samples, backend)
     check(token_cotangents, images, draws, patch_size)
     if not isinstance(n_samples, int) or n_samples < 1 or len(draws) % n_samples:
         raise InputError(f"n_samples must divide the {len(draws)} rows of the draws; got {n_samples!r}")
+    return _registry.run(op, backend, token_cotangents, images, draws, patch_size, n_samples)
 
 
 def pull_back_mean_ref(

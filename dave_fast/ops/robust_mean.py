@@ -82,7 +82,7 @@ def robust_mean_ref(contributions: Tensor) -> Tensor:
     raw = _raw_like(contributions)
     for mean, one_image in zip(raw, contributions, strict=True):
         values = one_image.to(raw.dtype)
-        mean.copy_(_mean_and_kept(values)[0])
+        mean.copy_(mean_and_kept(values)[0])
     return raw
 
 
@@ -92,7 +92,7 @@ def robust_mean_variance_ref(contributions: Tensor) -> tuple[Tensor, Tensor]:
     variance = variance_like(raw)
     for mean, spread, one_image in zip(raw, variance, contributions, strict=True):
         values = one_image.to(raw.dtype)
-        found, kept = _mean_and_kept(values)
+        found, kept = mean_and_kept(values)
         mean.copy_(found)
         spread.copy_(variance_of_sum(values, kept, found))
     return raw, variance
@@ -154,7 +154,7 @@ def _compiled(run: _ext.Run, contributions: Tensor) -> Tensor:
     return raw
 
 
-def _mean_and_kept(values: Tensor) -> tuple[Tensor, Tensor]:
+def mean_and_kept(values: Tensor) -> tuple[Tensor, Tensor]:
     """Return the robust mean over dimension 0, and which values (S, ...) it keeps."""
     median = values.median(dim=0).values
     deviations = (values - median).abs()

@@ -17,13 +17,18 @@ def backend(pixel_backend: str) -> str:
     return pixel_backend
 
 
-def by_two_medians(contributions: torch.Tensor) -> torch.Tensor:
-    """Return the definition's result (B, ...), float64, with exactly rounded sums."""
+def values_and_kept(contributions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return contributions (B, S, ...) in the dtype of the statistics, and which of them the definition keeps."""
     values = contributions.to(torch.float64 if contributions.dtype == torch.float64 else torch.float32)
     median = values.median(dim=1, keepdim=True).values
     distance = (values - median).abs()
     mad = distance.median(dim=1, keepdim=True).values
-    kept = distance <= 2.5 * (1.4826 * mad + 1e-8)
+    return values, distance <= 2.5 * (1.4826 * mad + 1e-8)
+
+
+def by_two_medians(contributions: torch.Tensor) -> torch.Tensor:
+    """Return the definition's result (B, ...), float64, with exactly rounded sums."""
+    values, kept = values_and_kept(contributions)
     columns = zip(
         values.flatten(2).mT.reshape(-1, values.shape[1]), kept.flatten(2).mT.reshape(-1, values.shape[1]), strict=True
     )

@@ -11,9 +11,6 @@ from dave_fast.errors import InputError
 from dave_fast.ops.pull_back import pull_back
 from dave_fast.ops.pull_back_mean import pull_back_mean, pull_back_mean_variance
 from dave_fast.ops.robust_mean import (
-    EPSILON,
-    KEPT_SIGMAS,
-    MAD_TO_SIGMA,
     robust_mean,
     robust_mean_variance,
     robust_mean_variance_ref,
@@ -22,7 +19,7 @@ from dave_fast.sampling import draw
 from tests.ops.test_perturb import image_batch
 from tests.ops.test_pull_back import cotangents_of
 from tests.ops.test_pull_back_mean import SHAPES
-from tests.ops.test_robust_mean import contributions_of
+from tests.ops.test_robust_mean import contributions_of, values_and_kept
 
 
 @pytest.fixture
@@ -33,12 +30,7 @@ def backend(pixel_backend: str) -> str:
 def by_definition(contributions: torch.Tensor) -> torch.Tensor:
     """Return Σ_s (Σ_channels keep·(c_s - raw))² / (n̄·(n̄ - 1)), n̄ the number kept on average, all in float64."""
     # which samples are kept is decided in the dtype of the statistics
-    values = contributions.to(torch.float64 if contributions.dtype == torch.float64 else torch.float32)
-    median = values.median(dim=1, keepdim=True).values
-    distance = (values - median).abs()
-    mad = distance.median(dim=1, keepdim=True).values
-    kept = (distance <= KEPT_SIGMAS * (MAD_TO_SIGMA * mad + EPSILON)).double()
-    values = values.double()
+    values, kept = (each.double() for each in values_and_kept(contributions))
     raw = (kept * values).sum(dim=1, keepdim=True) / kept.sum(dim=1, keepdim=True)
     number = kept.sum(dim=1).mean(dim=1)
     squares = (kept * (values - raw)).sum(dim=2).square().sum(dim=1)
