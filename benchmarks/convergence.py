@@ -38,6 +38,7 @@ from dave_fast.explain.convergence import FACTORS, estimate, factor, relative_di
 from dave_fast.images import find_images, preprocessing
 from dave_fast.models.demo import draw_scenes
 from dave_fast.models.labels import labels_of
+from dave_fast.run.identity import weights_hash
 from dave_fast.sampling import draw, join
 
 # samples of a block, and how many blocks of each size are stored; a block's halves are two blocks of half its size
@@ -144,6 +145,16 @@ def compute_samples(name: str, given: argparse.Namespace) -> bool:
     else:
         explainer = dave_fast.DAVE(given.model)
         examples = photographs(chosen, explainer.model, given.photographs, given.boxes)
+    settings = {
+        "weights": weights_hash(explainer.model),
+        "noise_alpha": explainer.sampling.noise_alpha,
+        "precision": explainer.precision,
+        "images": given.photographs and [path.name for path in find_images([given.photographs])],
+        "limit": chosen.limit,
+        "sizes": SIZES,
+        "compared": COMPARED,
+    }
+    machine.keep_to(folder / "made_with.json", settings)
     began = time.monotonic()
     for number, example in enumerate(examples):
         path = folder / f"{number:04d}.npz"

@@ -47,10 +47,12 @@ from dave_fast.images import preprocessing
 from dave_fast.images.finding import is_image
 from dave_fast.models.catalog import load_model
 from dave_fast.models.labels import labels_of
+from dave_fast.run.identity import weights_hash
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.machine import keep_to  # noqa: E402
 from scripts.quality_section import write_section  # noqa: E402
 
 SETTINGS = ROOT / "benchmarks" / "results" / "quality_photographs_settings.json"
@@ -105,7 +107,11 @@ class Subject:
         self.labels = labels_of(self.model)
         self.prepare = preprocessing(self.model)
         self.fitted_on = self._read(True)
-        self.examples = self.fitted_on if chosen_on else self._read(False)
+        held_out = self._read(False)
+        self.examples = self.fitted_on if chosen_on else held_out
+        names = [*self.fitted_on.names, *held_out.names]
+        # the probes and the scores of another model or of other photographs are not gone on with
+        keep_to(self.out / "made_with.json", {"weights": weights_hash(self.model), "photographs": names, "seed": SEED})
 
     def _read(self, chosen_on: bool) -> Examples:
         noted = read_boxes(self.args.boxes)
@@ -204,6 +210,8 @@ def items_of(examples: Examples, part: Part, limit: int | None) -> list[items.It
 def measure(subject: Subject, part_name: str, head: str, limit: int | None) -> None:
     """Score what of a part is not yet scored, a line of JSON for each item and family."""
     part, chosen = PARTS[part_name], json.loads(settings_of(subject.args).read_text())
+    # the scores of other choices neither
+    keep_to(results_of(subject.args) / "chosen.json", {"part sizes": {n: p.sizes for n, p in PARTS.items()}, **chosen})
     every = items_of(subject.examples, part, limit)
     model = subject.at_size(subject.heads[head], every[0].image)
     path = scores_of(subject.args, part_name, head)

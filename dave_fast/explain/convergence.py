@@ -13,8 +13,7 @@ samples: in the van der Corput schedule every run of consecutive samples has noi
 every second sample has not.
 
 The bound is factor(S)·ê, the factor being the 0.9 quantile of error/ê over scenes of the demo model, for shrunk maps
-and for the paper's (`benchmarks/convergence.py`, with the validation on other scenes and on photographs beside it in
-benchmarks/results).
+and for the paper's (`benchmarks/convergence.py`, with the validation on other scenes beside it in benchmarks/results).
 """
 
 from __future__ import annotations

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 import dave_fast
-from benchmarks import contestants, plain, side_by_side
+from benchmarks import contestants, machine, plain, side_by_side
 from benchmarks.contestants import Within, captum_methods, ours, peer, plain_way, why_no
 from benchmarks.peers import LADDER
 from dave_fast.bench import whole
 from dave_fast.bench.rates import ceiling
 from dave_fast.bench.shapes import shapes_of
+from dave_fast.errors import InputError
 from dave_fast.models.demo.model import build_model
 from dave_fast.ops.perturb import perturb
 from dave_fast.ops.robust_mean import robust_mean
@@ -255,3 +256,11 @@ def test_ratios_do_not_count_for_a_slow_baseline_or_other_maps():
     assert len(reasons) == 2
     assert "68%" in reasons[0]
     assert "bf16" in reasons[1]
+
+
+def test_work_is_gone_on_with_by_equal_settings_only(tmp_path):
+    path = tmp_path / "made_with.json"
+    machine.keep_to(path, {"weights": "a", "sizes": (4, 8)})
+    machine.keep_to(path, {"weights": "a", "sizes": [4, 8]})
+    with pytest.raises(InputError, match=r"holds another run; sizes: \[4, 8\] before, \[4\] now"):
+        machine.keep_to(path, {"weights": "a", "sizes": (4,)})

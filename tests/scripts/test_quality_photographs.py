@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import save_file
 
+from dave_fast.errors import InputError
 from dave_fast.evaluate import rows
 from dave_fast.evaluate.twin import NotTakenError
 from scripts import quality_photographs as script
@@ -113,6 +114,14 @@ def test_it_is_chosen_on_one_half_measured_on_the_other_resumed_and_written(monk
     text = (given / "quality.md").read_text()
     assert text.startswith("# Quality\n\nOf digits.\n")
     assert text.count(page.HEADING) == 1 and "an earlier one" not in text
+    # neither the probes and scores of another model nor the scores of other choices are gone on with
+    for name, field in (("made_with.json", "weights"), ("chosen.json", "class token")):
+        path = given / "out" / name
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps(content | {field: "another"}))
+        with pytest.raises(InputError, match=f"holds another run; {field}"):
+            run(monkeypatch, given, "measure", "photographs")
+        path.write_text(json.dumps(content))
     for row in ("DAVE, S = 32, paper's", "Libra FullGrad+", "AttnLRP", "integrated gradients, in DAVE's time"):
         assert f"| {row} |" in text
     intervals = json.loads((given / "results.json").read_text())["intervals"]
