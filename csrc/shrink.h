@@ -1,16 +1,16 @@
 // shrink: (μ + d·max(1 - V/(G*d²), 0))·max(1 - V/(G*m²), 0),  m = Σ_channels raw, μ its local mean, d = m - μ, V = G*variance
 //
-// μ by a Gaussian of σ = 1 pixel over the part of its 9×9 window inside of the image; G a Gaussian of σ = 4 pixels over
-// 25×25, with zeros outside. Everything is in float64, whose range has the squares of all floats.
+// μ by a Gaussian of σ = 1 pixel over the part of its 9×9 window inside of the image; G a Gaussian of σ = 5 pixels over
+// 31×31, with zeros outside. Everything is in float64, whose range has the squares of all floats.
 #pragma once
 
 #include "blur.h"
 
 namespace dave::DAVE_ISA {
 
-constexpr int mean_radius = 4, power_radius = 12;
+constexpr int mean_radius = 4, power_radius = 15;
 constexpr int mean_taps = 2 * mean_radius + 1, power_taps = 2 * power_radius + 1;
-constexpr double mean_sigma = 1.0, power_sigma = 4.0;
+constexpr double mean_sigma = 1.0, power_sigma = 5.0;
 
 // The share of `power` that is not noise; NaN where either is NaN, 0 where there is no power.
 DAVE_HD double share_of_signal(double power, double noise) {

@@ -19,14 +19,14 @@ from dave_fast.ops.smooth import blur, gaussian_weights
 # σ in pixels and taps of the local mean μ, and of the windows in which power is compared with variance; csrc/shrink.h
 # has the same constants for C++ and CUDA
 MEAN_SIGMA, MEAN_TAPS = 1.0, 9
-POWER_SIGMA, POWER_TAPS = 4.0, 25
+POWER_SIGMA, POWER_TAPS = 5.0, 31
 
 
 def shrink(raw: Tensor, variance: Tensor, *, backend: str = "auto") -> Tensor:
     """Return (μ + d·max(1 - V/(G*d²), 0))·max(1 - V/(G*m²), 0), what is left of the channel sum m = Σ_channels raw.
 
     μ is the local mean of m, by a Gaussian of σ = 1 pixel over the part of its window inside of the image; d = m - μ;
-    G is a Gaussian of σ = 4 pixels and V = G*variance. Power and variance are padded with zeros at the border, where
+    G is a Gaussian of σ = 5 pixels and V = G*variance. Power and variance are padded with zeros at the border, where
     they lose the same pixels: their ratio needs no weight.
 
     Args:
