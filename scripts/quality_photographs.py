@@ -73,7 +73,7 @@ class Part:
     Attributes:
         kind: "photographs", "mosaics", "behaviour" or "randomised".
         count: how many photographs or mosaics.
-        sizes: numbers of samples of DAVE at both α, by head.
+        sizes: numbers of samples of DAVE at its default α, by head.
         full: whether contrasts, the best α, and the path methods at their own steps are run.
         grid: of mosaics.
     """
@@ -189,9 +189,9 @@ def families(part: Part, head: str, chosen: dict[str, Any], setup: MethodSetting
             made[name] = partial(rows.single, name=name, setup=setup, seed=SEED)
     made["AttnLRP"] = partial(rows.attnlrp_with, gammas=tuple(best["gammas"]), seed=SEED)
     if part.full:
-        common = {"seed": SEED, "alpha": best["noise_alpha"]}
-        made["best α"] = partial(rows.dave, title="DAVE, best α", sizes=sizes, **common)
         few = STANDARD if part.grid == 1 else sizes[0]
+        common = {"seed": SEED, "alpha": best["noise_alpha"]}
+        made["best α"] = partial(rows.dave, title="DAVE, best α", sizes=(few,), **common)
         made["contrast"] = partial(rows.dave_contrast, title="DAVE, contrast, best α", size=few, **common)
         made["log p"] = partial(rows.dave_log_softmax, title="DAVE, log p, best α", size=few, **common)
     return made
