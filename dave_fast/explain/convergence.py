@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # The 0.9 quantile of error/ê by S, of shrunk maps (True) and of the paper's. It is interpolated linearly in log S, and
 # constant after the last S. Halves are shrunk more than the map of all samples, and so tell less of its error.
 FACTORS = {
-    True: {8: 1.28, 16: 1.42, 32: 1.47, 64: 1.55, 128: 1.51, 256: 1.45},
+    True: {8: 1.32, 16: 1.42, 32: 1.47, 64: 1.54, 128: 1.50, 256: 1.45},
     False: {8: 1.37, 16: 1.35, 32: 1.33, 64: 1.40, 128: 1.38, 256: 1.34},
 }
 # fewer samples have no bound
