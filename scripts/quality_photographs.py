@@ -74,7 +74,7 @@ class Part:
         kind: "photographs", "mosaics", "behaviour" or "randomised".
         count: how many photographs or mosaics.
         sizes: numbers of samples of DAVE at its default α, by head.
-        full: whether contrasts, the best α, and the path methods at their own steps are run.
+        full: whether contrasts and the best α are run.
         grid: of mosaics.
     """
 
@@ -185,7 +185,7 @@ def families(part: Part, head: str, chosen: dict[str, Any], setup: MethodSetting
         short = MethodSettings(passes[name], spread=setup.spread)
         title = f"{name}, in DAVE's time"
         made[title] = partial(rows.single, name=name, setup=short, seed=SEED, row=title, autocast=True)
-        if part.kind != "mosaics":
+        if part.kind != "mosaics" and (part.kind != "photographs" or head == OWN_HEAD):
             made[name] = partial(rows.single, name=name, setup=setup, seed=SEED)
     made["AttnLRP"] = partial(rows.attnlrp_with, gammas=tuple(best["gammas"]), seed=SEED)
     if part.full:
