@@ -233,8 +233,8 @@ def coverage(name: str, form: str, samples: int) -> tuple[dict[str, Any], np.nda
     return row, distance, bound
 
 
-def compare(name: str, samples: int) -> dict[str, Any]:
-    """Return EnergyPG and the correlation with the paper's limit of the first S samples of a set's images, by form.
+def compare(name: str, samples: dict[str, int]) -> dict[str, Any]:
+    """Return EnergyPG and the correlation with the paper's limit of a set's images by form, each of its first samples.
 
     The limit is of further samples: one that included these would share their noise, most of all the map that keeps it.
     Differences are shrunk less plain, paired; images whose predicted class has no object count for the correlation.
@@ -244,7 +244,7 @@ def compare(name: str, samples: int) -> dict[str, Any]:
         with np.load(path) as arrays:
             mask, limit = torch.from_numpy(arrays["mask"])[None], torch.from_numpy(arrays["further"])[None].double()
             for form in FORMS:
-                one = torch.from_numpy(arrays[f"{form}_{samples}"][:1].astype(np.float64))
+                one = torch.from_numpy(arrays[f"{form}_{samples[form]}"][:1].astype(np.float64))
                 inside = metrics.energy_pointing_game(one, mask) if mask.any() else torch.tensor([np.nan])
                 scores[form].append((float(inside), float(metrics.correlation(one, limit))))
     row: dict[str, Any] = {"set": name, "samples": samples}
@@ -273,8 +273,10 @@ def validate(out: Path, figure: Path) -> None:
                 if (name, form) == ("validation", "shrunk"):
                     points[samples] = distance, bound
         for samples in COMPARED:
-            compared.append(compare(name, samples))
+            compared.append(compare(name, {"shrunk": samples, "plain": samples}))
             print(compared[-1])
+        compared.append(compare(name, {"shrunk": 32, "plain": 256}))
+        print(compared[-1])
     content = {
         "environment": machine.environment(),
         "limits": {name: chosen.limit for name, chosen in SETS.items()},
