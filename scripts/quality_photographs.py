@@ -181,11 +181,15 @@ def families(part: Part, head: str, chosen: dict[str, Any], setup: MethodSetting
     default = chosen[head]["default noise_alpha"]
     made: dict[str, Make] = {"DAVE": partial(rows.dave, title="DAVE", sizes=sizes, seed=SEED, alpha=default)}
     made |= {name: partial(rows.single, name=name, setup=setup, seed=SEED) for name in ONE_PASS}
+    # passes of the path methods are what takes longest: each kind under the head that tells most there
+    in_time = part.kind != "mosaics" or head != OWN_HEAD
+    own_steps = part.kind in ("behaviour", "randomised") or (part.kind == "photographs" and head == OWN_HEAD)
     for name in PATHS:
         short = MethodSettings(passes[name], spread=setup.spread)
         title = f"{name}, in DAVE's time"
-        made[title] = partial(rows.single, name=name, setup=short, seed=SEED, row=title, autocast=True)
-        if part.kind != "mosaics" and (part.kind != "photographs" or head == OWN_HEAD):
+        if in_time:
+            made[title] = partial(rows.single, name=name, setup=short, seed=SEED, row=title, autocast=True)
+        if own_steps:
             made[name] = partial(rows.single, name=name, setup=setup, seed=SEED)
     made["AttnLRP"] = partial(rows.attnlrp_with, gammas=tuple(best["gammas"]), seed=SEED)
     if part.full:
