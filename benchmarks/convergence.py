@@ -38,6 +38,7 @@ from dave_fast.explain.convergence import FACTORS, estimate, factor, relative_di
 from dave_fast.images import find_images, preprocessing
 from dave_fast.models.demo import draw_scenes
 from dave_fast.models.labels import labels_of
+from dave_fast.ops.shrink import MEAN_SIGMA, POWER_SIGMA
 from dave_fast.run.identity import weights_hash
 from dave_fast.sampling import draw, join
 
@@ -153,6 +154,7 @@ def compute_samples(name: str, given: argparse.Namespace) -> bool:
         "limit": chosen.limit,
         "sizes": SIZES,
         "compared": COMPARED,
+        "windows of shrink": (MEAN_SIGMA, POWER_SIGMA),
     }
     machine.keep_to(folder / "made_with.json", settings)
     began = time.monotonic()

@@ -43,7 +43,7 @@ from benchmarks import machine
 from benchmarks.convergence import Example, ImageSet, contributions, photographs, scenes
 from dave_fast.evaluate import metrics
 from dave_fast.ops.robust_mean import mean_and_kept, robust_mean, robust_mean_variance
-from dave_fast.ops.shrink import MEAN_SIGMA, MEAN_TAPS, shrink
+from dave_fast.ops.shrink import shrink, shrink_ref
 from dave_fast.ops.smooth import blur, gaussian_weights, smooth
 
 SIZES = (8, 16, 32, 64)
@@ -155,18 +155,6 @@ def two_exact_bands(of: Samples) -> Tensor:
     return _own_share(low, of.divisor, 4) + _own_share(planes - low, of.divisor, 4)
 
 
-def windows_of(sigma: float) -> Callable[[Samples], Tensor]:
-    """Return the form of `shrink` with windows of another size."""
-
-    def form(of: Samples) -> Tensor:
-        weights = gaussian_weights(MEAN_TAPS, MEAN_SIGMA)
-        local = _blurred(of.sum, weights) / _blurred(torch.ones_like(of.sum), weights)
-        detail, noise = of.sum - local, window(of.variance, sigma)
-        return (local + detail * share(window(detail**2, sigma), noise)) * share(window(of.sum**2, sigma), noise)
-
-    return form
-
-
 def _own_share(planes: Tensor, divisor: Tensor, sigma: float) -> Tensor:
     """Return a band of m, the first of the planes, times its share; the others are the samples' deviations in it."""
     noise = planes[1:].square().sum(0) / divisor
@@ -182,8 +170,8 @@ FORMS: dict[str, Callable[[Samples], Tensor]] = {
     "Wiener": wiener,
     "wavelet": wavelet,
     "two exact bands": two_exact_bands,
-    "windows of 4": windows_of(4),
-    "windows of 8": windows_of(8),
+    "windows of 4": lambda of: shrink_ref(of.raw[None], of.variance[None], 4)[0, 0].double(),
+    "windows of 8": lambda of: shrink_ref(of.raw[None], of.variance[None], 8)[0, 0].double(),
     "shrink": lambda of: shrink(of.raw[None], of.variance[None])[0, 0].double(),
 }
 

@@ -12,15 +12,12 @@ named, so that two processes share the work (`choose --head "class token"`, `mea
 Packages that cannot be installed together: `choose` needs LXT (AttnLRP's γ); run `measure` again in the other
 environment, and it adds what is absent. Trials (`--limit`, `--chosen-on`) leave the files of a whole measurement alone.
 
-Budget on two Zen 4 cores, a process each. A sample of DAVE is taken as 0.035 s at 224 px, 0.5 s for the four classes of
-a 448 px mosaic, 2.4 s for the five of a 672 px mosaic (ratios measured, seconds estimated):
+Measured on two Zen 4 cores, a process of one thread each, in minutes of one core:
 
-    photographs   27 × (2·256 samples + 64 of contrasts + 140 passes of the path methods), S ≤ 64 on two heads   1,800 s
-    mosaics-2x2   6 × (2·32 samples + 32 of contrasts + paths in DAVE's time + 20 passes) on three heads         1,700 s
-    mosaics-3x3   2 × (16 samples + 20 passes) on one head                                                         150 s
-    behaviour     8 × 9 families × (3 maps + 51 forward passes) on one head                                        400 s
-    randomised    2 × 9 families × 4 models                                                                         80 s
-                                                                                    35 minutes of two cores: 4,200 s
+    choose        24 to 28 for each of three heads, most of it AttnLRP with every γ and the four classes of a mosaic
+    photographs   37 under class means (S up to 256, path methods at their own steps), 13 under each other head
+    mosaics-2x2   18 under class means, 38 under each probe
+    the rest      not measured as a whole, more than 40
 """
 
 import argparse
@@ -47,6 +44,7 @@ from dave_fast.images import preprocessing
 from dave_fast.images.finding import is_image
 from dave_fast.models.catalog import load_model
 from dave_fast.models.labels import labels_of
+from dave_fast.ops.shrink import MEAN_SIGMA, POWER_SIGMA
 from dave_fast.run.identity import weights_hash
 
 ROOT = Path(__file__).parents[1]
@@ -110,8 +108,9 @@ class Subject:
         held_out = self._read(False)
         self.examples = self.fitted_on if chosen_on else held_out
         names = [*self.fitted_on.names, *held_out.names]
-        # the probes and the scores of another model or of other photographs are not gone on with
-        keep_to(self.out / "made_with.json", {"weights": weights_hash(self.model), "photographs": names, "seed": SEED})
+        # the probes and the scores of another model, of other photographs or of another form are not gone on with
+        made_with = {"weights": weights_hash(self.model), "photographs": names, "seed": SEED}
+        keep_to(self.out / "made_with.json", made_with | {"windows of shrink": (MEAN_SIGMA, POWER_SIGMA)})
 
     def _read(self, chosen_on: bool) -> Examples:
         noted = read_boxes(self.args.boxes)

@@ -8,6 +8,8 @@ arXiv 2602.06613.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,10 +18,10 @@ from dave_fast.ops import _ext, _library, _registry
 from dave_fast.ops.precision import COMPUTED, check_dtype
 from dave_fast.ops.smooth import blur, gaussian_weights
 
-# σ in pixels and taps of the local mean μ, and of the windows in which power is compared with variance; csrc/shrink.h
-# has the same constants for C++ and CUDA
+# σ in pixels and taps of the local mean μ, and σ of the windows in which power is compared with variance, which end at
+# 3σ; csrc/shrink.h has the same constants for C++ and CUDA
 MEAN_SIGMA, MEAN_TAPS = 1.0, 9
-POWER_SIGMA, POWER_TAPS = 5.0, 31
+POWER_SIGMA = 5.0
 
 
 def shrink(raw: Tensor, variance: Tensor, *, backend: str = "auto") -> Tensor:
@@ -57,26 +59,22 @@ def shrink(raw: Tensor, variance: Tensor, *, backend: str = "auto") -> Tensor:
     return _registry.run("shrink", backend, raw, variance)
 
 
-def shrink_ref(raw: Tensor, variance: Tensor) -> Tensor:
-    """Run `shrink` in PyTorch, on any device."""
+def shrink_ref(raw: Tensor, variance: Tensor, power_sigma: float = POWER_SIGMA) -> Tensor:
+    """Run `shrink` in PyTorch, on any device; with windows of another size for comparisons."""
+    window = gaussian_weights(2 * math.ceil(3 * power_sigma) + 1, power_sigma)
     m = raw.double().sum(dim=1)
     mean = gaussian_weights(MEAN_TAPS, MEAN_SIGMA)
     local = blur(m, mean) / blur(torch.ones_like(m), mean)
-    noise = _power_window(variance.double())
+    noise = blur(variance.double(), window)
     detail = m - local
-    shrunk = (local + detail * _share_of_signal(detail, noise)) * _share_of_signal(m, noise)
+    shrunk = (local + detail * _share_of_signal(detail, noise, window)) * _share_of_signal(m, noise, window)
     return shrunk.to(raw.dtype)[:, None]
 
 
-def _share_of_signal(values: Tensor, noise: Tensor) -> Tensor:
+def _share_of_signal(values: Tensor, noise: Tensor, window: list[float]) -> Tensor:
     """Return max(1 - noise/(G*values²), 0) of values and noise (B, H, W); 0 where there is no power."""
-    power = _power_window(values**2)
+    power = blur(values**2, window)
     return (power - noise).clamp(min=0) / torch.where(power == 0, 1, power)
-
-
-def _power_window(maps: Tensor) -> Tensor:
-    """Return G of maps (B, H, W), padded with zeros."""
-    return blur(maps, gaussian_weights(POWER_TAPS, POWER_SIGMA))
 
 
 def shrink_native(raw: Tensor, variance: Tensor) -> Tensor:
