@@ -61,10 +61,10 @@ def test_timm_transform_is_the_training_normalisation(model):
 
 
 def test_accuracy_on_held_out_scenes(model):
-    scenes = draw_scenes(1_000, FRESH_SEED, split="test")
+    scenes = draw_scenes(400, FRESH_SEED, split="test")
     predicted = logits_of(model, scenes.images).argmax(1).numpy()
-    # The card's 96.9 % of 4,000 scenes, less three standard errors of 1,000.
-    assert np.mean(predicted == scenes.labels) >= 0.95
+    # The card's 96.9 % of 4,000 scenes, less three standard errors of 400.
+    assert np.mean(predicted == scenes.labels) >= 0.943
 
 
 def test_two_digits_both_get_evidence(model):

@@ -84,6 +84,7 @@ def test_every_kernel_compiles_ahead_of_time_as_the_page_says(arch):
     assert_compiled(compiled("--arch", arch), arch)
 
 
+@pytest.mark.slow
 @needs_triton
 def test_demanding_kernels_compile_for_other_architectures_as_the_page_says():
     rows = compiled("--only", DEMANDING, "--arch", 80, "--arch", 100)

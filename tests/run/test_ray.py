@@ -126,6 +126,7 @@ def test_crops_are_half_the_way(size):
 # Runs
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(pictures, tmp_path):
     """A driver that is killed is resumed by another one; the local engine then finds every record done."""
     out, settings = tmp_path / "out", {"seconds": 0.02, "engine": "ray", "shard_rows": 10, "watchdog_s": 300.0}
