@@ -3,6 +3,7 @@
     python -m benchmarks.convergence samples --set fit          a file for each image in build/convergence, resumable
     python -m benchmarks.convergence samples --set validation
     python -m benchmarks.convergence samples --set photographs --model hf:FOLDER --photographs FOLDER --boxes FILE
+    python -m benchmarks.convergence mosaics                        resumable, too
     python -m benchmarks.convergence fit                        prints the factors for convergence.py
     python -m benchmarks.convergence validate                   JSON beside the other results, and docs/figures
 
@@ -11,13 +12,14 @@ folder, by name, and then odd ones. All are explained for the predicted class, e
 float32 and photographs in the device's own precision. The factors are fitted on scenes of one seed and validated, once,
 on scenes of another, and on the photographs. An image's file has its limit maps, with and without shrinkage, and the
 maps of the first blocks of consecutive samples of several sizes, so that any estimate from halves can be tried without
-computing the samples again. `validate` also compares shrunk maps with those of the paper: EnergyPG, and the correlation
-with the paper's limit.
+computing the samples again. `validate` also compares shrunk maps with those of the paper: EnergyPG, the pointing game,
+the correlation with the paper's limit, and GridPG in 2×2 mosaics of other scenes.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -31,12 +33,14 @@ from torch import Tensor
 
 import dave_fast
 from benchmarks import machine
-from dave_fast.evaluate import metrics
+from dave_fast.evaluate import items, metrics, rows
 from dave_fast.evaluate.annotations import Annotations, read_boxes
-from dave_fast.evaluate.sources import ImageFiles
+from dave_fast.evaluate.mosaics import resized
+from dave_fast.evaluate.settings import VARIANTS
+from dave_fast.evaluate.sources import DemoScenes, ImageFiles
 from dave_fast.explain.convergence import FACTORS, estimate, factor, relative_distance
 from dave_fast.images import find_images, preprocessing
-from dave_fast.models.demo import draw_scenes
+from dave_fast.models.demo import draw_scenes, load_demo_model
 from dave_fast.models.labels import labels_of
 from dave_fast.ops.shrink import MEAN_SIGMA, POWER_SIGMA
 from dave_fast.run.identity import weights_hash
@@ -53,6 +57,9 @@ COMPARED = (8, 16, 32, 64, 256)
 LEVEL = 0.9
 ROWS = 16
 FOLDER = Path("build/convergence")
+# what is compared, and in how many mosaics of 2×2 scenes, GridPG
+METRICS = ("EnergyPG", "pointing game", "correlation")
+IN_MOSAICS, MOSAIC_SEED, MOSAICS = 50, 2026_13, FOLDER / "mosaics" / "scores.jsonl"
 # the names of maps with and without shrinkage, in the files
 FORMS = {"shrunk": True, "plain": False}
 
@@ -236,28 +243,66 @@ def coverage(name: str, form: str, samples: int) -> tuple[dict[str, Any], np.nda
 
 
 def compare(name: str, samples: dict[str, int]) -> dict[str, Any]:
-    """Return EnergyPG and the correlation with the paper's limit of a set's images by form, each of its first samples.
+    """Return what the maps of a set's images score by form, each of its first samples: `METRICS`.
 
     The limit is of further samples: one that included these would share their noise, most of all the map that keeps it.
     Differences are shrunk less plain, paired; images whose predicted class has no object count for the correlation.
     """
-    scores: dict[str, list[tuple[float, float]]] = {form: [] for form in FORMS}
+    scores: dict[str, list[tuple[float, ...]]] = {form: [] for form in FORMS}
     for path in files(name):
         with np.load(path) as arrays:
             mask, limit = torch.from_numpy(arrays["mask"])[None], torch.from_numpy(arrays["further"])[None].double()
             for form in FORMS:
                 one = torch.from_numpy(arrays[f"{form}_{samples[form]}"][:1].astype(np.float64))
-                inside = metrics.energy_pointing_game(one, mask) if mask.any() else torch.tensor([np.nan])
-                scores[form].append((float(inside), float(metrics.correlation(one, limit))))
+                games = (metrics.energy_pointing_game, metrics.pointing_game) if mask.any() else ()
+                inside = [float(game(one, mask)) for game in games] or [np.nan, np.nan]
+                scores[form].append((*inside, float(metrics.correlation(one, limit))))
     row: dict[str, Any] = {"set": name, "samples": samples}
-    for at, metric in enumerate(("EnergyPG", "correlation")):
-        by_form = {form: np.array(each)[:, at] for form, each in scores.items()}
-        row |= {f"{metric} {form}": float(np.nanmean(each)) for form, each in by_form.items()}
-        difference = by_form["shrunk"] - by_form["plain"]
-        known = difference[~np.isnan(difference)]
-        row |= {f"{metric} difference": float(known.mean())}
-        row |= {f"{metric} standard error": float(known.std(ddof=1) / np.sqrt(len(known)))}
+    for at, metric in enumerate(METRICS):
+        row |= difference(metric, *(np.array(scores[form])[:, at] for form in FORMS))
     return row
+
+
+def difference(metric: str, shrunk: np.ndarray, plain: np.ndarray) -> dict[str, float]:
+    """Return the means of a metric by form, and the mean of their paired difference with its standard error."""
+    known = (shrunk - plain)[~np.isnan(shrunk - plain)]
+    return {
+        f"{metric} shrunk": float(np.nanmean(shrunk)),
+        f"{metric} plain": float(np.nanmean(plain)),
+        f"{metric} difference": float(known.mean()),
+        f"{metric} standard error": float(known.std(ddof=1) / np.sqrt(len(known))),
+    }
+
+
+def score_mosaics() -> None:
+    """Score the maps of mosaics by the embedded model, a line for each; go on where it was stopped."""
+    MOSAICS.parent.mkdir(parents=True, exist_ok=True)
+    settings = {"mosaics": IN_MOSAICS, "seed": MOSAIC_SEED, "windows of shrink": (MEAN_SIGMA, POWER_SIGMA)}
+    machine.keep_to(MOSAICS.parent / "made_with.json", settings)
+    done = len(MOSAICS.read_text().splitlines()) if MOSAICS.exists() else 0
+    drawn = items.mosaics(DemoScenes(4 * IN_MOSAICS, MOSAIC_SEED).read(0, 4 * IN_MOSAICS), 2, IN_MOSAICS, MOSAIC_SEED)
+    sized = resized(load_demo_model().requires_grad_(False), tuple(drawn[0].image.shape[2:]))
+    if sized is None:
+        raise SystemExit("the embedded model does not take the mosaics' size")
+    family = rows.dave(sized, "DAVE", (32, 256), MOSAIC_SEED)
+    for item in drawn[done:]:
+        found = {row: scored["GridPG 2x2"][VARIANTS[1]] for row, scored in items.localise(item, family).items()}
+        with MOSAICS.open("a") as file:
+            file.write(json.dumps(found) + "\n")
+        print(item.name, found, flush=True)
+
+
+def compare_mosaics() -> list[dict[str, Any]]:
+    """Return GridPG of shrunk maps and the paper's: of 32 samples both, and of 32 against 256."""
+    lines = [json.loads(line) for line in MOSAICS.read_text().splitlines()] if MOSAICS.exists() else []
+    shrunk = np.array([line["DAVE, S = 32"] for line in lines])
+    compared = []
+    for samples in (32, 256) if lines else ():
+        plain = np.array([line[f"DAVE, S = {samples}, {rows.PAPERS}"] for line in lines])
+        about = {"set": "mosaics", "mosaics": len(lines), "samples": {"shrunk": 32, "plain": samples}}
+        compared.append(about | difference("GridPG 2x2", shrunk, plain))
+        print(compared[-1])
+    return compared
 
 
 def validate(out: Path, figure: Path) -> None:
@@ -286,7 +331,7 @@ def validate(out: Path, figure: Path) -> None:
         "factors": {form: FACTORS[shrink] for form, shrink in FORMS.items()},
         "fit": fit(),
         "validation": table,
-        "shrinkage": compared,
+        "shrinkage": compared + compare_mosaics(),
     }
     machine.write_json(out, content)
     draw_points(points, figure)
@@ -311,7 +356,7 @@ def draw_points(points: dict[int, tuple[np.ndarray, np.ndarray]], path: Path) ->
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("stage", choices=("samples", "fit", "validate"))
+    parser.add_argument("stage", choices=("samples", "mosaics", "fit", "validate"))
     parser.add_argument("--set", choices=tuple(SETS), default="fit")
     parser.add_argument("--model", help="of photographs")
     parser.add_argument("--photographs", type=Path, help="a folder")
@@ -326,7 +371,9 @@ def main() -> None:
         if chosen.set == "photographs" and None in (chosen.model, chosen.photographs, chosen.boxes):
             parser.error("--set photographs needs --model, --photographs and --boxes")
         raise SystemExit(0 if compute_samples(chosen.set, chosen) else 3)
-    if chosen.stage == "fit":
+    if chosen.stage == "mosaics":
+        score_mosaics()
+    elif chosen.stage == "fit":
         fit()
     else:
         validate(chosen.out, chosen.figure)

@@ -196,8 +196,13 @@ def families(part: Part, head: str, chosen: dict[str, Any], setup: MethodSetting
         few = STANDARD if part.grid == 1 else sizes[0]
         common = {"seed": SEED, "alpha": best["noise_alpha"]}
         made["best α"] = partial(rows.dave, title="DAVE, best α", sizes=(few,), **common)
-        made["contrast"] = partial(rows.dave_contrast, title="DAVE, contrast, best α", size=few, **common)
-        made["log p"] = partial(rows.dave_log_softmax, title="DAVE, log p, best α", size=few, **common)
+        made["log p"] = partial(rows.dave_score, title="DAVE, log p, best α", size=few, score=rows.log_p, **common)
+        # the rows of a fitted probe sum to 0 over the classes: less the mean of the others its logits are themselves
+        if head == OWN_HEAD:
+            made["contrast"] = partial(rows.dave_contrast, title="DAVE, contrast, best α", size=few, **common)
+        elif part.kind == "mosaics":
+            common, asked = {"seed": SEED, "alpha": default}, "DAVE, against the mosaic's others"
+            made["others"] = partial(rows.dave_score, title=asked, size=few, score=rows.against_others, **common)
     return made
 
 
@@ -254,14 +259,14 @@ def facts(subject: Subject, limit: int | None) -> None:
     for head, model in subject.heads.items():
         with torch.no_grad():
             named = torch.cat([model(some).argmax(1) for some in subject.examples.images.split(8)])
-        own, other = probes.blanking(subject.at_size(model, images), images, labels)
+        own, other, most = probes.blanking(subject.at_size(model, images), images, labels)
         found[head] = {
             "accuracy": (named == subject.examples.labels).double().mean().item(),
             "photographs": len(named),
             "blanked itself": own.mean().item(),
             "blanked another": other.mean().item(),
             "cells": len(own),
-            "cells where its own is more": (own > other).double().mean().item(),
+            "cells where its own is most": (own > most).double().mean().item(),
         }
     area = [mask.double().mean().item() for mask in subject.examples.masks if mask.any()]
     write_json(results_of(subject.args) / "facts.json", {"heads": found, "object area": sum(area) / len(area)})

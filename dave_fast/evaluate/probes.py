@@ -183,7 +183,7 @@ def contrasted(model: Any) -> nn.Module:
 
 
 @torch.no_grad()
-def blanking(model: nn.Module, mosaics: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def blanking(model: nn.Module, mosaics: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Blank each cell of mosaics in turn, and return how much the logit of each asked cell's class falls.
 
     Args:
@@ -192,11 +192,11 @@ def blanking(model: nn.Module, mosaics: Tensor, labels: Tensor) -> tuple[Tensor,
         labels: (m, g²) int64.
 
     Returns:
-        Two of (number of asked cells of all mosaics,): the fall when the cell itself becomes 0, the mean of a
-        normalised image, and the mean fall when another one does.
+        Three of (number of asked cells of all mosaics,): the fall when the cell itself becomes 0, the mean of a
+        normalised image, and the mean and the largest fall when another one does.
     """
     grid = round(labels.shape[1] ** 0.5)
-    own, other = [], []
+    own, other, most = [], [], []
     for mosaic, there in zip(mosaics, labels, strict=True):
         height, width = (side // grid for side in mosaic.shape[1:])
         blanked = mosaic.repeat(grid**2, 1, 1, 1)
@@ -206,6 +206,8 @@ def blanking(model: nn.Module, mosaics: Tensor, labels: Tensor) -> tuple[Tensor,
         asked = asked_cells(there)
         classes = there[asked]
         falls = model(mosaic[None])[0, classes] - model(blanked)[:, classes]
-        own.append(falls[asked, torch.arange(len(asked))])
+        here = asked, torch.arange(len(asked))
+        own.append(falls[here])
         other.append((falls.sum(0) - own[-1]) / (grid**2 - 1))
-    return torch.cat(own), torch.cat(other)
+        most.append(falls.index_put(here, torch.tensor(-torch.inf)).amax(0))
+    return torch.cat(own), torch.cat(other), torch.cat(most)

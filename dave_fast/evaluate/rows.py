@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,18 +63,31 @@ def dave_contrast(model: nn.Module, title: str, size: int, seed: int, alpha: flo
     return dave(contrasted(model), title, (size,), seed, alpha)
 
 
-def dave_log_softmax(model: nn.Module, title: str, size: int, seed: int, alpha: float | None = None) -> Family:
-    """Return DAVE's family for the logarithm of the class's probability."""
+def log_p(output: Tensor, row: int, classes: Tensor) -> Tensor:
+    """Return the logarithm of the probability of `classes[row]`, of logits (n, classes)."""
+    return output.float().log_softmax(1)[:, int(classes[row])]
+
+
+def against_others(output: Tensor, row: int, classes: Tensor) -> Tensor:
+    """Return the logit of `classes[row]` minus the mean logit of the others of `classes`, such as those of a mosaic."""
+    others = torch.cat([classes[:row], classes[row + 1 :]])
+    return output[:, int(classes[row])] - output[:, others].mean(1)
+
+
+def dave_score(
+    model: nn.Module,
+    title: str,
+    size: int,
+    seed: int,
+    alpha: float | None,
+    score: Callable[[Tensor, int, Tensor], Tensor],
+) -> Family:
+    """Return DAVE's family for a score of (logits (n, classes), row of the maps, classes that are asked for)."""
     explainer = DAVE(model, noise_alpha=alpha)
 
     def rows(image: Tensor, classes: Tensor, key: int) -> dict[str, Maps]:
-        found = []
-        for wanted in classes.tolist():
-
-            def score(output: Tensor, wanted: int = wanted) -> Tensor:
-                return output.float().log_softmax(1)[:, wanted]
-
-            found.append(explainer.explain(image, score, size, seed, image_keys=[key]))
+        asked = (partial(score, row=row, classes=classes) for row in range(len(classes)))
+        found = [explainer.explain(image, each, size, seed, image_keys=[key]) for each in asked]
         maps = torch.cat([each.raw for each in found]), torch.cat([each.maps for each in found])
         return {f"{title}, S = {size}": as_maps(maps)}
 

@@ -39,9 +39,13 @@ def test_a_fitted_probe_names_unseen_images_and_follows_the_cells_of_mosaics():
         assert torch.equal(probe(unseen).argmax(1), wanted)
         assert torch.allclose(probe(unseen), probes.features(model, unseen)[pool] @ weight.T + bias, atol=1e-4)
         chosen = probes.draw_mosaics(wanted, 2, 3, 0)
-        own, other = probes.blanking(resized(probe, (64, 64)), metrics.build_mosaics(unseen[chosen]), wanted[chosen])
+        images = metrics.build_mosaics(unseen[chosen])
+        own, other, most = probes.blanking(resized(probe, (64, 64)), images, wanted[chosen])
         assert len(own) == 12
         assert own.mean() > other.mean()
+        assert (most > other).all() and not torch.equal(most, own)
+        # less the mean of the others such logits are themselves: softmax does not see a sum over the classes
+        assert weight.sum(0).abs().max() < 1e-5 * weight.abs().max()
 
 
 def test_a_fit_recovers_the_probabilities_that_made_its_targets():

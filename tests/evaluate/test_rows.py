@@ -46,9 +46,19 @@ def test_questions_beyond_the_logit(model, image):
     plain = rows.dave(model, "DAVE", (8,), SEED, 0.2)(image, classes, 0)["DAVE, S = 8"]["smoothed"]
     contrast = rows.dave_contrast(model, "contrast", 8, SEED, 0.2)(image, classes, 0)["contrast, S = 8"]["smoothed"]
     assert not torch.allclose(plain, contrast, atol=0.05)
-    (found,) = rows.dave_log_softmax(model, "log p", 8, SEED, 0.2)(image, classes, 0).values()
+    (found,) = rows.dave_score(model, "log p", 8, SEED, 0.2, rows.log_p)(image, classes, 0).values()
     assert found["smoothed"].shape == found["as it is"].shape == (1, 32, 32)
     assert not torch.allclose(plain, found["smoothed"], atol=0.05)
+
+
+def test_a_class_against_the_other_asked_ones_is_explained_as_that_contrast(model, image):
+    classes = torch.tensor([2, 0, 4])
+    (found,) = rows.dave_score(model, "others", 8, SEED, 0.2, rows.against_others)(image, classes, 3).values()
+    explainer = DAVE(model, noise_alpha=0.2)
+    for row, (own, one, other) in enumerate(((2, 0, 4), (0, 2, 4), (4, 2, 0))):
+        question = lambda output: output[:, own] - (output[:, one] + output[:, other]) / 2  # noqa: B023, E731
+        expected = explainer.explain(image, question, 8, SEED, image_keys=[3])
+        assert torch.allclose(found["smoothed"][row], expected.maps[0], atol=1e-4)
 
 
 def test_a_method_is_a_row_under_its_name_or_another(model, image):
