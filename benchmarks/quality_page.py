@@ -90,7 +90,8 @@ def section(result: dict[str, Any], folder: Path) -> str:
         else NO_AUTHORS,
         tables="\n\n".join(table(result, heading, cell) for heading, cell in CELLS),
         shrinkage=f"Shrinkage changes the time of a call by {cost['median'] - 1:+.1%} ({cost['low'] - 1:+.1%} to "
-        f"{cost['high'] - 1:+.1%}; {cost['pairs']} pairs of calls with and without it, side by side).",
+        f"{cost['high'] - 1:+.1%}; {cost['pairs']} pairs of calls with and without it, side by side, of 16 samples or "
+        "more).",
         absent="".join(f"- Not measured: {name}: {why}.\n" for name, why in result["not measured"].items()),
         versions=versions,
         minutes=result["seconds of the run"] / 60,

@@ -110,7 +110,7 @@ def evaluate(
         files = _files(source, spec.name, annotated=boxes is not None or masks is not None)
         with screen.status(f"loading {spec.name}"):
             subject = Subject.load(spec, device=device, precision=precision, backend=backend, **method)
-        examples = _examples(files, boxes, masks, subject, chosen)
+        examples = _examples(files, source, boxes, masks, subject, chosen)
         _measure(screen, spec.name, subject, examples, samples, chosen, out)
 
 
@@ -167,6 +167,7 @@ def _files(source: str | None, model: str, *, annotated: bool) -> list[Path] | N
 
 def _examples(
     files: Sequence[Path] | None,
+    source: str | None,
     boxes: Path | None,
     masks: Path | None,
     subject: Subject,
@@ -176,13 +177,13 @@ def _examples(
     from dave_fast.evaluate import DemoScenes, ImageFiles
     from dave_fast.evaluate.annotations import Annotations, read_boxes
 
-    if files is None:
+    if files is None or source is None:
         return DemoScenes(settings.images, settings.seed)
     if masks is not None and not masks.is_dir():
         raise InputError(f"--masks {masks}: there is no such folder.")
     noted = {} if boxes is None else read_boxes(boxes)
     annotations = Annotations(subject.labels, noted, masks)
-    title = f"{len(files)} files of {Path(files[0]).parent.parent.name or '.'}"
+    title = f"{len(files)} files of {Path(source).resolve().name}"
     return ImageFiles(_spread(files), subject.prepare, annotations, title)
 
 

@@ -71,7 +71,9 @@ def tune(
     # On the command line class names are always a file.
     names = spec.labels if isinstance(spec.labels, str) else None
     own = (spec.weights, spec.num_classes, names, spec.image_size, spec.link)
-    save_config(Config(spec.name, found.noise_alpha, found.n_samples, *own), out / CONFIG)
+    # the number of samples is that of such maps
+    shrink = subject.explainer.shrink
+    save_config(Config(spec.name, found.noise_alpha, found.n_samples, *own, shrink=shrink), out / CONFIG)
     picture(found, out / PICTURE)
     _tell(found, out)
 
@@ -114,7 +116,7 @@ def _tell(found: Tuning, out: Path) -> None:
     last, error = list(found.errors.items())[-1]
     screen.print(
         f"n_samples = {found.n_samples} for a correlation of {found.quality:g} with the converged map "
-        f"(relative error below {error:.2f} at {last} samples, nine times in ten)",
+        f"(its relative error, below {error:.2f} at {last} samples nine times in ten, falls as 1/√samples)",
         soft_wrap=True,
     )
     screen.print(f"configuration: {out / CONFIG}   picture: {out / PICTURE}", soft_wrap=True)
@@ -141,7 +143,10 @@ def picture(found: Tuning, path: Path) -> None:
         last, error = list(found.errors.items())[-1]
         reach = np.array([min(found.n_samples, last), max(found.n_samples, last)])
         right.plot(sizes, list(found.errors.values()), color="#2b8a3e", lw=1.8, marker="o", ms=3)
-        right.plot(reach, error * np.sqrt(last / reach), color="#2b8a3e", lw=0.9, ls=":")
+        right.plot(
+            reach, error * np.sqrt(last / reach), color="#2b8a3e", lw=0.9, ls=":", label=f"1/√samples from {last} on"
+        )
+        right.legend(frameon=False, fontsize=7)
         right.axhline(np.sqrt(1 - found.quality**2), color="0.5", lw=0.8, ls="--")
         right.set(
             xlabel="samples", title=f"error; dashed: correlation {found.quality:g}", ylabel="relative error, bound"

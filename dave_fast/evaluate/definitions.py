@@ -39,20 +39,22 @@ PACKAGES = {
 def definitions(settings: EvaluationSettings, setup: MethodSettings, ran: Collection[str]) -> list[tuple[str, str]]:
     """Return pairs (term, explanation) for a run with these settings, `ran` being the methods that ran."""
     spread = SMOOTHGRAD_SHARE * setup.spread
+    shrunk = setup.explainer.get("shrink")
+    alike = "; DAVE's map is shrunk first, no other is" if shrunk else ", alike for every method"
     return [
         ("explained", "the label of an image, or the predicted class where no label is known"),
         (
             "methods",
-            f"DAVE with S = {setup.n_samples}. The frozen gradient is a single unperturbed sample of it. Integrated "
-            f"gradients ({setup.n_samples} steps from 0) and SmoothGrad ({setup.n_samples} samples, σ = {spread:.3g}, "
-            "15 % of the input's range) are captum's, as is input × gradient. All are ⊙ input. |x| and uniform are "
-            "controls.",
+            f"DAVE with S = {setup.n_samples}{', shrunk' if shrunk else ''}. The frozen gradient is a single "
+            f"unperturbed sample of it. Integrated gradients ({setup.n_samples} steps from 0) and SmoothGrad "
+            f"({setup.n_samples} samples, σ = {spread:.3g}, 15 % of the input's range) are captum's, as is input × "
+            "gradient. All are ⊙ input. |x| and uniform are controls.",
         ),
         *((name, text) for name, text in PACKAGES.items() if name in ran),
         (
             "maps",
-            "as it is: the signed sum over channels; smoothed: behind DAVE's own post-processing, alike for every "
-            "method. Only positive values count in the pointing games; curves rank signed values.",
+            f"as it is: the signed sum over channels; smoothed: behind DAVE's own post-processing{alike}. Only "
+            "positive values count in the pointing games; curves rank signed values.",
         ),
         (
             "GridPG",

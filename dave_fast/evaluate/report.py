@@ -99,6 +99,7 @@ def _context(results: Results, summary: Summary, about: About) -> dict[str, Any]
             for variant in VARIANTS
             if metric in summary.verdicts[variant]
         ],
+        "shrunk": ", DAVE's shrunk before it" if about.setup.explainer.get("shrink") else "",
         "outlined": any(one["mask"].any() for one in results.examples),
         "sections": [_section(title, summary, metrics) for title, metrics in SECTIONS.items()],
         "curves": _curve_cards(results),
@@ -255,7 +256,8 @@ def markdown(context: dict[str, Any]) -> str:
         note = " Outlined: the object." if context["outlined"] else ""
         parts += [
             "![The same images explained by every method](examples.png)",
-            f"Maps behind the same post-processing, each on its own scale.{note} The first images; none was chosen.",
+            f"Maps behind the same post-processing{context['shrunk']}, each on its own scale.{note} The first images; "
+            "none was chosen.",
         ]
     if context["verdicts"]:
         head = ("metric", "maps", "DAVE", "rival", "of the rival", "difference, paired", "n", "verdict")

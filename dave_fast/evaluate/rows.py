@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -86,8 +85,10 @@ def dave_score(
     explainer = DAVE(model, noise_alpha=alpha)
 
     def rows(image: Tensor, classes: Tensor, key: int) -> dict[str, Maps]:
-        asked = (partial(score, row=row, classes=classes) for row in range(len(classes)))
-        found = [explainer.explain(image, each, size, seed, image_keys=[key]) for each in asked]
+        def asked(row: int) -> Callable[[Tensor], Tensor]:
+            return lambda output: score(output, row, classes)
+
+        found = [explainer.explain(image, asked(row), size, seed, image_keys=[key]) for row in range(len(classes))]
         maps = torch.cat([each.raw for each in found]), torch.cat([each.maps for each in found])
         return {f"{title}, S = {size}": as_maps(maps)}
 

@@ -52,10 +52,11 @@ def noise_level(model: nn.Module, name: str) -> float:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        why = f"of unknown scale ({reason_of(error)})"
+        why = f"an unknown scale: {reason_of(error)}"
     if chosen != tuned:
         logger.info(
-            "noise_alpha is %g for %s, whose pixels are %s; noise_alpha= sets another, `dave-fast tune` measures it",
+            "noise_alpha is %g for %s, by the scale of its pixels (%s): --noise-alpha or noise_alpha= sets another, "
+            "`dave-fast tune` measures one",
             chosen,
             name,
             why,

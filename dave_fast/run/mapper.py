@@ -114,6 +114,10 @@ class Mapper:
         if isinstance(settings.model, ModelSpec) and settings.model.random_weights:
             self.notes.append("the weights are random: the maps show the mechanics and mean nothing.")
         self.notes += [self.prepare.note] if self.prepare.note else []
+        if settings.options.get("noise_alpha") is None:
+            self.notes.append(
+                f"noise_alpha is {self.explainer.sampling.noise_alpha:g} for {self.explainer.model_name}."
+            )
         self.device = str(self.explainer.device)
         self.batch_size = settings.batch_size or _BATCH.get(self.explainer.device.type, 4)
 

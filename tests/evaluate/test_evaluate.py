@@ -137,9 +137,13 @@ def test_settings_of_a_file_are_taken_unless_said_otherwise(tmp_path):
     run("--config", tmp_path / "model.toml", *quick)
     setup = json.loads((tmp_path / "out" / "results.json").read_text())["setup"]
     assert (setup["n_samples"], setup["explainer"]["noise_alpha"], setup["explainer"]["shrink"]) == (1, 0.25, False)
+    assert "post-processing, alike for every method" in (tmp_path / "out" / "report.md").read_text()
     run("--config", tmp_path / "model.toml", "--noise-alpha", 0.5, "--n-samples", 2, "--shrink", *quick)
     setup = json.loads((tmp_path / "out" / "results.json").read_text())["setup"]
     assert (setup["n_samples"], setup["explainer"]["noise_alpha"], setup["explainer"]["shrink"]) == (2, 0.5, True)
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "DAVE with S = 2, shrunk." in report and "DAVE's map is shrunk first, no other is" in report
+    assert "alike for every method" not in report
 
 
 def test_randomisation_goes_from_the_head_down_repeatably_and_keeps_scales():

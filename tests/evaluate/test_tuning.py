@@ -115,7 +115,7 @@ def test_the_command_writes_a_file_that_other_commands_take(tmp_path, monkeypatc
     result = CliRunner().invoke(app, ["tune", "--images", "3", "--precision", "fp32", "--out", str(tmp_path / "tuned")])
     assert result.exit_code == 0, result.output
     config = load_config(tmp_path / "tuned" / "dave-fast.toml")
-    assert config.model == "demo"
+    assert config.model == "demo" and config.shrink is True
     assert f"noise_alpha = {config.noise_alpha:g}" in result.output
     assert f"n_samples = {config.n_samples}" in result.output
     # the output is no terminal

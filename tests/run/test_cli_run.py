@@ -43,6 +43,7 @@ def test_run_resume_and_export(photos, tmp_path):
     settings = ("--model", "demo", "--n-samples", 2, "--precision", "fp32", "--out", out)
     result = call("run", photos, *settings, "--limit", 2)
     assert "2 maps made" in result.stdout and "2 records in 1 shards" in result.stdout
+    assert "noise_alpha is 0.023 for demo" in result.stderr
     (photos / "bad.png").write_bytes(b"no image")
     result = call("run", photos, *settings, code=2)
     assert "source.records: 3 before, 4 now" in result.stderr
