@@ -96,6 +96,7 @@ def test_folders_are_evaluated_by_what_is_known_of_them(tmp_path, monkeypatch):
     settings = ("--n-samples", 1, "--noise-alpha", 0.1, "--methods", "", "--groups", "localisation,grids")
     said = run(tmp_path / "in", "--model", "x", "--boxes", tmp_path / "boxes.csv", "--out", tmp_path / "out", *settings)
     assert "1 files left out" in said.output
+    assert "on 3 files of in" in (tmp_path / "out" / "report.md").read_text()
     assert "0 classes are named rightly" in said.output
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (found["facts"]["images"], found["facts"]["labelled"]) == (2, 1)
