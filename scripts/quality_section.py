@@ -3,6 +3,7 @@
 import json
 from collections import defaultdict
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -124,32 +125,43 @@ def _plain(scores: Scores, facts: dict[str, Any], settings: dict[str, Any]) -> s
         found = scores.get(head, {}).get(row, {}).get(metric)
         return f"{interval(found).mean:.3f}" if found else "–"
 
+    def tried(head: str, what: str) -> str:
+        """Return the range of GridPG over the settings that were tried on the half for choices."""
+        in_mosaics = settings[head]["mosaics"].items()
+        (found,) = (each.values() for title, each in in_mosaics if title.startswith(f"GridPG 2x2 by {what}"))
+        return f"{min(found):.3f} to {max(found):.3f}"
+
+    def of_heads(row: str, metric: str) -> str:
+        return ", ".join(mean(row, metric, head) for head in scores)
+
     token = "class token"
-    in_mosaics = settings[token]["mosaics"]
-    by_gammas, by_alpha = (
-        next(tried for title, tried in in_mosaics.items() if title.startswith(f"GridPG 2x2 by {what}"))
-        for what in ("gammas", "noise_alpha")
-    )
-    return f"""\
-**Where DAVE is ahead.** On photographs of one animal it puts more of its evidence into the box than every method that
-multiplies pixels by gradients, under every head: EnergyPG {mean(DEFAULT)} under *class means*, integrated gradients
-{mean("integrated gradients")}, SmoothGrad {mean("SmoothGrad")}, one unperturbed sample of its own
-{mean("frozen gradient")}, LeGrad {mean("LeGrad")}, a blind map {mean(CONTROL)}. 16 samples with shrinkage have
-{mean("DAVE, S = 16")}, 256 without it {mean(PAPERS)}.
+    said = f"""\
+**Where DAVE is ahead.** On photographs of one animal it puts more of its evidence into the box than input × gradient,
+integrated gradients and SmoothGrad, at their own settings or in its time, than one unperturbed sample of its own, and
+than LeGrad, under every head: EnergyPG {mean(DEFAULT)} under *class means*, integrated gradients
+{mean("integrated gradients")}, SmoothGrad {mean("SmoothGrad")}, the sample {mean("frozen gradient")}, LeGrad
+{mean("LeGrad")} (a blind map: {mean(CONTROL)}). 16 samples with shrinkage have {mean("DAVE, S = 16")}, 256 without it
+{mean(PAPERS)}.
 
-**Where it is not.** Libra FullGrad+ and AttnLRP, one pass each, have about as much in the box
-({mean("Libra FullGrad+")} and {mean("AttnLRP")}) and far more in the right cell of a mosaic, where a map has to tell
-classes apart. Deletion and insertion are better by input × gradient. DAVE's maps of the same photograph for two classes
-are more alike than LeGrad's, and on two photographs its maps of models with ever more random weights stay more like
-those of the trained one than other methods' do: what is smooth and ⊙ pixels keeps the shapes of the photograph.
+**Where it is not.** Libra FullGrad+ and AttnLRP, one pass each, have about as much in the box ({", ".join(scores)}:
+{of_heads("Libra FullGrad+", "EnergyPG")} and {of_heads("AttnLRP", "EnergyPG")}, DAVE {of_heads(DEFAULT, "EnergyPG")})
+and more in the right cell of a mosaic, where a map has to tell classes apart
+({of_heads("Libra FullGrad+", "GridPG 2x2")} and {of_heads("AttnLRP", "GridPG 2x2")}, DAVE
+{of_heads(DEFAULT, "GridPG 2x2")}). Deletion and insertion are better by input × gradient, on
+the few photographs that were asked (n below). Under *{token}* DAVE's maps of a photograph for two classes correlate by
+{mean(DEFAULT, "class similarity", token)}, LeGrad's by {mean("LeGrad", "class similarity", token)}.
 
-**Why mosaics are hard for it.** The model does look: under *{token}* the logit of a cell's class falls most with its
-own cell in {facts["heads"][token]["cells where its own is most"]:.0%} of the cells. It is not α, S or the question
-(below); the α that was best in three mosaics is worse than the default in the others. It is γ: on the half for choices
-the γ tried give AttnLRP from {min(by_gammas.values()):.3f} to {max(by_gammas.values()):.3f}, α gives DAVE from
-{min(by_alpha.values()):.3f} to {max(by_alpha.values()):.3f}. γ lets positive weights through more than negative ones,
-FullGrad+ adds up the tokens of every block: both leave the model's own linear operator on pixels, which is what DAVE
-shows, and pixels know their class less than tokens do."""
+**Why mosaics are hard for it.** The model does look: under *{token}* the logit of a cell's class falls by
+{facts["heads"][token]["blanked itself"]:.2f} when the cell is blanked, by
+{facts["heads"][token]["blanked another"]:.2f} when another is. Nor is it α: over the α tried on the half for choices
+GridPG of DAVE goes from {tried(token, "noise_alpha")}, over the γ that of AttnLRP from
+{tried(token, "gammas")} (*class means*: {tried("class means", "noise_alpha")} and
+{tried("class means", "gammas")}), the best γ of the patch embedding being the largest tried; and the α
+that was best in three mosaics is worse than the default in others. Nor, between 16 and 32, the number of samples, nor
+the question: *log p* and the contrast with the mosaic's other classes change little (below). γ lets positive weights
+through more than negative ones, FullGrad+ adds up the tokens of every block. Both leave the model's own linear operator
+on pixels, which is what DAVE shows, and pixels tell classes apart less than tokens do."""
+    return "\n\n".join(fill(paragraph, 120) for paragraph in said.split("\n\n"))
 
 
 def _verdicts(scores: Scores) -> list[str]:
