@@ -85,7 +85,8 @@ def measure(name: str, out: Path) -> None:
 PREFACE = """\
 How good the maps are, against the usual alternatives, on the one model whose evidence is known to the pixel:
 the embedded demo model and its held-out scenes. A small model on drawn scenes says which method is sound, not
-how it does on ImageNet; the paper's own numbers for that are in its Table 1.
+how it does on ImageNet; the paper's own numbers for that are in its Table 1. A trained model and photographs follow
+[below](#on-photographs-by-a-trained-model).
 
 One evaluation in parts of the same model, scenes, mosaics and seeds, the settings of each committed before it was run
 (`scripts/quality.py`), on a machine that other work shared, so no time was measured: first `images` and `mosaics`; on
@@ -101,8 +102,9 @@ Borders between patches show least in LeGrad, whose map is one number a patch, e
 It is its γ rule, not α, S, the noise or the question. Without γ AttnLRP is the frozen gradient ⊙ input, 0.321; with γ
 = 0.25 on the patch embedding alone it has 0.367, with 0.05 on linear layers alone 0.329, with both 0.385. DAVE without
 shrinkage and S = 16 has 0.337, 0.339 and 0.334 at α = 0, 0.2 and 0.5, with S = 64 at α = 0.2 0.351: averaging adds
-0.02 to 0.03 to the frozen gradient, whatever α. The logit minus the mean of the other logits changes nothing: frozen
-gradient 0.321, DAVE with S = 16 at α = 0.2 0.338, AttnLRP 0.384. A position embedding repeated in every cell, in place
+0.02 to 0.03 to the frozen gradient, whatever α. The logit minus the mean of the other logits changes nothing (the rows
+of this head nearly sum to 0, so that it is nearly the same question): frozen gradient 0.321, DAVE with S = 16 at
+α = 0.2 0.338, AttnLRP 0.384. A position embedding repeated in every cell, in place
 of one resampled to the mosaic's size, gives AttnLRP 0.399 and DAVE 0.349. The γ rule lets positive weights through
 more than negative ones; what comes back is no longer the model's own linear operator, which is what DAVE averages.
 **Libra FullGrad+**, one pass, is far ahead of both there, 0.528: it adds up what the tokens of every block contribute,

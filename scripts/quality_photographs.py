@@ -17,7 +17,8 @@ Measured on two Zen 4 cores, a process of one thread each, in minutes of one cor
     choose        24 to 28 for each of three heads, most of it AttnLRP with every γ and the four classes of a mosaic
     photographs   37 under class means (S up to 256, path methods at their own steps), 13 under each other head
     mosaics-2x2   18 under class means, 38 under each probe
-    the rest      not measured as a whole, more than 40
+    mosaics-3x3   2 for a family of two mosaics
+    behaviour     30; randomised 10; facts 2
 """
 
 import argparse
