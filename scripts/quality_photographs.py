@@ -18,7 +18,7 @@ Measured on two Zen 4 cores, a process of one thread each, in minutes of one cor
     photographs   37 under class means (S up to 256, path methods at their own steps), 13 under each other head
     mosaics-2x2   18 under class means, 38 under each probe
     mosaics-3x3   2 for a family of two mosaics
-    behaviour     30; randomised 10; facts 2
+    the rest      behaviour 40, randomised 15, facts 2
 """
 
 import argparse

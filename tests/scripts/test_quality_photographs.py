@@ -125,7 +125,10 @@ def test_it_is_chosen_on_one_half_measured_on_the_other_resumed_and_written(monk
     for row in ("DAVE, S = 32, paper's", "Libra FullGrad+", "AttnLRP", "integrated gradients, in DAVE's time"):
         assert f"| {row} |" in text
     intervals = json.loads((given / "results.json").read_text())["intervals"]
-    assert 0 <= intervals["patch average"]["DAVE, contrast, best α, S = 4"]["EnergyPG"]["mean"] <= 1
+    assert 0 <= intervals["patch average"]["DAVE, log p, best α, S = 4"]["EnergyPG"]["mean"] <= 1
+    # to a probe's logits the mean of the others is no contrast; that of a mosaic's other classes is
+    assert not any("contrast" in row for row in intervals["patch average"])
+    assert "DAVE, against the mosaic's others, S = 2" in intervals["class token"]
 
 
 def test_a_method_that_cannot_run_is_named_and_the_others_are_measured(monkeypatch, given, small, capsys):
