@@ -87,3 +87,5 @@ def test_passes_in_the_time_of_a_slower_method_are_more(model, image, monkeypatc
     monkeypatch.setattr(rows, "_seconds", lambda family, image, classes: cost.get(family, family))
     # 0.5 seconds and 0.25 a pass: (6 − 0.5)/0.25 passes
     assert rows.passes_in_the_time_of("slow", lambda passes: 0.5 + 0.25 * passes, image, None) == 22
+    # ten passes that took no longer than two do not make it millions: (6 − 2)/(2/40) + 2
+    assert rows.passes_in_the_time_of("slow", lambda passes: 2.0, image, None) == 82
