@@ -73,7 +73,10 @@ def tune(
     own = (spec.weights, spec.num_classes, names, spec.image_size, spec.link)
     # the number of samples is that of such maps
     shrink = subject.explainer.shrink
-    save_config(Config(spec.name, found.noise_alpha, found.n_samples, *own, shrink=shrink), out / CONFIG)
+    # a folder, as seen from wherever the file is used
+    folder = Path(spec.name.removeprefix("hf:"))
+    name = f"hf:{folder.resolve()}" if spec.name.startswith("hf:") and folder.is_dir() else spec.name
+    save_config(Config(name, found.noise_alpha, found.n_samples, *own, shrink=shrink), out / CONFIG)
     picture(found, out / PICTURE)
     _tell(found, out)
 

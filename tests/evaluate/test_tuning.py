@@ -1,8 +1,12 @@
 """Test tuning: the choice with known answers, the number of samples, and a run on a small model."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from dave_fast import DAVE
@@ -128,3 +132,28 @@ def test_the_command_refuses_before_it_loads(tmp_path):
         result = CliRunner().invoke(app, ["tune", *arguments, "--out", str(tmp_path / "out")])
         assert result.exit_code == 2
         assert said in result.output
+
+
+def test_a_folder_of_a_model_is_found_from_wherever_the_file_is_used(tmp_path, monkeypatch):
+    monkeypatch.setattr("dave_fast.evaluate.tuning.ERROR_SAMPLES", 8)
+    model = random_head_vit(num_classes=5)
+    (tmp_path / "model").mkdir()
+    save_file(model.state_dict(), tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    tiny = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 5, "model_args": tiny}
+    config["pretrained_cfg"] = {"input_size": [3, 32, 32], "num_classes": 5, "classifier": "head"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    arguments = ["tune", "photos", "--model", "hf:./model", "--precision", "fp32", "--out", "sub/tuned"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    monkeypatch.chdir(tmp_path / "sub")
+    result = CliRunner().invoke(
+        app, ["explain", "../photos/1.png", "--config", "tuned/dave-fast.toml", "--out", "maps"]
+    )
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "sub" / "maps" / "1.npz").exists()
