@@ -201,7 +201,8 @@ def measure(kind: str, explainer: dave_fast.DAVE, examples: Iterator[Example], o
         print(f"{kind} {number + 1} of {IMAGES[kind]}", flush=True)
     content = {
         "environment": machine.environment(),
-        "model": explainer.model_name,
+        # a folder by its name alone
+        "model": explainer.model_name.rpartition("/")[2],
         "precision": explainer.precision,
         "noise_alpha": explainer.sampling.noise_alpha,
         "limit": LIMITS[kind],
