@@ -1,7 +1,6 @@
 """The script that measures and writes everything on a trained model: what it calls exists and takes those options."""
 
 import re
-import shlex
 import subprocess
 from pathlib import Path
 
@@ -14,17 +13,18 @@ SCRIPT = ROOT / "scripts" / "measure_trained"
 def called(tmp_path, *arguments):
     """Run the script with an interpreter that only notes its arguments, and return them, a list for each call."""
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
+    python.write_text(f'#!/bin/sh\nprintf "%s\\t" "$@" >> {tmp_path}/calls; echo >> {tmp_path}/calls\n')
     python.chmod(0o755)
     environment = {"PYTHON": str(python), "PATH": "/usr/bin:/bin", "AUTHORS": "authors"}
     subprocess.run([SCRIPT, *arguments], env=environment, check=True)
-    return [shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines()]
+    return [line.rstrip("\t").split("\t") for line in (tmp_path / "calls").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("arguments", [("measure", "hf:/m", "p", "b.json", "c", "out"), ("write", "out")])
+@pytest.mark.parametrize("arguments", [("measure", "hf:/m", "two words", "b.json", "c", "out"), ("write", "out")])
 def test_every_call_is_of_a_file_that_has_its_options(tmp_path, arguments):
     calls = called(tmp_path, *arguments)
     assert len(calls) > 3
+    assert arguments[0] == "write" or sum("two words" in call for call in calls) == 6
     for call in calls:
         path = f"{call[1].replace('.', '/')}.py" if call[0] == "-m" else call[0]
         text = (ROOT / path).read_text()
