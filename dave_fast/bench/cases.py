@@ -215,6 +215,7 @@ CASES: dict[str, Callable[[Shapes], list[Case]]] = {
     "pull_back_mean": pixel_cases.pull_back_mean,
     "robust_mean_variance": partial(pixel_cases.robust_mean, variance=True),
     "pull_back_mean_variance": partial(pixel_cases.pull_back_mean, variance=True),
+    "spread_mean_variance": pixel_cases.spread_mean,
     "shrink": pixel_cases.shrink,
     "smooth": pixel_cases.smooth,
     "linear": _linear,

@@ -12,7 +12,7 @@ FOLDER = ROOT / "tests" / "ops"
 # ops that are tested in another op's file
 FILES = {"attention_vjp": "attention", "row_rstd": "linear", "linear_fp8": "fp8", "rotate": "rotary"}
 FILES |= dict.fromkeys(("normalize", "normalize_vjp", "assemble"), "norms_and_tokens")
-FILES |= {f"{op}_variance": op for op in ("robust_mean", "pull_back_mean")}
+FILES |= {f"{op}_variance": op for op in ("robust_mean", "pull_back_mean", "spread_mean")}
 ENGINE_TEST = ROOT / "tests" / "engine" / "test_walks.py"
 SECONDS = 900
 

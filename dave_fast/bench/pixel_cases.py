@@ -14,6 +14,7 @@ from dave_fast.bench.shapes import Shapes
 from dave_fast.ops.precision import statistics_dtype
 from dave_fast.ops.pull_back import pull_back_ref
 from dave_fast.ops.robust_mean import EPSILON, KEPT_SIGMAS, MAD_TO_SIGMA
+from dave_fast.ops.spread_mean import densities_of
 from dave_fast.sampling import Draws, draw
 
 # more than one, so that a form that reads the first image for all rows is found wrong
@@ -83,13 +84,39 @@ def pull_back_mean(shapes: Shapes, *, variance: bool = False) -> list[Case]:
 
     def undecided(wide: Operands) -> list[Undecided]:
         contributions = pull_back_ref(wide["cotangents"], wide["images"], wide["draws"], shapes.patch)
-        # float32 rounds the warp's source positions, in pixels, and the random cotangents of neighbours are unrelated
-        share = 1e-4 + 5e-6 * max(shapes.image[1:])
-        return _undecided(contributions.unflatten(0, (-1, shapes.samples)), share, variance=variance)
+        return _undecided(contributions.unflatten(0, (-1, shapes.samples)), _warp_error(shapes), variance=variance)
 
     operands = _cotangents(shapes, IMAGES * shapes.samples)
     op = "pull_back_mean_variance" if variance else "pull_back_mean"
     return [replace(case, op=op, name=op, operands=operands, bind=calling(op, call), undecided=undecided)]
+
+
+def spread_mean(shapes: Shapes) -> list[Case]:
+    """Return the case of IMAGES means of S rows."""
+    patches = shapes.image[1:], shapes.patch
+
+    def operands(generator: torch.Generator, dtype: torch.dtype) -> Operands:
+        rows = IMAGES * shapes.samples
+        values = numbers(generator, rows, shapes.patches).to(statistics_dtype(dtype))
+        return {"values": values, "draws": _draws(generator, shapes, rows)}
+
+    def call(run: Callable[..., Any], given: Operands, dtype: torch.dtype) -> Any:
+        return run(given["values"], given["draws"], *patches, shapes.samples)
+
+    def undecided(wide: Operands) -> list[Undecided]:
+        densities = densities_of(wide["values"], wide["draws"], *patches)
+        return _undecided(densities.unflatten(0, (-1, shapes.samples)), _warp_error(shapes), variance=True)
+
+    op = "spread_mean_variance"
+    return [Case(op, op, operands, calling(op, call), named("values"), undecided=undecided)]
+
+
+def _warp_error(shapes: Shapes) -> float:
+    """Return a bound of float32's error in what is pulled back, as a share of the largest value.
+
+    float32 rounds the warp's source positions, in pixels, and the random cotangents of neighbours are unrelated.
+    """
+    return 1e-4 + 5e-6 * max(shapes.image[1:])
 
 
 def _undecided(contributions: Tensor, share: float, *, variance: bool) -> list[Undecided]:

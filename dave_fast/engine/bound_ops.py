@@ -37,6 +37,7 @@ class PixelOps:
         self.pull_back: Callable[..., Tensor] = bind("pull_back")
         self.pull_back_mean: Callable[..., Tensor] = bind("pull_back_mean")
         self.pull_back_mean_variance: Callable[..., tuple[Tensor, Tensor]] = bind("pull_back_mean_variance")
+        self.spread_mean_variance: Callable[..., tuple[Tensor, Tensor]] = bind("spread_mean_variance")
         self.robust_mean: Callable[..., Tensor] = bind("robust_mean")
         self.robust_mean_variance: Callable[..., tuple[Tensor, Tensor]] = bind("robust_mean_variance")
         self.shrink: Callable[..., Tensor] = bind("shrink")

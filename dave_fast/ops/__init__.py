@@ -1,6 +1,7 @@
 """The ops of the method: each a reference in PyTorch, and faster forms of the same function.
 
 perturb, pull_back, pull_back_mean    images -> tokens, and cotangents of tokens -> contributions; public, checked
+spread_mean                           evidence of patches -> maps of pixels; public, checked
 robust_mean, shrink, smooth           contributions -> raw, its variance -> maps; public, checked
 linear, activation, attention         the products of the walks, gates and softmax, and their frozen VJPs
 norm, rotary, tokens                  norms, rotary position embedding, the residual stream of prefix tokens and patches

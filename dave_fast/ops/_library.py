@@ -33,6 +33,10 @@ SCHEMAS = {
         f"(Tensor g, Tensor images, Tensor[] draws, {_PATCHES}, int samples, str backend) -> (Tensor, Tensor)"
     ),
     "robust_mean_variance": "(Tensor contributions, str backend) -> (Tensor, Tensor)",
+    "spread_mean_variance": (
+        f"(Tensor values, Tensor[] draws, int height, int width, {_PATCHES}, int samples, str backend)"
+        " -> (Tensor, Tensor)"
+    ),
     "shrink": "(Tensor raw, Tensor variance, str backend) -> Tensor",
     "smooth": "(Tensor raw, str backend) -> Tensor",
 }
@@ -73,6 +77,9 @@ _RUNS: dict[str, Callable[..., Any]] = {
     "robust_mean_variance": lambda contributions, backend: _public("robust_mean_variance")(
         contributions, backend=backend
     ),
+    "spread_mean_variance": lambda values, draws, height, width, p_h, p_w, samples, backend: _public(
+        "spread_mean_variance"
+    )(values, Draws(*draws), (height, width), (p_h, p_w), samples, backend=backend),
     "shrink": lambda raw, variance, backend: _public("shrink")(raw, variance, backend=backend),
     "smooth": lambda raw, backend: _public("smooth")(raw, backend=backend),
 }
@@ -88,6 +95,9 @@ _FAKES: dict[str, Callable[..., Any]] = {
     ),
     "robust_mean": lambda contributions, backend: contributions.new_empty(
         contributions.shape[:1] + contributions.shape[2:], dtype=statistics_dtype(contributions.dtype)
+    ),
+    "spread_mean_variance": lambda values, draws, height, width, p_h, p_w, samples, backend: _raw_and_variance(
+        values.new_empty(len(values) // samples, 1, height, width)
     ),
     "shrink": lambda raw, variance, backend: raw.new_empty(raw[:, :1].shape),
     "smooth": lambda raw, backend: raw.new_empty(raw.shape[:1] + raw.shape[2:]),

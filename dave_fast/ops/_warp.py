@@ -46,7 +46,7 @@ def take(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 def rows_a_chunk(images: Tensor) -> int:
     """Return how many rows a reference handles at once, so that its temporaries stay small."""
-    return max(1, (1 << 22) // images[0].numel())
+    return max(1, (1 << 22) // images.shape[1:].numel())
 
 
 def tokens_shape(images: Tensor, draws: Draws, patch_size: PatchSize) -> tuple[int, int, int]:
@@ -61,10 +61,15 @@ def check(images: Tensor, draws: Draws, patch_size: PatchSize) -> tuple[int, int
     check_dtype("images", images, COMPUTED)
     if images.ndim != 4 or 0 in images.shape:
         raise InputError(f"images must have the shape (B, C, H, W), none of them 0; got {tuple(images.shape)}")
-    if not isinstance(draws, Draws):
-        raise TypeError(f"draws must be a dave_fast.sampling.Draws; got {type(draws).__name__}")
+    check_draws(draws)
     if len(draws) and not 0 <= int(draws.image_index.min()) <= int(draws.image_index.max()) < len(images):
         raise InputError(f"draws.image_index must be in [0, {len(images)}), the images of the batch")
+    return tokens_shape(images, draws, patch_size)
+
+
+def check_draws(draws: Draws) -> None:
+    """Raise TypeError or InputError where draws are none, or have matrices that are not finite."""
+    if not isinstance(draws, Draws):
+        raise TypeError(f"draws must be a dave_fast.sampling.Draws; got {type(draws).__name__}")
     if not bool(draws.matrices.isfinite().all()):
         raise InputError("draws.matrices must be finite")
-    return tokens_shape(images, draws, patch_size)

@@ -147,15 +147,15 @@ def adjoint_warp(cotangents: Tensor, draws: Draws, rows: slice = slice(None)) ->
     centre_x, centre_y = _warp.source(backward.to(cotangents), x, y)
     half = reach.to(cotangents)[:, :, None, None]
     first_x, first_y = (centre_x - half[:, 0]).floor() + 1, (centre_y - half[:, 1]).floor() + 1
-    # Each row has a count of its own, so that its bits do not depend on the other rows of the batch.
+    # Each row has a count of its own, so that its bits and NaNs do not depend on the other rows of the batch.
     counts = (2 * reach).ceil().to(cotangents.device)[:, :, None, None]
     pulled = cotangents.new_zeros(*cotangents.shape[:2], *centre_x.shape[1:])
     for j in range(_candidates(reach[:, 1])):
         for i in range(_candidates(reach[:, 0])):
-            p_x, p_y = first_x + i, first_y + j
+            # beyond a row's count the destination is one outside of the image, which is read as 0
+            p_x, p_y = torch.where((i < counts[:, 0]) & (j < counts[:, 1]), first_x + i, -1), first_y + j
             source_x, source_y = _warp.source(matrices, p_x, p_y)
             weight = _warp.tent(source_x - x) * _warp.tent(source_y - y)
-            weight = torch.where((i < counts[:, 0]) & (j < counts[:, 1]), weight, 0)
             pulled += weight[:, None] * _warp.take(cotangents, p_x, p_y)
     return pulled
 

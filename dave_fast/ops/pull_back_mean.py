@@ -8,7 +8,7 @@ any dtype (bfloat16 halves them), and the contributions of one tile. DAVE, arXiv
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ REF_TILE = 32
 SCRATCH_BYTES = 16 << 20
 # Source pixels of the smallest tile: one block of threads.
 SMALLEST_TILE = 128
+# Makes the contributions (rows, C, rows of pixels, W) of some rows of the draws at some rows of source pixels.
+Pull = Callable[[slice, slice], Tensor]
 
 
 def pull_back_mean(
@@ -100,9 +102,14 @@ def _run(
     if torch.compiler.is_compiling():
         return _library.call(op, token_cotangents, images, draws, *patch_hw(patch_size), n_samples, backend)
     check(token_cotangents, images, draws, patch_size)
+    check_samples(n_samples, draws)
+    return _registry.run(op, backend, token_cotangents, images, draws, patch_size, n_samples)
+
+
+def check_samples(n_samples: int, draws: Draws) -> None:
+    """Raise InputError where the rows of the draws are not those of images with n_samples each."""
     if not isinstance(n_samples, int) or n_samples < 1 or len(draws) % n_samples:
         raise InputError(f"n_samples must divide the {len(draws)} rows of the draws; got {n_samples!r}")
-    return _registry.run(op, backend, token_cotangents, images, draws, patch_size, n_samples)
 
 
 def pull_back_mean_ref(
@@ -110,7 +117,8 @@ def pull_back_mean_ref(
 ) -> Tensor:
     """Run `pull_back_mean` in PyTorch, on any device."""
     raw = images.new_empty(len(draws) // n_samples, *images.shape[1:])
-    for b, rows, contributions in _tiles(token_cotangents, images, draws, patch_size, n_samples):
+    pull = _puller(token_cotangents, images, draws, patch_size)
+    for b, rows, contributions in tiles(raw, n_samples, pull):
         raw[b, :, rows] = robust_mean_ref(contributions[None])[0]
     return raw
 
@@ -121,25 +129,34 @@ def pull_back_mean_variance_ref(
     """Run `pull_back_mean_variance` in PyTorch, on any device."""
     raw = images.new_empty(len(draws) // n_samples, *images.shape[1:])
     variance = variance_like(raw)
-    for b, rows, contributions in _tiles(token_cotangents, images, draws, patch_size, n_samples):
+    pull = _puller(token_cotangents, images, draws, patch_size)
+    for b, rows, contributions in tiles(raw, n_samples, pull):
         (raw[b, :, rows],), (variance[b, rows],) = robust_mean_variance_ref(contributions[None])
     return raw, variance
 
 
-def _tiles(
-    token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: PatchSize, n_samples: int
-) -> Iterator[tuple[int, slice, Tensor]]:
-    """Yield an image's number, rows of its source pixels, and its contributions (S, C, rows, W) there."""
-    channels, height, width = images.shape[1:]
-    step = min(n_samples, _warp.rows_a_chunk(images))
-    for b in range(len(draws) // n_samples):
+def _puller(token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: PatchSize) -> Pull:
+    """Return what makes contributions of a part of the draws."""
+    return lambda part, rows: contributions_of(token_cotangents[part], images, draws[part], patch_size, rows)
+
+
+def tiles(raw: Tensor, n_samples: int, pull: Pull) -> Iterator[tuple[int, slice, Tensor]]:
+    """Yield an image's number, rows of its source pixels, and its contributions (S, C, rows, W) there.
+
+    Args:
+        raw: (B, C, H, W), of the dtype and on the device of the contributions; not read.
+        n_samples: S.
+        pull: makes the contributions.
+    """
+    _, channels, height, width = raw.shape
+    step = min(n_samples, _warp.rows_a_chunk(raw))
+    for b in range(len(raw)):
         for top in range(0, height, REF_TILE):
             rows = slice(top, min(top + REF_TILE, height))
-            contributions = images.new_empty(n_samples, channels, rows.stop - top, width)
+            contributions = raw.new_empty(n_samples, channels, rows.stop - top, width)
             for start in range(0, n_samples, step):
                 part = slice(b * n_samples + start, b * n_samples + min(start + step, n_samples))
-                made = contributions_of(token_cotangents[part], images, draws[part], patch_size, rows)
-                contributions[start : start + step] = made
+                contributions[start : start + step] = pull(part, rows)
             yield b, rows, contributions
 
 

@@ -329,6 +329,10 @@ OF_THE_FIRST = {
     "robust_mean_variance": lambda batch: tuple(
         each.expand(len(batch), *each.shape[1:]) for each in reference("robust_mean_variance")(batch[:1])
     ),
+    "spread_mean_variance": lambda values, draws, size, patch, n: tuple(
+        each.expand(len(values) // n, *each.shape[1:])
+        for each in reference("spread_mean_variance")(values[:n], draws[:n], size, patch, n)
+    ),
     "shrink": lambda raw, variance: reference("shrink")(raw[:1], variance[:1]).expand(len(raw), 1, *raw.shape[2:]),
     "smooth": lambda batch: reference("smooth")(batch[:1]).expand(len(batch), *batch.shape[2:]),
 }

@@ -10,6 +10,7 @@ from dave_fast.ops.pull_back_mean import pull_back_mean, pull_back_mean_variance
 from dave_fast.ops.robust_mean import robust_mean, robust_mean_variance
 from dave_fast.ops.shrink import shrink
 from dave_fast.ops.smooth import smooth
+from dave_fast.ops.spread_mean import spread_mean_variance
 from dave_fast.sampling import draw
 
 PATCH = (4, 8)
@@ -33,6 +34,7 @@ def arguments(op, case):
         "robust_mean": (images.bfloat16(), "torch"),
         "pull_back_mean_variance": (cotangents, images, draws.tensors(), *PATCH, 3, "torch"),
         "robust_mean_variance": (cotangents.bfloat16(), "torch"),
+        "spread_mean_variance": (cotangents[..., 0].contiguous(), draws.tensors(), 8, 16, *PATCH, 3, "torch"),
         "shrink": (images, images[:, 0].double().square(), "torch"),
         "smooth": (images.double(), "torch"),
     }[op]
@@ -53,7 +55,8 @@ def test_a_compiled_function_has_them_as_nodes(case, backend):
         again, variance = robust_mean_variance(contributions.view(2, 3, 3, 8, 16), backend=backend)
         of_tiles = pull_back_mean_variance(tokens + cotangents, images, draws, PATCH, 3, backend=backend)
         shrunk = shrink(raw, variance, backend=backend)
-        return smooth(shrunk, backend=backend), raw - tiled, again - of_tiles[0], of_tiles[1]
+        of_patches = spread_mean_variance(cotangents[..., 0], draws, (8, 16), PATCH, 3, backend=backend)
+        return smooth(shrunk, backend=backend), raw - tiled, again - of_tiles[0], of_tiles[1], *of_patches
 
     graphs = []
 
