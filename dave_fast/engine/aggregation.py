@@ -7,15 +7,50 @@ divided into groups, and the images are walked forward once for each group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import itemgetter
 
 from torch import Tensor
 
 from dave_fast.engine import free_memory, memory
 from dave_fast.engine.bound_ops import PixelOps
+from dave_fast.engine.levels import Pulled, TokenGrid, levels_of
 from dave_fast.engine.micro_batches import MicroBatches, Pacer, Progress
 from dave_fast.sampling import Draws
 from dave_fast.targets.cotangents import Cotangent
+
+# raw (b, C, H, W), signed maps and maps (b, H, W)
+Made = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Attributions:
+    """Maps of B images, K targets and L levels, in the dtype of the images.
+
+    Attributes:
+        raw: (B, K, L, C, H, W); at a block each channel has an equal share of the evidence.
+        signed: (B, K, L, H, W).
+        maps: (B, K, L, H, W).
+    """
+
+    raw: Tensor
+    signed: Tensor
+    maps: Tensor
+
+    @classmethod
+    def empty(cls, images: Tensor, targets: int, levels: int) -> Attributions:
+        """Return memory for those of images (B, C, H, W)."""
+        count, channels, *size = images.shape
+        raw = images.new_empty(count, targets, levels, channels, *size)
+        return cls(raw, *(images.new_empty(count, targets, levels, *size) for _ in range(2)))
+
+    def store(self, some: slice, target: int, level: int, made: Made) -> None:
+        """Copy raw (b, C or 1, H, W), signed maps and maps (b, H, W) of some images into their place."""
+        raw, signed, maps = made
+        channels = self.raw.shape[3]
+        self.raw[some, target, level] = raw if raw.shape[1] == channels else raw / channels
+        self.signed[some, target, level], self.maps[some, target, level] = signed, maps
 
 
 def attributions(
@@ -26,7 +61,8 @@ def attributions(
     progress: Progress | None,
     *,
     shrink: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    places: Sequence[int | None] = (None,),
+) -> Attributions:
     """Walk all rows of draws, micro-batch by micro-batch, and aggregate them.
 
     Args:
@@ -36,53 +72,92 @@ def attributions(
         targets: cotangents of the output.
         progress: is called with (rows done, rows in all).
         shrink: whether the maps are shrunk.
-
-    Returns:
-        raw (B, targets, C, H, W), signed maps and maps (B, targets, H, W), all in the dtype of the images.
+        places: the levels of the maps in their order: numbers of blocks, None for the pixels.
     """
     samples, shape, ops = len(draws) // len(images), tuple(images.shape[1:]), batches.ops
-    free = free_memory.free_bytes(images.device)
-    storage = memory.choose_storage(samples, shape, images.dtype, batches.route.dtype, free)
+    levels, free = levels_of(places), free_memory.free_bytes(images.device)
+    grids = dict(zip(levels.blocks, batches.grids(levels), strict=True))
+    values = sum(grid.prefix + grid.patches for grid in grids.values())
+    storage = memory.choose_storage(
+        samples, shape, images.dtype, batches.route.dtype, free, pixels=levels.pixels, evidence=values
+    )
     together, groups = memory.fitting_pairs(storage, len(targets), free)
     pacer = Pacer(progress, len(draws) * len(groups), images.device)
-    raw = images.new_empty(len(images), len(targets), *shape)
-    signed, maps = (images.new_empty(len(images), len(targets), *shape[1:]) for _ in range(2))
+    found = Attributions.empty(images, len(targets), len(places))
     for start in range(0, len(images), together):
         some = slice(start, min(start + together, len(images)))
         part = draws[some.start * samples : some.stop * samples]
-        on_device = part.to(images.device) if storage.tokens else None
+        sampled = Sampled(images, part.to(images.device), samples, batches.route.patch_size)
+        dtype = None if storage.tokens else storage.dtype
         for group in groups:
-            kept = batches.vjps(images, part, targets[group], None if storage.tokens else storage.dtype, pacer.queued)
-            for at, of_target in enumerate(kept, group.start):
-                if on_device is None:
-                    made = aggregate(ops, of_target.view(-1, samples, *shape), shrink=shrink)
-                else:
-                    given = (of_target, images, on_device, batches.route.patch_size, samples)
-                    made = _with_maps(ops, ops.pull_back_mean, ops.pull_back_mean_variance, given, shrink=shrink)
-                raw[some, at], signed[some, at], maps[some, at] = made
+            kept = batches.vjps(images, part, targets[group], dtype, pacer.queued, levels)
+            for at, target in enumerate(range(len(targets))[group]):
+                of_target = kept.map(itemgetter(at))
+                evidence = dict(zip(levels.blocks, of_target.evidence, strict=True))
+                for level, place in enumerate(places):
+                    if place is None:
+                        made = sampled.pulled_back(ops, of_target, shrink=shrink, tokens=storage.tokens)
+                    else:
+                        made = sampled.spread(ops, evidence[place], grids[place], shrink=shrink)
+                    found.store(some, target, level, made)
             # free before those of the next group are made
-            del kept, of_target
+            del kept, of_target, evidence
     pacer.finish()
-    return raw, signed, maps
+    return found
 
 
-def aggregate(ops: PixelOps, contributions: Tensor, *, shrink: bool) -> tuple[Tensor, Tensor, Tensor]:
+@dataclass(frozen=True)
+class Sampled:
+    """The perturbed samples of some images, for ops that pull back and take the mean in one pass.
+
+    Attributes:
+        images: (B, C, H, W), all of the batch.
+        draws: b·S rows of some of them on the device, image-major.
+        samples: S.
+        patch_size: (p_h, p_w) of the pixels' tokens.
+    """
+
+    images: Tensor
+    draws: Draws
+    samples: int
+    patch_size: tuple[int, int]
+
+    def pulled_back(self, ops: PixelOps, kept: Pulled, *, shrink: bool, tokens: bool) -> Made:
+        """Return raw (b, C, H, W), signed maps and maps (b, H, W) of b·S samples.
+
+        Args:
+            ops: the bound ops.
+            kept: cotangents of the tokens, or contributions.
+            shrink: whether the maps are shrunk.
+            tokens: whether `kept` has cotangents of the tokens.
+        """
+        assert kept.tokens is not None
+        if not tokens:
+            return aggregate(ops, kept.tokens.unflatten(0, (-1, self.samples)), shrink=shrink)
+        given = kept.tokens, self.images, self.draws, self.patch_size, self.samples
+        if not shrink:
+            return _with_maps(ops, ops.pull_back_mean(*given), None)
+        return _with_maps(ops, *ops.pull_back_mean_variance(*given))
+
+    def spread(self, ops: PixelOps, evidence: Tensor, grid: TokenGrid, *, shrink: bool) -> Made:
+        """Return raw (b, 1, H, W), signed maps and maps (b, H, W) of the evidence (b·S, N) of a block's tokens."""
+        size = self.images.shape[2], self.images.shape[3]
+        patch = size[0] // grid.height, size[1] // grid.width
+        values = evidence[:, grid.prefix :].contiguous()
+        mean, variance = ops.spread_mean_variance(values, self.draws, size, patch, self.samples)
+        return _with_maps(ops, mean, variance if shrink else None)
+
+
+def aggregate(ops: PixelOps, contributions: Tensor, *, shrink: bool) -> Made:
     """Return raw (B, C, H, W), signed maps and maps (B, H, W) of contributions (B, S, C, H, W)."""
-    return _with_maps(ops, ops.robust_mean, ops.robust_mean_variance, (contributions,), shrink=shrink)
-
-
-def _with_maps(
-    ops: PixelOps,
-    mean: Callable[..., Tensor],
-    mean_variance: Callable[..., tuple[Tensor, Tensor]],
-    given: tuple[object, ...],
-    *,
-    shrink: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the mean that an op makes of what is given, raw; its sum over the channels, shrunk or not; the maps."""
     if not shrink:
-        raw = mean(*given)
+        return _with_maps(ops, ops.robust_mean(contributions), None)
+    return _with_maps(ops, *ops.robust_mean_variance(contributions))
+
+
+def _with_maps(ops: PixelOps, raw: Tensor, variance: Tensor | None) -> Made:
+    """Return raw; its sum over the channels, shrunk by its variance where that is given; the maps."""
+    if variance is None:
         return raw, raw.sum(dim=1), ops.smooth(raw)
-    raw, variance = mean_variance(*given)
     shrunk = ops.shrink(raw, variance)
     return raw, shrunk[:, 0], ops.smooth(shrunk)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dave_fast.engine.bound_ops import PixelOps
+from dave_fast.engine.levels import PIXELS, Levels, Pulled
 from dave_fast.engine.route import Route
 from dave_fast.sampling import Draws
 
@@ -18,10 +19,11 @@ class Eager:
     Args:
         route: the walks.
         ops: the bound ops.
+        levels: at which evidence is told.
     """
 
-    def __init__(self, route: Route, ops: PixelOps) -> None:
-        self._route, self.ops = route, ops
+    def __init__(self, route: Route, ops: PixelOps, levels: Levels = PIXELS) -> None:
+        self._route, self.ops, self._levels = route, ops, levels
         self._seen: tuple[Tensor, Draws] | None = None
         self._saved: Any = None
 
@@ -30,16 +32,17 @@ class Eager:
         self._seen = images, draws
         return self.walk(self.perturbed(images, draws))
 
-    def vjp(self, cotangent: Tensor, dtype: torch.dtype | None) -> Tensor:
+    def vjp(self, cotangent: Tensor, dtype: torch.dtype | None) -> Pulled:
         """Pull a cotangent of the last output (R, ...) back.
 
-        Returns contributions (R, C, H, W) in `dtype`, or for None the cotangent of the tokens (R, n, C·p_h·p_w).
+        Returns contributions (R, C, H, W) in `dtype`, or for None the cotangent of the tokens (R, n, C·p_h·p_w), and
+        the evidence of the blocks.
         """
-        tokens = self._route.vjp(self._saved, cotangent)
-        if dtype is None:
-            return tokens
+        pulled = self._route.vjp(self._saved, cotangent, self._levels)
+        if dtype is None or pulled.tokens is None:
+            return pulled
         assert self._seen is not None
-        return self.pulled_back(tokens, *self._seen, dtype)
+        return pulled._replace(tokens=self.pulled_back(pulled.tokens, *self._seen, dtype))
 
     def perturbed(self, images: Tensor, draws: Draws) -> Tensor:
         """Return the tokens (R, n, C·p_h·p_w) of R rows of draws."""
@@ -47,7 +50,7 @@ class Eager:
 
     def walk(self, tokens: Tensor) -> Tensor:
         """Run the forward walk alone and keep its operators for `vjp`."""
-        output, self._saved = self._route.forward(tokens)
+        output, self._saved = self._route.forward(tokens, self._levels)
         return output
 
     def pulled_back(self, tokens: Tensor, images: Tensor, draws: Draws, dtype: torch.dtype) -> Tensor:

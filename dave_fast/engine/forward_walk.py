@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dave_fast.engine.bound_ops import BoundOps, Scale, Stream
+from dave_fast.engine.levels import PIXELS, Levels
 from dave_fast.frozen.mode import run_frozen
 from dave_fast.ops.fp8 import Codes, wide
 from dave_fast.ops.norm import RowSums
@@ -50,6 +51,7 @@ class Saved:
         steps: the layers of each step.
         tail_input: (R, Q, D), a leaf of autograd's graph of the tail.
         tail_output: (R, ...), with that graph.
+        entered: number of a block -> the stream that entered it, (R·N, D).
     """
 
     rows: int
@@ -58,6 +60,7 @@ class Saved:
     steps: list[list[SavedLayer]]
     tail_input: Tensor
     tail_output: Tensor
+    entered: dict[int, Tensor]
 
 
 class ForwardWalk:
@@ -72,11 +75,12 @@ class ForwardWalk:
         self._plan, self._ops = plan, ops
 
     @torch.no_grad()
-    def __call__(self, tokens: Tensor) -> tuple[Tensor, Saved]:
+    def __call__(self, tokens: Tensor, levels: Levels = PIXELS) -> tuple[Tensor, Saved]:
         """Walk forward.
 
         Args:
             tokens: (R, n, C·p_h·p_w) in the plan's dtype.
+            levels: the walk back tells evidence at their blocks.
 
         Returns:
             The output (R, ...) in float32, or float64 for a plan in float64, and the operators.
@@ -84,15 +88,18 @@ class ForwardWalk:
         plan = self._plan
         rows = tokens.shape[0]
         x, squares, rstd_patch, rstd_pre = self.embed(tokens)
-        saved = []
+        saved, entered, whole = [], {}, plan.whole_blocks
         for i, step in enumerate(plan.steps):
             codes = self._ops.codes(_readers(plan.steps[i + 1 : i + 2]))
-            x, squares, operators = self.step(step, x, squares, rows, codes)
+            kept = whole.get(i) in levels.blocks
+            if kept:
+                entered[whole[i]] = wide(x)
+            x, squares, operators = self.step(step, x, squares, rows, codes, overwrite=not kept)
             saved.append(operators)
         stream = wide(x).view(rows, -1, plan.width).to(statistics_dtype(plan.dtype)).requires_grad_()
         with torch.enable_grad():
             output = run_frozen(plan.tail, stream)
-        return output.detach(), Saved(rows, rstd_patch, rstd_pre, saved, stream, output)
+        return output.detach(), Saved(rows, rstd_patch, rstd_pre, saved, stream, output, entered)
 
     def embed(self, tokens: Tensor) -> tuple[Stream, Tensor | None, Tensor | None, Tensor | None]:
         """Return the stream (R·N, D), its partial sums of squares, and 1/σ of the norms of patches and of tokens."""
@@ -117,7 +124,14 @@ class ForwardWalk:
         return self._ops.normalize(x, norm.weight, norm.bias, norm.eps, centres=norm.centres, centred=centred)
 
     def step(
-        self, step: Step, x: Stream, squares: Tensor | None, rows: int, codes: dict[str, Any]
+        self,
+        step: Step,
+        x: Stream,
+        squares: Tensor | None,
+        rows: int,
+        codes: dict[str, Any],
+        *,
+        overwrite: bool = True,
     ) -> tuple[Stream, Tensor | None, list[SavedLayer]]:
         """Return the stream after a step, its partial sums of squares and the operators of its layers.
 
@@ -127,6 +141,7 @@ class ForwardWalk:
             squares: partial sums of squares of x where they are known.
             rows: R.
             codes: arguments that store the stream as the next step reads it.
+            overwrite: whether the memory of x may be reused.
         """
         read = stream = self._read(step, x, rows)
         norms = dict.fromkeys(layer.norm for layer in step.layers)
@@ -145,7 +160,7 @@ class ForwardWalk:
             rstd = None if inner is None else self._ops.row_rstd(wide(y), inner.eps, centred=inner.centred)
             last = layer is step.layers[-1]
             # the memory that the step read is free once its last layer has read it
-            free = last or stream is not read
+            free = stream is not read or (last and (overwrite or step.trimmed))
             stream, known, post = self._write(layer, y, rstd, wide(stream), overwrite=free, codes=codes if last else {})
             saved.append(SavedLayer(core, scale, rstd, post))
         return stream, known, saved

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from dave_fast.engine.eager import Eager
+from dave_fast.engine.levels import Pulled
 from dave_fast.errors import InputError, is_out_of_memory
 from dave_fast.sampling import Draws, identity
 
@@ -43,7 +44,8 @@ WARM_UPS = 2
 # most buckets of a model; the least recently used one is dropped
 MOST_BUCKETS = 24
 
-Run = Callable[[], Tensor]
+# its result is a tensor, or several in a `Pulled`
+Run = Callable[[], Any]
 Capture = Callable[[Run], Run]
 
 
@@ -68,7 +70,7 @@ class CudaCapture:
         """Capture the kernels that `run` launches.
 
         Returns:
-            A function that replays them and returns the same tensor with new values.
+            A function that replays them and returns the same tensors with new values.
 
         Raises:
             RuntimeError: the work cannot be captured; errors of `run` itself are raised as they are.
@@ -82,13 +84,13 @@ class CudaCapture:
             graph, output = self._recorded(run)
         current.wait_stream(self._stream)
 
-        def replay() -> Tensor:
+        def replay() -> Any:
             graph.replay()
             return output
 
         return replay
 
-    def _recorded(self, run: Run) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _recorded(self, run: Run) -> tuple[torch.cuda.CUDAGraph, Any]:
         graph = torch.cuda.CUDAGraph()
         cause: BaseException | None = None
         try:
@@ -144,20 +146,22 @@ class Bucket:
             tokens = self._work.perturbed(self._images, self._draws)
             self._tokens = tokens if self._tokens is None else self._tokens.copy_(tokens)
             run = partial(self._work.walk, self._tokens)
-        return self._replayed("forward", run)[: self._real]
+        output: Tensor = self._replayed("forward", run)[: self._real]
+        return output
 
-    def vjp(self, cotangent: Tensor, dtype: torch.dtype | None) -> Tensor:
+    def vjp(self, cotangent: Tensor, dtype: torch.dtype | None) -> Pulled:
         """Pull back as `Eager.vjp` does; the result is valid until the bucket's next VJP or forward."""
         if self._cotangent is None:
             self._cotangent = cotangent.new_zeros(self._rows, *cotangent.shape[1:])
         fill(self._cotangent, cotangent)
         inside = dtype if self._pixels else None
-        result = self._replayed(inside, partial(self._work.vjp, self._cotangent, inside))
-        if dtype is not None and not self._pixels:
-            result = self._work.pulled_back(result, self._images, self._draws, dtype)
-        return result[: self._real]
+        result: Pulled = self._replayed(inside, partial(self._work.vjp, self._cotangent, inside))
+        if dtype is not None and not self._pixels and result.tokens is not None:
+            pulled = self._work.pulled_back(result.tokens, self._images, self._draws, dtype)
+            result = result._replace(tokens=pulled)
+        return result.rows(self._real)
 
-    def _replayed(self, key: Any, run: Run) -> Tensor:
+    def _replayed(self, key: Any, run: Run) -> Any:
         """Return the result of `run`, which is captured the first time."""
         if key not in self._runs:
             self._runs[key] = self._capture(run)

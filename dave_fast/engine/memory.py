@@ -127,7 +127,7 @@ class Storage:
         tokens: whether cotangents of tokens are stored, which `ops.pull_back_mean` pulls back and aggregates in
             spatial tiles; otherwise contributions.
         dtype: of the S·C·H·W values.
-        bytes: that they take.
+        bytes: that they and the evidence of blocks take.
     """
 
     tokens: bool
@@ -204,7 +204,14 @@ def fitting_pairs(storage: Storage, n_targets: int, free: int) -> tuple[int, lis
 
 
 def choose_storage(
-    n_samples: int, image_shape: tuple[int, ...], statistics: torch.dtype, engine: torch.dtype, free: int
+    n_samples: int,
+    image_shape: tuple[int, ...],
+    statistics: torch.dtype,
+    engine: torch.dtype,
+    free: int,
+    *,
+    pixels: bool = True,
+    evidence: int = 0,
 ) -> Storage:
     """Return the first form of storage that leaves half of the memory free, or else the first that fits at all.
 
@@ -222,16 +229,21 @@ def choose_storage(
         statistics: dtype of the images and of the robust mean.
         engine: dtype of the walks.
         free: free memory in bytes.
+        pixels: whether there are contributions of pixels.
+        evidence: of each sample, tokens whose evidence is stored in the dtype of the statistics.
 
     Raises:
         InputError: no form fits.
     """
     forms = [(False, statistics)]
-    if engine.itemsize < statistics.itemsize:
+    if not pixels:
+        image_shape = (0,)
+    elif engine.itemsize < statistics.itemsize:
         forms.append((True, engine))
     elif statistics == torch.float32:
         forms.append((False, torch.bfloat16))
-    found = [Storage(*form, contribution_bytes(n_samples, image_shape, form[1])) for form in forms]
+    more = contribution_bytes(n_samples, (evidence,), statistics)
+    found = [Storage(*form, contribution_bytes(n_samples, image_shape, form[1]) + more) for form in forms]
     for limit in (SHARE * free, free):
         fitting = next((storage for storage in found if storage.bytes <= limit), None)
         if fitting is not None:

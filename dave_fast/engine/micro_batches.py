@@ -26,9 +26,9 @@ from dave_fast.engine.bound_ops import PixelOps
 from dave_fast.engine.buckets import OWN_BUCKETS, next_bucket
 from dave_fast.engine.eager import Eager
 from dave_fast.engine.graphs import Bucket, Graphs
+from dave_fast.engine.levels import PIXELS, Levels, Pulled, TokenGrid
 from dave_fast.engine.route import Route
 from dave_fast.errors import OutOfMemoryError, is_out_of_memory
-from dave_fast.ops.patches import patchify
 from dave_fast.sampling import Draws, identity
 from dave_fast.transfers import moved
 
@@ -68,9 +68,13 @@ class MicroBatches:
         def keep(walk: Walk, output: Tensor, at: slice, rows: Draws) -> None:
             outputs.append(output.clone())
 
-        self._each(images, identity(len(images)), keep)
+        self._each(images, identity(len(images)), PIXELS, keep)
         self._known = images, torch.cat(outputs)
         return self._known[1]
+
+    def grids(self, levels: Levels) -> list[TokenGrid]:
+        """Return the tokens of each block of the levels; raise ModelError for a model that has no such blocks."""
+        return [self.route.blocks[block] for block in levels.blocks]
 
     def vjps(
         self,
@@ -79,7 +83,8 @@ class MicroBatches:
         targets: Sequence[CotangentOf],
         dtype: torch.dtype | None,
         queued: Callable[[int], None] | None = None,
-    ) -> Tensor:
+        levels: Levels = PIXELS,
+    ) -> Pulled:
         """Pull the cotangents of all targets back, for every row; they share the forward walk of a micro-batch.
 
         Args:
@@ -88,32 +93,33 @@ class MicroBatches:
             targets: cotangents of the output.
             dtype: of contributions; None for cotangents of tokens.
             queued: is called with the number of rows of each micro-batch that is queued.
+            levels: at which evidence is told.
 
         Returns:
             Contributions (targets, R, C, H, W), or the cotangents of the tokens (targets, R, n, C·p_h·p_w) in the
-            route's dtype.
+            route's dtype; and the evidence (targets, R, N) of each block.
 
         Raises:
             OutOfMemoryError: memory ran out with one row a micro-batch.
         """
-        one = images[:1] if dtype is not None else patchify(images[:1], self.route.patch_size)
-        shape = len(targets), len(draws), *one.shape[1:]
-        into: list[Tensor] = []
+        into: list[Pulled] = []
 
         def keep(walk: Walk, output: Tensor, at: slice, rows: Draws) -> None:
-            if not into:
-                # here, so that a shortage of memory for it is answered as one of the walk is
-                into.append(images.new_empty(shape, dtype=dtype or self.route.dtype))
             for which, target in enumerate(targets):
-                into[0][which, at].copy_(walk.vjp(target(output, rows), dtype))
+                found = walk.vjp(target(output, rows), dtype)
+                if not into:
+                    # here, so that a shortage of memory for it is answered as one of the walk is
+                    into.append(found.like(len(targets), len(draws)))
+                into[0].store(found, which, at)
 
-        self._each(images, draws, keep, queued)
+        self._each(images, draws, levels, keep, queued)
         return into[0]
 
     def _each(
         self,
         images: Tensor,
         draws: Draws,
+        levels: Levels,
         keep: Callable[[Walk, Tensor, slice, Draws], None],
         queued: Callable[[int], None] | None = None,
     ) -> None:
@@ -122,6 +128,7 @@ class MicroBatches:
         Args:
             images: (B, C, H, W).
             draws: R rows on the host.
+            levels: at which evidence is told.
             keep: is called with the walk, its output (r, ...), the slice of its rows among R, and their draws on the
                 device; called again for the same rows where memory ran out.
             queued: is called with the number of rows of each micro-batch that is queued.
@@ -134,7 +141,7 @@ class MicroBatches:
             part = on_device[at]
             try:
                 seen, local = _own_images(images, index[at], part.image_index, size)
-                with self._walk(size, seen) as walk:
+                with self._walk(size, seen, levels) as walk:
                     keep(walk, walk.forward(seen, replace(part, image_index=local)), at, part)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -173,11 +180,11 @@ class MicroBatches:
         fits = 2 * full + sum(known) + samples <= self.route.fitting_rows
         return samples if samples in known or (fits and len(known) < OWN_BUCKETS) else None
 
-    def _walk(self, size: int, images: Tensor) -> AbstractContextManager[Walk]:
-        eager = Eager(self.route, self.ops)
+    def _walk(self, size: int, images: Tensor, levels: Levels) -> AbstractContextManager[Walk]:
+        eager = Eager(self.route, self.ops, levels)
         if self._graphs is None:
             return nullcontext(eager)
-        return self._graphs.turn((self.route, size), partial(Bucket, eager, size, images))
+        return self._graphs.turn((self.route, size, levels), partial(Bucket, eager, size, images))
 
     def _shortage(self, device: torch.device) -> OutOfMemoryError:
         """Return the error for one row a micro-batch that does not fit."""

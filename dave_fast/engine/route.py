@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from dave_fast.engine.buckets import Cost, Kernel, flat_cost, full_rows, plan_gemms
 from dave_fast.engine.build import build_engine
+from dave_fast.engine.levels import Levels, Pulled, TokenGrid
 from dave_fast.engine.memory import engine_row_bytes, plan_bytes, weight_bytes
 from dave_fast.engine.walks import Engine
 from dave_fast.errors import InputError, ModelError, NonFiniteError, NotFrozenError
@@ -42,8 +44,9 @@ class Route:
 
     Attributes:
         name: "engine" or "frozen".
-        forward: tokens (R, n, C·p_h·p_w) -> the output (R, ...), detached, and the operators.
-        vjp: the operators and the cotangent of the output (R, ...) -> the cotangent of the tokens.
+        forward: tokens (R, n, C·p_h·p_w), levels -> the output (R, ...), detached, and the operators.
+        vjp: the operators and the cotangent of the output (R, ...) -> the cotangent of the tokens, evidence of blocks.
+        find_blocks: returns the tokens that enter each block; raises NoBlocksError for a model that has no such blocks.
         patch_size: (p_h, p_w) of the tokens.
         dtype: of the tokens.
         weights: bytes of the weights.
@@ -61,8 +64,9 @@ class Route:
     """
 
     name: str
-    forward: Callable[[Tensor], tuple[Tensor, Any]]
-    vjp: Callable[[Any, Tensor], Tensor]
+    forward: Callable[[Tensor, Levels], tuple[Tensor, Any]]
+    vjp: Callable[[Any, Tensor, Levels], Pulled]
+    find_blocks: Callable[[], tuple[TokenGrid, ...]]
     patch_size: tuple[int, int]
     dtype: torch.dtype
     weights: int
@@ -77,6 +81,11 @@ class Route:
     most_rows: int = sys.maxsize
     written: Collection[Attribute] = ()
     agrees: bool = False
+
+    @cached_property
+    def blocks(self) -> tuple[TokenGrid, ...]:
+        """The tokens that enter each block."""
+        return self.find_blocks()
 
     @property
     def capturable(self) -> bool:
@@ -99,7 +108,8 @@ def _engine_route(engine: Engine) -> Route:
     return Route(
         "engine",
         engine.forward,
-        engine.vjp,
+        engine.vjp.pull,
+        lambda: (TokenGrid(len(plan.prefix), *plan.grid),) * len(plan.whole_blocks),
         plan.patch_size,
         plan.dtype,
         weights=plan_bytes(plan),
@@ -116,21 +126,24 @@ def _frozen_route(model: nn.Module, size: tuple[int, int], dtype: torch.dtype) -
     The model is in evaluation mode, in the dtype and on the device of the tokens.
     """
 
-    def forward(tokens: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(tokens: Tensor, levels: Levels) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         with torch.inference_mode(False), torch.enable_grad():
             leaf = tokens.detach().clone().requires_grad_()
             # a copy, so that a model that works in place does not change the leaf
             output = run_frozen(model, leaf.view(len(tokens), -1, *size).clone(), freeze(leaf))
         return output.detach(), (leaf, output)
 
-    def vjp(saved: tuple[Tensor, Tensor], cotangent: Tensor) -> Tensor:
+    def vjp(saved: tuple[Tensor, Tensor], cotangent: Tensor, levels: Levels) -> Pulled:
         leaf, output = saved
         with own_errors(model, "backward pass"), freeze(leaf):
             (gradient,) = torch.autograd.grad(output, leaf, cotangent, retain_graph=True)
-        return gradient
+        return Pulled(gradient, ())
+
+    def blocks() -> tuple[TokenGrid, ...]:
+        raise ModelError("TODO")
 
     weights = weight_bytes(model)
-    return Route("frozen", forward, vjp, size, dtype, weights=weights, preferred_rows=FROZEN_ROWS, model=model)
+    return Route("frozen", forward, vjp, blocks, size, dtype, weights=weights, preferred_rows=FROZEN_ROWS, model=model)
 
 
 def make_route(

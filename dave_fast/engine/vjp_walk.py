@@ -15,8 +15,10 @@ from torch import Tensor
 
 from dave_fast.engine.bound_ops import BoundOps, Stream
 from dave_fast.engine.forward_walk import Saved, SavedLayer
+from dave_fast.engine.levels import PIXELS, Levels, Pulled
 from dave_fast.ops.fp8 import Codes, encode, wide
 from dave_fast.ops.norm import RowSums
+from dave_fast.ops.precision import statistics_dtype
 from dave_fast.plan.layers import AttentionLayer, Layer, MlpLayer, Projection, Step
 from dave_fast.plan.vit_plan import ViTPlan
 
@@ -43,6 +45,19 @@ class VjpWalk:
         Returns:
             The cotangent of the tokens, (R, n, C·p_h·p_w) in the plan's dtype.
         """
+        tokens = self.pull(saved, cotangent, PIXELS).tokens
+        assert tokens is not None
+        return tokens
+
+    @torch.no_grad()
+    def pull(self, saved: Saved, cotangent: Tensor, levels: Levels) -> Pulled:
+        """Walk back as far as the first of the levels, and return what each of them tells.
+
+        Args:
+            saved: the operators of a forward walk over the same levels.
+            cotangent: of its output, (R, ...).
+            levels: pixels, blocks.
+        """
         plan = self._plan
         (g,) = torch.autograd.grad(saved.tail_output, saved.tail_input, cotangent, retain_graph=True)
         # a tail may return a view of any strides
@@ -54,10 +69,24 @@ class VjpWalk:
         if self._ops.fp8:
             g, size = _unit_rows(g, saved.rows)
         flow: Stream = g
+        evidence: dict[int, Tensor] = {}
+        whole = plan.whole_blocks
         for i in reversed(range(len(plan.steps))):
+            if not levels.pixels and len(evidence) == len(levels.blocks):
+                break
             codes = self._ops.codes(_readers(plan.steps[i - 1 : i] if i else ()))
             flow = self._step(plan.steps[i], saved.steps[i], flow, saved.rows, codes)
-        return self._embed(wide(flow), saved, size)
+            block = whole.get(i)
+            if block is not None and block in levels.blocks:
+                evidence[block] = self._evidence(saved.entered[block], wide(flow), size)
+        tokens = self._embed(wide(flow), saved, size) if levels.pixels else None
+        return Pulled(tokens, tuple(evidence[block] for block in levels.blocks))
+
+    def _evidence(self, entered: Tensor, g: Tensor, size: Tensor | None) -> Tensor:
+        """Return Σ_channels of the stream ⊙ its cotangent (R·N, D) times its row's `size` (R,) if given; (R, N)."""
+        dtype = statistics_dtype(self._plan.dtype)
+        of_tokens = (entered.to(dtype) * g.to(dtype)).sum(-1).view(-1, self._plan.tokens)
+        return of_tokens if size is None else of_tokens * size[:, None]
 
     def _embed(self, g: Tensor, saved: Saved, size: Tensor | None) -> Tensor:
         """Return the cotangent of the tokens for that of the stream (R·N, D), times its row's `size` (R,) if given."""

@@ -21,6 +21,7 @@ from dave_fast.engine.checks import check_classes, check_integer, check_keys, ch
 from dave_fast.engine.end_of_call import EndOfCall
 from dave_fast.engine.micro_batches import MicroBatches, Progress
 from dave_fast.errors import InputError
+from dave_fast.explain.depth import PIXELS, Depth, Depths, account, block_of, check_depth, check_one
 from dave_fast.explain.explanation import Explanation
 from dave_fast.explain.noise_level import noise_level
 from dave_fast.explain.route_cache import RouteCache
@@ -124,6 +125,7 @@ class DAVE:
         n_samples: int = DEFAULT_SAMPLES,
         seed: int = 0,
         *,
+        depth: Depth | Sequence[Depth] = PIXELS,
         targets: Sequence[Target] | Tensor | None = None,
         top_k: int | None = None,
         image_keys: Sequence[int] | None = None,
@@ -142,6 +144,9 @@ class DAVE:
                 `dave_fast.targets.forms`; contrasts, texts, other images and more: see `dave_fast.targets`.
             n_samples: S, perturbed samples of an image; more are smoother, at linear cost.
             seed: any integer.
+            depth: where in the model evidence is told: "pixels", the paper's map; the number of a block, for the tokens
+                that enter it; a share of the depth such as 0.5, for the block there; "auto"; or several of them, which
+                share all walks, each map being that of its own call, bit for bit on a CPU (`dave_fast.explain.depth`).
             targets: in place of target, K of them, each in any of its forms, or a tensor of classes (K,) or (B, K).
                 They share the forward walks and the draws; each map is that of its own call, bit for bit on a CPU.
             top_k: in place of target, the K most probable classes of each image, the most probable first.
@@ -162,8 +167,9 @@ class DAVE:
         if sum(each is not None for each in (target, targets, top_k)) > 1:
             raise InputError("of target=, targets= and top_k= more than one was given; give one of them")
         top_k = None if top_k is None else check_integer(top_k, "top_k", 1)
-        rows = check_rows(internal_batch_size)
+        rows, depths = check_rows(internal_batch_size), check_depth(depth)
         wanted, shrink = [target] if targets is None else split_targets(targets), self.shrink
+        several = not isinstance(depth, Depth)
 
         def work(images: Tensor, batches: MicroBatches, end: EndOfCall) -> Explanation:
             keys = check_keys(image_keys, len(images))
@@ -174,26 +180,55 @@ class DAVE:
                 resolved = [ElementCotangent(each, each) for each in most_probable(self.model, output, top_k)]
             height, width = images.shape[2:]
             draws = draw(n_samples, height=height, width=width, seed=seed, image_keys=keys, sampling=self.sampling)
-            raw, signed, maps = attributions(batches, images, draws, resolved, progress, shrink=shrink)
-            end.refuse_non_finite(raw, "the attribution", f"{self._advice}, or look for overflow in the model.")
+            places = self._places(depths, batches)
+            found = attributions(batches, images, draws, resolved, progress, shrink=shrink, places=places)
+            end.refuse_non_finite(found.raw, "the attribution", f"{self._advice}, or look for overflow in the model.")
+            told = None if depths == (PIXELS,) else account(batches, images, resolved)
             of_each = moved([each.classes for each in resolved], output.device)
             classes = torch.stack([each.expand(len(images)) for each in of_each], dim=1)
             classes, probability = end.read(classes, probability_of(self.model, output, classes))
-            # `target=` gives results without the dimension K.
+            # `target=` gives results without the dimension K, one depth those without that of depths
             at = 0 if targets is None and top_k is None else slice(None)
+            maps, raw, signed = (
+                t.float()[:, at] if several else t.float()[:, :, 0][:, at]
+                for t in (found.maps, found.raw, found.signed)
+            )
+            names = tuple(PIXELS if place is None else place for place in places)
             return Explanation(
-                maps=maps.float()[:, at],
-                raw=raw.float()[:, at],
-                signed=signed.float()[:, at],
+                maps=maps,
+                raw=raw,
+                signed=signed,
                 target=classes[:, at],
                 probability=probability[:, at],
                 output=output.float(),
                 n_samples=n_samples,
                 seed=seed,
                 shrink=shrink,
+                depth=names if several else names[0],
+                depths=None if told is None else told.map(lambda t: t[:, at]),
             )
 
         return self._checked.call(images, work, rows, n_samples)
+
+    def depths(self, images: Tensor, target: Target = None) -> Depths:
+        """Return what of the decision for each image the pixels and the tokens that enter each block account for.
+
+        Args:
+            images: (B, C, H, W), as for `explain`.
+            target: as for `explain`.
+
+        Raises:
+            DaveFastError: as `explain` does; ModelError also for a model without a sequence of blocks.
+        """
+
+        def work(images: Tensor, batches: MicroBatches, end: EndOfCall) -> Depths:
+            resolved = self._resolved(target, self._output(batches, images, end), images)
+            told = account(batches, images, [resolved])
+            end.refuse_non_finite(told.pixels, "the attribution", f"{self._advice}.")
+            end.read()
+            return told.map(lambda t: t[:, 0])
+
+        return self._checked.call(images, work)
 
     def bind(self, question: Question) -> Question:
         """Return a question with the model's part in it filled in, so that this is done once and not at every call.
@@ -211,11 +246,12 @@ class DAVE:
         *,
         n_samples: int = DEFAULT_SAMPLES,
         seed: int = 0,
+        depth: Depth = PIXELS,
         internal_batch_size: int | None = None,
     ) -> Tensor:
         """Return signed attributions of the shape and dtype of inputs (B, C, H, W), as captum's methods do.
 
-        All other arguments are those of `explain`, except that additional_forward_args must be None.
+        All other arguments are those of `explain`, except that additional_forward_args must be None and depth is one.
 
         Raises:
             InputError: as `explain`, and where additional_forward_args are given.
@@ -224,7 +260,9 @@ class DAVE:
             raise InputError("additional_forward_args are not supported; wrap the model in a module that supplies them")
         if not isinstance(inputs, Tensor) or inputs.dim() != 4:
             raise InputError(f"inputs must be one tensor (B, C, H, W); got {describe(inputs)}")
-        explanation = self.explain(inputs, target, n_samples, seed, internal_batch_size=internal_batch_size)
+        explanation = self.explain(
+            inputs, target, n_samples, seed, depth=check_one(depth), internal_batch_size=internal_batch_size
+        )
         return explanation.raw.to(device=inputs.device, dtype=inputs.dtype)
 
     @property
@@ -262,8 +300,9 @@ class DAVE:
 
         def work(images: Tensor, batches: MicroBatches, end: EndOfCall) -> Tensor:
             resolved = self._resolved(target, self._output(batches, images, end), images)
-            (tokens,) = batches.vjps(images, identity(len(images)), [resolved], None)
-            gradients = unpatchify(tokens.to(images.dtype), batches.route.patch_size, *images.shape[2:])
+            tokens = batches.vjps(images, identity(len(images)), [resolved], None).tokens
+            assert tokens is not None
+            gradients = unpatchify(tokens[0].to(images.dtype), batches.route.patch_size, *images.shape[2:])
             end.refuse_non_finite(gradients, "the effective gradient", f"{self._advice}.")
             end.read()
             return gradients
@@ -306,7 +345,8 @@ class DAVE:
                 check_classes(first, last, output)
                 return of_class[0](output, rows)
 
-            made = batches.vjps(images, draws, [checked, *of_class[1:]], images.dtype)
+            made = batches.vjps(images, draws, [checked, *of_class[1:]], images.dtype).tokens
+            assert made is not None
             end.read()
             return made
 
@@ -357,6 +397,12 @@ class DAVE:
         output = batches.outputs(images)
         end.refuse_non_finite(output, "the model's output", f"Check the weights. {self._advice}.")
         return output
+
+    def _places(self, depths: Sequence[Depth], batches: MicroBatches) -> list[int | None]:
+        """Return the number of the block at each depth, None for the pixels."""
+        # a model without a sequence of blocks has pixels
+        count = 0 if all(depth == PIXELS for depth in depths) else len(batches.route.blocks)
+        return [block_of(depth, count) for depth in depths]
 
     def _resolved(self, target: Target, output: Tensor, images: Tensor) -> Cotangent:
         """Return a target's cotangent, checked against the images' output."""

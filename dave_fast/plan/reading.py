@@ -183,6 +183,11 @@ class Reading:
         """All blocks' steps in their order."""
         return [step for block in self.blocks for step in block]
 
+    @property
+    def first_steps(self) -> tuple[int, ...]:
+        """Of each block, the number of its first step."""
+        return tuple(sum(map(len, self.blocks[:block])) for block in range(len(self.blocks)))
+
 
 @dataclass(frozen=True)
 class Family:

@@ -38,6 +38,7 @@ class ViTPlan:
         norm_pre: of all tokens, ahead of the first block.
         centred: whether the residual stream has no mean (`folding`).
         steps: of the residual stream.
+        first_steps: of each block, the number of its first step.
         read: leading tokens that the tail reads.
         tail: final norm, pooling and head: tokens (R, read, D) -> output (R, ...).
     """
@@ -54,6 +55,7 @@ class ViTPlan:
     norm_pre: Norm | None
     centred: bool
     steps: tuple[Step, ...]
+    first_steps: tuple[int, ...]
     read: int
     tail: nn.Module
 
@@ -66,6 +68,18 @@ class ViTPlan:
     def tokens(self) -> int:
         """N, prefix tokens included."""
         return self.position.shape[0] + self.prefix.shape[0]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows of patches, and patches of a row."""
+        (height, width), (p_h, p_w) = self.image_size, self.patch_size
+        return height // p_h, width // p_w
+
+    @property
+    def whole_blocks(self) -> dict[int, int]:
+        """Number of the first step -> number of the block, of the blocks that all tokens enter."""
+        trimmed = next((i for i, step in enumerate(self.steps) if step.trimmed), len(self.steps))
+        return {step: block for block, step in enumerate(self.first_steps) if step <= trimmed}
 
     @property
     def layers(self) -> list[Layer]:
@@ -135,6 +149,7 @@ def make_plan(
         norm_pre=builder.norm(reading.norm_pre),
         centred=centred,
         steps=tuple(builder.step(step, i) for i, step in enumerate(reading.steps)),
+        first_steps=reading.first_steps,
         tail=reading.tail(statistics_dtype(dtype), builder.device),
     )
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 import dave_fast
 from dave_fast.engine import graphs
@@ -23,7 +24,7 @@ SIZE = 16
 
 
 class Replays:
-    """A stand-in for CUDA graphs: one output tensor, erased before the recorded work runs again."""
+    """A stand-in for CUDA graphs: the same output tensors, erased before the recorded work runs again."""
 
     def __init__(self):
         self.captured = self.replayed = 0
@@ -34,8 +35,12 @@ class Replays:
 
         def replay():
             self.replayed += 1
-            output.fill_(torch.nan)
-            return output.copy_(run())
+            kept = pytree.tree_leaves(output)
+            for tensor in kept:
+                tensor.fill_(torch.nan)
+            for tensor, values in zip(kept, pytree.tree_leaves(run()), strict=True):
+                tensor.copy_(values)
+            return output
 
         return replay
 
@@ -109,7 +114,7 @@ def test_one_images_samples_have_a_bucket_of_their_own(model, images):
     explainer, _ = buffered(model, internal_batch_size=16)
     found = explainer.explain(images[:1], 0, n_samples=7).raw
     assert explainer._cache.route(images).own_rows == [7]
-    assert sorted(size for _, size in explainer._cache.graphs._buckets) == [1, 7]
+    assert sorted(size for _, size, _ in explainer._cache.graphs._buckets) == [1, 7]
     assert torch.equal(found, buffered(model, direct, internal_batch_size=7)[0].explain(images[:1], 0, n_samples=7).raw)
 
 
@@ -141,7 +146,7 @@ def test_short_memory_allows_no_bucket_besides_the_ladder(model, images):
 def test_an_internal_batch_size_is_the_most_rows_of_any_bucket(model, images):
     explainer, _ = buffered(model, internal_batch_size=4)
     explainer.explain(images[:1], 0, n_samples=7)
-    assert max(size for _, size in explainer._cache.graphs._buckets) == 4
+    assert max(size for _, size, _ in explainer._cache.graphs._buckets) == 4
 
 
 def test_padding_repeats_the_last_row():
@@ -389,14 +394,14 @@ def test_memory_that_runs_out_within_a_capture_halves_the_micro_batch(model, ima
     route = explainer._cache.route(images)
     forward = route.forward
 
-    def scarce(tokens):
+    def scarce(tokens, levels):
         if capturing.active and len(tokens) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return forward(tokens)
+        return forward(tokens, levels)
 
     route.forward = scarce
     with caplog.at_level(logging.WARNING, "dave_fast"):
         explainer.explain(images, 1, n_samples=8)
     assert "8 rows a micro-batch; going on with 4" in caplog.text
     assert "launched one by one" not in caplog.text
-    assert max(size for _, size in explainer._cache.graphs._buckets) == 4
+    assert max(size for _, size, _ in explainer._cache.graphs._buckets) == 4

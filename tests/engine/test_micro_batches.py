@@ -56,7 +56,7 @@ def test_classes_share_a_forward_walk(explainer, images, monkeypatch):
     route = explainer._cache.route(images[:1])
     walks = []
     forward = route.forward
-    monkeypatch.setattr(route, "forward", lambda tokens: walks.append(len(tokens)) or forward(tokens))
+    monkeypatch.setattr(route, "forward", lambda tokens, levels: walks.append(len(tokens)) or forward(tokens, levels))
     draws = draws_of(explainer, 0, 4)
     together = explainer.contributions(images[:1], draws, torch.tensor([[0, 1, 2]]))
     assert walks == [4]

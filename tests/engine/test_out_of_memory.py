@@ -25,11 +25,11 @@ class Scarce:
         self.forward, self.most, self.error = forward, most, error
         self.tried = []
 
-    def __call__(self, tokens):
+    def __call__(self, tokens, levels):
         self.tried.append(len(tokens))
         if len(tokens) > self.most:
             raise self.error
-        return self.forward(tokens)
+        return self.forward(tokens, levels)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,152 @@
+"""The depth of a map: at the pixels, as in the paper, or at the tokens that enter a block.
+
+A map at the pixels says how each pixel, times the frozen gradient, adds to the decision. It leaves out all that
+position embeddings, prefix tokens and biases carry, which in a deep model can be most of the logit. A map at a block
+says how the tokens there add to it (`dave_fast.engine.levels`): it is no statement about single pixels, since a token
+holds by then what attention brought from other patches, and accounts for more of the logit. `Depths` tells how much.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dave_fast.engine.levels import levels_of
+from dave_fast.engine.micro_batches import MicroBatches
+from dave_fast.errors import InputError
+from dave_fast.sampling import identity
+from dave_fast.targets.cotangents import Cotangent
+
+PIXELS, AUTO = "pixels", "auto"
+# the share of a model's blocks that "auto" takes
+AUTO_SHARE = 0.55
+
+Depth = str | int | float
+FORMS = "'pixels', 'auto', the number of a block, or a share of the depth such as 0.5"
+
+
+def parse_depth(text: str) -> Depth | list[Depth]:
+    """Return the depth that a text names: 'pixels', 'auto', '6', '0.5', or several with commas between.
+
+    Raises InputError for any other text.
+    """
+    parts = [_parsed(part.strip()) for part in text.split(",")]
+    return parts if len(parts) > 1 else parts[0]
+
+
+def _parsed(word: str) -> Depth:
+    if word in (PIXELS, AUTO):
+        return word
+    try:
+        return check_one(int(word) if word.isdecimal() else float(word))
+    except ValueError:
+        raise InputError(f"depth {word!r} is unknown; expected {FORMS}") from None
+
+
+def check_depth(depth: object) -> tuple[Depth, ...]:
+    """Return the depths that are given, one or a sequence; raise InputError unless each has one of the forms."""
+    if isinstance(depth, Sequence) and not isinstance(depth, str):
+        if not depth:
+            raise InputError(f"depth is an empty sequence; expected {FORMS}, or several of them")
+        return tuple(check_one(each) for each in depth)
+    return (check_one(depth),)
+
+
+def check_one(depth: object) -> Depth:
+    """Return a depth; raise InputError unless it has one of the forms."""
+    if isinstance(depth, str):
+        if depth in (PIXELS, AUTO):
+            return depth
+    elif isinstance(depth, float):
+        if 0 <= depth <= 1:
+            return depth
+    elif isinstance(depth, int) and not isinstance(depth, bool) and depth >= 0:
+        return depth
+    raise InputError(f"depth is {depth!r}; expected {FORMS}")
+
+
+def block_of(depth: Depth, blocks: int) -> int | None:
+    """Return the number of the block that a depth names; None for the pixels.
+
+    Args:
+        depth: one that was checked.
+        blocks: of the model.
+
+    Raises:
+        InputError: the model has no such block.
+    """
+    if depth == PIXELS:
+        return None
+    if depth == AUTO:
+        depth = AUTO_SHARE
+    if isinstance(depth, float):
+        return min(blocks - 1, math.floor(depth * blocks + 0.5))
+    assert isinstance(depth, int)
+    if depth >= blocks:
+        raise InputError(f"depth is block {depth} and the model has the blocks 0 to {blocks - 1}; expected {FORMS}")
+    return depth
+
+
+@dataclass(frozen=True)
+class Depths:
+    """What of a decision each depth accounts for, at the unperturbed images.
+
+    The score is ⟨cotangent, output⟩, for a class its logit. With frozen operators it is, at every block, the evidence
+    of the tokens that enter it plus what biases behind that contribute, and at the pixels their evidence plus what
+    position embeddings, prefix tokens and biases contribute.
+
+    Of K targets the tensors have a dimension K after B.
+
+    Attributes:
+        score: (B,) float32.
+        pixels: (B,) float32, Σ pixel ⊙ effective gradient.
+        patches: (B, L) float32, the evidence of the patches that enter each of L blocks.
+        prefix: (B, L) float32, that of class token, registers and other tokens without a place in the image.
+    """
+
+    score: Tensor
+    pixels: Tensor
+    patches: Tensor
+    prefix: Tensor
+
+    @property
+    def tokens(self) -> Tensor:
+        """The evidence of all tokens that enter each block, (B, L)."""
+        return self.patches + self.prefix
+
+    @property
+    def biases(self) -> Tensor:
+        """What the biases behind the entry of each block contribute, (B, L)."""
+        return self.score[..., None] - self.tokens
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Depths:
+        """Return it with every tensor changed."""
+        return Depths(change(self.score), change(self.pixels), change(self.patches), change(self.prefix))
+
+
+def account(batches: MicroBatches, images: Tensor, targets: Sequence[Cotangent]) -> Depths:
+    """Return what each depth accounts for of every target, with a dimension K: one forward pass and K walks back.
+
+    Args:
+        batches: the loop over micro-batches.
+        images: (B, C, H, W).
+        targets: K cotangents of the output.
+    """
+    grids, rows = batches.route.blocks, identity(len(images))
+    levels = levels_of([None, *range(len(grids))])
+    output, on_device = batches.outputs(images), rows.to(images.device)
+    scores = [(output * target(output, on_device)).flatten(1).sum(1) for target in targets]
+    found = batches.vjps(images, rows, targets, images.dtype, levels=levels)
+    assert found.tokens is not None
+    prefix = [of.split([grid.prefix, grid.patches], -1) for of, grid in zip(found.evidence, grids, strict=True)]
+    made = Depths(
+        torch.stack(scores),
+        found.tokens.flatten(2).sum(2),
+        torch.stack([patches.sum(-1) for _, patches in prefix], -1),
+        torch.stack([others.sum(-1) for others, _ in prefix], -1),
+    )
+    return made.map(lambda t: t.transpose(0, 1).float())
