@@ -76,7 +76,7 @@ def attributions(
     """
     samples, shape, ops = len(draws) // len(images), tuple(images.shape[1:]), batches.ops
     levels, free = levels_of(places), free_memory.free_bytes(images.device)
-    grids = dict(zip(levels.blocks, batches.grids(levels), strict=True))
+    grids = {block: batches.route.blocks[block] for block in levels.blocks}
     values = sum(grid.prefix + grid.patches for grid in grids.values())
     storage = memory.choose_storage(
         samples, shape, images.dtype, batches.route.dtype, free, pixels=levels.pixels, evidence=values
@@ -87,21 +87,17 @@ def attributions(
     for start in range(0, len(images), together):
         some = slice(start, min(start + together, len(images)))
         part = draws[some.start * samples : some.stop * samples]
-        sampled = Sampled(images, part.to(images.device), samples, batches.route.patch_size)
+        sampled = Sampled(
+            images, part.to(images.device), samples, grids, batches.route.patch_size if storage.tokens else None
+        )
         dtype = None if storage.tokens else storage.dtype
         for group in groups:
             kept = batches.vjps(images, part, targets[group], dtype, pacer.queued, levels)
             for at, target in enumerate(range(len(targets))[group]):
-                of_target = kept.map(itemgetter(at))
-                evidence = dict(zip(levels.blocks, of_target.evidence, strict=True))
-                for level, place in enumerate(places):
-                    if place is None:
-                        made = sampled.pulled_back(ops, of_target, shrink=shrink, tokens=storage.tokens)
-                    else:
-                        made = sampled.spread(ops, evidence[place], grids[place], shrink=shrink)
+                for level, made in enumerate(sampled.maps(ops, kept.map(itemgetter(at)), places, shrink=shrink)):
                     found.store(some, target, level, made)
             # free before those of the next group are made
-            del kept, of_target, evidence
+            del kept, made
     pacer.finish()
     return found
 
@@ -114,33 +110,43 @@ class Sampled:
         images: (B, C, H, W), all of the batch.
         draws: b·S rows of some of them on the device, image-major.
         samples: S.
-        patch_size: (p_h, p_w) of the pixels' tokens.
+        grids: of the blocks, by their numbers.
+        patch_size: (p_h, p_w) of the pixels' tokens, where their cotangents are kept; None where contributions are.
     """
 
     images: Tensor
     draws: Draws
     samples: int
-    patch_size: tuple[int, int]
+    grids: dict[int, TokenGrid]
+    patch_size: tuple[int, int] | None = None
 
-    def pulled_back(self, ops: PixelOps, kept: Pulled, *, shrink: bool, tokens: bool) -> Made:
-        """Return raw (b, C, H, W), signed maps and maps (b, H, W) of b·S samples.
+    def maps(self, ops: PixelOps, kept: Pulled, places: Sequence[int | None], *, shrink: bool) -> list[Made]:
+        """Return raw (b, C or 1, H, W), signed maps and maps (b, H, W) at each of the places.
 
         Args:
             ops: the bound ops.
-            kept: cotangents of the tokens, or contributions.
+            kept: of b·S rows.
+            places: numbers of blocks, None for the pixels.
             shrink: whether the maps are shrunk.
-            tokens: whether `kept` has cotangents of the tokens.
         """
-        assert kept.tokens is not None
-        if not tokens:
-            return aggregate(ops, kept.tokens.unflatten(0, (-1, self.samples)), shrink=shrink)
-        given = kept.tokens, self.images, self.draws, self.patch_size, self.samples
+        evidence = dict(zip(self.grids, kept.evidence, strict=True))
+        return [
+            self._pulled_back(ops, kept.tokens, shrink=shrink)
+            if place is None
+            else self._spread(ops, evidence[place], self.grids[place], shrink=shrink)
+            for place in places
+        ]
+
+    def _pulled_back(self, ops: PixelOps, tokens: Tensor | None, *, shrink: bool) -> Made:
+        assert tokens is not None
+        if self.patch_size is None:
+            return aggregate(ops, tokens.unflatten(0, (-1, self.samples)), shrink=shrink)
+        given = tokens, self.images, self.draws, self.patch_size, self.samples
         if not shrink:
             return _with_maps(ops, ops.pull_back_mean(*given), None)
         return _with_maps(ops, *ops.pull_back_mean_variance(*given))
 
-    def spread(self, ops: PixelOps, evidence: Tensor, grid: TokenGrid, *, shrink: bool) -> Made:
-        """Return raw (b, 1, H, W), signed maps and maps (b, H, W) of the evidence (b·S, N) of a block's tokens."""
+    def _spread(self, ops: PixelOps, evidence: Tensor, grid: TokenGrid, *, shrink: bool) -> Made:
         size = self.images.shape[2], self.images.shape[3]
         patch = size[0] // grid.height, size[1] // grid.width
         values = evidence[:, grid.prefix :].contiguous()

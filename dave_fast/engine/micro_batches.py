@@ -26,7 +26,7 @@ from dave_fast.engine.bound_ops import PixelOps
 from dave_fast.engine.buckets import OWN_BUCKETS, next_bucket
 from dave_fast.engine.eager import Eager
 from dave_fast.engine.graphs import Bucket, Graphs
-from dave_fast.engine.levels import PIXELS, Levels, Pulled, TokenGrid
+from dave_fast.engine.levels import PIXELS, Levels, Pulled
 from dave_fast.engine.route import Route
 from dave_fast.errors import OutOfMemoryError, is_out_of_memory
 from dave_fast.sampling import Draws, identity
@@ -71,10 +71,6 @@ class MicroBatches:
         self._each(images, identity(len(images)), PIXELS, keep)
         self._known = images, torch.cat(outputs)
         return self._known[1]
-
-    def grids(self, levels: Levels) -> list[TokenGrid]:
-        """Return the tokens of each block of the levels; raise ModelError for a model that has no such blocks."""
-        return [self.route.blocks[block] for block in levels.blocks]
 
     def vjps(
         self,

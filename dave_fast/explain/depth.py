@@ -91,6 +91,21 @@ def block_of(depth: Depth, blocks: int) -> int | None:
     return depth
 
 
+def places_of(depths: Sequence[Depth], count: Callable[[], int]) -> list[int | None]:
+    """Return the number of the block at each depth, None for the pixels.
+
+    Args:
+        depths: that were checked.
+        count: returns the number of the model's blocks; called only where it matters, since a model without a sequence
+            of blocks has pixels too.
+
+    Raises:
+        InputError: the model has no such block.
+    """
+    blocks = 0 if all(depth == PIXELS for depth in depths) else count()
+    return [block_of(depth, blocks) for depth in depths]
+
+
 @dataclass(frozen=True)
 class Depths:
     """What of a decision each depth accounts for, at the unperturbed images.

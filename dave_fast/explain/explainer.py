@@ -10,18 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dave_fast.defaults import DEFAULT_SAMPLES, DEFAULT_SHRINK
-from dave_fast.engine.aggregation import aggregate, attributions
+from dave_fast.engine.aggregation import Attributions, Sampled, aggregate, attributions
 from dave_fast.engine.checks import check_classes, check_integer, check_keys, check_rows, check_targets, describe
 from dave_fast.engine.end_of_call import EndOfCall
+from dave_fast.engine.levels import PIXELS as LEVEL_OF_PIXELS
+from dave_fast.engine.levels import Levels, Pulled, TokenGrid, levels_of
 from dave_fast.engine.micro_batches import MicroBatches, Progress
 from dave_fast.errors import InputError
-from dave_fast.explain.depth import PIXELS, Depth, Depths, account, block_of, check_depth, check_one
+from dave_fast.explain.depth import PIXELS, Depth, Depths, account, check_depth, check_one, places_of
 from dave_fast.explain.explanation import Explanation
 from dave_fast.explain.noise_level import noise_level
 from dave_fast.explain.route_cache import RouteCache
@@ -180,7 +183,7 @@ class DAVE:
                 resolved = [ElementCotangent(each, each) for each in most_probable(self.model, output, top_k)]
             height, width = images.shape[2:]
             draws = draw(n_samples, height=height, width=width, seed=seed, image_keys=keys, sampling=self.sampling)
-            places = self._places(depths, batches)
+            places = places_of(depths, lambda: len(batches.route.blocks))
             found = attributions(batches, images, draws, resolved, progress, shrink=shrink, places=places)
             end.refuse_non_finite(found.raw, "the attribution", f"{self._advice}, or look for overflow in the model.")
             told = None if depths == (PIXELS,) else account(batches, images, resolved)
@@ -334,10 +337,29 @@ class DAVE:
             ModelError: as `explain`.
             NonFiniteError: NaN or infinity in the images.
         """
+        made = self.samples(images, draws, targets).tokens
+        assert made is not None
+        return made
+
+    def samples(self, images: Tensor, draws: Draws, targets: Tensor, levels: Levels = LEVEL_OF_PIXELS) -> Pulled:
+        """Return what one micro-batch of perturbed samples tells at several levels of the model.
+
+        Args:
+            images: as for `contributions`, as are draws and targets.
+            draws: R rows.
+            targets: (B, K).
+            levels: pixels, blocks (`levels`).
+
+        Returns:
+            Contributions (K, R, C, H, W) as `tokens`, and the evidence (K, R, N) of each block.
+
+        Raises:
+            DaveFastError: as `contributions`.
+        """
         if not len(draws):
             raise InputError("draws hold no rows; expected one or more perturbed samples")
 
-        def work(images: Tensor, batches: MicroBatches, end: EndOfCall) -> Tensor:
+        def work(images: Tensor, batches: MicroBatches, end: EndOfCall) -> Pulled:
             first, last = check_targets(targets, len(images))
             of_class = [ElementCotangent(each) for each in to_device(targets.T.contiguous(), images.device)]
 
@@ -345,8 +367,7 @@ class DAVE:
                 check_classes(first, last, output)
                 return of_class[0](output, rows)
 
-            made = batches.vjps(images, draws, [checked, *of_class[1:]], images.dtype).tokens
-            assert made is not None
+            made = batches.vjps(images, draws, [checked, *of_class[1:]], images.dtype, levels=levels)
             end.read()
             return made
 
@@ -365,6 +386,50 @@ class DAVE:
         with own_arithmetic(self.device):
             raw, _, maps = aggregate(self._cache.ops, contributions, shrink=self.shrink if shrink is None else shrink)
         return raw, maps
+
+    def aggregate_levels(
+        self,
+        image: Tensor,
+        kept: Pulled,
+        draws: Draws,
+        places: Sequence[int | None],
+        *,
+        shrink: bool | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return raw (K, L, C, H, W) and maps (K, L, H, W) of the samples of one image at several levels.
+
+        Args:
+            image: (1, C, H, W).
+            kept: what `samples` returned for its rows, (K, S, ...).
+            draws: the S rows.
+            places: the levels of the maps in their order, numbers of blocks and None for the pixels; `kept` has them.
+            shrink: whether the maps are shrunk; None takes the explainer's setting.
+        """
+        shrink, device = self.shrink if shrink is None else shrink, kept.tensors()[0].device
+        blocks = levels_of(places).blocks
+        known = self.blocks(image) if blocks else ()
+        sampled = Sampled(image.to(device), draws.to(device), len(draws), {block: known[block] for block in blocks})
+        targets = len(kept.tensors()[0])
+        with own_arithmetic(self.device):
+            made = Attributions.empty(sampled.images.to(self.statistics_dtype), targets, len(places))
+            for target in range(targets):
+                of_target = kept.map(itemgetter(target))
+                for level, one in enumerate(sampled.maps(self._cache.ops, of_target, places, shrink=shrink)):
+                    made.store(slice(None), target, level, one)
+        return made.raw[0], made.maps[0]
+
+    def blocks(self, images: Tensor) -> tuple[TokenGrid, ...]:
+        """Return the tokens that enter each block of the model for images (B, C, H, W).
+
+        Raises:
+            ModelError: the model has no sequence of blocks whose tokens lie on a grid.
+        """
+
+        def work(images: Tensor, batches: MicroBatches, end: EndOfCall) -> tuple[TokenGrid, ...]:
+            end.read()
+            return batches.route.blocks
+
+        return self._checked.call(images, work)
 
     @property
     def statistics_dtype(self) -> torch.dtype:
@@ -397,12 +462,6 @@ class DAVE:
         output = batches.outputs(images)
         end.refuse_non_finite(output, "the model's output", f"Check the weights. {self._advice}.")
         return output
-
-    def _places(self, depths: Sequence[Depth], batches: MicroBatches) -> list[int | None]:
-        """Return the number of the block at each depth, None for the pixels."""
-        # a model without a sequence of blocks has pixels
-        count = 0 if all(depth == PIXELS for depth in depths) else len(batches.route.blocks)
-        return [block_of(depth, count) for depth in depths]
 
     def _resolved(self, target: Target, output: Tensor, images: Tensor) -> Cotangent:
         """Return a target's cotangent, checked against the images' output."""
