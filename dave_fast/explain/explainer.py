@@ -393,6 +393,7 @@ class DAVE:
         kept: Pulled,
         draws: Draws,
         places: Sequence[int | None],
+        blocks: Sequence[TokenGrid],
         *,
         shrink: bool | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -403,12 +404,12 @@ class DAVE:
             kept: what `samples` returned for its rows, (K, S, ...).
             draws: the S rows.
             places: the levels of the maps in their order, numbers of blocks and None for the pixels; `kept` has them.
+            blocks: of the model (`blocks`).
             shrink: whether the maps are shrunk; None takes the explainer's setting.
         """
         shrink, device = self.shrink if shrink is None else shrink, kept.tensors()[0].device
-        blocks = levels_of(places).blocks
-        known = self.blocks(image) if blocks else ()
-        sampled = Sampled(image.to(device), draws.to(device), len(draws), {block: known[block] for block in blocks})
+        grids = {block: blocks[block] for block in levels_of(places).blocks}
+        sampled = Sampled(image.to(device), draws.to(device), len(draws), grids)
         targets = len(kept.tensors()[0])
         with own_arithmetic(self.device):
             made = Attributions.empty(sampled.images.to(self.statistics_dtype), targets, len(places))
