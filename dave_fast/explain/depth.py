@@ -114,13 +114,13 @@ class Depths:
     of the tokens that enter it plus what biases behind that contribute, and at the pixels their evidence plus what
     position embeddings, prefix tokens and biases contribute.
 
-    Of K targets the tensors have a dimension K after B.
+    Of K targets the tensors have a dimension K after B. They are float32, in fp64 float64.
 
     Attributes:
-        score: (B,) float32.
-        pixels: (B,) float32, Σ pixel ⊙ effective gradient.
-        patches: (B, L) float32, the evidence of the patches that enter each of L blocks.
-        prefix: (B, L) float32, that of class token, registers and other tokens without a place in the image.
+        score: (B,).
+        pixels: (B,), Σ pixel ⊙ effective gradient.
+        patches: (B, L), the evidence of the patches that enter each of L blocks.
+        prefix: (B, L), that of class token, registers and other tokens without a place in the image.
     """
 
     score: Tensor
@@ -164,4 +164,4 @@ def account(batches: MicroBatches, images: Tensor, targets: Sequence[Cotangent])
         torch.stack([patches.sum(-1) for _, patches in prefix], -1),
         torch.stack([others.sum(-1) for others, _ in prefix], -1),
     )
-    return made.map(lambda t: t.transpose(0, 1).float())
+    return made.map(lambda t: t.transpose(0, 1))

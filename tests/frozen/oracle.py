@@ -22,10 +22,12 @@ def oracle_vjp(model: nn.Module, images: Tensor, target_fn: Callable[[Tensor], T
     return output.detach(), gradient
 
 
-def oracle_forward(model: nn.Module, images: Tensor) -> Tensor:
-    """The output (B,K), every operator detached."""
+def oracle_forward(model: nn.Module, images: Tensor, entered: list[Tensor] | None = None) -> Tensor:
+    """The output (B,K), every operator detached; the tokens that enter each block (B,N,D) are added to `entered`."""
     x = norm(model.norm_pre, embed(model, images))
     for block in model.blocks:
+        if entered is not None:
+            entered.append(x)
         x = x + scaled(block.ls1, attention(block.attn, norm(block.norm1, x)))
         x = x + scaled(block.ls2, mlp(block.mlp, norm(block.norm2, x)))
     x = norm(model.norm, x)
