@@ -1,11 +1,13 @@
 """The memory that an explanation takes, as a formula, which tests compare with the measured peak.
 
-    peak = weights + rows · row + pairs · storage + B · (1 + 2 · targets) · image + workspace
+    peak = weights + rows·(row + blocks·stream) + pairs·storage + B·(1 + 2·targets·levels)·image + workspace
 
 weights     the plan's, for both walks
 row         of a micro-batch: the operators of all blocks at the end of the forward walk, the widest activations that
             are alive at once, tokens and contribution
-storage     S·C·H·W values, for each (image, target) pair that is aggregated together
+stream      N·D values of a row that enter a block at which evidence is told
+storage     S·C·H·W values for contributions of pixels and S·N for each block's evidence, for each (image, target) pair
+            that is aggregated together
 image       C·H·W values
 workspace   copies that the PyTorch forms of the pixel ops make (C++ and CUDA make almost none), and the operand of
             some rows for each thread that C++'s float32 products take
@@ -114,6 +116,11 @@ def engine_row_bytes(plan: ViTPlan) -> int:
     return saved + alive + pixels + tail
 
 
+def stream_bytes(plan: ViTPlan) -> int:
+    """Return the bytes of the tokens of a row that enter a block, which are kept where its evidence is told."""
+    return plan.tokens * plan.width * plan.dtype.itemsize
+
+
 def contribution_bytes(n_samples: int, image_shape: tuple[int, ...], dtype: torch.dtype) -> int:
     """Return the bytes of the S contributions of one image (C, H, W)."""
     return n_samples * torch.Size(image_shape).numel() * dtype.itemsize
@@ -165,6 +172,8 @@ def explanation_bytes(
     storage: Storage,
     together: int,
     n_targets: int = 1,
+    n_levels: int = 1,
+    n_blocks: int = 0,
     pytorch: bool = False,
 ) -> int:
     """Return the peak of an explanation in bytes by the module's formula.
@@ -177,12 +186,14 @@ def explanation_bytes(
         storage: form of the samples.
         together: (image, target) pairs that are aggregated together, as `fitting_pairs` gives them.
         n_targets: targets of each image.
+        n_levels: levels of each target.
+        n_blocks: those of them that are blocks.
         pytorch: whether the pixel ops are PyTorch's.
     """
     shape, dtype = (plan.channels, *plan.image_size), statistics_dtype(plan.dtype)
     workspace = operand_bytes(plan) + (workspace_bytes(rows, n_samples, shape, dtype) if pytorch else 0)
-    images = n_images * (1 + RAW_COPIES * n_targets) * torch.Size(shape).numel() * dtype.itemsize
-    micro_batch = rows * engine_row_bytes(plan)
+    images = n_images * (1 + RAW_COPIES * n_targets * n_levels) * torch.Size(shape).numel() * dtype.itemsize
+    micro_batch = rows * (engine_row_bytes(plan) + n_blocks * stream_bytes(plan))
     return plan_bytes(plan) + micro_batch + together * storage.bytes + images + workspace
 
 

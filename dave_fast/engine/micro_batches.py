@@ -132,7 +132,7 @@ class MicroBatches:
         on_device, index = draws.to(images.device), draws.image_index.tolist()
         start = 0
         while start < len(draws):
-            size = self._size(len(draws) - start)
+            size = self._size(len(draws) - start, levels)
             at = slice(start, min(start + size, len(draws)))
             part = on_device[at]
             try:
@@ -152,9 +152,11 @@ class MicroBatches:
             # outside the handler, since the error keeps the tensors of the failed micro-batch
             self._shrink(size, images.device)
 
-    def _size(self, remaining: int) -> int:
+    def _size(self, remaining: int, levels: Levels) -> int:
         """Return the rows of the next micro-batch."""
         rows = min(self._rows, self.route.most_rows)
+        if levels.blocks and rows > self.route.rows_with(levels, self.route.fitting_rows):
+            rows = self.route.rows_with(levels, rows)
         if self._graphs is None:
             return min(rows, remaining)
         own = self._own(rows)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dave_fast.engine.buckets import Cost, Kernel, flat_cost, full_rows, plan_gemms
 from dave_fast.engine.build import build_engine
 from dave_fast.engine.levels import Levels, Pulled, TokenGrid
-from dave_fast.engine.memory import engine_row_bytes, plan_bytes, weight_bytes
+from dave_fast.engine.memory import engine_row_bytes, plan_bytes, stream_bytes, weight_bytes
 from dave_fast.engine.walks import Engine
 from dave_fast.errors import InputError, ModelError, NonFiniteError, NotFrozenError
 from dave_fast.frozen.mode import freeze, run_frozen
@@ -54,6 +54,7 @@ class Route:
         plan: the model's, of the engine.
         model: the model as it is called, of the frozen route.
         row_bytes: bytes that a row of a micro-batch takes; 0 where they are not known.
+        level_bytes: bytes that a row takes besides for each block at which evidence is told.
         row_cost: rows of a micro-batch -> its cost, in rows.
         full_rows: rows of a full micro-batch; None until they have been chosen.
         fitting_rows: rows that memory had room for when they were chosen.
@@ -74,6 +75,7 @@ class Route:
     plan: ViTPlan | None = None
     model: nn.Module | None = None
     row_bytes: int = 0
+    level_bytes: int = 0
     row_cost: Callable[[int], float] = flat_cost
     full_rows: int | None = None
     fitting_rows: int = 0
@@ -91,6 +93,12 @@ class Route:
     def capturable(self) -> bool:
         """Whether the walks never wait for the device, so that a CUDA graph can record them."""
         return self.plan is not None
+
+    def rows_with(self, levels: Levels, rows: int) -> int:
+        """Return the rows that take the memory of `rows` where evidence is told at these levels, at least one."""
+        if not self.row_bytes:
+            return rows
+        return max(1, rows * self.row_bytes // (self.row_bytes + len(levels.blocks) * self.level_bytes))
 
     def best_rows(self, fitting: int) -> int:
         """Return the rows of a full micro-batch where memory has room for `fitting`."""
@@ -116,6 +124,7 @@ def _engine_route(engine: Engine) -> Route:
         preferred_rows=min(64, CPU_TOKENS // plan.tokens),
         plan=plan,
         row_bytes=engine_row_bytes(plan),
+        level_bytes=stream_bytes(plan),
         row_cost=cost,
     )
 

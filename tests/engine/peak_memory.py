@@ -1,6 +1,6 @@
 """Measure the peak memory of explanations, weights included, in a process of its own, for tests/engine/test_memory.py.
 
-python -m tests.engine.peak_memory '[[size, width, depth, precision, backend, images, samples, rows, targets], ...]'
+tests.engine.peak_memory '[[size, width, depth, precision, backend, images, samples, rows, targets, blocks], …]'
 
 Prints [measured, formula] in bytes for each; measured is the growth of the process's resident memory.
 """
@@ -24,7 +24,7 @@ def resident(field):
     return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-def measure(size, width, depth, precision, backend, n_images, n_samples, rows, n_targets=1):
+def measure(size, width, depth, precision, backend, n_images, n_samples, rows, n_targets=1, n_blocks=0):
     settings = {"img_size": size, "patch_size": 16, "embed_dim": width, "depth": depth, "num_heads": width // 32}
     model = initial_vit(**settings, num_classes=1000)
     images = torch.randn(n_images, 3, size, size)
@@ -33,10 +33,12 @@ def measure(size, width, depth, precision, backend, n_images, n_samples, rows, n
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     explainer = dave_fast.DAVE(model, precision=precision, backend=backend, noise_alpha=0.5, internal_batch_size=rows)
-    explainer.explain(images, targets=range(n_targets), n_samples=n_samples)
+    levels = ["pixels", *range(n_blocks)]
+    explainer.explain(images, targets=range(n_targets), n_samples=n_samples, depth=levels)
     measured = resident("VmHWM") - before
     plan = explainer._cache.route(images).plan
-    storage = choose_storage(n_samples, tuple(images.shape[1:]), images.dtype, plan.dtype, 1 << 40)
+    evidence = n_blocks * plan.tokens
+    storage = choose_storage(n_samples, tuple(images.shape[1:]), images.dtype, plan.dtype, 1 << 40, evidence=evidence)
     formula = explanation_bytes(
         plan,
         n_images,
@@ -45,6 +47,8 @@ def measure(size, width, depth, precision, backend, n_images, n_samples, rows, n
         storage=storage,
         together=n_images * n_targets,
         n_targets=n_targets,
+        n_levels=len(levels),
+        n_blocks=n_blocks,
         pytorch=backend == "torch",
     )
     return [measured, formula]

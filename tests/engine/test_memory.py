@@ -15,7 +15,8 @@ from timm.models.vision_transformer import ParallelScalingBlock, VisionTransform
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
-from dave_fast.engine.memory import contribution_bytes, engine_row_bytes, plan_bytes
+from dave_fast.engine.levels import PIXELS, Levels
+from dave_fast.engine.memory import contribution_bytes, engine_row_bytes, plan_bytes, stream_bytes
 from dave_fast.ops.linear import pack_ref
 from dave_fast.plan.families import read
 from dave_fast.plan.vit_plan import make_plan
@@ -56,13 +57,14 @@ def test_the_formula_bounds_a_rows_memory_and_is_not_far_above_it(size, rows, dt
     engine = engine_of(model, dtype=dtype, backend=backend)
     images = torch.randn(rows, engine.plan.tokens - 1, 768, dtype=dtype)
 
-    def walk():
-        output, saved = engine.forward(images.clone())
-        engine.vjp(saved, torch.eye(output.shape[1])[:1].expand(rows, -1))
+    def walk(levels=PIXELS):
+        output, saved = engine.forward(images.clone(), levels)
+        engine.vjp.pull(saved, torch.eye(output.shape[1])[:1].expand(rows, -1), levels)
 
     walk()
-    share = peak_bytes(walk) / rows / engine_row_bytes(engine.plan)
-    assert 0.6 <= share <= 1.05
+    row, every = engine_row_bytes(engine.plan), Levels(True, tuple(range(6)))
+    assert 0.6 <= peak_bytes(walk) / rows / row <= 1.05
+    assert 0.6 <= peak_bytes(partial(walk, every)) / rows / (row + 6 * stream_bytes(engine.plan)) <= 1.05
 
 
 @pytest.mark.parametrize("kind", ["rotations", "biases", "side by side"])
@@ -112,11 +114,13 @@ def test_contributions_are_samples_times_image():
 
 
 CASES = [
-    # size, width, depth, precision, backend, images, samples, rows, targets
+    # size, width, depth, precision, backend, images, samples, rows, targets, blocks
     [224, 512, 2, "fp32", "auto", 2, 20, 4],
     [224, 512, 2, "bf16", "auto", 2, 20, 4],
     [224, 128, 1, "fp32", "torch", 1, 10, 4],
     [224, 128, 1, "fp32", "auto", 1, 8, 4, 12],
+    [224, 512, 4, "fp32", "auto", 1, 8, 8, 1, 4],
+    [224, 128, 2, "bf16", "auto", 1, 8, 4, 6, 2],
     # above 400 tokens: 785 and 3,137
     [448, 128, 1, "fp32", "auto", 1, 2, 2],
     [896, 128, 1, "fp32", "auto", 1, 2, 2],

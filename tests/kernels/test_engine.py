@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dave_fast.engine.levels import Levels
 from dave_fast.ops.patches import patchify
 from tests.kernels.conftest import INTERPRETED
 from tests.tolerances import LOW_PRECISION_RATIO
@@ -49,6 +50,28 @@ def test_the_walks_are_as_good_as_plain_pytorch(name, dtype, device):
     assert distance(output, logits) <= LOW_PRECISION_RATIO * distance(low_logits, logits)
     expected, plain = (patchify(t, engine.plan.patch_size) for t in (expected, plain))
     assert distance(found, expected) <= LOW_PRECISION_RATIO * distance(plain, expected)
+
+
+@pytest.mark.parametrize("name", ["vit", "vit-parallel", "vit-post-norm"])
+def test_levels_change_no_bit_and_evidence_is_as_good_as_plain_pytorch(name, device):
+    """Products write into the residual's memory, except where the tokens that enter a block are kept."""
+    variant = ENGINE[name]
+    engines = [
+        engine_of(variant.build(dtype), dtype=dtype, device=device, backend=backend)
+        for dtype, backend in ((torch.float64, "torch"), (torch.float32, "torch"), (torch.float32, "triton"))
+    ]
+    levels = Levels(True, (0, 1))
+    images, cotangent = variant.images(3).to(device), torch.eye(7, device=device)[[1, 2, 5]]
+    evidence = []
+    for engine in engines:
+        tokens = patchify(images, engine.plan.patch_size).to(engine.plan.dtype)
+        _, saved = engine.forward(tokens, levels)
+        found = engine.vjp.pull(saved, cotangent.to(engine.plan.dtype), levels)
+        _, saved = engine.forward(tokens)
+        assert torch.equal(found.tokens, engine.vjp(saved, cotangent.to(engine.plan.dtype)))
+        evidence.append(found.evidence)
+    for truth, plain, ours in zip(*evidence, strict=True):
+        assert distance(ours, truth) <= LOW_PRECISION_RATIO * distance(plain, truth)
 
 
 def test_an_identity_tail_does_not_change_the_cotangent(device):
