@@ -5,6 +5,7 @@
     full_gradient Libra FullGrad+, on the frozen operators
     scoring      every method on every batch of images, scored by every metric that the source permits
     rows         one method under several settings, from shared samples
+    deep         rows at the tokens that enter blocks, of DAVE and of other methods
     items        photographs and mosaics one by one, under every row
     probes       linear heads worth explaining, and whether they follow what is where
     statistics   intervals over images and seeds, paired differences, verdicts

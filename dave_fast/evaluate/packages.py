@@ -59,6 +59,20 @@ def attnlrp(model: nn.Module, setup: Any, gammas: tuple[float, float] | None = G
     Raises:
         NotTakenError: a package cannot be imported, or the model has no torchvision twin.
     """
+    twin = lrp_twin(model, gammas)
+
+    def attribute(images: Tensor, classes: Tensor, keys: Sequence[int], seed: int) -> Tensor:
+        with torch.enable_grad():
+            leaf = images.detach().clone().requires_grad_()
+            chosen = twin(leaf).gather(1, classes[:, None]).sum()
+            (gradient,) = torch.autograd.grad(chosen, leaf)
+        return gradient.detach() * images
+
+    return attribute
+
+
+def lrp_twin(model: nn.Module, gammas: tuple[float, float] | None) -> Any:
+    """Return the torchvision twin whose gradient ⊙ input is AttnLRP's relevance; arguments and errors as `attnlrp`."""
     try:
         from lxt.efficient import monkey_patch
         from lxt.efficient.models.vit_torch import cp_LRP
@@ -75,15 +89,7 @@ def attnlrp(model: nn.Module, setup: Any, gammas: tuple[float, float] | None = G
     monkey_patch(vision_transformer, {own[kind]: rule for kind, rule in cp_LRP.items()})
     if gammas is not None:
         _gamma_rules(gammas).register(twin)
-
-    def attribute(images: Tensor, classes: Tensor, keys: Sequence[int], seed: int) -> Tensor:
-        with torch.enable_grad():
-            leaf = images.detach().clone().requires_grad_()
-            chosen = twin(leaf).gather(1, classes[:, None]).sum()
-            (gradient,) = torch.autograd.grad(chosen, leaf)
-        return gradient.detach() * images
-
-    return attribute
+    return twin
 
 
 def _gamma_rules(gammas: tuple[float, float]) -> Any:

@@ -1,0 +1,271 @@
+"""Families of rows at the tokens that enter blocks: DAVE at a depth, and what other methods have there.
+
+With X_l the tokens that enter block l (N, D), and f the logit of a class, of the unperturbed image:
+
+    gradient × activation    Σ_channels X_l ⊙ ∂f/∂X_l, as captum's LayerGradientXActivation has it
+    Grad-CAM                 ReLU(Σ_c X_lc · mean over the patches of ∂f/∂X_lc) (arXiv 1610.02391), and at its usual
+                             place in a ViT: the tokens that enter the attention of the last block, behind its norm1
+    AttnLRP at tokens        Σ_channels X_l ⊙ the gradient as LXT's rules change it (see `packages`)
+    one frozen sample        Σ_channels X_l ⊙ ∂f/∂X_l with every operator from l on held constant: DAVE without average
+
+All are maps of patches, enlarged bilinearly as Libra FullGrad+ is; terms of prefix tokens have no place and are left
+out. DAVE at a depth averages the frozen form over its samples (`DAVE.explain(depth=)`).
+
+The gradient of a contrast, the logit of a class minus the mean logit of the other classes that are asked for, is the
+same contrast of gradients; so rows of a contrast need no passes of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dave_fast.engine.levels import Levels, levels_of
+from dave_fast.evaluate.packages import lrp_twin
+from dave_fast.evaluate.rows import Family
+from dave_fast.evaluate.scoring import Maps, as_maps
+from dave_fast.evaluate.settings import VARIANTS
+from dave_fast.evaluate.twin import NotTakenError
+from dave_fast.explain.depth import AUTO, Depth, block_of
+from dave_fast.explain.explainer import DAVE
+from dave_fast.sampling import draw, identity
+
+DEPTHS: tuple[Depth, ...] = (0.25, 0.5, AUTO, 0.75, 1.0)
+CONTRAST = ", against the others"
+
+
+def blocks_of(model: nn.Module, depths: Sequence[Depth] = DEPTHS) -> tuple[int, ...]:
+    """Return the numbers of the blocks at some depths, ascending.
+
+    Raises:
+        NotTakenError: the model is no timm VisionTransformer.
+    """
+    count = len(_vit(model).blocks)
+    return tuple(sorted({block for depth in depths if (block := block_of(depth, count)) is not None}))
+
+
+def contrasts(values: Tensor) -> Tensor:
+    """Return each of K values (K, ...) minus the mean of the others."""
+    return values - (values.sum(0) - values) / (len(values) - 1)
+
+
+def against_others(family: Family) -> Family:
+    """Return a family's rows for each class's logit minus the mean of the other asked classes' logits.
+
+    The family's signed sums are linear in what is explained, as those of a gradient ⊙ input are.
+    """
+
+    def rows(image: Tensor, classes: Tensor, key: int) -> dict[str, Maps]:
+        found = family(image, classes, key).items()
+        return {f"{row}{CONTRAST}": as_maps(contrasts(maps[VARIANTS[0]])[:, None]) for row, maps in found}
+
+    return rows
+
+
+def dave(
+    model: nn.Module,
+    title: str,
+    sizes: Sequence[int],
+    seed: int,
+    alpha: float | None = None,
+    *,
+    blocks: Sequence[int],
+    contrast: bool = False,
+) -> Family:
+    """Return DAVE's family at the pixels and at blocks, all rows of one set of walks, as the explainer makes its maps.
+
+    Args:
+        model: in evaluation mode.
+        title: of the rows, "{title}, S = 32" and "{title}, block 6, S = 32".
+        sizes: numbers of samples.
+        seed: of the draws.
+        alpha: noise_alpha; None for what the explainer chooses.
+        blocks: numbers of blocks, ascending.
+        contrast: whether the rows of `against_others` are added where two or more classes are asked for.
+    """
+    explainer, places = DAVE(model, noise_alpha=alpha), (None, *blocks)
+
+    def rows(image: Tensor, classes: Tensor, key: int) -> dict[str, Maps]:
+        (height, width), grids = image.shape[-2:], explainer.blocks(image)
+        draws = draw(max(sizes), height=height, width=width, seed=seed, image_keys=[key], sampling=explainer.sampling)
+        found = explainer.samples(image, draws, classes[None], levels_of(places))
+        made = {}
+        for suffix, change in _forms(classes, contrast).items():
+            of_form = found.map(change)
+            for size in sizes:
+                some = of_form.map(lambda t: t[:, :size])  # noqa: B023
+                raw, maps = explainer.aggregate_levels(image, some, draws[:size], places, grids)
+                for at, place in enumerate(places):
+                    name = title if place is None else f"{title}, block {place}"
+                    # as everywhere in an evaluation, the signed sum is that of raw, which is never shrunk
+                    made[f"{name}{suffix}, S = {size}"] = as_maps((raw[:, at], maps[:, at]))
+        return made
+
+    return rows
+
+
+def frozen(model: nn.Module, blocks: Sequence[int], *, contrast: bool = False, precision: str | None = None) -> Family:
+    """Return the family of one frozen sample, that of the unperturbed image, at blocks.
+
+    Args:
+        model: in evaluation mode.
+        blocks: numbers of blocks, ascending.
+        contrast: see `dave`.
+        precision: of the explainer; None for its own choice.
+    """
+    explainer = DAVE(model, noise_alpha=0.0, precision=precision)
+
+    def rows(image: Tensor, classes: Tensor, key: int) -> dict[str, Maps]:
+        grids, made = explainer.blocks(image), {}
+        found = explainer.samples(image, identity(1), classes[None], Levels(False, tuple(blocks)))
+        for suffix, change in _forms(classes, contrast).items():
+            for block, values in zip(blocks, found.evidence, strict=True):
+                grid = grids[block]
+                patches = change(values)[:, 0, grid.prefix :]
+                large = enlarged(patches, (grid.height, grid.width), image.shape[-2:])
+                made[f"one frozen sample, block {block}{suffix}"] = as_maps(large)
+        return made
+
+    return rows
+
+
+def _forms(classes: Tensor, contrast: bool) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return what is made of the values (K, ...) of the classes: themselves, and their contrasts where wanted."""
+    forms: dict[str, Callable[[Tensor], Tensor]] = {"": lambda values: values}
+    return forms | ({CONTRAST: contrasts} if contrast and len(classes) > 1 else {})
+
+
+class Entered(NamedTuple):
+    """The tokens that enter a module, and the gradients of K logits with respect to them.
+
+    Attributes:
+        tokens: (N, D).
+        gradients: (K, N, D).
+    """
+
+    tokens: Tensor
+    gradients: Tensor
+
+
+def gradients_at(model: nn.Module, modules: Sequence[nn.Module], image: Tensor, classes: Tensor) -> list[Entered]:
+    """Return what enters modules of a model, and the gradients of logits there.
+
+    Args:
+        model: in evaluation mode.
+        modules: each is called once, with tokens (1, N, D) first.
+        image: (1, C, H, W).
+        classes: (K,) int64.
+    """
+    with torch.enable_grad(), _entering(modules) as tokens:
+        output = model(image.detach().clone().requires_grad_())
+        of_class = [torch.autograd.grad(output[0, each], tokens, retain_graph=True) for each in classes.tolist()]
+    return [
+        Entered(entered[0].detach(), torch.cat(gradients))
+        for entered, *gradients in zip(tokens, *of_class, strict=True)
+    ]
+
+
+@contextmanager
+def _entering(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """Record the first argument of each module, in the order in which they are called."""
+    tokens: list[Tensor] = []
+    handles = [each.register_forward_pre_hook(lambda module, inputs: tokens.append(inputs[0])) for each in modules]
+    try:
+        yield tokens
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def times_activation(entered: Entered) -> Tensor:
+    """Return Σ_channels activation ⊙ gradient of each token, (K, N)."""
+    return (entered.tokens * entered.gradients).sum(2)
+
+
+def grad_cam(entered: Entered, prefix: int) -> Tensor:
+    """Return ReLU(Σ_c activation · mean of the gradient over the patches) of each patch, (K, n)."""
+    weights = entered.gradients[:, prefix:].mean(1)
+    return (weights @ entered.tokens[prefix:].T).relu()
+
+
+def activations(model: Any, blocks: Sequence[int], *, contrast: bool = False) -> Family:
+    """Return the family of gradient × activation and Grad-CAM at blocks.
+
+    Args:
+        model: a timm VisionTransformer in evaluation mode.
+        blocks: numbers of blocks, ascending.
+        contrast: whether rows of the contrast are added where two or more classes are asked for.
+
+    Raises:
+        NotTakenError: the model is no timm VisionTransformer.
+    """
+    vit = _vit(model)
+    modules = [*(vit.blocks[block] for block in blocks), vit.blocks[-1].attn]
+    names = [*(f"block {block}" for block in blocks), "last norm1"]
+    prefix = vit.num_prefix_tokens
+
+    def rows(image: Tensor, classes: Tensor, key: int) -> dict[str, Maps]:
+        made = {}
+        for name, entered in zip(names, gradients_at(vit, modules, image, classes), strict=True):
+            for suffix, change in _forms(classes, contrast).items():
+                of = entered._replace(gradients=change(entered.gradients))
+                patches = {"gradient × activation": times_activation(of)[:, prefix:], "Grad-CAM": grad_cam(of, prefix)}
+                for title, values in patches.items():
+                    large = enlarged(values, vit.patch_embed.grid_size, image.shape[-2:])
+                    made[f"{title}, {name}{suffix}"] = as_maps(large)
+        # at norm1 gradient × activation is that of another place than the blocks' entries: Grad-CAM's alone
+        return {row: maps for row, maps in made.items() if not row.startswith("gradient × activation, last norm1")}
+
+    return rows
+
+
+def attnlrp(
+    model: Any, title: str, blocks: Sequence[int], gammas: tuple[float, float] | None, *, contrast: bool = False
+) -> Family:
+    """Return the family of AttnLRP at the tokens that enter blocks.
+
+    Args:
+        model: a timm VisionTransformer in evaluation mode.
+        title: of the rows.
+        blocks: numbers of blocks, ascending.
+        gammas: see `packages.attnlrp`.
+        contrast: whether rows of the contrast are added where two or more classes are asked for.
+
+    Raises:
+        NotTakenError: as `packages.attnlrp`.
+    """
+    twin = lrp_twin(model, gammas)
+    layers = list(twin.encoder.layers)
+
+    def rows(image: Tensor, classes: Tensor, key: int) -> dict[str, Maps]:
+        made = {}
+        found = gradients_at(twin, [layers[block] for block in blocks], image, classes)
+        for block, entered in zip(blocks, found, strict=True):
+            for suffix, change in _forms(classes, contrast).items():
+                # a twin has one prefix token, its class token
+                large = enlarged(
+                    change(times_activation(entered))[:, 1:], model.patch_embed.grid_size, image.shape[-2:]
+                )
+                made[f"{title}, block {block}{suffix}"] = as_maps(large)
+        return made
+
+    return rows
+
+
+def enlarged(patches: Tensor, grid: Sequence[int], size: Sequence[int]) -> Tensor:
+    """Return maps (K, 1, H, W) of the values of patches (K, n), bilinearly."""
+    maps = patches.unflatten(1, tuple(grid))[:, None]
+    return functional.interpolate(maps, tuple(size), mode="bilinear", align_corners=False)
+
+
+def _vit(model: Any) -> Any:
+    from timm.models.vision_transformer import VisionTransformer
+
+    if not isinstance(model, VisionTransformer):
+        raise NotTakenError(f"it takes a timm VisionTransformer, not {type(model).__name__}")
+    return model
