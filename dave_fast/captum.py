@@ -21,6 +21,7 @@ from dave_fast.defaults import DEFAULT_SAMPLES
 from dave_fast.engine.checks import describe
 from dave_fast.errors import InputError
 from dave_fast.explain import explainer
+from dave_fast.explain.depth import PIXELS, Depth
 from dave_fast.targets.forms import Target
 
 Inputs = TypeVar("Inputs", Tensor, tuple[Tensor, ...])
@@ -68,6 +69,8 @@ class DAVE(Attribution):
         n_samples: int = DEFAULT_SAMPLES,
         seed: int = 0,
         internal_batch_size: int | None = None,
+        *,
+        depth: Depth = PIXELS,
     ) -> Inputs:
         """Return signed attributions of the inputs' shape and dtype, as a tuple where the inputs are one.
 
@@ -79,6 +82,7 @@ class DAVE(Attribution):
             n_samples: see `dave_fast.DAVE.explain`.
             seed: see `dave_fast.DAVE.explain`.
             internal_batch_size: see `dave_fast.DAVE.explain`.
+            depth: one, see `dave_fast.DAVE.explain`.
 
         Raises:
             InputError: there are several inputs, or additional_forward_args hold a tensor with a row for each image.
@@ -87,7 +91,7 @@ class DAVE(Attribution):
         if isinstance(images, tuple):
             raise InputError(f"{len(images)} inputs were given; DAVE explains one tensor of images (B, C, H, W)")
         found = self._with(additional_forward_args).attribute(
-            images, target, n_samples=n_samples, seed=seed, internal_batch_size=internal_batch_size
+            images, target, n_samples=n_samples, seed=seed, depth=depth, internal_batch_size=internal_batch_size
         )
         return (found,) if isinstance(inputs, tuple) else found
 

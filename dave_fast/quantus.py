@@ -16,6 +16,7 @@ from torch import nn
 
 from dave_fast.defaults import DEFAULT_SAMPLES
 from dave_fast.errors import InputError
+from dave_fast.explain.depth import PIXELS, Depth, check_one
 from dave_fast.explain.explainer import DAVE
 
 
@@ -27,6 +28,7 @@ def explain(
     n_samples: int = DEFAULT_SAMPLES,
     seed: int = 0,
     smoothed: bool = False,
+    depth: Depth = PIXELS,
     device: str | torch.device | None = None,
     **settings: Any,
 ) -> np.ndarray:
@@ -39,11 +41,12 @@ def explain(
         n_samples: perturbed samples of an image.
         seed: equal seeds give equal maps.
         smoothed: True returns maps in [0, 1], after DAVE's post-processing; False the signed sum over channels.
+        depth: one, see `dave_fast.DAVE.explain`.
         device: "cpu", "gpu" (as Quantus names it) or a torch device.
         settings: further keywords of `dave_fast.DAVE` (noise_alpha, precision ...).
 
     Raises:
-        InputError: the images do not have four dimensions.
+        InputError: the images do not have four dimensions; depth is not one depth.
     """
     inputs = np.asarray(inputs)
     if inputs.ndim != 4:
@@ -51,6 +54,6 @@ def explain(
     images = torch.from_numpy(np.ascontiguousarray(inputs, dtype=np.float32))
     classes = None if targets is None else torch.as_tensor(np.asarray(targets, dtype=np.int64))
     explainer = DAVE(model, device="cuda" if device == "gpu" else device, **settings)
-    found = explainer.explain(images, classes, n_samples, seed)
+    found = explainer.explain(images, classes, n_samples, seed, depth=check_one(depth))
     maps = found.maps if smoothed else found.raw.sum(1)
     return maps[:, None].cpu().numpy()

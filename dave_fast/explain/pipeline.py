@@ -1,7 +1,7 @@
 """A model as a function of images, called as Hugging Face's pipelines are.
 
 pipe = dave_fast.pipeline("demo")
-pipe("photo.jpg", top_k=3)     # [{"label": ..., "score": ..., "target": ..., "map": ..., "overlay": ...}, ...]
+pipe("photo.jpg", top_k=3)     # [{"label": ..., "score": ..., "map": ..., "overlay": ..., ...}, ...]
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import nn
 from dave_fast.defaults import DEFAULT_SAMPLES
 from dave_fast.engine.checks import check_integer
 from dave_fast.errors import InputError
+from dave_fast.explain.depth import PIXELS, Depth, check_one
 from dave_fast.explain.subject import Subject
 from dave_fast.images import as_rgb, drawing, read_image
 from dave_fast.models.labels import labels_of
@@ -46,6 +47,7 @@ class Pipeline:
         target: str | int | None = None,
         n_samples: int = DEFAULT_SAMPLES,
         seed: int = 0,
+        depth: Depth = PIXELS,
     ) -> list[Answer] | list[list[Answer]]:
         """Explain the most probable classes of an image, or one class.
 
@@ -55,30 +57,38 @@ class Pipeline:
             target: in place of top_k, a class by index or name.
             n_samples: perturbed samples of an image.
             seed: equal seeds give equal maps.
+            depth: one, see `dave_fast.DAVE.explain`.
 
         Returns:
             A dictionary for each class, with label, score (probability; NaN where the model has none), target (index),
-            map ((H, W) float32 in [0, 1]) and overlay (a PIL image); for a list of images a list of such lists.
+            depth ("pixels" or the number of a block), map ((H, W) float32 in [0, 1]) and overlay (a PIL image); for a
+            list of images a list of such lists.
 
         Raises:
             ImageError: an image cannot be read.
-            InputError: the model has no such class, or fewer classes than top_k.
+            InputError: the model has no such class, or fewer classes than top_k; depth is not one depth.
         """
         check_integer(top_k, "top_k", 1)
+        depth = check_one(depth)
         if target is not None and top_k != 1:
             raise InputError("target names one class and top_k several: give one of them.")
         if isinstance(images, str | os.PathLike | Image.Image):
-            return self._answers(images, top_k, target, n_samples, seed)
-        return [self._answers(image, top_k, target, n_samples, seed) for image in images]
+            return self._answers(images, top_k, target, n_samples, seed, depth)
+        return [self._answers(image, top_k, target, n_samples, seed, depth) for image in images]
 
     def _answers(
-        self, picture: Picture, top_k: int, target: str | int | None, n_samples: int, seed: int
+        self, picture: Picture, top_k: int, target: str | int | None, n_samples: int, seed: int, depth: Depth
     ) -> list[Answer]:
         inputs, crop = self.prepare(_read(picture))
         # as text, so that a negative index is refused
         named = None if target is None else [Class(str(target))]
         found = self.explainer.explain(
-            inputs[None], targets=named, top_k=top_k if named is None else None, n_samples=n_samples, seed=seed
+            inputs[None],
+            targets=named,
+            top_k=top_k if named is None else None,
+            n_samples=n_samples,
+            seed=seed,
+            depth=depth,
         )
         # its owner may have given the module another head since the names were read
         labels = labels_of(self.explainer.model, found.output.shape[1])
@@ -88,6 +98,7 @@ class Pipeline:
                 "label": labels.name(index),
                 "score": score,
                 "target": index,
+                "depth": found.depth,
                 "map": heat,
                 "overlay": drawing.overlay(crop, heat),
             }
