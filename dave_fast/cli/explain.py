@@ -50,6 +50,7 @@ def explain(
     seed: options.Seed = 0,
     noise_alpha: options.NoiseAlpha = None,
     shrink: options.Shrink = None,
+    depth: options.Depths = "pixels",
     schedule: options.Schedule = "sequence",
     device: options.Device = None,
     precision: options.Precision = None,
@@ -64,7 +65,8 @@ def explain(
     NAME.overlay.png: the map over the photograph; NAME.map.png: the map;
     NAME.npz: map, signed contributions, class, probability, settings.
 
-    With --top-k 2 or more, or several --target: a set each, and NAME.figure.png of them all.
+    With --top-k 2 or more, several --target or several depths: a set each, and NAME.figure.png of them all.
+    For a --depth other than the pixels it prints what the tokens there account for.
 
     A --target is a class (292, tiger, "tiger"), a sum or a difference of classes
     (tiger+lion; tiger-lion: why this and not that), or for models with embeddings or tokens
@@ -73,6 +75,7 @@ def explain(
     Exit code 0: all done; 1: some images could not be explained;
     2: refused or stopped, and why.
     """
+    from dave_fast.explain.depth import check_depth, parse_depth
     from dave_fast.explain.image_files import Request
 
     given = options.read_config(config)
@@ -86,7 +89,9 @@ def explain(
     # The embedded scene has two digits, which shows that maps differ by class.
     top_k = top_k or (2 if demo and not target else 1)
     samples, method = options.method(n_samples, noise_alpha, shrink, config=given)
-    request = Request(out, tuple(target or ()), top_k, samples, seed, figure=demo)
+    request = Request(
+        out, tuple(target or ()), top_k, samples, seed, figure=demo, depths=check_depth(parse_depth(depth))
+    )
     keywords = {
         "device": device,
         "precision": precision,
@@ -181,15 +186,30 @@ def _summary(done: Sequence[Done], failed: Sequence[Failed], request: Request) -
     screen = console(stderr=False)
     results = [result for one in done for result in one.results]
     if results:
-        table = Table("image", "target", "probability", "overlay", box=None, header_style="bold", pad_edge=False)
+        # a column that says nothing where all maps are of pixels
+        deep = any(result.accounted for result in results)
+        table = Table(
+            "image",
+            "target",
+            "probability",
+            *["depth"] * deep,
+            "overlay",
+            box=None,
+            header_style="bold",
+            pad_edge=False,
+        )
         for result in results[:_ROWS]:
             name = f"{result.class_name} ({result.target})" if result.target >= 0 else result.class_name
             overlay = str(result.overlay.relative_to(request.out))
-            cells = (result.source.path, name, percent(result.probability), overlay)
+            cells = (result.source.path, name, percent(result.probability), *[result.depth] * deep, overlay)
             table.add_row(*(Text(cell, overflow="fold") for cell in cells))
         screen.print(table)
         if len(results) > _ROWS:
             screen.print(f"… and {len(results) - _ROWS} more")
+        for result in results[:_ROWS]:
+            if result.accounted:
+                about = f"{result.source.path}, {result.class_name}: " if len(results) > 1 else ""
+                screen.print(Text(f"{about}{result.accounted}"), soft_wrap=True)
     images = "1 image" if len(done) == 1 else f"{len(done)} images"
     failures = f"; {len(failed)} could not be explained" if failed else ""
     screen.print(f"{images} explained in {request.out}{failures}", soft_wrap=True)

@@ -16,6 +16,7 @@ from dave_fast.errors import InputError
 
 if TYPE_CHECKING:
     from dave_fast.cli.config import Config
+    from dave_fast.explain import depth as explain_depth
     from dave_fast.models.spec import ModelSpec
 
 DEFAULT_MODEL = "deit3_base_patch16_224.fb_in1k"
@@ -102,6 +103,20 @@ Schedule = Annotated[
     str,
     typer.Option("--schedule", metavar="sequence|paper", help="How noise levels are spread.", rich_help_panel=METHOD),
 ]
+_DEPTH = "Where in the model evidence is told: at the pixels, or at the tokens that enter a block or lie at a share"
+Depth = Annotated[
+    str,
+    typer.Option("--depth", metavar="pixels|auto|6|0.5", help=f"{_DEPTH} of its depth.", rich_help_panel=METHOD),
+]
+Depths = Annotated[
+    str,
+    typer.Option(
+        "--depth",
+        metavar="pixels|auto|6|0.5|…,…",
+        help=f"{_DEPTH} of its depth; several with commas between.",
+        rich_help_panel=METHOD,
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option("--device", metavar="cpu|cuda|...", show_default="best there is", rich_help_panel=MACHINE),
@@ -122,6 +137,20 @@ InternalBatchSize = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
+
+
+def one_depth(text: str) -> explain_depth.Depth:
+    """Return the depth of --depth for a command that takes one.
+
+    Raises:
+        InputError: the text names none, or several.
+    """
+    from dave_fast.explain.depth import parse_depth
+
+    depth = parse_depth(text)
+    if isinstance(depth, list):
+        raise InputError(f"--depth is {text!r}: expected one depth here; run the command once for each of them.")
+    return depth
 
 
 def read_config(path: Path | None) -> Config:

@@ -21,6 +21,8 @@ model's input and H×W pixels:
     noise_alpha         float64
     shrink              bool, whether the maps are shrunk (see `dave_fast.DAVE`), which raw never is; files without it
                         are of earlier versions, whose maps are not
+    depth               string, "pixels" or "block 6", for maps of the tokens that enter that block; files without it
+                        have maps of pixels (see `dave_fast.explain.depth`)
     model, precision, dave_fast_version, image    strings; image is the path of the photograph, empty where unknown
 """
 
@@ -32,6 +34,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from dave_fast._version import __version__
+from dave_fast.explain.depth import PIXELS, name_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,6 +59,7 @@ def write_arrays(
     seed: int,
     shrink: bool,
     model: str,
+    depth: str | int = PIXELS,
     image: str = "",
     errors: Sequence[float] | None = None,
     error_bounds: Sequence[float] | None = None,
@@ -75,6 +79,7 @@ def write_arrays(
         seed: of the samples.
         shrink: whether the maps are shrunk.
         model: the model's name.
+        depth: of the maps, "pixels" or the number of a block.
         image: the path of the photograph.
         errors: of the K maps; None where they were not estimated.
         error_bounds: of the K maps; None where they were not estimated.
@@ -95,6 +100,7 @@ def write_arrays(
         "seed": kept_seed,
         "noise_alpha": np.float64(explainer.sampling.noise_alpha),
         "shrink": np.bool_(shrink),
+        "depth": name_of(depth),
         "model": model,
         "precision": explainer.precision,
         "dave_fast_version": __version__,

@@ -3,14 +3,14 @@
 A map at the pixels says how each pixel, times the frozen gradient, adds to the decision. It leaves out all that
 position embeddings, prefix tokens and biases carry, which in a deep model can be most of the logit. A map at a block
 says how the tokens there add to it (`dave_fast.engine.levels`): it is no statement about single pixels, since a token
-holds by then what attention brought from other patches, and accounts for more of the logit. `Depths` tells how much.
+holds by then what attention brought from other patches, and accounts for more of the logit. `Depths` tells how much
+(`dave_fast.explain.depth_account`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from dave_fast.engine.levels import levels_of
 from dave_fast.engine.micro_batches import MicroBatches
 from dave_fast.errors import InputError
+from dave_fast.explain.depth_account import Depths
 from dave_fast.sampling import identity
 from dave_fast.targets.cotangents import Cotangent
 
@@ -91,6 +92,11 @@ def block_of(depth: Depth, blocks: int) -> int | None:
     return depth
 
 
+def name_of(depth: str | int) -> str:
+    """Return the depth of an explanation in words: "pixels", or "block 6"."""
+    return f"block {depth}" if isinstance(depth, int) else depth
+
+
 def places_of(depths: Sequence[Depth], count: Callable[[], int]) -> list[int | None]:
     """Return the number of the block at each depth, None for the pixels.
 
@@ -104,43 +110,6 @@ def places_of(depths: Sequence[Depth], count: Callable[[], int]) -> list[int | N
     """
     blocks = 0 if all(depth == PIXELS for depth in depths) else count()
     return [block_of(depth, blocks) for depth in depths]
-
-
-@dataclass(frozen=True)
-class Depths:
-    """What of a decision each depth accounts for, at the unperturbed images.
-
-    The score is ⟨cotangent, output⟩, for a class its logit. With frozen operators it is, at every block, the evidence
-    of the tokens that enter it plus what biases behind that contribute, and at the pixels their evidence plus what
-    position embeddings, prefix tokens and biases contribute.
-
-    Of K targets the tensors have a dimension K after B. They are float32, in fp64 float64.
-
-    Attributes:
-        score: (B,).
-        pixels: (B,), Σ pixel ⊙ effective gradient.
-        patches: (B, L), the evidence of the patches that enter each of L blocks.
-        prefix: (B, L), that of class token, registers and other tokens without a place in the image.
-    """
-
-    score: Tensor
-    pixels: Tensor
-    patches: Tensor
-    prefix: Tensor
-
-    @property
-    def tokens(self) -> Tensor:
-        """The evidence of all tokens that enter each block, (B, L)."""
-        return self.patches + self.prefix
-
-    @property
-    def biases(self) -> Tensor:
-        """What the biases behind the entry of each block contribute, (B, L)."""
-        return self.score[..., None] - self.tokens
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Depths:
-        """Return it with every tensor changed."""
-        return Depths(change(self.score), change(self.pixels), change(self.patches), change(self.prefix))
 
 
 def account(batches: MicroBatches, images: Tensor, targets: Sequence[Cotangent]) -> Depths:

@@ -43,3 +43,8 @@ class Explanation:
     shrink: bool
     depth: str | int | tuple[str | int, ...] = PIXELS
     depths: Depths | None = None
+
+    @property
+    def levels(self) -> tuple[str | int, ...]:
+        """Each depth, as a tuple also where there is one."""
+        return self.depth if isinstance(self.depth, tuple) else (self.depth,)

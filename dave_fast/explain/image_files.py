@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,9 @@ from PIL import Image
 from dave_fast.defaults import DEFAULT_SAMPLES
 from dave_fast.errors import ImageError, NonFiniteError
 from dave_fast.explain.arrays import Scored, write_arrays
+from dave_fast.explain.depth import PIXELS, Depth, name_of
+from dave_fast.explain.depth_account import sentence
+from dave_fast.explain.result_names import endings_of, stems_of
 from dave_fast.files import atomically
 from dave_fast.images import drawing, read_image
 from dave_fast.models.meaning import has_classes, most_probable, probability_of
@@ -46,13 +48,15 @@ class ImageSource:
 
 @dataclass(frozen=True)
 class Result:
-    """One explained target of one image, and the files written for it.
+    """One explained target of one image at one depth, and the files written for it.
 
     Attributes:
         source: the image.
         target: the class index; −1 where the target is not a class.
         class_name: the target in words.
         probability: of the class; NaN where the target is not a class.
+        depth: of the map, "pixels" or "block 6".
+        accounted: what a block accounts for, in words; empty for the pixels.
         overlay: the file of the map over the photograph.
         map: the file of the map.
         arrays: the .npz file (see `dave_fast.explain.arrays`).
@@ -62,6 +66,8 @@ class Result:
     target: int
     class_name: str
     probability: float
+    depth: str
+    accounted: str
     overlay: Path
     map: Path
     arrays: Path
@@ -72,8 +78,8 @@ class Done:
     """An image that was explained.
 
     Attributes:
-        results: one for each target.
-        figure: the file with all targets in one picture, or None.
+        results: one for each target and depth.
+        figure: the file with all of them in one picture, or None.
     """
 
     results: tuple[Result, ...]
@@ -98,7 +104,8 @@ class Request:
         top_k: number of most probable classes, without targets.
         n_samples: perturbed samples of an image.
         seed: of the samples.
-        figure: whether to draw one picture of all targets also where there is one target; several always get it.
+        figure: whether to draw one picture of all results also where there is one; several always get it.
+        depths: of the maps, as `DAVE.explain` takes them.
     """
 
     out: Path
@@ -107,6 +114,7 @@ class Request:
     n_samples: int = DEFAULT_SAMPLES
     seed: int = 0
     figure: bool = False
+    depths: tuple[Depth, ...] = (PIXELS,)
 
 
 def sources_of(files: Iterable[Path], given: Sequence[Path]) -> list[ImageSource]:
@@ -184,6 +192,7 @@ class _FileExplainer:
             top_k=None if self.targets else self.request.top_k,
             n_samples=self.request.n_samples,
             seed=self.request.seed,
+            depth=self.request.depths,
             progress=progress,
         )
         classes, probabilities = explanation.target[0].tolist(), explanation.probability[0].tolist()
@@ -191,8 +200,9 @@ class _FileExplainer:
         explained = list(zip(classes, names, probabilities, strict=True))
         top = self._top(explanation)
         results = tuple(
-            self._write(source, crop, explanation, which, explained[which], top, stem)
-            for which, stem in enumerate(_stems(source, explained))
+            self._write(source, crop, explanation, (which, level), explained[which], top, f"{stem}{ending}")
+            for which, stem in enumerate(stems_of(source.name, explained))
+            for level, ending in endings_of(explanation.levels).items()
         )
         drawn = self.request.figure or len(results) > 1
         return Done(results, self._write_figure(source, crop, explanation, explained, top) if drawn else None)
@@ -202,13 +212,15 @@ class _FileExplainer:
         source: ImageSource,
         crop: np.ndarray,
         explanation: Explanation,
-        which: int,
+        place: tuple[int, int],
         target: Scored,
         top: Sequence[Scored],
         stem: str,
     ) -> Result:
-        """Write the files of one target: overlay, map, arrays."""
-        heat = explanation.maps[0, which].cpu().numpy()
+        """Write the files of one target at one level, whose numbers are `place`: overlay, map, arrays."""
+        which, level = place
+        depth = explanation.levels[level]
+        heat = explanation.maps[0, which, level].cpu().numpy()
         overlay, plain, arrays = (self.request.out / f"{stem}{end}" for end in (".overlay.png", ".map.png", ".npz"))
         drawing.save_picture(drawing.overlay(crop, heat), overlay)
         drawing.save_picture(drawing.plain_map(heat), plain)
@@ -216,8 +228,8 @@ class _FileExplainer:
             write_arrays(
                 file,
                 self.subject.explainer,
-                maps=explanation.maps[0, which : which + 1],
-                raw=explanation.raw[0, which : which + 1],
+                maps=explanation.maps[0, which, level][None],
+                raw=explanation.raw[0, which, level][None],
                 crop=crop,
                 targets=[target],
                 top=top,
@@ -226,9 +238,11 @@ class _FileExplainer:
                 seed=explanation.seed,
                 shrink=explanation.shrink,
                 model=self.subject.explainer.model_name,
+                depth=depth,
                 image=source.path,
             )
-        return Result(source, *target, overlay, plain, arrays)
+        accounted = _accounted(explanation, which, depth, "logit" if target[0] >= 0 else "score")
+        return Result(source, *target, name_of(depth), accounted, overlay, plain, arrays)
 
     def _top(self, explanation: Explanation) -> list[Scored]:
         """Return a classifier's five most probable classes, or all that are explained where these are more."""
@@ -247,26 +261,21 @@ class _FileExplainer:
         explained: Sequence[Scored],
         top: Sequence[Scored],
     ) -> Path:
+        words = ["" if explanation.depths is None else name_of(depth) for depth in explanation.levels]
         panels = [
-            drawing.Panel(heat.cpu().numpy(), name, None if math.isnan(probability) else probability)
-            for heat, (_, name, probability) in zip(explanation.maps[0], explained, strict=True)
+            drawing.Panel(
+                heats[level].cpu().numpy(), name, None if math.isnan(probability) else probability, words[level]
+            )
+            for heats, (_, name, probability) in zip(explanation.maps[0], explained, strict=True)
+            for level in endings_of(explanation.levels)
         ]
         bars = [(name, probability) for _, name, probability in top[:_BARS] if not math.isnan(probability)]
         return drawing.save_figure(drawing.figure(crop, panels, bars), self.request.out / f"{source.name}.figure.png")
 
 
-def _stems(source: ImageSource, explained: Sequence[Scored]) -> list[str]:
-    """Return the file names of an image's targets without suffix, each different."""
-    if len(explained) == 1:
-        return [source.name]
-    stems: list[str] = []
-    for target, name, _ in explained:
-        stem = f"{source.name}.{f'{target}-' if target >= 0 else ''}{_slug(name)}"
-        stems.append(f"{stem}-{len(stems)}" if stem in stems else stem)
-    return stems
-
-
-def _slug(name: str) -> str:
-    """Return a target's name as a part of a file name: letters, digits and dashes."""
-    name = name.replace(" + ", " and ").replace(" − ", " not ")
-    return re.sub(r"[^0-9a-z]+", "-", name.casefold()).strip("-")[:40] or "target"
+def _accounted(explanation: Explanation, which: int, depth: str | int, score: str) -> str:
+    """Return what a block accounts for of a target in words, empty for the pixels."""
+    if not isinstance(depth, int):
+        return ""
+    assert explanation.depths is not None
+    return sentence(explanation.depths.map(lambda t: t[0, which]), depth, score)

@@ -35,12 +35,12 @@ _SATURATION, _DIMMING, _LIFT = 0.4, 0.62, 0.05
 _OPACITY, _OPAQUE_FROM = 0.92, 0.75
 _LUMINANCE = (0.299, 0.587, 0.114)
 
-_DPI = 300
+DPI = 300
 # Inches. A picture of the usual size is printed pixel by pixel.
-_SIDE, _GAP, _HEADING, _MARGIN, _BAR, _BAR_LABEL = SHORTEST_SIDE / _DPI, 0.07, 0.27, 0.04, 0.07, 0.28
+_SIDE, _GAP, _HEADING, _MARGIN, _BAR, _BAR_LABEL = SHORTEST_SIDE / DPI, 0.07, 0.27, 0.04, 0.07, 0.28
 # Points.
-_SIZE, _SMALL = 8.0, 6.5
-_GREY = "0.35"
+_SIZE, SMALL = 8.0, 6.5
+GREY = "0.35"
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,20 @@ class Panel:
         heat: its map, float32 (H, W) in [0, 1].
         name: its caption.
         probability: of a class; None for other targets.
+        depth: of the map, where there is something to say about it.
         crop: the model's view, uint8 (H, W, 3), where it differs from the figure's; else None.
     """
 
     heat: np.ndarray
     name: str
     probability: float | None = None
+    depth: str = ""
     crop: np.ndarray | None = None
+
+    def small(self) -> str:
+        """Return what stands below the caption."""
+        known = "" if self.probability is None else percent(self.probability)
+        return " · ".join(filter(None, (known, self.depth)))
 
 
 def shown(heat: np.ndarray) -> np.ndarray:
@@ -170,12 +177,12 @@ def figure(crop: np.ndarray, panels: Sequence[Panel], probabilities: Sequence[tu
     if len(panels) == 1:
         (panel,) = panels
         grid.image(0, 1, np.asarray(plain_map(panel.heat)), "map")
-        grid.image(0, 2, np.asarray(overlay(crop, panel.heat)), panel.name, panel.probability)
+        grid.image(0, 2, np.asarray(overlay(crop, panel.heat)), panel.name, panel.small())
         grid.colorbar(0)
         return grid.figure
     for column, panel in enumerate(panels, 1):
         seen = crop if panel.crop is None else panel.crop
-        grid.image(0, column, np.asarray(overlay(seen, panel.heat)), panel.name, panel.probability)
+        grid.image(0, column, np.asarray(overlay(seen, panel.heat)), panel.name, panel.small())
         grid.image(1, column, np.asarray(plain_map(panel.heat)))
     grid.colorbar(1)
     if probabilities:
@@ -194,7 +201,7 @@ class _Grid:
         self.columns = columns
         self.width = 2 * _MARGIN + columns * (_SIDE + _GAP) + _BAR + _BAR_LABEL
         self.height = 2 * _MARGIN + _HEADING + rows * self.cell_height + (rows - 1) * _GAP
-        self.figure = Figure(figsize=(self.width, self.height), dpi=_DPI)
+        self.figure = Figure(figsize=(self.width, self.height), dpi=DPI)
         FigureCanvasAgg(self.figure)
 
     def cell(self, row: int, column: int, width: float = _SIDE) -> Axes:
@@ -204,17 +211,15 @@ class _Grid:
         bottom, height = (self.height - top - self.cell_height) / self.height, self.cell_height / self.height
         return self.figure.add_axes((left, bottom, width, height))
 
-    def image(
-        self, row: int, column: int, pixels: np.ndarray, name: str = "", probability: float | None = None
-    ) -> None:
-        """Draw pixels in a cell, with a heading where a name is given."""
+    def image(self, row: int, column: int, pixels: np.ndarray, name: str = "", small: str = "") -> None:
+        """Draw pixels in a cell, with a heading where a name is given, and small words below it."""
         axes = self.cell(row, column)
         axes.imshow(pixels, interpolation="antialiased", aspect="auto")
         axes.set_axis_off()
-        if probability is not None:
-            axes.set_title(percent(probability), fontsize=_SMALL, color=_GREY, pad=2.5)
+        if small:
+            axes.set_title(small, fontsize=SMALL, color=GREY, pad=2.5)
         if name:
-            weight, above = ("normal", 0.04) if probability is None else ("bold", 0.155)
+            weight, above = ("bold", 0.155) if small else ("normal", 0.04)
             text = axes.text(0.5, 1 + above / self.cell_height, _short(name), transform=axes.transAxes)
             text.set(ha="center", fontsize=_SIZE, fontweight=weight)
 
@@ -224,7 +229,7 @@ class _Grid:
         axes.imshow(_colour_table()[::-1, None], aspect="auto", interpolation="antialiased")
         axes.set_axis_off()
         for y, text, side in ((0.99, "high", "top"), (0.01, "low", "bottom")):
-            axes.text(1.5, y, text, transform=axes.transAxes, va=side, fontsize=_SMALL, color=_GREY)
+            axes.text(1.5, y, text, transform=axes.transAxes, va=side, fontsize=SMALL, color=GREY)
 
 
 def _bars(axes: Axes, probabilities: Sequence[tuple[str, float]], explained: set[str]) -> None:
@@ -232,8 +237,8 @@ def _bars(axes: Axes, probabilities: Sequence[tuple[str, float]], explained: set
     strong, faint = _colour_table()[150], "0.75"
     for row, (name, probability) in enumerate(probabilities):
         axes.barh(row + 0.28, probability, height=0.3, color=strong if name in explained else faint, lw=0)
-        axes.text(0, row - 0.06, _short(name), va="center", fontsize=_SMALL)
-        axes.text(1, row - 0.06, percent(probability), va="center", ha="right", fontsize=_SMALL, color=_GREY)
+        axes.text(0, row - 0.06, _short(name), va="center", fontsize=SMALL)
+        axes.text(1, row - 0.06, percent(probability), va="center", ha="right", fontsize=SMALL, color=GREY)
     axes.set_xlim(0, 1)
     # The same thickness for any number of bars up to five.
     axes.set_ylim(max(len(probabilities), 5) - 0.45, -0.45)
@@ -264,5 +269,5 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
 
     # Type 42 embeds TrueType fonts, which journals require.
     with atomically(path) as file, rc_context({"pdf.fonttype": 42, "svg.hashsalt": "dave-fast"}):
-        figure.savefig(file, format=Path(path).suffix.lstrip(".") or "png", dpi=_DPI)
+        figure.savefig(file, format=Path(path).suffix.lstrip(".") or "png", dpi=DPI)
     return Path(path)

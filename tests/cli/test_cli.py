@@ -18,7 +18,7 @@ from dave_fast.cli import terminal
 from dave_fast.cli.app import app
 from dave_fast.errors import UnknownModelError
 from dave_fast.explain import explainer, image_files
-from dave_fast.images import read_image
+from dave_fast.images import preprocessing, read_image
 from tests.tiny import named_vit
 
 
@@ -441,3 +441,59 @@ def test_settings_of_a_file_are_taken_unless_said_otherwise(photo, models, tmp_p
 def test_maps_are_shrunk_unless_told_otherwise(photo, models, tmp_path, options, expected):
     explain(photo, "--out", tmp_path / "maps", *options)
     assert load(tmp_path / "maps/photo.npz")["shrink"] == expected
+
+
+# Depth
+
+
+def test_pixels_are_the_default_depth_and_nothing_is_said_of_it(models, photo, tmp_path):
+    result = explain(photo, "--out", tmp_path / "maps")
+    assert load(tmp_path / "maps/photo.npz")["depth"] == "pixels"
+    assert "depth" not in result.stdout and "account" not in result.stdout
+
+
+@pytest.mark.parametrize("depth", ["1", "0.5", "auto"])
+def test_one_other_depth_has_files_as_pixels_have_and_says_what_it_accounts_for(models, photo, tmp_path, depth):
+    result = explain(photo, "--target", "dog", "--depth", depth, "--out", tmp_path / "maps")
+    assert tree(tmp_path / "maps") == ["photo.map.png", "photo.npz", "photo.overlay.png"]
+    assert "block 1 of 2: its tokens account for" in result.stdout and "of the logit" in result.stdout
+    arrays = load(tmp_path / "maps/photo.npz")
+    assert arrays["depth"] == "block 1"
+    own = dave_fast.DAVE(tiny(), precision="fp32", backend="torch")
+    image, _ = preprocessing(own.model)(read_image(photo))
+    expected = own.explain(image, 1, 3, depth=1)
+    np.testing.assert_array_equal(arrays["maps"], expected.maps.numpy())
+    np.testing.assert_array_equal(arrays["raw"], expected.raw.numpy())
+
+
+def test_several_depths_have_a_set_of_files_each_and_one_figure(models, photo, tmp_path):
+    result = explain(photo, "--target", "dog", "--depth", "pixels, 0, 0.5, auto", "--out", tmp_path / "maps")
+    stems = ["photo.block0", "photo.block1", "photo.pixels"]
+    files = [f"{stem}{end}" for stem in stems for end in (".map.png", ".npz", ".overlay.png")]
+    assert tree(tmp_path / "maps") == sorted([*files, "photo.figure.png"])
+    assert [load(tmp_path / f"maps/{stem}.npz")["depth"] for stem in stems] == ["block 0", "block 1", "pixels"]
+    assert result.stdout.count("tokens account for") == 2
+
+
+def test_several_depths_and_targets_have_a_set_for_each_pair(models, photo, tmp_path):
+    explain(photo, "--target", "dog", "--target", "cat-dog", "--depth", "pixels,1", "--out", tmp_path / "maps")
+    stems = [name.removesuffix(".npz") for name in tree(tmp_path / "maps") if name.endswith(".npz")]
+    assert stems == [f"photo.{target}.{depth}" for target in ("1-dog", "cat-not-dog") for depth in ("block1", "pixels")]
+
+
+@pytest.mark.parametrize(
+    ("depth", "words"),
+    [
+        ("deep", "depth 'deep' is unknown; expected 'pixels'"),
+        ("1.5", "depth '1.5' is unknown"),
+        ("", "depth '' is unknown"),
+    ],
+)
+def test_words_that_are_no_depth_are_refused_before_the_model_is_loaded(models, photo, tmp_path, depth, words):
+    result = explain(photo, "--depth", depth, "--out", tmp_path / "maps", model="never", code=2)
+    assert words in " ".join(result.stderr.split()) and not (tmp_path / "maps").exists()
+
+
+def test_a_block_that_the_model_lacks_is_refused(models, photo, tmp_path):
+    result = explain(photo, "--depth", "2", "--out", tmp_path / "maps", code=2)
+    assert "depth is block 2 and the model has the blocks 0 to 1" in " ".join(result.stderr.split())
