@@ -66,3 +66,13 @@ inline dave::Inputs inputs_of(Address data, dave::Dtype dtype, const Shape& shap
     throw std::invalid_argument("patches do not fill the images");
   return {images, {fields[0], fields[1], fields[2], fields[3], fields[4], fields[5], rows}, patch};
 }
+
+// The sizes of maps whose patches have `length` values in all rows; there are no images to read.
+inline dave::Inputs sizes_of(int64_t length, dave::Dtype dtype, int64_t height, int64_t width, const DrawsFields& fields,
+                             int64_t rows, dave::Patch patch, int64_t samples) {
+  if (samples < 1 || rows % samples) throw std::invalid_argument("rows must be a multiple of the samples");
+  const dave::Inputs inputs = inputs_of({}, dtype, {rows / samples, 1, height, width}, fields, rows, patch);
+  if (length != rows * (height / patch.height) * (width / patch.width))
+    throw std::invalid_argument("there must be one value a row and patch");
+  return inputs;
+}

@@ -9,19 +9,23 @@ using dave::Dtype;
 
 namespace {
 
-// Checks the draws too, which the host can read.
-dave::Inputs checked(Address images, Dtype dtype, const Shape& shape, const DrawsFields& fields, int64_t rows, int64_t p_h,
-                     int64_t p_w) {
-  const dave::Inputs inputs = inputs_of(images, dtype, shape, fields, rows, {p_h, p_w});
-  const dave::Draws& draws = inputs.draws;
-  for (int64_t r = 0; r < rows; ++r) {
-    if (draws.image_index[r] < 0 || draws.image_index[r] >= inputs.images.count)
-      throw std::invalid_argument("draws.image_index is outside of the batch");
+void check_matrices(const dave::Draws& draws) {
+  for (int64_t r = 0; r < draws.rows; ++r) {
     const double* m = draws.matrices + 6 * r;
     const double determinant = m[0] * m[4] - m[1] * m[3];
     if (!std::isfinite(determinant) || determinant == 0 || !std::isfinite(m[2]) || !std::isfinite(m[5]))
       throw std::invalid_argument("draws.matrices must be finite and invertible");
   }
+}
+
+// Checks the draws too, which the host can read.
+dave::Inputs checked(Address images, Dtype dtype, const Shape& shape, const DrawsFields& fields, int64_t rows, int64_t p_h,
+                     int64_t p_w) {
+  const dave::Inputs inputs = inputs_of(images, dtype, shape, fields, rows, {p_h, p_w});
+  for (int64_t r = 0; r < rows; ++r)
+    if (inputs.draws.image_index[r] < 0 || inputs.draws.image_index[r] >= inputs.images.count)
+      throw std::invalid_argument("draws.image_index is outside of the batch");
+  check_matrices(inputs.draws);
   return inputs;
 }
 
@@ -48,6 +52,14 @@ void pull_back_mean(Address cotangents, Dtype given, Address images, Dtype dtype
                     const DrawsFields& draws, int64_t rows, int64_t p_h, int64_t p_w, int64_t samples, Address raw,
                     int threads) {
   pull_back_mean_variance(cotangents, given, images, dtype, shape, draws, rows, p_h, p_w, samples, raw, {}, threads);
+}
+
+void spread_mean_variance(Address densities, Dtype dtype, int64_t length, const DrawsFields& draws, int64_t rows,
+                          int64_t height, int64_t width, int64_t p_h, int64_t p_w, int64_t samples, Address mean,
+                          Address variance, int threads) {
+  const auto inputs = sizes_of(length, dtype, height, width, draws, rows, {p_h, p_w}, samples);
+  check_matrices(inputs.draws);
+  dave::kernels().spread_mean({densities, dtype}, inputs, samples, {mean, variance}, threads);
 }
 
 void normal(Address keys, Address samples, int64_t rows, int64_t elements, Address deviates, int threads) {
@@ -170,6 +182,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("pull_back", &pull_back, release());
   module.def("pull_back_mean", &pull_back_mean, release());
   module.def("pull_back_mean_variance", &pull_back_mean_variance, release());
+  module.def("spread_mean_variance", &spread_mean_variance, release());
   module.def("normal", &normal, release());
   module.def("robust_mean", &robust_mean, release());
   module.def("robust_mean_variance", &robust_mean_variance, release());

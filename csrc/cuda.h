@@ -41,6 +41,11 @@ struct Span {
 // Contributions (rows.count, channels, span.pixels) of part of the rows and of the source pixels, for pull_back_mean.
 void pull_back(const Queue& queue, Values cotangents, const Inputs& inputs, Rows rows, Span span, Output contributions);
 
+// Densities (rows.count, 1, span.pixels) of part of the rows and of the source pixels, pulled back, for spread_mean;
+// given (rows, patches) of the images' type. Of the images, of one channel, only the sizes are read, of the draws the
+// matrices.
+void spread(const Queue& queue, Values densities, const Inputs& inputs, Rows rows, Span span, Output pulled);
+
 // The place of the mean of pixel p of an image's contributions, its channels one after the other: offset +
 // p / span·plane + p % span.
 struct Placement {
@@ -56,6 +61,10 @@ void robust_mean(const Queue& queue, const Contributions& contributions, const P
 // samples, channels, height, width)
 void pull_back_mean(const Queue& queue, Values cotangents, const Inputs& inputs, int64_t samples, int64_t tile,
                     void* scratch, Means to);
+
+// The same of densities, as `spread` takes them.
+void spread_mean(const Queue& queue, Values densities, const Inputs& inputs, int64_t samples, int64_t tile,
+                 void* scratch, Means to);
 
 // variance and shrunk (count, height, width); scratch: 2·count·height·width values
 void shrink(const Queue& queue, const double* variance, const Images& raw, double* scratch, void* shrunk);

@@ -65,6 +65,15 @@ void pull_back_mean(int device, Address stream, Address cotangents, Dtype given,
                           scratch, raw, {});
 }
 
+void spread_mean_variance(int device, Address stream, Address densities, Dtype dtype, int64_t length,
+                          const DrawsFields& draws, int64_t rows, int64_t height, int64_t width, int64_t p_h, int64_t p_w,
+                          int64_t samples, int64_t tile, Address scratch, Address mean, Address variance) {
+  const auto inputs = sizes_of(length, dtype, height, width, draws, rows, {p_h, p_w}, samples);
+  if (tile < 1) throw std::invalid_argument("a tile must have pixels");
+  checked(inputs.images);
+  dave::cuda::spread_mean({device, stream}, {densities, dtype}, inputs, samples, tile, scratch, {mean, variance});
+}
+
 void shrink(int device, Address stream, Address variance, Address raw, Dtype dtype, const Shape& shape, Address scratch,
             Address shrunk) {
   dave::cuda::shrink({device, stream}, variance, checked(images_of(raw, dtype, shape)), scratch, shrunk);
@@ -87,6 +96,7 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("robust_mean_variance", &robust_mean_variance, release());
   module.def("pull_back_mean", &pull_back_mean, release());
   module.def("pull_back_mean_variance", &pull_back_mean_variance, release());
+  module.def("spread_mean_variance", &spread_mean_variance, release());
   module.def("shrink", &shrink, release());
   module.def("smooth", &smooth, release());
 }

@@ -51,6 +51,60 @@ struct Window {
   }
 };
 
+// The pieces of the columns from x to stop that lie in one patch, as f(patch column, x, columns).
+template <typename F>
+void each_piece(int64_t x, int64_t stop, int64_t patch_width, const F& f) {
+  while (x < stop) {
+    const int64_t column = x / patch_width, end = (column + 1) * patch_width;
+    const int64_t next = end < stop ? end : stop;
+    f(column, x, next - x);
+    x = next;
+  }
+}
+
+// What is pulled back: load gives draw r's cotangents at columns x to stop of row (c, y) of the destinations, scale
+// multiplies a row of a tile's source pixels by their factors.
+
+// Cotangents of tokens; the factors are the signal and the image.
+template <typename T>
+struct OfTokens {
+  Values cotangents;
+  const Inputs& inputs;
+
+  void load(int64_t r, int64_t c, int64_t y, int64_t x, int64_t stop, T* to) const {
+    const TokenRow from(inputs.images, inputs.patch, r, c, y);
+    const int64_t patch_width = inputs.patch.width, begin = x;
+    each_piece(x, stop, patch_width, [&](int64_t column, int64_t at, int64_t n) {
+      load_row(cotangents, from.first + column * from.step + at % patch_width, to + (at - begin), n);
+    });
+  }
+  void scale(int64_t r, int64_t c, const Tile& tile, int32_t y, T* row) const {
+    const Images& images = inputs.images;
+    const T signal = static_cast<T>(inputs.draws.signal[r]);
+    const int64_t plane = inputs.draws.image_index[r] * images.channels + c;
+    const T* image = static_cast<const T*>(images.data) + (plane * images.height + tile.y + y) * images.width + tile.x;
+    for (int32_t x = 0; x < tile.width; ++x) row[x] = mul(mul(signal, row[x]), image[x]);
+  }
+};
+
+// One density a patch, that of all its pixels; no factors. Of the images only the sizes are read, of the draws the
+// matrices.
+template <typename T>
+struct OfPatches {
+  Values densities;
+  const Inputs& inputs;
+
+  void load(int64_t r, int64_t, int64_t y, int64_t x, int64_t stop, T* to) const {
+    const auto& [images, draws, patch] = inputs;
+    const int64_t row = r * (images.height / patch.height) + y / patch.height, begin = x;
+    const T* from = static_cast<const T*>(densities.data) + row * (images.width / patch.width);
+    each_piece(x, stop, patch.width, [&](int64_t column, int64_t at, int64_t n) {
+      for (int64_t i = at - begin; i < at - begin + n; ++i) to[i] = from[column];
+    });
+  }
+  void scale(int64_t, int64_t, const Tile&, int32_t, T*) const {}
+};
+
 // The scratch memory of one thread: the window of one draw's cotangents and the arrays of one row of a tile.
 template <typename T>
 class Gatherer {
@@ -75,41 +129,34 @@ class Gatherer {
   }
 
   // Contributions of draw r at a tile, as store(channel, y, row of tile.width values).
-  template <typename Store>
-  void run(Values cotangents, const Inputs& inputs, int64_t r, const Tile& tile, const Store& store) {
-    const auto& [images, draws, patch] = inputs;
+  template <typename Source, typename Store>
+  void run(const Source& source, int64_t r, const Tile& tile, const Store& store) {
+    const auto& [images, draws, patch] = source.inputs;
     const int32_t height = static_cast<int32_t>(images.height), width = static_cast<int32_t>(images.width);
     const Gather<T> g(draws.matrices + 6 * r, height, width);
     const Window window(g, tile, height, width);
-    unpatchify(cotangents, images, patch, r, window);
-    const T signal = static_cast<T>(draws.signal[r]);
+    fill(source, images, r, window);
     for (int32_t y = 0; y < tile.height; ++y) {
       pull_row(g, tile, static_cast<T>(tile.y + y), window, height, width, images.channels);
       for (int64_t c = 0; c < images.channels; ++c) {
-        const int64_t at = ((draws.image_index[r] * images.channels + c) * height + tile.y + y) * width + tile.x;
-        const T* image = static_cast<const T*>(images.data) + at;
         T* row = pulled_ + c * tile_width;
-        for (int32_t x = 0; x < tile.width; ++x) row[x] = mul(mul(signal, row[x]), image[x]);
+        source.scale(r, c, tile, y, row);
         store(c, y, row);
       }
     }
   }
 
  private:
-  void unpatchify(Values cotangents, const Images& images, Patch patch, int64_t r, const Window& window) {
+  template <typename Source>
+  void fill(const Source& source, const Images& images, int64_t r, const Window& window) {
     const int64_t right = window.x + window.width < images.width ? window.x + window.width : images.width;
     T* to = window_;
     for (int64_t c = 0; c < images.channels; ++c)
       for (int32_t y = window.y; y < window.y + window.height; ++y, to += window.width) {
         int64_t x = window.x;
-        if (y < images.height) {
-          const TokenRow from(images, patch, r, c, y);
-          while (x < right) {
-            const int64_t column = x / patch.width, end = (column + 1) * patch.width;
-            const int64_t stop = end < right ? end : right;
-            load_row(cotangents, from.first + column * from.step + x % patch.width, to + (x - window.x), stop - x);
-            x = stop;
-          }
+        if (y < images.height && x < right) {
+          source.load(r, c, y, x, right, to);
+          x = right;
         }
         for (; x < window.x + window.width; ++x) to[x - window.x] = 0;
       }

@@ -70,6 +70,9 @@ struct Kernels {
   void (*pull_back)(Values cotangents, const Inputs& inputs, Output contributions, int threads);
   // rows of `samples` an image -> (rows / samples, channels, height, width) of the images' type
   void (*pull_back_mean)(Values cotangents, const Inputs& inputs, int64_t samples, Means to, int threads);
+  // densities (rows, patches) of the images' type -> (rows / samples, 1, height, width) of it. Of the images, of one
+  // channel, only the sizes are read, of the draws the matrices.
+  void (*spread_mean)(Values densities, const Inputs& inputs, int64_t samples, Means to, int threads);
   // -> (images, channels, pixels); float64 for float64, else float32
   void (*robust_mean)(const Contributions& contributions, Means to, int threads);
   // variance (count, height, width) and raw, float32 or float64 -> (count, height, width) of raw's type

@@ -14,6 +14,7 @@ Function<decltype(Kernels::perturb)> perturb;
 Function<decltype(Kernels::normal)> normal;
 Function<decltype(Kernels::pull_back)> pull_back;
 Function<decltype(Kernels::pull_back_mean)> pull_back_mean;
+Function<decltype(Kernels::spread_mean)> spread_mean;
 Function<decltype(Kernels::robust_mean)> robust_mean;
 Function<decltype(Kernels::shrink)> shrink;
 Function<decltype(Kernels::smooth)> smooth;

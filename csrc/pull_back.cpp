@@ -1,5 +1,5 @@
-// Host drivers of pull_back, and of pull_back_mean: robust_mean(pull_back(...)), one tile of source pixels at a time, so
-// that a thread stores the contributions of all samples for a single tile.
+// Host drivers of pull_back, and of pull_back_mean and spread_mean: the robust mean of what is pulled back, one tile of
+// source pixels at a time, so that a thread stores the contributions of all samples for a single tile.
 #include "block_mean.h"
 #include "gather.h"
 #include "ops.h"
@@ -11,11 +11,12 @@ template <typename T>
 void pull(Values cotangents, const Inputs& inputs, Output contributions, int threads) {
   const Images& images = inputs.images;
   const Tiling tiles(images);
+  const OfTokens<T> source{cotangents, inputs};
   const PerThread<Gatherer<T>> gatherers(threads, images, Gatherer<T>::largest_window(images, inputs.draws));
   gatherers.run(inputs.draws.rows * tiles.count, [&](Gatherer<T>& gatherer, int64_t task) {
     const int64_t r = task / tiles.count;
     const Tile tile = tiles[task % tiles.count];
-    gatherer.run(cotangents, inputs, r, tile, [&](int64_t c, int32_t y, const T* row) {
+    gatherer.run(source, r, tile, [&](int64_t c, int32_t y, const T* row) {
       const int64_t at = ((r * images.channels + c) * images.height + tile.y + y) * images.width + tile.x;
       store_row(row, contributions, at, tile.width);
     });
@@ -35,8 +36,9 @@ struct TileMean {
         contributions(samples * images.channels * tile_height * tile_width) {}
 };
 
-template <typename T>
-void pull_mean(Values cotangents, const Inputs& inputs, int64_t samples, Means to, int threads) {
+template <typename T, typename Source>
+void mean_by_tiles(const Source& source, int64_t samples, Means to, int threads) {
+  const Inputs& inputs = source.inputs;
   const Images& images = inputs.images;
   const Tiling tiles(images);
   const Network network(samples);
@@ -47,7 +49,7 @@ void pull_mean(Values cotangents, const Inputs& inputs, int64_t samples, Means t
     const Tile tile = tiles[task % tiles.count];
     const int64_t area = static_cast<int64_t>(tile.width) * tile.height, pixels = images.channels * area;
     for (int64_t s = 0; s < samples; ++s)
-      work.gatherer.run(cotangents, inputs, b * samples + s, tile, [&](int64_t c, int32_t y, const T* row) {
+      work.gatherer.run(source, b * samples + s, tile, [&](int64_t c, int32_t y, const T* row) {
         T* to = work.contributions + s * pixels + c * area + static_cast<int64_t>(y) * tile.width;
         copy_row(row, to, tile.width);
       });
@@ -84,8 +86,15 @@ void pull_back(Values cotangents, const Inputs& inputs, Output contributions, in
 }
 
 void pull_back_mean(Values cotangents, const Inputs& inputs, int64_t samples, Means to, int threads) {
-  if (inputs.images.dtype == Dtype::float64) return pull_mean<double>(cotangents, inputs, samples, to, threads);
-  pull_mean<float>(cotangents, inputs, samples, to, threads);
+  if (inputs.images.dtype == Dtype::float64)
+    return mean_by_tiles<double>(OfTokens<double>{cotangents, inputs}, samples, to, threads);
+  mean_by_tiles<float>(OfTokens<float>{cotangents, inputs}, samples, to, threads);
+}
+
+void spread_mean(Values densities, const Inputs& inputs, int64_t samples, Means to, int threads) {
+  if (inputs.images.dtype == Dtype::float64)
+    return mean_by_tiles<double>(OfPatches<double>{densities, inputs}, samples, to, threads);
+  mean_by_tiles<float>(OfPatches<float>{densities, inputs}, samples, to, threads);
 }
 
 }  // namespace dave::DAVE_ISA

@@ -20,4 +20,10 @@ void pull_back(const Queue& queue, Values cotangents, const Inputs& inputs, Rows
   else pull_back_to<float>(Grid(queue), cotangents, inputs, rows, span, contributions);
 }
 
+void spread(const Queue& queue, Values densities, const Inputs& inputs, Rows rows, Span span, Output pulled) {
+  if (inputs.images.dtype == Dtype::float64)
+    Grid(queue).run(Spread<double>(static_cast<const double*>(densities.data), inputs, rows, span, pulled));
+  else Grid(queue).run(Spread<float>(static_cast<const float*>(densities.data), inputs, rows, span, pulled));
+}
+
 }  // namespace dave::cuda

@@ -1,7 +1,8 @@
 // pull_back on a GPU: a thread gathers one source pixel in every channel, straight from the tokens' layout; no atomics.
 //
 // DAVE's draws need 3×3 candidates: that path is unrolled, with independent loads; more candidates are a loop.
-// Contributions are those of a span of source pixels of each plane, so that pull_back_mean can go tile by tile.
+// Contributions are those of a span of source pixels of each plane, so that pull_back_mean can go tile by tile. Spread
+// pulls back one density a patch in the same way, without the factors.
 #pragma once
 
 #include "cuda.h"
@@ -25,12 +26,13 @@ struct PullBackRow {
         image(draws.image_index[r]) {}
 };
 
-template <typename T, typename Given>
-struct PullBack {
+// of_patches: the cotangents are (rows, patches), each that of all pixels of its patch, in one channel.
+template <typename T, typename Given, bool of_patches>
+struct Pull {
   static constexpr int threads = 128, resident = 1, shared_bytes = sizeof(PullBackRow<T>);
   // channels that share a weight: most images have at most three
-  static constexpr int together = 3;
-  const char* name = "pull_back";
+  static constexpr int together = of_patches ? 1 : 3;
+  const char* name = of_patches ? "spread" : "pull_back";
   const Given* cotangents;
   const T* images;
   Draws draws;
@@ -42,15 +44,15 @@ struct PullBack {
   Divider patch_height, patch_width, row_width, blocks_a_row;
 
   // rows: of the draws from first_row on; contributions: (rows, channels, span.pixels)
-  PullBack(const Given* given, const Inputs& inputs, Rows some, Span span, Output to)
-      : PullBack(given, inputs.images, inputs.draws, inputs.patch, some, span, to) {}
-  PullBack(const Given* given, const Images& of, const Draws& with, Patch patch, Rows some, Span span, Output to)
+  Pull(const Given* given, const Inputs& inputs, Rows some, Span span, Output to)
+      : Pull(given, inputs.images, inputs.draws, inputs.patch, some, span, to) {}
+  Pull(const Given* given, const Images& of, const Draws& with, Patch patch, Rows some, Span span, Output to)
       : cotangents(given), images(static_cast<const T*>(of.data)), draws(with), first_row(some.first),
         contributions(to), count(of.count), rows(some.count),
         channels(static_cast<int32_t>(of.channels)), height(static_cast<int32_t>(of.height)),
         width(static_cast<int32_t>(of.width)), patch_area(static_cast<int32_t>(patch.height * patch.width)),
         first(static_cast<uint32_t>(span.first)), pixels(static_cast<uint32_t>(span.pixels)),
-        token_width(static_cast<uint32_t>(of.channels * patch.height * patch.width)),
+        token_width(static_cast<uint32_t>(of_patches ? 1 : of.channels * patch.height * patch.width)),
         tokens_a_line(static_cast<uint32_t>(of.width / patch.width)), patch_height(patch.height),
         patch_width(patch.width), row_width(of.width), blocks_a_row(blocks_of(span.pixels, threads)) {}
 
@@ -89,8 +91,9 @@ struct PullBack {
     const Given* from[together];
     DAVE_UNROLL
     for (int k = 0; k < together; ++k)
-      from[k] = cotangents + (first_row + r) * channels * plane +
-                static_cast<int64_t>(c + k < channels ? c + k : c) * patch_area;
+      from[k] = of_patches ? cotangents + (first_row + r) * (plane / patch_area)
+                           : cotangents + (first_row + r) * channels * plane +
+                                 static_cast<int64_t>(c + k < channels ? c + k : c) * patch_area;
     T sums[together] = {};
     // offsets of the candidates' columns among the tokens, computed once where they are few enough for registers
     int32_t columns[Most > 0 ? Most : 1];
@@ -115,15 +118,19 @@ struct PullBack {
         }
       }
     }
-    const bool known = row.image >= 0 && row.image < count;
-    const T* image = images + (known ? row.image : 0) * channels * plane + first + pixel;
-    DAVE_UNROLL
-    for (int k = 0; k < together; ++k) {
-      if (c + k >= channels) continue;
-      T value = mul(mul(row.signal, sums[k]), image[(c + k) * plane]);
-      // NaN for an image outside of the batch, which only the device can detect
-      value = known ? value : static_cast<T>(__builtin_nan(""));
-      store_run<1>(&value, contributions, (static_cast<int64_t>(r) * channels + c + k) * pixels + pixel);
+    if constexpr (of_patches) {
+      store_run<1>(sums, contributions, static_cast<int64_t>(r) * pixels + pixel);
+    } else {
+      const bool known = row.image >= 0 && row.image < count;
+      const T* image = images + (known ? row.image : 0) * channels * plane + first + pixel;
+      DAVE_UNROLL
+      for (int k = 0; k < together; ++k) {
+        if (c + k >= channels) continue;
+        T value = mul(mul(row.signal, sums[k]), image[(c + k) * plane]);
+        // NaN for an image outside of the batch, which only the device can detect
+        value = known ? value : static_cast<T>(__builtin_nan(""));
+        store_run<1>(&value, contributions, (static_cast<int64_t>(r) * channels + c + k) * pixels + pixel);
+      }
     }
   }
 
@@ -131,13 +138,24 @@ struct PullBack {
   DAVE_DEVICE int32_t column_offset(int32_t x) const {
     uint32_t in_patch = static_cast<uint32_t>(x);
     const uint32_t patch = patch_width.split(in_patch);
-    return static_cast<int32_t>(patch * token_width + in_patch);
+    return static_cast<int32_t>(patch * token_width + (of_patches ? 0 : in_patch));
   }
   DAVE_DEVICE int32_t row_offset(int32_t y) const {
     uint32_t in_patch = static_cast<uint32_t>(y);
     const uint32_t patch = patch_height.split(in_patch);
-    return static_cast<int32_t>(patch * tokens_a_line * token_width + in_patch * patch_width.divisor);
+    const uint32_t line = of_patches ? 0 : in_patch * patch_width.divisor;
+    return static_cast<int32_t>(patch * tokens_a_line * token_width + line);
   }
+};
+
+template <typename T, typename Given>
+struct PullBack : Pull<T, Given, false> {
+  using Pull<T, Given, false>::Pull;
+};
+
+template <typename T>
+struct Spread : Pull<T, T, true> {
+  using Pull<T, T, true>::Pull;
 };
 
 }  // namespace dave::DAVE_ISA

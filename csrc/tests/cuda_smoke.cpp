@@ -107,6 +107,29 @@ void warps(const Queue& queue, Dtype dtype, Dtype stored, int64_t channels, int6
 }
 
 template <typename T>
+void spreads(const Queue& queue, Dtype dtype, int64_t height, int64_t width, dave::Patch patch) {
+  const auto densities = values<T>(Rows::count * height * width / (patch.height * patch.width));
+  const OnDevice<T> densities_there(densities);
+  const Rows rows;
+  const RowsOnDevice rows_there(rows);
+  const dave::Images sizes{nullptr, dtype, 2, 1, height, width};
+  const int64_t samples = Rows::samples_an_image;
+  std::vector<T> mean(static_cast<size_t>(2 * height * width), NAN);
+  std::vector<double> variance(mean.size(), NAN);
+  const OnDevice<T> mean_there(mean);
+  const OnDevice<double> variance_there(variance);
+  dave::kernels().spread_mean({densities.data(), dtype}, {sizes, rows.draws(), patch}, samples,
+                              {mean.data(), variance.data()}, 1);
+  for (int64_t tile : {int64_t{7}, height * width}) {
+    const OnDevice<T> scratch(std::vector<T>(static_cast<size_t>((samples + 2) * tile), NAN));
+    dave::cuda::spread_mean(queue, {densities_there.get(), dtype}, {sizes, rows_there.draws(), patch}, samples, tile,
+                            scratch.get(), {mean_there.get(), variance_there.get()});
+    require(same(mean, mean_there.values()), "spread_mean differs from the host's");
+    require(same(variance, variance_there.values()), "spread_mean's variance differs from the host's");
+  }
+}
+
+template <typename T>
 void statistics(const Queue& queue, Dtype dtype) {
   // each network, full and not, two lanes, and selection; a pixel, a whole block and a rest of one
   for (int64_t samples : {1, 5, 16, 17, 32, 33, 50, 51, 64, 65, 100, 101, 128, 129, 256, 257})
@@ -182,6 +205,9 @@ int main() {
   warps<float, float>(queue, Dtype::float32, Dtype::float32, 1, 17, 33, {17, 33});
   warps<double, double>(queue, Dtype::float64, Dtype::float64, 3, 9, 20, {3, 4});
   warps<double, float>(queue, Dtype::float64, Dtype::float32, 4, 9, 6, {3, 1});
+  spreads<float>(queue, Dtype::float32, 12, 48, {6, 16});
+  spreads<float>(queue, Dtype::float32, 17, 33, {17, 33});
+  spreads<double>(queue, Dtype::float64, 9, 20, {3, 1});
   statistics<float>(queue, Dtype::float32);
   statistics<double>(queue, Dtype::float64);
   maps<float>(queue, Dtype::float32);

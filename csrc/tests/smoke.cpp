@@ -44,6 +44,28 @@ void warps(dave::Dtype dtype, int64_t channels, int64_t height, int64_t width, d
     require(contributions[i] == 0, "a far-off warp contributes");
 }
 
+// A density a patch is pulled back like tokens that have it in every element, with images and signals of one.
+template <typename T>
+void spreads(dave::Dtype dtype, int64_t height, int64_t width, dave::Patch patch, int threads) {
+  const int64_t area = patch.height * patch.width;
+  const auto densities = values<T>(Rows::count * height * width / area);
+  std::vector<T> tokens;
+  for (T density : densities) tokens.insert(tokens.end(), static_cast<size_t>(area), density);
+  Rows rows;
+  std::fill(rows.signal.begin(), rows.signal.end(), 1.0);
+  const std::vector<T> ones(static_cast<size_t>(2 * height * width), 1);
+  const dave::Inputs inputs{{ones.data(), dtype, 2, 1, height, width}, rows.draws(), patch};
+  const dave::Inputs sizes{{nullptr, dtype, 2, 1, height, width}, rows.draws(), patch};
+  std::vector<T> mean(ones.size(), NAN), expected = mean;
+  std::vector<double> variance(ones.size(), NAN), expected_variance = variance;
+  const auto& kernels = dave::kernels();
+  const int64_t samples = Rows::samples_an_image;
+  kernels.pull_back_mean({tokens.data(), dtype}, inputs, samples, {expected.data(), expected_variance.data()}, threads);
+  kernels.spread_mean({densities.data(), dtype}, sizes, samples, {mean.data(), variance.data()}, threads);
+  require_finite(mean, "spread_mean left something unwritten");
+  require(mean == expected && variance == expected_variance, "spread_mean is not pull_back_mean of equal pixels");
+}
+
 template <typename T>
 void statistics(dave::Dtype dtype, int threads) {
   const auto& kernels = dave::kernels();
@@ -231,6 +253,9 @@ int main() {
       warps<float>(dave::Dtype::float32, 3, 10, 14, {5, 7}, threads);
       warps<double>(dave::Dtype::float64, 1, 9, 3, {3, 1}, threads);
       warps<float>(dave::Dtype::float32, 4, 17, 33, {17, 33}, threads);
+      spreads<float>(dave::Dtype::float32, 10, 14, {5, 7}, threads);
+      spreads<double>(dave::Dtype::float64, 9, 3, {3, 1}, threads);
+      spreads<float>(dave::Dtype::float32, 34, 65, {17, 65}, threads);
       statistics<float>(dave::Dtype::float32, threads);
       statistics<double>(dave::Dtype::float64, threads);
       attentions<float>(dave::Dtype::float32, threads);

@@ -96,7 +96,7 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
 } | {
     "robust_mean_variance": _forms("robust_mean", "robust_mean_variance", "native", "cuda"),
     "pull_back_mean_variance": _forms("pull_back_mean", "pull_back_mean_variance", "native", "cuda"),
-    "spread_mean_variance": _forms("spread_mean", "spread_mean_variance"),
+    "spread_mean_variance": _forms("spread_mean", "spread_mean_variance", "native", "cuda"),
     "pack_weight": _forms("linear", "pack", "onednn", "native") | {"triton": "dave_fast.ops.linear:pack_ref"},
     "linear": _forms("linear", "linear", "onednn", "native", "triton"),
     "pack_weight_fp8": dict.fromkeys(("torch", "triton"), "dave_fast.ops.fp8:pack_fp8"),

@@ -189,8 +189,7 @@ def pull_back_mean_cuda(
     """Run `pull_back_mean` in CUDA C++ on images' device."""
     images = images.contiguous()
     given = cotangents_and_images(token_cotangents, images, draws)
-    tile = _tile_of(images, n_samples)
-    scratch = images.new_empty(n_samples * images.shape[1] * tile)
+    tile, scratch = tile_and_scratch(images, n_samples, variance=False)
     raw = images.new_empty(len(draws) // n_samples, *images.shape[1:])
     _ext.run_cuda("pull_back_mean", *given, draws, *patch_hw(patch_size), n_samples, tile, scratch, raw)
     return raw
@@ -202,9 +201,7 @@ def pull_back_mean_variance_cuda(
     """Run `pull_back_mean_variance` in CUDA C++ on images' device."""
     images = images.contiguous()
     given = cotangents_and_images(token_cotangents, images, draws)
-    tile = _tile_of(images, n_samples)
-    # the contributions of a tile, and the median and the threshold of each of its means
-    scratch = images.new_empty((n_samples + 2) * images.shape[1] * tile)
+    tile, scratch = tile_and_scratch(images, n_samples, variance=True)
     raw = images.new_empty(len(draws) // n_samples, *images.shape[1:])
     variance = variance_like(raw)
     given = (*given, draws, *patch_hw(patch_size), n_samples, tile)
@@ -212,8 +209,13 @@ def pull_back_mean_variance_cuda(
     return raw, variance
 
 
-def _tile_of(images: Tensor, n_samples: int) -> int:
-    """Return how many source pixels have contributions that fit SCRATCH_BYTES, in whole blocks of threads."""
+def tile_and_scratch(images: Tensor, n_samples: int, *, variance: bool) -> tuple[int, Tensor]:
+    """Return how many source pixels the CUDA form takes at once, and its scratch memory.
+
+    They are those whose contributions fit SCRATCH_BYTES, in whole blocks of threads.
+    """
     channels, height, width = images.shape[1:]
     fitting = SCRATCH_BYTES // (n_samples * channels * images.element_size())
-    return min(max(SMALLEST_TILE, fitting // SMALLEST_TILE * SMALLEST_TILE), height * width)
+    tile = min(max(SMALLEST_TILE, fitting // SMALLEST_TILE * SMALLEST_TILE), height * width)
+    # the contributions of a tile, and with the variance the median and the threshold of each of its means
+    return tile, images.new_empty((n_samples + 2 * variance) * channels * tile)

@@ -10,15 +10,17 @@ keeps every destination inside of the image keeps the sum of the values.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from dave_fast.errors import InputError
-from dave_fast.ops import _library, _registry, _warp
+from dave_fast.ops import _ext, _library, _registry, _warp
 from dave_fast.ops.patches import PatchSize, patch_grid, patch_hw, unpatchify
 from dave_fast.ops.precision import COMPUTED, check_dtype
 from dave_fast.ops.pull_back import adjoint_warp
-from dave_fast.ops.pull_back_mean import check_samples, tiles
+from dave_fast.ops.pull_back_mean import check_samples, tile_and_scratch, tiles
 from dave_fast.ops.robust_mean import robust_mean_variance_ref, variance_like
 from dave_fast.sampling import Draws
 
@@ -87,6 +89,35 @@ def spread_mean_variance_ref(
     for b, rows, densities in tiles(mean, n_samples, pull):
         (mean[b, :, rows],), (variance[b, rows],) = robust_mean_variance_ref(densities[None])
     return mean, variance
+
+
+def spread_mean_variance_native(
+    values: Tensor, draws: Draws, size: tuple[int, int], patch_size: PatchSize, n_samples: int
+) -> tuple[Tensor, Tensor]:
+    """Run `spread_mean_variance` in C++ on the host."""
+    mean, variance = _outputs(values, size, n_samples)
+    given = _arguments(values, draws, size, patch_size, n_samples)
+    _ext.run_native("spread_mean_variance", *given, mean, variance)
+    return mean, variance
+
+
+def spread_mean_variance_cuda(
+    values: Tensor, draws: Draws, size: tuple[int, int], patch_size: PatchSize, n_samples: int
+) -> tuple[Tensor, Tensor]:
+    """Run `spread_mean_variance` in CUDA C++ on values' device."""
+    mean, variance = _outputs(values, size, n_samples)
+    given = _arguments(values, draws, size, patch_size, n_samples)
+    tile, scratch = tile_and_scratch(mean, n_samples, variance=True)
+    _ext.run_cuda("spread_mean_variance", *given, tile, scratch, mean, variance)
+    return mean, variance
+
+
+def _arguments(
+    values: Tensor, draws: Draws, size: tuple[int, int], patch_size: PatchSize, n_samples: int
+) -> tuple[Any, ...]:
+    """Return a compiled kernel's arguments without its outputs."""
+    density = _density(values, patch_size)
+    return *_ext.coded(density), density.numel(), draws, *size, *patch_hw(patch_size), n_samples
 
 
 def densities_of(

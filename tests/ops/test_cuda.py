@@ -24,13 +24,14 @@ from dave_fast.ops.patches import patchify
 from dave_fast.ops.perturb import perturb_cuda
 from dave_fast.ops.pull_back import pull_back_cuda, pull_back_ref
 from dave_fast.ops.robust_mean import robust_mean, robust_mean_ref
+from dave_fast.ops.spread_mean import spread_mean_variance_cuda
 from dave_fast.sampling import draw
 from scripts import cuda_resources
 from tests.ops.test_perturb import image_batch
 
 ROOT = Path(__file__).resolve().parents[2]
 MEANS = ("robust_mean", "pull_back_mean", "robust_mean_variance", "pull_back_mean_variance")
-PIXEL_OPS = ("perturb", "pull_back", *MEANS, "shrink", "smooth")
+PIXEL_OPS = ("perturb", "pull_back", *MEANS, "spread_mean_variance", "shrink", "smooth")
 
 needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
 needs_module = pytest.mark.skipif(isinstance(_ext._load_cuda(), str), reason=str(_ext._load_cuda()))
@@ -40,8 +41,8 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machi
 @needs_nvcc
 def test_no_kernel_spills_and_the_table_says_what_the_compiler_says():
     kernels = cuda_resources.collect(("sm_90a",))["sm_90a"]
-    # 4 run lengths and 4 kinds of cotangents in 2 precisions; 7 networks, 4 selections, 4 variances; 5 steps in 2
-    # precisions
+    # 4 run lengths, 4 kinds of cotangents and densities in 2 precisions; 7 networks, 4 selections, 4 variances; 5 steps
+    # in 2 precisions
     names = {one.kernel.split("<")[0]: [] for one in kernels}
     for one in kernels:
         names[one.kernel.split("<")[0]].append(one)
@@ -49,6 +50,7 @@ def test_no_kernel_spills_and_the_table_says_what_the_compiler_says():
     assert counts == {
         "Perturb": 8,
         "PullBack": 8,
+        "Spread": 2,
         "SortInOne": 7,
         "SortInTwo": 2,
         "Select": 4,
@@ -93,7 +95,7 @@ def test_a_spilling_kernel_is_detected():
 
 
 @needs_nvcc
-@pytest.mark.parametrize(("source", "count"), [("perturb", 8), ("pull_back", 8), ("shrink", 4)])
+@pytest.mark.parametrize(("source", "count"), [("perturb", 8), ("pull_back", 10), ("shrink", 4)])
 def test_nothing_is_fused_where_bits_are_promised(source, count, tmp_path):
     ptx = tmp_path / "kernels.ptx"
     command = ["nvcc", *cuda_resources.FLAGS, "-arch=sm_90a", "-ptx", "-o", ptx, ROOT / "csrc" / f"{source}.cu"]
@@ -249,6 +251,7 @@ def test_small_tiles_give_the_result_of_large_ones(monkeypatch):
     tokens = patchify(image_batch(3, 24, 40, torch.float32, count=12), 8)
     whole = tiled.pull_back_mean_cuda(tokens, images, draws, 8, 6)
     variance = tiled.pull_back_mean_variance_cuda(tokens, images, draws, 8, 6)[1]
+    spread = spread_mean_variance_cuda(tokens[..., 0], draws, (24, 40), 8, 6)
     sizes = []
     given = _ext.cuda_module()
     # 960 pixels: seven tiles of the smallest size and a half
@@ -256,12 +259,15 @@ def test_small_tiles_give_the_result_of_large_ones(monkeypatch):
     module = SimpleNamespace(
         pull_back_mean=lambda *sent: (sizes.append(sent[-3]), given.pull_back_mean(*sent)),
         pull_back_mean_variance=lambda *sent: (sizes.append(sent[-4]), given.pull_back_mean_variance(*sent)),
+        spread_mean_variance=lambda *sent: (sizes.append(sent[-4]), given.spread_mean_variance(*sent)),
     )
     monkeypatch.setattr(_ext, "cuda_module", lambda: module)
     assert torch.equal(tiled.pull_back_mean_cuda(tokens, images, draws, 8, 6), whole)
     again = tiled.pull_back_mean_variance_cuda(tokens, images, draws, 8, 6)
     assert torch.equal(again[0], whole) and torch.equal(again[1], variance)
-    assert sizes == [tiled.SMALLEST_TILE] * 2
+    again = spread_mean_variance_cuda(tokens[..., 0], draws, (24, 40), 8, 6)
+    assert torch.equal(again[0], spread[0]) and torch.equal(again[1], spread[1])
+    assert sizes == [tiled.SMALLEST_TILE] * 3
 
 
 @pytest.mark.usefixtures("serial_cuda_kernels")

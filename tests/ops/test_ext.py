@@ -13,6 +13,8 @@ from dave_fast.errors import BackendError
 from dave_fast.ops import _ext, _registry
 from dave_fast.ops.robust_mean import robust_mean, robust_mean_ref
 
+PIXEL_OPS = ("perturb", "pull_back", "robust_mean", "robust_mean_variance", "spread_mean_variance", "shrink", "smooth")
+
 
 @pytest.fixture
 def forgotten() -> Iterator[None]:
@@ -40,7 +42,7 @@ def test_without_the_extension(monkeypatch, error, message):
     assert _ext.isa() is None
     with pytest.raises(BackendError, match=message):
         _ext.module()
-    for op in ("perturb", "pull_back", "robust_mean", "robust_mean_variance", "shrink", "smooth"):
+    for op in PIXEL_OPS:
         assert _registry.choose(op) == "torch"
         with pytest.raises(BackendError, match=f"'native' was asked for and cannot run '{op}'.*{message}"):
             _registry.choose(op, "native")
@@ -55,7 +57,7 @@ needs_extension = pytest.mark.skipif(_ext.unavailable() is not None, reason=str(
 
 @needs_extension
 def test_auto_chooses_the_extension():
-    for op in ("perturb", "pull_back", "robust_mean", "robust_mean_variance", "shrink", "smooth"):
+    for op in PIXEL_OPS:
         assert _registry.choose(op) == "native"
         assert _registry.bind(op).__name__ == f"{op}_native"
 

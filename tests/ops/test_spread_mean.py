@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dave_fast.errors import InputError
+from dave_fast.ops import _ext, _registry
 from dave_fast.ops.patches import unpatchify
 from dave_fast.ops.perturb import perturb
 from dave_fast.ops.robust_mean import robust_mean_variance
@@ -227,3 +228,28 @@ def test_bad_inputs_are_refused():
     draws.matrices[2, 0, 2] = torch.inf
     with pytest.raises(InputError, match="finite"):
         spread_mean_variance(values, draws, size, 4, 6)
+
+
+@pytest.mark.parametrize("form", ["native", "cuda"])
+def test_compiled_kernels_refuse_what_would_leave_the_arrays(form, request):
+    if form == "cuda":
+        request.getfixturevalue("serial_cuda_kernels")
+    elif _ext.unavailable() is not None:
+        pytest.skip(str(_ext.unavailable()))
+    run = _registry.load("spread_mean_variance", form)
+    draws, values, size = draw(6, height=8, width=8), torch.zeros(6, 4), (8, 8)
+    with pytest.raises(ValueError, match="one value a row and patch"):
+        run(values[:, 1:], draws, size, 4, 6)
+    with pytest.raises(ValueError, match="one value a row and patch"):
+        run(values, draws[:3], size, 4, 3)
+    with pytest.raises(ValueError, match="patches do not fill"):
+        run(values, draws, size, 3, 6)
+    with pytest.raises(ValueError, match="multiple of the samples"):
+        run(values, draws, size, 4, 4)
+    with pytest.raises(ValueError, match="float32 or float64"):
+        run(values.bfloat16(), draws, size, 4, 6)
+    if form == "native":
+        # a GPU's draws are not read by the host
+        draws.matrices[2, 0] = 0
+        with pytest.raises(ValueError, match="finite and invertible"):
+            run(values, draws, size, 4, 6)
