@@ -28,7 +28,7 @@ from dave_fast.engine.eager import Eager
 from dave_fast.engine.graphs import Bucket, Graphs
 from dave_fast.engine.levels import PIXELS, Levels, Pulled
 from dave_fast.engine.route import Route
-from dave_fast.errors import OutOfMemoryError, is_out_of_memory
+from dave_fast.errors import InputError, OutOfMemoryError, is_out_of_memory
 from dave_fast.sampling import Draws, identity
 from dave_fast.transfers import moved
 
@@ -96,8 +96,15 @@ class MicroBatches:
             route's dtype; and the evidence (targets, R, N) of each block.
 
         Raises:
+            InputError: the model has no such block.
+            ModelError: it has no sequence of blocks.
             OutOfMemoryError: memory ran out with one row a micro-batch.
         """
+        if levels.blocks and levels.blocks[-1] >= len(self.route.blocks):
+            raise InputError(
+                f"evidence at block {levels.blocks[-1]} is wanted and the model has the blocks 0 to "
+                f"{len(self.route.blocks) - 1}"
+            )
         into: list[Pulled] = []
 
         def keep(walk: Walk, output: Tensor, at: slice, rows: Draws) -> None:

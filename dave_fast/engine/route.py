@@ -22,6 +22,7 @@ from dave_fast.engine.levels import Levels, Pulled, TokenGrid
 from dave_fast.engine.memory import engine_row_bytes, plan_bytes, stream_bytes, weight_bytes
 from dave_fast.engine.walks import Engine
 from dave_fast.errors import InputError, ModelError, NonFiniteError, NotFrozenError
+from dave_fast.frozen.blocks import BlockInput, Entered, evidence, find_blocks, watching
 from dave_fast.frozen.mode import freeze, run_frozen
 from dave_fast.frozen.proof import ReplayReport, check_copy, ensure_proved, prove_frozen
 from dave_fast.given.isolation import class_name, form_of, isolated
@@ -129,27 +130,35 @@ def _engine_route(engine: Engine) -> Route:
     )
 
 
-def _frozen_route(model: nn.Module, size: tuple[int, int], dtype: torch.dtype) -> Route:
+def _frozen_route(model: nn.Module, shape: tuple[int, int, int], dtype: torch.dtype) -> Route:
     """Return autograd through a model's own forward pass with frozen operators; an image (H, W) is one token.
 
     The model is in evaluation mode, in the dtype and on the device of the tokens.
     """
+    size, found = shape[1:], list[BlockInput]()
 
-    def forward(tokens: Tensor, levels: Levels) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def blocks() -> tuple[TokenGrid, ...]:
+        image = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        found[:] = find_blocks(model, image.to(form_of(model)[0]))
+        return tuple(TokenGrid(block.prefix, *block.grid) for block in found)
+
+    def forward(tokens: Tensor, levels: Levels) -> tuple[Tensor, tuple[Tensor, Tensor, list[Entered]]]:
+        wanted = [found[block] for block in levels.blocks]
         with torch.inference_mode(False), torch.enable_grad():
             leaf = tokens.detach().clone().requires_grad_()
             # a copy, so that a model that works in place does not change the leaf
-            output = run_frozen(model, leaf.view(len(tokens), -1, *size).clone(), freeze(leaf))
-        return output.detach(), (leaf, output)
+            with watching(model, wanted) as entered:
+                output = run_frozen(model, leaf.view(len(tokens), -1, *size).clone(), freeze(leaf))
+        return output.detach(), (leaf, output, entered)
 
-    def vjp(saved: tuple[Tensor, Tensor], cotangent: Tensor, levels: Levels) -> Pulled:
-        leaf, output = saved
+    def vjp(saved: tuple[Tensor, Tensor, list[Entered]], cotangent: Tensor, levels: Levels) -> Pulled:
+        leaf, output, entered = saved
+        ends = [*((leaf,) if levels.pixels else ()), *(each.edge for each in entered)]
         with own_errors(model, "backward pass"), freeze(leaf):
-            (gradient,) = torch.autograd.grad(output, leaf, cotangent, retain_graph=True)
-        return Pulled(gradient, ())
-
-    def blocks() -> tuple[TokenGrid, ...]:
-        raise ModelError("TODO")
+            gradients = list(torch.autograd.grad(output, ends, cotangent, retain_graph=True))
+        tokens = gradients.pop(0) if levels.pixels else None
+        told = zip(entered, gradients, levels.blocks, strict=True)
+        return Pulled(tokens, tuple(evidence(each.tokens, slope, found[block]) for each, slope, block in told))
 
     weights = weight_bytes(model)
     return Route("frozen", forward, vjp, blocks, size, dtype, weights=weights, preferred_rows=FROZEN_ROWS, model=model)
@@ -210,7 +219,7 @@ def make_route(
     if route == "auto":
         # in the name of whoever called the explainer's method
         warnings.warn(f"the frozen route is taken (slower, more memory): {read}", stacklevel=5)
-    return replace(_frozen_route(made, shape[1:], dtype), written=written(made, before))
+    return replace(_frozen_route(made, shape, dtype), written=written(made, before))
 
 
 def _read(model: nn.Module, shape: tuple[int, int, int]) -> Reading | str:
