@@ -22,7 +22,7 @@ from dave_fast.engine.levels import Levels, Pulled, TokenGrid
 from dave_fast.engine.memory import engine_row_bytes, plan_bytes, stream_bytes, weight_bytes
 from dave_fast.engine.walks import Engine
 from dave_fast.errors import InputError, ModelError, NonFiniteError, NotFrozenError
-from dave_fast.frozen.blocks import BlockInput, Entered, evidence, find_blocks, watching
+from dave_fast.frozen.blocks import BlockInput, Entered, NoBlocksError, evidence, find_blocks, watching
 from dave_fast.frozen.mode import freeze, run_frozen
 from dave_fast.frozen.proof import ReplayReport, check_copy, ensure_proved, prove_frozen
 from dave_fast.given.isolation import class_name, form_of, isolated
@@ -87,8 +87,11 @@ class Route:
 
     @cached_property
     def blocks(self) -> tuple[TokenGrid, ...]:
-        """The tokens that enter each block."""
-        return self.find_blocks()
+        """The tokens that enter each block; raises ModelError for a model that has no such blocks."""
+        try:
+            return self.find_blocks()
+        except NoBlocksError as reason:
+            raise ModelError(f"evidence at a block was asked for, but {reason}. Use depth='pixels'") from reason
 
     @property
     def capturable(self) -> bool:

@@ -8,13 +8,14 @@ import torch
 import dave_fast
 from dave_fast.engine.graphs import Graphs, direct
 from dave_fast.engine.levels import levels_of
-from dave_fast.errors import InputError
+from dave_fast.errors import InputError, ModelError
 from dave_fast.explain.depth import AUTO_SHARE, block_of, check_depth, parse_depth, places_of
 from dave_fast.ops.pull_back import adjoint_warp
 from dave_fast.ops.robust_mean import robust_mean
 from dave_fast.sampling import draw
 from tests.tiny import random_vit
 from tests.tolerances import EXACT
+from tests.variants import FROZEN_ONLY
 
 SIZE, SAMPLES = 32, 6
 DEPTHS = ["pixels", 3, 0, 0.5]
@@ -188,3 +189,21 @@ def test_evidence_in_exact_arithmetic_is_that_of_both_routes(model, images):
         ours, theirs = (getattr(found[route].depths, name) for route in ("engine", "frozen"))
         assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-12)
     assert (found["engine"].raw - found["frozen"].raw).abs().max() <= 1e-6 * found["frozen"].raw.abs().max()
+
+
+@pytest.mark.parametrize("name", ["swin", "torchvision", "encoder-pre-norm-gelu", "vit-differential"])
+def test_models_without_a_plan_have_depths_that_add_up(name):
+    variant = FROZEN_ONLY[name]
+    made = explainer(variant.build(torch.float64), precision="fp64", route="frozen")
+    images = variant.images(2, torch.float64)
+    told = made.explain(images, 1, n_samples=2, depth=["pixels", "auto"]).depths
+    assert torch.allclose(told.score, made.predict(images)[:, 1].double(), rtol=1e-6)
+    assert told.patches.shape == (2, len(made.blocks(images)))
+
+
+def test_a_model_without_blocks_is_refused_by_name_and_keeps_its_pixels():
+    variant = FROZEN_ONLY["hand-written"]
+    made = explainer(variant.build(), route="frozen")
+    with pytest.raises(ModelError, match="no item of .* of HandWritten has attention.*Use depth='pixels'"):
+        made.explain(variant.images(1), 1, n_samples=2, depth="auto")
+    assert made.explain(variant.images(1), 1, n_samples=2).depth == "pixels"
