@@ -87,20 +87,22 @@ class RequestScheduler(Scheduler):
 
 
 def sleep_in_place(explainer: Any, row_ms: float) -> None:
-    """Replace the engine by one that takes a fixed time, with noise as contributions."""
+    """Replace the engine by one that takes a fixed time, with noise as samples."""
     import torch
+
+    from dave_fast.engine.levels import Pulled
 
     noise = torch.randn(max(CLASSES), 64, 3, 128, 128, generator=torch.Generator().manual_seed(0))
 
-    def contributions(images: Any, draws: Any, targets: Any) -> Any:
+    def samples(images: Any, draws: Any, targets: Any, levels: Any) -> Any:
         time.sleep(0.002 + 0.001 * row_ms * len(draws))
-        return noise[: targets.shape[1], : len(draws)]
+        return Pulled(noise[: targets.shape[1], : len(draws)], ())
 
     def predict(images: Any) -> Any:
         time.sleep(0.002 + 0.0005 * row_ms * len(images))
         return torch.arange(10.0).expand(len(images), -1)
 
-    explainer.contributions, explainer.predict = contributions, predict
+    explainer.samples, explainer.predict = samples, predict
 
 
 def serve(way: str, threads: int, row_ms: float | None) -> None:

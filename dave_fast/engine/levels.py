@@ -68,6 +68,10 @@ class Pulled(NamedTuple):
         """Return the first rows."""
         return self.map(lambda t: t[:count])
 
+    def part(self, rows: slice) -> Pulled:
+        """Return some rows of what several targets have, (targets, R, ...)."""
+        return self.map(lambda t: t[:, rows])
+
     def like(self, targets: int, rows: int) -> Pulled:
         """Return memory for the same of several targets and all rows, (targets, R, ...)."""
         return self.map(lambda t: t.new_empty((targets, rows, *t.shape[1:])))

@@ -19,6 +19,7 @@ and for the paper's (`benchmarks/convergence.py`, with the validation on other s
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,9 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from dave_fast.explain.explainer import DAVE
+
+# Returns raw and maps of the samples of a slice.
+Aggregate = Callable[[slice], tuple[Tensor, Tensor]]
 
 # The 0.9 quantile of error/ê by S, of shrunk maps (True) and of the paper's. It is interpolated linearly in log S, and
 # constant after the last S. Halves are shrunk more than the map of all samples, and so tell less of its error.
@@ -43,10 +47,10 @@ class Refined:
     """Maps of one image and K classes from its first S samples, and their estimated errors.
 
     Attributes:
-        maps: (K, H, W) float32.
-        raw: (K, C, H, W) float32.
+        maps: (K, H, W) float32, of several depths (K, L, H, W).
+        raw: (K, C, H, W) float32, of several depths (K, L, C, H, W).
         samples: S.
-        errors: the estimate ê for each class.
+        errors: the estimate ê of each map, class by class, and of a class depth by depth.
         bounds: an upper bound of each error that holds with a probability of 0.9; infinity below eight samples.
         shrink: whether the maps are shrunk (see `dave_fast.DAVE`).
     """
@@ -74,16 +78,28 @@ def refine(explainer: DAVE, contributions: Tensor, *, shrink: bool | None = None
         contributions: (K, S, C, H, W) of K classes and S samples.
         shrink: whether the maps are shrunk; None takes the explainer's setting.
     """
-    samples = contributions.shape[1]
     shrink = explainer.shrink if shrink is None else shrink
-    raw, maps = explainer.aggregate(contributions, shrink=shrink)
-    half = samples // 2
-    errors = [math.inf] * len(maps)
+    return refined(
+        lambda some: explainer.aggregate(contributions[:, some], shrink=shrink), contributions.shape[1], shrink=shrink
+    )
+
+
+def refined(aggregate: Aggregate, samples: int, *, shrink: bool) -> Refined:
+    """Make maps of all samples, and of their halves for the errors.
+
+    Args:
+        aggregate: returns raw (K, C, H, W) and maps (K, H, W) of a slice of the samples, or both with a dimension of
+            depths after K.
+        samples: S.
+        shrink: whether these maps are shrunk.
+    """
+    raw, maps = aggregate(slice(samples))
+    half, each = samples // 2, maps.flatten(end_dim=-3)
+    errors = [math.inf] * len(each)
     if half > 0:
         # Of an odd number of samples the last one is in neither half.
-        parts = [contributions[:, start : start + half] for start in (0, half)]
-        halves = [explainer.aggregate(part, shrink=shrink)[1] for part in parts]
-        errors = estimate(maps, *halves)
+        halves = [aggregate(slice(start, start + half))[1].flatten(end_dim=-3) for start in (0, half)]
+        errors = estimate(each, *halves)
     bounds = [factor(samples, shrink=shrink) * error for error in errors]
     return Refined(maps.float().cpu(), raw.float().cpu(), samples, errors, bounds, shrink)
 

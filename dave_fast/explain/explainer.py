@@ -213,23 +213,30 @@ class DAVE:
 
         return self._checked.call(images, work, rows, n_samples)
 
-    def depths(self, images: Tensor, target: Target = None) -> Depths:
+    def depths(
+        self, images: Tensor, target: Target = None, *, targets: Sequence[Target] | Tensor | None = None
+    ) -> Depths:
         """Return what of the decision for each image the pixels and the tokens that enter each block account for.
 
         Args:
             images: (B, C, H, W), as for `explain`.
             target: as for `explain`.
+            targets: in place of target, K of them as for `explain`; the tensors have a dimension K after B.
 
         Raises:
             DaveFastError: as `explain` does; ModelError also for a model without a sequence of blocks.
         """
+        if target is not None and targets is not None:
+            raise InputError("target= and targets= were both given; give one of them")
+        wanted = [target] if targets is None else split_targets(targets)
 
         def work(images: Tensor, batches: MicroBatches, end: EndOfCall) -> Depths:
-            resolved = self._resolved(target, self._output(batches, images, end), images)
-            told = account(batches, images, [resolved])
-            end.refuse_non_finite(told.pixels, "the attribution", f"{self._advice}.")
+            output = self._output(batches, images, end)
+            told = account(batches, images, [self._resolved(each, output, images) for each in wanted])
+            for found in (told.pixels, told.tokens):
+                end.refuse_non_finite(found, "the attribution", f"{self._advice}.")
             end.read()
-            return told.map(lambda t: t[:, 0])
+            return told if targets is not None else told.map(lambda t: t[:, 0])
 
         return self._checked.call(images, work)
 

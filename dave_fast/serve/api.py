@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any
 
@@ -34,6 +35,8 @@ from dave_fast.serve.uploads import Body, ImageStore, MemoryImageStore, read_bod
 
 # Seconds without an event after which a comment is sent to keep the connection open.
 KEEP_ALIVE = 10.0
+# Events that wait for a client before newer maps replace older ones.
+WAITING = 3
 
 
 class Api:
@@ -107,7 +110,7 @@ class Api:
 
         Raises:
             HTTPException: 422, an option exceeds the limits or contradicts another.
-            InputError: the model has no such class.
+            InputError: the model has no such class or block.
         """
         deadline = None if options.deadline_ms is None else began + options.deadline_ms / 1000
         return Ask(
@@ -121,6 +124,7 @@ class Api:
             deadline=deadline,
             refined=refined,
             notes=notes,
+            places=model.places(options.depths),
         )
 
     def _targets(self, model: ServedModel, options: Options) -> tuple[int, ...] | None:
@@ -159,7 +163,7 @@ class Api:
     def submit(self, model: ServedModel, ask: Ask) -> tuple[asyncio.Queue[Event], Callable[[], None]]:
         """Start a job; return its events, and a function that ends it and its timer."""
         loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Event] = asyncio.Queue()
+        events = Events()
 
         def listener(event: Event) -> None:
             # Nobody waits for events after the loop is closed.
@@ -256,6 +260,7 @@ class Api:
                 route=model.explainers[0].route,
                 noise_alpha=model.explainers[0].sampling.noise_alpha,
                 shrink=model.explainers[0].shrink,
+                blocks=len(model.blocks),
             )
             for model in self.service.models.values()
         ]
@@ -279,6 +284,16 @@ class Api:
         measures.queued_rows.set(scheduler.rows)
         measures.queued_bytes.set(scheduler.bytes)
         return Response(generate_latest(measures.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+class Events(asyncio.Queue[Event]):
+    """The events of a job; while a client reads slowly, newer maps take the place of those that wait."""
+
+    def _put(self, item: Event) -> None:
+        waiting: deque[Event] = self._queue  # type: ignore[attr-defined]
+        if isinstance(item, Refined) and len(waiting) >= WAITING and isinstance(waiting[-1], Refined):
+            waiting.pop()
+        super()._put(item)
 
 
 class EventResponse(StreamingResponse):

@@ -19,7 +19,18 @@ from dave_fast.explain.arrays import Scored, write_arrays
 from dave_fast.explain.convergence import Refined
 from dave_fast.images import drawing
 from dave_fast.serve.jobs import Ask, Ended, Predicted
-from dave_fast.serve.schemas import Answer, Array, ClassMap, ClassProbability, Encoding, Maps, Prediction, finite
+from dave_fast.serve.schemas import (
+    Account,
+    Answer,
+    Array,
+    ClassMap,
+    ClassProbability,
+    DepthMap,
+    Encoding,
+    Maps,
+    Prediction,
+    finite,
+)
 from dave_fast.serve.served import ServedModel
 
 JSON, PNG, NPY, NPZ = "application/json", "image/png", "application/x-npy", "application/x-npz"
@@ -58,7 +69,18 @@ def array(values: Tensor, encoding: Encoding) -> Array:
 
 def prediction(model: ServedModel, predicted: Predicted) -> Prediction:
     """Return the model's prediction for JSON."""
-    return Prediction(model=model.name, targets=list(predicted.targets), top=_top(model, predicted))
+    top, accounts = _top(model, predicted), _accounts(predicted)
+    return Prediction(model=model.name, targets=list(predicted.targets), top=top, accounts=accounts)
+
+
+def _accounts(predicted: Predicted) -> list[Account] | None:
+    """Return what each depth accounts for, class by class."""
+    told = predicted.accounts
+    if told is None:
+        return None
+    columns = (told.score, told.pixels, told.patches, told.prefix, told.biases)
+    rows = zip(predicted.targets, *(column.tolist() for column in columns), strict=True)
+    return [Account(**dict(zip(Account.model_fields, row, strict=True))) for row in rows]
 
 
 def _top(model: ServedModel, predicted: Predicted) -> list[ClassProbability]:
@@ -78,21 +100,29 @@ def _scored(found: Sequence[ClassProbability]) -> list[Scored]:
 
 def maps(model: ServedModel, ask: Ask, predicted: Predicted, refined: Refined, encoding: Encoding) -> Maps:
     """Return maps and their errors for JSON."""
-    each = [
-        ClassMap(
-            **_probability(model, predicted, target).model_dump(),
-            error=finite(error),
-            error_bound=finite(bound),
-            map=array(values, encoding),
+    each = []
+    for number, target in enumerate(predicted.targets):
+        several = slice(number * len(ask.depths), (number + 1) * len(ask.depths))
+        errors, bounds = refined.errors[several], refined.bounds[several]
+        arrays = [array(values, encoding) for values in refined.maps[number].view(-1, *refined.maps.shape[-2:])]
+        depths = [
+            DepthMap(depth=depth, error=finite(error), error_bound=finite(bound), map=values)  # type: ignore[arg-type]
+            for depth, error, bound, values in zip(ask.depths, errors, bounds, arrays, strict=True)
+        ]
+        each.append(
+            ClassMap(
+                **_probability(model, predicted, target).model_dump(),
+                error=finite(max(errors)),
+                error_bound=finite(max(bounds)),
+                map=arrays[0] if len(depths) == 1 else None,
+                depths=None if len(depths) == 1 else depths,
+            )
         )
-        for target, values, error, bound in zip(
-            predicted.targets, refined.maps, refined.errors, refined.bounds, strict=True
-        )
-    ]
     return Maps(
         samples=refined.samples,
         n_samples=ask.n_samples,
         shrink=refined.shrink,
+        depth=list(ask.depths) if len(ask.depths) > 1 else ask.depths[0],  # type: ignore[arg-type]
         error=finite(max(refined.errors)),
         error_bound=finite(refined.bound),
         maps=each,
@@ -109,6 +139,7 @@ def answer(model: ServedModel, ask: Ask, ended: Ended, encoding: Encoding) -> An
         queue_ms=round(1000 * ended.queue_seconds, 3),
         total_ms=round(1000 * ended.seconds, 3),
         top=_top(model, ended.predicted),
+        accounts=_accounts(ended.predicted),
         notes=list(ask.notes),
     )
 
@@ -123,6 +154,7 @@ def headers(model: ServedModel, ask: Ask, ended: Ended) -> dict[str, str]:
         "n-samples": ask.n_samples,
         "seed": ask.seed,
         "shrink": str(refined.shrink).lower(),
+        "depth": ",".join(map(str, ask.depths)),
         "error": f"{max(refined.errors):.6g}",
         "error-bound": f"{refined.bound:.6g}",
         "cut-short": ended.cut_short or "no",
@@ -134,13 +166,18 @@ def headers(model: ServedModel, ask: Ask, ended: Ended) -> dict[str, str]:
 
 
 def picture(model: ServedModel, ask: Ask, refined: Refined, view: str) -> bytes:
-    """Return a PNG of the classes side by side: over the crop if `view` is "overlay", else plain maps."""
+    """Return a PNG of the classes side by side, of several depths one below the other.
+
+    They are drawn over the crop if `view` is "overlay", else as plain maps.
+    """
     crop = model.prepare.pixels(ask.image)
-    drawn = [
-        np.asarray(drawing.overlay(crop, heat.numpy()) if view == "overlay" else drawing.plain_map(heat.numpy()))
-        for heat in refined.maps
-    ]
-    return png(Image.fromarray(np.concatenate(drawn, axis=1)))
+
+    def drawn(heat: np.ndarray) -> np.ndarray:
+        return np.asarray(drawing.overlay(crop, heat) if view == "overlay" else drawing.plain_map(heat))
+
+    classes = refined.maps.view(len(refined.maps), -1, *refined.maps.shape[-2:]).numpy()
+    columns = [np.concatenate([drawn(heat) for heat in depths]) for depths in classes]
+    return png(Image.fromarray(np.concatenate(columns, axis=1)))
 
 
 def png(image: Image.Image) -> bytes:
@@ -158,6 +195,7 @@ def _written(write: Callable[[IO[bytes]], object]) -> bytes:
 def _write_npz(file: IO[bytes], model: ServedModel, ask: Ask, ended: Ended) -> None:
     """Write the .npz file of an answer; its arrays are those of `dave_fast.explain.arrays`."""
     refined, predicted = ended.refined, ended.predicted
+    errors, bounds = (np.reshape(each, refined.maps.shape[:-2]).tolist() for each in (refined.errors, refined.bounds))
     explained = [_probability(model, predicted, target) for target in predicted.targets]
     write_arrays(
         file,
@@ -172,8 +210,8 @@ def _write_npz(file: IO[bytes], model: ServedModel, ask: Ask, ended: Ended) -> N
         seed=ask.seed,
         shrink=refined.shrink,
         model=model.name,
-        errors=refined.errors,
-        error_bounds=refined.bounds,
+        errors=errors,
+        error_bounds=bounds,
     )
 
 

@@ -14,8 +14,10 @@ from functools import cached_property
 from torch import Tensor
 
 from dave_fast.defaults import DEFAULT_SAMPLES
+from dave_fast.engine.levels import Levels, Pulled, levels_of
 from dave_fast.errors import DaveFastError
 from dave_fast.explain.convergence import FEWEST, Refined, checkpoints
+from dave_fast.explain.depth import PIXELS, Depths
 from dave_fast.sampling import Draws, draw
 from dave_fast.serve.scheduler import Queued
 from dave_fast.serve.served import ServedModel
@@ -40,6 +42,7 @@ class Ask:
         deadline: by `time.monotonic`, in seconds, or None.
         refined: whether the listener is sent a map at every checkpoint.
         notes: what had to be assumed about the image file.
+        places: the depths of the maps, numbers of blocks and None for the pixels.
     """
 
     image: Tensor
@@ -52,11 +55,22 @@ class Ask:
     deadline: float | None = None
     refined: bool = False
     notes: tuple[str, ...] = ()
+    places: tuple[int | None, ...] = (None,)
 
     @property
     def classes(self) -> int:
         """Number of classes that are explained."""
         return self.top_k if self.targets is None else len(self.targets)
+
+    @property
+    def levels(self) -> Levels:
+        """The levels of the walks."""
+        return levels_of(self.places)
+
+    @property
+    def depths(self) -> tuple[str | int, ...]:
+        """The depths of the maps, "pixels" or the number of a block."""
+        return tuple(PIXELS if place is None else place for place in self.places)
 
 
 @dataclass(frozen=True)
@@ -67,11 +81,14 @@ class Predicted:
         scores: the model's output, (K,).
         probabilities: of the K classes; NaN where the model has none.
         targets: the classes that are explained.
+        accounts: what of the score of each of them every depth accounts for, (targets,) and (targets, blocks); None
+            where only the pixels were asked for.
     """
 
     scores: Tensor
     probabilities: Tensor
     targets: tuple[int, ...]
+    accounts: Depths | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +132,7 @@ class Job:
         listener: called with the request's events.
         admitted: when it was added to the queue, by `time.monotonic`.
         predicted: the prediction, once there is one.
-        contributions: (K, S, C, H, W), once there are samples.
+        kept: contributions (K, S, C, H, W) and evidence (K, S, N) of blocks, once there are samples.
         started: when its first row was handed out.
         ready: number of samples that are done, without a gap from the first.
         over: whether it is answered, failed or cancelled.
@@ -128,7 +145,7 @@ class Job:
     listener: Listener
     admitted: float
     predicted: Predicted | None = None
-    contributions: Tensor | None = None
+    kept: Pulled | None = None
     started: float | None = None
     ready: int = 0
     over: bool = False

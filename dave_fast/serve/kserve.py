@@ -2,7 +2,7 @@
 
 The input `image` is BYTES with the base64 of an image file, UINT8 (H, W, 3), or normalised FP32 (1, 3, H, W). Options
 are parameters of the request. The outputs are `maps` FP32 (K, H, W), `targets` INT64 (K,) and `error_bounds` FP32 (K,)
-with −1 for an unknown bound; K is the number of explained classes.
+with −1 for an unknown bound; K is the number of explained classes. Of L depths maps are (K, L, H, W) and bounds (K, L).
 """
 
 from __future__ import annotations
@@ -162,10 +162,10 @@ async def _infer(api: Api, request: Request, model: ServedModel, body: InferRequ
     outputs = [
         _output("maps", "FP32", refined.maps.numpy()),
         _output("targets", "INT64", np.array(ended.predicted.targets)),
-        _output("error_bounds", "FP32", np.array(bounds, np.float32)),
+        _output("error_bounds", "FP32", np.array(bounds, np.float32).reshape(refined.maps.shape[:-2])),
     ]
     parameters: dict[str, Any] = {"samples": refined.samples, "seed": ask.seed, "cut_short": ended.cut_short}
-    parameters["shrink"] = refined.shrink
+    parameters |= {"shrink": refined.shrink, "depth": ",".join(map(str, ask.depths))}
     parameters |= {"notes": " ".join(notes)} if notes else {}
     return InferResponse(model_name=model.name, id=body.id, parameters=parameters, outputs=outputs)
 

@@ -6,14 +6,24 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictFloat, StrictInt
 
 from dave_fast.defaults import DEFAULT_SAMPLES
+from dave_fast.errors import InputError
+from dave_fast.explain.depth import PIXELS, Depth, check_depth, parse_depth
 
 MOST_CLASSES = 100
+MOST_DEPTHS = 100
 MOST_SAMPLES = 65_536
 
 Encoding = Literal["float32", "uint8"]
+# A depth in an answer.
+Place = Literal["pixels"] | int
+
+
+def _listed(given: Any) -> Any:
+    """Return one depth, as a form or JSON may have it, as a list."""
+    return [given] if isinstance(given, str | int | float) else given
 
 
 class Options(BaseModel):
@@ -34,6 +44,15 @@ class Options(BaseModel):
         int | None, Field(ge=1, le=MOST_CLASSES, description="Instead of targets, the k most probable classes (1).")
     ] = None
     n_samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES, description="The most samples.")] = DEFAULT_SAMPLES
+    depth: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=1000)] | StrictInt | StrictFloat],
+        BeforeValidator(_listed),
+        Field(
+            max_length=MOST_DEPTHS,
+            description="Where evidence is told: 'pixels', the number of a block, a share of the depth such as 0.5, "
+            "'auto', or several, repeated or with commas between; several share their walks.",
+        ),
+    ] = [PIXELS]
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63, description="Equal seeds give equal maps.")] = 0
     shrink: Annotated[
         bool | None,
@@ -52,6 +71,17 @@ class Options(BaseModel):
         "float32"
     )
 
+    @property
+    def depths(self) -> tuple[Depth, ...]:
+        """The depths that are asked for; raises InputError for what is none, and for too many."""
+        found: list[Depth] = []
+        for given in self.depth:
+            parsed = parse_depth(given) if isinstance(given, str) else given
+            found += parsed if isinstance(parsed, list) else [parsed]
+        if len(found) > MOST_DEPTHS:
+            raise InputError(f"{len(found)} depths are requested; at most {MOST_DEPTHS} are explained at once.")
+        return check_depth(found)
+
 
 class Array(BaseModel):
     """An array: base64 of its bytes, little-endian, in C order."""
@@ -69,12 +99,40 @@ class ClassProbability(BaseModel):
     probability: float | None
 
 
-class ClassMap(ClassProbability):
-    """A map in [0, 1], its estimated relative error, and the bound of the error nine times in ten (null: unknown)."""
+class DepthMap(BaseModel):
+    """A map in [0, 1] at one depth, its estimated relative error, and its bound nine times in ten (null: unknown)."""
 
+    depth: Place
     error: float | None
     error_bound: float | None
     map: Array
+
+
+class ClassMap(ClassProbability):
+    """A map in [0, 1], its estimated relative error, and the bound of the error nine times in ten (null: unknown).
+
+    Of several depths map is null, depths has them, and errors are the largest.
+    """
+
+    error: float | None
+    error_bound: float | None
+    map: Array | None
+    depths: list[DepthMap] | None = None
+
+
+class Account(BaseModel):
+    """What each depth accounts for of the score of a class, for its unperturbed image.
+
+    The score is, for every block, patches + prefix + biases: the evidence of the patches that enter it, that of other
+    tokens there, and what the biases behind contribute.
+    """
+
+    target: int
+    score: float
+    pixels: float
+    patches: list[float]
+    prefix: list[float]
+    biases: list[float]
 
 
 class Prediction(BaseModel):
@@ -83,14 +141,19 @@ class Prediction(BaseModel):
     model: str
     targets: list[int]
     top: list[ClassProbability]
+    accounts: list[Account] | None
 
 
 class Maps(BaseModel):
-    """Maps of the first samples: the event `maps`. shrink says whether they are shrunk by the noise left in them."""
+    """Maps of the first samples: the event `maps`. shrink says whether they are shrunk by the noise left in them.
+
+    depth is "pixels" or the number of a block, or for several depths a list of them.
+    """
 
     samples: int
     n_samples: int
     shrink: bool
+    depth: Place | list[Place]
     error: float | None
     error_bound: float | None
     maps: list[ClassMap]
@@ -109,6 +172,7 @@ class Answer(Maps):
     queue_ms: float
     total_ms: float
     top: list[ClassProbability]
+    accounts: list[Account] | None
     notes: list[str]
 
 
@@ -133,6 +197,7 @@ class ModelInfo(BaseModel):
     route: str
     noise_alpha: float
     shrink: bool
+    blocks: Annotated[int, Field(description="Blocks whose tokens can be explained; 0: pixels alone.")]
 
 
 class Health(BaseModel):

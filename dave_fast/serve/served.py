@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dave_fast.engine.levels import TokenGrid, levels_of
 from dave_fast.engine.memory import contribution_bytes
-from dave_fast.errors import InputError
+from dave_fast.errors import InputError, ModelError
+from dave_fast.explain.depth import Depth, places_of
 from dave_fast.explain.explainer import DAVE
 from dave_fast.explain.subject import Subject
 from dave_fast.images import Preprocessing
@@ -40,19 +43,52 @@ class ServedModel:
         """Number of classes K."""
         return self.labels.count or 0
 
-    def request_bytes(self, classes: int, samples: int) -> int:
-        """Return the bytes that a request needs: twice the contributions of its classes, and the image.
+    @property
+    def blocks(self) -> tuple[TokenGrid, ...]:
+        """The tokens that enter each block; none for a model without a sequence of blocks, which has pixels alone."""
+        return self._blocks[0]
 
-        The second time is for error estimates, which aggregate the samples in halves. The formula of one class is
-        `dave_fast.engine.memory.contribution_bytes`.
+    @cached_property
+    def _blocks(self) -> tuple[tuple[TokenGrid, ...], str]:
+        """The tokens that enter each block, and where they are not known the reason."""
+        try:
+            return self.explainers[0].blocks(self.example()), ""
+        except ModelError as error:
+            return (), str(error)
+
+    def places(self, depths: Sequence[Depth]) -> tuple[int | None, ...]:
+        """Return the number of the block at each depth, None for the pixels.
+
+        Raises:
+            InputError: the model has no such block, or no blocks at all.
+        """
+
+        def count() -> int:
+            blocks, reason = self._blocks
+            if not blocks:
+                raise InputError(f"the model {self.name!r} is explained at its pixels alone: {reason}")
+            return len(blocks)
+
+        return tuple(places_of(depths, count))
+
+    def request_bytes(self, classes: int, samples: int, places: Sequence[int | None] = (None,)) -> int:
+        """Return the bytes that a request needs: twice the samples and maps of its classes, and the image.
+
+        The second time is for error estimates, which aggregate the samples in halves. A sample is a contribution where
+        pixels are asked for, and a value a token of each block. A map comes with raw, of C channels, and its signed
+        form. The formula of one class is `dave_fast.engine.memory.contribution_bytes`.
 
         Args:
             classes: number of classes that are explained.
             samples: number of samples.
+            places: of the maps of a class, numbers of blocks and None for the pixels.
         """
-        shape = (3, *self.prepare.size)
-        item = self.explainers[0].statistics_dtype
-        return 2 * classes * contribution_bytes(samples, shape, item) + contribution_bytes(1, shape, item)
+        size, item, levels = self.prepare.size, self.explainers[0].statistics_dtype, levels_of(places)
+        tokens = sum(self.blocks[block].prefix + self.blocks[block].patches for block in levels.blocks)
+        kept = contribution_bytes(samples, (tokens,), item)
+        kept += contribution_bytes(samples, (3, *size), item) if levels.pixels else 0
+        maps = contribution_bytes(len(places), (5, *size), item)
+        return 2 * classes * (kept + maps) + contribution_bytes(1, (3, *size), item)
 
     def example(self) -> Tensor:
         """Return a random input (3, H, W) float32, to warm a worker and to test it."""

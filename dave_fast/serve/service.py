@@ -18,10 +18,12 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from dave_fast.engine.free_memory import SHARE, free_bytes
+from dave_fast.engine.levels import Pulled
 from dave_fast.errors import InputError, NonFiniteError
-from dave_fast.explain.convergence import Refined, refine
+from dave_fast.explain.convergence import Refined, refined
 from dave_fast.serve.jobs import Ask, DeadlineError, Ended, Job, Listener
 from dave_fast.serve.limits import Limits
 from dave_fast.serve.scheduler import Queued, Scheduler
@@ -76,6 +78,9 @@ class Service:
         """
         for worker in self.workers:
             worker.warm()
+        for model in self.models.values():
+            # Found now: the model may have to be run for it, and no request shall wait for that.
+            _ = model.blocks
         on_cpu = sum(worker.device.type == "cpu" for worker in self.workers)
         runs = [threading.Thread(target=worker.run, args=(on_cpu,), daemon=True) for worker in self.workers]
         self._threads = [*runs, threading.Thread(target=self._make_maps, daemon=True)]
@@ -100,9 +105,9 @@ class Service:
             raise InputError(f"{classes} are requested; {name!r} has the classes 0 to {model.classes - 1}.")
         now = time.monotonic()
         queued = Queued(
-            bucket=BatchKey(name, ask.classes),
+            bucket=BatchKey(name, ask.classes, ask.levels),
             samples=ask.n_samples,
-            size=model.request_bytes(ask.classes, ask.n_samples),
+            size=model.request_bytes(ask.classes, ask.n_samples, ask.places),
             deadline=math.inf if ask.deadline is None else ask.deadline,
             first=BatchKey(name, None),
         )
@@ -190,15 +195,13 @@ class Service:
     def _refine(self, job: Job, samples: int, why: str | None) -> None:
         """Make the map of a job's first samples, and answer with it or report it; `why` is what cut the job short."""
         with self.shared.lock:
-            contributions = job.contributions
-            if job.over or contributions is None or (job.cutting and why is None):
+            kept = job.kept
+            if job.over or kept is None or (job.cutting and why is None):
                 return
         began = time.monotonic()
         try:
-            # The explainer of the device that holds the contributions.
-            explainer = next(each for each in job.model.explainers if each.device == contributions.device)
-            refined = refine(explainer, contributions[:, :samples], shrink=job.ask.shrink)
-            if not torch.isfinite(refined.maps).all():
+            made = _refined(job, kept, samples)
+            if not torch.isfinite(made.maps).all():
                 raise NonFiniteError("NaN or infinity in the map of this image. Try another image.")
         except Exception as error:
             log.exception("a map could not be made")
@@ -207,13 +210,13 @@ class Service:
         self.map_seconds = time.monotonic() - began
         tolerance = job.ask.tolerance
         if why is not None:
-            self._end(job, refined, why)
+            self._end(job, made, why)
         elif samples == job.ask.n_samples:
-            self._end(job, refined, None)
-        elif tolerance is not None and refined.bound <= tolerance:
-            self._end(job, refined, "tolerance")
+            self._end(job, made, None)
+        elif tolerance is not None and made.bound <= tolerance:
+            self._end(job, made, "tolerance")
         elif job.ask.refined:
-            job.listener(refined)
+            job.listener(made)
 
     def _end(self, job: Job, refined: Refined, cut_short: str | None) -> None:
         """Answer a job."""
@@ -228,3 +231,24 @@ class Service:
         if job.ask.deadline is not None and now > job.ask.deadline:
             self.metrics.deadline_misses.inc()
         job.listener(Ended(job.predicted, refined, cut_short, job.started - job.admitted, now - job.admitted))
+
+
+def _refined(job: Job, kept: Pulled, samples: int) -> Refined:
+    """Return the maps of a job's first samples, and their errors.
+
+    Args:
+        job: the request.
+        kept: what its samples tell, (K, S, ...).
+        samples: how many of them are taken.
+    """
+    ask, device = job.ask, kept.tensors()[0].device
+    # The explainer of the device that holds the samples.
+    explainer = next(each for each in job.model.explainers if each.device == device)
+    shrink = explainer.shrink if ask.shrink is None else ask.shrink
+
+    def aggregate(some: slice) -> tuple[Tensor, Tensor]:
+        own, draws = kept.part(some), job.draws[some]
+        raw, maps = explainer.aggregate_levels(ask.image[None], own, draws, ask.places, job.model.blocks, shrink=shrink)
+        return (raw, maps) if len(ask.places) > 1 else (raw[:, 0], maps[:, 0])
+
+    return refined(aggregate, samples, shrink=shrink)

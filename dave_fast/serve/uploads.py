@@ -55,8 +55,8 @@ def _form(content_type: str, content: bytes) -> Body:
 
     def on_field(field: Any) -> None:
         name, value = field.field_name.decode("utf-8", "replace"), (field.value or b"").decode("utf-8", "replace")
-        if name == "target":
-            body.fields.setdefault("target", []).append(value)
+        if name in ("target", "depth"):
+            body.fields.setdefault(name, []).append(value)
         elif name in body.fields or len(body.fields) >= _FIELDS:
             raise HTTPException(422, f"the form has {name[:100]!r} twice, or more than {_FIELDS} fields.")
         else:

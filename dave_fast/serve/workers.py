@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dave_fast.engine.levels import PIXELS, Levels, Pulled
 from dave_fast.errors import InputError, NonFiniteError
+from dave_fast.explain.explainer import DAVE
 from dave_fast.models.meaning import probabilities
 from dave_fast.sampling import join
-from dave_fast.serve.jobs import DeadlineError, Failed, Job, Predicted
+from dave_fast.serve.jobs import Ask, DeadlineError, Failed, Job, Predicted
 from dave_fast.serve.prometheus import Metrics
 from dave_fast.serve.scheduler import MicroBatch, Part, Queued, Scheduler
 from dave_fast.serve.served import ServedModel
@@ -39,10 +41,12 @@ class BatchKey:
     Attributes:
         model: name of the served model.
         classes: number of classes that are explained; None for the unperturbed image, whose classes are predicted.
+        levels: of the walks. Rows of other levels are not walked with these: they would be walked further than asked.
     """
 
     model: str
     classes: int | None
+    levels: Levels = PIXELS
 
 
 @dataclass
@@ -70,7 +74,7 @@ class SharedState:
         if job.over:
             return False
         job.over = True
-        job.contributions = None
+        job.kept = None
         self.jobs.pop(job.queued, None)
         self.scheduler.end(job.queued)
         return True
@@ -190,7 +194,7 @@ class Worker:
             return
         compute = self._predict if key.classes is None else self._contribute
         try:
-            compute(key.model, wanted)
+            compute(key, wanted)
         except Exception as error:
             if len(wanted) > 1:
                 middle = len(wanted) // 2
@@ -202,45 +206,66 @@ class Worker:
                 log.exception("a worker failed", extra={"engine": self.name})
             self.shared.fail(wanted[0][1], error)
 
-    def _predict(self, model: str, wanted: Sequence[tuple[Part, Job]]) -> None:
+    def _predict(self, key: BatchKey, wanted: Sequence[tuple[Part, Job]]) -> None:
         """Predict unperturbed images and choose the classes to explain."""
-        explainer = self.explainers[model]
+        explainer = self.explainers[key.model]
         output = explainer.predict(torch.stack([job.ask.image for _, job in wanted])).cpu()
         of_each = zip(wanted, output, probabilities(explainer.model, output), strict=True)
-        for (_, job), scores, probability in of_each:
-            targets = job.ask.targets or tuple(scores.topk(job.ask.top_k).indices.tolist())
-            job.predicted = Predicted(scores, probability, targets)
-            job.listener(job.predicted)
+        # All of them before the first is told: after an error they are computed again.
+        predicted = [_predicted(explainer, job.ask, *each) for (_, job), *each in of_each]
+        for (_, job), one in zip(wanted, predicted, strict=True):
+            job.predicted = one
+            job.listener(one)
             with self.shared.lock:
                 self.shared.scheduler.proceed(job.queued)
                 self.shared.lock.notify_all()
 
-    def _contribute(self, model: str, wanted: Sequence[tuple[Part, Job]]) -> None:
-        """Compute the contributions of perturbed rows and store them with their jobs."""
-        made = self.explainers[model].contributions(
+    def _contribute(self, key: BatchKey, wanted: Sequence[tuple[Part, Job]]) -> None:
+        """Compute the contributions and evidence of perturbed rows and store them with their jobs."""
+        made = self.explainers[key.model].samples(
             torch.stack([job.ask.image for _, job in wanted]),
             join([job.draws[part.start : part.stop] for part, job in wanted]),
             torch.tensor([job.predicted.targets for _, job in wanted if job.predicted is not None]),
+            key.levels,
         )
         self.failures = 0
-        each = made.split([len(part) for part, _ in wanted], dim=1)
-        for (part, job), own in zip(wanted, each, strict=True):
-            if torch.isfinite(own).all():
+        stop = 0
+        for part, job in wanted:
+            start, stop = stop, stop + len(part)
+            own = made.part(slice(start, stop))
+            if all(torch.isfinite(tensor).all() for tensor in own.tensors()):
                 self._gather(job, part, own)
             else:
                 error = NonFiniteError("NaN or infinity in the attribution of this image. Try another image.")
                 self.shared.fail(job, error)
 
-    def _gather(self, job: Job, part: Part, own: Tensor) -> None:
-        """Store contributions (K, rows, C, H, W) with their job, and report the maps that are now due."""
+    def _gather(self, job: Job, part: Part, own: Pulled) -> None:
+        """Store what some rows told, (K, rows, ...), with their job, and report the maps that are now due."""
         with self.shared.lock:
             if job.over:
                 return
-            if job.contributions is None:
-                job.contributions = own.new_empty((len(own), job.ask.n_samples, *own.shape[2:]))
-            buffer = job.contributions
-        buffer[:, part.start : part.stop] = own
+            if job.kept is None:
+                job.kept = own.map(lambda t: t.new_empty((len(t), job.ask.n_samples, *t.shape[2:])))
+            memory = job.kept
+        for buffer, values in zip(memory.tensors(), own.tensors(), strict=True):
+            buffer[:, part.start : part.stop] = values
         with self.shared.lock:
             due = job.arrived(part.start, part.stop)
         for samples in due:
             self._due(job, samples)
+
+
+def _predicted(explainer: DAVE, ask: Ask, scores: Tensor, probability: Tensor) -> Predicted:
+    """Return the classes to explain, and what of their scores each depth accounts for where more than pixels is asked.
+
+    Args:
+        explainer: of the model.
+        ask: the request.
+        scores: the model's output, (K,).
+        probability: of the K classes.
+    """
+    targets = ask.targets or tuple(scores.topk(ask.top_k).indices.tolist())
+    if ask.places == (None,):
+        return Predicted(scores, probability, targets)
+    told = explainer.depths(ask.image, targets=targets)
+    return Predicted(scores, probability, targets, told.map(lambda t: t[0].cpu()))

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from dave_fast.cli import app as cli
 from dave_fast.client import Client, ServerError
+from dave_fast.engine.levels import Pulled
 from dave_fast.errors import InputError
 from dave_fast.serve.limits import Limits
 from tests.serve.tiny_server import PATIENCE, serve_model, serving, until
@@ -153,14 +154,14 @@ def test_garbage_is_no_request(quick):
 
 def test_a_broken_engine_answers_500_and_the_next_request_is_served(photo, monkeypatch, caplog):
     model = serve_model()
-    honest, broken = model.explainers[0].contributions, []
+    honest, broken = model.explainers[0].samples, []
 
-    def contributions(images, draws, targets):
+    def samples(images, draws, targets, levels):
         if broken:
             raise MemoryError(broken[0])
-        return honest(images, draws, targets)
+        return honest(images, draws, targets, levels)
 
-    monkeypatch.setattr(model.explainers[0], "contributions", contributions)
+    monkeypatch.setattr(model.explainers[0], "samples", samples)
     with serving(models=[model]) as (address, _), Client(address, retries=0) as client:
         broken.append("out of memory in a secret place")
         with pytest.raises(ServerError, match="MemoryError") as failed:
@@ -176,8 +177,8 @@ def test_nan_is_an_error_and_never_a_map(photo, monkeypatch):
     model = serve_model()
     monkeypatch.setattr(
         model.explainers[0],
-        "contributions",
-        lambda images, draws, targets: torch.full((1, len(draws), 3, 32, 32), torch.nan),
+        "samples",
+        lambda images, draws, targets, levels: Pulled(torch.full((1, len(draws), 3, 32, 32), torch.nan), ()),
     )
     with serving(models=[model]) as (address, _), Client(address, retries=0) as client:
         with pytest.raises(ServerError, match="NaN") as failed:

@@ -135,20 +135,20 @@ def assert_empty(service):
 def faulty(service, monkeypatch):
     """Make a worker fail on the images in `poison`: by an error, or by NaN."""
     explainer = service.models["tiny"].explainers[0]
-    poison, honest, calls = {}, explainer.contributions, []
+    poison, honest, calls = {}, explainer.samples, []
 
-    def contributions(images, draws, targets):
+    def samples(images, draws, targets, levels):
         calls.append(len(images))
         broken = [poison.get(float(image.sum())) for image in images]
         if "raise" in broken:
             raise RuntimeError("a broken kernel")
-        made = honest(images, draws, targets)
+        made = honest(images, draws, targets, levels)
         for row, image in enumerate(draws.image_index.tolist()):
             if broken[image] == "nan":
-                made[:, row] = torch.nan
+                made.tensors()[-1][:, row] = torch.nan
         return made
 
-    monkeypatch.setattr(explainer, "contributions", contributions)
+    monkeypatch.setattr(explainer, "samples", samples)
     return poison, calls
 
 
