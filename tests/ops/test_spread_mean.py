@@ -19,7 +19,7 @@ from tests.ops.test_perturb import SETTINGS, WIDE, silent
 from tests.tolerances import EXACT, PIXELS
 
 # height, width, patch: one pixel; less than a tile; several tiles and a rest in both directions; one patch; pixels
-SHAPES = [(1, 1, (1, 1)), (28, 42, (14, 7)), (66, 135, (11, 27)), (40, 70, (40, 70)), (17, 13, (1, 1))]
+SHAPES = [(1, 1, (1, 1)), (28, 42, (14, 7)), (33, 65, (11, 13)), (20, 30, (20, 30)), (17, 13, (1, 1))]
 IDS = ["one-pixel", "patch-14x7", "tiles-and-rests", "one-patch", "patch-1"]
 
 
@@ -97,7 +97,7 @@ def test_is_the_adjoint_of_patch_means_of_the_warp(backend, shape):
     height, width, patch = shape
     pictures = torch.randn(2, 1, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     for sampling, dtype in SETTINGS:
-        draws = still(draw(6, height=height, width=width, seed=3, image_keys=[1, 2], sampling=sampling))
+        draws = still(draw(3, height=height, width=width, seed=3, image_keys=[1, 2], sampling=sampling))
         values, u = evidence(len(draws), shape, dtype), pictures.to(dtype)
         warped = perturb(u, draws, patch, dtype=dtype, backend=backend).double()
         there = values.double() * warped.mean(dim=2)
@@ -110,7 +110,7 @@ def test_is_the_adjoint_of_patch_means_of_the_warp(backend, shape):
 def test_warps_that_stay_inside_keep_the_sum_of_the_values(backend):
     height, width, patch = 24, 40, (8, 10)
     zoomed = Sampling(rotation=180, scale=(2.0, 3.0), translation=0.0)
-    draws = draw(9, height=height, width=width, seed=2, image_keys=[1, 2], sampling=zoomed)
+    draws = draw(3, height=height, width=width, seed=2, image_keys=[1, 2], sampling=zoomed)
     corners = torch.tensor([[x, y, 1.0] for x in (0, width - 1) for y in (0, height - 1)], dtype=torch.float64)
     seen = corners @ draws.matrices.mT
     assert bool(((seen >= 0) & (seen <= torch.tensor([width - 1, height - 1]))).all())
@@ -123,11 +123,11 @@ def test_warps_that_stay_inside_keep_the_sum_of_the_values(backend):
 def test_equals_the_robust_mean_of_the_stored_densities_to_the_bit(backend, shape):
     height, width, patch = shape
     for sampling, dtype in SETTINGS:
-        draws = draw(7, height=height, width=width, seed=6, image_keys=[1, 2], sampling=sampling)
+        draws = draw(5, height=height, width=width, seed=6, image_keys=[1, 2], sampling=sampling)
         values = evidence(len(draws), shape, dtype)
-        mean, variance = spread_mean_variance(values, draws, (height, width), patch, 7, backend=backend)
+        mean, variance = spread_mean_variance(values, draws, (height, width), patch, 5, backend=backend)
         densities = each_density(values, draws, (height, width), patch, backend)
-        expected = robust_mean_variance(densities.unflatten(0, (2, 7)), backend=backend)
+        expected = robust_mean_variance(densities.unflatten(0, (2, 5)), backend=backend)
         assert mean.dtype == dtype and torch.equal(mean, expected[0]), (sampling, dtype)
         assert variance.dtype == torch.float64 and torch.equal(variance, expected[1]), (sampling, dtype)
 
@@ -136,7 +136,7 @@ def test_equals_the_robust_mean_of_the_stored_densities_to_the_bit(backend, shap
 def test_every_backend_agrees_with_the_reference(backend, shape):
     height, width, patch = shape
     for sampling, dtype in SETTINGS:
-        draws = draw(5, height=height, width=width, seed=4, image_keys=[1, 2], sampling=sampling)
+        draws = draw(2, height=height, width=width, seed=4, image_keys=[1, 2], sampling=sampling)
         values = evidence(len(draws), shape, dtype)
         found = each_density(values, draws, (height, width), patch, backend)
         expected = each_density(values, draws, (height, width), patch, "torch")
@@ -144,8 +144,7 @@ def test_every_backend_agrees_with_the_reference(backend, shape):
         # the number of candidates may differ, not their weights: an ulp at the edge of the parallelogram
         bound = 2 * torch.finfo(dtype).eps * float(expected.abs().max())
         assert float((found - expected).abs().max()) <= bound, (sampling, dtype)
-        # the error of float32's source positions grows with the image
-        bound = PIXELS[dtype] * (3 if sampling is WIDE else 1) * max(1, width / 64) * float(truth.abs().max())
+        bound = PIXELS[dtype] * (3 if sampling is WIDE else 1) * float(truth.abs().max())
         assert float((found - truth).abs().max()) <= bound, (sampling, dtype)
 
 
