@@ -21,6 +21,7 @@ def export(
 
     Exit code 0: all written; 1: some images of overlays could not be read again; 2: refused, and why.
     """
+    from dave_fast.explain.depth import PIXELS, name_of
     from dave_fast.run.export import export as write
     from dave_fast.run.reader import open_maps
 
@@ -29,7 +30,8 @@ def export(
     name = f"exporting to {to}"
     with progress(console(), name, "maps") as update:
         missing = write(maps, to, out, lambda done: update(done, len(maps), name))
-    console(stderr=False).print(f"{len(maps)} maps written to {out}", soft_wrap=True)
+    what = f"the tokens of {name_of(maps.depth)}" if maps.depth != PIXELS else PIXELS
+    console(stderr=False).print(f"{len(maps)} maps of {what} written to {out}", soft_wrap=True)
     if missing:
         console().print(f"{missing} images could not be read again: they have no overlay", style="yellow")
         raise typer.Exit(1)

@@ -64,6 +64,7 @@ def run(
     seed: options.Seed = 0,
     noise_alpha: options.NoiseAlpha = None,
     shrink: options.Shrink = None,
+    depth: options.Depth = "pixels",
     schedule: options.Schedule = "sequence",
     engine: Annotated[str, typer.Option(metavar="local|ray", rich_help_panel=MACHINE)] = "local",
     devices: Annotated[
@@ -124,6 +125,7 @@ def run(
         seed=seed,
         target=target,
         map_dtype=map_dtype,
+        depth=options.one_depth(depth),
         raw=raw,
         outputs=outputs,
         batch_size=batch_size,

@@ -4,7 +4,7 @@ A map at the pixels says how each pixel, times the frozen gradient, adds to the 
 position embeddings, prefix tokens and biases carry, which in a deep model can be most of the logit. A map at a block
 says how the tokens there add to it (`dave_fast.engine.levels`): it is no statement about single pixels, since a token
 holds by then what attention brought from other patches, and accounts for more of the logit. `Depths` tells how much
-(`dave_fast.explain.depth_account`).
+(`dave_fast.explain.depth_account`). The names of depths are here, without torch.
 """
 
 from __future__ import annotations
@@ -12,15 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-import torch
-from torch import Tensor
-
-from dave_fast.engine.levels import levels_of
-from dave_fast.engine.micro_batches import MicroBatches
 from dave_fast.errors import InputError
-from dave_fast.explain.depth_account import Depths
-from dave_fast.sampling import identity
-from dave_fast.targets.cotangents import Cotangent
 
 PIXELS, AUTO = "pixels", "auto"
 # the share of a model's blocks that "auto" takes
@@ -110,27 +102,3 @@ def places_of(depths: Sequence[Depth], count: Callable[[], int]) -> list[int | N
     """
     blocks = 0 if all(depth == PIXELS for depth in depths) else count()
     return [block_of(depth, blocks) for depth in depths]
-
-
-def account(batches: MicroBatches, images: Tensor, targets: Sequence[Cotangent]) -> Depths:
-    """Return what each depth accounts for of every target, with a dimension K: one forward pass and K walks back.
-
-    Args:
-        batches: the loop over micro-batches.
-        images: (B, C, H, W).
-        targets: K cotangents of the output.
-    """
-    grids, rows = batches.route.blocks, identity(len(images))
-    levels = levels_of([None, *range(len(grids))])
-    output, on_device = batches.outputs(images), rows.to(images.device)
-    scores = [(output * target(output, on_device)).flatten(1).sum(1) for target in targets]
-    found = batches.vjps(images, rows, targets, images.dtype, levels=levels)
-    assert found.tokens is not None
-    prefix = [of.split([grid.prefix, grid.patches], -1) for of, grid in zip(found.evidence, grids, strict=True)]
-    made = Depths(
-        torch.stack(scores),
-        found.tokens.flatten(2).sum(2),
-        torch.stack([patches.sum(-1) for _, patches in prefix], -1),
-        torch.stack([others.sum(-1) for others, _ in prefix], -1),
-    )
-    return made.map(lambda t: t.transpose(0, 1))

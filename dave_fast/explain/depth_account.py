@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,8 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dave_fast.engine.levels import levels_of
+from dave_fast.engine.micro_batches import MicroBatches
 from dave_fast.errors import InputError
 from dave_fast.images import drawing
+from dave_fast.sampling import identity
+from dave_fast.targets.cotangents import Cotangent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,6 +80,30 @@ class Depths:
             InputError: there are more images and targets than fit in a picture.
         """
         return _figure(self)
+
+
+def account(batches: MicroBatches, images: Tensor, targets: Sequence[Cotangent]) -> Depths:
+    """Return what each depth accounts for of every target, with a dimension K: one forward pass and K walks back.
+
+    Args:
+        batches: the loop over micro-batches.
+        images: (B, C, H, W).
+        targets: K cotangents of the output.
+    """
+    grids, rows = batches.route.blocks, identity(len(images))
+    levels = levels_of([None, *range(len(grids))])
+    output, on_device = batches.outputs(images), rows.to(images.device)
+    scores = [(output * target(output, on_device)).flatten(1).sum(1) for target in targets]
+    found = batches.vjps(images, rows, targets, images.dtype, levels=levels)
+    assert found.tokens is not None
+    prefix = [of.split([grid.prefix, grid.patches], -1) for of, grid in zip(found.evidence, grids, strict=True)]
+    made = Depths(
+        torch.stack(scores),
+        found.tokens.flatten(2).sum(2),
+        torch.stack([patches.sum(-1) for _, patches in prefix], -1),
+        torch.stack([others.sum(-1) for others, _ in prefix], -1),
+    )
+    return made.map(lambda t: t.transpose(0, 1))
 
 
 class _Row(NamedTuple):

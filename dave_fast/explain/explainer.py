@@ -24,7 +24,8 @@ from dave_fast.engine.levels import PIXELS as LEVEL_OF_PIXELS
 from dave_fast.engine.levels import Levels, Pulled, TokenGrid, levels_of
 from dave_fast.engine.micro_batches import MicroBatches, Progress
 from dave_fast.errors import InputError
-from dave_fast.explain.depth import PIXELS, Depth, Depths, account, check_depth, check_one, places_of
+from dave_fast.explain.depth import PIXELS, Depth, check_depth, check_one, places_of
+from dave_fast.explain.depth_account import Depths, account
 from dave_fast.explain.explanation import Explanation
 from dave_fast.explain.noise_level import noise_level
 from dave_fast.explain.route_cache import RouteCache

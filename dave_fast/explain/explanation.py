@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dave_fast.explain.depth import PIXELS, Depths
+from dave_fast.explain.depth import PIXELS
+from dave_fast.explain.depth_account import Depths
 
 
 @dataclass(frozen=True)

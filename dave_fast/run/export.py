@@ -120,7 +120,7 @@ def _zarr(maps: Maps, target: Path, progress: Progress) -> int:
 def _npy(maps: Maps, target: Path, progress: Progress) -> int:
     """Write maps.npy (N, H, W) and raw.npy (N, 3, H, W) if kept, float32, and index.csv in the same order.
 
-    The index also says whether the run's maps are shrunk.
+    The index also says whether the run's maps are shrunk, and their depth.
     """
     files = {"map": "maps.npy", "raw": "raw.npy"}
     with _whole(target, folder=True) as folder:
@@ -136,11 +136,11 @@ def _npy(maps: Maps, target: Path, progress: Progress) -> int:
             array.flush()
         with open(folder / "index.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow((*INDEX, "shrink"))
+            writer.writerow((*INDEX, "shrink", "depth"))
             # NaN is a missing probability, an empty field in a table
             rows = zip(*(maps.column(name).tolist() for name in INDEX), strict=True)
-            shrink = maps.identity["configuration"]["shrink"]
-            writer.writerows([*(None if value != value else value for value in row), shrink] for row in rows)
+            of_all = maps.identity["configuration"]["shrink"], maps.depth
+            writer.writerows([*(None if value != value else value for value in row), *of_all] for row in rows)
     return 0
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from dave_fast._version import __version__
 from dave_fast.errors import InputError
+from dave_fast.explain.depth import PIXELS
 from dave_fast.files import atomically
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ def weights_hash(model: nn.Module) -> str:
 def load_identity(folder: Path) -> dict[str, Any] | None:
     """Return the content of `run.json`, None if the folder holds no run.
 
-    Runs of earlier versions do not say whether their maps are shrunk; they are not, and the identity says so.
+    Runs of earlier versions say neither whether their maps are shrunk nor their depth: they are not shrunk, and of the
+    pixels, and the identity says so.
 
     Raises:
         InputError: the file cannot be read or is of another format.
@@ -76,6 +78,7 @@ def load_identity(folder: Path) -> dict[str, Any] | None:
     if not known or not isinstance(identity.get("configuration"), dict):
         raise InputError(f"{folder / RUN_FILE} is of no format that this version of dave-fast reads ({FORMAT}).")
     identity["configuration"].setdefault("shrink", False)
+    identity["configuration"].setdefault("depth", PIXELS)
     return identity
 
 

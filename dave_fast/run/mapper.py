@@ -17,6 +17,7 @@ import numpy as np
 
 from dave_fast.defaults import DEFAULT_SAMPLES
 from dave_fast.errors import ImageError, InputError, NonFiniteError
+from dave_fast.explain.depth import PIXELS, Depth, check_one
 from dave_fast.models.meaning import link_of
 from dave_fast.models.spec import ModelSpec
 from dave_fast.run.contents import read_picture
@@ -47,6 +48,7 @@ class MapSettings:
         target: class index or name for all records; None: each record's own if it has one, else the predicted class;
             "predicted": always the predicted class; "label": the source's label, else the predicted class.
         map_dtype: "float16" or "uint8", as maps are stored.
+        depth: where evidence is told, one depth as `DAVE.explain` takes it.
         raw: whether the signed contributions are stored too.
         outputs: whether the model's outputs are stored too.
         batch_size: images a call of the explainer; None: by the device.
@@ -58,6 +60,7 @@ class MapSettings:
     seed: int = 0
     target: str | int | None = None
     map_dtype: str = "float16"
+    depth: Depth = PIXELS
     raw: bool = False
     outputs: bool = False
     batch_size: int | None = None
@@ -85,11 +88,14 @@ class Mapper:
         device: name of a torch device, None for the best there is.
 
     Raises:
-        InputError: the model is no classifier of images, its output is not (B, K), or the target is no class of it.
+        InputError: the model is no classifier of images, its output is not (B, K), the target is no class of it, or it
+            has no such depth.
+        ModelError: depth is not that of the pixels, and the model has no sequence of blocks.
 
     Attributes:
         notes: remarks for the user, such as warnings while the model was loaded.
         target: class index for all records, or None.
+        depth: "pixels" or the number of a block.
         weights: hash of the model's weights.
         batch_size: images a call of `explain`.
     """
@@ -109,7 +115,8 @@ class Mapper:
             if settings.target is not None and settings.target not in (PREDICTED, LABEL):
                 self.target = self.labels.resolve(settings.target)
             # A grey image shows errors before the run begins, and has the weights laid out.
-            self.explainer.explain(torch.zeros(1, 3, *self.prepare.size), n_samples=1)
+            grey = torch.zeros(1, 3, *self.prepare.size)
+            (self.depth,) = self.explainer.explain(grey, n_samples=1, depth=check_one(settings.depth)).levels
         self.notes = [str(warning.message) for warning in caught]
         if isinstance(settings.model, ModelSpec) and settings.model.random_weights:
             self.notes.append("the weights are random: the maps show the mechanics and mean nothing.")
@@ -133,6 +140,7 @@ class Mapper:
             "precision": explainer.precision,
             "sampling": vars(explainer.sampling),
             "shrink": explainer.shrink,
+            "depth": self.depth,
             "preprocessing": dict(self.prepare.config),
             "classes": self.labels.count,
             "link": link_of(explainer.model, self.labels.count or 0),
@@ -246,6 +254,7 @@ class Mapper:
             target=None if targets[0] is None else torch.tensor(targets),
             n_samples=settings.n_samples,
             seed=seed,
+            depth=settings.depth,
             image_keys=[image_key(record.id) for record in records],
             progress=progress,
         )

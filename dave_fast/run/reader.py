@@ -105,6 +105,11 @@ class Maps:
     def __contains__(self, record_id: object) -> bool:
         return record_id in self._numbers
 
+    @property
+    def depth(self) -> str | int:
+        """The depth of the maps: "pixels", or the number of the block whose tokens they are made of."""
+        return self.identity["configuration"]["depth"]
+
     @cached_property
     def ids(self) -> list[str]:
         """The ids, in the order of the rows."""

@@ -85,6 +85,7 @@ class Stub(Mapper):
             "seed": settings.seed,
             "precision": "fp32",
             "shrink": settings.options.get("shrink", True),
+            "depth": settings.depth,
             "preprocessing": size,
             "classes": 10,
             "map_dtype": settings.map_dtype,

@@ -385,7 +385,7 @@ def test_npy(whole, tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "n/maps.npy", mmap_mode="r"), good.numpy())
     lines = (tmp_path / "n/index.csv").read_text().splitlines()
     assert lines[0].startswith("id,uri,target") and [line.split(",")[0] for line in lines[1:]] == good.ids
-    assert lines[0].endswith(",shrink") and all(line.endswith(",True") for line in lines[1:])
+    assert lines[0].endswith(",shrink,depth") and all(line.endswith(",True,pixels") for line in lines[1:])
 
 
 def test_png(whole, tmp_path):
