@@ -21,9 +21,12 @@ model's input and H×W pixels:
     noise_alpha         float64
     shrink              bool, whether the maps are shrunk (see `dave_fast.DAVE`), which raw never is; files without it
                         are of earlier versions, whose maps are not
-    depth               string, "pixels" or "block 6", for maps of the tokens that enter that block; files without it
-                        have maps of pixels (see `dave_fast.explain.depth`)
+    depth               string, "pixels" or the number of the block whose tokens the maps are of, such as "6" (see
+                        `dave_fast.explain.depth`); files without it have maps of pixels
     model, precision, dave_fast_version, image    strings; image is the path of the photograph, empty where unknown
+
+Of several depths in one file, as the server writes it, maps, raw, errors and error_bounds have a dimension L after K,
+and depth has commas between them, as in "pixels,6".
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from dave_fast._version import __version__
-from dave_fast.explain.depth import PIXELS, name_of
+from dave_fast.explain.depth import PIXELS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +62,7 @@ def write_arrays(
     seed: int,
     shrink: bool,
     model: str,
-    depth: str | int = PIXELS,
+    depths: Sequence[str | int] = (PIXELS,),
     image: str = "",
     errors: Sequence[float] | None = None,
     error_bounds: Sequence[float] | None = None,
@@ -69,8 +72,8 @@ def write_arrays(
     Args:
         file: a binary file, open for writing.
         explainer: what made the maps; its precision and noise level are written.
-        maps: (K, H, W).
-        raw: (K, C, H, W).
+        maps: (K, H, W), of several depths (K, L, H, W).
+        raw: (K, C, H, W), of several depths (K, L, C, H, W).
         crop: (H, W, 3) uint8.
         targets: the K targets.
         top: the most probable classes.
@@ -79,7 +82,7 @@ def write_arrays(
         seed: of the samples.
         shrink: whether the maps are shrunk.
         model: the model's name.
-        depth: of the maps, "pixels" or the number of a block.
+        depths: of the maps, "pixels" or the number of a block.
         image: the path of the photograph.
         errors: of the K maps; None where they were not estimated.
         error_bounds: of the K maps; None where they were not estimated.
@@ -100,7 +103,7 @@ def write_arrays(
         "seed": kept_seed,
         "noise_alpha": np.float64(explainer.sampling.noise_alpha),
         "shrink": np.bool_(shrink),
-        "depth": name_of(depth),
+        "depth": ",".join(map(str, depths)),
         "model": model,
         "precision": explainer.precision,
         "dave_fast_version": __version__,

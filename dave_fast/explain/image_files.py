@@ -238,7 +238,7 @@ class _FileExplainer:
                 seed=explanation.seed,
                 shrink=explanation.shrink,
                 model=self.subject.explainer.model_name,
-                depth=depth,
+                depths=(depth,),
                 image=source.path,
             )
         accounted = _accounted(explanation, which, depth, "logit" if target[0] >= 0 else "score")

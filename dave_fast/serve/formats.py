@@ -210,6 +210,7 @@ def _write_npz(file: IO[bytes], model: ServedModel, ask: Ask, ended: Ended) -> N
         seed=ask.seed,
         shrink=refined.shrink,
         model=model.name,
+        depths=ask.depths,
         errors=errors,
         error_bounds=bounds,
     )

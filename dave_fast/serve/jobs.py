@@ -17,7 +17,8 @@ from dave_fast.defaults import DEFAULT_SAMPLES
 from dave_fast.engine.levels import Levels, Pulled, levels_of
 from dave_fast.errors import DaveFastError
 from dave_fast.explain.convergence import FEWEST, Refined, checkpoints
-from dave_fast.explain.depth import PIXELS, Depths
+from dave_fast.explain.depth import PIXELS
+from dave_fast.explain.depth_account import Depths
 from dave_fast.sampling import Draws, draw
 from dave_fast.serve.scheduler import Queued
 from dave_fast.serve.served import ServedModel

@@ -458,7 +458,7 @@ def test_one_other_depth_has_files_as_pixels_have_and_says_what_it_accounts_for(
     assert tree(tmp_path / "maps") == ["photo.map.png", "photo.npz", "photo.overlay.png"]
     assert "block 1 of 2: its tokens account for" in result.stdout and "of the logit" in result.stdout
     arrays = load(tmp_path / "maps/photo.npz")
-    assert arrays["depth"] == "block 1"
+    assert arrays["depth"] == "1"
     own = dave_fast.DAVE(tiny(), precision="fp32", backend="torch")
     image, _ = preprocessing(own.model)(read_image(photo))
     expected = own.explain(image, 1, 3, depth=1)
@@ -471,7 +471,7 @@ def test_several_depths_have_a_set_of_files_each_and_one_figure(models, photo, t
     stems = ["photo.block0", "photo.block1", "photo.pixels"]
     files = [f"{stem}{end}" for stem in stems for end in (".map.png", ".npz", ".overlay.png")]
     assert tree(tmp_path / "maps") == sorted([*files, "photo.figure.png"])
-    assert [load(tmp_path / f"maps/{stem}.npz")["depth"] for stem in stems] == ["block 0", "block 1", "pixels"]
+    assert [load(tmp_path / f"maps/{stem}.npz")["depth"] for stem in stems] == ["0", "1", "pixels"]
     assert result.stdout.count("tokens account for") == 2
 
 

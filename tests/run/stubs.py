@@ -206,7 +206,9 @@ class StubSettings(MapSettings):
 def map_settings(settings: dict[str, Any]) -> MapSettings:
     """Return the settings of a stub run."""
     stub = {name: settings[name] for name in ("seconds", "decode", "fault") if name in settings}
-    plain = {name: settings[name] for name in ("n_samples", "seed", "map_dtype", "options") if name in settings}
+    plain = {
+        name: settings[name] for name in ("n_samples", "seed", "map_dtype", "depth", "options") if name in settings
+    }
     return StubSettings(stub=stub, **plain)
 
 

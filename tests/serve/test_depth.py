@@ -229,6 +229,7 @@ def test_pictures_and_arrays_hold_every_depth(http, photo, alone):
         assert np.array_equal(arrays["maps"], truth.maps[0].numpy())
         assert np.array_equal(arrays["raw"], truth.raw[0].numpy())
         assert arrays["errors"].shape == arrays["error_bounds"].shape == (3, 2)
+        assert arrays["depth"] == "pixels,1"
 
 
 @pytest.mark.parametrize("depth", [1, [1], "1", ["pixels", 1], "pixels,0.9"])
