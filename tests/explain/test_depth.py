@@ -204,6 +204,6 @@ def test_models_without_a_plan_have_depths_that_add_up(name):
 def test_a_model_without_blocks_is_refused_by_name_and_keeps_its_pixels():
     variant = FROZEN_ONLY["hand-written"]
     made = explainer(variant.build(), route="frozen")
-    with pytest.raises(ModelError, match="no item of .* of HandWritten has attention.*Use depth='pixels'"):
+    with pytest.raises(ModelError, match=r"no item of .* of HandWritten has attention.*Use depth='pixels'"):
         made.explain(variant.images(1), 1, n_samples=2, depth="auto")
     assert made.explain(variant.images(1), 1, n_samples=2).depth == "pixels"
