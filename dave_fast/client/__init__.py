@@ -75,6 +75,7 @@ class Client:
         n_samples: int | None = None,
         seed: int | None = None,
         shrink: bool | None = None,
+        depth: str | int | float | Sequence[str | int | float] | None = None,
         tolerance: float | None = None,
         deadline_ms: int | None = None,
         timeout: float | None = None,
@@ -89,6 +90,8 @@ class Client:
             n_samples: perturbed samples at most.
             seed: equal seeds give equal maps.
             shrink: whether maps are shrunk by the noise left in them; None is the server's setting.
+            depth: where evidence is told: "pixels" (None), the number of a block, a share such as 0.5, "auto", or
+                several of them, which share their walks.
             tolerance: stop when the relative error of the map is below this, nine times in ten.
             deadline_ms: answer within this time with the samples that there are.
             timeout: seconds for the call, retries included; None is the client's.
@@ -98,7 +101,7 @@ class Client:
             ServerError: the server refused, failed or cannot be reached.
         """
         options: dict[str, Any] = dict(model=model, top_k=top_k, n_samples=n_samples, seed=seed)
-        options |= dict(shrink=shrink, tolerance=tolerance, deadline_ms=deadline_ms)
+        options |= dict(shrink=shrink, depth=depth, tolerance=tolerance, deadline_ms=deadline_ms)
         response = self._send(explain_request("/v1/explain", picture, target, options), timeout)
         return explained(response.json())
 

@@ -22,7 +22,7 @@ from dave_fast.errors import DaveFastError, InputError, reason_of
 Picture = bytes | str | os.PathLike[str] | Image.Image | np.ndarray
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 # Fields of an answer that are taken as they are.
-_COPIED = ("cut_short", "model", "seed", "shrink", "queue_ms", "total_ms", "notes")
+_COPIED = ("cut_short", "model", "seed", "shrink", "queue_ms", "total_ms", "notes", "accounts")
 _AGAIN = (429, 502, 503)
 # Seconds: the first wait without Retry-After, and the longest.
 _FIRST_WAIT, _LONGEST_WAIT = 0.1, 10.0
@@ -50,11 +50,12 @@ class Explained:
     """Maps of one image and K classes, from all its samples or from those that have come so far.
 
     Attributes:
-        maps: (K, H, W) float32 in [0, 1].
+        maps: (K, H, W) float32 in [0, 1], of several depths (K, L, H, W).
         targets: K class indices.
         class_names: K names.
         probabilities: K probabilities; NaN for a model that has none.
-        errors: K estimates of the relative L2 distance of a map to its limit; infinity where unknown.
+        errors: K estimates of the relative L2 distance of a map to its limit; infinity where unknown; of several depths
+            the largest of a class.
         error_bounds: K bounds, each of which holds with 90 % certainty; infinity where unknown.
         samples: perturbed samples that the maps are made of.
         n_samples: perturbed samples that were asked for.
@@ -63,6 +64,9 @@ class Explained:
         model: the served name.
         seed: of the samples.
         shrink: whether the maps are shrunk by the noise left in them; False for a server that does not know of it.
+        depth: "pixels" or the number of a block, or a tuple of them for several.
+        accounts: where more than pixels were asked for, in an answer: of each class a dictionary of target, score, what
+            pixels and, of every block, patches, prefix tokens and biases behind account for.
         queue_ms: milliseconds in the queue.
         total_ms: milliseconds in all.
         top: (class, name, probability) of the most probable classes, in an answer.
@@ -82,6 +86,8 @@ class Explained:
     model: str | None = None
     seed: int | None = None
     shrink: bool = False
+    depth: str | int | tuple[str | int, ...] = "pixels"
+    accounts: list[dict[str, Any]] | None = None
     queue_ms: float | None = None
     total_ms: float | None = None
     top: list[tuple[int, str, float]] = field(default_factory=list)
@@ -122,22 +128,26 @@ def picture_bytes(picture: Picture) -> bytes:
 
 def explain_request(path: str, picture: Picture, target: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return an explanation's request as keywords of httpx, without options that are None."""
-    targets = list(target) if isinstance(target, Sequence) and not isinstance(target, str) else target
-    given = {name: value for name, value in {**options, "target": targets}.items() if value is not None}
+    every = {
+        name: list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+        for name, value in {**options, "target": target}.items()
+    }
+    given = {name: value for name, value in every.items() if value is not None}
     return {"method": "POST", "url": path, "params": given, "content": picture_bytes(picture)}
 
 
 def explained(told: Mapping[str, Any], *, final: bool = True) -> Explained:
     """Return the answer or update that the server's JSON holds."""
-    each = told["maps"]
+    each, depth = told["maps"], told.get("depth", "pixels")
     return Explained(
-        maps=np.stack([_map(one["map"]) for one in each]),
+        maps=np.stack([_maps(one) for one in each]),
         targets=[one["target"] for one in each],
         class_names=[one["class_name"] for one in each],
         probabilities=[_probability(one) for one in each],
         errors=[_error(one["error"]) for one in each],
         error_bounds=[_error(one["error_bound"]) for one in each],
         final=final,
+        depth=tuple(depth) if isinstance(depth, list) else depth,
         top=[(one["target"], one["class_name"], _probability(one)) for one in told.get("top", [])],
         samples=told["samples"],
         n_samples=told["n_samples"],
@@ -151,6 +161,12 @@ def _error(value: float | None) -> float:
 
 def _probability(told: Mapping[str, Any]) -> float:
     return float("nan") if told["probability"] is None else told["probability"]
+
+
+def _maps(told: Mapping[str, Any]) -> np.ndarray:
+    """Return the map (H, W) of a class, or its maps (L, H, W) at several depths."""
+    depths = told.get("depths")
+    return _map(told["map"]) if depths is None else np.stack([_map(each["map"]) for each in depths])
 
 
 def _map(told: Mapping[str, Any]) -> np.ndarray:

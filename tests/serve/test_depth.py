@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dave_fast.client import Client, ServerError
 from dave_fast.engine.levels import Levels
 from dave_fast.errors import RefusedError
 from dave_fast.serve.api import WAITING, Events
@@ -230,6 +231,9 @@ def test_pictures_and_arrays_hold_every_depth(http, photo, alone):
         assert np.array_equal(arrays["raw"], truth.raw[0].numpy())
         assert arrays["errors"].shape == arrays["error_bounds"].shape == (3, 2)
         assert arrays["depth"] == "pixels,1"
+    params["depth"] = "1"
+    with np.load(answer("application/x-npz")) as arrays:
+        assert arrays["maps"].shape == (3, SIZE, SIZE) and arrays["depth"] == "1"
 
 
 @pytest.mark.parametrize("depth", [1, [1], "1", ["pixels", 1], "pixels,0.9"])
@@ -256,3 +260,19 @@ def test_a_model_without_blocks_has_pixels_and_says_why_not_more(http, photo, se
     assert http.post("/v1/explain", content=photo, params=ask).json()["depth"] == "pixels"
     refused = http.post("/v1/explain", content=photo, params={**ask, "depth": "auto"})
     assert refused.status_code == 422 and "its stem is odd" in refused.json()["detail"]
+
+
+@pytest.mark.parametrize(("depth", "expected"), [(None, "pixels"), (1, 1), (0.9, 1), (("pixels", 0), ("pixels", 0))])
+def test_the_client_asks_for_depths_and_tells_them(server, photo, alone, depth, expected):
+    truth = alone(targets=[1, 4], n_samples=9, depth=expected)
+    with Client(server[0]) as client:
+        updates = list(client.stream(photo, [1, 4], n_samples=9, depth=depth))
+        told = client.explain(photo, [1, 4], n_samples=9, depth=depth)
+        assert {each.depth for each in (told, *updates)} == {expected}
+        assert np.array_equal(told.maps, truth.maps[0].numpy())
+        assert np.array_equal(updates[-1].maps, truth.maps[0].numpy())
+        assert len(told.error_bounds) == 2 and (told.accounts is None) == (depth is None)
+        if told.accounts:
+            assert [one["score"] for one in told.accounts] == truth.depths.score[0].tolist()
+        with pytest.raises(ServerError, match="blocks 0 to 1"):
+            client.explain(photo, depth=2)
