@@ -287,6 +287,38 @@ def test_shrinkage_is_the_servers_until_it_is_switched_off(explained: Page) -> N
         assert not arrays["shrink"]
 
 
+def test_the_slider_shows_other_depths_of_the_same_samples(explained: Page, address: str, scene: Path) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    asked = "return performance.getEntriesByType('resource').filter((one) => one.name.includes('explain')).length"
+    pixels, requests, slider = explained.pixels("#maps canvas"), explained.run(asked), explained.one("#depth")
+    assert explained.text("#depth-value") == "pixels"
+    assert explained.text("#depth-share").startswith("The pixels account for ")
+    bounds = {explained.text("#told-bound")}
+    slider.send_keys(*[Keys.ARROW_RIGHT] * 4)
+    assert slider.get_attribute("aria-valuetext") == explained.text("#depth-value") == "block 3 of 5"
+    assert explained.text("#depth-share").startswith("The tokens that enter this block account for ")
+    assert explained.one("#maps canvas").get_attribute("aria-label").startswith("Map of what enters block 3 of 5")
+    assert explained.run(asked) == requests and len(bounds | {explained.text("#told-bound")}) == 2
+    assert explained.run("return location.search") == "?depth=3"
+    deep = explained.pixels("#maps canvas")
+    assert (deep != pixels).any()
+    explained.all("#maps article button")[1].click()
+    with np.load(io.BytesIO(explained.file("dave-four-block-3.npz"))) as arrays, Client(address) as client:
+        told = client.explain(scene, "four", n_samples=SAMPLES, depth=3)
+        assert str(arrays["depth"]) == "block 3"
+        np.testing.assert_allclose(arrays["maps"], told.maps, atol=1e-5)
+    (account,) = told.accounts or []
+    assert f"of the score {account['score']:.2f}" in explained.text("#depth-share")
+    # the address brings it back, and it is the map that is refined
+    again = Page(explained.browser, f"{address}/?depth=3")
+    again.give(scene)
+    again.done()
+    assert again.text("#depth-value") == "block 3 of 5" and (again.pixels("#maps canvas") == deep).mean() > 0.99
+    again.one("#depth").send_keys(Keys.HOME)
+    assert again.run("return location.search") == "" and (again.pixels("#maps canvas") == pixels).mean() > 0.99
+
+
 def test_drop_paste_and_another_model(page: Page, photo: bytes) -> None:
     page.run("document.getElementById('model').value = 'tiny'")
     give = """
@@ -361,6 +393,7 @@ def test_the_keyboard_reaches_everything_in_order(explained: Page) -> None:
         "again",
         "Save PNG of four",
         "Save .npz of four",
+        "depth",
         "opacity",
     ]
     assert order[3:] == rest

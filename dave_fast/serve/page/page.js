@@ -20,8 +20,10 @@ let others = [];
 let running = null;
 // The latest maps or the answer.
 let latest = null;
-// The errors so far: {samples, maps: [{error, error_bound}]}.
+// The errors so far: {samples, maps: [one for each class: [one for each depth: {error, error_bound}]]}.
 let curve = [];
+// What each depth accounts for of the scores of the chosen classes; null for a model that has pixels alone.
+let accounts = null;
 
 // Images.
 
@@ -44,7 +46,8 @@ async function take(file) {
 
 // Maps of another crop are removed at once; those of the same crop stay until new ones arrive.
 function clear() {
-  latest = null;
+  latest = accounts = null;
+  nameDepth();
   $("maps").replaceChildren();
 }
 
@@ -140,6 +143,7 @@ function numbersHold() {
 function query(mine, extra = {}) {
   const asked = new URLSearchParams({ image: mine.id, model: $("model").value, n_samples: $("samples").value, seed: $("seed").value, shrink: $("shrink").checked, ...extra });
   if ($("tolerance").value) asked.set("tolerance", $("tolerance").value);
+  if (blocks()) asked.set("depth", ["pixels", ...Array(blocks()).keys()]);
   for (const target of chosen) asked.append("target", target);
   return asked;
 }
@@ -156,19 +160,20 @@ function stop() {
 }
 
 function arrived(told, final) {
-  latest = told;
-  curve.push({ samples: told.samples, maps: told.maps.map(({ error, error_bound }) => ({ error, error_bound })) });
+  latest = { ...told, final };
+  curve.push({ samples: told.samples, maps: told.maps.map((one) => (one.depths ?? [one]).map(({ error, error_bound }) => ({ error, error_bound }))) });
   const ends = { tolerance: "Good enough", deadline: "At the deadline", shutdown: "Cut short: the server ends" };
   const state = final ? ends[told.cut_short] ?? "Done" : "Refining";
   say(final ? `${state}, in ${(told.total_ms / 1000).toFixed(1)} s` : `${state} …`);
-  if (final) hear(`${state}: ${told.samples} samples, ${told.error_bound === null ? "error unknown" : `error below ${percent(told.error_bound)}`}.`);
+  const { error_bound } = errors(told);
+  if (final) hear(`${state}: ${told.samples} samples, ${error_bound === null ? "error unknown" : `error below ${percent(error_bound)}`}.`);
   show(told);
   // What was assumed about the file.
   if (final) $("problem").textContent = told.notes.join(" ");
   const known = new Map(told.maps.map((one) => [one.target, one]));
   others = others.map((one) => known.get(one.target) ?? one);
   if (final) listTop();
-  drawMaps(final);
+  drawMaps();
   drawCurve();
 }
 
@@ -176,8 +181,58 @@ function show(told) {
   $("problem").textContent = "";
   $("progress").value = told ? told.samples / told.n_samples : 0;
   $("told-samples").textContent = told ? `${told.samples} / ${told.n_samples}` : "–";
-  $("told-error").textContent = told && told.error !== null ? percent(told.error) : "–";
-  $("told-bound").textContent = told && told.error_bound !== null ? percent(told.error_bound) : "–";
+  showErrors(told);
+}
+
+function showErrors(told) {
+  const { error, error_bound } = told ? errors(told) : { error: null, error_bound: null };
+  $("told-error").textContent = error === null ? "–" : percent(error);
+  $("told-bound").textContent = error_bound === null ? "–" : percent(error_bound);
+}
+
+// The largest errors of the classes at the depth that is shown; null where one is unknown.
+function errors(told) {
+  const largest = (name) => told.maps.map((one) => shown(one)[name]).reduce((most, one) => (most === null || one === null ? null : Math.max(most, one)));
+  return { error: largest("error"), error_bound: largest("error_bound") };
+}
+
+// Depths: the answer has all of them, and the slider chooses: 0 for the pixels, 1 for block 0, and so on.
+
+const blocks = () => models.find((one) => one.name === $("model").value)?.blocks ?? 0;
+const level = () => Number($("depth").value);
+const depthName = () => (level() ? `block ${level() - 1} of ${blocks()}` : "pixels");
+
+// A class with the map and the errors of the depth that is shown.
+const shown = (one) => (one.depths ? { ...one, ...one.depths[level()] } : one);
+
+function offerDepths() {
+  $("depth").max = blocks();
+  $("depths").hidden = !blocks();
+  nameDepth();
+}
+
+function nameDepth() {
+  $("depth-value").textContent = depthName();
+  $("depth").setAttribute("aria-valuetext", depthName());
+  const told = (accounts ?? []).map(({ target, score, pixels, patches, prefix }) => {
+    const carried = level() ? patches[level() - 1] + prefix[level() - 1] : pixels;
+    const share = score > 0 ? ` (${Math.round((100 * carried) / score)} %)` : "";
+    return `${carried.toFixed(2)} of the score ${score.toFixed(2)}${share}${accounts.length > 1 ? ` of ${nameOf(target)}` : ""}`;
+  });
+  const what = level() ? "The tokens that enter this block" : "The pixels";
+  $("depth-share").textContent = told.length ? `${what} account for ${told.join(", ")}.` : "";
+}
+
+function chooseDepth() {
+  nameDepth();
+  const address = new URL(location);
+  if (level()) address.searchParams.set("depth", level() - 1);
+  else address.searchParams.delete("depth");
+  history.replaceState(null, "", address);
+  if (!latest) return;
+  showErrors(latest);
+  drawMaps();
+  drawCurve();
 }
 
 // Classes.
@@ -191,6 +246,8 @@ function predicted(told) {
     if (![...top5, ...others].some((one) => one.target === target)) others.push({ target, class_name: nameOf(target), probability: null });
   }
   others = others.filter((one) => !top5.some((better) => better.target === one.target));
+  accounts = told.accounts;
+  nameDepth();
   listTop();
 }
 
@@ -243,21 +300,22 @@ function listClasses() {
 
 // Pictures.
 
-function drawMaps(final) {
+function drawMaps() {
   const panels = $("maps");
   const wanted = latest.maps.map((one) => String(one.target));
   if ([...panels.children].map((one) => one.dataset.target).join() !== wanted.join()) panels.replaceChildren(...latest.maps.map(panel));
-  latest.maps.forEach((one, number) => {
+  latest.maps.map(shown).forEach((one, number) => {
     const article = panels.children[number];
+    article.querySelector("canvas").setAttribute("aria-label", `Map of ${level() ? `what enters ${depthName()}` : "the pixels"}, where it speaks for ${one.class_name}`);
     article.querySelector(".said").textContent = one.error_bound === null ? "error not known yet" : `error about ${percent(one.error)}, below ${percent(one.error_bound)}`;
-    for (const button of article.querySelectorAll("button")) button.disabled = !final;
+    for (const button of article.querySelectorAll("button")) button.disabled = !latest.final;
   });
   repaint();
 }
 
 function repaint() {
   const opacity = Number($("opacity").value) / 100;
-  latest?.maps.forEach((one, number) => {
+  latest?.maps.map(shown).forEach((one, number) => {
     const canvas = $("maps").children[number]?.querySelector("canvas");
     if (canvas && image.photo) paint(canvas, image.photo, one.map, opacity);
   });
@@ -266,7 +324,6 @@ function repaint() {
 function panel(one, number) {
   const canvas = make("canvas");
   canvas.setAttribute("role", "img");
-  canvas.setAttribute("aria-label", `Map of the pixels that speak for ${one.class_name}`);
   const swatch = make("span", { className: `swatch c${number % COLOURS}`, ariaHidden: "true" });
   const title = make("h3", {}, swatch, make("span", { className: "name", title: one.class_name }, one.class_name), make("span", { className: "percent" }, chance(one.probability)));
   const buttons = [["PNG", savePicture], [".npz", saveArrays]].map(([kind, action]) => {
@@ -280,7 +337,8 @@ function panel(one, number) {
 }
 
 function drawCurve() {
-  const known = curve.filter((point) => point.maps.every((one) => one.error !== null));
+  const points = curve.map(({ samples, maps }) => ({ samples, maps: maps.map((depths) => depths[depths.length > 1 ? level() : 0]) }));
+  const known = points.filter((point) => point.maps.every((one) => one.error !== null));
   $("error").hidden = known.length === 0;
   if (!known.length) return;
   plot($("curve"), known, Math.max(latest.n_samples, 2), Number($("tolerance").value));
@@ -294,15 +352,15 @@ async function savePicture(one, canvas) {
 }
 
 async function saveArrays(one) {
-  // The number of samples that is shown, of this class only.
+  // The number of samples and the depth that are shown, of this class only.
   const { model, seed, samples, shrink } = latest;
-  const asked = () => new URLSearchParams({ image: image.id, model, seed, n_samples: samples, shrink, target: one.target });
+  const asked = () => new URLSearchParams({ image: image.id, model, seed, n_samples: samples, shrink, depth: level() ? level() - 1 : "pixels", target: one.target });
   const answer = await withImage(image, undefined, () => ask(`v1/explain?${asked()}`, { method: "POST", headers: { accept: "application/x-npz" } }));
   save(await answer.blob(), one, "npz");
 }
 
 function save(blob, one, kind) {
-  const name = one.class_name.replace(/[^\p{L}\p{N}]+/gu, "-");
+  const name = `${one.class_name}${level() ? ` block ${level() - 1}` : ""}`.replace(/[^\p{L}\p{N}]+/gu, "-");
   const link = make("a", { href: URL.createObjectURL(blob), download: `dave-${name}.${kind}` });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
@@ -355,8 +413,12 @@ async function begin() {
     models = await (await ask("v1/models")).json();
     $("model").replaceChildren(...models.map((model) => make("option", { value: model.name }, model.name)));
     listClasses();
+    offerDepths();
     $("shrink").checked = models[0].shrink;
-    if (new URLSearchParams(location.search).has("example")) await example();
+    const asked = new URLSearchParams(location.search);
+    if (/^\d+$/.test(asked.get("depth"))) $("depth").value = Number(asked.get("depth")) + 1;
+    nameDepth();
+    if (asked.has("example")) await example();
   } catch (error) {
     problem(error);
   }
@@ -375,13 +437,14 @@ $("file").addEventListener("change", () => {
   // Cleared so that choosing the same file again is a change.
   $("file").value = "";
 });
-$("model").addEventListener("change", () => { [chosen, top5, others] = [[], [], []]; listClasses(); explain(); });
+$("model").addEventListener("change", () => { [chosen, top5, others] = [[], [], []]; clear(); listClasses(); offerDepths(); explain(); });
 $("compare").addEventListener("change", compare);
 $("again").addEventListener("click", explain);
 $("stop").addEventListener("click", () => { stop(); say("Stopped"); hear("Stopped."); $("again").focus(); });
 $("add").addEventListener("click", addClass);
 $("other").addEventListener("keydown", (event) => event.key === "Enter" && addClass());
 for (const id of ["samples", "seed", "tolerance", "shrink"]) $(id).addEventListener("change", explain);
+$("depth").addEventListener("input", chooseDepth);
 $("opacity").addEventListener("input", () => { $("opacity-value").textContent = `${$("opacity").value} %`; repaint(); });
 for (const name of ["dragenter", "dragover"]) {
   addEventListener(name, (event) => { event.preventDefault(); document.body.classList.add("dragging"); });
