@@ -255,8 +255,7 @@ def _table(by_row: dict[str, dict[str, dict[str, float]]]) -> str:
 def write_section(parts: dict[str, list[dict[str, Any]]], facts: dict[str, Any], settings: dict[str, Any]) -> None:
     """Write the section into docs/quality.md, in place of an earlier one, and the intervals into RESULTS."""
     scores = collected(parts)
-    page = PAGE.read_text().partition(f"\n{HEADING}\n")[0]
-    PAGE.write_text(f"{page.rstrip()}\n\n{section(scores, facts, settings)}")
+    PAGE.write_text(with_section(PAGE.read_text(), HEADING, section(scores, facts, settings)))
     content = {
         "facts": facts,
         "settings": settings,
@@ -266,3 +265,16 @@ def write_section(parts: dict[str, list[dict[str, Any]]], facts: dict[str, Any],
         },
     }
     RESULTS.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def with_section(page: str, heading: str, text: str) -> str:
+    """Return a page with a section in place of an earlier one of this heading, or at its end.
+
+    Args:
+        page: Markdown.
+        heading: of the second level, such as "## At depth".
+        text: the section, its heading included.
+    """
+    before, found, after = f"{page.rstrip()}\n".partition(f"\n{heading}\n")
+    _, another, behind = after.partition("\n## ") if found else ("", "", "")
+    return f"{before.rstrip()}\n\n{text.rstrip()}\n{another}{behind}"

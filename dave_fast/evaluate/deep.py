@@ -54,15 +54,16 @@ def contrasts(values: Tensor) -> Tensor:
     return values - (values.sum(0) - values) / (len(values) - 1)
 
 
-def against_others(family: Family) -> Family:
-    """Return a family's rows for each class's logit minus the mean of the other asked classes' logits.
+def with_contrasts(family: Family) -> Family:
+    """Return a family with rows added for each class's logit minus the mean of the other asked classes' logits.
 
     The family's signed sums are linear in what is explained, as those of a gradient ⊙ input are.
     """
 
     def rows(image: Tensor, classes: Tensor, key: int) -> dict[str, Maps]:
-        found = family(image, classes, key).items()
-        return {f"{row}{CONTRAST}": as_maps(contrasts(maps[VARIANTS[0]])[:, None]) for row, maps in found}
+        found = family(image, classes, key)
+        added = {f"{row}{CONTRAST}": contrasts(maps[VARIANTS[0]]) for row, maps in found.items() if len(classes) > 1}
+        return found | {row: as_maps(signed[:, None]) for row, signed in added.items()}
 
     return rows
 
@@ -86,7 +87,7 @@ def dave(
         seed: of the draws.
         alpha: noise_alpha; None for what the explainer chooses.
         blocks: numbers of blocks, ascending.
-        contrast: whether the rows of `against_others` are added where two or more classes are asked for.
+        contrast: whether the rows of `with_contrasts` are added where two or more classes are asked for.
     """
     explainer, places = DAVE(model, noise_alpha=alpha), (None, *blocks)
 
@@ -141,11 +142,11 @@ def _forms(classes: Tensor, contrast: bool) -> dict[str, Callable[[Tensor], Tens
 
 
 class Entered(NamedTuple):
-    """The tokens that enter a module, and the gradients of K logits with respect to them.
+    """What enters a module, and the gradients of K logits with respect to it.
 
     Attributes:
-        tokens: (N, D).
-        gradients: (K, N, D).
+        tokens: (N, D), or (C, H, W) where the module is the model.
+        gradients: (K, N, D) or (K, C, H, W).
     """
 
     tokens: Tensor
@@ -157,7 +158,7 @@ def gradients_at(model: nn.Module, modules: Sequence[nn.Module], image: Tensor, 
 
     Args:
         model: in evaluation mode.
-        modules: each is called once, with tokens (1, N, D) first.
+        modules: each is called once, in this order, with tokens (1, N, D) or the image first.
         image: (1, C, H, W).
         classes: (K,) int64.
     """
@@ -224,14 +225,11 @@ def activations(model: Any, blocks: Sequence[int], *, contrast: bool = False) ->
     return rows
 
 
-def attnlrp(
-    model: Any, title: str, blocks: Sequence[int], gammas: tuple[float, float] | None, *, contrast: bool = False
-) -> Family:
-    """Return the family of AttnLRP at the tokens that enter blocks.
+def attnlrp(model: Any, blocks: Sequence[int], gammas: tuple[float, float] | None, *, contrast: bool = False) -> Family:
+    """Return the family of AttnLRP, at the pixels and at the tokens that enter blocks, of the same passes.
 
     Args:
         model: a timm VisionTransformer in evaluation mode.
-        title: of the rows.
         blocks: numbers of blocks, ascending.
         gammas: see `packages.attnlrp`.
         contrast: whether rows of the contrast are added where two or more classes are asked for.
@@ -239,19 +237,18 @@ def attnlrp(
     Raises:
         NotTakenError: as `packages.attnlrp`.
     """
-    twin = lrp_twin(model, gammas)
+    twin, grid = lrp_twin(model, gammas), model.patch_embed.grid_size
     layers = list(twin.encoder.layers)
 
     def rows(image: Tensor, classes: Tensor, key: int) -> dict[str, Maps]:
+        pixels, *found = gradients_at(twin, [twin, *(layers[block] for block in blocks)], image, classes)
+        # a twin has one prefix token, its class token
+        of_blocks = [enlarged(times_activation(each)[:, 1:], grid, image.shape[-2:]) for each in found]
+        names = ["AttnLRP", *(f"AttnLRP at tokens, block {block}" for block in blocks)]
         made = {}
-        found = gradients_at(twin, [layers[block] for block in blocks], image, classes)
-        for block, entered in zip(blocks, found, strict=True):
-            for suffix, change in _forms(classes, contrast).items():
-                # a twin has one prefix token, its class token
-                large = enlarged(
-                    change(times_activation(entered))[:, 1:], model.patch_embed.grid_size, image.shape[-2:]
-                )
-                made[f"{title}, block {block}{suffix}"] = as_maps(large)
+        for suffix, change in _forms(classes, contrast).items():
+            for name, signed in zip(names, [pixels.tokens * pixels.gradients, *of_blocks], strict=True):
+                made[f"{name}{suffix}"] = as_maps(change(signed))
         return made
 
     return rows

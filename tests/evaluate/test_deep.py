@@ -9,6 +9,7 @@ from dave_fast import DAVE
 from dave_fast.evaluate import deep, rows
 from dave_fast.evaluate.full_gradient import full_gradient
 from dave_fast.evaluate.methods import MethodSettings
+from dave_fast.evaluate.packages import attnlrp, lrp_twin
 from dave_fast.evaluate.twin import NotTakenError
 from tests.evaluate import needs
 from tests.tiny import random_head_vit, random_vit
@@ -143,14 +144,10 @@ def test_a_contrast_is_that_of_a_model_whose_logits_are_the_contrasts(model, ima
 
 def test_contrasts_of_a_family_without_them_and_of_averaged_samples(model, image):
     setup = MethodSettings(2, {"precision": "fp64"})
-    single = rows.single(model, "frozen gradient", setup, SEED)
-    (plain,), ((name, found),) = (
-        single(image, CLASSES, 0).values(),
-        deep.against_others(single)(image, CLASSES, 0).items(),
-    )
-    assert name == "frozen gradient, against the others"
-    own = plain["as it is"]
-    assert torch.allclose(own[0] - (own[1] + own[2]) / 2, found["as it is"][0], atol=1e-6 * own.abs().max().item())
+    found = deep.with_contrasts(rows.single(model, "frozen gradient", setup, SEED))(image, CLASSES, 0)
+    assert list(found) == ["frozen gradient", "frozen gradient, against the others"]
+    own, contrast = (each["as it is"] for each in found.values())
+    assert torch.allclose(own[0] - (own[1] + own[2]) / 2, contrast[0], atol=1e-6 * own.abs().max().item())
     # with one sample nothing is left out of an average
     averaged = deep.dave(model, "DAVE", (1,), SEED, 0.2, blocks=(1,), contrast=True)(image, CLASSES, 0)
     for row in ("DAVE", "DAVE, block 1"):
@@ -171,9 +168,22 @@ def test_depths_name_blocks_and_a_model_without_tokens_is_refused():
 @needs.lxt
 def test_attnlrp_without_gamma_at_tokens_is_one_frozen_sample(image):
     model = random_vit().double().requires_grad_(False)
-    found = deep.attnlrp(model, "AttnLRP", BLOCKS, None, contrast=True)(image, CLASSES, 0)
+    found = deep.attnlrp(model, BLOCKS, None, contrast=True)(image, CLASSES, 0)
     wanted = deep.frozen(model, BLOCKS, precision="fp64", contrast=True)(image, CLASSES, 0)
     for row, maps in wanted.items():
-        theirs = signed(found, row.replace("one frozen sample", "AttnLRP"))
+        theirs = signed(found, row.replace("one frozen sample", "AttnLRP at tokens"))
         # LXT's gate of GELU, act(u)/(u + 1e-10), is not exact
         assert relative(maps["as it is"], theirs) < 1e-6
+
+
+@needs.lxt
+def test_attnlrp_of_several_classes_is_that_of_each_and_its_contrast_that_of_the_contrasts(image):
+    model, gammas = random_vit().double().requires_grad_(False), (0.25, 0.05)
+    found = deep.attnlrp(model, BLOCKS, gammas, contrast=True)(image, CLASSES, 0)
+    alone = attnlrp(model, None, gammas)
+    for row, wanted in enumerate(CLASSES):
+        assert relative(alone(image, wanted[None], (0,), 0)[0].sum(0), signed(found, "AttnLRP")[row]) < EXACT
+    leaf = image.clone().requires_grad_()
+    output = lrp_twin(model, gammas)(leaf)[0, CLASSES]
+    (gradient,) = torch.autograd.grad(output[0] - (output[1] + output[2]) / 2, leaf)
+    assert relative((gradient * image).sum(1)[0], signed(found, "AttnLRP, against the others")[0]) < EXACT

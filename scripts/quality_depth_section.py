@@ -1,0 +1,214 @@
+"""The section "At depth" of docs/quality.md: tables and sentences of stored scores."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+import numpy as np
+
+from dave_fast.evaluate import statistics
+from dave_fast.evaluate.deep import CONTRAST
+from dave_fast.evaluate.report import table
+from dave_fast.evaluate.settings import METRICS
+from dave_fast.explain.depth import AUTO, block_of
+from scripts.quality_section import CONTROL, PAGE, Scores, collected, interval, paired, with_section
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "quality_depth.json"
+HEADING = "## At depth, beside others there"
+DIGITS = "digits"
+# blocks of the model under each head: DINOv2 ViT-S/14 without its last block, and the embedded model
+COUNTS = {"class means": 11, "class token": 11, "patch average": 11, DIGITS: 5}
+LOCAL = ("GridPG 2x2", "GridPG 3x3", "EnergyPG", "pointing game")
+FEW = 16
+# in the order of the tables
+METHODS = ("DAVE", "one frozen sample", "gradient × activation", "Grad-CAM", "AttnLRP at tokens")
+AT_PIXELS = {
+    "DAVE": "DAVE, S = 16",
+    "one frozen sample": "frozen gradient",
+    "gradient × activation": "input × gradient",
+    "AttnLRP at tokens": "AttnLRP",
+}
+
+INTRODUCTION = """\
+Evidence of the tokens that enter a block, in place of pixels (`depth=`, [guide](guide.md)), of the same trained model,
+heads and held-out photographs as above, of twelve mosaics of 2×2 in place of six, and of the embedded model's scenes
+(of a seed of their own: 100 scenes, twelve mosaics of 2×2, five of 3×3). "auto" is {autos}. It, the form of the average
+and γ were chosen on the other half, γ by what it does at pixels; on digits γ is the package's own. DAVE has S = 16
+unless it is said otherwise, noise by default and shrinkage; all its rows are of the same samples.
+
+*one frozen sample* is Σ_channels X_l ⊙ ∂f/∂X_l of the unperturbed image with every operator held constant,
+*gradient × activation* the same with the true gradient, *Grad-CAM* ReLU(Σ_c X_lc · mean over the patches of ∂f/∂X_lc),
+there and at its usual place in a ViT, behind the last block's norm1, *AttnLRP at tokens* X_l ⊙ LXT's gradient with γ
+(without γ it is the frozen sample: a test says so). All of these are patches, enlarged bilinearly, and smoothed as
+every map is. *against the others* explains, in a mosaic, the logit of a cell's class minus the mean logit of the other
+cells' classes: the same contrast of gradients for every method, and of each sample for DAVE."""
+
+AGAIN = """\
+Again: `python scripts/quality_depth.py measure` with the folders that its help names, then `write`. Every interval:
+`benchmarks/results/quality_depth.json`."""
+
+
+def auto(head: str) -> int:
+    """Return the number of the block of "auto" under a head."""
+    block = block_of(AUTO, COUNTS[head])
+    assert block is not None
+    return block
+
+
+def own(head: str, *, contrast: bool = False, size: int = FEW) -> str:
+    """Return the row of DAVE at the block of "auto"."""
+    return f"DAVE, block {auto(head)}{CONTRAST if contrast else ''}, S = {size}"
+
+
+def rivals(rows: dict[str, Any], head: str, *, contrast: bool) -> list[str]:
+    """Return the rows of other methods: those at pixels and at the same block, and Grad-CAM at its usual place."""
+    found = [row for row in rows if not row.startswith("DAVE") and row != CONTROL and (CONTRAST in row) == contrast]
+    return [row for row in found if " block " not in row or f", block {auto(head)}" in row]
+
+
+def section(scores: Scores, times: dict[str, float]) -> str:
+    """Return the section as Markdown."""
+    blocks: dict[int, list[str]] = {}
+    for head in scores:
+        blocks.setdefault(auto(head), []).append(head)
+    autos = ", ".join(f"block {block} of {COUNTS[heads[0]]} ({', '.join(heads)})" for block, heads in blocks.items())
+    parts = [HEADING, fill_each(INTRODUCTION.format(autos=autos)), "### Who is ahead there?"]
+    parts += [*verdicts(scores), "### What depth, samples and the question do", differences(scores)]
+    parts += ["### Block by block", by_block(scores)]
+    if any("stability" in row for row in scores.get("class token", {}).values()):
+        parts += ["### How the maps behave", behaviour(scores["class token"])]
+    if times:
+        parts += ["### Time", seconds(times)]
+    return "\n\n".join([*parts, fill_each(AGAIN)]) + "\n"
+
+
+def fill_each(text: str) -> str:
+    """Return paragraphs wrapped at the page's width."""
+    return "\n\n".join(fill(paragraph, 120) for paragraph in text.split("\n\n"))
+
+
+def verdicts(scores: Scores) -> list[str]:
+    """Return the comparison of DAVE at "auto" with its strongest rival, in words and as a table."""
+    rows, words = [], {"ahead": [], "even": [], "behind": []}
+    for head, by_row in scores.items():
+        for metric in LOCAL:
+            for contrast in (False, True):
+                found = verdict(by_row, head, metric, contrast=contrast)
+                if found is None:
+                    continue
+                title = f"{metric}{CONTRAST if contrast else ''}"
+                figures = found.dave.text(), found.rival.replace(CONTRAST, ""), found.other.text()
+                rows.append((title, head, *figures, found.difference.signed(), found.difference.n, found.words))
+                words[found.tone].append(f"{title} ({head})")
+    titles = {"ahead": "Ahead of every other method", "even": "Not told apart from one", "behind": "Behind one"}
+    said = [f"- **{title}**: {'; '.join(words[tone])}." for tone, title in titles.items() if words[tone]]
+    head = ("metric", "head", 'DAVE, "auto"', "rival", "of the rival", "difference, paired", "n", "verdict")
+    note = (
+        'Rivals: every method at pixels and at the block of "auto", and Grad-CAM behind the last norm1. The strongest '
+        "is the one that is furthest ahead of DAVE, or else the nearest behind."
+    )
+    return ["\n".join(said), table(head, rows), note]
+
+
+def verdict(
+    by_row: dict[str, dict[str, dict[str, float]]], head: str, metric: str, *, contrast: bool
+) -> statistics.Verdict | None:
+    """Compare DAVE at "auto" with its strongest rival in a metric; None where either has no score."""
+    ours = by_row.get(own(head, contrast=contrast), {}).get(metric)
+    others = {row: by_row[row][metric] for row in rivals(by_row, head, contrast=contrast) if metric in by_row[row]}
+    if not ours or not others:
+        return None
+    values = {row: [each.get(item, np.nan) for item in ours] for row, each in others.items()}
+    return statistics.verdict({statistics.DAVE: list(ours.values()), **values}, bool(METRICS[metric]))
+
+
+def differences(scores: Scores) -> str:
+    """Return paired differences of settings of DAVE, and of DAVE and one sample."""
+    rows = [
+        (what, metric, head, found.signed(), found.n)
+        for head in scores
+        for what, one, other in (
+            ("at depth against pixels, S = 16", own(head), "DAVE, S = 16"),
+            ("S = 32 against S = 16, at depth", own(head, size=32), own(head)),
+            ("S = 16 against one frozen sample, at depth", own(head), f"one frozen sample, block {auto(head)}"),
+            ("against the others, at depth", own(head, contrast=True), own(head)),
+        )
+        for metric in LOCAL
+        if (found := paired(scores, head, metric, one, other)) is not None
+    ]
+    return table(("what", "metric", "head", "difference, paired", "n"), rows)
+
+
+def by_block(scores: Scores) -> str:
+    """Return means by method and block for each metric and head; in mosaics also those of the contrast."""
+    said = []
+    for metric in ("GridPG 2x2", "EnergyPG", "pointing game"):
+        for head, by_row in scores.items():
+            blocks = sorted({int(found[1]) for row in by_row if (found := re.match(r"DAVE, block (\d+), S", row))})
+            rows = [(method, *cells(by_row, metric, method, blocks)) for method in METHODS]
+            places = ("pixels", *(f"{'auto: ' if block == auto(head) else ''}block {block}" for block in blocks))
+            said.append(f"{metric}, {head}:\n\n{table(('', *places), rows)}")
+    usual = usual_places(scores)
+    note = (
+        'Means; in mosaics "the logit / against the others". Every pair that is compared above has the same items; a '
+        "dash is a place that a method does not have."
+    )
+    return "\n\n".join([*said, f"{note} {usual}"])
+
+
+def cells(by_row: dict[str, dict[str, dict[str, float]]], metric: str, method: str, blocks: list[int]) -> Iterator[str]:
+    """Yield a method's mean at the pixels and at each block."""
+    size = f", S = {FEW}" if method == "DAVE" else ""
+    for name in (AT_PIXELS.get(method, "").removesuffix(size), *(f"{method}, block {block}" for block in blocks)):
+        rows = f"{name}{size}", f"{name}{CONTRAST}{size}"
+        means = [f"{interval(by_row[row][metric]).mean:.3f}" for row in rows if metric in by_row.get(row, {})]
+        yield " / ".join(means) if means else "–"
+
+
+def usual_places(scores: Scores) -> str:
+    """Return the means of the methods that have one place of their own, as a sentence."""
+    said = []
+    for row in ("Grad-CAM, last norm1", "Libra FullGrad+", "LeGrad"):
+        of_heads = [
+            f"{head} {interval(by_row[row]['GridPG 2x2']).mean:.3f}"
+            for head, by_row in scores.items()
+            if "GridPG 2x2" in by_row.get(row, {})
+        ]
+        said.append(f"{row} ({', '.join(of_heads)})")
+    return f"GridPG 2x2 of methods with a place of their own: {'; '.join(said)}."
+
+
+def behaviour(by_row: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Return the behaviour of the rows at pixels and at "auto" under the class token."""
+    metrics = [metric for metric in METRICS if metric not in LOCAL and any(metric in each for each in by_row.values())]
+    head = "class token"
+    named = [own(head, size=32), "DAVE, S = 32", *rivals(by_row, head, contrast=False)]
+    rows = [
+        (row, *(interval(by_row[row][metric]).text() if metric in by_row[row] else "–" for metric in metrics))
+        for row in named
+        if any(metric in by_row.get(row, {}) for metric in metrics)
+    ]
+    return table(("", *metrics), rows)
+
+
+def seconds(times: dict[str, float]) -> str:
+    """Return the time of each method."""
+    return table(("method", "seconds an image"), [(name, f"{each:.2f}") for name, each in times.items()])
+
+
+def write_section(parts: dict[str, list[dict[str, Any]]], times: dict[str, float]) -> None:
+    """Write the section into docs/quality.md, in place of an earlier one, and the intervals into RESULTS."""
+    scores = collected(parts)
+    scores = {head: scores[head] for head in COUNTS if own(head) in scores.get(head, {})}
+    PAGE.write_text(with_section(PAGE.read_text(), HEADING, section(scores, times)))
+    intervals = {
+        head: {row: {m: vars(interval(each)) for m, each in scored.items()} for row, scored in by_row.items()}
+        for head, by_row in scores.items()
+    }
+    content = {"auto": {head: auto(head) for head in scores}, "seconds": times, "intervals": intervals}
+    RESULTS.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
