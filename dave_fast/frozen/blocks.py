@@ -6,7 +6,7 @@ of the frozen model: without it no path leads from the output to the image. Only
 the biases behind it, give the output.
 
 One forward pass of a float64 copy with frozen operators decides it, and measures the layout of the tokens
-(`dave_fast.frozen.layout`); it takes as long as seven images. In that pass attention counts a thousandth, so that a
+(`dave_fast.frozen.layout`); it takes as long as eight images. In that pass attention counts a thousandth, so that a
 token depends mostly on its own patch behind any number of blocks, and a prefix token on next to nothing.
 """
 
@@ -146,11 +146,11 @@ def find_blocks(model: nn.Module, image: Tensor) -> tuple[BlockInput, ...]:
     copy = isolated(model, torch.float64)
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         calls = _cuts(copy, changes(image[:1].detach().double()))
-    known: dict[int, Tensor] = {}
+    known: dict[int, Layout] = {}
     return tuple(_placed(call, image.shape[-2:], known) for call in calls)
 
 
-def _placed(call: _Call, size: Sequence[int], known: dict[int, Tensor]) -> BlockInput:
+def _placed(call: _Call, size: Sequence[int], known: dict[int, Layout]) -> BlockInput:
     layout = layout_of(call.tokens, size, known)
     if layout is None:
         shape = str(tuple(call.tokens.shape)).replace(str(ROWS), "B", 1)
