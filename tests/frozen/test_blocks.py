@@ -55,10 +55,6 @@ class Block(nn.Module):
         return hidden.add_(y) if self.in_place else hidden + y
 
 
-def toy(*args: Any, **kwargs: Any) -> Variant:
-    return Variant(lambda: Toy(*args, **kwargs))
-
-
 class ByKeyword(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         for block in self:
@@ -79,6 +75,10 @@ class Skipping(nn.Sequential):
 def window_order(x: Tensor) -> Tensor:
     """(B, 16, D) row by row -> window by window of 2×2."""
     return x.unflatten(1, (2, 2, 2, 2)).transpose(2, 3).flatten(1, 4)
+
+
+def toy(*args: Any, **kwargs: Any) -> Variant:
+    return Variant(lambda: Toy(*args, **kwargs))
 
 
 OWN: dict[str, Variant] = {
@@ -261,12 +261,10 @@ def test_blocks_that_run_in_another_order_raise() -> None:
         run_frozen(model, leaf.clone(), freeze(leaf))
 
 
-# Slow: many architectures
-
+# Many architectures
 
 TIMM: dict[str, tuple[int, str]] = {
     "vit_tiny_patch16_224": (64, "blocks.0"),
-    "beit_base_patch16_224": (64, "blocks.0"),
     "convit_tiny": (64, "blocks.0"),
     "coat_lite_tiny": (128, "serial_blocks1.0"),
     "davit_tiny": (224, "stages.0.blocks.0.0"),
@@ -276,7 +274,6 @@ TIMM: dict[str, tuple[int, str]] = {
     "pvt_v2_b0": (128, "stages.0.blocks.0"),
     "samvit_base_patch16": (128, "blocks.0"),
     "swin_tiny_patch4_window7_224": (112, "layers.0.blocks.0"),
-    "twins_svt_small": (128, "blocks.0.0"),
     "vit_small_resnet26d_224": (128, "blocks.0"),
     "xcit_nano_12_p8_224": (64, "blocks.0"),
     "crossvit_9_240": (240, "around the tokens that enter 'blocks.0'"),
