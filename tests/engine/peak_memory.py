@@ -59,5 +59,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     # what libraries take once
     measure(32, 32, 1, "fp32", "auto", 1, 1, 1)
-    measure(32, 32, 1, "bf16", "auto", 1, 1, 1)
+    measure(32, 32, 1, "bf16", "auto", 1, 1, 1, 2, 1)
     print(json.dumps([measure(*case) for case in json.loads(sys.argv[1])]))
