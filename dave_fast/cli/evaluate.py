@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from dave_fast.evaluate import EvaluationSettings, ExampleSource
     from dave_fast.evaluate.summary import Summary
+    from dave_fast.explain.depth import Depth
     from dave_fast.explain.subject import Subject
 
 _HOW_MUCH = "How much"
@@ -72,6 +73,7 @@ def evaluate(
     n_samples: options.Samples = None,
     noise_alpha: options.NoiseAlpha = None,
     shrink: options.Shrink = None,
+    depth: options.Depth = "pixels",
     seed: Annotated[int, typer.Option(min=0, help="The first seed.", rich_help_panel=METHOD)] = 0,
     device: options.Device = None,
     precision: options.Precision = None,
@@ -82,7 +84,8 @@ def evaluate(
 
     Writes report.html, report.md, results.json, scores.csv and examples.png into --out. Files need labels for
     accuracy and mosaics (folders named by class or WordNet id, or the annotations' own), and --boxes or --masks for
-    the pointing games; what cannot be measured without them is left out.
+    the pointing games; what cannot be measured without them is left out. At a --depth other than the pixels, DAVE's
+    map of the pixels is a row of its own.
     """
     from dave_fast.evaluate.settings import GROUPS, EvaluationSettings
     from dave_fast.explain.subject import Subject
@@ -101,6 +104,7 @@ def evaluate(
         methods=None if methods is None else _listed(methods),
         groups=GROUPS if groups is None else _listed(groups),
     )
+    where = options.one_depth(depth)
     screen = console()
     with plain_warnings(screen):
         check_writable(out)
@@ -111,7 +115,7 @@ def evaluate(
         with screen.status(f"loading {spec.name}"):
             subject = Subject.load(spec, device=device, precision=precision, backend=backend, **method)
         examples = _examples(files, source, boxes, masks, subject, chosen)
-        _measure(screen, spec.name, subject, examples, samples, chosen, out)
+        _measure(screen, spec.name, subject, examples, samples, chosen, where, out)
 
 
 def _listed(text: str) -> tuple[str, ...]:
@@ -125,6 +129,7 @@ def _measure(
     examples: ExampleSource,
     n_samples: int,
     settings: EvaluationSettings,
+    depth: Depth,
     out: Path,
 ) -> None:
     """Measure, write the report and print its summary."""
@@ -144,7 +149,7 @@ def _measure(
         "noise_alpha": explainer.sampling.noise_alpha,
         "shrink": explainer.shrink,
     }
-    setup = MethodSettings(n_samples, used, 1 / min(prepare.std))
+    setup = MethodSettings(n_samples, used, 1 / min(prepare.std), _named(subject, depth))
     with progress(screen, "evaluating") as update:
         results = measure(network, examples, settings, setup, update)
     environment = collect(explainer.device.type)
@@ -152,6 +157,17 @@ def _measure(
     command = shlex.join(["dave-fast", *sys.argv[1:]])
     about = About(model, examples.title, settings, setup, labels, prepare, versions, command, examples.skipped)
     _tell(write(out, results, about), results.absent, examples.skipped, out)
+
+
+def _named(subject: Subject, depth: Depth) -> Depth:
+    """Return the number of the block that a depth names, or "pixels"; what the model lacks is refused at once."""
+    import torch
+
+    from dave_fast.explain.depth import PIXELS, places_of
+
+    grey = torch.zeros(1, 3, *subject.prepare.size)
+    (place,) = places_of([depth], lambda: len(subject.explainer.blocks(grey)))
+    return PIXELS if place is None else place
 
 
 def _files(source: str | None, model: str, *, annotated: bool) -> list[Path] | None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from dave_fast.evaluate.methods import SMOOTHGRAD_SHARE, MethodSettings
+from dave_fast.evaluate.methods import AT_PIXELS, SMOOTHGRAD_SHARE, MethodSettings
 from dave_fast.evaluate.packages import GAMMAS
 from dave_fast.evaluate.settings import EvaluationSettings
+from dave_fast.explain.depth import PIXELS
 
 SHORT = {
     "EnergyPG": "share of the positive attribution inside the object",
@@ -40,12 +41,14 @@ def definitions(settings: EvaluationSettings, setup: MethodSettings, ran: Collec
     """Return pairs (term, explanation) for a run with these settings, `ran` being the methods that ran."""
     spread = SMOOTHGRAD_SHARE * setup.spread
     shrunk = setup.explainer.get("shrink")
+    where = f"the tokens that enter block {setup.depth}" if isinstance(setup.depth, int) else f"depth {setup.depth}"
+    deep = "" if setup.depth == PIXELS else f", of {where}; “{AT_PIXELS}” is its map of the pixels"
     alike = "; DAVE's map is shrunk first, no other is" if shrunk else ", alike for every method"
     return [
         ("explained", "the label of an image, or the predicted class where no label is known"),
         (
             "methods",
-            f"DAVE with S = {setup.n_samples}{', shrunk' if shrunk else ''}. The frozen gradient is a single "
+            f"DAVE with S = {setup.n_samples}{', shrunk' if shrunk else ''}{deep}. The frozen gradient is a single "
             f"unperturbed sample of it. Integrated gradients ({setup.n_samples} steps from 0) and SmoothGrad "
             f"({setup.n_samples} samples, σ = {spread:.3g}, 15 % of the input's range) are captum's, as is input × "
             "gradient. All are ⊙ input. |x| and uniform are controls.",

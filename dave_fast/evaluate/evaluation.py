@@ -35,7 +35,7 @@ def evaluate(
     Raises:
         InputError: no image of the source can be read.
     """
-    chosen, absent = choose(settings.methods)
+    chosen, absent = choose(settings.methods, setup.depth)
     return score_all(Run(model, source, settings, setup, chosen, Results(absent=absent), progress))
 
 

@@ -9,7 +9,7 @@ Baselines are captum's, with its defaults unless stated here, and those of `dave
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,6 +20,7 @@ from dave_fast.defaults import DEFAULT_SAMPLES
 from dave_fast.errors import InputError
 from dave_fast.evaluate.full_gradient import libra_fullgrad_plus
 from dave_fast.evaluate.packages import attnlrp, legrad
+from dave_fast.explain.depth import PIXELS, Depth
 from dave_fast.explain.explainer import DAVE
 from dave_fast.sampling import draw
 from dave_fast.sampling.philox import WORD, splitmix64
@@ -32,6 +33,8 @@ ROWS_AT_ONCE = 25
 # SmoothGrad's usual share of the input's range
 SMOOTHGRAD_SHARE = 0.15
 CONTROLS = ("|x|", "uniform")
+# a row beside DAVE where DAVE's maps are those of a block
+AT_PIXELS = "DAVE, pixels"
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,13 @@ class MethodSettings:
         n_samples: of DAVE and SmoothGrad, and steps of integrated gradients.
         explainer: keyword arguments of every `DAVE`.
         spread: the range of a normalised pixel.
+        depth: of DAVE's maps, one as `DAVE.explain` takes it.
     """
 
     n_samples: int = DEFAULT_SAMPLES
     explainer: dict[str, Any] = field(default_factory=dict)
     spread: float = 2.0
+    depth: Depth = PIXELS
 
     def dave(self, model: nn.Module) -> DAVE:
         """Return a new explainer of a model, which the caller may change."""
@@ -78,8 +83,8 @@ class Method:
         return setup.n_samples if self.passes is None else self.passes
 
 
-def choose(names: Sequence[str] | None) -> tuple[dict[str, Method], dict[str, str]]:
-    """Choose methods by name; None for all. DAVE and the controls always run.
+def choose(names: Sequence[str] | None, depth: Depth = PIXELS) -> tuple[dict[str, Method], dict[str, str]]:
+    """Choose methods by name; None for all. DAVE and the controls always run, at a depth DAVE's map of the pixels too.
 
     Returns:
         The methods to run by name, and the reason for each that cannot run.
@@ -88,12 +93,13 @@ def choose(names: Sequence[str] | None) -> tuple[dict[str, Method], dict[str, st
         InputError: a name is unknown.
     """
     known = ", ".join(METHODS)
+    beside = {} if depth == PIXELS else {AT_PIXELS: Method(_dave_at_pixels, random=True, make_shared=_shared_at_pixels)}
     unknown = [name for name in names or () if name not in METHODS]
     if unknown:
         raise InputError(f"there is no method {unknown[0]!r}; expected some of: {known}.")
     chosen, absent = {}, {}
-    for name, method in METHODS.items():
-        if names is not None and name not in (*names, "DAVE", *CONTROLS):
+    for name, method in {"DAVE": METHODS["DAVE"], **beside, **METHODS}.items():
+        if names is not None and name not in (*names, "DAVE", *beside, *CONTROLS):
             continue
         if method.package and find_spec(method.package) is None:
             absent[name] = f"the package {method.package} is absent"
@@ -106,7 +112,7 @@ def _dave(model: nn.Module, setup: MethodSettings) -> Attribute:
     explainer = setup.dave(model)
 
     def attribute(images: Tensor, classes: Tensor, keys: Sequence[int], seed: int) -> tuple[Tensor, Tensor]:
-        found = explainer.explain(images, classes, setup.n_samples, seed, image_keys=keys)
+        found = explainer.explain(images, classes, setup.n_samples, seed, depth=setup.depth, image_keys=keys)
         return found.raw.to(images), found.maps.to(images)
 
     return attribute
@@ -117,11 +123,20 @@ def _dave_shared(model: nn.Module, setup: MethodSettings) -> Attribute:
     explainer = setup.dave(model)
 
     def attribute(images: Tensor, classes: Tensor, keys: Sequence[int], seed: int) -> tuple[Tensor, Tensor]:
-        found = contributions_of(explainer, images, classes, setup.n_samples, keys, seed)
-        raw, maps = explainer.aggregate(found)
-        return raw.to(images), maps.to(images)
+        found = explainer.explain(
+            images, targets=classes, n_samples=setup.n_samples, seed=seed, depth=setup.depth, image_keys=keys
+        )
+        return found.raw[0].to(images), found.maps[0].to(images)
 
     return attribute
+
+
+def _dave_at_pixels(model: nn.Module, setup: MethodSettings) -> Attribute:
+    return _dave(model, replace(setup, depth=PIXELS))
+
+
+def _shared_at_pixels(model: nn.Module, setup: MethodSettings) -> Attribute:
+    return _dave_shared(model, replace(setup, depth=PIXELS))
 
 
 def contributions_of(

@@ -1,4 +1,4 @@
-"""Charts as inline SVG, for a page without scripts; colours are CSS classes c0 … c8, so that themes may differ."""
+"""Charts as inline SVG, for a page without scripts; colours are CSS classes c0 … c9, so that themes may differ."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from dave_fast.evaluate.statistics import Interval
 
 COLOURS = 9
+# of DAVE's maps of the pixels beside those of a block
+OTHER_DAVE = 9
 _ROW, _LABEL, _PLOT, _VALUE = 22, 160, 200, 178
 _WIDTH, _HEIGHT = 420, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 42, 10, 10, 34
@@ -21,7 +23,7 @@ class Line:
 
     Attributes:
         name: of the method.
-        colour: 0 to 8.
+        colour: 0 to 9.
         x: abscissae.
         y: ordinates; values that are not finite are left out.
         dashed: whether the line is dashed, as those of controls are.

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from dave_fast.evaluate import plots
 from dave_fast.evaluate.definitions import SHORT, definitions
-from dave_fast.evaluate.methods import CONTROLS, METHODS, MethodSettings
+from dave_fast.evaluate.methods import AT_PIXELS, CONTROLS, METHODS, MethodSettings
 from dave_fast.evaluate.settings import METRICS, SECTIONS, VARIANTS, EvaluationSettings, Results
 from dave_fast.evaluate.summary import Summary, as_csv, as_json, summarise
+from dave_fast.explain.depth import PIXELS, name_of
 from dave_fast.files import atomically
 from dave_fast.images import Preprocessing
 from dave_fast.images.drawing import SHORTEST_SIDE, percent, plain_map, save_picture
@@ -121,7 +122,7 @@ def _context(results: Results, summary: Summary, about: About) -> dict[str, Any]
 
 def colour(name: str) -> int:
     """Return the colour of a method, the same in every chart."""
-    return list(METHODS).index(name) % plots.COLOURS
+    return plots.OTHER_DAVE if name == AT_PIXELS else list(METHODS).index(name) % plots.COLOURS
 
 
 def _facts(results: Results, about: About) -> list[tuple[str, str]]:
@@ -134,6 +135,8 @@ def _facts(results: Results, about: About) -> list[tuple[str, str]]:
     for kind, count in facts.get("mosaics", {}).items():
         found.append((f"{count}", f"mosaics {kind}"))
     found.append((f"{about.setup.n_samples}", "samples an image"))
+    if about.setup.depth != PIXELS:
+        found.append((name_of(about.setup.depth), "depth of DAVE's maps"))
     alpha = about.setup.explainer.get("noise_alpha")
     if alpha is not None:
         found.append((f"{alpha:g}", "noise_alpha"))
@@ -141,7 +144,8 @@ def _facts(results: Results, about: About) -> list[tuple[str, str]]:
 
 
 def _settings(about: About) -> list[tuple[str, str]]:
-    named = {"command": about.command, **asdict(about.settings), **about.setup.explainer, **about.environment}
+    named = {"command": about.command, **asdict(about.settings), **about.setup.explainer}
+    named |= {"depth": about.setup.depth, **about.environment}
     return [(name, str(value)) for name, value in named.items() if value is not None]
 
 

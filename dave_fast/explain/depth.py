@@ -84,9 +84,9 @@ def block_of(depth: Depth, blocks: int) -> int | None:
     return depth
 
 
-def name_of(depth: str | int) -> str:
-    """Return the depth of an explanation in words: "pixels", or "block 6"."""
-    return f"block {depth}" if isinstance(depth, int) else depth
+def name_of(depth: Depth) -> str:
+    """Return a depth in words, that of an explanation as "pixels" or "block 6"."""
+    return f"block {depth}" if isinstance(depth, int) else str(depth)
 
 
 def places_of(depths: Sequence[Depth], count: Callable[[], int]) -> list[int | None]:

@@ -241,3 +241,20 @@ def test_a_source_without_a_readable_image_is_refused(tmp_path):
 
 def test_bars_do_not_end_cells():
     assert table(("a",), [("|x|",)]).splitlines()[-1] == r"| \|x\| |"
+
+
+def test_at_a_depth_the_report_names_the_block_and_has_a_row_of_the_pixels(tmp_path):
+    quick = ("--images", 1, "--n-samples", 1, "--methods", "", "--groups", "localisation", "--precision", "fp32")
+    run("--depth", "0.5", *quick, "--out", tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["setup"]["depth"] == 3
+    assert {"DAVE", "DAVE, pixels"} < set(found["intervals"]["smoothed"])
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "of the tokens that enter block 3; “DAVE, pixels” is its map of the pixels" in report
+    assert "- depth: `3`" in report and "block 3 depth of DAVE's maps" in report
+
+
+@pytest.mark.parametrize(("depth", "said"), [("pixels,1", "expected one depth here"), ("7", "the blocks 0 to 4")])
+def test_several_depths_and_blocks_that_are_not_there_are_refused(depth, said, tmp_path):
+    assert said in " ".join(run("--depth", depth, "--out", tmp_path / "out", code=2).output.split())
+    assert not (tmp_path / "out").exists()

@@ -1,11 +1,13 @@
 """Test the methods: shapes, repeatability, independence of the batch, formulas, and the choice by name."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from dave_fast.errors import InputError
 from dave_fast.evaluate import methods
-from dave_fast.evaluate.methods import METHODS, MethodSettings, choose
+from dave_fast.evaluate.methods import AT_PIXELS, METHODS, MethodSettings, choose
 from dave_fast.evaluate.scoring import as_maps
 from dave_fast.explain.explainer import DAVE
 from dave_fast.models.demo.model import build_model
@@ -97,3 +99,21 @@ def test_absent_packages_are_named_and_unknown_methods_refused(monkeypatch):
 
 def test_dave_and_the_controls_always_run():
     assert list(choose(["SmoothGrad"])[0]) == ["DAVE", "SmoothGrad", "|x|", "uniform"]
+
+
+@pytest.mark.parametrize("depth", ["pixels", 1])
+def test_dave_has_the_maps_of_explain_at_the_depth_of_the_settings(model, images, depth):
+    setup = replace(SETUP, depth=depth)
+    raw, maps = METHODS["DAVE"].make(model, setup)(images, CLASSES, (7, 8), 1)
+    own = DAVE(model, **SETUP.explainer).explain(images, CLASSES, 3, 1, depth=depth, image_keys=(7, 8))
+    assert torch.equal(raw, own.raw) and torch.equal(maps, own.maps)
+    _, shared = METHODS["DAVE"].make_shared(model, setup)(images[:1], CLASSES[:1], (7,), 1)
+    torch.testing.assert_close(shared, maps[:1], rtol=1e-4, atol=1e-6)
+
+
+def test_maps_of_pixels_are_a_row_beside_those_of_a_block_only(model, images):
+    assert AT_PIXELS not in choose(None)[0] and AT_PIXELS not in choose([])[0]
+    chosen, _ = choose([], depth=1)
+    assert list(chosen)[:2] == ["DAVE", AT_PIXELS]
+    _, maps = chosen[AT_PIXELS].make(model, replace(SETUP, depth=1))(images, CLASSES, (7, 8), 1)
+    assert torch.equal(maps, METHODS["DAVE"].make(model, SETUP)(images, CLASSES, (7, 8), 1)[1])
