@@ -42,7 +42,7 @@ def tune(
     """Choose noise_alpha and n_samples for a model, without labels.
 
     Takes noise in a fixed proportion to the spread of the images' pixels, less where the model then loses its own
-    decision in half of the samples; and the samples for a map of --quality.
+    decision in half of the samples; and the samples for a map of --quality. The maps are those of the pixels.
 
     Writes dave-fast.toml, which explain, run and evaluate take as --config, and tune.png, the curves.
     """
