@@ -4,7 +4,7 @@ A request is S independent samples, so that rows (request, sample) are queued an
 whenever it is free, full if enough rows wait. The module is pure Python and deterministic, with the time as an
 argument; threads that share a `Scheduler` need a lock.
 
-Rows of one micro-batch belong to one bucket (model, number of classes). There are two rules:
+Rows of one micro-batch belong to one bucket (model, number of classes, depths). There are two rules:
 
     bucket   micro-batches go in turns to the bucket of the earliest deadline and to the bucket that was served longest
              ago.

@@ -216,7 +216,7 @@ function nameDepth() {
   $("depth").setAttribute("aria-valuetext", depthName());
   const told = (accounts ?? []).map(({ target, score, pixels, patches, prefix }) => {
     const carried = level() ? patches[level() - 1] + prefix[level() - 1] : pixels;
-    const share = score > 0 ? ` (${Math.round((100 * carried) / score)} %)` : "";
+    const share = score > 0 ? ` (${Math.round((100 * carried) / score)}\u00a0%)` : "";
     return `${carried.toFixed(2)} of the score ${score.toFixed(2)}${share}${accounts.length > 1 ? ` of ${nameOf(target)}` : ""}`;
   });
   const what = level() ? "The tokens that enter this block" : "The pixels";
