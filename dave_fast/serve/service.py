@@ -251,4 +251,4 @@ def _refined(job: Job, kept: Pulled, samples: int) -> Refined:
         raw, maps = explainer.aggregate_levels(ask.image[None], own, draws, ask.places, job.model.blocks, shrink=shrink)
         return (raw, maps) if len(ask.places) > 1 else (raw[:, 0], maps[:, 0])
 
-    return refined(aggregate, samples, shrink=shrink)
+    return refined(aggregate, samples, shrink=shrink, places=ask.places)

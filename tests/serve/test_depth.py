@@ -13,6 +13,7 @@ from PIL import Image
 from dave_fast.client import Client, ServerError
 from dave_fast.engine.levels import Levels
 from dave_fast.errors import RefusedError
+from dave_fast.explain.convergence import factor
 from dave_fast.serve.api import WAITING, Events
 from dave_fast.serve.jobs import Ended, Failed, Predicted
 from dave_fast.serve.limits import Limits
@@ -67,6 +68,9 @@ def test_several_depths_among_other_requests_are_each_as_alone(service, images):
         assert torch.equal(ended.refined.maps[:, level], own.refined.maps)
         assert torch.equal(ended.refined.raw[:, level], own.refined.raw)
         assert ended.refined.errors[level::3] == own.refined.errors
+        assert ended.refined.bounds[level::3] == own.refined.bounds
+        known = factor(33, shrink=True, block=PLACES[level] is not None)
+        assert own.refined.bounds == [known * error for error in own.refined.errors]
     assert ended.refined.bound == max(own.refined.bound for own in alone)
 
 
