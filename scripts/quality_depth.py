@@ -37,7 +37,7 @@ from dave_fast.evaluate.twin import NotTakenError  # noqa: E402
 from dave_fast.explain.depth import AUTO  # noqa: E402
 from dave_fast.explain.explainer import DAVE  # noqa: E402
 from dave_fast.models.demo import load_demo_model  # noqa: E402
-from scripts.quality_depth_section import DIGITS, write_section  # noqa: E402
+from scripts.quality_depth_section import DIGITS, NO_NOISE, write_section  # noqa: E402
 from scripts.quality_photographs import (  # noqa: E402
     HEADS,
     SEED,
@@ -103,10 +103,10 @@ def families(part: Part, head: str, gammas: tuple[float, float], blocks: tuple[i
         blocks: of every method.
     """
     contrast = part.grid > 1
+    dave = partial(deep.dave, sizes=part.sizes[head], seed=SEED, blocks=blocks, contrast=contrast)
     made: dict[str, Make] = {
-        "DAVE at depth": partial(
-            deep.dave, title="DAVE", sizes=part.sizes[head], seed=SEED, blocks=blocks, contrast=contrast
-        ),
+        "DAVE at depth": partial(dave, title="DAVE"),
+        "DAVE at depth, no noise": partial(dave, title=NO_NOISE, alpha=0.0),
         "one frozen sample": partial(deep.frozen, blocks=blocks, contrast=contrast),
         "activations": partial(deep.activations, blocks=blocks, contrast=contrast),
         "AttnLRP at tokens": partial(deep.attnlrp, blocks=blocks, gammas=gammas, contrast=contrast),

@@ -20,15 +20,18 @@ from scripts.quality_section import CONTROL, PAGE, Scores, collected, interval, 
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "quality_depth.json"
 HEADING = "## At depth, beside others there"
-DIGITS = "digits"
+DIGITS, NO_NOISE = "digits", "DAVE, no noise"
 # blocks of the model under each head: DINOv2 ViT-S/14 without its last block, and the embedded model
 COUNTS = {"class means": 11, "class token": 11, "patch average": 11, DIGITS: 5}
 LOCAL = ("GridPG 2x2", "GridPG 3x3", "EnergyPG", "pointing game")
+# what is compared with others: metrics, and whether of the contrast
+COMPARED = (("GridPG 2x2", False), ("GridPG 2x2", True), *((metric, False) for metric in LOCAL[1:]))
 FEW = 16
 # in the order of the tables
-METHODS = ("DAVE", "one frozen sample", "gradient × activation", "Grad-CAM", "AttnLRP at tokens")
+METHODS = ("DAVE", NO_NOISE, "one frozen sample", "gradient × activation", "Grad-CAM", "AttnLRP at tokens")
 AT_PIXELS = {
     "DAVE": "DAVE, S = 16",
+    NO_NOISE: f"{NO_NOISE}, S = 16",
     "one frozen sample": "frozen gradient",
     "gradient × activation": "input × gradient",
     "AttnLRP at tokens": "AttnLRP",
@@ -39,7 +42,8 @@ Evidence of the tokens that enter a block, in place of pixels (`depth=`, [guide]
 heads and held-out photographs as above, of twelve mosaics of 2×2 in place of six, and of the embedded model's scenes
 (of a seed of their own: 100 scenes, twelve mosaics of 2×2, five of 3×3). "auto" is {autos}. It, the form of the average
 and γ were chosen on the other half, γ by what it does at pixels; on digits γ is the package's own. DAVE has S = 16
-unless it is said otherwise, noise by default and shrinkage; all its rows are of the same samples.
+unless it is said otherwise, shrinkage, and the noise of the default, 0.1 of these models and 0.023 of the embedded one;
+*DAVE, no noise* has its transformations alone. All rows of either are of the same samples.
 
 *one frozen sample* is Σ_channels X_l ⊙ ∂f/∂X_l of the unperturbed image with every operator held constant,
 *gradient × activation* the same with the true gradient, *Grad-CAM* ReLU(Σ_c X_lc · mean over the patches of ∂f/∂X_lc),
@@ -60,9 +64,9 @@ def auto(head: str) -> int:
     return block
 
 
-def own(head: str, *, contrast: bool = False, size: int = FEW) -> str:
-    """Return the row of DAVE at the block of "auto"."""
-    return f"DAVE, block {auto(head)}{CONTRAST if contrast else ''}, S = {size}"
+def own(head: str, title: str = "DAVE", *, contrast: bool = False, size: int = FEW) -> str:
+    """Return the row of DAVE at the block of "auto"; title: that of its rows, "DAVE" or NO_NOISE."""
+    return f"{title}, block {auto(head)}{CONTRAST if contrast else ''}, S = {size}"
 
 
 def rivals(rows: dict[str, Any], head: str, *, contrast: bool) -> list[str]:
@@ -94,32 +98,33 @@ def fill_each(text: str) -> str:
 
 def verdicts(scores: Scores) -> list[str]:
     """Return the comparison of DAVE at "auto" with its strongest rival, in words and as a table."""
-    rows, words = [], {"ahead": [], "even": [], "behind": []}
-    for head, by_row in scores.items():
-        for metric in LOCAL:
-            for contrast in (False, True):
-                found = verdict(by_row, head, metric, contrast=contrast)
+    rows, said = [], []
+    for title in ("DAVE", NO_NOISE):
+        words: dict[str, list[str]] = {"ahead": [], "even": [], "behind": []}
+        for metric, contrast in COMPARED:
+            for head, by_row in scores.items():
+                found = verdict(by_row, head, title, metric, contrast=contrast)
                 if found is None:
                     continue
-                title = f"{metric}{CONTRAST if contrast else ''}"
+                what = f"{metric}{CONTRAST if contrast else ''}"
                 figures = found.dave.text(), found.rival.replace(CONTRAST, ""), found.other.text()
-                rows.append((title, head, *figures, found.difference.signed(), found.difference.n, found.words))
-                words[found.tone].append(f"{title} ({head})")
-    titles = {"ahead": "Ahead of every other method", "even": "Not told apart from one", "behind": "Behind one"}
-    said = [f"- **{title}**: {'; '.join(words[tone])}." for tone, title in titles.items() if words[tone]]
-    head = ("metric", "head", 'DAVE, "auto"', "rival", "of the rival", "difference, paired", "n", "verdict")
+                rows.append((title, what, head, *figures, found.difference.signed(), found.difference.n, found.words))
+                words[found.tone].append(f"{what} ({head})")
+        tones = {"ahead": "ahead of every other method", "even": "not told apart from one", "behind": "behind one"}
+        said += [f"- **{title}, {tones[tone]}**: {'; '.join(each)}." for tone, each in words.items() if each]
+    head = ("", "metric", "head", 'at "auto"', "rival", "of the rival", "difference, paired", "n", "verdict")
     note = (
         'Rivals: every method at pixels and at the block of "auto", and Grad-CAM behind the last norm1. The strongest '
         "is the one that is furthest ahead of DAVE, or else the nearest behind."
     )
-    return ["\n".join(said), table(head, rows), note]
+    return ["\n".join(said), table(head, rows), fill_each(note)]
 
 
 def verdict(
-    by_row: dict[str, dict[str, dict[str, float]]], head: str, metric: str, *, contrast: bool
+    by_row: dict[str, dict[str, dict[str, float]]], head: str, title: str, metric: str, *, contrast: bool
 ) -> statistics.Verdict | None:
     """Compare DAVE at "auto" with its strongest rival in a metric; None where either has no score."""
-    ours = by_row.get(own(head, contrast=contrast), {}).get(metric)
+    ours = by_row.get(own(head, title, contrast=contrast), {}).get(metric)
     others = {row: by_row[row][metric] for row in rivals(by_row, head, contrast=contrast) if metric in by_row[row]}
     if not ours or not others:
         return None
@@ -136,6 +141,8 @@ def differences(scores: Scores) -> str:
             ("at depth against pixels, S = 16", own(head), "DAVE, S = 16"),
             ("S = 32 against S = 16, at depth", own(head, size=32), own(head)),
             ("S = 16 against one frozen sample, at depth", own(head), f"one frozen sample, block {auto(head)}"),
+            ("no noise against the default's, at depth", own(head, NO_NOISE), own(head)),
+            ("no noise against the default's, pixels", f"{NO_NOISE}, S = {FEW}", f"DAVE, S = {FEW}"),
             ("against the others, at depth", own(head, contrast=True), own(head)),
         )
         for metric in LOCAL
@@ -163,7 +170,7 @@ def by_block(scores: Scores) -> str:
 
 def cells(by_row: dict[str, dict[str, dict[str, float]]], metric: str, method: str, blocks: list[int]) -> Iterator[str]:
     """Yield a method's mean at the pixels and at each block."""
-    size = f", S = {FEW}" if method == "DAVE" else ""
+    size = f", S = {FEW}" if method.startswith("DAVE") else ""
     for name in (AT_PIXELS.get(method, "").removesuffix(size), *(f"{method}, block {block}" for block in blocks)):
         rows = f"{name}{size}", f"{name}{CONTRAST}{size}"
         means = [f"{interval(by_row[row][metric]).mean:.3f}" for row in rows if metric in by_row.get(row, {})]
@@ -187,7 +194,7 @@ def behaviour(by_row: dict[str, dict[str, dict[str, float]]]) -> str:
     """Return the behaviour of the rows at pixels and at "auto" under the class token."""
     metrics = [metric for metric in METRICS if metric not in LOCAL and any(metric in each for each in by_row.values())]
     head = "class token"
-    named = [own(head, size=32), "DAVE, S = 32", *rivals(by_row, head, contrast=False)]
+    named = [own(head, size=32), own(head, NO_NOISE, size=32), "DAVE, S = 32", *rivals(by_row, head, contrast=False)]
     rows = [
         (row, *(interval(by_row[row][metric]).text() if metric in by_row[row] else "–" for metric in metrics))
         for row in named

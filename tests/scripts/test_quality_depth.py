@@ -36,9 +36,9 @@ def test_the_section_compares_the_block_of_auto_with_rivals_there_and_tells_wher
     behind = {f"DAVE, block {block}, S = 16": 0.5, "Libra FullGrad+": 0.6, "LeGrad": 0.2}
     scores = collected({"mosaics-2x2": lines(ahead, "GridPG 2x2"), "photographs": lines(behind, "EnergyPG")})
     text = page.section(scores, {"LeGrad": 1.0})
-    assert f"- **Ahead of every other method**: GridPG 2x2 ({HEAD})." in text
-    assert f"- **Behind one**: EnergyPG ({HEAD})." in text
-    assert f"| GridPG 2x2 | {HEAD} | 0.510 (0.503–0.517) | Grad-CAM, block {block} | 0.410 " in text
+    assert f"- **DAVE, ahead of every other method**: GridPG 2x2 ({HEAD})." in text
+    assert f"- **DAVE, behind one**: EnergyPG ({HEAD})." in text
+    assert f"| DAVE | GridPG 2x2 | {HEAD} | 0.510 (0.503–0.517) | Grad-CAM, block {block} | 0.410 " in text
     assert "| behind Libra FullGrad+ |" in text
     assert f"| at depth against pixels, S = 16 | GridPG 2x2 | {HEAD} | +0.200 (+0.200 to +0.200) | 6 |" in text
     assert "| LeGrad | 1.00 |" in text
@@ -97,7 +97,13 @@ def test_photographs_need_their_folders(monkeypatch, tmp_path, capsys):
 
 def test_families_of_photographs_have_no_contrast_and_take_methods_at_pixels_from_the_other_measurement():
     photographs = script.families(script.PARTS["photographs"], HEAD, (1.0, 0.0), (1,))
-    assert list(photographs) == ["DAVE at depth", "one frozen sample", "activations", "AttnLRP at tokens"]
+    assert list(photographs) == [
+        "DAVE at depth",
+        "DAVE at depth, no noise",
+        "one frozen sample",
+        "activations",
+        "AttnLRP at tokens",
+    ]
     assert not photographs["activations"].keywords["contrast"]
     mosaics = script.families(script.PARTS["mosaics-2x2"], HEAD, (1.0, 0.0), (1,))
     assert set(mosaics) == {*photographs, *script.PEERS} and mosaics["activations"].keywords["contrast"]
