@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 
 from dave_fast.errors import InputError
 
@@ -51,14 +52,14 @@ def check_depth(depth: object) -> tuple[Depth, ...]:
 
 def check_one(depth: object) -> Depth:
     """Return a depth; raise InputError unless it has one of the forms."""
-    if isinstance(depth, str):
-        if depth in (PIXELS, AUTO):
-            return depth
-    elif isinstance(depth, float):
-        if 0 <= depth <= 1:
-            return depth
-    elif isinstance(depth, int) and not isinstance(depth, bool) and depth >= 0:
-        return depth
+    if depth in (PIXELS, AUTO):
+        return str(depth)
+    # numbers of other libraries, too
+    if isinstance(depth, Integral) and not isinstance(depth, bool):
+        if int(depth) >= 0:
+            return int(depth)
+    elif isinstance(depth, Real) and not isinstance(depth, bool) and 0 <= float(depth) <= 1:
+        return float(depth)
     raise InputError(f"depth is {depth!r}; expected {FORMS}")
 
 

@@ -173,7 +173,7 @@ class DAVE:
         top_k = None if top_k is None else check_integer(top_k, "top_k", 1)
         rows, depths = check_rows(internal_batch_size), check_depth(depth)
         wanted, shrink = [target] if targets is None else split_targets(targets), self.shrink
-        several = not isinstance(depth, Depth)
+        several = isinstance(depth, Sequence) and not isinstance(depth, str)
 
         def work(images: Tensor, batches: MicroBatches, end: EndOfCall) -> Explanation:
             keys = check_keys(image_keys, len(images))

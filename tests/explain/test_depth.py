@@ -1,7 +1,9 @@
 """Maps at blocks of a model: the forms of depth, several depths and targets at once, what each depth accounts for."""
 
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -136,6 +138,12 @@ def test_without_noise_and_transformations_a_map_is_the_evidence_of_the_image(mo
 )
 def test_a_depth_of_twelve_blocks_is_this_block(depth, block):
     assert block_of(depth, 12) == block
+
+
+@pytest.mark.parametrize(("depth", "block"), [(np.int64(3), 3), (np.float32(0.5), 2), (Fraction(1, 4), 1)])
+def test_other_libraries_numbers_are_numbers(depth, block):
+    (checked,) = check_depth(depth)
+    assert block_of(checked, 4) == block
 
 
 @pytest.mark.parametrize("depth", ["deep", "6", -1, 1.5, -0.1, math.nan, True, None, [], [3, "x"], [[1]], 1j])
