@@ -54,12 +54,15 @@ def check_one(depth: object) -> Depth:
     """Return a depth; raise InputError unless it has one of the forms."""
     if depth in (PIXELS, AUTO):
         return str(depth)
-    # numbers of other libraries, too
-    if isinstance(depth, Integral) and not isinstance(depth, bool):
-        if int(depth) >= 0:
-            return int(depth)
-    elif isinstance(depth, Real) and not isinstance(depth, bool) and 0 <= float(depth) <= 1:
-        return float(depth)
+    # numbers of other libraries, too; True is none
+    if isinstance(depth, bool):
+        number = None
+    elif isinstance(depth, Integral):
+        number = int(depth)
+    else:
+        number = float(depth) if isinstance(depth, Real) else None
+    if number is not None and 0 <= number <= (1 if isinstance(number, float) else math.inf):
+        return number
     raise InputError(f"depth is {depth!r}; expected {FORMS}")
 
 
