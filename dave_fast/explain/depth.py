@@ -55,14 +55,10 @@ def check_one(depth: object) -> Depth:
     if depth in (PIXELS, AUTO):
         return str(depth)
     # numbers of other libraries, too; True is none
-    if isinstance(depth, bool):
-        number = None
-    elif isinstance(depth, Integral):
-        number = int(depth)
-    else:
-        number = float(depth) if isinstance(depth, Real) else None
-    if number is not None and 0 <= number <= (1 if isinstance(number, float) else math.inf):
-        return number
+    if isinstance(depth, Real) and type(depth) is not bool:
+        number = int(depth) if isinstance(depth, Integral) else float(depth)
+        if 0 <= number <= (1 if isinstance(number, float) else math.inf):
+            return number
     raise InputError(f"depth is {depth!r}; expected {FORMS}")
 
 
