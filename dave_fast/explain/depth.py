@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
+from typing import Any
 
 from dave_fast.errors import InputError
 
@@ -50,12 +51,12 @@ def check_depth(depth: object) -> tuple[Depth, ...]:
     return (check_one(depth),)
 
 
-def check_one(depth: object) -> Depth:
+def check_one(depth: Any) -> Depth:
     """Return a depth; raise InputError unless it has one of the forms."""
     if depth in (PIXELS, AUTO):
         return str(depth)
     # numbers of other libraries, too; True is none
-    if isinstance(depth, Real) and type(depth) is not bool:
+    if isinstance(depth, Real) and not isinstance(depth, bool):
         number = int(depth) if isinstance(depth, Integral) else float(depth)
         if 0 <= number <= (1 if isinstance(number, float) else math.inf):
             return number
