@@ -53,13 +53,15 @@ def check_depth(depth: object) -> tuple[Depth, ...]:
 
 def check_one(depth: Any) -> Depth:
     """Return a depth; raise InputError unless it has one of the forms."""
-    if depth in (PIXELS, AUTO):
+    named = isinstance(depth, str) and depth in (PIXELS, AUTO)
+    # True and False are integers of Python, and numbers of other libraries are welcome
+    number = None if isinstance(depth, bool) else depth
+    if named:
         return str(depth)
-    # numbers of other libraries, too; True is none
-    if isinstance(depth, Real) and not isinstance(depth, bool):
-        number = int(depth) if isinstance(depth, Integral) else float(depth)
-        if 0 <= number <= (1 if isinstance(number, float) else math.inf):
-            return number
+    if isinstance(number, Integral) and int(number) >= 0:
+        return int(number)
+    if isinstance(number, Real) and not isinstance(number, Integral) and 0 <= float(number) <= 1:
+        return float(number)
     raise InputError(f"depth is {depth!r}; expected {FORMS}")
 
 
