@@ -21,16 +21,17 @@ def test_every_cell_of_the_notebook_runs(monkeypatch, capsys):
 
     cells = json.loads(NOTEBOOK.read_text())["cells"]
     sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    assert sum(SETTING in source for source in sources) == 1 and len(sources) == 9
+    assert sum(SETTING in source for source in sources) == 1 and len(sources) == 10
     drawn = []
     monkeypatch.setattr(plt, "show", lambda: drawn.append(plt.gcf()) or plt.close())
     names: dict = {}
     for number, source in enumerate(sources):
         exec(compile(source.replace(SETTING, "SAMPLES = 2"), f"cell {number}", "exec"), names)
     told = capsys.readouterr().out
-    assert len(drawn) == 6
+    assert len(drawn) == 8
     assert "report.passed=True" in told and "four" in told.splitlines()[0]
     assert names["report"].passed and names["answers"].maps.shape == (1, 4, 128, 128)
+    assert names["deep"].maps.shape == (1, 2, 4, 128, 128)
 
 
 def test_the_notebook_is_kept_without_results():
