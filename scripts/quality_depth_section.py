@@ -15,7 +15,7 @@ from dave_fast.evaluate import statistics
 from dave_fast.evaluate.deep import CONTRAST
 from dave_fast.evaluate.report import table
 from dave_fast.evaluate.settings import METRICS
-from dave_fast.explain.depth import AUTO, block_of
+from dave_fast.explain.depth import AUTO, depth_of, place_of
 from scripts.quality_section import CONTROL, PAGE, Scores, collected, interval, paired, with_section
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "quality_depth.json"
@@ -59,7 +59,7 @@ Again: `python scripts/quality_depth.py measure` with the folders that its help 
 
 def auto(head: str) -> int:
     """Return the number of the block of "auto" under a head."""
-    block = block_of(AUTO, COUNTS[head])
+    block = depth_of(place_of(AUTO, (None,) * COUNTS[head]))
     assert block is not None
     return block
 

@@ -160,14 +160,13 @@ def _measure(
 
 
 def _named(subject: Subject, depth: Depth) -> Depth:
-    """Return the number of the block that a depth names, or "pixels"; what the model lacks is refused at once."""
+    """Return the resolved depth, "pixels", a block or a range; what the model lacks is refused at once."""
     import torch
 
-    from dave_fast.explain.depth import PIXELS, places_of
+    from dave_fast.explain.depth import depth_of, places_of
 
     grey = torch.zeros(1, 3, *subject.prepare.size)
-    (place,) = places_of([depth], lambda: len(subject.explainer.blocks(grey)))
-    return PIXELS if place is None else place
+    return depth_of(*places_of([depth], lambda: subject.explainer.blocks(grey)))
 
 
 def _files(source: str | None, model: str, *, annotated: bool) -> list[Path] | None:

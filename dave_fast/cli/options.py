@@ -106,13 +106,13 @@ Schedule = Annotated[
 _DEPTH = "Where in the model evidence is told: at the pixels, or at the tokens that enter a block or lie at a share"
 Depth = Annotated[
     str,
-    typer.Option("--depth", metavar="pixels|auto|6|0.5", help=f"{_DEPTH} of its depth.", rich_help_panel=METHOD),
+    typer.Option("--depth", metavar="pixels|auto|6|5-9|0.5", help=f"{_DEPTH} of its depth.", rich_help_panel=METHOD),
 ]
 Depths = Annotated[
     str,
     typer.Option(
         "--depth",
-        metavar="pixels|auto|6|0.5|…,…",
+        metavar="pixels|auto|6|5-9|0.5|…,…",
         help=f"{_DEPTH} of its depth; several with commas between.",
         rich_help_panel=METHOD,
     ),

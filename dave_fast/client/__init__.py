@@ -90,7 +90,7 @@ class Client:
             n_samples: perturbed samples at most.
             seed: equal seeds give equal maps.
             shrink: whether maps are shrunk by the noise left in them; None is the server's setting.
-            depth: where evidence is told: "pixels" (None), the number of a block, a share such as 0.5, "auto", or
+            depth: where evidence is told: "pixels" (None), a block such as 6, a range "5-9", a share 0.5, "auto", or
                 several of them, which share their walks.
             tolerance: stop when the relative error of the map is below this, nine times in ten.
             deadline_ms: answer within this time with the samples that there are.

@@ -64,7 +64,7 @@ class Explained:
         model: the served name.
         seed: of the samples.
         shrink: whether the maps are shrunk by the noise left in them; False for a server that does not know of it.
-        depth: "pixels" or the number of a block, or a tuple of them for several.
+        depth: "pixels", the number of a block or a range such as "5-9", or a tuple of them for several.
         accounts: where more than pixels were asked for, in an answer: of each class a dictionary of target, score, what
             pixels and, of every block, patches, prefix tokens and biases behind account for.
         queue_ms: milliseconds in the queue.

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 
+import torch
 from torch import Tensor
 
 from dave_fast.engine import free_memory, memory
 from dave_fast.engine.bound_ops import PixelOps
-from dave_fast.engine.levels import Pulled, TokenGrid, levels_of
+from dave_fast.engine.levels import Place, Pulled, TokenGrid, blocks_of, levels_of
 from dave_fast.engine.micro_batches import MicroBatches, Pacer, Progress
 from dave_fast.sampling import Draws
 from dave_fast.targets.cotangents import Cotangent
@@ -61,7 +62,7 @@ def attributions(
     progress: Progress | None,
     *,
     shrink: bool,
-    places: Sequence[int | None] = (None,),
+    places: Sequence[Place] = (None,),
 ) -> Attributions:
     """Walk all rows of draws, micro-batch by micro-batch, and aggregate them.
 
@@ -72,7 +73,7 @@ def attributions(
         targets: cotangents of the output.
         progress: is called with (rows done, rows in all).
         shrink: whether the maps are shrunk.
-        places: the levels of the maps in their order: numbers of blocks, None for the pixels.
+        places: those of the maps in their order, blocks and pixels.
     """
     samples, shape, ops = len(draws) // len(images), tuple(images.shape[1:]), batches.ops
     levels, free = levels_of(places), free_memory.free_bytes(images.device)
@@ -120,22 +121,25 @@ class Sampled:
     grids: dict[int, TokenGrid]
     patch_size: tuple[int, int] | None = None
 
-    def maps(self, ops: PixelOps, kept: Pulled, places: Sequence[int | None], *, shrink: bool) -> list[Made]:
+    def maps(self, ops: PixelOps, kept: Pulled, places: Sequence[Place], *, shrink: bool) -> list[Made]:
         """Return raw (b, C or 1, H, W), signed maps and maps (b, H, W) at each of the places.
 
         Args:
             ops: the bound ops.
             kept: of b·S rows.
-            places: numbers of blocks, None for the pixels.
+            places: blocks and pixels.
             shrink: whether the maps are shrunk.
         """
-        evidence = dict(zip(self.grids, kept.evidence, strict=True))
-        return [
-            self._pulled_back(ops, kept.tokens, shrink=shrink)
-            if place is None
-            else self._spread(ops, evidence[place], self.grids[place], shrink=shrink)
-            for place in places
-        ]
+        evidence, found = dict(zip(self.grids, kept.evidence, strict=True)), []
+        for place in places:
+            if place is None:
+                found.append(self._pulled_back(ops, kept.tokens, shrink=shrink))
+                continue
+            blocks = blocks_of(place)
+            told = [evidence[block] for block in blocks]
+            mean = told[0] if len(told) == 1 else torch.stack(told).mean(0)
+            found.append(self._spread(ops, mean, self.grids[blocks[0]], shrink=shrink))
+        return found
 
     def _pulled_back(self, ops: PixelOps, tokens: Tensor | None, *, shrink: bool) -> Made:
         assert tokens is not None

@@ -39,9 +39,20 @@ class Levels:
 PIXELS = Levels()
 
 
-def levels_of(places: Sequence[int | None]) -> Levels:
-    """Return the levels that hold all of these: numbers of blocks, None for the pixels."""
-    return Levels(None in places, tuple(sorted({place for place in places if place is not None})))
+# of a map: a number of a block, several in a row, whose evidence is averaged, or None for the pixels
+Place = int | range | None
+
+
+def blocks_of(place: Place) -> Sequence[int]:
+    """Return the numbers of the blocks of a place; none for the pixels."""
+    if place is None:
+        return ()
+    return place if isinstance(place, range) else (place,)
+
+
+def levels_of(places: Sequence[Place]) -> Levels:
+    """Return the levels that hold all of these places."""
+    return Levels(None in places, tuple(sorted({block for place in places for block in blocks_of(place)})))
 
 
 class Pulled(NamedTuple):

@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dave_fast.engine.levels import Levels, levels_of
+from dave_fast.engine.levels import blocks_of as blocks_at
 from dave_fast.evaluate.packages import lrp_twin
 from dave_fast.evaluate.rows import Family
 from dave_fast.evaluate.scoring import Maps, as_maps
 from dave_fast.evaluate.settings import VARIANTS
 from dave_fast.evaluate.twin import NotTakenError
-from dave_fast.explain.depth import AUTO, Depth, block_of
+from dave_fast.explain.depth import AUTO, Depth, place_of
 from dave_fast.explain.explainer import DAVE
 from dave_fast.sampling import draw, identity
 
@@ -45,8 +46,8 @@ def blocks_of(model: nn.Module, depths: Sequence[Depth] = DEPTHS) -> tuple[int, 
     Raises:
         NotTakenError: the model is no timm VisionTransformer.
     """
-    count = len(_vit(model).blocks)
-    return tuple(sorted({block for depth in depths if (block := block_of(depth, count)) is not None}))
+    alike = (None,) * len(_vit(model).blocks)
+    return tuple(sorted({block for depth in depths for block in blocks_at(place_of(depth, alike))}))
 
 
 def contrasts(values: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dave_fast.evaluate.methods import AT_PIXELS, SMOOTHGRAD_SHARE, MethodSettings
 from dave_fast.evaluate.packages import GAMMAS
 from dave_fast.evaluate.settings import EvaluationSettings
-from dave_fast.explain.depth import PIXELS
+from dave_fast.explain.depth import PIXELS, name_of
 
 SHORT = {
     "EnergyPG": "share of the positive attribution inside the object",
@@ -41,7 +41,7 @@ def definitions(settings: EvaluationSettings, setup: MethodSettings, ran: Collec
     """Return pairs (term, explanation) for a run with these settings, `ran` being the methods that ran."""
     spread = SMOOTHGRAD_SHARE * setup.spread
     shrunk = setup.explainer.get("shrink")
-    where = f"the tokens that enter block {setup.depth}" if isinstance(setup.depth, int) else f"depth {setup.depth}"
+    where = f"the tokens that enter {name_of(setup.depth)}"
     deep = "" if setup.depth == PIXELS else f", of {where}; “{AT_PIXELS}” is its map of the pixels"
     alike = "; DAVE's map is shrunk first, no other is" if shrunk else ", alike for every method"
     return [

@@ -21,7 +21,7 @@ model's input and H×W pixels:
     noise_alpha         float64
     shrink              bool, whether the maps are shrunk (see `dave_fast.DAVE`), which raw never is; files without it
                         are of earlier versions, whose maps are not
-    depth               string, "pixels" or the number of the block whose tokens the maps are of, such as "6" (see
+    depth               string, "pixels", or the block or blocks whose tokens the maps are of, such as "6" or "5-9" (see
                         `dave_fast.explain.depth`); files without it have maps of pixels
     model, precision, dave_fast_version, image    strings; image is the path of the photograph, empty where unknown
 
@@ -82,7 +82,7 @@ def write_arrays(
         seed: of the samples.
         shrink: whether the maps are shrunk.
         model: the model's name.
-        depths: of the maps, "pixels" or the number of a block.
+        depths: of the maps, resolved ones such as "pixels", 6 or "5-9".
         image: the path of the photograph.
         errors: of the K maps; None where they were not estimated.
         error_bounds: of the K maps; None where they were not estimated.

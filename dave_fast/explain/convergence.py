@@ -29,6 +29,7 @@ import numpy as np
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from dave_fast.engine.levels import Place
     from dave_fast.explain.explainer import DAVE
 
 # Returns raw and maps of the samples of a slice.
@@ -91,7 +92,7 @@ def refine(explainer: DAVE, contributions: Tensor, *, shrink: bool | None = None
     )
 
 
-def refined(aggregate: Aggregate, samples: int, *, shrink: bool, places: Sequence[int | None] = (None,)) -> Refined:
+def refined(aggregate: Aggregate, samples: int, *, shrink: bool, places: Sequence[Place] = (None,)) -> Refined:
     """Make maps of all samples, and of their halves for the errors.
 
     Args:
@@ -99,7 +100,7 @@ def refined(aggregate: Aggregate, samples: int, *, shrink: bool, places: Sequenc
             depths after K.
         samples: S.
         shrink: whether these maps are shrunk.
-        places: the depths of the maps of each class, numbers of blocks and None for the pixels.
+        places: the depths of the maps of each class, blocks and pixels.
     """
     raw, maps = aggregate(slice(samples))
     half, each = samples // 2, maps.flatten(end_dim=-3)

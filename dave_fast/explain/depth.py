@@ -4,12 +4,18 @@ A map at the pixels says how each pixel, times the frozen gradient, adds to the 
 position embeddings, prefix tokens and biases carry, which in a deep model can be most of the logit. A map at a block
 says how the tokens there add to it (`dave_fast.engine.levels`): it is no statement about single pixels, since a token
 holds by then what attention brought from other patches, and accounts for more of the logit. `Depths` tells how much
-(`dave_fast.explain.depth_account`). The names of depths are here, without torch.
+(`dave_fast.explain.depth_account`). A map at a range of blocks is that of the mean of their evidence, for which the
+same holds.
+
+"auto" is the range of the deeper half without the last block, which in many models reads few tokens. Single blocks
+differ by chance, and which of them is best differs from model to model; their mean was near the best of each
+(docs/depth.md). The names of depths are here, without torch.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -17,15 +23,16 @@ from typing import Any
 from dave_fast.errors import InputError
 
 PIXELS, AUTO = "pixels", "auto"
-# the share of a model's blocks that "auto" takes
-AUTO_SHARE = 0.55
 
 Depth = str | int | float
-FORMS = "'pixels', 'auto', the number of a block, or a share of the depth such as 0.5"
+# a number of a block, several in a row, or None for the pixels: `engine.levels.Place`
+Place = int | range | None
+FORMS = "'pixels', 'auto', the number of a block, a range of blocks such as '5-9', or a share of the depth such as 0.5"
+_RANGE = re.compile(r"([0-9]{1,4})-([0-9]{1,4})")
 
 
 def parse_depth(text: str) -> Depth | list[Depth]:
-    """Return the depth that a text names: 'pixels', 'auto', '6', '0.5', or several with commas between.
+    """Return the depth that a text names: 'pixels', 'auto', '6', '5-9', '0.5', or several with commas between.
 
     Raises InputError for any other text.
     """
@@ -34,10 +41,10 @@ def parse_depth(text: str) -> Depth | list[Depth]:
 
 
 def _parsed(word: str) -> Depth:
-    if word in (PIXELS, AUTO):
-        return word
+    if word in (PIXELS, AUTO) or _RANGE.fullmatch(word):
+        return check_one(word)
     try:
-        return check_one(int(word) if word.isdecimal() else float(word))
+        return check_one(int(word) if word.isascii() and word.isdecimal() else float(word))
     except ValueError:
         raise InputError(f"depth {word!r} is unknown; expected {FORMS}") from None
 
@@ -53,11 +60,10 @@ def check_depth(depth: object) -> tuple[Depth, ...]:
 
 def check_one(depth: Any) -> Depth:
     """Return a depth; raise InputError unless it has one of the forms."""
-    named = isinstance(depth, str) and depth in (PIXELS, AUTO)
     # True and False are integers of Python, and numbers of other libraries are welcome
     number = None if isinstance(depth, bool) else depth
-    if named:
-        return str(depth)
+    if isinstance(depth, str) and (depth in (PIXELS, AUTO) or _range_of(depth)):
+        return depth
     if isinstance(number, Integral) and int(number) >= 0:
         return int(number)
     if isinstance(number, Real) and not isinstance(number, Integral) and 0 <= float(number) <= 1:
@@ -65,43 +71,75 @@ def check_one(depth: Any) -> Depth:
     raise InputError(f"depth is {depth!r}; expected {FORMS}")
 
 
-def block_of(depth: Depth, blocks: int) -> int | None:
-    """Return the number of the block that a depth names; None for the pixels.
+def _range_of(text: str) -> range | None:
+    """Return the range that a text such as '5-9' names, of two blocks or more; None for any other text."""
+    found = _RANGE.fullmatch(text)
+    named = range(int(found[1]), int(found[2]) + 1) if found else range(0)
+    return named if len(named) > 1 else None
+
+
+def place_of(depth: Depth, blocks: Sequence[object]) -> Place:
+    """Return the block or the blocks that a depth names; None for the pixels.
 
     Args:
         depth: one that was checked.
-        blocks: of the model.
+        blocks: of the model, each with the grid of its tokens; those of a range have the same.
 
     Raises:
-        InputError: the model has no such block.
+        InputError: the model has no such block, or blocks of other grids in that range.
     """
     if depth == PIXELS:
         return None
+    last = len(blocks) - 1
     if depth == AUTO:
-        depth = AUTO_SHARE
+        return _automatic(blocks)
     if isinstance(depth, float):
-        return min(blocks - 1, math.floor(depth * blocks + 0.5))
-    assert isinstance(depth, int)
-    if depth >= blocks:
-        raise InputError(f"depth is block {depth} and the model has the blocks 0 to {blocks - 1}; expected {FORMS}")
-    return depth
+        return min(last, math.floor(depth * len(blocks) + 0.5))
+    wanted = _range_of(depth) if isinstance(depth, str) else range(depth, depth + 1)
+    assert wanted is not None
+    if wanted[-1] > last:
+        raise InputError(f"depth is {name_of(depth)} and the model has the blocks 0 to {last}; expected {FORMS}")
+    if len({blocks[block] for block in wanted}) > 1:
+        raise InputError(
+            f"depth is {name_of(depth)}, whose tokens lie on different grids; expected blocks of one grid: "
+            f"{', '.join(f'{block}: {blocks[block]}' for block in wanted)}"
+        )
+    return wanted if len(wanted) > 1 else wanted[0]
+
+
+def _automatic(blocks: Sequence[object]) -> Place:
+    """Return the blocks of "auto": the deeper half without the last one, as far as their grids are the same."""
+    first = len(blocks) // 2
+    last = first
+    while last + 1 < len(blocks) - 1 and blocks[last + 1] == blocks[first]:
+        last += 1
+    return range(first, last + 1) if last > first else first
+
+
+def depth_of(place: Place) -> str | int:
+    """Return the resolved depth of a place: "pixels", the number of a block, or a range such as "5-9"."""
+    if place is None:
+        return PIXELS
+    return f"{place[0]}-{place[-1]}" if isinstance(place, range) else place
 
 
 def name_of(depth: Depth) -> str:
-    """Return a depth in words, that of an explanation as "pixels" or "block 6"."""
+    """Return a depth in words, that of an explanation as "pixels", "block 6" or "blocks 5-9"."""
+    if isinstance(depth, str) and _range_of(depth):
+        return f"blocks {depth}"
     return f"block {depth}" if isinstance(depth, int) else str(depth)
 
 
-def places_of(depths: Sequence[Depth], count: Callable[[], int]) -> list[int | None]:
-    """Return the number of the block at each depth, None for the pixels.
+def places_of(depths: Sequence[Depth], blocks: Callable[[], Sequence[object]]) -> list[Place]:
+    """Return the block or the blocks at each depth, None for the pixels.
 
     Args:
         depths: that were checked.
-        count: returns the number of the model's blocks; called only where it matters, since a model without a sequence
-            of blocks has pixels too.
+        blocks: returns the model's blocks, as for `place_of`; called only where it matters, since a model without a
+            sequence of blocks has pixels too.
 
     Raises:
-        InputError: the model has no such block.
+        InputError: the model has no such block, or blocks of other grids in a range.
     """
-    blocks = 0 if all(depth == PIXELS for depth in depths) else count()
-    return [block_of(depth, blocks) for depth in depths]
+    known = () if all(depth == PIXELS for depth in depths) else blocks()
+    return [place_of(depth, known) for depth in depths]

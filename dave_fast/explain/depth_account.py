@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dave_fast.engine.levels import levels_of
+from dave_fast.engine.levels import blocks_of, levels_of
 from dave_fast.engine.micro_batches import MicroBatches
 from dave_fast.errors import InputError
+from dave_fast.explain.depth import name_of, place_of
 from dave_fast.images import drawing
 from dave_fast.sampling import identity
 from dave_fast.targets.cotangents import Cotangent
@@ -138,18 +139,21 @@ def _rows(depths: Depths) -> Iterator[_Row]:
         yield _Row(", ".join(words), float(depths.score[index]), parts[index])
 
 
-def sentence(one: Depths, block: int, score: str = "score") -> str:
-    """Return in words what a block and the pixels account for.
+def sentence(one: Depths, depth: str | int, score: str = "score") -> str:
+    """Return in words what the tokens at a depth and the pixels account for; of a range of blocks, their mean.
 
     Args:
         one: of one image and target, tensors () and (L,).
-        block: its number.
+        depth: a resolved one, the number of a block or a range.
         score: what the score is called.
     """
-    tokens, behind = float(one.tokens[block]), float(one.biases[block])
+    count = one.patches.shape[-1]
+    at = list(blocks_of(place_of(depth, (None,) * count)))
+    tokens, behind = float(one.tokens[at].mean()), float(one.biases[at].mean())
+    words = ("its tokens account", "it") if len(at) == 1 else ("their tokens account, on average,", "them")
     return (
-        f"block {block} of {one.patches.shape[-1]}: its tokens account for {tokens:.3g} of the {score} "
-        f"{float(one.score):.3g}, biases behind it for {behind:.3g}; pixels for {float(one.pixels):.3g}"
+        f"{name_of(depth)} of {count}: {words[0]} for {tokens:.3g} of the {score} {float(one.score):.3g}, "
+        f"biases behind {words[1]} for {behind:.3g}; pixels for {float(one.pixels):.3g}"
     )
 
 

@@ -21,10 +21,10 @@ from dave_fast.engine.aggregation import Attributions, Sampled, aggregate, attri
 from dave_fast.engine.checks import check_classes, check_integer, check_keys, check_rows, check_targets, describe
 from dave_fast.engine.end_of_call import EndOfCall
 from dave_fast.engine.levels import PIXELS as LEVEL_OF_PIXELS
-from dave_fast.engine.levels import Levels, Pulled, TokenGrid, levels_of
+from dave_fast.engine.levels import Levels, Place, Pulled, TokenGrid, levels_of
 from dave_fast.engine.micro_batches import MicroBatches, Progress
 from dave_fast.errors import InputError
-from dave_fast.explain.depth import PIXELS, Depth, check_depth, check_one, places_of
+from dave_fast.explain.depth import PIXELS, Depth, check_depth, check_one, depth_of, places_of
 from dave_fast.explain.depth_account import Depths, account
 from dave_fast.explain.explanation import Explanation
 from dave_fast.explain.noise_level import noise_level
@@ -149,8 +149,9 @@ class DAVE:
             n_samples: S, perturbed samples of an image; more are smoother, at linear cost.
             seed: any integer.
             depth: where in the model evidence is told: "pixels", the paper's map; the number of a block, for the tokens
-                that enter it; a share of the depth such as 0.5, for the block there; "auto"; or several of them, which
-                share all walks, each map being that of its own call, bit for bit on a CPU (`dave_fast.explain.depth`).
+                that enter it; a range such as "5-9", for the mean over its blocks; a share of the depth such as 0.5,
+                for the block there; "auto", for a range in the deeper half; or several of them, which share all walks,
+                each map being that of its own call, bit for bit on a CPU (`dave_fast.explain.depth`).
             targets: in place of target, K of them, each in any of its forms, or a tensor of classes (K,) or (B, K).
                 They share the forward walks and the draws; each map is that of its own call, bit for bit on a CPU.
             top_k: in place of target, the K most probable classes of each image, the most probable first.
@@ -184,7 +185,7 @@ class DAVE:
                 resolved = [ElementCotangent(each, each) for each in most_probable(self.model, output, top_k)]
             height, width = images.shape[2:]
             draws = draw(n_samples, height=height, width=width, seed=seed, image_keys=keys, sampling=self.sampling)
-            places = places_of(depths, lambda: len(batches.route.blocks))
+            places = places_of(depths, lambda: batches.route.blocks)
             found = attributions(batches, images, draws, resolved, progress, shrink=shrink, places=places)
             end.refuse_non_finite(found.raw, "the attribution", f"{self._advice}, or look for overflow in the model.")
             told = None if depths == (PIXELS,) else account(batches, images, resolved)
@@ -197,7 +198,7 @@ class DAVE:
                 t.float()[:, at] if several else t.float()[:, :, 0][:, at]
                 for t in (found.maps, found.raw, found.signed)
             )
-            names = tuple(PIXELS if place is None else place for place in places)
+            names = tuple(map(depth_of, places))
             return Explanation(
                 maps=maps,
                 raw=raw,
@@ -400,7 +401,7 @@ class DAVE:
         image: Tensor,
         kept: Pulled,
         draws: Draws,
-        places: Sequence[int | None],
+        places: Sequence[Place],
         blocks: Sequence[TokenGrid],
         *,
         shrink: bool | None = None,
@@ -411,7 +412,7 @@ class DAVE:
             image: (1, C, H, W).
             kept: what `samples` returned for its rows, (K, S, ...).
             draws: the S rows.
-            places: the levels of the maps in their order, numbers of blocks and None for the pixels; `kept` has them.
+            places: those of the maps in their order, blocks and pixels; `kept` has them.
             blocks: of the model (`blocks`).
             shrink: whether the maps are shrunk; None takes the explainer's setting.
         """

@@ -29,7 +29,7 @@ class Explanation:
         n_samples: as given.
         seed: as given.
         shrink: whether the maps are shrunk (see `DAVE`); False: they are the paper's.
-        depth: "pixels" or the number of a block, or a tuple of them for several.
+        depth: "pixels", the number of a block or a range of blocks such as "5-9", or a tuple of them for several.
         depths: what of the decision each depth accounts for; None where only the pixels were asked for (`DAVE.depths`).
     """
 

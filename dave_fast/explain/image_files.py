@@ -274,8 +274,8 @@ class _FileExplainer:
 
 
 def _accounted(explanation: Explanation, which: int, depth: str | int, score: str) -> str:
-    """Return what a block accounts for of a target in words, empty for the pixels."""
-    if not isinstance(depth, int):
+    """Return what the tokens at a depth account for of a target in words, empty for the pixels."""
+    if depth == PIXELS:
         return ""
     assert explanation.depths is not None
     return sentence(explanation.depths.map(lambda t: t[0, which]), depth, score)

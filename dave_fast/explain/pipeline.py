@@ -61,7 +61,7 @@ class Pipeline:
 
         Returns:
             A dictionary for each class, with label, score (probability; NaN where the model has none), target (index),
-            depth ("pixels" or the number of a block), map ((H, W) float32 in [0, 1]) and overlay (a PIL image); for a
+            depth ("pixels", 6 or "5-9"), map ((H, W) float32 in [0, 1]) and overlay (a PIL image); for a
             list of images a list of such lists.
 
         Raises:

@@ -95,7 +95,7 @@ class Mapper:
     Attributes:
         notes: remarks for the user, such as warnings while the model was loaded.
         target: class index for all records, or None.
-        depth: "pixels" or the number of a block.
+        depth: "pixels", the number of a block or a range such as "5-9".
         weights: hash of the model's weights.
         batch_size: images a call of `explain`.
     """

@@ -106,7 +106,7 @@ def maps(model: ServedModel, ask: Ask, predicted: Predicted, refined: Refined, e
         errors, bounds = refined.errors[several], refined.bounds[several]
         arrays = [array(values, encoding) for values in refined.maps[number].view(-1, *refined.maps.shape[-2:])]
         depths = [
-            DepthMap(depth=depth, error=finite(error), error_bound=finite(bound), map=values)  # type: ignore[arg-type]
+            DepthMap(depth=depth, error=finite(error), error_bound=finite(bound), map=values)
             for depth, error, bound, values in zip(ask.depths, errors, bounds, arrays, strict=True)
         ]
         each.append(
@@ -122,7 +122,7 @@ def maps(model: ServedModel, ask: Ask, predicted: Predicted, refined: Refined, e
         samples=refined.samples,
         n_samples=ask.n_samples,
         shrink=refined.shrink,
-        depth=list(ask.depths) if len(ask.depths) > 1 else ask.depths[0],  # type: ignore[arg-type]
+        depth=list(ask.depths) if len(ask.depths) > 1 else ask.depths[0],
         error=finite(max(refined.errors)),
         error_bound=finite(refined.bound),
         maps=each,

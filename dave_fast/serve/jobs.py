@@ -14,10 +14,10 @@ from functools import cached_property
 from torch import Tensor
 
 from dave_fast.defaults import DEFAULT_SAMPLES
-from dave_fast.engine.levels import Levels, Pulled, levels_of
+from dave_fast.engine.levels import Levels, Place, Pulled, levels_of
 from dave_fast.errors import DaveFastError
 from dave_fast.explain.convergence import FEWEST, Refined, checkpoints
-from dave_fast.explain.depth import PIXELS
+from dave_fast.explain.depth import depth_of
 from dave_fast.explain.depth_account import Depths
 from dave_fast.sampling import Draws, draw
 from dave_fast.serve.scheduler import Queued
@@ -43,7 +43,7 @@ class Ask:
         deadline: by `time.monotonic`, in seconds, or None.
         refined: whether the listener is sent a map at every checkpoint.
         notes: what had to be assumed about the image file.
-        places: the depths of the maps, numbers of blocks and None for the pixels.
+        places: the depths of the maps, blocks and pixels.
     """
 
     image: Tensor
@@ -56,7 +56,7 @@ class Ask:
     deadline: float | None = None
     refined: bool = False
     notes: tuple[str, ...] = ()
-    places: tuple[int | None, ...] = (None,)
+    places: tuple[Place, ...] = (None,)
 
     @property
     def classes(self) -> int:
@@ -70,8 +70,8 @@ class Ask:
 
     @property
     def depths(self) -> tuple[str | int, ...]:
-        """The depths of the maps, "pixels" or the number of a block."""
-        return tuple(PIXELS if place is None else place for place in self.places)
+        """The resolved depths of the maps, such as "pixels", 6 or "5-9"."""
+        return tuple(map(depth_of, self.places))
 
 
 @dataclass(frozen=True)

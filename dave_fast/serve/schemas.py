@@ -17,8 +17,8 @@ MOST_DEPTHS = 100
 MOST_SAMPLES = 65_536
 
 Encoding = Literal["float32", "uint8"]
-# A depth in an answer.
-Place = Literal["pixels"] | int
+# A depth in an answer: "pixels", the number of a block, a range of blocks such as "5-9".
+Place = str | int
 
 
 def _listed(given: Any) -> Any:
@@ -49,8 +49,8 @@ class Options(BaseModel):
         BeforeValidator(_listed),
         Field(
             max_length=MOST_DEPTHS,
-            description="Where evidence is told: 'pixels', the number of a block, a share of the depth such as 0.5, "
-            "'auto', or several, repeated or with commas between; several share their walks.",
+            description="Where evidence is told: 'pixels', the number of a block, a range such as '5-9', a share of "
+            "the depth such as 0.5, 'auto', or several, repeated or with commas between; several share their walks.",
         ),
     ] = [PIXELS]
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63, description="Equal seeds give equal maps.")] = 0
@@ -147,7 +147,7 @@ class Prediction(BaseModel):
 class Maps(BaseModel):
     """Maps of the first samples: the event `maps`. shrink says whether they are shrunk by the noise left in them.
 
-    depth is "pixels" or the number of a block, or for several depths a list of them.
+    depth is "pixels", the number of a block or a range of blocks, or for several depths a list of them.
     """
 
     samples: int

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dave_fast.engine.levels import TokenGrid, levels_of
+from dave_fast.engine.levels import Place, TokenGrid, levels_of
 from dave_fast.engine.memory import contribution_bytes
 from dave_fast.errors import InputError, ModelError
 from dave_fast.explain.depth import Depth, places_of
@@ -56,22 +56,22 @@ class ServedModel:
         except ModelError as error:
             return (), str(error)
 
-    def places(self, depths: Sequence[Depth]) -> tuple[int | None, ...]:
-        """Return the number of the block at each depth, None for the pixels.
+    def places(self, depths: Sequence[Depth]) -> tuple[Place, ...]:
+        """Return the block or the blocks at each depth, None for the pixels.
 
         Raises:
             InputError: the model has no such block, or no blocks at all.
         """
 
-        def count() -> int:
+        def found() -> tuple[TokenGrid, ...]:
             blocks, reason = self._blocks
             if not blocks:
                 raise InputError(f"the model {self.name!r} is explained at its pixels alone: {reason}")
-            return len(blocks)
+            return blocks
 
-        return tuple(places_of(depths, count))
+        return tuple(places_of(depths, found))
 
-    def request_bytes(self, classes: int, samples: int, places: Sequence[int | None] = (None,)) -> int:
+    def request_bytes(self, classes: int, samples: int, places: Sequence[Place] = (None,)) -> int:
         """Return the bytes that a request needs: twice the samples and maps of its classes, and the image.
 
         The second time is for error estimates, which aggregate the samples in halves. A sample is a contribution where
@@ -81,7 +81,7 @@ class ServedModel:
         Args:
             classes: number of classes that are explained.
             samples: number of samples.
-            places: of the maps of a class, numbers of blocks and None for the pixels.
+            places: of the maps of a class, blocks and pixels.
         """
         size, item, levels = self.prepare.size, self.explainers[0].statistics_dtype, levels_of(places)
         tokens = sum(self.blocks[block].prefix + self.blocks[block].patches for block in levels.blocks)

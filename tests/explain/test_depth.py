@@ -11,7 +11,7 @@ import dave_fast
 from dave_fast.engine.graphs import Graphs, direct
 from dave_fast.engine.levels import levels_of
 from dave_fast.errors import InputError, ModelError
-from dave_fast.explain.depth import AUTO_SHARE, block_of, check_depth, parse_depth, places_of
+from dave_fast.explain.depth import check_depth, depth_of, parse_depth, place_of, places_of
 from dave_fast.ops.pull_back import adjoint_warp
 from dave_fast.ops.robust_mean import robust_mean
 from dave_fast.sampling import draw
@@ -133,22 +133,53 @@ def test_without_noise_and_transformations_a_map_is_the_evidence_of_the_image(mo
 
 
 @pytest.mark.parametrize(
-    ("depth", "block"),
-    [("pixels", None), (0, 0), (11, 11), (0.0, 0), (0.5, 6), (1.0, 11), ("auto", math.floor(12 * AUTO_SHARE + 0.5))],
+    ("depth", "place"),
+    [("pixels", None), (0, 0), (11, 11), (0.0, 0), (0.5, 6), (1.0, 11), ("5-9", range(5, 10)), ("auto", range(6, 11))],
 )
-def test_a_depth_of_twelve_blocks_is_this_block(depth, block):
-    assert block_of(depth, 12) == block
+def test_a_depth_of_twelve_blocks_is_this_place(depth, place):
+    assert place_of(depth, [None] * 12) == place
+    assert place_of(depth_of(place), [None] * 12) == place
+
+
+@pytest.mark.parametrize(
+    ("grids", "place"),
+    [("a", 0), ("aa", 1), ("aaa", 1), ("aaaaa", range(2, 4)), ("aabbbbbbcc", range(5, 8)), ("aabbbbcccc", range(5, 6))],
+)
+def test_auto_is_the_deeper_half_without_the_last_block_as_far_as_grids_are_the_same(grids, place):
+    expected = place[0] if isinstance(place, range) and len(place) == 1 else place
+    assert place_of("auto", grids) == expected
 
 
 @pytest.mark.parametrize(("depth", "block"), [(np.int64(3), 3), (np.float32(0.5), 2), (Fraction(1, 4), 1)])
 def test_other_libraries_numbers_are_numbers(depth, block):
     (checked,) = check_depth(depth)
-    assert block_of(checked, 4) == block
+    assert place_of(checked, [None] * 4) == block
 
 
-@pytest.mark.parametrize("depth", ["deep", "6", -1, 1.5, -0.1, math.nan, True, None, [], [3, "x"], [[1]], 1j])
+OTHERS = [
+    "deep",
+    "6",
+    "6-6",
+    "6-5",
+    "-5",
+    "5-9-11",
+    "٥-٩",
+    -1,
+    1.5,
+    -0.1,
+    math.nan,
+    True,
+    None,
+    [],
+    [3, "x"],
+    [[1]],
+    1j,
+]
+
+
+@pytest.mark.parametrize("depth", OTHERS)
 def test_other_depths_are_refused_with_the_forms_that_there_are(depth):
-    with pytest.raises(InputError, match="'pixels', 'auto', the number of a block, or a share"):
+    with pytest.raises(InputError, match="'pixels', 'auto', the number of a block, a range of blocks"):
         check_depth(depth)
 
 
@@ -163,6 +194,7 @@ def test_a_block_that_the_model_lacks_is_refused_with_those_it_has(model, images
         ("pixels", "pixels"),
         ("auto", "auto"),
         (" 6", 6),
+        ("5-9", "5-9"),
         ("0.5", 0.5),
         ("1.0", 1.0),
         ("pixels, 3,0.25", ["pixels", 3, 0.25]),
@@ -172,10 +204,26 @@ def test_texts_name_depths(text, depth):
     assert parse_depth(text) == depth and type(parse_depth(text)) is type(depth)
 
 
-@pytest.mark.parametrize("text", ["", "deep", "-1", "1.5", "1e3", "nan", "3,", "block 3"])
+@pytest.mark.parametrize("text", ["", "deep", "-1", "5-", "9-5", "٥", "1.5", "1e3", "nan", "3,", "block 3"])
 def test_texts_that_name_none_are_refused(text):
     with pytest.raises(InputError, match="depth"):
         parse_depth(text)
+
+
+def test_a_range_is_the_mean_of_its_blocks_evidence(model, images):
+    made, still = explainer(model, precision="fp64"), {"noise_alpha": 0.0, "rotation": 0.0, "translation": 0.0}
+    found = made.explain(images.double(), targets=[1, 3], n_samples=SAMPLES, depth=["1-3", "pixels", 2])
+    assert found.depth == ("1-3", "pixels", 2)
+    assert torch.equal(found.maps[:, 1, 0], made.explain(images.double(), 3, n_samples=SAMPLES, depth="1-3").maps)
+    # of one sample without transformations the map is linear in the evidence
+    made = explainer(model, precision="fp64", scale=(1.0, 1.0), flip=0.0, **still)
+    together, *alone = (made.explain(images.double(), 1, n_samples=1, depth=depth).raw for depth in ("1-3", 1, 2, 3))
+    assert torch.allclose(together, torch.stack(alone).mean(0), atol=1e-6 * together.abs().max().item())
+
+
+def test_a_range_over_two_grids_is_refused():
+    with pytest.raises(InputError, match="blocks 1-2, whose tokens lie on different grids"):
+        place_of("1-2", "aabb")
 
 
 def test_a_model_without_blocks_is_asked_only_where_one_is_named():
