@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.machine import keep_to  # noqa: E402
+from dave_fast.engine.levels import Place  # noqa: E402
 from dave_fast.evaluate import deep, items, rows  # noqa: E402
 from dave_fast.evaluate.methods import MethodSettings  # noqa: E402
 from dave_fast.evaluate.packages import GAMMAS  # noqa: E402
@@ -93,23 +94,23 @@ def items_of(subject: Subject | Digits, part: Part) -> list[items.Item]:
     return items.of_all_classes(examples, part.count, SEED)
 
 
-def families(part: Part, head: str, gammas: tuple[float, float], blocks: tuple[int, ...]) -> dict[str, Make]:
+def families(part: Part, head: str, gammas: tuple[float, float], places: tuple[Place, ...]) -> dict[str, Make]:
     """Return the families of a part by name.
 
     Args:
         part: of the measurement.
         head: of the model.
         gammas: of AttnLRP.
-        blocks: of every method.
+        places: blocks, of every method.
     """
     contrast = part.grid > 1
-    dave = partial(deep.dave, sizes=part.sizes[head], seed=SEED, blocks=blocks, contrast=contrast)
+    dave = partial(deep.dave, sizes=part.sizes[head], seed=SEED, places=places, contrast=contrast)
     made: dict[str, Make] = {
         "DAVE at depth": partial(dave, title="DAVE"),
         "DAVE at depth, no noise": partial(dave, title=NO_NOISE, alpha=0.0),
-        "one frozen sample": partial(deep.frozen, blocks=blocks, contrast=contrast),
-        "activations": partial(deep.activations, blocks=blocks, contrast=contrast),
-        "AttnLRP at tokens": partial(deep.attnlrp, blocks=blocks, gammas=gammas, contrast=contrast),
+        "one frozen sample": partial(deep.frozen, places=places, contrast=contrast),
+        "activations": partial(deep.activations, places=places, contrast=contrast),
+        "AttnLRP at tokens": partial(deep.attnlrp, places=places, gammas=gammas, contrast=contrast),
     }
     if contrast or head == DIGITS:
         setup = MethodSettings(50, {"noise_alpha": 0.0})
@@ -139,7 +140,7 @@ def measure(subject: Subject | Digits, out: Path, part_name: str, head: str, wan
     keep_to(path.with_suffix(".settings.json"), {"sizes": part.sizes[head], "gammas": gammas, "seed": SEED})
     done = {(one["item"], one["family"]) for one in whole_lines(path)}
     depths = deep.DEPTHS if part.kind in ("photographs", "mosaics") else (AUTO, 1.0)
-    makes = families(part, head, gammas, deep.blocks_of(model, depths))
+    makes = families(part, head, gammas, deep.places_at(model, depths))
     scores: dict[str, Callable[[items.Item], items.Scores]] = {}
     # item by item, so that a part that is stopped has scored the same items by every method
     for item, name in ((item, name) for item in every for name in makes if wanted is None or name in wanted):
@@ -165,7 +166,7 @@ def clock(subject: Subject, out: Path) -> None:
     """Store the seconds of one map of a photograph by each method, the least of some rounds in turns."""
     head = "class token"
     model, part = subject.heads[head], PARTS["photographs"]
-    item, (block,) = items_of(subject, part)[0], deep.blocks_of(subject.model, (AUTO,))
+    item, places = items_of(subject, part)[0], deep.places_at(subject.model, (AUTO,))
     setup = MethodSettings(50, {"noise_alpha": 0.0}, 1 / min(subject.prepare.std))
     explainer = DAVE(model)
     runs: dict[str, Callable[[], Any]] = {}
@@ -173,9 +174,9 @@ def clock(subject: Subject, out: Path) -> None:
         for name, depth in {"pixels": "pixels", "auto": AUTO, "pixels and every block": ["pixels", *range(11)]}.items():
             runs[f"DAVE, {name}, S = {size}"] = partial(explainer.explain, item.image, item.classes, size, depth=depth)
     made = {
-        "one frozen sample": deep.frozen(model, (block,)),
-        "gradient × activation and Grad-CAM": deep.activations(model, (block,)),
-        "AttnLRP": deep.attnlrp(model, (block,), gammas_of(part, head)),
+        "one frozen sample": deep.frozen(model, places),
+        "gradient × activation and Grad-CAM": deep.activations(model, places),
+        "AttnLRP": deep.attnlrp(model, places, gammas_of(part, head)),
     }
     made |= {name: rows.single(model, name, setup, SEED) for name in (*PEERS[1:3], "integrated gradients")}
     runs |= {name: partial(family, item.image, item.classes, 0) for name, family in made.items()}

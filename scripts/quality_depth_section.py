@@ -15,7 +15,7 @@ from dave_fast.evaluate import statistics
 from dave_fast.evaluate.deep import CONTRAST
 from dave_fast.evaluate.report import table
 from dave_fast.evaluate.settings import METRICS
-from dave_fast.explain.depth import AUTO, depth_of, place_of
+from dave_fast.explain.depth import AUTO, depth_of, name_of, place_of
 from scripts.quality_section import CONTROL, PAGE, Scores, collected, interval, paired, with_section
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "quality_depth.json"
@@ -38,49 +38,49 @@ AT_PIXELS = {
 }
 
 INTRODUCTION = """\
-Evidence of the tokens that enter a block, in place of pixels (`depth=`, [guide](guide.md)), of the same trained model,
+Evidence of the tokens that enter blocks, in place of pixels (`depth=`, [guide](guide.md)), of the same trained model,
 heads and held-out photographs as above, of twelve mosaics of 2×2 in place of six, and of the embedded model's scenes
-(of a seed of their own: 100 scenes, twelve mosaics of 2×2, five of 3×3). "auto" is {autos}. It, the form of the average
-and γ were chosen on the other half, γ by what it does at pixels; on digits γ is the package's own. DAVE has S = 16
-unless it is said otherwise, shrinkage, and the noise of the default, 0.1 of these models and 0.023 of the embedded one;
+(of a seed of their own: 100 scenes, twelve mosaics of 2×2, five of 3×3). "auto" is the mean over {autos}. It, the form
+of the average and γ were chosen on the other half, γ by what it does at pixels; on digits γ is the package's own. DAVE
+has S = 16 unless it is said otherwise, shrinkage, and the noise of the default, 0.1 of these models and 0.023 of the
+embedded one;
 *DAVE, no noise* has its transformations alone. All rows of either are of the same samples.
 
 *one frozen sample* is Σ_channels X_l ⊙ ∂f/∂X_l of the unperturbed image with every operator held constant,
 *gradient × activation* the same with the true gradient, *Grad-CAM* ReLU(Σ_c X_lc · mean over the patches of ∂f/∂X_lc),
 there and at its usual place in a ViT, behind the last block's norm1, *AttnLRP at tokens* X_l ⊙ LXT's gradient with γ
 (without γ it is the frozen sample: a test says so). All of these are patches, enlarged bilinearly, and smoothed as
-every map is. *against the others* explains, in a mosaic, the logit of a cell's class minus the mean logit of the other
-cells' classes: the same contrast of gradients for every method, and of each sample for DAVE."""
+every map is. Over several blocks each of these is their mean; Grad-CAM, which is no sum, has none. *against the
+others* explains, in a mosaic, the logit of a cell's class minus the mean logit of the other cells' classes: the same
+contrast of gradients for every method, and of each sample for DAVE."""
 
 AGAIN = """\
 Again: `python scripts/quality_depth.py measure` with the folders that its help names, then `write`. Every interval:
 `benchmarks/results/quality_depth.json`."""
 
 
-def auto(head: str) -> int:
-    """Return the number of the block of "auto" under a head."""
-    block = depth_of(place_of(AUTO, (None,) * COUNTS[head]))
-    assert block is not None
-    return block
+def auto(head: str) -> str:
+    """Return the name of the blocks of "auto" under a head, such as "blocks 5-9"."""
+    return name_of(depth_of(place_of(AUTO, (None,) * COUNTS[head])))
 
 
 def own(head: str, title: str = "DAVE", *, contrast: bool = False, size: int = FEW) -> str:
-    """Return the row of DAVE at the block of "auto"; title: that of its rows, "DAVE" or NO_NOISE."""
-    return f"{title}, block {auto(head)}{CONTRAST if contrast else ''}, S = {size}"
+    """Return the row of DAVE at the blocks of "auto"; title: that of its rows, "DAVE" or NO_NOISE."""
+    return f"{title}, {auto(head)}{CONTRAST if contrast else ''}, S = {size}"
 
 
 def rivals(rows: dict[str, Any], head: str, *, contrast: bool) -> list[str]:
-    """Return the rows of other methods: those at pixels and at the same block, and Grad-CAM at its usual place."""
+    """Return the rows of other methods: those at pixels and at the same blocks, and Grad-CAM at its usual place."""
     found = [row for row in rows if not row.startswith("DAVE") and row != CONTROL and (CONTRAST in row) == contrast]
-    return [row for row in found if " block " not in row or f", block {auto(head)}" in row]
+    return [row for row in found if not re.search(r", blocks? \d", row) or f", {auto(head)}" in row]
 
 
 def section(scores: Scores, times: dict[str, float]) -> str:
     """Return the section as Markdown."""
-    blocks: dict[int, list[str]] = {}
+    blocks: dict[str, list[str]] = {}
     for head in scores:
         blocks.setdefault(auto(head), []).append(head)
-    autos = ", ".join(f"block {block} of {COUNTS[heads[0]]} ({', '.join(heads)})" for block, heads in blocks.items())
+    autos = ", ".join(f"{block} of {COUNTS[heads[0]]} ({', '.join(heads)})" for block, heads in blocks.items())
     parts = [HEADING, fill_each(INTRODUCTION.format(autos=autos)), "### Who is ahead there?"]
     parts += [*verdicts(scores), "### What depth, samples and the question do", differences(scores)]
     parts += ["### Block by block", by_block(scores)]
@@ -114,7 +114,7 @@ def verdicts(scores: Scores) -> list[str]:
         said += [f"- **{title}, {tones[tone]}**: {'; '.join(each)}." for tone, each in words.items() if each]
     head = ("", "metric", "head", 'at "auto"', "rival", "of the rival", "difference, paired", "n", "verdict")
     note = (
-        'Rivals: every method at pixels and at the block of "auto", and Grad-CAM behind the last norm1. The strongest '
+        'Rivals: every method at pixels and at the blocks of "auto", and Grad-CAM behind the last norm1. The strongest '
         "is the one that is furthest ahead of DAVE, or else the nearest behind."
     )
     return ["\n".join(said), table(head, rows), fill_each(note)]
@@ -140,7 +140,7 @@ def differences(scores: Scores) -> str:
         for what, one, other in (
             ("at depth against pixels, S = 16", own(head), "DAVE, S = 16"),
             ("S = 32 against S = 16, at depth", own(head, size=32), own(head)),
-            ("S = 16 against one frozen sample, at depth", own(head), f"one frozen sample, block {auto(head)}"),
+            ("S = 16 against one frozen sample, at depth", own(head), f"one frozen sample, {auto(head)}"),
             ("no noise against the default's, at depth", own(head, NO_NOISE), own(head)),
             ("no noise against the default's, pixels", f"{NO_NOISE}, S = {FEW}", f"DAVE, S = {FEW}"),
             ("against the others, at depth", own(head, contrast=True), own(head)),
@@ -156,9 +156,10 @@ def by_block(scores: Scores) -> str:
     said = []
     for metric in ("GridPG 2x2", "EnergyPG", "pointing game"):
         for head, by_row in scores.items():
-            blocks = sorted({int(found[1]) for row in by_row if (found := re.match(r"DAVE, block (\d+), S", row))})
+            found = {one[1] for row in by_row if (one := re.match(r"DAVE, (blocks? [\d-]+), S", row))}
+            blocks = sorted(found, key=lambda name: (name == auto(head), int(re.findall(r"\d+", name)[0])))
             rows = [(method, *cells(by_row, metric, method, blocks)) for method in METHODS]
-            places = ("pixels", *(f"{'auto: ' if block == auto(head) else ''}block {block}" for block in blocks))
+            places = ("pixels", *(f"{'auto: ' if name == auto(head) else ''}{name}" for name in blocks))
             said.append(f"{metric}, {head}:\n\n{table(('', *places), rows)}")
     usual = usual_places(scores)
     note = (
@@ -168,10 +169,10 @@ def by_block(scores: Scores) -> str:
     return "\n\n".join([*said, f"{note} {usual}"])
 
 
-def cells(by_row: dict[str, dict[str, dict[str, float]]], metric: str, method: str, blocks: list[int]) -> Iterator[str]:
+def cells(by_row: dict[str, dict[str, dict[str, float]]], metric: str, method: str, blocks: list[str]) -> Iterator[str]:
     """Yield a method's mean at the pixels and at each block."""
     size = f", S = {FEW}" if method.startswith("DAVE") else ""
-    for name in (AT_PIXELS.get(method, "").removesuffix(size), *(f"{method}, block {block}" for block in blocks)):
+    for name in (AT_PIXELS.get(method, "").removesuffix(size), *(f"{method}, {block}" for block in blocks)):
         rows = f"{name}{size}", f"{name}{CONTRAST}{size}"
         means = [f"{interval(by_row[row][metric]).mean:.3f}" for row in rows if metric in by_row.get(row, {})]
         yield " / ".join(means) if means else "–"

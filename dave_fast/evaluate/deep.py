@@ -25,14 +25,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dave_fast.engine.levels import Levels, levels_of
-from dave_fast.engine.levels import blocks_of as blocks_at
+from dave_fast.engine.levels import Place, blocks_of, levels_of
 from dave_fast.evaluate.packages import lrp_twin
 from dave_fast.evaluate.rows import Family
 from dave_fast.evaluate.scoring import Maps, as_maps
 from dave_fast.evaluate.settings import VARIANTS
 from dave_fast.evaluate.twin import NotTakenError
-from dave_fast.explain.depth import AUTO, Depth, place_of
+from dave_fast.explain.depth import AUTO, Depth, depth_of, name_of, place_of
 from dave_fast.explain.explainer import DAVE
 from dave_fast.sampling import draw, identity
 
@@ -40,14 +39,24 @@ DEPTHS: tuple[Depth, ...] = (0.25, 0.5, AUTO, 0.75, 1.0)
 CONTRAST = ", against the others"
 
 
-def blocks_of(model: nn.Module, depths: Sequence[Depth] = DEPTHS) -> tuple[int, ...]:
-    """Return the numbers of the blocks at some depths, ascending.
+def places_at(model: nn.Module, depths: Sequence[Depth] = DEPTHS) -> tuple[Place, ...]:
+    """Return the block or the blocks at some depths other than the pixels, each once.
 
     Raises:
         NotTakenError: the model is no timm VisionTransformer.
     """
     alike = (None,) * len(_vit(model).blocks)
-    return tuple(sorted({block for depth in depths for block in blocks_at(place_of(depth, alike))}))
+    return tuple(dict.fromkeys(place_of(depth, alike) for depth in depths))
+
+
+def named(place: Place) -> str:
+    """Return the name of a place in rows, "block 6" or "blocks 5-9"."""
+    return name_of(depth_of(place))
+
+
+def over(place: Place, of_blocks: dict[int, Tensor]) -> Tensor:
+    """Return the mean over the blocks of a place."""
+    return torch.stack([of_blocks[block] for block in blocks_of(place)]).mean(0)
 
 
 def contrasts(values: Tensor) -> Tensor:
@@ -76,7 +85,7 @@ def dave(
     seed: int,
     alpha: float | None = None,
     *,
-    blocks: Sequence[int],
+    places: Sequence[Place],
     contrast: bool = False,
 ) -> Family:
     """Return DAVE's family at the pixels and at blocks, all rows of one set of walks, as the explainer makes its maps.
@@ -87,10 +96,10 @@ def dave(
         sizes: numbers of samples.
         seed: of the draws.
         alpha: noise_alpha; None for what the explainer chooses.
-        blocks: numbers of blocks, ascending.
+        places: blocks.
         contrast: whether the rows of `with_contrasts` are added where two or more classes are asked for.
     """
-    explainer, places = DAVE(model, noise_alpha=alpha), (None, *blocks)
+    explainer, places = DAVE(model, noise_alpha=alpha), (None, *places)
 
     def rows(image: Tensor, classes: Tensor, key: int) -> dict[str, Maps]:
         (height, width), grids = image.shape[-2:], explainer.blocks(image)
@@ -103,7 +112,7 @@ def dave(
                 some = of_form.map(lambda t: t[:, :size])  # noqa: B023
                 raw, maps = explainer.aggregate_levels(image, some, draws[:size], places, grids)
                 for at, place in enumerate(places):
-                    name = title if place is None else f"{title}, block {place}"
+                    name = title if place is None else f"{title}, {named(place)}"
                     # as everywhere in an evaluation, the signed sum is that of raw, which is never shrunk
                     made[f"{name}{suffix}, S = {size}"] = as_maps((raw[:, at], maps[:, at]))
         return made
@@ -111,12 +120,14 @@ def dave(
     return rows
 
 
-def frozen(model: nn.Module, blocks: Sequence[int], *, contrast: bool = False, precision: str | None = None) -> Family:
+def frozen(
+    model: nn.Module, places: Sequence[Place], *, contrast: bool = False, precision: str | None = None
+) -> Family:
     """Return the family of one frozen sample, that of the unperturbed image, at blocks.
 
     Args:
         model: in evaluation mode.
-        blocks: numbers of blocks, ascending.
+        places: blocks.
         contrast: see `dave`.
         precision: of the explainer; None for its own choice.
     """
@@ -124,13 +135,15 @@ def frozen(model: nn.Module, blocks: Sequence[int], *, contrast: bool = False, p
 
     def rows(image: Tensor, classes: Tensor, key: int) -> dict[str, Maps]:
         grids, made = explainer.blocks(image), {}
-        found = explainer.samples(image, identity(1), classes[None], Levels(False, tuple(blocks)))
+        levels = levels_of(places)
+        found = explainer.samples(image, identity(1), classes[None], levels)
+        of_blocks = dict(zip(levels.blocks, found.evidence, strict=True))
         for suffix, change in _forms(classes, contrast).items():
-            for block, values in zip(blocks, found.evidence, strict=True):
-                grid = grids[block]
-                patches = change(values)[:, 0, grid.prefix :]
+            for place in places:
+                grid = grids[blocks_of(place)[0]]
+                patches = change(over(place, of_blocks))[:, 0, grid.prefix :]
                 large = enlarged(patches, (grid.height, grid.width), image.shape[-2:])
-                made[f"one frozen sample, block {block}{suffix}"] = as_maps(large)
+                made[f"one frozen sample, {named(place)}{suffix}"] = as_maps(large)
         return made
 
     return rows
@@ -195,43 +208,45 @@ def grad_cam(entered: Entered, prefix: int) -> Tensor:
     return (weights @ entered.tokens[prefix:].T).relu()
 
 
-def activations(model: Any, blocks: Sequence[int], *, contrast: bool = False) -> Family:
-    """Return the family of gradient × activation and Grad-CAM at blocks.
+def activations(model: Any, places: Sequence[Place], *, contrast: bool = False) -> Family:
+    """Return the family of gradient × activation at blocks, and of Grad-CAM at single ones of them.
 
     Args:
         model: a timm VisionTransformer in evaluation mode.
-        blocks: numbers of blocks, ascending.
+        places: blocks.
         contrast: whether rows of the contrast are added where two or more classes are asked for.
 
     Raises:
         NotTakenError: the model is no timm VisionTransformer.
     """
-    vit = _vit(model)
-    modules = [*(vit.blocks[block] for block in blocks), vit.blocks[-1].attn]
-    names = [*(f"block {block}" for block in blocks), "last norm1"]
-    prefix = vit.num_prefix_tokens
+    vit, blocks = _vit(model), levels_of(places).blocks
+    # at the input of the last block's attention, behind norm1, is Grad-CAM's usual place
+    modules, prefix = [*(vit.blocks[block] for block in blocks), vit.blocks[-1].attn], vit.num_prefix_tokens
 
     def rows(image: Tensor, classes: Tensor, key: int) -> dict[str, Maps]:
-        made = {}
-        for name, entered in zip(names, gradients_at(vit, modules, image, classes), strict=True):
-            for suffix, change in _forms(classes, contrast).items():
-                of = entered._replace(gradients=change(entered.gradients))
-                patches = {"gradient × activation": times_activation(of)[:, prefix:], "Grad-CAM": grad_cam(of, prefix)}
-                for title, values in patches.items():
-                    large = enlarged(values, vit.patch_embed.grid_size, image.shape[-2:])
-                    made[f"{title}, {name}{suffix}"] = as_maps(large)
-        # at norm1 gradient × activation is that of another place than the blocks' entries: Grad-CAM's alone
-        return {row: maps for row, maps in made.items() if not row.startswith("gradient × activation, last norm1")}
+        *entered, usual = gradients_at(vit, modules, image, classes)
+        patches: dict[str, Tensor] = {}
+        for suffix, change in _forms(classes, contrast).items():
+            of = [each._replace(gradients=change(each.gradients)) for each in (*entered, usual)]
+            products = {block: times_activation(each)[:, prefix:] for block, each in zip(blocks, of, strict=False)}
+            cams = {block: grad_cam(each, prefix) for block, each in zip(blocks, of, strict=False)}
+            patches |= {f"gradient × activation, {named(at)}{suffix}": over(at, products) for at in places}
+            patches |= {f"Grad-CAM, {named(at)}{suffix}": cams[at] for at in places if isinstance(at, int)}
+            patches[f"Grad-CAM, last norm1{suffix}"] = grad_cam(of[-1], prefix)
+        grid, size = vit.patch_embed.grid_size, image.shape[-2:]
+        return {row: as_maps(enlarged(values, grid, size)) for row, values in patches.items()}
 
     return rows
 
 
-def attnlrp(model: Any, blocks: Sequence[int], gammas: tuple[float, float] | None, *, contrast: bool = False) -> Family:
+def attnlrp(
+    model: Any, places: Sequence[Place], gammas: tuple[float, float] | None, *, contrast: bool = False
+) -> Family:
     """Return the family of AttnLRP, at the pixels and at the tokens that enter blocks, of the same passes.
 
     Args:
         model: a timm VisionTransformer in evaluation mode.
-        blocks: numbers of blocks, ascending.
+        places: blocks.
         gammas: see `packages.attnlrp`.
         contrast: whether rows of the contrast are added where two or more classes are asked for.
 
@@ -239,18 +254,17 @@ def attnlrp(model: Any, blocks: Sequence[int], gammas: tuple[float, float] | Non
         NotTakenError: as `packages.attnlrp`.
     """
     twin, grid = lrp_twin(model, gammas), model.patch_embed.grid_size
-    layers = list(twin.encoder.layers)
+    layers, blocks = list(twin.encoder.layers), levels_of(places).blocks
 
     def rows(image: Tensor, classes: Tensor, key: int) -> dict[str, Maps]:
         pixels, *found = gradients_at(twin, [twin, *(layers[block] for block in blocks)], image, classes)
         # a twin has one prefix token, its class token
-        of_blocks = [enlarged(times_activation(each)[:, 1:], grid, image.shape[-2:]) for each in found]
-        names = ["AttnLRP", *(f"AttnLRP at tokens, block {block}" for block in blocks)]
-        made = {}
-        for suffix, change in _forms(classes, contrast).items():
-            for name, signed in zip(names, [pixels.tokens * pixels.gradients, *of_blocks], strict=True):
-                made[f"{name}{suffix}"] = as_maps(change(signed))
-        return made
+        of_blocks = {block: times_activation(each)[:, 1:] for block, each in zip(blocks, found, strict=True)}
+        signed = {"AttnLRP": pixels.tokens * pixels.gradients}
+        for place in places:
+            signed[f"AttnLRP at tokens, {named(place)}"] = enlarged(over(place, of_blocks), grid, image.shape[-2:])
+        forms = _forms(classes, contrast).items()
+        return {f"{name}{suffix}": as_maps(change(each)) for suffix, change in forms for name, each in signed.items()}
 
     return rows
 
