@@ -7,9 +7,8 @@ holds by then what attention brought from other patches, and accounts for more o
 (`dave_fast.explain.depth_account`). A map at a range of blocks is that of the mean of their evidence, for which the
 same holds.
 
-"auto" is the range of the deeper half without the last block, which in many models reads few tokens. Single blocks
-differ by chance, and which of them is best differs from model to model; their mean was near the best of each
-(docs/depth.md). The names of depths are here, without torch.
+"auto" is the range of the deeper half. Single blocks differ by chance, and which of them is best differs from model to
+model; their mean was near the best of each (docs/depth.md). The names of depths are here, without torch.
 """
 
 from __future__ import annotations
@@ -108,10 +107,10 @@ def place_of(depth: Depth, blocks: Sequence[object]) -> Place:
 
 
 def _automatic(blocks: Sequence[object]) -> Place:
-    """Return the blocks of "auto": the deeper half without the last one, as far as their grids are the same."""
+    """Return the blocks of "auto": the deeper half, as far as their grids are the same."""
     first = len(blocks) // 2
     last = first
-    while last + 1 < len(blocks) - 1 and blocks[last + 1] == blocks[first]:
+    while last + 1 < len(blocks) and blocks[last + 1] == blocks[first]:
         last += 1
     return range(first, last + 1) if last > first else first
 

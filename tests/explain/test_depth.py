@@ -134,7 +134,7 @@ def test_without_noise_and_transformations_a_map_is_the_evidence_of_the_image(mo
 
 @pytest.mark.parametrize(
     ("depth", "place"),
-    [("pixels", None), (0, 0), (11, 11), (0.0, 0), (0.5, 6), (1.0, 11), ("5-9", range(5, 10)), ("auto", range(6, 11))],
+    [("pixels", None), (0, 0), (11, 11), (0.0, 0), (0.5, 6), (1.0, 11), ("5-9", range(5, 10)), ("auto", range(6, 12))],
 )
 def test_a_depth_of_twelve_blocks_is_this_place(depth, place):
     assert place_of(depth, [None] * 12) == place
@@ -143,9 +143,16 @@ def test_a_depth_of_twelve_blocks_is_this_place(depth, place):
 
 @pytest.mark.parametrize(
     ("grids", "place"),
-    [("a", 0), ("aa", 1), ("aaa", 1), ("aaaaa", range(2, 4)), ("aabbbbbbcc", range(5, 8)), ("aabbbbcccc", range(5, 6))],
+    [
+        ("a", 0),
+        ("aa", 1),
+        ("aaa", range(1, 3)),
+        ("aaaaa", range(2, 5)),
+        ("aabbbbbbcc", range(5, 8)),
+        ("aabbbbcccc", range(5, 6)),
+    ],
 )
-def test_auto_is_the_deeper_half_without_the_last_block_as_far_as_grids_are_the_same(grids, place):
+def test_auto_is_the_deeper_half_as_far_as_grids_are_the_same(grids, place):
     expected = place[0] if isinstance(place, range) and len(place) == 1 else place
     assert place_of("auto", grids) == expected
 

@@ -35,7 +35,7 @@ def map_settings(depth, **changes):
     return MapSettings(**{"model": "demo", "n_samples": 2, "options": SETTINGS, "depth": depth, **changes})
 
 
-@pytest.mark.parametrize(("depth", "name"), [("pixels", "pixels"), (1, 1), (0.5, 3), ("auto", "2-3")])
+@pytest.mark.parametrize(("depth", "name"), [("pixels", "pixels"), (1, 1), (0.5, 3), ("auto", "2-4")])
 def test_rows_have_the_map_and_raw_of_explain_at_that_depth(photos, depth, name):
     mapper = Mapper(map_settings(depth, raw=True), "cpu")
     assert mapper.configuration["depth"] == name
