@@ -58,19 +58,53 @@ class MicroBatches:
         self._rows, self._graphs, self._samples = rows, graphs, samples
         # the images whose output is known, and their output
         self._known: tuple[Tensor, Tensor] | None = None
+        # the levels of the walk that made it, and that walk, where it was one
+        self._unperturbed: tuple[Levels, Eager] | None = None
 
-    def outputs(self, images: Tensor) -> Tensor:
-        """Return the model's output (B, ...) for unperturbed images (B, C, H, W), computed once for the same images."""
+    def outputs(self, images: Tensor, levels: Levels = PIXELS) -> Tensor:
+        """Return the model's output (B, ...) for unperturbed images (B, C, H, W), computed once for the same images.
+
+        Args:
+            images: (B, C, H, W).
+            levels: at which `unperturbed_vjps` is to tell evidence; the operators are held for it until then.
+        """
         if self._known is not None and self._known[0] is images:
             return self._known[1]
-        outputs = []
+        outputs, walks = [], []
 
         def keep(walk: Walk, output: Tensor, at: slice, rows: Draws) -> None:
             outputs.append(output.clone())
+            walks.append(walk)
 
-        self._each(images, identity(len(images)), PIXELS, keep)
+        self._each(images, identity(len(images)), levels, keep)
         self._known = images, torch.cat(outputs)
+        # a bucket is lent for one micro-batch
+        if levels.blocks and len(walks) == 1 and isinstance(walks[0], Eager):
+            self._unperturbed = levels, walks[0]
         return self._known[1]
+
+    def unperturbed_vjps(
+        self, images: Tensor, targets: Sequence[CotangentOf], dtype: torch.dtype, levels: Levels
+    ) -> Pulled:
+        """Pull the cotangents of all targets back for unperturbed images: by the walk of `outputs` where it is held.
+
+        Args:
+            images: as for `outputs`.
+            targets: as for `vjps`.
+            dtype: of contributions.
+            levels: as for `vjps`.
+        """
+        held, self._unperturbed = self._unperturbed, None
+        rows = identity(len(images))
+        if held is None or held[0] != levels or self._known is None or self._known[0] is not images:
+            return self.vjps(images, rows, targets, dtype, levels=levels)
+        (_, walk), (_, output) = held, self._known
+        on_device = rows.to(images.device)
+        found = [walk.vjp(target(output, on_device), dtype) for target in targets]
+        into = found[0].like(len(targets), len(images))
+        for which, one in enumerate(found):
+            into.store(one, which, slice(None))
+        return into
 
     def vjps(
         self,

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dave_fast.engine.levels import blocks_of, levels_of
+from dave_fast.engine.levels import Levels, blocks_of, levels_of
 from dave_fast.engine.micro_batches import MicroBatches
 from dave_fast.errors import InputError
 from dave_fast.explain.depth import name_of, place_of
@@ -83,19 +83,23 @@ class Depths:
         return _figure(self)
 
 
+def every_level(blocks: Sequence[object]) -> Levels:
+    """Return the levels of an account: the pixels and every block."""
+    return levels_of([None, *range(len(blocks))])
+
+
 def account(batches: MicroBatches, images: Tensor, targets: Sequence[Cotangent]) -> Depths:
-    """Return what each depth accounts for of every target, with a dimension K: one forward pass and K walks back.
+    """Return what each depth accounts for of every target, with a dimension K, by K walks back.
 
     Args:
         batches: the loop over micro-batches.
         images: (B, C, H, W).
         targets: K cotangents of the output.
     """
-    grids, rows = batches.route.blocks, identity(len(images))
-    levels = levels_of([None, *range(len(grids))])
-    output, on_device = batches.outputs(images), rows.to(images.device)
+    grids = batches.route.blocks
+    output, on_device = batches.outputs(images), identity(len(images)).to(images.device)
     scores = [(output * target(output, on_device)).flatten(1).sum(1) for target in targets]
-    found = batches.vjps(images, rows, targets, images.dtype, levels=levels)
+    found = batches.unperturbed_vjps(images, targets, images.dtype, every_level(grids))
     assert found.tokens is not None
     prefix = [of.split([grid.prefix, grid.patches], -1) for of, grid in zip(found.evidence, grids, strict=True)]
     made = Depths(

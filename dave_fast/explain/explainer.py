@@ -25,7 +25,7 @@ from dave_fast.engine.levels import Levels, Place, Pulled, TokenGrid, levels_of
 from dave_fast.engine.micro_batches import MicroBatches, Progress
 from dave_fast.errors import InputError
 from dave_fast.explain.depth import PIXELS, Depth, check_depth, check_one, depth_of, places_of
-from dave_fast.explain.depth_account import Depths, account
+from dave_fast.explain.depth_account import Depths, account, every_level
 from dave_fast.explain.explanation import Explanation
 from dave_fast.explain.noise_level import noise_level
 from dave_fast.explain.route_cache import RouteCache
@@ -178,17 +178,18 @@ class DAVE:
 
         def work(images: Tensor, batches: MicroBatches, end: EndOfCall) -> Explanation:
             keys = check_keys(image_keys, len(images))
-            output = self._output(batches, images, end)
+            places = places_of(depths, lambda: batches.route.blocks)
+            deep = depths != (PIXELS,)
+            output = self._output(batches, images, end, every_level(batches.route.blocks) if deep else LEVEL_OF_PIXELS)
             if top_k is None or top_k == 1:
                 resolved = [self._resolved(each, output, images) for each in wanted]
             else:
                 resolved = [ElementCotangent(each, each) for each in most_probable(self.model, output, top_k)]
             height, width = images.shape[2:]
             draws = draw(n_samples, height=height, width=width, seed=seed, image_keys=keys, sampling=self.sampling)
-            places = places_of(depths, lambda: batches.route.blocks)
+            told = account(batches, images, resolved) if deep else None
             found = attributions(batches, images, draws, resolved, progress, shrink=shrink, places=places)
             end.refuse_non_finite(found.raw, "the attribution", f"{self._advice}, or look for overflow in the model.")
-            told = None if depths == (PIXELS,) else account(batches, images, resolved)
             of_each = moved([each.classes for each in resolved], output.device)
             classes = torch.stack([each.expand(len(images)) for each in of_each], dim=1)
             classes, probability = end.read(classes, probability_of(self.model, output, classes))
@@ -233,7 +234,7 @@ class DAVE:
         wanted = [target] if targets is None else split_targets(targets)
 
         def work(images: Tensor, batches: MicroBatches, end: EndOfCall) -> Depths:
-            output = self._output(batches, images, end)
+            output = self._output(batches, images, end, every_level(batches.route.blocks))
             told = account(batches, images, [self._resolved(each, output, images) for each in wanted])
             for found in (told.pixels, told.tokens):
                 end.refuse_non_finite(found, "the attribution", f"{self._advice}.")
@@ -467,9 +468,11 @@ class DAVE:
             self._wrapping.check()
         return self._cache
 
-    def _output(self, batches: MicroBatches, images: Tensor, end: EndOfCall) -> Tensor:
+    def _output(
+        self, batches: MicroBatches, images: Tensor, end: EndOfCall, levels: Levels = LEVEL_OF_PIXELS
+    ) -> Tensor:
         """Return the model's output for the unperturbed images, and queue its check."""
-        output = batches.outputs(images)
+        output = batches.outputs(images, levels)
         end.refuse_non_finite(output, "the model's output", f"Check the weights. {self._advice}.")
         return output
 
