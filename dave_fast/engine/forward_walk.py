@@ -159,8 +159,9 @@ class ForwardWalk:
             inner = layer.inner
             rstd = None if inner is None else self._ops.row_rstd(wide(y), inner.eps, centred=inner.centred)
             last = layer is step.layers[-1]
-            # the memory that the step read is free once its last layer has read it
-            free = stream is not read or (last and (overwrite or step.trimmed))
+            # the memory that the step read is free once its last layer has read it; leading tokens are a copy of x, but
+            # those of one row lie in its memory
+            free = stream is not read or (last and (overwrite or (step.trimmed and rows > 1)))
             stream, known, post = self._write(layer, y, rstd, wide(stream), overwrite=free, codes=codes if last else {})
             saved.append(SavedLayer(core, scale, rstd, post))
         return stream, known, saved

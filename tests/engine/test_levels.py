@@ -10,7 +10,7 @@ from dave_fast.ops.patches import patchify
 from tests.frozen.oracle import oracle_forward
 from tests.tolerances import EXACT
 from tests.toys import engine_of, frozen_forward, relative
-from tests.variants import ENGINE, PLAIN
+from tests.variants import CLASSES, ENGINE, PLAIN
 
 IN_PARTS = ["vit", "vit-average", "vit-rms-norm", "dinov2-registers", "vit-parallel", "vit-post-norm", "eva02", "beit"]
 
@@ -125,3 +125,22 @@ def test_evidence_in_eight_bits_has_the_size_of_the_cotangent():
     for ours, theirs, scaled in zip(found, exact, larger, strict=True):
         assert torch.equal(scaled, 2**12 * ours)
         assert relative(ours.double(), theirs) < 0.5
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_what_enters_a_block_stays_where_products_add_in_the_memory_of_the_stream(rows, monkeypatch):
+    model, images = ENGINE["vit"].build(torch.float64), ENGINE["vit"].images(rows, torch.float64)
+    engine = engine_of(model, dtype=torch.float64)
+    cotangent = torch.ones(rows, CLASSES, dtype=torch.float64)
+    expected = pulled(engine, images, cotangent, all_levels(engine)).evidence
+    ops = engine.forward._ops
+    add = ops.add
+
+    def in_place(*args, overwrite, residual, **settings):
+        """Add as Triton's kernels do, which write into the memory of the residual."""
+        sum_ = add(*args, overwrite=overwrite, residual=residual, **settings)
+        return sum_ if residual is None or not overwrite else residual.copy_(sum_)
+
+    monkeypatch.setattr(ops, "add", in_place)
+    found = pulled(engine, images, cotangent, all_levels(engine)).evidence
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
