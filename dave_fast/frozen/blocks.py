@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -77,9 +78,11 @@ def watching(model: nn.Module, blocks: Sequence[BlockInput]) -> Iterator[list[En
     """
     entered: list[Entered] = []
     ran: list[str] = []
+    caller = get_ident()
 
-    def keep(block: BlockInput, module: nn.Module, args: Any, kwargs: Any) -> None:
-        tokens = _entering(args, kwargs)
+    def keep(block: BlockInput, module: nn.Module, args: Any, kwargs: Any = None) -> None:
+        # passes of other threads run over the same modules; one that begins as the hook is removed gives no kwargs
+        tokens = _entering(args, kwargs) if get_ident() == caller else None
         if tokens is not None:
             ran.append(block.path)
             entered.append(Entered(tokens.detach().clone(), get_gradient_edge(tokens)))

@@ -1,9 +1,13 @@
-"""On a CPU the number of threads does not change a bit."""
+"""On a CPU the number of threads does not change a bit, nor do calls from several threads."""
+
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 import dave_fast
+from dave_fast.frozen.blocks import find_blocks, watching
+from dave_fast.frozen.mode import freeze, run_frozen
 from tests.tiny import initial_vit
 
 
@@ -31,3 +35,21 @@ def test_one_two_and_three_threads_give_the_same_bits(threads, precision, size, 
     for other in found[1:]:
         assert torch.equal(other.raw, found[0].raw) and torch.equal(other.maps, found[0].maps)
         assert torch.equal(other.output, found[0].output)
+
+
+def test_what_enters_blocks_in_a_pass_of_another_thread_is_not_that_of_this_one():
+    model = initial_vit().double()
+    one, other = (torch.randn(1, 3, 32, 32, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    blocks = find_blocks(model, one)
+
+    def run(leaf):
+        return run_frozen(model, leaf.clone(), freeze(leaf))
+
+    with watching(model, blocks) as alone:
+        output = run(one)
+    with watching(model, blocks) as entered, ThreadPoolExecutor(1) as pool:
+        pool.submit(run, other).result()
+        assert not entered
+        assert torch.equal(run(one), output)
+    for ours, expected in zip(entered, alone, strict=True):
+        assert torch.equal(ours.tokens, expected.tokens)
