@@ -68,8 +68,12 @@ def check(images: Tensor, draws: Draws, patch_size: PatchSize) -> tuple[int, int
 
 
 def check_draws(draws: Draws) -> None:
-    """Raise TypeError or InputError where draws are none, or have matrices that are not finite."""
+    """Raise TypeError or InputError where draws are none, are of different rows, or their matrices are not finite."""
     if not isinstance(draws, Draws):
         raise TypeError(f"draws must be a dave_fast.sampling.Draws; got {type(draws).__name__}")
+    # kernels read all fields of every row
+    shapes, rows = [tuple(tensor.shape) for tensor in draws.tensors()], len(draws)
+    if shapes != [(rows,), (rows, 2, 3), (rows,), (rows,), (rows, 2), (rows,)]:
+        raise InputError(f"draws must have the shapes that dave_fast.sampling.Draws documents; got {shapes}")
     if not bool(draws.matrices.isfinite().all()):
         raise InputError("draws.matrices must be finite")

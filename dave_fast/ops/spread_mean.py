@@ -69,8 +69,9 @@ def _check(values: Tensor, draws: Draws, size: tuple[int, int], patch_size: Patc
     check_dtype("values", values, COMPUTED)
     _warp.check_draws(draws)
     check_samples(n_samples, draws)
-    if len(size) != 2 or not all(isinstance(length, int) and length >= 1 for length in size):
-        raise InputError(f"size must be (H, W), both whole numbers ≥ 1; got {tuple(size)}")
+    pair = isinstance(size, tuple | list) and len(size) == 2
+    if not pair or not all(isinstance(length, int) and length >= 1 for length in size):
+        raise InputError(f"size must be (H, W), both whole numbers ≥ 1; got {size!r}")
     rows, columns = patch_grid(*size, patch_size)
     if tuple(values.shape) != (len(draws), rows * columns):
         expected = len(draws), rows * columns

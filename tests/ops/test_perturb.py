@@ -151,6 +151,13 @@ def test_bad_inputs_are_refused(change, error, message):
         perturb(**arguments)
 
 
+@pytest.mark.parametrize("name", [each.name for each in dataclasses.fields(Draws)])
+def test_draws_with_a_field_of_fewer_rows_are_refused(name):
+    images, draws = torch.zeros(1, 3, 8, 8), draw(3, height=8, width=8)
+    with pytest.raises(InputError, match=r"shapes that dave_fast.sampling.Draws documents; got .*\(2,"):
+        perturb(images, dataclasses.replace(draws, **{name: getattr(draws, name)[:2]}), 4)
+
+
 def test_matrices_that_are_not_finite_are_refused():
     draws = draw(1, height=8, width=8)
     draws.matrices[0, 0, 0] = torch.inf

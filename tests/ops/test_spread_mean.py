@@ -218,7 +218,7 @@ def test_bad_inputs_are_refused():
         spread_mean_variance(values.bfloat16(), draws, size, 4, 6)
     with pytest.raises(TypeError, match="draws must be"):
         spread_mean_variance(values, draws.matrices, size, 4, 6)
-    for wrong in ((8,), (8, 0), (8.0, 8)):
+    for wrong in ((8,), (8, 0), (8.0, 8), 8, None):
         with pytest.raises(InputError, match=r"size must be \(H, W\)"):
             spread_mean_variance(values, draws, wrong, 4, 6)
     with pytest.raises(InputError, match="do not divide into patches of 3×4"):
