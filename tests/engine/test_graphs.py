@@ -23,6 +23,10 @@ from tests.tiny import random_vit
 SIZE = 16
 
 
+def tensors_of(output):
+    return [leaf for leaf in pytree.tree_leaves(output) if leaf is not None]
+
+
 class Replays:
     """A stand-in for CUDA graphs: the same output tensors, erased before the recorded work runs again."""
 
@@ -35,10 +39,10 @@ class Replays:
 
         def replay():
             self.replayed += 1
-            kept = pytree.tree_leaves(output)
+            kept = tensors_of(output)
             for tensor in kept:
                 tensor.fill_(torch.nan)
-            for tensor, values in zip(kept, pytree.tree_leaves(run()), strict=True):
+            for tensor, values in zip(kept, tensors_of(run()), strict=True):
                 tensor.copy_(values)
             return output
 
@@ -81,6 +85,18 @@ def test_replays_give_the_bits_of_running_directly(model, images, precision):
     assert torch.equal(replayed.raw, ran.raw) and torch.equal(replayed.output, ran.output)
     if precision == "fp32":
         assert same(replayed.raw, plain(model).explain(images, n_samples=5, seed=3).raw)
+
+
+@pytest.mark.parametrize("depth", ["pixels", 1, [0, "pixels"]], ids=str)
+def test_every_depth_has_graphs_of_its_own_with_the_bits_of_running_directly(model, images, depth):
+    bucketed, capture = buffered(model)
+    bucketed.explain(images, depth=[0, "pixels", 1], n_samples=2)
+    found = bucketed.explain(images, depth=depth, n_samples=2)
+    again = bucketed.explain(images, depth=depth, n_samples=2)
+    expected = buffered(model, direct)[0].explain(images, depth=depth, n_samples=2)
+    for one in (found, again):
+        assert torch.equal(one.raw, expected.raw) and torch.equal(one.maps, expected.maps)
+    assert capture.replayed
 
 
 def test_several_questions_replay_one_forward_walk(images):
