@@ -136,13 +136,11 @@ def measure(subject: Subject | Digits, out: Path, part_name: str, head: str, wan
     every = items_of(subject, part)
     model = subject.at_size(subject.heads[head], every[0].image)
     path = lines_of(out, part_name, head)
+    # scores with other settings are not gone on with
+    keep_to(path.with_suffix(".settings.json"), {"sizes": part.sizes[head], "gammas": gammas, "seed": SEED})
     done = {(one["item"], one["family"]) for one in whole_lines(path)}
     depths = deep.DEPTHS if part.kind in ("photographs", "mosaics") else (AUTO, 1.0)
-    places = deep.places_at(model, depths)
-    made_with = {"sizes": part.sizes[head], "gammas": gammas, "seed": SEED, "places": [*map(deep.named, places)]}
-    # scores with other settings are not gone on with
-    keep_to(path.with_suffix(".settings.json"), made_with)
-    makes = families(part, head, gammas, places)
+    makes = families(part, head, gammas, deep.places_at(model, depths))
     scores: dict[str, Callable[[items.Item], items.Scores]] = {}
     # item by item, so that a part that is stopped has scored the same items by every method
     for item, name in ((item, name) for item in every for name in makes if wanted is None or name in wanted):

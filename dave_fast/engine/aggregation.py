@@ -130,16 +130,19 @@ class Sampled:
             places: blocks and pixels.
             shrink: whether the maps are shrunk.
         """
-        evidence, found = dict(zip(self.grids, kept.evidence, strict=True)), []
-        for place in places:
+        evidence = dict(zip(self.grids, kept.evidence, strict=True))
+
+        def made(place: Place) -> Made:
             if place is None:
-                found.append(self._pulled_back(ops, kept.tokens, shrink=shrink))
-                continue
+                return self._pulled_back(ops, kept.tokens, shrink=shrink)
             blocks = blocks_of(place)
             told = [evidence[block] for block in blocks]
             mean = told[0] if len(told) == 1 else torch.stack(told).mean(0)
-            found.append(self._spread(ops, mean, self.grids[blocks[0]], shrink=shrink))
-        return found
+            return self._spread(ops, mean, self.grids[blocks[0]], shrink=shrink)
+
+        # several depths may name one place: "auto" and its blocks
+        found = {place: made(place) for place in dict.fromkeys(places)}
+        return [found[place] for place in places]
 
     def _pulled_back(self, ops: PixelOps, tokens: Tensor | None, *, shrink: bool) -> Made:
         assert tokens is not None

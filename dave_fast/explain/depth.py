@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from numbers import Integral, Real
 from typing import Any
 
@@ -42,15 +43,16 @@ def parse_depth(text: str) -> Depth | list[Depth]:
 def _parsed(word: str) -> Depth:
     if word in (PIXELS, AUTO) or _RANGE.fullmatch(word):
         return check_one(word)
-    try:
-        return check_one(int(word) if word.isascii() and word.isdecimal() else float(word))
-    except ValueError:
-        raise InputError(f"depth {word!r} is unknown; expected {FORMS}") from None
+    # other digits than ASCII's are digits to Python
+    for number in (int, float) if word.isascii() else ():
+        with suppress(ValueError):
+            return check_one(number(word))
+    raise InputError(f"depth {word!r} is unknown; expected {FORMS}")
 
 
 def check_depth(depth: object) -> tuple[Depth, ...]:
     """Return the depths that are given, one or a sequence; raise InputError unless each has one of the forms."""
-    if isinstance(depth, Sequence) and not isinstance(depth, str):
+    if isinstance(depth, Sequence) and not isinstance(depth, str | bytes):
         if not depth:
             raise InputError(f"depth is an empty sequence; expected {FORMS}, or several of them")
         return tuple(check_one(each) for each in depth)

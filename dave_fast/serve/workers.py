@@ -265,7 +265,7 @@ def _predicted(explainer: DAVE, ask: Ask, scores: Tensor, probability: Tensor) -
         probability: of the K classes.
     """
     targets = ask.targets or tuple(scores.topk(ask.top_k).indices.tolist())
-    if ask.places == (None,):
+    if ask.levels == PIXELS:
         return Predicted(scores, probability, targets)
     told = explainer.depths(ask.image, targets=targets)
     return Predicted(scores, probability, targets, told.map(lambda t: t[0].cpu()))

@@ -56,6 +56,15 @@ def test_several_depths_and_targets_equal_their_own_calls(model, images, precisi
             assert torch.equal(alone.signed, found.signed[:, which, level])
 
 
+def test_names_of_one_block_are_spread_once(model, images, monkeypatch):
+    made, calls = explainer(model), []
+    spread = made._cache.ops.spread_mean_variance
+    monkeypatch.setattr(made._cache.ops, "spread_mean_variance", lambda *given: calls.append(given) or spread(*given))
+    found = made.explain(images, 1, n_samples=2, depth=[2, 0.5, 2, 0])
+    assert found.depth == (2, 2, 2, 0) and len(calls) == 2
+    assert torch.equal(found.maps[:, 0], found.maps[:, 2]) and not torch.equal(found.maps[:, 0], found.maps[:, 3])
+
+
 def test_pixels_are_the_default_and_have_no_depths(model, images):
     made = explainer(model)
     default = made.explain(images, 1, n_samples=SAMPLES)
@@ -181,6 +190,7 @@ OTHERS = [
     [3, "x"],
     [[1]],
     1j,
+    b"\1",
 ]
 
 
@@ -202,6 +212,7 @@ def test_a_block_that_the_model_lacks_is_refused_with_those_it_has(model, images
         ("auto", "auto"),
         (" 6", 6),
         ("5-9", "5-9"),
+        ("+1", 1),
         ("0.5", 0.5),
         ("1.0", 1.0),
         ("pixels, 3,0.25", ["pixels", 3, 0.25]),
@@ -211,7 +222,7 @@ def test_texts_name_depths(text, depth):
     assert parse_depth(text) == depth and type(parse_depth(text)) is type(depth)
 
 
-@pytest.mark.parametrize("text", ["", "deep", "-1", "5-", "9-5", "٥", "1.5", "1e3", "nan", "3,", "block 3"])
+@pytest.mark.parametrize("text", ["", "deep", "-1", "5-", "9-5", "٥", "1.5", "1e3", "nan", "3,", "block 3", "١"])
 def test_texts_that_name_none_are_refused(text):
     with pytest.raises(InputError, match="depth"):
         parse_depth(text)
