@@ -58,8 +58,8 @@ class MicroBatches:
         self._rows, self._graphs, self._samples = rows, graphs, samples
         # the images whose output is known, and their output
         self._known: tuple[Tensor, Tensor] | None = None
-        # the levels of the walk that made it, and that walk, where it was one
-        self._unperturbed: tuple[Levels, Eager] | None = None
+        # images, the levels of the walk that made their output, and that walk, where it was one
+        self._unperturbed: tuple[Tensor, Levels, Eager] | None = None
 
     def outputs(self, images: Tensor, levels: Levels = PIXELS) -> Tensor:
         """Return the model's output (B, ...) for unperturbed images (B, C, H, W), computed once for the same images.
@@ -70,17 +70,16 @@ class MicroBatches:
         """
         if self._known is not None and self._known[0] is images:
             return self._known[1]
-        outputs, walks = [], []
+        outputs = []
 
         def keep(walk: Walk, output: Tensor, at: slice, rows: Draws) -> None:
             outputs.append(output.clone())
-            walks.append(walk)
+            # one that has all images, since each holds its operators; a bucket is lent for one micro-batch
+            if levels.blocks and len(rows) == len(images) and isinstance(walk, Eager):
+                self._unperturbed = images, levels, walk
 
         self._each(images, identity(len(images)), levels, keep)
         self._known = images, torch.cat(outputs)
-        # a bucket is lent for one micro-batch
-        if levels.blocks and len(walks) == 1 and isinstance(walks[0], Eager):
-            self._unperturbed = levels, walks[0]
         return self._known[1]
 
     def unperturbed_vjps(
@@ -96,15 +95,16 @@ class MicroBatches:
         """
         held, self._unperturbed = self._unperturbed, None
         rows = identity(len(images))
-        if held is None or held[0] != levels or self._known is None or self._known[0] is not images:
+        if held is None or held[0] is not images or held[1] != levels:
             return self.vjps(images, rows, targets, dtype, levels=levels)
-        (_, walk), (_, output) = held, self._known
-        on_device = rows.to(images.device)
-        found = [walk.vjp(target(output, on_device), dtype) for target in targets]
-        into = found[0].like(len(targets), len(images))
-        for which, one in enumerate(found):
-            into.store(one, which, slice(None))
-        return into
+        walk, output, on_device = held[2], self.outputs(images), rows.to(images.device)
+        into: list[Pulled] = []
+        for which, target in enumerate(targets):
+            found = walk.vjp(target(output, on_device), dtype)
+            if not into:
+                into.append(found.like(len(targets), len(images)))
+            into[0].store(found, which, slice(None))
+        return into[0]
 
     def vjps(
         self,

@@ -1,9 +1,12 @@
 """`DAVE.contributions`, `DAVE.aggregate` and `sampling.join`: micro-batches that callers fill themselves."""
 
+import weakref
+
 import pytest
 import torch
 
 import dave_fast
+from dave_fast.engine.eager import Eager
 from dave_fast.errors import InputError, NonFiniteError
 from dave_fast.sampling import draw, join
 from tests.tiny import initial_vit
@@ -97,3 +100,18 @@ def test_pixels_that_are_not_finite_are_refused(explainer, images):
     with pytest.raises(NonFiniteError, match="pixels"):
         explainer.contributions(broken, draws_of(explainer, 0, 1), torch.tensor([[0]]))
     assert explainer.fitting_rows(images[:1]) >= 1 and explainer.statistics_dtype == torch.float64
+
+
+@pytest.mark.parametrize("depth", ["pixels", 1])
+def test_operators_of_one_micro_batch_at_a_time_are_held(explainer, images, depth, monkeypatch):
+    walks, most, walk_of = [], [], Eager.walk
+
+    def walk(self, tokens):
+        walks.append(weakref.ref(self))
+        most.append(sum(each() is not None for each in walks))
+        return walk_of(self, tokens)
+
+    monkeypatch.setattr(Eager, "walk", walk)
+    explainer.explain(torch.cat([images, images]), 1, n_samples=1, depth=depth, internal_batch_size=1)
+    # the one before is freed when the next has run
+    assert len(walks) >= 12 and max(most) <= 2
