@@ -179,7 +179,7 @@ class DAVE:
         def work(images: Tensor, batches: MicroBatches, end: EndOfCall) -> Explanation:
             keys = check_keys(image_keys, len(images))
             places = places_of(depths, lambda: batches.route.blocks)
-            deep = depths != (PIXELS,)
+            deep = levels_of(places) != LEVEL_OF_PIXELS
             output = self._output(batches, images, end, every_level(batches.route.blocks) if deep else LEVEL_OF_PIXELS)
             if top_k is None or top_k == 1:
                 resolved = [self._resolved(each, output, images) for each in wanted]

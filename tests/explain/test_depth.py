@@ -280,4 +280,5 @@ def test_a_model_without_blocks_is_refused_by_name_and_keeps_its_pixels():
     made = explainer(variant.build(), route="frozen")
     with pytest.raises(ModelError, match=r"no item of .* of HandWritten has attention.*Use depth='pixels'"):
         made.explain(variant.images(1), 1, n_samples=2, depth="auto")
-    assert made.explain(variant.images(1), 1, n_samples=2).depth == "pixels"
+    found = made.explain(variant.images(1), 1, n_samples=2, depth=["pixels", "pixels"])
+    assert found.depth == ("pixels", "pixels") and found.depths is None
