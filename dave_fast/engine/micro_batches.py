@@ -99,12 +99,20 @@ class MicroBatches:
             return self.vjps(images, rows, targets, dtype, levels=levels)
         walk, output, on_device = held[2], self.outputs(images), rows.to(images.device)
         into: list[Pulled] = []
-        for which, target in enumerate(targets):
-            found = walk.vjp(target(output, on_device), dtype)
-            if not into:
-                into.append(found.like(len(targets), len(images)))
-            into[0].store(found, which, slice(None))
-        return into[0]
+        try:
+            for which, target in enumerate(targets):
+                found = walk.vjp(target(output, on_device), dtype)
+                if not into:
+                    into.append(found.like(len(targets), len(images)))
+                into[0].store(found, which, slice(None))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            return into[0]
+        # in smaller micro-batches, once the walk's operators are free
+        del held, walk, into
+        return self.vjps(images, rows, targets, dtype, levels=levels)
 
     def vjps(
         self,

@@ -187,7 +187,7 @@ class DAVE:
                 resolved = [ElementCotangent(each, each) for each in most_probable(self.model, output, top_k)]
             height, width = images.shape[2:]
             draws = draw(n_samples, height=height, width=width, seed=seed, image_keys=keys, sampling=self.sampling)
-            told = account(batches, images, resolved) if deep else None
+            told = self._account(batches, images, resolved, end) if deep else None
             found = attributions(batches, images, draws, resolved, progress, shrink=shrink, places=places)
             end.refuse_non_finite(found.raw, "the attribution", f"{self._advice}, or look for overflow in the model.")
             of_each = moved([each.classes for each in resolved], output.device)
@@ -235,9 +235,7 @@ class DAVE:
 
         def work(images: Tensor, batches: MicroBatches, end: EndOfCall) -> Depths:
             output = self._output(batches, images, end, every_level(batches.route.blocks))
-            told = account(batches, images, [self._resolved(each, output, images) for each in wanted])
-            for found in (told.pixels, told.tokens):
-                end.refuse_non_finite(found, "the attribution", f"{self._advice}.")
+            told = self._account(batches, images, [self._resolved(each, output, images) for each in wanted], end)
             end.read()
             return told if targets is not None else told.map(lambda t: t[:, 0])
 
@@ -475,6 +473,13 @@ class DAVE:
         output = batches.outputs(images, levels)
         end.refuse_non_finite(output, "the model's output", f"Check the weights. {self._advice}.")
         return output
+
+    def _account(self, batches: MicroBatches, images: Tensor, targets: Sequence[Cotangent], end: EndOfCall) -> Depths:
+        """Return what each depth accounts for of the targets, and queue its checks."""
+        told = account(batches, images, targets)
+        for found in (told.pixels, told.tokens):
+            end.refuse_non_finite(found, "the attribution", f"{self._advice}.")
+        return told
 
     def _resolved(self, target: Target, output: Tensor, images: Tensor) -> Cotangent:
         """Return a target's cotangent, checked against the images' output."""

@@ -152,3 +152,22 @@ def test_pytorchs_own_shortage_is_recognised():
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**62, dtype=torch.uint8)
     assert is_out_of_memory(raised.value)
+
+
+def test_a_shortage_while_depths_are_accounted_for_is_answered_by_smaller_micro_batches(model, images):
+    expected = explainer(model).depths(images, 1)
+    made = explainer(model)
+    route = made._cache.route(images)
+    vjp, shortages = route.vjp, iter([SHORTAGES["cpu"]])
+
+    def scarce_once(saved, cotangent, levels):
+        error = next(shortages, None)
+        if error is not None:
+            raise error
+        return vjp(saved, cotangent, levels)
+
+    route.vjp = scarce_once
+    made.predict(images)
+    found = made.depths(images, 1)
+    assert next(shortages, None) is None
+    assert torch.allclose(found.patches, expected.patches, rtol=1e-5)
