@@ -60,7 +60,8 @@ class DAVE:
         backend: "auto", or "native" (C++ on the host), "onednn" or "torch": taken for every op that has it.
         route: "auto", "engine" (raises where the model has no plan) or "frozen".
         noise_alpha: largest noise level; by default the authors' value for the model, else one by the scale of its
-            pixels (see `dave_fast.explain.noise_level`).
+            pixels (see `dave_fast.explain.noise_level`). For maps at blocks alone 0, transformations without noise, was
+            as good or better on all models that were measured (docs/depth.md); pixels and blocks of a call share it.
         schedule: "sequence" or "paper" (see `dave_fast.sampling.Sampling`, also for the next four).
         rotation: largest angle in degrees.
         scale: smallest and largest factor.
