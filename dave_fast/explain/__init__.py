@@ -3,6 +3,7 @@
 explainer     DAVE and effective_gradient
 depth         the names of depths: pixels, blocks, shares of the depth
 depth_account what of a decision each depth accounts for, as numbers, words and a figure
+sample_calls  the part of DAVE for callers that fill micro-batches themselves
 explanation   the result of DAVE.explain
 route_cache   the routes through a model, by size of images
 subject       a model with its preprocessing and class names

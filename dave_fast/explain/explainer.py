@@ -10,18 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dave_fast.defaults import DEFAULT_SAMPLES, DEFAULT_SHRINK
-from dave_fast.engine.aggregation import Attributions, Sampled, aggregate, attributions
-from dave_fast.engine.checks import check_classes, check_integer, check_keys, check_rows, check_targets, describe
+from dave_fast.engine.aggregation import attributions
+from dave_fast.engine.checks import check_integer, check_keys, check_rows, describe
 from dave_fast.engine.end_of_call import EndOfCall
 from dave_fast.engine.levels import PIXELS as LEVEL_OF_PIXELS
-from dave_fast.engine.levels import Levels, Place, Pulled, TokenGrid, levels_of
+from dave_fast.engine.levels import Levels, levels_of
 from dave_fast.engine.micro_batches import MicroBatches, Progress
 from dave_fast.errors import InputError
 from dave_fast.explain.depth import PIXELS, Depth, check_depth, check_one, depth_of, places_of
@@ -29,21 +28,22 @@ from dave_fast.explain.depth_account import Depths, account, every_level
 from dave_fast.explain.explanation import Explanation
 from dave_fast.explain.noise_level import noise_level
 from dave_fast.explain.route_cache import RouteCache
+from dave_fast.explain.sample_calls import SampleCalls
 from dave_fast.given.wrappers import Watched
 from dave_fast.models.catalog import is_private, load_model
 from dave_fast.models.meaning import most_probable, probability_of
 from dave_fast.models.spec import ModelSpec
 from dave_fast.ops.patches import unpatchify
-from dave_fast.ops.precision import DTYPES, choose_precision, own_arithmetic, resolve_device, statistics_dtype
-from dave_fast.sampling import Draws, Sampling, draw, identity
+from dave_fast.ops.precision import choose_precision, own_arithmetic, resolve_device
+from dave_fast.sampling import Sampling, draw, identity
 from dave_fast.targets.cotangents import Cotangent, ElementCotangent
 from dave_fast.targets.forms import ModelView, Question, Target, resolve_target, split_targets
-from dave_fast.transfers import moved, to_device
+from dave_fast.transfers import moved
 
 __all__ = ["DAVE", "Explanation", "effective_gradient"]
 
 
-class DAVE:
+class DAVE(SampleCalls):
     """An explainer of the decisions of one Vision Transformer.
 
     A module that is given is only read. Changes that its owner makes to its weights, modules, hooks and settings are
@@ -326,130 +326,6 @@ class DAVE:
         """The route of the last explanation, "engine" or "frozen"; before the first one the route asked for."""
         return self._cache.name
 
-    def contributions(self, images: Tensor, draws: Draws, targets: Tensor) -> Tensor:
-        """Return the contributions of one micro-batch of perturbed samples.
-
-        For callers that fill micro-batches themselves, such as a server. The K frozen VJPs share one forward walk. A
-        row's contributions do not depend on the other rows, up to rounding. `dave_fast.sampling.join` puts rows of
-        several draws together.
-
-        Args:
-            images: (B, C, H, W), normalised as the model expects, finite.
-            draws: R rows; `draws.image_index` says which image each belongs to.
-            targets: (B, K) integers, the classes of each image that are explained.
-
-        Returns:
-            (K, R, C, H, W) in `statistics_dtype`. They may hold NaN or infinity.
-
-        Raises:
-            InputError: images or targets are not of that form, or there are no rows.
-            ModelError: as `explain`.
-            NonFiniteError: NaN or infinity in the images.
-        """
-        made = self.samples(images, draws, targets).tokens
-        assert made is not None
-        return made
-
-    def samples(self, images: Tensor, draws: Draws, targets: Tensor, levels: Levels = LEVEL_OF_PIXELS) -> Pulled:
-        """Return what one micro-batch of perturbed samples tells at several levels of the model.
-
-        Args:
-            images: as for `contributions`, as are draws and targets.
-            draws: R rows.
-            targets: (B, K).
-            levels: pixels, blocks (`levels`).
-
-        Returns:
-            Contributions (K, R, C, H, W) as `tokens`, and the evidence (K, R, N) of each block.
-
-        Raises:
-            DaveFastError: as `contributions`.
-        """
-        if not len(draws):
-            raise InputError("draws hold no rows; expected one or more perturbed samples")
-
-        def work(images: Tensor, batches: MicroBatches, end: EndOfCall) -> Pulled:
-            first, last = check_targets(targets, len(images))
-            of_class = [ElementCotangent(each) for each in to_device(targets.T.contiguous(), images.device)]
-
-            def checked(output: Tensor, rows: Draws) -> Tensor:
-                check_classes(first, last, output)
-                return of_class[0](output, rows)
-
-            made = batches.vjps(images, draws, [checked, *of_class[1:]], images.dtype, levels=levels)
-            end.read()
-            return made
-
-        # captured graphs have row numbers of their own
-        return self._checked.call(images, work, len(draws) if self._cache.graphs is None else None)
-
-    def aggregate(self, contributions: Tensor, *, shrink: bool | None = None) -> tuple[Tensor, Tensor]:
-        """Return raw (B, C, H, W) and maps (B, H, W) of contributions (B, S, C, H, W), as `explain` does.
-
-        They are NaN where a contribution is NaN.
-
-        Args:
-            contributions: of B images or classes and S samples.
-            shrink: whether the maps are shrunk; None takes the explainer's setting.
-        """
-        with own_arithmetic(self.device):
-            raw, _, maps = aggregate(self._cache.ops, contributions, shrink=self.shrink if shrink is None else shrink)
-        return raw, maps
-
-    def aggregate_levels(
-        self,
-        image: Tensor,
-        kept: Pulled,
-        draws: Draws,
-        places: Sequence[Place],
-        blocks: Sequence[TokenGrid],
-        *,
-        shrink: bool | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return raw (K, L, C, H, W) and maps (K, L, H, W) of the samples of one image at several levels.
-
-        Args:
-            image: (1, C, H, W).
-            kept: what `samples` returned for its rows, (K, S, ...).
-            draws: the S rows.
-            places: those of the maps in their order, blocks and pixels; `kept` has them.
-            blocks: of the model (`blocks`).
-            shrink: whether the maps are shrunk; None takes the explainer's setting.
-        """
-        shrink, device = self.shrink if shrink is None else shrink, kept.tensors()[0].device
-        grids = {block: blocks[block] for block in levels_of(places).blocks}
-        sampled = Sampled(image.to(device), draws.to(device), len(draws), grids)
-        targets = len(kept.tensors()[0])
-        with own_arithmetic(self.device):
-            made = Attributions.empty(sampled.images.to(self.statistics_dtype), targets, len(places))
-            for target in range(targets):
-                of_target = kept.map(itemgetter(target))
-                for level, one in enumerate(sampled.maps(self._cache.ops, of_target, places, shrink=shrink)):
-                    made.store(slice(None), target, level, one)
-        return made.raw[0], made.maps[0]
-
-    def blocks(self, images: Tensor) -> tuple[TokenGrid, ...]:
-        """Return the tokens that enter each block of the model for images (B, C, H, W).
-
-        Raises:
-            ModelError: the model has no sequence of blocks whose tokens lie on a grid.
-        """
-
-        def work(images: Tensor, batches: MicroBatches, end: EndOfCall) -> tuple[TokenGrid, ...]:
-            end.read()
-            return batches.route.blocks
-
-        return self._checked.call(images, work)
-
-    @property
-    def statistics_dtype(self) -> torch.dtype:
-        """The dtype of contributions."""
-        return statistics_dtype(DTYPES[self.precision])
-
-    def fitting_rows(self, images: Tensor) -> int:
-        """Return how many rows `contributions` should be given at once for images (B, C, H, W)."""
-        return self._checked.fitting_rows(images)
-
     @property
     def _advice(self) -> str:
         """What to do about NaN or infinity."""
@@ -459,13 +335,6 @@ class DAVE:
                 "expects them (standard deviation about 1; see `dave_fast.engine.calibration`): try precision='bf16'"
             )
         return "Try precision='fp32'"
-
-    @property
-    def _checked(self) -> RouteCache:
-        """The routes; raises ModelError where a wrapper of the given model has been changed."""
-        if self._wrapping is not None:
-            self._wrapping.check()
-        return self._cache
 
     def _output(
         self, batches: MicroBatches, images: Tensor, end: EndOfCall, levels: Levels = LEVEL_OF_PIXELS
