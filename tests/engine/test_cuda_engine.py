@@ -34,6 +34,30 @@ def test_graphs_give_the_bits_of_launching_one_by_one(name, precision):
     assert torch.equal(replayed.explain(images, n_samples=5).raw, expected.raw)
 
 
+@pytest.mark.parametrize("name", ["vit", "vit-average", "siglip"])
+def test_graphs_give_the_bits_of_launching_one_by_one_at_several_depths(name):
+    images = ENGINE[name].images(3)
+    replayed, launched = pair(name, internal_batch_size=8)
+    # several sets of levels in turns, each a graph of its own over the same memory
+    for depth in (["pixels", 0, 1], 1, "pixels", ["pixels", 0, 1]):
+        found, expected = (explainer.explain(images, 1, n_samples=5, depth=depth) for explainer in (replayed, launched))
+        assert torch.equal(found.maps, expected.maps) and torch.equal(found.raw, expected.raw)
+
+
+@pytest.mark.parametrize("name", ["vit", "vit-average", "eva02", "beit"])
+def test_evidence_on_a_gpu_is_that_of_float64(name):
+    model, images = ENGINE[name].build(), ENGINE[name].images(3)
+    told = {
+        (device, precision): dave_fast.DAVE(model, device=device, precision=precision, noise_alpha=0.0).depths(
+            images, 1
+        )
+        for device, precision in (("cuda", "fp32"), ("cpu", "fp32"), ("cpu", "fp64"))
+    }
+    truth = told["cpu", "fp64"].patches
+    own, plain = ((told[device, "fp32"].patches.cpu().double() - truth).norm() for device in ("cuda", "cpu"))
+    assert own <= LOW_PRECISION_RATIO * plain + 1e-6 * truth.norm()
+
+
 @pytest.mark.parametrize("target", [lambda output: output[:, 1].tanh(), [lambda row: row[1]] * 2], ids=["all", "each"])
 def test_callable_targets_between_the_graphs(target):
     images = ENGINE["vit"].images(2)
