@@ -51,7 +51,7 @@ def test_run_resume_and_export(photos, tmp_path):
     result = call("run", photos, *settings)
     assert "resuming: 2 records are done" in result.stderr and "1 maps made" in result.stdout
     result = call("export", out, "--to", "npy", "--out", tmp_path / "npy", "--limit", 2)
-    assert "2 maps written" in result.stdout and np.load(tmp_path / "npy/maps.npy").shape == (2, 128, 128)
+    assert "2 maps of pixels written" in result.stdout and np.load(tmp_path / "npy/maps.npy").shape == (2, 128, 128)
     result = call("export", out, "--to", "npy", "--out", tmp_path / "npy", code=2)
     assert "exists already" in result.stderr
 

@@ -398,7 +398,7 @@ def test_tokens_share_their_walks_too(dense, images):
 def forward_walks(explain, images, monkeypatch, **asked):
     route = explain._cache.route(images)
     walked, forward = [], route.forward
-    monkeypatch.setattr(route, "forward", lambda tokens: walked.append(len(tokens)) or forward(tokens))
+    monkeypatch.setattr(route, "forward", lambda tokens, levels: walked.append(len(tokens)) or forward(tokens, levels))
     explain.explain(images, n_samples=5, internal_batch_size=4, **asked)
     return sum(walked)
 
