@@ -40,10 +40,10 @@ AT_PIXELS = {
 INTRODUCTION = """\
 Evidence of the tokens that enter blocks, in place of pixels (`depth=`, [guide](guide.md)), of the same trained model,
 heads and held-out photographs as above, of mosaics of these photographs, twice as many of 2×2, and of scenes and
-mosaics of the embedded model, of a seed of their own; n says how many. "auto" is the mean over {autos}. It, the form of the
-average and γ were chosen on the other half, γ by what it does at pixels; on digits γ is the package's own. DAVE has
-S = 16 unless it is said otherwise, shrinkage, and the noise of the default, 0.1 of these models and 0.023 of the
-embedded one; *DAVE, no noise* has its transformations alone. All rows of either are of the same samples.
+mosaics of the embedded model, of a seed of their own; n says how many. "auto" is the mean over {autos}. It, the form
+of the average and γ were chosen on the other half, γ by what it does at pixels; on digits γ is the package's own.
+DAVE has S = 16 unless it is said otherwise, shrinkage, and the noise of the default, 0.1 of these models and 0.023 of
+the embedded one; *DAVE, no noise* has its transformations alone. All rows of either are of the same samples.
 
 *one frozen sample* is Σ_channels X_l ⊙ ∂f/∂X_l of the unperturbed image with every operator held constant,
 *gradient × activation* the same with the true gradient, *Grad-CAM* ReLU(Σ_c X_lc · mean over the patches of ∂f/∂X_lc),
