@@ -108,7 +108,9 @@ def verdicts(scores: Scores) -> list[str]:
                 what = f"{metric}{CONTRAST if contrast else ''}"
                 figures = found.dave.text(), found.rival.replace(CONTRAST, ""), found.other.text()
                 rows.append((title, what, head, *figures, found.difference.signed(), found.difference.n, found.words))
-                words[found.tone].append(f"{what} ({head})")
+                # the table has what is of too few images to tell, and no sentence says it of them
+                if not found.words.startswith("too few"):
+                    words[found.tone].append(f"{what} ({head})")
         tones = {"ahead": "ahead of every other method", "even": "not told apart from one", "behind": "behind one"}
         said += [f"- **{title}, {tones[tone]}**: {'; '.join(each)}." for tone, each in words.items() if each]
     head = ("", "metric", "head", 'at "auto"', "rival", "of the rival", "difference, paired", "n", "verdict")
