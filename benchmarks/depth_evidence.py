@@ -1,4 +1,4 @@
-"""Evidence at every block, sample by sample: a file for each image, for `benchmarks.depth` to make maps of any form.
+"""Evidence at every block, sample by sample: a file for each image, for `scripts/depth.py` to make maps of any form.
 
 A file holds what one image's walks told for K classes at L blocks of n patches, in float32:
 
@@ -128,7 +128,7 @@ def explain(explainer: DAVE, item: Item, samples: int) -> dict[str, Tensor]:
 
 def pixel_maps(parts: Sequence[Pulled]) -> Tensor:
     """Return the paper's signed maps and shrunk ones of the first samples and of all, (2, 2, K, H, W)."""
-    every = torch.cat([part.tokens for part in parts if part.tokens is not None], 1)
+    every = torch.cat([part.pixels for part in parts if part.pixels is not None], 1)
     made = []
     for size in (FEW, every.shape[1]):
         raw, variance = robust_mean_variance(every[:, :size].contiguous())

@@ -217,7 +217,7 @@ def items_of(examples: Examples, part: Part, limit: int | None) -> list[items.It
     return items.of_all_classes(examples, count, SEED)
 
 
-def measure(subject: Subject, part_name: str, head: str, limit: int | None) -> None:
+def measure(subject: Subject, part_name: str, head: str, limit: int | None, wanted: list[str] | None) -> None:
     """Score what of a part is not yet scored, a line of JSON for each item and family."""
     part, chosen = PARTS[part_name], json.loads(settings_of(subject.args).read_text())
     # the scores of other choices neither
@@ -227,6 +227,8 @@ def measure(subject: Subject, part_name: str, head: str, limit: int | None) -> N
     path = scores_of(subject.args, part_name, head)
     done = {(one["item"], one["family"]) for one in whole_lines(path)}
     for name, make in families(part, head, chosen, setup_of(subject)).items():
+        if wanted is not None and name not in wanted:
+            continue
         left = [item for item in every if (item.name, name) not in done]
         try:
             score = scorer(part, model, make) if left else None
@@ -384,6 +386,7 @@ def main() -> None:
     for name in ("model", "boxes", "photographs", "classes"):
         parser.add_argument(f"--{name}", type=Path)
     parser.add_argument("--head", choices=HEADS)
+    parser.add_argument("--family", nargs="*", help="measure only these")
     parser.add_argument("--chosen-on", action="store_true", help="measure on the half of the choices, as a trial")
     parser.add_argument("--limit", type=int, help="at most so many photographs and mosaics, as a trial")
     args = parser.parse_args()
@@ -407,7 +410,7 @@ def main() -> None:
     for name, part in PARTS.items():
         for head in part.sizes if args.part in (None, name) else ():
             if args.head in (None, head):
-                measure(subject, name, head, args.limit)
+                measure(subject, name, head, args.limit, args.family)
 
 
 if __name__ == "__main__":

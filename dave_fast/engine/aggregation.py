@@ -134,7 +134,7 @@ class Sampled:
 
         def made(place: Place) -> Made:
             if place is None:
-                return self._pulled_back(ops, kept.tokens, shrink=shrink)
+                return self._pulled_back(ops, kept.pixels, shrink=shrink)
             blocks = blocks_of(place)
             told = [evidence[block] for block in blocks]
             mean = told[0] if len(told) == 1 else torch.stack(told).mean(0)

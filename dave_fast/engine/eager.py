@@ -39,10 +39,10 @@ class Eager:
         the evidence of the blocks.
         """
         pulled = self._route.vjp(self._saved, cotangent, self._levels)
-        if dtype is None or pulled.tokens is None:
+        if dtype is None or pulled.pixels is None:
             return pulled
         assert self._seen is not None
-        return pulled._replace(tokens=self.pulled_back(pulled.tokens, *self._seen, dtype))
+        return pulled._replace(pixels=self.pulled_back(pulled.pixels, *self._seen, dtype))
 
     def perturbed(self, images: Tensor, draws: Draws) -> Tensor:
         """Return the tokens (R, n, C·p_h·p_w) of R rows of draws."""

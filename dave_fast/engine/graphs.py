@@ -156,9 +156,9 @@ class Bucket:
         fill(self._cotangent, cotangent)
         inside = dtype if self._pixels else None
         result: Pulled = self._replayed(inside, partial(self._work.vjp, self._cotangent, inside))
-        if dtype is not None and not self._pixels and result.tokens is not None:
-            pulled = self._work.pulled_back(result.tokens, self._images, self._draws, dtype)
-            result = result._replace(tokens=pulled)
+        if dtype is not None and not self._pixels and result.pixels is not None:
+            pulled = self._work.pulled_back(result.pixels, self._images, self._draws, dtype)
+            result = result._replace(pixels=pulled)
         return result.rows(self._real)
 
     def _replayed(self, key: Any, run: Run) -> Any:

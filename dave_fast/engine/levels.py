@@ -59,21 +59,21 @@ class Pulled(NamedTuple):
     """What a walk back returns for R rows.
 
     Attributes:
-        tokens: the cotangent of the patches' pixels, (R, n, C·p_h·p_w) in the dtype of the walk, or contributions
-            (R, C, H, W); None where the walk ends before them.
+        pixels: their cotangent as the tokens of patches have it, (R, n, C·p_h·p_w) in the dtype of the walk, or their
+            contributions (R, C, H, W); None where the walk ends before them.
         evidence: of each block of the levels, (R, N) in the dtype of statistics.
     """
 
-    tokens: Tensor | None
+    pixels: Tensor | None
     evidence: tuple[Tensor, ...]
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors, in the same order for the same levels."""
-        return [*(() if self.tokens is None else (self.tokens,)), *self.evidence]
+        return [*(() if self.pixels is None else (self.pixels,)), *self.evidence]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Pulled:
         """Return it with every tensor changed."""
-        return Pulled(None if self.tokens is None else change(self.tokens), tuple(map(change, self.evidence)))
+        return Pulled(None if self.pixels is None else change(self.pixels), tuple(map(change, self.evidence)))
 
     def rows(self, count: int) -> Pulled:
         """Return the first rows."""

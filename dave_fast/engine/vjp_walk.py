@@ -45,7 +45,7 @@ class VjpWalk:
         Returns:
             The cotangent of the tokens, (R, n, C·p_h·p_w) in the plan's dtype.
         """
-        tokens = self.pull(saved, cotangent, PIXELS).tokens
+        tokens = self.pull(saved, cotangent, PIXELS).pixels
         assert tokens is not None
         return tokens
 

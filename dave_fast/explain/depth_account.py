@@ -100,11 +100,11 @@ def account(batches: MicroBatches, images: Tensor, targets: Sequence[Cotangent])
     output, on_device = batches.outputs(images), identity(len(images)).to(images.device)
     scores = [(output * target(output, on_device)).flatten(1).sum(1) for target in targets]
     found = batches.unperturbed_vjps(images, targets, images.dtype, every_level(grids))
-    assert found.tokens is not None
+    assert found.pixels is not None
     prefix = [of.split([grid.prefix, grid.patches], -1) for of, grid in zip(found.evidence, grids, strict=True)]
     made = Depths(
         torch.stack(scores),
-        found.tokens.flatten(2).sum(2),
+        found.pixels.flatten(2).sum(2),
         torch.stack([patches.sum(-1) for _, patches in prefix], -1),
         torch.stack([others.sum(-1) for others, _ in prefix], -1),
     )

@@ -312,7 +312,7 @@ class DAVE(SampleCalls):
 
         def work(images: Tensor, batches: MicroBatches, end: EndOfCall) -> Tensor:
             resolved = self._resolved(target, self._output(batches, images, end), images)
-            tokens = batches.vjps(images, identity(len(images)), [resolved], None).tokens
+            tokens = batches.vjps(images, identity(len(images)), [resolved], None).pixels
             assert tokens is not None
             gradients = unpatchify(tokens[0].to(images.dtype), batches.route.patch_size, *images.shape[2:])
             end.refuse_non_finite(gradients, "the effective gradient", f"{self._advice}.")

@@ -63,7 +63,7 @@ class SampleCalls:
             ModelError: as `explain`.
             NonFiniteError: NaN or infinity in the images.
         """
-        made = self.samples(images, draws, targets).tokens
+        made = self.samples(images, draws, targets).pixels
         assert made is not None
         return made
 

@@ -87,10 +87,10 @@ def test_levels_change_no_bit_of_each_other(name, dtype):
     output, saved = engine.forward(patchify(images, engine.plan.patch_size).to(dtype))
     cotangent, levels = cotangent_like(output), all_levels(engine)
     every = pulled(engine, images, cotangent, levels)
-    assert torch.equal(every.tokens, engine.vjp(saved, cotangent))
+    assert torch.equal(every.pixels, engine.vjp(saved, cotangent))
     for block in levels.blocks:
         alone = pulled(engine, images, cotangent, Levels(False, (block,)))
-        assert alone.tokens is None and torch.equal(alone.evidence[0], every.evidence[block])
+        assert alone.pixels is None and torch.equal(alone.evidence[0], every.evidence[block])
 
 
 def test_rows_do_not_depend_on_each_other():

@@ -1,4 +1,4 @@
-"""What the scored files of `benchmarks.depth` say: means, paired differences and losses, as JSON and as tables."""
+"""What the scored files of `scripts/depth.py` say: means, paired differences and losses, as JSON and as tables."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 
 from benchmarks.depth_evidence import FEW
 from benchmarks.depth_forms import FORMS, GROUPS, MAIN, METRICS, SIZES
-from benchmarks.depth_models import LEVELS
 from benchmarks.depth_rules import RULES, SHARES, Measured, measured
+from scripts.depth_models import LEVELS
 
 PAGE = Path(__file__).parents[1] / "docs" / "depth.md"
 # of the names of runs on copies with fewer blocks, which are for the choice of the block only
@@ -175,7 +175,7 @@ def write_page(runs: list[dict[str, Any]]) -> None:
     """Write the tables between the marks of the page."""
     text = PAGE.read_text()
     for name, table in TABLES.items():
-        begin, end = f"<!-- benchmarks.depth: {name} -->", "<!-- end -->"
+        begin, end = f"<!-- scripts/depth: {name} -->", "<!-- end -->"
         body = "\n".join([begin, "", *table(runs), "", end])
         text, count = re.subn(re.escape(begin) + ".*?" + re.escape(end), lambda _: body, text, flags=re.DOTALL)  # noqa: B023
         if count != 1:

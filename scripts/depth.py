@@ -1,9 +1,9 @@
 """Evidence at the blocks: how its samples are averaged, and at which block.
 
-    python -m benchmarks.depth scenes
-    python -m benchmarks.depth photographs --out DIR --model FOLDER --boxes PATH --photographs DIR --classes DIR
-    python -m benchmarks.depth score
-    python -m benchmarks.depth write
+    python scripts/depth.py scenes
+    python scripts/depth.py photographs --out DIR --model FOLDER --boxes PATH --photographs DIR --classes DIR
+    python scripts/depth.py score
+    python scripts/depth.py write
 
 The arguments of photographs are those of scripts/quality_photographs.py, of whose photographs the half for choices is
 taken. The first two steps write what each sample tells at every block, a file for each image in build/depth; `score`
@@ -15,15 +15,19 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks import depth_models, depth_tables, machine
-from benchmarks.depth_evidence import collect
-from benchmarks.depth_forms import scores_of, together
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import machine  # noqa: E402
+from benchmarks.depth_evidence import collect  # noqa: E402
+from benchmarks.depth_forms import scores_of, together  # noqa: E402
+from scripts import depth_models, depth_tables  # noqa: E402
 
 EVIDENCE = Path("build/depth")
 
