@@ -24,10 +24,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import machine  # noqa: E402
-from benchmarks.depth_evidence import collect  # noqa: E402
-from benchmarks.depth_forms import scores_of, together  # noqa: E402
-from scripts import depth_models, depth_tables  # noqa: E402
+from benchmarks import machine
+from benchmarks.depth_evidence import collect
+from benchmarks.depth_forms import scores_of, together
+from scripts import depth_models, depth_tables
 
 EVIDENCE = Path("build/depth")
 
