@@ -73,7 +73,7 @@ def test_digits_are_measured_gone_on_with_and_written(monkeypatch, tmp_path, cap
     path = script.lines_of(tmp_path, "digits-2x2", page.DIGITS)
     first = path.read_text()
     (dave,) = [one for one in map(json.loads, first.splitlines()) if one["family"] == "DAVE at depth"]
-    assert f"DAVE, block {page.auto(page.DIGITS)}, against the others, S = 16" in dave["scores"]
+    assert f"DAVE, {page.auto(page.DIGITS)}, against the others, S = 16" in dave["scores"]
     capsys.readouterr()
     path.write_text(first[:-9])
     run("measure", "--family", *families)
