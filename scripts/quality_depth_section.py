@@ -115,8 +115,9 @@ def verdicts(scores: Scores) -> list[str]:
         said += [f"- **{title}, {tones[tone]}**: {'; '.join(each)}." for tone, each in words.items() if each]
     head = ("", "metric", "head", 'at "auto"', "rival", "of the rival", "difference, paired", "n", "verdict")
     note = (
-        'Rivals: every method at pixels and at the blocks of "auto", and Grad-CAM behind the last norm1. The strongest '
-        "is the one that is furthest ahead of DAVE, or else the nearest behind."
+        'Rivals: every method that scored these images at pixels or at the blocks of "auto", and Grad-CAM behind the '
+        "last norm1. The strongest is the one that is furthest ahead of DAVE, or else the nearest behind. Methods of "
+        "many passes are left out of mosaics of photographs here; the section above has them."
     )
     return ["\n".join(said), table(head, rows), fill_each(note)]
 
