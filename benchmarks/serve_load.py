@@ -114,7 +114,7 @@ def serve(way: str, threads: int, row_ms: float | None) -> None:
     from dave_fast.serve import server as serving
     from dave_fast.serve.app import create_app
     from dave_fast.serve.limits import Limits
-    from dave_fast.serve.served import load_models
+    from dave_fast.serve.models import load_models
     from dave_fast.serve.service import Service
 
     torch.set_num_threads(threads)

@@ -34,7 +34,7 @@ from dave_fast.run.reader import open_maps
 from dave_fast.run.records import Record
 from dave_fast.run.shards import new_shard, schema
 from dave_fast.serve import formats
-from dave_fast.serve.served import ServedModel, load_models
+from dave_fast.serve.models import ServedModel, load_models
 from dave_fast.serve.service import Service
 from dave_fast.targets import Class
 from tests.serve.tiny_server import DirectClient

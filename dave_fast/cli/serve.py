@@ -82,7 +82,7 @@ def serve(
         try:
             from dave_fast.serve.app import create_app
             from dave_fast.serve.limits import Limits
-            from dave_fast.serve.served import load_models
+            from dave_fast.serve.models import load_models
             from dave_fast.serve.server import log_to_stderr, make_server
             from dave_fast.serve.service import Service
         except ModuleNotFoundError as error:

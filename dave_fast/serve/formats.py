@@ -31,7 +31,7 @@ from dave_fast.serve.schemas import (
     Prediction,
     finite,
 )
-from dave_fast.serve.served import ServedModel
+from dave_fast.serve.models import ServedModel
 
 JSON, PNG, NPY, NPZ = "application/json", "image/png", "application/x-npy", "application/x-npz"
 TYPES = (JSON, PNG, NPY, NPZ)

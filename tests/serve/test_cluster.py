@@ -21,7 +21,7 @@ import pytest
 import dave_fast
 from dave_fast.client import Client, ServerError, picture_bytes
 from dave_fast.models.demo import demo_scene
-from dave_fast.serve.served import load_models
+from dave_fast.serve.models import load_models
 from tests.serve.tiny_server import serving, until
 
 pytest.importorskip("ray.serve", reason="an extra: dave-fast[ray]")

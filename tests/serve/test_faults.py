@@ -292,7 +292,7 @@ def test_settings_of_the_method_reach_the_models(monkeypatch, options, expected)
         given.update(settings)
         raise InputError("no model is loaded here")
 
-    monkeypatch.setattr("dave_fast.serve.served.load_models", load)
+    monkeypatch.setattr("dave_fast.serve.models.load_models", load)
     result = CliRunner().invoke(cli.app, ["serve", "--port", "0", *options])
     assert "no model is loaded here" in result.output
     assert (given["noise_alpha"], given["shrink"]) == expected

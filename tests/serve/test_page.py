@@ -20,7 +20,7 @@ from PIL import Image
 from dave_fast.client import Client
 from dave_fast.models.demo import demo_scene
 from dave_fast.serve.limits import Limits
-from dave_fast.serve.served import load_models
+from dave_fast.serve.models import load_models
 from tests.serve.tiny_server import file_of, serve_model, serving
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -19,7 +19,7 @@ from dave_fast.models.labels import labels_of
 from dave_fast.serve.app import create_app
 from dave_fast.serve.jobs import Ask, Ended, Failed
 from dave_fast.serve.limits import Limits
-from dave_fast.serve.served import ServedModel
+from dave_fast.serve.models import ServedModel
 from dave_fast.serve.server import running
 from dave_fast.serve.service import Service
 from tests.tiny import named_vit
