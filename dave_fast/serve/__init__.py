@@ -6,7 +6,7 @@ scheduler   chooses the rows (request, sample) of the next micro-batch; without 
 jobs        requests, jobs and the events that they send
 workers     threads with one device each, which compute micro-batches
 service     open requests, the workers, and a thread that makes maps
-served      the models of a server
+models      the models of a server
 
 HTTP:
 

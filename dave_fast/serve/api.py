@@ -28,8 +28,8 @@ from dave_fast.serve import formats
 from dave_fast.serve.jobs import Ask, DeadlineError, Ended, Event, Failed, Predicted
 from dave_fast.serve.limits import FORMATS, Limits
 from dave_fast.serve.middleware import UploadBudget
-from dave_fast.serve.schemas import Health, ModelInfo, Options, StoredImage, describe_errors
 from dave_fast.serve.models import ServedModel
+from dave_fast.serve.schemas import Health, ModelInfo, Options, StoredImage, describe_errors
 from dave_fast.serve.service import Service
 from dave_fast.serve.uploads import Body, ImageStore, MemoryImageStore, read_body
 

@@ -19,6 +19,7 @@ from dave_fast.explain.arrays import Scored, write_arrays
 from dave_fast.explain.convergence import Refined
 from dave_fast.images import drawing
 from dave_fast.serve.jobs import Ask, Ended, Predicted
+from dave_fast.serve.models import ServedModel
 from dave_fast.serve.schemas import (
     Account,
     Answer,
@@ -31,7 +32,6 @@ from dave_fast.serve.schemas import (
     Prediction,
     finite,
 )
-from dave_fast.serve.models import ServedModel
 
 JSON, PNG, NPY, NPZ = "application/json", "image/png", "application/x-npy", "application/x-npz"
 TYPES = (JSON, PNG, NPY, NPZ)

@@ -20,8 +20,8 @@ from dave_fast.explain.convergence import FEWEST, Refined, checkpoints
 from dave_fast.explain.depth import depth_of
 from dave_fast.explain.depth_account import Depths
 from dave_fast.sampling import Draws, draw
-from dave_fast.serve.scheduler import Queued
 from dave_fast.serve.models import ServedModel
+from dave_fast.serve.scheduler import Queued
 
 
 class DeadlineError(DaveFastError, TimeoutError):

@@ -24,8 +24,8 @@ from starlette.responses import JSONResponse
 from dave_fast._version import __version__
 from dave_fast.errors import InputError
 from dave_fast.serve.api import Api
-from dave_fast.serve.schemas import Options, describe_errors, finite, problems
 from dave_fast.serve.models import ServedModel
+from dave_fast.serve.schemas import Options, describe_errors, finite, problems
 
 _TYPES = {"UINT8": np.uint8, "FP32": np.float32, "INT64": np.int64}
 

@@ -26,8 +26,8 @@ from dave_fast.errors import InputError, NonFiniteError
 from dave_fast.explain.convergence import Refined, refined
 from dave_fast.serve.jobs import Ask, DeadlineError, Ended, Job, Listener
 from dave_fast.serve.limits import Limits
-from dave_fast.serve.scheduler import Queued, Scheduler
 from dave_fast.serve.models import ServedModel
+from dave_fast.serve.scheduler import Queued, Scheduler
 from dave_fast.serve.workers import BatchKey, SharedState, Worker
 
 log = logging.getLogger("dave_fast.serve")

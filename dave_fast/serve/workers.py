@@ -22,9 +22,9 @@ from dave_fast.explain.explainer import DAVE
 from dave_fast.models.meaning import probabilities
 from dave_fast.sampling import join
 from dave_fast.serve.jobs import Ask, DeadlineError, Failed, Job, Predicted
+from dave_fast.serve.models import ServedModel
 from dave_fast.serve.prometheus import Metrics
 from dave_fast.serve.scheduler import MicroBatch, Part, Queued, Scheduler
-from dave_fast.serve.models import ServedModel
 
 log = logging.getLogger("dave_fast.serve")
 
