@@ -148,9 +148,11 @@ def _eight_bits(
         black, white = low, high if high > low else low + 1
     factors = np.full(values.shape[-1] if values.ndim == 3 else 1, 255 / levels[0])
     factors[:colours] = 255 / (white - black)
-    # Single precision holds sixteen bits exactly.
+    # Single precision holds sixteen bits exactly. In place, since copies of a large picture are its memory.
     real: np.ndarray = values.astype(np.float32 if values.dtype.itemsize <= 2 else np.float64)
-    eight = np.clip(np.rint((real - black) * factors.astype(real.dtype)), 0, 255).astype(np.uint8)
+    real -= black
+    real *= factors.astype(real.dtype)
+    eight = np.clip(np.rint(real, out=real), 0, 255, out=real).astype(np.uint8)
     return (255 - eight if samples.white_is_zero else eight), note
 
 

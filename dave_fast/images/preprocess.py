@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from dave_fast.errors import InputError, ModelError
+from dave_fast.errors import InputError, ModelError, TooLargeError
 from dave_fast.images.reading import as_rgb
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 ADD_INVERSE, CROP_FLOOR = "add_inverse", "crop_floor"
 # Why a model's own preprocessing cannot be described, in place of all other keys.
 NOT_SUPPORTED = "not_supported"
+# Pixels of a resized photograph, about as many as Pillow takes of a file without a warning; Pillow's bytes of a pixel.
+MOST_RESIZED = 89_478_485
+_PIXEL = 4
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,45 @@ class Preprocessing:
         crop = self.crop(image)
         return self.normalised(crop), crop
 
-    def crop(self, image: Image.Image) -> np.ndarray:
-        """Return the image resized and cropped, uint8 (H, W, 3): the first half of the transform."""
+    def crop(self, image: Image.Image, *, max_pixels: int = MOST_RESIZED) -> np.ndarray:
+        """Return the image resized and cropped, uint8 (H, W, 3): the first half of the transform.
+
+        Args:
+            image: the photograph.
+            max_pixels: as of `resizing_bytes`.
+
+        Raises:
+            TooLargeError: the image is too thin.
+        """
+        self.resizing_bytes(*image.size, max_pixels)
         return np.array(self._half(first=True)(as_rgb(image)))
+
+    def resizing_bytes(self, width: int, height: int, max_pixels: int = MOST_RESIZED) -> int:
+        """Return the bytes that resizing takes: the picture resized across, and then both ways.
+
+        Args:
+            width: of the photograph.
+            height: of the photograph.
+            max_pixels: the most pixels of the resized picture. The shorter side is scaled to the model's size, so that
+                a picture of few pixels, one high and many wide, would become one of very many.
+
+        Raises:
+            TooLargeError: there would be more.
+        """
+        from timm.data.constants import DEFAULT_CROP_PCT
+
+        sides = [math.floor(side / (self.config.get("crop_pct") or DEFAULT_CROP_PCT)) for side in self.size]
+        scales = sides[0] / height, sides[1] / width
+        mode = self.config.get("crop_mode")
+        if mode != "squash":
+            scales = (min(scales) if mode == "border" else max(scales),) * 2
+        high, wide = math.ceil(scales[0] * height), math.ceil(scales[1] * width)
+        if high * wide > max_pixels:
+            raise TooLargeError(
+                f"the image is {width}×{height}: resized for the model it would be {wide}×{high}, and at most "
+                f"{max_pixels} pixels are taken; crop it to a shape that is less thin."
+            )
+        return _PIXEL * (wide * height + wide * high)
 
     def normalised(self, crop: np.ndarray) -> Tensor:
         """Return the input for a crop: `normalised(crop(image))` is bit for bit `transform(image)`."""

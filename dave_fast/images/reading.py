@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Callable
-from typing import IO, Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -18,6 +19,8 @@ from PIL.TiffImagePlugin import TiffImageFile
 from dave_fast.errors import ImageError, ImageWarning, TooLargeError, reason_of
 from dave_fast.images import png, tiff
 from dave_fast.images.pixels import Samples, to_rgb
+
+T = TypeVar("T")
 
 # EXIF's tag of the orientation, and what turns a picture upright.
 _ORIENTATION = 0x0112
@@ -91,14 +94,33 @@ def decode_image(
         TooLargeError: the image has more than max_pixels.
     """
     notes: list[str] = []
+    image = _read_bytes(content, name, lambda file: _decoded(file, notes, max_pixels, formats))
+    _tell(notes, name, note)
+    return image
+
+
+def _read_bytes(content: bytes, name: str, read: Callable[[IO[bytes]], T]) -> T:
     try:
-        image = _decoded(io.BytesIO(content), notes, max_pixels, formats)
+        return read(io.BytesIO(content))
     except (TooLargeError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise TooLargeError(f"cannot read {name}: {_reason(error)}.") from error
     except Exception as error:
         raise ImageError(f"cannot read {name}: {_reason(error)}.") from error
-    _tell(notes, name, note)
-    return image
+
+
+def decoding_bytes(
+    content: bytes, name: str, *, max_pixels: int | None = None, formats: tuple[str, ...] | None = None
+) -> tuple[int, int, int]:
+    """Return the width and height of an image file, and the bytes that `decode_image` needs, as its header says.
+
+    The arguments and errors are those of `decode_image`.
+    """
+
+    def look(file: IO[bytes]) -> tuple[int, int, int]:
+        with _opened(file, max_pixels, formats) as (image, _, _):
+            return *image.size, image.width * image.height * _pixel_bytes(image)
+
+    return _read_bytes(content, name, look)
 
 
 def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
@@ -151,6 +173,20 @@ def _tell(notes: list[str], name: str, note: Callable[[str], None] | None) -> No
 def _decoded(
     file: IO[bytes], notes: list[str], max_pixels: int | None = None, formats: tuple[str, ...] | None = None
 ) -> Image.Image:
+    with _opened(file, max_pixels, formats) as (image, header, file):
+        samples = _samples(image, header, file)
+        if header and header.colour == png.PALETTE and header.transparency is not None:
+            # Pillow takes some tables of transparency for a single transparent entry.
+            image.info["transparency"] = header.transparency
+        other = _other_bytes(image)
+        return _finished(image, samples, notes, lambda: _deep(file, formats, other, image))
+
+
+@contextmanager
+def _opened(
+    file: IO[bytes], max_pixels: int | None, formats: tuple[str, ...] | None
+) -> Iterator[tuple[Image.Image, png.Header | None, IO[bytes]]]:
+    """Open a picture of at most max_pixels without decoding it; yield it, a PNG's header, and the file that it has."""
     if file.seek(0, os.SEEK_END) == 0:
         raise ImageError("the file is empty")
     header, file = png.read_header(file)
@@ -158,12 +194,29 @@ def _decoded(
         image = _inside(opened)
         if max_pixels is not None and image.width * image.height > max_pixels:
             raise TooLargeError(f"it has {image.width}×{image.height} pixels; at most {max_pixels} are taken")
-        samples = _samples(image, header, file)
-        if header and header.colour == png.PALETTE and header.transparency is not None:
-            # Pillow takes some tables of transparency for a single transparent entry.
-            image.info["transparency"] = header.transparency
-        other = _other_bytes(image)
-        return _finished(image, samples, notes, lambda: _deep(file, formats, other, image))
+        yield image, header, file
+
+
+def _pixel_bytes(image: Image.Image) -> int:
+    """Return the bytes of a pixel that decoding takes at its peak, measured (tests/images/test_decoding_memory.py)."""
+    decoders = [_arguments(tile)[0] if tile[0] == "raw" else tile[0] for tile in getattr(image, "tile", [])]
+    alpha = image.mode in ("RGBA", "RGBa", "LA", "La", "PA")
+    if _other_bytes(image) is not None:
+        # Read twice where it is dark or has a transparent colour, then scaled in single precision.
+        return 40 if alpha else 33
+    if image.mode[0] in "IF":
+        return 13 if image.mode.startswith("I;16") else 20
+    if image.format == "WEBP":
+        # Beside the picture, two canvases of the decoder.
+        return 24 if alpha else 16
+    most = 8 if len(image.getbands()) > 1 else 6
+    if alpha or "transparency" in image.info:
+        most = 17 if most == 8 else 13
+    if _orientation(image, []) in _TURNS:
+        most = max(most, 12)
+    # These keep what they have read of a file, as coefficients or as text.
+    kept = image.info.get("progressive") or any(each.startswith("ppm") for each in decoders)
+    return max(most, 12) if kept else most
 
 
 def _inside(image: Image.Image) -> Image.Image:

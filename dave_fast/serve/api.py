@@ -1,7 +1,7 @@
 """The functions of the routes: from an HTTP request to an `Ask`, and from its events to an answer.
 
-Nothing here computes: the event loop reads, waits and writes, the service's threads compute, and images are decoded
-and encoded in a thread pool.
+Nothing here computes: the event loop reads, waits and writes, the service's threads compute, bodies are parsed and
+decoded in processes of their own (`workshop`), and answers are encoded in a thread pool.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any
 
+import numpy as np
 from fastapi import Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from PIL import Image
@@ -21,17 +22,18 @@ from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
 from torch import Tensor
 
-from dave_fast.errors import ImageError, InputError, NonFiniteError, RefusedError, TooLargeError
+from dave_fast.errors import ImageError, InputError, NonFiniteError, RefusedError, TooLargeError, is_out_of_memory
 from dave_fast.explain.convergence import Refined
-from dave_fast.images import decode_image
 from dave_fast.serve import formats
+from dave_fast.serve.account import RETRY_AFTER
 from dave_fast.serve.jobs import Ask, DeadlineError, Ended, Event, Failed, Predicted
 from dave_fast.serve.limits import FORMATS, Limits
-from dave_fast.serve.middleware import UploadBudget
 from dave_fast.serve.models import ServedModel
 from dave_fast.serve.schemas import Health, ModelInfo, Options, StoredImage, describe_errors
 from dave_fast.serve.service import Service
+from dave_fast.serve.untrusted import Message
 from dave_fast.serve.uploads import Body, ImageStore, MemoryImageStore, read_body
+from dave_fast.serve.workshop import Workshop
 
 # Seconds without an event after which a comment is sent to keep the connection open.
 KEEP_ALIVE = 10.0
@@ -51,8 +53,8 @@ class Api:
     def __init__(self, service: Service, limits: Limits, store: ImageStore | None = None) -> None:
         self.service = service
         self.limits = limits
-        self.budget = UploadBudget(limits.held_bytes)
-        self.store: ImageStore = store or MemoryImageStore(limits, self.budget)
+        self.workshop = Workshop(limits)
+        self.store: ImageStore = store or MemoryImageStore(limits, service.account)
 
     # From a request to an Ask.
 
@@ -76,55 +78,60 @@ class Api:
         Returns:
             The model, the request for the service, and the options with those of a form.
         """
-        began = time.monotonic()
-        body = Body(b"") if request.method == "GET" else await read_body(request)
+        deadline = deadline_of(request, options)
+        body = Body(b"") if request.method == "GET" else await read_body(request, self.workshop, deadline)
         if body.fields:
             options = merge_options(options, body.fields)
         model = self.model(options.model)
         if bool(body.content) == (options.image is not None):
             given = "both a body and an image id were" if body.content else "no image was"
             raise HTTPException(422, f"{given} given; send an image file, or image= with an id of /v1/images.")
+        # What can be refused without the image is refused before it is read.
+        self._targets(model, options)
+        model.places(options.depths)
         content = body.content or await self.store.get(options.image or "")
-        image, notes = await run_in_threadpool(self.prepared, model, content)
-        return model, self.make_ask(model, image, options, began, refined=refined, notes=notes), options
+        image, notes = await self.prepared(request, model, content, deadline_of(request, options))
+        return model, self.make_ask(request, model, image, options, refined=refined, notes=notes), options
 
     def make_ask(
         self,
+        request: Request,
         model: ServedModel,
         image: Tensor,
         options: Options,
-        began: float,
         *,
         refined: bool,
         notes: tuple[str, ...] = (),
     ) -> Ask:
-        """Return the request for the service.
+        """Return the request for the service, and hold the memory of its answer.
 
         Args:
+            request: the HTTP request.
             model: the served model.
             image: the model's input, (3, H, W).
             options: options of the client.
-            began: when the request came, by `time.monotonic`.
             refined: whether the client is sent a map at every checkpoint.
             notes: what had to be assumed about the image.
 
         Raises:
             HTTPException: 422, an option exceeds the limits or contradicts another.
             InputError: the model has no such class or block.
+            RefusedError: there is no memory for the answer.
         """
-        deadline = None if options.deadline_ms is None else began + options.deadline_ms / 1000
+        targets, places = self._targets(model, options), model.places(options.depths)
+        request.state.share.hold(model.answer_bytes(len(targets or ()) or options.top_k or 1, len(places)))
         return Ask(
             image,
-            targets=self._targets(model, options),
+            targets=targets,
             top_k=options.top_k or 1,
             n_samples=options.n_samples,
             seed=options.seed,
             shrink=options.shrink,
             tolerance=options.tolerance,
-            deadline=deadline,
+            deadline=deadline_of(request, options),
             refined=refined,
             notes=notes,
-            places=model.places(options.depths),
+            places=places,
         )
 
     def _targets(self, model: ServedModel, options: Options) -> tuple[int, ...] | None:
@@ -141,22 +148,30 @@ class Api:
             raise HTTPException(422, "target has a class twice: give each class once.")
         return targets or None
 
-    def prepared(self, model: ServedModel, content: bytes) -> tuple[Tensor, tuple[str, ...]]:
-        """Return a model's input, (3, H, W), and what had to be assumed about the image, as `decode` does."""
-        image, notes = self.decode(content)
-        return model.prepare.transform(image), notes
+    async def prepared(
+        self, request: Request, model: ServedModel, content: bytes, deadline: float | None = None
+    ) -> tuple[Tensor, tuple[str, ...]]:
+        """Return a model's input, (3, H, W), and what had to be assumed about the image.
 
-    def decode(self, content: bytes) -> tuple[Image.Image, tuple[str, ...]]:
-        """Decode an image file within the limits; return it and what had to be assumed about it.
+        Args:
+            request: the HTTP request.
+            model: the served model.
+            content: an image file.
+            deadline: by `time.monotonic`, or None.
 
         Raises:
             ImageError: it cannot be read.
-            TooLargeError: it has too many pixels.
+            TooLargeError: it has too many pixels, or takes too long.
         """
-        notes: list[str] = []
-        limit = self.limits.pixels
-        image = decode_image(content, "the image", max_pixels=limit, formats=FORMATS, note=notes.append)
-        return image, tuple(notes)
+        told, crop = await self._picture(request, content, deadline, dict(model.prepare.config))
+        pixels = np.frombuffer(crop, np.uint8).reshape(told["shape"])
+        return await run_in_threadpool(model.prepare.normalised, pixels), tuple(told["notes"])
+
+    async def _picture(
+        self, request: Request, content: bytes, deadline: float | None, config: dict[str, Any] | None
+    ) -> Message:
+        options = {"pixels": self.limits.pixels, "formats": FORMATS, "config": config}
+        return await self.workshop.run("picture", content, request.state.share, deadline=deadline, **options)
 
     # From an Ask to an answer.
 
@@ -230,20 +245,23 @@ class Api:
 
     async def keep(self, request: Request) -> StoredImage:
         """Store an image for a limited time, for several requests or for GET."""
-        body = await read_body(request)
+        body = await read_body(request, self.workshop)
         if not body.content:
             raise HTTPException(422, "no image was given; send an image file.")
-        image, _ = await run_in_threadpool(self.decode, body.content)
+        told, _ = await self._picture(request, body.content, None, None)
         name = await self.store.put(body.content)
-        return StoredImage(image=name, width=image.width, height=image.height, expires_in_s=self.limits.stored_seconds)
+        size = {"width": told["width"], "height": told["height"]}
+        return StoredImage(image=name, **size, expires_in_s=self.limits.stored_seconds)
 
-    async def crop(self, image: str, model: Annotated[str | None, Query(max_length=200)] = None) -> Response:
+    async def crop(
+        self, request: Request, image: str, model: Annotated[str | None, Query(max_length=200)] = None
+    ) -> Response:
         """Return the crop of a stored image that a model is given, as PNG."""
         served = self.model(model)
-        content = await self.store.get(image)
+        inputs, _ = await self.prepared(request, served, await self.store.get(image))
 
         def draw() -> bytes:
-            return formats.png(Image.fromarray(served.prepare.pixels(self.prepared(served, content)[0])))
+            return formats.png(Image.fromarray(served.prepare.pixels(inputs)))
 
         return Response(await run_in_threadpool(draw), media_type=formats.PNG)
 
@@ -340,6 +358,12 @@ async def event_stream(
             return
 
 
+def deadline_of(request: Request, options: Options) -> float | None:
+    """Return the deadline of a request by `time.monotonic`, counted from its first byte, or None."""
+    began: float = request.state.began
+    return None if options.deadline_ms is None else began + options.deadline_ms / 1000
+
+
 def merge_options(options: Options, fields: dict[str, Any]) -> Options:
     """Return the options of the address and of the form; HTTPException 422 if one is unknown, wrong or in both."""
     given = options.model_dump(exclude_unset=True)
@@ -371,6 +395,8 @@ def status_of(error: Exception) -> tuple[int, str, dict[str, str]]:
     for kind, status in _STATUS:
         if isinstance(error, kind):
             return status, str(error), {}
+    if is_out_of_memory(error):
+        return 503, "memory ran out; try again later, with fewer samples or classes.", {"retry-after": str(RETRY_AFTER)}
     return 500, f"the explanation failed ({type(error).__name__}); the server's log says more.", {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -48,8 +49,9 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await run_in_threadpool(service.start)
+        await asyncio.gather(run_in_threadpool(service.start), api.workshop.start())
         yield
+        api.workshop.stop()
         await run_in_threadpool(service.stop)
 
     app = FastAPI(title="dave-fast", version=__version__, lifespan=lifespan, description=__doc__.split("\n")[0])
@@ -58,10 +60,10 @@ def create_app(
     app.include_router(_explanations(api, api_keys))
     app.include_router(_about(api))
     app.include_router(kserve.router(api, _key_checked(api_keys)))
-    for error in (RefusedError, InputError, NonFiniteError, DeadlineError, Exception):
+    for error in (RefusedError, InputError, NonFiniteError, DeadlineError, MemoryError, Exception):
         app.add_exception_handler(error, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
-    app.add_middleware(LimitsMiddleware, metrics=service.metrics, limits=limits, budget=api.budget)
+    app.add_middleware(LimitsMiddleware, metrics=service.metrics, limits=limits, account=service.account)
     if cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -26,7 +26,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dave_fast.defaults import DEFAULT_SHRINK
 from dave_fast.serve.app import create_app
 from dave_fast.serve.limits import Limits
-from dave_fast.serve.middleware import UploadBudget
 from dave_fast.serve.models import load_models
 from dave_fast.serve.server import log_to_stderr
 from dave_fast.serve.service import Service
@@ -195,4 +194,4 @@ def application(settings: ClusterSettings) -> serve.Application:
         **options,
     )
     keys = [key.strip() for key in os.environ.get(KEYS_VARIABLE, "").replace(",", "\n").splitlines() if key.strip()]
-    return explanations.bind(settings, keys, images.bind(limits, UploadBudget(limits.held_bytes)))
+    return explanations.bind(settings, keys, images.bind(limits))

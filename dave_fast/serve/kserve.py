@@ -7,14 +7,12 @@ with −1 for an unknown bound; K is the number of explained classes. Of L depth
 
 from __future__ import annotations
 
-import base64
-import binascii
-import time
+import json
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from PIL import Image
 from pydantic import BaseModel, Field, ValidationError
@@ -23,19 +21,28 @@ from starlette.responses import JSONResponse
 
 from dave_fast._version import __version__
 from dave_fast.errors import InputError
-from dave_fast.serve.api import Api
+from dave_fast.serve.api import Api, deadline_of
+from dave_fast.serve.jobs import Ask, Ended
 from dave_fast.serve.models import ServedModel
 from dave_fast.serve.schemas import Options, describe_errors, finite, problems
+from dave_fast.serve.untrusted import TYPES
 
-_TYPES = {"UINT8": np.uint8, "FP32": np.float32, "INT64": np.int64}
+# Numbers that are written at a time.
+_PIECE = 4096
 
 
-class Tensor(BaseModel):
-    """A tensor, its data flat in C order."""
+class Input(BaseModel):
+    """A tensor without its data."""
 
     name: Annotated[str, Field(max_length=100)]
     shape: Annotated[list[Annotated[int, Field(ge=0, le=2**20)]], Field(max_length=8)]
-    datatype: Literal["BYTES", "UINT8", "FP32", "INT64"]
+    datatype: Literal["BYTES", "UINT8", "FP32"]
+
+
+class Tensor(Input):
+    """A tensor, its data flat in C order."""
+
+    datatype: Literal["BYTES", "UINT8", "FP32", "INT64"]  # type: ignore[assignment]
     data: list[Any]
 
 
@@ -43,8 +50,14 @@ class InferRequest(BaseModel):
     """An image and its options."""
 
     id: Annotated[str | None, Field(max_length=100)] = None
-    inputs: Annotated[list[Tensor], Field(min_length=1, max_length=1)]
+    inputs: Annotated[list[Input], Field(min_length=1, max_length=1)]
     parameters: dict[str, Any] = {}
+
+
+# Its schema: here the tensor has its data, which is no longer there when the rest is validated.
+_REQUEST = InferRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+_REQUEST.pop("$defs")
+_REQUEST["properties"]["inputs"]["items"] = {"$ref": "#/components/schemas/Tensor"}
 
 
 class InferResponse(BaseModel):
@@ -134,10 +147,11 @@ def router(api: Api, dependencies: list[Any]) -> APIRouter:
     @made.post(
         "/models/{model}/infer",
         dependencies=dependencies,
-        responses=problems(400, 401, 404, 413, 422, 429, 500, 503, 504),
+        responses={200: {"model": InferResponse}, **problems(400, 401, 404, 413, 422, 429, 500, 503, 504)},
+        openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": _REQUEST}}}},
     )
-    async def infer(request: Request, model: str, body: InferRequest) -> InferResponse:
-        return await _infer(api, request, api.model(model), body)
+    async def infer(request: Request, model: str) -> Response:
+        return await _infer(api, request, api.model(model))
 
     return made
 
@@ -147,44 +161,49 @@ def _ready(api: Api) -> Any:
     return JSONResponse({"ready": ready}, 200 if ready else 503)
 
 
-async def _infer(api: Api, request: Request, model: ServedModel, body: InferRequest) -> InferResponse:
+async def _infer(api: Api, request: Request, model: ServedModel) -> Response:
+    share = request.state.share
+    told, data = await api.workshop.run("infer", await request.body(), share)
     try:
+        body = InferRequest.model_validate(told["request"])
         options = Options.model_validate({**body.parameters, "model": model.name})
     except ValidationError as error:
-        raise HTTPException(422, f"parameters: {describe_errors(error.errors())}") from error
+        raise HTTPException(422, describe_errors(error.errors())) from error
     if options.image is not None:
         raise HTTPException(422, "parameters: image is given; send the image as the input.")
-    image, notes = await run_in_threadpool(_image, api, model, body.inputs[0])
-    ask = api.make_ask(model, image, options, time.monotonic(), refined=False, notes=notes)
+    image, notes = await _image(api, request, model, body.inputs[0], data, options)
+    ask = api.make_ask(request, model, image, options, refined=False, notes=notes)
     ended = await api.end(request, model, ask)
+    return Response(await run_in_threadpool(_response, model, ask, ended, body.id), media_type="application/json")
+
+
+def _response(model: ServedModel, ask: Ask, ended: Ended, name: str | None) -> bytes:
+    """Return the answer as JSON. Numbers are written in pieces, between which other threads have their turn."""
     refined = ended.refined
     bounds = [-1.0 if finite(bound) is None else bound for bound in refined.bounds]
+    parameters: dict[str, Any] = {"samples": refined.samples, "seed": ask.seed, "cut_short": ended.cut_short}
+    parameters |= {"shrink": refined.shrink, "depth": ",".join(map(str, ask.depths))}
+    parameters |= {"notes": " ".join(ask.notes)} if ask.notes else {}
     outputs = [
         _output("maps", "FP32", refined.maps.numpy()),
         _output("targets", "INT64", np.array(ended.predicted.targets)),
         _output("error_bounds", "FP32", np.array(bounds, np.float32).reshape(refined.maps.shape[:-2])),
     ]
-    parameters: dict[str, Any] = {"samples": refined.samples, "seed": ask.seed, "cut_short": ended.cut_short}
-    parameters |= {"shrink": refined.shrink, "depth": ",".join(map(str, ask.depths))}
-    parameters |= {"notes": " ".join(notes)} if notes else {}
-    return InferResponse(model_name=model.name, id=body.id, parameters=parameters, outputs=outputs)
+    head = {"model_name": model.name, "id": name, "parameters": parameters}
+    return b'%s,"outputs":[%s]}' % (json.dumps(head).encode()[:-1], b",".join(outputs))
 
 
-def _output(name: str, kind: Any, values: np.ndarray) -> Tensor:
-    return Tensor(name=name, shape=list(values.shape), datatype=kind, data=values.ravel().tolist())
+def _output(name: str, kind: str, values: np.ndarray) -> bytes:
+    """Return a tensor as JSON."""
+    head = json.dumps({"name": name, "shape": values.shape, "datatype": kind}).encode()
+    flat = values.ravel()
+    pieces = (json.dumps(flat[start : start + _PIECE].tolist())[1:-1].encode() for start in range(0, len(flat), _PIECE))
+    return b'%s,"data":[%s]}' % (head[:-1], b",".join(pieces))
 
 
-def _content(given: Tensor) -> bytes:
-    """Return the image file in a BYTES input."""
-    if len(given.data) != 1 or not isinstance(given.data[0], str):
-        raise InputError(f"the BYTES input has {len(given.data)} elements; expected one, an image file in base64.")
-    try:
-        return base64.b64decode(given.data[0], validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise InputError("the BYTES input is not base64; expected an image file in base64.") from error
-
-
-def _image(api: Api, model: ServedModel, given: Tensor) -> tuple[torch.Tensor, tuple[str, ...]]:
+async def _image(
+    api: Api, request: Request, model: ServedModel, given: Input, data: bytes, options: Options
+) -> tuple[torch.Tensor, tuple[str, ...]]:
     """Return the model's input, (3, H, W) float32, and what had to be assumed about an image file.
 
     Raises:
@@ -192,15 +211,15 @@ def _image(api: Api, model: ServedModel, given: Tensor) -> tuple[torch.Tensor, t
     """
     height, width = model.prepare.size
     if given.datatype == "BYTES":
-        return api.prepared(model, _content(given))
-    try:
-        values = np.array(given.data, _TYPES[given.datatype]).reshape(given.shape)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise InputError(f"the data are not {given.datatype} numbers of the shape {given.shape}.") from error
+        return await api.prepared(request, model, data, deadline_of(request, options))
+    values = np.frombuffer(bytearray(data), TYPES[given.datatype]).reshape(given.shape)
     if given.datatype == "UINT8" and values.ndim == 3 and values.shape[2] == 3 and values.size:
         if values.shape[0] * values.shape[1] > api.limits.pixels:
             raise InputError(f"the image has more than {api.limits.pixels} pixels.")
-        return model.prepare.transform(Image.fromarray(values)), ()
+        size, most = (values.shape[1], values.shape[0]), api.limits.pixels
+        request.state.share.hold(2 * values.size + model.prepare.resizing_bytes(*size, most))
+        crop = await run_in_threadpool(model.prepare.crop, Image.fromarray(values), max_pixels=most)
+        return model.prepare.normalised(crop), ()
     if given.datatype == "FP32" and values.shape == (1, 3, height, width) and np.isfinite(values).all():
         return torch.from_numpy(values)[0], ()
     raise InputError(

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 # The formats of Pillow that are decoded; the others are rare, and each is a risk.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+# Beside the connections, how many more may be open to be refused, and for health and metrics.
+SPARE_CONNECTIONS = 64
 
 
 @dataclass(frozen=True)
@@ -14,17 +16,20 @@ class Limits:
 
     Attributes:
         body_bytes: bytes of one upload.
-        held_bytes: bytes of all uploads that are being read or stored.
+        memory_bytes: bytes of all that is made of requests, and of stored images (`account`); None: half of the memory
+            that is free at the start.
         pixels: width × height of an image.
         samples: samples of one request.
         classes: classes of one request.
         requests: requests in the queue.
         rows: rows (request, sample) in the queue.
-        queue_bytes: bytes that the requests in the queue need, by the formula of `dave_fast.engine.memory`; None: half
-            of the memory that is free on the device.
-        connections: open connections.
+        queue_bytes: bytes of them that the requests in the queue need, by the formula of `dave_fast.engine.memory`;
+            None: as many as there are on a CPU, half of the memory that is free on another device.
+        decode_seconds: seconds that reading one image or form may take.
+        connections: open connections. One more ends that which has waited longest for a request; where all have one,
+            health and metrics are answered and other requests refused.
         header_seconds: seconds that a client may take to send its headers.
-        upload_seconds: seconds that a client may take to send its body, or to read a piece of the answer.
+        upload_seconds: seconds that a client may take to send its body, or to read what it was sent.
         answer_seconds: seconds after which a request is answered with the samples that are done.
         stored_images: images stored for later requests.
         stored_seconds: seconds that an image is stored.
@@ -32,13 +37,14 @@ class Limits:
     """
 
     body_bytes: int = 20 << 20
-    held_bytes: int = 256 << 20
+    memory_bytes: int | None = None
     pixels: int = 25_000_000
     samples: int = 1024
     classes: int = 10
     requests: int = 64
     rows: int = 16_384
     queue_bytes: int | None = None
+    decode_seconds: float = 10.0
     connections: int = 512
     header_seconds: float = 10.0
     upload_seconds: float = 20.0

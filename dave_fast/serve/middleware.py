@@ -1,8 +1,8 @@
 """Middleware of every HTTP exchange: limits of the body, a request id, a log line, a count.
 
 It is pure ASGI, so that bodies and disconnections pass unchanged. Routes need no limits of their own: bodies that are
-too large, too slow or too many at once are refused here (413, 408, 503), and a client that does not read its answer is
-disconnected.
+too large, too slow or too many at once are refused here (413, 408, 503). A route finds in `request.state` the `share`
+of the account of memory that ends with the exchange, and when it `began`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import logging
 import re
 import secrets
 import time
-from dataclasses import dataclass
 
 from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from dave_fast.errors import RefusedError
+from dave_fast.serve.account import RETRY_AFTER, Account, Share
 from dave_fast.serve.limits import Limits
 from dave_fast.serve.prometheus import Metrics
 
@@ -25,25 +27,8 @@ log = logging.getLogger("dave_fast.serve.access")
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 # A connection whose body was not read to its end cannot be used again.
 _CLOSE = {"connection": "close"}
-
-
-@dataclass
-class UploadBudget:
-    """A bound on the bytes of uploads in memory, over all clients.
-
-    Attributes:
-        most: the most bytes.
-        now: the bytes in memory.
-    """
-
-    most: int
-    now: int = 0
-
-    def add(self, more: int) -> None:
-        """Add bytes; raise HTTPException 503 if they exceed the bound."""
-        if self.now + more > self.most:
-            raise HTTPException(503, "too many uploads at once; try again later.", {"retry-after": "1", **_CLOSE})
-        self.now += more
+# What is answered also where all connections are in use.
+PROBES = ("/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready")
 
 
 class LimitsMiddleware:
@@ -53,23 +38,30 @@ class LimitsMiddleware:
         app: the ASGI app behind it.
         metrics: counts requests.
         limits: limits of bodies.
-        budget: bound on the bytes of all uploads.
+        account: of the memory that requests take.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, limits: Limits, budget: UploadBudget) -> None:
-        self.app, self.metrics, self.limits, self.budget = app, metrics, limits, budget
+    def __init__(self, app: ASGIApp, metrics: Metrics, limits: Limits, account: Account) -> None:
+        self.app, self.metrics, self.limits, self.account = app, metrics, limits, account
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle an exchange; the arguments are those of ASGI."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began = time.monotonic()
-        exchange = _Exchange(scope, receive, send, self.limits, self.budget)
+        # The server knows when the first byte came, and whether all connections are in use.
+        connection = scope.setdefault("state", {}).get("connection")
+        began = connection.began if connection else time.monotonic()
+        share = Share(self.account)
+        scope["state"] |= {"began": began, "share": share}
+        exchange = _Exchange(scope, receive, send, self.limits, share)
         try:
-            await self.app(scope, exchange.receive, exchange.send)
+            if connection and connection.crowded() and scope["path"] not in PROBES:
+                await _crowded(scope, exchange.receive, exchange.send)
+            else:
+                await self.app(scope, exchange.receive, exchange.send)
         finally:
-            self.budget.now -= exchange.read
+            share.close()
             # The route's template and not the path: clients choose paths, and a metric must have few labels.
             route = getattr(scope.get("route"), "path", "none")
             self.metrics.requests.labels(route, str(exchange.status)).inc()
@@ -78,10 +70,15 @@ class LimitsMiddleware:
             log.info("request", extra=fields | {"request": exchange.name.decode(), "seconds": seconds})
 
 
+_crowded = JSONResponse(
+    {"detail": "all connections are in use; try again later."}, 503, {"retry-after": str(RETRY_AFTER), **_CLOSE}
+)
+
+
 class _Exchange:
     """One request and its answer."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, limits: Limits, budget: UploadBudget) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, limits: Limits, share: Share) -> None:
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"")
         self.name: bytes = given if _ID.fullmatch(given) else secrets.token_hex(8).encode()
@@ -89,7 +86,7 @@ class _Exchange:
         self.status = 499
         self.read = 0
         self._declared = headers.get(b"content-length", b"")
-        self._receive, self._send, self._limits, self._budget = receive, send, limits, budget
+        self._receive, self._send, self._limits, self._share = receive, send, limits, share
         self._until = asyncio.get_running_loop().time() + limits.upload_seconds
         self._whole = False
 
@@ -110,7 +107,11 @@ class _Exchange:
             more = len(message.get("body", b""))
             if self.read + more > self._limits.body_bytes:
                 raise self._too_large()
-            self._budget.add(more)
+            try:
+                # Once in pieces, and once whole.
+                self._share.hold(2 * more)
+            except RefusedError as error:
+                raise HTTPException(503, f"{error}.", {"retry-after": str(RETRY_AFTER), **_CLOSE}) from error
             self.read += more
             self._whole = not message.get("more_body", False)
         return message
@@ -120,9 +121,8 @@ class _Exchange:
         return HTTPException(413, f"the body is too large; at most {megabytes:g} MiB are taken.", _CLOSE)
 
     async def send(self, message: Message) -> None:
-        """Send a piece of the answer; raise TimeoutError if the client does not read it."""
+        """Send a piece of the answer."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             message = {**message, "headers": [*message["headers"], (b"x-request-id", self.name)]}
-        async with asyncio.timeout(self._limits.upload_seconds):
-            await self._send(message)
+        await self._send(message)

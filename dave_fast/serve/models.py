@@ -21,6 +21,9 @@ from dave_fast.images import Preprocessing
 from dave_fast.models.labels import Labels
 from dave_fast.models.spec import ModelSpec
 
+# Bytes of a pixel in an answer: text of a number has up to 24, and is joined once.
+_ANSWER = 48
+
 
 @dataclass(frozen=True)
 class ServedModel:
@@ -89,6 +92,16 @@ class ServedModel:
         kept += contribution_bytes(samples, (3, *size), item) if levels.pixels else 0
         maps = contribution_bytes(len(places), (5, *size), item)
         return 2 * classes * (kept + maps) + contribution_bytes(1, (3, *size), item)
+
+    def answer_bytes(self, classes: int, places: int) -> int:
+        """Return the bytes of an answer at most: maps as text of KServe's JSON, or maps and raw in float32.
+
+        Args:
+            classes: number of classes that are explained.
+            places: number of depths.
+        """
+        height, width = self.prepare.size
+        return _ANSWER * classes * places * height * width + (1 << 16)
 
     def example(self) -> Tensor:
         """Return a random input (3, H, W) float32, to warm a worker and to test it."""

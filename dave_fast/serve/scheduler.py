@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dave_fast.errors import RefusedError
+from dave_fast.serve.account import Account
 from dave_fast.serve.limits import Limits
 
 # A request without a deadline is ordered as if it had one, this many seconds a sample after its arrival.
@@ -137,10 +138,12 @@ class Scheduler:
 
     Args:
         limits: the bounds of the queue (`requests`, `rows`, `queue_bytes`); None: the defaults.
+        account: of memory that the bytes of requests are held in too, or None.
     """
 
-    def __init__(self, limits: Limits | None = None) -> None:
+    def __init__(self, limits: Limits | None = None, account: Account | None = None) -> None:
         self.limits = limits or Limits()
+        self.account = account
         self.draining = False
         self.requests = 0
         self.rows = 0
@@ -171,6 +174,8 @@ class Scheduler:
         ):
             if count + more > most:
                 raise RefusedError("full", f"the queue is full ({count} of {most} {what})", self.retry_after())
+        if self.account is not None:
+            self.account.hold(request.size)
         self._arrivals += 1
         request.number, request.served = self._arrivals, self._turn
         request.urgency = now + PATIENCE * request.samples if request.deadline == math.inf else request.deadline
@@ -266,6 +271,8 @@ class Scheduler:
     def _release(self, request: Queued) -> None:
         self.requests -= 1
         self.bytes -= request.size
+        if self.account is not None:
+            self.account.release(request.size)
 
 
 def _by_deadline(requests: list[Queued], rows: int) -> dict[Queued, int]:

@@ -24,6 +24,7 @@ from dave_fast.engine.free_memory import SHARE, free_bytes
 from dave_fast.engine.levels import Pulled
 from dave_fast.errors import InputError, NonFiniteError
 from dave_fast.explain.convergence import Refined, refined
+from dave_fast.serve.account import Account
 from dave_fast.serve.jobs import Ask, DeadlineError, Ended, Job, Listener
 from dave_fast.serve.limits import Limits
 from dave_fast.serve.models import ServedModel
@@ -44,6 +45,7 @@ class Service:
         limits: the bounds of the queue; None: the defaults.
 
     Attributes:
+        account: of the memory of this machine that requests take.
         metrics: where measurements go.
         workers: the workers, one for each explainer of a model.
         shared: the state shared with the workers.
@@ -54,8 +56,12 @@ class Service:
         self.models = dict(models)
         explainers = next(iter(self.models.values())).explainers
         limits = limits or Limits()
-        fitting = min(int(SHARE * free_bytes(explainer.device)) for explainer in explainers)
-        scheduler = Scheduler(replace(limits, queue_bytes=limits.queue_bytes or fitting))
+        self.account = Account(limits.memory_bytes or int(SHARE * free_bytes(torch.device("cpu"))))
+        devices = [explainer.device for explainer in explainers if explainer.device.type != "cpu"]
+        fitting = min((int(SHARE * free_bytes(device)) for device in devices), default=self.account.most)
+        limits = replace(limits, queue_bytes=limits.queue_bytes or fitting)
+        # On a CPU the queue is in the same memory as all else.
+        scheduler = Scheduler(limits, None if devices else self.account)
         self.shared = SharedState(self.models, scheduler)
         self.metrics = self.shared.metrics
         self.workers = [Worker(number, self.shared, self._map_due) for number in range(len(explainers))]

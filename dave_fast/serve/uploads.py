@@ -1,25 +1,27 @@
-"""Uploads: parse bodies, and store images for later requests. The middleware has limited their size."""
+"""Uploads: read bodies, and store images for later requests. The middleware has limited their size."""
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import create_form_parser
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from dave_fast.serve.account import Account
+from dave_fast.serve.jobs import DeadlineError
 from dave_fast.serve.limits import Limits
-from dave_fast.serve.middleware import UploadBudget
+from dave_fast.serve.workshop import Workshop
 
 # A body of one of these types is the image itself; the last is curl's default.
 RAW = ("image/", "application/octet-stream", "application/x-www-form-urlencoded")
 FORM = "multipart/form-data"
-_FIELDS = 32
+# Bytes of a store in a process of its own.
+OWN_BYTES = 1 << 30
 
 
 @dataclass
@@ -35,53 +37,32 @@ class Body:
     fields: dict[str, Any] = field(default_factory=dict)
 
 
-async def read_body(request: Request) -> Body:
+async def read_body(request: Request, workshop: Workshop, deadline: float | None = None) -> Body:
     """Read the body of a request.
 
+    Args:
+        request: the HTTP request.
+        workshop: where a form is parsed.
+        deadline: by `time.monotonic`, or None.
+
     Raises:
-        HTTPException: 415, it is no image; 400, the form is malformed; 422, the form has other files, or repeats.
+        HTTPException: 415, it is no image.
+        InputError: the form is malformed, has other files, or repeats.
+        DeadlineError: the body was not there by the deadline.
     """
     kind = request.headers.get("content-type", RAW[1]).split(";")[0].strip().lower()
-    if kind == FORM:
-        return _form(request.headers["content-type"], await request.body())
-    if not kind.startswith(RAW):
+    if kind != FORM and not kind.startswith(RAW):
         raise HTTPException(415, f"the body is {kind[:100]}; send the image file itself (image/*) or {FORM}.")
-    return Body(await request.body())
-
-
-def _form(content_type: str, content: bytes) -> Body:
-    """Return the file `image` of a form, and its other fields."""
-    body, files = Body(b""), []
-
-    def on_field(field: Any) -> None:
-        name, value = field.field_name.decode("utf-8", "replace"), (field.value or b"").decode("utf-8", "replace")
-        if name in ("target", "depth"):
-            body.fields.setdefault(name, []).append(value)
-        elif name in body.fields or len(body.fields) >= _FIELDS:
-            raise HTTPException(422, f"the form has {name[:100]!r} twice, or more than {_FIELDS} fields.")
-        else:
-            body.fields[name] = value
-
-    def on_file(file: Any) -> None:
-        files.append(file)
-        name = (file.field_name or b"").decode("utf-8", "replace")
-        if name != "image" or len(files) > 1:
-            raise HTTPException(422, f"the form has a file {name[:100]!r}; expected one file, named 'image'.")
-        file.file_object.seek(0)
-        body.content = file.file_object.read()
-
     try:
-        headers = {"Content-Type": content_type.encode("latin-1")}
-        parser = create_form_parser(headers, on_field, on_file, config={"MAX_MEMORY_FILE_SIZE": 1 << 40})
-        parser.write(content)
-        parser.finalize()
-    # Malformed bodies: without a boundary, with a malformed header, or with a part that has no name.
-    except (FormParserError, ValueError, AttributeError) as error:
-        raise HTTPException(400, "the form cannot be read; send multipart/form-data with a file 'image'.") from error
-    finally:
-        for file in files:
-            file.close()
-    return body
+        async with asyncio.timeout_at(deadline):
+            content = await request.body()
+    except TimeoutError:
+        raise DeadlineError("the image had not arrived by the deadline; allow more time.") from None
+    if kind != FORM:
+        return Body(content)
+    form = request.headers["content-type"]
+    told, image = await workshop.run("form", content, request.state.share, deadline=deadline, content_type=form)
+    return Body(image, told["fields"])
 
 
 class ImageStore(Protocol):
@@ -95,41 +76,50 @@ class ImageStore(Protocol):
 
 
 class MemoryImageStore:
-    """Images in memory under ids that cannot be guessed; old ones expire, and the oldest make room.
+    """Images in memory under ids that cannot be guessed.
+
+    They expire, and the oldest are dropped when there are too many, or when any request needs the memory.
 
     Args:
         limits: number and age of the images.
-        budget: bound on the bytes of all uploads.
+        account: of memory; None: one of its own.
     """
 
-    def __init__(self, limits: Limits, budget: UploadBudget) -> None:
-        self.limits, self.budget = limits, budget
+    def __init__(self, limits: Limits, account: Account | None = None) -> None:
+        self.limits, self.account = limits, account or Account(limits.memory_bytes or OWN_BYTES)
+        self.account.make_room = self._drop_oldest
         self._images: OrderedDict[str, tuple[float, bytes]] = OrderedDict()
 
     async def put(self, content: bytes) -> str:
-        """Store an image file and return its id; HTTPException 503 if there is no room."""
+        """Store an image file and return its id; RefusedError if there is no room."""
         self._drop_expired()
-        while self._images and (
-            len(self._images) >= self.limits.stored_images or self.budget.now + len(content) > self.budget.most
-        ):
-            self._drop_oldest()
-        self.budget.add(len(content))
-        name = secrets.token_urlsafe(18)
-        self._images[name] = (time.monotonic(), content)
+        with self.account.lock:
+            if len(self._images) >= self.limits.stored_images:
+                self._drop_oldest()
+            self.account.hold(len(content))
+            name = secrets.token_urlsafe(18)
+            self._images[name] = (time.monotonic(), content)
+        # Dropped by the clock, also where nobody asks any more.
+        asyncio.get_running_loop().call_later(self.limits.stored_seconds, self._drop_expired)
         return name
 
     async def get(self, name: str) -> bytes:
         """Return a stored image file; HTTPException 404 if there is none of that id, or it has expired."""
         self._drop_expired()
-        if name not in self._images:
+        found = self._images.get(name)
+        if found is None:
             raise HTTPException(404, "there is no image of that id, or it has expired; send it to /v1/images again.")
-        return self._images[name][1]
+        return found[1]
 
     def _drop_expired(self) -> None:
         oldest = time.monotonic() - self.limits.stored_seconds
-        while self._images and next(iter(self._images.values()))[0] < oldest:
-            self._drop_oldest()
+        with self.account.lock:
+            while self._images and next(iter(self._images.values()))[0] <= oldest:
+                self._drop_oldest()
 
-    def _drop_oldest(self) -> None:
+    def _drop_oldest(self) -> bool:
+        if not self._images:
+            return False
         _, (_, content) = self._images.popitem(last=False)
-        self.budget.now -= len(content)
+        self.account.release(len(content))
+        return True

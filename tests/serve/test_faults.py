@@ -31,7 +31,7 @@ def head(length, path="/v1/explain?n_samples=1000"):
     return f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\ncontent-length: {length}\r\n\r\n".encode()
 
 
-QUICK = Limits(header_seconds=0.4, upload_seconds=0.6, body_bytes=1 << 20, held_bytes=3 << 19)
+QUICK = Limits(header_seconds=0.4, upload_seconds=0.6, body_bytes=1 << 20, memory_bytes=3 << 20)
 
 
 @pytest.fixture(scope="module")
