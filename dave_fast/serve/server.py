@@ -23,7 +23,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from dave_fast.serve.limits import Limits
+from dave_fast.serve.limits import SPARE_CONNECTIONS, Limits
 from dave_fast.serve.service import Service
 
 log = logging.getLogger("dave_fast.serve")
@@ -34,32 +34,76 @@ _LOOK = 0.02
 _FLUSH = 0.2
 
 
-def guarded(header_seconds: float) -> type[H11Protocol]:
-    """Return uvicorn's protocol with a time limit for the headers of a request, against slow-loris attacks."""
+def guarded(limits: Limits) -> type[H11Protocol]:
+    """Return uvicorn's protocol with an end for every connection.
+
+    A connection that has no request ends `header_seconds` after its first byte, or at once where another one needs its
+    place. What was sent to a client and not read within `upload_seconds` is dropped with the connection, also where
+    the server has closed it: a close waits for what is unsent.
+    """
 
     class GuardedProtocol(H11Protocol):
         _watch: asyncio.TimerHandle | None = None
+        _unread: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            self.began = self.rests_since = time.monotonic()
+            # The middleware asks when a request began, and whether all connections are in use.
+            self.app_state = {**self.app_state, "connection": self}
+            # Any byte that the system does not take at once counts as unread.
+            transport.set_write_buffer_limits(high=0)
             self._arm()
+            if len(self.connections) > limits.connections:
+                self._make_place()
+
+        def crowded(self) -> bool:
+            """Return whether there are more connections than are served."""
+            return len(self.connections) > limits.connections
 
         def data_received(self, data: bytes) -> None:
-            if self._watch is None and self._between_requests():
-                self._arm()
+            if self._between_requests():
+                if self.conn.trailing_data[0] == b"":
+                    self.began = time.monotonic()
+                if self._watch is None:
+                    self._arm()
             super().data_received(data)
             if not self._between_requests():
                 self._disarm()
 
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._unread = self.loop.call_later(limits.upload_seconds, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            if self._unread is not None:
+                self._unread.cancel()
+
+        def on_response_complete(self) -> None:
+            self.rests_since = time.monotonic()
+            super().on_response_complete()
+
         def connection_lost(self, exc: Exception | None) -> None:
             self._disarm()
+            if self._unread is not None:
+                self._unread.cancel()
             super().connection_lost(exc)
 
         def _between_requests(self) -> bool:
             return self.cycle is None or self.cycle.response_complete
 
+        def _make_place(self) -> None:
+            """End the connection that has rested longest; where none rests and too many wait, this one."""
+            others = [each for each in self.connections if isinstance(each, GuardedProtocol) and each is not self]
+            resting = [each for each in others if each._between_requests()]
+            if resting:
+                min(resting, key=lambda each: each.rests_since).transport.abort()
+            elif len(self.connections) > limits.connections + SPARE_CONNECTIONS:
+                self.transport.abort()
+
         def _arm(self) -> None:
-            self._watch = self.loop.call_later(header_seconds, self._too_slow)
+            self._watch = self.loop.call_later(limits.header_seconds, self._too_slow)
 
         def _disarm(self) -> None:
             if self._watch is not None:
@@ -146,12 +190,11 @@ def make_server(app: FastAPI, limits: Limits) -> Server:
     config = uvicorn.Config(
         app,
         port=0,
-        http=guarded(limits.header_seconds),
+        http=guarded(limits),
         ws="none",
         lifespan="on",
         log_config=None,
         access_log=False,
-        limit_concurrency=limits.connections,
         timeout_keep_alive=5,
         timeout_graceful_shutdown=5,
         server_header=False,

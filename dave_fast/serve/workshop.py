@@ -6,7 +6,7 @@
 Nobody knows in advance what a picture costs: a header may ask for much at once, a small one may take long. Every task
 starts in the quick lane, where its header is read; there it ends, or is ended and starts again in the slow lane, so
 that many expensive pictures hold up each other and nobody else. Both orders are times of arrival plus a little for
-the size, so that nothing waits for ever. A lane takes a bounded number of waiting tasks.
+the size, so that nothing waits for ever. Where too many wait, the last in this order is refused.
 
 A process that is too slow is killed; the next one is a fork of a process that has loaded all it needs, a matter of
 milliseconds. This process of origin is started once for each process that serves, and ends with it.
@@ -15,6 +15,7 @@ milliseconds. This process of origin is started once for each process that serve
 from __future__ import annotations
 
 import asyncio
+import atexit
 import heapq
 import itertools
 import json
@@ -37,6 +38,8 @@ from dave_fast.serve.untrusted import HEAD, Message, lengths, packed
 
 # What ends in the quick lane: seconds of work, bytes of memory.
 QUICK_SECONDS, QUICK_BYTES = 0.25, 192 << 20
+# Tasks that may wait in a lane.
+WAITING = 64
 # Seconds of arrival that a byte of a body, or of memory in the slow lane, is worth.
 QUICK_ORDER, SLOW_ORDER = 1e-6, 1e-8
 # An answer has at most this many times the bytes of its content, and these beside it: crops, numbers written in two
@@ -49,14 +52,14 @@ class Workshop:
     """Both lanes of one server. Everything but the constructor is called on one event loop.
 
     Args:
-        limits: `requests` tasks may wait in each lane; `decode_seconds`; `pixels`.
+        limits: of which `decode_seconds` counts here.
     """
 
     def __init__(self, limits: Limits) -> None:
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.limits = limits
-        self._quick = _Lane(min(8, max(2, cpus // 2)), limits.requests)
-        self._slow = _Lane(min(4, max(1, cpus // 4)), limits.requests)
+        self._quick = _Lane(min(8, max(2, cpus // 2)))
+        self._slow = _Lane(min(4, max(1, cpus // 4)))
 
     async def start(self) -> None:
         """Start a process, so that the first request does not wait for it."""
@@ -137,8 +140,8 @@ def _result(told: Message) -> Message:
 class _Lane:
     """Some processes, and those that wait for one, by order."""
 
-    def __init__(self, processes: int, waiting: int) -> None:
-        self._free, self._most = processes, waiting
+    def __init__(self, processes: int) -> None:
+        self._free = processes
         self._idle: list[_Worker] = []
         self._waiting: list[tuple[float, int, asyncio.Future[None]]] = []
         self._numbers = itertools.count()
@@ -175,16 +178,17 @@ class _Lane:
         if self._free > 0:
             self._free -= 1
             return
-        if len(self._waiting) >= self._most:
-            raise RefusedError("full", f"{len(self._waiting)} images wait to be read; try again later", RETRY_AFTER)
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         entry = (order, next(self._numbers), turn)
         heapq.heappush(self._waiting, entry)
+        if len(self._waiting) > WAITING:
+            last = max(self._waiting)
+            last[2].set_exception(RefusedError("full", "too many images wait to be read; try again later", RETRY_AFTER))
         try:
             async with asyncio.timeout_at(deadline):
                 await turn
         except BaseException as error:
-            if turn.done() and not turn.cancelled():
+            if turn.done() and not turn.cancelled() and turn.exception() is None:
                 # the turn came, and nobody is there any more
                 self._pass_on()
             else:
@@ -295,6 +299,14 @@ class _Origin:
                 ours.close()
                 raise
 
+    def end(self) -> None:
+        """End the process; a new one is started where it is needed again."""
+        if self._process is not None and self._socket is not None:
+            self._socket.close()
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
     def _start(self) -> None:
         if self._socket is not None:
             self._socket.close()
@@ -326,3 +338,4 @@ def _exactly(connection: socket.socket, size: int) -> bytes:
 
 
 _origin = _Origin()
+atexit.register(_origin.end)
