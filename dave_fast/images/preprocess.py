@@ -8,26 +8,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from dave_fast.errors import InputError, ModelError, TooLargeError
+from dave_fast.errors import InputError, ModelError
+from dave_fast.images.geometry import CROP_FLOOR, MOST_RESIZED, Geometry
 from dave_fast.images.reading import as_rgb
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-# Two keys of our own beside timm's: ADD_INVERSE appends the inverse 1 − x of each channel (B-cos models), CROP_FLOOR
-# rounds the crop's offsets down.
-ADD_INVERSE, CROP_FLOOR = "add_inverse", "crop_floor"
+# A key of our own beside timm's, as CROP_FLOOR is: appends the inverse 1 − x of each channel (B-cos models).
+ADD_INVERSE = "add_inverse"
 # Why a model's own preprocessing cannot be described, in place of all other keys.
 NOT_SUPPORTED = "not_supported"
-# Pixels of a resized photograph, about as many as Pillow takes of a file without a warning; Pillow's bytes of a pixel.
-MOST_RESIZED = 89_478_485
-_PIXEL = 4
 
 
 @dataclass(frozen=True)
@@ -55,57 +53,32 @@ class Preprocessing:
         crop = self.crop(image)
         return self.normalised(crop), crop
 
+    @cached_property
+    def geometry(self) -> Geometry:
+        """How a photograph is resized and cropped."""
+        return Geometry.from_config(self.config)
+
     def crop(self, image: Image.Image, *, max_pixels: int = MOST_RESIZED) -> np.ndarray:
         """Return the image resized and cropped, uint8 (H, W, 3): the first half of the transform.
 
         Args:
             image: the photograph.
-            max_pixels: as of `resizing_bytes`.
+            max_pixels: the most pixels of the resized image (`Geometry.resizing_bytes`).
 
         Raises:
             TooLargeError: the image is too thin.
         """
-        self.resizing_bytes(*image.size, max_pixels)
-        return np.array(self._half(first=True)(as_rgb(image)))
-
-    def resizing_bytes(self, width: int, height: int, max_pixels: int = MOST_RESIZED) -> int:
-        """Return the bytes that resizing takes: the picture resized across, and then both ways.
-
-        Args:
-            width: of the photograph.
-            height: of the photograph.
-            max_pixels: the most pixels of the resized picture. The shorter side is scaled to the model's size, so that
-                a picture of few pixels, one high and many wide, would become one of very many.
-
-        Raises:
-            TooLargeError: there would be more.
-        """
-        from timm.data.constants import DEFAULT_CROP_PCT
-
-        sides = [math.floor(side / (self.config.get("crop_pct") or DEFAULT_CROP_PCT)) for side in self.size]
-        scales = sides[0] / height, sides[1] / width
-        mode = self.config.get("crop_mode")
-        if mode != "squash":
-            scales = (min(scales) if mode == "border" else max(scales),) * 2
-        high, wide = math.ceil(scales[0] * height), math.ceil(scales[1] * width)
-        if high * wide > max_pixels:
-            raise TooLargeError(
-                f"the image is {width}×{height}: resized for the model it would be {wide}×{high}, and at most "
-                f"{max_pixels} pixels are taken; crop it to a shape that is less thin."
-            )
-        return _PIXEL * (wide * height + wide * high)
+        return np.array(self.geometry.crop(as_rgb(image), max_pixels))
 
     def normalised(self, crop: np.ndarray) -> Tensor:
         """Return the input for a crop: `normalised(crop(image))` is bit for bit `transform(image)`."""
-        return self._half(first=False)(Image.fromarray(crop))
-
-    def _half(self, *, first: bool) -> Callable[[Any], Any]:
         from timm.data.transforms import MaybeToTensor
         from torchvision.transforms import Compose, ToTensor
 
         steps = self.transform.transforms  # type: ignore[attr-defined]
         middle = next(n for n, step in enumerate(steps) if isinstance(step, MaybeToTensor | ToTensor))
-        return Compose(steps[:middle] if first else steps[middle:])
+        made: Tensor = Compose(steps[middle:])(Image.fromarray(crop))
+        return made
 
     def pixels(self, inputs: Tensor) -> np.ndarray:
         """Return the pixels, uint8 (H, W, 3), that normalised inputs (C, H, W) were made from."""

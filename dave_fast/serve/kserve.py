@@ -217,7 +217,7 @@ async def _image(
         if values.shape[0] * values.shape[1] > api.limits.pixels:
             raise InputError(f"the image has more than {api.limits.pixels} pixels.")
         size, most = (values.shape[1], values.shape[0]), api.limits.pixels
-        request.state.share.hold(2 * values.size + model.prepare.resizing_bytes(*size, most))
+        request.state.share.hold(2 * values.size + model.prepare.geometry.resizing_bytes(*size, most))
         crop = await run_in_threadpool(model.prepare.crop, Image.fromarray(values), max_pixels=most)
         return model.prepare.normalised(crop), ()
     if given.datatype == "FP32" and values.shape == (1, 3, height, width) and np.isfinite(values).all():

@@ -20,7 +20,6 @@ import socket
 import struct
 import sys
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -29,9 +28,8 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import create_form_parser
 
 from dave_fast.errors import ImageError, InputError, TooLargeError, is_out_of_memory
-from dave_fast.images import decode_image
-from dave_fast.images.preprocess import Preprocessing, from_config
-from dave_fast.images.reading import decoding_bytes
+from dave_fast.images.geometry import PIXEL_BYTES, Geometry
+from dave_fast.images.reading import decode_image, decoding_bytes
 
 Message = tuple[dict[str, Any], bytes]
 
@@ -59,9 +57,8 @@ def picture_bytes(content: bytes, options: Mapping[str, Any]) -> int:
     config = options["config"]
     if config is None:
         return decoding
-    # The picture as it was decoded, a copy, and what resizing makes of it.
-    resizing = _prepare(json.dumps(config)).resizing_bytes(width, height, options["pixels"])
-    return max(decoding, 8 * width * height + resizing)
+    resizing = Geometry.from_config(config).resizing_bytes(width, height, options["pixels"])
+    return max(decoding, PIXEL_BYTES * width * height + resizing)
 
 
 def picture(content: bytes, options: Mapping[str, Any]) -> Message:
@@ -72,18 +69,12 @@ def picture(content: bytes, options: Mapping[str, Any]) -> Message:
     config = options["config"]
     if config is None:
         return told, b""
-    crop = _prepare(json.dumps(config)).crop(image, max_pixels=options["pixels"])
-    return told | {"shape": crop.shape}, crop.tobytes()
+    crop = Geometry.from_config(config).crop(image, options["pixels"])
+    return told | {"shape": (crop.height, crop.width, 3)}, crop.tobytes()
 
 
 def _limits(options: Mapping[str, Any]) -> dict[str, Any]:
     return {"max_pixels": options["pixels"], "formats": tuple(options["formats"])}
-
-
-@lru_cache(maxsize=64)
-def _prepare(config: str) -> Preprocessing:
-    """Return the preprocessing of a `Preprocessing.config`, given as JSON."""
-    return from_config(json.loads(config))
 
 
 def form_bytes(content: bytes, options: Mapping[str, Any]) -> int:
@@ -299,7 +290,6 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     # Loaded before the first fork, so that every process has them at once and shares their memory.
-    _prepare(json.dumps({"input_size": (3, 32, 32), "interpolation": "bicubic", "mean": (0,) * 3, "std": (1,) * 3}))
     Image.init()
     # Libraries of pictures write what they think of a file to standard error.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

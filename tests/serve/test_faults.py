@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -31,7 +32,7 @@ def head(length, path="/v1/explain?n_samples=1000"):
     return f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\ncontent-length: {length}\r\n\r\n".encode()
 
 
-QUICK = Limits(header_seconds=0.4, upload_seconds=0.6, body_bytes=1 << 20, memory_bytes=3 << 20)
+QUICK = Limits(header_seconds=0.4, upload_seconds=0.6, body_bytes=1 << 20)
 
 
 @pytest.fixture(scope="module")
@@ -132,10 +133,10 @@ def test_bodies_that_are_too_large_are_not_read(quick):
             assert http.post("/v2/models/tiny/infer", content=json.dumps(large)).status_code == 413
 
 
-def test_many_uploads_at_once_are_refused_before_memory_is_short(quick):
+def test_many_uploads_at_once_are_refused_before_memory_is_short():
     """Two slow uploads exceed the limit together: one is refused with Retry-After, the other times out."""
-    size = 1 << 20
-    with connect(quick[0]) as first, connect(quick[0]) as second:
+    size, limits = 1 << 20, replace(QUICK, memory_bytes=3 << 20)
+    with serving(limits) as (address, _), connect(address) as first, connect(address) as second:
         for client in (first, second):
             client.sendall(head(size) + bytes(900_000))
         # the server may read either one first
@@ -158,17 +159,21 @@ def test_a_broken_engine_answers_500_and_the_next_request_is_served(photo, monke
 
     def samples(images, draws, targets, levels):
         if broken:
-            raise MemoryError(broken[0])
+            raise broken[-1]
         return honest(images, draws, targets, levels)
 
     monkeypatch.setattr(model.explainers[0], "samples", samples)
     with serving(models=[model]) as (address, _), Client(address, retries=0) as client:
-        broken.append("out of memory in a secret place")
-        with pytest.raises(ServerError, match="MemoryError") as failed:
+        broken.append(ArithmeticError("a sum in a secret place"))
+        with pytest.raises(ServerError, match="ArithmeticError") as failed:
             client.explain(photo, n_samples=2)
         assert failed.value.status == 500 and "secret" not in failed.value.detail
         with pytest.raises(ServerError, match="500"):
             list(client.stream(photo, n_samples=2))
+        broken.append(MemoryError("out of memory in a secret place"))
+        with pytest.raises(ServerError, match="memory ran out") as failed:
+            client.explain(photo, n_samples=2)
+        assert failed.value.status == 503 and failed.value.retry_after
         broken.clear()
         assert client.explain(photo, n_samples=2).samples == 2
 

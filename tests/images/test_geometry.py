@@ -1,0 +1,62 @@
+"""Tests that photographs are resized and cropped bit for bit as timm's own transforms do it, and within limits."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dave_fast.errors import InputError, TooLargeError
+from dave_fast.images.geometry import CROP_FLOOR, Geometry
+from dave_fast.images.preprocess import from_config
+
+CONFIGS = [
+    {"crop_pct": pct, "crop_mode": mode, "interpolation": interpolation, "input_size": (3, *size)}
+    for pct, mode, interpolation, size in [
+        (0.875, "center", "bicubic", (32, 32)),
+        (1.0, "center", "bilinear", (32, 32)),
+        (None, None, "bicubic", (30, 31)),
+        (0.9, "center", "bicubic", (24, 40)),
+        (1.0, "squash", "bicubic", (32, 24)),
+        (0.8, "squash", "lanczos", (32, 32)),
+        (1.0, "border", "bicubic", (32, 32)),
+        (0.9, "border", "nearest", (33, 21)),
+        (0.95, "center", "box", (31, 31)),
+        (0.95, "center", "hamming", (17, 17)),
+    ]
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_crops_equal_timms(config):
+    config = config | {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+    prepare, generator = from_config(config), np.random.default_rng(0)
+    for _ in range(12):
+        height, width = (int(side) for side in generator.integers(1, 120, 2))
+        picture = Image.fromarray(generator.integers(0, 256, (height, width, 3), np.uint8))
+        made = prepare.normalised(prepare.crop(picture))
+        assert (made == prepare.transform(picture)).all(), (width, height)
+
+
+def test_offsets_are_rounded_down_where_the_configuration_says_so():
+    config = {"input_size": (3, 4, 4), "crop_pct": 4 / 7.5, "interpolation": "nearest", "mean": (0,) * 3}
+    picture = Image.fromarray(np.arange(49, dtype=np.uint8).reshape(7, 7)).convert("RGB")
+    first = [
+        np.asarray(Geometry.from_config(config | more).crop(picture))[0, 0, 0] for more in ({}, {CROP_FLOOR: True})
+    ]
+    assert first == [2 * 7 + 2, 1 * 7 + 1]
+
+
+@pytest.mark.parametrize("mode", ["center", "border", "squash"])
+@pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1), (1, 25_000_000), (3, 700_000), (60_000, 2)])
+def test_a_thin_picture_is_refused_where_it_would_grow(mode, size):
+    config = {"input_size": (3, 224, 224), "crop_pct": 0.9, "crop_mode": mode, "mean": (0,) * 3}
+    geometry = Geometry.from_config(config | {"interpolation": "bicubic"})
+    if mode == "center":
+        with pytest.raises(TooLargeError, match="less thin"):
+            geometry.resizing_bytes(*size)
+    else:
+        assert geometry.resizing_bytes(*size) <= 4 * 249 * (max(size) + 249)
+
+
+def test_an_unknown_interpolation_is_named():
+    with pytest.raises(InputError, match="'best' is unknown; expected one of nearest"):
+        Geometry.from_config({"input_size": (3, 8, 8), "interpolation": "best"})
