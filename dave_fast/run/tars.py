@@ -175,13 +175,13 @@ class _Member(tarfile.TarInfo):
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
         """Return the next member, after those that only describe it."""
-        before = tar.offset  # type: ignore[attr-defined]
+        before = tar.offset
         try:
             member = super().fromtarfile(tar)
-        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
             raise tarfile.ReadError(f"a header is damaged ({error})") from error
         # With such sizes the next header would be this one again.
-        if member.size < 0 or tar.offset <= before:  # type: ignore[attr-defined]
+        if member.size < 0 or tar.offset <= before:
             raise tarfile.ReadError(f"{member.name} has a size of {member.size} bytes")
         return member
 

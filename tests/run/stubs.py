@@ -100,6 +100,8 @@ class Stub(Mapper):
 
     def decode(self, record: Record) -> Any:
         """Return a record's image, encoded or decoded."""
+        if self.fault and self.fault[0] == "slow" and record.uri.startswith("slow:"):
+            threading.Event().wait()
         content = read_content(record, self.settings.limits)
         return content if self._decode == "bytes" else decode_image(content, record.uri)
 
