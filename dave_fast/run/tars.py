@@ -130,7 +130,8 @@ def _samples(url: str, shard: str, labels: bool, limit: int, skip: Skip) -> Iter
         # A pipe ("r|") avoids seeking, which is slow in remote files; on a disk, seeking passes over skipped members.
         mode: Literal["r:*", "r|*"] = "r:*" if local else "r|*"
         with opened(url) as file, tarfile.open(fileobj=file, mode=mode, tarinfo=_Member) as tar:
-            for key, members in groupby(_visible_files(tar), _key):
+            damage: list[Exception] = []
+            for key, members in groupby(_visible_files(tar, damage), _key):
                 record_id = printable(f"{shard}/{key}")
                 if skip(record_id):
                     continue
@@ -146,17 +147,32 @@ def _samples(url: str, shard: str, labels: bool, limit: int, skip: Skip) -> Iter
                             target = as_int64(label, "its label")
                     except InputError as error:
                         wrong = wrong or f"cannot read {member.name} in {url}: {reason_of(error)}."
-                if image is not None:
+                # A label may lie behind the damage.
+                if image is not None and not (damage and labels and target is None):
                     yield Record(
                         record_id, f"tar://{image}::{chained}", target, None, None if wrong else content, wrong
                     )
+            if damage:
+                raise damage[0]
     # What tarfile and the decompressors raise for damaged files is of many classes; a record's InputError ends above.
     except Exception as error:
-        raise InputError(f"cannot read {url}: {reason_of(error)}. What came before it is kept.") from error
+        raise InputError(f"cannot read {url}: {reason_of(error).rstrip(':')}. What came before it is kept.") from error
 
 
-def _visible_files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    for member in tar:
+def _visible_files(tar: tarfile.TarFile, damage: list[Exception]) -> Iterator[tarfile.TarInfo]:
+    """Yield the members that are no folders and not hidden; at a damaged header, append the error to `damage` and end.
+
+    So the sample before the header is still made.
+    """
+    members = iter(tar)
+    while True:
+        try:
+            member = next(members, None)
+        except Exception as error:
+            damage.append(error)
+            return
+        if member is None:
+            return
         # tarfile keeps every member it has read.
         tar.members = []  # type: ignore[attr-defined]
         if not member.isdir() and not member.name.rpartition("/")[2].startswith("."):
