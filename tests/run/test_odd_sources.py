@@ -194,17 +194,19 @@ def test_walk_ends_with_each_image_once(tmp_path, pairs, ids):
 
 
 def test_folders_deeper_than_the_stack(tmp_path):
-    before = os.getcwd()
+    folders = [str(tmp_path)]
     try:
-        os.chdir(tmp_path)
         for _ in range(1200):
-            os.mkdir("d")
-            os.chdir("d")
-        with open("1.png", "wb"):
+            folders.append(f"{folders[-1]}/d")
+            os.mkdir(folders[-1])
+        with open(f"{folders[-1]}/1.png", "wb"):
             pass
+        assert len(records(tmp_path)) == 1
     finally:
-        os.chdir(before)
-    assert len(records(tmp_path)) == 1
+        # pytest's own removal is recursive.
+        os.unlink(f"{folders[-1]}/1.png")
+        for folder in reversed(folders[1:]):
+            os.rmdir(folder)
 
 
 # Names
