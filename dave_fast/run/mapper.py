@@ -283,7 +283,9 @@ class Mapper:
         """Return the row of a record that could not be explained."""
         record = self._resolved(record)
         row = _record_columns(record, self.settings.n_samples)
-        return row | {"target": record.target, "status": "error", "error": " ".join(str(error).split())}
+        # A message names the file, whose name may be no Unicode.
+        reason = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
+        return row | {"target": record.target, "status": "error", "error": reason}
 
 
 def _record_columns(record: Record, n_samples: int) -> ShardRow:

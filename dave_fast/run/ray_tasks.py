@@ -187,7 +187,7 @@ def _decoded(prepare: Preprocessing, record: Record, limits: Limits) -> dict[str
         image = within(limits.seconds, partial(read_picture, record, limits))
         return row | {"crop": prepare.crop(image).tobytes()}
     except InputError as error:
-        return row | {"error": str(error)}
+        return row | {"error": str(error).encode("utf-8", "backslashreplace").decode()}
 
 
 class _MapActor:

@@ -659,6 +659,13 @@ def test_name_that_looks_like_that_of_a_hash(tmp_path):
 
 
 @pytest.mark.usefixtures("forked_workers")
+def test_error_that_names_a_file_of_any_bytes(tmp_path):
+    (tmp_path / "list.txt").write_bytes(b"\xff.png\nhttp://[::1\nnosuch://x\n::\n.\n")
+    summary = stubs.run(tmp_path / "list.txt", tmp_path / "run")
+    assert (summary.records, summary.errors) == (5, 5)
+
+
+@pytest.mark.usefixtures("forked_workers")
 def test_export_of_odd_names(tmp_path):
     (tmp_path / "in").mkdir()
     names = [b"x", b"\xff.png", b"a:b.png", b"a_b.png", b"A_B.png", b"y" * 251 + b".png"]
