@@ -1,8 +1,10 @@
-"""Atomic writing of result files, and early checks that a folder can be written to."""
+"""Atomic writing of result files, early checks that a folder can be written to, and opening nothing but files."""
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +12,40 @@ from pathlib import Path
 from typing import IO
 
 from dave_fast.errors import InputError, reason_of
+
+# What a path may lead to that is no file, in words.
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def open_file(path: str | os.PathLike[str]) -> IO[bytes]:
+    """Open a file for reading; never wait for one, as opening a named pipe would, and never open a device.
+
+    Raises:
+        OSError: there is no such file, or what is there is no file.
+    """
+    # Opening a device can do something, so that it is looked at first.
+    _refuse_other(os.stat(path))
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        # It may have been replaced since.
+        _refuse_other(os.fstat(handle))
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def _refuse_other(found: os.stat_result) -> None:
+    kind = stat.S_IFMT(found.st_mode)
+    if kind == stat.S_IFDIR:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if kind != stat.S_IFREG:
+        raise OSError(errno.EINVAL, f"it is {_KINDS.get(kind, 'something else')}; expected a file")
 
 
 @contextmanager

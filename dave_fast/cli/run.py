@@ -12,12 +12,14 @@ from dave_fast.cli import options
 from dave_fast.cli.options import MACHINE, MODEL
 from dave_fast.cli.terminal import console
 from dave_fast.errors import InputError
+from dave_fast.run.limits import Limits
 
 if TYPE_CHECKING:
     from dave_fast.run.runner import RunSummary
 
 _RESULTS = "Results"
 _INT64 = 2**63
+LIMITS = Limits()
 
 
 def run(
@@ -99,6 +101,21 @@ def run(
         float,
         typer.Option(min=1, help="Seconds without progress that end the run.", rich_help_panel=MACHINE),
     ] = 900.0,
+    max_seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=0.1,
+            help="For reading an image; it is an error then.",
+            show_default="60, at most half of --watchdog",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
+    max_megabytes: Annotated[
+        float, typer.Option(min=0.001, help="Of an image's file; a larger one is an error.", rich_help_panel=MACHINE)
+    ] = LIMITS.bytes / 1e6,
+    max_megapixels: Annotated[
+        float, typer.Option(min=0.001, help="Of an image; a larger one is an error.", rich_help_panel=MACHINE)
+    ] = LIMITS.pixels / 1e6,
 ) -> None:
     """Make attribution maps for a whole dataset, as Parquet shards in the folder --out.
 
@@ -129,6 +146,11 @@ def run(
         raw=raw,
         outputs=outputs,
         batch_size=batch_size,
+        limits=Limits(
+            min(LIMITS.seconds, watchdog / 2) if max_seconds is None else max_seconds,
+            int(max_megabytes * 1e6),
+            int(max_megapixels * 1e6),
+        ),
         options={
             "precision": precision,
             "backend": backend,

@@ -32,12 +32,13 @@ def find_images(paths: Iterable[str | os.PathLike[str]], *, skip: str | os.PathL
         InputError: a path does not exist, a folder cannot be listed, or there is no image.
     """
     given = [Path(path) for path in paths]
-    found: dict[Path, Path] = {}
+    found: dict[str, Path] = {}
     for path in given:
         if not path.exists():
             raise InputError(f"there is no file or folder {path}.")
         for file in sorted(map(Path, walk_images(path, skip=skip))) if path.is_dir() else [path]:
-            found.setdefault(file.resolve(), file)
+            # realpath, since resolve() raises for a link to itself.
+            found.setdefault(os.path.realpath(file), file)
     if not found:
         where = ", ".join(map(str, given)) or "nothing was given"
         raise InputError(f"no image to explain ({where}): give image files, or a folder that has some.")
@@ -52,21 +53,80 @@ def walk_images(
     Args:
         folder: is searched as `find_images` searches folders.
         skip: a folder that is not searched.
-        follow: whether symbolic links to folders are followed.
+        follow: whether symbolic links to folders are followed. A folder that is reached by several ways is searched
+            once: by its own path if that is within `folder`, else by the first link. So the search ends, even where
+            links lead upwards.
 
     Raises:
         InputError: a folder cannot be listed.
     """
-
-    def refuse(error: OSError) -> None:
-        raise InputError(f"cannot list the folder {error.filename}: {reason_of(error)}.")
-
-    skipped = None if skip is None else Path(skip).resolve()
-    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=follow):
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and Path(root, f).resolve() != skipped)
-        for name in sorted(names):
-            if not name.startswith(".") and not name.endswith(OURS) and is_image(name):
+    skipped = None if skip is None else os.path.realpath(skip)
+    seen: set[tuple[int, int]] = set()
+    # Of all folders that are reached without a link; made at the first link.
+    own: set[tuple[int, int]] | None = None
+    waiting = [os.fspath(folder)]
+    while waiting:
+        root = waiting.pop()
+        if (key := _key(root)) in seen:
+            continue
+        seen.add(key)
+        names, folders = _listed(root)
+        for name in names:
+            if not name.endswith(OURS) and is_image(name):
                 yield os.path.join(root, name)
+        below = []
+        for path, linked in folders:
+            if skipped is not None and os.path.realpath(path) == skipped:
+                continue
+            if linked and follow and own is None:
+                own = _own_folders(folder, skipped)
+            if not linked or (follow and own is not None and _key(path) not in own):
+                below.append(path)
+        waiting += reversed(below)
+
+
+def _own_folders(folder: str | os.PathLike[str], skipped: str | None) -> set[tuple[int, int]]:
+    """Return the keys of a folder and of those below it that are reached without a link."""
+    found, waiting = set(), [os.fspath(folder)]
+    while waiting:
+        root = waiting.pop()
+        found.add(_key(root))
+        waiting += [path for path, linked in _listed(root)[1] if not linked and os.path.realpath(path) != skipped]
+    return found
+
+
+def _listed(folder: str) -> tuple[list[str], list[tuple[str, bool]]]:
+    """Return the names of a folder's files, and (path, whether it is a link) of its folders; sorted, no hidden ones."""
+    names, folders = [], []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if _leads_to_folder(entry):
+                    folders.append((os.path.join(folder, entry.name), entry.is_symlink()))
+                else:
+                    names.append(entry.name)
+    except OSError as error:
+        raise InputError(f"cannot list the folder {folder}: {reason_of(error)}.") from error
+    return sorted(names), sorted(folders)
+
+
+def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    # A link to itself; who reads it is told so.
+    except OSError:
+        return False
+
+
+def _key(folder: str) -> tuple[int, int]:
+    """Return device and number of a folder, which are the same by whatever path it is reached."""
+    try:
+        found = os.stat(folder)
+    except OSError as error:
+        raise InputError(f"cannot list the folder {folder}: {reason_of(error)}.") from error
+    return found.st_dev, found.st_ino
 
 
 def is_image(name: str) -> bool:

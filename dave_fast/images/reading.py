@@ -17,6 +17,7 @@ from PIL.IcoImagePlugin import IcoImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from dave_fast.errors import ImageError, ImageWarning, TooLargeError, reason_of
+from dave_fast.files import open_file
 from dave_fast.images import png, tiff
 from dave_fast.images.pixels import Samples, to_rgb
 
@@ -63,7 +64,7 @@ def read_image(path: str | os.PathLike[str], *, note: Callable[[str], None] | No
     notes: list[str] = []
     try:
         # Given a handle, Pillow does not map the file, which garbles rotated TIFFs (seen in Pillow 13.0).
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             image = _decoded(file, notes)
     # Decoders raise errors of many classes (struct.error, SyntaxError, zlib.error, EOFError ...).
     except Exception as error:
@@ -130,7 +131,7 @@ def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
         ImageError: the file cannot be read in full.
     """
     try:
-        with open(path, "rb") as file, Image.open(png.read_header(file)[1]) as image:
+        with open_file(path) as file, Image.open(png.read_header(file)[1]) as image:
             image.load()
             if image.mode[0] in "IF":
                 turn = _TURNS.get(_orientation(image, []))

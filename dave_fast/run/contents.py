@@ -10,6 +10,7 @@ from PIL import Image
 from dave_fast.errors import ImageError, reason_of
 from dave_fast.images import decode_image
 from dave_fast.run.huggingface import row_content
+from dave_fast.run.limits import Limits, check_bytes
 from dave_fast.run.records import Record, read_uri
 
 logger = logging.getLogger("dave_fast.run")
@@ -34,28 +35,40 @@ class Notes:
 
 
 _notes = Notes()
+_LIMITS = Limits()
 
 
-def read_picture(record: Record) -> Image.Image:
+def read_picture(record: Record, limits: Limits = _LIMITS) -> Image.Image:
     """Return the image of a record as 8-bit RGB; what had to be assumed about it is logged.
 
+    Args:
+        record: the record.
+        limits: the most bytes and pixels. The time is for the caller to limit, by `within`.
+
     Raises:
         ImageError: the image cannot be read; the message has the uri and the reason.
     """
-    return decode_image(read_content(record), record.uri, note=_notes)
+    return decode_image(read_content(record, limits), record.uri, max_pixels=limits.pixels, note=_notes)
 
 
-def read_content(record: Record) -> bytes:
+def read_content(record: Record, limits: Limits = _LIMITS) -> bytes:
     """Return the encoded image of a record.
 
+    Args:
+        record: the record.
+        limits: the most bytes.
+
     Raises:
         ImageError: the image cannot be read; the message has the uri and the reason.
     """
-    if record.content is not None:
-        return record.content
+    if record.error is not None:
+        raise ImageError(record.error)
     try:
+        if record.content is not None:
+            check_bytes(len(record.content), limits.bytes)
+            return record.content
         of_dataset = record.uri.startswith("hf://") and "#" in record.uri
-        return row_content(record.uri) if of_dataset else read_uri(record.uri)
+        return row_content(record.uri, limits.bytes) if of_dataset else read_uri(record.uri, limits.bytes)
     # Each file system of fsspec raises errors of its own.
     except Exception as error:
         raise ImageError(f"cannot read {record.uri}: {reason_of(error)}.") from error

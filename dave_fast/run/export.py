@@ -6,11 +6,14 @@ Every form is written under a temporary name and renamed when it is complete.
 from __future__ import annotations
 
 import csv
+import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -19,12 +22,18 @@ from dave_fast.errors import ImageError, InputError, reason_of
 from dave_fast.images import drawing, from_config
 from dave_fast.models.spec import Link
 from dave_fast.run.contents import read_picture
+from dave_fast.run.limits import Limits, within
 from dave_fast.run.reader import MapRecord, Maps
-from dave_fast.run.records import Record
+from dave_fast.run.records import Record, unprintable
 
 Progress = Callable[[int], None]
 # Maps in one Zarr shard, which keeps the number of files small.
 _ZARR_SHARD = 512
+# The endings of a record's pictures.
+_PICTURES = (".map.png", ".overlay.png")
+# The most bytes of a picture's name, below the usual 255 of file systems by the ending, a hash and what is temporary;
+# and of its path.
+_PART_BYTES, _PATH_BYTES = 180, 1000
 INDEX = ("id", "uri", "target", "prediction", "probability", "seed", "n_samples")
 
 
@@ -148,14 +157,16 @@ def _png(maps: Maps, target: Path, progress: Progress) -> int:
     """Write ID.map.png and ID.overlay.png of each record, whose image is read again; return how many were not found."""
     prepare = from_config(maps.identity["configuration"]["preprocessing"])
     missing, first = 0, ""
+    names = _file_names(maps.ids)
+    limits = Limits()
     with _whole(target, folder=True) as folder:
-        for number, row in enumerate(maps):
-            name = _file_name(row.id)
+        for number, (name, row) in enumerate(zip(names, maps, strict=True)):
             heat = row.map
             assert heat is not None
             drawing.save_picture(drawing.plain_map(heat), folder / f"{name}.map.png")
             try:
-                image = read_picture(Record(row.id, row.uri))
+                record = Record(row.id, unprintable(row.uri))
+                image = within(limits.seconds, partial(read_picture, record, limits))
                 drawing.save_picture(drawing.overlay(prepare.crop(image), heat), folder / f"{name}.overlay.png")
             except ImageError as error:
                 missing, first = missing + 1, first or str(error)
@@ -165,10 +176,45 @@ def _png(maps: Maps, target: Path, progress: Progress) -> int:
     return missing
 
 
+def _file_names(ids: Sequence[str]) -> list[str]:
+    """Return a relative path for each id, of which no two make one file, whatever the file system takes to be equal.
+
+    It is the id as far as that can name a file. Where another id has made the file before, or makes a folder of that
+    name, a hash of the id follows.
+    """
+    plain = [_file_name(record_id) for record_id in ids]
+    taken = {_folded(str(folder)) for name in plain for folder in PurePosixPath(name).parents}
+    names = []
+    for record_id, name in zip(ids, plain, strict=True):
+        unique, number = name, 0
+        while not taken.isdisjoint(files := {_folded(f"{unique}{ending}") for ending in _PICTURES}):
+            unique, number = f"{name}-{_hash(record_id * (number + 1))}", number + 1
+        taken |= files
+        names.append(unique)
+    return names
+
+
 def _file_name(record_id: str) -> str:
-    """Return an id as a relative path that cannot leave its folder."""
+    """Return an id as a relative path that cannot leave its folder, and that every file system takes."""
     parts = [part for part in record_id.replace("\\", "/").split("/") if part not in ("", ".", "..")]
-    return "/".join(part.replace("\0", "").replace(":", "_")[-200:] for part in parts) or "_"
+    name = "/".join(_cut(part.replace("\0", "").replace(":", "_"), _PART_BYTES) for part in parts) or "_"
+    # A path has a limit too.
+    return name if len(name.encode()) <= _PATH_BYTES else f"{_cut(parts[-1], _PART_BYTES)}-{_hash(record_id)}"
+
+
+def _cut(part: str, limit: int) -> str:
+    """Return a name of at most so many bytes: the end of a longer one, and a hash of it."""
+    content = part.encode()
+    return part if len(content) <= limit else f"{content[20 - limit :].decode(errors='ignore')}-{_hash(part)}"
+
+
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+
+
+def _folded(path: str) -> str:
+    """Return what is equal for paths that are one file where case or the form of accents does not count."""
+    return unicodedata.normalize("NFD", unicodedata.normalize("NFD", path).casefold())
 
 
 def _virelay(maps: Maps, target: Path, progress: Progress) -> int:

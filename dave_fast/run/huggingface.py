@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from dave_fast.errors import InputError, reason_of
+from dave_fast.run.limits import check_bytes
 from dave_fast.run.records import Record, RecordSource, Skip, as_int64, count_unique, read_uri
 
 _COLUMNS = ("id", "target", "seed", "label")
@@ -56,18 +57,25 @@ def dataset_source(place: str, *, labels: bool) -> RecordSource:
     return RecordSource(place, identity, len(dataset), read)
 
 
-def row_content(uri: str) -> bytes:
-    """Return the encoded image of one row, hf://NAME:SPLIT#ROW."""
+def row_content(uri: str, limit: int) -> bytes:
+    """Return the encoded image of one row, hf://NAME:SPLIT#ROW.
+
+    Raises:
+        TooLargeError: it has more than `limit` bytes.
+    """
     place, _, row = uri.rpartition("#")
     dataset, column, _, _ = _opened(place)
-    return _bytes(dataset[int(row)][column])
+    return _bytes(dataset[int(row)][column], limit)
 
 
-def _bytes(cell: Any) -> bytes:
+def _bytes(cell: Any, limit: int) -> bytes:
     """Return the bytes of an undecoded image, or of the file that it names; b"" for an empty cell."""
     if not cell:
         return b""
-    return cell["bytes"] if cell.get("bytes") is not None else read_uri(cell["path"])
+    if cell.get("bytes") is None:
+        return read_uri(cell["path"], limit)
+    check_bytes(len(cell["bytes"]), limit)
+    return cell["bytes"]
 
 
 @lru_cache(maxsize=4)

@@ -11,7 +11,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
@@ -32,29 +32,33 @@ class Lock:
 
     @staticmethod
     def take(folder: Path, patience_s: float = _PATIENCE_S) -> Lock:
-        """Lock a folder.
+        """Lock a folder, which is made if it is missing: a run that was refused removes the one that it made.
 
         Raises:
             InputError: another run holds the lock for longer than `patience_s` seconds.
         """
-        handle = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
         until = time.monotonic() + patience_s
         while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() < until:
+            folder.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):
+                handle = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    # Another run may have removed the file before this one locked it.
+                    if os.path.samestat(os.fstat(handle), os.stat(folder / LOCK_FILE)):
+                        os.ftruncate(handle, 0)
+                        os.pwrite(handle, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
+                        return Lock(os.dup(handle))
+                except BlockingIOError:
+                    if time.monotonic() >= until:
+                        holder = os.pread(handle, 100, 0).decode(errors="replace").strip()
+                        raise InputError(
+                            f"another run is at work in {folder} ({holder or 'just starting'}): wait for it, or choose "
+                            "another --out."
+                        ) from None
                     time.sleep(0.05)
-                    continue
-                holder = os.pread(handle, 100, 0).decode(errors="replace").strip()
-                os.close(handle)
-                raise InputError(
-                    f"another run is at work in {folder} ({holder or 'just starting'}): wait for it, or choose another "
-                    "--out."
-                ) from None
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
-            return Lock(handle)
+                finally:
+                    os.close(handle)
 
     def release(self) -> None:
         """Close this process's handle; the lock ends with the last handle."""
@@ -92,7 +96,11 @@ class Fence:
         Raises:
             RunError: another run has begun.
         """
-        with open(self._path, "rb") as file:
+        try:
+            file = open(self._path, "rb")  # noqa: SIM115
+        except FileNotFoundError as error:
+            raise RunError(f"{self._path.parent} was removed: this run's commit is dropped.") from error
+        with file:
             fcntl.flock(file, fcntl.LOCK_SH)
             if file.read().decode() != self._token:
                 raise RunError(f"another run has begun in {self._path.parent}: this one's commit is dropped.")

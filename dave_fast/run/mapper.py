@@ -22,6 +22,7 @@ from dave_fast.models.meaning import link_of
 from dave_fast.models.spec import ModelSpec
 from dave_fast.run.contents import read_picture
 from dave_fast.run.identity import weights_hash
+from dave_fast.run.limits import Limits
 from dave_fast.run.messages import Mapped
 from dave_fast.run.records import Record, image_key, printable
 
@@ -52,6 +53,7 @@ class MapSettings:
         raw: whether the signed contributions are stored too.
         outputs: whether the model's outputs are stored too.
         batch_size: images a call of the explainer; None: by the device.
+        limits: the most that a record may take; no part of the run's identity.
         options: further keywords of `dave_fast.DAVE`.
     """
 
@@ -64,6 +66,7 @@ class MapSettings:
     raw: bool = False
     outputs: bool = False
     batch_size: int | None = None
+    limits: Limits = field(default_factory=Limits)
     options: dict[str, Any] = field(default_factory=dict)
 
     def mapper(self, device: str | None, threads: int | None = None) -> Mapper:
@@ -160,7 +163,7 @@ class Mapper:
         Raises:
             ImageError: the image cannot be read or prepared.
         """
-        image = read_picture(record)
+        image = read_picture(record, self.settings.limits)
         try:
             return self.prepare.transform(image)
         except (ValueError, OSError, MemoryError) as error:
@@ -214,7 +217,7 @@ class Mapper:
         """Return a record with the seed and the target that it is explained with, without its content."""
         forced = self.target is not None or self.settings.target == PREDICTED
         seed = self.settings.seed if record.seed is None else record.seed
-        return replace(record, seed=seed, target=self.target if forced else record.target, content=None)
+        return replace(record, seed=seed, target=self.target if forced else record.target, content=None, error=None)
 
     def _group(
         self, records: Sequence[Record], inputs: Sequence[Tensor], progress: Progress | None
@@ -280,7 +283,9 @@ class Mapper:
         """Return the row of a record that could not be explained."""
         record = self._resolved(record)
         row = _record_columns(record, self.settings.n_samples)
-        return row | {"target": record.target, "status": "error", "error": " ".join(str(error).split())}
+        # A message names the file, whose name may be no Unicode.
+        reason = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
+        return row | {"target": record.target, "status": "error", "error": reason}
 
 
 def _record_columns(record: Record, n_samples: int) -> ShardRow:

@@ -19,10 +19,11 @@ import pyarrow as pa
 from dave_fast.errors import DaveFastError, InputError
 from dave_fast.images import Preprocessing, from_config
 from dave_fast.run.contents import read_picture
+from dave_fast.run.limits import Limits, within
 from dave_fast.run.lock import Fence
 from dave_fast.run.mapper import MapSettings
 from dave_fast.run.messages import Mapped
-from dave_fast.run.records import Record, printable
+from dave_fast.run.records import Record, printable, unprintable
 from dave_fast.run.shards import new_shard, schema
 
 # Records that a read task decodes at a time.
@@ -161,13 +162,14 @@ def _datasource(pipeline: RayPipeline) -> Any:
             for part in pipeline.parts:
                 count = len(part) if isinstance(part, list) else None
                 metadata = BlockMetadata(num_rows=count, size_bytes=None, input_files=None, exec_stats=None)
-                tasks.append(ReadTask(partial(_read, part, pipeline.board, config), metadata, schema=_CROPS))
+                read = partial(_read, part, pipeline.board, config, pipeline.settings.limits)
+                tasks.append(ReadTask(read, metadata, schema=_CROPS))
             return tasks
 
     return Records()
 
 
-def _read(part: Part, board: Any, config: dict[str, Any]) -> Iterator[pa.Table]:
+def _read(part: Part, board: Any, config: dict[str, Any], limits: Limits) -> Iterator[pa.Table]:
     """Yield records with their crops, or the reason why there is none, until the run is to stop."""
     import ray
 
@@ -176,15 +178,16 @@ def _read(part: Part, board: Any, config: dict[str, Any]) -> Iterator[pa.Table]:
     while some := list(itertools.islice(records, DECODE_BATCH)):
         if ray.get(board.stopping.remote()):
             return
-        yield pa.Table.from_pylist([_decoded(prepare, record) for record in some], schema=_CROPS)
+        yield pa.Table.from_pylist([_decoded(prepare, record, limits) for record in some], schema=_CROPS)
 
 
-def _decoded(prepare: Preprocessing, record: Record) -> dict[str, Any]:
+def _decoded(prepare: Preprocessing, record: Record, limits: Limits) -> dict[str, Any]:
     row = {"id": record.id, "uri": printable(record.uri), "target": record.target, "seed": record.seed}
     try:
-        return row | {"crop": prepare.crop(read_picture(record)).tobytes()}
+        image = within(limits.seconds, partial(read_picture, record, limits))
+        return row | {"crop": prepare.crop(image).tobytes()}
     except InputError as error:
-        return row | {"error": str(error)}
+        return row | {"error": str(error).encode("utf-8", "backslashreplace").decode()}
 
 
 class _MapActor:
@@ -222,7 +225,7 @@ class _MapActor:
         self._board.stop.remote(f"{reason.rstrip('.')}. What is committed is kept: resume the run.")
 
     def _rows(self, given: list[dict[str, Any]]) -> list[Any]:
-        records = [Record(row["id"], row["uri"], row["target"], row["seed"]) for row in given]
+        records = [Record(row["id"], unprintable(row["uri"]), row["target"], row["seed"]) for row in given]
         loads = [partial(self._input, row) for row in given]
         rows, message = self._mapper.rows(list(zip(records, loads, strict=True)), self._alive)
         self._stopping = self._ray.get(self._board.mapped.remote(message))

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from dave_fast.errors import InputError
+from dave_fast.files import open_file
+from dave_fast.run.limits import read_all
 
 _INT64 = 2**63
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(://.*)?", re.DOTALL)
+# What a name's bytes are written as where they are no UTF-8, and the text that would be read as such.
+_ESCAPED = re.compile(r"\\x(5c|[89a-f][0-9a-f])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +30,7 @@ class Record:
         target: class index, None for the run's default.
         seed: None for the run's seed.
         content: the encoded image if the source had to read it anyway (tars), else None.
+        error: why the source could not give the image, or None.
     """
 
     id: str
@@ -30,6 +38,7 @@ class Record:
     target: int | None = None
     seed: int | None = None
     content: bytes | None = field(default=None, repr=False)
+    error: str | None = None
 
 
 Skip = Callable[[str], bool]
@@ -65,20 +74,34 @@ def image_key(record_id: str) -> int:
 
 
 def opened(uri: str) -> Any:
-    """Return the file behind a path or an fsspec URL, to be used in a `with` statement."""
+    """Return the file behind a path or an fsspec URL, to be used in a `with` statement.
+
+    Raises:
+        OSError: there is no such file, or it is a named pipe, a socket or a device.
+    """
     if is_local(uri):
-        return open(uri, "rb")
+        return open_file(uri)
     import fsspec
+
+    # What lies at the end of a chain on this machine would be opened whatever it is.
+    last = re.sub("^(file|local)://", "", uri.rsplit("::", 1)[-1])
+    if is_local(last):
+        open_file(last).close()
 
     # fsspec infers the compression from the suffix, and does not know this one.
     options = {"tar": {"compression": "gzip"}} if uri.startswith("tar://") and uri.endswith(".tgz") else {}
     return fsspec.open(uri, "rb", **options)
 
 
-def read_uri(uri: str) -> bytes:
-    """Return the bytes behind a path or an fsspec URL."""
+def read_uri(uri: str, limit: int) -> bytes:
+    """Return the bytes behind a path or an fsspec URL.
+
+    Raises:
+        TooLargeError: they are more than `limit`.
+        Exception: any other that its file system raises.
+    """
     with opened(uri) as file:
-        return file.read()
+        return read_all(file, limit)
 
 
 def count_unique(ids: Iterable[str], place: str) -> int:
@@ -92,13 +115,34 @@ def count_unique(ids: Iterable[str], place: str) -> int:
 
 
 def printable(text: str) -> str:
-    r"""Return a file name as valid Unicode; bytes that are not UTF-8 become \xNN."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    r"""Return a file name as valid Unicode, a different one for each name.
+
+    Bytes that are not UTF-8 become \xNN. The backslash of a name that has such text itself becomes \x5c.
+
+    Raises:
+        UnicodeEncodeError: the text has surrogates that stand for no byte.
+    """
+    escaped = _ESCAPED.sub(r"\\x5cx\1", text)
+    return escaped.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def unprintable(text: str) -> str:
+    """Return the name of which `printable` made a text."""
+    content = _ESCAPED.sub(lambda found: chr(0xDC00 + int(found[1], 16)) if found[1] != "5c" else "\\", text)
+    return content.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
 
 
 def is_local(uri: str) -> bool:
-    """Return whether a uri is a plain path."""
-    return "://" not in uri and "::" not in uri
+    """Return whether a uri is a path: neither PROTOCOL://... nor a chain of known protocols (simplecache::...)."""
+    if ("://" not in uri and "::" not in uri) or os.path.isabs(uri):
+        return True
+    first, _, rest = uri.partition("::")
+    found = _SCHEME.fullmatch(first)
+    if found is None or found[2] is not None:
+        return found is None
+    from fsspec import available_protocols
+
+    return found[1] not in available_protocols() or not ("://" in rest or os.path.isabs(rest))
 
 
 def located(uri: str, folder: str) -> str:
@@ -121,10 +165,10 @@ def as_int64(value: object, what: str) -> int | None:
     if value is None or value == "" or value != value:
         return None
     try:
-        number = int(value) if isinstance(value, str | int) else int(float(value))  # type: ignore[arg-type]
+        number = int(value)  # type: ignore[call-overload]
         exact = isinstance(value, str | int) or number == value
     except (TypeError, ValueError, OverflowError):
         number, exact = 0, False
     if not exact or isinstance(value, bool) or not -_INT64 <= number < _INT64:
-        raise InputError(f"{what} is {value!r}; expected an integer of 64 bits.")
+        raise InputError(f"{what} is {reprlib.repr(value)}; expected an integer of 64 bits.")
     return number

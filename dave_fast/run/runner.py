@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -89,9 +89,8 @@ def run_dataset(
         raise InputError(f"engine is {engine!r}; expected one of {', '.join(ENGINES)}.")
     folder = Path(out)
     check_writable(folder)
-    source = open_source(place, labels=settings.target == LABEL, leave_out=folder)
+    source = open_source(place, labels=settings.target == LABEL, leave_out=folder, limits=settings.limits)
     created = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
     lock = Lock.take(folder)
     try:
         run_folder = RunFolder(folder, lock, source, limit=limit, retry_errors=retry_errors)
@@ -132,9 +131,17 @@ def _summary(folder: Path, tally: Tally) -> RunSummary:
 
 
 def _remove_if_unused(folder: Path) -> None:
-    """Remove the folder again if nothing was written to it: the run was refused."""
-    names = {path.name for path in folder.iterdir()}
-    if names <= {LOCK_FILE, FENCE_FILE}:
-        for name in names:
-            (folder / name).unlink()
-        folder.rmdir()
+    """Remove the folder again if nothing was written to it and no other run has begun: the run was refused."""
+    try:
+        lock = Lock.take(folder, 0.0)
+    except InputError:
+        return
+    try:
+        if {path.name for path in folder.iterdir()} <= {LOCK_FILE, FENCE_FILE}:
+            # The lock is the last: who then makes a new one owns the folder and its fence.
+            (folder / FENCE_FILE).unlink(missing_ok=True)
+            (folder / LOCK_FILE).unlink()
+            with suppress(OSError):
+                folder.rmdir()
+    finally:
+        lock.release()

@@ -18,36 +18,53 @@ import csv
 import glob
 import hashlib
 import io
+import itertools
 import json
 import os
+import reprlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dave_fast.errors import InputError, reason_of
+from dave_fast.errors import DaveFastError, InputError, reason_of
+from dave_fast.files import open_file
 from dave_fast.images import walk_images
 from dave_fast.run.huggingface import dataset_source, is_saved_dataset
+from dave_fast.run.limits import Limits
 from dave_fast.run.records import Record, RecordSource, as_int64, count_unique, is_local, located, opened, printable
 from dave_fast.run.tars import TARS, tar_source
 
 LISTS = (".txt", ".csv", ".tsv", ".jsonl")
 _ROWS = 65536
+# The most characters of a line of a list; a list may have no ends of lines, and be endless.
+_LINE = 2**24
+_COLUMNS = ("id", "uri", "path", "target", "seed")
+_LIMITS = Limits()
 
 
-def open_source(place: str, *, labels: bool = False, leave_out: str | os.PathLike[str] | None = None) -> RecordSource:
+def open_source(
+    place: str,
+    *,
+    labels: bool = False,
+    leave_out: str | os.PathLike[str] | None = None,
+    limits: Limits = _LIMITS,
+) -> RecordSource:
     """Open the source that the user named.
 
     Args:
         place: a name as in the module's docstring.
         labels: whether the labels of tars (.cls) and datasets (`label`) are the targets.
         leave_out: a folder whose images are no part of a folder source: the one of the results.
+        limits: of the images that the source itself reads, those in tars.
 
     Raises:
         InputError: there is no such source, it is empty, has no labels, or an id occurs twice.
     """
-    name = place.lower().split("::", 1)[0].split("?", 1)[0]
+    if "\0" in place:
+        raise InputError(f"{place!r} is no source: no name has a NUL in it.")
+    name = place.lower() if is_local(place) else place.lower().split("::", 1)[0].split("?", 1)[0]
     if name.endswith(TARS):
-        return tar_source(place, labels=labels)
+        return tar_source(place, labels=labels, limits=limits)
     if place.startswith("hf://") and not name.endswith((".parquet", *LISTS)):
         return dataset_source(place, labels=labels)
     if is_local(place) and is_saved_dataset(place):
@@ -112,8 +129,16 @@ def record_of(row: dict[str, Any], folder: str, where: str) -> Record:
     if not isinstance(uri, str) or not uri.strip():
         raise InputError(f"{where}: there is no uri; expected columns uri (or path), and optionally id, target, seed.")
     name = row.get("id")
+    if isinstance(name, bytes | list | dict):
+        raise InputError(f"{where}: id is {reprlib.repr(name)}; expected text.")
+    name = uri.strip() if name is None or name == "" else str(name)
+    for text in (name, uri):
+        try:
+            printable(text)
+        except UnicodeEncodeError as error:
+            raise InputError(f"{where}: {reprlib.repr(text)} is no Unicode text; expected whole characters.") from error
     return Record(
-        printable(uri.strip() if name is None or name == "" else str(name)),
+        printable(name),
         located(uri.strip(), folder),
         as_int64(row.get("target"), f"{where}: target"),
         as_int64(row.get("seed"), f"{where}: seed"),
@@ -121,19 +146,59 @@ def record_of(row: dict[str, Any], folder: str, where: str) -> Record:
 
 
 def _list_records(place: str) -> Iterator[Record]:
-    folder = _folder_of(place)
+    folder, kind = _folder_of(place), place.lower().split("?", 1)[0].rpartition(".")[2]
     rows: Iterable[dict[str, Any] | None]
-    with _text(place) as lines:
-        if place.endswith(".txt"):
+    with _text(place) as file:
+        lines = _Lines(place, file)
+        if kind == "txt":
             rows = ({"uri": line} if line.strip() else None for line in lines)
-        elif place.endswith(".jsonl"):
-            rows = (_json_row(line, f"{place}, line {n}") for n, line in enumerate(lines, 1))
+        elif kind == "jsonl":
+            rows = (_json_row(line, lines.where) for line in lines)
         else:
-            rows = csv.DictReader(lines, delimiter="\t" if place.endswith(".tsv") else ",", restkey="")
-        first = 2 if place.endswith((".csv", ".tsv")) else 1
-        for number, row in enumerate(rows, first):
+            rows = _csv_rows(lines, "\t" if kind == "tsv" else ",")
+        for row in rows:
             if row:
-                yield record_of(row, folder, f"{place}, line {number}")
+                yield record_of(row, folder, lines.where)
+
+
+class _Lines:
+    """The lines of a text file, and in `where` the place of the last one, as in "FILE, line 7"."""
+
+    def __init__(self, place: str, file: io.TextIOWrapper) -> None:
+        self._place, self._file = place, file
+        self.where = f"{place}, line 1"
+
+    def __iter__(self) -> Iterator[str]:
+        for number in itertools.count(1):
+            try:
+                line = self._file.readline(_LINE + 1)
+            # Each file system of fsspec raises errors of its own.
+            except Exception as error:
+                raise InputError(f"cannot read {self._place}: {reason_of(error)}.") from error
+            if not line:
+                return
+            self.where = f"{self._place}, line {number}"
+            if len(line) > _LINE or "\0" in line:
+                what = "has a NUL character" if "\0" in line else f"has more than {_LINE} characters"
+                raise InputError(f"{self.where} {what}: expected lines of text in UTF-8.")
+            yield line
+
+
+def _csv_rows(lines: _Lines, delimiter: str) -> Iterator[dict[str, Any]]:
+    try:
+        # Strict, since else a quote that is never closed takes the records behind it.
+        rows = csv.DictReader(lines, delimiter=delimiter, restkey="", strict=True)
+        _check_columns(list(rows.fieldnames or []), lines.where)
+        yield from rows
+    except csv.Error as error:
+        raise InputError(f"{lines.where} is no {delimiter!r}-separated text: {reason_of(error)}.") from error
+
+
+def _check_columns(names: list[str], where: str) -> None:
+    """Raise InputError if a column that is read is there twice."""
+    for name in _COLUMNS:
+        if names.count(name) > 1:
+            raise InputError(f"{where}: there are {names.count(name)} columns {name}; expected one.")
 
 
 def _json_row(line: str, where: str) -> dict[str, Any] | None:
@@ -141,8 +206,9 @@ def _json_row(line: str, where: str) -> dict[str, Any] | None:
         return None
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where} is no JSON: {error}; expected one object a line.") from error
+    # Besides what is no JSON: numbers of thousands of digits, thousands of brackets.
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is no JSON: {reason_of(error)}; expected one object a line.") from error
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a JSON object with a uri; got {type(row).__name__}.")
     return row
@@ -153,29 +219,33 @@ def _text(place: str) -> io.TextIOWrapper:
     import fsspec
 
     try:
-        file = open(place, "rb") if is_local(place) else fsspec.open(place, "rb").open()  # noqa: SIM115
-    except (OSError, ImportError, ValueError) as error:
+        file = open_file(place) if is_local(place) else fsspec.open(place, "rb").open()
+    # Each file system of fsspec raises errors of its own.
+    except Exception as error:
         raise InputError(f"cannot read {place}: {reason_of(error)}.") from error
     return io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def _parquet_records(place: str) -> Iterator[Record]:
     """Yield the records of one Parquet file, of those in a folder, or of those that a glob matches."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     for path in _parquet_files(place):
-        folder = _folder_of(path)
+        folder, number = _folder_of(path), 0
         try:
             with opened(path) as handle, pq.ParquetFile(handle) as file:
-                columns = [c for c in ("id", "uri", "path", "target", "seed") if c in file.schema_arrow.names]
-                number = 0
+                names = file.schema_arrow.names
+                _check_columns(names, path)
+                columns = [c for c in _COLUMNS if c in names]
                 for batch in file.iter_batches(_ROWS, columns=columns):
                     for row in batch.to_pylist():
                         number += 1
                         yield record_of(row, folder, f"{path}, row {number}")
-        except (OSError, ImportError, pa.ArrowInvalid) as error:
-            raise InputError(f"cannot read {path}: {reason_of(error)}.") from error
+        except DaveFastError:
+            raise
+        # pyarrow's errors are of many classes: its own, UnicodeDecodeError, OverflowError, MemoryError ...
+        except Exception as error:
+            raise InputError(f"cannot read {path} behind row {number}: {reason_of(error)}.") from error
 
 
 def _parquet_files(place: str) -> list[str]:

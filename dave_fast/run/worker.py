@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +26,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dave_fast.errors import DaveFastError, ImageError, RunError
+from dave_fast.errors import DaveFastError, RunError
+from dave_fast.run.limits import within
 from dave_fast.run.lock import Lock
 from dave_fast.run.mapper import Mapper, MapSettings
 from dave_fast.run.messages import Alive, End, Finished, Go, Hello
@@ -141,7 +142,8 @@ class _MapWorker:
             while not self.stopping.is_set():
                 message = self.connection.recv()
                 if isinstance(message, Record):
-                    future = decoders.submit(mapper.decode, message)
+                    limit_s = self.task.settings.limits.seconds
+                    future = decoders.submit(within, limit_s, partial(mapper.decode, message))
                     self._waiting.put((message, partial(self._decoded, future)))
                 elif isinstance(message, End):
                     self._waiting.put(None)
@@ -180,12 +182,11 @@ class _MapWorker:
     def _decoded(self, future: Future[Tensor]) -> Tensor:
         """Wait for a model input; raise _StoppedError if the run is to stop."""
         while not self.stopping.is_set():
-            try:
-                return future.result(timeout=_TICK_S)
-            except TimeoutError:
-                # The future has ended: its own TimeoutError is an error of the image.
-                if future.done():
-                    raise ImageError("reading the image took too long.") from None
+            wait([future], timeout=_TICK_S)
+            if future.done():
+                # Images that each take up to their limit of time are progress too.
+                self._progress(0, 1, 1)
+                return future.result()
         raise _StoppedError
 
     def _progress(self, images: int, done: int, rows: int) -> None:

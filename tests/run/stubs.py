@@ -100,7 +100,9 @@ class Stub(Mapper):
 
     def decode(self, record: Record) -> Any:
         """Return a record's image, encoded or decoded."""
-        content = read_content(record)
+        if self.fault and self.fault[0] == "slow" and record.uri.startswith("slow:"):
+            threading.Event().wait()
+        content = read_content(record, self.settings.limits)
         return content if self._decode == "bytes" else decode_image(content, record.uri)
 
     def explain(self, records: Any, inputs: Any, progress: Any) -> list[dict[str, Any]]:
@@ -208,7 +210,7 @@ def map_settings(settings: dict[str, Any]) -> MapSettings:
     stub = {name: settings[name] for name in ("seconds", "decode", "fault") if name in settings}
     plain = {
         name: settings[name] for name in ("n_samples", "seed", "map_dtype", "depth", "options") if name in settings
-    }
+    } | ({"limits": settings["limits"]} if "limits" in settings else {})
     return StubSettings(stub=stub, **plain)
 
 
