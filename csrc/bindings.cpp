@@ -211,6 +211,7 @@ dave::Values epilogue_values(const Array& array, int64_t length, const char* nam
 }
 
 void row_rstd(const Array& x, int64_t rows, int64_t width, float eps, bool centred, const Array& rstd, Threads threads) {
+  expect(width >= 1, "rows must have values");
   const dave::Values from = epilogue_values(x, count_of({rows, width}), "x");
   float* const to = memory_of<float>(rstd, rows, "rstd");
   expect_apart(rstd, {x});

@@ -20,10 +20,9 @@ from dave_fast.errors import BackendError, InputError
 from dave_fast.sampling import Draws
 
 # those of csrc/arguments.h
-DTYPE_CODES = {
-    **{torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3},
-    **{torch.int64: 4, torch.int32: 5},
-}
+DTYPE_CODES = dict(
+    zip((torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32), range(6), strict=True)
+)
 CPU = torch.device("cpu")
 # A tensor as the extensions take it: address, number of values, dtype code.
 Memory = tuple[int, int, int]

@@ -114,7 +114,7 @@ def _fake_pull_back_mean(
 
 
 def _fake_robust_mean(contributions: Tensor, backend: str) -> Tensor:
-    _check("robust_mean", "check_contributions", contributions)
+    _check("robust_mean", "check", contributions)
     shape = contributions.shape[:1] + contributions.shape[2:]
     return contributions.new_empty(shape, dtype=statistics_dtype(contributions.dtype))
 

@@ -60,17 +60,11 @@ def tokens_shape(images: Tensor, draws: Draws, patch_size: PatchSize) -> tuple[i
     return len(draws), n_y * n_x, channels * p_h * p_w
 
 
-def check(images: Tensor, draws: Draws, patch_size: PatchSize) -> tuple[int, int, int]:
-    """Raise TypeError or InputError where images cannot be perturbed by draws; return the shape of their tokens."""
-    shape = check_shapes(images, draws, patch_size)
-    check_matrices(draws)
-    if len(draws) and not 0 <= int(draws.image_index.min()) <= int(draws.image_index.max()) < len(images):
-        raise InputError(f"draws.image_index must be in [0, {len(images)}), the images of the batch")
-    return shape
-
-
 def check_shapes(images: Tensor, draws: Draws, patch_size: PatchSize) -> tuple[int, int, int]:
-    """Do what `check` does without reading a value of a tensor."""
+    """Raise TypeError or InputError where images do not go with draws; return the shape of their tokens.
+
+    No value of a tensor is read.
+    """
     check_images("images", images)
     if not len(images):
         raise InputError(f"images must hold at least one image; got the shape {tuple(images.shape)}")
@@ -79,13 +73,20 @@ def check_shapes(images: Tensor, draws: Draws, patch_size: PatchSize) -> tuple[i
 
 
 def check_draws(draws: Draws, device: torch.device) -> None:
-    """Raise TypeError or InputError where draws are none, do not fit each other, or are on a device that is no CPU's."""
+    """Raise TypeError or InputError where draws are none, do not fit each other, or are on another GPU."""
     if not isinstance(draws, Draws):
         raise TypeError(f"draws must be a dave_fast.sampling.Draws; got {type(draws).__name__}")
     # kernels read all fields of every row; a tensor may have been resized since the draws were made
     draws.check()
     if draws.signal.device.type != "cpu" and draws.signal.device != device:
         raise InputError(f"draws are on {draws.signal.device}, the images on {device}; move the draws there")
+
+
+def check_values(images: Tensor, draws: Draws) -> None:
+    """Raise InputError where draws name images outside of the batch, or their matrices cannot be computed with."""
+    check_matrices(draws)
+    if len(draws) and not 0 <= int(draws.image_index.min()) <= int(draws.image_index.max()) < len(images):
+        raise InputError(f"draws.image_index must be in [0, {len(images)}), the images of the batch")
 
 
 def check_matrices(draws: Draws) -> None:
@@ -97,14 +98,3 @@ def check_matrices(draws: Draws) -> None:
 def is_bounded(matrices: Tensor) -> bool:
     """Return whether all entries are at most LARGEST_ENTRY, so that positions stay finite; False where one is NaN."""
     return bool((matrices.abs() <= LARGEST_ENTRY).all())
-
-
-def inverse(matrices: Tensor) -> Tensor:
-    """Return the inverse maps (R, 2, 3), source → destination; raise InputError where there is none to compute with."""
-    a, b, c, d = matrices[:, :, :2].flatten(1).unbind(1)
-    linear = torch.stack([d, -b, -c, a], dim=1).view(-1, 2, 2) / (a * d - b * c)[:, None, None]
-    offset = -(linear * matrices[:, None, :, 2]).sum(-1, keepdim=True)
-    backward = torch.cat([linear, offset], dim=-1)
-    if not is_bounded(backward):
-        raise InputError("draws.matrices must be invertible, with inverses of at most 2⁶⁰")
-    return backward

@@ -174,8 +174,8 @@ def _check_operand(name: str, operand: Tensor, dtype: torch.dtype, shape: tuple[
     """Raise BackendError where an operand is not (R, tokens, heads, head_dim), or a bias, that fits the others."""
     if operand.dtype != dtype or operand.shape != shape or operand.device.type != "cpu":
         raise BackendError(
-            f"attention's {name} is {operand.dtype} of {tuple(operand.shape)} on {operand.device}; it goes with {dtype} "
-            f"of {shape} on cpu"
+            f"attention's {name} is {operand.dtype} of {tuple(operand.shape)} on {operand.device}; it goes with "
+            f"{dtype} of {shape} on cpu"
         )
 
 

@@ -16,7 +16,7 @@ PatchSize = int | tuple[int, int]
 
 
 def patch_hw(patch_size: PatchSize) -> tuple[int, int]:
-    """Return (p_h, p_w) for a patch size that may be one number; raise InputError for anything but whole numbers ≥ 1."""
+    """Return (p_h, p_w) for a patch size that may be one number; raise InputError unless they are whole and ≥ 1."""
     pair = patch_size if isinstance(patch_size, tuple | list) else (patch_size, patch_size)
     try:
         p_h, p_w = map(index, pair)

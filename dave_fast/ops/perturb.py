@@ -35,7 +35,8 @@ def perturb(
     """
     if torch.compiler.is_compiling():
         return _library.call("perturb", images, draws, *patch_hw(patch_size), dtype, backend)
-    _warp.check(images, draws, patch_size)
+    _warp.check_shapes(images, draws, patch_size)
+    _warp.check_values(images, draws)
     check_dtype("dtype", dtype, STORED)
     return _registry.run("perturb", backend, images, draws, patch_size, dtype=dtype)
 

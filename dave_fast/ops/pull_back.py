@@ -55,8 +55,8 @@ def pull_back(
 def check(token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: PatchSize) -> None:
     """Raise TypeError or InputError where cotangents, images and draws do not match."""
     check_shapes(token_cotangents, images, draws, patch_size)
-    _warp.check(images, draws, patch_size)
-    _warp.inverse(draws.matrices)
+    _warp.check_values(images, draws)
+    invert(draws.matrices)
 
 
 def check_shapes(token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: PatchSize) -> None:
@@ -144,7 +144,7 @@ def adjoint_warp(cotangents: Tensor, draws: Draws, rows: slice = slice(None)) ->
     Returns:
         (R, C, rows of pixels, W), in the dtype of the cotangents.
     """
-    backward = _warp.inverse(draws.matrices)
+    backward = invert(draws.matrices)
     reach = backward[:, :, :2].abs().sum(-1)
     matrices = draws.matrices.to(cotangents)
     height, width = cotangents.shape[2:]
@@ -166,6 +166,22 @@ def adjoint_warp(cotangents: Tensor, draws: Draws, rows: slice = slice(None)) ->
             weight = _warp.tent(source_x - x) * _warp.tent(source_y - y)
             pulled += weight[:, None] * _warp.take(cotangents, p_x, p_y)
     return pulled
+
+
+def invert(matrices: Tensor) -> Tensor:
+    """Return the inverse maps as `inverse` does; raise InputError where there is none, or none to compute with."""
+    backward = inverse(matrices)
+    if not _warp.is_bounded(backward):
+        raise InputError("draws.matrices must be invertible, with inverses of at most 2⁶⁰")
+    return backward
+
+
+def inverse(matrices: Tensor) -> Tensor:
+    """Return the inverse maps (R, 2, 3), source → destination, of invertible ones without a device synchronisation."""
+    a, b, c, d = matrices[:, :, :2].flatten(1).unbind(1)
+    linear = torch.stack([d, -b, -c, a], dim=1).view(-1, 2, 2) / (a * d - b * c)[:, None, None]
+    offset = -(linear * matrices[:, None, :, 2]).sum(-1, keepdim=True)
+    return torch.cat([linear, offset], dim=-1)
 
 
 def _candidates(reach: Tensor, size: int) -> int:

@@ -42,7 +42,7 @@ def robust_mean(contributions: Tensor, *, backend: str = "auto") -> Tensor:
     """
     if torch.compiler.is_compiling():
         return _library.call("robust_mean", contributions, backend)
-    check_contributions(contributions)
+    check(contributions)
     return _registry.run("robust_mean", backend, contributions)
 
 
@@ -70,12 +70,11 @@ def robust_mean_variance(contributions: Tensor, *, backend: str = "auto") -> tup
     """
     if torch.compiler.is_compiling():
         return _library.call("robust_mean_variance", contributions, backend)
-    check_contributions(contributions)
     check_channels(contributions)
     return _registry.run("robust_mean_variance", backend, contributions)
 
 
-def check_contributions(contributions: Tensor) -> None:
+def check(contributions: Tensor) -> None:
     """Raise TypeError or InputError where there is no (B, S, ...) to take a mean of."""
     check_tensor("contributions", contributions, STORED)
     if contributions.ndim < 2 or not 1 <= contributions.shape[1] < MOST_SAMPLES:
@@ -84,10 +83,11 @@ def check_contributions(contributions: Tensor) -> None:
 
 
 def check_channels(contributions: Tensor) -> None:
-    """Raise InputError where contributions are not (B, S, C, ...)."""
-    if contributions.ndim < 3 or contributions.shape[2] < 1:
+    """Raise TypeError or InputError where there is no (B, S, C, ...) to take a mean of."""
+    check_tensor("contributions", contributions, STORED)
+    if contributions.ndim < 3 or not 1 <= contributions.shape[1] < MOST_SAMPLES or not contributions.shape[2]:
         shape = tuple(contributions.shape)
-        raise InputError(f"contributions must have the shape (B, S, C, ...), C ≥ 1; got {shape}")
+        raise InputError(f"contributions must have the shape (B, S, C, ...), S and C ≥ 1, S below 2²⁶; got {shape}")
 
 
 def robust_mean_ref(contributions: Tensor) -> Tensor:
