@@ -19,7 +19,7 @@ from dave_fast.errors import InputError
 from dave_fast.ops import _ext, _library, _registry, _warp
 from dave_fast.ops.patches import PatchSize, patch_grid, patch_hw, unpatchify
 from dave_fast.ops.precision import COMPUTED, check_pixels, check_tensor
-from dave_fast.ops.pull_back import adjoint_warp, invert
+from dave_fast.ops.pull_back import adjoint_warp, check_inverses
 from dave_fast.ops.pull_back_mean import check_samples, tile_and_scratch, tiles
 from dave_fast.ops.robust_mean import robust_mean_variance_ref, variance_like
 from dave_fast.sampling import Draws
@@ -59,7 +59,7 @@ def spread_mean_variance(
         return compiled
     check_shapes(values, draws, size, patch_size, n_samples)
     _warp.check_matrices(draws)
-    invert(draws.matrices)
+    check_inverses(draws, values.device)
     found: tuple[Tensor, Tensor] = _registry.run(
         "spread_mean_variance", backend, values, draws, size, patch_size, n_samples
     )
