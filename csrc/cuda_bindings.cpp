@@ -1,93 +1,130 @@
-// dave_fast._cuda: like dave_fast._native, with device pointers after the device's index and its stream.
+// dave_fast._cuda: like dave_fast._native, with tensors of a device after its index and its stream. What draws hold the
+// host does not read: kernels find indices outside of the batch, and no matrix makes them read outside of the images.
 #include "arguments.h"
 #include "cuda.h"
 
 namespace py = pybind11;
-using dave::Dtype;
 
 namespace {
 
+// The address of a cudaStream_t.
+using Stream = uintptr_t;
+
+dave::cuda::Queue queue_of(int device, Stream stream) { return {device, reinterpret_cast<void*>(stream)}; }
+
 dave::Images checked(dave::Images images) {
-  if (images.channels * images.height * images.width >= int64_t{1} << 31)
-    throw std::invalid_argument("an image must have fewer than 2^31 values");
+  expect(images.channels * images.height * images.width < int64_t{1} << 31, "an image must have fewer than 2^31 values");
   return images;
 }
 
-dave::Inputs checked(Address images, Dtype dtype, const Shape& shape, const DrawsFields& draws, int64_t rows, int64_t p_h,
-                     int64_t p_w) {
-  const auto inputs = inputs_of(images, dtype, shape, draws, rows, {p_h, p_w});
-  checked(inputs.images);
-  return inputs;
+dave::Inputs checked(const Array& images, const Shape& shape, const DrawsFields& draws, int64_t p_h, int64_t p_w) {
+  return inputs_of(checked(images_of(images, shape)), draws, p_h, p_w);
 }
 
-void perturb(int device, Address stream, Address images, Dtype dtype, const Shape& shape, const DrawsFields& draws,
-             int64_t rows, int64_t p_h, int64_t p_w, Address tokens, Dtype stored) {
-  dave::cuda::perturb({device, stream}, checked(images, dtype, shape, draws, rows, p_h, p_w), {tokens, stored});
+// The scratch memory of a mean by tiles.
+void* scratch_of(const Array& scratch, const dave::Images& images, int64_t samples, int64_t tile, bool variance) {
+  expect(tile >= 1 && tile <= images.height * images.width, "a tile must have pixels of the image");
+  const int64_t length = count_of({samples + (variance ? 2 : 0), images.channels, tile});
+  return result_of(scratch, length, images.dtype, "scratch");
 }
 
-void pull_back(int device, Address stream, Address cotangents, Dtype given, Address images, Dtype dtype,
-               const Shape& shape, const DrawsFields& draws, int64_t rows, int64_t p_h, int64_t p_w, Address contributions,
-               Dtype stored) {
-  const auto inputs = checked(images, dtype, shape, draws, rows, p_h, p_w);
-  dave::cuda::pull_back({device, stream}, {cotangents, given}, inputs, {0, rows}, {0, shape[2] * shape[3]},
-                        {contributions, stored});
+void perturb(int device, Stream stream, const Array& images, const Shape& shape, const DrawsFields& draws, int64_t p_h,
+             int64_t p_w, const Array& tokens) {
+  const auto inputs = checked(images, shape, draws, p_h, p_w);
+  const dave::Output to = output_of(tokens, values_of_rows(inputs), "tokens");
+  expect_apart(tokens, {images});
+  dave::cuda::perturb(queue_of(device, stream), inputs, to);
 }
 
-void robust_mean_variance(int device, Address stream, Address contributions, Dtype given, int64_t images, int64_t samples,
-                          int64_t channels, int64_t pixels, Address scratch, Address raw, Address variance) {
-  if (samples < 1 || channels < 1) throw std::invalid_argument("there must be a sample and a channel");
+void pull_back(int device, Stream stream, const Array& cotangents, const Array& images, const Shape& shape,
+               const DrawsFields& draws, int64_t p_h, int64_t p_w, const Array& contributions) {
+  const auto inputs = checked(images, shape, draws, p_h, p_w);
+  const int64_t length = values_of_rows(inputs);
+  const dave::Values from = values_of(cotangents, length, "cotangents");
+  const dave::Output to = output_of(contributions, length, "contributions");
+  expect_apart(contributions, {cotangents, images});
+  dave::cuda::pull_back(queue_of(device, stream), from, inputs, {0, inputs.draws.rows}, {0, shape[2] * shape[3]}, to);
+}
+
+void robust_mean_to(int device, Stream stream, const Array& contributions, int64_t images, int64_t samples,
+                    int64_t channels, int64_t pixels, const Optional& scratch, const Array& raw, const Optional& variance) {
+  const auto from = contributions_of(contributions, images, samples, channels, pixels);
+  const dave::Dtype dtype = statistics_of(from.values.dtype);
+  const dave::Means to = means_of(raw, variance, dtype, images, channels, pixels);
+  void* const room = scratch ? result_of(*scratch, 2 * images * channels * pixels, dtype, "scratch") : nullptr;
+  expect_apart(raw, {contributions});
   if (pixels < 1 || images < 1) return;
   // a value's number in an image is divided as a 31-bit one
-  if (pixels >= (int64_t{1} << 31) / channels || samples >= int64_t{1} << 31)
-    throw std::invalid_argument("an image must have fewer than 2^31 values and samples");
-  dave::cuda::robust_mean({device, stream}, {{contributions, given}, images, samples, channels, pixels},
-                          {pixels, pixels, 0}, scratch, {raw, variance});
+  expect(pixels < (int64_t{1} << 31) / channels, "an image must have fewer than 2^31 values");
+  dave::cuda::robust_mean(queue_of(device, stream), from, {pixels, pixels, 0}, room, to);
 }
 
-void robust_mean(int device, Address stream, Address contributions, Dtype given, int64_t images, int64_t samples,
-                 int64_t pixels, Address raw) {
-  robust_mean_variance(device, stream, contributions, given, images, samples, 1, pixels, {}, raw, {});
+void robust_mean_variance(int device, Stream stream, const Array& contributions, int64_t images, int64_t samples,
+                          int64_t channels, int64_t pixels, const Array& scratch, const Array& raw,
+                          const Array& variance) {
+  robust_mean_to(device, stream, contributions, images, samples, channels, pixels, scratch, raw, variance);
 }
 
-void pull_back_mean_variance(int device, Address stream, Address cotangents, Dtype given, Address images, Dtype dtype,
-                             const Shape& shape, const DrawsFields& draws, int64_t rows, int64_t p_h, int64_t p_w,
-                             int64_t samples, int64_t tile, Address scratch, Address raw, Address variance) {
-  if (samples < 1 || rows % samples || tile < 1)
-    throw std::invalid_argument("rows must be a multiple of the samples, and a tile have pixels");
-  const auto inputs = checked(images, dtype, shape, draws, rows, p_h, p_w);
-  dave::cuda::pull_back_mean({device, stream}, {cotangents, given}, inputs, samples, tile, scratch, {raw, variance});
+void robust_mean(int device, Stream stream, const Array& contributions, int64_t images, int64_t samples, int64_t pixels,
+                 const Array& raw) {
+  robust_mean_to(device, stream, contributions, images, samples, 1, pixels, {}, raw, {});
 }
 
-void pull_back_mean(int device, Address stream, Address cotangents, Dtype given, Address images, Dtype dtype,
-                    const Shape& shape, const DrawsFields& draws, int64_t rows, int64_t p_h, int64_t p_w, int64_t samples,
-                    int64_t tile, Address scratch, Address raw) {
-  pull_back_mean_variance(device, stream, cotangents, given, images, dtype, shape, draws, rows, p_h, p_w, samples, tile,
-                          scratch, raw, {});
+void pull_back_mean_variance(int device, Stream stream, const Array& cotangents, const Array& images, const Shape& shape,
+                             const DrawsFields& draws, int64_t p_h, int64_t p_w, int64_t samples, int64_t tile,
+                             const Array& scratch, const Array& raw, const Optional& variance) {
+  const auto inputs = checked(images, shape, draws, p_h, p_w);
+  const int64_t groups = groups_of(inputs.draws.rows, samples);
+  const dave::Values from = values_of(cotangents, values_of_rows(inputs), "cotangents");
+  const dave::Means to = means_of(raw, variance, inputs.images.dtype, groups, shape[1], shape[2] * shape[3]);
+  void* const room = scratch_of(scratch, inputs.images, samples, tile, variance.has_value());
+  expect_apart(raw, {cotangents, images, scratch});
+  dave::cuda::pull_back_mean(queue_of(device, stream), from, inputs, samples, tile, room, to);
 }
 
-void spread_mean_variance(int device, Address stream, Address densities, Dtype dtype, int64_t length,
-                          const DrawsFields& draws, int64_t rows, int64_t height, int64_t width, int64_t p_h, int64_t p_w,
-                          int64_t samples, int64_t tile, Address scratch, Address mean, Address variance) {
-  const auto inputs = sizes_of(length, dtype, height, width, draws, rows, {p_h, p_w}, samples);
-  if (tile < 1) throw std::invalid_argument("a tile must have pixels");
+void pull_back_mean(int device, Stream stream, const Array& cotangents, const Array& images, const Shape& shape,
+                    const DrawsFields& draws, int64_t p_h, int64_t p_w, int64_t samples, int64_t tile,
+                    const Array& scratch, const Array& raw) {
+  pull_back_mean_variance(device, stream, cotangents, images, shape, draws, p_h, p_w, samples, tile, scratch, raw, {});
+}
+
+void spread_mean_variance(int device, Stream stream, const Array& densities, const DrawsFields& draws, int64_t height,
+                          int64_t width, int64_t p_h, int64_t p_w, int64_t samples, int64_t tile, const Array& scratch,
+                          const Array& mean, const Array& variance) {
+  const auto inputs = map_inputs_of(densities, draws, height, width, p_h, p_w, samples);
   checked(inputs.images);
-  dave::cuda::spread_mean({device, stream}, {densities, dtype}, inputs, samples, tile, scratch, {mean, variance});
+  const dave::Values from = values_of(densities, patches_of_rows(inputs), "densities");
+  const dave::Means to = means_of(mean, variance, inputs.images.dtype, inputs.images.count, 1, height * width, "mean");
+  void* const room = scratch_of(scratch, inputs.images, samples, tile, true);
+  expect_apart(mean, {densities, scratch});
+  dave::cuda::spread_mean(queue_of(device, stream), from, inputs, samples, tile, room, to);
 }
 
-void shrink(int device, Address stream, Address variance, Address raw, Dtype dtype, const Shape& shape, Address scratch,
-            Address shrunk) {
-  dave::cuda::shrink({device, stream}, variance, checked(images_of(raw, dtype, shape)), scratch, shrunk);
+void shrink(int device, Stream stream, const Array& variance, const Array& raw, const Shape& shape, const Array& scratch,
+            const Array& shrunk) {
+  const dave::Images images = checked(images_of(raw, shape, "raw"));
+  const int64_t length = images.count * images.height * images.width;
+  const auto* spread = memory_of<double>(variance, length, "variance");
+  auto* const room = memory_of<double>(scratch, 2 * length, "scratch");
+  void* const to = result_of(shrunk, length, images.dtype, "shrunk");
+  expect_apart(shrunk, {variance, raw, scratch});
+  dave::cuda::shrink(queue_of(device, stream), spread, images, room, to);
 }
 
-void smooth(int device, Address stream, Address raw, Dtype dtype, const Shape& shape, Address scratch, Address maps) {
-  dave::cuda::smooth({device, stream}, checked(images_of(raw, dtype, shape)), scratch, maps);
+void smooth(int device, Stream stream, const Array& raw, const Shape& shape, const Array& scratch, const Array& maps) {
+  const dave::Images images = checked(images_of(raw, shape, "raw"));
+  const int64_t pixels = images.height * images.width;
+  void* const room = result_of(scratch, images.count * (pixels + 1), images.dtype, "scratch");
+  void* const to = result_of(maps, images.count * pixels, images.dtype, "maps");
+  expect_apart(maps, {raw, scratch});
+  dave::cuda::smooth(queue_of(device, stream), images, room, to);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
   using release = py::call_guard<py::gil_scoped_release>;
-  module.doc() = "The CUDA kernels of dave-fast. Addresses are taken as they are: call them through dave_fast.ops.";
+  module.doc() = "The CUDA kernels of dave-fast. Tensors are as those of dave_fast._native: call them through dave_fast.ops.";
   py::register_exception<dave::cuda::Error>(module, "Error", PyExc_RuntimeError);
   module.def("why_not", &dave::cuda::why_not, "Why kernels cannot run on a device; empty where they can.");
   module.def("perturb", &perturb, release());

@@ -21,6 +21,16 @@ struct Affine {
   DAVE_HD T y(T px, T py) const { return add(mul(m10, px), add(mul(m11, py), m12)); }
 };
 
+// The largest magnitude of a map's entries: positions stay finite in both precisions.
+constexpr double largest_entry = 0x1p60;
+
+// Whether the entries of a map (2, 3) are within that; false for NaN.
+DAVE_HD bool is_bounded(const double* m) {
+  for (int i = 0; i < 6; ++i)
+    if (!(magnitude(m[i]) <= largest_entry)) return false;
+  return true;
+}
+
 template <typename T>
 DAVE_HD T tent(T u) {
   const T height = sub(static_cast<T>(1), magnitude(u));

@@ -16,13 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dave_fast.errors import BackendError
+from dave_fast.errors import BackendError, InputError
 from dave_fast.sampling import Draws
 
-DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-# Of a Draws' tensors, in the order of its fields.
-DRAWS_DTYPES = [torch.int64, torch.float64, torch.float64, torch.float64, torch.int64, torch.int64]
+# those of csrc/arguments.h
+DTYPE_CODES = dict(
+    zip((torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32), range(6), strict=True)
+)
 CPU = torch.device("cpu")
+# A tensor as the extensions take it: address, number of values, dtype code.
+Memory = tuple[int, int, int]
 # `run_native` or `run_cuda`: a kernel's name and its arguments.
 Run = Callable[..., None]
 # The oldest GPUs that the CUDA kernels are compiled for.
@@ -110,14 +113,29 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-def address(tensor: Tensor, device: torch.device = CPU) -> int:
-    """Return the address of a contiguous tensor on `device`; raise BackendError for any other."""
-    if tensor.device != device or not tensor.is_contiguous():
+def memory(tensor: Tensor, device: torch.device = CPU) -> Memory:
+    """Return a contiguous tensor on `device` as kernels take it; raise BackendError or TypeError for any other."""
+    if tensor.device != device or not tensor.is_contiguous() or tensor.is_neg():
         raise BackendError(
             f"these kernels read contiguous {str(device).upper()} tensors; got one of shape {tuple(tensor.shape)} and "
             f"strides {tensor.stride()} on {tensor.device}"
         )
-    return tensor.data_ptr()
+    return tensor.data_ptr(), tensor.numel(), _code(tensor)
+
+
+def strided(tensor: Tensor) -> Memory:
+    """Return a CPU tensor of any strides as kernels take it: the memory from its first to its last value."""
+    if tensor.device != CPU or tensor.is_neg():
+        raise BackendError(f"these kernels read CPU tensors; got one of shape {tuple(tensor.shape)} on {tensor.device}")
+    reached = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), reached if tensor.numel() else 0, _code(tensor)
+
+
+def _code(tensor: Tensor) -> int:
+    code = DTYPE_CODES.get(tensor.dtype)
+    if code is None:
+        raise TypeError(f"these kernels have no form for {tensor.dtype}; give float32, float64, bfloat16 or float16")
+    return code
 
 
 def queue(device: torch.device) -> tuple[int, int]:
@@ -128,22 +146,23 @@ def queue(device: torch.device) -> tuple[int, int]:
     return stream.device_index, stream.cuda_stream
 
 
-def coded(tensor: Tensor) -> tuple[Tensor, int]:
-    """Return a tensor and its dtype code, two of a kernel's arguments."""
-    return tensor, DTYPE_CODES[tensor.dtype]
-
-
 def run_native(op: str, *arguments: Any) -> None:
-    """Run a host kernel.
+    """Run a host kernel, which checks that all of its arguments fit each other.
 
     Args:
         op: its name in `dave_fast._native`.
-        *arguments: its arguments without the number of threads. A tensor is passed as its address, None as 0, and a
-            Draws as the addresses of its tensors and its number of rows.
+        *arguments: its arguments without the number of threads. A tensor, and every tensor of a Draws, is passed as
+            `memory` returns it.
+
+    Raises:
+        InputError: sizes, dtypes or values do not fit.
     """
     kernel = getattr(module(), op)
     passed, _kept = _passed(arguments, CPU)
-    kernel(*passed, threads())
+    try:
+        kernel(*passed, threads())
+    except ValueError as error:
+        raise InputError(f"{op}: {error}") from None
 
 
 def run_cuda(op: str, *arguments: Any) -> None:
@@ -153,12 +172,18 @@ def run_cuda(op: str, *arguments: Any) -> None:
         op: its name in `dave_fast._cuda`.
         *arguments: its arguments without the device and the stream, passed as `run_native` passes them. Draws that are
             on another device are copied.
+
+    Raises:
+        InputError: sizes or dtypes do not fit.
     """
     kernel = getattr(cuda_module(), op)
     device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
     moved = [argument.to(device) if isinstance(argument, Draws) else argument for argument in arguments]
     passed, _kept = _passed(moved, device)
-    kernel(*queue(device), *passed)
+    try:
+        kernel(*queue(device), *passed)
+    except ValueError as error:
+        raise InputError(f"{op}: {error}") from None
 
 
 def _passed(arguments: Sequence[Any], device: torch.device) -> tuple[list[Any], list[Tensor]]:
@@ -168,12 +193,8 @@ def _passed(arguments: Sequence[Any], device: torch.device) -> tuple[list[Any], 
     for argument in arguments:
         if isinstance(argument, Draws):
             tensors = [tensor.contiguous() for tensor in argument.tensors()]
-            if [tensor.dtype for tensor in tensors] != DRAWS_DTYPES:
-                raise TypeError("draws must have the dtypes that dave_fast.sampling.Draws documents")
             kept += tensors
-            passed += [[address(tensor, device) for tensor in tensors], len(argument)]
-        elif isinstance(argument, Tensor):
-            passed.append(address(argument, device))
+            passed.append([memory(tensor, device) for tensor in tensors])
         else:
-            passed.append(0 if argument is None else argument)
+            passed.append(memory(argument, device) if isinstance(argument, Tensor) else argument)
     return passed, kept

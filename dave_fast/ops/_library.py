@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dave_fast.ops._warp import tokens_shape
-from dave_fast.ops.precision import statistics_dtype
-from dave_fast.sampling import Draws
+from dave_fast.errors import InputError
+from dave_fast.ops._warp import check_shapes
+from dave_fast.ops.precision import check_images, statistics_dtype
+from dave_fast.sampling import ROWS, Draws
 
 _PATCHES = "int p_h, int p_w"
 SCHEMAS = {
@@ -54,56 +55,107 @@ def _public(op: str) -> Callable[..., Any]:
     return function
 
 
+def _draws(tensors: list[Tensor]) -> Draws:
+    if len(tensors) != len(ROWS):
+        raise InputError(f"draws must be the {len(ROWS)} tensors {', '.join(ROWS)}; got {len(tensors)}")
+    return Draws(*tensors)
+
+
 def _raw_and_variance(raw: Tensor) -> tuple[Tensor, Tensor]:
     """Return the fake form of a mean with its variance."""
     return raw, raw.new_empty(raw.shape[:1] + raw.shape[2:], dtype=torch.float64)
 
 
-# Both take the arguments of the op's schema.
+def _run_mean(op: str) -> Callable[..., Any]:
+    return lambda g, images, draws, p_h, p_w, samples, backend: _public(op)(
+        g, images, _draws(draws), (p_h, p_w), samples, backend=backend
+    )
+
+
+# Both take the arguments of the op's schema; the fake forms check what does not need a value.
 _RUNS: dict[str, Callable[..., Any]] = {
     "perturb": lambda images, draws, p_h, p_w, dtype, backend: _public("perturb")(
-        images, Draws(*draws), (p_h, p_w), dtype=dtype, backend=backend
+        images, _draws(draws), (p_h, p_w), dtype=dtype, backend=backend
     ),
     "pull_back": lambda g, images, draws, p_h, p_w, dtype, backend: _public("pull_back")(
-        g, images, Draws(*draws), (p_h, p_w), dtype=dtype, backend=backend
+        g, images, _draws(draws), (p_h, p_w), dtype=dtype, backend=backend
     ),
-    "pull_back_mean": lambda g, images, draws, p_h, p_w, samples, backend: _public("pull_back_mean")(
-        g, images, Draws(*draws), (p_h, p_w), samples, backend=backend
-    ),
+    "pull_back_mean": _run_mean("pull_back_mean"),
     "robust_mean": lambda contributions, backend: _public("robust_mean")(contributions, backend=backend),
-    "pull_back_mean_variance": lambda g, images, draws, p_h, p_w, samples, backend: _public("pull_back_mean_variance")(
-        g, images, Draws(*draws), (p_h, p_w), samples, backend=backend
-    ),
+    "pull_back_mean_variance": _run_mean("pull_back_mean_variance"),
     "robust_mean_variance": lambda contributions, backend: _public("robust_mean_variance")(
         contributions, backend=backend
     ),
     "spread_mean_variance": lambda values, draws, height, width, p_h, p_w, samples, backend: _public(
         "spread_mean_variance"
-    )(values, Draws(*draws), (height, width), (p_h, p_w), samples, backend=backend),
+    )(values, _draws(draws), (height, width), (p_h, p_w), samples, backend=backend),
     "shrink": lambda raw, variance, backend: _public("shrink")(raw, variance, backend=backend),
     "smooth": lambda raw, backend: _public("smooth")(raw, backend=backend),
 }
+
+
+def _fake_perturb(images: Tensor, draws: list[Tensor], p_h: int, p_w: int, dtype: Any, backend: str) -> Tensor:
+    return images.new_empty(check_shapes(images, _draws(draws), (p_h, p_w)), dtype=dtype)
+
+
+def _fake_pull_back(
+    g: Tensor, images: Tensor, draws: list[Tensor], p_h: int, p_w: int, dtype: Any, backend: str
+) -> Tensor:
+    _check("pull_back", "check_shapes", g, images, _draws(draws), (p_h, p_w))
+    return images.new_empty(len(draws[0]), *images.shape[1:], dtype=dtype or images.dtype)
+
+
+def _fake_pull_back_mean(
+    g: Tensor, images: Tensor, draws: list[Tensor], p_h: int, p_w: int, samples: int, backend: str
+) -> Tensor:
+    _check("pull_back", "check_shapes", g, images, _draws(draws), (p_h, p_w))
+    _check("pull_back_mean", "check_samples", samples, _draws(draws))
+    return images.new_empty(len(draws[0]) // samples, *images.shape[1:])
+
+
+def _fake_robust_mean(contributions: Tensor, backend: str) -> Tensor:
+    _check("robust_mean", "check", contributions)
+    shape = contributions.shape[:1] + contributions.shape[2:]
+    return contributions.new_empty(shape, dtype=statistics_dtype(contributions.dtype))
+
+
+def _fake_robust_mean_variance(contributions: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    _check("robust_mean", "check_channels", contributions)
+    return _raw_and_variance(_fake_robust_mean(contributions, backend))
+
+
+def _fake_spread_mean_variance(
+    values: Tensor, draws: list[Tensor], height: int, width: int, p_h: int, p_w: int, samples: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    _check("spread_mean", "check_shapes", values, _draws(draws), (height, width), (p_h, p_w), samples)
+    return _raw_and_variance(values.new_empty(len(values) // samples, 1, height, width))
+
+
+def _fake_shrink(raw: Tensor, variance: Tensor, backend: str) -> Tensor:
+    _check("shrink", "check", raw, variance)
+    return raw.new_empty(raw[:, :1].shape)
+
+
+def _fake_smooth(raw: Tensor, backend: str) -> Tensor:
+    check_images("raw", raw)
+    return raw.new_empty(raw.shape[:1] + raw.shape[2:])
+
+
+def _check(module: str, function: str, *arguments: Any) -> None:
+    getattr(import_module(f"dave_fast.ops.{module}"), function)(*arguments)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
-    "perturb": lambda images, draws, p_h, p_w, dtype, backend: images.new_empty(
-        tokens_shape(images, Draws(*draws), (p_h, p_w)), dtype=dtype
-    ),
-    "pull_back": lambda g, images, draws, p_h, p_w, dtype, backend: images.new_empty(
-        len(draws[0]), *images.shape[1:], dtype=dtype or images.dtype
-    ),
-    "pull_back_mean": lambda g, images, draws, p_h, p_w, samples, backend: images.new_empty(
-        len(draws[0]) // samples, *images.shape[1:]
-    ),
-    "robust_mean": lambda contributions, backend: contributions.new_empty(
-        contributions.shape[:1] + contributions.shape[2:], dtype=statistics_dtype(contributions.dtype)
-    ),
-    "spread_mean_variance": lambda values, draws, height, width, p_h, p_w, samples, backend: _raw_and_variance(
-        values.new_empty(len(values) // samples, 1, height, width)
-    ),
-    "shrink": lambda raw, variance, backend: raw.new_empty(raw[:, :1].shape),
-    "smooth": lambda raw, backend: raw.new_empty(raw.shape[:1] + raw.shape[2:]),
+    "perturb": _fake_perturb,
+    "pull_back": _fake_pull_back,
+    "pull_back_mean": _fake_pull_back_mean,
+    "pull_back_mean_variance": lambda *given: _raw_and_variance(_fake_pull_back_mean(*given)),
+    "robust_mean": _fake_robust_mean,
+    "robust_mean_variance": _fake_robust_mean_variance,
+    "spread_mean_variance": _fake_spread_mean_variance,
+    "shrink": _fake_shrink,
+    "smooth": _fake_smooth,
 }
-for _op in ("pull_back_mean", "robust_mean"):
-    _FAKES[f"{_op}_variance"] = lambda *given, _fake=_FAKES[_op]: _raw_and_variance(_fake(*given))
 
 for _op, _schema in SCHEMAS.items():
     torch.library.define(f"dave_fast::{_op}", _schema)

@@ -124,7 +124,8 @@ def choose(op: str, backend: str = "auto", device: str = "cpu") -> str:
     """Return the name of the backend that runs `op` on `device`.
 
     Raises:
-        BackendError: the backend requested by name is unknown, or has this op and cannot be used.
+        BackendError: the backend requested by name is unknown, or has this op and cannot be used; none runs on the
+            device.
     """
     if backend != "auto":
         if backend not in BACKENDS:
@@ -137,8 +138,10 @@ def choose(op: str, backend: str = "auto", device: str = "cpu") -> str:
                     "Use backend='auto', or see `dave-fast info`."
                 )
             return backend
-    order = PREFERENCE.get(device, ("torch",))
-    return next(name for name in order if why_not(op, name, device) is None)
+    for name in PREFERENCE.get(device, ("torch",)):
+        if why_not(op, name, device) is None:
+            return name
+    raise BackendError(f"no backend runs {op!r} on {device}; move the tensors to cpu or cuda")
 
 
 def load(op: str, backend: str) -> Callable[..., Any]:

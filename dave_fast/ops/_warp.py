@@ -13,8 +13,11 @@ from torch import Tensor
 
 from dave_fast.errors import InputError
 from dave_fast.ops.patches import PatchSize, patch_grid, patch_hw
-from dave_fast.ops.precision import COMPUTED, check_dtype
+from dave_fast.ops.precision import check_images
 from dave_fast.sampling import Draws
+
+# csrc/warp.h has the same constant
+LARGEST_ENTRY = 2.0**60
 
 
 def source(matrices: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,7 +42,8 @@ def take(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Return (R, C, H', W'), images (R, C, H, W) at integer positions x, y (R, H', W'), zero outside."""
     _, channels, height, width = images.shape
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    flat = (y.clamp(0, height - 1) * width + x.clamp(0, width - 1)).long().flatten(1)
+    # multiplied as integers: float32 does not number all pixels of a large image
+    flat = (y.clamp(0, height - 1).long() * width + x.clamp(0, width - 1).long()).flatten(1)
     values = images.flatten(2).gather(2, flat[:, None].expand(-1, channels, -1)).unflatten(2, x.shape[1:])
     return torch.where(inside[:, None], values, 0)
 
@@ -56,24 +60,41 @@ def tokens_shape(images: Tensor, draws: Draws, patch_size: PatchSize) -> tuple[i
     return len(draws), n_y * n_x, channels * p_h * p_w
 
 
-def check(images: Tensor, draws: Draws, patch_size: PatchSize) -> tuple[int, int, int]:
-    """Raise TypeError or InputError where images cannot be perturbed by draws; return the shape of their tokens."""
-    check_dtype("images", images, COMPUTED)
-    if images.ndim != 4 or 0 in images.shape:
-        raise InputError(f"images must have the shape (B, C, H, W), none of them 0; got {tuple(images.shape)}")
-    check_draws(draws)
-    if len(draws) and not 0 <= int(draws.image_index.min()) <= int(draws.image_index.max()) < len(images):
-        raise InputError(f"draws.image_index must be in [0, {len(images)}), the images of the batch")
+def check_shapes(images: Tensor, draws: Draws, patch_size: PatchSize) -> tuple[int, int, int]:
+    """Raise TypeError or InputError where images do not go with draws; return the shape of their tokens.
+
+    No value of a tensor is read.
+    """
+    check_images("images", images)
+    if not len(images):
+        raise InputError(f"images must hold at least one image; got the shape {tuple(images.shape)}")
+    check_draws(draws, images.device)
     return tokens_shape(images, draws, patch_size)
 
 
-def check_draws(draws: Draws) -> None:
-    """Raise TypeError or InputError where draws are none, are of different rows, or their matrices are not finite."""
+def check_draws(draws: Draws, device: torch.device) -> None:
+    """Raise TypeError or InputError where draws are none, do not fit each other, or are on another GPU."""
     if not isinstance(draws, Draws):
         raise TypeError(f"draws must be a dave_fast.sampling.Draws; got {type(draws).__name__}")
-    # kernels read all fields of every row
-    shapes, rows = [tuple(tensor.shape) for tensor in draws.tensors()], len(draws)
-    if shapes != [(rows,), (rows, 2, 3), (rows,), (rows,), (rows, 2), (rows,)]:
-        raise InputError(f"draws must have the shapes that dave_fast.sampling.Draws documents; got {shapes}")
-    if not bool(draws.matrices.isfinite().all()):
-        raise InputError("draws.matrices must be finite")
+    # kernels read all fields of every row; a tensor may have been resized since the draws were made
+    draws.check()
+    if draws.signal.device.type != "cpu" and draws.signal.device != device:
+        raise InputError(f"draws are on {draws.signal.device}, the images on {device}; move the draws there")
+
+
+def check_values(images: Tensor, draws: Draws) -> None:
+    """Raise InputError where draws name images outside of the batch, or their matrices cannot be computed with."""
+    check_matrices(draws)
+    if len(draws) and not 0 <= int(draws.image_index.min()) <= int(draws.image_index.max()) < len(images):
+        raise InputError(f"draws.image_index must be in [0, {len(images)}), the images of the batch")
+
+
+def check_matrices(draws: Draws) -> None:
+    """Raise InputError where the draws' matrices are not finite numbers, or are too large to compute with."""
+    if not is_bounded(draws.matrices):
+        raise InputError("draws.matrices must be finite numbers of at most 2⁶⁰")
+
+
+def is_bounded(matrices: Tensor) -> bool:
+    """Return whether all entries are at most LARGEST_ENTRY, so that positions stay finite; False where one is NaN."""
+    return bool((matrices.abs() <= LARGEST_ENTRY).all())

@@ -60,5 +60,5 @@ def activate_native(u: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     # A gated MLP's result is narrower than u; any other activation is written over u itself.
     h = u.new_empty(rows, hidden) if gated else u
     gate = u.new_empty(rows, hidden)
-    _ext.run_native("activate", *_ext.coded(u), list(GATES).index(name), gated, rows, hidden, h, gate)
+    _ext.run_native("activate", u, list(GATES).index(name), gated, rows, hidden, h, gate)
     return h, gate

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dave_fast.errors import BackendError
 from dave_fast.ops import _ext
 from dave_fast.ops.precision import statistics_dtype
 
@@ -96,12 +97,23 @@ def attention_native(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor
     """Run `attention_ref` in C++ on the host, one (row, head) a task; above 400 tokens memory is linear in them.
 
     It takes float32, and bfloat16 where the CPU multiplies it; any other dtype is left to PyTorch.
+
+    Raises:
+        BackendError: an operand has another dtype or shape than `attention_ref` names: C++ would read past it.
     """
+    _check_operand("q", q, q.dtype, (*q.shape[:2], *k.shape[2:]))
     rows, queries, heads, dim = q.shape
+    _check_operand("k", k, q.dtype, (rows, *k.shape[1:2], heads, dim))
+    _check_operand("v", v, q.dtype, (rows, *k.shape[1:2], heads, dim))
+    if bias is not None:
+        _check_operand("bias", bias, q.dtype, (heads, queries, k.shape[1]))
     bf16 = q.dtype == torch.bfloat16
     if not (q.dtype == torch.float32 or (bf16 and dim % 2 == 0 and _ext.module().multiplies_bfloat16())):
         return attention_ref(q, k, v, scale, bias)
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    # bfloat16 queries are read two at a time
+    if bf16 and (q.data_ptr() % 4 or any(stride % 2 for stride in q.stride()[:3])):
+        q = q.clone(memory_format=torch.contiguous_format)
     shape = (rows, queries, k.shape[1], heads, dim)
     out = torch.empty(rows, queries, heads, dim, dtype=q.dtype)
     stored = shape[2] <= KEEP_PROBABILITIES
@@ -110,10 +122,11 @@ def attention_native(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor
     words = torch.empty(rows, heads, lines, -(-shape[2] // 16) * 16, dtype=torch.int32)
     kept = torch.empty(2, rows, heads, 0 if stored else queries, dtype=torch.float32)
     saved = SavedNative(
-        shape, scale, words, None if stored else (q, k), kept, None if bias is None else bias.contiguous()
+        *(shape, q.dtype, scale, words, None if stored else (q, k), kept),
+        None if bias is None else bias.contiguous(),
     )
-    operands = (*_view(q), *_view(k), *_view(v), out, kept, words, words.stride(1))
-    _ext.run_native("attention", shape, scale, _ext.DTYPE_CODES[q.dtype], saved.bias, *operands)
+    operands = (*_view(q), *_view(k), *_view(v), out, kept, words)
+    _ext.run_native("attention", shape, scale, saved.bias, *operands)
     return out, saved
 
 
@@ -121,14 +134,15 @@ def attention_vjp_native(saved: Any, d_out: Tensor) -> Tensor:
     """Run `attention_vjp_ref` in C++ on the host, for what `attention_native` saved."""
     if not isinstance(saved, SavedNative):
         return attention_vjp_ref(saved, d_out)
-    rows, _, tokens, heads, dim = saved.shape
+    rows, queries, tokens, heads, dim = saved.shape
+    _check_operand("d_out", d_out, saved.dtype, (rows, queries, heads, dim))
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
     d_v = torch.empty(rows, tokens, heads, dim, dtype=d_out.dtype)
     q, k = saved.queries_keys or (d_out, d_out)
     _ext.run_native(
         "attention_vjp",
-        *(saved.shape, saved.scale, _ext.DTYPE_CODES[d_out.dtype], saved.bias, *_view(q), *_view(k)),
-        *(saved.peak_and_share, saved.words, saved.words.stride(1), *_view(d_out), d_v),
+        *(saved.shape, saved.scale, saved.bias, *_view(q), *_view(k)),
+        *(saved.peak_and_share, saved.words, *_view(d_out), d_v),
     )
     return d_v
 
@@ -139,6 +153,7 @@ class SavedNative:
 
     Attributes:
         shape: (R, Q, N, heads, head_dim).
+        dtype: of the operands.
         scale: multiplies q kᵀ.
         words: P, int32 (R, heads, ·, N rounded up to 16); empty where it is not stored.
         queries_keys: q and k as they were given, None where P is stored.
@@ -147,6 +162,7 @@ class SavedNative:
     """
 
     shape: tuple[int, int, int, int, int]
+    dtype: torch.dtype
     scale: float
     words: Tensor
     queries_keys: tuple[Tensor, Tensor] | None
@@ -154,9 +170,18 @@ class SavedNative:
     bias: Tensor | None
 
 
-def _view(heads: Tensor) -> tuple[int, list[int]]:
-    """Return the address and the strides of (R, tokens, heads, head_dim) whose last axis is contiguous."""
-    return heads.data_ptr(), list(heads.stride()[:3])
+def _check_operand(name: str, operand: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Raise BackendError where an operand is not (R, tokens, heads, head_dim), or a bias, that fits the others."""
+    if operand.dtype != dtype or operand.shape != shape or operand.device.type != "cpu":
+        raise BackendError(
+            f"attention's {name} is {operand.dtype} of {tuple(operand.shape)} on {operand.device}; it goes with "
+            f"{dtype} of {shape} on cpu"
+        )
+
+
+def _view(heads: Tensor) -> tuple[_ext.Memory, tuple[int, ...]]:
+    """Return the memory and the strides of (R, tokens, heads, head_dim) whose last axis is contiguous."""
+    return _ext.strided(heads), heads.stride()[:3]
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, bias: Tensor | None, queries: slice = slice(None)) -> Tensor:

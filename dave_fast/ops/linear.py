@@ -138,7 +138,7 @@ def pack_native(matrix: Tensor) -> Any:
         return pack_onednn(matrix)
     matrix, (outs, ins) = matrix.contiguous(), matrix.shape
     values = matrix.new_empty(ins * -(-outs // panel) * panel)
-    native.pack_linear(_ext.address(matrix), outs, ins, _ext.address(values))
+    native.pack_linear(_ext.memory(matrix), outs, ins, _ext.memory(values))
     return NativeWeight(values, panel, (outs, ins))
 
 
@@ -183,8 +183,8 @@ def _linear_panels(
     new_gate = None if fused is None else torch.empty_like(y)
     _ext.run_native(
         "linear",
-        *(x.data_ptr(), rows, x.stride(0), ins, weight.values, weight.panel, outs),
-        [0 if operand is None else _ext.address(operand) for operand in operands],
+        *(_ext.strided(x), rows, x.stride(0), ins, weight.values, weight.panel, outs),
+        [None if operand is None else _ext.memory(operand) for operand in operands],
         *(-1 if fused is None else list(GATES).index(fused), new_gate, y),
     )
     if activation is not None:
@@ -254,5 +254,5 @@ def _scale_ref(x: Tensor, row_scale: Tensor) -> Tensor:
 def _scale_native(x: Tensor, row_scale: Tensor) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
-    _ext.run_native("scale_rows", *_ext.coded(x), row_scale, *x.shape, y)
+    _ext.run_native("scale_rows", x, row_scale, *x.shape, y)
     return y

@@ -62,7 +62,7 @@ def row_rstd_native(x: Tensor, eps: float, *, centred: bool, squares: Tensor | N
     if x.dtype == torch.float64 or (centred and squares is not None):
         return row_rstd_ref(x, eps, centred=centred, squares=squares)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
-    _ext.run_native("row_rstd", *_ext.coded(x), rstd.numel(), x.shape[-1], eps, centred, rstd)
+    _ext.run_native("row_rstd", x, rstd.numel(), x.shape[-1], eps, centred, rstd)
     return rstd
 
 

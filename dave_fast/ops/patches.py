@@ -5,6 +5,8 @@ A token's C·p_h·p_w elements are ordered (c, y, x), as a convolution's weight 
 
 from __future__ import annotations
 
+from operator import index
+
 from torch import Tensor
 
 from dave_fast.errors import InputError
@@ -14,11 +16,15 @@ PatchSize = int | tuple[int, int]
 
 
 def patch_hw(patch_size: PatchSize) -> tuple[int, int]:
-    """Return (p_h, p_w) for a patch size that may be one number."""
-    p_h, p_w = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    """Return (p_h, p_w) for a patch size that may be one number; raise InputError unless they are whole and ≥ 1."""
+    pair = patch_size if isinstance(patch_size, tuple | list) else (patch_size, patch_size)
+    try:
+        p_h, p_w = map(index, pair)
+    except (TypeError, ValueError):
+        p_h = p_w = 0
     if p_h < 1 or p_w < 1:
-        raise InputError(f"patch_size must be ≥ 1; got {patch_size!r}")
-    return int(p_h), int(p_w)
+        raise InputError(f"patch_size must be a whole number ≥ 1, or two of them; got {patch_size!r}")
+    return p_h, p_w
 
 
 def patch_grid(height: int, width: int, patch_size: PatchSize) -> tuple[int, int]:

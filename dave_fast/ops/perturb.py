@@ -35,7 +35,8 @@ def perturb(
     """
     if torch.compiler.is_compiling():
         return _library.call("perturb", images, draws, *patch_hw(patch_size), dtype, backend)
-    _warp.check(images, draws, patch_size)
+    _warp.check_shapes(images, draws, patch_size)
+    _warp.check_values(images, draws)
     check_dtype("dtype", dtype, STORED)
     return _registry.run("perturb", backend, images, draws, patch_size, dtype=dtype)
 
@@ -71,7 +72,7 @@ def _compiled(run: _ext.Run, images: Tensor, draws: Draws, patch_size: PatchSize
     """Run `perturb` by `_ext.run_native` or `_ext.run_cuda`."""
     images = images.contiguous()
     tokens = images.new_empty(_warp.tokens_shape(images, draws, patch_size), dtype=dtype)
-    run("perturb", *_ext.coded(images), images.shape, draws, *patch_hw(patch_size), *_ext.coded(tokens))
+    run("perturb", images, images.shape, draws, *patch_hw(patch_size), tokens)
     return tokens
 
 

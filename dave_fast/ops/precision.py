@@ -99,9 +99,31 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_dtype(name: str, given: object, allowed: tuple[torch.dtype, ...]) -> None:
-    """Raise TypeError where an argument is neither an allowed dtype nor a tensor of one."""
-    dtype = given.dtype if isinstance(given, Tensor) else given
-    if dtype not in allowed:
+    """Raise TypeError where an argument is not an allowed dtype."""
+    if given not in allowed:
         *names, last = (str(each).removeprefix("torch.") for each in allowed)
-        kind = str(dtype) if isinstance(dtype, torch.dtype) else type(given).__name__
+        kind = given.__name__ if isinstance(given, type) else str(given)
         raise TypeError(f"{name} must be {', '.join(names)} or {last}; got {kind.removeprefix('torch.')}")
+
+
+def check_tensor(name: str, given: object, allowed: tuple[torch.dtype, ...]) -> None:
+    """Raise TypeError where an argument is not a dense tensor of an allowed dtype."""
+    check_dtype(name, given.dtype if isinstance(given, Tensor) else type(given), allowed)
+    assert isinstance(given, Tensor)
+    if given.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor; got one of layout {given.layout}: call its to_dense()")
+
+
+def check_images(name: str, given: object) -> None:
+    """Raise TypeError or InputError where an argument is not (B, C, H, W) of a dtype that pixel ops compute in."""
+    check_tensor(name, given, COMPUTED)
+    assert isinstance(given, Tensor)
+    if given.ndim != 4 or 0 in given.shape[1:]:
+        raise InputError(f"{name} must have the shape (B, C, H, W), C, H and W ≥ 1; got {tuple(given.shape)}")
+    check_pixels(*given.shape[2:])
+
+
+def check_pixels(height: int, width: int) -> None:
+    """Raise InputError where an image has too many pixels: kernels number them, and a border, in 30 bits."""
+    if (height + 4) * (width + 4) >= 1 << 30:
+        raise InputError(f"images must have fewer than 2³⁰ pixels; got {height}×{width}: resize or crop them")

@@ -14,7 +14,7 @@ from torch import Tensor
 from dave_fast.errors import InputError
 from dave_fast.ops import _ext, _library, _registry, _warp
 from dave_fast.ops.patches import PatchSize, patch_hw, unpatchify
-from dave_fast.ops.precision import STORED, check_dtype
+from dave_fast.ops.precision import STORED, check_dtype, check_tensor
 from dave_fast.sampling import Draws
 
 
@@ -54,8 +54,21 @@ def pull_back(
 
 def check(token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: PatchSize) -> None:
     """Raise TypeError or InputError where cotangents, images and draws do not match."""
-    expected = _warp.check(images, draws, patch_size)
-    check_dtype("token_cotangents", token_cotangents, STORED)
+    check_shapes(token_cotangents, images, draws, patch_size)
+    _warp.check_values(images, draws)
+    check_inverses(draws, images.device)
+
+
+def check_inverses(draws: Draws, device: torch.device) -> None:
+    """Raise InputError where matrices have no inverse and no kernel says so: a CPU's forms invert them themselves."""
+    if device.type != "cpu":
+        invert(draws.matrices)
+
+
+def check_shapes(token_cotangents: Tensor, images: Tensor, draws: Draws, patch_size: PatchSize) -> None:
+    """Do what `check` does without reading a value of a tensor."""
+    expected = _warp.check_shapes(images, draws, patch_size)
+    check_tensor("token_cotangents", token_cotangents, STORED)
     if tuple(token_cotangents.shape) != expected:
         raise InputError(f"token_cotangents must have the shape {expected}; got {tuple(token_cotangents.shape)}")
     if token_cotangents.device != images.device:
@@ -111,7 +124,7 @@ def _compiled(
     images = images.contiguous()
     contributions = images.new_empty(len(draws), *images.shape[1:], dtype=dtype or images.dtype)
     given = cotangents_and_images(token_cotangents, images, draws)
-    run("pull_back", *given, draws, *patch_hw(patch_size), *_ext.coded(contributions))
+    run("pull_back", *given, draws, *patch_hw(patch_size), contributions)
     return contributions
 
 
@@ -120,7 +133,7 @@ def cotangents_and_images(token_cotangents: Tensor, images: Tensor, draws: Draws
     if token_cotangents.numel() != len(draws) * images[0].numel():
         shape = tuple(token_cotangents.shape)
         raise InputError(f"token_cotangents of shape {shape} do not match the {len(draws)} rows of the draws")
-    return *_ext.coded(token_cotangents.contiguous()), *_ext.coded(images), images.shape
+    return token_cotangents.contiguous(), images, images.shape
 
 
 def adjoint_warp(cotangents: Tensor, draws: Draws, rows: slice = slice(None)) -> Tensor:
@@ -137,27 +150,36 @@ def adjoint_warp(cotangents: Tensor, draws: Draws, rows: slice = slice(None)) ->
     Returns:
         (R, C, rows of pixels, W), in the dtype of the cotangents.
     """
-    backward = inverse(draws.matrices)
-    if not bool(backward.isfinite().all()):
-        raise InputError("draws.matrices must be invertible")
+    backward = invert(draws.matrices)
     reach = backward[:, :, :2].abs().sum(-1)
     matrices = draws.matrices.to(cotangents)
+    height, width = cotangents.shape[2:]
     x, y = _warp.pixels(cotangents)
     y = y[:, rows]
     centre_x, centre_y = _warp.source(backward.to(cotangents), x, y)
     half = reach.to(cotangents)[:, :, None, None]
-    first_x, first_y = (centre_x - half[:, 0]).floor() + 1, (centre_y - half[:, 1]).floor() + 1
+    # no more candidates than pixels, and none before the first one
+    first_x = (centre_x - half[:, 0]).clamp(-1, width - 1).floor() + 1
+    first_y = (centre_y - half[:, 1]).clamp(-1, height - 1).floor() + 1
     # Each row has a count of its own, so that its bits and NaNs do not depend on the other rows of the batch.
     counts = (2 * reach).ceil().to(cotangents.device)[:, :, None, None]
     pulled = cotangents.new_zeros(*cotangents.shape[:2], *centre_x.shape[1:])
-    for j in range(_candidates(reach[:, 1])):
-        for i in range(_candidates(reach[:, 0])):
+    for j in range(_candidates(reach[:, 1], height)):
+        for i in range(_candidates(reach[:, 0], width)):
             # beyond a row's count the destination is one outside of the image, which is read as 0
             p_x, p_y = torch.where((i < counts[:, 0]) & (j < counts[:, 1]), first_x + i, -1), first_y + j
             source_x, source_y = _warp.source(matrices, p_x, p_y)
             weight = _warp.tent(source_x - x) * _warp.tent(source_y - y)
             pulled += weight[:, None] * _warp.take(cotangents, p_x, p_y)
     return pulled
+
+
+def invert(matrices: Tensor) -> Tensor:
+    """Return the inverse maps as `inverse` does; raise InputError where there is none, or none to compute with."""
+    backward = inverse(matrices)
+    if not _warp.is_bounded(backward):
+        raise InputError("draws.matrices must be invertible, with inverses of at most 2⁶⁰")
+    return backward
 
 
 def inverse(matrices: Tensor) -> Tensor:
@@ -168,5 +190,5 @@ def inverse(matrices: Tensor) -> Tensor:
     return torch.cat([linear, offset], dim=-1)
 
 
-def _candidates(reach: Tensor) -> int:
-    return math.ceil(2 * float(reach.max())) if len(reach) else 0
+def _candidates(reach: Tensor, size: int) -> int:
+    return min(math.ceil(2 * float(reach.max())), size) if len(reach) else 0

@@ -18,7 +18,7 @@ from dave_fast.errors import InputError
 from dave_fast.ops import _ext, _library, _registry, _warp
 from dave_fast.ops.patches import PatchSize, patch_hw
 from dave_fast.ops.pull_back import check, contributions_of, cotangents_and_images
-from dave_fast.ops.robust_mean import robust_mean_ref, robust_mean_variance_ref, variance_like
+from dave_fast.ops.robust_mean import MOST_SAMPLES, robust_mean_ref, robust_mean_variance_ref, variance_like
 from dave_fast.sampling import Draws
 
 # Rows of source pixels in a tile of the reference.
@@ -108,7 +108,7 @@ def _run(
 
 def check_samples(n_samples: int, draws: Draws) -> None:
     """Raise InputError where the rows of the draws are not those of images with n_samples each."""
-    if not isinstance(n_samples, int) or n_samples < 1 or len(draws) % n_samples:
+    if not isinstance(n_samples, int) or not 1 <= n_samples < MOST_SAMPLES or len(draws) % n_samples:
         raise InputError(f"n_samples must divide the {len(draws)} rows of the draws; got {n_samples!r}")
 
 

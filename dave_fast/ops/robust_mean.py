@@ -13,11 +13,13 @@ from torch import Tensor
 
 from dave_fast.errors import InputError
 from dave_fast.ops import _ext, _library, _registry
-from dave_fast.ops.precision import STORED, check_dtype, statistics_dtype
+from dave_fast.ops.precision import STORED, check_tensor, statistics_dtype
 
 # The ratio of a normal distribution's standard deviation to its MAD; the deviations within which values are kept; what
 # is added to the MAD, so that equal values are kept where it is 0.
 MAD_TO_SIGMA, KEPT_SIGMAS, EPSILON = 1.4826, 2.5, 1e-8
+# Kernels number the values of a sorting network in 32 bits; csrc/arguments.h has the same constant.
+MOST_SAMPLES = 1 << 26
 
 
 def robust_mean(contributions: Tensor, *, backend: str = "auto") -> Tensor:
@@ -40,9 +42,7 @@ def robust_mean(contributions: Tensor, *, backend: str = "auto") -> Tensor:
     """
     if torch.compiler.is_compiling():
         return _library.call("robust_mean", contributions, backend)
-    check_dtype("contributions", contributions, STORED)
-    if contributions.ndim < 2 or contributions.shape[1] < 1:
-        raise InputError(f"contributions must have the shape (B, S, ...), S ≥ 1; got {tuple(contributions.shape)}")
+    check(contributions)
     return _registry.run("robust_mean", backend, contributions)
 
 
@@ -70,11 +70,24 @@ def robust_mean_variance(contributions: Tensor, *, backend: str = "auto") -> tup
     """
     if torch.compiler.is_compiling():
         return _library.call("robust_mean_variance", contributions, backend)
-    check_dtype("contributions", contributions, STORED)
-    if contributions.ndim < 3 or 0 in contributions.shape[1:3]:
-        shape = tuple(contributions.shape)
-        raise InputError(f"contributions must have the shape (B, S, C, ...), S and C ≥ 1; got {shape}")
+    check_channels(contributions)
     return _registry.run("robust_mean_variance", backend, contributions)
+
+
+def check(contributions: Tensor) -> None:
+    """Raise TypeError or InputError where there is no (B, S, ...) to take a mean of."""
+    check_tensor("contributions", contributions, STORED)
+    if contributions.ndim < 2 or not 1 <= contributions.shape[1] < MOST_SAMPLES:
+        shape = tuple(contributions.shape)
+        raise InputError(f"contributions must have the shape (B, S, ...), S ≥ 1 and below 2²⁶; got {shape}")
+
+
+def check_channels(contributions: Tensor) -> None:
+    """Raise TypeError or InputError where there is no (B, S, C, ...) to take a mean of."""
+    check_tensor("contributions", contributions, STORED)
+    if contributions.ndim < 3 or not 1 <= contributions.shape[1] < MOST_SAMPLES or not contributions.shape[2]:
+        shape = tuple(contributions.shape)
+        raise InputError(f"contributions must have the shape (B, S, C, ...), S and C ≥ 1, S below 2²⁶; got {shape}")
 
 
 def robust_mean_ref(contributions: Tensor) -> Tensor:
@@ -131,7 +144,7 @@ def robust_mean_variance_cuda(contributions: Tensor) -> tuple[Tensor, Tensor]:
 def _sizes(contributions: Tensor) -> tuple[Any, ...]:
     """Return a compiled kernel's arguments for contributions (B, S, C, ...)."""
     images, samples, channels, *rest = contributions.shape
-    return *_ext.coded(contributions), images, samples, channels, math.prod(rest)
+    return contributions, images, samples, channels, math.prod(rest)
 
 
 def variance_like(raw: Tensor) -> Tensor:
@@ -150,7 +163,7 @@ def _compiled(run: _ext.Run, contributions: Tensor) -> Tensor:
     contributions = contributions.contiguous()
     images, samples, *rest = contributions.shape
     raw = _raw_like(contributions)
-    run("robust_mean", *_ext.coded(contributions), images, samples, math.prod(rest), raw)
+    run("robust_mean", contributions, images, samples, math.prod(rest), raw)
     return raw
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dave_fast.errors import InputError
 from dave_fast.ops import _ext, _library, _registry
-from dave_fast.ops.precision import COMPUTED, check_dtype
+from dave_fast.ops.precision import COMPUTED, check_images, check_tensor
 from dave_fast.ops.smooth import blur, gaussian_weights
 
 # σ in pixels and taps of the local mean μ, and σ of the windows in which power is compared with variance, which end at
@@ -46,17 +46,20 @@ def shrink(raw: Tensor, variance: Tensor, *, backend: str = "auto") -> Tensor:
     """
     if torch.compiler.is_compiling():
         return _library.call("shrink", raw, variance, backend)
-    check_dtype("raw", raw, COMPUTED)
-    check_dtype("variance", variance, COMPUTED)
-    if raw.ndim != 4 or 0 in raw.shape[1:]:
-        raise InputError(f"raw must have the shape (B, C, H, W), C, H and W ≥ 1; got {tuple(raw.shape)}")
+    check(raw, variance)
+    return _registry.run("shrink", backend, raw, variance)
+
+
+def check(raw: Tensor, variance: Tensor) -> None:
+    """Raise TypeError or InputError where a map and its variance do not match."""
+    check_images("raw", raw)
+    check_tensor("variance", variance, COMPUTED)
     if variance.shape != raw.shape[:1] + raw.shape[2:]:
         raise InputError(
             f"variance must have the shape (B, H, W) of raw {tuple(raw.shape)}; got {tuple(variance.shape)}"
         )
     if variance.device != raw.device:
         raise InputError(f"variance is on {variance.device}, raw on {raw.device}; move them to one device")
-    return _registry.run("shrink", backend, raw, variance)
 
 
 def shrink_ref(raw: Tensor, variance: Tensor, power_sigma: float = POWER_SIGMA) -> Tensor:
@@ -81,7 +84,7 @@ def shrink_native(raw: Tensor, variance: Tensor) -> Tensor:
     """Run `shrink` in C++ on the host."""
     raw = raw.contiguous()
     shrunk = raw.new_empty(raw[:, :1].shape)
-    _ext.run_native("shrink", variance.double().contiguous(), *_ext.coded(raw), raw.shape, shrunk)
+    _ext.run_native("shrink", variance.double().contiguous(), raw, raw.shape, shrunk)
     return shrunk
 
 
@@ -91,5 +94,5 @@ def shrink_cuda(raw: Tensor, variance: Tensor) -> Tensor:
     shrunk = raw.new_empty(raw[:, :1].shape)
     # the channel sum and its detail
     scratch = raw.new_empty(2 * shrunk.numel(), dtype=torch.float64)
-    _ext.run_cuda("shrink", variance.double().contiguous(), *_ext.coded(raw), raw.shape, scratch, shrunk)
+    _ext.run_cuda("shrink", variance.double().contiguous(), raw, raw.shape, scratch, shrunk)
     return shrunk

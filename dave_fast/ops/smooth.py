@@ -8,9 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dave_fast.errors import InputError
 from dave_fast.ops import _ext, _library, _registry
-from dave_fast.ops.precision import COMPUTED, check_dtype
+from dave_fast.ops.precision import check_images
 
 # csrc/smooth.h has the same constants for C++ and CUDA
 BLUR_TAPS, BLUR_SIGMA = 11, 7.0
@@ -39,9 +38,7 @@ def smooth(raw: Tensor, *, backend: str = "auto") -> Tensor:
     """
     if torch.compiler.is_compiling():
         return _library.call("smooth", raw, backend)
-    check_dtype("raw", raw, COMPUTED)
-    if raw.ndim != 4 or 0 in raw.shape[1:]:
-        raise InputError(f"raw must have the shape (B, C, H, W), C, H and W ≥ 1; got {tuple(raw.shape)}")
+    check_images("raw", raw)
     return _registry.run("smooth", backend, raw)
 
 
@@ -58,7 +55,7 @@ def smooth_native(raw: Tensor) -> Tensor:
     """Run `smooth` in C++ on the host."""
     raw = raw.contiguous()
     maps = raw.new_empty(len(raw), *raw.shape[2:])
-    _ext.run_native("smooth", *_ext.coded(raw), raw.shape, maps)
+    _ext.run_native("smooth", raw, raw.shape, maps)
     return maps
 
 
@@ -69,7 +66,7 @@ def smooth_cuda(raw: Tensor) -> Tensor:
     maps = raw.new_empty(images, height, width)
     # the blended maps, and the maximum of each image
     scratch = raw.new_empty(images * (height * width + 1))
-    _ext.run_cuda("smooth", *_ext.coded(raw), raw.shape, scratch, maps)
+    _ext.run_cuda("smooth", raw, raw.shape, scratch, maps)
     return maps
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from dave_fast.errors import InputError
 from dave_fast.ops import _ext, _library, _registry, _warp
 from dave_fast.ops.patches import PatchSize, patch_grid, patch_hw, unpatchify
-from dave_fast.ops.precision import COMPUTED, check_dtype
-from dave_fast.ops.pull_back import adjoint_warp
+from dave_fast.ops.precision import COMPUTED, check_pixels, check_tensor
+from dave_fast.ops.pull_back import adjoint_warp, check_inverses
 from dave_fast.ops.pull_back_mean import check_samples, tile_and_scratch, tiles
 from dave_fast.ops.robust_mean import robust_mean_variance_ref, variance_like
 from dave_fast.sampling import Draws
@@ -57,21 +57,24 @@ def spread_mean_variance(
         given = values, draws, *size, *patch_hw(patch_size), n_samples, backend
         compiled: tuple[Tensor, Tensor] = _library.call("spread_mean_variance", *given)
         return compiled
-    _check(values, draws, size, patch_size, n_samples)
+    check_shapes(values, draws, size, patch_size, n_samples)
+    _warp.check_matrices(draws)
+    check_inverses(draws, values.device)
     found: tuple[Tensor, Tensor] = _registry.run(
         "spread_mean_variance", backend, values, draws, size, patch_size, n_samples
     )
     return found
 
 
-def _check(values: Tensor, draws: Draws, size: tuple[int, int], patch_size: PatchSize, n_samples: int) -> None:
-    """Raise TypeError or InputError where the arguments do not match."""
-    check_dtype("values", values, COMPUTED)
-    _warp.check_draws(draws)
+def check_shapes(values: Tensor, draws: Draws, size: tuple[int, int], patch_size: PatchSize, n_samples: int) -> None:
+    """Raise TypeError or InputError where the arguments do not match, without reading a value of a tensor."""
+    check_tensor("values", values, COMPUTED)
+    _warp.check_draws(draws, values.device)
     check_samples(n_samples, draws)
     pair = isinstance(size, tuple | list) and len(size) == 2
     if not pair or not all(isinstance(length, int) and length >= 1 for length in size):
         raise InputError(f"size must be (H, W), both whole numbers ≥ 1; got {size!r}")
+    check_pixels(*size)
     rows, columns = patch_grid(*size, patch_size)
     if tuple(values.shape) != (len(draws), rows * columns):
         expected = len(draws), rows * columns
@@ -118,7 +121,7 @@ def _arguments(
 ) -> tuple[Any, ...]:
     """Return a compiled kernel's arguments without its outputs."""
     density = _density(values, patch_size)
-    return *_ext.coded(density), density.numel(), draws, *size, *patch_hw(patch_size), n_samples
+    return density, draws, *size, *patch_hw(patch_size), n_samples
 
 
 def densities_of(

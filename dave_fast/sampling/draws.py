@@ -75,6 +75,17 @@ class Sampling:
         _require(_is_number(self.flip, 0, 1), "flip must be a probability in [0, 1]", self.flip)
 
 
+# The fields of Draws: dtype, and shape of a row.
+ROWS: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+    "image_index": (torch.int64, ()),
+    "matrices": (torch.float64, (2, 3)),
+    "signal": (torch.float64, ()),
+    "noise": (torch.float64, ()),
+    "keys": (torch.int64, (2,)),
+    "samples": (torch.int64, ()),
+}
+
+
 @dataclass(frozen=True, eq=False)
 class Draws:
     """R perturbations, one a row, on the CPU until `to` moves them together; `draws[start:stop]` is a Draws again.
@@ -86,6 +97,10 @@ class Draws:
         noise: (R,) float64, √(1 - (1 - t)²).
         keys: (R, 2) int64, Philox key words, low and high, each below 2³².
         samples: (R,) int64, the sample's number, word 1 of the Philox counter.
+
+    Raises:
+        TypeError: a field is no tensor, or one of another dtype.
+        InputError: the fields have other shapes, or are on several devices.
     """
 
     image_index: Tensor
@@ -95,15 +110,35 @@ class Draws:
     keys: Tensor
     samples: Tensor
 
+    def __post_init__(self) -> None:
+        self.check()
+
     def __len__(self) -> int:
         return len(self.signal)
 
     def __getitem__(self, rows: slice | Tensor) -> Draws:
         return Draws(*(tensor[rows] for tensor in self.tensors()))
 
+    def check(self) -> None:
+        """Raise TypeError or InputError where the tensors do not fit each other; no value is read."""
+        tensors = self.tensors()
+        for tensor, (name, (dtype, _)) in zip(tensors, ROWS.items(), strict=True):
+            if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
+                kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise TypeError(f"draws.{name} must be a tensor of {dtype}; got {kind}")
+        rows = self.signal.shape[:1]
+        if not rows or any(
+            tensor.shape != rows + shape for tensor, (_, shape) in zip(tensors, ROWS.values(), strict=True)
+        ):
+            shapes = [tuple(tensor.shape) for tensor in tensors]
+            raise InputError(f"draws must have the shapes that dave_fast.sampling.Draws documents; got {shapes}")
+        devices = {tensor.device for tensor in tensors}
+        if len(devices) > 1:
+            raise InputError(f"draws must be on one device; got {', '.join(sorted(map(str, devices)))}")
+
     def tensors(self) -> list[Tensor]:
         """Return the six tensors in the order of the fields."""
-        return [getattr(self, field.name) for field in fields(self)]
+        return [getattr(self, name) for name in ROWS]
 
     def to(self, device: torch.device) -> Draws:
         """Return the same draws on a device; a GPU gets them in one asynchronous copy."""

@@ -69,7 +69,7 @@ def normal(keys: Tensor, samples: Tensor, n_elements: int, *, stream: int = 1) -
     r·sin θ with r = √(-2 ln u_even), θ = 2π·u_odd.
 
     Args:
-        keys: (R, 2) int64, on the device of the result.
+        keys: (R, 2) int64, on the device of the result; taken modulo 2³², as samples are.
         samples: (R,) int64, on the same device.
         n_elements: elements of a row.
         stream: word 2 of the counter.
@@ -82,6 +82,7 @@ def normal(keys: Tensor, samples: Tensor, n_elements: int, *, stream: int = 1) -
     # On a CPU the temporaries of a chunk should stay in the cache; on a GPU launches should be few.
     rows = max(1, (1 << 15 if keys.device.type == "cpu" else 1 << 22) // max(n_blocks, 1))
     blocks = torch.arange(n_blocks, device=keys.device)
+    keys, samples = keys & WORD, samples & WORD
     for start in range(0, len(samples), rows):
         part = slice(start, start + rows)
         words = philox4x32((blocks, samples[part, None], stream, 0), (keys[part, :1], keys[part, 1:]))

@@ -144,11 +144,12 @@ def test_nan_and_infinity_propagate_as_in_pytorch(backend, dtype, shape, monkeyp
 
 @pytest.mark.skipif(_ext.unavailable() is not None, reason=str(_ext.unavailable()))
 def test_memory_that_cannot_be_had_raises_memory_error():
-    native, strides = _ext.module(), [8, 8, 8]
-    shape = (0, 1, 2**50, 1, 8)
+    native, strides, none, words = _ext.module(), [8, 8, 8], (0, 0, 0), (0, 0, 5)
+    operands = none, strides, none, strides
+    shape = (0, 1, 2**44, 1, 8)
     with pytest.raises(MemoryError):
-        native.attention(shape, 1.0, 0, 0, 0, strides, 0, strides, 0, strides, 0, 0, 0, 0, 2)
+        native.attention(shape, 1.0, None, *operands, none, strides, none, none, words, 2)
     with pytest.raises(MemoryError):
-        native.attention_vjp(shape, 1.0, 0, 0, 0, strides, 0, strides, 0, 0, 0, 0, strides, 0, 2)
+        native.attention_vjp(shape, 1.0, None, *operands, none, words, none, strides, none, 2)
     with pytest.raises(ValueError, match="scale must be positive"):
-        native.attention((0, 1, 1, 1, 8), 0.0, 0, 0, 0, strides, 0, strides, 0, strides, 0, 0, 0, 0, 2)
+        native.attention((0, 1, 1, 1, 8), 0.0, None, *operands, none, strides, none, none, words, 2)

@@ -201,7 +201,7 @@ module = _ext.cuda_module()
 assert "libcuda.so" not in open("/proc/self/maps").read()
 print("why not:", module.why_not(0))
 try:
-    module.robust_mean(0, 0, 8, 0, 1, 3, 4, 8)
+    module.robust_mean(0, 0, (8, 12, 0), 1, 3, 4, (256, 4, 0))
 except module.Error as error:
     print("raised:", error)
 assert isinstance(module.Error(), RuntimeError)

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from dave_fast.errors import BackendError
+from dave_fast.errors import BackendError, InputError
 from dave_fast.ops import _ext, _registry
 from dave_fast.ops.robust_mean import robust_mean, robust_mean_ref
+from dave_fast.sampling import Draws
 
 PIXEL_OPS = ("perturb", "pull_back", "robust_mean", "robust_mean_variance", "spread_mean_variance", "shrink", "smooth")
 
@@ -91,15 +92,14 @@ def test_the_environment_chooses_the_instruction_set(monkeypatch):
 
 @needs_extension
 def test_addresses_are_checked_before_memory_is_touched():
-    native = _ext.module()
     index, keys = torch.tensor([3]), torch.zeros(1, 2, dtype=torch.int64)
     matrix, one = torch.eye(2, 3, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
-    addresses = [field.data_ptr() for field in (index, matrix, one, one, keys, index)]
     image, tokens = torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 4)
-    with pytest.raises(ValueError, match="image_index"):
-        native.perturb(image.data_ptr(), 0, image.shape, addresses, 1, 2, 2, tokens.data_ptr(), 0, 1)
+    draws = Draws(index, matrix[None], one, one, keys, index)
+    with pytest.raises(InputError, match="image_index is outside of the batch"):
+        _ext.run_native("perturb", image, image.shape, draws, 2, 2, tokens)
     with pytest.raises(BackendError, match="contiguous CPU"):
-        _ext.address(torch.zeros(3, 3).T)
+        _ext.memory(torch.zeros(3, 3).T)
 
 
 @needs_extension

@@ -42,8 +42,16 @@ def run(*command: object, cwd: Path | None = None, **environment: str) -> str:
 
 @needs_compiler
 def test_the_kernels_of_every_instruction_set_run_under_sanitizers(tmp_path):
-    out = run(ROOT / "scripts" / "sanitize", tmp_path)
+    out = run(ROOT / "scripts" / "sanitize", tmp_path, PYTHON=sys.executable)
     assert "baseline passed" in out and "\nsmoke test passed" in out and "cuda smoke test passed" in out
+    assert "fuzz passed" in out
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_many_operands_that_do_not_fit_under_sanitizers(tmp_path):
+    out = run(ROOT / "scripts" / "sanitize", tmp_path, PYTHON=sys.executable, DAVE_FAST_FUZZ="20000")
+    assert "fuzz passed" in out
 
 
 @pytest.fixture

@@ -205,8 +205,7 @@ def test_native_deviates_are_the_same_bits(backend, n_elements):
         pytest.skip("is what the others are compared with")
     draws = draw(6, seed=5, image_keys=[1, 2], **SIZE)
     deviates = torch.full((len(draws), n_elements), torch.nan)
-    addresses = (draws.keys.data_ptr(), draws.samples.data_ptr())
-    _ext.module().normal(*addresses, len(draws), n_elements, deviates.data_ptr(), 2)
+    _ext.run_native("normal", draws.keys, draws.samples, n_elements, deviates)
     assert torch.equal(deviates, normal(draws.keys, draws.samples, n_elements))
 
 
