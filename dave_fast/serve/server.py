@@ -182,14 +182,17 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def make_server(app: FastAPI, limits: Limits) -> Server:
+def make_server(app: FastAPI, limits: Limits, *, port: int = 0) -> Server:
     """Return a server for an app of `create_app`: `run(sockets)` it, or `await serve(sockets)`.
 
-    Without bound sockets it listens at a free port of the loopback interface.
+    Args:
+        app: the app.
+        limits: those of the app.
+        port: of the loopback interface, where it is run without bound sockets; 0 takes a free one.
     """
     config = uvicorn.Config(
         app,
-        port=0,
+        port=port,
         http=guarded(limits),
         ws="none",
         lifespan="on",
