@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ from typing import Any
 import httpx
 
 from tests.serve.tiny_server import PATIENCE, until
+
+# Of each process; several times what a server needs, since libraries reserve addresses that they never use.
+ADDRESS_BYTES = 12 << 30
 
 
 @dataclass
@@ -86,6 +90,8 @@ def serving_process(folder: Path, *options: str) -> Iterator[ServerProcess]:
         popen = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     server = ServerProcess(0, popen, path)
     try:
+        # a server that an attack makes grow shall fail its test, and not take the memory of the machine
+        resource.prlimit(popen.pid, resource.RLIMIT_AS, (ADDRESS_BYTES, ADDRESS_BYTES))
 
         def is_ready() -> bool:
             assert popen.poll() is None, path.read_text()

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -116,14 +117,13 @@ def memory_of(memory: list[tuple[float, float]], begin: float, end: float) -> di
 def log_of(server: ServerProcess) -> dict[str, Any]:
     """Return what the log of a server says about its errors."""
     records, others = server.records()
-    errors = [record for record in records if record.get("status") == 500 or "exception" in record]
-    text = "\n".join(server.lines())
+    errors = Counter(str(record["exception"]).splitlines()[-1][:200] for record in records if "exception" in record)
     return {
         "records": len(records),
-        "no_json": others[:10],
-        "tracebacks": text.count("Traceback"),
+        "no_json": [line[:200] for line in dict.fromkeys(others)][:10],
+        "tracebacks": sum("Traceback" in line for line in server.lines()),
         "status_500": sum(record.get("status") == 500 for record in records),
-        "errors": [json.dumps(record)[-600:] for record in errors[:5]],
+        "errors": dict(errors.most_common(10)),
     }
 
 
