@@ -247,14 +247,14 @@ async def stored_pictures(port, size):
 
 
 @hostile(
-    1.0,
-    40,
+    2.0,
+    30,
     CUT,
     {
         "documents": GET_OPENAPI * 100,
         "a stream": request(f"{LONG}&encoding=float32", bodies.photo()),
         "pages": b"GET / HTTP/1.1\r\nhost: x\r\n\r\n" * 200,
-        "streams in a row": request("/v1/explain/stream?n_samples=64", bodies.photo()) * 50,
+        "streams in a row": request("/v1/explain/stream?n_samples=64", bodies.photo()) * 5,
         "refusals": request("/v1/explain?n_samples=0", bodies.photo()) * 50,
         "metrics": b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n" * 1000,
     },
@@ -372,7 +372,7 @@ async def deadlines_of_a_millisecond(port, path):
     return await exchange(port, request(f"{path}?n_samples=1024&deadline_ms=1", bodies.photo()))
 
 
-@hostile(0.3, 8, {"left"} | BUSY)
+@hostile(0.5, 8, {"left"} | BUSY)
 async def most_samples_and_away(port, _):
     async with Connection(port) as connection:
         await connection.send(request("/v1/explain?n_samples=1024&top_k=10", bodies.photo()))
@@ -393,8 +393,8 @@ async def streams_dropped(port, _):
 # Their deadline comes before that of ordinary requests, so that their rows do too: they ask for a part of what the
 # server can compute, and the others above, with later deadlines or none, for all the rest.
 @hostile(
-    2.0,
-    8,
+    4.0,
+    4,
     {200, 504} | BUSY,
     {
         "10 classes": "top_k=10",
