@@ -183,7 +183,10 @@ class _Lane:
         heapq.heappush(self._waiting, entry)
         if len(self._waiting) > WAITING:
             last = max(self._waiting)
-            last[2].set_exception(RefusedError("full", "too many images wait to be read; try again later", RETRY_AFTER))
+            self._drop(last)
+            if not last[2].done():
+                refused = RefusedError("full", "too many images wait to be read; try again later", RETRY_AFTER)
+                last[2].set_exception(refused)
         try:
             async with asyncio.timeout_at(deadline):
                 await turn
@@ -191,12 +194,15 @@ class _Lane:
             if turn.done() and not turn.cancelled() and turn.exception() is None:
                 # the turn came, and nobody is there any more
                 self._pass_on()
-            else:
-                self._waiting.remove(entry)
-                heapq.heapify(self._waiting)
+            elif entry in self._waiting:
+                self._drop(entry)
             if isinstance(error, TimeoutError):
                 raise DeadlineError("the request was not read by its deadline; allow more time.") from None
             raise
+
+    def _drop(self, entry: tuple[float, int, asyncio.Future[None]]) -> None:
+        self._waiting.remove(entry)
+        heapq.heapify(self._waiting)
 
     def _pass_on(self) -> None:
         while self._waiting:
