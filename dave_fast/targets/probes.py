@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dave_fast.errors import InputError, reason_of
+from dave_fast.numbers import shown
 
 
 def load_probe(path: str | os.PathLike[str], row: int | None = None) -> Tensor:
@@ -31,7 +32,7 @@ def load_probe(path: str | os.PathLike[str], row: int | None = None) -> Tensor:
     path = Path(path)
     if path.suffix not in (".npy", ".safetensors"):
         raise InputError(
-            f"the probe is {path}; expected a .safetensors or .npy file. Save a layer with "
+            f"the probe is {shown(str(path))}; expected a .safetensors or .npy file. Save a layer with "
             "safetensors.torch.save_file(layer.state_dict(), path)"
         )
     try:
