@@ -2,14 +2,52 @@
 
 from __future__ import annotations
 
+import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from dave_fast.errors import InputError, reason_of
+
+# bytes of a text or a JSON file that is read whole; class names and vocabularies have a few millions
+MOST_BYTES = 10**8
+
+
+def read_plain(path: str | os.PathLike[str], most: int = MOST_BYTES) -> bytes:
+    """Return the content of a regular file.
+
+    Raises:
+        InputError: there is none, it cannot be read, it is a pipe or a device, or it has more than `most` bytes.
+    """
+    try:
+        # without the flag, opening a pipe waits for somebody who writes
+        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise InputError(f"{path} is no regular file, but a folder, a pipe or a device.")
+            content = file.read(most + 1) if found.st_size <= most else b""
+    # a name with NUL is no name for the system
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"cannot read {str(path)[:300]!r}: {reason_of(error)}.") from error
+    if max(found.st_size, len(content)) > most:
+        raise InputError(f"{path} has {found.st_size} bytes; expected at most {most}.")
+    return content
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Return the value in a JSON file; raise InputError where it cannot be read (`read_plain`), or is no JSON."""
+    content = read_plain(path)
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    # no JSON or UTF-8, a number of more than 4,300 digits, or brackets in brackets without end
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no JSON file: {reason_of(error)}.") from error
 
 
 @contextmanager

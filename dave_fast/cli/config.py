@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, get_args, get_type_hints
 
 from dave_fast.errors import InputError, reason_of
-from dave_fast.files import atomically
+from dave_fast.files import atomically, read_plain
 from dave_fast.numbers import check_integer, parse_number, shown
 
 _FILES = ("weights", "labels")
@@ -64,9 +64,8 @@ def load_config(path: str | os.PathLike[str]) -> Config:
         InputError: the file cannot be read or is not TOML, or a key or value is not one of a configuration.
     """
     try:
-        with open(path, "rb") as file:
-            values = tomllib.load(file)
-    except OSError as error:
+        values = tomllib.loads(read_plain(path).decode())
+    except InputError as error:
         raise InputError(f"cannot read the configuration {path}: {reason_of(error)}.") from error
     # not TOML or UTF-8, a number of more than 4,300 digits, or brackets in brackets without end
     except (ValueError, RecursionError) as error:

@@ -69,7 +69,7 @@ def check_one(depth: Any) -> Depth:
         return depth
     if isinstance(number, Integral) and 0 <= int(number) < _MOST_BLOCKS:
         return int(number)
-    if isinstance(number, Real) and not isinstance(number, Integral) and number >= 0 and number <= 1:
+    if isinstance(number, Real) and not isinstance(number, Integral) and bool(0 <= number <= 1):  # type: ignore[operator]
         return float(number)
     raise InputError(f"depth is {shown(depth)}; expected {FORMS}")
 

@@ -18,10 +18,10 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from dave_fast.errors import InputError, UnknownModelError, reason_of
+from dave_fast.files import read_plain
 from dave_fast.numbers import check_integer, parse_whole
 
 Link = Literal["softmax", "sigmoid"] | None
@@ -131,9 +131,9 @@ def class_names(labels: str | Sequence[str]) -> tuple[str, ...]:
     if not isinstance(labels, str | os.PathLike):
         return tuple(str(name) for name in labels)
     try:
-        text = Path(labels).read_text(encoding="utf-8-sig")
+        text = read_plain(labels).decode("utf-8-sig")
         names = _from_json(json.loads(text)) if text.lstrip()[:1] in ("[", "{") else text.splitlines()
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"cannot read the class names in {labels}: {reason_of(error)}.") from error
     names = [name.strip() for name in names]
     while names and not names[-1]:

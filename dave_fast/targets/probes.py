@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -36,6 +37,8 @@ def load_probe(path: str | os.PathLike[str], row: int | None = None) -> Tensor:
             "safetensors.torch.save_file(layer.state_dict(), path)"
         )
     try:
+        if not path.is_file():
+            raise FileNotFoundError(errno.ENOENT, "there is no such regular file")
         tensors = _read(path)
     # readers raise errors of any type for damaged files
     except Exception as error:
