@@ -38,7 +38,7 @@ def load_probe(path: str | os.PathLike[str], row: int | None = None) -> Tensor:
         )
     try:
         if not path.is_file():
-            raise FileNotFoundError(errno.ENOENT, "there is no such regular file")
+            raise FileNotFoundError(errno.ENOENT, "there is no such file, or it is no regular one")
         tensors = _read(path)
     # readers raise errors of any type for damaged files
     except Exception as error:
