@@ -2,3 +2,5 @@
 
 # Perturbed samples of an image, and whether its map is shrunk (see `dave_fast.explain.explainer.DAVE`).
 DEFAULT_SAMPLES, DEFAULT_SHRINK = 50, True
+# The most samples of one call: an error falls with the root of their number, and all draws are held at once.
+MOST_SAMPLES = 2**20

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from dave_fast.errors import InputError, reason_of
 
+# bytes of a text or a JSON file that is read whole; class names and vocabularies have a few millions
+MOST_BYTES = 10**8
 # What a path may lead to that is no file, in words.
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
@@ -46,6 +49,34 @@ def _refuse_other(found: os.stat_result) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if kind != stat.S_IFREG:
         raise OSError(errno.EINVAL, f"it is {_KINDS.get(kind, 'something else')}; expected a file")
+
+
+def read_plain(path: str | os.PathLike[str], most: int = MOST_BYTES) -> bytes:
+    """Return the content of a regular file.
+
+    Raises:
+        InputError: there is none, it cannot be read, it is a pipe or a device, or it has more than `most` bytes.
+    """
+    try:
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            content = file.read(most + 1) if size <= most else b""
+    # a name with NUL is no name for the system
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {str(path)[:300]!r}: {reason_of(error)}.") from error
+    if max(size, len(content)) > most:
+        raise InputError(f"{path} has {size} bytes; expected at most {most}.")
+    return content
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Return the value in a JSON file; raise InputError where it cannot be read (`read_plain`), or is no JSON."""
+    content = read_plain(path)
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    # no JSON or UTF-8, a number of more than 4,300 digits, or brackets in brackets without end
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no JSON file: {reason_of(error)}.") from error
 
 
 @contextmanager

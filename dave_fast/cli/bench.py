@@ -12,6 +12,7 @@ from dave_fast.cli.options import MACHINE
 from dave_fast.cli.terminal import console, plain_warnings
 from dave_fast.defaults import DEFAULT_SAMPLES
 from dave_fast.errors import InputError
+from dave_fast.numbers import number_in, shown
 
 _WHAT, _HOW, _RESULT = "What", MACHINE, "Result"
 
@@ -120,13 +121,10 @@ def bench(
 
 def _share(text: str) -> float:
     """Return the number that a share such as 5% or 0.05 stands for."""
-    try:
-        value = float(text.rstrip("% ")) / (100 if text.rstrip().endswith("%") else 1)
-    except ValueError:
-        value = -1.0
-    if value < 0:
-        raise InputError(f"--threshold is {text!r}; expected a share such as 5% or 0.05")
-    return value
+    value = number_in(text.rstrip("% "))
+    if value is None or value < 0:
+        raise InputError(f"--threshold is {shown(text)}; expected a share such as 5% or 0.05")
+    return value / (100 if text.rstrip().endswith("%") else 1)
 
 
 def _kernels(given: list[str], op: str) -> dict[str, str]:

@@ -24,7 +24,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, get_args, get_type_hints
 
 from dave_fast.errors import InputError, reason_of
-from dave_fast.files import atomically
+from dave_fast.files import atomically, read_plain
+from dave_fast.numbers import check_integer, parse_number, shown
 
 _FILES = ("weights", "labels")
 
@@ -63,23 +64,23 @@ def load_config(path: str | os.PathLike[str]) -> Config:
         InputError: the file cannot be read or is not TOML, or a key or value is not one of a configuration.
     """
     try:
-        with open(path, "rb") as file:
-            values = tomllib.load(file)
-    except OSError as error:
+        values = tomllib.loads(read_plain(path).decode())
+    except InputError as error:
         raise InputError(f"cannot read the configuration {path}: {reason_of(error)}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no TOML file: {error}.") from error
+    # not TOML or UTF-8, a number of more than 4,300 digits, or brackets in brackets without end
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no TOML file: {reason_of(error)}.") from error
     # The type T of each annotation T | None.
     kinds = {name: get_args(annotation)[0] for name, annotation in get_type_hints(Config).items()}
     for key, value in values.items():
         if key not in kinds:
             raise InputError(f"{path} has the key {key!r}; expected only {', '.join(kinds)}.")
         if kinds[key] is float and type(value) is int:
-            values[key] = float(value)
+            values[key] = parse_number(value, f"{path}: {key}")
         if type(values[key]) is not kinds[key]:
-            raise InputError(f"{path}: {key} is {value!r}; expected {kinds[key].__name__}.")
-        if kinds[key] is int and value < 1:
-            raise InputError(f"{path}: {key} is {value}; expected an integer ≥ 1.")
+            raise InputError(f"{path}: {key} is {shown(value)}; expected {kinds[key].__name__}.")
+        if kinds[key] is int:
+            check_integer(value, f"{path}: {key}", 1)
     if not 0 <= values.get("noise_alpha", 0) <= 1:
         raise InputError(f"{path}: noise_alpha is {values['noise_alpha']}; expected 0 ≤ noise_alpha ≤ 1.")
     folder = os.path.dirname(os.path.abspath(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -10,11 +11,12 @@ from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import wraps
 from inspect import Parameter, signature
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from dave_fast.errors import DaveFastError
+from dave_fast.errors import DaveFastError, InputError
+from dave_fast.numbers import parse_number, parse_whole
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,11 +72,35 @@ def plain(command: Callable[..., None]) -> Callable[..., None]:
     parameters: list[Parameter] = []
     for name, each in own.parameters.items():
         parameters += signature(groups[name], eval_str=True).parameters.values() if name in groups else [each]
+    for each in parameters:
+        _parse_numbers(each)
     parameters.append(switch)
     # Typer reads the options of a command from its signature.
     run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {each.name: each.annotation for each in parameters}
     return run
+
+
+def _parse_numbers(parameter: Parameter) -> None:
+    """Let an option of a number take what `dave_fast.numbers` takes; typer's own types also take 1_0, and nan."""
+    types = set(get_args(get_args(parameter.annotation)[0])) or {get_args(parameter.annotation)[0]}
+    (option,) = get_args(parameter.annotation)[1:] or (None,)
+    kind = next((each for each in (int, float) if each in types), None)
+    if kind is None or option is None or option.parser is not None:
+        return
+    least, most = option.min, option.max
+
+    def parse(text: Any) -> float:
+        try:
+            if kind is int:
+                return parse_whole(text, "the value", least, most)
+            unbounded = (-math.inf if least is None else least, math.inf if most is None else most)
+            return parse_number(text, "the value", *unbounded)
+        except InputError as error:
+            raise typer.BadParameter(str(error)) from error
+
+    option.parser = parse
+    option.metavar = option.metavar or ("INTEGER" if kind is int else "FLOAT")
 
 
 def note(to: Console, text: str) -> None:

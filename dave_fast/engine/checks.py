@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dave_fast.errors import InputError
+from dave_fast.numbers import check_integer
 
 
 def check_images(images: Any, dtype: torch.dtype) -> Tensor:
@@ -57,26 +57,6 @@ def check_classes(first: int, last: int, output: Tensor) -> None:
             f"a target is out of range: targets are {first} to {last} and the model has the classes 0 to "
             f"{output.shape[1] - 1}"
         )
-
-
-def check_integer(value: Any, name: str, at_least: int | None = None) -> int:
-    """Return an integer of any type (also NumPy's) as an int.
-
-    Args:
-        value: the integer.
-        name: of the setting, for the message.
-        at_least: smallest value allowed.
-
-    Raises:
-        InputError: `value` is no integer or too small.
-    """
-    try:
-        integer = operator.index(value)
-    except TypeError:
-        integer = None
-    if integer is None or isinstance(value, bool) or (at_least is not None and integer < at_least):
-        raise InputError(f"{name} is {value!r}; expected an integer{'' if at_least is None else f' ≥ {at_least}'}")
-    return integer
 
 
 def check_rows(rows: int | None) -> int | None:

@@ -16,11 +16,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from numbers import Integral, Real
 from typing import Any
 
 from dave_fast.errors import InputError
+from dave_fast.numbers import number_in, shown, whole_in
 
 PIXELS, AUTO = "pixels", "auto"
 
@@ -28,6 +28,8 @@ Depth = str | int | float
 # a number of a block, several in a row, or None for the pixels: `engine.levels.Place`
 Place = int | range | None
 FORMS = "'pixels', 'auto', the number of a block, a range of blocks such as '5-9', or a share of the depth such as 0.5"
+# no model has as many: numbers of blocks have four digits
+_MOST_BLOCKS = 10**4
 _RANGE = re.compile(r"([0-9]{1,4})-([0-9]{1,4})")
 
 
@@ -43,11 +45,11 @@ def parse_depth(text: str) -> Depth | list[Depth]:
 def _parsed(word: str) -> Depth:
     if word in (PIXELS, AUTO) or _RANGE.fullmatch(word):
         return check_one(word)
-    # other digits than ASCII's are digits to Python
-    for number in (int, float) if word.isascii() else ():
-        with suppress(ValueError):
-            return check_one(number(word))
-    raise InputError(f"depth {word!r} is unknown; expected {FORMS}")
+    try:
+        whole = whole_in(word)
+        return check_one(number_in(word) if whole is None else whole)
+    except InputError as error:
+        raise InputError(f"depth {shown(word)} is unknown; expected {FORMS}") from error
 
 
 def check_depth(depth: object) -> tuple[Depth, ...]:
@@ -65,11 +67,11 @@ def check_one(depth: Any) -> Depth:
     number = None if isinstance(depth, bool) else depth
     if isinstance(depth, str) and (depth in (PIXELS, AUTO) or _range_of(depth)):
         return depth
-    if isinstance(number, Integral) and int(number) >= 0:
+    if isinstance(number, Integral) and 0 <= int(number) < _MOST_BLOCKS:
         return int(number)
-    if isinstance(number, Real) and not isinstance(number, Integral) and 0 <= float(number) <= 1:
+    if isinstance(number, Real) and not isinstance(number, Integral) and bool(0 <= number <= 1):  # type: ignore[operator]
         return float(number)
-    raise InputError(f"depth is {depth!r}; expected {FORMS}")
+    raise InputError(f"depth is {shown(depth)}; expected {FORMS}")
 
 
 def _range_of(text: str) -> range | None:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dave_fast.defaults import DEFAULT_SAMPLES, DEFAULT_SHRINK
+from dave_fast.defaults import DEFAULT_SAMPLES, DEFAULT_SHRINK, MOST_SAMPLES
 from dave_fast.engine.aggregation import attributions
-from dave_fast.engine.checks import check_integer, check_keys, check_rows, describe
+from dave_fast.engine.checks import check_keys, check_rows, describe
 from dave_fast.engine.end_of_call import EndOfCall
 from dave_fast.engine.levels import PIXELS as LEVEL_OF_PIXELS
 from dave_fast.engine.levels import Levels, levels_of
@@ -33,6 +33,7 @@ from dave_fast.given.wrappers import Watched
 from dave_fast.models.catalog import is_private, load_model
 from dave_fast.models.meaning import most_probable, probability_of
 from dave_fast.models.spec import ModelSpec
+from dave_fast.numbers import check_integer
 from dave_fast.ops.patches import unpatchify
 from dave_fast.ops.precision import choose_precision, own_arithmetic, resolve_device
 from dave_fast.sampling import Sampling, draw, identity
@@ -169,7 +170,7 @@ class DAVE(SampleCalls):
             NonFiniteError: NaN or infinity in images, output or attribution.
             OutOfMemoryError: memory runs out with the smallest micro-batch.
         """
-        seed, n_samples = check_integer(seed, "seed"), check_integer(n_samples, "n_samples", 1)
+        seed, n_samples = check_integer(seed, "seed"), check_integer(n_samples, "n_samples", 1, MOST_SAMPLES)
         if sum(each is not None for each in (target, targets, top_k)) > 1:
             raise InputError("of target=, targets= and top_k= more than one was given; give one of them")
         top_k = None if top_k is None else check_integer(top_k, "top_k", 1)

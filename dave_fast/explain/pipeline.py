@@ -14,13 +14,13 @@ from PIL import Image
 from torch import nn
 
 from dave_fast.defaults import DEFAULT_SAMPLES
-from dave_fast.engine.checks import check_integer
 from dave_fast.errors import InputError
 from dave_fast.explain.depth import PIXELS, Depth, check_one
 from dave_fast.explain.subject import Subject
 from dave_fast.images import as_rgb, drawing, read_image
 from dave_fast.models.labels import labels_of
 from dave_fast.models.spec import ModelSpec
+from dave_fast.numbers import check_integer
 from dave_fast.targets import Class
 
 Picture = str | os.PathLike[str] | Image.Image

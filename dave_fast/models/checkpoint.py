@@ -11,6 +11,7 @@ wrappers put prefixes before their names. Every dictionary with tensors is a can
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dave_fast.errors import InputError
+from dave_fast.numbers import shown
 
 # by a word of a key, between underscores; the lowest rank comes first
 _RANKS = {"ema": 0, "swa": 0, "average": 0, "averaged": 0, "teacher": 1, "student": 3, "online": 3}
@@ -33,6 +35,11 @@ _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _COUNTERS = ("n_averaged", "num_updates", "initted", "step", "decay")
 # indices that old versions of CLIP saved; the model has its own
 NOT_WEIGHTS = "position_ids"
+
+# letters of a name, keys that lead to weights, and numbers up to which a tensor may repeat those of its file
+_LONGEST, _DEEPEST, _EXPANDED = 500, 32, 2**20
+# places of one dictionary that are looked at
+_MOST_PLACES = 4
 
 Tensors = Mapping[str, Tensor]
 
@@ -132,19 +139,42 @@ def _inside(inner: Candidate, outer: Candidate) -> bool:
     return inner.keys[: len(outer.keys)] == outer.keys and len(inner.keys) > len(outer.keys)
 
 
-def _candidates(found: Any, keys: tuple[str, ...] = ()) -> Iterator[Candidate]:
-    """Yield the dictionaries with tensors; below the key of an average also lists, whose tensors have numbers."""
+def _candidates(found: Any, keys: tuple[str, ...] = (), seen: Counter[int] | None = None) -> Iterator[Candidate]:
+    """Yield the dictionaries with tensors, each a few times; below the key of an average also lists, numbered.
+
+    Raises:
+        InputError: a dictionary has names that are no weights', or a tensor more numbers than its file has.
+    """
+    seen = Counter() if seen is None else seen
+    # a dictionary may hold itself, or be held by many
+    if seen[id(found)] >= _MOST_PLACES or len(keys) > _DEEPEST:
+        return
+    seen[id(found)] += 1
     if isinstance(found, list | tuple) and Candidate(keys, {}).rank == _AVERAGE:
         found = {str(index): each for index, each in enumerate(found)}
     if not isinstance(found, Mapping):
         return
     tensors = {name: each for name, each in found.items() if isinstance(name, str) and isinstance(each, Tensor)}
     tensors = {name: each for name, each in tensors.items() if name.rpartition(".")[2] != NOT_WEIGHTS}
+    for name, each in tensors.items():
+        _check_tensor(name, each)
     if any(each.dim() for each in tensors.values()):
         yield Candidate(keys, tensors)
     for key, each in found.items():
         if isinstance(key, str) and not any(word in key.lower() for word in _NO_WEIGHTS):
-            yield from _candidates(each, (*keys, key))
+            yield from _candidates(each, (*keys, key), seen)
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    if len(name) > _LONGEST:
+        raise InputError(f"a weight has the name {shown(name)}; expected at most {_LONGEST} letters.")
+    plain = tensor.layout == torch.strided and not tensor.is_meta
+    # strides of zero show the same few numbers as many
+    if plain and tensor.numel() > max(_EXPANDED, tensor.untyped_storage().nbytes()):
+        raise InputError(
+            f"the weight {name} is {tuple(tensor.shape)}, and its file has {tensor.untyped_storage().nbytes()} bytes "
+            "of it: save contiguous tensors."
+        )
 
 
 def _roles(candidate: Candidate) -> list[Candidate]:

@@ -28,6 +28,7 @@ from dave_fast.models.huggingface_files import (
     without_bars,
 )
 from dave_fast.models.huggingface_peft import PeftFolder, saved_by
+from dave_fast.models.limits import check_folder
 from dave_fast.models.meaning import link_of_problem
 from dave_fast.models.spec import ModelSpec
 from dave_fast.models.weights_file import check_fit
@@ -54,6 +55,8 @@ def load(name: str, spec: ModelSpec) -> nn.Module:
     """
     place = Place.of(name)
     with loading(spec.name, remote=not place.local):
+        if place.local:
+            check_folder(place.name)
         adapter = place.read(ADAPTER)
         config = place.read(*CONFIGURATIONS[1:])
     if adapter is not None:
@@ -160,6 +163,8 @@ def _load_adapter(folder: PeftFolder, spec: ModelSpec) -> nn.Module:
 
 def _base_model(folder: PeftFolder, base: Place, weights: Mapping[str, Tensor], spec: ModelSpec) -> nn.Module:
     """Return the model that an adapter was trained on, whose head may be random where the adapter has its weights."""
+    if base.local:
+        check_folder(base.name)
     stated = base.read("config.json")
     if base.file(ADAPTER) is not None or stated is None or "architecture" in stated:
         raise ModelError(

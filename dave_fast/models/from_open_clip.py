@@ -14,7 +14,8 @@ from dave_fast.errors import InputError, ModelError, UnknownModelError
 from dave_fast.images import describe_preprocessing
 from dave_fast.models.adapter import Adapter, SimilarityLogit, check_texts
 from dave_fast.models.hub import loading
-from dave_fast.models.huggingface_files import no_code
+from dave_fast.models.huggingface_files import Place, no_code
+from dave_fast.models.limits import limited_memory
 from dave_fast.models.spec import ModelSpec, suggestion
 from dave_fast.models.weights_file import load_weights
 
@@ -94,13 +95,19 @@ def create(name: str, spec: ModelSpec, preprocess: dict[str, Any], *, pretrained
         raise InputError(f"{spec.name} gives embeddings and has no classes: leave num_classes out.")
     if spec.image_size is not None:
         raise InputError(f"{spec.name} takes images of its own size: leave image_size out.")
-    with loading(spec.name, remote=remote), no_code(spec.name), _quiet():
+    with (
+        loading(spec.name, remote=remote),
+        no_code(spec.name),
+        limited_memory(Place.folder_of(name), spec.weights),
+        _quiet(),
+    ):
         model = open_clip.create_model(
             name,
             pretrained,
             load_weights=spec.pretrained,
             pretrained_text=False,
             require_pretrained=spec.pretrained,
+            weights_only=True,
             force_preprocess_cfg=preprocess,
         )
     if spec.weights is not None:

@@ -8,6 +8,8 @@ from torch import nn
 
 from dave_fast.errors import InputError, UnknownModelError
 from dave_fast.models.hub import loading
+from dave_fast.models.huggingface_files import Place
+from dave_fast.models.limits import limited_memory
 from dave_fast.models.spec import ModelSpec, suggestion
 from dave_fast.models.weights_file import load_weights
 
@@ -69,7 +71,7 @@ def _made(name: str, spec: ModelSpec, size: int | None, *, remote: bool) -> nn.M
 
     given = {"num_classes": spec.num_classes, "img_size": size}
     settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    with loading(spec.name, remote=remote):
+    with loading(spec.name, remote=remote), limited_memory(Place.folder_of(name), spec.weights):
         try:
             return timm.create_model(name, pretrained=spec.pretrained, **settings)
         except (TypeError, AssertionError) as error:

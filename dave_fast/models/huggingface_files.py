@@ -5,7 +5,6 @@ No code in them is run: what names code of its own (`auto_map`) is refused, and 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dave_fast.errors import ModelError, UnknownModelError
+from dave_fast.errors import InputError, ModelError, UnknownModelError
+from dave_fast.files import read_json
+from dave_fast.models.limits import check_configuration, limited_memory
 from dave_fast.models.spec import ModelSpec
 from dave_fast.models.weights_file import read_weights
 
@@ -25,6 +26,8 @@ NO_CODE = {"trust_remote_code": False}
 # of peft, transformers and timm, and open_clip
 ADAPTER = "adapter_config.json"
 CONFIGURATIONS = (ADAPTER, "config.json", "open_clip_config.json")
+# the scheme of timm and open_clip for folders
+_LOCAL = "local-dir:"
 # an attention whose operators the frozen route can intercept
 SEEN_ATTENTION = (None, "sdpa", "eager")
 
@@ -60,6 +63,11 @@ class Place:
             )
         return cls(folder, local=True)
 
+    @staticmethod
+    def folder_of(name: str) -> str | None:
+        """Return the folder of a name by which timm and open_clip know it; None for a model of theirs or of the hub."""
+        return name.removeprefix(_LOCAL) if name.startswith(_LOCAL) else None
+
     @property
     def at(self) -> str:
         """The revision, "main" by default."""
@@ -69,7 +77,7 @@ class Place:
     def scheme(self) -> str:
         """The name by which timm and open_clip know it."""
         revision = f"@{self.revision}" if self.revision else ""
-        return f"local-dir:{self.name}" if self.local else f"hf-hub:{self.name}{revision}"
+        return f"{_LOCAL}{self.name}" if self.local else f"hf-hub:{self.name}{revision}"
 
     def file(self, *names: str) -> Path | None:
         """Return the first of these files that is there; None if none is."""
@@ -107,7 +115,10 @@ class Place:
         path = self.file(*names)
         if path is None:
             return None
-        values = dict(json.loads(path.read_bytes()))
+        try:
+            values = check_configuration(read_json(path), str(path))
+        except InputError as error:
+            raise ModelError(str(error)) from error
         if values.get("auto_map"):
             raise ModelError(
                 f"{self.name} has code of its own ({path.name} has auto_map), which is not run: import that code "
@@ -205,22 +216,26 @@ def build(kind: Any, config: Any, place: Place, spec: ModelSpec) -> tuple[nn.Mod
     Raises:
         InputError: the spec's weights cannot be read.
     """
+    folder = place.name if place.local else None
     if spec.random_weights:
         # from_config of a class itself is private
-        return _with_known_attention(partial(kind._from_config, config, dtype=torch.float32)), {}
+        with limited_memory(folder):
+            return _with_known_attention(partial(kind._from_config, config, dtype=torch.float32)), {}
     settings = {"config": config, "dtype": torch.float32, "output_loading_info": True}
     # weights of other shapes are in the report, too
     settings["ignore_mismatched_sizes"] = True
     if spec.weights is None:
-        return _with_known_attention(
-            partial(kind.from_pretrained, place.name, revision=place.at, weights_only=True, **settings)
-        )
+        with limited_memory(folder):
+            return _with_known_attention(
+                partial(kind.from_pretrained, place.name, revision=place.at, weights_only=True, **settings)
+            )
     # on the meta device, for its names alone
     with torch.device("meta"):
         own = kind._from_config(config).state_dict()
     weights = read_weights(spec.weights, own)
     # from_pretrained renames parameters of earlier versions, as it does for a folder
-    return _with_known_attention(partial(kind.from_pretrained, None, state_dict=weights, **settings))
+    with limited_memory(folder, spec.weights):
+        return _with_known_attention(partial(kind.from_pretrained, None, state_dict=weights, **settings))
 
 
 def _with_known_attention(make: Callable[..., Any]) -> Any:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from dave_fast.errors import InputError
 from dave_fast.given.wrappers import last_part
 from dave_fast.models.meaning import has_own_head, head_width, kind_of
+from dave_fast.numbers import check_integer, shown, whole_in
 
 _LISTED = 8
 
@@ -37,23 +39,36 @@ class Labels:
         Raises:
             InputError: the index is out of range, or the name fits no class, or several.
         """
-        text = str(target).strip()
-        if text.lstrip("+-").isdecimal():
-            return self._index(int(text))
+        text = target.strip() if isinstance(target, str) else ""
+        index = whole_in(text) if isinstance(target, str) else check_integer(target, "the target")
+        if index is not None:
+            return self._index(index)
         if not text:
             raise InputError("the target is empty: give a class index or a class name.")
         if not self.names:
-            raise InputError(f"target {text!r}: the classes of this model have no names; give an index.")
+            raise InputError(f"target {shown(text)}: the classes of this model have no names; give an index.")
         wanted = text.casefold()
-        exact = [i for i, name in enumerate(self.names) if wanted in map(str.strip, name.casefold().split(","))]
-        found = exact or [i for i, name in enumerate(self.names) if wanted in name.casefold()]
+        synonyms, descriptions, together = self._folded
+        found = synonyms.get(wanted, [])
+        if not found and wanted in together:
+            found = [i for i, name in enumerate(descriptions) if wanted in name]
         if not found:
-            raise InputError(f"target {text!r}: no class has it in its name; give an index or another name.")
+            raise InputError(f"target {shown(text)}: no class has it in its name; give an index or another name.")
         if len(found) > 1:
             raise InputError(
-                f"target {text!r} fits {len(found)} classes: {self._listed(found)}. Give one, or its index."
+                f"target {shown(text)} fits {len(found)} classes: {self._listed(found)}. Give one, or its index."
             )
         return found[0]
+
+    @cached_property
+    def _folded(self) -> tuple[dict[str, list[int]], list[str], str]:
+        """The classes of each synonym, the descriptions, and all of them in one text, without regard to case."""
+        descriptions = [name.casefold() for name in self.names or ()]
+        synonyms: dict[str, list[int]] = {}
+        for i, name in enumerate(descriptions):
+            for synonym in dict.fromkeys(map(str.strip, name.split(","))):
+                synonyms.setdefault(synonym, []).append(i)
+        return synonyms, descriptions, "\n".join(descriptions)
 
     def _index(self, index: int) -> int:
         if index < 0 or (self.count is not None and index >= self.count):

@@ -18,16 +18,19 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from dave_fast.errors import InputError, UnknownModelError, reason_of
+from dave_fast.files import read_plain
+from dave_fast.numbers import check_integer, parse_whole
 
 Link = Literal["softmax", "sigmoid"] | None
 # by the words of `ModelSpec.link`
 LINK_WORDS: dict[str, Link] = {"softmax": "softmax", "sigmoid": "sigmoid", "none": None}
 # timm's own schemes for the hub and for folders are synonyms of hf:
 _SCHEMES = {**{name: name for name in ("timm", "hf", "torchvision", "open_clip")}, "hf-hub": "hf", "local-dir": "hf"}
+# more would take the memory before any file shows that they are wrong
+MOST_CLASSES, MOST_PIXELS = 2**20, 2**13
 _WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 
 
@@ -64,10 +67,10 @@ class ModelSpec:
             raise InputError(
                 f"the weights {self.weights}: there is no such file; give a .safetensors file or one of torch.save."
             )
-        if self.num_classes is not None and self.num_classes < 1:
-            raise InputError(f"num_classes is {self.num_classes}; expected an integer ≥ 1.")
-        if self.image_size is not None and self.image_size < 1:
-            raise InputError(f"image_size is {self.image_size}; expected pixels, an integer ≥ 1.")
+        if self.num_classes is not None:
+            check_integer(self.num_classes, "num_classes", 1, MOST_CLASSES)
+        if self.image_size is not None:
+            check_integer(self.image_size, "image_size, in pixels,", 1, MOST_PIXELS)
         if self.link not in (None, *LINK_WORDS):
             raise InputError(f"link is {self.link!r}; expected one of {', '.join(LINK_WORDS)}.")
         if self.num_classes is not None and self.weights is None and not self.random_weights:
@@ -128,9 +131,9 @@ def class_names(labels: str | Sequence[str]) -> tuple[str, ...]:
     if not isinstance(labels, str | os.PathLike):
         return tuple(str(name) for name in labels)
     try:
-        text = Path(labels).read_text(encoding="utf-8-sig")
+        text = read_plain(labels).decode("utf-8-sig")
         names = _from_json(json.loads(text)) if text.lstrip()[:1] in ("[", "{") else text.splitlines()
-    except (OSError, ValueError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"cannot read the class names in {labels}: {reason_of(error)}.") from error
     names = [name.strip() for name in names]
     while names and not names[-1]:
@@ -144,7 +147,8 @@ def _from_json(values: Any) -> list[str]:
     """Return names from a list, an object from index to name, or a transformers configuration with `id2label`."""
     if isinstance(values, dict):
         values = values.get("id2label", values)
-        indexed = {int(index): name for index, name in values.items()}
+        named = values.items() if isinstance(values, dict) else enumerate(values)
+        indexed = {parse_whole(index, "an index"): name for index, name in named}
         if sorted(indexed) != list(range(len(indexed))):
             raise ValueError("its indices are not 0, 1, 2 ...")
         values = [indexed[index] for index in range(len(indexed))]

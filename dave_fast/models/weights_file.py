@@ -5,7 +5,6 @@ Which of a checkpoint's tensors are the weights, and by which names, `dave_fast.
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import re
@@ -17,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from dave_fast.errors import InputError, reason_of
+from dave_fast.files import read_json
 from dave_fast.models.checkpoint import NOT_WEIGHTS, Candidate, Tensors, choose, likeliest
+from dave_fast.models.limits import check_archive
 
 # of layers that adapters of peft add
 _LORA = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_down", "lora_up")
@@ -96,6 +97,8 @@ def _read(path: str | os.PathLike[str]) -> Any:
     Raises:
         InputError: it is no file of weights, it is damaged, or it holds other objects.
     """
+    if not os.path.isfile(path):
+        raise InputError(f"cannot read the weights {path}: expected a regular file.")
     try:
         with open(path, "rb") as file:
             head = file.read(_HEAD)
@@ -128,6 +131,7 @@ def _read(path: str | os.PathLike[str]) -> Any:
 
 def _tensors_of(path: str | os.PathLike[str], head: bytes) -> Any:
     if zipfile.is_zipfile(path):
+        check_archive(path)
         with zipfile.ZipFile(path) as archive:
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                 raise InputError(f"{path} is a TorchScript archive: save model.state_dict() of the loaded module.")
@@ -162,9 +166,8 @@ def _refuse_others(path: str | os.PathLike[str], head: bytes) -> None:
 def _json_file(path: str | os.PathLike[str]) -> str | None:
     """Return what a JSON file is that was given as weights; None where it is no JSON."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            values = json.load(file)
-    except ValueError:
+        values = read_json(path)
+    except InputError:
         return None
     if isinstance(values, dict) and "weight_map" in values:
         return (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictFloat, StrictInt
@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictFloat,
 from dave_fast.defaults import DEFAULT_SAMPLES
 from dave_fast.errors import InputError
 from dave_fast.explain.depth import PIXELS, Depth, check_depth, parse_depth
+from dave_fast.numbers import parse_number, parse_whole
 
 MOST_CLASSES = 100
 MOST_DEPTHS = 100
@@ -24,6 +25,16 @@ Place = str | int
 def _listed(given: Any) -> Any:
     """Return one depth, as a form or JSON may have it, as a list."""
     return [given] if isinstance(given, str | int | float) else given
+
+
+def _parsed(parse: Callable[[object, str], float]) -> BeforeValidator:
+    """Return a validator that takes a number, or the text of one, by the rules of `dave_fast.numbers`."""
+    return BeforeValidator(lambda given: given if given is None else parse(given, "the value"))
+
+
+# Without it pydantic takes 10.0, True, 1_0 and other scripts' digits for whole numbers.
+_Whole = Annotated[int, _parsed(parse_whole)]
+_Number = Annotated[float, _parsed(parse_number)]
 
 
 class Options(BaseModel):
@@ -41,9 +52,9 @@ class Options(BaseModel):
         Field(max_length=MOST_CLASSES, description="Classes, by index or name; several share their forward passes."),
     ] = []
     top_k: Annotated[
-        int | None, Field(ge=1, le=MOST_CLASSES, description="Instead of targets, the k most probable classes (1).")
+        _Whole | None, Field(ge=1, le=MOST_CLASSES, description="Instead of targets, the k most probable classes (1).")
     ] = None
-    n_samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES, description="The most samples.")] = DEFAULT_SAMPLES
+    n_samples: Annotated[_Whole, Field(ge=1, le=MOST_SAMPLES, description="The most samples.")] = DEFAULT_SAMPLES
     depth: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=1000)] | StrictInt | StrictFloat],
         BeforeValidator(_listed),
@@ -53,17 +64,17 @@ class Options(BaseModel):
             "the depth such as 0.5, 'auto', or several, repeated or with commas between; several share their walks.",
         ),
     ] = [PIXELS]
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63, description="Equal seeds give equal maps.")] = 0
+    seed: Annotated[_Whole, Field(ge=-(2**63), lt=2**63, description="Equal seeds give equal maps.")] = 0
     shrink: Annotated[
         bool | None,
         Field(description="Whether maps are shrunk by the noise left in them; by default as the server was started."),
     ] = None
     tolerance: Annotated[
-        float | None,
+        _Number | None,
         Field(gt=0, le=10, description="Stop when the relative error of the map is below this, nine times in ten."),
     ] = None
     deadline_ms: Annotated[
-        int | None,
+        _Whole | None,
         Field(ge=1, le=3_600_000, description="Answer within this time, with the samples done by then."),
     ] = None
     view: Annotated[Literal["overlay", "map"], Field(description="The picture in a PNG.")] = "overlay"
@@ -226,7 +237,8 @@ def describe_errors(errors: Sequence[Any], *, skip: int = 0) -> str:
         skip: how many parts of each location are left out: 1 for "query" or "body" of a request.
     """
     texts = [f"{'.'.join(map(str, e['loc'][skip:] or e['loc'])) or 'request'}: {e['msg']}" for e in errors]
-    return "; ".join(texts)[:1000]
+    # JSON may name an option by half a surrogate pair, which no answer can be encoded with
+    return "; ".join(texts)[:1000].encode("utf-8", "backslashreplace").decode()
 
 
 _PROBLEMS = {

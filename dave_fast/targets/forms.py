@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from dave_fast.errors import InputError
 from dave_fast.models.meaning import has_classes
+from dave_fast.numbers import check_integer, is_integer, shown
 from dave_fast.targets.cotangents import Cotangent, ElementCotangent, GradientCotangent, Score, score_rows
 from dave_fast.transfers import to_device
 
@@ -167,7 +168,7 @@ def _as_list(target: Any) -> list[Any]:
                 f"target is a tensor {tuple(target.shape)} of {target.dtype}; expected integers, shape () or (B,)"
             )
         return target.reshape(-1).tolist()
-    if isinstance(target, tuple) or hasattr(target, "__index__"):
+    if isinstance(target, tuple) or is_integer(target):
         return [target]
     if isinstance(target, Sequence) and not isinstance(target, str):
         return [t.item() if isinstance(t, Tensor) and t.numel() == 1 else t for t in target]
@@ -179,19 +180,18 @@ def _as_list(target: Any) -> list[Any]:
 
 
 def _checked(target: Any, output: Tensor) -> Index:
-    if hasattr(target, "__index__") and not isinstance(target, bool):
-        target = (int(target),)
-    if not isinstance(target, tuple) or not all(hasattr(i, "__index__") for i in target):
+    if not isinstance(target, tuple) and not is_integer(target):
         raise InputError(
-            f"target {target!r} is a {type(target).__name__}, neither an integer nor a tuple of integers; give class "
-            "indices"
+            f"target {shown(target)} is a {type(target).__name__}, neither an integer nor a tuple of integers; give "
+            "class indices"
         )
-    sizes = tuple(output.shape[1:])
+    given = target if isinstance(target, tuple) else (target,)
+    target, sizes = tuple(check_integer(i, "an index of the target") for i in given), tuple(output.shape[1:])
     if len(target) != len(sizes):
         raise InputError(
-            f"target {target} has {len(target)} indices; an output of shape (B, *{sizes}) needs {len(sizes)}"
+            f"target {shown(target)} has {len(target)} indices; an output of shape (B, *{sizes}) needs {len(sizes)}"
         )
     for i, size in zip(target, sizes, strict=True):
         if not -size <= i < size:
             raise InputError(f"target {i} is out of range: the model's output has {size} classes, 0 to {size - 1}")
-    return tuple(int(i) % size for i, size in zip(target, sizes, strict=True))
+    return tuple(i % size for i, size in zip(target, sizes, strict=True))

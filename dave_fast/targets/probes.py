@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dave_fast.errors import InputError, reason_of
+from dave_fast.numbers import shown
 
 
 def load_probe(path: str | os.PathLike[str], row: int | None = None) -> Tensor:
@@ -31,10 +33,12 @@ def load_probe(path: str | os.PathLike[str], row: int | None = None) -> Tensor:
     path = Path(path)
     if path.suffix not in (".npy", ".safetensors"):
         raise InputError(
-            f"the probe is {path}; expected a .safetensors or .npy file. Save a layer with "
+            f"the probe is {shown(str(path))}; expected a .safetensors or .npy file. Save a layer with "
             "safetensors.torch.save_file(layer.state_dict(), path)"
         )
     try:
+        if not path.is_file():
+            raise FileNotFoundError(errno.ENOENT, "there is no such file, or it is no regular one")
         tensors = _read(path)
     # readers raise errors of any type for damaged files
     except Exception as error:

@@ -15,6 +15,7 @@ from dave_fast.errors import InputError
 from dave_fast.images import as_rgb, preprocessing, read_image
 from dave_fast.models.adapter import TextImageModel
 from dave_fast.models.labels import labels_of
+from dave_fast.numbers import check_integer
 from dave_fast.targets import cotangents
 from dave_fast.targets.cotangents import Cotangent
 from dave_fast.targets.forms import ModelView, Question, Target, resolve_target
@@ -217,6 +218,11 @@ class Patch(Question):
     column: int
     weights: Tensor | None = None
     prefix: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raise InputError unless row, column and prefix are integers."""
+        for name, number in (("row", self.row), ("column", self.column), ("prefix", self.prefix or 0)):
+            check_integer(number, f"the patch's {name}")
 
     def resolve(self, output: Tensor, size: tuple[int, int], view: ModelView) -> Cotangent:
         """See `Question`.

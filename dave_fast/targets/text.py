@@ -7,23 +7,26 @@
     class    an index, or a name, or a name in double quotes
 
 Names may contain "+" and "-" themselves: of all readings the one with the fewest classes is taken, so that
-"three-toed sloth" is one class; double quotes resolve the rest.
+"three-toed sloth" is one class; double quotes resolve the rest. A sign that directly follows a sign separates nothing.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from itertools import combinations, pairwise
+from functools import cache
+from itertools import islice
 
 from dave_fast.errors import InputError
 from dave_fast.models.labels import Labels
+from dave_fast.numbers import shown, whole_in
 from dave_fast.targets import Class, Contrast, Patch, Question, SimilarTo, Sum, Target, Text, load_probe
 
-# signs that may separate classes; the number of readings grows exponentially with it
-MOST_SIGNS = 10
-_NEXT_TEXT = re.compile(r"\s*([+-])\s*text:")
-_PATCH = re.compile(r"\s*(\d+)\s*,\s*(\d+)\s*(?:@(.+?)(?:#(\d+))?)?\s*")
+# letters of a target; signs that may separate its classes, whose names are looked up once for each pair of signs
+MOST_LETTERS, MOST_SIGNS = 10_000, 16
+# readings that are told where several fit
+_TOLD = 4
+_NEXT_TEXT = re.compile(r"([+-])\s*text:")
 
 
 def parse_target(text: str, labels: Labels) -> Question:
@@ -36,6 +39,8 @@ def parse_target(text: str, labels: Labels) -> Question:
     Raises:
         InputError: the text is no target, or fits several classes; the message says how it was read.
     """
+    if len(text) > MOST_LETTERS:
+        raise InputError(f"the target has {len(text)} letters; expected at most {MOST_LETTERS}: {shown(text)}")
     text = text.strip()
     if text.startswith("text:"):
         first, *others = _NEXT_TEXT.split(text.removeprefix("text:"))
@@ -46,7 +51,7 @@ def parse_target(text: str, labels: Labels) -> Question:
         return _patch(text)
     if labels.count == 0:
         raise InputError(
-            f"target {text!r}: this model gives embeddings and has no classes. Ask text:PROMPT (CLIP, SigLIP), "
+            f"target {shown(text)}: this model gives embeddings and has no classes. Ask text:PROMPT (CLIP, SigLIP), "
             "image:FILE, or patch:ROW,COLUMN for an output with tokens."
         )
     return _classes(text, labels)
@@ -76,64 +81,107 @@ def describe_target(target: Target, labels: Labels) -> str:
 
 def _prompt(text: str, whole: str) -> Question:
     if not text.strip():
-        raise InputError(f"target {whole!r}: the prompt is empty; write text:a cat")
+        raise InputError(f"target {shown(whole)}: the prompt is empty; write text:a cat")
     return Text(text.strip())
 
 
 def _patch(text: str) -> Question:
-    found = _PATCH.fullmatch(text.removeprefix("patch:"))
-    if found is None:
-        raise InputError(f"target {text!r}: expected patch:ROW,COLUMN or patch:ROW,COLUMN@PROBE#NUMBER")
-    row, column, file, number = found.groups()
-    if file is None:
-        return Patch(int(row), int(column))
-    weights = load_probe(file, None if number is None else int(number))
+    place, at, file = text.removeprefix("patch:").partition("@")
+    found = [whole_in(part.strip()) for part in place.split(",", 2)]
+    file, number = file.strip(), None
+    before, mark, last = file.rpartition("#")
+    if mark and (number := whole_in(last)) is not None:
+        file = before
+    row, column = found if len(found) == 2 else (None, None)
+    if row is None or column is None or min(row, column, number or 0) < 0 or bool(at) != bool(file):
+        raise InputError(f"target {shown(text)}: expected patch:ROW,COLUMN or patch:ROW,COLUMN@PROBE#NUMBER")
+    if not file:
+        return Patch(row, column)
+    weights = load_probe(file, number)
     if weights.dim() == 2 and len(weights) > 1:
-        raise InputError(f"target {text!r}: the probe has {len(weights)} rows; say which: @{file}#0")
-    return Patch(int(row), int(column), weights.reshape(-1))
+        raise InputError(f"target {shown(text)}: the probe has {len(weights)} rows; say which: @{file}#0")
+    return Patch(row, column, weights.reshape(-1))
 
 
 def _classes(text: str, labels: Labels) -> Question:
     """Return the reading with the fewest classes."""
-    errors: list[tuple[int, InputError]] = []
-    found: list[Question] = []
-    fewest = 0
-    for terms, signs in _readings(text):
-        if found and len(terms) > fewest:
-            break
-        classes, failed = [], []
-        for term in terms:
-            try:
-                classes.append(Class(labels.resolve(term)))
-            except InputError as error:
-                failed.append(error)
-        if failed:
-            errors.append((len(failed), failed[0]))
-        else:
-            fewest = len(terms)
-            found.append(_together(classes, signs))
-    if len(found) > 1:
-        readings = " or ".join(repr(describe_target(each, labels)) for each in found)
-        raise InputError(f"target {text!r} may be {readings}; put names into double quotes")
-    if not found:
-        # the error of the reading with the fewest unknown names, and of those the one with the most classes
-        raise min(reversed(errors), key=lambda each: each[0])[1]
-    return found[0]
+    cuts = _cuts(text)
+    edges = [-1, *cuts, len(text)]
+    terms: dict[tuple[int, int], int | InputError] = {}
+
+    @cache
+    def resolved(name: str) -> int | InputError:
+        try:
+            return labels.resolve(name)
+        except InputError as error:
+            return error
+
+    for start, first in enumerate(edges[:-1]):
+        for stop in range(start + 1, len(edges)):
+            terms[start, stop] = resolved(text[first + 1 : edges[stop]].strip().strip('"'))
+    readings = [_reading(text, edges, terms, ends) for ends in islice(_fewest(terms, len(cuts) + 1), _TOLD)]
+    if not readings:
+        raise _first_error(terms, len(cuts) + 1)
+    if len(readings) > 1:
+        told = " or ".join(repr(describe_target(each, labels)) for each in readings)
+        raise InputError(f"target {shown(text)} may be {told}; put names into double quotes")
+    return readings[0]
 
 
-def _readings(text: str) -> Iterator[tuple[list[str], list[str]]]:
-    """Yield (terms, signs between them), with one term first, cut at ever more of the signs outside of quotes."""
-    quoted = [match.span() for match in re.finditer(r'"[^"]*"', text)]
-    places = [
-        at
-        for at, letter in enumerate(text)
-        if letter in "+-" and text[:at].strip() and not any(start <= at < end for start, end in quoted)
-    ]
-    for count in range(min(len(places), MOST_SIGNS) + 1):
-        for chosen in combinations(places, count):
-            edges = [-1, *chosen, len(text)]
-            terms = [text[a + 1 : b].strip().strip('"') for a, b in pairwise(edges)]
-            yield terms, [text[at] for at in chosen]
+def _cuts(text: str) -> list[int]:
+    """Return where the signs are that may separate classes: outside of quotes, behind something, not behind a sign."""
+    parts = text.split('"')
+    if len(parts) % 2 == 0:
+        raise InputError(f"target {shown(text)}: a double quote is not closed; write names in two of them")
+    cuts, at = [], 0
+    for number, part in enumerate(parts):
+        for match in re.finditer("[+-]", part) if number % 2 == 0 else ():
+            here = at + match.start()
+            if here and text[here - 1] not in "+-" and (number or part[: match.start()].strip()):
+                cuts.append(here)
+        at += len(part) + 1
+    if len(cuts) > MOST_SIGNS:
+        raise InputError(
+            f"target {shown(text)} has {len(cuts)} signs between names; expected at most {MOST_SIGNS}: put names with "
+            "signs of their own into double quotes"
+        )
+    return cuts
+
+
+def _fewest(terms: dict[tuple[int, int], int | InputError], last: int) -> Iterator[list[int]]:
+    """Yield the ends of the terms of each reading of known classes that has the fewest, earliest cuts first."""
+    # terms from an edge to the last one, and the ends of the first of them that lead to as few
+    fewest, ends = {last: 0}, {}
+    for start in reversed(range(last)):
+        known = [stop for stop in fewest if isinstance(terms[start, stop], int)]
+        if known:
+            fewest[start] = 1 + min(fewest[stop] for stop in known)
+            ends[start] = sorted(stop for stop in known if 1 + fewest[stop] == fewest[start])
+
+    def walk(start: int) -> Iterator[list[int]]:
+        for stop in ends.get(start, ()):
+            yield from ([stop, *rest] for rest in ([[]] if stop == last else walk(stop)))
+
+    return walk(0)
+
+
+def _first_error(terms: dict[tuple[int, int], int | InputError], last: int) -> InputError:
+    """Return the first error of the reading with the fewest unknown names, and of those of one with the most terms."""
+    best: dict[int, tuple[int, int, int]] = {last: (0, 0, last)}
+    for start in reversed(range(last)):
+        best[start] = min(
+            (best[stop][0] + isinstance(terms[start, stop], InputError), best[stop][1] - 1, stop)
+            for stop in range(start + 1, last + 1)
+        )
+    start = 0
+    while isinstance(found := terms[start, best[start][2]], int):
+        start = best[start][2]
+    return found
+
+
+def _reading(text: str, edges: list[int], terms: dict[tuple[int, int], int | InputError], ends: list[int]) -> Question:
+    classes = [Class(terms[pair]) for pair in zip([0, *ends], ends, strict=False)]  # type: ignore[arg-type]
+    return _together(classes, [text[edges[end]] for end in ends[:-1]])
 
 
 def _together(parts: Sequence[Question], signs: Sequence[str]) -> Question:

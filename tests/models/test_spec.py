@@ -81,7 +81,7 @@ def test_invalid_names_are_refused(name, message):
         (dict(weights=__file__, random_weights=True), "exclude each other"),
         (dict(num_classes=3), "a head of random numbers"),
         (dict(num_classes=0, random_weights=True), "expected an integer ≥ 1"),
-        (dict(image_size=0), "expected pixels"),
+        (dict(image_size=0), "image_size, in pixels, is 0; expected an integer"),
     ],
 )
 def test_contradictory_settings_are_refused(wrong, message):
