@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +16,8 @@ from dave_fast.cli.options import MACHINE
 from dave_fast.cli.terminal import console, plain_warnings
 from dave_fast.defaults import DEFAULT_SHRINK
 from dave_fast.errors import InputError, reason_of
+from dave_fast.serve.logs import log_to_stderr
+from dave_fast.serve.signals import at_signals, end_start, leave
 
 _LIMITS, _ACCESS = "Limits", "Access"
 KEYS_VARIABLE = "DAVE_FAST_API_KEYS"
@@ -62,8 +66,14 @@ def serve(
     The page is at /, the documentation of the routes at /docs.
 
     It is ready when every engine has explained an image. SIGTERM and Ctrl-C
-    end it with exit code 0, after the requests that were accepted are answered.
+    end it with exit code 0, after the requests that were accepted are answered;
+    a second one ends it at once, with exit code 143 or 130.
     """
+    screen = console()
+    # Words are for a person at a terminal. Somebody who has replaced stderr, as tests do, keeps it.
+    in_words = screen.is_terminal or sys.stderr is not sys.__stderr__
+    if not in_words:
+        log_to_stderr()
     keys = _keys(api_keys)
     settings: dict[str, Any] = {
         "precision": precision,
@@ -78,19 +88,19 @@ def serve(
         "link": link,
     }
     # A port that is in use is refused before the models are loaded.
-    with _bound(host, port) as listening:
+    with at_signals(end_start), _bound(host, port) as listening:
         try:
             from dave_fast.serve.app import create_app
             from dave_fast.serve.limits import Limits
             from dave_fast.serve.models import load_models
-            from dave_fast.serve.server import log_to_stderr, make_server
+            from dave_fast.serve.server import make_server
             from dave_fast.serve.service import Service
         except ModuleNotFoundError as error:
             raise InputError(f"{MISSING} ({error.name} is missing).") from error
 
         names = models or ["demo"]
-        screen = console()
-        with plain_warnings(screen), screen.status(f"loading {', '.join(names)}"):
+        told = plain_warnings(screen) if in_words else nullcontext()
+        with told, screen.status(f"loading {', '.join(names)}"):
             loaded = load_models(names, device or [None], **settings)
         limits = Limits(
             samples=max_samples,
@@ -100,10 +110,12 @@ def serve(
             drain_seconds=drain_seconds,
         )
         app = create_app(Service(loaded, limits), limits, api_keys=keys, cors_origins=cors_origin or ())
+        if in_words:
+            where = f"http://{host}:{listening.getsockname()[1]}"
+            screen.print(f"serving {', '.join(loaded)} at {where} (docs at /docs); Ctrl-C ends it", soft_wrap=True)
         log_to_stderr()
-        where = f"http://{host}:{listening.getsockname()[1]}"
-        screen.print(f"serving {', '.join(loaded)} at {where} (docs at /docs); Ctrl-C ends it", soft_wrap=True)
         make_server(app, limits).run([listening])
+    leave(0)
 
 
 def _file(path: Path | None) -> str | None:

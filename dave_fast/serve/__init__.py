@@ -23,6 +23,8 @@ prometheus  the metrics
 
 Running it:
 
-server      under uvicorn, with signals and draining
+server      under uvicorn, with draining
+signals     SIGTERM, SIGINT and the end of the process
+logs        stderr as JSON lines
 cluster     on Ray Serve
 """

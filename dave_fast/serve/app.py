@@ -54,7 +54,9 @@ def create_app(
         api.workshop.stop()
         await run_in_threadpool(service.stop)
 
-    app = FastAPI(title="dave-fast", version=__version__, lifespan=lifespan, description=__doc__.split("\n")[0])
+    # FastAPI's own pages of the documentation take their scripts from another server.
+    own: dict[str, Any] = {"docs_url": None, "redoc_url": None, "description": __doc__.split("\n")[0]}
+    app = FastAPI(title="dave-fast", version=__version__, lifespan=lifespan, **own)
     app.state.service = service
     api = Api(service, limits, store)
     app.include_router(_explanations(api, api_keys))

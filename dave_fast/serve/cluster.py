@@ -26,8 +26,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dave_fast.defaults import DEFAULT_SHRINK
 from dave_fast.serve.app import create_app
 from dave_fast.serve.limits import Limits
+from dave_fast.serve.logs import log_to_stderr
 from dave_fast.serve.models import load_models
-from dave_fast.serve.server import log_to_stderr
 from dave_fast.serve.service import Service
 from dave_fast.serve.uploads import MemoryImageStore
 

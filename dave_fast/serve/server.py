@@ -1,30 +1,28 @@
-"""The app under uvicorn: signals, draining, slow headers, and logs without image content.
+"""The app under uvicorn: signals, draining and slow headers.
 
 After SIGTERM or SIGINT new requests are refused (503, also at /readyz) and accepted ones are answered; at the end of
 the drain deadline the rest is answered with the samples that are done. Then the process ends with exit code 0. A
-second signal ends it at once.
+second signal ends it at once, with exit code 143 (SIGTERM) or 130 (SIGINT).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
-import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dave_fast.serve.limits import SPARE_CONNECTIONS, Limits
+from dave_fast.serve.logs import log_to_stderr as log_to_stderr
 from dave_fast.serve.service import Service
+from dave_fast.serve.signals import at_signals, end_at_once, end_start
 
 log = logging.getLogger("dave_fast.serve")
 
@@ -148,17 +146,20 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Drain at a signal; uvicorn's own handler raises it again at the end, which would set the exit code."""
-        loop = asyncio.get_running_loop()
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        watched = (signal.SIGTERM, signal.SIGINT) if in_main_thread else ()
-        for number in watched:
-            loop.add_signal_handler(number, self.end)
-        try:
+        """Take the place of uvicorn's handlers, which raise a signal again at the end, and so set the exit code."""
+        loop, signals = asyncio.get_running_loop(), 0
+
+        def handle(number: int) -> None:
+            nonlocal signals
+            signals += 1
+            if not self.started:
+                end_start(number)
+            elif signals > 1:
+                end_at_once(number)
+            loop.call_soon_threadsafe(self.end)
+
+        with at_signals(handle):
             yield
-        finally:
-            for number in watched:
-                loop.remove_signal_handler(number)
 
     def end(self) -> None:
         """Drain, then stop; stop at once if called again. To be called on the event loop."""
@@ -203,35 +204,6 @@ def make_server(app: FastAPI, limits: Limits, *, port: int = 0) -> Server:
         server_header=False,
     )
     return Server(config, app.state.service, limits.drain_seconds)
-
-
-class JsonLines(logging.Formatter):
-    """A formatter of log records as JSON, one object a line; the fields in `extra` become its fields."""
-
-    _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return a record as a line."""
-        fields: dict[str, Any] = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        fields |= {name: value for name, value in vars(record).items() if name not in self._OWN}
-        if record.exc_info:
-            fields["exception"] = self.formatException(record.exc_info)
-        return json.dumps(fields, default=str)
-
-
-def log_to_stderr() -> None:
-    """Write the logs of dave-fast and uvicorn to stderr as JSON lines, from the level INFO on."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines())
-    for name in ("dave_fast", "uvicorn"):
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(logging.INFO)
 
 
 @contextlib.contextmanager

@@ -1,14 +1,15 @@
-"""The page at /: HTML, style and scripts. Its content security policy forbids requests to other origins."""
+"""The pages at / and at /docs: HTML, style and scripts. Their policy forbids requests to other origins."""
 
 from __future__ import annotations
 
 from functools import partial
 from importlib.resources import files
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 from dave_fast.models.demo import demo_scene
 from dave_fast.serve import formats
+from dave_fast.serve.page.routes import describe
 
 _FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
@@ -16,6 +17,7 @@ _FILES = {
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
     "/pictures.js": ("pictures.js", "text/javascript; charset=utf-8"),
     "/server.js": ("server.js", "text/javascript; charset=utf-8"),
+    "/docs.css": ("docs.css", "text/css; charset=utf-8"),
 }
 _HEADERS = {
     "content-security-policy": (
@@ -29,10 +31,11 @@ _HEADERS = {
 
 
 def add_page(router: APIRouter) -> None:
-    """Add the routes of the page and of its example image."""
+    """Add the routes of the page, of its example image, and of the documentation."""
     for path, (name, kind) in _FILES.items():
         router.add_api_route(path, partial(_asset, name, kind), methods=["GET"], include_in_schema=False)
     router.add_api_route("/example.png", _example, methods=["GET"], include_in_schema=False)
+    router.add_api_route("/docs", _docs, methods=["GET"], include_in_schema=False)
 
 
 async def _asset(name: str, kind: str) -> Response:
@@ -42,3 +45,8 @@ async def _asset(name: str, kind: str) -> Response:
 def _example() -> Response:
     """Return the embedded scene as PNG; FastAPI calls this in a thread, since it is not asynchronous."""
     return Response(formats.png(demo_scene().image), media_type=formats.PNG)
+
+
+def _docs(request: Request) -> Response:
+    """Return the documentation of the routes."""
+    return Response(describe(request.app.openapi()), media_type="text/html; charset=utf-8", headers=_HEADERS)
