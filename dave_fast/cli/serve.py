@@ -50,6 +50,12 @@ def serve(
     max_samples: Annotated[int, typer.Option(min=1, help="Samples of one request.", rich_help_panel=_LIMITS)] = 1024,
     max_megabytes: Annotated[int, typer.Option(min=1, help="Size of one upload.", rich_help_panel=_LIMITS)] = 20,
     max_megapixels: Annotated[float, typer.Option(min=0.1, help="Size of one image.", rich_help_panel=_LIMITS)] = 25.0,
+    memory_megabytes: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Memory for all requests.", show_default="half of what is free", rich_help_panel=_LIMITS
+        ),
+    ] = None,
     drain_seconds: Annotated[
         float, typer.Option(min=0, help="Time for accepted requests after SIGTERM.", rich_help_panel=_LIMITS)
     ] = 30.0,
@@ -107,6 +113,7 @@ def serve(
             requests=max_requests,
             body_bytes=max_megabytes << 20,
             pixels=int(max_megapixels * 1e6),
+            memory_bytes=None if memory_megabytes is None else memory_megabytes << 20,
             drain_seconds=drain_seconds,
         )
         app = create_app(Service(loaded, limits), limits, api_keys=keys, cors_origins=cors_origin or ())

@@ -19,6 +19,7 @@ from PIL import Image
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 from torch import Tensor
 
@@ -378,6 +379,7 @@ def merge_options(options: Options, fields: dict[str, Any]) -> Options:
 
 # The status of each error that has a message for the client; the first match counts.
 _STATUS: tuple[tuple[type[Exception], int], ...] = (
+    (ClientDisconnect, 499),
     (TooLargeError, 413),
     (ImageError, 400),
     (InputError, 422),

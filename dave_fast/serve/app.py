@@ -13,6 +13,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, StreamingResponse
 
 from dave_fast._version import __version__
@@ -62,7 +63,7 @@ def create_app(
     app.include_router(_explanations(api, api_keys))
     app.include_router(_about(api))
     app.include_router(kserve.router(api, _key_checked(api_keys)))
-    for error in (RefusedError, InputError, NonFiniteError, DeadlineError, MemoryError, Exception):
+    for error in (RefusedError, InputError, NonFiniteError, DeadlineError, MemoryError, ClientDisconnect, Exception):
         app.add_exception_handler(error, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_middleware(LimitsMiddleware, metrics=service.metrics, limits=limits, account=service.account)

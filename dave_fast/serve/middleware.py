@@ -60,6 +60,10 @@ class LimitsMiddleware:
                 await _crowded(scope, exchange.receive, exchange.send)
             else:
                 await self.app(scope, exchange.receive, exchange.send)
+        except Exception:
+            # It is answered outside of this middleware.
+            exchange.status = 500
+            raise
         finally:
             share.close()
             # The route's template and not the path: clients choose paths, and a metric must have few labels.
@@ -94,7 +98,8 @@ class _Exchange:
         """Return the next piece of the body, within the limits, and after the body the disconnection."""
         if self._whole:
             return await self._receive()
-        if self._declared.isdigit() and int(self._declared) > self._limits.body_bytes:
+        # A length of very many digits is larger than any limit, and more than `int` takes.
+        if self._declared.isdigit() and (len(self._declared) > 18 or int(self._declared) > self._limits.body_bytes):
             raise self._too_large()
         try:
             async with asyncio.timeout_at(self._until):

@@ -50,13 +50,7 @@ class ServerProcess:
 
     def mebibytes(self, key: str = "VmRSS") -> float:
         """Return the memory of the process and its descendants; pages that they share count for each of them."""
-        total = 0
-        for pid in self.pids():
-            with suppress(FileNotFoundError, ProcessLookupError):
-                lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-                # a zombie has no memory and no such line
-                total += sum(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
-        return total / 1024
+        return sum(_mebibytes(pid, key) for pid in self.pids())
 
     def forget_peak(self) -> None:
         """Let VmHWM, the most that was resident, begin again at what is resident now."""
@@ -79,6 +73,14 @@ class ServerProcess:
             except ValueError:
                 others.append(line)
         return records, others
+
+
+def _mebibytes(pid: int, key: str) -> float:
+    # a zombie has no memory and no such line
+    with suppress(FileNotFoundError, ProcessLookupError):
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) / 1024
+    return 0.0
 
 
 @contextmanager
