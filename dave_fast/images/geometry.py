@@ -18,6 +18,8 @@ from dave_fast.errors import InputError, TooLargeError
 # Pixels of a resized photograph, about as many as Pillow takes of a file without a warning; Pillow's bytes of a pixel.
 MOST_RESIZED = 89_478_485
 PIXEL_BYTES = 4
+# Seven weights in float64, as many as Pillow keeps of its widest kernel for each column and row.
+_WEIGHT_BYTES = 56
 # Rounds the offsets of the crop down: a key of our own beside timm's.
 CROP_FLOOR = "crop_floor"
 # timm's share of the resized picture that is kept, where a configuration names none.
@@ -77,24 +79,25 @@ class Geometry:
         return round(width / ratio), round(height / ratio)
 
     def resizing_bytes(self, width: int, height: int, max_pixels: int = MOST_RESIZED) -> int:
-        """Return the bytes that resizing takes: the picture resized across, and then both ways.
+        """Return the bytes that resizing takes: the picture resized across, then both ways, and the weights.
 
         Args:
             width: of the photograph.
             height: of the photograph.
-            max_pixels: the most pixels of the resized photograph. The shorter side is scaled to the model's size, so
-                that a picture of few pixels, one high and many wide, would become one of very many.
+            max_pixels: the most pixels of the photograph resized across, and both ways. The shorter side is scaled to
+                the model's size, so that a picture of few pixels, one high and many wide, would become very many.
 
         Raises:
             TooLargeError: there would be more.
         """
         wide, high = self.resized(width, height)
-        if wide * high > max_pixels:
+        if wide * max(height, high) > max_pixels:
             raise TooLargeError(
-                f"the image is {width}×{height}: resized for the model it would be {wide}×{high}, and at most "
-                f"{max_pixels} pixels are taken; crop it to a shape that is less thin."
+                f"the image is {width}×{height}: on its way to the model it would be {wide}×{max(height, high)}, and "
+                f"at most {max_pixels} pixels are taken; crop it to a shape that is less thin."
             )
-        return PIXEL_BYTES * (wide * height + wide * high)
+        pixels = PIXEL_BYTES * (wide * height + wide * high)
+        return pixels + _WEIGHT_BYTES * (max(width, wide) + max(height, high))
 
     def crop(self, image: Image.Image, max_pixels: int = MOST_RESIZED) -> Image.Image:
         """Return a photograph resized and cropped.

@@ -37,8 +37,9 @@ Message = tuple[dict[str, Any], bytes]
 _FIELDS = 32
 # Bytes of everything in an answer but its payload: the server parses it on its event loop.
 _HEAD = 1 << 16
-# Bytes of an item of JSON as Python objects: an empty list has 56, eight in its list and 16 of the garbage collector.
-_ITEM = 100
+# Bytes that Python objects take for a character of JSON, measured: a number in a list, lists of one number,
+# dictionaries of one key, short texts.
+_ITEMS = {b",": 45, b"[": 95, b"{": 95, b":": 150, b'"': 15}
 TYPES = {"UINT8": np.uint8, "FP32": np.float32}
 # Bytes beyond those a task asks for, for buffers of libraries that every task has.
 SLACK = 32 << 20
@@ -128,9 +129,8 @@ def form(content: bytes, options: Mapping[str, Any]) -> Message:
 
 
 def infer_bytes(content: bytes, options: Mapping[str, Any]) -> int:
-    """Return the bytes that parsing a KServe request needs: its text twice, and at most an item a comma or bracket."""
-    items = sum(map(content.count, (b",", b"[", b"{")))
-    return 2 * len(content) + _ITEM * items
+    """Return the bytes that parsing a KServe request needs: its text twice, and what may begin at these characters."""
+    return 2 * len(content) + sum(size * content.count(character) for character, size in _ITEMS.items())
 
 
 def infer(content: bytes, options: Mapping[str, Any]) -> Message:

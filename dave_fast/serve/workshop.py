@@ -96,8 +96,8 @@ class Workshop:
                 until = _first(now() + QUICK_SECONDS, deadline)
                 try:
                     need = _checked(await worker.begin(options, content, until))["need"]
+                    share.hold(need + 2 * len(content))
                     held = need + 2 * len(content)
-                    share.hold(held)
                     if need <= QUICK_BYTES:
                         return _result(await worker.finish(until))
                     await worker.decline()
@@ -114,7 +114,7 @@ class Workshop:
                     return _result(await worker.finish(until))
                 except TimeoutError:
                     worker.kill()
-                    if deadline is None or now() < deadline:
+                    if until != deadline:
                         text = f"reading it takes more than {seconds:g} s; send a smaller file, or another format."
                         raise TooLargeError(text) from None
             raise DeadlineError("the request was not read by its deadline; allow more time, or send a smaller image.")
