@@ -39,7 +39,13 @@ class Lock:
         """
         until = time.monotonic() + patience_s
         while True:
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except FileExistsError:
+                # Another run has just removed it, or it is a file.
+                if os.path.lexists(folder) and not folder.is_dir():
+                    raise
+                continue
             with suppress(FileNotFoundError):
                 handle = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
                 try:

@@ -375,7 +375,7 @@ async def deadlines_of_a_millisecond(port, path):
 @hostile(0.5, 8, {"left"} | BUSY)
 async def most_samples_and_away(port, _):
     async with Connection(port) as connection:
-        await connection.send(request("/v1/explain?n_samples=1024&top_k=10", bodies.photo()))
+        await connection.send(request("/v1/explain?n_samples=1024&top_k=2", bodies.photo()))
         told = await connection.status(0.3)
         return "left" if told == "silent" else told
 

@@ -49,7 +49,7 @@ class Form:
     beside: float
     goodput: float = 0.95
     healthz_ms: float = 250.0
-    memory: int = 1024
+    memory: int = 2048
     growth: float = 128.0
 
 
