@@ -4,6 +4,7 @@
     reading      image files -> upright 8-bit RGB
     pixels       any of Pillow's modes -> 8-bit RGB: depth, polarity, transparency
     png, tiff    what these files say of their samples, and corrections of Pillow's reading
+    geometry     resizing and cropping with Pillow alone
     preprocess   8-bit RGB -> a model's input: resize, crop, normalisation
     arrival      how images arrive at a part of a model that says how they are to be prepared
     drawing      maps -> overlays, plain maps, figures

@@ -12,6 +12,7 @@ from typing import Any
 
 from dave_fast.errors import InputError
 from dave_fast.files import open_file
+from dave_fast.numbers import whole_in
 from dave_fast.run.limits import read_all
 
 _INT64 = 2**63
@@ -165,10 +166,10 @@ def as_int64(value: object, what: str) -> int | None:
     if value is None or value == "" or value != value:
         return None
     try:
-        number = int(value)  # type: ignore[call-overload]
+        number = whole_in(value.strip()) if isinstance(value, str) else int(value)  # type: ignore[call-overload]
         exact = isinstance(value, str | int) or number == value
     except (TypeError, ValueError, OverflowError):
         number, exact = 0, False
-    if not exact or isinstance(value, bool) or not -_INT64 <= number < _INT64:
+    if number is None or not exact or isinstance(value, bool) or not -_INT64 <= number < _INT64:
         raise InputError(f"{what} is {reprlib.repr(value)}; expected an integer of 64 bits.")
     return number

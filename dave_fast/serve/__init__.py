@@ -17,6 +17,9 @@ page/       the page at /
 schemas     options and answers as pydantic models
 formats     answers as JSON, events, pictures and arrays
 uploads     bodies, and images stored for later requests
+account     the memory that requests take
+workshop    the processes that parse and decode what clients send, in two lanes
+untrusted   what those processes do
 middleware  limits of bodies, request ids, the access log
 limits      all limits, with their defaults
 prometheus  the metrics

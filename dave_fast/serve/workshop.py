@@ -45,6 +45,8 @@ QUICK_ORDER, SLOW_ORDER = 1e-6, 1e-8
 # An answer has at most this many times the bytes of its content, and these beside it: crops, numbers written in two
 # characters that become four bytes.
 _ANSWER = (4, 64 << 20)
+# What Python needs to start and to find its packages.
+_ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "TMPDIR", "LANG", "LC_ALL")
 _ERRORS = {"ImageError": ImageError, "TooLargeError": TooLargeError, "InputError": InputError}
 
 
@@ -317,8 +319,9 @@ class _Origin:
         if self._socket is not None:
             self._socket.close()
         self._socket, theirs = socket.socketpair()
-        # One thread: the work of a process is one picture.
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        # No keys or tokens of the server's environment; one thread, since the work of a process is one picture.
+        environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+        environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "dave_fast.serve.untrusted"]
         with theirs:
             self._process = subprocess.Popen(
