@@ -19,6 +19,7 @@ import signal
 import socket
 import struct
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -228,9 +229,10 @@ def _answered(work: Task, content: bytes, options: Mapping[str, Any]) -> Message
             if is_out_of_memory(cause):
                 error = TooLargeError("it takes more memory than its header says; send another file.")
             cause = cause.__cause__
-        known = isinstance(error, InputError)
-        text = str(error) if known else f"it cannot be read ({type(error).__name__})."
-        return {"error": type(error).__name__ if known else "ImageError", "detail": text[:1000]}, b""
+        if isinstance(error, InputError):
+            return {"error": type(error).__name__, "detail": str(error)[:1000]}, b""
+        # Not of the content: it is for the server's log.
+        return {"error": "", "detail": "".join(traceback.format_exception(error))[-4000:]}, b""
 
 
 # The processes.
@@ -260,12 +262,13 @@ def serve_tasks(connection: socket.socket) -> None:
                 go_on = _received(stream)
                 if go_on is None:
                     return
-                if not go_on[0]["go"]:
-                    continue
-                _limit(base + 2 * len(content) + need[0]["need"] + SLACK)
-                send(_answered(work, content, options))
+                if go_on[0]["go"]:
+                    _limit(base + 2 * len(content) + need[0]["need"] + SLACK)
+                    send(_answered(work, content, options))
             del given, content
             gc.collect(0)
+            # The next content may be larger than this task was.
+            _limit(resource.getrlimit(resource.RLIMIT_DATA)[1])
 
 
 def _data_bytes() -> int:

@@ -87,6 +87,7 @@ class Workshop:
 
         Raises:
             InputError: the content is refused; ImageError and TooLargeError are of this class.
+        RuntimeError: the task has a fault of its own.
             RefusedError: too many tasks wait, or memory is taken.
             DeadlineError: the deadline passed.
         """
@@ -135,7 +136,8 @@ def _checked(told: Message) -> dict[str, Any]:
 def _result(told: Message) -> Message:
     """Return an answer, or raise the error that it tells."""
     if "error" in told[0]:
-        raise _ERRORS.get(told[0]["error"], ImageError)(told[0]["detail"])
+        kind, detail = told[0]["error"], told[0]["detail"]
+        raise _ERRORS.get(kind, ImageError)(detail) if kind else RuntimeError(f"a task failed: {detail}")
     return told
 
 

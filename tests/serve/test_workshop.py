@@ -237,3 +237,20 @@ def resident(pid, key):
 def test_what_fits_into_the_quick_lane_is_a_photograph():
     """A photograph of a telephone, twelve megapixels as JPEG, takes eight or twelve bytes a pixel."""
     assert QUICK_BYTES > 12 * 4000 * 3000
+
+
+def test_a_fault_of_the_task_is_no_error_of_the_client(run):
+    async def work(workshop):
+        with pytest.raises(RuntimeError, match="KeyError: 'config'"):
+            await task(workshop, SMALL, pixels=25_000_000, formats=FORMATS)
+        return await task(workshop)
+
+    assert run(work)[0]["width"] == 50
+
+
+def test_a_large_content_after_a_small_one_is_read(run):
+    async def work(workshop):
+        await task(workshop)
+        return await task(workshop, SMALL + bytes(120 << 20))
+
+    assert run(work)[0]["height"] == 40
