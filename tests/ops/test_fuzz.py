@@ -18,7 +18,7 @@ pytestmark = [
 
 
 def test_operands_that_do_not_fit_are_refused_or_have_a_defined_result():
-    ended = Counter(map(fuzz.run, range(700)))
+    ended = Counter(map(fuzz.run, range(500)))
     # neither is what all cases do: there are operands that fit, and checks
     assert min(ended["refused"], ended["defined"]) > 150
 

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-BODY_LIMIT = 20 << 20
+# Of JSON: long enough for seconds of parsing and hundreds of megabytes, where nothing bounds them.
+JSON_BYTES = 8 << 20
 PHOTO_SIZE = 224
 
 Body = Callable[[], bytes]
@@ -207,8 +208,8 @@ def mutated(rng: random.Random) -> bytes:
 
 
 def _filled(head: bytes, item: bytes, tail: bytes) -> bytes:
-    """Return JSON that repeats an item until the body is as large as it may be."""
-    count = (BODY_LIMIT - 100 - len(head) - len(tail)) // (len(item) + 1)
+    """Return JSON that repeats an item until the body has JSON_BYTES."""
+    count = (JSON_BYTES - 100 - len(head) - len(tail)) // (len(item) + 1)
     return head + (item + b",") * (count - 1) + item + tail
 
 
@@ -232,18 +233,18 @@ JSON = _cached(
         "escapes": partial(_data, b'"\\u0000"'),
         "nulls": partial(_data, b"null"),
         "numbers of 4,000 digits": partial(_data, b"9" * 4000),
-        "one number of 20 MB": lambda: _IN_DATA + b"9" * (BODY_LIMIT - 200) + b"]}]}",
-        "one string of 20 MB": lambda: _IN_DATA + b'"' + b"A" * (BODY_LIMIT - 200) + b'"]}]}',
-        "lists in lists": lambda: _IN_DATA + b"[" * (BODY_LIMIT - 200),
-        "objects in objects": lambda: _IN_DATA + b'{"":' * ((BODY_LIMIT - 200) // 4),
-        "many parameters": partial(_numbered, _ONE_INPUT + b',"parameters":{', b"}}", 1_500_000),
-        "many fields": partial(_numbered, _ONE_INPUT + b",", b"}", 1_500_000),
+        "one long number": lambda: _IN_DATA + b"9" * (JSON_BYTES - 200) + b"]}]}",
+        "one long string": lambda: _IN_DATA + b'"' + b"A" * (JSON_BYTES - 200) + b'"]}]}',
+        "lists in lists": lambda: _IN_DATA + b"[" * (JSON_BYTES - 200),
+        "objects in objects": lambda: _IN_DATA + b'{"":' * ((JSON_BYTES - 200) // 4),
+        "many parameters": partial(_numbered, _ONE_INPUT + b',"parameters":{', b"}}", 600_000),
+        "many fields": partial(_numbered, _ONE_INPUT + b",", b"}", 600_000),
         "many inputs": partial(_filled, b'{"inputs":[', b"{}", b"]}"),
         "a long shape": partial(
             _filled, b'{"inputs":[{"name":"image","datatype":"UINT8","data":[1],"shape":[', b"1", b"]}]}"
         ),
-        "spaces": lambda: _ONE_INPUT + b" " * (BODY_LIMIT - 200) + b"}",
-        "nothing but commas": lambda: _IN_DATA + b"," * (BODY_LIMIT - 200),
+        "spaces": lambda: _ONE_INPUT + b" " * (JSON_BYTES - 200) + b"}",
+        "nothing but commas": lambda: _IN_DATA + b"," * (JSON_BYTES - 200),
     }
 )
 

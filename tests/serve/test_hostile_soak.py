@@ -54,8 +54,8 @@ class Form:
 
 
 # CI's two cores run other tests at the same time, which take turns with the server: what is about time is looser here.
-# In 38 s the store of uploads is being filled in the first third, and libraries still take their arenas.
-MINUTE = Form(alone=8, beside=38, goodput=0.8, healthz_ms=1500, growth=400)
+# In 35 s the store of uploads is being filled in the first third, and libraries still take their arenas.
+MINUTE = Form(alone=7, beside=35, goodput=0.8, healthz_ms=1500, growth=400)
 
 
 def soak(folder: Path, form: Form) -> dict[str, Any]:
