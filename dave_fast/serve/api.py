@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -87,32 +88,29 @@ class Api:
         if bool(body.content) == (options.image is not None):
             given = "both a body and an image id were" if body.content else "no image was"
             raise HTTPException(422, f"{given} given; send an image file, or image= with an id of /v1/images.")
-        # What can be refused without the image is refused before it is read.
-        self._targets(model, options)
-        model.places(options.depths)
         content = body.content or await self.store.get(options.image or "")
-        image, notes = await self.prepared(request, model, content, deadline_of(request, options))
-        return model, self.make_ask(request, model, image, options, refined=refined, notes=notes), options
+        read = partial(self.prepared, request, model, content, deadline_of(request, options))
+        return model, await self.make_ask(request, model, read, options, refined=refined), options
 
-    def make_ask(
+    async def make_ask(
         self,
         request: Request,
         model: ServedModel,
-        image: Tensor,
+        read: Callable[[], Awaitable[tuple[Tensor, tuple[str, ...]]]],
         options: Options,
         *,
         refined: bool,
-        notes: tuple[str, ...] = (),
     ) -> Ask:
         """Return the request for the service, and hold the memory of its answer.
+
+        What can be refused without the image is refused before it is read.
 
         Args:
             request: the HTTP request.
             model: the served model.
-            image: the model's input, (3, H, W).
+            read: returns the model's input, (3, H, W), and what had to be assumed about the image.
             options: options of the client.
             refined: whether the client is sent a map at every checkpoint.
-            notes: what had to be assumed about the image.
 
         Raises:
             HTTPException: 422, an option exceeds the limits or contradicts another.
@@ -121,6 +119,7 @@ class Api:
         """
         targets, places = self._targets(model, options), model.places(options.depths)
         request.state.share.hold(model.answer_bytes(len(targets or ()) or options.top_k or 1, len(places)))
+        image, notes = await read()
         return Ask(
             image,
             targets=targets,

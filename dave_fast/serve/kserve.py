@@ -8,6 +8,7 @@ with −1 for an unknown bound; K is the number of explained classes. Of L depth
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -171,8 +172,8 @@ async def _infer(api: Api, request: Request, model: ServedModel) -> Response:
         raise HTTPException(422, describe_errors(error.errors())) from error
     if options.image is not None:
         raise HTTPException(422, "parameters: image is given; send the image as the input.")
-    image, notes = await _image(api, request, model, body.inputs[0], data, options)
-    ask = api.make_ask(request, model, image, options, refined=False, notes=notes)
+    read = partial(_image, api, request, model, body.inputs[0], data, options)
+    ask = await api.make_ask(request, model, read, options, refined=False)
     ended = await api.end(request, model, ask)
     return Response(await run_in_threadpool(_response, model, ask, ended, body.id), media_type="application/json")
 

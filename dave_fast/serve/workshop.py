@@ -87,7 +87,7 @@ class Workshop:
 
         Raises:
             InputError: the content is refused; ImageError and TooLargeError are of this class.
-        RuntimeError: the task has a fault of its own.
+            RuntimeError: the task has a fault of its own.
             RefusedError: too many tasks wait, or memory is taken.
             DeadlineError: the deadline passed.
         """
