@@ -17,7 +17,8 @@ from dave_fast.cli.terminal import console, plain_warnings
 from dave_fast.defaults import DEFAULT_SHRINK
 from dave_fast.errors import InputError, reason_of
 from dave_fast.serve.logs import log_to_stderr
-from dave_fast.serve.signals import at_signals, end_start, leave
+from dave_fast.serve.signals import end_start, leave
+from dave_fast.signals import at_signals
 
 _LIMITS, _ACCESS = "Limits", "Access"
 KEYS_VARIABLE = "DAVE_FAST_API_KEYS"

@@ -22,7 +22,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from dave_fast.serve.limits import SPARE_CONNECTIONS, Limits
 from dave_fast.serve.logs import log_to_stderr as log_to_stderr
 from dave_fast.serve.service import Service
-from dave_fast.serve.signals import at_signals, end_at_once, end_start
+from dave_fast.serve.signals import end_at_once, end_start
+from dave_fast.signals import at_signals
 
 log = logging.getLogger("dave_fast.serve")
 

@@ -2,38 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
-import threading
-from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from dave_fast.serve import logs
 
 log = logging.getLogger("dave_fast.serve")
-
-
-@contextlib.contextmanager
-def at_signals(call: Callable[[int], None]) -> Iterator[None]:
-    """Call a function with the number of each SIGTERM and SIGINT in the block, in the main thread.
-
-    Other threads cannot set it and go on without.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handle(number: int, _frame: Any) -> None:
-        call(number)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def end_start(number: int) -> NoReturn:
