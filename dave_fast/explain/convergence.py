@@ -26,6 +26,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -112,6 +113,19 @@ def refined(aggregate: Aggregate, samples: int, *, shrink: bool, places: Sequenc
     factors = [factor(samples, shrink=shrink, block=place is not None) for place in places]
     bounds = [each * error for each, error in zip(cycle(factors), errors, strict=False)]
     return Refined(maps.float().cpu(), raw.float().cpu(), samples, errors, bounds, shrink)
+
+
+def joined(parts: Sequence[Refined]) -> Refined:
+    """Return the maps of classes that were made one by one, from the same samples."""
+    first = parts[0]
+    return Refined(
+        maps=torch.cat([part.maps for part in parts]),
+        raw=torch.cat([part.raw for part in parts]),
+        samples=first.samples,
+        errors=[error for part in parts for error in part.errors],
+        bounds=[bound for part in parts for bound in part.bounds],
+        shrink=first.shrink,
+    )
 
 
 def estimate(maps: Tensor, first: Tensor, second: Tensor) -> list[float]:

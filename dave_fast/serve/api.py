@@ -41,6 +41,8 @@ from dave_fast.serve.workshop import Workshop
 KEEP_ALIVE = 10.0
 # Events that wait for a client before newer maps replace older ones.
 WAITING = 3
+# Least seconds between two looks at what a deadline leaves, unless it leaves less.
+NEXT_LOOK = 0.005
 
 
 class Api:
@@ -189,10 +191,22 @@ class Api:
         # The draws are made while the unperturbed image is predicted.
         loop.run_in_executor(None, getattr, job, "draws")
         # The server's own bound is not in ask.deadline, so that it does not make the request urgent.
-        seconds = self.limits.answer_seconds
+        deadline = time.monotonic() + self.limits.answer_seconds
         if ask.deadline is not None:
-            seconds = min(seconds, ask.deadline - time.monotonic())
-        timer = loop.call_later(max(0.0, seconds - self.service.margin()), self.service.cut, job, "deadline")
+            deadline = min(deadline, ask.deadline)
+
+        timer: asyncio.Handle
+
+        def cut_in_time() -> None:
+            nonlocal timer
+            left = self.service.time_left(job, deadline)
+            if left <= 0:
+                self.service.cut(job, "deadline")
+            elif not job.over:
+                # Looked at again halfway, since more samples take longer to make a map of.
+                timer = loop.call_later(max(left / 2, min(left, NEXT_LOOK)), cut_in_time)
+
+        timer = loop.call_soon(cut_in_time)
 
         def leave() -> None:
             timer.cancel()

@@ -176,9 +176,11 @@ class Server(uvicorn.Server):
         deadline = time.monotonic() + self.drain_seconds
         while self.service.jobs() and time.monotonic() < deadline:
             await asyncio.sleep(_LOOK)
-        for job in self.service.jobs():
+        left = self.service.jobs()
+        deadline += 1 + sum(self.service.maps.margin(job, job.ready) for job in left)
+        for job in left:
             self.service.cut(job, "shutdown")
-        while self.service.jobs() and time.monotonic() < deadline + 1 + 10 * self.service.margin():
+        while self.service.jobs() and time.monotonic() < deadline:
             await asyncio.sleep(_LOOK)
         await asyncio.sleep(_FLUSH)
         self.should_exit = True

@@ -1,40 +1,33 @@
 """The service: workers compute micro-batches, and contributions become maps with error estimates.
 
 A worker (`workers`) is a thread with one device that takes micro-batches from the scheduler; one more thread makes
-maps. They share one lock, which is never held while anything is computed. The listener of a request is called from
-these threads.
+maps (`maps`). They share one lock, which is never held while anything is computed. The listener of a request is called
+from these threads.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
-import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 
 import torch
-from torch import Tensor
 
 from dave_fast.engine.free_memory import SHARE, free_bytes
-from dave_fast.engine.levels import Pulled
-from dave_fast.errors import InputError, NonFiniteError
-from dave_fast.explain.convergence import Refined, refined
+from dave_fast.errors import InputError
+from dave_fast.explain.convergence import Refined
 from dave_fast.serve.account import Account
 from dave_fast.serve.jobs import Ask, DeadlineError, Ended, Job, Listener
 from dave_fast.serve.limits import Limits
+from dave_fast.serve.maps import Making, MapMaker
 from dave_fast.serve.models import ServedModel
 from dave_fast.serve.scheduler import Queued, Scheduler
 from dave_fast.serve.workers import BatchKey, SharedState, Worker
 
 log = logging.getLogger("dave_fast.serve")
-
-# Time reserved before a deadline to make a map: a multiple of what the latest map took, and seconds added to it.
-MARGIN, LEAST_MARGIN = 1.5, 0.003
 
 
 class Service:
@@ -49,7 +42,7 @@ class Service:
         metrics: where measurements go.
         workers: the workers, one for each explainer of a model.
         shared: the state shared with the workers.
-        map_seconds: seconds that the latest map took.
+        maps: the maker of maps.
     """
 
     def __init__(self, models: Mapping[str, ServedModel], limits: Limits | None = None) -> None:
@@ -65,10 +58,8 @@ class Service:
         self.shared = SharedState(self.models, scheduler)
         self.metrics = self.shared.metrics
         self.workers = [Worker(number, self.shared, self._map_due) for number in range(len(explainers))]
-        self._maps: queue.PriorityQueue[tuple[int, int, Callable[[], None]]] = queue.PriorityQueue()
-        self._numbers = itertools.count()
+        self.maps = MapMaker(self._made, self.shared.fail)
         self._threads: list[threading.Thread] = []
-        self.map_seconds = 0.0
 
     @property
     def scheduler(self) -> Scheduler:
@@ -89,7 +80,7 @@ class Service:
             _ = model.blocks
         on_cpu = sum(worker.device.type == "cpu" for worker in self.workers)
         runs = [threading.Thread(target=worker.run, args=(on_cpu,), daemon=True) for worker in self.workers]
-        self._threads = [*runs, threading.Thread(target=self._make_maps, daemon=True)]
+        self._threads = [*runs, threading.Thread(target=self.maps.run, daemon=True)]
         for thread in self._threads:
             thread.start()
 
@@ -115,7 +106,8 @@ class Service:
             samples=ask.n_samples,
             size=model.request_bytes(ask.classes, ask.n_samples, ask.places),
             deadline=math.inf if ask.deadline is None else ask.deadline,
-            first=BatchKey(name, None),
+            # Where depths are asked for, the prediction tells what each accounts for, which takes longer.
+            first=BatchKey(name, None, ask.levels),
         )
         job = Job(model, ask, queued, listener, now)
         with self.shared.lock:
@@ -132,9 +124,12 @@ class Service:
                 self.shared.close(job)
 
     def cut(self, job: Job, why: str) -> None:
-        """End a request early: answer with the samples that are done, or fail with DeadlineError if there are none."""
+        """End a request early: answer with the samples that are done, or fail with DeadlineError if there are none.
+
+        Where all are done, the maps of all are on their way already.
+        """
         with self.shared.lock:
-            if job.over or job.cutting:
+            if job.over or job.cutting or (job.ready == job.ask.n_samples and job.ask.tolerance is None):
                 return
             job.cutting = True
             self.scheduler.end(job.queued)
@@ -142,11 +137,16 @@ class Service:
         if ready == 0:
             self.shared.fail(job, DeadlineError(f"no sample was done in time ({why}); allow more time, or try again."))
         else:
-            self._queue_map(0, partial(self._refine, job, ready, why))
+            self.maps.put(Making(job, ready, why))
 
-    def margin(self) -> float:
-        """Return the seconds before a deadline at which a map must be started."""
-        return LEAST_MARGIN + MARGIN * self.map_seconds
+    def time_left(self, job: Job, deadline: float) -> float:
+        """Return the seconds that are left before a job has to be cut for its maps to be made by a deadline.
+
+        Args:
+            job: the job.
+            deadline: by `time.monotonic`.
+        """
+        return deadline - time.monotonic() - self.maps.margin(job, job.ready)
 
     def drain(self) -> None:
         """Refuse new requests."""
@@ -175,49 +175,23 @@ class Service:
         with self.shared.lock:
             self.shared.stopping = True
             self.shared.lock.notify_all()
-        self._queue_map(2, lambda: None)
+        self.maps.stop()
         for thread in self._threads:
             thread.join()
         self._threads = []
 
     # Maps.
 
-    def _queue_map(self, priority: int, make: Callable[[], None]) -> None:
-        """Queue a call for the maps' thread; priority 0 comes first, 2 last."""
-        self._maps.put((priority, next(self._numbers), make))
-
     def _map_due(self, job: Job, samples: int) -> None:
-        """Queue the map of a job's first samples."""
-        self._queue_map(1, partial(self._refine, job, samples, None))
+        """Queue the maps of a job's first samples."""
+        self.maps.put(Making(job, samples, None))
 
-    def _make_maps(self) -> None:
-        """Make maps until the service stops: the main function of the maps' thread."""
-        while True:
-            _, _, make = self._maps.get()
-            make()
-            if self.shared.stopping and self._maps.empty():
-                return
-
-    def _refine(self, job: Job, samples: int, why: str | None) -> None:
-        """Make the map of a job's first samples, and answer with it or report it; `why` is what cut the job short."""
-        with self.shared.lock:
-            kept = job.kept
-            if job.over or kept is None or (job.cutting and why is None):
-                return
-        began = time.monotonic()
-        try:
-            made = _refined(job, kept, samples)
-            if not torch.isfinite(made.maps).all():
-                raise NonFiniteError("NaN or infinity in the map of this image. Try another image.")
-        except Exception as error:
-            log.exception("a map could not be made")
-            self.shared.fail(job, error)
-            return
-        self.map_seconds = time.monotonic() - began
+    def _made(self, job: Job, made: Refined, why: str | None) -> None:
+        """Answer a job with its maps, or report them; `why` is what cut the job short."""
         tolerance = job.ask.tolerance
         if why is not None:
             self._end(job, made, why)
-        elif samples == job.ask.n_samples:
+        elif made.samples == job.ask.n_samples:
             self._end(job, made, None)
         elif tolerance is not None and made.bound <= tolerance:
             self._end(job, made, "tolerance")
@@ -237,24 +211,3 @@ class Service:
         if job.ask.deadline is not None and now > job.ask.deadline:
             self.metrics.deadline_misses.inc()
         job.listener(Ended(job.predicted, refined, cut_short, job.started - job.admitted, now - job.admitted))
-
-
-def _refined(job: Job, kept: Pulled, samples: int) -> Refined:
-    """Return the maps of a job's first samples, and their errors.
-
-    Args:
-        job: the request.
-        kept: what its samples tell, (K, S, ...).
-        samples: how many of them are taken.
-    """
-    ask, device = job.ask, kept.tensors()[0].device
-    # The explainer of the device that holds the samples.
-    explainer = next(each for each in job.model.explainers if each.device == device)
-    shrink = explainer.shrink if ask.shrink is None else ask.shrink
-
-    def aggregate(some: slice) -> tuple[Tensor, Tensor]:
-        own, draws = kept.part(some), job.draws[some]
-        raw, maps = explainer.aggregate_levels(ask.image[None], own, draws, ask.places, job.model.blocks, shrink=shrink)
-        return (raw, maps) if len(ask.places) > 1 else (raw[:, 0], maps[:, 0])
-
-    return refined(aggregate, samples, shrink=shrink, places=ask.places)
