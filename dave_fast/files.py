@@ -32,7 +32,7 @@ def open_file(path: str | os.PathLike[str]) -> IO[bytes]:
         OSError: there is no such file, or what is there is no file.
     """
     # Opening a device can do something, so that it is looked at first.
-    _refuse_other(os.stat(path))
+    check_file(path)
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         # It may have been replaced since.
@@ -41,6 +41,11 @@ def open_file(path: str | os.PathLike[str]) -> IO[bytes]:
     except BaseException:
         os.close(handle)
         raise
+
+
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Raise OSError where there is no such file, or what is there is no file: for libraries that open paths."""
+    _refuse_other(os.stat(path))
 
 
 def _refuse_other(found: os.stat_result) -> None:

@@ -1,16 +1,17 @@
 """Labels and objects of image files: ImageNet's XML, CSV and JSON of boxes, COCO's JSON, PNG masks, names of folders.
 
 Boxes are (xmin, ymin, xmax, ymax) in pixels of the photograph after its EXIF rotation; xmax and ymax are excluded. An
-object is the union of its image's boxes, or the nonzero pixels of its mask.
+object is the union of the image's boxes of one class, the one with the largest boxes if there are several, since a map
+explains one class; or the nonzero pixels of its mask.
 """
 
 from __future__ import annotations
 
 import csv
-import json
+import io
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from dave_fast.errors import InputError
+from dave_fast.files import read_json, read_plain
 from dave_fast.images import read_mask
 from dave_fast.models.labels import Labels
 
@@ -72,6 +74,10 @@ class Annotations:
         """Return the class by the annotation, otherwise by the folder's name; None if the model has no such class."""
         noted = self.noted.get(path.stem)
         return class_of(noted.label if noted and noted.label else path.parent.name, self.labels)
+
+    def has_object(self, path: Path) -> bool:
+        """Return whether there are boxes or a mask of a photograph's name."""
+        return path.stem in self.noted or (self.masks is not None and (self.masks / f"{path.stem}.png").exists())
 
     def mask(self, path: Path, size: tuple[int, int]) -> np.ndarray | None:
         """Return the object's pixels.
@@ -141,12 +147,15 @@ def read_boxes(path: Path) -> dict[str, Noted]:
         files = sorted(path.rglob("*.xml"))
         if not files:
             raise InputError(f"{path} holds no XML file: --boxes takes a folder of annotations, a .csv or a .json.")
-        return {file.stem: _read_xml(file) for file in files}
+        images = _Images()
+        return {images.name(str(file.relative_to(path))): _read_xml(file) for file in files}
     readers = {".csv": _read_csv, ".json": _read_json}
-    if not path.is_file() or path.suffix.lower() not in readers:
+    if not path.exists() or path.suffix.lower() not in readers:
         raise InputError(f"--boxes {path}: expected a folder of XML files, a .csv or a .json that exists.")
     try:
         return readers[path.suffix.lower()](path)
+    except InputError:
+        raise
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
         forms = "COCO's images, annotations, or a list of objects with file, boxes"
@@ -154,14 +163,45 @@ def read_boxes(path: Path) -> dict[str, Noted]:
         raise InputError(f"cannot read {path} ({reason}): expected {wanted}.") from error
 
 
+class _Images:
+    """The images that an annotation file names: two folders with a file of one name would share its boxes."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[str, ...]] = {}
+
+    def name(self, given: str) -> str:
+        """Return an image's file name without suffix; raise InputError if it stands for two images."""
+        parts = Path(given).with_suffix("").parts
+        known = self._known.setdefault(parts[-1], parts)
+        both = min(len(known), len(parts))
+        if known[-both:] != parts[-both:]:
+            raise InputError(
+                f"the boxes of {'/'.join(known)} and {'/'.join(parts)} are for two images of one name; give each its "
+                "own --boxes, or rename them."
+            )
+        return parts[-1]
+
+
 def _read_xml(path: Path) -> Noted:
     try:
-        root = ElementTree.parse(path).getroot()
-        boxes = tuple(_xml_box(one) for one in root.iter("bndbox"))
+        root = ElementTree.fromstring(read_plain(path))
+        boxes: dict[str | None, list[Box]] = defaultdict(list)
+        for one in root.iter("object"):
+            boxes[one.findtext("name")] += map(_xml_box, one.iter("bndbox"))
         width, height = (int(root.findtext(f"size/{side}", "0")) for side in ("width", "height"))
-    except (ElementTree.ParseError, ValueError) as error:
+        return _largest(boxes, (width, height) if width and height else None)
+    except InputError:
+        raise
+    except (ElementTree.ParseError, OverflowError, ValueError) as error:
         raise InputError(f"cannot read {path}: {error}; expected annotations in PASCAL VOC's XML.") from error
-    return Noted(boxes, root.findtext("object/name"), (width, height) if width and height else None)
+
+
+def _largest(boxes: Mapping[str | None, Sequence[Box]], size: tuple[int, int] | None) -> Noted:
+    """Return the entry of one image: the class with the largest boxes in sum, and its boxes."""
+    if not boxes:
+        return Noted((), None, size)
+    label, chosen = max(boxes.items(), key=lambda item: sum(map(_area, item[1])))
+    return Noted(tuple(chosen), label, size)
 
 
 def _xml_box(box: ElementTree.Element) -> Box:
@@ -171,48 +211,53 @@ def _xml_box(box: ElementTree.Element) -> Box:
 
 
 def _read_csv(path: Path) -> dict[str, Noted]:
-    boxes: dict[str, list[Box]] = defaultdict(list)
-    labels: dict[str, str | None] = {}
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            stem = Path(row["image"]).stem
-            xmin, ymin, xmax, ymax = (float(row[side]) for side in COLUMNS[1:])
-            boxes[stem].append((xmin, ymin, xmax, ymax))
-            labels[stem] = row.get("label") or None
-    return {stem: Noted(tuple(all_of), labels[stem]) for stem, all_of in boxes.items()}
+    found: dict[str, dict[str | None, list[Box]]] = defaultdict(lambda: defaultdict(list))
+    images = _Images()
+    for row in csv.DictReader(io.StringIO(read_plain(path).decode("utf-8-sig"), newline="")):
+        xmin, ymin, xmax, ymax = (float(row[side]) for side in COLUMNS[1:])
+        found[images.name(row["image"])][row.get("label") or None].append((xmin, ymin, xmax, ymax))
+    return {name: _largest(boxes, None) for name, boxes in found.items()}
 
 
 def _read_json(path: Path) -> dict[str, Noted]:
-    content = json.loads(path.read_text())
+    content = read_json(path)
     return _listed(content) if isinstance(content, list) else _of_coco(content)
 
 
 def _listed(content: list[dict[str, Any]]) -> dict[str, Noted]:
     """Return the entries of a list of images with their boxes."""
-    noted = {}
+    noted: dict[str, Noted] = {}
+    images = _Images()
     for one in content:
         boxes = tuple(
             (float(left), float(top), float(right), float(bottom)) for left, top, right, bottom in one["boxes"]
         )
         size = (int(one["width"]), int(one["height"])) if "width" in one else None
-        noted[Path(one["file"]).stem] = Noted(boxes, one.get("label"), size)
+        _add(noted, images.name(one["file"]), Noted(boxes, one.get("label"), size))
     return noted
 
 
 def _of_coco(content: dict[str, Any]) -> dict[str, Noted]:
-    """Return the boxes of each image's largest category, since a map explains one class."""
+    """Return the entries of COCO's images with annotations."""
     categories = {one["id"]: one["name"] for one in content.get("categories", [])}
     found: dict[int, dict[int, list[Box]]] = defaultdict(lambda: defaultdict(list))
     for one in content["annotations"]:
         x, y, width, height = one["bbox"]
         found[one["image_id"]][one["category_id"]].append((x, y, x + width, y + height))
-    noted = {}
+    noted: dict[str, Noted] = {}
+    images = _Images()
     for image in content["images"]:
         if by_category := found.get(image["id"]):
-            category, boxes = max(by_category.items(), key=lambda item: sum(map(_area, item[1])))
             size = (image["width"], image["height"]) if "width" in image else None
-            noted[Path(image["file_name"]).stem] = Noted(tuple(boxes), categories.get(category), size)
+            named = {categories.get(category): boxes for category, boxes in by_category.items()}
+            _add(noted, images.name(image["file_name"]), _largest(named, size))
     return noted
+
+
+def _add(noted: dict[str, Noted], name: str, one: Noted) -> None:
+    if name in noted:
+        raise ValueError(f"{name} is listed twice")
+    noted[name] = one
 
 
 def _area(box: Box) -> float:

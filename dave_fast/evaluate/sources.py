@@ -133,6 +133,9 @@ class ImageFiles(ExampleSource):
         annotations: labels and objects.
         title: see `ExampleSource`.
         skipped: see `ExampleSource`.
+
+    Raises:
+        InputError: two files of one name have boxes or a mask by that name.
     """
 
     files: Sequence[Path]
@@ -140,6 +143,16 @@ class ImageFiles(ExampleSource):
     annotations: Annotations
     title: str = "image files"
     skipped: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        seen: dict[str, Path] = {}
+        for path in filter(self.annotations.has_object, self.files):
+            other = seen.setdefault(path.stem, path)
+            if other is not path:
+                raise InputError(
+                    f"{other} and {path} have one name, and there are boxes or a mask of that name, which are of one "
+                    "of them at most; rename one, or evaluate one folder at a time."
+                )
 
     def __len__(self) -> int:
         return len(self.files)

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dave_fast._version import __version__
 from dave_fast.errors import InputError
 from dave_fast.explain.depth import PIXELS
-from dave_fast.files import atomically
+from dave_fast.files import atomically, read_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -68,12 +69,12 @@ def load_identity(folder: Path) -> dict[str, Any] | None:
     Raises:
         InputError: the file cannot be read or is of another format.
     """
-    try:
-        identity = json.loads((folder / RUN_FILE).read_bytes())
-    except FileNotFoundError:
+    if not os.path.lexists(folder / RUN_FILE):
         return None
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {folder / RUN_FILE}: {error}. Choose another --out, or mend it.") from error
+    try:
+        identity = read_json(folder / RUN_FILE)
+    except InputError as error:
+        raise InputError(f"{error} Choose another --out, or mend it.") from error
     known = isinstance(identity, dict) and identity.get("format") == FORMAT
     if not known or not isinstance(identity.get("configuration"), dict):
         raise InputError(f"{folder / RUN_FILE} is of no format that this version of dave-fast reads ({FORMAT}).")

@@ -70,6 +70,10 @@ class Board:
         self._mapped.append(rows)
         return self._stopping
 
+    def fail(self, failure: str) -> None:
+        """Let the run fail at its end; the first failure is kept."""
+        self._failure = self._failure or failure
+
     def stop(self, failure: str | None = None) -> None:
         """Stop the run; the first failure is kept."""
         self._failure = self._failure or failure
@@ -173,8 +177,15 @@ def _read(part: Part, board: Any, config: dict[str, Any], limits: Limits) -> Ite
     """Yield records with their crops, or the reason why there is none, until the run is to stop."""
     import ray
 
+    def until_damage() -> Iterator[Record]:
+        try:
+            yield from part if isinstance(part, list) else part()
+        # The other parts are read first.
+        except InputError as error:
+            ray.get(board.fail.remote(str(error)))
+
     prepare = from_config(config)
-    records = iter(part) if isinstance(part, list) else part()
+    records = until_damage()
     while some := list(itertools.islice(records, DECODE_BATCH)):
         if ray.get(board.stopping.remote()):
             return

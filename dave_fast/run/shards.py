@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dave_fast.errors import InputError, reason_of
-from dave_fast.files import atomically
+from dave_fast.files import atomically, check_file
 from dave_fast.run.identity import METADATA_KEY
 
 SUFFIX = ".parquet"
@@ -151,6 +151,7 @@ def read_column(path: Path, *columns: str) -> pa.Table:
         InputError: the file is no shard, or cannot be read.
     """
     try:
+        check_file(path)
         return pq.read_table(path, columns=list(columns), memory_map=False, partitioning=None)
     except (OSError, pa.ArrowInvalid, KeyError) as error:
         raise InputError(

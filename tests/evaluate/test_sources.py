@@ -1,6 +1,7 @@
 """Test scenes, image files and annotations: labels, and objects in the model's crop."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from timm.data.imagenet_info import ImageNetInfo
 
 from dave_fast.errors import InputError
 from dave_fast.evaluate import DemoScenes, ImageFiles
-from dave_fast.evaluate.annotations import Annotations, class_of, read_boxes
+from dave_fast.evaluate.annotations import Annotations, Noted, class_of, read_boxes
 from dave_fast.images import from_config
 from dave_fast.models.labels import Labels
 
@@ -127,6 +128,32 @@ def test_boxes_of_a_json_list_are_those_of_the_same_xml(photo, tmp_path):
         ("boxes.csv", "image,xmin,ymin,xmax,ymax\na,1,2,inf,4\n", "not finite"),
         ("boxes.txt", "", "folder of XML"),
         ("broken.xml", "<annotation>", "PASCAL"),
+        (
+            "broken.xml",
+            "<a><object><name>cat</name><bndbox><xmin>nan</xmin><ymin>1</ymin><xmax>3</xmax><ymax>4</ymax></bndbox></object></a>",
+            "not finite",
+        ),
+        (
+            "broken.xml",
+            "<a><object><name>cat</name><bndbox><xmin>1e400</xmin><ymin>1</ymin><xmax>3</xmax><ymax>4</ymax></bndbox></object></a>",
+            "not finite",
+        ),
+        (
+            "broken.xml",
+            "<a><object><name>cat</name><bndbox><xmin></xmin><ymin>1</ymin><xmax>3</xmax><ymax>4</ymax></bndbox></object></a>",
+            "could not convert",
+        ),
+        ("broken.xml", "<a><size><width>1e3</width></size></a>", "invalid literal"),
+        ("boxes.json", "[" * 100_000, "no JSON"),
+        ("boxes.json", "[" + "9" * 5000 + "]", "no JSON"),
+        (
+            "boxes.json",
+            '[{"file": "a/1.jpg", "boxes": []}, {"file": "b/1.jpg", "boxes": []}]',
+            "two images of one name",
+        ),
+        ("boxes.json", '[{"file": "1.jpg", "boxes": []}, {"file": "1.jpg", "boxes": []}]', "listed twice"),
+        ("boxes.csv", "image,xmin,ymin,xmax,ymax\na/1.jpg,1,2,3,4\nb/1.jpg,1,2,3,4\n", "two images of one name"),
+        ("boxes.csv", "image,xmin,ymin,xmax,ymax\n,1,2,3,4\n", "boxes.csv"),
         ("empty", None, "holds no XML"),
     ],
 )
@@ -138,6 +165,50 @@ def test_invalid_annotations_are_refused_by_name(tmp_path, name, content, said):
         path.write_text(content)
     with pytest.raises(InputError, match=said):
         read_boxes(tmp_path if path.suffix == ".xml" else path)
+
+
+@pytest.mark.parametrize("name", ["boxes.json", "boxes.csv", "folder/one.xml"])
+def test_annotations_that_are_a_named_pipe_are_refused_at_once(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    os.mkfifo(path)
+    with pytest.raises(InputError, match="named pipe"):
+        read_boxes(path if path.parent == tmp_path else path.parent)
+
+
+def test_boxes_of_several_classes_are_those_of_the_largest(tmp_path):
+    def objects(boxes):
+        return "".join(
+            f"<object><name>{name}</name><bndbox>"
+            + "".join(
+                f"<{side}>{value}</{side}>" for side, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
+            )
+            + "</bndbox></object>"
+            for name, box in boxes
+        )
+
+    given = [("cat", (0, 0, 3, 3)), ("dog", (1, 1, 4, 3)), ("cat", (5, 5, 7, 7))]
+    (tmp_path / "one.xml").write_text(f"<annotation>{objects(given)}</annotation>")
+    lines = [f"one.jpg,{x},{y},{right + 1},{bottom + 1},{name}" for name, (x, y, right, bottom) in given]
+    (tmp_path / "boxes.csv").write_text("\n".join(["image,xmin,ymin,xmax,ymax,label", *lines]))
+    for path in (tmp_path, tmp_path / "boxes.csv"):
+        (one,) = read_boxes(path).values()
+        assert (one.label, one.boxes) == ("cat", ((0, 0, 4, 4), (5, 5, 8, 8)))
+
+
+@pytest.mark.parametrize("annotated", ["boxes", "masks"])
+def test_photographs_of_one_name_are_refused_where_it_has_an_object(photo, tmp_path, annotated):
+    other = tmp_path / "other" / photo.name
+    other.parent.mkdir()
+    other.write_bytes(photo.read_bytes())
+    (tmp_path / f"{photo.stem}.png").touch()
+    annotations = {
+        "boxes": Annotations(LABELS, {photo.stem: Noted(((0, 0, 1, 1),))}),
+        "masks": Annotations(LABELS, masks=tmp_path),
+    }
+    with pytest.raises(InputError, match="have one name"):
+        ImageFiles([photo, other], prepare(), annotations[annotated])
+    assert len(ImageFiles([photo, other], prepare(), Annotations(LABELS))) == 2
 
 
 def test_masks_are_files_of_the_same_name(photo, tmp_path):

@@ -2,7 +2,9 @@
 
 import gc
 import json
+import os
 import pickle
+import shutil
 import weakref
 
 import numpy as np
@@ -207,6 +209,24 @@ def test_a_run_whose_file_is_damaged_is_refused(whole, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(identity | {"configuration": None}))
     with pytest.raises(InputError, match="no format that this version"):
         dave_fast.open_maps(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b"\xff\xfe", b"9" * 5000])
+def test_a_run_whose_file_is_no_json_is_refused(tmp_path, content):
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"run\.json is no JSON file.*Choose another --out"):
+        dave_fast.open_maps(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["run.json", "maps-0-00000.parquet"])
+def test_a_named_pipe_in_a_run_is_refused_at_once(whole, photos, tmp_path, name):
+    shutil.copy(whole / "run.json", tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(InputError, match=f"{name}.*named pipe"):
+        dave_fast.open_maps(tmp_path)
+    with pytest.raises(InputError, match=f"{name}.*named pipe"):
+        stubs.run(str(photos), tmp_path)
 
 
 def test_shards_say_what_they_are(whole):

@@ -172,6 +172,15 @@ def test_same_rows_as_the_local_engine(cluster, tars, tmp_path):
             np.testing.assert_allclose(a.raw, b.raw, atol=2e-3 * np.abs(a.raw).max())
 
 
+def test_a_damaged_tar_fails_the_run_after_all_else_is_explained(cluster, tars, tmp_path):
+    path = tmp_path / "t-0.tar"
+    members = path.read_bytes().rstrip(b"\0")
+    path.write_bytes(members + bytes(-len(members) % 512) + b"garbage " * 64)
+    with pytest.raises(RunError, match=r"cannot read .*t-0\.tar: .*a header is damaged.* What came before it is kept"):
+        stubs.run(tars, tmp_path / "out", engine="ray")
+    check(tmp_path / "out", [f"t-{shard}/{number}" for shard in range(2) for number in range(4)])
+
+
 def test_limit_counts_the_records_of_tars(cluster, tars, tmp_path):
     assert stubs.run(tars, tmp_path / "out", engine="ray", limit=3).records == 3
 

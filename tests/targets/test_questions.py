@@ -1,5 +1,7 @@
 """Tests of questions beyond the class: cotangents against gradients of the scores, joint maps against single ones."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from dave_fast.errors import InputError
 from dave_fast.sampling import Draws, Sampling, draw, identity
 from dave_fast.targets import cotangents
 from dave_fast.targets.forms import ModelView, resolve_target
+from dave_fast.targets.probes import MOST_BYTES
 from tests.tiny import random_vit
 from tests.tolerances import EXACT
 from tests.toys import normal, relative
@@ -345,6 +348,11 @@ def test_files_that_are_no_probe_are_refused(tmp_path):
     np.save(tmp_path / "good.npy", np.zeros((2, 3)))
     (tmp_path / "torn.safetensors").write_bytes(b"no")
     save_file({"a": torch.zeros(2, 2), "b": torch.zeros(2, 2)}, tmp_path / "two.safetensors")
+    os.mkfifo(tmp_path / "pipe.npy")
+    for name in ("large.npy", "large.safetensors"):
+        with (tmp_path / name).open("wb") as file:
+            # sparse
+            file.truncate(MOST_BYTES + 1)
     refused = {
         "pickled.npy": "Object arrays",
         "integers.npy": "int64",
@@ -352,6 +360,9 @@ def test_files_that_are_no_probe_are_refused(tmp_path):
         "torn.safetensors": "cannot read",
         "two.safetensors": "holds a, b",
         "none.npy": "no such file",
+        "pipe.npy": "named pipe",
+        "large.npy": "at most",
+        "large.safetensors": "at most",
         "layer.pt": "safetensors or .npy",
     }
     for name, words in refused.items():
