@@ -41,8 +41,8 @@ from dave_fast.serve.workshop import Workshop
 KEEP_ALIVE = 10.0
 # Events that wait for a client before newer maps replace older ones.
 WAITING = 3
-# Least seconds between two looks at what a deadline leaves, unless it leaves less.
-NEXT_LOOK = 0.005
+# Most seconds between two looks at what a deadline leaves.
+NEXT_LOOK = 0.1
 
 
 class Api:
@@ -203,8 +203,8 @@ class Api:
             if left <= 0:
                 self.service.cut(job, "deadline")
             elif not job.over:
-                # Looked at again halfway, since more samples take longer to make a map of.
-                timer = loop.call_later(max(left / 2, min(left, NEXT_LOOK)), cut_in_time)
+                # More samples take longer to make maps of.
+                timer = loop.call_later(min(left, NEXT_LOOK), cut_in_time)
 
         timer = loop.call_soon(cut_in_time)
 
