@@ -23,6 +23,12 @@ if not INTERPRETED and not torch.cuda.is_available():
     collect_ignore_glob = ["test_*.py"]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Let NumPy, by which the interpreter computes, warn where a kernel means its infinities and NaN."""
+    if INTERPRETED:
+        config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning")
+
+
 @pytest.fixture
 def device() -> str:
     """Return the type of the device that kernels run on."""

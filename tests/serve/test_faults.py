@@ -262,6 +262,48 @@ def test_at_the_drain_deadline_answers_have_the_samples_that_are_there(process, 
     assert server.wait(timeout=PATIENCE) == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_it_at_once_with_the_code_that_shells_give(process, photo, number):
+    address, server, log = process("--drain-seconds", str(PATIENCE))
+    with Client(address, retries=0, timeout=PATIENCE) as client:
+        updates = client.stream(photo, n_samples=1024)
+        next(updates)
+        server.send_signal(number)
+        until(lambda: '"draining"' in log.read_text())
+        server.send_signal(number)
+        assert server.wait(timeout=PATIENCE) == 128 + number
+        with pytest.raises((ServerError, httpx.HTTPError)):
+            list(updates)
+    told = [json.loads(line)["message"] for line in log.read_text().splitlines() if line.startswith("{")]
+    assert told[-1] == "ended at once, by a second signal" and "Traceback" not in log.read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_it_serves_ends_it_with_exit_code_0(tmp_path, number):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    def is_bound():
+        assert server.poll() is None, (tmp_path / "log").read_text()
+        with socket.socket() as other, suppress(OSError):
+            other.bind(("127.0.0.1", port))
+            return False
+        return True
+
+    with open(tmp_path / "log", "w") as log:
+        command = [sys.executable, "-m", "dave_fast", "serve", "demo", "--port", str(port)]
+        server = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        until(is_bound)
+        server.send_signal(number)
+        assert server.wait(timeout=PATIENCE) == 0
+    finally:
+        server.kill()
+        server.wait()
+    (line,) = (tmp_path / "log").read_text().splitlines()
+    assert json.loads(line)["message"] == "ended while it started"
+
+
 def test_a_port_that_is_taken_is_told_before_a_model_is_loaded():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
