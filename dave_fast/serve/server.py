@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+import h11
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -78,6 +79,16 @@ def guarded(limits: Limits) -> type[H11Protocol]:
             super().resume_writing()
             if self._unread is not None:
                 self._unread.cancel()
+
+        def send_400_response(self, msg: str) -> None:
+            """Answer bytes that are no HTTP; end the connection where they come amid or behind another answer."""
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                super().send_400_response(msg)
+            elif self.conn.our_state is h11.SEND_BODY:
+                self.transport.abort()
+            else:
+                # What is unsent of the answer is sent first.
+                self.transport.close()
 
         def on_response_complete(self) -> None:
             self.rests_since = time.monotonic()

@@ -414,6 +414,21 @@ async def garbage(port, make):
     return await exchange(port, make())
 
 
+@hostile(
+    1.0,
+    8,
+    REFUSED | CUT,
+    {"no such page": ("GET", "/nowhere"), "a page": ("GET", "/openapi.json"), "JSON": ("POST", "/v2")},
+)
+async def garbage_behind_an_answer(port, asked):
+    method, path = asked
+    async with Connection(port) as connection:
+        await connection.send(f"{method} {path} HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n".encode())
+        await connection.status()
+        await connection.send(b"no chunk\r\n")
+        return await connection.ended()
+
+
 # The run.
 
 

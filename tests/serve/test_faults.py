@@ -191,6 +191,37 @@ def test_nan_is_an_error_and_never_a_map(photo, monkeypatch):
         assert failed.value.status == 500
 
 
+CHUNKED = b"host: x\r\ncontent-type: image/png\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "then"),
+    [
+        (b"GET /openapi.json HTTP/1.1\r\n" + CHUNKED, b"no chunk\r\n"),
+        (b"POST /nowhere HTTP/1.1\r\n" + CHUNKED, b"no chunk\r\n"),
+        (b"POST /v1/models HTTP/1.1\r\n" + CHUNKED + b"5\r\nhello\r\n", b"-1\r\n"),
+        (b"GET /v1/explain/stream?n_samples=1024&image=ID HTTP/1.1\r\n" + CHUNKED, b"no chunk\r\n"),
+        (b"GET /v1/explain/stream?n_samples=1024&image=ID HTTP/1.1\r\n" + CHUNKED, b"f" * 40 + b"\r\n"),
+        (b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n", b"\0\r\n\r\n"),
+        (b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n"),
+    ],
+)
+def test_bytes_that_are_no_http_amid_or_behind_an_answer_end_the_connection(server, photo, line, then, caplog):
+    address, service = server
+    image = httpx.post(f"{address}/v1/images", content=photo, headers={"content-type": "image/png"}).json()["image"]
+    with connect(address) as client:
+        client.sendall(line.replace(b"ID", image.encode()))
+        read = client.recv(1 << 16)
+        assert read.startswith(b"HTTP/1.1 ")
+        client.sendall(then)
+        with suppress(ConnectionResetError):
+            while piece := client.recv(1 << 16):
+                read += piece
+    until(lambda: not service.jobs())
+    wrong = [record.getMessage() for record in caplog.records if record.levelname == "ERROR" or record.exc_info]
+    assert not wrong and httpx.get(f"{address}/healthz").status_code == 200
+
+
 # Shutdown.
 
 
