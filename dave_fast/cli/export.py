@@ -7,7 +7,11 @@ from typing import Annotated
 
 import typer
 
+from dave_fast.cli import options
 from dave_fast.cli.terminal import console, progress
+from dave_fast.run.limits import Limits
+
+LIMITS = Limits()
 
 
 def export(
@@ -16,6 +20,8 @@ def export(
     out: Annotated[Path, typer.Option(help="A new folder; a new file for virelay.")],
     target: Annotated[int | None, typer.Option(min=0, help="Only maps of this class.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many maps.")] = None,
+    max_megabytes: options.MaxMegabytes = LIMITS.bytes / 1e6,
+    max_megapixels: options.MaxMegapixels = LIMITS.pixels / 1e6,
 ) -> None:
     """Write the maps of a run as a Zarr v3 group, as .npy, as PNG overlays or as ViRelAy's HDF5.
 
@@ -28,8 +34,9 @@ def export(
     maps = open_maps(folder).filter(status="ok", target=target)
     maps = maps if limit is None else maps[:limit]
     name = f"exporting to {to}"
+    limits = Limits(bytes=int(max_megabytes * 1e6), pixels=int(max_megapixels * 1e6))
     with progress(console(), name, "maps") as update:
-        missing = write(maps, to, out, lambda done: update(done, len(maps), name))
+        missing = write(maps, to, out, lambda done: update(done, len(maps), name), limits)
     what = f"the tokens of {name_of(maps.depth)}" if maps.depth != PIXELS else PIXELS
     console(stderr=False).print(f"{len(maps)} maps of {what} written to {out}", soft_wrap=True)
     if missing:

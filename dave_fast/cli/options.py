@@ -137,6 +137,16 @@ InternalBatchSize = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
+MaxMegabytes = Annotated[
+    float,
+    typer.Option(
+        "--max-megabytes", min=0.001, help="Of an image's file; a larger one is an error.", rich_help_panel=MACHINE
+    ),
+]
+MaxMegapixels = Annotated[
+    float,
+    typer.Option("--max-megapixels", min=0.001, help="Of an image; a larger one is an error.", rich_help_panel=MACHINE),
+]
 
 
 def one_depth(text: str) -> explain_depth.Depth:

@@ -110,12 +110,8 @@ def run(
             rich_help_panel=MACHINE,
         ),
     ] = None,
-    max_megabytes: Annotated[
-        float, typer.Option(min=0.001, help="Of an image's file; a larger one is an error.", rich_help_panel=MACHINE)
-    ] = LIMITS.bytes / 1e6,
-    max_megapixels: Annotated[
-        float, typer.Option(min=0.001, help="Of an image; a larger one is an error.", rich_help_panel=MACHINE)
-    ] = LIMITS.pixels / 1e6,
+    max_megabytes: options.MaxMegabytes = LIMITS.bytes / 1e6,
+    max_megapixels: options.MaxMegapixels = LIMITS.pixels / 1e6,
 ) -> None:
     """Make attribution maps for a whole dataset, as Parquet shards in the folder --out.
 

@@ -37,7 +37,13 @@ _PART_BYTES, _PATH_BYTES = 180, 1000
 INDEX = ("id", "uri", "target", "prediction", "probability", "seed", "n_samples")
 
 
-def export(maps: Maps, to: str, out: str | os.PathLike[str], progress: Progress = lambda done: None) -> int:
+def export(
+    maps: Maps,
+    to: str,
+    out: str | os.PathLike[str],
+    progress: Progress = lambda done: None,
+    limits: Limits | None = None,
+) -> int:
     """Write the maps (rows with status "ok") in another form.
 
     Args:
@@ -45,6 +51,7 @@ def export(maps: Maps, to: str, out: str | os.PathLike[str], progress: Progress 
         to: "zarr", "npy", "png" or "virelay".
         out: a folder (zarr, npy, png) or a file (virelay) that does not exist yet.
         progress: called with the number of rows written so far.
+        limits: of an image that is read again; None: the defaults.
 
     Returns:
         The number of rows that could not be written in full: pictures whose image could not be read again.
@@ -64,6 +71,8 @@ def export(maps: Maps, to: str, out: str | os.PathLike[str], progress: Progress 
     sizes = set(zip(maps.column("height").tolist(), maps.column("width").tolist(), strict=True))
     if to != "png" and len(sizes) > 1:
         raise InputError(f"the maps have several sizes, {sorted(sizes)}; expected one: only --to png takes several.")
+    if to == "png":
+        return _png(maps, target, progress, limits or Limits())
     return FORMS[to](maps, target, progress)
 
 
@@ -153,12 +162,11 @@ def _npy(maps: Maps, target: Path, progress: Progress) -> int:
     return 0
 
 
-def _png(maps: Maps, target: Path, progress: Progress) -> int:
+def _png(maps: Maps, target: Path, progress: Progress, limits: Limits) -> int:
     """Write ID.map.png and ID.overlay.png of each record, whose image is read again; return how many were not found."""
     prepare = from_config(maps.identity["configuration"]["preprocessing"])
     missing, first = 0, ""
     names = _file_names(maps.ids)
-    limits = Limits()
     with _whole(target, folder=True) as folder:
         for number, (name, row) in enumerate(zip(names, maps, strict=True)):
             heat = row.map
@@ -262,4 +270,4 @@ def _prediction(row: MapRecord, classes: int, link: Link) -> np.ndarray:
     return row.output if link is None else 1 / (1 + np.exp(-row.output))
 
 
-FORMS = {"zarr": _zarr, "npy": _npy, "png": _png, "virelay": _virelay}
+FORMS: dict[str, Callable[..., int]] = {"zarr": _zarr, "npy": _npy, "png": _png, "virelay": _virelay}

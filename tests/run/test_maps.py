@@ -24,6 +24,7 @@ from dave_fast.models.spec import ModelSpec
 from dave_fast.run import contents
 from dave_fast.run.contents import Notes
 from dave_fast.run.export import export
+from dave_fast.run.limits import Limits
 from dave_fast.run.local import Machine
 from dave_fast.run.mapper import Mapper, MapSettings, packed_map
 from dave_fast.run.records import Record, image_key
@@ -429,6 +430,14 @@ def test_png_of_images_that_are_gone(photos, tmp_path):
     with pytest.raises(InputError, match="no image could be read again"):
         export(dave_fast.open_maps(tmp_path / "out"), "png", tmp_path / "q")
     assert not (tmp_path / "q").exists() and not list(tmp_path.glob(".*.part"))
+
+
+def test_png_of_images_above_the_limits_are_counted(whole, tmp_path):
+    maps = dave_fast.open_maps(whole)[:1]
+    side = 512
+    assert export(maps, "png", tmp_path / "p", limits=Limits(pixels=side * side)) == 0
+    with pytest.raises(InputError, match="no image could be read again"):
+        export(maps, "png", tmp_path / "q", limits=Limits(pixels=side * side // 100))
 
 
 def test_virelay(whole, photos, tmp_path):
