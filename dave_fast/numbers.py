@@ -30,9 +30,9 @@ def shown(value: object) -> str:
         return text if len(value) <= _SHOWN else f"{text}… of {len(value)} letters"
     try:
         text = repr(value)
-    # Python refuses to write integers of more than 4,300 digits
-    except ValueError:
-        return f"a {type(value).__name__} of too many digits"
+    # Python refuses to write integers of more than 4,300 digits, and lists in lists without end
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} of too many digits or levels"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 

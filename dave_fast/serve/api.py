@@ -219,9 +219,12 @@ class Api:
         events, leave = self.submit(model, ask)
         last, gone = asyncio.create_task(last_event(events)), asyncio.create_task(wait_for_disconnect(request))
         try:
-            await asyncio.wait((last, gone), return_when=asyncio.FIRST_COMPLETED)
-            if not last.done():
+            most = 2 * self.limits.answer_seconds
+            await asyncio.wait((last, gone), timeout=most, return_when=asyncio.FIRST_COMPLETED)
+            if gone.done() and not last.done():
                 raise HTTPException(499, "the client went away.")
+            if not last.done():
+                raise HTTPException(504, f"the maps were not made in {most:g} s; ask for fewer classes or depths.")
             if isinstance(event := last.result(), Failed):
                 # An HTTPException, since the framework closes the connection after any other error.
                 raise HTTPException(*status_of(event.error))

@@ -123,6 +123,27 @@ Listener = Callable[[Event], None]
 
 
 @dataclass(eq=False)
+class Making:
+    """The maps of a job that are being made, or wait.
+
+    Attributes:
+        samples: how many of the job's samples are taken.
+        why: what cut the job short, or None.
+        due: when they were due, by the maker's clock.
+        number: its own, by which the queue names it, so that what it holds can end before its turn.
+        made: the maps of the classes that are done.
+        seconds: what these took.
+    """
+
+    samples: int
+    why: str | None
+    due: float
+    number: int
+    made: list[Refined] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass(eq=False)
 class Job:
     """A request in the service. Its fields are written under the service's lock.
 
@@ -138,6 +159,7 @@ class Job:
         ready: number of samples that are done, without a gap from the first.
         over: whether it is answered, failed or cancelled.
         cutting: whether it is being cut short.
+        making: its maps that are being made, and after them those that wait; the maker's.
     """
 
     model: ServedModel
@@ -151,6 +173,7 @@ class Job:
     ready: int = 0
     over: bool = False
     cutting: bool = False
+    making: list[Making] = field(default_factory=list)
     # Ranges of samples that are done beyond a gap: start -> stop.
     _ranges: dict[int, int] = field(default_factory=dict)
     _due: list[int] = field(default_factory=list)

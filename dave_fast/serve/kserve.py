@@ -30,6 +30,8 @@ from dave_fast.serve.untrusted import TYPES
 
 # Numbers that are written at a time.
 _PIECE = 4096
+# of a normalised pixel; numbers far beyond overflow in models, whose fault it is not
+_LARGEST = 1e6
 
 
 class Input(BaseModel):
@@ -221,9 +223,10 @@ async def _image(
         request.state.share.hold(2 * values.size + model.prepare.geometry.resizing_bytes(*size, most))
         crop = await run_in_threadpool(model.prepare.crop, Image.fromarray(values), max_pixels=most)
         return model.prepare.normalised(crop), ()
-    if given.datatype == "FP32" and values.shape == (1, 3, height, width) and np.isfinite(values).all():
+    # NaN is above no bound and below none
+    if given.datatype == "FP32" and values.shape == (1, 3, height, width) and (np.abs(values) <= _LARGEST).all():
         return torch.from_numpy(values)[0], ()
     raise InputError(
-        f"the input is {given.datatype} {given.shape}; expected BYTES, UINT8 (H, W, 3) or finite FP32 "
-        f"(1, 3, {height}, {width})."
+        f"the input is {given.datatype} {given.shape}; expected BYTES, UINT8 (H, W, 3) or FP32 "
+        f"(1, 3, {height}, {width}) within ±{_LARGEST:g}."
     )

@@ -12,6 +12,7 @@ import logging
 import re
 import secrets
 import time
+from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
@@ -54,7 +55,7 @@ class LimitsMiddleware:
         began = connection.began if connection else time.monotonic()
         share = Share(self.account)
         scope["state"] |= {"began": began, "share": share}
-        exchange = _Exchange(scope, receive, send, self.limits, share)
+        exchange = _Exchange(scope, receive, send, self.limits, share, connection)
         try:
             if connection and connection.crowded() and scope["path"] not in PROBES:
                 await _crowded(scope, exchange.receive, exchange.send)
@@ -80,9 +81,11 @@ _crowded = JSONResponse(
 
 
 class _Exchange:
-    """One request and its answer."""
+    """One request and its answer; `connection` is the server's, None where it has none that we know."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, limits: Limits, share: Share) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, limits: Limits, share: Share, connection: Any
+    ) -> None:
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"")
         self.name: bytes = given if _ID.fullmatch(given) else secrets.token_hex(8).encode()
@@ -91,6 +94,7 @@ class _Exchange:
         self.read = 0
         self._declared = headers.get(b"content-length", b"")
         self._receive, self._send, self._limits, self._share = receive, send, limits, share
+        self._connection, self._started = connection, False
         self._until = asyncio.get_running_loop().time() + limits.upload_seconds
         self._whole = False
 
@@ -98,6 +102,16 @@ class _Exchange:
         """Return the next piece of the body, within the limits, and after the body the disconnection."""
         if self._whole:
             return await self._receive()
+        try:
+            return await self._piece()
+        except HTTPException:
+            if not self._started or self._connection is None:
+                raise
+            # It cannot be told any more: the answer has begun.
+            self._connection.transport.abort()
+            return await self._receive()
+
+    async def _piece(self) -> Message:
         # A length of very many digits is larger than any limit, and more than `int` takes.
         if self._declared.isdigit() and (len(self._declared) > 18 or int(self._declared) > self._limits.body_bytes):
             raise self._too_large()
@@ -128,6 +142,9 @@ class _Exchange:
     async def send(self, message: Message) -> None:
         """Send a piece of the answer."""
         if message["type"] == "http.response.start":
-            self.status = message["status"]
+            self.status, self._started = message["status"], True
             message = {**message, "headers": [*message["headers"], (b"x-request-id", self.name)]}
         await self._send(message)
+        if message["type"] == "http.response.body" and not message.get("more_body") and self._connection is not None:
+            # What the system has not taken yet is memory, which the share holds until the exchange ends.
+            await self._connection.flow.drain()

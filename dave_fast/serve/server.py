@@ -84,6 +84,10 @@ def guarded(limits: Limits) -> type[H11Protocol]:
             """Answer bytes that are no HTTP; end the connection where they come amid or behind another answer."""
             if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
                 super().send_400_response(msg)
+                # A request before these bytes has this answer, and no other.
+                if self.cycle is not None and not self.cycle.response_complete:
+                    self.cycle.disconnected = True
+                    self.cycle.message_event.set()
             elif self.conn.our_state is h11.SEND_BODY:
                 self.transport.abort()
             else:
@@ -188,7 +192,7 @@ class Server(uvicorn.Server):
         while self.service.jobs() and time.monotonic() < deadline:
             await asyncio.sleep(_LOOK)
         left = self.service.jobs()
-        deadline += 1 + sum(self.service.maps.margin(job, job.ready) for job in left)
+        deadline += 1 + min(self.drain_seconds, sum(self.service.maps.margin(job, job.ready) for job in left))
         for job in left:
             self.service.cut(job, "shutdown")
         while self.service.jobs() and time.monotonic() < deadline:

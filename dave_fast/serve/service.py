@@ -22,7 +22,7 @@ from dave_fast.explain.convergence import Refined
 from dave_fast.serve.account import Account
 from dave_fast.serve.jobs import Ask, DeadlineError, Ended, Job, Listener
 from dave_fast.serve.limits import Limits
-from dave_fast.serve.maps import Making, MapMaker
+from dave_fast.serve.maps import MapMaker
 from dave_fast.serve.models import ServedModel
 from dave_fast.serve.scheduler import Queued, Scheduler
 from dave_fast.serve.workers import BatchKey, SharedState, Worker
@@ -137,7 +137,7 @@ class Service:
         if ready == 0:
             self.shared.fail(job, DeadlineError(f"no sample was done in time ({why}); allow more time, or try again."))
         else:
-            self.maps.put(Making(job, ready, why))
+            self.maps.put(job, ready, why)
 
     def time_left(self, job: Job, deadline: float) -> float:
         """Return the seconds that are left before a job has to be cut for its maps to be made by a deadline.
@@ -184,7 +184,7 @@ class Service:
 
     def _map_due(self, job: Job, samples: int) -> None:
         """Queue the maps of a job's first samples."""
-        self.maps.put(Making(job, samples, None))
+        self.maps.put(job, samples, None)
 
     def _made(self, job: Job, made: Refined, why: str | None) -> None:
         """Answer a job with its maps, or report them; `why` is what cut the job short."""

@@ -12,6 +12,7 @@ import base64
 import binascii
 import gc
 import io
+import itertools
 import json
 import os
 import resource
@@ -31,6 +32,7 @@ from python_multipart.multipart import create_form_parser
 from dave_fast.errors import ImageError, InputError, TooLargeError, is_out_of_memory
 from dave_fast.images.geometry import PIXEL_BYTES, Geometry
 from dave_fast.images.reading import decode_image, decoding_bytes
+from dave_fast.numbers import shown
 
 Message = tuple[dict[str, Any], bytes]
 
@@ -38,6 +40,8 @@ Message = tuple[dict[str, Any], bytes]
 _FIELDS = 32
 # Bytes of everything in an answer but its payload: the server parses it on its event loop.
 _HEAD = 1 << 16
+# levels of lists and objects in it
+_DEEPEST = 16
 # Bytes that Python objects take for a character of JSON, measured: a number in a list, lists of one number,
 # dictionaries of one key, short texts.
 _ITEMS = {b",": 45, b"[": 95, b"{": 95, b":": 150, b'"': 15}
@@ -167,9 +171,9 @@ def _data(tensor: Mapping[str, Any], data: list[Any]) -> bytes:
             return base64.b64decode(data[0], validate=True)
         except (binascii.Error, ValueError) as error:
             raise InputError("the BYTES input is not base64; expected an image file in base64.") from error
-    if kind not in TYPES:
+    if not isinstance(kind, str) or kind not in TYPES:
         raise InputError("the input is none of BYTES, UINT8 (H, W, 3) and FP32 (1, 3, H, W).")
-    wrong = InputError(f"the data are not {kind} numbers of the shape {str(shape)[:100]}.")
+    wrong = InputError(f"the data are not {kind} numbers of the shape {shown(shape)}.")
     # numpy would take text and truth values for numbers, and booleans of Python for one and zero
     if not all(type(each) in (int, float) for each in data):
         raise wrong
@@ -216,12 +220,27 @@ def _received(stream: io.BufferedRWPair) -> Message | None:
     return json.loads(stream.read(text)), stream.read(payload)
 
 
+def _check_text(told: Mapping[str, Any]) -> None:
+    """Raise InputError for what the server cannot take or tell: too long, nested too deep, or no Unicode."""
+    try:
+        size = len(json.dumps(told, ensure_ascii=False).encode())
+    except (RecursionError, UnicodeEncodeError) as error:
+        raise InputError("names, fields or parameters are nested too deep, or are no Unicode.") from error
+    if size > _HEAD:
+        raise InputError("names, fields or parameters are too long; shorten them.")
+    level: list[Any] = [told]
+    for _ in range(_DEEPEST):
+        inner = ((each.values() if isinstance(each, dict) else each) for each in level if isinstance(each, dict | list))
+        level = list(itertools.chain.from_iterable(inner))
+    if level:
+        raise InputError(f"names, fields or parameters are nested deeper than {_DEEPEST} levels.")
+
+
 def _answered(work: Task, content: bytes, options: Mapping[str, Any]) -> Message:
     """Return what a task returns, or its error by name."""
     try:
         told, payload = work(content, options)
-        if len(json.dumps(told)) > _HEAD:
-            raise InputError("names, fields or parameters are too long; shorten them.")
+        _check_text(told)
         return told, payload
     except Exception as error:
         cause: BaseException | None = error
@@ -230,7 +249,8 @@ def _answered(work: Task, content: bytes, options: Mapping[str, Any]) -> Message
                 error = TooLargeError("it takes more memory than its header says; send another file.")
             cause = cause.__cause__
         if isinstance(error, InputError):
-            return {"error": type(error).__name__, "detail": str(error)[:1000]}, b""
+            detail = str(error)[:1000].encode("utf-8", "backslashreplace").decode()
+            return {"error": type(error).__name__, "detail": detail}, b""
         # Not of the content: it is for the server's log.
         return {"error": "", "detail": "".join(traceback.format_exception(error))[-4000:]}, b""
 

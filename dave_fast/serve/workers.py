@@ -74,7 +74,7 @@ class SharedState:
         if job.over:
             return False
         job.over = True
-        job.kept = None
+        job.kept, job.making = None, []
         self.jobs.pop(job.queued, None)
         self.scheduler.end(job.queued)
         return True

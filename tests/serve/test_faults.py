@@ -20,6 +20,7 @@ from dave_fast.client import Client, ServerError
 from dave_fast.engine.levels import Pulled
 from dave_fast.errors import InputError
 from dave_fast.serve.limits import Limits
+from dave_fast.serve.schemas import MOST_DEPTHS
 from tests.serve.tiny_server import PATIENCE, serve_model, serving, until
 
 
@@ -220,6 +221,55 @@ def test_bytes_that_are_no_http_amid_or_behind_an_answer_end_the_connection(serv
     until(lambda: not service.jobs())
     wrong = [record.getMessage() for record in caplog.records if record.levelname == "ERROR" or record.exc_info]
     assert not wrong and httpx.get(f"{address}/healthz").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path",
+    [b"/nowhere", b"/healthz", b"/readyz", b"/metrics", b"/v1/models", b"/v1/explain?n_samples=x", b"/openapi.json"],
+)
+def test_bytes_that_are_no_http_in_one_packet_with_a_request_leave_no_traceback(server, path, caplog):
+    with connect(server[0]) as client:
+        client.sendall(b"GET " + path + b" HTTP/1.1\r\n" + CHUNKED + b"no chunk\r\n")
+        read = b""
+        while piece := client.recv(1 << 16):
+            read += piece
+    assert read.startswith(b"HTTP/1.1 400 ") and read.count(b"HTTP/1.1 ") == 1
+    assert httpx.get(f"{server[0]}/healthz").status_code == 200
+    assert not [record.getMessage() for record in caplog.records if record.levelname == "ERROR" or record.exc_info]
+
+
+@pytest.mark.parametrize("sends", [b"100001\r\n" + bytes(0x100001) + b"\r\n", b""], ids=["too much", "nothing"])
+def test_a_body_that_goes_wrong_amid_the_answer_ends_the_connection(quick, photo, sends, caplog):
+    address, service = quick
+    image = httpx.post(f"{address}/v1/images", content=photo, headers={"content-type": "image/png"}).json()["image"]
+    with connect(address) as client, suppress(ConnectionError):
+        client.sendall(f"GET /v1/explain/stream?n_samples=1024&image={image} HTTP/1.1\r\n".encode() + CHUNKED)
+        assert client.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+        client.sendall(sends)
+        while client.recv(1 << 16):
+            pass
+    until(lambda: not service.jobs())
+    wrong = [record.getMessage() for record in caplog.records if record.levelname == "ERROR" or record.exc_info]
+    assert not wrong and httpx.get(f"{address}/healthz").status_code == 200
+
+
+def test_an_answer_that_is_not_read_is_held_in_the_account_until_it_is_or_its_time_is_up(photo):
+    """4 MB of maps, of which the system's buffers take a part only."""
+    with serving(Limits(upload_seconds=3), [serve_model()]) as (address, service):
+        depths = ",".join(["pixels"] * MOST_DEPTHS)
+        request = head(len(photo), f"/v1/explain?n_samples=1&top_k=10&depth={depths}") + photo
+        request = request.replace(b"content-type", b"accept: application/x-npy\r\ncontent-type")
+        host, port = address.removeprefix("http://").split(":")
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.settimeout(PATIENCE)
+            client.connect((host, int(port)))
+            client.sendall(request)
+            client.recv(1)
+            answers = service.metrics.answers.labels("tiny", "samples")._value
+            until(lambda: answers.get() and not service.jobs())
+            assert service.account.now > 3 << 20
+            until(lambda: service.account.now == 0)
 
 
 # Shutdown.

@@ -427,6 +427,53 @@ def test_kserve_requests_that_cannot_be_met(http, image, parameters):
     assert http.post("/v2/models/absent/infer", json=asked).status_code == 404
 
 
+PIXEL = {"name": "image", "shape": [1, 1, 3], "datatype": "UINT8", "data": [1, 2, 3]}
+ODD_TENSORS = [
+    *({"datatype": value} for value in ([], {}, ["UINT8"], None, 5, True, "\ud800", "uint8")),
+    *(
+        {"shape": value}
+        for value in ("\ud800", ["\ud800"], {}, None, "1" * 10**5, [[1]], [1e400], [-1, -1, 3], [2**70])
+    ),
+    *({"data": value} for value in ([[1]], [None], [True], [1e400], ["1"], [2**70], "123", {"0": 1}, ["\ud800"], [-1])),
+    *({"name": value} for value in ("\ud800", 5, [], None)),
+    *(
+        {"shape": [1, 3, SIZE, SIZE], "datatype": "FP32", "data": [value] * (3 * SIZE * SIZE)}
+        for value in (3e38, -3e38, 1.1e6, float("inf"), float("nan"), 1e39)
+    ),
+]
+
+
+@pytest.mark.parametrize("changes", ODD_TENSORS, ids=range(len(ODD_TENSORS)))
+def test_kserve_tensors_that_are_odd_are_refused_in_words(http, changes, caplog):
+    """Strict JSON has no NaN, and Python's has."""
+    told = http.post("/v2/models/tiny/infer", content=json.dumps({"inputs": [PIXEL | changes]}))
+    assert told.status_code in (400, 413, 422) and told.json()["detail"]
+    assert not [record for record in caplog.records if record.exc_info or record.levelname == "ERROR"]
+
+
+@pytest.mark.parametrize("deep", [15, 17, 30, 500, *range(900, 1000, 4), 2000])
+@pytest.mark.parametrize("where", ["parameters", "inputs", "id", "beside"])
+def test_kserve_requests_of_any_depth_are_answered_in_words(http, deep, where, caplog):
+    nested = "[" * deep + "]" * deep
+    pixel, plain = json.dumps(PIXEL), '"parameters": {"n_samples": 1}'
+    body = {
+        "parameters": f'{{"inputs": [{pixel}], "parameters": {{"x": {nested}}}}}',
+        "inputs": f'{{"inputs": [{pixel[:-1]}, "parameters": {nested}}}], {plain}}}',
+        "id": f'{{"inputs": [{pixel}], {plain}, "id": {nested}}}',
+        "beside": f'{{"inputs": [{pixel}], {plain}, "beside": {nested}}}',
+    }[where]
+    told = http.post("/v2/models/tiny/infer", content=body)
+    assert told.status_code == 422 or (told.status_code == 200 and deep == 15)
+    assert not [record for record in caplog.records if record.exc_info or record.levelname == "ERROR"]
+
+
+@pytest.mark.parametrize("key", ["target", "model", "encoding", "depth", "view", "image", "x", "\ud800"])
+def test_kserve_parameters_that_are_no_unicode_are_refused_in_words(http, key, caplog):
+    told = http.post("/v2/models/tiny/infer", content=json.dumps({"inputs": [PIXEL], "parameters": {key: "\ud800"}}))
+    assert told.status_code == 422 and told.json()["detail"]
+    assert not [record for record in caplog.records if record.exc_info or record.levelname == "ERROR"]
+
+
 # API keys and other origins.
 
 
