@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from timm.data.imagenet_info import ImageNetInfo
 
-from dave_fast.errors import InputError
+from dave_fast.errors import ImageError, InputError
 from dave_fast.evaluate import DemoScenes, ImageFiles
 from dave_fast.evaluate.annotations import Annotations, Noted, class_of, read_boxes
-from dave_fast.images import from_config
+from dave_fast.images import Preprocessing, from_config
 from dave_fast.models.labels import Labels
 
 LABELS = Labels(3, ("cat, house cat", "dog", "tiger"))
@@ -336,6 +336,56 @@ def test_a_broken_file_is_left_out_and_named(photo, tmp_path):
     assert found.names == ("one.JPEG",)
     assert found.keys == (1,)
     assert list(source.skipped) == [str(broken)]
+
+
+@pytest.mark.parametrize("size", [(1, 1000), (1000, 1), (2, 9000), (1, 60_000)], ids=str)
+@pytest.mark.parametrize("mean", [0.0, 0.5, 0.9])
+def test_a_thin_photograph_and_its_box_fit_within_a_border(tmp_path, mean, size):
+    Image.new("RGB", size, "white").save(tmp_path / "one.png")
+    within = from_config({"input_size": (3, 30, 30), "crop_mode": "border", "mean": (mean,) * 3, "std": (1,) * 3})
+    annotations = Annotations(LABELS, {"one": Noted(((0, 0, *size),))})
+    found = ImageFiles([tmp_path / "one.png"], within, annotations).read(0, 1)
+    # the border is of the mean's colour
+    assert found.masks[0].any() and torch.equal(found.masks[0], found.images[0, 0] > 0.05)
+
+
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1), (1, 3_000_000)], ids=str)
+@pytest.mark.parametrize("shape", [(224, 224), (224, 160)], ids=str)
+def test_a_thin_photograph_that_would_grow_without_end_is_left_out(photo, tmp_path, size, shape):
+    Image.new("1", size).save(tmp_path / "thin.png")
+    whole = from_config({"input_size": (3, *shape), "mean": (0.5,) * 3, "std": (0.5,) * 3})
+    source = ImageFiles([tmp_path / "thin.png", photo], whole, Annotations(LABELS))
+    assert source.read(0, 2).names == ("one.JPEG",)
+    assert "less thin" in source.skipped[str(tmp_path / "thin.png")]
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), OSError(36, "File name too long"), ImageError("it is damaged")], ids=repr
+)
+def test_what_preparing_a_photograph_raises_leaves_it_out(photo, monkeypatch, error):
+    source, seen = ImageFiles([photo, photo], prepare(), Annotations(LABELS)), []
+
+    def crop(self, image, **limits):
+        seen.append(image)
+        if len(seen) == 1:
+            raise error
+        return np.zeros((30, 30, 3), np.uint8)
+
+    monkeypatch.setattr(Preprocessing, "crop", crop)
+    assert source.read(0, 2).keys == (1,)
+    assert list(source.skipped.values()) == [str(error) or "MemoryError"]
+
+
+@pytest.mark.parametrize(
+    "error", [TypeError("ours"), AttributeError("ours"), ValueError("ours"), KeyError("ours")], ids=repr
+)
+def test_errors_of_our_own_are_not_hidden(photo, monkeypatch, error):
+    def crop(self, image, **limits):
+        raise error
+
+    monkeypatch.setattr(Preprocessing, "crop", crop)
+    with pytest.raises(type(error), match="ours"):
+        files(photo).read(0, 1)
 
 
 def worded_by(library):
