@@ -99,7 +99,7 @@ def _inputs(screen: Console, prepare: Preprocessing, files: Sequence[Path], imag
         if len(made) == images:
             break
         try:
-            made.append(prepare.transform(read_image(file)))
+            made.append(prepare(read_image(file))[0])
         except ImageError as error:
             note(screen, str(error))
     if len(made) < 3:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,9 +23,12 @@ from dave_fast.errors import InputError
 from dave_fast.files import read_json, read_plain
 from dave_fast.images import read_mask
 from dave_fast.models.labels import Labels
+from dave_fast.numbers import shown
 
 Box = tuple[float, float, float, float]
 COLUMNS = ("image", "xmin", "ymin", "xmax", "ymax")
+# Sizes and sides of boxes are below; what is scaled by them stays finite.
+_BEYOND = 2**31
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Noted:
 
     Raises:
         TypeError: the label is no text, or a side of a box no number.
-        ValueError: a side of a box is not finite, or the size not positive.
+        ValueError: a side of a box is not finite or beyond ±2³¹, a box ends before it begins, or a side of the image is
+            no whole number from 1 to 2³¹ − 1.
     """
 
     boxes: tuple[Box, ...]
@@ -50,10 +53,21 @@ class Noted:
     def __post_init__(self) -> None:
         if not isinstance(self.label, str | None):
             raise TypeError(f"the label {self.label!r} is no text")
-        if wrong := [box for box in self.boxes if not all(map(math.isfinite, box))]:
-            raise ValueError(f"the box {wrong[0]} is not finite")
-        if self.size is not None and min(self.size) < 1:
-            raise ValueError(f"width and height are {self.size}")
+        for box in self.boxes:
+            left, top, right, bottom = box
+            if not all(abs(side) < _BEYOND for side in box):
+                raise ValueError(f"the box {shown(box)} is not finite, or reaches beyond {_BEYOND - 1}")
+            if right < left or bottom < top:
+                raise ValueError(f"the box {shown(box)} ends before it begins: expected xmin ≤ xmax and ymin ≤ ymax")
+        if self.size is not None and not all(map(_is_size, self.size)):
+            given = " and ".join(map(shown, self.size))
+            raise ValueError(f"width and height are {given}; expected whole numbers from 1 to {_BEYOND - 1}")
+
+
+def _is_size(side: Any) -> bool:
+    # some programs write whole numbers as 640.0
+    number = isinstance(side, int | float) and not isinstance(side, bool)
+    return number and 1 <= side < _BEYOND and side == int(side)
 
 
 @dataclass(frozen=True)
@@ -159,7 +173,7 @@ def read_boxes(path: Path) -> dict[str, Noted]:
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
         forms = "COCO's images, annotations, or a list of objects with file, boxes"
-        wanted = f"the columns {', '.join(COLUMNS)}" if path.suffix.lower() == ".csv" else forms
+        wanted = f"the columns {', '.join(COLUMNS)} in UTF-8" if path.suffix.lower() == ".csv" else forms
         raise InputError(f"cannot read {path} ({reason}): expected {wanted}.") from error
 
 
@@ -172,13 +186,15 @@ class _Images:
     def name(self, given: str) -> str:
         """Return an image's file name without suffix; raise InputError if it stands for two images."""
         parts = Path(given).with_suffix("").parts
-        known = self._known.setdefault(parts[-1], parts)
+        known = self._known.get(parts[-1], parts)
         both = min(len(known), len(parts))
         if known[-both:] != parts[-both:]:
             raise InputError(
                 f"the boxes of {'/'.join(known)} and {'/'.join(parts)} are for two images of one name; give each its "
                 "own --boxes, or rename them."
             )
+        # The longest says most of where the image lies.
+        self._known[parts[-1]] = max(known, parts, key=len)
         return parts[-1]
 
 
@@ -192,16 +208,16 @@ def _read_xml(path: Path) -> Noted:
         return _largest(boxes, (width, height) if width and height else None)
     except InputError:
         raise
-    except (ElementTree.ParseError, OverflowError, ValueError) as error:
+    # a LookupError of an encoding that Python does not know, or that is none of text
+    except (ElementTree.ParseError, LookupError, OverflowError, ValueError) as error:
         raise InputError(f"cannot read {path}: {error}; expected annotations in PASCAL VOC's XML.") from error
 
 
 def _largest(boxes: Mapping[str | None, Sequence[Box]], size: tuple[int, int] | None) -> Noted:
     """Return the entry of one image: the class with the largest boxes in sum, and its boxes."""
-    if not boxes:
-        return Noted((), None, size)
-    label, chosen = max(boxes.items(), key=lambda item: sum(map(_area, item[1])))
-    return Noted(tuple(chosen), label, size)
+    # All are made, so that wrong boxes of another class are told.
+    each = [Noted(tuple(chosen), label, size) for label, chosen in boxes.items()] or [Noted((), None, size)]
+    return max(each, key=lambda one: sum(map(_area, one.boxes)))
 
 
 def _xml_box(box: ElementTree.Element) -> Box:
@@ -213,9 +229,21 @@ def _xml_box(box: ElementTree.Element) -> Box:
 def _read_csv(path: Path) -> dict[str, Noted]:
     found: dict[str, dict[str | None, list[Box]]] = defaultdict(lambda: defaultdict(list))
     images = _Images()
-    for row in csv.DictReader(io.StringIO(read_plain(path).decode("utf-8-sig"), newline="")):
-        xmin, ymin, xmax, ymax = (float(row[side]) for side in COLUMNS[1:])
-        found[images.name(row["image"])][row.get("label") or None].append((xmin, ymin, xmax, ymax))
+    # strict, since otherwise a quote that is never closed takes in all that follows
+    rows = csv.DictReader(io.StringIO(read_plain(path).decode("utf-8-sig"), newline=""), strict=True)
+    try:
+        for row in rows:
+            xmin, ymin, xmax, ymax = (float(row[side]) for side in COLUMNS[1:])
+            noted = Noted(((xmin, ymin, xmax, ymax),), row.get("label") or None)
+            found[images.name(row["image"])][noted.label] += noted.boxes
+    except (csv.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        # A row that cannot be parsed begins behind the last one.
+        first, last = rows.line_num + 1, rows.reader.line_num
+        where = f"lines {first} to {last}" if first < last else f"line {last}"
+        if isinstance(error, InputError):
+            raise InputError(f"{path}, {where}: {error}") from error
+        wanted = f"the columns {', '.join(COLUMNS)}, and each quote closed"
+        raise InputError(f"{path}, {where}: {type(error).__name__}: {error}; expected {wanted}.") from error
     return {name: _largest(boxes, None) for name, boxes in found.items()}
 
 
@@ -232,7 +260,7 @@ def _listed(content: list[dict[str, Any]]) -> dict[str, Noted]:
         boxes = tuple(
             (float(left), float(top), float(right), float(bottom)) for left, top, right, bottom in one["boxes"]
         )
-        size = (int(one["width"]), int(one["height"])) if "width" in one else None
+        size = (one["width"], one["height"]) if "width" in one else None
         _add(noted, images.name(one["file"]), Noted(boxes, one.get("label"), size))
     return noted
 

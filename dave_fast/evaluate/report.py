@@ -84,7 +84,8 @@ def write(out: Path, results: Results, about: About) -> Summary:
 
 def _write(path: Path, text: str) -> None:
     with atomically(path) as file:
-        file.write(text.encode())
+        # A file's name may be no UTF-8: Python has such a byte as half a surrogate pair, which JSON can hold as \udcff.
+        file.write(text.encode(errors="backslashreplace"))
 
 
 def _context(results: Results, summary: Summary, about: About) -> dict[str, Any]:

@@ -7,7 +7,7 @@ an unknown object an empty mask. An image's key selects its random draws.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dave_fast.errors import ImageError, InputError
+from dave_fast.errors import InputError, reason_of
 from dave_fast.evaluate.annotations import Annotations
 from dave_fast.images import Preprocessing, read_image
 
@@ -163,8 +163,9 @@ class ImageFiles(ExampleSource):
         for number in range(start, min(stop, len(self.files))):
             try:
                 made.append(self._example(number))
-            except (ImageError, InputError) as error:
-                self.skipped[str(self.files[number])] = str(error)
+            # Beside our own refusals: memory for a large photograph, and the system's for its mask.
+            except (InputError, MemoryError, OSError) as error:
+                self.skipped[str(self.files[number])] = str(error) or reason_of(error)
         if not made:
             return None
         images, labels, masks, names, keys = zip(*made, strict=True)
@@ -173,7 +174,7 @@ class ImageFiles(ExampleSource):
     def _example(self, number: int) -> tuple[Tensor, Tensor, Tensor, str, int]:
         path = self.files[number]
         image = read_image(path)
-        inputs = self.prepare.transform(image)
+        inputs, _ = self.prepare(image)
         label = self.annotations.label(path)
         drawn = self.annotations.mask(path, image.size)
         mask = torch.zeros(inputs.shape[1:], dtype=torch.bool) if drawn is None else self._seen(drawn)
@@ -182,4 +183,6 @@ class ImageFiles(ExampleSource):
     def _seen(self, mask: np.ndarray) -> Tensor:
         """Return the model's crop of a photograph's mask (H, W): the pixels that it covers by at least half."""
         white = Image.fromarray(mask.astype(np.uint8) * 255).convert("RGB")
-        return torch.from_numpy(self.prepare.crop(white)[..., 0] >= 128)
+        # A border of the mean's colour would be an object where the mean is half or more.
+        geometry = replace(self.prepare.geometry, fill=(0, 0, 0))
+        return torch.from_numpy(np.asarray(geometry.crop(white))[..., 0] >= 128)

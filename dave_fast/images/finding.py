@@ -12,7 +12,8 @@ from PIL import Image
 from dave_fast.errors import InputError, reason_of
 
 # Formats that Pillow recognises but cannot draw without a program or plug-in of its own.
-_STUBS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+# IPTC holds a picture of any format, and Pillow opens it whatever it is.
+_STUBS = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 
 # How the names of our own pictures end.
 OURS = (".overlay.png", ".map.png", ".figure.png")
@@ -129,6 +130,24 @@ def _key(folder: str) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
+def readable_formats() -> tuple[str, ...]:
+    """Return the formats that this Pillow reads itself, also those that other packages have added to it until now."""
+    # First those that most files have.
+    Image.preinit()
+    Image.init()
+    return tuple(name for name in Image.ID if name not in _STUBS)
+
+
+def stub_format(head: bytes) -> str | None:
+    """Return the format of a file of which Pillow knows no more than how it begins, by 16 bytes; None of others."""
+    Image.init()
+    for name in sorted(_STUBS & Image.OPEN.keys()):
+        accept = Image.OPEN[name][1]
+        if accept is not None and accept(head) is True:
+            return name
+    return None
+
+
 def is_image(name: str) -> bool:
     """Return whether a file's suffix is that of an image format that this Pillow reads."""
     return os.path.splitext(name)[1].lower() in _suffixes()
@@ -137,6 +156,5 @@ def is_image(name: str) -> bool:
 @cache
 def _suffixes() -> frozenset[str]:
     """Return the suffixes, in lower case with their dot, of the formats that this Pillow reads."""
-    Image.init()
-    readable = set(Image.OPEN) - _STUBS
+    readable = readable_formats()
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in readable)

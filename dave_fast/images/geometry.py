@@ -76,7 +76,8 @@ class Geometry:
             return (high, int(high * height / width)) if width <= height else (int(high * width / height), high)
         ratios = height / high, width / wide
         ratio = max(ratios) if self.mode == "border" else min(ratios)
-        return round(width / ratio), round(height / ratio)
+        # Fitted into the model's size, a thin photograph would have no column or row left, which timm raises for.
+        return max(1, round(width / ratio)), max(1, round(height / ratio))
 
     def resizing_bytes(self, width: int, height: int, max_pixels: int = MOST_RESIZED) -> int:
         """Return the bytes that resizing takes: the picture resized across, then both ways, and the weights.

@@ -71,7 +71,11 @@ class Preprocessing:
         return np.array(self.geometry.crop(as_rgb(image), max_pixels))
 
     def normalised(self, crop: np.ndarray) -> Tensor:
-        """Return the input for a crop: `normalised(crop(image))` is bit for bit `transform(image)`."""
+        """Return the input for a crop: `normalised(crop(image))` is bit for bit `transform(image)`.
+
+        For a thin photograph timm's transform raises ValueError in mode "border", and takes memory without end in
+        "center".
+        """
         from timm.data.transforms import MaybeToTensor
         from torchvision.transforms import Compose, ToTensor
 

@@ -14,11 +14,13 @@ from PIL import Image, UnidentifiedImageError
 from PIL.GifImagePlugin import GifImageFile
 from PIL.IcnsImagePlugin import IcnsImageFile
 from PIL.IcoImagePlugin import IcoImageFile
+from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from dave_fast.errors import ImageError, ImageWarning, TooLargeError, reason_of
 from dave_fast.files import open_file
 from dave_fast.images import png, tiff
+from dave_fast.images.finding import readable_formats, stub_format
 from dave_fast.images.pixels import Samples, to_rgb
 
 T = TypeVar("T")
@@ -87,7 +89,7 @@ def decode_image(
         content: the file's bytes.
         name: of the image in error messages.
         max_pixels: width × height above which nothing is decoded; None for no limit.
-        formats: Pillow's formats that are tried; None for all.
+        formats: Pillow's formats that are tried; None for all that it reads itself, without a program of others.
         note: as of `read_image`.
 
     Raises:
@@ -131,7 +133,7 @@ def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
         ImageError: the file cannot be read in full.
     """
     try:
-        with open_file(path) as file, Image.open(png.read_header(file)[1]) as image:
+        with open_file(path) as file, _open(png.read_header(file)[1], None) as image:
             image.load()
             if image.mode[0] in "IF":
                 turn = _TURNS.get(_orientation(image, []))
@@ -191,11 +193,22 @@ def _opened(
     if file.seek(0, os.SEEK_END) == 0:
         raise ImageError("the file is empty")
     header, file = png.read_header(file)
-    with Image.open(file, formats=formats) as opened:
+    with _open(file, formats) as opened:
         image = _inside(opened)
         if max_pixels is not None and image.width * image.height > max_pixels:
             raise TooLargeError(f"it has {image.width}×{image.height} pixels; at most {max_pixels} are taken")
         yield image, header, file
+
+
+def _open(file: IO[bytes], formats: tuple[str, ...] | None) -> ImageFile:
+    """Open a picture of some formats, or None for all that Pillow reads itself: for EPS it starts Ghostscript."""
+    try:
+        return Image.open(file, formats=readable_formats() if formats is None else formats)
+    except UnidentifiedImageError as error:
+        file.seek(0)
+        if found := stub_format(file.read(16)):
+            raise ImageError(f"it is {found}, which is not read here; save it as PNG") from error
+        raise
 
 
 def _pixel_bytes(image: Image.Image) -> int:
@@ -322,14 +335,14 @@ def _deep(
 
     Args:
         file: the file.
-        formats: Pillow's formats that are tried; None for all.
+        formats: as of `decode_image`.
         other: the tiles of `_other_bytes`.
         upper: the picture as Pillow reads it: the upper bytes, or grey with alpha as RGBA.
     """
     if other is None:
         return None
     file.seek(0)
-    with Image.open(file, formats=formats) as again:
+    with _open(file, formats) as again:
         again.tile = other
         again.load()
         found = np.asarray(again).astype(np.uint16)

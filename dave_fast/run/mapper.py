@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dave_fast.defaults import DEFAULT_SAMPLES
-from dave_fast.errors import ImageError, InputError, NonFiniteError
+from dave_fast.errors import ImageError, InputError, NonFiniteError, reason_of
 from dave_fast.explain.depth import PIXELS, Depth, check_one
 from dave_fast.models.meaning import link_of
 from dave_fast.models.spec import ModelSpec
@@ -165,9 +165,9 @@ class Mapper:
         """
         image = read_picture(record, self.settings.limits)
         try:
-            return self.prepare.transform(image)
+            return self.prepare(image)[0]
         except (ValueError, OSError, MemoryError) as error:
-            raise ImageError(f"cannot prepare {record.uri}: {error}.") from error
+            raise ImageError(f"cannot prepare {record.uri}: {reason_of(error)}.") from error
 
     def rows(
         self, given: Sequence[tuple[Record, Callable[[], Tensor]]], progress: Progress

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import re
 from dataclasses import replace
 
@@ -18,13 +19,16 @@ from dave_fast.evaluate import DemoScenes, EvaluationSettings, evaluate
 from dave_fast.evaluate.methods import MethodSettings
 from dave_fast.evaluate.mosaics import resized
 from dave_fast.evaluate.randomise import stages
-from dave_fast.evaluate.report import table
-from dave_fast.evaluate.settings import METRICS, VARIANTS
+from dave_fast.evaluate.report import About, table, write
+from dave_fast.evaluate.settings import METRICS, VARIANTS, Results
 from dave_fast.explain import explainer as explainer_module
+from dave_fast.images import from_config
 from dave_fast.models.demo.model import build_model, load_demo_model
+from dave_fast.models.labels import Labels
 
 SMALL = ("--images", 3, "--probes", 1, "--randomised", 1, "--mosaics", 1, "--seeds", 2, "--batch-size", 2)
 METHOD = ("--n-samples", 2, "--precision", "fp32", "--methods", "input × gradient", "--grids", "2x2-rescaled")
+HALF = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
 
 
 def run(*arguments, code=0):
@@ -102,6 +106,28 @@ def test_folders_are_evaluated_by_what_is_known_of_them(tmp_path, monkeypatch):
     assert (found["facts"]["images"], found["facts"]["labelled"]) == (2, 1)
     assert found["intervals"]["as it is"]["DAVE"]["EnergyPG"]["n"] == 1
     assert list(found["skipped"].values()) == [f"cannot read {tmp_path}/in/four/broken.png: the file is empty."]
+
+
+@pytest.mark.parametrize("name", [b"\xff.png", b"a\xff\xfeb", b"\xc3.png", b"\xed\xa0\x80", b"\xf8\\x88"], ids=repr)
+@pytest.mark.parametrize("where", ["skipped", "examples", "source", "command", "absent"])
+def test_names_that_are_no_utf8_are_in_the_report(tmp_path, where, name):
+    name = os.fsdecode(name)
+    given = {
+        "skipped": {name: f"cannot read {name}: the file is empty."} if where == "skipped" else {},
+        **{key: f"of {name}" if where == key else "" for key in ("source", "command")},
+    }
+    results = Results(facts={"images": 1, "labelled": 0}, absent={"IG": name} if where == "absent" else {})
+    mask, prepare = torch.zeros(8, 8, dtype=torch.bool), from_config({"input_size": (3, 8, 8), **HALF})
+    one = {"name": name if where == "examples" else "", "class": 0, "probability": 0.5, "mask": mask, "maps": {}}
+    results.examples = [one | {"image": torch.zeros(3, 8, 8)}]
+    about = {"model": "x", "settings": EvaluationSettings(), "setup": MethodSettings(1), "labels": Labels(1)}
+    write(tmp_path, results, About(prepare=prepare, environment={}, **about, **given))
+    assert sorted(os.listdir(tmp_path)) == ["examples.png", "report.html", "report.md", "results.json", "scores.csv"]
+    texts = {file: (tmp_path / file).read_text(encoding="utf-8") for file in ("report.html", "report.md")}
+    found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert {key: found[key] for key in given} == given
+    shown = name.encode(errors="backslashreplace").decode()
+    assert shown in texts["report.html"] and (shown in texts["report.md"] or where == "examples")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Test scenes, image files and annotations: labels, and objects in the model's crop."""
 
 import json
+import math
 import os
 
 import numpy as np
@@ -9,10 +10,10 @@ import torch
 from PIL import Image
 from timm.data.imagenet_info import ImageNetInfo
 
-from dave_fast.errors import InputError
+from dave_fast.errors import ImageError, InputError
 from dave_fast.evaluate import DemoScenes, ImageFiles
 from dave_fast.evaluate.annotations import Annotations, Noted, class_of, read_boxes
-from dave_fast.images import from_config
+from dave_fast.images import Preprocessing, from_config
 from dave_fast.models.labels import Labels
 
 LABELS = Labels(3, ("cat, house cat", "dog", "tiger"))
@@ -124,7 +125,7 @@ def test_boxes_of_a_json_list_are_those_of_the_same_xml(photo, tmp_path):
         ("boxes.json", '[{"file": "a.jpg", "boxes": [[NaN, 2, 3, 4]]}]', "not finite"),
         ("boxes.json", '[{"file": "a.jpg", "boxes": [], "label": ["cat"]}]', "no text"),
         ("boxes.json", '[{"file": "a.jpg", "boxes": [], "width": 0, "height": 9}]', "width and height"),
-        ("boxes.json", '[{"file": "a.jpg", "boxes": [], "width": 1e999, "height": 9}]', "OverflowError"),
+        ("boxes.json", '[{"file": "a.jpg", "boxes": [], "width": 1e999, "height": 9}]', "inf and 9; expected whole"),
         ("boxes.csv", "image,xmin,ymin,xmax,ymax\na,1,2,inf,4\n", "not finite"),
         ("boxes.txt", "", "folder of XML"),
         ("broken.xml", "<annotation>", "PASCAL"),
@@ -165,6 +166,109 @@ def test_invalid_annotations_are_refused_by_name(tmp_path, name, content, said):
         path.write_text(content)
     with pytest.raises(InputError, match=said):
         read_boxes(tmp_path if path.suffix == ".xml" else path)
+
+
+HEAD = "image,xmin,ymin,xmax,ymax,label\n"
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ('a.jpg,1,2,3,4,"dog\nb.jpg,1,2,3,4,cat\n', "lines 2 to 3: .*unexpected end of data"),
+        ('a.jpg,1,2,3,4,dog\nb.jpg,1,2,3,4,"dog\nc.jpg,1,2,3,4,"cat"\n', "lines 3 to 4: .*expected after"),
+        ('"a.jpg,1,2,3,4,dog\n', "line 2: .*each quote closed"),
+        ("a.jpg,1,2,3,4,dog\nb.jpg,1,2,3,4," + 200_000 * "x", "line 3: .*field larger"),
+        ("a.jpg,1,2,3,4,dog\n\n\nb.jpg,1,2,three,4,dog\n", "line 5: .*three"),
+        ("a.jpg,1,2,3,4,dog\nb.jpg,1,2,3\n", "line 3: .*expected the columns"),
+        ("a.jpg,1,2,3,4,dog\n,1,2,3,4,dog\n", "line 3: .*empty name"),
+        ("a.jpg,1,2,3,4,dog\nb.jpg,3,2,1,4,dog\n", "line 3: .*ends before it begins"),
+        ("a/1.jpg,1,2,3,4,dog\nb/1.jpg,1,2,3,4,dog\n", "line 3: .*two images of one name"),
+    ],
+    ids=range(9),
+)
+def test_errors_of_a_csv_name_the_line(tmp_path, rows, said):
+    (tmp_path / "boxes.csv").write_text(HEAD + rows)
+    with pytest.raises(InputError, match=f"boxes.csv, {said}"):
+        read_boxes(tmp_path / "boxes.csv")
+
+
+@pytest.mark.parametrize("encoding", ["foo", "rot13", "base64", "hex", "zip", "mbcs"])
+def test_encodings_of_xml_that_cannot_be_are_refused(tmp_path, encoding):
+    (tmp_path / "one.xml").write_text(f'<?xml version="1.0" encoding="{encoding}"?><a>é</a>', encoding="utf-8")
+    with pytest.raises(InputError, match="PASCAL VOC"):
+        read_boxes(tmp_path)
+
+
+SIZES = [0, -1, 0.5, 9.5, math.nan, math.inf, -math.inf, 2**31, 10**400, 1e308, True, "9", None]
+
+
+@pytest.mark.parametrize("side", SIZES, ids=lambda side: str(side)[:9])
+@pytest.mark.parametrize("as_height", [False, True], ids=["width", "height"])
+@pytest.mark.parametrize("form", ["coco", "list"])
+def test_a_size_that_is_no_whole_number_is_refused(tmp_path, form, as_height, side):
+    size = dict(zip(("width", "height"), (9, side) if as_height else (side, 9), strict=True))
+    one = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 2, 2]}
+    content = {
+        "coco": {"images": [{"id": 1, "file_name": "a.jpg", **size}], "annotations": [one]},
+        "list": [{"file": "a.jpg", "boxes": [[0, 0, 2, 2]], **size}],
+    }
+    (tmp_path / "boxes.json").write_text(json.dumps(content[form]))
+    with pytest.raises(InputError, match="expected whole numbers from 1 to 2147483647") as caught:
+        read_boxes(tmp_path / "boxes.json")
+    assert str(side)[:50] in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_a_size_of_400_digits_in_xml_is_refused(tmp_path):
+    (tmp_path / "one.xml").write_text(XML.format(w="9" * 400, h="9" * 400))
+    with pytest.raises(InputError, match="expected whole numbers from 1"):
+        read_boxes(tmp_path)
+
+
+@pytest.mark.parametrize("side", [math.nan, math.inf, -math.inf, 1e308, -1e308, 2**31, -(2**31), 10**400])
+@pytest.mark.parametrize("place", range(4))
+def test_sides_of_boxes_are_finite_and_bounded(place, side):
+    box = [0, 0, 9, 9]
+    box[place] = side
+    with pytest.raises(ValueError, match="not finite, or reaches beyond"):
+        Noted((tuple(box),))
+
+
+@pytest.mark.parametrize("box", [(3, 2, 1, 4), (1, 4, 3, 2), (3, 4, 1, 2), (0, 0, -1e-9, 0)], ids=str)
+@pytest.mark.parametrize("beside", [(), ((0, 0, 99, 99),)], ids=["alone", "beside a larger one of another class"])
+@pytest.mark.parametrize("form", ["coco", "list", "csv", "xml"])
+def test_boxes_that_end_before_they_begin_are_refused(tmp_path, form, beside, box):
+    boxes = [(0, *box), *((1, *each) for each in beside)]
+    path = tmp_path / ("boxes.csv" if form == "csv" else "boxes.json")
+    if form == "coco":
+        noted = [{"image_id": 1, "category_id": c, "bbox": [x, y, r - x, b - y]} for c, x, y, r, b in boxes]
+        images = [{"id": 1, "file_name": "a.jpg"}]
+        categories = [{"id": number, "name": str(number)} for number in range(2)]
+        path.write_text(json.dumps({"images": images, "annotations": noted, "categories": categories}))
+    elif form == "list":
+        path.write_text(json.dumps([{"file": "a.jpg", "boxes": [each[1:] for each in boxes]}]))
+    elif form == "csv":
+        path.write_text(HEAD + "".join(f"a.jpg,{x},{y},{r},{b},{c}\n" for c, x, y, r, b in boxes))
+    else:
+        path = tmp_path
+        sides = "<xmin>{1}</xmin><ymin>{2}</ymin><xmax>{3}</xmax><ymax>{4}</ymax>"
+        # in this format the last pixel is inside
+        objects = [(c, x, y, r - 1, b - 1) for c, x, y, r, b in boxes]
+        texts = [f"<object><name>{{0}}</name><bndbox>{sides}</bndbox></object>".format(*each) for each in objects]
+        (tmp_path / "a.xml").write_text(f"<annotation>{''.join(texts)}</annotation>")
+    with pytest.raises(InputError, match="ends before it begins: expected xmin"):
+        read_boxes(path)
+
+
+@pytest.mark.parametrize("names", [("1", "a/1", "b/1"), ("1", "b/1", "a/1"), ("a/1", "x/a/1", "y/a/1")], ids=str)
+@pytest.mark.parametrize("form", ["csv", "xml"])
+def test_images_of_one_name_are_found_behind_a_shorter_path(tmp_path, names, form):
+    if form == "csv":
+        (tmp_path / "boxes.csv").write_text(HEAD + "".join(f"{name}.jpg,1,2,3,4,dog\n" for name in names))
+    for name in names if form == "xml" else ():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{name}.xml").write_text(XML.format(w=9, h=9))
+    with pytest.raises(InputError, match="two images of one name"):
+        read_boxes(tmp_path / "boxes.csv" if form == "csv" else tmp_path)
 
 
 @pytest.mark.parametrize("name", ["boxes.json", "boxes.csv", "folder/one.xml"])
@@ -232,6 +336,56 @@ def test_a_broken_file_is_left_out_and_named(photo, tmp_path):
     assert found.names == ("one.JPEG",)
     assert found.keys == (1,)
     assert list(source.skipped) == [str(broken)]
+
+
+@pytest.mark.parametrize("size", [(1, 1000), (1000, 1), (2, 9000), (1, 60_000)], ids=str)
+@pytest.mark.parametrize("mean", [0.0, 0.5, 0.9])
+def test_a_thin_photograph_and_its_box_fit_within_a_border(tmp_path, mean, size):
+    Image.new("RGB", size, "white").save(tmp_path / "one.png")
+    within = from_config({"input_size": (3, 30, 30), "crop_mode": "border", "mean": (mean,) * 3, "std": (1,) * 3})
+    annotations = Annotations(LABELS, {"one": Noted(((0, 0, *size),))})
+    found = ImageFiles([tmp_path / "one.png"], within, annotations).read(0, 1)
+    # the border is of the mean's colour
+    assert found.masks[0].any() and torch.equal(found.masks[0], found.images[0, 0] > 0.05)
+
+
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1), (1, 3_000_000)], ids=str)
+@pytest.mark.parametrize("shape", [(224, 224), (224, 160)], ids=str)
+def test_a_thin_photograph_that_would_grow_without_end_is_left_out(photo, tmp_path, size, shape):
+    Image.new("1", size).save(tmp_path / "thin.png")
+    whole = from_config({"input_size": (3, *shape), "mean": (0.5,) * 3, "std": (0.5,) * 3})
+    source = ImageFiles([tmp_path / "thin.png", photo], whole, Annotations(LABELS))
+    assert source.read(0, 2).names == ("one.JPEG",)
+    assert "less thin" in source.skipped[str(tmp_path / "thin.png")]
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), OSError(36, "File name too long"), ImageError("it is damaged")], ids=repr
+)
+def test_what_preparing_a_photograph_raises_leaves_it_out(photo, monkeypatch, error):
+    source, seen = ImageFiles([photo, photo], prepare(), Annotations(LABELS)), []
+
+    def crop(self, image, **limits):
+        seen.append(image)
+        if len(seen) == 1:
+            raise error
+        return np.zeros((30, 30, 3), np.uint8)
+
+    monkeypatch.setattr(Preprocessing, "crop", crop)
+    assert source.read(0, 2).keys == (1,)
+    assert list(source.skipped.values()) == [str(error) or "MemoryError"]
+
+
+@pytest.mark.parametrize(
+    "error", [TypeError("ours"), AttributeError("ours"), ValueError("ours"), KeyError("ours")], ids=repr
+)
+def test_errors_of_our_own_are_not_hidden(photo, monkeypatch, error):
+    def crop(self, image, **limits):
+        raise error
+
+    monkeypatch.setattr(Preprocessing, "crop", crop)
+    with pytest.raises(type(error), match="ours"):
+        files(photo).read(0, 1)
 
 
 def worded_by(library):

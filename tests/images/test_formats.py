@@ -5,10 +5,12 @@ import struct
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image, ImageFile
 
 from dave_fast.errors import ImageError
-from dave_fast.images import as_rgb, decode_image
+from dave_fast.images import as_rgb, decode_image, is_image, read_image, read_mask
+from dave_fast.images.finding import readable_formats
+from dave_fast.images.reading import decoding_bytes
 from tests.images.files import png, tiff
 
 # Squares of one colour, of this side: formats that lose detail keep them.
@@ -315,3 +317,66 @@ def test_transparent_colour_is_not_heeded_twice():
     samples = np.array([[[1, 2, 3], [255, 255, 255], [4, 5, 6]]], np.uint32)
     once = decode_image(png(samples, 2, 8, before=[(b"tRNS", struct.pack(">3H", 4, 5, 6))]), "a")
     assert np.asarray(as_rgb(once)).tolist() == [[[1, 2, 3], [255, 255, 255], [255, 255, 255]]]
+
+
+# Formats for which Pillow starts a program, or has none.
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+
+
+def iptc(content):
+    """Return an IPTC file that holds a picture of 9×9."""
+    fields = [(60, b"\1\0"), (20, b"\0\x09"), (30, b"\0\x09"), (120, b"\5")]
+    head = b"".join(bytes([0x1C, 3, tag]) + struct.pack(">H", len(value)) + value for tag, value in fields)
+    return head + bytes([0x1C, 8, 10]) + struct.pack(">H", len(content)) + content
+
+
+STUBS = {
+    "EPS": EPS,
+    "EPS in DOS's form": struct.pack("<6L", 0xC6D3D0C5, 32, len(EPS), 0, 0, 0) + bytes(8) + EPS,
+    "HDF5": b"\x89HDF\r\n\x1a\n" + bytes(99),
+    "GRIB": b"GRIB\0\0\x63\1" + bytes(99),
+    "BUFR": b"BUFR" + bytes(99),
+    "MPEG": b"\0\0\1\xb3\x01\0\x10\x13" + bytes(99),
+    "WMF": b"\xd7\xcd\xc6\x9a\0\0" + struct.pack("<4hH", 0, 0, 9, 9, 72) + bytes(6) + b"\1\0\x09\0" + bytes(99),
+    "IPTC": iptc(EPS),
+}
+
+
+def refusal_of(kind):
+    # how an IPTC file begins is not fixed
+    return "not an image that" if kind == "IPTC" else f"it is {kind.split()[0]}, which is not read here; save it as PNG"
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Return the list of what Ghostscript was started for."""
+    calls = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *given: calls.append(given))
+    return calls
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "eps", "tif"])
+@pytest.mark.parametrize("kind", STUBS)
+@pytest.mark.parametrize("read", [read_image, read_mask], ids=lambda read: read.__name__)
+def test_files_that_need_a_program_are_refused_whatever_their_suffix(tmp_path, started, read, kind, suffix):
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(STUBS[kind])
+    with pytest.raises(ImageError, match=refusal_of(kind)):
+        read(path)
+    assert not started
+
+
+@pytest.mark.parametrize("kind", STUBS)
+@pytest.mark.parametrize("read", [decode_image, decoding_bytes], ids=lambda read: read.__name__)
+def test_bytes_that_need_a_program_are_refused(started, read, kind):
+    with pytest.raises(ImageError, match=refusal_of(kind)):
+        read(STUBS[kind], "a.png")
+    assert not started
+
+
+def test_no_format_that_is_read_is_a_stub():
+    stubs = {each.format for each in ImageFile.StubImageFile.__subclasses__()}
+    assert stubs and not stubs & set(readable_formats())
+    assert not any(map(is_image, ("a.eps", "a.ps", "a.iim", "a.mpg", "a.h5", "a.wmf")))
+    assert {"PNG", "JPEG", "TIFF", "WEBP", "TGA"} <= set(readable_formats())

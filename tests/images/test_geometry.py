@@ -58,6 +58,18 @@ def test_a_thin_picture_is_refused_where_it_would_grow(mode, size):
         assert geometry.resizing_bytes(*size, most) <= 4 * 2 * most + 60 * max(size)
 
 
+@pytest.mark.parametrize("size", [(1, 1000), (1000, 1), (1, 600), (2, 1200), (1, 60_000), (60_000, 1)], ids=str)
+@pytest.mark.parametrize("input_size", [(224, 224), (160, 224), (224, 32)], ids=str)
+@pytest.mark.parametrize("pct", [0.9, 1.0])
+def test_a_thin_picture_within_a_border_keeps_a_row_or_column(size, input_size, pct):
+    config = {"input_size": (3, *input_size), "crop_pct": pct, "crop_mode": "border", "interpolation": "bicubic"}
+    prepare = from_config(config | {"mean": (0.5,) * 3, "std": (0.5,) * 3})
+    inputs, crop = prepare(Image.new("RGB", size, "white"))
+    assert inputs.shape[1:] == crop.shape[:2] == input_size
+    middle = crop[input_size[0] // 2 - 1 :, input_size[1] // 2 - 1 :][:3, :3]
+    assert (middle == 255).any() and (crop[0, 0] == 128).all()
+
+
 def test_an_unknown_interpolation_is_named():
     with pytest.raises(InputError, match="'best' is unknown; expected one of nearest"):
         Geometry.from_config({"input_size": (3, 8, 8), "interpolation": "best"})

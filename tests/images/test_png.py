@@ -1,14 +1,18 @@
 """Pixels of PNGs that are made byte by byte: every depth, colour type, transparency and interlacing."""
 
+import io
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from dave_fast.errors import ImageError, ImageWarning
-from dave_fast.images import as_rgb, decode_image
-from tests.images.files import CHANNELS, png
+from dave_fast.images import as_rgb, decode_image, read_image, read_mask
+from dave_fast.images import png as reading
+from dave_fast.images.reading import decoding_bytes
+from tests.images.files import CHANNELS, PNG_SIGNATURE, chunk, png
 
 DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
 KINDS = [(colour, depth) for colour, depths in DEPTHS.items() for depth in depths]
@@ -223,3 +227,42 @@ def test_depth_of_a_transparent_colour_is_noted_where_it_is_lost(tmp_path):
         image.load()
         with pytest.warns(ImageWarning, match="how many bits"):
             as_rgb(image)
+
+
+# Very many chunks.
+
+READERS = {
+    "image": read_image,
+    "mask": read_mask,
+    "bytes": lambda path: decode_image(path.read_bytes(), "a.png"),
+    "header": lambda path: decoding_bytes(path.read_bytes(), "a.png"),
+}
+
+
+def with_chunks(chunks):
+    """Return a PNG with bytes behind its header, and its pixels."""
+    content, head = png(samples_of(2, 8), 2, 8), len(PNG_SIGNATURE) + 25
+    return content[:head] + chunks + content[head:], wanted(samples_of(2, 8), 2, 8)
+
+
+@pytest.mark.parametrize("kind", [b"aaAa", b"tEXt", b"zTXt", b"iTXt", b"pHYs", b"iCCP", b"gAMA"], ids=bytes.decode)
+def test_chunks_that_are_left_out_take_no_memory_each(kind):
+    content, expected = with_chunks(8_000 * chunk(kind, b""))
+    tracemalloc.start()
+    _, found = reading.read_header(io.BytesIO(content))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(found.read()) < 1000
+    assert peak < 1.5 * len(content)
+    assert_close(content, expected, within=0.5)
+
+
+@pytest.mark.parametrize("kind", [b"aaAa", b"tEXt", b"IDAT", b"fdAT"], ids=bytes.decode)
+@pytest.mark.parametrize("read", READERS)
+def test_more_chunks_than_a_picture_has_are_refused(tmp_path, monkeypatch, read, kind):
+    (tmp_path / "a.png").write_bytes(with_chunks(99 * chunk(kind, b""))[0])
+    monkeypatch.setattr(reading, "_MOST_CHUNKS", 99)
+    with pytest.raises(ImageError, match="it has more than 99 chunks; save it again"):
+        READERS[read](tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes(with_chunks(b"")[0])
+    READERS[read](tmp_path / "a.png")

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 
 import dave_fast
 from dave_fast import DAVE
-from dave_fast.errors import InputError, NonFiniteError
-from dave_fast.images import decode_image
+from dave_fast.errors import ImageError, InputError, NonFiniteError
+from dave_fast.images import decode_image, from_config
 from dave_fast.models.demo import demo_scene
 from dave_fast.models.spec import ModelSpec
 from dave_fast.run import contents
@@ -98,6 +98,20 @@ def test_what_was_assumed_about_an_image_is_logged_once(mapper, tmp_path, caplog
     mapper.decode(Record("scan.png", str(tmp_path / "scan.png")))
     (said,) = [each.getMessage() for each in caplog.records if each.name == "dave_fast.run"]
     assert said.startswith(f"{tmp_path / 'scan.png'}: its samples run from 0 to 4095")
+
+
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1)], ids=str)
+def test_a_thin_image_that_would_grow_without_end_is_refused_by_name(mapper, tmp_path, size):
+    Image.new("1", size).save(tmp_path / "thin.png")
+    with pytest.raises(ImageError, match=r"prepare .*thin.png: the image is .* less thin\.$"):
+        mapper.decode(Record("thin", str(tmp_path / "thin.png")))
+
+
+@pytest.mark.parametrize("size", [(1, 1000), (1000, 1)], ids=str)
+def test_a_thin_image_is_prepared_within_a_border(mapper, tmp_path, monkeypatch, size):
+    Image.new("RGB", size, "white").save(tmp_path / "thin.png")
+    monkeypatch.setattr(mapper, "prepare", from_config({**mapper.prepare.config, "crop_mode": "border"}))
+    assert mapper.decode(Record("thin", str(tmp_path / "thin.png"))).shape[1:] == mapper.prepare.size
 
 
 def test_notes_are_warnings_until_there_are_too_many(caplog):
