@@ -150,8 +150,8 @@ def _open_own(path: str | os.PathLike[str], flags: int) -> int:
 
 def _cannot_lock(folder: Path, error: OSError) -> InputError:
     return InputError(
-        f"cannot lock {folder}: {reason_of(error)}. Choose another --out that you may write to, on a disk with locks of "
-        "files."
+        f"cannot lock {folder}: {reason_of(error)}. Choose another --out that you may write to, on a disk with file "
+        "locks."
     )
 
 

@@ -20,6 +20,7 @@ is ever visible. The file's metadata holds the run's identity (`identity`) under
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
@@ -34,8 +35,8 @@ from dave_fast.files import atomically, check_file
 from dave_fast.run.identity import METADATA_KEY
 
 SUFFIX = ".parquet"
-# Temporary files of `files.atomically`.
-PART = ".part"
+# Temporary files that `files.atomically` makes for a run; others, as those of exports, may be at work.
+_LEFTOVER = re.compile(r"\.(run\.json|summary\.json|maps-.+\.parquet)\.\d+\.part")
 ROW_GROUP = 32
 SHARD_ROWS = 10_000
 SHARD_BYTES = 256 * 2**20
@@ -140,8 +141,9 @@ def shard_files(folder: Path) -> list[Path]:
 
 def remove_leftovers(folder: Path) -> None:
     """Delete the temporary files of killed runs. To be called only under the folder's lock."""
-    for path in folder.glob(f".*{PART}"):
-        path.unlink(missing_ok=True)
+    for path in folder.glob(".*.part"):
+        if _LEFTOVER.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+            path.unlink(missing_ok=True)
 
 
 def read_column(path: Path, *columns: str) -> pa.Table:
