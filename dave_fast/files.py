@@ -131,9 +131,10 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
     Nothing is left behind: a run that fails later has not created an empty folder.
     """
     folder = Path(folder)
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise InputError(f"cannot write to {folder}: {existing} is a file. Choose another --out.")
+    # A link that leads nowhere is in the way too; and `exists` raises where a folder above may not be read.
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not os.path.isdir(existing):
+        raise InputError(f"cannot write to {folder}: {existing} is no folder. Choose another --out.")
     try:
         # Permission bits are not enough: a file system can be read-only or full.
         with tempfile.TemporaryFile(dir=existing):

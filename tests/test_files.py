@@ -62,7 +62,7 @@ def test_relative_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("out", ["file", "file/maps"])
 def test_folder_that_is_a_file(tmp_path, out):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(InputError, match="file is a file"):
+    with pytest.raises(InputError, match="file is no folder"):
         check_writable(tmp_path / out)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Callable
+from typing import TypeVar
 
 from PIL import Image
 
@@ -13,6 +15,7 @@ from dave_fast.run.huggingface import row_content
 from dave_fast.run.limits import Limits, check_bytes
 from dave_fast.run.records import Record, read_uri
 
+_T = TypeVar("_T")
 logger = logging.getLogger("dave_fast.run")
 
 
@@ -49,6 +52,19 @@ def read_picture(record: Record, limits: Limits = _LIMITS) -> Image.Image:
         ImageError: the image cannot be read; the message has the uri and the reason.
     """
     return decode_image(read_content(record, limits), record.uri, max_pixels=limits.pixels, note=_notes)
+
+
+def prepared(record: Record, prepare: Callable[[Image.Image], _T], limits: Limits = _LIMITS) -> _T:
+    """Return what `prepare` makes of the image of a record.
+
+    Raises:
+        ImageError: the image cannot be read or prepared.
+    """
+    image = read_picture(record, limits)
+    try:
+        return prepare(image)
+    except (ValueError, OSError, MemoryError) as error:
+        raise ImageError(f"cannot prepare {record.uri}: {reason_of(error)}.") from error
 
 
 def read_content(record: Record, limits: Limits = _LIMITS) -> bytes:

@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import unicodedata
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -66,7 +67,7 @@ def export(
     if not len(maps):
         raise InputError("there is no map to export, only rows with errors or no rows: choose other rows.")
     target = Path(out)
-    if target.exists():
+    if os.path.lexists(target):
         raise InputError(f"{target} exists already; choose another --out, or delete it.")
     sizes = set(zip(maps.column("height").tolist(), maps.column("width").tolist(), strict=True))
     if to != "png" and len(sizes) > 1:
@@ -86,9 +87,12 @@ def _package(name: str, form: str) -> Any:
 @contextmanager
 def _whole(target: Path, *, folder: bool) -> Iterator[Path]:
     """Yield a temporary path; rename it to `target` when the block ends without an error, else delete it."""
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    # Of a name that none has used before: a killed export leaves its part behind, and process ids come again.
+    part = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
     try:
-        (part if folder else part.parent).mkdir(parents=True, exist_ok=True)
+        part.parent.mkdir(parents=True, exist_ok=True)
+        if folder:
+            part.mkdir()
         yield part
         os.rename(part, target)
     except OSError as error:

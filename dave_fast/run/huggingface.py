@@ -10,6 +10,7 @@ from typing import Any
 from dave_fast.errors import InputError, reason_of
 from dave_fast.run.limits import check_bytes
 from dave_fast.run.records import Record, RecordSource, Skip, as_int64, count_unique, read_uri
+from dave_fast.run.texts import checked_text
 
 _COLUMNS = ("id", "target", "seed", "label")
 _ROWS = 4096
@@ -38,7 +39,8 @@ def dataset_source(place: str, *, labels: bool) -> RecordSource:
     identity = {"kind": "dataset", "records": len(dataset), "digest": dataset._fingerprint, "labels": labels}
     present = [c for c in _COLUMNS if c in dataset.column_names]
     if "id" in present:
-        count_unique(dataset["id"], place)
+        ids = enumerate(dataset["id"])
+        count_unique((checked_text(value, f"{place}: the id of row {row}") for row, value in ids), place)
 
     def read(skip: Skip) -> Iterator[Record]:
         # Images are not read here: workers read them by the uri.
@@ -64,8 +66,8 @@ def row_content(uri: str, limit: int) -> bytes:
         TooLargeError: it has more than `limit` bytes.
     """
     place, _, row = uri.rpartition("#")
-    dataset, column, _, _ = _opened(place)
-    return _bytes(dataset[int(row)][column], limit)
+    pictures, column = _pictures(place)
+    return _bytes(pictures[int(row)][column], limit)
 
 
 def _bytes(cell: Any, limit: int) -> bytes:
@@ -76,6 +78,13 @@ def _bytes(cell: Any, limit: int) -> bytes:
         return read_uri(cell["path"], limit)
     check_bytes(len(cell["bytes"]), limit)
     return cell["bytes"]
+
+
+@lru_cache(maxsize=4)
+def _pictures(place: str) -> tuple[Any, str]:
+    """Return a dataset of the encoded images alone, and their column: of a whole row all images would be decoded."""
+    dataset, column, _, _ = _opened(place)
+    return dataset.select_columns([column]), column
 
 
 @lru_cache(maxsize=4)

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dave_fast.defaults import DEFAULT_SAMPLES
-from dave_fast.errors import ImageError, InputError, NonFiniteError, reason_of
+from dave_fast.errors import InputError, NonFiniteError
 from dave_fast.explain.depth import PIXELS, Depth, check_one
 from dave_fast.models.meaning import link_of
 from dave_fast.models.spec import ModelSpec
-from dave_fast.run.contents import read_picture
+from dave_fast.run.contents import prepared
 from dave_fast.run.identity import weights_hash
 from dave_fast.run.limits import Limits
 from dave_fast.run.messages import Mapped
@@ -163,11 +163,7 @@ class Mapper:
         Raises:
             ImageError: the image cannot be read or prepared.
         """
-        image = read_picture(record, self.settings.limits)
-        try:
-            return self.prepare(image)[0]
-        except (ValueError, OSError, MemoryError) as error:
-            raise ImageError(f"cannot prepare {record.uri}: {reason_of(error)}.") from error
+        return prepared(record, lambda image: self.prepare(image)[0], self.settings.limits)
 
     def rows(
         self, given: Sequence[tuple[Record, Callable[[], Tensor]]], progress: Progress

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from dave_fast.errors import DaveFastError, InputError
 from dave_fast.images import Preprocessing, from_config
-from dave_fast.run.contents import read_picture
+from dave_fast.run.contents import prepared
 from dave_fast.run.limits import Limits, within
 from dave_fast.run.lock import Fence
 from dave_fast.run.mapper import MapSettings
@@ -185,18 +185,17 @@ def _read(part: Part, board: Any, config: dict[str, Any], limits: Limits) -> Ite
             ray.get(board.fail.remote(str(error)))
 
     prepare = from_config(config)
-    records = until_damage()
-    while some := list(itertools.islice(records, DECODE_BATCH)):
-        if ray.get(board.stopping.remote()):
-            return
-        yield pa.Table.from_pylist([_decoded(prepare, record, limits) for record in some], schema=_CROPS)
+    # One by one: a record of a tar holds its encoded image, which may be large.
+    rows = (_decoded(prepare, record, limits) for record in until_damage())
+    while not ray.get(board.stopping.remote()) and (some := list(itertools.islice(rows, DECODE_BATCH))):
+        yield pa.Table.from_pylist(some, schema=_CROPS)
 
 
 def _decoded(prepare: Preprocessing, record: Record, limits: Limits) -> dict[str, Any]:
     row = {"id": record.id, "uri": printable(record.uri), "target": record.target, "seed": record.seed}
     try:
-        image = within(limits.seconds, partial(read_picture, record, limits))
-        return row | {"crop": prepare.crop(image).tobytes()}
+        crop = within(limits.seconds, partial(prepared, record, prepare.crop, limits))
+        return row | {"crop": crop.tobytes()}
     except InputError as error:
         return row | {"error": str(error).encode("utf-8", "backslashreplace").decode()}
 

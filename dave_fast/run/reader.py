@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from dave_fast.errors import InputError
 from dave_fast.run.identity import RUN_FILE, load_identity
-from dave_fast.run.shards import SMALL, read_column, shard_files
+from dave_fast.run.shards import SMALL, read_column, reading, shard_files
 
 if TYPE_CHECKING:
     import torch
@@ -207,15 +207,16 @@ class Maps:
         )
         if row["status"] != "ok":
             return MapRecord(**row, map=None)
-        large = self._shards.row(shard, place)
-        stored = np.frombuffer(large["map"], np.dtype(dtype).newbyteorder("<")).reshape(height, width)
-        raw = output = None
-        if large.get("raw") is not None:
-            raw = np.frombuffer(large["raw"], "<f2").reshape(3, height, width).astype(np.float32)
-            raw *= np.float32(large["raw_scale"])
-        if large.get("output") is not None:
-            output = np.frombuffer(large["output"], "<f4").astype(np.float32)
-        return MapRecord(**row, map=stored.astype(np.float32) * np.float32(scale), raw=raw, output=output)
+        with reading(self._shards.files[shard]):
+            large = self._shards.row(shard, place)
+            stored = np.frombuffer(large["map"], np.dtype(dtype).newbyteorder("<")).reshape(height, width)
+            raw = output = None
+            if large.get("raw") is not None:
+                raw = np.frombuffer(large["raw"], "<f2").reshape(3, height, width).astype(np.float32)
+                raw *= np.float32(large["raw_scale"])
+            if large.get("output") is not None:
+                output = np.frombuffer(large["output"], "<f4").astype(np.float32)
+            return MapRecord(**row, map=stored.astype(np.float32) * np.float32(scale), raw=raw, output=output)
 
 
 class MapDataset:
@@ -248,16 +249,20 @@ class MapDataset:
 
 
 class _Shards:
-    """The shards of a run: open files, and a cache of the row groups that were used last."""
+    """The shards of a run: open files, and a cache of the row groups that were used last.
+
+    Attributes:
+        files: the paths.
+    """
 
     def __init__(self, files: list[Path]) -> None:
-        self._files = files
+        self.files = files
         # Functions without self: a cycle of references would keep the files open after the last use of the maps.
         self._opened = cache(lambda shard: _open(files[shard]))
         self._group = lru_cache(_CACHED_GROUPS)(partial(_read_group, self._opened))
 
     def __reduce__(self) -> Any:
-        return _Shards, (self._files,)
+        return _Shards, (self.files,)
 
     def row(self, shard: int, row: int) -> dict[str, Any]:
         """Return the large columns of one row."""

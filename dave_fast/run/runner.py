@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -90,7 +91,7 @@ def run_dataset(
     folder = Path(out)
     check_writable(folder)
     source = open_source(place, labels=settings.target == LABEL, leave_out=folder, limits=settings.limits)
-    created = not folder.exists()
+    created = not os.path.lexists(folder)
     lock = Lock.take(folder)
     try:
         run_folder = RunFolder(folder, lock, source, limit=limit, retry_errors=retry_errors)

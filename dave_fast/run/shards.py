@@ -20,6 +20,7 @@ is ever visible. The file's metadata holds the run's identity (`identity`) under
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
@@ -29,13 +30,13 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dave_fast.errors import InputError, reason_of
+from dave_fast.errors import DaveFastError, InputError, reason_of
 from dave_fast.files import atomically, check_file
 from dave_fast.run.identity import METADATA_KEY
 
 SUFFIX = ".parquet"
-# Temporary files of `files.atomically`.
-PART = ".part"
+# Temporary files that `files.atomically` makes for a run; others, as those of exports, may be at work.
+_LEFTOVER = re.compile(r"\.(run\.json|summary\.json|maps-.+\.parquet)\.\d+\.part")
 ROW_GROUP = 32
 SHARD_ROWS = 10_000
 SHARD_BYTES = 256 * 2**20
@@ -62,6 +63,9 @@ _RAW = {"raw": pa.binary(), "raw_scale": pa.float32()}
 _OUTPUT = {"output": pa.binary()}
 # All columns but the arrays, from which rows are chosen.
 SMALL = [name for name in _COLUMNS if name != "map"]
+
+_ALL = {*_COLUMNS, *_RAW, *_OUTPUT}
+_WITHOUT_GAPS = {"id", "uri", "seed", "n_samples", "status"}
 
 
 def schema(identity: Mapping[str, Any]) -> pa.Schema:
@@ -140,8 +144,24 @@ def shard_files(folder: Path) -> list[Path]:
 
 def remove_leftovers(folder: Path) -> None:
     """Delete the temporary files of killed runs. To be called only under the folder's lock."""
-    for path in folder.glob(f".*{PART}"):
-        path.unlink(missing_ok=True)
+    for path in folder.glob(".*.part"):
+        if _LEFTOVER.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raise InputError, with the shard's name, for every error of the block, which reads a shard."""
+    try:
+        check_file(path)
+        yield
+    except DaveFastError:
+        raise
+    # What a flipped byte leads to is of many classes: pyarrow's own, UnicodeDecodeError, MemoryError ...
+    except Exception as error:
+        raise InputError(
+            f"{path} is no readable shard: {reason_of(error)}. Move it away and resume; its maps are made again."
+        ) from error
 
 
 def read_column(path: Path, *columns: str) -> pa.Table:
@@ -150,13 +170,15 @@ def read_column(path: Path, *columns: str) -> pa.Table:
     Raises:
         InputError: the file is no shard, or cannot be read.
     """
-    try:
-        check_file(path)
-        return pq.read_table(path, columns=list(columns), memory_map=False, partitioning=None)
-    except (OSError, pa.ArrowInvalid, KeyError) as error:
-        raise InputError(
-            f"{path} is no readable shard: {reason_of(error)}. Move it away and resume; its maps are made again."
-        ) from error
+    with reading(path):
+        table = pq.read_table(path, columns=list(columns), memory_map=False, partitioning=None)
+        # A column of another type is found here, text that is no Unicode by `validate`.
+        table = table.cast(pa.schema([(name, _COLUMNS[name]) for name in columns]))
+        table.validate(full=True)
+        for name in _WITHOUT_GAPS.intersection(columns):
+            if table[name].null_count:
+                raise ValueError(f"a row has no {name}")
+        return table
 
 
 def committed_ids(folder: Path) -> set[str]:
@@ -185,9 +207,20 @@ def drop_errors(folder: Path) -> None:
         if set(status) == {"error"}:
             path.unlink()
         elif "error" in status:
-            with pq.ParquetFile(path) as old, new_shard(path, old.schema_arrow) as new:
-                for batch in old.iter_batches(ROW_GROUP):
-                    new.add([row for row in batch.to_pylist() if row["status"] != "error"])
+            with reading(path):
+                columns = pq.read_schema(path)
+                if not set(columns.names) <= _ALL:
+                    raise ValueError("it has columns that no run writes")
+            with new_shard(path, columns) as new:
+                for rows in _groups(path):
+                    new.add([row for row in rows if row["status"] != "error"])
+
+
+def _groups(path: Path) -> Iterator[list[ShardRow]]:
+    """Yield the rows of a shard, a group at a time. Its errors are of reading, whatever the rows are written to."""
+    with reading(path), pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(ROW_GROUP):
+            yield batch.to_pylist()
 
 
 def next_name(folder: Path, worker: str) -> Iterator[Path]:

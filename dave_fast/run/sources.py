@@ -21,7 +21,6 @@ import io
 import itertools
 import json
 import os
-import reprlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from dave_fast.run.huggingface import dataset_source, is_saved_dataset
 from dave_fast.run.limits import Limits
 from dave_fast.run.records import Record, RecordSource, as_int64, count_unique, is_local, located, opened, printable
 from dave_fast.run.tars import TARS, tar_source
+from dave_fast.run.texts import checked_text
 
 LISTS = (".txt", ".csv", ".tsv", ".jsonl")
 _ROWS = 65536
@@ -128,18 +128,12 @@ def record_of(row: dict[str, Any], folder: str, where: str) -> Record:
     uri = row.get("uri") or row.get("path")
     if not isinstance(uri, str) or not uri.strip():
         raise InputError(f"{where}: there is no uri; expected columns uri (or path), and optionally id, target, seed.")
+    uri = checked_text(uri.strip(), f"{where}: uri")
     name = row.get("id")
-    if isinstance(name, bytes | list | dict):
-        raise InputError(f"{where}: id is {reprlib.repr(name)}; expected text.")
-    name = uri.strip() if name is None or name == "" else str(name)
-    for text in (name, uri):
-        try:
-            printable(text)
-        except UnicodeEncodeError as error:
-            raise InputError(f"{where}: {reprlib.repr(text)} is no Unicode text; expected whole characters.") from error
+    name = uri if name is None or name == "" else checked_text(name, f"{where}: id")
     return Record(
         printable(name),
-        located(uri.strip(), folder),
+        located(uri, folder),
         as_int64(row.get("target"), f"{where}: target"),
         as_int64(row.get("seed"), f"{where}: seed"),
     )
@@ -255,7 +249,11 @@ def _parquet_files(place: str) -> list[str]:
         place = os.path.join(glob.escape(place), "*.parquet") if os.path.isdir(place) else place
         files = sorted(glob.glob(place)) if glob.has_magic(place) and not os.path.exists(place) else [place]
     elif glob.has_magic(place):
-        files = sorted(file.full_name for file in fsspec.open_files(place))
+        try:
+            files = sorted(file.full_name for file in fsspec.open_files(place))
+        # Each file system of fsspec raises errors of its own.
+        except Exception as error:
+            raise InputError(f"cannot read {place}: {reason_of(error)}.") from error
     else:
         files = [place]
     if not files:

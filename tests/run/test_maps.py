@@ -4,6 +4,8 @@ import gc
 import json
 import os
 import pickle
+import random
+import re
 import shutil
 import weakref
 
@@ -21,12 +23,12 @@ from dave_fast.errors import ImageError, InputError, NonFiniteError
 from dave_fast.images import decode_image, from_config
 from dave_fast.models.demo import demo_scene
 from dave_fast.models.spec import ModelSpec
-from dave_fast.run import contents
+from dave_fast.run import contents, shards
 from dave_fast.run.contents import Notes
 from dave_fast.run.export import export
 from dave_fast.run.limits import Limits
 from dave_fast.run.local import Machine
-from dave_fast.run.mapper import Mapper, MapSettings, packed_map
+from dave_fast.run.mapper import Mapper, MapSettings, packed_map, packed_raw
 from dave_fast.run.records import Record, image_key
 from dave_fast.run.runner import run_dataset
 from tests.run import stubs
@@ -242,6 +244,89 @@ def test_a_named_pipe_in_a_run_is_refused_at_once(whole, photos, tmp_path, name)
         dave_fast.open_maps(tmp_path)
     with pytest.raises(InputError, match=f"{name}.*named pipe"):
         stubs.run(str(photos), tmp_path)
+
+
+PREPARE = {"input_size": (3, 4, 4), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+
+
+@pytest.fixture(scope="module")
+def small_shard(tmp_path_factory):
+    """A run of one shard of six small rows; the bytes of the shard."""
+    folder = tmp_path_factory.mktemp("small")
+    settings = {"raw": True, "outputs": True, "depth": "pixels", "preprocessing": PREPARE}
+    identity = {"format": 1, "configuration": settings}
+    (folder / "run.json").write_text(json.dumps(identity))
+    numbers = np.random.default_rng(0)
+    with shards.new_shard(folder / "maps-0.parquet", shards.schema(identity)) as writer:
+        for number in range(6):
+            row = {"id": f"ä{number}", "uri": f"/ü/{number}.png", "target": number, "seed": 0, "n_samples": 3}
+            if number == 3:
+                writer.add([row | {"status": "error", "error": "no image"}])
+                continue
+            row |= packed_map(numbers.random((4, 4), np.float32), "float16") | packed_raw(numbers.random((3, 4, 4)))
+            writer.add([row | {"prediction": 1, "status": "ok", "output": numbers.random(5, np.float32).tobytes()}])
+    return folder, (folder / "maps-0.parquet").read_bytes()
+
+
+def read_all(folder):
+    """Read all that a run, an export and `open_maps` read."""
+    maps = dave_fast.open_maps(folder)
+    rows = list(maps)
+    assert all(isinstance(text, str) for row in rows for text in (row.id, row.uri, row.status))
+    assert sorted(shards.committed_ids(folder)) == sorted(maps.ids)
+    for name in shards.SMALL:
+        maps.column(name).tolist()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")
+@pytest.mark.parametrize("seed", range(4))
+def test_flipped_bytes_in_a_shard_are_refused_with_its_name_or_read(small_shard, seed):
+    folder, content = small_shard
+    chosen, refusals = random.Random(seed), []
+    for number in range(60):
+        mutant = bytearray(content)
+        mutant[chosen.randrange(len(mutant))] ^= chosen.randrange(1, 256)
+        (folder / "maps-0.parquet").write_bytes(mutant)
+        calls = [read_all] if number % 10 else [read_all, shards.drop_errors]
+        for call in calls:
+            try:
+                call(folder)
+            except InputError as error:
+                refusals.append(str(error))
+    (folder / "maps-0.parquet").write_bytes(content)
+    read_all(folder)
+    said = re.compile(r"maps-0\.parquet (is no readable shard: |holds records that other shards hold too)")
+    assert len(refusals) > 10 and all(map(said.search, refusals))
+
+
+@pytest.mark.parametrize("column", ["id", "uri", "seed", "n_samples", "status"])
+def test_a_row_without_what_every_row_has_is_refused(small_shard, tmp_path, column):
+    folder, _ = small_shard
+    shutil.copy(folder / "run.json", tmp_path)
+    table = pq.read_table(folder / "maps-0.parquet")
+    place = table.schema.get_field_index(column)
+    pq.write_table(
+        table.set_column(place, column, pa.nulls(len(table), table.schema.field(place).type)),
+        tmp_path / "maps-0.parquet",
+    )
+    with pytest.raises(InputError, match=f"no readable shard: a row has no {column}"):
+        dave_fast.open_maps(tmp_path)
+
+
+@pytest.mark.parametrize("to", ["npy", "png"])
+def test_an_export_of_a_damaged_map_names_the_shard(small_shard, tmp_path, to):
+    folder, content = small_shard
+    shutil.copy(folder / "run.json", tmp_path)
+    place = pq.ParquetFile(folder / "maps-0.parquet").metadata.row_group(0)
+    (start,) = (
+        place.column(number).data_page_offset
+        for number in range(place.num_columns)
+        if place.column(number).path_in_schema == "map"
+    )
+    (tmp_path / "maps-0.parquet").write_bytes(content[:start] + bytes(20) + content[start + 20 :])
+    with pytest.raises(InputError, match=r"maps-0\.parquet is no readable shard"):
+        export(dave_fast.open_maps(tmp_path), to, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_shards_say_what_they_are(whole):

@@ -7,19 +7,24 @@ import signal
 import tarfile
 import threading
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import dave_fast
-from dave_fast.errors import InputError, RunError
+from dave_fast.errors import ImageError, InputError, RunError
 from dave_fast.images import preprocessing
 from dave_fast.models.demo import demo_scene
+from dave_fast.run import ray_tasks
+from dave_fast.run.limits import Limits
 from dave_fast.run.lock import Fence
 from dave_fast.run.mapper import Mapper, MapSettings
 from dave_fast.run.progress import Report
 from dave_fast.run.ray_engine import _by_shard, preflight
+from dave_fast.run.ray_tasks import _decoded, _read
+from dave_fast.run.records import Record
 from dave_fast.run.runner import run_dataset
 from tests.run import stubs
 from tests.run.killing import check, finish, ids_of, kill_until_done, start
@@ -121,6 +126,51 @@ def test_crops_are_half_the_way(size):
     assert crop.dtype == np.uint8 and crop.shape == (128, 128, 3)
     np.testing.assert_array_equal(prepare.normalised(crop).numpy(), prepare.transform(image).numpy())
     assert preprocessing(dave_fast.DAVE("demo", noise_alpha=0.5).model).config == prepare.config
+
+
+PREPARE = {"input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}
+PREPARE |= {"crop_pct": 1.0, "crop_mode": "center"}
+
+
+def board(stopping=lambda: False, failed=None):
+    """A board that is no actor; `ray.get` of what it gives is that itself."""
+    methods = {"stopping": stopping, "fail": (failed if failed is not None else []).append}
+    return SimpleNamespace(**{name: SimpleNamespace(remote=call) for name, call in methods.items()})
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("odd"), OSError(5, "Odd"), MemoryError(), UnicodeDecodeError("utf-8", b"", 0, 0, "odd")]
+)
+def test_a_record_that_cannot_be_prepared_is_a_row_as_in_the_local_engine(pictures, error):
+    def fail(image):
+        raise error
+
+    record, prepare = Record("a", str(next(pictures.rglob("*.png")))), SimpleNamespace(crop=fail, transform=fail)
+    row = _decoded(prepare, record, Limits())
+    assert "crop" not in row and row["error"].startswith(f"cannot prepare {record.uri}: ")
+    mapper = Mapper.__new__(Mapper)
+    mapper.settings, mapper.prepare = MapSettings("demo"), prepare
+    with pytest.raises(ImageError) as raised:
+        mapper.decode(record)
+    assert str(raised.value) == row["error"]
+
+
+def test_a_read_task_reads_a_record_when_the_one_before_is_decoded(monkeypatch):
+    monkeypatch.setattr("ray.get", lambda given: given)
+    monkeypatch.setattr(ray_tasks, "_decoded", lambda prepare, record, limits: held.remove(record) or {"id": record.id})
+    held, failed = [], []
+
+    def records():
+        for number in range(40):
+            held.append(Record(str(number), "in a tar", content=b"an image"))
+            assert len(held) == 1
+            yield held[0]
+        raise InputError("the tar is damaged")
+
+    tables = list(_read(records, board(failed=failed), PREPARE, Limits()))
+    assert [len(table) for table in tables] == [16, 16, 8] and failed == ["the tar is damaged"]
+    stops = iter([False, True])
+    assert len(list(_read(records, board(lambda: next(stops)), PREPARE, Limits()))) == 1
 
 
 # Runs
