@@ -18,7 +18,7 @@ from dave_fast.cli.export import export
 from dave_fast.cli.info import info
 from dave_fast.cli.run import run
 from dave_fast.cli.serve import serve
-from dave_fast.cli.terminal import plain
+from dave_fast.cli.terminal import plain, print_any_name
 from dave_fast.cli.tune import tune
 
 app = typer.Typer(
@@ -48,6 +48,7 @@ def _options(
 
 def main() -> None:
     """Run the console script `dave-fast`."""
+    print_any_name()
     app()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,6 +26,14 @@ if TYPE_CHECKING:
 _LOG_WIDTH = 200
 # seconds between two lines of progress in a file
 LOG_S = 5.0
+
+
+def print_any_name() -> None:
+    """Let stdout and stderr write what they have no bytes for as backslashes: the name of a file need not be UTF-8."""
+    for stream in (sys.stdout, sys.stderr):
+        # A program that calls this one may have put something else there.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def console(*, stderr: bool = True) -> Console:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dave_fast.errors import InputError, ModelError, UnknownModelError
 from dave_fast.models.huggingface_adapter import Transformers
 from dave_fast.models.huggingface_files import ADAPTER, Place, named_class
+from dave_fast.models.limits import limited_memory
 from dave_fast.models.weights_file import check_fit, read_weights
 
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -156,7 +157,9 @@ class PeftFolder:
         with warnings.catch_warnings():
             # of transformers, about a name that peft uses
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            wrapped = PeftModel(model, settings).eval()
+            # of the rank that the settings name, whatever the files hold
+            with limited_memory(self.place.name if self.place.local else None):
+                wrapped = PeftModel(model, settings).eval()
         try:
             found: Any = set_peft_model_state_dict(wrapped, dict(weights))
         except RuntimeError as error:

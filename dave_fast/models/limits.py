@@ -52,6 +52,11 @@ def check_configuration(values: Any, where: str) -> dict[str, Any]:
                 _check_number(key, each, where)
         elif isinstance(value, int | float):
             _check_number(key, value, where)
+    if "configuration_files" in values:
+        raise ModelError(
+            f"{where} names other files in place of itself (configuration_files), which are not read: expected all "
+            "settings in this one; delete that entry."
+        )
     name = values.get("transformers_weights")
     if name is not None:
         _check_name(name, where)

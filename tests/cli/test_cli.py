@@ -14,6 +14,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import dave_fast
+from dave_fast.cli import app as cli_app
 from dave_fast.cli import terminal
 from dave_fast.cli.app import app
 from dave_fast.errors import UnknownModelError
@@ -497,3 +498,22 @@ def test_words_that_are_no_depth_are_refused_before_the_model_is_loaded(models, 
 def test_a_block_that_the_model_lacks_is_refused(models, photo, tmp_path):
     result = explain(photo, "--depth", "2", "--out", tmp_path / "maps", code=2)
     assert "depth is block 2 and the model has the blocks 0 to 1" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1", "cp1252"])
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("name", ["\udcff.png", "a\udce4/…\udc80", "日本.png", "\ud800", "a.png"])
+def test_names_that_a_terminal_has_no_bytes_for_are_printed(monkeypatch, encoding, stream, name):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, stream, io.TextIOWrapper(written, encoding, errors="strict"))
+    monkeypatch.setattr(cli_app, "app", lambda: terminal.console(stderr=stream == "stderr").print(f"image: {name}"))
+    cli_app.main()
+    getattr(sys, stream).flush()
+    assert written.getvalue() == f"image: {name}\n".encode(encoding, "backslashreplace")
+
+
+@pytest.mark.parametrize("other", [io.StringIO(), None])
+def test_streams_of_other_kinds_are_left_alone(monkeypatch, other):
+    monkeypatch.setattr(sys, "stdout", other)
+    terminal.print_any_name()
+    assert sys.stdout is other

@@ -304,6 +304,16 @@ SPOILED = {
     "a class of the user's": (changed(auto_mapping=OWN_CLASS), ModelError, "no part of transformers"),
     "another target": (changed(target_modules=["nothing"]), UnknownModelError, "could not be loaded"),
     "another rank": (changed(r=5), InputError, "size|shape"),
+    "a rank of gigabytes": (
+        changed(r=2**20, target_modules=["q_proj", "v_proj"]),
+        ModelError,
+        "far larger than its weights",
+    ),
+    "a pattern of ranks of gigabytes": (
+        changed(rank_pattern={"._proj": 2**20}, target_modules=["q_proj", "v_proj"]),
+        ModelError,
+        "far larger than its weights",
+    ),
     "a setting of a later peft": (changed(brand_new=3), ModelError, "does not know .brand_new."),
     "code of its own": (changed(auto_map={"AutoModel": "evil.M"}), ModelError, "code of its own"),
     "code in the base": (code_in_base, ModelError, "code of its own"),

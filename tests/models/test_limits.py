@@ -18,6 +18,7 @@ from dave_fast.models.weights_file import read_weights
         *([], 3, None, "x", {"hidden_size": 10**12}, {"num_hidden_layers": 10**6}, {"depths": [600, 600]}),
         *({"image_size": 10**5}, {"a": {"vocab_size": 10**9}}, {"size": {"height": 10**9}}, {"num_labels": 10**400}),
         *({"transformers_weights": "../x.safetensors"}, {"transformers_weights": "/etc/passwd"}),
+        *({"configuration_files": each} for each in (["config.4.0.0.json"], ["config.0.0.json"], [], None, "x", {})),
     ],
     ids=lambda values: str(type(values).__name__),
 )
