@@ -3,7 +3,9 @@
 import errno
 import fcntl
 import os
+import shutil
 import socket
+import tempfile
 
 import pytest
 
@@ -41,8 +43,10 @@ def pipe(path):
 
 
 def listening(path):
-    with socket.socket(socket.AF_UNIX) as made:
-        made.bind(str(path))
+    # A socket's path has 107 bytes at most, so that it is made elsewhere and moved.
+    with tempfile.TemporaryDirectory(dir="/tmp") as short, socket.socket(socket.AF_UNIX) as made:
+        made.bind(f"{short}/s")
+        shutil.move(f"{short}/s", path)
 
 
 def folder(path):
