@@ -13,7 +13,8 @@ from dave_fast.errors import ImageError, reason_of
 from dave_fast.images import decode_image
 from dave_fast.run.huggingface import row_content
 from dave_fast.run.limits import Limits, check_bytes
-from dave_fast.run.records import Record, read_uri
+from dave_fast.run.members import read_uri
+from dave_fast.run.records import Record
 
 _T = TypeVar("_T")
 logger = logging.getLogger("dave_fast.run")

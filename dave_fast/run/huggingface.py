@@ -9,7 +9,8 @@ from typing import Any
 
 from dave_fast.errors import InputError, reason_of
 from dave_fast.run.limits import check_bytes
-from dave_fast.run.records import Record, RecordSource, Skip, as_int64, count_unique, read_uri
+from dave_fast.run.members import read_uri
+from dave_fast.run.records import Record, RecordSource, Skip, as_int64, count_unique
 from dave_fast.run.texts import checked_text
 
 _COLUMNS = ("id", "target", "seed", "label")

@@ -13,7 +13,6 @@ from typing import Any
 from dave_fast.errors import InputError
 from dave_fast.files import open_file
 from dave_fast.numbers import whole_in
-from dave_fast.run.limits import read_all
 
 _INT64 = 2**63
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(://.*)?", re.DOTALL)
@@ -85,24 +84,10 @@ def opened(uri: str) -> Any:
     import fsspec
 
     # What lies at the end of a chain on this machine would be opened whatever it is.
-    last = re.sub("^(file|local)://", "", uri.rsplit("::", 1)[-1])
+    last = path_of(uri.rsplit("::", 1)[-1])
     if is_local(last):
         open_file(last).close()
-
-    # fsspec infers the compression from the suffix, and does not know this one.
-    options = {"tar": {"compression": "gzip"}} if uri.startswith("tar://") and uri.endswith(".tgz") else {}
-    return fsspec.open(uri, "rb", **options)
-
-
-def read_uri(uri: str, limit: int) -> bytes:
-    """Return the bytes behind a path or an fsspec URL.
-
-    Raises:
-        TooLargeError: they are more than `limit`.
-        Exception: any other that its file system raises.
-    """
-    with opened(uri) as file:
-        return read_all(file, limit)
+    return fsspec.open(uri, "rb")
 
 
 def count_unique(ids: Iterable[str], place: str) -> int:
@@ -144,6 +129,11 @@ def is_local(uri: str) -> bool:
     from fsspec import available_protocols
 
     return found[1] not in available_protocols() or not ("://" in rest or os.path.isabs(rest))
+
+
+def path_of(uri: str) -> str:
+    """Return a uri without the protocol of local files."""
+    return re.sub("^(file|local)://", "", uri)
 
 
 def located(uri: str, folder: str) -> str:

@@ -14,30 +14,16 @@ import tarfile
 from collections.abc import Iterator
 from functools import partial
 from itertools import groupby
-from typing import Any, Literal, Self
 
 from dave_fast.errors import InputError, reason_of
 from dave_fast.images import is_image
-from dave_fast.run.limits import Limits, check_bytes, read_all
+from dave_fast.run.limits import Limits
+from dave_fast.run.members import Tar
 from dave_fast.run.records import Record, RecordSource, Skip, as_int64, is_local, opened, printable
 
 TARS = (".tar", ".tar.gz", ".tgz")
-# The most bytes of a label, and of a header: a long name, or what pax says of a member.
-_LABEL_BYTES, _HEADER_BYTES = 2**12, 2**20
-_DESCRIBING = (
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-)
-_KINDS = {
-    tarfile.SYMTYPE: "symbolic link",
-    tarfile.LNKTYPE: "hard link",
-    tarfile.CHRTYPE: "device",
-    tarfile.BLKTYPE: "device",
-    tarfile.FIFOTYPE: "named pipe",
-}
+# The most bytes of a label.
+_LABEL_BYTES = 2**12
 
 
 def tar_source(place: str, *, labels: bool, limits: Limits) -> RecordSource:
@@ -127,11 +113,10 @@ def _samples(url: str, shard: str, labels: bool, limit: int, skip: Skip) -> Iter
     local = is_local(url)
     chained = f"file://{url}" if local else url
     try:
-        # A pipe ("r|") avoids seeking, which is slow in remote files; on a disk, seeking passes over skipped members.
-        mode: Literal["r:*", "r|*"] = "r:*" if local else "r|*"
-        with opened(url) as file, tarfile.open(fileobj=file, mode=mode, tarinfo=_Member) as tar:
+        with opened(url) as file:
+            tar = Tar(file, local=local)
             damage: list[Exception] = []
-            for key, members in groupby(_visible_files(tar, damage), _key):
+            for key, members in groupby(_visible_files(tar, limit, damage), _key):
                 record_id = printable(f"{shard}/{key}")
                 if skip(record_id):
                     continue
@@ -141,9 +126,9 @@ def _samples(url: str, shard: str, labels: bool, limit: int, skip: Skip) -> Iter
                     try:
                         if image is None and is_image(member.name):
                             image = member.name
-                            content = _content(tar, member, limit)
+                            content = tar.content(member, limit)
                         elif labels and suffix == "cls":
-                            label = _content(tar, member, _LABEL_BYTES).decode(errors="replace").strip()
+                            label = tar.content(member, _LABEL_BYTES).decode(errors="replace").strip()
                             target = as_int64(label, "its label")
                     except InputError as error:
                         wrong = wrong or f"cannot read {member.name} in {url}: {reason_of(error)}."
@@ -154,27 +139,24 @@ def _samples(url: str, shard: str, labels: bool, limit: int, skip: Skip) -> Iter
                     )
             if damage:
                 raise damage[0]
-    # What tarfile and the decompressors raise for damaged files is of many classes; a record's InputError ends above.
+    # What file systems and zlib raise for damaged files is of many classes; a record's InputError ends above.
     except Exception as error:
         raise InputError(f"cannot read {url}: {reason_of(error).rstrip(':')}. What came before it is kept.") from error
 
 
-def _visible_files(tar: tarfile.TarFile, damage: list[Exception]) -> Iterator[tarfile.TarInfo]:
+def _visible_files(tar: Tar, limit: int, damage: list[Exception]) -> Iterator[tarfile.TarInfo]:
     """Yield the members that are no folders and not hidden; at a damaged header, append the error to `damage` and end.
 
     So the sample before the header is still made.
     """
-    members = iter(tar)
     while True:
         try:
-            member = next(members, None)
+            member = tar.next(limit)
         except Exception as error:
             damage.append(error)
             return
         if member is None:
             return
-        # tarfile keeps every member it has read.
-        tar.members = []  # type: ignore[attr-defined]
         if not member.isdir() and not member.name.rpartition("/")[2].startswith("."):
             yield member
 
@@ -183,34 +165,3 @@ def _key(member: tarfile.TarInfo) -> str:
     folder, _, name = member.name.rpartition("/")
     stem = name.partition(".")[0]
     return f"{folder}/{stem}" if folder else stem
-
-
-class _Member(tarfile.TarInfo):
-    """A member whose header is checked: tarfile takes a damaged one for the end, and reads long ones as a whole."""
-
-    @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
-        """Return the next member, after those that only describe it."""
-        before = tar.offset
-        try:
-            member = super().fromtarfile(tar)
-        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
-            raise tarfile.ReadError(f"a header is damaged ({error})") from error
-        # With such sizes the next header would be this one again.
-        if member.size < 0 or tar.offset <= before:
-            raise tarfile.ReadError(f"{member.name} has a size of {member.size} bytes")
-        return member
-
-    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
-        if self.size < 0 or (self.type in _DESCRIBING and self.size > _HEADER_BYTES):
-            raise tarfile.ReadError(f"a header has a size of {self.size} bytes")
-        return super()._proc_member(tar)  # type: ignore[misc]
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, limit: int) -> bytes:
-    """Return the bytes of a member; raise InputError if it is no file or has more than `limit`."""
-    if not member.isfile():
-        raise InputError(f"it is a {_KINDS.get(member.type, 'member of an unknown kind')}; expected a file")
-    check_bytes(member.size, limit)
-    file: Any = tar.extractfile(member)
-    return read_all(file, limit)

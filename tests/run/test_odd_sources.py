@@ -1,8 +1,10 @@
 """Tests of sources that no one would make on purpose: nothing that a disk can hold stops a run or raises elsewhere."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
 import random
 import resource
@@ -12,9 +14,13 @@ import struct
 import tarfile
 import threading
 import time
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from decimal import Decimal
 from functools import partial
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -23,10 +29,12 @@ from PIL import Image
 import dave_fast
 from dave_fast.errors import DaveFastError, ImageError, InputError, RunError, TooLargeError
 from dave_fast.images import find_images, read_image
+from dave_fast.run import members
 from dave_fast.run.contents import read_content, read_picture
 from dave_fast.run.export import _file_names, export
 from dave_fast.run.limits import Limits, read_all, within
 from dave_fast.run.lock import Fence, Lock
+from dave_fast.run.members import Tar, read_uri
 from dave_fast.run.records import Record, as_int64, is_local, printable, unprintable
 from dave_fast.run.runner import _remove_if_unused
 from dave_fast.run.sources import open_source
@@ -381,23 +389,40 @@ def member(name, content, kind=tarfile.REGTYPE):
     return header(name, len(content), kind) + content + b"\0" * (-len(content) % 512)
 
 
-def sparse(name, size):
-    """Return an old GNU header of a file that is one hole of so many bytes."""
+def sparse(name, size, more=False):
+    """Return an old GNU header of a file that is one hole of so many bytes, behind which its map may go on."""
     block = bytearray(header(name, 0, tarfile.GNUTYPE_SPARSE))
     block[386:410] = b"%011o\0%011o\0" % (0, 0)
-    block[483:495] = b"%011o\0" % size
+    block[482], block[483:495] = more, b"%011o\0" % size
     block[148:156] = b"%06o\0 " % (256 + sum(block[:148]) + sum(block[156:512]))
     return bytes(block)
 
 
+def pax(records, kind=tarfile.XHDTYPE):
+    """Return a pax header of records KEY=VALUE."""
+    lines = ((len(record) + 2, record) for record in records)
+    return member("x", b"".join(b"%d %b\n" % (n + len(str(n + len(str(n)))), line) for n, line in lines), kind)
+
+
+def holes(*records):
+    """Return a sparse file odd.png as GNU tar writes it with pax; its map is wrong."""
+    return pax([b"path=odd.png", *(b"GNU.sparse." + record for record in records)]) + member("x", b"9\nx" * 1000)
+
+
 END = b"\0" * 1024
+MORE = b"00000000001\0" * 42 + b"\1" + b"\0" * 7
 GOOD = member("good.png", b"G")
 
 
 @pytest.mark.parametrize(
     ("odd", "reason"),
     [
-        (sparse("odd.png", 2**32), "more than 1 MB"),
+        (sparse("odd.png", 2**32), "sparse file"),
+        (sparse("odd.png", 5, more=True) + MORE * 3 + b"\0" * 512, "sparse file"),
+        (holes(b"major=1", b"minor=0", b"realsize=5"), "sparse file"),
+        (holes(b"map=0,1,2,3", b"size=5"), "sparse file"),
+        (holes(b"size=5", b"numblocks=1", b"offset=0", b"numbytes=1"), "sparse file"),
+        (holes(b"major=1", b"minor=0", b"name=odd.png", b"realsize=" + b"9" * 50), "sparse file"),
         (member("odd.png", b"\0" * 2_000_000), "more than 1 MB"),
         (header("odd.png", 0, tarfile.SYMTYPE, linkname="/etc/passwd"), "symbolic link"),
         (header("odd.png", 0, tarfile.LNKTYPE, linkname="good.png"), "hard link"),
@@ -429,12 +454,20 @@ def test_member_that_is_a_record_with_an_error(tmp_path, odd, reason):
         (header("x", -512, tarfile.XHDTYPE), "a header has a size"),
         (header("x", 2**33, tarfile.XGLTYPE), "a header has a size"),
         (member("x", b"20 size=-51200000\n\n", tarfile.XHDTYPE) + member("odd.png", b"x"), "cannot read"),
-        (member("x", b"y", tarfile.GNUTYPE_LONGNAME) * 3000, "cannot read"),
+        (member("x", b"y", tarfile.GNUTYPE_LONGNAME) * 3000, "more than 16 headers"),
+        (pax([b"comment=x"]) * 3000 + GOOD, "more than 16 headers"),
+        (pax([b"path=odd.png"]) + END, "a header is damaged"),
+        (pax([b"size=x"]) + GOOD, "no number"),
+        (pax([b"size=" + b"9" * 5000]) + GOOD, "no number|damaged"),
+        (member("x", b"9" * 5000 + b" a=b\n", tarfile.XHDTYPE) + GOOD, "a pax header is damaged"),
+        (member("x", b"7 a=b\n9999 a=b\n", tarfile.XHDTYPE) + GOOD, "a pax header is damaged"),
+        (member("x", b"1 a=b\n", tarfile.XHDTYPE) + GOOD, "a pax header is damaged"),
+        (sparse("odd.png", 5, more=True) + MORE * 3000, "the map of odd.png"),
         (b"garbage " * 64, "a header is damaged"),
         (member("odd.png", b"x")[:700], "cannot read"),
         (member("odd.png", b"x")[:300], "a header is damaged"),
     ],
-    ids=range(12),
+    ids=range(20),
 )
 def test_tar_that_is_damaged_ends_with_one_error(tmp_path, odd, message):
     """What comes before it, and the other tars, are read."""
@@ -460,12 +493,218 @@ def test_bombs_in_archives_take_no_memory(tmp_path):
         (tmp_path / f"{name}.tar.gz").write_bytes(gzip.compress(content + END, 1))
     del zeros, content, bombs
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    (record,) = records(tmp_path / "image.tar.gz", limits=Limits(bytes=1_000_000))
-    with pytest.raises(ImageError, match="more than 1 MB"):
+    (record,) = records(tmp_path / "image.tar.gz", limits=Limits(bytes=8_000_000))
+    with pytest.raises(ImageError, match="more than 8 MB"):
         read_content(record)
     with pytest.raises(InputError, match="cannot read"):
         records(tmp_path / "name.tar.gz")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+
+
+@pytest.mark.parametrize("by", ["tar", "uri"])
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE])
+@pytest.mark.parametrize("content", [b"9" * 60_000, b"9" * 30_000 + b" " + b"9" * 30_000, b"5 a=\n" * 40_000])
+def test_pax_headers_take_no_time(tmp_path, content, kind, by):
+    """Python's own regular expression takes seconds for so many digits, and holds the lock of all threads."""
+    (tmp_path / "a.tar").write_bytes(member("x", content, kind) + GOOD + END)
+    refused = pytest.raises(InputError, match="pax header is damaged")
+    start = time.thread_time()
+    with nullcontext() if kind == tarfile.XGLTYPE or b"=" in content else refused:
+        if by == "tar":
+            assert [record.content for record in records(tmp_path / "a.tar")] == [b"G"]
+        else:
+            assert read_content(Record("x", f"tar://good.png::{tmp_path}/a.tar")) == b"G"
+    assert time.thread_time() - start < 1
+
+
+def test_what_pax_says_of_all_members_is_not_kept(tmp_path):
+    """Each of the headers is read once, and a path for all members is none for one."""
+    headers = (pax([b"path=x", *(b"a%d=" % (n * 1000 + m) for m in range(1000))], tarfile.XGLTYPE) for n in range(100))
+    (tmp_path / "a.tar").write_bytes(b"".join(each + member(f"{n}.png", b"x") for n, each in enumerate(headers)) + END)
+    start = time.thread_time()
+    assert [record.id for record in records(tmp_path / "a.tar")] == [f"a/{n}" for n in range(100)]
+    assert time.thread_time() - start < 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        sparse("odd.png", 5, more=True) + MORE * 20_000,
+        holes(b"major=1", b"minor=0")[:1024] + member("x", b"9999999\n" + b"1\n" * 2_000_000),
+    ],
+    ids=["old", "pax"],
+)
+def test_maps_of_sparse_files_take_no_memory(tmp_path, content):
+    """The most that is allocated is measured, since the process may have taken more before."""
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(content + END, 1))
+    del content
+    tracemalloc.start()
+    with suppress(InputError):
+        records(tmp_path / "a.tar.gz")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 4_000_000
+
+
+@pytest.mark.parametrize("place", ["{}/a.tar", "memory://packed/a.tar"])
+@pytest.mark.parametrize("pack", [bz2.compress, lzma.compress, partial(lzma.compress, format=lzma.FORMAT_ALONE)])
+def test_only_gzip_is_decompressed(tmp_path, place, pack):
+    """Other formats make gigabytes of some bytes. What is gzip is told by the first bytes, not by the name."""
+    place = place.format(tmp_path)
+    for content, readable in ((gzip.compress(GOOD + END), True), (pack(GOOD + END), False)):
+        with fsspec.open(place, "wb") as file:
+            file.write(content)
+        if readable:
+            assert [record.content for record in records(place)] == [b"G"]
+            assert read_content(Record("x", f"tar://good.png::{place}")) == b"G"
+            continue
+        with pytest.raises(InputError, match="no tar, plain or compressed by gzip"):
+            records(place)
+        with pytest.raises(ImageError, match="no tar, plain or compressed by gzip"):
+            read_content(Record("x", f"tar://good.png::{place}"))
+
+
+@pytest.mark.parametrize("name", ["odd.png", "odd.txt", ".odd"])
+@pytest.mark.parametrize(("size", "passed"), [(64_000, True), (65_000, False)])
+def test_large_member_is_not_decompressed_to_be_passed_over(tmp_path, name, size, passed):
+    content = GOOD + member(name, b"x" * size) + member("last.png", b"L") + END
+    (tmp_path / "a.tar").write_bytes(gzip.compress(content))
+    (tmp_path / "b.tar").write_bytes(content)
+    found, limits = [], Limits(bytes=1000)
+    ids = ["a/good", "a/odd", "a/last", "b/good", "b/odd", "b/last"] if name == "odd.png" else []
+    ids = ids or ["a/good", "a/last", "b/good", "b/last"]
+    refused = pytest.raises(InputError, match=r"cannot read .*a\.tar: a member has 0\.06.* MB.*--max-megabytes to 1 or")
+    with nullcontext() if passed else refused:
+        found.extend(iter_into(found, open_source(str(tmp_path / "{a,b}.tar"), limits=limits).records()))
+    assert [record.id for record in found] == [each for each in ids if passed or each != "a/last"]
+    with nullcontext() if passed else pytest.raises(ImageError, match="decompressed"):
+        assert read_content(Record("x", f"tar://last.png::{tmp_path}/a.tar"), limits) == b"L"
+
+
+# Members of tars by their uris
+
+
+@pytest.fixture
+def opens(monkeypatch):
+    """Return the list of the archives that are opened."""
+    found = []
+    monkeypatch.setattr(members, "Tar", lambda file, **given: found.append(file) or Tar(file, **given))
+    return found
+
+
+def packed(place, content):
+    with fsspec.open(place, "wb") as file:
+        file.write(gzip.compress(content + END, 1) if place.endswith("gz") else content + END)
+    return place
+
+
+@pytest.mark.parametrize("place", ["{}/a.tar", "{}/a.tar.gz", "file://{}/a.tgz", "memory://one-pass/a.tar.gz"])
+def test_members_in_order_take_one_pass(tmp_path, place, opens):
+    """One that is refused, for it is too large, does not end the pass."""
+    place = packed(
+        place.format(tmp_path), b"".join(member(f"{n}.png", b"%3d" % n * (1 + n % 7 * 99)) for n in range(200))
+    )
+    for n in range(200):
+        if n % 7 < 4:
+            assert read_uri(f"tar://{n}.png::{place}", 1000) == b"%3d" % n * (1 + n % 7 * 99)
+            continue
+        with pytest.raises(TooLargeError):
+            read_uri(f"tar://{n}.png::{place}", 1000)
+    assert len(opens) == 1
+    # What was passed needs another pass, and so does what is not there.
+    assert read_uri(f"tar://1.png::{place}", 1000) == b"  1" * 100
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError, match=r"no member none\.png"):
+            read_uri(f"tar://none.png::{place}", 1000)
+    assert read_uri(f"tar://1.png::{place}", 1000) == b"  1" * 100
+
+
+def test_threads_read_one_tar(tmp_path, opens):
+    place = packed(f"{tmp_path}/a.tar.gz", b"".join(member(f"{n}.png", b"%d" % n) for n in range(400)))
+    with ThreadPoolExecutor(4) as threads:
+        found = threads.map(lambda n: read_uri(f"tar://{n}.png::{place}", 1000), range(400))
+        assert list(found) == [b"%d" % n for n in range(400)]
+    assert len(opens) < 40
+
+
+@pytest.mark.parametrize("place", ["{}/a.tar", "memory://changed/a.tar"])
+def test_tar_that_is_replaced_is_opened_again(tmp_path, monkeypatch, place, opens):
+    place = place.format(tmp_path)
+    for n in range(3):
+        packed(place, member("a.png", b"%d" % n) + member("b.png", b"%d" % n) + b"\0" * 512 * n)
+        assert read_uri(f"tar://a.png::{place}", 1000) == b"%d" % n
+    assert read_uri(f"tar://b.png::{place}", 1000) == b"2" and len(opens) == 3
+    # A forked process shares the position in the file.
+    read_uri(f"tar://a.png::{place}", 1000)
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    assert read_uri(f"tar://b.png::{place}", 1000) == b"2" and len(opens) == 5
+
+
+def test_few_tars_stay_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(members, "_MEMBERS", 5)
+    for n in range(20):
+        packed(f"{tmp_path}/{n}.tar", b"".join(member(f"{m}.png", b"%d" % m) for m in range(10)))
+    for m in range(10):
+        for n in range(20):
+            assert read_uri(f"tar://{m}.png::{tmp_path}/{n}.tar", 1000) == b"%d" % m
+    assert len(members._idle) <= 8 and all(len(each.passed) <= 5 for each in members._idle)
+
+
+NAMES = [
+    "a.png",
+    "./a.png",
+    "/a.png",
+    "d//a.png",
+    "d/é.png",
+    "\udcff.png",
+    "a::b.png",
+    "s3::b.png",
+    "::.png",
+    "a b\n.png",
+]
+
+
+@pytest.mark.parametrize("folder", ["", "c::d/"])
+@pytest.mark.parametrize("name", NAMES)
+def test_member_of_any_name(tmp_path, folder, name):
+    (tmp_path / folder).mkdir(exist_ok=True)
+    place = f"{tmp_path}/{folder}x.tar"
+    with open(place, "wb") as file:
+        file.write(member("other.png", b"O") + member(name, b"first") + GOOD + member(name, b"second") + END)
+    record, _ = (each for each in records(place) if each.content in (b"first", b"second"))
+    for uri in (record.uri, f"tar://{name}::{place}", f"tar://{name}::file://{place}"):
+        # The first of the name, wherever the reading goes on.
+        assert [read_uri(uri, 1000) for _ in range(3)] == [b"first"] * 3
+        assert read_uri(f"tar://good.png::{place}", 1000) == b"G" and read_uri(uri, 1000) == b"first"
+
+
+@pytest.mark.parametrize(
+    ("uri", "reason"),
+    [
+        ("tar://folder::{}", "folder"),
+        ("tar://link.png::{}", "symbolic link"),
+        ("tar://hard.png::{}", "hard link"),
+        ("tar://hole.png::{}", "sparse file"),
+        ("tar://large.png::{}", "more than 0.001 MB"),
+        ("tar://none.png::{}", "there is no member none.png in "),
+        ("tar://::{}", "there is no member"),
+        ("tar://good.png", "expected tar://NAME::ARCHIVE"),
+        ("tar::{}", "expected tar://NAME::ARCHIVE"),
+        ("tar://b.png::tar://good.png::{}", "expected tar://NAME::ARCHIVE"),
+        ("tar://b.png::tar://good.png::file://{}", "expected tar://NAME::ARCHIVE"),
+        ("simplecache::tar://good.png::{}", "expected tar://NAME::ARCHIVE"),
+        ("zip://b.png::tar://good.png::{}", "expected tar://NAME::ARCHIVE"),
+        ("tar://good.png::nosuch://{}", "Protocol not known"),
+        ("tar://good.png::{}.none", "no such file"),
+        ("tar://good.png::memory://none.tar", "none.tar"),
+    ],
+)
+def test_uri_of_no_member(tmp_path, uri, reason):
+    content = header("folder/", 0, tarfile.DIRTYPE) + header("link.png", 0, tarfile.SYMTYPE, linkname="good.png")
+    content += header("hard.png", 0, tarfile.LNKTYPE, linkname="good.png") + sparse("hole.png", 5)
+    packed(f"{tmp_path}/a.tar", content + member("large.png", bytes(2000)) + GOOD)
+    with pytest.raises(ImageError, match=f"cannot read .*{reason}"):
+        read_content(Record("x", uri.format(f"{tmp_path}/a.tar")), Limits(bytes=1000))
 
 
 # Mutants
