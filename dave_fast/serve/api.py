@@ -318,6 +318,8 @@ class Api:
         measures.queued_requests.set(scheduler.requests)
         measures.queued_rows.set(scheduler.rows)
         measures.queued_bytes.set(scheduler.bytes)
+        measures.held_bytes.set(self.service.account.now)
+        measures.most_bytes.set(self.service.account.most)
         return Response(generate_latest(measures.registry), media_type=CONTENT_TYPE_LATEST)
 
 

@@ -35,3 +35,5 @@ class Metrics:
         self.queued_requests = Gauge("queued_requests", "Requests that are not ended.", **own)
         self.queued_rows = Gauge("queued_rows", "Rows that wait to be computed.", **own)
         self.queued_bytes = Gauge("queued_bytes", "Bytes that the requests need, by the formula.", **own)
+        self.held_bytes = Gauge("held_bytes", "Bytes that the account of memory holds.", **own)
+        self.most_bytes = Gauge("most_bytes", "Bytes that the account of memory may hold.", **own)

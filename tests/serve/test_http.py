@@ -245,7 +245,8 @@ def test_health_documentation_metrics_and_page(http, photo):
     assert "/v1/explain" in http.get("/openapi.json").json()["paths"]
     http.post("/v1/explain?n_samples=5&deadline_ms=60000", content=photo)
     text = http.get("/metrics").text
-    for name in ("queue_wait_seconds", "batch_fill", "device_seconds", "samples", "deadline_misses", "errors"):
+    names = ("queue_wait_seconds", "batch_fill", "device_seconds", "samples", "deadline_misses", "errors")
+    for name in (*names, "held_bytes", "most_bytes"):
         assert f"dave_fast_{name}" in text
     assert 'dave_fast_requests_total{route="/v1/explain",status="200"}' in text
     page = http.get("/")
