@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from dave_fast.errors import InputError
 from dave_fast.run.identity import RUN_FILE, load_identity
-from dave_fast.run.shards import SMALL, read_column, reading, shard_files
+from dave_fast.run.shards import SMALL, VERIFIED, read_column, reading, shard_files
 
 if TYPE_CHECKING:
     import torch
@@ -274,7 +274,7 @@ class _Shards:
 
 def _open(file: Path) -> tuple[pq.ParquetFile, np.ndarray]:
     """Return a shard's file, and the first row of each group and the number of rows."""
-    shard = pq.ParquetFile(file)
+    shard = pq.ParquetFile(file, **VERIFIED)
     sizes = [shard.metadata.row_group(g).num_rows for g in range(shard.num_row_groups)]
     return shard, np.cumsum([0, *sizes])
 

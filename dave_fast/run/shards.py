@@ -13,7 +13,7 @@
 | raw, raw_scale | binary, float32 | with --raw: signed (3, height, width) float16; values = raw × raw_scale |
 | output | binary | with --outputs: the model's output (K,) float32 |
 
-Rows go to a hidden temporary file, one row group at a time; a commit is fsync and rename, so that no part of a shard
+Pages have checksums. Rows go to a hidden temporary file, one row group at a time; a commit is fsync and rename, so that no part of a shard
 is ever visible. The file's metadata holds the run's identity (`identity`) under the key `dave_fast`.
 """
 
@@ -40,6 +40,9 @@ _LEFTOVER = re.compile(r"\.(run\.json|summary\.json|maps-.+\.parquet)\.\d+\.part
 ROW_GROUP = 32
 SHARD_ROWS = 10_000
 SHARD_BYTES = 256 * 2**20
+
+# A byte that a disk has changed may still decompress, to another map.
+VERIFIED: dict[str, Any] = {"page_checksum_verification": True}
 
 ShardRow = dict[str, Any]
 
@@ -93,7 +96,13 @@ class ShardWriter:
         # Statistics of the columns that rows are chosen by.
         statistics = [name for name in columns.names if name in ("id", "target", "prediction", "status")]
         self.parquet = pq.ParquetWriter(
-            file, columns, compression="zstd", compression_level=1, use_dictionary=False, write_statistics=statistics
+            file,
+            columns,
+            compression="zstd",
+            compression_level=1,
+            use_dictionary=False,
+            write_statistics=statistics,
+            write_page_checksum=True,
         )
 
     @property
@@ -171,7 +180,7 @@ def read_column(path: Path, *columns: str) -> pa.Table:
         InputError: the file is no shard, or cannot be read.
     """
     with reading(path):
-        table = pq.read_table(path, columns=list(columns), memory_map=False, partitioning=None)
+        table = pq.read_table(path, columns=list(columns), memory_map=False, partitioning=None, **VERIFIED)
         # A column of another type is found here, text that is no Unicode by `validate`.
         table = table.cast(pa.schema([(name, _COLUMNS[name]) for name in columns]))
         table.validate(full=True)
@@ -218,7 +227,7 @@ def drop_errors(folder: Path) -> None:
 
 def _groups(path: Path) -> Iterator[list[ShardRow]]:
     """Yield the rows of a shard, a group at a time. Its errors are of reading, whatever the rows are written to."""
-    with reading(path), pq.ParquetFile(path) as file:
+    with reading(path), pq.ParquetFile(path, **VERIFIED) as file:
         for batch in file.iter_batches(ROW_GROUP):
             yield batch.to_pylist()
 

@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import weakref
+from contextlib import suppress
 
 import numpy as np
 import pyarrow as pa
@@ -297,6 +298,28 @@ def test_flipped_bytes_in_a_shard_are_refused_with_its_name_or_read(small_shard,
     read_all(folder)
     said = re.compile(r"maps-0\.parquet (is no readable shard: |holds records that other shards hold too)")
     assert len(refusals) > 10 and all(map(said.search, refusals))
+
+
+@pytest.mark.parametrize("column", ["map", "raw", "output", "target", "scale", "id"])
+def test_no_flipped_byte_of_a_column_reads_as_another_value(small_shard, column):
+    folder, content = small_shard
+    path = folder / "maps-0.parquet"
+    path.write_bytes(content)
+    with pq.ParquetFile(path) as file:
+        group = file.metadata.row_group(0)
+        place = file.schema_arrow.names.index(column)
+    chunk = group.column(place)
+    before, silent = pq.read_table(path).column(column), []
+    # The page's header comes first, of which a change makes another page or none.
+    for at in range(chunk.data_page_offset, chunk.data_page_offset + chunk.total_compressed_size):
+        mutant = bytearray(content)
+        mutant[at] ^= 0x01
+        path.write_bytes(mutant)
+        with suppress(InputError), shards.reading(path):
+            if pq.read_table(path, **shards.VERIFIED).column(column) != before:
+                silent.append(at - chunk.data_page_offset)
+    path.write_bytes(content)
+    assert not silent
 
 
 @pytest.mark.parametrize("column", ["id", "uri", "seed", "n_samples", "status"])
