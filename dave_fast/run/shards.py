@@ -13,8 +13,9 @@
 | raw, raw_scale | binary, float32 | with --raw: signed (3, height, width) float16; values = raw × raw_scale |
 | output | binary | with --outputs: the model's output (K,) float32 |
 
-Pages have checksums. Rows go to a hidden temporary file, one row group at a time; a commit is fsync and rename, so that no part of a shard
-is ever visible. The file's metadata holds the run's identity (`identity`) under the key `dave_fast`.
+Rows go to a hidden temporary file, one row group at a time; a commit is fsync and rename, so that no part of a shard
+is ever visible. Its pages have checksums, which are verified. The file's metadata holds the run's identity (`identity`)
+under the key `dave_fast`.
 """
 
 from __future__ import annotations
