@@ -222,6 +222,7 @@ def test_same_rows_as_the_local_engine(cluster, tars, tmp_path):
             np.testing.assert_allclose(a.raw, b.raw, atol=2e-3 * np.abs(a.raw).max())
 
 
+@pytest.mark.slow
 def test_a_damaged_tar_fails_the_run_after_all_else_is_explained(cluster, tars, tmp_path):
     path = tmp_path / "t-0.tar"
     members = path.read_bytes().rstrip(b"\0")
@@ -238,7 +239,10 @@ def test_limit_counts_the_records_of_tars(cluster, tars, tmp_path):
 
 @pytest.mark.parametrize(
     ("fault", "message"),
-    [("memory", "out of memory with one image at a time"), ("raise", "ZeroDivisionError: in the mapper")],
+    [
+        ("memory", "out of memory with one image at a time"),
+        pytest.param("raise", "ZeroDivisionError: in the mapper", marks=pytest.mark.slow),
+    ],
 )
 def test_finished_records_are_kept_when_the_mapper_fails(cluster, pictures, tmp_path, fault, message):
     out = tmp_path / "out"

@@ -25,7 +25,9 @@ pytestmark = pytest.mark.usefixtures("forked_workers")
 WATCHDOG_S = 8.0
 
 
-@pytest.mark.parametrize("whole_group", [False, True], ids=["parent", "group"])
+@pytest.mark.parametrize(
+    "whole_group", [pytest.param(False, marks=pytest.mark.slow, id="parent"), pytest.param(True, id="group")]
+)
 def test_killed_at_random_moments(images, tmp_path, whole_group):
     settings = {"seconds": 0.01, "commit_s": 0.2, "shard_rows": 5}
     assert kill_until_done(images, tmp_path / "out", random.Random(1), 3, whole_group=whole_group, **settings) > 1
@@ -51,7 +53,9 @@ def test_killed_many_times(pictures, tmp_path, seed, engine):
     assert killed >= kills // 2
 
 
-@pytest.mark.parametrize("step", ["fsync", "replace", "folder"])
+@pytest.mark.parametrize(
+    "step", ["fsync", *(pytest.param(step, marks=pytest.mark.slow) for step in ("replace", "folder"))]
+)
 def test_killed_while_committing(images, tmp_path, step):
     out = tmp_path / "out"
     program = start(images, out, fault=[f"commit:{step}", 2])
@@ -92,7 +96,7 @@ stubs.main()
     check(out, ids_of(images))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_stopped_in_order(images, tmp_path, number):
     """A signal has the finished rows committed within seconds, even if they do not fill a shard."""
     out = tmp_path / "out"

@@ -204,7 +204,6 @@ CHUNKED = b"host: x\r\ncontent-type: image/png\r\ntransfer-encoding: chunked\r\n
         (b"GET /v1/explain/stream?n_samples=1024&image=ID HTTP/1.1\r\n" + CHUNKED, b"no chunk\r\n"),
         (b"GET /v1/explain/stream?n_samples=1024&image=ID HTTP/1.1\r\n" + CHUNKED, b"f" * 40 + b"\r\n"),
         (b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n", b"\0\r\n\r\n"),
-        (b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n"),
     ],
 )
 def test_bytes_that_are_no_http_amid_or_behind_an_answer_end_the_connection(server, photo, line, then, caplog):
@@ -343,7 +342,7 @@ def test_at_the_drain_deadline_answers_have_the_samples_that_are_there(process, 
     assert server.wait(timeout=PATIENCE) == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_second_signal_ends_it_at_once_with_the_code_that_shells_give(process, photo, number):
     address, server, log = process("--drain-seconds", str(PATIENCE))
     with Client(address, retries=0, timeout=PATIENCE) as client:

@@ -42,6 +42,7 @@ def bustle(address, photo, most, rng):
                     client.explain(photo, "nothing that exists")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux's /proc")
 def test_a_short_bustle_leaves_memory_flat(photo):
     rng = random.Random(0)
