@@ -14,7 +14,8 @@ turns in the same server on the same engine; they differ in the scheduler only:
 --row-ms replaces the model by an engine that sleeps for that time for each row (and 2 ms for each micro-batch), to
 measure scheduling and its cost independently of the speed and load of the machine.
 
-A second table compares k classes of one image in one request with k requests.
+A second table has deadlines at twice the capacity: how many are answered, how long after the deadline the answer is
+there, and of how many of the samples. A third compares k classes of one image in one request with k requests.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ LOADS = (0.3, 0.6, 0.9, 1.2, 2.0)
 SAMPLES, SHARES = (16, 128), (0.8, 0.2)
 MEAN_SAMPLES = float(np.dot(SAMPLES, SHARES))
 CLASSES = (1, 2, 5, 10)
+DEADLINES_MS = (250, 1000, 4000)
 GROUP, WINDOW = 8, 0.010
 FIGURE = Path("docs/figures/serve_load.png")
 
@@ -156,6 +158,8 @@ class Outcome:
         rows: samples of all answers.
         refused: status -> number of requests.
         duration: seconds of the run.
+        deadline_ms: of each request, or None.
+        asked: samples that the answered requests asked for.
     """
 
     offered: int = 0
@@ -163,15 +167,18 @@ class Outcome:
     rows: int = 0
     refused: dict[str, int] = field(default_factory=dict)
     duration: float = 0.0
+    deadline_ms: int | None = None
+    asked: int = 0
 
     async def one(self, client: AsyncClient, picture: bytes, samples: int, seed: int) -> None:
         """Send a request and record its answer or refusal."""
         began = time.monotonic()
         self.offered += 1
         try:
-            told = await client.explain(picture, n_samples=samples, seed=seed)
+            told = await client.explain(picture, n_samples=samples, seed=seed, deadline_ms=self.deadline_ms)
             self.seconds[samples].append(time.monotonic() - began)
             self.rows += told.samples
+            self.asked += samples
         except ServerError as error:
             name = str(error.status)
             self.refused[name] = self.refused.get(name, 0) + 1
@@ -195,6 +202,21 @@ class Outcome:
             **quantiles,
         }
 
+    def late_table(self) -> dict[str, Any]:
+        """Return the numbers of a run with deadlines."""
+        assert self.deadline_ms is not None
+        late = [1000 * second - self.deadline_ms for some in self.seconds.values() for second in some]
+        return {
+            "deadline_ms": self.deadline_ms,
+            "offered": self.offered,
+            "answered": len(late),
+            "refused": self.refused,
+            "late_ms_p50": float(np.median(late)),
+            "late_ms_p99": float(np.quantile(late, 0.99)),
+            "late_ms_most": max(late),
+            "share_of_samples": self.rows / self.asked,
+        }
+
 
 async def saturate(address: str, picture: bytes, seconds: float, clients: int = 24) -> Outcome:
     """Measure the capacity by clients that always have a request open."""
@@ -211,9 +233,9 @@ async def saturate(address: str, picture: bytes, seconds: float, clients: int = 
     return outcome
 
 
-async def offer(address: str, picture: bytes, rate: float, seconds: float) -> Outcome:
+async def offer(address: str, picture: bytes, rate: float, seconds: float, deadline_ms: int | None = None) -> Outcome:
     """Send requests as Poisson arrivals of `rate` a second, and wait for all answers."""
-    outcome, rng, began = Outcome(), random.Random(2), time.monotonic()
+    outcome, rng, began = Outcome(deadline_ms=deadline_ms), random.Random(2), time.monotonic()
     async with AsyncClient(address, retries=0, timeout=120, connections=2000) as client:
         tasks, due = [], began
         while due < began + seconds:
@@ -300,6 +322,11 @@ def measure(seconds: float, threads: int, row_ms: float | None) -> dict[str, Any
                 told = asyncio.run(offer(addresses[way], picture, load * rate, seconds)).table()
                 runs.append({"batching": way, "load": load, **told})
                 print(runs[-1], flush=True)
+        deadlines = []
+        for deadline_ms in DEADLINES_MS:
+            told = asyncio.run(offer(ours.address, picture, max(LOADS) * rate, seconds, deadline_ms)).late_table()
+            deadlines.append(told)
+            print(told, flush=True)
         for way in WAYS:
             capacity[way].append(asyncio.run(saturate(addresses[way], picture, seconds)).table())
         # an engine that sleeps has no forward pass that classes could share
@@ -315,6 +342,7 @@ def measure(seconds: float, threads: int, row_ms: float | None) -> dict[str, Any
         "offered_at_load_1_per_s": rate,
         "goodput_at_2x_over_capacity": goodput / float(np.mean(rows)),
         "runs": runs,
+        "deadlines_at_2x": deadlines,
         "classes": several,
     }
 
