@@ -252,10 +252,10 @@ async def stored_pictures(port, size):
     CUT,
     {
         "documents": GET_OPENAPI * 100,
-        # with a deadline: without, a busy server takes its two minutes, and has written little that is not read
+        # with deadlines: without, a busy server takes its two minutes, and has written little that is not read
         "a stream": request(f"{LONG}&encoding=float32&deadline_ms=20000", bodies.photo()),
         "pages": b"GET / HTTP/1.1\r\nhost: x\r\n\r\n" * 200,
-        "streams in a row": request("/v1/explain/stream?n_samples=64", bodies.photo()) * 5,
+        "streams in a row": request("/v1/explain/stream?n_samples=64&deadline_ms=2000", bodies.photo()) * 5,
         "refusals": request("/v1/explain?n_samples=0", bodies.photo()) * 50,
         "metrics": b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n" * 1000,
     },
