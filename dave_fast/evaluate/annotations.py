@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -205,7 +205,7 @@ def _read_xml(path: Path) -> Noted:
         for one in root.iter("object"):
             boxes[one.findtext("name")] += map(_xml_box, one.iter("bndbox"))
         width, height = (int(root.findtext(f"size/{side}", "0")) for side in ("width", "height"))
-        return _largest(boxes, (width, height) if width and height else None)
+        return _largest(boxes.items(), (width, height) if width and height else None)
     except InputError:
         raise
     # a LookupError of an encoding that Python does not know, or that is none of text
@@ -213,10 +213,10 @@ def _read_xml(path: Path) -> Noted:
         raise InputError(f"cannot read {path}: {error}; expected annotations in PASCAL VOC's XML.") from error
 
 
-def _largest(boxes: Mapping[str | None, Sequence[Box]], size: tuple[int, int] | None) -> Noted:
+def _largest(boxes: Iterable[tuple[str | None, Sequence[Box]]], size: tuple[int, int] | None) -> Noted:
     """Return the entry of one image: the class with the largest boxes in sum, and its boxes."""
     # All are made, so that wrong boxes of another class are told.
-    each = [Noted(tuple(chosen), label, size) for label, chosen in boxes.items()] or [Noted((), None, size)]
+    each = [Noted(tuple(chosen), label, size) for label, chosen in boxes] or [Noted((), None, size)]
     return max(each, key=lambda one: sum(map(_area, one.boxes)))
 
 
@@ -244,7 +244,7 @@ def _read_csv(path: Path) -> dict[str, Noted]:
             raise InputError(f"{path}, {where}: {error}") from error
         wanted = f"the columns {', '.join(COLUMNS)}, and each quote closed"
         raise InputError(f"{path}, {where}: {type(error).__name__}: {error}; expected {wanted}.") from error
-    return {name: _largest(boxes, None) for name, boxes in found.items()}
+    return {name: _largest(boxes.items(), None) for name, boxes in found.items()}
 
 
 def _read_json(path: Path) -> dict[str, Noted]:
@@ -277,7 +277,8 @@ def _of_coco(content: dict[str, Any]) -> dict[str, Noted]:
     for image in content["images"]:
         if by_category := found.get(image["id"]):
             size = (image["width"], image["height"]) if "width" in image else None
-            named = {categories.get(category): boxes for category, boxes in by_category.items()}
+            # By id, since two categories may have one name, or none.
+            named = [(categories.get(category), boxes) for category, boxes in by_category.items()]
             _add(noted, images.name(image["file_name"]), _largest(named, size))
     return noted
 

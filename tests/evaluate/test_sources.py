@@ -300,6 +300,17 @@ def test_boxes_of_several_classes_are_those_of_the_largest(tmp_path):
         assert (one.label, one.boxes) == ("cat", ((0, 0, 4, 4), (5, 5, 8, 8)))
 
 
+@pytest.mark.parametrize("names", [[], [{"id": 1, "name": "cat"}, {"id": 2, "name": "cat"}]])
+def test_coco_categories_of_one_name_or_none_are_kept_apart(tmp_path, names):
+    boxes = [
+        {"image_id": 1, "category_id": 1, "bbox": [0, 0, 5, 5]},
+        {"image_id": 1, "category_id": 2, "bbox": [1, 1, 2, 2]},
+    ]
+    content = {"images": [{"id": 1, "file_name": "one.jpg"}], "annotations": boxes, "categories": names}
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    assert read_boxes(tmp_path / "coco.json")["one"].boxes == ((0, 0, 5, 5),)
+
+
 @pytest.mark.parametrize("annotated", ["boxes", "masks"])
 def test_photographs_of_one_name_are_refused_where_it_has_an_object(photo, tmp_path, annotated):
     other = tmp_path / "other" / photo.name
