@@ -7,6 +7,7 @@ import json
 import os
 import stat
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,10 +98,12 @@ def atomically(path: str | os.PathLike[str], *, durable: bool = False) -> Iterat
     """
     path = Path(path)
     # In the same folder, since a rename is atomic within one file system only.
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{threading.get_native_id()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
+        # A thread of this number may have left one; and a link of that name must not lead the content elsewhere.
+        part.unlink(missing_ok=True)
+        with open(part, "xb") as file:
             yield file
             if durable:
                 file.flush()
@@ -111,7 +114,7 @@ def atomically(path: str | os.PathLike[str], *, durable: bool = False) -> Iterat
     except OSError as error:
         raise InputError(f"cannot write {path}: {reason_of(error)}.") from error
     finally:
-        if part.exists():
+        if part.is_file():
             part.unlink()
 
 

@@ -1,6 +1,8 @@
 """Tests of atomic writes and of the check that a folder can be written to."""
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -30,6 +32,43 @@ def test_exception_leaves_everything_as_it_was(tmp_path, before):
         fail_half_way()
     assert os.listdir(tmp_path) == (["c.bin"] if before else [])
     assert before is None or path.read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["leftover", "link", "link that leads nowhere", "folder"])
+def test_what_has_the_name_of_the_part_is_neither_written_to_nor_in_the_way(tmp_path, kind):
+    (tmp_path / "other").write_bytes(b"other")
+    part = tmp_path / f".c.bin.{threading.get_native_id()}.part"
+    if kind == "leftover":
+        part.write_bytes(b"half of an older one")
+    elif kind == "folder":
+        part.mkdir()
+    else:
+        part.symlink_to(tmp_path / ("other" if kind == "link" else "none"))
+    if kind == "folder":
+        with pytest.raises(InputError, match="cannot write"), atomically(tmp_path / "c.bin"):
+            pass
+        assert part.is_dir()
+    else:
+        with atomically(tmp_path / "c.bin") as file:
+            file.write(b"new")
+        assert sorted(os.listdir(tmp_path)) == ["c.bin", "other"]
+        assert (tmp_path / "c.bin").read_bytes() == b"new" and (tmp_path / "other").read_bytes() == b"other"
+
+
+def test_threads_that_write_the_same_file_leave_a_whole_one(tmp_path):
+    both = threading.Barrier(4)
+
+    def write(number):
+        with atomically(tmp_path / "c.bin") as file:
+            file.write(bytes([number]) * 100_000)
+            both.wait()
+            file.write(bytes([number]) * 100_000)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(write, range(4)))
+    content = (tmp_path / "c.bin").read_bytes()
+    assert len(content) == 200_000 and len(set(content)) == 1
+    assert os.listdir(tmp_path) == ["c.bin"]
 
 
 def test_full_disk_is_a_plain_error(tmp_path):

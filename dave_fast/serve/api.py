@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 from torch import Tensor
 
 from dave_fast.errors import ImageError, InputError, NonFiniteError, RefusedError, TooLargeError, is_out_of_memory
@@ -177,6 +178,11 @@ class Api:
 
     # From an Ask to an answer.
 
+    @property
+    def _most_seconds(self) -> float:
+        """The seconds after which a request ends, whatever its maps take."""
+        return 2 * self.limits.answer_seconds
+
     def submit(self, model: ServedModel, ask: Ask) -> tuple[asyncio.Queue[Event], Callable[[], None]]:
         """Start a job; return its events, and a function that ends it and its timer."""
         loop = asyncio.get_running_loop()
@@ -219,13 +225,11 @@ class Api:
         events, leave = self.submit(model, ask)
         last, gone = asyncio.create_task(last_event(events)), asyncio.create_task(wait_for_disconnect(request))
         try:
-            most = 2 * self.limits.answer_seconds
-            await asyncio.wait((last, gone), timeout=most, return_when=asyncio.FIRST_COMPLETED)
+            timeout = self._most_seconds
+            await asyncio.wait((last, gone), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             if gone.done() and not last.done():
                 raise HTTPException(499, "the client went away.")
-            if not last.done():
-                raise HTTPException(504, f"the maps were not made in {most:g} s; ask for fewer classes or depths.")
-            if isinstance(event := last.result(), Failed):
+            if isinstance(event := last.result() if last.done() else late(timeout), Failed):
                 # An HTTPException, since the framework closes the connection after any other error.
                 raise HTTPException(*status_of(event.error))
             return event
@@ -256,7 +260,8 @@ class Api:
         """
         model, ask, options = await self.ask(request, options, refined=True)
         events, leave = self.submit(model, ask)
-        return EventResponse(event_stream(model, ask, options, events), leave, self.limits.answer_seconds)
+        stream = event_stream(model, ask, options, events, self._most_seconds)
+        return EventResponse(stream, leave, self._most_seconds + self.limits.upload_seconds)
 
     # Images and models.
 
@@ -334,32 +339,55 @@ class Events(asyncio.Queue[Event]):
 
 
 class EventResponse(StreamingResponse):
-    """A response of server-sent events, with a time limit; `leave` is called at its end, also after an error."""
+    """A response of server-sent events; `leave` is called at its end, also after an error.
+
+    A client that has not read them after `seconds` is disconnected.
+    """
 
     def __init__(self, events: AsyncIterator[bytes], leave: Callable[[], None], seconds: float) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
         self._leave, self._seconds = leave, seconds
 
-    async def __call__(self, *scope: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response; the arguments are those of ASGI."""
         try:
-            async with asyncio.timeout(2 * self._seconds):
-                await super().__call__(*scope)
+            async with asyncio.timeout(self._seconds) as time_limit:
+                await super().__call__(scope, receive, send)
+        except TimeoutError:
+            connection = scope["state"].get("connection")
+            if connection is None or not time_limit.expired():
+                raise
+            connection.transport.abort()
+            # The server takes it for an error of ours if this ends before the connection has.
+            while (await receive())["type"] != "http.disconnect":
+                pass
         finally:
             self._leave()
 
 
 async def event_stream(
-    model: ServedModel, ask: Ask, options: Options, events: asyncio.Queue[Event]
+    model: ServedModel, ask: Ask, options: Options, events: asyncio.Queue[Event], seconds: float
 ) -> AsyncIterator[bytes]:
-    """Yield the events of a job as server-sent events, with comments that keep an idle connection open."""
+    """Yield the events of a job as server-sent events, with comments that keep an idle connection open.
+
+    Args:
+        model: the served model.
+        ask: the request.
+        options: options of the client.
+        events: of the job.
+        seconds: after which the job fails.
+    """
     predicted: Predicted | None = None
+    end = time.monotonic() + seconds
     while True:
+        event: Event
         try:
-            event = await asyncio.wait_for(events.get(), KEEP_ALIVE)
+            event = await asyncio.wait_for(events.get(), min(KEEP_ALIVE, end - time.monotonic()))
         except TimeoutError:
-            yield b": waiting\n\n"
-            continue
+            if time.monotonic() < end:
+                yield b": waiting\n\n"
+                continue
+            event = late(seconds)
         if isinstance(event, Predicted):
             predicted = event
             yield formats.event("prediction", formats.prediction(model, event))
@@ -375,6 +403,11 @@ async def event_stream(
             status, detail, _ = status_of(event.error)
             yield formats.event("error", {"status": status, "detail": detail})
             return
+
+
+def late(seconds: float) -> Failed:
+    """Return the end of a job whose maps were not made in time."""
+    return Failed(DeadlineError(f"the maps were not made in {seconds:g} s; ask for fewer classes or depths."))
 
 
 def deadline_of(request: Request, options: Options) -> float | None:

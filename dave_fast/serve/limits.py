@@ -30,7 +30,8 @@ class Limits:
             health and metrics are answered and other requests refused.
         header_seconds: seconds that a client may take to send its headers.
         upload_seconds: seconds that a client may take to send its body, or to read what it was sent.
-        answer_seconds: seconds after which a request is answered with the samples that are done.
+        answer_seconds: seconds after which a request is answered with the samples that are done; it fails after
+            twice as many if its maps are not made.
         stored_images: images stored for later requests.
         stored_seconds: seconds that an image is stored.
         drain_seconds: seconds to finish the accepted requests after SIGTERM.

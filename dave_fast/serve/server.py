@@ -187,7 +187,7 @@ class Server(uvicorn.Server):
             self.force_exit = self.should_exit = True
 
     async def _drain(self) -> None:
-        """Wait for the accepted requests; cut them short at the deadline; then stop."""
+        """Wait for the accepted requests; cut them short at the deadline, fail those that do not end; then stop."""
         deadline = time.monotonic() + self.drain_seconds
         while self.service.jobs() and time.monotonic() < deadline:
             await asyncio.sleep(_LOOK)
@@ -197,6 +197,7 @@ class Server(uvicorn.Server):
             self.service.cut(job, "shutdown")
         while self.service.jobs() and time.monotonic() < deadline:
             await asyncio.sleep(_LOOK)
+        self.service.fail_all()
         await asyncio.sleep(_FLUSH)
         self.should_exit = True
 

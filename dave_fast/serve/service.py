@@ -167,11 +167,15 @@ class Service:
         failing = [worker.name for worker in self.workers if not worker.ready]
         return f"worker {', '.join(failing)} keeps failing" if len(failing) == len(self.workers) else None
 
+    def fail_all(self) -> None:
+        """Fail the requests that are not answered."""
+        for job in self.jobs():
+            self.shared.fail(job, DeadlineError("the server was shut down."))
+
     def stop(self) -> None:
         """Fail the requests that are not answered, and end the threads."""
         self.drain()
-        for job in self.jobs():
-            self.shared.fail(job, DeadlineError("the server was shut down."))
+        self.fail_all()
         with self.shared.lock:
             self.shared.stopping = True
             self.shared.lock.notify_all()

@@ -158,8 +158,8 @@ def test_garbage_is_refused(server, name):
 
 # Connections that never read, or stall.
 
-# Seconds: twice `answer_seconds` for a stream, 5 s in which uvicorn waits for another request, and as many for a
-# process that is busy with all of these at once.
+# Seconds: twice `answer_seconds` and `upload_seconds` for a stream, 5 s in which uvicorn waits for another request, and
+# as many for a process that is busy with all of these at once.
 GONE_S = 14.0
 PHOTO = bodies.photo()
 NPZ = request("/v1/explain?n_samples=1", PHOTO).replace(b"host: x\r\n", b"host: x\r\naccept: application/x-npz\r\n")

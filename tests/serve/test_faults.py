@@ -1,5 +1,6 @@
 """Tests of faults: clients that disconnect, are slow or send wrong headers, workers that fail, and shutdown."""
 
+import asyncio
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import sys
 import threading
 from contextlib import suppress
 from dataclasses import replace
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -18,7 +20,8 @@ from typer.testing import CliRunner
 from dave_fast.cli import app as cli
 from dave_fast.client import Client, ServerError
 from dave_fast.engine.levels import Pulled
-from dave_fast.errors import InputError
+from dave_fast.errors import InputError, NonFiniteError
+from dave_fast.serve.api import EventResponse
 from dave_fast.serve.limits import Limits
 from dave_fast.serve.schemas import MOST_DEPTHS
 from tests.serve.tiny_server import PATIENCE, serve_model, serving, until
@@ -271,7 +274,96 @@ def test_an_answer_that_is_not_read_is_held_in_the_account_until_it_is_or_its_ti
             until(lambda: service.account.now == 0)
 
 
+@pytest.fixture
+def stuck(monkeypatch):
+    """Let maps wait until the event that this returns is set."""
+    go_on = threading.Event()
+
+    def wait(*_):
+        assert go_on.wait(PATIENCE)
+        raise NonFiniteError("nobody waits for this map any more")
+
+    monkeypatch.setattr("dave_fast.serve.maps.make_class", wait)
+    yield go_on
+    go_on.set()
+
+
+TIMED = Limits(answer_seconds=0.3, upload_seconds=60)
+
+
+def test_maps_that_are_not_made_in_time_are_answered_with_504(stuck, photo, caplog):
+    with serving(TIMED) as (address, service), Client(address, retries=0) as client:
+        with pytest.raises(ServerError, match=r"not made in 0.6 s; ask for fewer classes") as failed:
+            client.explain(photo, n_samples=2)
+        assert failed.value.status == 504
+        with pytest.raises(ServerError, match=r"504.*not made in 0.6 s"):
+            list(client.stream(photo, n_samples=2))
+        until(lambda: not service.jobs())
+        stuck.set()
+    assert not [record for record in caplog.records if record.levelname == "ERROR" or record.exc_info]
+
+
+@pytest.mark.parametrize("spec_version", ["2.3", "2.4"])
+def test_a_stream_that_is_read_too_slowly_ends_with_its_connection(spec_version):
+    ended, left = asyncio.Event(), []
+
+    async def events():
+        while True:
+            yield b": waiting\n\n"
+
+    async def receive():
+        await ended.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        await asyncio.sleep(0.01)
+
+    connection = SimpleNamespace(transport=SimpleNamespace(abort=ended.set))
+    scope = {"type": "http", "asgi": {"spec_version": spec_version}, "state": {"connection": connection}}
+    response = EventResponse(events(), lambda: left.append(ended.is_set()), 0.1)
+    asyncio.run(asyncio.wait_for(response(scope, receive, send), PATIENCE))
+    assert left == [True]
+
+
+@pytest.mark.parametrize("error", [TimeoutError("of the model"), RuntimeError("broken")])
+def test_an_error_amid_a_stream_is_not_taken_for_a_slow_client(error):
+    left = []
+
+    async def events():
+        yield b": waiting\n\n"
+        raise error
+
+    async def receive():
+        await asyncio.sleep(PATIENCE)
+
+    async def send(message):
+        pass
+
+    scope = {"type": "http", "asgi": {"spec_version": "2.3"}, "state": {"connection": None}}
+    with pytest.raises((type(error), ExceptionGroup)) as raised:
+        asyncio.run(EventResponse(events(), lambda: left.append(True), PATIENCE)(scope, receive, send))
+    assert error in (raised.value, *getattr(raised.value, "exceptions", ())) and left == [True]
+
+
 # Shutdown.
+
+
+def test_maps_that_are_not_made_at_the_shutdown_are_answered_with_504(stuck, photo, caplog):
+    told = []
+
+    def ask():
+        with Client(address, retries=0) as client, pytest.raises(ServerError) as failed:
+            client.explain(photo, n_samples=2)
+        told.append((failed.value.status, failed.value.detail))
+        stuck.set()
+
+    asking = threading.Thread(target=ask)
+    with serving(Limits(drain_seconds=0.2)) as (address, service):
+        asking.start()
+        until(lambda: any(job.making for job in service.jobs()))
+    asking.join(PATIENCE)
+    assert told == [(504, "the server was shut down.")]
+    assert not [record for record in caplog.records if record.levelname == "ERROR" or record.exc_info]
 
 
 @pytest.fixture
