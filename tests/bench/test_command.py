@@ -132,6 +132,7 @@ def test_a_worker_that_fails_says_why_and_is_ended():
     assert process.poll() is not None
 
 
+@pytest.mark.slow
 def test_a_revision_of_another_layout_is_refused(tmp_path):
     (tmp_path / "dave_fast").mkdir()
     (tmp_path / "dave_fast" / "__init__.py").touch()

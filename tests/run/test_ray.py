@@ -233,16 +233,15 @@ def test_a_damaged_tar_fails_the_run_after_all_else_is_explained(cluster, tars, 
     assert found == [f"t-{shard}/{number}" for shard in range(2) for number in range(4)]
 
 
+@pytest.mark.slow
 def test_limit_counts_the_records_of_tars(cluster, tars, tmp_path):
     assert stubs.run(tars, tmp_path / "out", engine="ray", limit=3).records == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "message"),
-    [
-        ("memory", "out of memory with one image at a time"),
-        pytest.param("raise", "ZeroDivisionError: in the mapper", marks=pytest.mark.slow),
-    ],
+    [("memory", "out of memory with one image at a time"), ("raise", "ZeroDivisionError: in the mapper")],
 )
 def test_finished_records_are_kept_when_the_mapper_fails(cluster, pictures, tmp_path, fault, message):
     out = tmp_path / "out"

@@ -67,7 +67,7 @@ def test_killed_while_committing(images, tmp_path, step):
     check(out, ids_of(images))
 
 
-@pytest.mark.parametrize("step", ["fsync", "replace"])
+@pytest.mark.parametrize("step", [pytest.param("fsync", marks=pytest.mark.slow), "replace"])
 def test_full_disk(images, tmp_path, step):
     out = tmp_path / "out"
     with pytest.raises(InputError, match=r"cannot write .*no space left on device"):

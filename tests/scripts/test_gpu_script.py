@@ -595,6 +595,7 @@ def test_a_cache_of_triton_is_found_in_another_folder(tmp_path):
     assert kernel.get_group("k.json") == {name: str(there / "KEY" / name) for name in ("k.cubin", "k.json")}
 
 
+@pytest.mark.slow
 def test_kernels_are_compiled_for_the_cache_without_a_gpu(tmp_path, monkeypatch):
     precompile = pytest.importorskip("benchmarks.gpu.precompile")
     monkeypatch.setattr(precompile, "PRECISIONS", ("bf16",))
