@@ -37,6 +37,10 @@ Attribute = tuple[str, str]
 # first, which is faster.
 WORD, GROUP, COLUMNS = 8, 7, 509
 HOST = torch.device("cpu")
+# where all that the methods of a class may call is: scopes, and names in them
+Places = tuple[tuple[dict[str, Any], str], ...]
+# those of each class, and functions that return what stood there when they were found, None if it is gone
+_known_places: weakref.WeakKeyDictionary[type, tuple[Places, list[Callable[[], object]]]] = weakref.WeakKeyDictionary()
 # containers of functions and objects that have more items are data, of which the number of items is compared
 _LONGEST = 1000
 
@@ -233,28 +237,34 @@ def _members(owner: type) -> list[object]:
 class _Same:
     """An object that is compared by its identity, and not kept alive where its class allows weak references."""
 
-    __slots__ = ("_get",)
+    __slots__ = ("get",)
 
     def __init__(self, value: object) -> None:
-        self._get: Callable[[], object]
+        self.get: Callable[[], object]
         try:
-            self._get = weakref.ref(value)
+            self.get = weakref.ref(value)
         except TypeError:
             # held, so that no other one gets its address
-            self._get = lambda: value
+            self.get = lambda: value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and (value := self._get()) is not None and other._get() is value
+        return isinstance(other, _Same) and (value := self.get()) is not None and other.get() is value
 
 
-def _called(owner: type) -> tuple[object, ...]:
-    """Return the functions that the methods of a class call by global names."""
-    return tuple([scope.get(name) for scope, name in _places(owner)])
+def _called(owner: type) -> list[object]:
+    """Return the functions, classes and callable objects that the methods of a class call by global names."""
+    places, found = _known_places.get(owner) or ((), None)
+    values = [scope.get(name) for scope, name in places]
+    # What stands at a place tells which other places there are: where it is another one, they are found anew.
+    if found is None or any(get() is not value for get, value in zip(found, values, strict=True)):
+        places = _places(owner)
+        values = [scope.get(name) for scope, name in places]
+        _known_places[owner] = places, [_Same(value).get for value in values]
+    return [value if isinstance(value, FUNCTIONS) else _Same(value) for value in values]
 
 
-@lru_cache(maxsize=1024)
-def _places(owner: type) -> tuple[tuple[dict[str, Any], str], ...]:
-    """Return where the functions are that the methods of a class call: scopes, and names in them.
+def _places(owner: type) -> Places:
+    """Return where all that the methods of a class may call is: scopes, and names in them.
 
     Those of torch.nn.functional are among them, which other projects replace. Functions of the same library are
     followed into those that they call, except within PyTorch.
@@ -266,7 +276,7 @@ def _places(owner: type) -> tuple[tuple[dict[str, Any], str], ...]:
         for name in function.__code__.co_names:
             scope = function.__globals__ if name in function.__globals__ else vars(torch.nn.functional)
             value = scope.get(name)
-            if isinstance(value, FUNCTIONS) and (id(scope), name) not in places:
+            if callable(value) and (id(scope), name) not in places:
                 places[id(scope), name] = scope, name
                 own = str(getattr(value, "__module__", "")).partition(".")[0] == library
                 pending += _functions([value]) if own and library != "torch" else []

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from dave_fast import DAVE
+from dave_fast.models.fingerprint import _known_places
 from tests.engine.cases import EXPLAINED, REFUSED, answer, expectation, judged, off, outcome, thinned
 from tests.engine.effects import effects
 from tests.engine.own_models import Own, images, own_model
@@ -174,6 +175,30 @@ def test_what_changes_between_two_calls_is_explained_as_long_as_it_is_there(what
         found = judged(expected, lambda: answer(explainer, given))
         # a function in Python that stands for another one in Python may be refused
         assert found == EXPLAINED or what == "a norm"
+    assert off(answer(explainer, given)[0], before) < OF_THE_TRUTH["fp64"]
+
+
+@pytest.mark.parametrize("kind", ["object", "function", "partial"])
+def test_what_a_model_calls_is_watched_though_something_else_stood_there_when_its_class_was_first_seen(kind: str):
+    """A replacement at the first sight of a class must not hide later ones at the same place."""
+    attention = F.scaled_dot_product_attention
+
+    def weighted(*args: Any, **kwargs: Any) -> Tensor:
+        return _weight(attention(*args, **kwargs))
+
+    first = {"object": Wrapped(attention, _weight), "function": weighted, "partial": functools.partial(weighted)}[kind]
+    model, given = ENGINE["vit-average"].build(), ENGINE["vit-average"].images()
+    _known_places.clear()
+    with ExitStack() as undo:
+        replace(undo, F, "scaled_dot_product_attention", first)
+        answer(DAVE(model, precision="fp64", noise_alpha=0.0), given)
+    explainer = DAVE(model, precision="fp64", noise_alpha=0.0)
+    before, _ = answer(explainer, given)
+    with ExitStack() as undo:
+        replace(undo, F, "scaled_dot_product_attention", weighted)
+        expected = expectation(lambda: copy.deepcopy(model), given)
+        assert off(before, expected[1]) > 0.01
+        assert judged(expected, lambda: answer(explainer, given)) == EXPLAINED
     assert off(answer(explainer, given)[0], before) < OF_THE_TRUTH["fp64"]
 
 

@@ -1,11 +1,16 @@
 """Tests of fingerprints: structure is compared on the host, values by checksums of their bits."""
 
+import functools
+import sys
+import types
+from unittest.mock import Mock
+
 import pytest
 import torch
 from torch import nn
 
 from dave_fast.models import fingerprint as weights
-from dave_fast.models.fingerprint import COLUMNS, GROUP, WORD, State, checksums, fingerprint
+from dave_fast.models.fingerprint import COLUMNS, GROUP, WORD, State, checksums, fingerprint, structure
 
 LARGE = 8000  # float32 values are more than 28 KiB, of which one group of rows is summed
 
@@ -187,3 +192,40 @@ def test_a_hook_at_the_address_of_a_removed_one_changes_the_structure():
         handle.remove()
         register(hook)
         assert before != weights.structure(made)
+
+
+LIBRARY = """
+from torch import nn
+
+def inner(x):
+    return 2 * x
+
+def outer(x):
+    return inner(x)
+
+class Double(nn.Module):
+    def forward(self, x):
+        return outer(x)
+"""
+
+
+@pytest.mark.parametrize("first", ["object", "function", "partial", "class", "itself"])
+def test_functions_are_followed_anew_where_another_one_stood_when_the_class_was_first_seen(first, monkeypatch):
+    library = types.ModuleType("library")
+    monkeypatch.setitem(sys.modules, "library", library)
+    exec(LIBRARY, vars(library))
+    model, outer = library.Double(), library.outer
+    stand_ins = {
+        "object": Mock(),
+        "function": lambda x: 3 * x,
+        "partial": functools.partial(outer),
+        "class": type("Outer", (), {}),
+        "itself": outer,
+    }
+    library.outer = stand_ins[first]
+    structure(model)
+    library.outer = outer
+    before = structure(model)
+    assert structure(model) == before
+    library.inner = lambda x: 3 * x
+    assert structure(model) != before
