@@ -112,11 +112,38 @@ class Geometry:
         """
         self.resizing_bytes(*image.size, max_pixels)
         image = image.resize(self.resized(*image.size), self.resample)
-        height, width = self.size
-        missing = max(0, width - image.width), max(0, height - image.height)
-        if any(missing):
-            (left, right), (top, bottom) = ((each // 2, (each + 1) // 2) for each in missing)
+        (left, right), (top, bottom) = self._margins(*image.size)
+        if max(left, right, top, bottom):
             image = ImageOps.expand(image, (left, top, right, bottom), self.fill)
-        spare = image.width - width, image.height - height
-        left, top = (each // 2 if self.floor else round(each / 2) for each in spare)
+        height, width = self.size
+        left, top = self._offset(*image.size)
         return image.crop((left, top, left + width, top + height))
+
+    def seen(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """Return left, top, right and bottom of what the crop shows of a photograph, in the photograph's pixels.
+
+        Borders that are added lie outside of the photograph: below 0, or beyond its width and height.
+
+        Args:
+            width: of the photograph.
+            height: of the photograph.
+        """
+        wide, high = self.resized(width, height)
+        (before, after), (above, below) = self._margins(wide, high)
+        left, top = self._offset(wide + before + after, high + above + below)
+        across, down = width / wide, height / high
+        left, top = left - before, top - above
+        return left * across, top * down, (left + self.size[1]) * across, (top + self.size[0]) * down
+
+    def _margins(self, width: int, height: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return the pixels to add at the left and right, and at the top and bottom, of a resized photograph."""
+        missing = max(0, self.size[1] - width), max(0, self.size[0] - height)
+        across, down = ((each // 2, (each + 1) // 2) for each in missing)
+        return across, down
+
+    def _offset(self, width: int, height: int) -> tuple[int, int]:
+        """Return left and top of the crop of a resized photograph."""
+        left, top = (
+            each // 2 if self.floor else round(each / 2) for each in (width - self.size[1], height - self.size[0])
+        )
+        return left, top

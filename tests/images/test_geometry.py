@@ -73,3 +73,22 @@ def test_a_thin_picture_within_a_border_keeps_a_row_or_column(size, input_size, 
 def test_an_unknown_interpolation_is_named():
     with pytest.raises(InputError, match="'best' is unknown; expected one of nearest"):
         Geometry.from_config({"input_size": (3, 8, 8), "interpolation": "best"})
+
+
+@pytest.mark.parametrize("config", [each for each in CONFIGS if each["interpolation"] not in ("nearest", "box")], ids=str)
+@pytest.mark.parametrize("size", [(60, 40), (40, 60), (101, 97), (220, 45)], ids=str)
+def test_seen_says_where_in_the_photograph_each_pixel_of_the_crop_lies(config, size):
+    geometry = Geometry.from_config(config | {"mean": (0,) * 3})
+    across, down = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
+    picture = Image.fromarray(np.stack([across, down, 0 * across + 255], 2).astype(np.uint8))
+    crop = np.asarray(geometry.crop(picture), float)
+    left, top, right, bottom = geometry.seen(*size)
+    height, width = geometry.size
+    x = left + (np.arange(width) + 0.5) * (right - left) / width - 0.5
+    y = top + (np.arange(height) + 0.5) * (bottom - top) / height - 0.5
+    # away from the edges, where a ramp stays one
+    step = 2 * max(1, (right - left) / width, (bottom - top) / height)
+    inside = np.ix_((y > step) & (y < size[1] - 1 - step), (x > step) & (x < size[0] - 1 - step))
+    assert crop[inside].size > 100
+    np.testing.assert_allclose(crop[..., 0][inside], np.broadcast_to(x, crop.shape[:2])[inside], atol=0.6)
+    np.testing.assert_allclose(crop[..., 1][inside], np.broadcast_to(y[:, None], crop.shape[:2])[inside], atol=0.6)
