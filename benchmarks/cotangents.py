@@ -28,7 +28,7 @@ from torch import Tensor
 import dave_fast
 from benchmarks import machine
 from dave_fast.bench.timing import in_turns, spread
-from dave_fast.images.drawing import save_figure
+from dave_fast.images.figures import save_figure
 from dave_fast.targets import Contrast, Target
 
 COUNTS = (1, 2, 5, 10, 50)

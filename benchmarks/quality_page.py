@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.quality_forms import AUTHORS
 from dave_fast.bench.machine import slug
 from dave_fast.bench.report import duration
-from dave_fast.images.drawing import save_figure
+from dave_fast.images.figures import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -20,6 +20,9 @@ Messages say what was given, what was expected, and what to do next.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
+
 
 class DaveFastError(Exception):
     """Base class of the exceptions of dave-fast."""
@@ -93,6 +96,12 @@ def reason_of(error: Exception) -> str:
         return (error.strerror[0].lower() + error.strerror[1:]).rstrip(".")
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".")[:300] if lines else type(error).__name__
+
+
+def suggestion(name: str, known: Sequence[str], listing: str) -> str:
+    """Return a hint for an unknown name: the known names nearest to it, otherwise the call that lists them."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(near)}?" if near else f"see {listing}."
 
 
 def is_out_of_memory(error: BaseException) -> bool:

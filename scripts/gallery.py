@@ -31,9 +31,9 @@ import dave_fast
 from dave_fast.errors import InputError
 from dave_fast.evaluate.metrics import correlation
 from dave_fast.files import atomically
-from dave_fast.images import Preprocessing, preprocessing, read_image
-from dave_fast.images import drawing as figures
-from dave_fast.images.drawing import Panel
+from dave_fast.images import Preprocessing, figures, preprocessing, read_image
+from dave_fast.images.drawing import percent
+from dave_fast.images.figures import Panel
 from dave_fast.models.labels import Labels, labels_of
 from dave_fast.models.meaning import probabilities
 from dave_fast.targets import Contrast, Patch, Sum, Target, tokens_of
@@ -242,7 +242,7 @@ def resolutions(subject: GallerySubject) -> GalleryFigure | None:
         inputs, crop = preprocessing(resized, size)(subject.image)
         found = explainer.explain(inputs, subject.first, n_samples=subject.n_samples)
         panels.append(Panel(found.maps[0].cpu().numpy(), "×".join(map(str, size)), crop=crop))
-        told.append(f"{figures.percent(float(found.probability[0]))} at {panels[-1].name}")
+        told.append(f"{percent(float(found.probability[0]))} at {panels[-1].name}")
     text = (
         "The same image at other sizes, position embeddings resampled: a map has the resolution of its input. What the "
         f"model believes changes with the size too, so look at both. Probability of “{subject.name(subject.first)}”: "

@@ -42,7 +42,7 @@ def hero(photographs: Photographs) -> list[list[Cell]]:
         [
             (f"Why “{name}”?", drawing.plain_map(of_class.maps[0].numpy())),
             ("What is its embedding made of?", drawing.plain_map(of_image.maps[0].numpy())),
-            ("What tells spoon from coffee?", drawing.signed_overlay(coffee, signed(photographs.of_patches))),
+            ("What tells spoon from coffee?", drawing.overlay(coffee, signed(photographs.of_patches), signed=True)),
         ],
     ]
 

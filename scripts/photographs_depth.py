@@ -62,7 +62,7 @@ def two_animals(photographs: Photographs) -> list[list[Cell]]:
         [
             ("cat − raccoon", framed(crop, {UPPER: BLUE, LOWER: ORANGE})),
             *(
-                (f"{name}: {percent(part.sum() / of.abs().sum())}", drawing.signed_map(of.numpy()))
+                (f"{name}: {percent(part.sum() / of.abs().sum())}", drawing.plain_map(of.numpy(), signed=True))
                 for name, of, part in zip(names, differences, right, strict=True)
             ),
         ],

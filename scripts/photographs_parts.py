@@ -115,7 +115,7 @@ def blended(values: Tensor) -> Tensor:
 def contrast_row(photograph: Image.Image, crop: np.ndarray, found: Explanation, names: tuple[str, str]) -> list[Cell]:
     """Return a row: the photograph, the maps of two questions, their difference over the photograph."""
     maps = [(name, drawing.plain_map(heat.numpy())) for name, heat in zip(names, found.maps[0], strict=False)]
-    return [("", photograph), *maps, (" − ".join(names), drawing.signed_overlay(crop, signed(found)))]
+    return [("", photograph), *maps, (" − ".join(names), drawing.overlay(crop, signed(found), signed=True))]
 
 
 def stacked(photographs: Photographs, *names: str) -> np.ndarray:

@@ -11,7 +11,7 @@ from dave_fast.bench.machine import slug
 from dave_fast.bench.report import duration, engine_cells, why_missing
 from dave_fast.defaults import DEFAULT_SAMPLES
 from dave_fast.files import atomically
-from dave_fast.images.drawing import save_figure
+from dave_fast.images.figures import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -133,7 +133,7 @@ def picture(found: Tuning, path: Path) -> None:
     from matplotlib.figure import Figure
 
     from dave_fast.evaluate.tuning import KEPT
-    from dave_fast.images.drawing import save_figure
+    from dave_fast.images.figures import save_figure
 
     with mpl.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(5.6, 2.7), dpi=200, layout="constrained")

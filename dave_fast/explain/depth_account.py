@@ -15,7 +15,7 @@ from dave_fast.engine.levels import Levels, blocks_of, levels_of
 from dave_fast.engine.micro_batches import MicroBatches
 from dave_fast.errors import InputError
 from dave_fast.explain.depth import name_of, place_of
-from dave_fast.images import drawing
+from dave_fast.images import figures
 from dave_fast.sampling import identity
 from dave_fast.targets.cotangents import Cotangent
 
@@ -191,7 +191,7 @@ def _figure(depths: Depths) -> Image.Image:
         )
     width = max(_WIDTH, _LEFT + _BAR * len(rows[0].parts) + 0.1)
     height = _TOP + len(rows) * (_HEIGHT + _GAP) + _BOTTOM
-    figure = Figure(figsize=(width, height), dpi=drawing.DPI)
+    figure = Figure(figsize=(width, height), dpi=figures.DPI)
     canvas = FigureCanvasAgg(figure)
     for number, row in enumerate(rows):
         bottom = height - _TOP - (number + 1) * (_HEIGHT + _GAP) + 0.2
@@ -203,12 +203,12 @@ def _figure(depths: Depths) -> Image.Image:
         bbox_to_anchor=(_LEFT / width, 1),
         ncols=len(PARTS),
         frameon=False,
-        fontsize=drawing.SMALL,
+        fontsize=figures.SMALL,
         handlelength=1,
         borderpad=0.3,
         borderaxespad=0,
     )
-    axes.set_xlabel(f"tokens that enter block …\n{NOTE}", fontsize=drawing.SMALL - 0.5, labelpad=2)
+    axes.set_xlabel(f"tokens that enter block …\n{NOTE}", fontsize=figures.SMALL - 0.5, labelpad=2)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
 
@@ -222,15 +222,15 @@ def _draw(axes: Axes, row: _Row) -> None:
         above, below = above + values.clamp(min=0), below + values.clamp(max=0)
     for depth, top in enumerate(above.tolist()):
         text = axes.annotate(row.share(depth), (depth, top), (0, 1.5), textcoords="offset points", ha="center")
-        text.set(fontsize=drawing.SMALL - 1.5, color=drawing.GREY)
+        text.set(fontsize=figures.SMALL - 1.5, color=figures.GREY)
     axes.axhline(0, color="black", lw=0.6)
     axes.axhline(row.score, color="black", lw=0.6, ls="--")
     axes.set_xticks(list(at), ["pixels", *(str(block) for block in at[:-1])])
-    axes.tick_params(labelsize=drawing.SMALL - 0.5, length=2, width=0.5)
+    axes.tick_params(labelsize=figures.SMALL - 0.5, length=2, width=0.5)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
     axes.margins(x=0.02, y=0.12)
     title = f"{_named(row)} (dashed), the sum of each bar; %: share of tokens"
-    axes.set_title(title.replace("-", "−"), fontsize=drawing.SMALL, loc="left", pad=4)
+    axes.set_title(title.replace("-", "−"), fontsize=figures.SMALL, loc="left", pad=4)
 
 
 def _named(row: _Row) -> str:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dave_fast.errors import InputError, ModelError, UnknownModelError
+from dave_fast.errors import InputError, ModelError, UnknownModelError, suggestion
 from dave_fast.images import describe_preprocessing
 from dave_fast.models.adapter import Adapter, SimilarityLogit, check_texts
 from dave_fast.models.hub import loading
 from dave_fast.models.huggingface_files import Place, no_code
 from dave_fast.models.limits import limited_memory
-from dave_fast.models.spec import ModelSpec, suggestion
+from dave_fast.models.spec import ModelSpec
 from dave_fast.models.weights_file import load_weights
 
 

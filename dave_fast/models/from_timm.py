@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from dave_fast.errors import InputError, UnknownModelError
+from dave_fast.errors import InputError, UnknownModelError, suggestion
 from dave_fast.models.hub import loading
 from dave_fast.models.huggingface_files import Place
 from dave_fast.models.limits import limited_memory
-from dave_fast.models.spec import ModelSpec, suggestion
+from dave_fast.models.spec import ModelSpec
 from dave_fast.models.weights_file import load_weights
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from dave_fast.errors import UnknownModelError
+from dave_fast.errors import UnknownModelError, suggestion
 from dave_fast.images import describe_preprocessing
 from dave_fast.models.hub import download, loading
-from dave_fast.models.spec import ModelSpec, suggestion
+from dave_fast.models.spec import ModelSpec
 from dave_fast.models.weights_file import load_weights
 
 

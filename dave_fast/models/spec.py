@@ -13,7 +13,6 @@ A `ModelSpec` adds the file of weights, the number of classes and the class name
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections.abc import Sequence
@@ -109,12 +108,6 @@ class ModelSpec:
     def pretrained(self) -> bool:
         """Whether the weights are those of the name, not from a file and not random."""
         return self.weights is None and not self.random_weights
-
-
-def suggestion(name: str, known: Sequence[str], listing: str) -> str:
-    """Return a hint for an unknown name: the known names nearest to it, otherwise the call that lists them."""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    return f"did you mean {' or '.join(near)}?" if near else f"see {listing}."
 
 
 def as_spec(model: str | ModelSpec) -> ModelSpec:

@@ -75,7 +75,9 @@ def test_an_unknown_interpolation_is_named():
         Geometry.from_config({"input_size": (3, 8, 8), "interpolation": "best"})
 
 
-@pytest.mark.parametrize("config", [each for each in CONFIGS if each["interpolation"] not in ("nearest", "box")], ids=str)
+@pytest.mark.parametrize(
+    "config", [each for each in CONFIGS if each["interpolation"] not in ("nearest", "box")], ids=str
+)
 @pytest.mark.parametrize("size", [(60, 40), (40, 60), (101, 97), (220, 45)], ids=str)
 def test_seen_says_where_in_the_photograph_each_pixel_of_the_crop_lies(config, size):
     geometry = Geometry.from_config(config | {"mean": (0,) * 3})
