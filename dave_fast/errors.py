@@ -14,6 +14,7 @@
     └── NonFiniteError        (ArithmeticError) NaN or infinity in images, logits or maps
 
     ImageWarning              (UserWarning)   an image file of which something had to be assumed
+    InputWarning              (UserWarning)   images that look as if they were not what the model expects
 
 Messages say what was given, what was expected, and what to do next.
 """
@@ -84,6 +85,10 @@ class NonFiniteError(DaveFastError, ArithmeticError):
 
 class ImageWarning(UserWarning):
     """An image file that does not say all that its pixels mean, so that something was assumed; once for a file."""
+
+
+class InputWarning(UserWarning):
+    """Images that look as if they were not what the model expects, and are explained all the same."""
 
 
 def reason_of(error: Exception) -> str:

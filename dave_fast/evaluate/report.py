@@ -208,7 +208,7 @@ def _pictures(one: dict[str, Any], shown: Sequence[str], about: About) -> list[I
     """Return the input and the map of each method, with the outline of the object if it is known."""
     mask = one["mask"].numpy()
     size = min(SHORTEST_SIDE // 2, 224)
-    made = [Image.fromarray(about.prepare.pixels(one["image"]))]
+    made = [Image.fromarray(about.prepare.pixels(one["image"]).cpu().numpy())]
     made += [plain_map(one["maps"][name].float().cpu().numpy()) for name in shown if name in one["maps"]]
     fitted = [ImageOps.scale(picture, size / min(picture.size), Image.Resampling.LANCZOS) for picture in made]
     return [_outlined(picture, mask) for picture in fitted]

@@ -38,19 +38,27 @@ import numpy as np
 
 from dave_fast._version import __version__
 from dave_fast.explain.depth import PIXELS
+from dave_fast.explain.pictures import Scored
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dave_fast.explain.explainer import DAVE
 
-# A class, its name and its probability.
-Scored = tuple[int, str, float]
+
+def write_arrays(file: IO[bytes], explainer: DAVE, **of_image: Any) -> None:
+    """Write an explained image as `.npz`.
+
+    Args:
+        file: a binary file, open for writing.
+        explainer: what made the maps; its precision and noise level are written.
+        of_image: all other arguments of `arrays_of`.
+    """
+    made = arrays_of(precision=explainer.precision, noise_alpha=explainer.sampling.noise_alpha, **of_image)
+    np.savez_compressed(file, **made)
 
 
-def write_arrays(
-    file: IO[bytes],
-    explainer: DAVE,
+def arrays_of(
     *,
     maps: Tensor,
     raw: Tensor,
@@ -62,16 +70,16 @@ def write_arrays(
     seed: int,
     shrink: bool,
     model: str,
+    precision: str,
+    noise_alpha: float,
     depths: Sequence[str | int] = (PIXELS,),
     image: str = "",
     errors: Sequence[float] | None = None,
     error_bounds: Sequence[float] | None = None,
-) -> None:
-    """Write an explained image as `.npz`.
+) -> dict[str, Any]:
+    """Return the content of the file of an explained image.
 
     Args:
-        file: a binary file, open for writing.
-        explainer: what made the maps; its precision and noise level are written.
         maps: (K, H, W), of several depths (K, L, H, W).
         raw: (K, C, H, W), of several depths (K, L, C, H, W).
         crop: (H, W, 3) uint8.
@@ -82,6 +90,8 @@ def write_arrays(
         seed: of the samples.
         shrink: whether the maps are shrunk.
         model: the model's name.
+        precision: of the computation.
+        noise_alpha: the largest noise level.
         depths: of the maps, resolved ones such as "pixels", 6 or "5-9".
         image: the path of the photograph.
         errors: of the K maps; None where they were not estimated.
@@ -90,7 +100,7 @@ def write_arrays(
     unknown = [np.inf] * len(targets)
     # An integer outside of 64 bits would need pickle, and draws depend on the seed modulo 2⁶⁴ alone.
     kept_seed = np.int64(seed) if abs(seed) < 2**63 else np.uint64(seed % 2**64)
-    arrays: dict[str, Any] = {
+    return {
         "maps": maps.cpu().numpy(),
         "raw": raw.cpu().numpy(),
         "input": crop,
@@ -101,15 +111,14 @@ def write_arrays(
         "samples": np.int64(samples),
         "n_samples": np.int64(n_samples),
         "seed": kept_seed,
-        "noise_alpha": np.float64(explainer.sampling.noise_alpha),
+        "noise_alpha": np.float64(noise_alpha),
         "shrink": np.bool_(shrink),
         "depth": ",".join(map(str, depths)),
         "model": model,
-        "precision": explainer.precision,
+        "precision": precision,
         "dave_fast_version": __version__,
         "image": image,
     }
-    np.savez_compressed(file, **arrays)
 
 
 def _columns(rows: Sequence[Scored]) -> dict[str, np.ndarray]:

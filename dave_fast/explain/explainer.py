@@ -25,13 +25,17 @@ from dave_fast.engine.micro_batches import MicroBatches, Progress
 from dave_fast.errors import InputError
 from dave_fast.explain.depth import PIXELS, Depth, check_depth, check_one, depth_of, places_of
 from dave_fast.explain.depth_account import Depths, account, every_level
-from dave_fast.explain.explanation import Explanation
+from dave_fast.explain.explanation import About, Asked, Explanation
+from dave_fast.explain.inputs import Inputs, shown
 from dave_fast.explain.noise_level import noise_level
 from dave_fast.explain.route_cache import RouteCache
 from dave_fast.explain.sample_calls import SampleCalls
 from dave_fast.given.wrappers import Watched
+from dave_fast.images import Preprocessing
+from dave_fast.images.given import Picture
 from dave_fast.models.catalog import is_private, load_model
-from dave_fast.models.meaning import most_probable, probability_of
+from dave_fast.models.labels import labels_of
+from dave_fast.models.meaning import has_classes, link_of, most_probable, probability_of
 from dave_fast.models.spec import ModelSpec
 from dave_fast.numbers import check_integer
 from dave_fast.ops.patches import unpatchify
@@ -39,6 +43,7 @@ from dave_fast.ops.precision import choose_precision, own_arithmetic, resolve_de
 from dave_fast.sampling import Sampling, draw, identity
 from dave_fast.targets.cotangents import Cotangent, ElementCotangent
 from dave_fast.targets.forms import ModelView, Question, Target, resolve_target, split_targets
+from dave_fast.targets.text import parse_target
 from dave_fast.transfers import moved
 
 __all__ = ["DAVE", "Explanation", "effective_gradient"]
@@ -112,6 +117,7 @@ class DAVE(SampleCalls):
         if not isinstance(shrink, bool):
             raise InputError(f"shrink is {shrink!r}; expected True, or False for the paper's maps")
         self.shrink = shrink
+        self._inputs = Inputs(self.model)
         self.internal_batch_size = check_rows(internal_batch_size)
         self._cache = RouteCache(
             self.model,
@@ -126,28 +132,34 @@ class DAVE(SampleCalls):
 
     def explain(
         self,
-        images: Tensor,
-        target: Target = None,
+        images: Tensor | Picture | Sequence[Picture],
+        target: Target | str = None,
         n_samples: int = DEFAULT_SAMPLES,
         seed: int = 0,
         *,
         depth: Depth | Sequence[Depth] = PIXELS,
-        targets: Sequence[Target] | Tensor | None = None,
+        targets: Sequence[Target | str] | Tensor | None = None,
         top_k: int | None = None,
         image_keys: Sequence[int] | None = None,
         internal_batch_size: int | None = None,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
     ) -> Explanation:
         """Return attribution maps for images.
+
+        Photographs are prepared as the model expects them (`DAVE.prepare`). A tensor is taken as it is; one that looks
+        as if it had not been normalised is told by an InputWarning.
 
         Equal seeds give equal maps whatever the batch, its order and its size, up to rounding. The same call gives the
         same bits, on a CPU for any number of threads as well: the project's kernels never split a sum over threads, and
         for oneDNN's and MKL's this was seen at one, two and three threads.
 
         Args:
-            images: (B, C, H, W), or one image (C, H, W): floating point, finite, normalised as the model expects.
+            images: a photograph or a list of them, each a path, a URL that fsspec reads, the bytes of an image file, a
+                PIL image or an array (H, W, 3); or a tensor (B, C, H, W), of one image (C, H, W): floating point,
+                finite, normalised as the model expects.
             target: what is explained; None is the predicted class. All of captum's forms and callables: see
-                `dave_fast.targets.forms`; contrasts, texts, other images and more: see `dave_fast.targets`.
+                `dave_fast.targets.forms`; contrasts, texts, other images and more: see `dave_fast.targets`; as text,
+                such as "tiger" or "tiger-lion": see `dave_fast.targets.text`.
             n_samples: S, perturbed samples of an image; more are smoother, at linear cost.
             seed: any integer.
             depth: where in the model evidence is told: "pixels", the paper's map; the number of a block, for the tokens
@@ -160,9 +172,11 @@ class DAVE(SampleCalls):
             image_keys: an integer for each image; images with different keys have different draws. By default all
                 have the same.
             internal_batch_size: rows (image, sample) of a micro-batch.
-            progress: called with (rows done, rows in all) after each micro-batch; on a GPU while later ones run.
+            progress: True for a bar on the screen; or called with (rows done, rows in all) after each micro-batch, on a
+                GPU while later ones run.
 
         Raises:
+            ImageError: a photograph cannot be read.
             InputError: the shape or dtype of the images, a target or a setting cannot be explained.
             ModelError: the model cannot be read or copied (TorchScript, quantised or sharded weights), its own forward
                 raises, it computes something else for a batch or in this precision, or it changes during the call.
@@ -175,14 +189,17 @@ class DAVE(SampleCalls):
             raise InputError("of target=, targets= and top_k= more than one was given; give one of them")
         top_k = None if top_k is None else check_integer(top_k, "top_k", 1)
         rows, depths = check_rows(internal_batch_size), check_depth(depth)
-        wanted, shrink = [target] if targets is None else split_targets(targets), self.shrink
+        asked, shrink = [target] if targets is None else split_targets(targets), self.shrink
         several = isinstance(depth, Sequence) and not isinstance(depth, str)
+        given, views = (images, None) if isinstance(images, Tensor) else self._inputs.of_photographs(images)
 
         def work(images: Tensor, batches: MicroBatches, end: EndOfCall) -> Explanation:
             keys = check_keys(image_keys, len(images))
             places = places_of(depths, lambda: batches.route.blocks)
             deep = levels_of(places) != LEVEL_OF_PIXELS
             output = self._output(batches, images, end, every_level(batches.route.blocks) if deep else LEVEL_OF_PIXELS)
+            labels = labels_of(self.model, output.shape[1] if output.dim() == 2 else None)
+            wanted = [parse_target(each, labels) if isinstance(each, str) else each for each in asked]
             if top_k is None or top_k == 1:
                 resolved = [self._resolved(each, output, images) for each in wanted]
             else:
@@ -190,11 +207,14 @@ class DAVE(SampleCalls):
             height, width = images.shape[2:]
             draws = draw(n_samples, height=height, width=width, seed=seed, image_keys=keys, sampling=self.sampling)
             told = self._account(batches, images, resolved, end) if deep else None
-            found = attributions(batches, images, draws, resolved, progress, shrink=shrink, places=places)
+            with shown(progress) as update:
+                found = attributions(batches, images, draws, resolved, update, shrink=shrink, places=places)
             end.refuse_non_finite(found.raw, "the attribution", f"{self._advice}, or look for overflow in the model.")
             of_each = moved([each.classes for each in resolved], output.device)
             classes = torch.stack([each.expand(len(images)) for each in of_each], dim=1)
-            classes, probability = end.read(classes, probability_of(self.model, output, classes))
+            own, extremes = self._inputs.of_tensor(images) if views is None else (views, images.new_empty(0))
+            classes, probability, extremes = end.read(classes, probability_of(self.model, output, classes), extremes)
+            self._inputs.tell(extremes)
             # `target=` gives results without the dimension K, one depth those without that of depths
             at = 0 if targets is None and top_k is None else slice(None)
             maps, raw, signed = (
@@ -214,9 +234,18 @@ class DAVE(SampleCalls):
                 shrink=shrink,
                 depth=names if several else names[0],
                 depths=None if told is None else told.map(lambda t: t[:, at]),
+                about=About(
+                    self.model_name,
+                    self.precision,
+                    self.sampling.noise_alpha,
+                    labels,
+                    link_of(self.model, output.shape[1]) if has_classes(self.model, output) else None,
+                    tuple(Asked.of(each, labels) for each in wanted) * (top_k or 1),
+                    own,
+                ),
             )
 
-        return self._checked.call(images, work, rows, n_samples)
+        return self._checked.call(given, work, rows, n_samples)
 
     def depths(
         self, images: Tensor, target: Target = None, *, targets: Sequence[Target] | Tensor | None = None
@@ -242,6 +271,23 @@ class DAVE(SampleCalls):
             return told if targets is not None else told.map(lambda t: t[:, 0])
 
         return self._checked.call(images, work)
+
+    def __repr__(self) -> str:
+        shrunk = "shrunk" if self.shrink else "not shrunk"
+        return (
+            f"DAVE of {self.model_name} on {self.device}: {self.precision}, route {self.route}, noise_alpha = "
+            f"{self.sampling.noise_alpha:g}, {shrunk}"
+        )
+
+    @property
+    def prepare(self) -> Preprocessing:
+        """The model's preprocessing: photograph -> (input (C, H, W), the model's view of it).
+
+        Raises:
+            InputError: the model takes no photographs.
+            ModelError: its preprocessing has a step that is not supported.
+        """
+        return self._inputs.prepare
 
     def bind(self, question: Question) -> Question:
         """Return a question with the model's part in it filled in, so that this is done once and not at every call.

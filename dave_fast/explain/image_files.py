@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from PIL import Image
 
 from dave_fast.defaults import DEFAULT_SAMPLES
 from dave_fast.errors import ImageError, NonFiniteError
-from dave_fast.explain.arrays import Scored, write_arrays
 from dave_fast.explain.depth import PIXELS, Depth, name_of
 from dave_fast.explain.depth_account import sentence
+from dave_fast.explain.pictures import Scored
 from dave_fast.explain.result_names import endings_of, stems_of
-from dave_fast.files import atomically
-from dave_fast.images import drawing, read_image
-from dave_fast.models.meaning import has_classes, most_probable, probability_of
-from dave_fast.targets.text import describe_target, parse_target
+from dave_fast.images import read_image
+from dave_fast.images.drawing import Size, save_picture
+from dave_fast.images.figures import save_figure
+from dave_fast.images.given import Photograph
+from dave_fast.targets.text import parse_target
 
 if TYPE_CHECKING:
     from dave_fast.explain.explainer import Explanation
     from dave_fast.explain.subject import Subject
     from dave_fast.targets.forms import Target
-
-_BARS = 5
 
 
 @dataclass(frozen=True)
@@ -106,6 +103,9 @@ class Request:
         seed: of the samples.
         figure: whether to draw one picture of all results also where there is one; several always get it.
         depths: of the maps, as `DAVE.explain` takes them.
+        size: of pictures, as for `Explanation.overlay`.
+        signed: of pictures, as for `Explanation.overlay`.
+        style: of pictures, keywords of `dave_fast.images.drawing.Style`.
     """
 
     out: Path
@@ -115,6 +115,9 @@ class Request:
     seed: int = 0
     figure: bool = False
     depths: tuple[Depth, ...] = (PIXELS,)
+    size: Size = "original"
+    signed: bool | None = None
+    style: Mapping[str, Any] = field(default_factory=dict)
 
 
 def sources_of(files: Iterable[Path], given: Sequence[Path]) -> list[ImageSource]:
@@ -163,10 +166,9 @@ def explain_files(
     """
     parsed = [parse_target(text, subject.labels) for text in request.targets]
     targets = [subject.explainer.bind(each) for each in parsed]
-    names = [describe_target(each, subject.labels) for each in parsed]
     if subject.prepare.note:
         note(subject.prepare.note)
-    files = _FileExplainer(subject, request, targets, names)
+    files = _FileExplainer(subject, request, targets)
     for source in sources:
         try:
             yield files.explain(source, progress)
@@ -181,96 +183,43 @@ class _FileExplainer:
     subject: Subject
     request: Request
     targets: Sequence[Target]
-    names: Sequence[str]
 
     def explain(self, source: ImageSource, progress: Callable[[int, int], None] | None) -> Done:
         """Read, explain and write one image."""
-        inputs, crop = self.subject.prepare(source.read())
-        explanation = self.subject.explainer.explain(
-            inputs[None],
+        request = self.request
+        found = self.subject.explainer.explain(
+            Photograph(source.path, source.read()),
             targets=self.targets or None,
-            top_k=None if self.targets else self.request.top_k,
-            n_samples=self.request.n_samples,
-            seed=self.request.seed,
-            depth=self.request.depths,
+            top_k=None if self.targets else request.top_k,
+            n_samples=request.n_samples,
+            seed=request.seed,
+            depth=request.depths,
             progress=progress,
         )
-        classes, probabilities = explanation.target[0].tolist(), explanation.probability[0].tolist()
-        names = self.names or [self.subject.labels.name(each) for each in classes]
-        explained = list(zip(classes, names, probabilities, strict=True))
-        top = self._top(explanation)
+        (answers,) = found.answers()
         results = tuple(
-            self._write(source, crop, explanation, (which, level), explained[which], top, f"{stem}{ending}")
-            for which, stem in enumerate(stems_of(source.name, explained))
-            for level, ending in endings_of(explanation.levels).items()
+            self._write(source, found, (which, level), answers[which], f"{stem}{ending}")
+            for which, stem in enumerate(stems_of(source.name, answers))
+            for level, ending in endings_of(found.levels).items()
         )
-        drawn = self.request.figure or len(results) > 1
-        return Done(results, self._write_figure(source, crop, explanation, explained, top) if drawn else None)
+        if not request.figure and len(results) == 1:
+            return Done(results, None)
+        figure = found.figure(signed=request.signed, **request.style)
+        return Done(results, save_figure(figure, request.out / f"{source.name}.figure.png"))
 
     def _write(
-        self,
-        source: ImageSource,
-        crop: np.ndarray,
-        explanation: Explanation,
-        place: tuple[int, int],
-        target: Scored,
-        top: Sequence[Scored],
-        stem: str,
+        self, source: ImageSource, found: Explanation, place: tuple[int, int], answer: Scored, stem: str
     ) -> Result:
         """Write the files of one target at one level, whose numbers are `place`: overlay, map, arrays."""
         which, level = place
-        depth = explanation.levels[level]
-        heat = explanation.maps[0, which, level].cpu().numpy()
-        overlay, plain, arrays = (self.request.out / f"{stem}{end}" for end in (".overlay.png", ".map.png", ".npz"))
-        drawing.save_picture(drawing.overlay(crop, heat), overlay)
-        drawing.save_picture(drawing.plain_map(heat), plain)
-        with atomically(arrays) as file:
-            write_arrays(
-                file,
-                self.subject.explainer,
-                maps=explanation.maps[0, which, level][None],
-                raw=explanation.raw[0, which, level][None],
-                crop=crop,
-                targets=[target],
-                top=top,
-                samples=explanation.n_samples,
-                n_samples=explanation.n_samples,
-                seed=explanation.seed,
-                shrink=explanation.shrink,
-                model=self.subject.explainer.model_name,
-                depths=(depth,),
-                image=source.path,
-            )
-        accounted = _accounted(explanation, which, depth, "logit" if target[0] >= 0 else "score")
-        return Result(source, *target, name_of(depth), accounted, overlay, plain, arrays)
-
-    def _top(self, explanation: Explanation) -> list[Scored]:
-        """Return a classifier's five most probable classes, or all that are explained where these are more."""
-        model, output = self.subject.explainer.model, explanation.output
-        if not has_classes(model, output):
-            return []
-        top = most_probable(model, output, min(max(_BARS, self.request.top_k), output.shape[1])).T
-        pairs = zip(top[0].tolist(), probability_of(model, output, top)[0].tolist(), strict=True)
-        return [(index, self.subject.labels.name(index), probability) for index, probability in pairs]
-
-    def _write_figure(
-        self,
-        source: ImageSource,
-        crop: np.ndarray,
-        explanation: Explanation,
-        explained: Sequence[Scored],
-        top: Sequence[Scored],
-    ) -> Path:
-        words = ["" if explanation.depths is None else name_of(depth) for depth in explanation.levels]
-        panels = [
-            drawing.Panel(
-                heats[level].cpu().numpy(), name, None if math.isnan(probability) else probability, words[level]
-            )
-            for heats, (_, name, probability) in zip(explanation.maps[0], explained, strict=True)
-            for level in endings_of(explanation.levels)
-        ]
-        bars = [(name, probability) for _, name, probability in top[:_BARS] if not math.isnan(probability)]
-        return drawing.save_figure(drawing.figure(crop, panels, bars), self.request.out / f"{source.name}.figure.png")
+        one, request = found.only(which, level), self.request
+        overlay, plain, arrays = (request.out / f"{stem}{end}" for end in (".overlay.png", ".map.png", ".npz"))
+        for make, path in ((one.overlay, overlay), (one.picture, plain)):
+            save_picture(make(size=request.size, signed=request.signed, **request.style), path)
+        one.save_npz(arrays)
+        depth = found.levels[level]
+        accounted = _accounted(found, which, depth, "logit" if answer[0] >= 0 else "score")
+        return Result(source, *answer, name_of(depth), accounted, overlay, plain, arrays)
 
 
 def _accounted(explanation: Explanation, which: int, depth: str | int, score: str) -> str:

@@ -6,24 +6,20 @@ pipe("photo.jpg", top_k=3)     # [{"label": ..., "score": ..., "map": ..., "over
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
-from PIL import Image
 from torch import nn
 
 from dave_fast.defaults import DEFAULT_SAMPLES
 from dave_fast.errors import InputError
 from dave_fast.explain.depth import PIXELS, Depth, check_one
 from dave_fast.explain.subject import Subject
-from dave_fast.images import as_rgb, drawing, read_image
-from dave_fast.models.labels import labels_of
+from dave_fast.images.given import Picture, is_one, photographs
 from dave_fast.models.spec import ModelSpec
 from dave_fast.numbers import check_integer
 from dave_fast.targets import Class
 
-Picture = str | os.PathLike[str] | Image.Image
 Answer = dict[str, Any]
 
 
@@ -52,7 +48,7 @@ class Pipeline:
         """Explain the most probable classes of an image, or one class.
 
         Args:
-            images: a path or a PIL image, or a list of them.
+            images: a photograph as `DAVE.explain` takes it, or a list of them.
             top_k: number of most probable classes.
             target: in place of top_k, a class by index or name.
             n_samples: perturbed samples of an image.
@@ -61,8 +57,8 @@ class Pipeline:
 
         Returns:
             A dictionary for each class, with label, score (probability; NaN where the model has none), target (index),
-            depth ("pixels", 6 or "5-9"), map ((H, W) float32 in [0, 1]) and overlay (a PIL image); for a
-            list of images a list of such lists.
+            depth ("pixels", 6 or "5-9"), map ((H, W) float32 in [0, 1]) and overlay (a PIL image of the photograph's
+            size); for a list of images a list of such lists.
 
         Raises:
             ImageError: an image cannot be read.
@@ -72,37 +68,42 @@ class Pipeline:
         depth = check_one(depth)
         if target is not None and top_k != 1:
             raise InputError("target names one class and top_k several: give one of them.")
-        if isinstance(images, str | os.PathLike | Image.Image):
-            return self._answers(images, top_k, target, n_samples, seed, depth)
-        return [self._answers(image, top_k, target, n_samples, seed, depth) for image in images]
+        # one by one, as each may have another class
+        answers = [self._answers(each, top_k, target, n_samples, seed, depth) for each in photographs(images)]
+        return answers[0] if is_one(images) else answers
+
+    def __repr__(self) -> str:
+        named = f"{self.labels.count} classes" + (f", such as {self.labels.name(0)!r}" if self.labels.names else "")
+        return (
+            f"Pipeline of {self.explainer.model_name}: {named}\n"
+            f"  {self.explainer!r}\n"
+            '  call it: pipe("photo.jpg", top_k=3) returns label, score, map and overlay of each class'
+        )
 
     def _answers(
         self, picture: Picture, top_k: int, target: str | int | None, n_samples: int, seed: int, depth: Depth
     ) -> list[Answer]:
-        inputs, crop = self.prepare(_read(picture))
         # as text, so that a negative index is refused
         named = None if target is None else [Class(str(target))]
         found = self.explainer.explain(
-            inputs[None],
+            picture,
             targets=named,
             top_k=top_k if named is None else None,
             n_samples=n_samples,
             seed=seed,
             depth=depth,
         )
-        # its owner may have given the module another head since the names were read
-        labels = labels_of(self.explainer.model, found.output.shape[1])
-        of_each = zip(found.target[0].tolist(), found.probability[0].tolist(), found.maps[0].cpu().numpy(), strict=True)
+        maps = found.maps[0].cpu().numpy()
         return [
             {
-                "label": labels.name(index),
+                "label": found.about.labels.name(index),
                 "score": score,
                 "target": index,
                 "depth": found.depth,
                 "map": heat,
-                "overlay": drawing.overlay(crop, heat),
+                "overlay": found.overlay(target=number),
             }
-            for index, score, heat in of_each
+            for number, ((index, _, score), heat) in enumerate(zip(found.answers()[0], maps, strict=True))
         ]
 
 
@@ -117,9 +118,3 @@ def pipeline(model: str | ModelSpec | nn.Module = "demo", **settings: Any) -> Pi
         InputError: the model has no classes, and as `DAVE` does.
     """
     return Pipeline(Subject.load(model, **settings))
-
-
-def _read(picture: Picture) -> Image.Image:
-    if isinstance(picture, Image.Image):
-        return as_rgb(picture)
-    return read_image(picture)

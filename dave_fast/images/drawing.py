@@ -48,8 +48,8 @@ class Style:
     Attributes:
         colormap: a name of matplotlib's; None for "inferno", and for signed maps orange above zero and blue below.
         opacity: of the strongest colour over the photograph, in [0, 1].
-        quantile: of a map's values, in [0.5, 1], that is shown as the strongest colour with all above it. The maximum is
-            often a few isolated pixels.
+        quantile: of a map's values, in [0.5, 1], that is shown as the strongest colour with all above it. The maximum
+            is often a few isolated pixels.
 
     Raises:
         InputError: one of them is out of range, or there is no such colour map.
@@ -117,18 +117,29 @@ def scaled(heat: np.ndarray, style: Style = STYLE, *, signed: bool = False) -> n
     return np.copysign(shown(np.abs(heat), style.quantile), heat).astype(np.float32)
 
 
-def plain_map(heat: np.ndarray, style: Style = STYLE, *, signed: bool = False, enlarged: bool = True) -> Image.Image:
+def plain_map(
+    heat: np.ndarray,
+    style: Style = STYLE,
+    *,
+    signed: bool = False,
+    size: tuple[int, int] | None = None,
+    box: Box | None = None,
+) -> Image.Image:
     """Draw a map (H, W) in colour: RGB.
 
     Args:
         heat: the map.
         style: how it is drawn.
         signed: whether it has two signs; zero is then in the middle of the colours, black by default.
-        enlarged: by a whole number, for looking at.
+        size: (W, H) of the picture; None for that of the map, enlarged by a whole number.
+        box: what of the picture the map is of, as for `draw_over`.
     """
-    values = scaled(heat, style, signed=signed)
-    width, height = enlarged_size(heat.shape[1], heat.shape[0]) if enlarged else heat.shape[::-1]
-    return _picture(style.colours(_resized(values, (width, height)), signed=signed))
+    size = size or enlarged_size(*heat.shape[::-1])
+    rows, columns, values = _placed(scaled(heat, style, signed=signed), size, box)
+    drawn = np.empty((*size[::-1], 3), np.uint8)
+    drawn[:] = _bytes(style.colours(np.zeros((), np.float32), signed=signed))
+    drawn[rows, columns] = _bytes(style.colours(values, signed=signed))
+    return Image.fromarray(drawn)
 
 
 def overlay(crop: np.ndarray, heat: np.ndarray, style: Style = STYLE, *, signed: bool = False) -> Image.Image:
@@ -224,10 +235,6 @@ def _resized(values: np.ndarray, size: tuple[int, int], box: Box | None = None) 
     """Return a part of a map, float32 (H, W), resized to (W, H); bicubic overshoot is clipped."""
     made = Image.fromarray(values).resize(size, Image.Resampling.BICUBIC, box)
     return np.clip(np.asarray(made), values.min(), values.max())
-
-
-def _picture(colours: np.ndarray) -> Image.Image:
-    return Image.fromarray(_bytes(colours))
 
 
 def _bytes(colours: np.ndarray) -> np.ndarray:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 DPI = 300
 # Inches. A picture of the usual size is printed pixel by pixel.
-_SIDE, _GAP, _HEADING, _MARGIN, _BAR, _BAR_LABEL = SHORTEST_SIDE / DPI, 0.07, 0.27, 0.04, 0.07, 0.28
+_SIDE, _GAP, _HEADING, _MARGIN, _BAR, _BAR_LABEL = SHORTEST_SIDE / DPI, 0.07, 0.27, 0.04, 0.07, 0.36
 # Points.
 _SIZE, SMALL = 8.0, 6.5
 GREY = "0.35"

@@ -84,12 +84,22 @@ class Preprocessing:
         made: Tensor = Compose(steps[middle:])(Image.fromarray(crop))
         return made
 
-    def pixels(self, inputs: Tensor) -> np.ndarray:
-        """Return the pixels, uint8 (H, W, 3), that normalised inputs (C, H, W) were made from."""
-        planes = inputs[:3].detach().cpu().double().permute(1, 2, 0).numpy()
-        planes = planes * np.asarray(self.std) + np.asarray(self.mean)
+    @property
+    def channels(self) -> int:
+        """Channels of the input: 3, or 6 with ADD_INVERSE."""
+        return int(self.config["input_size"][0])
+
+    def pixels(self, inputs: Tensor) -> Tensor:
+        """Return the pixels, uint8 (..., H, W, 3), that normalised inputs (..., C, H, W) were made from."""
+        import torch
+
+        from dave_fast.transfers import to_device
+
+        planes = inputs.detach()[..., :3, :, :].float().movedim(-3, -1)
+        mean, std = to_device(torch.tensor([self.mean[:3], self.std[:3]]), planes.device)
+        planes = planes * std + mean
         # Adding the exact half before cutting undoes the rounding of the normalisation.
-        return np.clip(planes * 255 + 0.5, 0, 255).astype(np.uint8)
+        return (planes * 255 + 0.5).clamp(0, 255).byte()
 
 
 def preprocessing(model: Any, image_size: Sequence[int] | None = None) -> Preprocessing:

@@ -89,8 +89,12 @@ def most_probable(model: Callable[..., Any], output: Tensor, k: int) -> Tensor:
 
 def probabilities(model: Callable[..., Any], output: Tensor) -> Tensor:
     """Return the probability of every score of a model's output (B, ...), float32 or float64; NaN without a link."""
+    return as_probabilities(output, link_of(model, output.shape[1]) if has_classes(model, output) else None)
+
+
+def as_probabilities(output: Tensor, link: Link) -> Tensor:
+    """Return the probability of every score of an output (B, ...) by its link, float32 or float64; NaN without one."""
     output = output.to(torch.promote_types(output.dtype, torch.float32))
-    link = link_of(model, output.shape[1]) if has_classes(model, output) else None
     if link is None:
         return torch.full_like(output, torch.nan)
     return output.softmax(1) if link == "softmax" else output.sigmoid()

@@ -51,6 +51,21 @@ def smooth_ref(raw: Tensor) -> Tensor:
     return filtered / torch.where(peak == 0, 1, peak)
 
 
+def signed_map(signed: Tensor) -> Tensor:
+    """Return maps with two signs for looking at: ½·(s + G(s)) of `smooth`, divided by the largest magnitude.
+
+    Args:
+        signed: (..., H, W), of any sign.
+
+    Returns:
+        (..., H, W) in [-1, 1]; a map of zeros stays zero.
+    """
+    flat = signed.reshape(-1, *signed.shape[-2:])
+    blended = 0.5 * (flat + blur(flat, gaussian_weights(BLUR_TAPS, BLUR_SIGMA)))
+    peak = blended.abs().amax(dim=(1, 2), keepdim=True)
+    return (blended / torch.where(peak == 0, 1, peak)).reshape(signed.shape)
+
+
 def smooth_native(raw: Tensor) -> Tensor:
     """Run `smooth` in C++ on the host."""
     raw = raw.contiguous()

@@ -283,7 +283,7 @@ class Api:
         inputs, _ = await self.prepared(request, served, await self.store.get(image))
 
         def draw() -> bytes:
-            return formats.png(Image.fromarray(served.prepare.pixels(inputs)))
+            return formats.png(Image.fromarray(served.prepare.pixels(inputs).cpu().numpy()))
 
         return Response(await run_in_threadpool(draw), media_type=formats.PNG)
 

@@ -170,7 +170,7 @@ def picture(model: ServedModel, ask: Ask, refined: Refined, view: str) -> bytes:
 
     They are drawn over the crop if `view` is "overlay", else as plain maps.
     """
-    crop = model.prepare.pixels(ask.image)
+    crop = model.prepare.pixels(ask.image).cpu().numpy()
 
     def drawn(heat: np.ndarray) -> np.ndarray:
         return np.asarray(drawing.overlay(crop, heat) if view == "overlay" else drawing.plain_map(heat))
@@ -202,7 +202,7 @@ def _write_npz(file: IO[bytes], model: ServedModel, ask: Ask, ended: Ended) -> N
         model.explainers[0],
         maps=refined.maps,
         raw=refined.raw,
-        crop=model.prepare.pixels(ask.image),
+        crop=model.prepare.pixels(ask.image).cpu().numpy(),
         targets=_scored(explained),
         top=_scored(_top(model, predicted)),
         samples=refined.samples,

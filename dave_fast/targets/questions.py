@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dave_fast.errors import InputError
-from dave_fast.images import as_rgb, preprocessing, read_image
+from dave_fast.images import preprocessing
+from dave_fast.images.given import Photograph
 from dave_fast.models.adapter import TextImageModel
 from dave_fast.models.labels import labels_of
 from dave_fast.numbers import check_integer
@@ -117,10 +117,12 @@ class Similarity(Question):
     Attributes:
         embedding: (D,), or (B, D), one for each image; of any norm except zero.
         scale: factor of the cosine.
+        words: what the embedding is of, for captions.
     """
 
     embedding: Tensor
     scale: float = 1.0
+    words: str = field(default="", compare=False)
 
     def resolve(self, output: Tensor, size: tuple[int, int], view: ModelView) -> Cotangent:
         """See `Question`.
@@ -167,7 +169,7 @@ class Text(Question):
                 "(open_clip:ViT-B-16:TAG, hf:openai/clip-vit-base-patch16), or give Similarity(embedding)"
             )
         scale = float(model.logit_scale) if self.scale is None else self.scale
-        return Similarity(model.text_embedding([self.prompt])[0], scale)
+        return Similarity(model.text_embedding([self.prompt])[0], scale, f"“{self.prompt}”")
 
 
 @dataclass(frozen=True)
@@ -175,8 +177,8 @@ class SimilarTo(Question):
     """Similarity to another image: the cosine of the two outputs.
 
     Attributes:
-        image: a tensor normalised as the model expects it, (C, H, W), or (B, C, H, W), one for each image; or a file or
-            Pillow image, to which the model's own preprocessing is applied.
+        image: a tensor normalised as the model expects it, (C, H, W), or (B, C, H, W), one for each image; or a
+            photograph as `DAVE.explain` takes it, to which the model's own preprocessing is applied.
         scale: factor of the cosine.
     """
 
@@ -190,12 +192,12 @@ class SimilarTo(Question):
             ImageError: the file is no image that can be read.
             InputError: the image does not fit the model.
         """
-        image = self.image
+        image, words = self.image, "like an image"
         if not isinstance(image, Tensor):
-            image = read_image(image) if isinstance(image, str | os.PathLike) else as_rgb(image)
-            image = preprocessing(view.model)(image)[0]
+            photograph = Photograph.of(image)
+            image, words = preprocessing(view.model)(photograph.read())[0], f"like {photograph.name or 'an image'}"
         output = view.output(image)
-        return Similarity(output[0] if len(output) == 1 else output, self.scale)
+        return Similarity(output[0] if len(output) == 1 else output, self.scale, words)
 
 
 @dataclass(frozen=True)

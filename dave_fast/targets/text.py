@@ -20,7 +20,7 @@ from itertools import islice
 from dave_fast.errors import InputError
 from dave_fast.models.labels import Labels
 from dave_fast.numbers import shown, whole_in
-from dave_fast.targets import Class, Contrast, Patch, Question, SimilarTo, Sum, Target, Text, load_probe
+from dave_fast.targets import Class, Contrast, Patch, Question, Similarity, SimilarTo, Sum, Target, Text, load_probe
 
 # letters of a target; signs that may separate its classes, whose names are looked up once for each pair of signs
 MOST_LETTERS, MOST_SIGNS = 10_000, 16
@@ -74,6 +74,8 @@ def describe_target(target: Target, labels: Labels) -> str:
             return f"“{prompt}”"
         case SimilarTo(image=str() as file):
             return f"like {file}"
+        case Similarity(words=words) if words:
+            return words
         case Patch(row=row, column=column):
             return f"patch {row}, {column}"
     return "target"

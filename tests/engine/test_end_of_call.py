@@ -88,8 +88,8 @@ def test_looks_do_not_grow_with_tensors_rows_micro_batches_or_images(images, ask
 def test_a_call_looks_at_nothing_but_draws_flags_and_checksums(images):
     found = counted(rehearsal(tiny()), images, n_samples=40, target=3)
     # the angles and image indices of the draws, and the indices of the unperturbed images: all are on the host
-    # at the end: the checksums of the one device, and the flags of pixels, output and attribution
-    assert found == {"tolist": 3, "equal": 1, "_local_scalar_dense": 3}
+    # at the end: the checksums of the one device, the flags of pixels, output and attribution, the range of the images
+    assert found == {"tolist": 4, "equal": 1, "_local_scalar_dense": 3}
 
 
 @needs_kernels
@@ -125,7 +125,7 @@ def test_the_end_is_one_copy(model, images, monkeypatch):
     monkeypatch.setattr(end_of_call, "moved", lambda tensors, device: copies.append(len(tensors)) or list(tensors))
     explainer = rehearsal(model)
     explainer.explain(images, n_samples=2)
-    # classes, probabilities; flags of pixels, output and attribution; the checksums of one device
+    # classes, probabilities, range; flags of pixels, output and attribution; the checksums of one device
     assert copies == [2 + 3 + 1]
 
 

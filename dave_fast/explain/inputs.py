@@ -1,0 +1,130 @@
+"""The images of a call: photographs that are prepared for the model, or tensors that are prepared already.
+
+A tensor in the wrong scale is explained as it is, but told: its map would be one of noise. Preparing leaves values
+between (0 − mean) / std and (1 − mean) / std of each channel. Values many times as far, as of pixels up to 255, and a
+range of exactly [0, 1] where the model expects other values, are signs that the last step is missing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dave_fast.engine.micro_batches import Progress
+from dave_fast.errors import DaveFastError, ImageError, InputWarning
+from dave_fast.explain.view import View
+from dave_fast.images import Preprocessing, preprocessing
+from dave_fast.images.given import photographs
+
+# How many times the width of the expected range values may lie outside of it; normal noise lies within.
+_OUTSIDE = 8
+# How near 0 and 1 the ends of a range are that is taken for [0, 1].
+_NEAR = 0.02
+
+
+class Inputs:
+    """The preparation of a model's images.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    @cached_property
+    def prepare(self) -> Preprocessing:
+        """The model's preprocessing.
+
+        Raises:
+            InputError: the model takes no photographs.
+            ModelError: its preprocessing has a step that is not supported.
+        """
+        return preprocessing(self._model)
+
+    @cached_property
+    def _of_tensors(self) -> Preprocessing | str:
+        """The model's preprocessing, or why it has none, in words."""
+        try:
+            return self.prepare
+        # the configuration of a module may hold anything, and tensors do not need it
+        except (DaveFastError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            return str(error)
+
+    def of_photographs(self, given: Any) -> tuple[Tensor, tuple[View, ...]]:
+        """Return the model's input (B, C, H, W) for one or several photographs, and what it shows of each.
+
+        Raises:
+            InputError: they are no photographs, or the model takes none.
+            ImageError: one cannot be read; of several the message says which.
+        """
+        made = []
+        found = photographs(given)
+        for number, each in enumerate(found):
+            try:
+                made.append(View.of(each, self.prepare))
+            except ImageError as error:
+                if len(found) == 1 or each.name:
+                    raise
+                raise ImageError(f"image {number}: {error}") from error
+        return torch.stack([inputs for _, inputs in made]), tuple(view for view, _ in made)
+
+    def of_tensor(self, images: Tensor) -> tuple[tuple[View, ...], Tensor]:
+        """Return what tensors (B, C, H, W) show, and their smallest and largest value (2,), all on their device."""
+        prepare = self._of_tensors
+        if isinstance(prepare, str):
+            return tuple(View(prepare) for _ in images), images.new_empty(0)
+        if images.shape[1] != prepare.channels:
+            words = f"it has {images.shape[1]} channels, and the model's photographs have {prepare.channels}."
+            return tuple(View(words) for _ in images), images.new_empty(0)
+        return tuple(map(View, prepare.pixels(images))), torch.stack(images.aminmax())
+
+    def tell(self, extremes: Tensor) -> None:
+        """Warn where images do not look normalised.
+
+        Args:
+            extremes: of `of_tensor`, on the host.
+        """
+        prepare = self._of_tensors
+        if not extremes.numel() or isinstance(prepare, str):
+            return
+        low, high = extremes.tolist()
+        ends = [(edge - m) / s for m, s in zip(prepare.mean, prepare.std, strict=True) for edge in (0, 1)]
+        first, last = min(ends), max(ends)
+        far = high - last > _OUTSIDE * (last - first) or first - low > _OUTSIDE * (last - first)
+        plain = prepare.note is None and abs(low) < _NEAR and abs(high - 1) < _NEAR and first < -0.5
+        if far or plain:
+            expected = f"mean {_numbers(prepare.mean)}, std {_numbers(prepare.std)} of pixels in [0, 1]"
+            warnings.warn(
+                f"the images look as if they had not been normalised: their values are {low:.4g} to {high:.4g}, and "
+                f"this model expects {first:.3g} to {last:.3g} ({expected}). Give the photographs themselves, or "
+                "DAVE.prepare(photograph)[0].",
+                InputWarning,
+                stacklevel=5,
+            )
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return "(" + ", ".join(f"{value:.3g}" for value in values) + ")"
+
+
+@contextmanager
+def shown(progress: Progress | bool | None) -> Iterator[Progress | None]:
+    """Show a bar in the block where progress is True, and yield the function that moves it."""
+    if not isinstance(progress, bool):
+        yield progress
+    elif not progress:
+        yield None
+    else:
+        from rich.console import Console
+        from rich.progress import Progress as Bar
+
+        with Bar(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("explaining", total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
