@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dave_fast.explain.subject import Subject
     from dave_fast.models.spec import ModelSpec
 
-_ROWS = 20
+_ROWS, PICTURES = 20, "Pictures"
 
 
 def explain(
@@ -51,6 +51,39 @@ def explain(
     noise_alpha: options.NoiseAlpha = None,
     shrink: options.Shrink = None,
     depth: options.Depths = "pixels",
+    size: Annotated[
+        str,
+        typer.Option(
+            metavar="original|model|enlarged",
+            help="Of the pictures: the photograph's own, the model's input, or this enlarged.",
+            rich_help_panel=PICTURES,
+        ),
+    ] = "original",
+    colormap: Annotated[
+        str | None,
+        typer.Option(help="A colour map of matplotlib.", show_default="inferno", rich_help_panel=PICTURES),
+    ] = None,
+    opacity: Annotated[
+        float | None,
+        typer.Option(help="Of the strongest colour, 0 to 1.", show_default="0.92", rich_help_panel=PICTURES),
+    ] = None,
+    quantile: Annotated[
+        float | None,
+        typer.Option(
+            help="Of a map's values, 0.5 to 1, that is drawn as the strongest.",
+            show_default="0.995",
+            rich_help_panel=PICTURES,
+        ),
+    ] = None,
+    signed: Annotated[
+        bool | None,
+        typer.Option(
+            "--signed/--unsigned",
+            help="Whether pictures show, in blue, what speaks against an answer, too.",
+            show_default="for differences",
+            rich_help_panel=PICTURES,
+        ),
+    ] = None,
     schedule: options.Schedule = "sequence",
     device: options.Device = None,
     precision: options.Precision = None,
@@ -77,6 +110,7 @@ def explain(
     """
     from dave_fast.explain.depth import check_depth, parse_depth
     from dave_fast.explain.image_files import Request
+    from dave_fast.images.drawing import check_size
 
     given = options.read_config(config)
     if target and top_k is not None:
@@ -89,8 +123,18 @@ def explain(
     # The embedded scene has two digits, which shows that maps differ by class.
     top_k = top_k or (2 if demo and not target else 1)
     samples, method = options.method(n_samples, noise_alpha, shrink, config=given)
+    style = {"colormap": colormap, "opacity": opacity, "quantile": quantile}
     request = Request(
-        out, tuple(target or ()), top_k, samples, seed, figure=demo, depths=check_depth(parse_depth(depth))
+        out,
+        tuple(target or ()),
+        top_k,
+        samples,
+        seed,
+        figure=demo,
+        depths=check_depth(parse_depth(depth)),
+        size=check_size(size),
+        signed=signed,
+        style={name: value for name, value in style.items() if value is not None},
     )
     keywords = {
         "device": device,

@@ -17,7 +17,7 @@ from dave_fast.explain.depth_account import sentence
 from dave_fast.explain.pictures import Scored
 from dave_fast.explain.result_names import endings_of, stems_of
 from dave_fast.images import read_image
-from dave_fast.images.drawing import Size, save_picture
+from dave_fast.images.drawing import Size, Style, save_picture
 from dave_fast.images.figures import save_figure
 from dave_fast.images.given import Photograph
 from dave_fast.targets.text import parse_target
@@ -118,6 +118,10 @@ class Request:
     size: Size = "original"
     signed: bool | None = None
     style: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raise InputError where the style is none."""
+        Style(**self.style)
 
 
 def sources_of(files: Iterable[Path], given: Sequence[Path]) -> list[ImageSource]:

@@ -17,7 +17,7 @@ from dave_fast.explain.depth import name_of
 from dave_fast.explain.depth_account import Depths
 from dave_fast.explain.view import View
 from dave_fast.files import atomically
-from dave_fast.images.drawing import SIZES, Box, Size, Style, draw_over, percent, photograph_of, plain_map
+from dave_fast.images.drawing import Box, Size, Style, check_size, draw_over, percent, photograph_of, plain_map
 from dave_fast.images.figures import Panel, figure, grid_of, save_figure
 from dave_fast.images.screen import show_png
 from dave_fast.numbers import check_integer
@@ -143,9 +143,7 @@ class Pictures:
 
     def _under(self, image: int, size: Size) -> tuple[Image.Image, Box | None]:
         """Return what a map is drawn over, and what of it the map is of; None for all of it."""
-        if size not in SIZES:
-            raise InputError(f"size is {size!r}; expected one of {', '.join(SIZES)}")
-        view = self._view(image)
+        size, view = check_size(size), self._view(image)
         if size == "original":
             return view.original()
         return Image.fromarray(photograph_of(view.crop) if size == "enlarged" else view.crop), None

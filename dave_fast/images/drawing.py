@@ -82,6 +82,14 @@ def check_colormap(name: str) -> None:
         )
 
 
+def check_size(name: str) -> Size:
+    """Return the name of a size; raise InputError where there is no such size."""
+    for known in SIZES:
+        if name == known:
+            return known
+    raise InputError(f"size is {name!r}; expected one of {', '.join(SIZES)}")
+
+
 @cache
 def colour_table(name: str, entries: int) -> np.ndarray:
     """Return the colours of a colour map from its low end to its high end, float32 (entries, 3); "": blue to orange."""

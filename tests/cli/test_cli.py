@@ -89,7 +89,7 @@ def test_one_image(models, photo, tmp_path):
     out = tmp_path / "maps"
     result = explain(photo, "--out", out)
     assert tree(out) == ["photo.map.png", "photo.npz", "photo.overlay.png"]
-    assert size(out / "photo.overlay.png") == size(out / "photo.map.png") == (448, 448)
+    assert size(out / "photo.overlay.png") == size(out / "photo.map.png") == (40, 50)
     assert f"1 image explained in {out}" in result.stdout
     assert "note: noise_alpha is 0.1 for tiny" in result.stderr
 
@@ -108,6 +108,36 @@ def test_arrays(models, photo, tmp_path):
     assert len(arrays["top_class_names"]) == 5 and (np.diff(arrays["top_probabilities"]) <= 0).all()
     same = arrays["top_probabilities"][arrays["top_targets"] == 1]
     np.testing.assert_allclose(same, arrays["probabilities"][: len(same)], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("original", (40, 50)), ("model", (32, 32)), ("enlarged", (448, 448))])
+def test_pictures_have_the_size_asked_for(models, photo, tmp_path, name, wanted):
+    explain(photo, "--out", tmp_path / "maps", "--size", name)
+    assert size(tmp_path / "maps/photo.overlay.png") == size(tmp_path / "maps/photo.map.png") == wanted
+
+
+@pytest.mark.parametrize(
+    "options", [("--colormap", "viridis"), ("--opacity", 0.3), ("--quantile", 0.6), ("--signed",)], ids=str
+)
+def test_pictures_have_the_style_asked_for(models, photo, tmp_path, options):
+    pictures = []
+    for number, some in enumerate(((), options)):
+        explain(photo, "--out", tmp_path / f"{number}", *some)
+        pictures.append((tmp_path / f"{number}/photo.overlay.png").read_bytes())
+    assert pictures[0] != pictures[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--size", "big"), "expected one of original, model, enlarged"),
+        (("--colormap", "infermo"), "did you mean inferno"),
+        (("--opacity", 7), "opacity is 7"),
+    ],
+)
+def test_wrong_style_is_refused_before_the_model_is_loaded(models, photo, tmp_path, options, said):
+    result = explain(photo, "--out", tmp_path / "maps", *options, model="never", code=2)
+    assert said in result.stderr and not (tmp_path / "maps").exists()
 
 
 @pytest.mark.parametrize(("seed", "saved"), [(-3, -3), (2**64 + 5, 5), (2**64 - 1, 2**64 - 1)])

@@ -318,9 +318,12 @@ def test_effective_gradients_of_both_routes_agree(model, images):
         (torch.randn(3, 32), r"\(3, 32\)"),
         (torch.zeros(0, 3, 32, 48), "0"),
         (torch.zeros(1, 3, 32, 48, dtype=torch.uint8), "uint8"),
-        ("photo.jpg", "str"),
+        ("photo.jpg", "cannot read photo.jpg: no such file"),
+        (["photo.jpg", 3], "cannot read photo.jpg"),
+        ([3], "an image is a int; expected a path"),
+        ([], "the list of images is empty"),
     ],
-    ids=["two dimensions", "no image", "integers", "a name"],
+    ids=["two dimensions", "no image", "integers", "a name", "a name in a list", "a number", "an empty list"],
 )
 def test_bad_images_are_refused(model, images, words):
     with pytest.raises(InputError, match=words):
