@@ -8,6 +8,7 @@ Baselines are captum's, with its defaults unless stated here, and those of `dave
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -17,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from dave_fast.defaults import DEFAULT_SAMPLES
-from dave_fast.errors import InputError
+from dave_fast.errors import InputError, suggestion
 from dave_fast.evaluate.full_gradient import libra_fullgrad_plus
 from dave_fast.evaluate.packages import attnlrp, legrad
 from dave_fast.explain.depth import PIXELS, Depth
 from dave_fast.explain.explainer import DAVE
+from dave_fast.numbers import shown
 from dave_fast.sampling import draw
 from dave_fast.sampling.philox import WORD, splitmix64
 
@@ -92,11 +94,8 @@ def choose(names: Sequence[str] | None, depth: Depth = PIXELS) -> tuple[dict[str
     Raises:
         InputError: a name is unknown.
     """
-    known = ", ".join(METHODS)
     beside = {} if depth == PIXELS else {AT_PIXELS: Method(_dave_at_pixels, random=True, make_shared=_shared_at_pixels)}
-    unknown = [name for name in names or () if name not in METHODS]
-    if unknown:
-        raise InputError(f"there is no method {unknown[0]!r}; expected some of: {known}.")
+    names = None if names is None else [known_name(name) for name in names]
     chosen, absent = {}, {}
     for name, method in {"DAVE": METHODS["DAVE"], **beside, **METHODS}.items():
         if names is not None and name not in (*names, "DAVE", *beside, *CONTROLS):
@@ -106,6 +105,23 @@ def choose(names: Sequence[str] | None, depth: Depth = PIXELS) -> tuple[dict[str
         else:
             chosen[name] = method
     return chosen, absent
+
+
+def known_name(text: str) -> str:
+    """Return the name of the method that a text means: case, dashes and spaces do not matter, nor x for ×.
+
+    Raises:
+        InputError: there is no such method.
+    """
+
+    def plain(name: str) -> str:
+        return re.sub(r"[\s_-]+", " ", name.casefold().replace("×", "x")).strip()
+
+    known = {plain(name): name for name in METHODS}
+    if plain(text) not in known:
+        hint = suggestion(plain(text), list(known), ", ".join(METHODS))
+        raise InputError(f"there is no method {shown(text)}: {hint}")
+    return known[plain(text)]
 
 
 def _dave(model: nn.Module, setup: MethodSettings) -> Attribute:

@@ -117,7 +117,7 @@ class DAVE(SampleCalls):
         if not isinstance(shrink, bool):
             raise InputError(f"shrink is {shrink!r}; expected True, or False for the paper's maps")
         self.shrink = shrink
-        self._inputs = Inputs(self.model)
+        self.inputs = Inputs(self.model)
         self.internal_batch_size = check_rows(internal_batch_size)
         self._cache = RouteCache(
             self.model,
@@ -191,7 +191,7 @@ class DAVE(SampleCalls):
         rows, depths = check_rows(internal_batch_size), check_depth(depth)
         asked, shrink = [target] if targets is None else split_targets(targets), self.shrink
         several = isinstance(depth, Sequence) and not isinstance(depth, str)
-        given, views = (images, None) if isinstance(images, Tensor) else self._inputs.of_photographs(images)
+        given, views = (images, None) if isinstance(images, Tensor) else self.inputs.of_photographs(images)
 
         def work(images: Tensor, batches: MicroBatches, end: EndOfCall) -> Explanation:
             keys = check_keys(image_keys, len(images))
@@ -212,9 +212,9 @@ class DAVE(SampleCalls):
             end.refuse_non_finite(found.raw, "the attribution", f"{self._advice}, or look for overflow in the model.")
             of_each = moved([each.classes for each in resolved], output.device)
             classes = torch.stack([each.expand(len(images)) for each in of_each], dim=1)
-            own, extremes = self._inputs.of_tensor(images) if views is None else (views, images.new_empty(0))
+            own, extremes = self.inputs.of_tensor(images) if views is None else (views, images.new_empty(0))
             classes, probability, extremes = end.read(classes, probability_of(self.model, output, classes), extremes)
-            self._inputs.tell(extremes)
+            self.inputs.tell(extremes)
             # `target=` gives results without the dimension K, one depth those without that of depths
             at = 0 if targets is None and top_k is None else slice(None)
             maps, raw, signed = (
@@ -235,13 +235,13 @@ class DAVE(SampleCalls):
                 depth=names if several else names[0],
                 depths=None if told is None else told.map(lambda t: t[:, at]),
                 about=About(
-                    self.model_name,
-                    self.precision,
-                    self.sampling.noise_alpha,
-                    labels,
-                    link_of(self.model, output.shape[1]) if has_classes(self.model, output) else None,
-                    tuple(Asked.of(each, labels) for each in wanted) * (top_k or 1),
-                    own,
+                    model=self.model_name,
+                    precision=self.precision,
+                    noise_alpha=self.sampling.noise_alpha,
+                    labels=labels,
+                    link=link_of(self.model, output.shape[1]) if has_classes(self.model, output) else None,
+                    asked=tuple(Asked.of(each, labels) for each in wanted) * (top_k or 1),
+                    views=own,
                 ),
             )
 
@@ -287,7 +287,7 @@ class DAVE(SampleCalls):
             InputError: the model takes no photographs.
             ModelError: its preprocessing has a step that is not supported.
         """
-        return self._inputs.prepare
+        return self.inputs.prepare
 
     def bind(self, question: Question) -> Question:
         """Return a question with the model's part in it filled in, so that this is done once and not at every call.

@@ -66,6 +66,7 @@ class About:
 
     Attributes:
         model: its name.
+        method: of attribution.
         precision: of the computation.
         noise_alpha: the largest noise level.
         labels: the names of its classes.
@@ -75,6 +76,7 @@ class About:
     """
 
     model: str = "a model"
+    method: str = "DAVE"
     precision: str = ""
     noise_alpha: float = math.nan
     labels: Labels = field(default_factory=partial(Labels, None))
@@ -201,7 +203,7 @@ class Explanation(Pictures):
 
     def __repr__(self) -> str:
         images = f"{len(self)} image{'s' * (len(self) != 1)}"
-        lines = [f"Explanation of {images} by {self.about.model}: maps {tuple(self.maps.shape)}"]
+        lines = [f"{self.about.method} of {images} by {self.about.model}: maps {tuple(self.maps.shape)}"]
         answers = self.answers()
         for number, of_image in enumerate(answers[:1]):
             named = [name if math.isnan(p) else f"{name} {percent(p)}" for _, name, p in of_image]

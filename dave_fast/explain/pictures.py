@@ -16,9 +16,19 @@ from dave_fast.errors import InputError
 from dave_fast.explain.depth import name_of
 from dave_fast.explain.depth_account import Depths
 from dave_fast.explain.view import View
-from dave_fast.files import atomically
-from dave_fast.images.drawing import Box, Size, Style, check_size, draw_over, percent, photograph_of, plain_map
-from dave_fast.images.figures import Panel, figure, grid_of, save_figure
+from dave_fast.images.drawing import (
+    Box,
+    Size,
+    Style,
+    check_size,
+    check_suffix,
+    draw_over,
+    percent,
+    photograph_of,
+    plain_map,
+    save_as,
+)
+from dave_fast.images.figures import Panel, Row, figure, grid_of, save_figure
 from dave_fast.images.screen import show_png
 from dave_fast.numbers import check_integer
 
@@ -34,7 +44,47 @@ _FIGURES = (".pdf", ".svg")
 _NOTEBOOK_DPI = 150
 
 
-class Pictures:
+class Drawn:
+    """What can be drawn as a figure."""
+
+    def figure(self, **options: Any) -> Figure:
+        """Return the figure."""
+        raise NotImplementedError
+
+    def show(self, **options: Any) -> None:
+        """Show the figure: below the cell of a notebook, else by the system's program for pictures.
+
+        Args:
+            options: those of `figure`.
+
+        Raises:
+            InputError: as `figure`, and where there is no screen.
+        """
+        show_png(self._repr_png_(**options))
+
+    def _repr_png_(self, **options: Any) -> bytes:
+        """Return the figure as PNG, for notebooks."""
+        buffer = io.BytesIO()
+        self.figure(**options).savefig(buffer, format="png", dpi=_NOTEBOOK_DPI)
+        return buffer.getvalue()
+
+    def save(self, path: str | os.PathLike[str], **options: Any) -> Path:
+        """Write the figure and return its path.
+
+        Args:
+            path: its suffix says the form: .pdf, .svg, .png, .jpg, .webp ...
+            options: those of `figure`.
+
+        Raises:
+            InputError: as `figure`, and where the suffix is none of a picture or the file cannot be written.
+        """
+        if Path(path).suffix.lower() in _FIGURES:
+            return save_figure(self.figure(**options), path)
+        check_suffix(path)
+        return save_as(Image.open(io.BytesIO(self._repr_png_(**options))).convert("RGB"), path)
+
+
+class Pictures(Drawn):
     """The pictures of B images, K targets and L depths.
 
     All take the keywords of `dave_fast.images.drawing.Style` (colormap, opacity, quantile) and `signed`: True draws
@@ -187,26 +237,10 @@ class Pictures:
             raise InputError(
                 f"there are {len(self)} images; a picture has 1 to {MOST_SHOWN}: choose some, as in found[:8]"
             )
-        named = [view.name.rpartition("/")[2] or f"image {b}" for b, view in enumerate(self.views)]
-        return grid_of([(named[b], self._view(b).crop, self.panels(b, signed=signed)) for b in range(len(self))], look)
-
-    def show(self, *, signed: bool | None = None, **style: Any) -> None:
-        """Show the figure: below the cell of a notebook, else by the system's program for pictures.
-
-        Args:
-            signed: see the class.
-            style: see the class.
-
-        Raises:
-            InputError: as `figure`, and where there is no screen.
-        """
-        show_png(self._repr_png_(signed=signed, **style))
-
-    def _repr_png_(self, **style: Any) -> bytes:
-        """Return the figure as PNG, for notebooks."""
-        buffer = io.BytesIO()
-        self.figure(**style).savefig(buffer, format="png", dpi=_NOTEBOOK_DPI)
-        return buffer.getvalue()
+        named = [view.title or f"image {b}" for b, view in enumerate(self.views)]
+        return grid_of(
+            [Row(named[b], self._view(b).crop, self.panels(b, signed=signed)) for b in range(len(self))], look
+        )
 
     def plot(
         self,
@@ -255,23 +289,13 @@ class Pictures:
         Raises:
             InputError: as `figure`, and where the file cannot be written.
         """
-        suffix = Path(path).suffix.lower()
-        forms = Image.registered_extensions()
-        if suffix == ".npz":
+        if Path(path).suffix.lower() == ".npz":
             return self.save_npz(path)
-        if suffix not in (*_FIGURES, *forms):
-            raise InputError(
-                f"{path} is no picture by its name; expected .png, .jpg, .webp, .pdf, .svg, or .npz for the arrays."
-            )
-        if suffix in _FIGURES:
-            return save_figure(self.figure(signed=signed, **style), path)
-        if len(self) * len(self.answers()[0]) * len(self.levels) > 1:
-            picture = Image.open(io.BytesIO(self._repr_png_(signed=signed, **style))).convert("RGB")
-        else:
-            picture = self.overlay(size=size, signed=signed, **style)
-        with atomically(path) as file:
-            picture.save(file, format=forms[suffix], quality=95)
-        return Path(path)
+        one = len(self) * len(self.answers()[0]) * len(self.levels) == 1
+        if Path(path).suffix.lower() in _FIGURES or not one:
+            return super().save(path, signed=signed, **style)
+        check_suffix(path)
+        return save_as(self.overlay(size=size, signed=signed, **style), path)
 
     def save_npz(self, path: str | os.PathLike[str]) -> Path:
         """Write the arrays."""

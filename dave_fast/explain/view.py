@@ -45,6 +45,11 @@ class View:
         """The photograph's path or URL; "" where it has none."""
         return "" if self.photograph is None else self.photograph.name
 
+    @property
+    def title(self) -> str:
+        """The last part of the name."""
+        return self.name.rpartition("/")[2]
+
     @cached_property
     def crop(self) -> np.ndarray:
         """The model's view, uint8 (H, W, 3).

@@ -262,3 +262,25 @@ def save_picture(image: Image.Image, path: str | os.PathLike[str]) -> Path:
     with atomically(path) as file:
         image.save(file, format="PNG")
     return Path(path)
+
+
+def check_suffix(path: str | os.PathLike[str]) -> str:
+    """Return Pillow's format for the suffix of a path; raise InputError where it is none of a picture."""
+    form = Image.registered_extensions().get(Path(path).suffix.lower())
+    if form is None or form not in Image.SAVE:
+        raise InputError(
+            f"{path} is no picture by its name; expected .png, .jpg, .webp, .pdf, .svg ..., or .npz for arrays."
+        )
+    return form
+
+
+def save_as(image: Image.Image, path: str | os.PathLike[str]) -> Path:
+    """Write a picture in the format of the suffix, atomically, and return its path.
+
+    Raises:
+        InputError: the suffix is none of a picture, or the file cannot be written.
+    """
+    form = check_suffix(path)
+    with atomically(path) as file:
+        image.save(file, format=form, quality=95)
+    return Path(path)

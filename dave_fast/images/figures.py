@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -104,22 +104,38 @@ def figure(
     return grid.figure
 
 
-def grid_of(images: Sequence[tuple[str, np.ndarray, Sequence[Panel]]], style: Style = STYLE) -> Figure:
+class Row(NamedTuple):
+    """An image of a grid.
+
+    Attributes:
+        name: of the image.
+        crop: the model's view, uint8 (H, W, 3).
+        panels: its targets.
+        small: words below the name.
+    """
+
+    name: str
+    crop: np.ndarray
+    panels: Sequence[Panel]
+    small: str = ""
+
+
+def grid_of(images: Sequence[Row], style: Style = STYLE) -> Figure:
     """Draw many images: each with its overlays beside it, several of them in a row where there is room.
 
     Args:
-        images: of each its name, the model's view, uint8 (H, W, 3), all of one size, and as many targets as the others.
+        images: with views of one size, and each with as many targets as the others.
         style: how the maps are drawn.
     """
-    width = 1 + len(images[0][2])
+    width = 1 + len(images[0].panels)
     groups = min(max(1, _ROW // width), len(images))
-    grid = _Grid(groups * width, -(-len(images) // groups), images[0][1].shape, headings=True)
-    kinds = {panel.signed for _, _, panels in images for panel in panels}
-    for number, (name, crop, panels) in enumerate(images):
+    grid = _Grid(groups * width, -(-len(images) // groups), images[0].crop.shape, headings=True)
+    kinds = {panel.signed for row in images for panel in row.panels}
+    for number, image in enumerate(images):
         row, first = number // groups, number % groups * width
-        grid.image(row, first, photograph_of(crop), name)
-        for column, panel in enumerate(panels, first + 1):
-            grid.image(row, column, panel.over(crop, style), panel.name, panel.small())
+        grid.image(row, first, photograph_of(image.crop), image.name, image.small)
+        for column, panel in enumerate(image.panels, first + 1):
+            grid.image(row, column, panel.over(image.crop, style), panel.name, panel.small())
     for row, signed in enumerate(sorted(kinds)):
         if row < grid.rows:
             grid.colorbar(row, style, signed=signed)

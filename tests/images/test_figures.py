@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dave_fast.images import figures
-from dave_fast.images.figures import Panel, figure, grid_of, save_figure
+from dave_fast.images.figures import Panel, Row, figure, grid_of, save_figure
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_signed_and_unsigned_panels_have_a_scale_each(crop, heat):
 
 @pytest.mark.parametrize(("images", "targets"), [(1, 1), (2, 1), (7, 1), (3, 2), (2, 7)])
 def test_grid_has_each_image_and_each_target_once(crop, heat, images, targets):
-    rows = [(f"image {i}", crop, [Panel(heat, f"{i} of {k}", 0.5) for k in range(targets)]) for i in range(images)]
+    rows = [Row(f"image {i}", crop, [Panel(heat, f"{i} of {k}", 0.5) for k in range(targets)]) for i in range(images)]
     made = grid_of(rows)
     said = words(made)
     assert [said.count(f"image {i}") for i in range(images)] == [1] * images

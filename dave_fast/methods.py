@@ -1,0 +1,258 @@
+"""Other attribution methods with the call of `DAVE.explain`, and several of them side by side.
+
+    from dave_fast.methods import Method
+
+    found = Method("integrated gradients", "deit3_base_patch16_224.fb_in1k").explain("photo.jpg")
+    dave_fast.compare("photo.jpg", "deit3_base_patch16_224.fb_in1k").show()
+
+The methods are those of `dave-fast evaluate`; docs/evaluate.md has their definitions and sources. They explain classes.
+Maps are made of a method's attribution as DAVE's are of its own: smoothed, without what is negative (`ops.smooth`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dave_fast.defaults import DEFAULT_SAMPLES
+from dave_fast.errors import InputError, ModelError
+from dave_fast.evaluate.methods import CONTROLS, METHODS, Attribute, MethodSettings, known_name
+from dave_fast.evaluate.twin import NotTakenError
+from dave_fast.explain.depth import PIXELS, Depth
+from dave_fast.explain.explainer import DAVE
+from dave_fast.explain.explanation import Explanation
+from dave_fast.explain.inputs import shown
+from dave_fast.explain.pictures import MOST_SHOWN, Drawn
+from dave_fast.given.isolation import isolated
+from dave_fast.images.drawing import Style
+from dave_fast.images.figures import Row, grid_of
+from dave_fast.images.given import Picture
+from dave_fast.models.spec import ModelSpec
+from dave_fast.numbers import check_integer
+from dave_fast.ops.smooth import smooth
+from dave_fast.targets.forms import Target
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NAMES = tuple(name for name in METHODS if name not in CONTROLS)
+# the extra that has a package
+_EXTRAS = {"captum": "evaluate", "torchcam": "evaluate", "lxt": "lrp"}
+Images = Tensor | Picture | Sequence[Picture]
+
+
+def missing(name: str) -> str | None:
+    """Return why a method cannot run in this environment, in words; None where its package is installed."""
+    package = METHODS[name].package
+    if package is None or find_spec(package) is not None:
+        return None
+    return f"{name} needs the package {package}: pip install '.[{_EXTRAS[package]}]'"
+
+
+class Method:
+    """An attribution method for the decisions of one model.
+
+    Args:
+        name: one of `NAMES`; case, dashes and spaces do not matter.
+        model: anything that `DAVE` takes, or a `DAVE`, whose model is then not loaded again.
+        settings: keywords of `DAVE`.
+
+    Raises:
+        InputError: there is no such method, or the package that it is in is missing.
+        DaveFastError: as `DAVE` does.
+    """
+
+    def __init__(self, name: str, model: str | ModelSpec | nn.Module | DAVE, **settings: Any) -> None:
+        self.name = known_name(name)
+        if reason := missing(self.name):
+            raise InputError(reason)
+        self.dave = model if isinstance(model, DAVE) else DAVE(model, **settings)
+
+    def __repr__(self) -> str:
+        return f"{self.name} of {self.dave.model_name} on {self.dave.device}"
+
+    @cached_property
+    def _model(self) -> nn.Module:
+        """A copy of the model, in evaluation mode and float32: baselines run the model's own forward."""
+        return isolated(self.dave.model, torch.float32, self.dave.device)
+
+    def _attribute(self, n_samples: int) -> Attribute:
+        spread = max(1 / std for std in self.dave.prepare.std)
+        keywords = {"device": self.dave.device, "precision": "fp32", "noise_alpha": 0.0}
+        return METHODS[self.name].make(self._model, MethodSettings(n_samples, keywords, spread))
+
+    def explain(
+        self,
+        images: Images,
+        target: Target | str = None,
+        n_samples: int = DEFAULT_SAMPLES,
+        seed: int = 0,
+        *,
+        depth: Depth | Sequence[Depth] = PIXELS,
+        targets: Sequence[Target | str] | Tensor | None = None,
+        top_k: int | None = None,
+        progress: Any = None,
+    ) -> Explanation:
+        """Return attribution maps for images, as `DAVE.explain` does.
+
+        Args:
+            images: photographs or a tensor.
+            target: a class; None is the predicted one.
+            n_samples: perturbed samples of DAVE and SmoothGrad, and steps of integrated gradients.
+            seed: of random methods.
+            depth: of DAVE's maps; other methods have pixels only.
+            targets: in place of target, K classes.
+            top_k: in place of target, the K most probable classes.
+            progress: as for `DAVE.explain`; other methods report each class.
+
+        Raises:
+            InputError: a target is no class, or the method has no such depth.
+            ModelError: the method does not support the model.
+            DaveFastError: as `DAVE.explain` does.
+        """
+        asked: dict[str, Any] = {"targets": targets, "top_k": top_k, "seed": seed}
+        if self.name == "DAVE":
+            return self.dave.explain(images, target, n_samples, depth=depth, progress=progress, **asked)
+        if depth != PIXELS:
+            raise InputError(f"depth is {depth!r}: {self.name} has maps of pixels only")
+        n_samples = check_integer(n_samples, "n_samples", 1)
+        given, views = (images, None) if isinstance(images, Tensor) else self.dave.inputs.of_photographs(images)
+        # classes, names and probabilities, for the price of one sample
+        found = self.dave.explain(given, target, 1, **asked)
+        if bool((found.target < 0).any()):
+            raise InputError(f"{self.name} explains classes; for differences, texts and patches take DAVE")
+        try:
+            attribute = self._attribute(n_samples)
+        except NotTakenError as reason:
+            raise ModelError(f"{self.name} does not support {self.dave.model_name}: {reason}") from reason
+        classes = found.target.reshape(len(found), -1).to(self.dave.device)
+        batch = (given if given.dim() == 4 else given[None]).detach().to(self.dave.device, torch.float32)
+        rows = []
+        with shown(progress) as update:
+            for number, of_target in enumerate(classes.T, 1):
+                made = attribute(batch, of_target.contiguous(), [0] * len(batch), seed)
+                rows.append(made[0] if isinstance(made, tuple) else made)
+                if update is not None:
+                    update(number, classes.shape[1])
+        raw = torch.stack(rows, 1).detach().float().reshape(found.raw.shape)
+        maps = smooth(raw.flatten(0, -4)).reshape(found.maps.shape)
+        about = replace(
+            found.about,
+            method=self.name,
+            noise_alpha=float("nan"),
+            precision="fp32",
+            views=found.views if views is None else views,
+        )
+        return replace(found, maps=maps, raw=raw, signed=raw.sum(-3), n_samples=n_samples, shrink=False, about=about)
+
+
+@dataclass(frozen=True)
+class Comparison(Drawn, Mapping[str, Explanation]):
+    """Explanations of the same images and classes by several methods: a mapping from name to `Explanation`.
+
+    Attributes:
+        found: the explanations.
+        absent: why each other method has none.
+        seconds: the time that each explanation took, once, with all preparation: no benchmark.
+    """
+
+    found: Mapping[str, Explanation]
+    absent: Mapping[str, str]
+    seconds: Mapping[str, float]
+
+    def __getitem__(self, name: str) -> Explanation:
+        return self.found[name if name in self.found else known_name(name)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.found)
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    def __repr__(self) -> str:
+        first = next(iter(self.found.values()))
+        names = ", ".join(name for _, name, _ in first.answers()[0])
+        lines = [f"Comparison of {len(self)} methods, {len(first)} image{'s' * (len(first) != 1)}, {names}"]
+        lines += [f"  {name:22}{self.seconds[name]:8.2f} s" for name in self.found]
+        lines += [f"  {name:22}not run: {reason}" for name, reason in self.absent.items()]
+        return "\n".join(lines)
+
+    def figure(self, *, signed: bool | None = None, **style: Any) -> Figure:
+        """Return a figure: each image, and beside it its map by each method.
+
+        Args:
+            signed: as for the pictures of an `Explanation`.
+            style: keywords of `dave_fast.images.drawing.Style`.
+
+        Raises:
+            InputError: there are more images than fit.
+        """
+        first = next(iter(self.found.values()))
+        if len(first) > MOST_SHOWN:
+            raise InputError(f"there are {len(first)} images; a picture has at most {MOST_SHOWN}")
+        rows = []
+        for b, view in enumerate(first.views):
+            panels = [
+                replace(panel, name=name, probability=None, depth="")
+                for name, one in self.found.items()
+                for panel in one.panels(b, signed=signed)[:1]
+            ]
+            rows.append(Row(view.title or f"image {b}", view.crop, panels, first.answers()[b][0][1]))
+        return grid_of(rows, Style(**style))
+
+
+def compare(
+    images: Images,
+    model: str | ModelSpec | nn.Module | DAVE,
+    methods: Sequence[str] | None = None,
+    *,
+    target: Target | str = None,
+    n_samples: int = DEFAULT_SAMPLES,
+    seed: int = 0,
+    progress: bool = False,
+    **settings: Any,
+) -> Comparison:
+    """Explain images by several methods.
+
+    Args:
+        images: photographs or a tensor, as for `DAVE.explain`.
+        model: anything that `DAVE` takes, or a `DAVE`.
+        methods: names; None for all that are installed and support the model.
+        target: a class; None is the predicted one of each image.
+        n_samples: perturbed samples of DAVE and SmoothGrad, and steps of integrated gradients.
+        seed: of random methods.
+        progress: whether to show a bar.
+        settings: keywords of `DAVE`.
+
+    Raises:
+        InputError: a method is unknown, or was named and its package is missing; an image or the target does not fit.
+        ModelError: no method supports the model.
+    """
+    dave = model if isinstance(model, DAVE) else DAVE(model, **settings)
+    found: dict[str, Explanation] = {}
+    absent: dict[str, str] = {}
+    seconds: dict[str, float] = {}
+    names = list(dict.fromkeys(map(known_name, NAMES if methods is None else methods)))
+    if methods is None:
+        absent = {name: reason for name in names if (reason := missing(name))}
+        names = [name for name in names if name not in absent]
+    with shown(progress) as update:
+        for number, name in enumerate(names, 1):
+            start = time.perf_counter()
+            try:
+                found[name] = Method(name, dave).explain(images, target, n_samples, seed)
+            except ModelError as reason:
+                absent[name] = str(reason)
+            seconds[name] = time.perf_counter() - start
+            if update is not None:
+                update(number, len(names))
+    if not found:
+        raise ModelError("; ".join(absent.values()) or "methods is empty; expected one or more")
+    return Comparison(found, absent, seconds)

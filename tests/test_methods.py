@@ -1,0 +1,163 @@
+"""Tests of other attribution methods behind the call of DAVE.explain, and of comparisons."""
+
+import sys
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dave_fast
+from dave_fast import methods
+from dave_fast.errors import InputError, ModelError
+from dave_fast.evaluate.methods import METHODS
+from dave_fast.methods import NAMES, Method, compare
+from dave_fast.ops.smooth import smooth
+from dave_fast.targets import Contrast
+from tests.tiny import named_vit, random_vit
+
+CLASSES = ["cat", "dog", "house cat", "tiger, Panthera tigris", "lion"]
+SETTINGS = {"precision": "fp32", "noise_alpha": 0.1}
+PHOTO, OTHER = (np.random.default_rng(seed).integers(0, 256, (60, 100, 3), np.uint8) for seed in (0, 1))
+
+
+@pytest.fixture(scope="module")
+def dave():
+    return dave_fast.DAVE(named_vit(CLASSES), **SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def images(dave):
+    return torch.stack([dave.prepare(Image.fromarray(each))[0] for each in (PHOTO, OTHER)])
+
+
+def gradient(model, images, classes):
+    leaf = images.clone().requires_grad_()
+    (found,) = torch.autograd.grad(model(leaf).gather(1, classes[:, None]).sum(), leaf)
+    return found
+
+
+def test_input_times_gradient_is_autograds(dave, images):
+    found = Method("input × gradient", dave).explain(images)
+    wanted = images * gradient(dave.model, images, found.target)
+    torch.testing.assert_close(found.raw, wanted, rtol=1e-5, atol=1e-6)
+    assert torch.equal(found.maps, smooth(found.raw)) and torch.equal(found.signed, found.raw.sum(1))
+
+
+def test_integrated_gradients_add_up_to_the_difference_of_the_logits(dave, images):
+    found = Method("integrated gradients", dave).explain(images, 3, n_samples=200)
+    with torch.no_grad():
+        change = (dave.model(images) - dave.model(torch.zeros_like(images)))[:, 3]
+    torch.testing.assert_close(found.raw.sum((1, 2, 3)), change, rtol=0.02, atol=0.02)
+
+
+def test_frozen_gradient_is_one_row_of_the_effective_transformation(dave, images):
+    found = Method("frozen gradient", dave).explain(images, 2)
+    torch.testing.assert_close(found.raw, images * dave.effective_gradient(images, 2), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if METHODS[name].package != "lxt"])
+def test_every_method_explains_a_photograph_with_words_and_pictures(dave, name):
+    found = Method(name, dave).explain([PHOTO, OTHER], "tiger", n_samples=2)
+    assert found.about.method == name and repr(found).startswith(name)
+    assert found.maps.shape == (2, 32, 32) and found.raw.shape == (2, 3, 32, 32)
+    assert (found.maps >= 0).all() and (found.maps <= 1).all() and (found.maps.amax((1, 2)) == 1).all()
+    assert found.answers()[0][0][:2] == (3, "tiger") and found.overlay().size == (100, 60)
+
+
+@pytest.mark.parametrize("name", ["SmoothGrad", "Libra FullGrad+", "input × gradient"])
+def test_several_classes_are_their_own_explanations(dave, name):
+    method = Method(name, dave)
+    found = method.explain([PHOTO, OTHER], targets=[4, "dog"], n_samples=2, seed=3)
+    assert found.raw.shape == (2, 2, 3, 32, 32) and [k for k, _, _ in found.answers()[1]] == [4, 1]
+    for number, target in enumerate((4, 1)):
+        alone = method.explain([PHOTO, OTHER], target, n_samples=2, seed=3)
+        torch.testing.assert_close(found.raw[:, number], alone.raw)
+        torch.testing.assert_close(found.maps[:, number], alone.maps)
+    best = method.explain(PHOTO, top_k=2, n_samples=2)
+    assert best.target.tolist() == [best.output[0].topk(2).indices.tolist()]
+
+
+def test_smoothgrad_depends_on_the_seed_alone(dave):
+    method = Method("SmoothGrad", dave)
+    one, again, other = (method.explain(PHOTO, 1, n_samples=2, seed=seed).raw for seed in (0, 0, 1))
+    assert torch.equal(one, again) and not torch.equal(one, other)
+
+
+def test_dave_by_name_is_dave(dave):
+    assert torch.equal(Method("dave", dave).explain(PHOTO, 1, 3, depth=1).maps, dave.explain(PHOTO, 1, 3, depth=1).maps)
+
+
+def test_model_is_explained_in_evaluation_mode_and_left_as_it_was():
+    model = named_vit(CLASSES)
+    model.pos_drop.p = 0.9
+    wanted = Method("input × gradient", model, **SETTINGS).explain(PHOTO, 1).raw
+    model.train()
+    assert torch.equal(Method("input × gradient", model, **SETTINGS).explain(PHOTO, 1).raw, wanted)
+    assert model.training and all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("Integrated-Gradients", "integrated gradients"), ("input_x_gradient", "input × gradient"), ("legrad", "LeGrad")],
+)
+def test_names_may_be_written_with_dashes(dave, name, wanted):
+    assert Method(name, dave).name == wanted
+
+
+@pytest.mark.parametrize(
+    ("ask", "words"),
+    [
+        (lambda dave: Method("integrated gradient", dave), "did you mean integrated gradients"),
+        (lambda dave: Method("SmoothGrad", dave).explain(PHOTO, Contrast(1, 2)), "SmoothGrad explains classes"),
+        (lambda dave: Method("SmoothGrad", dave).explain(PHOTO, depth="auto"), "maps of pixels only"),
+        (lambda dave: Method("SmoothGrad", dave).explain(PHOTO, n_samples=0), "n_samples is 0"),
+        (lambda dave: Method("SmoothGrad", dave).explain("none.png"), "cannot read none.png"),
+    ],
+)
+def test_what_a_method_cannot_do_is_refused_in_words(dave, ask, words):
+    with pytest.raises(InputError, match=words):
+        ask(dave)
+
+
+def test_missing_package_names_its_extra(dave, monkeypatch):
+    monkeypatch.setattr(methods, "find_spec", lambda name: None if name == "captum" else find_spec(name))
+    with pytest.raises(InputError, match=r"SmoothGrad needs the package captum: pip install '.*\[evaluate\]'"):
+        Method("SmoothGrad", dave)
+    found = compare(PHOTO, dave, n_samples=2)
+    assert "SmoothGrad" in found.absent and "DAVE" in found and "SmoothGrad" not in found
+    with pytest.raises(InputError, match="captum"):
+        compare(PHOTO, dave, ["SmoothGrad"])
+
+
+def test_model_that_a_method_does_not_support_is_named(dave):
+    model = random_vit(qk_norm=True)
+    with pytest.raises(ModelError, match="LeGrad does not support"):
+        Method("LeGrad", model, **SETTINGS).explain(PHOTO)
+    found = compare(PHOTO, dave_fast.DAVE(model, **SETTINGS), ["LeGrad", "DAVE"], n_samples=2)
+    assert list(found) == ["DAVE"] and "LeGrad does not support" in found.absent["LeGrad"]
+    with pytest.raises(ModelError, match="LeGrad does not support"):
+        compare(PHOTO, dave_fast.DAVE(model, **SETTINGS), ["LeGrad"], n_samples=2)
+
+
+def test_comparison_explains_the_same_classes_by_each_method(dave, tmp_path, capsys):
+    found = compare([PHOTO, OTHER], dave, ["dave", "input x gradient", "DAVE"], n_samples=3, progress=False)
+    assert list(found) == ["DAVE", "input × gradient"] and len(found) == 2
+    assert torch.equal(found["dave"].target, found["input x gradient"].target)
+    assert torch.equal(found["DAVE"].maps, dave.explain([PHOTO, OTHER], n_samples=3).maps)
+    said = repr(found)
+    assert "2 methods, 2 images" in said and "input × gradient" in said and " s" in said
+    with Image.open(found.save(tmp_path / "compared.png")) as picture:
+        assert picture.width > picture.height * 0.8
+    assert not capsys.readouterr().err
+
+
+def test_comparison_by_name_of_a_model(monkeypatch):
+    found = dave_fast.compare(PHOTO, "demo", ["DAVE", "frozen gradient"], n_samples=2, target="six", precision="fp32")
+    assert [one.answers()[0][0][1] for one in found.values()] == ["six", "six"]
+    assert found.figure().axes
+
+
+def test_methods_are_a_part_of_the_package():
+    assert dave_fast.methods is sys.modules["dave_fast.methods"] and dave_fast.compare is compare
