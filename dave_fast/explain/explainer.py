@@ -34,7 +34,7 @@ from dave_fast.given.wrappers import Watched
 from dave_fast.images import Preprocessing
 from dave_fast.images.given import Picture
 from dave_fast.models.catalog import is_private, load_model
-from dave_fast.models.labels import labels_of
+from dave_fast.models.labels import Labels, labels_of
 from dave_fast.models.meaning import has_classes, link_of, most_probable, probability_of
 from dave_fast.models.spec import ModelSpec
 from dave_fast.numbers import check_integer
@@ -198,7 +198,7 @@ class DAVE(SampleCalls):
             places = places_of(depths, lambda: batches.route.blocks)
             deep = levels_of(places) != LEVEL_OF_PIXELS
             output = self._output(batches, images, end, every_level(batches.route.blocks) if deep else LEVEL_OF_PIXELS)
-            labels = labels_of(self.model, output.shape[1] if output.dim() == 2 else None)
+            labels = self._labels(output)
             wanted = [parse_target(each, labels) if isinstance(each, str) else each for each in asked]
             if top_k is None or top_k == 1:
                 resolved = [self._resolved(each, output, images) for each in wanted]
@@ -248,12 +248,16 @@ class DAVE(SampleCalls):
         return self._checked.call(given, work, rows, n_samples)
 
     def depths(
-        self, images: Tensor, target: Target = None, *, targets: Sequence[Target] | Tensor | None = None
+        self,
+        images: Tensor | Picture | Sequence[Picture],
+        target: Target | str = None,
+        *,
+        targets: Sequence[Target | str] | Tensor | None = None,
     ) -> Depths:
         """Return what of the decision for each image the pixels and the tokens that enter each block account for.
 
         Args:
-            images: (B, C, H, W), as for `explain`.
+            images: as for `explain`.
             target: as for `explain`.
             targets: in place of target, K of them as for `explain`; the tensors have a dimension K after B.
 
@@ -270,7 +274,7 @@ class DAVE(SampleCalls):
             end.read()
             return told if targets is not None else told.map(lambda t: t[:, 0])
 
-        return self._checked.call(images, work)
+        return self._checked.call(self._prepared(images), work)
 
     def __repr__(self) -> str:
         shrunk = "shrunk" if self.shrink else "not shrunk"
@@ -329,12 +333,12 @@ class DAVE(SampleCalls):
         """True, as captum names it: attributions are effective gradient ⊙ input."""
         return True
 
-    def predict(self, images: Tensor) -> Tensor:
-        """Return the model's output (B, ...) float32 for unperturbed images (B, C, H, W).
+    def predict(self, images: Tensor | Picture | Sequence[Picture]) -> Tensor:
+        """Return the model's output (B, ...) float32 for unperturbed images, as `explain` takes them.
 
         It is computed in the explainer's precision and by its route.
         """
-        return self._checked.call(images, self._prediction).float()
+        return self._checked.call(self._prepared(images), self._prediction).float()
 
     def output_shape(self, images: Tensor) -> tuple[int, ...]:
         """Return the shape (B, ...) of the model's output for images (B, C, H, W), whatever its values are."""
@@ -346,11 +350,11 @@ class DAVE(SampleCalls):
 
         return self._cache.call(images, work)
 
-    def effective_gradient(self, images: Tensor, target: Target = None) -> Tensor:
+    def effective_gradient(self, images: Tensor | Picture | Sequence[Picture], target: Target | str = None) -> Tensor:
         """Return one row of the effective transformation for each unperturbed image: DAVE, arXiv 2602.06613, Eq. 5.
 
         Args:
-            images: (B, C, H, W), as for `explain`.
+            images: as for `explain`.
             target: as for `explain`; it names the row.
 
         Returns:
@@ -366,7 +370,7 @@ class DAVE(SampleCalls):
             end.read()
             return gradients
 
-        return self._checked.call(images, work)
+        return self._checked.call(self._prepared(images), work)
 
     @property
     def route(self) -> str:
@@ -398,9 +402,18 @@ class DAVE(SampleCalls):
             end.refuse_non_finite(found, "the attribution", f"{self._advice}.")
         return told
 
-    def _resolved(self, target: Target, output: Tensor, images: Tensor) -> Cotangent:
+    def _prepared(self, images: Any) -> Any:
+        """Return photographs as the model's input (B, C, H, W), and tensors as they are."""
+        return images if isinstance(images, Tensor) else self.inputs.of_photographs(images)[0]
+
+    def _labels(self, output: Tensor) -> Labels:
+        """Return the names of the model's classes by its output (B, ...)."""
+        return labels_of(self.model, output.shape[1] if output.dim() == 2 else None)
+
+    def _resolved(self, target: Target | str, output: Tensor, images: Tensor) -> Cotangent:
         """Return a target's cotangent, checked against the images' output."""
         height, width = images.shape[2:]
+        target = parse_target(target, self._labels(output)) if isinstance(target, str) else target
         return resolve_target(target, output, (height, width), self._view())
 
     def _view(self) -> ModelView:

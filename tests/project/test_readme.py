@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from dave_fast.cli.options import DEFAULT_MODEL
+from dave_fast.explain import pictures
 from dave_fast.models.demo import demo_scene
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,14 +21,21 @@ COMMANDS = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 @pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
 def test_python_blocks_run_as_written_and_print_what_is_shown(page, tmp_path, monkeypatch, capsys):
-    """Every block runs by itself, imports included, in a folder with a photograph."""
-    demo_scene().image.save(tmp_path / "photo.jpg")
+    """Every block runs by itself, imports included, in a folder with photographs.
+
+    The embedded model stands in for the default one, whose weights are downloaded, and pictures are drawn, not shown.
+    """
+    for name in ("photo.jpg", "other.jpg"):
+        demo_scene().image.save(tmp_path / name)
     monkeypatch.chdir(tmp_path)
+    shown: list[bytes] = []
+    monkeypatch.setattr(pictures, "show_png", shown.append)
     blocks = BLOCKS.findall((ROOT / page).read_text(encoding="utf-8"))
     assert blocks
     for number, (code, printed) in enumerate(blocks, 1):
-        exec(compile(code, f"{page}, block {number}", "exec"), {})
+        exec(compile(code.replace(DEFAULT_MODEL, "demo"), f"{page}, block {number}", "exec"), {})
         assert capsys.readouterr().out == printed
+    assert all(each.startswith(b"\x89PNG") for each in shown)
 
 
 def test_the_first_command_installs_and_explains_and_the_last_runs_every_check():
