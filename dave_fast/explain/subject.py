@@ -9,7 +9,7 @@ from torch import nn
 
 from dave_fast.errors import InputError
 from dave_fast.explain.explainer import DAVE
-from dave_fast.images import Preprocessing, preprocessing
+from dave_fast.images import Preprocessing
 from dave_fast.models.labels import Labels, labels_of
 from dave_fast.models.meaning import kind_of, require_classifier
 from dave_fast.models.spec import ModelSpec
@@ -44,7 +44,7 @@ class Subject(NamedTuple):
         model = explainer.model
         if classifier:
             require_classifier(model, explainer.model_name)
-        prepare = preprocessing(model)
+        prepare = explainer.prepare
         if kind_of(model) == "embedding":
             return cls(explainer, prepare, Labels(0))
         shape = explainer.output_shape(prepare.transform(Image.new("RGB", prepare.size[::-1]))[None])
