@@ -9,8 +9,11 @@ from pathlib import Path
 
 from dave_fast.errors import InputError
 from dave_fast.run.export.arrays import write_npy, write_zarr
+from dave_fast.run.export.coco import write_coco
+from dave_fast.run.export.gallery import write_gallery
 from dave_fast.run.export.job import Job, Progress
 from dave_fast.run.export.pictures import write_folder, write_png
+from dave_fast.run.export.tensorboard import write_tensorboard
 from dave_fast.run.export.virelay import write_virelay
 from dave_fast.run.limits import Limits
 from dave_fast.run.reader import Maps
@@ -32,8 +35,11 @@ class Form:
 
 
 FORMS = {
+    "html": Form(write_gallery, errors=True),
     "folder": Form(write_folder),
     "png": Form(write_png),
+    "coco": Form(write_coco),
+    "tensorboard": Form(write_tensorboard),
     "npy": Form(write_npy, several_sizes=False),
     "zarr": Form(write_zarr, several_sizes=False),
     "virelay": Form(write_virelay, several_sizes=False),

@@ -82,7 +82,7 @@ def views(row: MapRecord, crop: np.ndarray | None) -> dict[str, Image.Image | No
     over: dict[str, Image.Image | None] = {"map": drawing.plain_map(row.map)}
     over["overlay"] = None if crop is None else drawing.overlay(crop, row.map)
     if row.raw is not None:
-        over["signed"] = None if crop is None else drawing.signed_overlay(crop, _signed(row.raw))
+        over["signed"] = None if crop is None else drawing.overlay(crop, _signed(row.raw), signed=True)
     return over
 
 
