@@ -103,14 +103,14 @@ def test_png_without_contributions_has_two_pictures_a_record(photos, tmp_path):
 
 
 def test_signed_picture_is_orange_where_contributions_are_positive_and_blue_where_negative(photos, tmp_path):
-    from dave_fast.run.export.pictures import views
+    from dave_fast.run.export.pictures import laid_over
 
     raw = np.ones((3, 16, 16), np.float32)
     raw[:, :, 8:] = -1
     made.make_run(tmp_path / "run", records(photos[:1]), raw=True)
     row = dave_fast.open_maps(tmp_path / "run")[0]
     object.__setattr__(row, "raw", raw)
-    picture = np.asarray(views(row, np.zeros((16, 16, 3), np.uint8))["signed"], np.int16)
+    picture = np.asarray(laid_over(row, np.zeros((16, 16, 3), np.uint8))["signed"], np.int16)
     left, right = picture[200:240, 60:120].mean((0, 1)), picture[200:240, 330:390].mean((0, 1))
     assert left[0] > left[2] + 50 and right[2] > right[0] + 50
 

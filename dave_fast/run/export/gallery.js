@@ -5,7 +5,7 @@ const data = window.gallery;
 const $ = (id) => document.getElementById(id);
 const FILTERS = ["q", "target", "prediction", "right", "status", "sort"];
 const DEFAULTS = { q: "", target: "", prediction: "", right: "", status: "", sort: "", view: "overlay", open: "" };
-const VIEWS = { overlay: "Overlay", photograph: "Photograph", signed: "For and against" };
+const VIEWS = { overlay: "Overlay", photograph: "Photograph", signed: "Signed" };
 const LEGENDS = {
   overlay: "The brighter, the more the pixels speak for the explained class.",
   photograph: "What the model saw.",
@@ -19,11 +19,8 @@ let order = [];             // numbers of the records that are shown, in their o
 let columns = 1, wide = 0, high = 0;
 let focused = -1;           // place of the cell that has or had the focus
 let place = -1;             // place of the record in the viewer
-let waiting = 0;
+let waiting = 0, remembering = 0;
 const cells = new Map();    // by place
-
-if (data) begin();
-else $("problem").textContent = "data.js is missing beside this page: keep the files of the folder together.";
 
 function begin() {
   const { facts, id, errors } = data;
@@ -159,7 +156,6 @@ function fill() {
   }
 }
 
-let remembering = 0;
 function remember() {
   // browsers take a limited number of changes a second
   clearTimeout(remembering);
@@ -361,3 +357,6 @@ function classOf(index) {
 function number(value) { return value.toLocaleString("en"); }
 
 function percent(share) { return share > 0 && share < 0.001 ? "< 0.1 %" : `${(100 * share).toFixed(1)} %`; }
+
+if (data) begin();
+else $("problem").textContent = "data.js is missing beside this page: keep the files of the folder together.";

@@ -20,8 +20,9 @@ from typing import Any
 from PIL import Image
 
 from dave_fast.explain.depth import PIXELS, name_of
+from dave_fast.images import drawing
 from dave_fast.run.export.job import Job, Photographs, whole
-from dave_fast.run.export.pictures import views
+from dave_fast.run.export.pictures import laid_over
 from dave_fast.run.reader import MapRecord
 
 _PAGE = ("index.html", "gallery.css", "gallery.js")
@@ -61,11 +62,11 @@ def write_gallery(job: Job) -> int:
 def _draw(row: MapRecord, photographs: Photographs, folder: Path, number: int) -> int:
     """Write the pictures of a row; return 2, or 1 where there is the map alone."""
     crop = photographs.crop(row)
-    pictures = {kind: picture for kind, picture in views(row, crop).items() if picture is not None}
-    plain = pictures.pop("map")
-    pictures = pictures or {"overlay": plain}
-    if crop is not None:
-        pictures["photograph"] = Image.fromarray(crop)
+    assert row.map is not None
+    if crop is None:
+        pictures = {"overlay": drawing.plain_map(row.map)}
+    else:
+        pictures = {**laid_over(row, crop), "photograph": Image.fromarray(crop)}
     for kind, picture in pictures.items():
         small = picture.copy()
         small.thumbnail((_SMALL, _SMALL), Image.Resampling.LANCZOS)

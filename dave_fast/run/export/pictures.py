@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -58,38 +57,38 @@ def _drawn(
         folder: of the pictures.
         more: endings of other files that are made of each name.
     """
-    names = file_names(job.maps.ids, (".map.png", ".overlay.png", ".signed.png", *more), [INDEX])
+    kinds = ("map", "overlay", *(["signed"] if job.raw else []))
+    names = file_names(job.maps.ids, [*(f".{kind}.png" for kind in kinds), *more], [INDEX])
     for number, (name, row) in enumerate(zip(names, job.maps, strict=True)):
         crop = photographs.crop(row)
-        files: dict[str, str | None] = {}
-        for kind, picture in views(row, crop).items():
-            files[kind] = None
-            if picture is not None:
-                files[kind] = f"{name}.{kind}.png"
-                drawing.save_picture(picture, folder / f"{name}.{kind}.png")
+        assert row.map is not None
+        made = {"map": drawing.plain_map(row.map)} | ({} if crop is None else laid_over(row, crop))
+        for kind, picture in made.items():
+            drawing.save_picture(picture, folder / f"{name}.{kind}.png")
+        files = {kind: f"{name}.{kind}.png" if kind in made else None for kind in kinds}
         yield row, name, files
         job.progress(number + 1)
 
 
-def views(row: MapRecord, crop: np.ndarray | None) -> dict[str, Image.Image | None]:
-    """Return the pictures of a row, by what they are: "map", "overlay", and "signed" where there are contributions.
+def laid_over(row: MapRecord, crop: np.ndarray) -> dict[str, Image.Image]:
+    """Draw a row's map over the photograph: "overlay", and "signed", in two colours, where there are contributions.
 
     Args:
         row: with a map.
-        crop: what the model saw, uint8 (H, W, 3); without it there are no pictures over the photograph, but None.
+        crop: what the model saw, uint8 (H, W, 3).
     """
     assert row.map is not None
-    over: dict[str, Image.Image | None] = {"map": drawing.plain_map(row.map)}
-    over["overlay"] = None if crop is None else drawing.overlay(crop, row.map)
+    made = {"overlay": drawing.overlay(crop, row.map)}
     if row.raw is not None:
-        over["signed"] = None if crop is None else drawing.overlay(crop, _signed(row.raw), signed=True)
-    return over
+        made["signed"] = drawing.overlay(crop, _signed(row.raw), signed=True)
+    return made
 
 
-def _signed(raw: np.ndarray) -> Any:
+def _signed(raw: np.ndarray) -> np.ndarray:
     """Return the signed map (H, W) of contributions (3, H, W), blended with its blur as maps are."""
     import torch
 
     from dave_fast.ops.smooth import signed_map
 
-    return signed_map(torch.from_numpy(raw.sum(0))).numpy()
+    made: np.ndarray = signed_map(torch.from_numpy(raw.sum(0))).numpy()
+    return made

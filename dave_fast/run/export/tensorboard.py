@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 
 from dave_fast.run.export.job import Job, Photographs, package, whole
-from dave_fast.run.export.pictures import views
+from dave_fast.run.export.pictures import laid_over
 
 
 def write_tensorboard(job: Job) -> int:
@@ -26,11 +26,9 @@ def write_tensorboard(job: Job) -> int:
             facts = job.facts(row)
             # other characters are none for TensorBoard's tags
             tag = re.sub(r"[^-\w.]+", "_", f"{row.target}_{facts['target_name']}", flags=re.ASCII)
-            drawn = views(row, photographs.crop(row))
-            for kind in ("overlay", "signed"):
-                picture = drawn.get(kind)
-                if picture is not None:
-                    writer.add_image(f"{kind}/{tag}", np.asarray(picture), steps[tag], dataformats="HWC")
+            crop = photographs.crop(row)
+            for kind, picture in ({} if crop is None else laid_over(row, crop)).items():
+                writer.add_image(f"{kind}/{tag}", np.asarray(picture), steps[tag], dataformats="HWC")
             # indented by four, a line is code in Markdown: no name is anything but text
             lines = [f"    {name}: {' '.join(str(value).split())}" for name, value in facts.items()]
             writer.add_text(f"record/{tag}", "\n".join(lines), steps[tag])
