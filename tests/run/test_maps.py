@@ -22,7 +22,7 @@ import dave_fast
 from dave_fast import DAVE
 from dave_fast.errors import ImageError, InputError, NonFiniteError
 from dave_fast.images import decode_image, from_config
-from dave_fast.models.demo import demo_scene
+from dave_fast.models.demo import CLASS_NAMES, demo_scene
 from dave_fast.models.spec import ModelSpec
 from dave_fast.run import contents, shards
 from dave_fast.run.contents import Notes
@@ -349,6 +349,10 @@ def test_an_export_of_a_damaged_map_names_the_shard(small_shard, tmp_path, to):
     with pytest.raises(InputError, match=r"maps-0\.parquet is no readable shard"):
         export(dave_fast.open_maps(tmp_path), to, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_keeps_the_names_of_its_classes(whole):
+    assert dave_fast.open_maps(whole).labels.names == CLASS_NAMES
 
 
 def test_shards_say_what_they_are(whole):
