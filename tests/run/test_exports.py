@@ -18,6 +18,15 @@ from tests.run import made
 
 PICTURES = [name for name, form in FORMS.items() if form.several_sizes]
 ARRAYS = [name for name in FORMS if name not in PICTURES]
+# of the extra `export`
+PACKAGES = {"zarr": "zarr", "virelay": "h5py", "tensorboard": "tensorboard"}
+EXTRA = "an extra: dave-fast[export]"
+
+
+def needs(to):
+    """Skip a test of a form whose package is not installed."""
+    if to in PACKAGES:
+        pytest.importorskip(PACKAGES[to], reason=EXTRA)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +59,7 @@ def good(maps):
 
 
 def test_zarr(maps, good, tmp_path):
-    zarr = pytest.importorskip("zarr", reason="an extra: dave-fast[export]")
+    zarr = pytest.importorskip("zarr", reason=EXTRA)
     export(maps, "zarr", tmp_path / "z")
     group = zarr.open_group(tmp_path / "z", mode="r")
     assert group.metadata.zarr_format == 3
@@ -69,7 +78,7 @@ def test_npy(maps, good, tmp_path):
 
 
 def test_virelay(photos, good, maps, tmp_path):
-    h5py = pytest.importorskip("h5py", reason="an extra: dave-fast[export]")
+    h5py = pytest.importorskip("h5py", reason=EXTRA)
     export(maps, "virelay", tmp_path / "v.h5")
     with h5py.File(tmp_path / "v.h5") as book:
         assert book["attribution"].shape == (7, 3, 16, 16) and book["attribution"].dtype == np.float32
@@ -140,7 +149,7 @@ def test_folder_of_a_record_named_like_the_index_keeps_both(photos, tmp_path):
 
 @pytest.mark.parametrize("to", PICTURES)
 def test_photographs_that_are_gone_are_counted_and_all_of_them_are_an_error(photos, tmp_path, to):
-    pytest.importorskip("tensorboard", reason="an extra: dave-fast[export]")
+    needs(to)
     copies = [tmp_path / "photos" / path.name for path in photos[:2]]
     made.scenes(tmp_path / "photos", 2)
     made.make_run(tmp_path / "run", records(copies))
@@ -155,7 +164,7 @@ def test_photographs_that_are_gone_are_counted_and_all_of_them_are_an_error(phot
 
 @pytest.mark.parametrize("to", PICTURES)
 def test_photographs_above_the_limits_are_not_read(maps, tmp_path, to):
-    pytest.importorskip("tensorboard", reason="an extra: dave-fast[export]")
+    needs(to)
     assert export(maps[:1], to, tmp_path / "p", limits=Limits(pixels=48 * 32)) == 0
     with pytest.raises(InputError, match="no image could be read again"):
         export(maps[:1], to, tmp_path / "q", limits=Limits(pixels=48 * 32 - 1))
@@ -163,13 +172,11 @@ def test_photographs_above_the_limits_are_not_read(maps, tmp_path, to):
 
 @pytest.mark.parametrize("to", PICTURES)
 def test_maps_of_several_sizes_make_pictures(photos, tmp_path, to):
-    pytest.importorskip("tensorboard", reason="an extra: dave-fast[export]")
+    needs(to)
     rows = records(photos[:2])
     rows[1]["map"] = made.blob(24, 0.5, 0.5, 0.2)
     made.make_run(tmp_path / "run", rows)
-    maps = dave_fast.open_maps(tmp_path / "run")
-    if to != "coco":
-        assert export(maps, to, tmp_path / "p") == 0
+    assert export(dave_fast.open_maps(tmp_path / "run"), to, tmp_path / "p") == 0
 
 
 # Refusals
@@ -184,7 +191,7 @@ def test_arrays_of_several_sizes_are_refused_with_the_forms_that_take_them(photo
         export(dave_fast.open_maps(tmp_path / "run"), to, tmp_path / "x")
 
 
-@pytest.mark.parametrize(("to", "package"), [("zarr", "zarr"), ("virelay", "h5py"), ("tensorboard", "tensorboard")])
+@pytest.mark.parametrize(("to", "package"), PACKAGES.items())
 def test_missing_packages(maps, tmp_path, monkeypatch, to, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(InputError, match=rf"needs the package {package}: pip install 'dave-fast\[export\]'"):
@@ -212,8 +219,7 @@ def test_an_export_that_fails_leaves_nothing(maps, tmp_path, to):
     def stop(done):
         raise KeyboardInterrupt
 
-    for name in {"zarr": "zarr", "virelay": "h5py", "tensorboard": "tensorboard"}.values():
-        pytest.importorskip(name, reason="an extra: dave-fast[export]")
+    needs(to)
     with pytest.raises(KeyboardInterrupt):
         export(maps, to, tmp_path / "out", stop)
     assert list(tmp_path.iterdir()) == []
