@@ -119,6 +119,7 @@ setup(
         "dave_fast": ["py.typed"],
         "dave_fast.evaluate": ["page.html"],
         "dave_fast.models.demo": ["*.npz", "*.safetensors", "*.md"],
+        "dave_fast.run.export": ["*.html", "*.css", "*.js"],
         "dave_fast.serve.page": ["*.html", "*.css", "*.js"],
     },
     ext_modules=extensions(),

@@ -115,7 +115,7 @@ def as_spec(model: str | ModelSpec) -> ModelSpec:
     return model if isinstance(model, ModelSpec) else ModelSpec(model)
 
 
-def class_names(labels: str | Sequence[str]) -> tuple[str, ...]:
+def class_names(labels: str | os.PathLike[str] | Sequence[str]) -> tuple[str, ...]:
     """Return class names, given or read from a file.
 
     Raises:

@@ -9,6 +9,8 @@
 A worker is a process with one device that decodes, explains and writes (`worker`). The local runner (`local`) starts
 one worker a device; the Ray runner (`ray_engine`) spreads the same steps over a cluster. A run's folder holds
 `run.json` (the run's identity, see `identity`) and the shards; there is no other record of what is done.
+
+`reader` opens the maps, and `export` writes them in forms that other programs open.
 """
 
 from __future__ import annotations

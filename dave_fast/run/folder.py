@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dave_fast.errors import InputError
-from dave_fast.run.identity import RUN_FILE, load_identity, make_identity, refuse_other, save_identity
+from dave_fast.run.identity import RUN_FILE, load_identity, make_identity, refuse_other, save_identity, save_names
 from dave_fast.run.lock import Fence, Lock
 from dave_fast.run.records import RecordSource
 from dave_fast.run.shards import committed_ids, drop_errors, remove_leftovers, shard_files
@@ -45,12 +46,13 @@ class RunFolder:
         remove_leftovers(folder)
         self.done = committed_ids(folder)
 
-    def check(self, configuration: dict[str, Any], weights: str) -> dict[str, Any]:
-        """Return the run's identity, which is saved if the folder is new.
+    def check(self, configuration: dict[str, Any], weights: str, names: Sequence[str] | None = None) -> dict[str, Any]:
+        """Return the run's identity, which is saved if the folder is new, as the names of the classes are.
 
         Args:
             configuration: every setting that changes a map, `Mapper.configuration`.
             weights: hash of the model's weights.
+            names: K class names, None where the classes have none. Another run may have others.
 
         Raises:
             InputError: the folder holds another run.
@@ -60,6 +62,8 @@ class RunFolder:
             save_identity(self.folder, identity)
         else:
             refuse_other(self.folder, self.before, identity)
+        if names is not None:
+            save_names(self.folder, names)
         if self.retry_errors:
             drop_errors(self.folder)
             self.done = committed_ids(self.folder)

@@ -5,7 +5,8 @@
     format · version of dave-fast · weights: hash · configuration: every setting that changes a map · source: digest
 
 To resume a run all of it must be equal. Device, runner, batch size, number of workers and the path of the source are
-no part of it: they change a map by rounding at most.
+no part of it: they change a map by rounding at most. The names of the classes change nothing in a map, and have a file
+of their own, `labels.json`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +22,14 @@ from dave_fast._version import __version__
 from dave_fast.errors import InputError
 from dave_fast.explain.depth import PIXELS
 from dave_fast.files import atomically, read_json
+from dave_fast.models.labels import Labels
 
 if TYPE_CHECKING:
     from torch import nn
 
 FORMAT = 1
 RUN_FILE = "run.json"
+NAMES_FILE = "labels.json"
 METADATA_KEY = b"dave_fast"
 
 
@@ -87,6 +91,28 @@ def save_identity(folder: Path, identity: dict[str, Any]) -> None:
     """Write `run.json`."""
     with atomically(folder / RUN_FILE, durable=True) as file:
         file.write(json.dumps(identity, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+def save_names(folder: Path, names: Sequence[str]) -> None:
+    """Write the names of the classes."""
+    plain = [name.encode("utf-8", "backslashreplace").decode() for name in names]
+    with atomically(folder / NAMES_FILE) as file:
+        file.write(json.dumps(plain, indent=0, ensure_ascii=False).encode() + b"\n")
+
+
+def load_labels(folder: Path, identity: dict[str, Any]) -> Labels:
+    """Return the classes of a run; those of earlier versions, and of models without names, have numbers alone.
+
+    Raises:
+        InputError: the file of names is none, or does not have one for each class.
+    """
+    count, path = identity["configuration"].get("classes"), folder / NAMES_FILE
+    if not os.path.lexists(path):
+        return Labels(count)
+    names = read_json(path)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or count != len(names):
+        raise InputError(f"{path} is no list of {count} class names: mend it, or delete it.")
+    return Labels(count, tuple(names))
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -156,7 +156,7 @@ class _Parent:
                 )
         for note in dict.fromkeys(note for hello in hellos for note in hello.notes):
             self.report.note(note)
-        identity = self.run_folder.check(first.configuration, first.weights)
+        identity = self.run_folder.check(first.configuration, first.weights, first.names)
         for worker in self.workers:
             worker.connection.send(Go(identity))
         self.tally.begin()

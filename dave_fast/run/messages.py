@@ -18,6 +18,7 @@ class Hello:
         notes: remarks for the user.
         device: name of the device.
         window: most records that may be sent and not yet mapped.
+        names: K class names; None where the classes have none.
     """
 
     configuration: dict[str, Any]
@@ -25,6 +26,7 @@ class Hello:
     notes: list[str]
     device: str
     window: int
+    names: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

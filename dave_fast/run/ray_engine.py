@@ -62,10 +62,10 @@ def run_ray(run_folder: RunFolder, settings: MapSettings, machine: Machine, repo
         probed = ray.get(load.remote(settings, device))
         if isinstance(probed, DaveFastError):
             raise probed
-        configuration, weights, notes = probed
+        configuration, weights, notes, names = probed
         for note in notes:
             report.note(note)
-        identity = run_folder.check(configuration, weights)
+        identity = run_folder.check(configuration, weights, names)
         pipeline = RayPipeline(
             parts=_parts(run_folder),
             limit=None if run_folder.source.shards is None else run_folder.left(),

@@ -49,12 +49,12 @@ _CROPS = pa.schema(
 
 
 def probe(settings: MapSettings, device: str | None) -> Any:
-    """Load the model where the maps will be made; return (configuration, weights, notes), or the error."""
+    """Load the model where the maps will be made; return (configuration, weights, notes, class names), or the error."""
     try:
         mapper = settings.mapper(device)
     except DaveFastError as error:
         return error
-    return mapper.configuration, mapper.weights, mapper.notes
+    return mapper.configuration, mapper.weights, mapper.notes, mapper.labels.names
 
 
 class Board:

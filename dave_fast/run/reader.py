@@ -17,7 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dave_fast.errors import InputError
-from dave_fast.run.identity import RUN_FILE, load_identity
+from dave_fast.models.labels import Labels
+from dave_fast.models.spec import class_names
+from dave_fast.run.identity import RUN_FILE, load_identity, load_labels
 from dave_fast.run.shards import SMALL, VERIFIED, read_column, reading, shard_files
 
 if TYPE_CHECKING:
@@ -79,7 +81,7 @@ def open_maps(folder: str | os.PathLike[str]) -> Maps:
         tables.append(table.append_column("_shard", where).append_column("_row", rows))
     if not tables:
         raise InputError(f"{path} holds a run that has not committed anything yet; wait for its first shard.")
-    return Maps(identity, _Shards(files), pa.concat_tables(tables))
+    return Maps(identity, _Shards(files), pa.concat_tables(tables), load_labels(path, identity))
 
 
 class Maps:
@@ -89,10 +91,11 @@ class Maps:
 
     Attributes:
         identity: the content of the run's `run.json`.
+        labels: the classes, with their names where the model has some.
     """
 
-    def __init__(self, identity: dict[str, Any], shards: _Shards, table: pa.Table) -> None:
-        self.identity = identity
+    def __init__(self, identity: dict[str, Any], shards: _Shards, table: pa.Table, labels: Labels) -> None:
+        self.identity, self.labels = identity, labels
         self._shards = shards
         self._table = table
 
@@ -158,7 +161,7 @@ class Maps:
             if chosen.shape != keep.shape or chosen.dtype != bool:
                 raise InputError(f"`where` gave {chosen.dtype} {chosen.shape}; expected bool ({len(self)},).")
             keep &= chosen
-        return Maps(self.identity, self._shards, self._table.filter(pa.array(keep)))
+        return self._of(self._table.filter(pa.array(keep)))
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, slice):
@@ -166,7 +169,24 @@ class Maps:
         if isinstance(key, str) or not isinstance(key, Sequence | np.ndarray):
             return self._row(self._number(key))
         numbers = [self._number(each) for each in key]
-        return Maps(self.identity, self._shards, self._table.take(pa.array(numbers, pa.int64())))
+        return self._of(self._table.take(pa.array(numbers, pa.int64())))
+
+    def named(self, names: str | os.PathLike[str] | Sequence[str]) -> Maps:
+        """Return the same rows with other class names.
+
+        Args:
+            names: K names, or a file of them as `ModelSpec.labels` has it.
+
+        Raises:
+            InputError: the file cannot be read, or there are others than K.
+        """
+        found, count = class_names(names), self.labels.count
+        if count not in (None, len(found)):
+            raise InputError(f"there are {len(found)} class names; expected {count}, as many as the model has classes.")
+        return Maps(self.identity, self._shards, self._table, Labels(count, found))
+
+    def _of(self, table: pa.Table) -> Maps:
+        return Maps(self.identity, self._shards, table, self.labels)
 
     def numpy(self) -> np.ndarray:
         """Return the maps of all rows, (N, H, W) float32.

@@ -37,7 +37,7 @@ from dave_fast.run.identity import METADATA_KEY
 
 SUFFIX = ".parquet"
 # Temporary files that `files.atomically` makes for a run; others, as those of exports, may be at work.
-_LEFTOVER = re.compile(r"\.(run\.json|summary\.json|maps-.+\.parquet)\.\d+\.part")
+_LEFTOVER = re.compile(r"\.(run\.json|labels\.json|summary\.json|maps-.+\.parquet)\.\d+\.part")
 ROW_GROUP = 32
 SHARD_ROWS = 10_000
 SHARD_BYTES = 256 * 2**20

@@ -123,7 +123,8 @@ class _MapWorker:
         mapper = task.settings.mapper(task.device, task.threads)
         window = 3 * mapper.batch_size + 2 * task.decoders
         window = max(mapper.batch_size, min(window, WAITING_BYTES // mapper.input_bytes))
-        self.send(Hello(mapper.configuration, mapper.weights, mapper.notes, mapper.device, window))
+        names = mapper.labels.names
+        self.send(Hello(mapper.configuration, mapper.weights, mapper.notes, mapper.device, window, names))
         go = self.connection.recv()
         if not isinstance(go, Go):
             return

@@ -22,12 +22,11 @@ import dave_fast
 from dave_fast import DAVE
 from dave_fast.errors import ImageError, InputError, NonFiniteError
 from dave_fast.images import decode_image, from_config
-from dave_fast.models.demo import demo_scene
+from dave_fast.models.demo import CLASS_NAMES, demo_scene
 from dave_fast.models.spec import ModelSpec
 from dave_fast.run import contents, shards
 from dave_fast.run.contents import Notes
 from dave_fast.run.export import export
-from dave_fast.run.limits import Limits
 from dave_fast.run.local import Machine
 from dave_fast.run.mapper import Mapper, MapSettings, packed_map, packed_raw
 from dave_fast.run.records import Record, image_key
@@ -352,6 +351,10 @@ def test_an_export_of_a_damaged_map_names_the_shard(small_shard, tmp_path, to):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_keeps_the_names_of_its_classes(whole):
+    assert dave_fast.open_maps(whole).labels.names == CLASS_NAMES
+
+
 def test_shards_say_what_they_are(whole):
     identity = json.loads((whole / "run.json").read_bytes())
     (shard,) = whole.glob("*.parquet")
@@ -505,96 +508,3 @@ def test_torch_dataset(whole):
 def test_nothing_to_read(tmp_path):
     with pytest.raises(InputError, match="holds no run"):
         dave_fast.open_maps(tmp_path)
-
-
-# Exporting
-
-
-def test_zarr(whole, tmp_path):
-    zarr = pytest.importorskip("zarr", reason="an extra: dave-fast[export]")
-    maps = dave_fast.open_maps(whole)
-    export(maps, "zarr", tmp_path / "z")
-    group, good = zarr.open_group(tmp_path / "z", mode="r"), maps.filter(status="ok")
-    assert group.metadata.zarr_format == 3
-    np.testing.assert_array_equal(group["map"][:], good.numpy())
-    np.testing.assert_array_equal(group["raw"][3], good[3].raw)
-    assert group.attrs["id"] == good.ids and group["target"][:].tolist() == good.column("target").tolist()
-
-
-def test_npy(whole, tmp_path):
-    maps = dave_fast.open_maps(whole)
-    export(maps, "npy", tmp_path / "n")
-    good = maps.filter(status="ok")
-    np.testing.assert_array_equal(np.load(tmp_path / "n/maps.npy", mmap_mode="r"), good.numpy())
-    lines = (tmp_path / "n/index.csv").read_text().splitlines()
-    assert lines[0].startswith("id,uri,target") and [line.split(",")[0] for line in lines[1:]] == good.ids
-    assert lines[0].endswith(",shrink,depth") and all(line.endswith(",True,pixels") for line in lines[1:])
-
-
-def test_png(whole, tmp_path):
-    maps = dave_fast.open_maps(whole)
-    assert export(maps[:3], "png", tmp_path / "p") == 0
-    names = sorted(path.name for path in (tmp_path / "p").rglob("*.png"))
-    assert names == sorted(f"{i}.{kind}.png" for i in maps[:3].ids for kind in ("map", "overlay"))
-    with Image.open(tmp_path / "p" / names[1]) as picture:
-        assert picture.size == (512, 512)
-
-
-def test_png_of_images_that_are_gone(photos, tmp_path):
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for name in ("0.png", "1.png"):
-        (copy / name).write_bytes((photos / name).read_bytes())
-    run_dataset(str(copy), tmp_path / "out", map_settings(n_samples=1))
-    (copy / "0.png").unlink()
-    assert export(dave_fast.open_maps(tmp_path / "out"), "png", tmp_path / "p") == 1
-    (copy / "1.png").unlink()
-    with pytest.raises(InputError, match="no image could be read again"):
-        export(dave_fast.open_maps(tmp_path / "out"), "png", tmp_path / "q")
-    assert not (tmp_path / "q").exists() and not list(tmp_path.glob(".*.part"))
-
-
-def test_png_of_images_above_the_limits_are_counted(whole, tmp_path):
-    maps = dave_fast.open_maps(whole)[:1]
-    side = 512
-    assert export(maps, "png", tmp_path / "p", limits=Limits(pixels=side * side)) == 0
-    with pytest.raises(InputError, match="no image could be read again"):
-        export(maps, "png", tmp_path / "q", limits=Limits(pixels=side * side // 100))
-
-
-def test_virelay(whole, photos, tmp_path):
-    h5py = pytest.importorskip("h5py", reason="an extra: dave-fast[export]")
-    maps = dave_fast.open_maps(whole)
-    good = maps.filter(status="ok")
-    export(maps, "virelay", tmp_path / "v.h5")
-    with h5py.File(tmp_path / "v.h5") as book:
-        assert book["attribution"].shape == (7, 3, 128, 128) and book["attribution"].dtype == np.float32
-        np.testing.assert_array_equal(book["attribution"][2], good[2].raw)
-        np.testing.assert_allclose(book["prediction"][:].sum(1), 1, rtol=1e-5)
-        np.testing.assert_array_equal(book["prediction"][:].argmax(1), good.column("prediction"))
-        assert book["index"].dtype == book["label"].dtype == np.uint32
-        assert book["label"][:].tolist() == good.column("target").tolist()
-    run_dataset(str(photos), tmp_path / "plain", map_settings(n_samples=1))
-    plain = dave_fast.open_maps(tmp_path / "plain").filter(status="ok")
-    export(plain, "virelay", tmp_path / "w.h5")
-    with h5py.File(tmp_path / "w.h5") as book:
-        assert book["attribution"].shape == (7, 1, 128, 128)
-        assert book["prediction"][0, plain[0].target] == np.float32(plain[0].probability)
-
-
-@pytest.mark.parametrize(("to", "package"), [("zarr", "zarr"), ("virelay", "h5py")])
-def test_missing_packages(whole, tmp_path, monkeypatch, to, package):
-    monkeypatch.setitem(__import__("sys").modules, package, None)
-    with pytest.raises(InputError, match=rf"needs the package {package}: pip install 'dave-fast\[export\]'"):
-        export(dave_fast.open_maps(whole), to, tmp_path / "x")
-    assert not (tmp_path / "x").exists()
-
-
-def test_export_refuses(whole, tmp_path):
-    maps = dave_fast.open_maps(whole)
-    with pytest.raises(InputError, match="cannot export to 'jpeg'"):
-        export(maps, "jpeg", tmp_path / "x")
-    with pytest.raises(InputError, match="exists already"):
-        export(maps, "npy", tmp_path)
-    with pytest.raises(InputError, match="no map to export"):
-        export(maps.filter(status="error"), "npy", tmp_path / "x")

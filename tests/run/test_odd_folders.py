@@ -10,7 +10,7 @@ import tempfile
 import pytest
 
 from dave_fast.errors import InputError, RunError
-from dave_fast.run.export import _whole
+from dave_fast.run.export.job import whole
 from dave_fast.run.lock import FENCE_FILE, LOCK_FILE, Fence, Lock
 from dave_fast.run.shards import remove_leftovers
 from tests.run import stubs
@@ -145,16 +145,16 @@ def test_only_files_are_leftovers(tmp_path, name, make):
 
 def test_an_export_begins_with_nothing_of_a_killed_one(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "getpid", lambda: 7)
-    killed = _whole(tmp_path / "png", folder=True)
+    killed = whole(tmp_path / "png", folder=True)
     (killed.__enter__() / "old.png").touch()
-    with _whole(tmp_path / "png", folder=True) as part:
+    with whole(tmp_path / "png", folder=True) as part:
         (part / "new.png").touch()
     assert os.listdir(tmp_path / "png") == ["new.png"]
 
 
 @pytest.mark.parametrize("folder", [True, False])
 def test_an_export_into_the_run_outlives_the_resuming_of_the_run(tmp_path, folder):
-    with _whole(tmp_path / "out", folder=folder) as part:
+    with whole(tmp_path / "out", folder=folder) as part:
         (part / "x" if folder else part).touch()
         remove_leftovers(tmp_path)
     assert (tmp_path / "out/x" if folder else tmp_path / "out").exists()

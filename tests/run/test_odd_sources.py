@@ -31,7 +31,8 @@ from dave_fast.errors import DaveFastError, ImageError, InputError, RunError, To
 from dave_fast.images import find_images, read_image
 from dave_fast.run import members
 from dave_fast.run.contents import read_content, read_picture
-from dave_fast.run.export import _file_names, export
+from dave_fast.run.export import export
+from dave_fast.run.export.names import file_names
 from dave_fast.run.limits import Limits, read_all, within
 from dave_fast.run.lock import Fence, Lock
 from dave_fast.run.members import Tar, read_uri
@@ -857,6 +858,7 @@ def test_folder_with_results_is_not_removed(tmp_path):
 
 # Exports
 
+ENDINGS = (".map.png", ".overlay.png")
 IDS = [
     ["a:b", "a_b"],
     ["a/b", "a//b", "./a/b", "a\\b", "/a/b", "../a/b"],
@@ -876,7 +878,7 @@ IDS = [
 @pytest.mark.parametrize("ids", IDS, ids=range(len(IDS)))
 def test_file_names(tmp_path, ids):
     """No two ids make one file, all files lie in the folder, and the file system takes them."""
-    names = _file_names(ids)
+    names = file_names(ids, ENDINGS)
     files = [f"{name}.{kind}.png" for name in names for kind in ("map", "overlay")]
     assert len({file.casefold() for file in files}) == len(files)
     for file in files:
@@ -889,12 +891,12 @@ def test_file_names(tmp_path, ids):
 
 
 def test_names_of_ids_that_have_one_stay(tmp_path):
-    assert _file_names(["a/b.png", "c d", "é"]) == ["a/b.png", "c d", "é"]
+    assert file_names(["a/b.png", "c d", "é"], ENDINGS) == ["a/b.png", "c d", "é"]
 
 
 def test_name_that_looks_like_that_of_a_hash(tmp_path):
-    second = _file_names(["a", "A"])[1]
-    assert second != "A" and len(set(_file_names(["a", second, "A"]))) == 3
+    second = file_names(["a", "A"], ENDINGS)[1]
+    assert second != "A" and len(set(file_names(["a", second, "A"], ENDINGS))) == 3
 
 
 @pytest.mark.usefixtures("forked_workers")

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,44 +19,18 @@ from dave_fast.client import Client
 from dave_fast.models.demo import demo_scene
 from dave_fast.serve.limits import Limits
 from dave_fast.serve.models import load_models
+from tests.browser import chromium, complaints, emulate, flaws, needs_chromium
 from tests.serve.tiny_server import file_of, serve_model, serving
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None or DRIVER is None,
-    reason="no Chromium with its driver; on Debian: apt-get install chromium chromium-driver",
-)
+pytestmark = needs_chromium
 PATIENCE = 60.0
 SAMPLES = 32
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    folder = tmp_path_factory.mktemp("chromium")
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    switches = "headless no-sandbox disable-gpu disable-dev-shm-usage disable-background-networking no-first-run"
-    for switch in (
-        *switches.split(),
-        "disable-component-update",
-        "disable-sync",
-        f"user-data-dir={folder / 'profile'}",
-    ):
-        options.add_argument(f"--{switch}")
-    # no host name is resolved, so that everything shown comes from the server
-    options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(str(DRIVER)))
-    driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(folder)})
-    driver.downloads = folder  # type: ignore[attr-defined]
-    try:
+    with chromium(tmp_path_factory.mktemp("chromium")) as driver:
         yield driver
-    finally:
-        driver.quit()
 
 
 @pytest.fixture(scope="module")
@@ -96,14 +68,8 @@ class Page:
             }
         """)
 
-    def emulate(
-        self, width: int = 1280, height: int = 900, scheme: str = "light", motion: str = "no-preference"
-    ) -> None:
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-        self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        features = {"prefers-color-scheme": scheme, "prefers-reduced-motion": motion}
-        told = [{"name": name, "value": value} for name, value in features.items()]
-        self.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": told})
+    def emulate(self, **wanted: Any) -> None:
+        emulate(self.browser, **wanted)
 
     def run(self, script: str, *arguments: Any) -> Any:
         return self.browser.execute_script(script, *arguments)
@@ -162,15 +128,7 @@ class Page:
         return content
 
     def flaws(self) -> list[str]:
-        """Return the violations that axe-core finds: WCAG 2 A and AA, and its best practices."""
-        # the package is for Playwright; only its copy of axe-core is used
-        found = find_spec("axe_playwright_python")
-        assert found is not None and found.submodule_search_locations
-        (script,) = Path(found.submodule_search_locations[0]).rglob("axe.min.js")
-        self.run(script.read_text(encoding="utf-8"))
-        result = self.browser.execute_async_script("axe.run().then(arguments[0])")
-        assert len(result["passes"]) > 20
-        return [f"{flaw['id']}: {[node['html'] for node in flaw['nodes']]}" for flaw in result["violations"]]
+        return flaws(self.browser)
 
 
 @pytest.fixture
@@ -178,8 +136,7 @@ def page(browser: Any, address: str) -> Iterator[Page]:
     page = Page(browser, address)
     yield page
     # entries of these sources mean a violated policy or a failed script; the server's refusals are logged under others
-    wrong = [entry["message"] for entry in browser.get_log("browser") if entry["source"] in ("security", "javascript")]
-    assert not wrong
+    assert not complaints(browser)
 
 
 @pytest.fixture
