@@ -26,8 +26,8 @@ def check_images(images: Any, dtype: torch.dtype) -> Tensor:
         raise InputError(f"images must be a tensor (B, C, H, W) or (C, H, W); got {describe(images)}")
     if not images.is_floating_point():
         raise InputError(
-            f"images are a tensor of {images.dtype}; expected floating point, normalised as the model expects. Pixels go "
-            "in as an array (H, W, 3) of uint8, a path or a PIL image, and are prepared"
+            f"images are a tensor of {images.dtype}; expected floating point, normalised as the model expects. Pixels "
+            "go in as an array (H, W, 3) of uint8, a path or a PIL image, and are prepared"
         )
     images = images.detach() if images.dim() == 4 else images.detach()[None]
     # autograd cannot save a tensor that was made in inference mode, a copy can be saved

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dave_fast.errors import InputError
+from dave_fast.explain.depth import name_of
 from dave_fast.models.labels import Labels
 from dave_fast.models.spec import class_names
 from dave_fast.run.identity import RUN_FILE, load_identity, load_labels
@@ -98,6 +99,14 @@ class Maps:
         self.identity, self.labels = identity, labels
         self._shards = shards
         self._table = table
+
+    def __repr__(self) -> str:
+        failed, asked = int((self.column("status") == "error").sum()), self.identity["configuration"]
+        return (
+            f"Maps of {len(self)} records{f', {failed} of them with errors' if failed else ''}, by "
+            f"{asked.get('model', 'a model')}, at {name_of(self.depth)}\n"
+            '  maps["ID"] or maps[0] is a record with .map; maps[:10], .filter(status="ok"), .column("probability")'
+        )
 
     def __len__(self) -> int:
         return self._table.num_rows
