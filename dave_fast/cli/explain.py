@@ -103,7 +103,8 @@ def explain(
 
     A --target is a class (292, tiger, "tiger"), a sum or a difference of classes
     (tiger+lion; tiger-lion: why this and not that), or for models with embeddings or tokens
-    text:a cat, text:a cat - text:a dog, image:other.jpg, patch:3,5, patch:3,5@probe.safetensors#7.
+    text:a cat, text:a cat - text:a dog, image:other.jpg, patch:3,5, patch:3,5@probe.safetensors#7,
+    segment:cat@120,80 (a class at y, x of a segmentation), box:cat@20,40,180,200 (of a detection).
 
     Exit code 0: all done; 1: some images could not be explained;
     2: refused or stopped, and why.
@@ -115,10 +116,12 @@ def explain(
     given = options.read_config(config)
     if target and top_k is not None:
         raise InputError("--target names what to explain and --top-k takes the most probable: give one of them.")
-    of_patches = [text.strip().startswith("patch:") for text in target or ()]
-    if any(of_patches) and not all(of_patches):
+    # of what the targets ask: the model's tokens, its detections, or its output
+    asked = {next((word for word in ("patch:", "box:") if text.strip().startswith(word)), "") for text in target or ()}
+    if len(asked) > 1:
         raise InputError(
-            "patch:ROW,COLUMN asks the model's tokens and other targets its output: one run for each kind."
+            "patch:ROW,COLUMN asks the model's tokens, box:CLASS@… its detections and other targets its output: one "
+            "run for each kind."
         )
     # The embedded scene has two digits, which shows that maps differ by class.
     top_k = top_k or (2 if demo and not target else 1)
@@ -152,7 +155,7 @@ def explain(
         sources = _demo_sources(images, named) if demo else _sources(images or [], out)
         spec = named.spec(None if demo else given, default=default)
         with screen.status(f"loading {spec.name}"):
-            subject = _load(spec, keywords, of_tokens=any(of_patches))
+            subject = _load(spec, keywords, "".join(asked))
         done, failed = _run(screen, subject, sources, request)
     _summary(done, failed, request)
     if failed:
@@ -183,16 +186,17 @@ def _demo_sources(images: Sequence[Path] | None, named: options.ModelOptions) ->
     return [ImageSource("demo", "the embedded scene", lambda: demo_scene().image)]
 
 
-def _load(spec: ModelSpec, keywords: dict[str, Any], *, of_tokens: bool) -> Subject:
-    """Load a model; with `of_tokens` its output is the tokens, which targets of patches ask about."""
+def _load(spec: ModelSpec, keywords: dict[str, Any], asked: str) -> Subject:
+    """Load a model; where its tokens or detections are asked ("patch:", "box:") these are its output."""
     from dave_fast.explain.explainer import DAVE
     from dave_fast.explain.subject import Subject
-    from dave_fast.targets import tokens_of
+    from dave_fast.targets import detections_of, tokens_of
 
     explainer = DAVE(spec, **keywords)
-    if of_tokens:
+    if asked:
         keywords = keywords | {"noise_alpha": explainer.sampling.noise_alpha}
-        explainer = DAVE(tokens_of(explainer.model), **keywords)
+        changed = tokens_of if asked == "patch:" else detections_of
+        explainer = DAVE(changed(explainer.model), **keywords)
     return Subject.of(explainer)
 
 

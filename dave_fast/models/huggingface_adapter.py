@@ -78,10 +78,10 @@ class Transformers(Adapter):
         if self.num_classes:
             self.kind = "classifier"
             self.link = link_of_problem(config.problem_type)
-            names = _names(config)
-            # the names are not those of a head that was replaced
-            if names is not None and len(names) == self.num_classes:
-                self.pretrained_cfg["label_names"] = names
+        names = _names(config)
+        # the names are not those of a head that was replaced
+        if names is not None and (len(names) == self.num_classes if self.num_classes else _of_places(model)):
+            self.pretrained_cfg["label_names"] = names
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the module's output."""
@@ -254,6 +254,12 @@ def _image_argument(forward: Callable[..., Any], name: str) -> str | None:
             "images: give a module whose forward takes images alone and fills in the rest."
         )
     return images if images == "pixel_values" else None
+
+
+def _of_places(model: nn.Module) -> bool:
+    """Return whether a model of transformers gives classes at places: of pixels, or of detections."""
+    named = getattr(model.forward, "__qualname__", "")
+    return any(task in named for task in ("ForSemanticSegmentation", "ForObjectDetection"))
 
 
 def _is_theirs(forward: Callable[..., Any]) -> bool:

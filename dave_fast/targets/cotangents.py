@@ -11,14 +11,15 @@ R rows (image, sample) · B images · D width of an embedding or token · (h, w)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from dave_fast.errors import InputError
-from dave_fast.ops import pull_back
 from dave_fast.sampling import Draws
+from dave_fast.targets.places import Place, moved_boxes, of_rows, overlap
 
 Score = Callable[[Tensor], Tensor]
 
@@ -102,29 +103,26 @@ class DirectionCotangent(Cotangent):
     def __call__(self, output: Tensor, rows: Draws) -> Tensor:
         """See `Cotangent`."""
         norms = torch.linalg.vector_norm(output.to(self.directions.dtype), dim=1, keepdim=True)
-        chosen = _of_rows(self.directions, rows)
+        chosen = of_rows(self.directions, rows)
         smallest = torch.finfo(norms.dtype).tiny
         return (self.scale * chosen / norms.clamp_min(smallest)).to(output.dtype)
 
 
 @dataclass(frozen=True)
 class PatchCotangent(Cotangent):
-    """⟨weights, token⟩ of the patch that shows a given place of the image, wherever a row's warp has moved it.
-
-    The place is mapped by the row's τ; the tokens around the result share the cotangent bilinearly, and a place that
-    leaves the frame gives zero. So the score is equivariant, as the average over τ needs (arXiv 2602.06613, Eq. 6).
+    """⟨weights, token⟩ of a dense output at a given place of the image, wherever a row's warp has moved it.
 
     Attributes:
         weights: (B, D), or (1, D) for all images.
-        place: (x, y) in pixels of the unperturbed image.
-        grid: (h, w), patches along each axis.
-        cell: (height, width) of a patch in pixels.
-        prefix: tokens before the patches in outputs (R, N, D).
+        place: in the unperturbed image.
+        grid: (h, w), tokens along each axis.
+        cell: (height, width) of a token in pixels.
+        prefix: tokens before the grid's in outputs (R, N, D).
         channels_last: whether outputs with four dimensions are (R, h, w, D) rather than (R, D, h, w).
     """
 
     weights: Tensor
-    place: tuple[float, float]
+    place: Place
     grid: tuple[int, int]
     cell: tuple[float, float]
     prefix: int = 0
@@ -132,8 +130,8 @@ class PatchCotangent(Cotangent):
 
     def __call__(self, output: Tensor, rows: Draws) -> Tensor:
         """See `Cotangent`."""
-        shares = self._shares(rows).to(self.weights.dtype)
-        patches = shares[..., None] * _of_rows(self.weights, rows)[:, None, None]
+        shares = self.place.shares(rows, self.grid, self.cell).to(self.weights.dtype)
+        patches = shares[..., None] * of_rows(self.weights, rows)[:, None, None]
         cotangent = torch.zeros(output.shape, dtype=output.dtype, device=output.device)
         if output.dim() == 3:
             cotangent[:, self.prefix :] = patches.flatten(1, 2)
@@ -141,16 +139,65 @@ class PatchCotangent(Cotangent):
             cotangent.copy_(patches if self.channels_last else patches.permute(0, 3, 1, 2))
         return cotangent
 
-    def _shares(self, rows: Draws) -> Tensor:
-        """Return each patch's share of each row's cotangent, (R, h, w) float64."""
-        moved = pull_back.inverse(rows.matrices)
-        x = moved[:, 0, 0] * self.place[0] + moved[:, 0, 1] * self.place[1] + moved[:, 0, 2]
-        y = moved[:, 1, 0] * self.place[0] + moved[:, 1, 1] * self.place[1] + moved[:, 1, 2]
-        along = []
-        for position, size, count in ((y, self.cell[0], self.grid[0]), (x, self.cell[1], self.grid[1])):
-            centres = torch.arange(count, dtype=position.dtype, device=position.device)
-            along.append((1 - (((position + 0.5) / size - 0.5)[:, None] - centres).abs()).clamp_min(0))
-        return along[0][:, :, None] * along[1][:, None]
+
+@dataclass(frozen=True)
+class BoxCotangent(Cotangent):
+    """A logit of the detection whose box fits a given box best, wherever a row's warp has moved that box.
+
+    The order of detections is the row's own, so that each row's is found by the intersection over union of its box and
+    the moved one. Boxes choose and have no part in the score. A row in which nothing overlaps gives zero.
+
+    Attributes:
+        boxes: (B, 4) float64, left, top, right and bottom edges in pixels of the unperturbed image.
+        index: of the logit.
+        size: (H, W) of the images.
+    """
+
+    boxes: Tensor
+    index: int
+    size: tuple[int, int]
+
+    def __call__(self, output: Tensor, rows: Draws) -> Tensor:
+        """See `Cotangent`."""
+        wanted = moved_boxes(of_rows(self.boxes, rows), rows, self.size)
+        found, query = overlap(detected_boxes(output, self.size), wanted[:, None]).max(dim=1)
+        cotangent = torch.zeros(output.shape, dtype=output.dtype, device=output.device)
+        place = query * output.shape[2] + self.index
+        cotangent.view(len(output), -1).scatter_(1, place[:, None], (found > 0).to(output.dtype)[:, None])
+        return cotangent
+
+
+def detected_boxes(output: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return the boxes of detections, (R, Q, 4) float64: left, top, right and bottom edges in pixels.
+
+    Args:
+        output: (R, Q, K + 4), logits and behind them the box's centre x, y, width and height as shares of the image.
+        size: (H, W) of the images.
+    """
+    x, y, width, height = output[..., -4:].double().unbind(-1)
+    edges = x - width / 2, y - height / 2, x + width / 2, y + height / 2
+    return torch.stack([edge * size[1 - number % 2] for number, edge in enumerate(edges)], dim=-1)
+
+
+@dataclass(frozen=True)
+class ImageCotangents(Cotangent):
+    """Another cotangent for each image, for callers whose images have questions of their own; waits for the device.
+
+    Attributes:
+        parts: B cotangents, each of its image alone.
+    """
+
+    parts: tuple[Cotangent, ...]
+
+    def __call__(self, output: Tensor, rows: Draws) -> Tensor:
+        """See `Cotangent`."""
+        index, found = rows.image_index.tolist(), []
+        for image, run in groupby(range(len(index)), key=index.__getitem__):
+            first, *others = run
+            at = slice(first, first + 1 + len(others))
+            alone = replace(rows[at], image_index=torch.zeros_like(rows.image_index[at]))
+            found.append(self.parts[image](output[at], alone))
+        return torch.cat(found)
 
 
 @dataclass(frozen=True)
@@ -203,8 +250,3 @@ def score_rows(scores: Sequence[Score], output: Tensor, rows: Draws) -> Tensor:
     if odd is not None:
         raise InputError(f"a target callable returned {odd!r}; it must map one image's output to a scalar tensor")
     return torch.stack([s.reshape(()) for s in listed])
-
-
-def _of_rows(vectors: Tensor, rows: Draws) -> Tensor:
-    """Return the vector of each row, (R, D), from (B, D), or from (1, D) for all images."""
-    return vectors.expand(len(rows), -1) if len(vectors) == 1 else vectors[rows.image_index]

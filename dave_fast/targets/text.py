@@ -4,8 +4,11 @@
              "text:" PROMPT (("+" | "-") "text:" PROMPT)*             text:a cat · text:a cat - text:a dog
              "image:" FILE                                            image:other.jpg
              "patch:" ROW "," COLUMN ["@" FILE ["#" NUMBER]]          patch:3,5 · patch:3,5@probe.safetensors#7
+             "segment:" class "@" Y "," X                             segment:cat@120,80
+             "box:" class "@" LEFT "," TOP "," RIGHT "," BOTTOM       box:cat@20,40,180,200
     class    an index, or a name, or a name in double quotes
 
+Places are in pixels of the model's input. Segments and boxes have sums and differences like those of texts.
 Names may contain "+" and "-" themselves: of all readings the one with the fewest classes is taken, so that
 "three-toed sloth" is one class; double quotes resolve the rest. A sign that directly follows a sign separates nothing.
 """
@@ -13,28 +16,42 @@ Names may contain "+" and "-" themselves: of all readings the one with the fewes
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import islice
 
 from dave_fast.errors import InputError
 from dave_fast.models.labels import Labels
-from dave_fast.numbers import shown, whole_in
-from dave_fast.targets import Class, Contrast, Patch, Question, Similarity, SimilarTo, Sum, Target, Text, load_probe
+from dave_fast.numbers import number_in, shown, whole_in
+from dave_fast.targets import (
+    Box,
+    Class,
+    Contrast,
+    Patch,
+    Question,
+    Segment,
+    Similarity,
+    SimilarTo,
+    Sum,
+    Target,
+    Text,
+    load_probe,
+)
 
 # letters of a target; signs that may separate its classes, whose names are looked up once for each pair of signs
 MOST_LETTERS, MOST_SIGNS = 10_000, 16
 # readings that are told where several fit
 _TOLD = 4
-_NEXT_TEXT = re.compile(r"([+-])\s*text:")
 
 
-def parse_target(text: str, labels: Labels) -> Question:
+def parse_target(text: str, labels: Labels, *, files: bool = True, most_signs: int = MOST_SIGNS) -> Question:
     """Parse a target. Files of probes are read.
 
     Args:
         text: in the grammar above.
         labels: the class names of the model.
+        files: whether the text may name files; False for a text of somebody else's.
+        most_signs: signs that may separate classes.
 
     Raises:
         InputError: the text is no target, or fits several classes; the message says how it was read.
@@ -42,9 +59,12 @@ def parse_target(text: str, labels: Labels) -> Question:
     if len(text) > MOST_LETTERS:
         raise InputError(f"the target has {len(text)} letters; expected at most {MOST_LETTERS}: {shown(text)}")
     text = text.strip()
-    if text.startswith("text:"):
-        first, *others = _NEXT_TEXT.split(text.removeprefix("text:"))
-        return _together([_prompt(first, text), *(_prompt(each, text) for each in others[1::2])], others[::2])
+    for word, read in _TERMS.items():
+        if text.startswith(word):
+            first, *others = re.split(rf"([+-])\s*{word}", text.removeprefix(word))
+            return _together([read(first, text), *(read(each, text) for each in others[1::2])], others[::2])
+    if not files and (text.startswith("image:") or (text.startswith("patch:") and "@" in text)):
+        raise InputError(f"target {shown(text)} names a file, which is not read here")
     if text.startswith("image:"):
         return SimilarTo(text.removeprefix("image:").strip())
     if text.startswith("patch:"):
@@ -52,18 +72,17 @@ def parse_target(text: str, labels: Labels) -> Question:
     if labels.count == 0:
         raise InputError(
             f"target {shown(text)}: this model gives embeddings and has no classes. Ask text:PROMPT (CLIP, SigLIP), "
-            "image:FILE, or patch:ROW,COLUMN for an output with tokens."
+            "image:FILE, patch:ROW,COLUMN for an output with tokens, segment:CLASS@Y,X for a segmentation, or "
+            "box:CLASS@LEFT,TOP,RIGHT,BOTTOM for detections."
         )
-    return _classes(text, labels)
+    return _classes(text, labels, most_signs)
 
 
 def describe_target(target: Target, labels: Labels) -> str:
     """Return a target in words, for captions and files."""
     match target:
-        case Class(index=str() as name):
-            return name
         case Class(index=index) | (int() as index):
-            return labels.name(int(index))
+            return _name(index, labels)
         case Sum(parts=parts):
             return " + ".join(describe_target(part, labels) for part in parts)
         case Contrast(this=this, that=that):
@@ -78,13 +97,52 @@ def describe_target(target: Target, labels: Labels) -> str:
             return words
         case Patch(row=row, column=column):
             return f"patch {row}, {column}"
+        case Segment(index=index, at=at):
+            where = "in a mask" if at is None else f"at {at[0]:g}, {at[1]:g}"
+            return f"{_name(index, labels)} {where}"
+        case Box(index=index, query=int() as query):
+            return f"{_name(index, labels)} in detection {query}"
+        case Box(index=index, box=tuple() | list() as box):
+            edges = ", ".join(f"{each:g}" for each in box)
+            return f"{_name(index, labels)} in the box {edges}"
+        case Box(index=index):
+            return f"{_name(index, labels)} in the box"
     return "target"
+
+
+def _name(index: int | str, labels: Labels) -> str:
+    return index if isinstance(index, str) else labels.name(index)
 
 
 def _prompt(text: str, whole: str) -> Question:
     if not text.strip():
         raise InputError(f"target {shown(whole)}: the prompt is empty; write text:a cat")
     return Text(text.strip())
+
+
+def _segment(text: str, whole: str) -> Question:
+    index, (y, x) = _placed(text, whole, "segment:CLASS@Y,X")
+    return Segment(index, at=(y, x))
+
+
+def _box(text: str, whole: str) -> Question:
+    index, (left, top, right, bottom) = _placed(text, whole, "box:CLASS@LEFT,TOP,RIGHT,BOTTOM")
+    return Box(index, (left, top, right, bottom))
+
+
+def _placed(text: str, whole: str, form: str) -> tuple[int | str, list[float]]:
+    """Return the class, by index or name, and the numbers of its place, as many as the form has."""
+    name, _, place = text.rpartition("@")
+    name, parts = name.strip().strip('"'), place.split(",")
+    numbers = [each for part in parts if (each := number_in(part.strip())) is not None]
+    if not name or len(numbers) != len(parts) or len(parts) != form.count(",") + 1:
+        raise InputError(f"target {shown(whole)}: expected {form}, in pixels of the model's input")
+    index = whole_in(name)
+    return (name if index is None else index), numbers
+
+
+# forms that have sums and differences
+_TERMS: dict[str, Callable[[str, str], Question]] = {"text:": _prompt, "segment:": _segment, "box:": _box}
 
 
 def _patch(text: str) -> Question:
@@ -105,11 +163,8 @@ def _patch(text: str) -> Question:
     return Patch(row, column, weights.reshape(-1))
 
 
-def _classes(text: str, labels: Labels) -> Question:
+def _classes(text: str, labels: Labels, most_signs: int) -> Question:
     """Return the reading with the fewest classes."""
-    cuts = _cuts(text)
-    edges = [-1, *cuts, len(text)]
-    terms: dict[tuple[int, int], int | InputError] = {}
 
     @cache
     def resolved(name: str) -> int | InputError:
@@ -118,6 +173,12 @@ def _classes(text: str, labels: Labels) -> Question:
         except InputError as error:
             return error
 
+    # one class, whatever signs its name has
+    if isinstance(whole := resolved(text.strip('"')), int):
+        return Class(whole)
+    cuts = _cuts(text, most_signs)
+    edges = [-1, *cuts, len(text)]
+    terms: dict[tuple[int, int], int | InputError] = {}
     for start, first in enumerate(edges[:-1]):
         for stop in range(start + 1, len(edges)):
             terms[start, stop] = resolved(text[first + 1 : edges[stop]].strip().strip('"'))
@@ -130,7 +191,7 @@ def _classes(text: str, labels: Labels) -> Question:
     return readings[0]
 
 
-def _cuts(text: str) -> list[int]:
+def _cuts(text: str, most_signs: int) -> list[int]:
     """Return where the signs are that may separate classes: outside of quotes, behind something, not behind a sign."""
     parts = text.split('"')
     if len(parts) % 2 == 0:
@@ -142,9 +203,9 @@ def _cuts(text: str) -> list[int]:
             if here and text[here - 1] not in "+-" and (number or part[: match.start()].strip()):
                 cuts.append(here)
         at += len(part) + 1
-    if len(cuts) > MOST_SIGNS:
+    if len(cuts) > most_signs:
         raise InputError(
-            f"target {shown(text)} has {len(cuts)} signs between names; expected at most {MOST_SIGNS}: put names with "
+            f"target {shown(text)} has {len(cuts)} signs between names; expected at most {most_signs}: put names with "
             "signs of their own into double quotes"
         )
     return cuts

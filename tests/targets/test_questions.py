@@ -15,6 +15,7 @@ from dave_fast.errors import InputError
 from dave_fast.sampling import Draws, Sampling, draw, identity
 from dave_fast.targets import cotangents
 from dave_fast.targets.forms import ModelView, resolve_target
+from dave_fast.targets.places import Point
 from dave_fast.targets.probes import MOST_BYTES
 from tests.tiny import random_vit
 from tests.tolerances import EXACT
@@ -205,7 +206,7 @@ def test_linear_questions_never_wait_for_the_device(shape):
         if len(shape) == 2:
             asked.append(cotangents.DirectionCotangent(weights, 2.0))
         else:
-            asked.append(cotangents.PatchCotangent(weights, (3.0, 4.0), (4, 6), (8.0, 8.0), 1))
+            asked.append(cotangents.PatchCotangent(weights, Point(3.0, 4.0), (4, 6), (8.0, 8.0), 1))
         for each in asked:
             assert each(output, rows).shape == shape
         with pytest.raises(DataDependentOutputException):

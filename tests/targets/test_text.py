@@ -6,7 +6,7 @@ import torch
 
 from dave_fast.errors import InputError
 from dave_fast.models.labels import Labels
-from dave_fast.targets import Class, Contrast, Patch, SimilarTo, Sum, Text
+from dave_fast.targets import Box, Class, Contrast, Patch, Segment, SimilarTo, Sum, Text
 from dave_fast.targets.text import describe_target, parse_target
 
 NAMES = ("tiger, Panthera tigris", "lion", "three-toed sloth, ai", "T-shirt", "shirt", "T", "toed sloth", "three")
@@ -43,6 +43,14 @@ def same(a, b):
         ("text:c++ +text:a-b", Sum(Text("c++"), Text("a-b")), "“c++” + “a-b”"),
         ("image:my+photo-1.jpg", SimilarTo("my+photo-1.jpg"), "like my+photo-1.jpg"),
         ("patch: 3, 5", Patch(3, 5), "patch 3, 5"),
+        ("segment:1@120, 80", Segment(1, at=(120, 80)), "lion at 120, 80"),
+        ('segment:"cat@home" @ 1.5,2', Segment("cat@home", at=(1.5, 2)), "cat@home at 1.5, 2"),
+        (
+            "segment:a-b@1,2 - segment:4@1,2",
+            Contrast(Segment("a-b", at=(1, 2)), Segment(4, at=(1, 2))),
+            "a-b at 1, 2 − shirt at 1, 2",
+        ),
+        ("box:T-shirt@-1,2,30,40.5", Box("T-shirt", (-1, 2, 30, 40.5)), "T-shirt in the box -1, 2, 30, 40.5"),
     ],
 )
 def test_every_form(text, expected, words):
@@ -74,12 +82,31 @@ def test_probes_of_patches_come_from_files(tmp_path):
         ("text:a cat - text: ", "prompt is empty"),
         ("patch:3", "patch:ROW,COLUMN"),
         ("patch:a,b", "patch:ROW,COLUMN"),
+        ("segment:cat@1", "segment:CLASS@Y,X"),
+        ("segment:@1,2", "segment:CLASS@Y,X"),
+        ("segment:cat@1,nan", "segment:CLASS@Y,X"),
+        ("box:cat@1,2,3", "box:CLASS@LEFT,TOP,RIGHT,BOTTOM"),
+        ("box:cat@3,2,1,4", "left below right"),
         ("patch:3,5@none.npy", "cannot read the probe none.npy"),
     ],
 )
 def test_invalid_targets_are_refused(text, words):
     with pytest.raises(InputError, match=words):
         parse_target(text, LABELS)
+
+
+@pytest.mark.parametrize("text", ["image:/etc/hostname", "patch:3,5@/etc/hostname", "patch:3,5@probe.npy#1"])
+def test_text_of_somebody_else_names_no_file(text):
+    with pytest.raises(InputError, match="names a file"):
+        parse_target(text, LABELS, files=False)
+
+
+def test_fewer_signs_may_be_allowed_and_a_name_may_have_any_number():
+    labels = Labels(2, ("a-b-c-d-e", "f"))
+    assert same(parse_target("a-b-c-d-e", labels, most_signs=2), Class(0))
+    assert same(parse_target('"a-b-c-d-e"-f', labels, most_signs=2), Contrast(Class(0), Class(1)))
+    with pytest.raises(InputError, match="at most 2"):
+        parse_target("a-b-c-d-e-f", labels, most_signs=2)
 
 
 def test_two_readings_of_as_many_classes_are_refused():
@@ -98,3 +125,6 @@ def test_embeddings_have_no_classes():
 def test_other_targets_have_words_too():
     assert describe_target(3, LABELS) == "T-shirt" and describe_target(lambda y: y, LABELS) == "target"
     assert describe_target(Class("tiger"), LABELS) == "tiger"
+    assert describe_target(Segment(1, mask=np.ones((2, 2))), LABELS) == "lion in a mask"
+    assert describe_target(Box(1, query=7), LABELS) == "lion in detection 7"
+    assert describe_target(Box(1, torch.ones(2, 4)), LABELS) == "lion in the box"
