@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dave_fast.errors import InputError, ModelError
 from dave_fast.models.adapter import Adapter
+from dave_fast.models.catalog import load_model
 
 # names of the logits and boxes in what a detector returns
 _LOGITS, _BOXES = ("logits", "pred_logits"), ("pred_boxes",)
@@ -37,12 +38,13 @@ def detections_of(model: nn.Module) -> nn.Module:
     """Return a detector as a module whose output is its logits and boxes side by side, as `Box` needs it.
 
     Args:
-        model: a detector of transformers (YOLOS, DETR and those like it), as it is or as it was loaded by name; or any
-            module that returns logits (B, Q, K) and boxes (B, Q, 4), centre x, y, width and height as shares of the
-            image, as fields `logits` or `pred_logits` and `pred_boxes`, or as the first two of a tuple.
+        model: a detector of transformers (YOLOS, DETR and those like it), or any module that returns logits (B, Q, K)
+            and boxes (B, Q, 4), centre x, y, width and height as shares of the image, as fields `logits` or
+            `pred_logits` and `pred_boxes`, or as the first two of a tuple.
     """
+    adapted, _ = load_model(model)
     # an adapter's own forward chooses the logits alone
-    return Detections(model.model, model.pretrained_cfg) if isinstance(model, Adapter) else Detections(model, {})
+    return Detections(adapted.model, adapted.pretrained_cfg) if isinstance(adapted, Adapter) else Detections(model, {})
 
 
 class Detections(Adapter):
