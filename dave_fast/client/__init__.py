@@ -78,13 +78,15 @@ class Client:
         depth: str | int | float | Sequence[str | int | float] | None = None,
         tolerance: float | None = None,
         deadline_ms: int | None = None,
+        signed: bool | None = None,
         timeout: float | None = None,
     ) -> Explained:
         """Explain an image.
 
         Args:
             picture: a path, the bytes of a file, a PIL image, or pixels uint8 (H, W, 3).
-            target: a class by index or name, or several; None is the most probable class.
+            target: a class by index or name, or another question that the model can answer ("tiger-lion",
+                "text:a cat", "patch:3,5"), or several; None is the most probable class.
             model: a served name; None is the server's first model.
             top_k: in place of target, the number of most probable classes.
             n_samples: perturbed samples at most.
@@ -94,6 +96,7 @@ class Client:
                 several of them, which share their walks.
             tolerance: stop when the relative error of the map is below this, nine times in ten.
             deadline_ms: answer within this time with the samples that there are.
+            signed: whether the answer has signed maps, too.
             timeout: seconds for the call, retries included; None is the client's.
 
         Raises:
@@ -101,7 +104,7 @@ class Client:
             ServerError: the server refused, failed or cannot be reached.
         """
         options: dict[str, Any] = dict(model=model, top_k=top_k, n_samples=n_samples, seed=seed)
-        options |= dict(shrink=shrink, depth=depth, tolerance=tolerance, deadline_ms=deadline_ms)
+        options |= dict(shrink=shrink, depth=depth, tolerance=tolerance, deadline_ms=deadline_ms, signed=signed)
         response = self._send(explain_request("/v1/explain", picture, target, options), timeout)
         return explained(response.json())
 

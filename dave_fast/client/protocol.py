@@ -23,6 +23,8 @@ Picture = bytes | str | os.PathLike[str] | Image.Image | np.ndarray
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 # Fields of an answer that are taken as they are.
 _COPIED = ("cut_short", "model", "seed", "shrink", "queue_ms", "total_ms", "notes", "accounts")
+# How the values of an array are written, and what 1 is.
+_ENCODINGS = {"float32": ("<f4", np.float32(1)), "uint8": ("u1", np.float32(255)), "int16": ("<i2", np.float32(32767))}
 _AGAIN = (429, 502, 503)
 # Seconds: the first wait without Retry-After, and the longest.
 _FIRST_WAIT, _LONGEST_WAIT = 0.1, 10.0
@@ -51,9 +53,9 @@ class Explained:
 
     Attributes:
         maps: (K, H, W) float32 in [0, 1], of several depths (K, L, H, W).
-        targets: K class indices.
-        class_names: K names.
-        probabilities: K probabilities; NaN for a model that has none.
+        targets: K class indices; −1 for another question, such as "tiger-lion" or "text:a cat".
+        class_names: K names, of other questions in words.
+        probabilities: K probabilities; NaN for a model that has none, and for other questions.
         errors: K estimates of the relative L2 distance of a map to its limit; infinity where unknown; of several depths
             the largest of a class.
         error_bounds: K bounds, each of which holds with 90 % certainty; infinity where unknown.
@@ -71,6 +73,7 @@ class Explained:
         total_ms: milliseconds in all.
         top: (class, name, probability) of the most probable classes, in an answer.
         notes: what the server had to assume about the image file, in an answer.
+        signed: where signed=True was asked, what speaks for (above zero) and against, in [−1, 1], of the shape of maps.
     """
 
     maps: np.ndarray
@@ -92,6 +95,7 @@ class Explained:
     total_ms: float | None = None
     top: list[tuple[int, str, float]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    signed: np.ndarray | None = None
 
     @property
     def error_bound(self) -> float:
@@ -139,8 +143,10 @@ def explain_request(path: str, picture: Picture, target: Any, options: Mapping[s
 def explained(told: Mapping[str, Any], *, final: bool = True) -> Explained:
     """Return the answer or update that the server's JSON holds."""
     each, depth = told["maps"], told.get("depth", "pixels")
+    has_signed = any((one.get("depths") or [one])[0].get("signed") is not None for one in each)
     return Explained(
-        maps=np.stack([_maps(one) for one in each]),
+        maps=np.stack([_maps(one, "map") for one in each]),
+        signed=np.stack([_maps(one, "signed") for one in each]) if has_signed else None,
         targets=[one["target"] for one in each],
         class_names=[one["class_name"] for one in each],
         probabilities=[_probability(one) for one in each],
@@ -163,16 +169,15 @@ def _probability(told: Mapping[str, Any]) -> float:
     return float("nan") if told["probability"] is None else told["probability"]
 
 
-def _maps(told: Mapping[str, Any]) -> np.ndarray:
-    """Return the map (H, W) of a class, or its maps (L, H, W) at several depths."""
+def _maps(told: Mapping[str, Any], name: str) -> np.ndarray:
+    """Return the map (H, W) of a class, or its maps (L, H, W) at several depths; name is "map" or "signed"."""
     depths = told.get("depths")
-    return _map(told["map"]) if depths is None else np.stack([_map(each["map"]) for each in depths])
+    return _map(told[name]) if depths is None else np.stack([_map(each[name]) for each in depths])
 
 
 def _map(told: Mapping[str, Any]) -> np.ndarray:
-    values = np.frombuffer(base64.b64decode(told["data"]), "<f4" if told["dtype"] == "float32" else np.uint8)
-    values = values.reshape(told["shape"]).astype(np.float32)
-    return values if told["dtype"] == "float32" else values / np.float32(255)
+    kind, one = _ENCODINGS[told["dtype"]]
+    return np.frombuffer(base64.b64decode(told["data"]), kind).reshape(told["shape"]).astype(np.float32) / one
 
 
 def problem(response: httpx.Response) -> ServerError:

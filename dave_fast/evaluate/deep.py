@@ -110,7 +110,7 @@ def dave(
             of_form = found.map(change)
             for size in sizes:
                 some = of_form.map(lambda t: t[:, :size])  # noqa: B023
-                raw, maps = explainer.aggregate_levels(image, some, draws[:size], places, grids)
+                raw, maps, _ = explainer.aggregate_levels(image, some, draws[:size], places, grids)
                 for at, place in enumerate(places):
                     name = title if place is None else f"{title}, {named(place)}"
                     # as everywhere in an evaluation, the signed sum is that of raw, which is never shrunk

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from dave_fast.engine.levels import Place
     from dave_fast.explain.explainer import DAVE
 
-# Returns raw and maps of the samples of a slice.
-Aggregate = Callable[[slice], tuple[Tensor, Tensor]]
+# Returns raw, maps, and signed maps where these are wanted, of the samples of a slice.
+Aggregate = Callable[[slice], tuple[Tensor, ...]]
 
 # The 0.9 quantile of error/ê by S, of shrunk maps (True) and of the paper's. It is interpolated linearly in log S, and
 # constant after the last S. Halves are shrunk more than the map of all samples, and so tell less of its error.
@@ -62,6 +62,7 @@ class Refined:
         errors: the estimate ê of each map, class by class, and of a class depth by depth.
         bounds: an upper bound of each error that holds with a probability of 0.9; infinity below eight samples.
         shrink: whether the maps are shrunk (see `dave_fast.DAVE`).
+        signed: maps before negative values are cut off, of the shape of maps (see `Explanation`); None where not made.
     """
 
     maps: Tensor
@@ -70,6 +71,7 @@ class Refined:
     errors: list[float]
     bounds: list[float]
     shrink: bool
+    signed: Tensor | None = None
 
     @property
     def bound(self) -> float:
@@ -98,12 +100,12 @@ def refined(aggregate: Aggregate, samples: int, *, shrink: bool, places: Sequenc
 
     Args:
         aggregate: returns raw (K, C, H, W) and maps (K, H, W) of a slice of the samples, or both with a dimension of
-            depths after K.
+            depths after K; and signed maps of the shape of maps, where they are wanted.
         samples: S.
         shrink: whether these maps are shrunk.
         places: the depths of the maps of each class, blocks and pixels.
     """
-    raw, maps = aggregate(slice(samples))
+    raw, maps, *others = aggregate(slice(samples))
     half, each = samples // 2, maps.flatten(end_dim=-3)
     errors = [math.inf] * len(each)
     if half > 0:
@@ -112,7 +114,8 @@ def refined(aggregate: Aggregate, samples: int, *, shrink: bool, places: Sequenc
         errors = estimate(each, *halves)
     factors = [factor(samples, shrink=shrink, block=place is not None) for place in places]
     bounds = [each * error for each, error in zip(cycle(factors), errors, strict=False)]
-    return Refined(maps.float().cpu(), raw.float().cpu(), samples, errors, bounds, shrink)
+    made, of_channels, *signed = (each.float().cpu() for each in (maps, raw, *others))
+    return Refined(made, of_channels, samples, errors, bounds, shrink, *signed)
 
 
 def joined(parts: Sequence[Refined]) -> Refined:
@@ -125,6 +128,7 @@ def joined(parts: Sequence[Refined]) -> Refined:
         errors=[error for part in parts for error in part.errors],
         bounds=[bound for part in parts for bound in part.bounds],
         shrink=first.shrink,
+        signed=None if first.signed is None else torch.cat([part.signed for part in parts if part.signed is not None]),
     )
 
 

@@ -201,7 +201,7 @@ class DAVE(SampleCalls):
             labels = self._labels(output)
             wanted = [parse_target(each, labels) if isinstance(each, str) else each for each in asked]
             if top_k is None or top_k == 1:
-                resolved = [self._resolved(each, output, images) for each in wanted]
+                resolved = [self.resolve(each, output, images) for each in wanted]
             else:
                 resolved = [ElementCotangent(each, each) for each in most_probable(self.model, output, top_k)]
             height, width = images.shape[2:]
@@ -270,7 +270,7 @@ class DAVE(SampleCalls):
 
         def work(images: Tensor, batches: MicroBatches, end: EndOfCall) -> Depths:
             output = self._output(batches, images, end, every_level(batches.route.blocks))
-            told = self._account(batches, images, [self._resolved(each, output, images) for each in wanted], end)
+            told = self._account(batches, images, [self.resolve(each, output, images) for each in wanted], end)
             end.read()
             return told if targets is not None else told.map(lambda t: t[:, 0])
 
@@ -362,7 +362,7 @@ class DAVE(SampleCalls):
         """
 
         def work(images: Tensor, batches: MicroBatches, end: EndOfCall) -> Tensor:
-            resolved = self._resolved(target, self._output(batches, images, end), images)
+            resolved = self.resolve(target, self._output(batches, images, end), images)
             tokens = batches.vjps(images, identity(len(images)), [resolved], None).pixels
             assert tokens is not None
             gradients = unpatchify(tokens[0].to(images.dtype), batches.route.patch_size, *images.shape[2:])
@@ -410,8 +410,8 @@ class DAVE(SampleCalls):
         """Return the names of the model's classes by its output (B, ...)."""
         return labels_of(self.model, output.shape[1] if output.dim() == 2 else None)
 
-    def _resolved(self, target: Target | str, output: Tensor, images: Tensor) -> Cotangent:
-        """Return a target's cotangent, checked against the images' output."""
+    def resolve(self, target: Target | str, output: Tensor, images: Tensor) -> Cotangent:
+        """Return a target's cotangent, checked against the output (B, ...) of images (B, C, H, W); see `samples`."""
         height, width = images.shape[2:]
         target = parse_target(target, self._labels(output)) if isinstance(target, str) else target
         return resolve_target(target, output, (height, width), self._view())

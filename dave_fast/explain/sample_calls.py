@@ -18,7 +18,7 @@ from dave_fast.explain.route_cache import RouteCache
 from dave_fast.given.wrappers import Watched
 from dave_fast.ops.precision import DTYPES, own_arithmetic, statistics_dtype
 from dave_fast.sampling import Draws
-from dave_fast.targets.cotangents import ElementCotangent
+from dave_fast.targets.cotangents import Cotangent, ElementCotangent, ImageCotangents
 from dave_fast.transfers import to_device
 
 
@@ -67,13 +67,20 @@ class SampleCalls:
         assert made is not None
         return made
 
-    def samples(self, images: Tensor, draws: Draws, targets: Tensor, levels: Levels = PIXELS) -> Pulled:
+    def samples(
+        self,
+        images: Tensor,
+        draws: Draws,
+        targets: Tensor | Sequence[Sequence[Cotangent]],
+        levels: Levels = PIXELS,
+    ) -> Pulled:
         """Return what one micro-batch of perturbed samples tells at several levels of the model.
 
         Args:
             images: as for `contributions`, as are draws and targets.
             draws: R rows.
-            targets: (B, K).
+            targets: (B, K) classes; or of each of the B images K cotangents (`DAVE.resolve`), with which the host waits
+                for the device.
             levels: pixels, blocks (`levels`).
 
         Returns:
@@ -86,6 +93,11 @@ class SampleCalls:
             raise InputError("draws hold no rows; expected one or more perturbed samples")
 
         def work(images: Tensor, batches: MicroBatches, end: EndOfCall) -> Pulled:
+            if not isinstance(targets, Tensor):
+                of_each = [ImageCotangents(each) for each in zip(*targets, strict=True)]
+                made = batches.vjps(images, draws, of_each, images.dtype, levels=levels)
+                end.read()
+                return made
             first, last = check_targets(targets, len(images))
             of_class = [ElementCotangent(each) for each in to_device(targets.T.contiguous(), images.device)]
 
@@ -122,8 +134,8 @@ class SampleCalls:
         blocks: Sequence[TokenGrid],
         *,
         shrink: bool | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return raw (K, L, C, H, W) and maps (K, L, H, W) of the samples of one image at several levels.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return raw (K, L, C, H, W), maps and signed maps (K, L, H, W) of the samples of one image at several levels.
 
         Args:
             image: (1, C, H, W).
@@ -143,7 +155,7 @@ class SampleCalls:
                 of_target = kept.map(itemgetter(target))
                 for level, one in enumerate(sampled.maps(self._cache.ops, of_target, places, shrink=shrink)):
                     made.store(slice(None), target, level, one)
-        return made.raw[0], made.maps[0]
+        return made.raw[0], made.maps[0], made.signed[0]
 
     def blocks(self, images: Tensor) -> tuple[TokenGrid, ...]:
         """Return the tokens that enter each block of the model for images (B, C, H, W).

@@ -37,11 +37,15 @@ from dave_fast.serve.service import Service
 from dave_fast.serve.untrusted import Message
 from dave_fast.serve.uploads import Body, ImageStore, MemoryImageStore, read_body
 from dave_fast.serve.workshop import Workshop
+from dave_fast.targets import Class, Question
+from dave_fast.targets.text import parse_target
 
 # Seconds without an event after which a comment is sent to keep the connection open.
 KEEP_ALIVE = 10.0
 # Events that wait for a client before newer maps replace older ones.
 WAITING = 3
+# Signs in a target: each adds a class or a text.
+MOST_SIGNS = 3
 # Most seconds between two looks at what a deadline leaves.
 NEXT_LOOK = 0.1
 
@@ -120,8 +124,9 @@ class Api:
             InputError: the model has no such class or block.
             RefusedError: there is no memory for the answer.
         """
-        targets, places = self._targets(model, options), model.places(options.depths)
-        request.state.share.hold(model.answer_bytes(len(targets or ()) or options.top_k or 1, len(places)))
+        targets, places = await run_in_threadpool(self._targets, model, options), model.places(options.depths)
+        count = len(targets or ()) or options.top_k or 1
+        request.state.share.hold(model.answer_bytes(count, len(places), signed=options.signed))
         image, notes = await read()
         return Ask(
             image,
@@ -135,18 +140,24 @@ class Api:
             refined=refined,
             notes=notes,
             places=places,
+            signed=options.signed,
         )
 
-    def _targets(self, model: ServedModel, options: Options) -> tuple[int, ...] | None:
+    def _targets(self, model: ServedModel, options: Options) -> tuple[int | Question, ...] | None:
         if options.target and options.top_k is not None:
             raise HTTPException(422, "target and top_k are both given: give one of them.")
         if options.n_samples > self.limits.samples:
             text = f"n_samples is {options.n_samples}; this server takes up to {self.limits.samples}."
             raise HTTPException(422, text)
-        count, most = max(len(options.target), options.top_k or 1), min(self.limits.classes, model.classes)
+        if not options.target and not model.classes:
+            forms = {"texts": "text:PROMPT", "patches": "patch:ROW,COLUMN"}
+            known = " or ".join(forms[kind] for kind in model.questions if kind in forms) or "segment:, box:"
+            raise HTTPException(422, f"the model {model.name!r} has no classes to choose from: ask target={known}.")
+        count = max(len(options.target), options.top_k or 1)
+        most = self.limits.classes if options.target else min(self.limits.classes, model.classes)
         if count > most:
             raise HTTPException(422, f"{count} classes are requested; at most {most} are explained at once.")
-        targets = tuple(model.labels.resolve(target) for target in options.target)
+        targets = tuple(_target(text, model) for text in options.target)
         if len(set(targets)) < len(targets):
             raise HTTPException(422, "target has a class twice: give each class once.")
         return targets or None
@@ -301,6 +312,8 @@ class Api:
                 noise_alpha=model.explainers[0].sampling.noise_alpha,
                 shrink=model.explainers[0].shrink,
                 blocks=len(model.blocks),
+                questions=list(model.questions),
+                grid=None if model.grid is None else list(model.grid),
             )
             for model in self.service.models.values()
         ]
@@ -403,6 +416,12 @@ async def event_stream(
             status, detail, _ = status_of(event.error)
             yield formats.event("error", {"status": status, "detail": detail})
             return
+
+
+def _target(text: str, model: ServedModel) -> int | Question:
+    """Return the class, or another question, that a client asks; raises InputError."""
+    question = parse_target(text, model.labels, files=False, most_signs=MOST_SIGNS)
+    return question.index if isinstance(question, Class) and isinstance(question.index, int) else question
 
 
 def late(seconds: float) -> Failed:

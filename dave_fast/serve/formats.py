@@ -18,6 +18,7 @@ from torch import Tensor
 from dave_fast.explain.arrays import Scored, write_arrays
 from dave_fast.explain.convergence import Refined
 from dave_fast.images import drawing
+from dave_fast.ops.smooth import signed_map
 from dave_fast.serve.jobs import Ask, Ended, Predicted
 from dave_fast.serve.models import ServedModel
 from dave_fast.serve.schemas import (
@@ -32,6 +33,8 @@ from dave_fast.serve.schemas import (
     Prediction,
     finite,
 )
+from dave_fast.targets import Question
+from dave_fast.targets.text import describe_target
 
 JSON, PNG, NPY, NPZ = "application/json", "image/png", "application/x-npy", "application/x-npz"
 TYPES = (JSON, PNG, NPY, NPZ)
@@ -59,18 +62,19 @@ def _number(text: str) -> float:
         return 0.0
 
 
-def array(values: Tensor, encoding: Encoding) -> Array:
-    """Return a map (H, W) in [0, 1] for JSON."""
-    numbers = values.numpy().astype("<f4")
-    if encoding == "uint8":
-        numbers = np.rint(numbers * 255).astype(np.uint8)
-    return Array(dtype=encoding, shape=list(values.shape), data=base64.b64encode(numbers.tobytes()).decode())
+def array(values: Tensor, encoding: Encoding, *, signed: bool = False) -> Array:
+    """Return a map (H, W) in [0, 1] for JSON, or a signed one in [−1, 1]."""
+    numbers, kind = values.numpy().astype("<f4"), "int16" if signed and encoding == "uint8" else encoding
+    if kind != "float32":
+        numbers = np.rint(numbers * (255 if kind == "uint8" else 32767)).astype(np.dtype(kind).newbyteorder("<"))
+    return Array(dtype=kind, shape=list(values.shape), data=base64.b64encode(numbers.tobytes()).decode())
 
 
 def prediction(model: ServedModel, predicted: Predicted) -> Prediction:
     """Return the model's prediction for JSON."""
+    names = [describe_target(target, model.labels) for target in predicted.targets]
     top, accounts = _top(model, predicted), _accounts(predicted)
-    return Prediction(model=model.name, targets=list(predicted.targets), top=top, accounts=accounts)
+    return Prediction(model=model.name, targets=predicted.indices, class_names=names, top=top, accounts=accounts)
 
 
 def _accounts(predicted: Predicted) -> list[Account] | None:
@@ -79,7 +83,7 @@ def _accounts(predicted: Predicted) -> list[Account] | None:
     if told is None:
         return None
     columns = (told.score, told.pixels, told.patches, told.prefix, told.biases)
-    rows = zip(predicted.targets, *(column.tolist() for column in columns), strict=True)
+    rows = zip(predicted.indices, *(column.tolist() for column in columns), strict=True)
     return [Account(**dict(zip(Account.model_fields, row, strict=True))) for row in rows]
 
 
@@ -88,9 +92,11 @@ def _top(model: ServedModel, predicted: Predicted) -> list[ClassProbability]:
     return [_probability(model, predicted, target) for target in top]
 
 
-def _probability(model: ServedModel, predicted: Predicted, target: int) -> ClassProbability:
-    probability = finite(float(predicted.probabilities[target]))
-    return ClassProbability(target=target, class_name=model.labels.name(target), probability=probability)
+def _probability(model: ServedModel, predicted: Predicted, target: int | Question) -> ClassProbability:
+    name = describe_target(target, model.labels)
+    if not isinstance(target, int):
+        return ClassProbability(target=-1, class_name=name, probability=None)
+    return ClassProbability(target=target, class_name=name, probability=finite(float(predicted.probabilities[target])))
 
 
 def _scored(found: Sequence[ClassProbability]) -> list[Scored]:
@@ -100,14 +106,18 @@ def _scored(found: Sequence[ClassProbability]) -> list[Scored]:
 
 def maps(model: ServedModel, ask: Ask, predicted: Predicted, refined: Refined, encoding: Encoding) -> Maps:
     """Return maps and their errors for JSON."""
-    each = []
+    each, signed = [], signed_map(refined.signed) if ask.signed else None
     for number, target in enumerate(predicted.targets):
         several = slice(number * len(ask.depths), (number + 1) * len(ask.depths))
         errors, bounds = refined.errors[several], refined.bounds[several]
-        arrays = [array(values, encoding) for values in refined.maps[number].view(-1, *refined.maps.shape[-2:])]
+        size = refined.maps.shape[-2:]
+        arrays = [array(values, encoding) for values in refined.maps[number].view(-1, *size)]
+        both: list[Array | None] = [None] * len(arrays)
+        if signed is not None:
+            both = [array(values, encoding, signed=True) for values in signed[number].view(-1, *size)]
         depths = [
-            DepthMap(depth=depth, error=finite(error), error_bound=finite(bound), map=values)
-            for depth, error, bound, values in zip(ask.depths, errors, bounds, arrays, strict=True)
+            DepthMap(depth=depth, error=finite(error), error_bound=finite(bound), map=values, signed=two)
+            for depth, error, bound, values, two in zip(ask.depths, errors, bounds, arrays, both, strict=True)
         ]
         each.append(
             ClassMap(
@@ -115,6 +125,7 @@ def maps(model: ServedModel, ask: Ask, predicted: Predicted, refined: Refined, e
                 error=finite(max(errors)),
                 error_bound=finite(max(bounds)),
                 map=arrays[0] if len(depths) == 1 else None,
+                signed=both[0] if len(depths) == 1 else None,
                 depths=None if len(depths) == 1 else depths,
             )
         )
@@ -149,7 +160,7 @@ def headers(model: ServedModel, ask: Ask, ended: Ended) -> dict[str, str]:
     refined = ended.refined
     values = {
         "model": model.name,
-        "targets": ",".join(map(str, ended.predicted.targets)),
+        "targets": ",".join(map(str, ended.predicted.indices)),
         "samples": refined.samples,
         "n-samples": ask.n_samples,
         "seed": ask.seed,
@@ -168,14 +179,20 @@ def headers(model: ServedModel, ask: Ask, ended: Ended) -> dict[str, str]:
 def picture(model: ServedModel, ask: Ask, refined: Refined, view: str) -> bytes:
     """Return a PNG of the classes side by side, of several depths one below the other.
 
-    They are drawn over the crop if `view` is "overlay", else as plain maps.
+    They are drawn over the crop if `view` is "overlay", in two colours if it is "signed", else as plain maps.
     """
     crop = model.prepare.pixels(ask.image).cpu().numpy()
+    draw: dict[str, Callable[[np.ndarray], Image.Image]] = {
+        "overlay": partial(drawing.overlay, crop),
+        "signed": partial(drawing.overlay, crop, signed=True),
+        "map": drawing.plain_map,
+    }
 
     def drawn(heat: np.ndarray) -> np.ndarray:
-        return np.asarray(drawing.overlay(crop, heat) if view == "overlay" else drawing.plain_map(heat))
+        return np.asarray(draw[view](heat))
 
-    classes = refined.maps.view(len(refined.maps), -1, *refined.maps.shape[-2:]).numpy()
+    maps = signed_map(refined.signed) if view == "signed" else refined.maps
+    classes = maps.view(len(maps), -1, *maps.shape[-2:]).numpy()
     columns = [np.concatenate([drawn(heat) for heat in depths]) for depths in classes]
     return png(Image.fromarray(np.concatenate(columns, axis=1)))
 

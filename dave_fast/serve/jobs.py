@@ -22,6 +22,8 @@ from dave_fast.explain.depth_account import Depths
 from dave_fast.sampling import Draws, draw
 from dave_fast.serve.models import ServedModel
 from dave_fast.serve.scheduler import Queued
+from dave_fast.targets import Question
+from dave_fast.targets.cotangents import Cotangent
 
 
 class DeadlineError(DaveFastError, TimeoutError):
@@ -34,7 +36,7 @@ class Ask:
 
     Attributes:
         image: the model's input, (3, H, W) float32.
-        targets: the classes to explain, None for the `top_k` most probable.
+        targets: what to explain, classes and other questions; None for the `top_k` most probable classes.
         top_k: number of classes if `targets` is None.
         n_samples: the most samples.
         seed: seed of the draws.
@@ -44,10 +46,11 @@ class Ask:
         refined: whether the listener is sent a map at every checkpoint.
         notes: what had to be assumed about the image file.
         places: the depths of the maps, blocks and pixels.
+        signed: whether the answer has signed maps.
     """
 
     image: Tensor
-    targets: tuple[int, ...] | None = None
+    targets: tuple[int | Question, ...] | None = None
     top_k: int = 1
     n_samples: int = DEFAULT_SAMPLES
     seed: int = 0
@@ -57,11 +60,17 @@ class Ask:
     refined: bool = False
     notes: tuple[str, ...] = ()
     places: tuple[Place, ...] = (None,)
+    signed: bool = False
 
     @property
     def classes(self) -> int:
-        """Number of classes that are explained."""
+        """Number of classes and other questions that are explained."""
         return self.top_k if self.targets is None else len(self.targets)
+
+    @property
+    def of_classes(self) -> bool:
+        """Whether classes alone are explained."""
+        return all(isinstance(target, int) for target in self.targets or ())
 
     @property
     def levels(self) -> Levels:
@@ -79,17 +88,24 @@ class Predicted:
     """An event: the unperturbed image has been predicted.
 
     Attributes:
-        scores: the model's output, (K,).
+        scores: the model's output, (K,); of a model without classes (0,), as probabilities.
         probabilities: of the K classes; NaN where the model has none.
-        targets: the classes that are explained.
+        targets: what is explained, classes and other questions.
         accounts: what of the score of each of them every depth accounts for, (targets,) and (targets, blocks); None
             where only the pixels were asked for.
+        cotangents: of the targets, where there are others than classes; otherwise empty.
     """
 
     scores: Tensor
     probabilities: Tensor
-    targets: tuple[int, ...]
+    targets: tuple[int | Question, ...]
     accounts: Depths | None = None
+    cotangents: tuple[Cotangent, ...] = ()
+
+    @property
+    def indices(self) -> list[int]:
+        """The classes that are explained, −1 for other questions."""
+        return [target if isinstance(target, int) else -1 for target in self.targets]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 The input `image` is BYTES with the base64 of an image file, UINT8 (H, W, 3), or normalised FP32 (1, 3, H, W). Options
 are parameters of the request. The outputs are `maps` FP32 (K, H, W), `targets` INT64 (K,) and `error_bounds` FP32 (K,)
-with −1 for an unknown bound; K is the number of explained classes. Of L depths maps are (K, L, H, W) and bounds (K, L).
+with −1 for an unknown bound; K is the number of explained classes, −1 in `targets` for another question. Of L depths
+maps are (K, L, H, W) and bounds (K, L). With the parameter `signed`, `signed` has signed maps in [−1, 1], as maps.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from starlette.responses import JSONResponse
 
 from dave_fast._version import __version__
 from dave_fast.errors import InputError
+from dave_fast.ops.smooth import signed_map
 from dave_fast.serve.api import Api, deadline_of
 from dave_fast.serve.jobs import Ask, Ended
 from dave_fast.serve.models import ServedModel
@@ -187,10 +189,12 @@ def _response(model: ServedModel, ask: Ask, ended: Ended, name: str | None) -> b
     parameters: dict[str, Any] = {"samples": refined.samples, "seed": ask.seed, "cut_short": ended.cut_short}
     parameters |= {"shrink": refined.shrink, "depth": ",".join(map(str, ask.depths))}
     parameters |= {"notes": " ".join(ask.notes)} if ask.notes else {}
+    signed = [_output("signed", "FP32", signed_map(refined.signed).numpy())] if ask.signed else []
     outputs = [
         _output("maps", "FP32", refined.maps.numpy()),
-        _output("targets", "INT64", np.array(ended.predicted.targets)),
+        _output("targets", "INT64", np.array(ended.predicted.indices)),
         _output("error_bounds", "FP32", np.array(bounds, np.float32).reshape(refined.maps.shape[:-2])),
+        *signed,
     ]
     head = {"model_name": model.name, "id": name, "parameters": parameters}
     return b'%s,"outputs":[%s]}' % (json.dumps(head).encode()[:-1], b",".join(outputs))

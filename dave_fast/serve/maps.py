@@ -157,10 +157,10 @@ def make_class(job: Job, kept: Pulled, samples: int, number: int) -> Refined:
     explainer = next(each for each in job.model.explainers if each.device == of_class.tensors()[0].device)
     shrink = explainer.shrink if ask.shrink is None else ask.shrink
 
-    def aggregate(some: slice) -> tuple[Tensor, Tensor]:
+    def aggregate(some: slice) -> tuple[Tensor, ...]:
         own, draws, blocks = of_class.part(some), job.draws[some], job.model.blocks
-        raw, maps = explainer.aggregate_levels(ask.image[None], own, draws, ask.places, blocks, shrink=shrink)
-        return (raw, maps) if len(ask.places) > 1 else (raw[:, 0], maps[:, 0])
+        made = explainer.aggregate_levels(ask.image[None], own, draws, ask.places, blocks, shrink=shrink)
+        return made if len(ask.places) > 1 else tuple(each[:, 0] for each in made)
 
     made = refined(aggregate, samples, shrink=shrink, places=ask.places)
     if not torch.isfinite(made.maps).all():

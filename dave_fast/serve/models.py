@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dave_fast.engine.levels import Place, TokenGrid, levels_of
 from dave_fast.engine.memory import contribution_bytes
@@ -18,9 +19,16 @@ from dave_fast.explain.depth import Depth, places_of
 from dave_fast.explain.explainer import DAVE
 from dave_fast.explain.subject import Subject
 from dave_fast.images import Preprocessing
+from dave_fast.models.adapter import TextImageModel
 from dave_fast.models.labels import Labels
 from dave_fast.models.spec import ModelSpec
+from dave_fast.targets import detections_of, tokens_of
+from dave_fast.targets.forms import ModelView
+from dave_fast.targets.grids import Grid
 
+# What a model's output may be replaced by, by a word before its name.
+OUTPUTS: dict[str, Callable[[nn.Module], nn.Module]] = {"tokens": tokens_of, "detections": detections_of}
+Asking = Literal["classes", "texts", "patches"]
 # Bytes of a pixel in an answer: text of a number has up to 24, and is joined once.
 _ANSWER = 48
 
@@ -34,17 +42,45 @@ class ServedModel:
         explainers: one for each worker, in the workers' order.
         prepare: the preprocessing, from a photograph to the model's input.
         labels: the names of the model's classes.
+        binding: held while a text is embedded.
     """
 
     name: str
     explainers: tuple[DAVE, ...]
     prepare: Preprocessing = field(repr=False)
     labels: Labels = field(repr=False)
+    binding: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
     def classes(self) -> int:
         """Number of classes K."""
         return self.labels.count or 0
+
+    @cached_property
+    def grid(self) -> tuple[int, int] | None:
+        """Rows and columns of the patches of a dense output; None for an output that has no patches."""
+        explainer, example = self.explainers[0], self.example()
+        if self.classes or len(explainer.output_shape(example)) == 2:
+            return None
+        try:
+            output = explainer.predict(example)
+            return Grid.of(output, self.prepare.size, ModelView(explainer.model, explainer.predict)).shape
+        except InputError:
+            return None
+
+    @cached_property
+    def questions(self) -> tuple[Asking, ...]:
+        """What may be asked of the model: classes, texts, patches.
+
+        Raises:
+            UnknownModelError: it takes texts, and its tokenizer cannot be loaded.
+        """
+        model: Any = self.explainers[0].model
+        if texts := isinstance(model, TextImageModel):
+            # Tried now, and not at the first request.
+            model.text_embedding(["a photo"])
+        found: dict[Asking, bool] = {"classes": self.classes > 0, "texts": texts, "patches": self.grid is not None}
+        return tuple(name for name, has in found.items() if has)
 
     @property
     def blocks(self) -> tuple[TokenGrid, ...]:
@@ -93,15 +129,16 @@ class ServedModel:
         maps = contribution_bytes(len(places), (5, *size), item)
         return 2 * classes * (kept + maps) + contribution_bytes(1, (3, *size), item)
 
-    def answer_bytes(self, classes: int, places: int) -> int:
+    def answer_bytes(self, classes: int, places: int, *, signed: bool = False) -> int:
         """Return the bytes of an answer at most: maps as text of KServe's JSON, or maps and raw in float32.
 
         Args:
             classes: number of classes that are explained.
             places: number of depths.
+            signed: whether it has signed maps, too.
         """
         height, width = self.prepare.size
-        return _ANSWER * classes * places * height * width + (1 << 16)
+        return _ANSWER * classes * places * (1 + signed) * height * width + (1 << 16)
 
     def example(self) -> Tensor:
         """Return a random input (3, H, W) float32, to warm a worker and to test it."""
@@ -110,7 +147,10 @@ class ServedModel:
 
 
 def served_name(text: str) -> tuple[str, str]:
-    """Return the name and the model in NAME=MODEL; without NAME, it is the model's part after the last slash."""
+    """Return the name and the model in NAME=MODEL; without NAME, it is the model's part after the last slash.
+
+    MODEL may begin with the word of another output, "tokens:" or "detections:".
+    """
     name, equals, model = text.partition("=")
     if equals and re.fullmatch(r"[\w.-]+", name):
         return name, model
@@ -131,7 +171,8 @@ def load_models(
     """Load every model on every device.
 
     Args:
-        names: models, or NAME=MODEL; equal ones are loaded once.
+        names: models, or NAME=MODEL; equal ones are loaded once. MODEL may be tokens:MODEL or detections:MODEL, whose
+            output is the model's tokens (of timm's) or detections, which patches and boxes are asked of.
         devices: names of torch devices, one for each worker; None is the best there is.
         weights: see `ModelSpec`; this and the following four only for a single model.
         num_classes: see `ModelSpec`.
@@ -144,7 +185,7 @@ def load_models(
         The served models by name.
 
     Raises:
-        InputError: two models have one name, or a model is no classifier of images.
+        InputError: two models have one name, or a model takes other inputs than photographs.
         ModelError: a model cannot be loaded or explained.
     """
     own: dict[str, Any] = {"weights": weights, "num_classes": num_classes, "labels": labels}
@@ -158,8 +199,12 @@ def load_models(
         name, model = served_name(text)
         if name in served:
             raise InputError(f"two models would be served as {name!r}: write NAME=MODEL to tell them apart.")
-        first, prepare, found = Subject.load(ModelSpec(model, **own), device=devices[0], **settings)
+        word, _, rest = model.partition(":")
+        first = DAVE(ModelSpec(rest if word in OUTPUTS else model, **own), device=devices[0], **settings)
         given = {**settings, "noise_alpha": first.sampling.noise_alpha}
+        if word in OUTPUTS:
+            first = DAVE(OUTPUTS[word](first.model), device=first.device, **given)
+        _, prepare, found = Subject.of(first)
         explainers = (first, *(DAVE(first.model, device=device or first.device, **given) for device in devices[1:]))
         served[name] = ServedModel(name, explainers, prepare, found)
     return served

@@ -12,11 +12,14 @@ from dave_fast.defaults import DEFAULT_SAMPLES
 from dave_fast.errors import InputError
 from dave_fast.explain.depth import PIXELS, Depth, check_depth, parse_depth
 from dave_fast.numbers import parse_number, parse_whole
+from dave_fast.serve.models import Asking
 
 MOST_CLASSES = 100
 MOST_DEPTHS = 100
 MOST_SAMPLES = 65_536
 
+# Of a target.
+MOST_LETTERS = 400
 Encoding = Literal["float32", "uint8"]
 # A depth in an answer: "pixels", the number of a block, a range of blocks such as "5-9".
 Place = str | int
@@ -48,8 +51,13 @@ class Options(BaseModel):
         Field(max_length=64, description="Instead of a body, the id of an image that was sent to /v1/images."),
     ] = None
     target: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=200)]],
-        Field(max_length=MOST_CLASSES, description="Classes, by index or name; several share their forward passes."),
+        list[Annotated[str, Field(min_length=1, max_length=MOST_LETTERS)]],
+        Field(
+            max_length=MOST_CLASSES,
+            description="Classes, by index or name; differences and sums such as 'tiger-lion'; 'text:a cat', "
+            "'patch:3,5', 'segment:cat@120,80', 'box:cat@20,40,180,200' of models that can answer them. Several share "
+            "their forward passes.",
+        ),
     ] = []
     top_k: Annotated[
         _Whole | None, Field(ge=1, le=MOST_CLASSES, description="Instead of targets, the k most probable classes (1).")
@@ -77,10 +85,20 @@ class Options(BaseModel):
         _Whole | None,
         Field(ge=1, le=3_600_000, description="Answer within this time, with the samples done by then."),
     ] = None
-    view: Annotated[Literal["overlay", "map"], Field(description="The picture in a PNG.")] = "overlay"
-    encoding: Annotated[Encoding, Field(description="Values of a map in JSON and events: in [0, 1], or times 255.")] = (
-        "float32"
-    )
+    signed: Annotated[
+        bool, Field(description="Whether JSON and events have signed maps, too: what speaks for and what against.")
+    ] = False
+    view: Annotated[
+        Literal["overlay", "map", "signed"],
+        Field(description="The picture in a PNG: the map over the image, alone, or what speaks for and against."),
+    ] = "overlay"
+    encoding: Annotated[
+        Encoding,
+        Field(
+            description="Values of a map in JSON and events: in [0, 1], or times 255; of a signed map in [-1, 1], or "
+            "times 32767 as int16."
+        ),
+    ] = "float32"
 
     @property
     def depths(self) -> tuple[Depth, ...]:
@@ -97,13 +115,16 @@ class Options(BaseModel):
 class Array(BaseModel):
     """An array: base64 of its bytes, little-endian, in C order."""
 
-    dtype: Encoding
+    dtype: Encoding | Literal["int16"]
     shape: list[int]
     data: str
 
 
 class ClassProbability(BaseModel):
-    """A class and the model's probability for the unperturbed image (null: the model has no probabilities)."""
+    """A class and the model's probability for the unperturbed image (null: the model has no probabilities).
+
+    Of another question target is -1, class_name the question in words, and probability null.
+    """
 
     target: int
     class_name: str
@@ -111,23 +132,29 @@ class ClassProbability(BaseModel):
 
 
 class DepthMap(BaseModel):
-    """A map in [0, 1] at one depth, its estimated relative error, and its bound nine times in ten (null: unknown)."""
+    """A map in [0, 1] at one depth, its estimated relative error, and its bound nine times in ten (null: unknown).
+
+    signed is what speaks for (above zero) and against, blended with its blur as the map is and divided by its largest
+    magnitude; null where it was not asked for.
+    """
 
     depth: Place
     error: float | None
     error_bound: float | None
     map: Array
+    signed: Array | None
 
 
 class ClassMap(ClassProbability):
     """A map in [0, 1], its estimated relative error, and the bound of the error nine times in ten (null: unknown).
 
-    Of several depths map is null, depths has them, and errors are the largest.
+    Of several depths map and signed are null, depths has them, and errors are the largest. signed as in DepthMap.
     """
 
     error: float | None
     error_bound: float | None
     map: Array | None
+    signed: Array | None
     depths: list[DepthMap] | None = None
 
 
@@ -147,10 +174,11 @@ class Account(BaseModel):
 
 
 class Prediction(BaseModel):
-    """The model's prediction: the event `prediction`."""
+    """The model's prediction: the event `prediction`. class_names are those of targets, of which -1 are no classes."""
 
     model: str
     targets: list[int]
+    class_names: list[str]
     top: list[ClassProbability]
     accounts: list[Account] | None
 
@@ -204,6 +232,8 @@ class ModelInfo(BaseModel):
     width: int
     classes: int
     class_names: list[str] | None
+    questions: Annotated[list[Asking], Field(description="What may be asked: classes, texts, patches.")]
+    grid: Annotated[list[int] | None, Field(description="Rows and columns of the patches that may be asked about.")]
     precision: str
     route: str
     noise_alpha: float

@@ -77,7 +77,7 @@ class Service:
             worker.warm()
         for model in self.models.values():
             # Found now: the model may have to be run for it, and no request shall wait for that.
-            _ = model.blocks
+            _ = model.blocks, model.questions
         on_cpu = sum(worker.device.type == "cpu" for worker in self.workers)
         runs = [threading.Thread(target=worker.run, args=(on_cpu,), daemon=True) for worker in self.workers]
         self._threads = [*runs, threading.Thread(target=self.maps.run, daemon=True)]
@@ -97,12 +97,14 @@ class Service:
             InputError: the model has no such class.
         """
         model = self.models[name]
-        if ask.classes > model.classes or any(not 0 <= target < model.classes for target in ask.targets or ()):
-            classes = f"the classes {list(ask.targets)}" if ask.targets else f"the {ask.top_k} most probable classes"
+        asked = [target for target in ask.targets or () if isinstance(target, int)]
+        most = ask.top_k if ask.targets is None else len(asked)
+        if most > model.classes or any(not 0 <= target < model.classes for target in asked):
+            classes = f"the classes {asked}" if asked else f"the {ask.top_k} most probable classes"
             raise InputError(f"{classes} are requested; {name!r} has the classes 0 to {model.classes - 1}.")
         now = time.monotonic()
         queued = Queued(
-            bucket=BatchKey(name, ask.classes, ask.levels),
+            bucket=BatchKey(name, ask.classes, ask.levels, ask.of_classes),
             samples=ask.n_samples,
             size=model.request_bytes(ask.classes, ask.n_samples, ask.places),
             deadline=math.inf if ask.deadline is None else ask.deadline,

@@ -21,10 +21,12 @@ from dave_fast.errors import InputError, NonFiniteError
 from dave_fast.explain.explainer import DAVE
 from dave_fast.models.meaning import probabilities
 from dave_fast.sampling import join
-from dave_fast.serve.jobs import Ask, DeadlineError, Failed, Job, Predicted
+from dave_fast.serve.jobs import DeadlineError, Failed, Job, Predicted
 from dave_fast.serve.models import ServedModel
 from dave_fast.serve.prometheus import Metrics
 from dave_fast.serve.scheduler import MicroBatch, Part, Queued, Scheduler
+from dave_fast.targets import Question, Target
+from dave_fast.targets.cotangents import Cotangent
 
 log = logging.getLogger("dave_fast.serve")
 
@@ -40,13 +42,15 @@ class BatchKey:
 
     Attributes:
         model: name of the served model.
-        classes: number of classes that are explained; None for the unperturbed image, whose classes are predicted.
+        classes: number of classes or other questions; None for the unperturbed image, whose classes are predicted.
         levels: of the walks. Rows of other levels are not walked with these: they would be walked further than asked.
+        of_classes: whether classes alone are explained, whose cotangents are one for all images.
     """
 
     model: str
     classes: int | None
     levels: Levels = PIXELS
+    of_classes: bool = True
 
 
 @dataclass
@@ -164,7 +168,7 @@ class Worker:
     def _check(self) -> None:
         """Explain an example with every model; raise NonFiniteError for a map that is not finite."""
         for name, model in self.shared.models.items():
-            made = self.explainers[name].explain(model.example(), n_samples=8)
+            made = self.explainers[name].explain(model.example(), None if model.classes else _any_score, n_samples=8)
             if not torch.isfinite(made.maps).all():
                 raise NonFiniteError(f"worker {self.name}: a map of {name!r} is not finite.")
 
@@ -209,10 +213,9 @@ class Worker:
     def _predict(self, key: BatchKey, wanted: Sequence[tuple[Part, Job]]) -> None:
         """Predict unperturbed images and choose the classes to explain."""
         explainer = self.explainers[key.model]
-        output = explainer.predict(torch.stack([job.ask.image for _, job in wanted])).cpu()
-        of_each = zip(wanted, output, probabilities(explainer.model, output), strict=True)
+        output = explainer.predict(torch.stack([job.ask.image for _, job in wanted]))
         # All of them before the first is told: after an error they are computed again.
-        predicted = [_predicted(explainer, job.ask, *each) for (_, job), *each in of_each]
+        predicted = [_predicted(explainer, job, each) for (_, job), each in zip(wanted, output.split(1), strict=True)]
         for (_, job), one in zip(wanted, predicted, strict=True):
             job.predicted = one
             job.listener(one)
@@ -222,10 +225,13 @@ class Worker:
 
     def _contribute(self, key: BatchKey, wanted: Sequence[tuple[Part, Job]]) -> None:
         """Compute the contributions and evidence of perturbed rows and store them with their jobs."""
+        predicted = [job.predicted for _, job in wanted if job.predicted is not None]
         made = self.explainers[key.model].samples(
             torch.stack([job.ask.image for _, job in wanted]),
             join([job.draws[part.start : part.stop] for part, job in wanted]),
-            torch.tensor([job.predicted.targets for _, job in wanted if job.predicted is not None]),
+            torch.tensor([each.targets for each in predicted])
+            if key.of_classes
+            else [each.cotangents for each in predicted],
             key.levels,
         )
         self.failures = 0
@@ -255,17 +261,30 @@ class Worker:
             self._due(job, samples)
 
 
-def _predicted(explainer: DAVE, ask: Ask, scores: Tensor, probability: Tensor) -> Predicted:
-    """Return the classes to explain, and what of their scores each depth accounts for where more than pixels is asked.
+def _predicted(explainer: DAVE, job: Job, output: Tensor) -> Predicted:
+    """Return what is explained, and what of the scores each depth accounts for where more than pixels is asked.
 
     Args:
         explainer: of the model.
-        ask: the request.
-        scores: the model's output, (K,).
-        probability: of the K classes.
+        job: the request.
+        output: of the model for its image, (1, ...), on the explainer's device.
     """
+    ask, scores = job.ask, output.cpu()
+    probability = probabilities(explainer.model, scores)[0] if job.model.classes else torch.empty(0)
+    scores = scores[0] if job.model.classes else torch.empty(0)
     targets = ask.targets or tuple(scores.topk(ask.top_k).indices.tolist())
-    if ask.levels == PIXELS:
-        return Predicted(scores, probability, targets)
-    told = explainer.depths(ask.image, targets=targets)
-    return Predicted(scores, probability, targets, told.map(lambda t: t[0].cpu()))
+    asked: Sequence[Target] = targets
+    cotangents: list[Cotangent] = []
+    if not ask.of_classes:
+        # A tokenizer cannot be used by two threads.
+        with job.model.binding:
+            asked = [explainer.bind(each) if isinstance(each, Question) else each for each in targets]
+        image = ask.image[None].to(output.device)
+        cotangents = [explainer.resolve(each, output, image) for each in asked]
+    told = None if ask.levels == PIXELS else explainer.depths(ask.image, targets=asked).map(lambda t: t[0].cpu())
+    return Predicted(scores, probability, targets, told, tuple(cotangents))
+
+
+def _any_score(output: Tensor) -> Tensor:
+    """Return a score (R,) of any output (R, ...), to test a model without classes."""
+    return output.flatten(1).sum(1)

@@ -62,6 +62,8 @@ def parse_target(text: str, labels: Labels, *, files: bool = True, most_signs: i
     for word, read in _TERMS.items():
         if text.startswith(word):
             first, *others = re.split(rf"([+-])\s*{word}", text.removeprefix(word))
+            if len(others) > 2 * most_signs:
+                raise InputError(f"target {shown(text)} has {len(others) // 2} signs; expected at most {most_signs}")
             return _together([read(first, text), *(read(each, text) for each in others[1::2])], others[::2])
     if not files and (text.startswith("image:") or (text.startswith("patch:") and "@" in text)):
         raise InputError(f"target {shown(text)} names a file, which is not read here")

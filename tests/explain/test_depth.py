@@ -104,9 +104,10 @@ def test_samples_of_a_caller_give_the_maps_of_explain(model, images):
     made, places = explainer(model), [3, None, 0]
     draws = draw(SAMPLES, height=SIZE, width=SIZE, sampling=made.sampling)
     kept = made.samples(images[:1], draws, torch.tensor([[1, 3]]), levels_of(places))
-    raw, maps = made.aggregate_levels(images[:1], kept, draws, places, made.blocks(images[:1]))
+    raw, maps, signed = made.aggregate_levels(images[:1], kept, draws, places, made.blocks(images[:1]))
     expected = made.explain(images[:1], targets=[1, 3], n_samples=SAMPLES, depth=[3, "pixels", 0])
     assert torch.equal(maps, expected.maps[0]) and torch.equal(raw, expected.raw[0])
+    assert torch.equal(signed, expected.signed[0])
 
 
 def test_attributions_have_the_shape_of_inputs_and_add_up_to_the_map(model, images):

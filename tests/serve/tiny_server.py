@@ -5,24 +5,27 @@ from __future__ import annotations
 import io
 import queue
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from dave_fast import DAVE
 from dave_fast.images import preprocessing
-from dave_fast.models.labels import labels_of
+from dave_fast.models.labels import Labels, labels_of
 from dave_fast.serve.app import create_app
 from dave_fast.serve.jobs import Ask, Ended, Failed
 from dave_fast.serve.limits import Limits
 from dave_fast.serve.models import ServedModel
 from dave_fast.serve.server import running
 from dave_fast.serve.service import Service
-from tests.tiny import named_vit
+from dave_fast.targets import tokens_of
+from tests.tiny import named_vit, random_head_vit
 
 # Seconds to wait for events that take milliseconds on an idle machine.
 PATIENCE = 120
@@ -48,11 +51,50 @@ def serve_model(
     return ServedModel(name, tuple(made), preprocessing(model), labels_of(model))
 
 
+class TinyClip(nn.Module):
+    """An embedding model with a text tower, whose texts are random vectors, as the adapters of CLIP are."""
+
+    kind = "embedding"
+    logit_scale, logit_bias = 20.0, 0.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision = random_head_vit(num_classes=6)
+        self.pretrained_cfg = {"input_size": (3, SIZE, SIZE), "crop_pct": 1.0}
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.vision(images)
+
+    def text_embedding(self, texts: Sequence[str]) -> torch.Tensor:
+        seeds = [sum(map(ord, text)) for text in texts]
+        found = torch.stack([torch.randn(6, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        return nn.functional.normalize(found, dim=1)
+
+
+def serve_embedding(model: nn.Module, name: str, workers: int = 1) -> ServedModel:
+    """Return a served model without classes, with CPU workers."""
+    settings: dict[str, Any] = {"precision": "fp32", "noise_alpha": 0.5, "internal_batch_size": 8, "route": "auto"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = [DAVE(model.eval(), **settings) for _ in range(workers)]
+        made[0].output_shape(torch.zeros(1, 3, SIZE, SIZE))
+    return ServedModel(name, tuple(made), preprocessing(model), Labels(0))
+
+
+def serve_clip(name: str = "clip", workers: int = 1) -> ServedModel:
+    """Return a served model of images and texts."""
+    return serve_embedding(TinyClip(), name, workers)
+
+
+def serve_tokens(name: str = "tokens") -> ServedModel:
+    """Return a served model whose output is the tokens of 4×4 patches behind a class token."""
+    return serve_embedding(tokens_of(named_vit(NAMES)), name)
+
+
 @contextmanager
-def started(limits: Limits | None = None, **settings: Any) -> Iterator[Service]:
-    """Start a service, yield it, and stop it."""
-    model = serve_model(**settings)
-    service = Service({model.name: model}, limits)
+def started(limits: Limits | None = None, models: Sequence[ServedModel] = (), **settings: Any) -> Iterator[Service]:
+    """Start a service, of a tiny ViT with these settings where no models are given, yield it, and stop it."""
+    service = Service({model.name: model for model in models or [serve_model(**settings)]}, limits)
     service.start()
     try:
         yield service
