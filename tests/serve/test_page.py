@@ -20,7 +20,7 @@ from dave_fast.models.demo import demo_scene
 from dave_fast.serve.limits import Limits
 from dave_fast.serve.models import load_models
 from tests.browser import chromium, complaints, emulate, flaws, needs_chromium
-from tests.serve.tiny_server import file_of, serve_model, serving
+from tests.serve.tiny_server import file_of, serve_clip, serve_model, serving
 
 pytestmark = needs_chromium
 PATIENCE = 60.0
@@ -35,8 +35,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """Serve the embedded model first, and a small one; yield the address."""
-    with serving(models=[load_models(["demo"], [None])["demo"], serve_model()]) as (address, _):
+    """Serve the embedded model first, a small one, and models of tokens and of texts; yield the address."""
+    demo, tokens = load_models(["demo", "patches=tokens:demo"], [None]).values()
+    with serving(models=[demo, serve_model(), tokens, serve_clip()]) as (address, _):
         yield address
 
 
@@ -81,7 +82,7 @@ class Page:
         return self.browser.find_element("css selector", selector)
 
     def text(self, selector: str) -> str:
-        return str(self.run("return document.querySelector(arguments[0]).textContent", selector))
+        return str(self.run("return document.querySelector(arguments[0])?.textContent ?? ''", selector))
 
     def seen(self, name: str) -> list[str]:
         return list(self.run("return window.seen[arguments[0]]", name))
@@ -92,6 +93,17 @@ class Page:
             assert time.monotonic() < end, f"no {what}: {self.text('#status')!r}, {self.text('#problem')!r}"
             time.sleep(0.05)
         return value
+
+    def choose_model(self, name: str) -> None:
+        self.run(
+            "const model = arguments[0]; model.value = arguments[1]; model.dispatchEvent(new Event('change'))",
+            self.one("#model"),
+            name,
+        )
+
+    def forms(self) -> list[str]:
+        """Return the forms of questions that are shown."""
+        return [form.get_attribute("id") for form in self.all("#questions form") if form.is_displayed()]
 
     def give(self, path: Path) -> None:
         self.one("#file").send_keys(str(path))
@@ -276,6 +288,123 @@ def test_the_slider_shows_other_depths_of_the_same_samples(explained: Page, addr
     assert again.run("return location.search") == "" and (again.pixels("#maps canvas") == pixels).mean() > 0.99
 
 
+def test_difference_of_two_classes_is_shown_in_the_two_colours_of_files(
+    explained: Page, address: str, scene: Path
+) -> None:
+    assert explained.forms() == ["ask-class", "ask-contrast"]
+    assert not explained.one("#two-colours").is_displayed()
+    # the two most probable classes stand in the fields
+    explained.one("#ask-contrast button").click()
+    explained.until(lambda: explained.text("#maps h3") == "four − six", "difference")
+    explained.done()
+    shown = explained.pixels("#maps canvas").astype(float)
+    asked = {"target": "four-six", "view": "signed", "n_samples": SAMPLES}
+    with Client(address) as client:
+        answer = client._http.post(
+            "/v1/explain", params=asked, content=scene.read_bytes(), headers={"accept": "image/png"}
+        )
+    file = Image.open(io.BytesIO(answer.content)).convert("RGB").resize((128, 128), Image.Resampling.BOX)
+    assert np.corrcoef(shown.ravel(), np.asarray(file, float).ravel())[0, 1] > 0.99
+    # both colours are there: much redder than blue, and much bluer than red
+    redder = shown[..., 0] - shown[..., 2]
+    assert redder.max() > 100 and redder.min() < -100
+    assert explained.one("#two-colours").is_displayed() and not explained.one("#one-colour").is_displayed()
+    assert "blue where against" in explained.one("#maps canvas").get_attribute("aria-label")
+    assert [box.is_selected() for box in explained.all("#top input")] == [False] * 5 + [True]
+    explained.all("#maps article button")[1].click()
+    with np.load(io.BytesIO(explained.file("dave-four-six.npz"))) as arrays:
+        assert arrays["targets"].tolist() == [-1] and arrays["class_names"].tolist() == ["four − six"]
+    # classes of the user's own, by index and by name
+    explained.one("#this").send_keys("3")
+    explained.one("#that").send_keys("nine\n")
+    explained.until(lambda: explained.text("#maps h3") == "three − nine", "another difference")
+    explained.done()
+
+
+def test_what_speaks_against_a_class_is_shown_when_it_is_wanted(explained: Page) -> None:
+    one = explained.pixels("#maps canvas").astype(int)
+    explained.run("arguments[0].click()", explained.one("#both"))
+    explained.until(lambda: explained.one("#two-colours").is_displayed(), "two colours")
+    explained.done()
+    both = explained.pixels("#maps canvas").astype(int)
+    assert (one[..., 0] - one[..., 2]).min() > -100 > (both[..., 0] - both[..., 2]).min()
+    explained.run("arguments[0].click()", explained.one("#both"))
+    assert (explained.pixels("#maps canvas") == one).mean() > 0.99
+
+
+def test_question_that_the_server_refuses_is_told_at_its_field_and_the_maps_stay(explained: Page) -> None:
+    before = explained.pixels("#maps canvas")
+    explained.one("#other").send_keys("walrus\n")
+    explained.until(lambda: "walrus" in explained.text("#class-wrong"), "words of the server")
+    assert explained.text("#problem") == "" and explained.one("#class-wrong").get_attribute("role") == "alert"
+    assert explained.run("return document.activeElement.id") == "other"
+    assert explained.one("#other").get_attribute("aria-invalid") == "true"
+    assert (explained.pixels("#maps canvas") == before).all() and explained.text("#told-samples") == "32 / 32"
+    assert explained.one("#top input:checked").get_attribute("data-target") == "4" and explained.all("#curve polyline")
+    explained.one("#other").clear()
+    explained.one("#other").send_keys("seven\n")
+    explained.until(lambda: explained.text("#maps h3").startswith("seven"), "map of another class")
+    explained.done()
+    assert explained.text("#class-wrong") == "" and explained.one("#other").get_attribute("aria-invalid") is None
+
+
+def test_model_of_texts_is_asked_about_a_text_and_a_difference(page: Page, scene: Path, address: str) -> None:
+    page.choose_model("clip")
+    assert page.forms() == ["ask-text"] and page.text("#legend") == "Question"
+    assert not page.one("#text").is_enabled()
+    page.give(scene)
+    page.until(lambda: page.text("#status") == "Ask about a text", "invitation")
+    assert page.flaws() == []
+    page.one("#text").send_keys("a cat\n")
+    page.done()
+    assert page.text("#maps h3") == "“a cat”" and page.one("#one-colour").is_displayed()
+    page.one("#not-text").send_keys("a dog\n")
+    page.until(lambda: page.text("#maps h3") == "“a cat” − “a dog”", "difference")
+    page.done()
+    assert page.one("#two-colours").is_displayed()
+    page.all("#maps article button")[1].click()
+    with np.load(io.BytesIO(page.file("dave-a-cat-a-dog.npz"))) as arrays, Client(address) as client:
+        told = client.explain(scene, "text:a cat - text:a dog", model="clip", n_samples=SAMPLES)
+        np.testing.assert_allclose(arrays["maps"], told.maps, atol=1e-5)
+    # questions of one model are none of another
+    page.choose_model("demo")
+    page.until(lambda: page.text("#maps h3").startswith("four"), "predicted class")
+    page.done()
+    assert page.forms() == ["ask-class", "ask-contrast"] and len(page.all("#top label")) == 5
+
+
+def test_patch_is_asked_about_by_a_click_and_by_the_keyboard(page: Page, scene: Path, address: str) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    page.choose_model("patches")
+    assert page.forms() == ["ask-patch"]
+    page.give(scene)
+    page.until(lambda: page.text("#status") == "Ask about a patch", "invitation")
+    photo = page.one("#photo")
+    assert not page.one("#cell").is_displayed()
+    # offsets from the centre, of 8 x 8 patches: the one above and right of it
+    side = photo.size["width"] / 8
+    ActionChains(page.browser).move_to_element_with_offset(photo, int(side / 2), int(-side / 2)).click().perform()
+    page.done()
+    assert page.text("#maps h3") == "patch 3, 4" and page.flaws() == []
+    cell = page.run("return document.getElementById('cell').getBoundingClientRect().toJSON()")
+    frame = page.run("return document.getElementById('photo').getBoundingClientRect().toJSON()")
+    assert (cell["left"] - frame["left"]) / frame["width"] == pytest.approx(4 / 8, abs=0.01)
+    assert (cell["top"] - frame["top"]) / frame["height"] == pytest.approx(3 / 8, abs=0.01)
+    page.one("#row").clear()
+    page.one("#row").send_keys("6\n")
+    page.until(lambda: page.text("#maps h3") == "patch 6, 4", "another patch")
+    page.done()
+    page.all("#maps article button")[1].click()
+    with np.load(io.BytesIO(page.file("dave-patch-6-4.npz"))) as arrays, Client(address) as client:
+        told = client.explain(scene, "patch:6,4", model="patches", n_samples=SAMPLES)
+        np.testing.assert_allclose(arrays["maps"], told.maps, atol=1e-5)
+    page.one("#row").clear()
+    page.one("#row").send_keys("8\n")
+    page.until(lambda: "grid of 8 rows" in page.text("#patch-wrong"), "words of the server")
+    assert not page.one("#cell").is_displayed()
+
+
 def test_drop_paste_and_another_model(page: Page, photo: bytes) -> None:
     page.run("document.getElementById('model').value = 'tiny'")
     give = """
@@ -292,9 +421,7 @@ def test_drop_paste_and_another_model(page: Page, photo: bytes) -> None:
     page.run(give, "paste", "pasted.png", list(photo))
     page.until(lambda: any("pasted.png" in text for text in page.seen("status")), "pasted image")
     page.done()
-    page.run(
-        "const model = arguments[0]; model.value = 'demo'; model.dispatchEvent(new Event('change'))", page.one("#model")
-    )
+    page.choose_model("demo")
     page.until(lambda: page.pixels("#photo").shape == (128, 128, 3), "crop of the other model")
     page.done()
 
@@ -316,16 +443,20 @@ def test_stop_ends_it(page: Page, scene: Path) -> None:
     assert page.run("return document.activeElement.id") == "again"
 
 
+@pytest.mark.parametrize("width", [390, 1400])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing(page: Page, scene: Path, scheme: str) -> None:
-    page.emulate(scheme=scheme)
+def test_axe_finds_nothing(page: Page, scene: Path, scheme: str, width: int) -> None:
+    page.emulate(width=width, scheme=scheme)
     assert page.flaws() == []
     page.give(scene)
     page.done()
     page.one("summary").click()
+    page.run("document.querySelector('#ask-contrast button').click()")
+    page.until(lambda: page.text("#maps h3") == "four − six", "difference")
+    page.done()
     assert page.flaws() == []
     page.one("#other").send_keys("no such class\n")
-    assert "no such class" in page.problem()
+    page.until(lambda: "no such class" in page.text("#class-wrong"), "words of the server at the field")
     assert page.flaws() == []
 
 
@@ -335,7 +466,7 @@ def test_the_keyboard_reaches_everything_in_order(explained: Page) -> None:
 
     explained.run("document.activeElement.blur(); window.scrollTo(0, 0)")
     order: list[str] = []
-    while "opacity" not in order and len(order) < 20:
+    while "both" not in order and len(order) < 25:
         ActionChains(explained.browser).send_keys(Keys.TAB).perform()
         order.append(
             explained.run("const at = document.activeElement; return at.id || at.name || at.textContent.trim()")
@@ -346,18 +477,22 @@ def test_the_keyboard_reaches_everything_in_order(explained: Page) -> None:
         "compare",
         "other",
         "add",
+        "this",
+        "that",
+        "Explain the difference",
         "Samples and accuracy",
         "again",
         "Save PNG of four",
         "Save .npz of four",
         "depth",
         "opacity",
+        "both",
     ]
     assert order[3:] == rest
 
 
 def test_narrow_screens_and_reduced_motion(explained: Page) -> None:
-    for width in (320, 640, 1920):
+    for width in (320, 390, 640, 1920):
         explained.emulate(width=width, motion="reduce")
         assert explained.run("return document.documentElement.scrollWidth") <= width
     assert explained.run("return getComputedStyle(document.querySelector('.bar span')).transitionDuration") == "0s"

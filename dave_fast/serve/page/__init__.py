@@ -11,13 +11,11 @@ from dave_fast.models.demo import demo_scene
 from dave_fast.serve import formats
 from dave_fast.serve.page.routes import describe
 
+_SCRIPTS = ("page.js", "explain.js", "questions.js", "maps.js", "pictures.js", "server.js", "shared.js")
 _FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
-    "/page.css": ("page.css", "text/css; charset=utf-8"),
-    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
-    "/pictures.js": ("pictures.js", "text/javascript; charset=utf-8"),
-    "/server.js": ("server.js", "text/javascript; charset=utf-8"),
-    "/docs.css": ("docs.css", "text/css; charset=utf-8"),
+    **{f"/{name}": (name, "text/css; charset=utf-8") for name in ("page.css", "docs.css")},
+    **{f"/{name}": (name, "text/javascript; charset=utf-8") for name in _SCRIPTS},
 }
 _HEADERS = {
     "content-security-policy": (

@@ -9,40 +9,51 @@ const STOPS = [
   [0, 0, 4], [31, 12, 72], [85, 15, 109], [136, 34, 106], [186, 54, 85],
   [227, 89, 51], [249, 140, 10], [249, 201, 50], [252, 255, 164],
 ];
+// From −1 to 1: blue, black at 0, orange, as dave_fast.images.drawing has them.
+const TWO_COLOURS = [
+  [200, 240, 255], [53, 176, 255], [16, 64, 176], [0, 0, 0], [160, 48, 0], [255, 140, 26], [255, 240, 160],
+];
 // Number of line colours of the plot, in page.css.
 export const COLOURS = 5;
 
-function colour(strength) {
-  const place = strength * (STOPS.length - 1);
-  const low = Math.min(STOPS.length - 2, Math.floor(place));
-  return STOPS[low].map((value, channel) => value + (place - low) * (STOPS[low + 1][channel] - value));
+// Return the colour at a share of the way along the stops.
+function colour(stops, share) {
+  const place = share * (stops.length - 1);
+  const low = Math.min(stops.length - 2, Math.floor(place));
+  return stops[low].map((value, channel) => value + (place - low) * (stops[low + 1][channel] - value));
 }
 
-// Return [strength, red, green, blue] for each value of a map, uint8.
-function table(bytes) {
-  const sorted = Uint8Array.from(bytes).sort();
+// Return a function from a value of a map, or of a signed map, to [strength, red, green, blue].
+function scale(values, signed) {
+  const sorted = Float32Array.from(values, Math.abs).sort();
   const top = sorted[Math.floor(BRIGHTEST * (sorted.length - 1))] || sorted[sorted.length - 1] || 1;
-  return Array.from({ length: 256 }, (_, byte) => {
-    const strength = Math.min(1, byte / top) ** GAMMA;
-    return [strength, ...colour(strength)];
-  });
+  // A table: there are far more pixels than shades.
+  const shades = Array.from({ length: 511 }, (_, number) => colour(signed ? TWO_COLOURS : STOPS, number / 510));
+  return (value) => {
+    const strength = Math.min(1, Math.abs(value) / top) ** GAMMA;
+    const share = signed ? (1 + Math.sign(value) * strength) / 2 : strength;
+    return [strength, ...shades[Math.round(510 * share)]];
+  };
 }
 
 // Draw a map over photo, the ImageData of the crop; opacity 0 shows the photograph, 1 the overlay that dave-fast writes.
+// A signed map, int16, is drawn in two colours over the photograph in grey.
 export function paint(canvas, photo, map, opacity) {
   const bytes = Uint8Array.from(atob(map.data), (letter) => letter.charCodeAt(0));
-  const shown = table(bytes);
+  const signed = map.dtype === "int16";
+  const values = signed ? new Int16Array(bytes.buffer) : bytes;
+  const [shown, saturation] = [scale(values, signed), signed ? 0 : SATURATION];
   canvas.width = photo.width;
   canvas.height = photo.height;
   const picture = new ImageData(photo.width, photo.height);
-  for (let i = 0; i < bytes.length; i++) {
-    const [strength, ...over] = shown[bytes[i]];
+  for (let i = 0; i < values.length; i++) {
+    const [strength, ...over] = shown(values[i]);
     const alpha = opacity * OPACITY * Math.min(1, strength / OPAQUE_FROM);
     const [red, green, blue] = photo.data.subarray(4 * i, 4 * i + 3);
     const grey = 0.299 * red + 0.587 * green + 0.114 * blue;
     for (let channel = 0; channel < 3; channel++) {
       const seen = photo.data[4 * i + channel];
-      const dimmed = 255 * LIFT + DIMMING * (grey + SATURATION * (seen - grey));
+      const dimmed = 255 * LIFT + DIMMING * (grey + saturation * (seen - grey));
       const under = seen + opacity * (dimmed - seen);
       picture.data[4 * i + channel] = under + alpha * (over[channel] - under);
     }
