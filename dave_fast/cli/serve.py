@@ -72,6 +72,9 @@ def serve(
 
     The page is at /, the documentation of the routes at /docs.
 
+    tokens:MODEL serves a timm model's tokens, which patches are asked of, and
+    detections:MODEL a detector's boxes; models with a text tower answer texts.
+
     It is ready when every engine has explained an image. SIGTERM and Ctrl-C
     end it with exit code 0, after the requests that were accepted are answered;
     a second one ends it at once, with exit code 143 or 130.
