@@ -7,6 +7,7 @@ import json
 import re
 import struct
 import zlib
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -17,6 +18,7 @@ from dave_fast.client import AsyncClient, Client, ServerError, picture_bytes
 from dave_fast.errors import InputError
 from dave_fast.images import as_rgb, decode_image
 from dave_fast.ops.smooth import smooth
+from dave_fast.serve import page
 from dave_fast.serve.limits import Limits
 from tests.serve.tiny_server import NAMES, SIZE, file_of, serve_model, serving
 
@@ -255,13 +257,17 @@ def test_health_documentation_metrics_and_page(http, photo):
 
 
 def test_the_page_asks_no_other_origin_for_anything(http):
-    for path in ("/", "/page.css", "/page.js"):
-        text = http.get(path).text
-        assert len(text) > 500 and "http://" not in text and "https://" not in text and "@import" not in text
-    # the page has every element that the script looks up by its id
-    page, script = http.get("/").text, http.get("/page.js").text
-    wanted = set(re.findall(r'\$\("([a-z-]+)"\)', script))
-    assert len(wanted) > 15 and wanted <= set(re.findall(r'id="([a-z-]+)"', page))
+    names = sorted(path.name for path in Path(page.__file__).parent.iterdir() if path.suffix in (".js", ".css"))
+    texts = {name: http.get(f"/{name}").raise_for_status().text for name in ["", *names]}
+    assert len(texts) > 8
+    for text in texts.values():
+        assert len(text) > 500 and "http://" not in text.replace("http://www.w3.org/2000/svg", "")
+        assert "https://" not in text and "@import" not in text
+    # the page has every element that a script looks up by its id, and the scripts import only each other
+    scripts = "".join(text for name, text in texts.items() if name.endswith(".js"))
+    wanted = set(re.findall(r'\$\("([a-z-]+)"\)', scripts))
+    assert len(wanted) > 40 and wanted <= set(re.findall(r'id="([a-z-]+)"', texts[""]))
+    assert {f'"./{name}"' for name in names if name.endswith(".js")} > set(re.findall(r'from ("[^"]+")', scripts))
     assert Image.open(io.BytesIO(http.get("/example.png").content)).size == (128, 128)
 
 
