@@ -15,7 +15,7 @@ from dave_fast.errors import InputError
 from dave_fast.sampling import Draws, Sampling, draw, identity
 from dave_fast.targets import cotangents
 from dave_fast.targets.forms import ModelView, resolve_target
-from dave_fast.targets.places import Point
+from dave_fast.targets.places import Mask, Point
 from dave_fast.targets.probes import MOST_BYTES
 from tests.tiny import random_vit
 from tests.tolerances import EXACT
@@ -205,8 +205,11 @@ def test_linear_questions_never_wait_for_the_device(shape):
         asked = [one, cotangents.WeightedCotangent(((1.0, one), (-1.0, one)))]
         if len(shape) == 2:
             asked.append(cotangents.DirectionCotangent(weights, 2.0))
-        else:
-            asked.append(cotangents.PatchCotangent(weights, Point(3.0, 4.0), (4, 6), (8.0, 8.0), 1))
+        elif len(shape) == 3:
+            asked.append(cotangents.BoxCotangent(torch.empty(2, 4, dtype=torch.float64), 1, (32, 48)))
+        if len(shape) > 2:
+            places = Point(3.0, 4.0), Point(3.0, 4.0, to_edge=True), Mask(torch.empty(2, 32, 48))
+            asked += [cotangents.PatchCotangent(weights, place, (4, 6), (8.0, 8.0), 1) for place in places]
         for each in asked:
             assert each(output, rows).shape == shape
         with pytest.raises(DataDependentOutputException):

@@ -119,9 +119,10 @@ async function refined(mine, signal) {
   await see(mine, signal);
   canAsk();
   if (!state.chosen.length && !answers("classes")) {
-    const way = answers("texts") ? "a text" : "a patch";
-    say(`Ask about ${way}`);
-    return hear(`Ask about ${way}.`);
+    const ways = [["texts", "Ask about a text"], ["patches", "Ask about a patch"]];
+    const way = ways.find(([kind]) => answers(kind))?.[1] ?? "The page has no questions for this model; its routes do";
+    say(way);
+    return hear(`${way}.`);
   }
   const answer = await withImage(mine, signal, () => ask(`v1/explain/stream?${query(mine)}`, { signal }));
   for await (const [name, told] of events(answer)) {
