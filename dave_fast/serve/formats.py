@@ -70,6 +70,12 @@ def array(values: Tensor, encoding: Encoding, *, signed: bool = False) -> Array:
     return Array(dtype=kind, shape=list(values.shape), data=base64.b64encode(numbers.tobytes()).decode())
 
 
+def signed_maps(refined: Refined) -> Tensor:
+    """Return maps with two signs, of the shape of maps, in [−1, 1]."""
+    assert refined.signed is not None
+    return signed_map(refined.signed)
+
+
 def prediction(model: ServedModel, predicted: Predicted) -> Prediction:
     """Return the model's prediction for JSON."""
     names = [describe_target(target, model.labels) for target in predicted.targets]
@@ -106,7 +112,7 @@ def _scored(found: Sequence[ClassProbability]) -> list[Scored]:
 
 def maps(model: ServedModel, ask: Ask, predicted: Predicted, refined: Refined, encoding: Encoding) -> Maps:
     """Return maps and their errors for JSON."""
-    each, signed = [], signed_map(refined.signed) if ask.signed else None
+    each, signed = [], signed_maps(refined) if ask.signed else None
     for number, target in enumerate(predicted.targets):
         several = slice(number * len(ask.depths), (number + 1) * len(ask.depths))
         errors, bounds = refined.errors[several], refined.bounds[several]
@@ -191,7 +197,7 @@ def picture(model: ServedModel, ask: Ask, refined: Refined, view: str) -> bytes:
     def drawn(heat: np.ndarray) -> np.ndarray:
         return np.asarray(draw[view](heat))
 
-    maps = signed_map(refined.signed) if view == "signed" else refined.maps
+    maps = signed_maps(refined) if view == "signed" else refined.maps
     classes = maps.view(len(maps), -1, *maps.shape[-2:]).numpy()
     columns = [np.concatenate([drawn(heat) for heat in depths]) for depths in classes]
     return png(Image.fromarray(np.concatenate(columns, axis=1)))

@@ -23,8 +23,8 @@ from starlette.responses import JSONResponse
 
 from dave_fast._version import __version__
 from dave_fast.errors import InputError
-from dave_fast.ops.smooth import signed_map
 from dave_fast.serve.api import Api, deadline_of
+from dave_fast.serve.formats import signed_maps
 from dave_fast.serve.jobs import Ask, Ended
 from dave_fast.serve.models import ServedModel
 from dave_fast.serve.schemas import Options, describe_errors, finite, problems
@@ -189,7 +189,7 @@ def _response(model: ServedModel, ask: Ask, ended: Ended, name: str | None) -> b
     parameters: dict[str, Any] = {"samples": refined.samples, "seed": ask.seed, "cut_short": ended.cut_short}
     parameters |= {"shrink": refined.shrink, "depth": ",".join(map(str, ask.depths))}
     parameters |= {"notes": " ".join(ask.notes)} if ask.notes else {}
-    signed = [_output("signed", "FP32", signed_map(refined.signed).numpy())] if ask.signed else []
+    signed = [_output("signed", "FP32", signed_maps(refined).numpy())] if ask.signed else []
     outputs = [
         _output("maps", "FP32", refined.maps.numpy()),
         _output("targets", "INT64", np.array(ended.predicted.indices)),
