@@ -32,7 +32,7 @@ and depth has commas between them, as in "pixels,6".
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -42,20 +42,6 @@ from dave_fast.explain.pictures import Scored
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from dave_fast.explain.explainer import DAVE
-
-
-def write_arrays(file: IO[bytes], explainer: DAVE, **of_image: Any) -> None:
-    """Write an explained image as `.npz`.
-
-    Args:
-        file: a binary file, open for writing.
-        explainer: what made the maps; its precision and noise level are written.
-        of_image: all other arguments of `arrays_of`.
-    """
-    made = arrays_of(precision=explainer.precision, noise_alpha=explainer.sampling.noise_alpha, **of_image)
-    np.savez_compressed(file, **made)
 
 
 def arrays_of(

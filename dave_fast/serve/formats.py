@@ -15,8 +15,9 @@ from PIL import Image
 from pydantic import BaseModel
 from torch import Tensor
 
-from dave_fast.explain.arrays import Scored, write_arrays
+from dave_fast.explain.arrays import arrays_of
 from dave_fast.explain.convergence import Refined
+from dave_fast.explain.pictures import Scored
 from dave_fast.images import drawing
 from dave_fast.ops.smooth import signed_map
 from dave_fast.serve.jobs import Ask, Ended, Predicted
@@ -220,9 +221,7 @@ def _write_npz(file: IO[bytes], model: ServedModel, ask: Ask, ended: Ended) -> N
     refined, predicted = ended.refined, ended.predicted
     errors, bounds = (np.reshape(each, refined.maps.shape[:-2]).tolist() for each in (refined.errors, refined.bounds))
     explained = [_probability(model, predicted, target) for target in predicted.targets]
-    write_arrays(
-        file,
-        model.explainers[0],
+    arrays = arrays_of(
         maps=refined.maps,
         raw=refined.raw,
         crop=model.prepare.pixels(ask.image).cpu().numpy(),
@@ -233,10 +232,13 @@ def _write_npz(file: IO[bytes], model: ServedModel, ask: Ask, ended: Ended) -> N
         seed=ask.seed,
         shrink=refined.shrink,
         model=model.name,
+        precision=model.explainers[0].precision,
+        noise_alpha=model.explainers[0].sampling.noise_alpha,
         depths=ask.depths,
         errors=errors,
         error_bounds=bounds,
     )
+    np.savez_compressed(file, **arrays)
 
 
 def encode(kind: str, model: ServedModel, ask: Ask, ended: Ended, view: str, encoding: Encoding) -> bytes:
