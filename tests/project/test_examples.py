@@ -60,7 +60,7 @@ def run(notebook: Path, setting: str, few: str, monkeypatch: pytest.MonkeyPatch)
 def test_every_cell_of_the_lecture_runs(monkeypatch, capsys):
     names, shown = run(LECTURE, "SAMPLES = 50", "SAMPLES = 2", monkeypatch)
     told = capsys.readouterr().out
-    assert len(shown) == 8
+    assert len(shown) == 9
     assert "report.passed=True" in told and "four" in told.splitlines()[0]
     assert names["report"].passed and names["answers"].maps.shape == (1, 4, 128, 128)
     assert names["deep"].maps.shape == (1, 2, 4, 128, 128)
@@ -75,7 +75,7 @@ def test_every_cell_of_ten_minutes_runs_and_is_quiet(monkeypatch, capfd, tmp_pat
     names, shown = run(TEN_MINUTES, "SAMPLES = 32", "SAMPLES = 8", monkeypatch)
     told, noise = capfd.readouterr()
     assert noise == "" and "arning" not in told
-    assert len(shown) == 12 and all(picture.startswith(b"\x89PNG") for picture in shown if picture)
+    assert len(shown) == 11 and all(picture.startswith(b"\x89PNG") for picture in shown if picture)
     assert "photograph (640, 480), overlay (640, 480), map (128, 128)" in told
     assert (names["untrained"].predict(names["photo"]).softmax(1) - 1 / 3).abs().max() < 0.1
     assert len(names["maps"]) == 12 and len(names["files"]) == 12
