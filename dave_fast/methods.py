@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -155,7 +155,9 @@ class Method:
 
 @dataclass(frozen=True)
 class Comparison(Drawn, Mapping[str, Explanation]):
-    """Explanations of the same images and classes by several methods: a mapping from name to `Explanation`.
+    """Explanations of the same images side by side, by several methods or settings: a mapping from their names.
+
+    One of settings is made of its explanations: `Comparison({"8 samples": few, "64 samples": many}).show()`.
 
     Attributes:
         found: the explanations.
@@ -164,8 +166,13 @@ class Comparison(Drawn, Mapping[str, Explanation]):
     """
 
     found: Mapping[str, Explanation]
-    absent: Mapping[str, str]
-    seconds: Mapping[str, float]
+    absent: Mapping[str, str] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raise InputError where the explanations are not of the same number of images, or there is none."""
+        if len({len(one) for one in self.found.values()}) != 1:
+            raise InputError("a comparison takes explanations, one or more, each of the same images")
 
     def __getitem__(self, name: str) -> Explanation:
         return self.found[name if name in self.found else known_name(name)]
@@ -179,8 +186,9 @@ class Comparison(Drawn, Mapping[str, Explanation]):
     def __repr__(self) -> str:
         first = next(iter(self.found.values()))
         names = ", ".join(name for _, name, _ in first.answers()[0])
-        lines = [f"Comparison of {len(self)} methods, {len(first)} image{'s' * (len(first) != 1)}, {names}"]
-        lines += [f"  {name:22}{self.seconds[name]:8.2f} s" for name in self.found]
+        lines = [f"Comparison of {len(self)} explanations, {len(first)} image{'s' * (len(first) != 1)}, {names}"]
+        times = {name: f"{self.seconds[name]:8.2f} s" if name in self.seconds else "" for name in self.found}
+        lines += [f"  {name:22}{time}" for name, time in times.items()]
         lines += [f"  {name:22}not run: {reason}" for name, reason in self.absent.items()]
         return "\n".join(lines)
 

@@ -12,7 +12,7 @@ import dave_fast
 from dave_fast import methods
 from dave_fast.errors import InputError, ModelError
 from dave_fast.evaluate.methods import METHODS
-from dave_fast.methods import NAMES, Method, compare
+from dave_fast.methods import NAMES, Comparison, Method, compare
 from dave_fast.ops.smooth import smooth
 from dave_fast.targets import Contrast
 from tests.tiny import named_vit, random_vit
@@ -147,7 +147,7 @@ def test_comparison_explains_the_same_classes_by_each_method(dave, tmp_path, cap
     assert torch.equal(found["dave"].target, found["input x gradient"].target)
     assert torch.equal(found["DAVE"].maps, dave.explain([PHOTO, OTHER], n_samples=3).maps)
     said = repr(found)
-    assert "2 methods, 2 images" in said and "input × gradient" in said and " s" in said
+    assert "2 explanations, 2 images" in said and "input × gradient" in said and " s" in said
     with Image.open(found.save(tmp_path / "compared.png")) as picture:
         assert picture.width > picture.height * 0.8
     assert not capsys.readouterr().err
@@ -157,6 +157,15 @@ def test_comparison_by_name_of_a_model(monkeypatch):
     found = dave_fast.compare(PHOTO, "demo", ["DAVE", "frozen gradient"], n_samples=2, target="six", precision="fp32")
     assert [one.answers()[0][0][1] for one in found.values()] == ["six", "six"]
     assert found.figure().axes
+
+
+def test_explanations_of_settings_side_by_side(dave):
+    few, many = (dave.explain([PHOTO, OTHER], 1, n_samples=count) for count in (2, 4))
+    found = Comparison({"2 samples": few, "4 samples": many})
+    said = [text.get_text() for axes in found.figure().axes for text in axes.texts]
+    assert said.count("2 samples") == said.count("4 samples") == 2 and "2 samples" in repr(found)
+    with pytest.raises(InputError, match="each of the same images"):
+        Comparison({"one": few[0], "two": many})
 
 
 def test_methods_are_a_part_of_the_package():

@@ -7,6 +7,7 @@ range of exactly [0, 1] where the model expects other values, are signs that the
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ from dave_fast.images.given import photographs
 _OUTSIDE = 8
 # How near 0 and 1 the ends of a range are that is taken for [0, 1].
 _NEAR = 0.02
+# letters of a bar
+_BAR = 30
 
 
 class Inputs:
@@ -116,15 +119,20 @@ def _numbers(values: tuple[float, ...]) -> str:
 
 @contextmanager
 def shown(progress: Progress | bool | None) -> Iterator[Progress | None]:
-    """Show a bar in the block where progress is True, and yield the function that moves it."""
-    if not isinstance(progress, bool):
-        yield progress
-    elif not progress:
-        yield None
-    else:
-        from rich.console import Console
-        from rich.progress import Progress as Bar
+    """Show a bar in the block where progress is True, and yield the function that moves it.
 
-        with Bar(console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("explaining", total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+    The bar is one line that is written again and again, on a terminal and in a notebook, and deleted at the end.
+    """
+    if progress is not True:
+        yield progress or None
+        return
+    try:
+        yield _move_bar
+    finally:
+        print("\r" + " " * (_BAR + 40), end="\r", file=sys.stderr, flush=True)
+
+
+def _move_bar(done: int, total: int) -> None:
+    full = _BAR * done // max(total, 1)
+    bar = "█" * full + "░" * (_BAR - full)
+    print(f"\rexplaining {bar} {done} of {total}", end="", file=sys.stderr, flush=True)

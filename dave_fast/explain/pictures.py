@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import math
 import os
+from base64 import b64encode
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +69,11 @@ class Drawn:
         buffer = io.BytesIO()
         self.figure(**options).savefig(buffer, format="png", dpi=_NOTEBOOK_DPI)
         return buffer.getvalue()
+
+    def _repr_html_(self) -> str:
+        """Return the figure and the words, for notebooks that take HTML."""
+        picture = b64encode(self._repr_png_()).decode()
+        return f'<img src="data:image/png;base64,{picture}"><pre>{escape(repr(self))}</pre>'
 
     def save(self, path: str | os.PathLike[str], **options: Any) -> Path:
         """Write the figure and return its path.

@@ -121,21 +121,25 @@ class Row(NamedTuple):
 
 
 def grid_of(images: Sequence[Row], style: Style = STYLE) -> Figure:
-    """Draw many images: each with its overlays beside it, several of them in a row where there is room.
+    """Draw many images: each with its overlays beside it, several of them in a row, or one in several rows.
 
     Args:
         images: with views of one size, and each with as many targets as the others.
         style: how the maps are drawn.
     """
-    width = 1 + len(images[0].panels)
-    groups = min(max(1, _ROW // width), len(images))
-    grid = _Grid(groups * width, -(-len(images) // groups), images[0].crop.shape, headings=True)
+    count = 1 + len(images[0].panels)
+    # rows of about equal length for an image of many targets; else as many images as fit into a row
+    lines = -(-count // _ROW)
+    width = -(-count // lines)
+    groups = min(max(1, _ROW // width), len(images)) if lines == 1 else 1
+    grid = _Grid(groups * width, lines * -(-len(images) // groups), images[0].crop.shape, headings=True)
     kinds = {panel.signed for row in images for panel in row.panels}
     for number, image in enumerate(images):
-        row, first = number // groups, number % groups * width
+        row, first = number // groups * lines, number % groups * width
         grid.image(row, first, photograph_of(image.crop), image.name, image.small)
-        for column, panel in enumerate(image.panels, first + 1):
-            grid.image(row, column, panel.over(image.crop, style), panel.name, panel.small())
+        for place, panel in enumerate(image.panels, 1):
+            at = row + place // width, first + place % width
+            grid.image(*at, panel.over(image.crop, style), panel.name, panel.small())
     for row, signed in enumerate(sorted(kinds)):
         if row < grid.rows:
             grid.colorbar(row, style, signed=signed)
