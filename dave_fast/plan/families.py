@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import attrgetter
 
 from torch import Tensor, nn
 
 from dave_fast.given.wrappers import Normalised
 from dave_fast.plan import timm_beit, timm_eva, timm_relpos, timm_vit
+from dave_fast.plan.checks import check_modules
 from dave_fast.plan.folding import double
+from dave_fast.plan.parts import class_name
 from dave_fast.plan.reading import Family, Linear, NoPlanError, Reading
 
 FAMILIES: tuple[Family, ...] = (timm_vit.FAMILY, timm_eva.FAMILY, timm_beit.FAMILY, timm_relpos.FAMILY)
+# our adapters, which lie beside this folder, and what of theirs computes the output for images
+_ADAPTERS = {
+    "dave_fast.models.adapter.Adapter": "model",
+    "dave_fast.models.huggingface_adapter.Transformers": "model",
+    "dave_fast.models.huggingface_adapter.TransformersTextImage": "model",
+    "dave_fast.models.from_open_clip.OpenClip": "model.visual",
+}
 
 
 def read(model: nn.Module, size: tuple[int, int] | None = None) -> Reading:
@@ -30,11 +40,17 @@ def read(model: nn.Module, size: tuple[int, int] | None = None) -> Reading:
         if channels is None:
             raise NoPlanError("what stands ahead of its model is no map of single channels")
         return _normalised(read(model.model, size), *channels)
-    family = next((f for f in FAMILIES if type(model) in f.classes), None)
+    inner = _ADAPTERS.get(class_name(type(model)))
+    found = model if inner is None else attrgetter(inner)(model)
+    name = class_name(type(found))
+    family = next((f for f in FAMILIES if name in f.classes), None)
     if family is None:
-        known = ", ".join(c.__name__ for f in FAMILIES for c in f.classes)
-        raise NoPlanError(f"{type(model).__name__} is none of timm's classes {known}")
-    return family.read(model, size)
+        known = ", ".join(c.rpartition(".")[2] for f in FAMILIES for c in f.classes if c.startswith("timm."))
+        raise NoPlanError(
+            f"{type(found).__name__} is none of timm's classes {known}, and none of another library's that are read"
+        )
+    check_modules(model)
+    return family.read(found, size)
 
 
 def _normalised(model: Reading, scale: Tensor, shift: Tensor) -> Reading:
