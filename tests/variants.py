@@ -65,9 +65,11 @@ def randomise(model: nn.Module, gain: float = 1.3) -> None:
             is_scale = parameter.ndim == 1 and name.endswith(("weight", "gamma", "gamma_1", "gamma_2"))
             if is_scale:
                 parameter.copy_(0.8 + 0.3 * noise)
-            elif parameter.ndim == 1:
+            elif parameter.ndim <= 1:
                 parameter.copy_(0.3 * noise)
-            elif name.endswith(("_token", "pos_embed", "latent", "class_token", "pos_embedding", "_table")):
+            elif name.endswith(
+                ("_token", "_tokens", "pos_embed", "latent", "pos_embedding", "_embeddings", "_table", "probe")
+            ):
                 parameter.copy_(0.5 * noise)
             else:
                 parameter.copy_(gain * noise / parameter[0].numel() ** 0.5)

@@ -8,13 +8,19 @@ from operator import attrgetter
 from torch import Tensor, nn
 
 from dave_fast.given.wrappers import Normalised
-from dave_fast.plan import timm_beit, timm_eva, timm_relpos, timm_vit
+from dave_fast.plan import huggingface, timm_beit, timm_eva, timm_relpos, timm_vit
 from dave_fast.plan.checks import check_modules
 from dave_fast.plan.folding import double
 from dave_fast.plan.parts import class_name
 from dave_fast.plan.reading import Family, Linear, NoPlanError, Reading
 
-FAMILIES: tuple[Family, ...] = (timm_vit.FAMILY, timm_eva.FAMILY, timm_beit.FAMILY, timm_relpos.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    timm_vit.FAMILY,
+    timm_eva.FAMILY,
+    timm_beit.FAMILY,
+    timm_relpos.FAMILY,
+    huggingface.FAMILY,
+)
 # our adapters, which lie beside this folder, and what of theirs computes the output for images
 _ADAPTERS = {
     "dave_fast.models.adapter.Adapter": "model",

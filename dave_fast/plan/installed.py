@@ -97,8 +97,10 @@ def replaced_by_name(function: FunctionType, seen: set[int] | None = None) -> st
                 if found is not None:
                     return found
         elif isinstance(value, BuiltinFunctionType) and name.startswith("torch.nn.functional."):
-            short = name.rpartition(".")[2]
-            if value not in (getattr(torch, short, None), getattr(torch._C._nn, short, None)):
+            # its own name differs in underscores, as log_sigmoid's does
+            same = value.__name__.replace("_", "") == name.rpartition(".")[2].replace("_", "")
+            homes = (torch, torch._C._nn, torch._C)
+            if not same or all(getattr(home, value.__name__, None) is not value for home in homes):
                 return name
     inner = getattr(function, "__wrapped__", None)
     return replaced_by_name(inner, seen) if isinstance(inner, FunctionType) else None

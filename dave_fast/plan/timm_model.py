@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from dave_fast.plan.parts import class_name, is_layer_norm, read_norm
 from dave_fast.plan.reading import Family, NoPlanError, Reading, Step
-from dave_fast.plan.whole import Tail, check_size, patch_grid, read_blocks, whole
+from dave_fast.plan.whole import Tail, check_size, patch_grid, read_blocks, whole, without
 
 # modules ahead of the tail
 BODY = ("blocks", "patch_embed", "norm_pre", "rope", "rel_pos_bias", "shared_rel_pos")
@@ -43,7 +42,7 @@ def _read(block_reader: BlockReaderMaker, model: Any, size: tuple[int, int] | No
         [token for token in tokens if token is not None],
         _positions(model, grid),
         read_blocks(model.blocks, "blocks", block_reader(model, grid)),
-        tail=partial(Tail, _shell(model), _head),
+        tail=partial(Tail, without(model, *BODY), _head),
         read=_read_tokens(model),
         blind=_is_blind(model),
         patch_norm=patch_norm,
@@ -81,14 +80,6 @@ def _positions(model: Any, grid: tuple[int, int]) -> Tensor | None:
         table.detach(), new_size=list(grid), old_size=old, num_prefix_tokens=skipped
     )
     return resampled[0]
-
-
-def _shell(model: Any) -> Any:
-    """Return the model with a table of modules of its own, without the blocks and the embedding."""
-    shell = copy.copy(model)
-    kept = {name: module for name, module in model._modules.items() if name not in BODY}
-    shell.__dict__ = model.__dict__ | {"_modules": kept, "_parameters": {}, "_buffers": {}}
-    return shell
 
 
 def _head(shell: Any, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,6 +42,15 @@ def shell_of(**parts: Any) -> nn.Module:
     shell = nn.Module()
     for name, part in parts.items():
         setattr(shell, name, part)
+    return shell
+
+
+def without(module: Any, *names: str, keep: Sequence[str] = ()) -> Any:
+    """Return a shallow copy of a module without children of these names, and without parameters but those to keep."""
+    shell = copy.copy(module)
+    children = {name: child for name, child in module._modules.items() if name not in names}
+    parameters = {name: module._parameters[name] for name in keep}
+    shell.__dict__ = module.__dict__ | {"_modules": children, "_parameters": parameters, "_buffers": {}}
     return shell
 
 

@@ -1,0 +1,81 @@
+"""Tiny models of transformers, torchvision and open_clip with random weights, as `DAVE` takes them (see `variants`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import transformers
+from torch import nn
+
+from dave_fast.models.catalog import load_model
+from tests.variants import CLASSES, Variant
+
+# odd numbers of heads and of patches
+_SMALL = {"hidden_size": 36, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}
+_VIT = _SMALL | {"image_size": 24, "patch_size": 8}
+_DINO = {name: value for name, value in _VIT.items() if name != "intermediate_size"} | {"layerscale_value": 0.5}
+_TEXT = _SMALL | {"vocab_size": 20, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+_TALL = {"image_size": [16, 40]}
+
+
+def adapted(make: Callable[[], nn.Module], size: tuple[int, int]) -> Variant:
+    """Return a variant of a library's model in its adapter."""
+    return Variant(lambda: load_model(make())[0], size, lambda other: adapted(make, other))
+
+
+def huggingface(kind: str, config: str, size: tuple[int, int] = (24, 24), **settings: Any) -> Variant:
+    """Return a variant of a class of transformers."""
+
+    def make() -> nn.Module:
+        made: nn.Module = getattr(transformers, kind)(getattr(transformers, config)(**settings, num_labels=CLASSES))
+        return made
+
+    return adapted(make, size)
+
+
+_towers = partial(huggingface, text_config=_TEXT)
+_BEIT = partial(huggingface, "BeitForImageClassification", "BeitConfig", layer_scale_init_value=0.5)
+
+HUGGINGFACE: dict[str, Variant] = {
+    "vit": huggingface("ViTForImageClassification", "ViTConfig", **_VIT),
+    "vit-rectangle": huggingface("ViTForImageClassification", "ViTConfig", (16, 40), **_VIT | _TALL),
+    "vit-no-qkv-bias": huggingface("ViTForImageClassification", "ViTConfig", **_VIT, qkv_bias=False),
+    "vit-tanh": huggingface("ViTForImageClassification", "ViTConfig", **_VIT, hidden_act="gelu_new"),
+    "vit-features": huggingface("ViTModel", "ViTConfig", **_VIT),
+    "deit": huggingface("DeiTForImageClassification", "DeiTConfig", **_VIT),
+    "deit-teacher": huggingface("DeiTForImageClassificationWithTeacher", "DeiTConfig", **_VIT),
+    "deit-features": huggingface("DeiTModel", "DeiTConfig", **_VIT),
+    "dinov2": huggingface("Dinov2ForImageClassification", "Dinov2Config", **_DINO, drop_path_rate=0.5),
+    "dinov2-swiglu": huggingface("Dinov2ForImageClassification", "Dinov2Config", **_DINO, use_swiglu_ffn=True),
+    "dinov2-features": huggingface("Dinov2Model", "Dinov2Config", **_DINO, qkv_bias=False),
+    "dinov2-registers": huggingface(
+        "Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", **_DINO, num_register_tokens=3
+    ),
+    "dinov2-registers-features": huggingface(
+        "Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", **_DINO, use_swiglu_ffn=True
+    ),
+    "dinov3": huggingface("DINOv3ViTModel", "DINOv3ViTConfig", **_VIT, num_register_tokens=3),
+    "dinov3-gated": huggingface(
+        "DINOv3ViTModel", "DINOv3ViTConfig", (16, 40), **_VIT | _TALL, use_gated_mlp=True, hidden_act="silu",
+        key_bias=True, mlp_bias=False, layerscale_value=0.5,
+    ),  # fmt: skip
+    "beit": _BEIT(**_VIT, use_relative_position_bias=True),
+    "beit-shared": _BEIT(**_VIT, use_shared_relative_position_bias=True, use_mean_pooling=False),
+    "beit-both": _BEIT(
+        **_VIT, use_relative_position_bias=True, use_shared_relative_position_bias=True,
+        use_absolute_position_embeddings=True,
+    ),  # fmt: skip
+    "beit-plain": huggingface("BeitModel", "BeitConfig", **_VIT, layer_scale_init_value=0.0),
+    "clip": _towers("CLIPModel", "CLIPConfig", vision_config=_VIT, projection_dim=5),
+    "clip-vision": huggingface("CLIPVisionModel", "CLIPVisionConfig", **_VIT),
+    "clip-projection": huggingface("CLIPVisionModelWithProjection", "CLIPVisionConfig", **_VIT, projection_dim=5),
+    "clip-classifier": _towers("CLIPForImageClassification", "CLIPConfig", vision_config=_VIT),
+    "siglip": _towers("SiglipModel", "SiglipConfig", vision_config=_VIT),
+    "siglip-vision": huggingface("SiglipVisionModel", "SiglipVisionConfig", **_VIT),
+    "siglip-tokens": huggingface("SiglipVisionModel", "SiglipVisionConfig", **_VIT, vision_use_head=False),
+    "siglip-classifier": _towers("SiglipForImageClassification", "SiglipConfig", vision_config=_VIT),
+}
+# images of other sizes are refused by the models themselves, or the positions of other grids than square ones
+ONE_SIZE = {"vit-rectangle", "clip-classifier"}
