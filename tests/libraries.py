@@ -8,6 +8,7 @@ from typing import Any
 
 import transformers
 from torch import nn
+from torchvision.models import VisionTransformer
 
 from dave_fast.models.catalog import load_model
 from tests.variants import CLASSES, Variant
@@ -58,15 +59,24 @@ HUGGINGFACE: dict[str, Variant] = {
     ),
     "dinov3": huggingface("DINOv3ViTModel", "DINOv3ViTConfig", **_VIT, num_register_tokens=3),
     "dinov3-gated": huggingface(
-        "DINOv3ViTModel", "DINOv3ViTConfig", (16, 40), **_VIT | _TALL, use_gated_mlp=True, hidden_act="silu",
-        key_bias=True, mlp_bias=False, layerscale_value=0.5,
-    ),  # fmt: skip
+        "DINOv3ViTModel",
+        "DINOv3ViTConfig",
+        (16, 40),
+        **_VIT | _TALL,
+        use_gated_mlp=True,
+        hidden_act="silu",
+        key_bias=True,
+        mlp_bias=False,
+        layerscale_value=0.5,
+    ),
     "beit": _BEIT(**_VIT, use_relative_position_bias=True),
     "beit-shared": _BEIT(**_VIT, use_shared_relative_position_bias=True, use_mean_pooling=False),
     "beit-both": _BEIT(
-        **_VIT, use_relative_position_bias=True, use_shared_relative_position_bias=True,
+        **_VIT,
+        use_relative_position_bias=True,
+        use_shared_relative_position_bias=True,
         use_absolute_position_embeddings=True,
-    ),  # fmt: skip
+    ),
     "beit-plain": huggingface("BeitModel", "BeitConfig", **_VIT, layer_scale_init_value=0.0),
     "clip": _towers("CLIPModel", "CLIPConfig", vision_config=_VIT, projection_dim=5),
     "clip-vision": huggingface("CLIPVisionModel", "CLIPVisionConfig", **_VIT),
@@ -79,3 +89,35 @@ HUGGINGFACE: dict[str, Variant] = {
 }
 # images of other sizes are refused by the models themselves, or the positions of other grids than square ones
 ONE_SIZE = {"vit-rectangle", "clip-classifier"}
+
+
+def _clip(**changes: Any) -> Variant:
+    """Return a variant of an open_clip model, whose image tower has these settings."""
+    import open_clip
+
+    own = changes.pop("custom", False)
+    tower = {"layers": 2, "width": 36, "head_width": 12, "patch_size": 8, "image_size": 24, "mlp_ratio": 1.5} | changes
+    text = {"context_length": 5, "vocab_size": 20, "width": 16, "heads": 2, "layers": 1}
+    kind = open_clip.CustomTextCLIP if own or "timm_model_name" in changes else open_clip.CLIP
+    size = tower["image_size"]
+    return adapted(lambda: kind(5, tower, text, quick_gelu=not own), (size, size) if isinstance(size, int) else size)
+
+
+def _torchvision(**changes: Any) -> Variant:
+    settings = {"image_size": 24, "patch_size": 8, "num_layers": 2, "num_heads": 3, "hidden_dim": 36, "mlp_dim": 40}
+    return adapted(lambda: VisionTransformer(**settings, num_classes=CLASSES, **changes), (24, 24))
+
+
+OTHERS: dict[str, Variant] = {
+    "torchvision": _torchvision(dropout=0.5, attention_dropout=0.5),
+    "torchvision-representation": _torchvision(representation_size=5),
+    "open-clip": _clip(),
+    "open-clip-custom": _clip(custom=True, image_size=(16, 40), ls_init_value=0.5, no_ln_pre=True, pool_type="avg"),
+    "open-clip-after-pool": _clip(final_ln_after_pool=True, pool_type="avg"),
+    "open-clip-tokens": _clip(pool_type="none"),
+    "open-clip-attention": _clip(attentional_pool=True, attn_pooler_heads=5, attn_pooler_queries=3),
+    "open-clip-timm": _clip(timm_model_name="test_vit", image_size=160, timm_proj="mlp"),
+    "open-clip-timm-siglip": _clip(timm_model_name="test_vit3", image_size=160, timm_pool="", timm_proj="none"),
+}
+LIBRARIES = HUGGINGFACE | OTHERS
+ONE_SIZE |= set(OTHERS)

@@ -16,8 +16,8 @@ from dave_fast.plan.reading import NoPlanError, Rotary
 
 def own_size(body: Any) -> tuple[int, int]:
     """Return the size (H, W) of the images that a model was built for."""
-    holders = (getattr(body.embeddings, "patch_embeddings", None), body.embeddings, body.config)
-    size: Any = next(holder.image_size for holder in holders if hasattr(holder, "image_size"))
+    holders: list[Any] = [getattr(body.embeddings, "patch_embeddings", None), body.embeddings, body.config]
+    size = next(holder.image_size for holder in holders if hasattr(holder, "image_size"))
     height, width = (size, size) if isinstance(size, int) else size
     return int(height), int(width)
 

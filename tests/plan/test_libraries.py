@@ -5,13 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dave_fast import DAVE, effective_gradient
 from dave_fast.ops.patches import patchify
-from tests.libraries import HUGGINGFACE, ONE_SIZE
+from tests.libraries import LIBRARIES, ONE_SIZE
 from tests.tolerances import EXACT
 from tests.toys import engine_of, frozen_vjp, relative
-
-LIBRARIES = HUGGINGFACE
 
 
 def images_of(variant, size):
