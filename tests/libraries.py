@@ -8,7 +8,7 @@ from typing import Any
 
 import transformers
 from torch import nn
-from torchvision.models import VisionTransformer
+from torchvision.models import SwinTransformer, VisionTransformer
 
 from dave_fast.models.catalog import load_model
 from tests.variants import CLASSES, Variant
@@ -78,9 +78,9 @@ HUGGINGFACE: dict[str, Variant] = {
         use_absolute_position_embeddings=True,
     ),
     "beit-plain": huggingface("BeitModel", "BeitConfig", **_VIT, layer_scale_init_value=0.0),
-    "clip": _towers("CLIPModel", "CLIPConfig", vision_config=_VIT, projection_dim=5),
+    "clip": _towers("CLIPModel", "CLIPConfig", vision_config=_VIT, projection_dim=CLASSES),
     "clip-vision": huggingface("CLIPVisionModel", "CLIPVisionConfig", **_VIT),
-    "clip-projection": huggingface("CLIPVisionModelWithProjection", "CLIPVisionConfig", **_VIT, projection_dim=5),
+    "clip-projection": huggingface("CLIPVisionModelWithProjection", "CLIPVisionConfig", **_VIT, projection_dim=CLASSES),
     "clip-classifier": _towers("CLIPForImageClassification", "CLIPConfig", vision_config=_VIT),
     "siglip": _towers("SiglipModel", "SiglipConfig", vision_config=_VIT),
     "siglip-vision": huggingface("SiglipVisionModel", "SiglipVisionConfig", **_VIT),
@@ -100,7 +100,9 @@ def _clip(**changes: Any) -> Variant:
     text = {"context_length": 5, "vocab_size": 20, "width": 16, "heads": 2, "layers": 1}
     kind = open_clip.CustomTextCLIP if own or "timm_model_name" in changes else open_clip.CLIP
     size = tower["image_size"]
-    return adapted(lambda: kind(5, tower, text, quick_gelu=not own), (size, size) if isinstance(size, int) else size)
+    return adapted(
+        lambda: kind(CLASSES, tower, text, quick_gelu=not own), (size, size) if isinstance(size, int) else size
+    )
 
 
 def _torchvision(**changes: Any) -> Variant:
@@ -115,9 +117,32 @@ OTHERS: dict[str, Variant] = {
     "open-clip-custom": _clip(custom=True, image_size=(16, 40), ls_init_value=0.5, no_ln_pre=True, pool_type="avg"),
     "open-clip-after-pool": _clip(final_ln_after_pool=True, pool_type="avg"),
     "open-clip-tokens": _clip(pool_type="none"),
-    "open-clip-attention": _clip(attentional_pool=True, attn_pooler_heads=5, attn_pooler_queries=3),
+    "open-clip-attention": _clip(attentional_pool=True, attn_pooler_heads=CLASSES, attn_pooler_queries=3),
     "open-clip-timm": _clip(timm_model_name="test_vit", image_size=160, timm_proj="mlp"),
     "open-clip-timm-siglip": _clip(timm_model_name="test_vit3", image_size=160, timm_pool="", timm_proj="none"),
 }
 LIBRARIES = HUGGINGFACE | OTHERS
+
+_SWIN = {"patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2]}
+_NO_READER = "none of another library's that are read"
+# models without a plan, and words of the reason
+FROZEN: dict[str, tuple[Variant, str]] = {
+    "swin": (huggingface("SwinForImageClassification", "SwinConfig", (32, 32), **_SWIN, image_size=32), _NO_READER),
+    "vit-msn": (huggingface("ViTMSNForImageClassification", "ViTMSNConfig", **_VIT), _NO_READER),
+    "ijepa": (huggingface("IJepaForImageClassification", "IJepaConfig", **_VIT), _NO_READER),
+    "data2vec": (huggingface("Data2VecVisionForImageClassification", "Data2VecVisionConfig", **_VIT), _NO_READER),
+    "dinov3-backbone": (huggingface("DINOv3ViTBackbone", "DINOv3ViTConfig", **_VIT), _NO_READER),
+    "vit-pixels": (huggingface("ViTForMaskedImageModeling", "ViTConfig", **_VIT, encoder_stride=8), _NO_READER),
+    "torchvision-swin": (
+        adapted(lambda: SwinTransformer([4, 4], 16, [2, 2], [2, 2], [4, 4], num_classes=CLASSES), (32, 32)),
+        _NO_READER,
+    ),
+    "open-clip-custom-blocks": (_clip(block_type="custom"), "is not open_clip's own ResidualAttentionBlock"),
+    "open-clip-with-tokens": (_clip(output_tokens=True), "returns tokens besides the embedding"),
+    "open-clip-resnet": (
+        _clip(layers=[1, 1, 1, 1], width=8, image_size=32),
+        "is not open_clip's own VisionTransformer",
+    ),
+    "open-clip-timm-swin": (_clip(timm_model_name="xcit_nano_12_p16_224", image_size=32), "is none of timm's classes"),
+}
 ONE_SIZE |= set(OTHERS)

@@ -255,7 +255,6 @@ FROZEN_ONLY: dict[str, Variant] = {
     "xcit": _timm("xcit_nano_12_p8_224", embed_dim=32, depth=2, num_heads=2),
     "swin": _timm("swin_tiny_patch4_window7_224", **_SWIN),
     "swin2": _timm("swinv2_tiny_window8_256", **_SWIN),
-    "torchvision": Variant(_torchvision_vit),
     "hand-written": Variant(HandWritten),
     "encoder-post-norm-relu": _encoder(),
     "encoder-pre-norm-gelu": _encoder(activation="gelu", norm_first=True),
@@ -263,4 +262,7 @@ FROZEN_ONLY: dict[str, Variant] = {
     "multihead-sequence-first": _attention(False),
 }
 
-ALL: dict[str, Variant] = {**ENGINE, **FROZEN_ONLY}
+# a model of another library, of which tests/libraries.py has more
+TORCHVISION = Variant(_torchvision_vit)
+
+ALL: dict[str, Variant] = {**ENGINE, **FROZEN_ONLY, "torchvision": TORCHVISION}

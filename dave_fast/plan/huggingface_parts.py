@@ -107,16 +107,17 @@ def check_implementation(name: str | None, file: str) -> None:
         (getattr(sys.modules.get(_MASKS), "ALL_MASK_ATTENTION_FUNCTIONS", {}), f"{_MASKS}.{mask}"),
     )
     for table, expected in tables:
-        if not _is_own(table.get(name), expected):
+        found = table.get(name)
+        known = found is None if expected is None else _full_name(found) == expected and is_installed(found)
+        if not known:
             raise NoPlanError(f"transformers' table of attention has another function as {name!r}")
+        inner = None if found is None else replaced_by_name(found)
+        if inner is not None:
+            raise NoPlanError(f"{inner}, which {found.__name__} calls, is not the one that was installed")
 
 
-def _is_own(found: Any, name: str | None) -> bool:
-    """Return whether what a table has is the installed function of a full name, and calls installed ones; or None."""
-    if name is None:
-        return found is None
-    known = isinstance(found, FunctionType) and f"{found.__module__}.{found.__qualname__}" == name
-    return known and is_installed(found) and replaced_by_name(found) is None
+def _full_name(function: Any) -> str | None:
+    return f"{function.__module__}.{function.__qualname__}" if isinstance(function, FunctionType) else None
 
 
 def _read_mlp(mlp: Any, model: Any, prefix: str) -> Mlp:
