@@ -91,7 +91,7 @@ HUGGINGFACE: dict[str, Variant] = {
 ONE_SIZE = {"vit-rectangle", "clip-classifier"}
 
 
-def _clip(**changes: Any) -> Variant:
+def open_clip_model(**changes: Any) -> Variant:
     """Return a variant of an open_clip model, whose image tower has these settings."""
     import open_clip
 
@@ -113,13 +113,17 @@ def _torchvision(**changes: Any) -> Variant:
 OTHERS: dict[str, Variant] = {
     "torchvision": _torchvision(dropout=0.5, attention_dropout=0.5),
     "torchvision-representation": _torchvision(representation_size=5),
-    "open-clip": _clip(),
-    "open-clip-custom": _clip(custom=True, image_size=(16, 40), ls_init_value=0.5, no_ln_pre=True, pool_type="avg"),
-    "open-clip-after-pool": _clip(final_ln_after_pool=True, pool_type="avg"),
-    "open-clip-tokens": _clip(pool_type="none"),
-    "open-clip-attention": _clip(attentional_pool=True, attn_pooler_heads=CLASSES, attn_pooler_queries=3),
-    "open-clip-timm": _clip(timm_model_name="test_vit", image_size=160, timm_proj="mlp"),
-    "open-clip-timm-siglip": _clip(timm_model_name="test_vit3", image_size=160, timm_pool="", timm_proj="none"),
+    "open-clip": open_clip_model(),
+    "open-clip-custom": open_clip_model(
+        custom=True, image_size=(16, 40), ls_init_value=0.5, no_ln_pre=True, pool_type="avg"
+    ),
+    "open-clip-after-pool": open_clip_model(final_ln_after_pool=True, pool_type="avg"),
+    "open-clip-tokens": open_clip_model(pool_type="none"),
+    "open-clip-attention": open_clip_model(attentional_pool=True, attn_pooler_heads=CLASSES, attn_pooler_queries=3),
+    "open-clip-timm": open_clip_model(timm_model_name="test_vit", image_size=160, timm_proj="mlp"),
+    "open-clip-timm-siglip": open_clip_model(
+        timm_model_name="test_vit3", image_size=160, timm_pool="", timm_proj="none"
+    ),
 }
 LIBRARIES = HUGGINGFACE | OTHERS
 
@@ -137,12 +141,14 @@ FROZEN: dict[str, tuple[Variant, str]] = {
         adapted(lambda: SwinTransformer([4, 4], 16, [2, 2], [2, 2], [4, 4], num_classes=CLASSES), (32, 32)),
         _NO_READER,
     ),
-    "open-clip-custom-blocks": (_clip(block_type="custom"), "is not open_clip's own ResidualAttentionBlock"),
-    "open-clip-with-tokens": (_clip(output_tokens=True), "returns tokens besides the embedding"),
+    "open-clip-custom-blocks": (open_clip_model(block_type="custom"), "is not open_clip's own ResidualAttentionBlock"),
     "open-clip-resnet": (
-        _clip(layers=[1, 1, 1, 1], width=8, image_size=32),
+        open_clip_model(layers=[1, 1, 1, 1], width=8, head_width=64, image_size=32),
         "is not open_clip's own VisionTransformer",
     ),
-    "open-clip-timm-swin": (_clip(timm_model_name="xcit_nano_12_p16_224", image_size=32), "is none of timm's classes"),
+    "open-clip-timm-swin": (
+        open_clip_model(timm_model_name="xcit_nano_12_p16_224", image_size=32),
+        "is none of timm's classes",
+    ),
 }
 ONE_SIZE |= set(OTHERS)

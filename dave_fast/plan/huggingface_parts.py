@@ -107,7 +107,7 @@ def check_implementation(name: str | None, file: str) -> None:
         (getattr(sys.modules.get(_MASKS), "ALL_MASK_ATTENTION_FUNCTIONS", {}), f"{_MASKS}.{mask}"),
     )
     for table, expected in tables:
-        found = table.get(name)
+        found: Any = table.get(name)
         known = found is None if expected is None else _full_name(found) == expected and is_installed(found)
         if not known:
             raise NoPlanError(f"transformers' table of attention has another function as {name!r}")

@@ -15,7 +15,7 @@ from dave_fast.models.adapter import Adapter
 from dave_fast.ops.patches import patchify
 from dave_fast.plan import checks
 from dave_fast.plan.families import why_not
-from tests.libraries import FROZEN, LIBRARIES, ONE_SIZE
+from tests.libraries import FROZEN, LIBRARIES, ONE_SIZE, open_clip_model
 from tests.tolerances import EXACT
 from tests.toys import engine_of, frozen_vjp, relative
 from tests.variants import ENGINE
@@ -115,6 +115,10 @@ def test_an_image_size_that_the_model_refuses_is_named(name):
 def test_other_classes_have_no_plan_and_say_why(name):
     variant, words = FROZEN[name]
     assert words in why_not(variant.build())
+
+
+def test_a_tower_that_returns_tokens_too_has_no_plan():
+    assert "returns tokens besides the embedding" in why_not(open_clip_model(output_tokens=True).build())
 
 
 def test_a_plan_that_differs_leaves_the_engine_with_the_name_of_the_block(monkeypatch):
