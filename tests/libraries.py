@@ -37,7 +37,11 @@ def huggingface(kind: str, config: str, size: tuple[int, int] = (24, 24), **sett
 
 
 _towers = partial(huggingface, text_config=_TEXT)
-_BEIT = partial(huggingface, "BeitForImageClassification", "BeitConfig", layer_scale_init_value=0.5)
+
+
+def _beit(size: tuple[int, int] = (24, 24), **settings: Any) -> Variant:
+    return huggingface("BeitForImageClassification", "BeitConfig", size, layer_scale_init_value=0.5, **settings)
+
 
 HUGGINGFACE: dict[str, Variant] = {
     "vit": huggingface("ViTForImageClassification", "ViTConfig", **_VIT),
@@ -69,14 +73,15 @@ HUGGINGFACE: dict[str, Variant] = {
         mlp_bias=False,
         layerscale_value=0.5,
     ),
-    "beit": _BEIT(**_VIT, use_relative_position_bias=True),
-    "beit-shared": _BEIT(**_VIT, use_shared_relative_position_bias=True, use_mean_pooling=False),
-    "beit-both": _BEIT(
+    "beit": _beit(**_VIT, use_relative_position_bias=True),
+    "beit-shared": _beit(**_VIT, use_shared_relative_position_bias=True, use_mean_pooling=False),
+    "beit-both": _beit(
         **_VIT,
         use_relative_position_bias=True,
         use_shared_relative_position_bias=True,
         use_absolute_position_embeddings=True,
     ),
+    "beit-rectangle": _beit((16, 40), **_VIT | _TALL, use_relative_position_bias=True),
     "beit-plain": huggingface("BeitModel", "BeitConfig", **_VIT, layer_scale_init_value=0.0),
     "clip": _towers("CLIPModel", "CLIPConfig", vision_config=_VIT, projection_dim=CLASSES),
     "clip-vision": huggingface("CLIPVisionModel", "CLIPVisionConfig", **_VIT),

@@ -131,9 +131,7 @@ _ENDS = {
     ("dinov3_vit", "DINOv3ViTModel"): End("", lambda body, m, x: body.norm(x)[:, 0]),
     ("beit", "BeitForImageClassification"): End("beit", lambda body, m, x: m.classifier(_beit(body, m, x)), None),
     ("beit", "BeitModel"): End("", _beit, None),
-    ("clip", "CLIPModel"): End(
-        "vision_model", lambda body, m, x: m.visual_projection(body.post_layernorm(x[:, 0])), resizes=True
-    ),
+    ("clip", "CLIPModel"): End("vision_model", lambda body, m, x: m.visual_projection(body.post_layernorm(x[:, 0]))),
     ("clip", "CLIPVisionModelWithProjection"): End(
         "vision_model", lambda body, m, x: m.visual_projection(body.post_layernorm(x[:, 0]))
     ),

@@ -22,6 +22,7 @@ from dave_fast.models.adapter import Adapter
 from dave_fast.plan.families import why_not
 from tests.engine.cases import EXPLAINED, answer, expectation, explained, judged, off, outcome
 from tests.libraries import LIBRARIES
+from tests.tolerances import EXACT
 
 SDPA, PRODUCT = sdpa_attention.sdpa_attention_forward, F.scaled_dot_product_attention
 
@@ -234,11 +235,16 @@ def lora(model: nn.Module, undo: ExitStack) -> None:
             parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
 
 
+def checkpoints(model: nn.Module, undo: ExitStack) -> None:
+    part(model, "").activation_checkpointing_enable()
+
+
 # what leaves a plan, which is still the model's
 KEPT: dict[str, tuple[str, Callable[[nn.Module, ExitStack], None]]] = {
     "a head": ("vit", head),
     "hooks for hidden states": ("vit", hidden_states),
     "eager attention": ("dinov2", eager),
+    "checkpoints": ("vit", checkpoints),
     "training": ("dinov2", training),
     "LoRA": ("vit", lora),
     "LoRA of a tower": ("siglip-classifier", lora),
@@ -303,3 +309,25 @@ def test_what_changes_between_two_calls_is_noticed(change: Callable[[nn.Module, 
         assert judged(expected, lambda: answer(explainer, images)) == EXPLAINED
         after, _ = answer(explainer, images)
         assert (after - before).norm() > 1e-3 * before.norm()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_a_model_with_an_adapter_of_peft_and_a_head_of_its_own_has_a_plan():
+    import peft
+
+    variant = LIBRARIES["dinov2"]
+    plain = variant.build()
+    config = peft.LoraConfig(r=2, target_modules=["v_proj"], modules_to_save=["classifier"])
+    given = peft.get_peft_model(variant.build().model, config).eval()
+    with torch.no_grad():
+        for name, parameter in given.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    images = variant.images()
+    explainer = DAVE(given, precision="fp64", noise_alpha=0.0, route="engine")
+    expected = given(images).logits.detach()
+    assert off(explainer.predict(images), expected.double()) < 1e-6
+    assert off(expected, plain(images).detach().double()) > 1e-2
+    found = explainer.effective_gradient(images, 3)
+    frozen = DAVE(given, precision="fp64", noise_alpha=0.0, route="frozen").effective_gradient(images, 3)
+    assert off(found, frozen) < EXACT

@@ -276,6 +276,8 @@ def test_timms_model_beside_another_librarys_is_the_same_function(name):
 
 
 def test_libraries_are_measured_beside_timm(capsys):
-    libraries.main("--shape toy --size 32 --samples 2 --repeats 2 --only vit --no-write".split())
+    libraries.main(
+        ["--shape", "toy", "--size", "32", "--samples", "2", "--repeats", "2", "--only", "vit", "--no-write"]
+    )
     told = capsys.readouterr().out
     assert told.startswith("ViTForImageClassification") and "of timm's" in told
