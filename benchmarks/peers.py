@@ -33,8 +33,8 @@ from dave_fast.errors import ModelError
 from dave_fast.plan import families
 from dave_fast.plan import reading as neutral
 from dave_fast.plan.folding import fold_gamma
+from dave_fast.plan.parts import read_norm
 from dave_fast.plan.reading import NoPlanError, Reading
-from dave_fast.plan.timm_parts import read_norm
 from dave_fast.plan.vit_plan import make_plan
 
 E4M3_MAX = 448.0

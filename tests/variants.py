@@ -65,9 +65,11 @@ def randomise(model: nn.Module, gain: float = 1.3) -> None:
             is_scale = parameter.ndim == 1 and name.endswith(("weight", "gamma", "gamma_1", "gamma_2"))
             if is_scale:
                 parameter.copy_(0.8 + 0.3 * noise)
-            elif parameter.ndim == 1:
+            elif parameter.ndim <= 1:
                 parameter.copy_(0.3 * noise)
-            elif name.endswith(("_token", "pos_embed", "latent", "class_token", "pos_embedding", "_table")):
+            elif name.endswith(
+                ("_token", "_tokens", "pos_embed", "latent", "pos_embedding", "_embeddings", "_table", "probe")
+            ):
                 parameter.copy_(0.5 * noise)
             else:
                 parameter.copy_(gain * noise / parameter[0].numel() ** 0.5)
@@ -253,7 +255,6 @@ FROZEN_ONLY: dict[str, Variant] = {
     "xcit": _timm("xcit_nano_12_p8_224", embed_dim=32, depth=2, num_heads=2),
     "swin": _timm("swin_tiny_patch4_window7_224", **_SWIN),
     "swin2": _timm("swinv2_tiny_window8_256", **_SWIN),
-    "torchvision": Variant(_torchvision_vit),
     "hand-written": Variant(HandWritten),
     "encoder-post-norm-relu": _encoder(),
     "encoder-pre-norm-gelu": _encoder(activation="gelu", norm_first=True),
@@ -261,4 +262,7 @@ FROZEN_ONLY: dict[str, Variant] = {
     "multihead-sequence-first": _attention(False),
 }
 
-ALL: dict[str, Variant] = {**ENGINE, **FROZEN_ONLY}
+# a model of another library, of which tests/libraries.py has more
+TORCHVISION = Variant(_torchvision_vit)
+
+ALL: dict[str, Variant] = {**ENGINE, **FROZEN_ONLY, "torchvision": TORCHVISION}

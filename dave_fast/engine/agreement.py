@@ -90,7 +90,7 @@ def find_difference(model: nn.Module, reading: Reading, image: Tensor) -> str:
     """Name the first module whose output is not that of its reading, in float64, as the end of a sentence.
 
     Args:
-        model: a model of one of the families, whose blocks are `blocks.0` and so on.
+        model: a model of one of the families.
         reading: of the model.
         image: (1, C, H, W).
     """
@@ -105,9 +105,9 @@ def find_difference(model: nn.Module, reading: Reading, image: Tensor) -> str:
         if is_out_of_memory(error):
             raise
         return f"its own forward in float64 ({type(error).__name__}: {error})"
-    # what stands ahead of the model has no blocks
-    calls = {call.path[call.path.find("blocks.") :]: call for call in trace.calls}
-    paths = [f"blocks.{i}" for i in range(len(reading.blocks))]
+    # what stands around the model puts names ahead of its own
+    paths = reading.paths
+    calls = {path: call for call in trace.calls for path in paths if f".{call.path}".endswith(f".{path}")}
     if not all(path in calls and calls[path].inputs for path in paths):
         return f"its own forward, which does not run all of {paths[0]} to {paths[-1]}"
     engine = build_engine(reading, dtype=torch.float64, device=device, backend="torch")

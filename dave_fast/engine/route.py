@@ -30,7 +30,7 @@ from dave_fast.given.own_forward import own_errors
 from dave_fast.models.fingerprint import Attribute, attributes, written
 from dave_fast.ops.precision import DTYPES
 from dave_fast.plan import families
-from dave_fast.plan.reading import NoPlanError, Reading
+from dave_fast.plan.reading import ImageSizeError, Reading
 from dave_fast.plan.vit_plan import ViTPlan
 
 ROUTES = ("auto", "engine", "frozen")
@@ -234,8 +234,7 @@ def _read(model: nn.Module, shape: tuple[int, int, int]) -> Reading | str:
         with own_errors(model, "reading of the modules"):
             try:
                 reading = families.read(model, shape[1:])
-            except NoPlanError:
-                # only the size may be at fault
+            except ImageSizeError:
                 reading = families.read(model)
     except ModelError as reason:
         return str(reason)

@@ -10,10 +10,11 @@ forward writes, such as kept attention maps and counters, can be left out.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
+from itertools import chain
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -260,7 +261,13 @@ def _called(owner: type) -> list[object]:
         places = _places(owner)
         values = [scope.get(name) for scope, name in places]
         _known_places[owner] = places, [_Same(value).get for value in values]
-    return [value if isinstance(value, FUNCTIONS) else _Same(value) for value in values]
+    tables = [each for value in values if _is_table(value) for each in value.items()]
+    return [value if isinstance(value, FUNCTIONS) else _Same(value) for value in (*values, *chain(*tables))]
+
+
+def _is_table(value: object) -> TypeGuard[Mapping[str, object]]:
+    """Return whether a global is a table of functions, as transformers' of attention; dictionaries hold other data."""
+    return isinstance(value, Mapping) and not isinstance(value, dict)
 
 
 def _places(owner: type) -> Places:
@@ -276,17 +283,26 @@ def _places(owner: type) -> Places:
         for name in function.__code__.co_names:
             scope = function.__globals__ if name in function.__globals__ else vars(torch.nn.functional)
             value = scope.get(name)
-            if callable(value) and (id(scope), name) not in places:
+            if (callable(value) or _is_table(value)) and (id(scope), name) not in places:
                 places[id(scope), name] = scope, name
+                if _is_table(value):
+                    pending += _functions(value.values())
                 own = str(getattr(value, "__module__", "")).partition(".")[0] == library
                 pending += _functions([value]) if own and library != "torch" else []
     return tuple(places.values())
 
 
 def _functions(members: Iterable[Any]) -> list[FunctionType]:
-    """Return the Python functions among members of a class: methods, static and class methods, and properties."""
-    inner = [getattr(m, name, None) for m in members for name in ("__func__", "fget")]
-    return [function for function in (*members, *inner) if isinstance(function, FunctionType)]
+    """Return the Python functions among members of a class, and those that they decorate.
+
+    These are methods, static and class methods, and properties.
+    """
+    pending = [each for m in members for each in (m, getattr(m, "__func__", None), getattr(m, "fget", None))]
+    found = [each for each in pending if isinstance(each, FunctionType)]
+    for function in found:
+        wrapped = getattr(function, "__wrapped__", None)
+        found += [wrapped] if isinstance(wrapped, FunctionType) else []
+    return found
 
 
 @lru_cache(maxsize=4096)

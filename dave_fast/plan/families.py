@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
 from dave_fast.given.wrappers import Normalised
-from dave_fast.plan import timm_beit, timm_eva, timm_relpos, timm_vit
+from dave_fast.plan import huggingface, timm_beit, timm_eva, timm_relpos, timm_vit, torchvision_vit
+from dave_fast.plan.checks import check_modules
 from dave_fast.plan.folding import double
+from dave_fast.plan.open_clip_vit import open_clip_family
+from dave_fast.plan.parts import class_name
 from dave_fast.plan.reading import Family, Linear, NoPlanError, Reading
 
-FAMILIES: tuple[Family, ...] = (timm_vit.FAMILY, timm_eva.FAMILY, timm_beit.FAMILY, timm_relpos.FAMILY)
+_TIMM = (timm_vit.FAMILY, timm_eva.FAMILY, timm_beit.FAMILY, timm_relpos.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    *_TIMM,
+    huggingface.FAMILY,
+    torchvision_vit.FAMILY,
+    open_clip_family(lambda trunk, size: _family(trunk).read(trunk, size)),
+)
+# our adapters, which lie beside this folder, and whose output is that of the module that they hold as `model`
+_ADAPTERS = (
+    "dave_fast.models.adapter.Adapter",
+    "dave_fast.models.huggingface_adapter.Transformers",
+    "dave_fast.models.huggingface_adapter.TransformersTextImage",
+    "dave_fast.models.from_open_clip.OpenClip",
+)
 
 
 def read(model: nn.Module, size: tuple[int, int] | None = None) -> Reading:
@@ -30,11 +47,22 @@ def read(model: nn.Module, size: tuple[int, int] | None = None) -> Reading:
         if channels is None:
             raise NoPlanError("what stands ahead of its model is no map of single channels")
         return _normalised(read(model.model, size), *channels)
-    family = next((f for f in FAMILIES if type(model) in f.classes), None)
+    found: Any = model.model if class_name(type(model)) in _ADAPTERS else model
+    family = _family(found)
+    check_modules(model)
+    return family.read(found, size)
+
+
+def _family(model: nn.Module) -> Family:
+    """Return the family of a model by its class; raise NoPlanError where it belongs to none."""
+    name = class_name(type(model))
+    family = next((f for f in FAMILIES if name in f.classes), None)
     if family is None:
-        known = ", ".join(c.__name__ for f in FAMILIES for c in f.classes)
-        raise NoPlanError(f"{type(model).__name__} is none of timm's classes {known}")
-    return family.read(model, size)
+        known = ", ".join(each.rpartition(".")[2] for f in _TIMM for each in f.classes)
+        raise NoPlanError(
+            f"{type(model).__name__} is none of timm's classes {known}, and none of another library's that are read"
+        )
+    return family
 
 
 def _normalised(model: Reading, scale: Tensor, shift: Tensor) -> Reading:

@@ -28,6 +28,10 @@ class NoPlanError(ModelError):
     """A model that the engine has no plan for; the message is the reason, as the end of a sentence."""
 
 
+class ImageSizeError(NoPlanError):
+    """Images of a size that the model itself refuses."""
+
+
 @dataclass(frozen=True)
 class Linear:
     """A linear layer.
@@ -160,6 +164,7 @@ class Reading:
         prefix: (N − n, D) float64, class, distillation and register tokens.
         norm_pre: of all tokens, ahead of the blocks.
         blocks: the steps of each block.
+        paths: names of the blocks' modules, without those of what stands around the model that has them.
         read: leading tokens that the tail reads; None for all.
         tail: (dtype, device) -> module of what follows the last block, tokens (R, read, D) -> output (R, ...).
         blind: whether the tail ignores each token's mean.
@@ -174,6 +179,7 @@ class Reading:
     prefix: Tensor
     norm_pre: Norm | None
     blocks: tuple[tuple[Step, ...], ...]
+    paths: tuple[str, ...]
     read: int | None
     tail: Callable[[torch.dtype, torch.device], nn.Module]
     blind: bool
@@ -194,10 +200,10 @@ class Family:
     """Model classes and their reader.
 
     Attributes:
-        classes: exact types; subclasses are not read.
+        classes: full names of exact types, since their library may be absent; subclasses are not read.
         read: (model, (H, W) of the images or None for those that the model was built for) -> Reading; raises
             NoPlanError.
     """
 
-    classes: tuple[type[nn.Module], ...]
+    classes: tuple[str, ...]
     read: Callable[[Any, tuple[int, int] | None], Reading]

@@ -1,36 +1,20 @@
-"""Readers of the parts that timm's transformers share: norms, projections, attention, MLPs, residual steps.
+"""Readers of the parts that timm's transformers share: attention, MLPs, blocks.
 
 Readers take exact types and known attributes; anything else raises `NoPlanError` with its name.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from timm.layers import GluMlp, LayerScale, RmsNorm, SwiGLU
-from timm.layers import LayerNorm as TimmLayerNorm
+from timm.layers import GluMlp, LayerScale, SwiGLU
 from timm.layers import Mlp as TimmMlp
 from torch import Tensor, nn
 
+from dave_fast.plan.parts import Bias, activation_name, pre_norm, read_linear, read_norm, split
 from dave_fast.plan.reading import Attention, Linear, Mlp, NoPlanError, Norm, Rotary, Step
-
-LAYER_NORMS = (nn.LayerNorm, TimmLayerNorm)
-RMS_NORMS = (nn.RMSNorm, RmsNorm)
-# nn.GELU's name depends on its `approximate`
-ACTIVATIONS = {
-    "GELUTanh": "gelu_tanh",
-    "SiLU": "silu",
-    "Swish": "silu",
-    "ReLU": "relu",
-    "QuickGELU": "quick_gelu",
-    "QuickGELUActivation": "quick_gelu",
-}
-
-Bias = Callable[[], Tensor]
 
 
 def check_block(block: nn.Module, *classes: type[nn.Module]) -> None:
@@ -49,71 +33,10 @@ def residual_steps(block: Any, attention: Attention, *, post_norm: bool = False)
         post_norm: whether the norms stand behind the branches; such blocks have no LayerScale.
     """
     mlp = read_mlp(block.mlp)
-    norms = read_norm(block.norm1), read_norm(block.norm2)
     if post_norm:
-        return (replace(attention, post=norms[0]),), (replace(mlp, post=norms[1]),)
-    scales = (block.ls1, block.ls2) if hasattr(block, "ls1") else (block.gamma_1, block.gamma_2)
-    gammas = [read_gamma(scale) for scale in scales]
-    return (replace(attention, norm=norms[0], gamma=gammas[0]),), (replace(mlp, norm=norms[1], gamma=gammas[1]),)
-
-
-def read_norm(norm: Any) -> Norm | None:
-    """Read a norm, ones and zeros where it has no weight or bias; return None for the identity."""
-    if type(norm) is nn.Identity:
-        return None
-    if type(norm) not in LAYER_NORMS + RMS_NORMS:
-        raise NoPlanError(f"norm {type(norm).__name__} is neither LayerNorm nor RMSNorm")
-    if norm.eps is None:
-        raise NoPlanError("its RMSNorm's eps depends on the precision")
-    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    ones = torch.ones(norm.normalized_shape)
-    return Norm(
-        type(norm) in LAYER_NORMS,
-        ones if weight is None else weight.detach(),
-        torch.zeros_like(ones) if bias is None else bias.detach(),
-        norm.eps,
-    )
-
-
-def read_linear(module: Any) -> Linear:
-    """Read an nn.Linear that is called, with a bias of zeros where it has none; peft's with its LoRA weights added."""
-    # a library that has not been imported has made no module
-    if type(module) is getattr(sys.modules.get("peft.tuners.lora"), "Linear", None):
-        return _read_lora(module)
-    if type(module) is not nn.Linear:
-        raise NoPlanError(f"a {type(module).__name__} stands where nn.Linear is expected")
-    weight = module.weight.detach()
-    return Linear(weight, torch.zeros_like(weight[:, 0]) if module.bias is None else module.bias.detach())
-
-
-def _read_lora(module: Any) -> Linear:
-    """Read peft's linear layer: W + Σ scaling · B · A of its active adapters, in float64."""
-    base = read_linear(module.base_layer)
-    if module.merged and module.disable_adapters:
-        # its forward would take the adapters out of the weights
-        raise NoPlanError("its LoRA adapters are merged and disabled")
-    if module.merged or module.disable_adapters:
-        return base
-    weight, bias = base.weight.double(), base.bias.double()
-    for name in module.active_adapters:
-        if name not in module.lora_A:
-            continue
-        # peft before 0.15 has no table of variants
-        if name in getattr(module, "lora_variant", (name,)):
-            raise NoPlanError(f"its LoRA adapter '{name}' is none of the plain form")
-        if type(module.lora_dropout[name]) not in (nn.Identity, nn.Dropout):
-            raise NoPlanError(f"a {type(module.lora_dropout[name]).__name__} stands ahead of its LoRA adapter '{name}'")
-        down, up = (read_linear(part[name]) for part in (module.lora_A, module.lora_B))
-        scaling, up_weight = float(module.scaling[name]), up.weight.double()
-        weight = weight + scaling * up_weight @ down.weight.double()
-        bias = bias + scaling * (up_weight @ down.bias.double() + up.bias.double())
-    return Linear(weight, bias)
-
-
-def split(packed: Linear) -> tuple[Linear, Linear, Linear]:
-    """Return query, key and value of one packed projection."""
-    width = len(packed.bias) // 3
-    return packed.rows(0, width), packed.rows(width, 2 * width), packed.rows(2 * width, 3 * width)
+        return (replace(attention, post=read_norm(block.norm1)),), (replace(mlp, post=read_norm(block.norm2)),)
+    first, second = (block.ls1, block.ls2) if hasattr(block, "ls1") else (block.gamma_1, block.gamma_2)
+    return pre_norm(attention, mlp, (block.norm1, block.norm2), (read_gamma(first), read_gamma(second)))
 
 
 def read_gamma(scale: Any) -> Tensor | None:
@@ -214,13 +137,3 @@ def read_mlp(mlp: Any) -> Mlp:
         fc2=read_linear(mlp.fc2),
         inner=read_norm(mlp.norm),
     )
-
-
-def activation_name(module: nn.Module) -> str:
-    """Return the name that `ops.activation` has for an activation module."""
-    name = type(module).__name__
-    if name == "GELU":
-        return "gelu_tanh" if getattr(module, "approximate", "none") == "tanh" else "gelu"
-    if name not in ACTIVATIONS:
-        raise NoPlanError(f"activation {name} is none of GELU, {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]

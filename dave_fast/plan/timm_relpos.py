@@ -15,9 +15,10 @@ from timm.models.vision_transformer_relpos import (
 )
 from torch import Tensor
 
+from dave_fast.plan.parts import Bias
 from dave_fast.plan.reading import NoPlanError, Step
 from dave_fast.plan.timm_model import BlockReader, timm_family
-from dave_fast.plan.timm_parts import Bias, check_block, read_attention, residual_steps
+from dave_fast.plan.timm_parts import check_block, read_attention, residual_steps
 
 
 def _block_reader(model: Any, grid: tuple[int, int]) -> BlockReader:

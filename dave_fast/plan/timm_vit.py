@@ -20,20 +20,10 @@ from timm.models.vision_transformer import (
     VisionTransformer,
 )
 
+from dave_fast.plan.parts import activation_name, read_linear, read_norm, split
 from dave_fast.plan.reading import Linear, Mlp, NoPlanError, Step
 from dave_fast.plan.timm_model import BlockReader, timm_family
-from dave_fast.plan.timm_parts import (
-    activation_name,
-    check_block,
-    read_attention,
-    read_gamma,
-    read_heads,
-    read_linear,
-    read_mlp,
-    read_norm,
-    residual_steps,
-    split,
-)
+from dave_fast.plan.timm_parts import check_block, read_attention, read_gamma, read_heads, read_mlp, residual_steps
 
 
 def _block_reader(model: Any, grid: tuple[int, int]) -> BlockReader:

@@ -120,11 +120,11 @@ def test_an_output_of_zeros_agrees_with_zeros():
 
 @pytest.mark.parametrize("route", ["auto", "engine"])
 def test_a_plan_that_differs_leaves_the_engine_with_the_reason(monkeypatch, route):
-    from dave_fast.plan import timm_model
+    from dave_fast.plan import checks
 
     model = random_vit()
     # blinds the reader, so that only the output tells
-    monkeypatch.setattr(timm_model, "replaced", lambda kind: None)
+    monkeypatch.setattr(checks, "replaced", lambda kind: None)
     plain = vision_transformer.Attention.forward
     monkeypatch.setattr(vision_transformer.Attention, "forward", lambda self, x, **_: 0.1 * plain(self, x))
     made, words = explainer(model, route=route), r"gives another output.*because of its module 'blocks.0' \(Block\)"
@@ -152,9 +152,9 @@ def counted(monkeypatch):
         rows.append(len(x))
         return plain(self, x, *args, **kwargs)
 
-    from dave_fast.plan import timm_model
+    from dave_fast.plan import checks
 
-    monkeypatch.setattr(timm_model, "replaced", lambda kind: None)
+    monkeypatch.setattr(checks, "replaced", lambda kind: None)
     monkeypatch.setattr(vision_transformer.VisionTransformer, "forward", forward)
     return rows
 

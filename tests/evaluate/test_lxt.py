@@ -16,7 +16,7 @@ import torch
 from tests.evaluate import needs
 from tests.tolerances import EXACT
 from tests.toys import frozen_vjp, relative
-from tests.variants import FROZEN_ONLY
+from tests.variants import TORCHVISION
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,9 +26,9 @@ from torchvision.models import vision_transformer
 from lxt.efficient import monkey_patch
 from lxt.efficient.models.vit_torch import cp_LRP
 from lxt.efficient.rules import identity_rule_implicit_fn
-from tests.variants import FROZEN_ONLY
+from tests.variants import TORCHVISION
 
-variant = FROZEN_ONLY["torchvision"]
+variant = TORCHVISION
 model = variant.build(torch.float64)
 images = variant.images(dtype=torch.float64).requires_grad_()
 (full,) = torch.autograd.grad(model(images)[:, 1].sum(), images)
@@ -50,7 +50,7 @@ def test_cp_lrp_of_torchvisions_vit(tmp_path: Path) -> None:
     settings = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     subprocess.run([sys.executable, "-W", "ignore", "-c", CP_LRP, path], check=True, cwd=ROOT, env=settings)
     theirs = torch.load(path)
-    variant = FROZEN_ONLY["torchvision"]
+    variant = TORCHVISION
     images = variant.images(dtype=torch.float64)
     _, ours = frozen_vjp(variant.build(torch.float64), images, lambda output: output[:, 1])
     assert relative(theirs["full"], ours) > 0.05

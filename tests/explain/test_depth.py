@@ -17,7 +17,7 @@ from dave_fast.ops.robust_mean import robust_mean
 from dave_fast.sampling import draw
 from tests.tiny import random_vit
 from tests.tolerances import EXACT
-from tests.variants import FROZEN_ONLY
+from tests.variants import ALL
 
 SIZE, SAMPLES = 32, 6
 DEPTHS = ["pixels", 3, 0, 0.5]
@@ -267,8 +267,8 @@ def test_evidence_in_exact_arithmetic_is_that_of_both_routes(model, images):
 
 
 @pytest.mark.parametrize("name", ["swin", "torchvision", "encoder-pre-norm-gelu", "vit-differential"])
-def test_models_without_a_plan_have_depths_that_add_up(name):
-    variant = FROZEN_ONLY[name]
+def test_models_on_the_frozen_route_have_depths_that_add_up(name):
+    variant = ALL[name]
     made = explainer(variant.build(torch.float64), precision="fp64", route="frozen")
     images = variant.images(2, torch.float64)
     told = made.explain(images, 1, n_samples=2, depth=["pixels", "auto"]).depths
@@ -277,7 +277,7 @@ def test_models_without_a_plan_have_depths_that_add_up(name):
 
 
 def test_a_model_without_blocks_is_refused_by_name_and_keeps_its_pixels():
-    variant = FROZEN_ONLY["hand-written"]
+    variant = ALL["hand-written"]
     made = explainer(variant.build(), route="frozen")
     with pytest.raises(ModelError, match=r"no item of .* of HandWritten has attention.*Use depth='pixels'"):
         made.explain(variant.images(1), 1, n_samples=2, depth="auto")

@@ -14,7 +14,7 @@ from dave_fast.frozen.mode import freeze
 from tests.frozen.oracle import oracle_vjp
 from tests.tolerances import EXACT
 from tests.toys import Calls, frozen_forward, frozen_vjp, normal, relative, second_score, slope
-from tests.variants import ENGINE, FROZEN_ONLY, PLAIN
+from tests.variants import ALL, ENGINE, PLAIN
 
 # Against the oracle
 
@@ -51,7 +51,7 @@ def test_fused_and_explicit_attention_agree(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["vit", "eva02", "swin", "torchvision"])
 def test_rows_of_a_batch_are_independent(name: str) -> None:
-    variant = {**ENGINE, **FROZEN_ONLY}[name]
+    variant = ALL[name]
     model, images = variant.build(torch.float64), variant.images(3, torch.float64)
     _, together = frozen_vjp(model, images, second_score)
     alone = torch.cat([frozen_vjp(model, image[None], second_score)[1] for image in images])
@@ -61,7 +61,7 @@ def test_rows_of_a_batch_are_independent(name: str) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
 @pytest.mark.parametrize("name", ["vit", "vit-rms-norm", "siglip", "eva02", "torchvision", "hand-written"])
 def test_lower_precision(name: str, dtype: torch.dtype, tolerance: float) -> None:
-    variant = {**ENGINE, **FROZEN_ONLY}[name]
+    variant = ALL[name]
     _, truth = frozen_vjp(variant.build(torch.float64), variant.images(dtype=torch.float64), second_score)
     output, gradient = frozen_vjp(variant.build(dtype), variant.images(dtype=dtype), second_score)
     assert gradient.dtype == dtype and output.dtype == dtype
@@ -91,7 +91,7 @@ def assert_same(before: dict[str, object], after: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("name", ["vit", "vit-swiglu", "torchvision", "xcit"])
 def test_the_model_is_untouched(name: str) -> None:
-    variant = {**ENGINE, **FROZEN_ONLY}[name]
+    variant = ALL[name]
     model, images = variant.build(), variant.images()
     first = next(iter(model.parameters()))
     first.grad = torch.ones_like(first)

@@ -21,7 +21,7 @@ from dave_fast.frozen import mode as frozen
 from dave_fast.frozen.proof import prove_frozen
 from dave_fast.frozen.rules import RULES
 from tests.toys import frozen_vjp, second_score
-from tests.variants import ENGINE, FROZEN_ONLY, randomise
+from tests.variants import ENGINE, FROZEN_ONLY, TORCHVISION, randomise
 
 
 def fused(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -93,7 +93,7 @@ def timm_vit() -> nn.Module:
 
 
 def torchvision_vit() -> nn.Module:
-    return FROZEN_ONLY["torchvision"].build()
+    return TORCHVISION.build()
 
 
 @dataclass(frozen=True)

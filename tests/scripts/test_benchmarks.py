@@ -6,13 +6,14 @@ import pytest
 import torch
 
 import dave_fast
-from benchmarks import contestants, machine, plain, side_by_side
+from benchmarks import contestants, libraries, machine, plain, side_by_side
 from benchmarks.contestants import Within, captum_methods, ours, peer, plain_way, why_no
 from benchmarks.peers import LADDER
 from dave_fast.bench import whole
 from dave_fast.bench.rates import ceiling
 from dave_fast.bench.shapes import shapes_of
 from dave_fast.errors import InputError
+from dave_fast.models.catalog import load_model
 from dave_fast.models.demo.model import build_model
 from dave_fast.ops.perturb import perturb
 from dave_fast.ops.robust_mean import robust_mean
@@ -264,3 +265,19 @@ def test_work_is_gone_on_with_by_equal_settings_only(tmp_path):
     machine.keep_to(path, {"weights": "a", "sizes": [4, 8]})
     with pytest.raises(InputError, match=r"holds another run; sizes: \[4, 8\] before, \[4\] now"):
         machine.keep_to(path, {"weights": "a", "sizes": (4,)})
+
+
+@pytest.mark.parametrize("name", libraries.PAIRS)
+def test_timms_model_beside_another_librarys_is_the_same_function(name):
+    theirs, own = libraries.pair_of(name, "toy", 32)
+    image = torch.randn(1, 3, 32, 32)
+    expected = own(image).detach()
+    assert (load_model(theirs)[0](image) - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_libraries_are_measured_beside_timm(capsys):
+    libraries.main(
+        ["--shape", "toy", "--size", "32", "--samples", "2", "--repeats", "2", "--only", "vit", "--no-write"]
+    )
+    told = capsys.readouterr().out
+    assert told.startswith("ViTForImageClassification") and "of timm's" in told
