@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import Any
 
@@ -121,18 +122,25 @@ def _python(name: str, spec: ModelSpec) -> nn.Module:
 
 
 def load_object(path: str) -> Any:
-    """Import the object that "package.module:name" names.
+    """Import the object that "package.module:name" names, from what is installed or else from the current folder.
+
+    The folder stays on Python's path, behind all others: the object may import more of it later.
 
     Raises:
         InputError: there is no such object.
     """
     module, _, name = path.partition(":")
+    # a console script and a worker's process do not search it by themselves
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)
+        importlib.invalidate_caches()
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(
-            f"{path!r} cannot be loaded: {error}; expected 'package.module:function', or one of "
-            "hf:, torchvision:, open_clip: before a name"
+            f"{path!r} cannot be loaded: {error}; expected 'package.module:function' of an installed package or of the "
+            "current folder, or one of hf:, torchvision:, open_clip: before a name"
         ) from error
 
 
