@@ -127,7 +127,7 @@ def measure_model(place: str, settings: MapSettings, repeats: int) -> list[dict[
 
 def decode_rate(place: str, threads: int) -> float:
     """Return how many images a second this number of threads decodes and prepares, without other work."""
-    mapper = FixedPace(MapSettings(), None)
+    mapper = FixedPace(MapSettings("demo"), None)
     records = list(open_source(place).records())
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(mapper.decode, records[:16]))

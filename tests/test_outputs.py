@@ -218,7 +218,7 @@ def test_run(case):
     scores, wanted, _ = truth(case)
     mapper = object.__new__(Mapper)
     mapper.depth = "pixels"
-    mapper.settings = MapSettings(n_samples=1)
+    mapper.settings = MapSettings("demo", n_samples=1)
     subject = subject_of(case)
     mapper.explainer, mapper.prepare, mapper.labels = subject
     mapper.target = None

@@ -124,8 +124,18 @@ def shapes_of(model: nn.Module, samples: int, *, size: int | None = None, rows: 
 
 
 def spec_of(wanted: Mapping[str, Any]) -> ModelSpec:
-    """Return the spec of the model in the command's options."""
-    return ModelSpec(wanted["model"], wanted.get("weights"), wanted.get("num_classes"))
+    """Return the spec of the model in the command's options.
+
+    Its weights are random unless they are `pretrained`; the demo model, modules by MODULE:FUNCTION and those with a
+    file of weights have their own.
+    """
+    spec = ModelSpec(wanted["model"], wanted.get("weights"), wanted.get("num_classes"))
+    return spec if wanted["pretrained"] else _untrained(spec)
+
+
+def _untrained(spec: ModelSpec) -> ModelSpec:
+    own = spec.weights is not None or spec.source[0] in ("demo", "python")
+    return spec if own else replace(spec, random_weights=True)
 
 
 def build_model(model: str | ModelSpec, size: int | None = None, *, pretrained: bool = False) -> nn.Module:
@@ -146,8 +156,7 @@ def build_model(model: str | ModelSpec, size: int | None = None, *, pretrained: 
     source, _ = spec.source
     if source == "demo" and size is not None:
         raise InputError("the demo model takes images of 128 pixels; leave --size out")
-    if not pretrained and spec.weights is None and source not in ("demo", "python"):
-        spec = replace(spec, random_weights=True)
+    spec = spec if pretrained else _untrained(spec)
     if source == "timm":
         spec = replace(spec, image_size=size)
     return load_model(spec)[0].requires_grad_(False)

@@ -9,8 +9,8 @@ import typer
 
 from dave_fast.cli import options
 from dave_fast.cli.options import MACHINE
-from dave_fast.cli.terminal import console, plain_warnings
-from dave_fast.defaults import DEFAULT_SAMPLES
+from dave_fast.cli.terminal import console, plain_warnings, print_model, waiting
+from dave_fast.defaults import DEFAULT_MODEL, DEFAULT_SAMPLES
 from dave_fast.errors import InputError
 from dave_fast.numbers import number_in, shown
 
@@ -24,7 +24,7 @@ def bench(
             metavar="engine|all|OP", help="The whole engine, an op of `dave-fast info`, or all.", rich_help_panel=_WHAT
         ),
     ] = "engine",
-    model: options.ModelOrDemo = None,
+    model: options.Model = None,
     weights: options.Weights = None,
     num_classes: options.NumClasses = None,
     pretrained: Annotated[
@@ -80,13 +80,14 @@ def bench(
 
     from dave_fast.bench.measure import run
     from dave_fast.bench.ops import registered
+    from dave_fast.bench.shapes import spec_of
     from dave_fast.ops.precision import choose_precision, resolve_device
 
     screen = console()
     place = resolve_device(device, nn.Identity(), named=device is None)
     wanted = {
         "op": op,
-        "model": model or "demo",
+        "model": model or DEFAULT_MODEL,
         "weights": None if weights is None else str(weights.resolve()),
         "num_classes": num_classes,
         "pretrained": pretrained,
@@ -102,8 +103,9 @@ def bench(
     }
     before = None if compare is None else (compare, _share(threshold))
     own = _kernels(kernel or [], op)
-    with plain_warnings(screen), registered(own, place.type), screen.status("starting") as status:
-        result = run(wanted, before=before, tests=tests, yours=bool(own), sweep=docs is not None, say=status.update)
+    print_model(screen, spec_of(wanted))
+    with plain_warnings(screen), registered(own, place.type), waiting(screen, "starting") as say:
+        result = run(wanted, before=before, tests=tests, yours=bool(own), sweep=docs is not None, say=say)
     _show(result)
     if json is not None:
         from dave_fast.bench.machine import write_json

@@ -13,7 +13,8 @@ import typer
 
 from dave_fast.cli import options
 from dave_fast.cli.options import MACHINE, METHOD
-from dave_fast.cli.terminal import console, note, plain_warnings, progress
+from dave_fast.cli.terminal import console, loading, note, plain_warnings, progress
+from dave_fast.defaults import DEFAULT_MODEL
 from dave_fast.errors import InputError
 from dave_fast.files import check_writable
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from dave_fast.explain.subject import Subject
 
 _HOW_MUCH = "How much"
+# sources that stand for the embedded scenes
+_DEMO = (None, "demo")
 
 
 def evaluate(
@@ -34,7 +37,7 @@ def evaluate(
         typer.Argument(metavar="[SOURCE]", help="A folder of images; the embedded scenes by default."),
     ] = None,
     *,
-    named: options.ModelOrDemoOptions,
+    named: options.ModelOptions,
     config: options.ConfigFile = None,
     out: Annotated[Path, typer.Option(help="The folder for the report.")] = Path("evaluation"),
     boxes: Annotated[
@@ -109,10 +112,12 @@ def evaluate(
     with plain_warnings(screen):
         check_writable(out)
         given = options.read_config(config)
-        spec = named.spec(given)
+        spec = named.spec(given, default="demo" if source in _DEMO else DEFAULT_MODEL)
         samples, method = options.method(n_samples, noise_alpha, shrink, config=given)
         files = _files(source, spec.name, annotated=boxes is not None or masks is not None)
-        with screen.status(f"loading {spec.name}"):
+        if files is None:
+            screen.print(options.DEMO_ALONE, soft_wrap=True)
+        with loading(screen, spec):
             subject = Subject.load(spec, device=device, precision=precision, backend=backend, **method)
         examples = _examples(files, source, boxes, masks, subject, chosen)
         _measure(screen, spec.name, subject, examples, samples, chosen, where, out)
@@ -173,11 +178,11 @@ def _files(source: str | None, model: str, *, annotated: bool) -> list[Path] | N
     """Find the image files of a folder; return None for the embedded scenes."""
     from dave_fast.images import find_images
 
-    if source in (None, "demo"):
+    if source in _DEMO:
         if model != "demo" or annotated:
             raise InputError("the embedded scenes go with the model 'demo' and its masks: name a folder instead.")
         return None
-    return find_images([Path(source)])
+    return find_images([Path(str(source))])
 
 
 def _examples(

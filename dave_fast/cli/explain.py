@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dave_fast.cli import options
-from dave_fast.cli.terminal import console, note, plain_warnings, progress, refuse
+from dave_fast.cli.terminal import console, loading, note, plain_warnings, progress, refuse
+from dave_fast.defaults import DEFAULT_MODEL
 from dave_fast.errors import InputError
 from dave_fast.files import check_writable
 
@@ -33,6 +34,7 @@ def explain(
     demo: Annotated[bool, typer.Option("--demo", help="Explain the embedded scene with the embedded model.")] = False,
     *,
     named: options.ModelOptions,
+    random_weights: options.RandomWeights = False,
     target: Annotated[
         list[str] | None,
         typer.Option(
@@ -148,13 +150,13 @@ def explain(
         "schedule": schedule,
         "internal_batch_size": internal_batch_size,
     }
-    screen, default = console(), "demo" if demo else options.DEFAULT_MODEL
+    screen, default = console(), "demo" if demo else DEFAULT_MODEL
     with plain_warnings(screen):
         # What can be refused is refused before the model is loaded.
         check_writable(out)
-        sources = _demo_sources(images, named) if demo else _sources(images or [], out)
-        spec = named.spec(None if demo else given, default=default)
-        with screen.status(f"loading {spec.name}"):
+        sources = _demo_sources(images, named, random_weights) if demo else _sources(images or [], out)
+        spec = named.spec(None if demo else given, default=default, random_weights=random_weights)
+        with loading(screen, spec):
             subject = _load(spec, keywords, "".join(asked))
         done, failed = _run(screen, subject, sources, request)
     _summary(done, failed, request)
@@ -176,12 +178,14 @@ def _sources(images: Sequence[Path], out: Path) -> list[ImageSource]:
     return sources
 
 
-def _demo_sources(images: Sequence[Path] | None, named: options.ModelOptions) -> list[ImageSource]:
+def _demo_sources(
+    images: Sequence[Path] | None, named: options.ModelOptions, random_weights: bool
+) -> list[ImageSource]:
     """Return the embedded scene as the image to explain."""
     from dave_fast.explain.image_files import ImageSource
     from dave_fast.models.demo import demo_scene
 
-    if images or named not in (options.ModelOptions(), options.ModelOptions("demo")):
+    if images or random_weights or named not in (options.ModelOptions(), options.ModelOptions("demo")):
         raise InputError("--demo brings its own image and model; for yours, leave --demo out.")
     return [ImageSource("demo", "the embedded scene", lambda: demo_scene().image)]
 
@@ -197,6 +201,9 @@ def _load(spec: ModelSpec, keywords: dict[str, Any], asked: str) -> Subject:
         keywords = keywords | {"noise_alpha": explainer.sampling.noise_alpha}
         changed = tokens_of if asked == "patch:" else detections_of
         explainer = DAVE(changed(explainer.model), **keywords)
+    if spec.random_weights:
+        # the .npz files carry the name
+        explainer.model_name += ", random weights"
     return Subject.of(explainer)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dave_fast.defaults import DEFAULT_SAMPLES, DEFAULT_SHRINK
+from dave_fast.defaults import DEFAULT_MODEL, DEFAULT_SAMPLES, DEFAULT_SHRINK
 from dave_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,15 +19,13 @@ if TYPE_CHECKING:
     from dave_fast.explain import depth as explain_depth
     from dave_fast.models.spec import ModelSpec
 
-DEFAULT_MODEL = "deit3_base_patch16_224.fb_in1k"
 MODEL, METHOD, MACHINE = "Model", "Method", "Machine"
 NAMES = "timm's name, 'demo', hf:ORG/NAME, hf:FOLDER, torchvision:NAME, open_clip:NAME:TAG or MODULE:FUNCTION."
 
+DEMO_ALONE = "no images are given: the embedded scenes, and the embedded model"
+
 Model = Annotated[
     str | None, typer.Option("--model", help=NAMES, show_default=DEFAULT_MODEL, rich_help_panel=MODEL, metavar="NAME")
-]
-ModelOrDemo = Annotated[
-    str | None, typer.Option("--model", help=NAMES, show_default="demo", rich_help_panel=MODEL, metavar="NAME")
 ]
 Weights = Annotated[
     Path | None,
@@ -66,6 +64,14 @@ Link = Annotated[
         metavar="softmax|sigmoid|none",
         help="How logits become probabilities; sigmoid for several labels.",
         show_default="the model's",
+        rich_help_panel=MODEL,
+    ),
+]
+RandomWeights = Annotated[
+    bool,
+    typer.Option(
+        "--random-weights",
+        help="Fresh weights, to try speed and pictures of an architecture: the maps mean nothing.",
         rich_help_panel=MODEL,
     ),
 ]
@@ -204,7 +210,9 @@ class ModelOptions:
     image_size: ImageSize = None
     link: Link = None
 
-    def spec(self, config: Config | None = None, *, default: str = "demo", random_weights: bool = False) -> ModelSpec:
+    def spec(
+        self, config: Config | None = None, *, default: str = DEFAULT_MODEL, random_weights: bool = False
+    ) -> ModelSpec:
         """Return the model that the options and a configuration name; the command line comes before the configuration.
 
         The configuration's weights, classes, size and link belong to its own model: where another is named they are
@@ -231,10 +239,3 @@ class ModelOptions:
         classes, size = self.num_classes or known.num_classes, self.image_size or known.image_size
         link = self.link or known.link
         return ModelSpec(self.model or known.model or default, file, classes, names, size, random_weights, link)
-
-
-@dataclass(frozen=True)
-class ModelOrDemoOptions(ModelOptions):
-    """The options that name a model, which is the embedded one by default."""
-
-    model: ModelOrDemo = None

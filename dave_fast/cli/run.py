@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dave_fast.cli import options
-from dave_fast.cli.options import MACHINE, MODEL
-from dave_fast.cli.terminal import console
+from dave_fast.cli.options import MACHINE
+from dave_fast.cli.terminal import console, print_model
 from dave_fast.errors import InputError
 from dave_fast.run.limits import Limits
 
@@ -28,14 +28,7 @@ def run(
     ],
     *,
     named: options.ModelOptions,
-    random_weights: Annotated[
-        bool,
-        typer.Option(
-            "--random-weights",
-            help="Fresh weights, to try the mechanics: the maps mean nothing.",
-            rich_help_panel=MODEL,
-        ),
-    ] = False,
+    random_weights: options.RandomWeights = False,
     config: options.ConfigFile = None,
     out: Annotated[Path, typer.Option(help="The run's folder; the same again resumes it.")] = Path("run"),
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many rows in all.")] = None,
@@ -132,8 +125,9 @@ def run(
         raise InputError(f"--seed is {seed}; expected an integer of 64 bits.")
     given = options.read_config(config)
     samples, method = options.method(n_samples, noise_alpha, shrink, config=given)
+    spec, screen = named.spec(given, random_weights=random_weights), console()
     settings = MapSettings(
-        model=named.spec(given, default=options.DEFAULT_MODEL, random_weights=random_weights),
+        model=spec,
         n_samples=samples,
         seed=seed,
         target=target,
@@ -157,6 +151,7 @@ def run(
         },
     )
     machine = Machine(_devices(devices), workers, shard_rows, commit_every, watchdog)
+    print_model(screen, spec)
     summary = run_dataset(
         source,
         out,
@@ -165,7 +160,7 @@ def run(
         engine=engine,
         limit=limit,
         retry_errors=retry_errors,
-        reporter=partial(Bar, console()),
+        reporter=partial(Bar, screen),
     )
     _tell(summary, out)
     if summary.stopped is not None:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from dave_fast.cli import options
+from dave_fast.cli.config import Config
 from dave_fast.cli.options import MACHINE
-from dave_fast.cli.terminal import console, plain_warnings
-from dave_fast.defaults import DEFAULT_SHRINK
+from dave_fast.cli.terminal import console, plain_warnings, repeated, waiting
+from dave_fast.defaults import DEFAULT_MODEL
 from dave_fast.errors import InputError, reason_of
-from dave_fast.serve.logs import log_to_stderr
+from dave_fast.serve.logs import log, log_to_stderr
 from dave_fast.serve.signals import end_start, leave
 from dave_fast.signals import at_signals
 
@@ -27,13 +31,14 @@ MISSING = "serving needs more packages; install them with: pip install 'dave-fas
 
 def serve(
     models: Annotated[
-        list[str] | None, typer.Argument(metavar="[[NAME=]MODEL]...", help=options.NAMES, show_default="demo")
+        list[str] | None, typer.Argument(metavar="[[NAME=]MODEL]...", help=options.NAMES, show_default=DEFAULT_MODEL)
     ] = None,
     weights: options.Weights = None,
     num_classes: options.NumClasses = None,
     labels: options.ClassNames = None,
     image_size: options.ImageSize = None,
     link: options.Link = None,
+    config: options.ConfigFile = None,
     host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 for every network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = 8000,
     device: Annotated[
@@ -84,18 +89,13 @@ def serve(
     in_words = screen.is_terminal or sys.stderr is not sys.__stderr__
     if not in_words:
         log_to_stderr()
-    keys = _keys(api_keys)
+    keys, given = _keys(api_keys), options.read_config(config)
+    own = options.ModelOptions(None, weights, num_classes, labels, image_size, link)
     settings: dict[str, Any] = {
         "precision": precision,
         "backend": backend,
-        "noise_alpha": noise_alpha,
-        "shrink": DEFAULT_SHRINK if shrink is None else shrink,
         "internal_batch_size": internal_batch_size,
-        "weights": _file(weights),
-        "num_classes": num_classes,
-        "labels": _file(labels),
-        "image_size": image_size,
-        "link": link,
+        **options.method(None, noise_alpha, shrink, config=given)[1],
     }
     # A port that is in use is refused before the models are loaded.
     with at_signals(end_start), _bound(host, port) as listening:
@@ -108,10 +108,16 @@ def serve(
         except ModuleNotFoundError as error:
             raise InputError(f"{MISSING} ({error.name} is missing).") from error
 
-        names = models or ["demo"]
+        names, of_model = _models(models or [], own, given)
+        say: Callable[[str], None] = partial(screen.print, soft_wrap=True) if in_words else log.info
+        for name in names:
+            say(f"model: {name}")
+        if given.n_samples is not None:
+            say(f"n_samples = {given.n_samples} of {config} is left out: each request says how many samples it wants.")
         told = plain_warnings(screen) if in_words else nullcontext()
-        with told, screen.status(f"loading {', '.join(names)}"):
-            loaded = load_models(names, device or [None], **settings)
+        text = f"loading {', '.join(names)}"
+        with told, waiting(screen, text) if in_words else repeated(say, text):
+            loaded = load_models(names, device or [None], **of_model, **settings)
         limits = Limits(
             samples=max_samples,
             requests=max_requests,
@@ -129,8 +135,24 @@ def serve(
     leave(0)
 
 
-def _file(path: Path | None) -> str | None:
-    return None if path is None else str(path)
+def _models(models: list[str], own: options.ModelOptions, config: Config) -> tuple[list[str], dict[str, Any]]:
+    """Return the models to serve, and the keywords of `load_models` that belong to a single one.
+
+    Raises:
+        InputError: there is no such file, or a configuration is given with several models.
+    """
+    from dave_fast.serve.models import served_name
+
+    if len(set(models)) > 1:
+        if config != Config():
+            raise InputError(
+                f"--config belongs to one model, and {len(set(models))} are named: start a server for each."
+            )
+        spec = own.spec()
+    else:
+        spec = replace(own, model=served_name(models[0])[1] if models else None).spec(config)
+        models = models or [spec.name]
+    return models, {name: getattr(spec, name) for name in ("weights", "num_classes", "labels", "image_size", "link")}
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -6,6 +6,7 @@ import io
 import logging
 import math
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ from dave_fast.numbers import parse_number, parse_whole
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from dave_fast.models.spec import ModelSpec
 
 _LOG_WIDTH = 200
 # seconds between two lines of progress in a file
@@ -155,13 +158,44 @@ def plain_warnings(to: Console) -> Iterator[None]:
 
 
 @contextmanager
+def waiting(to: Console, text: str) -> Iterator[Callable[[str], None]]:
+    """Say in the block what is under way; the block gets a function that changes the words.
+
+    Where `to` is not a terminal, a line is printed every `LOG_S` seconds.
+    """
+    if to.is_terminal:
+        with to.status(text) as status:
+            yield status.update
+        return
+    with repeated(lambda line: to.print(line, soft_wrap=True), text) as say:
+        yield say
+
+
+def print_model(to: Console, spec: ModelSpec) -> None:
+    """Print which model is taken, in one line."""
+    weights = ", random weights" if spec.random_weights else f", weights {spec.weights}" if spec.weights else ""
+    to.print(f"model: {spec.name}{weights}", soft_wrap=True)
+
+
+@contextmanager
+def loading(to: Console, spec: ModelSpec) -> Iterator[None]:
+    """Print which model is taken, and say in the block that it is loaded."""
+    print_model(to, spec)
+    with waiting(to, f"loading {spec.name}"):
+        yield
+    if spec.random_weights:
+        note(to, "the weights are random: the maps show speed and mechanics, and mean nothing.")
+
+
+@contextmanager
 def progress(to: Console, name: str, unit: str = "samples") -> Iterator[Callable[[int, int, str], None]]:
     """Show a progress bar in the block, which gets a function of (done, in all, current work) that updates it.
 
     The bar vanishes at the end of the block. Where `to` is not a terminal, a line is printed every `LOG_S` seconds.
     """
     if not to.is_terminal:
-        yield _lines(to, unit)
+        with waiting(to, name) as say:
+            yield lambda done, total, work: say(f"{work}: {done} of {total} {unit}")
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -177,14 +211,22 @@ def progress(to: Console, name: str, unit: str = "samples") -> Iterator[Callable
         yield lambda done, total, work: bar.update(task, completed=done, total=max(done, total), description=work)
 
 
-def _lines(to: Console, unit: str) -> Callable[[int, int, str], None]:
-    """Return a function of (done, in all, current work) that prints a line if the last one is `LOG_S` seconds old."""
-    last = time.monotonic()
+@contextmanager
+def repeated(show: Callable[[str], None], text: str) -> Iterator[Callable[[str], None]]:
+    """Give a text and the seconds of the block to a function every `LOG_S` seconds, from a thread of its own.
 
-    def update(done: int, total: int, work: str) -> None:
-        nonlocal last
-        if time.monotonic() - last >= LOG_S:
-            last = time.monotonic()
-            to.print(f"{work}: {done} of {total} {unit}", soft_wrap=True)
+    The block gets a function that changes the text.
+    """
+    begun, ended, words = time.monotonic(), threading.Event(), [text]
 
-    return update
+    def tell() -> None:
+        while not ended.wait(LOG_S):
+            show(f"{words[0]}, {time.monotonic() - begun:.0f} s")
+
+    thread = threading.Thread(target=tell, daemon=True, name="dave-fast-progress")
+    thread.start()
+    try:
+        yield lambda text: words.__setitem__(0, text)
+    finally:
+        ended.set()
+        thread.join()

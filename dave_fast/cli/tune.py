@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dave_fast.cli import options
-from dave_fast.cli.terminal import console, note, plain_warnings, progress
+from dave_fast.cli.terminal import console, loading, note, plain_warnings, progress
+from dave_fast.defaults import DEFAULT_MODEL
 from dave_fast.errors import ImageError, InputError
 from dave_fast.files import check_writable
 
@@ -25,10 +26,10 @@ CONFIG, PICTURE = "dave-fast.toml", "tune.png"
 def tune(
     paths: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[IMAGES|FOLDER]...", help="Images that the model is used on; none for 'demo'."),
+        typer.Argument(metavar="[IMAGES|FOLDER]...", help="Images that the model is used on; without, the demo."),
     ] = None,
     *,
-    named: options.ModelOrDemoOptions,
+    named: options.ModelOptions,
     out: Annotated[Path, typer.Option(help="The folder for the configuration and the picture.")] = Path("tuned"),
     images: Annotated[int, typer.Option(min=3, help="How many of the images to use.")] = 8,
     quality: Annotated[
@@ -52,14 +53,13 @@ def tune(
     screen = console()
     with plain_warnings(screen):
         check_writable(out)
-        spec = named.spec()
+        spec = named.spec(default=DEFAULT_MODEL if paths else "demo")
         if not paths and spec.name != "demo":
             raise InputError(f"name images that {spec.name} is used on, or a folder: tuning takes three or more.")
         files = find_images(paths) if paths else []
-        if not screen.is_terminal:
-            # a file has no moving status, and PyTorch takes seconds to import
-            screen.print(f"loading {spec.name}", soft_wrap=True)
-        with screen.status(f"loading {spec.name}"):
+        if not paths:
+            screen.print(options.DEMO_ALONE, soft_wrap=True)
+        with loading(screen, spec):
             from dave_fast.evaluate.tuning import tune as measure
             from dave_fast.explain.subject import Subject
 

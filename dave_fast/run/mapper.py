@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dave_fast.defaults import DEFAULT_SAMPLES
+from dave_fast.defaults import DEFAULT_MODEL, DEFAULT_SAMPLES
 from dave_fast.errors import InputError, NonFiniteError
 from dave_fast.explain.depth import PIXELS, Depth, check_one
 from dave_fast.models.meaning import link_of
@@ -57,7 +57,7 @@ class MapSettings:
         options: further keywords of `dave_fast.DAVE`.
     """
 
-    model: str | ModelSpec | nn.Module = "demo"
+    model: str | ModelSpec | nn.Module = DEFAULT_MODEL
     n_samples: int = DEFAULT_SAMPLES
     seed: int = 0
     target: str | int | None = None

@@ -92,7 +92,7 @@ class Report:
 
 
 class Bar(Report):
-    """A live bar on a terminal; in a log, a line every `LOG_S` seconds.
+    """A live bar on a terminal; in a log, a line every `LOG_S` seconds, every `LOADING_S` until the model is loaded.
 
     Args:
         screen: the console to write to.
@@ -101,13 +101,14 @@ class Bar(Report):
     """
 
     LOG_S = 60.0
+    LOADING_S = 5.0
 
     def __init__(self, screen: Console, total: int | None, before: int = 0) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         self._screen, self._total, self._before = screen, total, before
         self._reported = 0
-        self._logged = time.monotonic()
+        self._begun = self._logged = time.monotonic()
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -135,6 +136,8 @@ class Bar(Report):
     def update(self, tally: Tally) -> None:
         """Move the bar, or write a line to the log if one is due; write the first failures, in red."""
         if tally.first_work is None:
+            if self._due(self.LOADING_S):
+                self._screen.print(f"loading the model, {time.monotonic() - self._begun:.0f} s")
             return
         for record_id, reason in tally.first_errors[self._reported :]:
             self._reported += 1
@@ -145,13 +148,19 @@ class Bar(Report):
         count = f"{int(done)}{f'/{self._total}' if self._total is not None else ''} images"
         rate, share = speed(tally.rate), f"{100 * tally.device_share:.0f} %"
         self._progress.update(self._task, description="explaining", completed=done, count=count, rate=rate, share=share)
-        now = time.monotonic()
-        if not self._screen.is_terminal and now - self._logged >= self.LOG_S:
-            self._logged = now
+        if self._due(self.LOG_S):
             left = ""
             if self._total is not None and tally.rate > 0:
                 left = f", {duration((self._total - done) / tally.rate)} left"
             self._screen.print(f"{count}, {rate}, device {share}, {tally.errors} failed{left}")
+
+    def _due(self, seconds: float) -> bool:
+        """Return whether the log has had no line for so long."""
+        now = time.monotonic()
+        if self._screen.is_terminal or now - self._logged < seconds:
+            return False
+        self._logged = now
+        return True
 
     def note(self, text: str) -> None:
         """Write a remark, in yellow."""

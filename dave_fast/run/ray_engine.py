@@ -59,7 +59,10 @@ def run_ray(run_folder: RunFolder, settings: MapSettings, machine: Machine, repo
     with _cluster(ray, machine) as (actors, gpus):
         device = "cuda" if gpus else next((d for d in machine.devices if d), None)
         load = ray.remote(num_cpus=1, num_gpus=int(gpus))(probe)
-        probed = ray.get(load.remote(settings, device))
+        loading = load.remote(settings, device)
+        while not ray.wait([loading], timeout=1.0)[0]:
+            report.update(Tally(workers=actors))
+        probed = ray.get(loading)
         if isinstance(probed, DaveFastError):
             raise probed
         configuration, weights, notes, names = probed

@@ -23,7 +23,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dave_fast.defaults import DEFAULT_SHRINK
+from dave_fast.defaults import DEFAULT_MODEL, DEFAULT_SHRINK
 from dave_fast.serve.app import create_app
 from dave_fast.serve.limits import Limits
 from dave_fast.serve.logs import log_to_stderr
@@ -63,7 +63,7 @@ class ClusterSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    models: list[str] = ["demo"]
+    models: list[str] = [DEFAULT_MODEL]
     weights: str | None = None
     num_classes: int | None = None
     labels: str | None = None

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
@@ -233,15 +232,6 @@ def test_results_inside_the_folder_are_not_explained(models, tmp_path):
         assert "1 image explained" in result.stdout
 
 
-def test_progress_in_a_file_is_a_line_once_in_a_while(monkeypatch):
-    text = io.StringIO()
-    with terminal.progress(Console(file=text), "tuning") as update:
-        update(1, 8, "noise_alpha")
-        monkeypatch.setattr(terminal, "LOG_S", 0.0)
-        update(2, 8, "noise_alpha")
-    assert text.getvalue() == "noise_alpha: 2 of 8 samples\n"
-
-
 def test_notes_are_plain_lines_told_once(models, photo, tmp_path):
     models["bare"] = lambda: setattr(model := tiny(), "pretrained_cfg", None) or model
     write(tmp_path / "in/b.png")
@@ -250,12 +240,23 @@ def test_notes_are_plain_lines_told_once(models, photo, tmp_path):
     assert "class " in result.stdout
 
 
+def test_random_weights_need_no_network_and_are_told(photo, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    quick = ("--n-samples", 1, "--precision", "fp32", "--out", tmp_path / "maps")
+    result = run("explain", photo, "--model", "vit_tiny_patch16_224", "--random-weights", *quick)
+    assert "model: vit_tiny_patch16_224, random weights\n" in result.stderr
+    assert result.stderr.count("note: the weights are random") == 1 and "mean nothing" in result.stderr
+    (arrays,) = (load(tmp_path / "maps" / name) for name in tree(tmp_path / "maps") if name.endswith(".npz"))
+    assert arrays["model"] == "vit_tiny_patch16_224, random weights"
+
+
 # Bad input
 
 
 def refused(result, message):
-    """Check that the command printed one red line and no traceback, beside the note of the level chosen."""
-    lines = [line for line in result.stderr.splitlines() if line and not line.startswith("note: noise_alpha is")]
+    """Check that the command printed one red line and no traceback, beside the model and the level chosen for it."""
+    told = ("note: noise_alpha is", "model: ")
+    lines = [line for line in result.stderr.splitlines() if line and not line.startswith(told)]
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
     assert message in lines[0]
 
@@ -440,8 +441,10 @@ def test_demo(tmp_path):
     assert size(picture)[0] > 1000
 
 
-def test_demo_takes_no_images(photo):
-    refused(run("explain", photo, "--demo", code=2), "--demo brings its own image")
+@pytest.mark.parametrize("more", ["photo", "--random-weights"])
+def test_demo_takes_no_images_and_no_other_weights(photo, more):
+    more = photo if more == "photo" else more
+    refused(run("explain", more, "--demo", code=2), "--demo brings its own image")
 
 
 def test_refusal_is_one_line(tmp_path):

@@ -147,9 +147,8 @@ def deploy(**settings: Any) -> None:
 
     from dave_fast.serve.cluster import ClusterSettings, application
 
-    serve.run(
-        application(ClusterSettings(answer_seconds=60.0, precision="fp32", **settings)), name="dave", route_prefix="/"
-    )
+    asked = ClusterSettings(models=["demo"], answer_seconds=60.0, precision="fp32", **settings)
+    serve.run(application(asked), name="dave", route_prefix="/")
 
 
 @pytest.fixture(scope="module")

@@ -317,6 +317,8 @@ def test_without_deadlines_small_requests_overtake_large_ones(server, photo):
     ("params", "status", "word"),
     [
         ({"model": "absent"}, 404, "tiny, other"),
+        # a name of a client's is never imported
+        ({"model": "os:getcwd"}, 404, "tiny, other"),
         ({"target": "zebra"}, 422, "no class"),
         ({"target": "10"}, 422, "out of range"),
         ({"target": "thing"}, 422, "fits 8 classes"),
