@@ -34,9 +34,16 @@ from dave_fast.plan.reading import ImageSizeError, Reading
 from dave_fast.plan.vit_plan import ViTPlan
 
 ROUTES = ("auto", "engine", "frozen")
+
 # tokens of a micro-batch on a CPU: enough for full GEMM tiles, few enough to stay in the caches
 CPU_TOKENS = 800
 FROZEN_ROWS = 4
+
+
+def check_route(route: str) -> None:
+    """Raise InputError unless a route is one of `ROUTES`."""
+    if route not in ROUTES:
+        raise InputError(f"route is {route!r}; expected one of {', '.join(ROUTES)}")
 
 
 @dataclass(eq=False)

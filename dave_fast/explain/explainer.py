@@ -9,6 +9,7 @@ sample) in micro-batches. Source: DAVE, arXiv 2602.06613, Eq. 3-8; shrinkage is 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from dave_fast.engine.end_of_call import EndOfCall
 from dave_fast.engine.levels import PIXELS as LEVEL_OF_PIXELS
 from dave_fast.engine.levels import Levels, levels_of
 from dave_fast.engine.micro_batches import MicroBatches, Progress
+from dave_fast.engine.route import check_route
 from dave_fast.errors import InputError
 from dave_fast.explain.depth import PIXELS, Depth, check_depth, check_one, depth_of, places_of
 from dave_fast.explain.depth_account import Depths, account, every_level
@@ -38,6 +40,7 @@ from dave_fast.models.labels import Labels, labels_of
 from dave_fast.models.meaning import has_classes, link_of, most_probable, probability_of
 from dave_fast.models.spec import ModelSpec
 from dave_fast.numbers import check_integer
+from dave_fast.ops._registry import choose
 from dave_fast.ops.patches import unpatchify
 from dave_fast.ops.precision import choose_precision, own_arithmetic, resolve_device
 from dave_fast.sampling import Sampling, draw, identity
@@ -106,19 +109,26 @@ class DAVE(SampleCalls):
         internal_batch_size: int | None = None,
         graphs: bool | None = None,
     ) -> None:
+        # what can be refused without the model is refused before its weights are fetched
+        sampling = Sampling(0.0 if noise_alpha is None else noise_alpha, schedule, rotation, scale, translation, flip)
+        if not isinstance(shrink, bool):
+            raise InputError(f"shrink is {shrink!r}; expected True, or False for the paper's maps")
+        self.shrink = shrink
+        self.internal_batch_size = check_rows(internal_batch_size)
+        check_route(route)
+        if not isinstance(model, nn.Module):
+            place = resolve_device(device, nn.Identity(), named=True)
+            choose_precision(precision, place, backend)
+            choose("perturb", backend, place.type)
         self._wrapping = Watched(model) if isinstance(model, nn.Module) else None
         self.model, self.model_name = load_model(model)
         self.device = resolve_device(device, self.model, named=not isinstance(model, nn.Module))
         self.precision = choose_precision(precision, self.device, backend)
         self.backend = backend
         if noise_alpha is None:
-            noise_alpha = noise_level(self.model, self.model_name)
-        self.sampling = Sampling(noise_alpha, schedule, rotation, scale, translation, flip)
-        if not isinstance(shrink, bool):
-            raise InputError(f"shrink is {shrink!r}; expected True, or False for the paper's maps")
-        self.shrink = shrink
+            sampling = replace(sampling, noise_alpha=noise_level(self.model, self.model_name))
+        self.sampling = sampling
         self.inputs = Inputs(self.model)
-        self.internal_batch_size = check_rows(internal_batch_size)
         self._cache = RouteCache(
             self.model,
             self.device,

@@ -17,8 +17,8 @@ from dave_fast.engine.checks import check_images
 from dave_fast.engine.end_of_call import EndOfCall, WeightsChangedError
 from dave_fast.engine.graphs import make_graphs
 from dave_fast.engine.micro_batches import MicroBatches
-from dave_fast.engine.route import ROUTES, Route, make_route
-from dave_fast.errors import InputError, ModelError, is_out_of_memory, reason_of
+from dave_fast.engine.route import Route, make_route
+from dave_fast.errors import ModelError, is_out_of_memory, reason_of
 from dave_fast.given.isolation import class_name, form_of
 from dave_fast.given.own_forward import check_readable
 from dave_fast.models.fingerprint import State
@@ -63,8 +63,6 @@ class RouteCache:
         *,
         reads_values: bool,
     ) -> None:
-        if route not in ROUTES:
-            raise InputError(f"route is {route!r}; expected one of {', '.join(ROUTES)}")
         self.defers = device.type != "cpu"
         self.ops = PixelOps(backend, device)
         self.make_graphs = partial(make_graphs, device, graphs)

@@ -332,10 +332,13 @@ def test_numbers_below_one(models, untouched, photo, option):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("--precision", "fp3"), ("--backend", "no"), ("--schedule", "no"), ("--route", "no")],
+    [
+        *(("--precision", "fp3"), ("--backend", "no"), ("--schedule", "no"), ("--route", "no"), ("--device", "abacus")),
+        *(("--noise-alpha", "1.5"), ("--link", "no")),
+    ],
 )
-def test_settings_that_do_not_exist(models, untouched, photo, option, value):
-    result = run("explain", photo, "--out", untouched, "--model", "tiny", option, value, code=2)
+def test_settings_that_do_not_exist_are_refused_before_the_model_is_loaded(models, untouched, photo, option, value):
+    result = run("explain", photo, "--out", untouched, "--model", "never", option, value, code=2)
     refused(result, value)
 
 
