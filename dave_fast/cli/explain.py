@@ -156,12 +156,24 @@ def explain(
         check_writable(out)
         sources = _demo_sources(images, named, random_weights) if demo else _sources(images or [], out)
         spec = named.spec(None if demo else given, default=default, random_weights=random_weights)
+        _check_targets(request.targets, spec)
         with loading(screen, spec):
             subject = _load(spec, keywords, "".join(asked))
         done, failed = _run(screen, subject, sources, request)
     _summary(done, failed, request)
     if failed:
         raise typer.Exit(1 if done else 2)
+
+
+def _check_targets(targets: Sequence[str], spec: ModelSpec) -> None:
+    """Raise InputError for a target that is no class, where the classes are known before the model is loaded."""
+    from dave_fast.models.labels import known_labels
+    from dave_fast.targets.text import parse_target
+
+    labels = known_labels(spec) if targets else None
+    if labels is not None:
+        for text in targets:
+            parse_target(text, labels)
 
 
 def _sources(images: Sequence[Path], out: Path) -> list[ImageSource]:

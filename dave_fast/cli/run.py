@@ -115,7 +115,7 @@ def run(
     130, 143: stopped by Ctrl-C or SIGTERM.
     """
     from dave_fast.run.local import Machine
-    from dave_fast.run.mapper import MAP_DTYPES, MapSettings
+    from dave_fast.run.mapper import LABEL, MAP_DTYPES, PREDICTED, MapSettings
     from dave_fast.run.progress import Bar
     from dave_fast.run.runner import run_dataset
 
@@ -151,6 +151,13 @@ def run(
         },
     )
     machine = Machine(_devices(devices), workers, shard_rows, commit_every, watchdog)
+    if target is not None and target not in (PREDICTED, LABEL):
+        from dave_fast.models.labels import known_labels
+
+        # a wrong name is refused before weights are fetched, where the names are known
+        labels = known_labels(spec)
+        if labels is not None:
+            labels.resolve(target)
     print_model(screen, spec)
     summary = run_dataset(
         source,

@@ -26,14 +26,7 @@ def load(name: str, spec: ModelSpec) -> nn.Module:
     """
     from torchvision import models
 
-    architecture, _, wanted = name.partition(":")
-    if architecture not in models.list_models(module=models):
-        hint = suggestion(architecture, models.list_models(module=models), "torchvision.models.list_models()")
-        raise UnknownModelError(f"torchvision has no classifier {architecture!r}; {hint}")
-    known = models.get_model_weights(architecture)
-    if wanted and wanted not in known.__members__:
-        raise UnknownModelError(f"{architecture} has no weights {wanted!r}; it has {', '.join(known.__members__)}.")
-    chosen: Any = known[wanted] if wanted else known["DEFAULT"]
+    architecture, chosen = name.partition(":")[0], weights_of(name)
     classes = spec.num_classes or len(chosen.meta["categories"])
     if not spec.pretrained:
         with loading(spec.name, remote=False):
@@ -48,6 +41,24 @@ def load(name: str, spec: ModelSpec) -> nn.Module:
     model.num_classes = classes
     model.pretrained_cfg = preprocessing_of(chosen) | ({} if names is None else {"label_names": tuple(names)})
     return model
+
+
+def weights_of(name: str) -> Any:
+    """Return the member of torchvision's weights that NAME or NAME:WEIGHTS names.
+
+    Raises:
+        UnknownModelError: there is no such model, or it has no such weights.
+    """
+    from torchvision import models
+
+    architecture, _, wanted = name.partition(":")
+    if architecture not in models.list_models(module=models):
+        hint = suggestion(architecture, models.list_models(module=models), "torchvision.models.list_models()")
+        raise UnknownModelError(f"torchvision has no classifier {architecture!r}; {hint}")
+    known = models.get_model_weights(architecture)
+    if wanted and wanted not in known.__members__:
+        raise UnknownModelError(f"{architecture} has no weights {wanted!r}; it has {', '.join(known.__members__)}.")
+    return known[wanted] if wanted else known["DEFAULT"]
 
 
 def preprocessing_of(weights: Any) -> dict[str, Any]:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import islice
 from typing import Any
 
 from dave_fast.errors import InputError
 from dave_fast.given.wrappers import last_part
 from dave_fast.models.meaning import has_own_head, head_width, kind_of
+from dave_fast.models.spec import ModelSpec, class_names
 from dave_fast.numbers import check_integer, shown, whole_in
 
 _LISTED = 8
+# synonyms that a wrong name is compared with
+_COMPARED = 50_000
 
 
 @dataclass(frozen=True)
@@ -47,18 +53,44 @@ class Labels:
             raise InputError("the target is empty: give a class index or a class name.")
         if not self.names:
             raise InputError(f"target {shown(text)}: the classes of this model have no names; give an index.")
-        wanted = text.casefold()
-        synonyms, descriptions, together = self._folded
-        found = synonyms.get(wanted, [])
-        if not found and wanted in together:
-            found = [i for i, name in enumerate(descriptions) if wanted in name]
+        found = self._fitting(text.casefold())
         if not found:
-            raise InputError(f"target {shown(text)}: no class has it in its name; give an index or another name.")
+            raise InputError(f"target {shown(text)}: no class has it in its name; {self._nearest(text.casefold())}")
         if len(found) > 1:
             raise InputError(
                 f"target {shown(text)} fits {len(found)} classes: {self._listed(found)}. Give one, or its index."
             )
         return found[0]
+
+    def find(self, text: str) -> int | None:
+        """Return what `resolve` returns, and None where it raises: quick for many texts that are no classes."""
+        index = whole_in(text.strip())
+        if index is not None:
+            return index if self._has(index) else None
+        found = self._fitting(text.strip().casefold())
+        return found[0] if len(found) == 1 else None
+
+    def _fitting(self, wanted: str) -> list[int]:
+        """Return the classes that a name in small letters fits."""
+        synonyms, descriptions, together = self._folded
+        found = synonyms.get(wanted, [])
+        if not found and wanted and wanted in together:
+            found = [i for i, name in enumerate(descriptions) if wanted in name]
+        return found
+
+    def _nearest(self, wanted: str) -> str:
+        """Return a hint for a name that no class has: the synonyms nearest to it.
+
+        Of names whose length is about the same, and of so many that 0.1 s is enough.
+        """
+        synonyms = islice(self._folded[0].items(), _COMPARED)
+        about = {
+            name: classes for name, classes in synonyms if abs(len(name) - len(wanted)) <= 2 + min(len(wanted), 40) // 4
+        }
+        near = difflib.get_close_matches(wanted, about)
+        if not near:
+            return "give an index or another name."
+        return f"did you mean {' or '.join(f'{name} ({about[name][0]})' for name in near)}?"
 
     @cached_property
     def _folded(self) -> tuple[dict[str, list[int]], list[str], str]:
@@ -70,8 +102,11 @@ class Labels:
                 synonyms.setdefault(synonym, []).append(i)
         return synonyms, descriptions, "\n".join(descriptions)
 
+    def _has(self, index: int) -> bool:
+        return index >= 0 and (self.count is None or index < self.count)
+
     def _index(self, index: int) -> int:
-        if index < 0 or (self.count is not None and index >= self.count):
+        if not self._has(index):
             known = "0 or more" if self.count is None else f"0 to {self.count - 1}"
             raise InputError(f"target {index} is out of range: the classes of this model are {known}.")
         return index
@@ -98,6 +133,41 @@ def labels_of(model: Any, width: int | None = None) -> Labels:
     names = _pretrained_names(model, getattr(model, "pretrained_cfg", None)) or ()
     count = width or head_width(model) or getattr(model, "num_classes", None) or len(names) or None
     return Labels(count, names if names and len(names) == count else None)
+
+
+def known_labels(spec: ModelSpec) -> Labels | None:
+    """Return the named classes that the model of a spec will have, where its library knows them without the weights.
+
+    Nothing is fetched; None where the names are not known before the model is loaded.
+
+    Raises:
+        InputError: the file of class names cannot be read.
+    """
+    if spec.labels is not None:
+        names = class_names(spec.labels)
+        return Labels(len(names), names)
+    found = _names_of_library(*spec.source) or ()
+    return Labels(len(found), found) if found and spec.num_classes in (None, len(found)) else None
+
+
+def _names_of_library(source: str, name: str) -> tuple[str, ...] | None:
+    """Return the class names of a model's own weights as its library lists them; None where it does not."""
+    if source == "demo":
+        from dave_fast.models.demo.model import PREPROCESSING
+
+        return _pretrained_names(None, PREPROCESSING)
+    # a tag that does not exist, a library that is not installed: loading says it
+    with suppress(RuntimeError, ModuleNotFoundError):
+        if source == "timm":
+            import timm
+
+            config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+            return _pretrained_names(None, config.to_dict()) if config else None
+        if source == "torchvision":
+            from dave_fast.models.from_torchvision import weights_of
+
+            return tuple(weights_of(name).meta["categories"])
+    return None
 
 
 def _pretrained_names(model: Any, config: Any) -> tuple[str, ...] | None:

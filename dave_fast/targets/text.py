@@ -42,6 +42,8 @@ from dave_fast.targets import (
 MOST_LETTERS, MOST_SIGNS = 10_000, 16
 # readings that are told where several fit
 _TOLD = 4
+# what stands between two signs: the index of a class, or text that is none
+Terms = dict[tuple[int, int], int | str]
 
 
 def parse_target(text: str, labels: Labels, *, files: bool = True, most_signs: int = MOST_SIGNS) -> Question:
@@ -169,24 +171,23 @@ def _classes(text: str, labels: Labels, most_signs: int) -> Question:
     """Return the reading with the fewest classes."""
 
     @cache
-    def resolved(name: str) -> int | InputError:
-        try:
-            return labels.resolve(name)
-        except InputError as error:
-            return error
+    def resolved(name: str) -> int | str:
+        index = labels.find(name)
+        return name if index is None else index
 
     # one class, whatever signs its name has
     if isinstance(whole := resolved(text.strip('"')), int):
         return Class(whole)
     cuts = _cuts(text, most_signs)
     edges = [-1, *cuts, len(text)]
-    terms: dict[tuple[int, int], int | InputError] = {}
+    terms: Terms = {}
     for start, first in enumerate(edges[:-1]):
         for stop in range(start + 1, len(edges)):
             terms[start, stop] = resolved(text[first + 1 : edges[stop]].strip().strip('"'))
     readings = [_reading(text, edges, terms, ends) for ends in islice(_fewest(terms, len(cuts) + 1), _TOLD)]
     if not readings:
-        raise _first_error(terms, len(cuts) + 1)
+        # raises the error of this name alone, whose hint takes time
+        labels.resolve(_first_unknown(terms, len(cuts) + 1))
     if len(readings) > 1:
         told = " or ".join(repr(describe_target(each, labels)) for each in readings)
         raise InputError(f"target {shown(text)} may be {told}; put names into double quotes")
@@ -213,7 +214,7 @@ def _cuts(text: str, most_signs: int) -> list[int]:
     return cuts
 
 
-def _fewest(terms: dict[tuple[int, int], int | InputError], last: int) -> Iterator[list[int]]:
+def _fewest(terms: Terms, last: int) -> Iterator[list[int]]:
     """Yield the ends of the terms of each reading of known classes that has the fewest, earliest cuts first."""
     # terms from an edge to the last one, and the ends of the first of them that lead to as few
     fewest, ends = {last: 0}, {}
@@ -230,12 +231,12 @@ def _fewest(terms: dict[tuple[int, int], int | InputError], last: int) -> Iterat
     return walk(0)
 
 
-def _first_error(terms: dict[tuple[int, int], int | InputError], last: int) -> InputError:
-    """Return the first error of the reading with the fewest unknown names, and of those of one with the most terms."""
+def _first_unknown(terms: Terms, last: int) -> str:
+    """Return the first name that is no class of the reading with the fewest such, and of those with the most terms."""
     best: dict[int, tuple[int, int, int]] = {last: (0, 0, last)}
     for start in reversed(range(last)):
         best[start] = min(
-            (best[stop][0] + isinstance(terms[start, stop], InputError), best[stop][1] - 1, stop)
+            (best[stop][0] + isinstance(terms[start, stop], str), best[stop][1] - 1, stop)
             for stop in range(start + 1, last + 1)
         )
     start = 0
@@ -244,8 +245,8 @@ def _first_error(terms: dict[tuple[int, int], int | InputError], last: int) -> I
     return found
 
 
-def _reading(text: str, edges: list[int], terms: dict[tuple[int, int], int | InputError], ends: list[int]) -> Question:
-    classes = [Class(terms[pair]) for pair in zip([0, *ends], ends, strict=False)]  # type: ignore[arg-type]
+def _reading(text: str, edges: list[int], terms: Terms, ends: list[int]) -> Question:
+    classes = [Class(terms[pair]) for pair in zip([0, *ends], ends, strict=False)]
     return _together(classes, [text[edges[end]] for end in ends[:-1]])
 
 

@@ -310,6 +310,22 @@ def test_target_that_the_model_lacks(models, untouched, photo, target, message):
     refused(explain(photo, "--out", untouched, "--target", target, code=2), message)
 
 
+@pytest.mark.parametrize(
+    ("model", "target", "message"),
+    [
+        ("vit_tiny_patch16_224", "tabby-tigerr", "did you mean tiger (292)"),
+        ("vit_tiny_patch16_224", "1000", "out of range"),
+        ("deit3_base_patch16_224.fb_in1k", "goldfsh", "did you mean goldfish (1)"),
+        ("demo", "fuor", "did you mean four (4)"),
+        ("torchvision:vit_b_16", "goldfsh", "did you mean goldfish (1)"),
+    ],
+)
+def test_a_class_that_the_architecture_lacks_is_refused_before_the_model_is_loaded(
+    models, untouched, photo, model, target, message
+):
+    refused(explain(photo, "--out", untouched, "--target", target, model=model, code=2), message)
+
+
 def test_more_classes_than_there_are(models, untouched, photo):
     refused(explain(photo, "--out", untouched, "--top-k", 11, code=2), "the model has 10 classes")
 

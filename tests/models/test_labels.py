@@ -1,9 +1,13 @@
 """Tests of class names: their sources, and the look-up of a target by name."""
 
+import time
+
 import pytest
 
 from dave_fast.errors import InputError
-from dave_fast.models.labels import Labels, labels_of
+from dave_fast.models.catalog import load_model
+from dave_fast.models.labels import Labels, known_labels, labels_of
+from dave_fast.models.spec import ModelSpec
 
 ANIMALS = Labels(5, ("tiger, Panthera tigris", "tiger cat", "crane", "crane", "lesser panda, red panda, panda"))
 
@@ -35,6 +39,7 @@ def test_name_is_the_first_synonym():
 )
 def test_target(target, index):
     assert ANIMALS.resolve(target) == index
+    assert not isinstance(target, str) or ANIMALS.find(target) == index
 
 
 @pytest.mark.parametrize(
@@ -44,13 +49,16 @@ def test_target(target, index):
         ("-1", "out of range"),
         ("crane", r"fits 2 classes: crane \(2\), crane \(3\)"),
         ("tig", r"fits 2 classes: tiger \(0\), tiger cat \(1\)"),
-        ("walrus", "no class has it in its name"),
+        ("walrus", "no class has it in its name; give an index or another name"),
+        ("tiegr", r"no class has it in its name; did you mean tiger \(0\)\?"),
+        ("READ PANDA", r"did you mean red panda \(4\)"),
         ("", "empty"),
     ],
 )
 def test_target_that_fits_no_class_or_several(target, message):
     with pytest.raises(InputError, match=message):
         ANIMALS.resolve(target)
+    assert not isinstance(target, str) or ANIMALS.find(target) is None
 
 
 def test_long_lists_are_cut():
@@ -81,6 +89,49 @@ def test_imagenet():
 def test_imagenet_of_12_thousand_classes():
     labels = labels_of(Model(11821, {"num_classes": 11821}))
     assert labels.names is not None and len(labels.names) == 11821
+
+
+@pytest.mark.parametrize("name", ["labrador retreiver", "x" * 5000, "a " * 5000, "tigr" * 50])
+def test_a_hint_among_22_thousand_classes_takes_little_time(name):
+    labels = labels_of(Model(21841, {"num_classes": 21841}))
+    labels.find(name)
+    began = time.process_time()
+    with pytest.raises(InputError, match="no class has it in its name; (did you mean labrador retriever|give an)"):
+        labels.resolve(name)
+    assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("demo", "vit_tiny_patch16_224", "timm:deit3_small_patch16_224.fb_in22k_ft_in1k", "vit_small_patch14_dinov2"),
+        *("vit_tiny_patch16_224.augreg_in21k", "eva02_tiny_patch14_336", "deit_tiny_distilled_patch16_224"),
+        *(
+            "vit_tiny_patch16_224.no_such_tag",
+            "torchvision:vit_b_16",
+            "torchvision:swin_t:IMAGENET1K_V1",
+            "hf:some/one",
+        ),
+    ],
+)
+def test_what_is_known_without_the_weights_is_what_the_model_has(name):
+    known = known_labels(ModelSpec(name))
+    if name.startswith("hf:") or "no_such_tag" in name:
+        assert known is None
+        return
+    model, _ = load_model(ModelSpec(name, random_weights=True))
+    found = labels_of(model)
+    assert known == (found if found.names else None)
+
+
+def test_names_of_a_file_are_known_and_those_of_another_head_are_not(tmp_path):
+    (tmp_path / "names.txt").write_text("ant\nbee\n")
+    (tmp_path / "weights.pth").touch()
+    weights = str(tmp_path / "weights.pth")
+    named = ModelSpec("vit_tiny_patch16_224", weights, num_classes=2, labels=str(tmp_path / "names.txt"))
+    assert known_labels(named) == Labels(2, ("ant", "bee"))
+    assert known_labels(ModelSpec("vit_tiny_patch16_224", weights, num_classes=2)) is None
+    assert known_labels(ModelSpec("vit_tiny_patch16_224", weights, num_classes=1000)).count == 1000
 
 
 def test_replaced_head_has_no_names():

@@ -86,6 +86,7 @@ def test_config_file(photos, tmp_path):
         (("--devices", ","), "--devices is ','"),
         (("--devices", "tpu"), "'tpu'"),
         (("--target", "walrus"), "no class has it"),
+        (("--target", "fuor"), "did you mean four (4)"),
         (("--target", "label"), "only tars and datasets have labels"),
         (("--precision", "fp3"), "fp3"),
     ],
