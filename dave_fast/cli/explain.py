@@ -95,12 +95,12 @@ def explain(
 ) -> None:
     """Explain what a model sees in images.
 
-    Writes for every image, beside each other in the folder --out:
+    Writes for every image, into the folder --out, files that are named by the image and the question, such as
 
-    NAME.overlay.png: the map over the photograph; NAME.map.png: the map;
-    NAME.npz: map, signed contributions, class, probability, settings.
+    photo.292-tiger.overlay.png: the map over the photograph; photo.292-tiger.map.png: the map;
+    photo.292-tiger.npz: map, signed contributions, class, probability, settings.
 
-    With --top-k 2 or more, several --target or several depths: a set each, and NAME.figure.png of them all.
+    With --top-k 2 or more, several --target or several depths: a set each, and a figure of them all.
     For a --depth other than the pixels it prints what the tokens there account for.
 
     A --target is a class (292, tiger, "tiger"), a sum or a difference of classes
@@ -281,6 +281,6 @@ def _summary(done: Sequence[Done], failed: Sequence[Failed], request: Request) -
     failures = f"; {len(failed)} could not be explained" if failed else ""
     screen.print(f"{images} explained in {request.out}{failures}", soft_wrap=True)
     if results:
-        screen.print("beside each NAME.overlay.png: NAME.map.png and NAME.npz", style="dim", soft_wrap=True)
+        screen.print("beside each .overlay.png: .map.png and .npz", style="dim", soft_wrap=True)
     if len(done) == 1 and done[0].figure:
         screen.print(f"picture: {done[0].figure}", soft_wrap=True)

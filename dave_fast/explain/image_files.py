@@ -15,7 +15,7 @@ from dave_fast.errors import ImageError, NonFiniteError
 from dave_fast.explain.depth import PIXELS, Depth, name_of
 from dave_fast.explain.depth_account import sentence
 from dave_fast.explain.pictures import Scored
-from dave_fast.explain.result_names import endings_of, stems_of
+from dave_fast.explain.result_names import ending_of, figure_name, question_name
 from dave_fast.images import read_image
 from dave_fast.images.drawing import Size, Style, save_picture
 from dave_fast.images.figures import save_figure
@@ -172,21 +172,29 @@ def explain_files(
     targets = [subject.explainer.bind(each) for each in parsed]
     if subject.prepare.note:
         note(subject.prepare.note)
-    files = _FileExplainer(subject, request, targets)
+    explainer = _FileExplainer(subject, request, targets, [question_name(each, subject.labels) for each in parsed])
     for source in sources:
         try:
-            yield files.explain(source, progress)
+            yield explainer.explain(source, progress)
         except (ImageError, NonFiniteError) as error:
             yield Failed(source, error)
 
 
 @dataclass(frozen=True)
 class _FileExplainer:
-    """A model and a request: explains images and writes their files."""
+    """A model and a request: explains images and writes their files.
+
+    Attributes:
+        subject: the model.
+        request: what to explain, and where to write.
+        targets: the request's targets; empty for the most probable classes.
+        files: of the targets, in the names of files.
+    """
 
     subject: Subject
     request: Request
     targets: Sequence[Target]
+    files: Sequence[str]
 
     def explain(self, source: ImageSource, progress: Callable[[int, int], None] | None) -> Done:
         """Read, explain and write one image."""
@@ -201,23 +209,27 @@ class _FileExplainer:
             progress=progress,
         )
         (answers,) = found.answers()
+        files = self.files or [question_name(target, self.subject.labels) for target, _, _ in answers]
         results = tuple(
-            self._write(source, found, (which, level), answers[which], f"{stem}{ending}")
-            for which, stem in enumerate(stems_of(source.name, answers))
-            for level, ending in endings_of(found.levels).items()
+            self._write(source, found, (which, found.levels.index(depth)), answers[which], f"{file}{ending_of(depth)}")
+            for which, file in enumerate(files)
+            for depth in dict.fromkeys(found.levels)
         )
         if not request.figure and len(results) == 1:
             return Done(results, None)
         figure = found.figure(signed=request.signed, **request.style)
-        return Done(results, save_figure(figure, request.out / f"{source.name}.figure.png"))
+        named = figure_name(files, None if self.files else request.top_k, found.levels)
+        return Done(results, save_figure(figure, request.out / f"{source.name}.{named}.figure.png"))
 
     def _write(
-        self, source: ImageSource, found: Explanation, place: tuple[int, int], answer: Scored, stem: str
+        self, source: ImageSource, found: Explanation, place: tuple[int, int], answer: Scored, file: str
     ) -> Result:
-        """Write the files of one target at one level, whose numbers are `place`: overlay, map, arrays."""
+        """Write the `file`s of one target at one level, whose numbers are `place`: overlay, map, arrays."""
         which, level = place
         one, request = found.only(which, level), self.request
-        overlay, plain, arrays = (request.out / f"{stem}{end}" for end in (".overlay.png", ".map.png", ".npz"))
+        overlay, plain, arrays = (
+            request.out / f"{source.name}.{file}{end}" for end in (".overlay.png", ".map.png", ".npz")
+        )
         for make, path in ((one.overlay, overlay), (one.picture, plain)):
             save_picture(make(size=request.size, signed=request.signed, **request.style), path)
         one.save_npz(arrays)

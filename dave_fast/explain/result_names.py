@@ -1,45 +1,90 @@
-"""Names of an image's result files: one for each target and depth, each different."""
+"""Names of an image's result files: IMAGE.QUESTION, and behind it the depth where it is not the pixels.
+
+    photo.292-tiger.overlay.png                   a class: its index and name; class-292 where it has no name
+    photo.292-tiger_not_291-lion.overlay.png      a difference; _and_ for a sum
+    photo.text-a-cat.overlay.png                  text:a cat
+    photo.patch-3-5.overlay.png                   patch:3,5
+    photo.292-tiger.block6.overlay.png            at block 6
+    photo.top3.figure.png                         the figure of --top-k 3; of several targets their names with commas
+
+Different questions have different names: where letters are left out that tell two of them apart, as in a prompt with
+capitals, in files and in probes, eight digits of a hash follow behind "_".
+"""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from dave_fast.explain.depth import name_of
+from dave_fast.explain.depth import PIXELS, name_of
+from dave_fast.models.labels import Labels
+from dave_fast.targets import Class, Contrast, Patch, SimilarTo, Sum, Target, Text
 
-if TYPE_CHECKING:
-    from dave_fast.explain.arrays import Scored
-
-
-def stems_of(name: str, explained: Sequence[Scored]) -> list[str]:
-    """Return the file names of an image's targets without suffix, each different.
-
-    Args:
-        name: of the image's results.
-        explained: the targets.
-    """
-    if len(explained) == 1:
-        return [name]
-    stems: list[str] = []
-    for target, words, _ in explained:
-        stem = f"{name}.{f'{target}-' if target >= 0 else ''}{_slug(words)}"
-        stems.append(f"{stem}-{len(stems)}" if stem in stems else stem)
-    return stems
+_LETTERS, _LONGEST = 40, 100
 
 
-def endings_of(depths: Sequence[str | int]) -> dict[int, str]:
-    """Return what each different depth adds to a stem, by the first place where it stands; nothing where there is one.
+def question_name(question: Target, labels: Labels) -> str:
+    """Return what a question adds to the name of an image's files.
 
     Args:
-        depths: "pixels" and numbers of blocks.
+        question: as `parse_target` returns it, or the index of a class.
+        labels: the class names of the model.
     """
+    return _short(_name(question, labels))
+
+
+def ending_of(depth: str | int) -> str:
+    """Return what a resolved depth adds behind the question: nothing for the pixels."""
+    return "" if depth == PIXELS else f".{_depth(depth)}"
+
+
+def figure_name(questions: Sequence[str], top_k: int | None, depths: Sequence[str | int]) -> str:
+    """Return what names the figure of an image's results.
+
+    Args:
+        questions: the names of its questions.
+        top_k: where they are the most probable classes, how many were asked for; else None.
+        depths: the resolved depths of each question.
+    """
+    asked = f"top{top_k}" if top_k is not None and len(questions) > 1 else _short(",".join(questions))
     different = dict.fromkeys(depths)
-    several = len(different) > 1
-    return {depths.index(depth): f".{name_of(depth).replace(' ', '')}" if several else "" for depth in different}
+    return asked if list(different) == [PIXELS] else f"{asked}.{','.join(map(_depth, different))}"
 
 
-def _slug(name: str) -> str:
-    """Return a target's name as a part of a file name: letters, digits and dashes."""
-    name = name.replace(" + ", " and ").replace(" − ", " not ")
-    return re.sub(r"[^0-9a-z]+", "-", name.casefold()).strip("-")[:40] or "target"
+def _depth(depth: str | int) -> str:
+    return name_of(depth).replace(" ", "")
+
+
+def _name(question: Target, labels: Labels) -> str:
+    match question:
+        case Class(index=int() as index) | (int() as index):
+            return f"{index}-{_slug(labels.name(index))}".strip("-") if labels.names else f"class-{index}"
+        case Sum(parts=parts):
+            return "_and_".join(_name(part, labels) for part in parts)
+        case Contrast(this=this, that=that):
+            # a sum that is subtracted is taken away term by term
+            return f"{_name(this, labels)}_not_{_name(that, labels).replace('_and_', '_not_')}"
+        case Text(prompt=prompt):
+            slug = _slug(prompt)
+            return f"text-{slug}" if slug.replace("-", " ") == prompt else _marked(f"text-{slug}", prompt.encode())
+        case SimilarTo(image=str() as file):
+            return _marked(f"like-{_slug(file)}", file.encode(errors="surrogateescape"))
+        case Patch(row=row, column=column, weights=None):
+            return f"patch-{row}-{column}"
+        case Patch(row=row, column=column, weights=weights) if weights is not None:
+            return _marked(f"patch-{row}-{column}", weights.double().cpu().numpy().tobytes())
+    return "target"
+
+
+def _slug(text: str) -> str:
+    """Return text as a part of a file name: letters, digits and single dashes."""
+    return re.sub(r"[^0-9a-z]+", "-", text.casefold())[:_LETTERS].strip("-")
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST else _marked(name[: _LONGEST - 20], name.encode())
+
+
+def _marked(name: str, content: bytes) -> str:
+    return f"{name.rstrip('-_')}_{hashlib.sha256(content).hexdigest()[:8]}"

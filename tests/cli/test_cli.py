@@ -77,6 +77,12 @@ def load(path):
         return dict(arrays)
 
 
+def only(folder):
+    """Return the arrays of the one .npz in a folder."""
+    (path,) = folder.rglob("*.npz")
+    return load(path)
+
+
 def tree(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
@@ -87,15 +93,18 @@ def tree(folder):
 def test_one_image(models, photo, tmp_path):
     out = tmp_path / "maps"
     result = explain(photo, "--out", out)
-    assert tree(out) == ["photo.map.png", "photo.npz", "photo.overlay.png"]
-    assert size(out / "photo.overlay.png") == size(out / "photo.map.png") == (40, 50)
+    arrays = only(out)
+    slug = arrays["class_names"][0].replace(" ", "-")
+    stem = f"photo.{arrays['targets'][0]}-{slug}"
+    assert tree(out) == [f"{stem}.map.png", f"{stem}.npz", f"{stem}.overlay.png"]
+    assert size(out / f"{stem}.overlay.png") == size(out / f"{stem}.map.png") == (40, 50)
     assert f"1 image explained in {out}" in result.stdout
     assert "note: noise_alpha is 0.1 for tiny" in result.stderr
 
 
 def test_arrays(models, photo, tmp_path):
     explain(photo, "--out", tmp_path / "maps", "--target", "dog", "--seed", 7)
-    arrays = load(tmp_path / "maps/photo.npz")
+    arrays = only(tmp_path / "maps")
     assert arrays["maps"].shape == (1, 32, 32) and arrays["maps"].dtype == np.float32
     assert arrays["maps"].min() >= 0 and arrays["maps"].max() == 1
     assert arrays["raw"].shape == (1, 3, 32, 32) and (arrays["raw"] < 0).any()
@@ -142,7 +151,7 @@ def test_wrong_style_is_refused_before_the_model_is_loaded(models, photo, tmp_pa
 @pytest.mark.parametrize(("seed", "saved"), [(-3, -3), (2**64 + 5, 5), (2**64 - 1, 2**64 - 1)])
 def test_any_seed_is_saved(models, photo, tmp_path, seed, saved):
     explain(photo, "--out", tmp_path / "maps", "--seed", seed)
-    assert load(tmp_path / "maps/photo.npz")["seed"] == saved
+    assert only(tmp_path / "maps")["seed"] == saved
 
 
 def test_a_photograph_is_decoded_once(models, photo, tmp_path, monkeypatch):
@@ -154,9 +163,9 @@ def test_a_photograph_is_decoded_once(models, photo, tmp_path, monkeypatch):
 
 def test_names_are_not_markup(models, tmp_path):
     write(tmp_path / "in/[red] ä b.v2.png")
-    result = explain(tmp_path / "in", "--out", tmp_path / "maps")
-    assert "maps/[red] ä b.v2.npz" in {f"maps/{name}" for name in tree(tmp_path / "maps")}
-    assert "[red] ä b.v2.overlay.png" in result.stdout
+    result = explain(tmp_path / "in", "--out", tmp_path / "maps", "--target", "dog")
+    assert "maps/[red] ä b.v2.1-dog.npz" in {f"maps/{name}" for name in tree(tmp_path / "maps")}
+    assert "[red] ä b.v2.1-dog.overlay.png" in result.stdout
 
 
 def test_equal_seeds_give_equal_files(models, photo, tmp_path):
@@ -170,7 +179,7 @@ def test_most_probable_classes(models, photo, tmp_path):
     out = tmp_path / "maps"
     result = explain(photo, "--out", out, "--top-k", 3)
     names = tree(out)
-    assert len(names) == 10 and "photo.figure.png" in names
+    assert len(names) == 10 and "photo.top3.figure.png" in names
     arrays = [load(out / name) for name in names if name.endswith(".npz")]
     expected = arrays[0]["top_targets"][:3].tolist()
     assert sorted(int(a["targets"][0]) for a in arrays) == sorted(expected)
@@ -182,14 +191,22 @@ def test_most_probable_classes(models, photo, tmp_path):
 def test_sums_and_differences_of_classes(models, photo, tmp_path):
     out = tmp_path / "maps"
     result = explain(photo, "--out", out, "--target", "dog-thing 3", "--target", "dog", "--target", "dog + house cat")
-    stems = ["photo.1-dog", "photo.dog-and-house-cat", "photo.dog-not-thing-3"]
+    stems = ["photo.1-dog", "photo.1-dog_and_2-house-cat", "photo.1-dog_not_3-thing-3"]
     assert [name for name in tree(out) if name.endswith(".npz")] == [f"{stem}.npz" for stem in stems]
     dog, both, contrast = (load(out / f"{stem}.npz") for stem in stems)
     assert dog["targets"] == [1] and contrast["targets"] == both["targets"] == [-1]
     assert contrast["class_names"] == ["dog − thing 3"] and np.isnan(contrast["probabilities"])
-    assert "dog − thing 3" in result.stdout and "–" in result.stdout and "photo.figure.png" in tree(out)
+    assert "dog − thing 3" in result.stdout and "–" in result.stdout
+    assert "photo.1-dog_not_3-thing-3,1-dog,1-dog_and_2-house-cat.figure.png" in tree(out)
     explain(photo, "--out", tmp_path / "alone", "--target", "1-3")
-    np.testing.assert_array_equal(load(tmp_path / "alone/photo.npz")["raw"], contrast["raw"])
+    np.testing.assert_array_equal(only(tmp_path / "alone")["raw"], contrast["raw"])
+
+
+def test_a_second_question_leaves_the_files_of_the_first(models, photo, tmp_path):
+    for question in (("--target", "dog"), ("--target", "cat"), ("--target", "dog", "--depth", "1")):
+        explain(photo, "--out", tmp_path / "maps", *question)
+    stems = [name.removesuffix(".npz") for name in tree(tmp_path / "maps") if name.endswith(".npz")]
+    assert stems == ["photo.0-cat", "photo.1-dog.block1", "photo.1-dog"]
 
 
 def test_tokens_and_other_images_as_targets(models, photo, tmp_path):
@@ -205,7 +222,7 @@ def test_tokens_and_other_images_as_targets(models, photo, tmp_path):
     assert len([name for name in tree(tmp_path / "maps") if name.endswith(".npz")]) == 2
     other = write(tmp_path / "in/other.png")
     explain(photo, "--out", tmp_path / "like", "--target", f"image:{other}", model="features")
-    arrays = load(tmp_path / "like/photo.npz")
+    arrays = only(tmp_path / "like")
     assert arrays["class_names"] == [f"like {other}"] and len(arrays["top_targets"]) == 0
 
 
@@ -220,9 +237,9 @@ def test_questions_that_the_model_cannot_answer(models, untouched, photo, target
 def test_folder_keeps_its_shape(models, tmp_path):
     for name in ("in/a.png", "in/b/a.png", "in/b/c.jpg", "in/b/c.png"):
         write(tmp_path / name)
-    explain(tmp_path / "in", "--out", tmp_path / "maps")
+    explain(tmp_path / "in", "--out", tmp_path / "maps", "--target", "dog")
     stems = {name.removesuffix(".npz") for name in tree(tmp_path / "maps") if name.endswith(".npz")}
-    assert stems == {"a", "b/a", "b/c", "b/c.png"}
+    assert stems == {"a.1-dog", "b/a.1-dog", "b/c.1-dog", "b/c.png.1-dog"}
 
 
 def test_results_inside_the_folder_are_not_explained(models, tmp_path):
@@ -421,10 +438,10 @@ def test_one_bad_file_in_a_folder(models, tmp_path):
         write(tmp_path / name)
     bad = tmp_path / "in/b.png"
     bad.write_bytes(bad.read_bytes()[:2000])
-    result = explain(tmp_path / "in", "--out", tmp_path / "maps", code=1)
+    result = explain(tmp_path / "in", "--out", tmp_path / "maps", "--target", "dog", code=1)
     refused(result, f"cannot read {bad}")
     assert "2 images explained" in result.stdout and "1 could not be explained" in result.stdout
-    assert [name for name in tree(tmp_path / "maps") if name.endswith(".npz")] == ["a.npz", "c.npz"]
+    assert [name for name in tree(tmp_path / "maps") if name.endswith(".npz")] == ["a.1-dog.npz", "c.1-dog.npz"]
 
 
 def test_disk_that_fills_up(models, photo, tmp_path, monkeypatch):
@@ -455,7 +472,8 @@ def test_demo(tmp_path):
     done = program("explain", "--demo", "--n-samples", 4, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     names = tree(tmp_path / "maps")
-    assert {name.split(".", 2)[-1] for name in names} == {"png", "overlay.png", "map.png", "npz"}
+    assert {name.split(".", 2)[-1] for name in names} == {"figure.png", "overlay.png", "map.png", "npz"}
+    assert "demo.top2.figure.png" in names
     picture = tmp_path / done.stdout.strip().splitlines()[-1].removeprefix("picture: ")
     assert size(picture)[0] > 1000
 
@@ -486,14 +504,14 @@ def test_settings_of_a_file_are_taken_unless_said_otherwise(photo, models, tmp_p
     others = ("--n-samples", 3, "--noise-alpha", 0.5, "--shrink")
     for options, expected in (((), (2, 0.25, False)), (others, (3, 0.5, True))):
         run("explain", photo, "--config", tmp_path / "tuned.toml", *quick, *options)
-        with np.load(tmp_path / "out" / "photo.npz") as arrays:
-            assert (arrays["n_samples"], arrays["noise_alpha"], arrays["shrink"]) == expected
+        arrays = only(tmp_path / "out")
+        assert (arrays["n_samples"], arrays["noise_alpha"], arrays["shrink"]) == expected
 
 
 @pytest.mark.parametrize(("options", "expected"), [((), True), (("--shrink",), True), (("--no-shrink",), False)])
 def test_maps_are_shrunk_unless_told_otherwise(photo, models, tmp_path, options, expected):
     explain(photo, "--out", tmp_path / "maps", *options)
-    assert load(tmp_path / "maps/photo.npz")["shrink"] == expected
+    assert only(tmp_path / "maps")["shrink"] == expected
 
 
 # Depth
@@ -501,16 +519,17 @@ def test_maps_are_shrunk_unless_told_otherwise(photo, models, tmp_path, options,
 
 def test_pixels_are_the_default_depth_and_nothing_is_said_of_it(models, photo, tmp_path):
     result = explain(photo, "--out", tmp_path / "maps")
-    assert load(tmp_path / "maps/photo.npz")["depth"] == "pixels"
+    assert only(tmp_path / "maps")["depth"] == "pixels"
     assert "depth" not in result.stdout and "account" not in result.stdout
 
 
 @pytest.mark.parametrize("depth", ["1", "0.5", "auto"])
 def test_one_other_depth_has_files_as_pixels_have_and_says_what_it_accounts_for(models, photo, tmp_path, depth):
     result = explain(photo, "--target", "dog", "--depth", depth, "--out", tmp_path / "maps")
-    assert tree(tmp_path / "maps") == ["photo.map.png", "photo.npz", "photo.overlay.png"]
+    stem = "photo.1-dog.block1"
+    assert tree(tmp_path / "maps") == [f"{stem}.map.png", f"{stem}.npz", f"{stem}.overlay.png"]
     assert "block 1 of 2: its tokens account for" in result.stdout and "of the logit" in result.stdout
-    arrays = load(tmp_path / "maps/photo.npz")
+    arrays = only(tmp_path / "maps")
     assert arrays["depth"] == "1"
     own = dave_fast.DAVE(tiny(), precision="fp32", backend="torch")
     image, _ = preprocessing(own.model)(read_image(photo))
@@ -521,9 +540,9 @@ def test_one_other_depth_has_files_as_pixels_have_and_says_what_it_accounts_for(
 
 def test_several_depths_have_a_set_of_files_each_and_one_figure(models, photo, tmp_path):
     result = explain(photo, "--target", "dog", "--depth", "pixels, 0, 0.5, auto", "--out", tmp_path / "maps")
-    stems = ["photo.block0", "photo.block1", "photo.pixels"]
+    stems = ["photo.1-dog.block0", "photo.1-dog.block1", "photo.1-dog"]
     files = [f"{stem}{end}" for stem in stems for end in (".map.png", ".npz", ".overlay.png")]
-    assert tree(tmp_path / "maps") == sorted([*files, "photo.figure.png"])
+    assert tree(tmp_path / "maps") == sorted([*files, "photo.1-dog.pixels,block0,block1.figure.png"])
     assert [load(tmp_path / f"maps/{stem}.npz")["depth"] for stem in stems] == ["0", "1", "pixels"]
     assert result.stdout.count("tokens account for") == 2
 
@@ -531,7 +550,7 @@ def test_several_depths_have_a_set_of_files_each_and_one_figure(models, photo, t
 def test_several_depths_and_targets_have_a_set_for_each_pair(models, photo, tmp_path):
     explain(photo, "--target", "dog", "--target", "cat-dog", "--depth", "pixels,1", "--out", tmp_path / "maps")
     stems = [name.removesuffix(".npz") for name in tree(tmp_path / "maps") if name.endswith(".npz")]
-    assert stems == [f"photo.{target}.{depth}" for target in ("1-dog", "cat-not-dog") for depth in ("block1", "pixels")]
+    assert stems == [f"photo.{target}{depth}" for target in ("0-cat_not_1-dog", "1-dog") for depth in (".block1", "")]
 
 
 @pytest.mark.parametrize(

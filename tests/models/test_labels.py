@@ -96,7 +96,7 @@ def test_a_hint_among_22_thousand_classes_takes_little_time(name):
     labels = labels_of(Model(21841, {"num_classes": 21841}))
     labels.find(name)
     began = time.process_time()
-    with pytest.raises(InputError, match="no class has it in its name; (did you mean labrador retriever|give an)"):
+    with pytest.raises(InputError, match=r"no class has it in its name; (did you mean labrador retriever|give an)"):
         labels.resolve(name)
     assert time.process_time() - began < 1
 
