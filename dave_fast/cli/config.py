@@ -74,15 +74,15 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     kinds = {name: get_args(annotation)[0] for name, annotation in get_type_hints(Config).items()}
     for key, value in values.items():
         if key not in kinds:
-            raise InputError(f"{path} has the key {key!r}; expected only {', '.join(kinds)}.")
+            raise InputError(f"{path} has the key {key!r}; expected only {', '.join(map(repr, kinds))}.")
         if kinds[key] is float and type(value) is int:
-            values[key] = parse_number(value, f"{path}: {key}")
+            values[key] = parse_number(value, f"{path}: {key!r}")
         if type(values[key]) is not kinds[key]:
-            raise InputError(f"{path}: {key} is {shown(value)}; expected {kinds[key].__name__}.")
+            raise InputError(f"{path}: {key!r} is {shown(value)}; expected {kinds[key].__name__}.")
         if kinds[key] is int:
-            check_integer(value, f"{path}: {key}", 1)
+            check_integer(value, f"{path}: {key!r}", 1)
     if not 0 <= values.get("noise_alpha", 0) <= 1:
-        raise InputError(f"{path}: noise_alpha is {values['noise_alpha']}; expected 0 ≤ noise_alpha ≤ 1.")
+        raise InputError(f"{path}: 'noise_alpha' is {values['noise_alpha']}; expected 0 to 1.")
     folder = os.path.dirname(os.path.abspath(path))
     return Config(**values | {key: os.path.join(folder, values[key]) for key in _FILES if key in values})
 

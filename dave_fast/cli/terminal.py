@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
 from functools import wraps
 from inspect import Parameter, signature
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
+from dave_fast.cli.hints import as_options, options_of
 from dave_fast.errors import DaveFastError, InputError
 from dave_fast.numbers import parse_number, parse_whole
 
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 _LOG_WIDTH = 200
 # seconds between two lines of progress in a file
 LOG_S = 5.0
+# the options of the command that runs, for its messages
+_options: ContextVar[dict[str, tuple[str, str | None]]] = ContextVar("options")
 
 
 def print_any_name() -> None:
@@ -51,9 +55,9 @@ def console(*, stderr: bool = True) -> Console:
 
 
 def refuse(error: Exception, to: Console | None = None) -> None:
-    """Print an error as one red line."""
+    """Print an error as one red line, with the command's options in place of keywords."""
     # Messages of libraries may have several lines.
-    text = " ".join(str(error).split())
+    text = as_options(" ".join(str(error).split()), _options.get({}))
     (to or console()).print(f"error: {text}", style="red", soft_wrap=True)
 
 
@@ -69,7 +73,8 @@ def plain(command: Callable[..., None]) -> Callable[..., None]:
     }
 
     @wraps(command)
-    def run(*, debug: bool, **options: Any) -> None:
+    def run(*, debug: bool, context: typer.Context, **options: Any) -> None:
+        _options.set(options_of(context))
         for name, group in groups.items():
             options[name] = group(**{each.name: options.pop(each.name) for each in fields(group)})
         try:
@@ -81,13 +86,14 @@ def plain(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(2) from error
 
     option = typer.Option("--debug", help="Show the traceback of an error.")
+    running = Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context)
     switch = Parameter("debug", Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option])
     parameters: list[Parameter] = []
     for name, each in own.parameters.items():
         parameters += signature(groups[name], eval_str=True).parameters.values() if name in groups else [each]
     for each in parameters:
         _parse_numbers(each)
-    parameters.append(switch)
+    parameters += [switch, running]
     # Typer reads the options of a command from its signature.
     run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {each.name: each.annotation for each in parameters}

@@ -31,14 +31,14 @@ def test_integers_stand_for_floats(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("alpha = 1", "has the key 'alpha'; expected only model, noise_alpha, n_samples"),
-        ("n_samples = true", "n_samples is True"),
-        ("n_samples = 1.5", "n_samples is 1.5; expected int"),
-        ("n_samples = 0", "n_samples is 0"),
-        ("noise_alpha = 1.5", "noise_alpha is 1.5"),
-        ("noise_alpha = nan", "noise_alpha is nan"),
-        ("shrink = 1", "shrink is 1; expected bool"),
-        ("model = 3", "model is 3; expected str"),
+        ("alpha = 1", "has the key 'alpha'; expected only 'model', 'noise_alpha', 'n_samples'"),
+        ("n_samples = true", "'n_samples' is True"),
+        ("n_samples = 1.5", "'n_samples' is 1.5; expected int"),
+        ("n_samples = 0", "'n_samples' is 0"),
+        ("noise_alpha = 1.5", "'noise_alpha' is 1.5"),
+        ("noise_alpha = nan", "'noise_alpha' is nan"),
+        ("shrink = 1", "'shrink' is 1; expected bool"),
+        ("model = 3", "'model' is 3; expected str"),
         ("model", "is no TOML file"),
     ],
 )
