@@ -6,23 +6,25 @@
     NoiseTunnel(DAVE(model)).attribute(images, target=3, nt_samples=4, stdevs=0.1)
     sensitivity_max(DAVE(model).attribute, images, target=3)
 
-Needs captum: pip install 'dave-fast[evaluate]'. The seed is fixed, so that two calls differ by their images alone.
+Needs captum, which the extra `evaluate` installs. The seed is fixed, so that two calls differ by their images alone.
 """
 
 from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from captum.attr import Attribution
-from captum.log import log_usage
 from torch import Tensor, nn
 
 from dave_fast.defaults import DEFAULT_SAMPLES
 from dave_fast.engine.checks import describe
-from dave_fast.errors import InputError
+from dave_fast.errors import InputError, needs
 from dave_fast.explain import explainer
 from dave_fast.explain.depth import PIXELS, Depth
 from dave_fast.targets.forms import Target
+
+with needs("evaluate", "dave_fast.captum"):
+    from captum.attr import Attribution
+    from captum.log import log_usage
 
 Inputs = TypeVar("Inputs", Tensor, tuple[Tensor, ...])
 

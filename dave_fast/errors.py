@@ -2,8 +2,9 @@
 
     DaveFastError
     ├── InputError            (ValueError)    images, targets or settings that cannot be explained
-    │   └── ImageError                        an image file that cannot be read
-    │       └── TooLargeError                 an image of more pixels than the limit
+    │   ├── ImageError                        an image file that cannot be read
+    │   │   └── TooLargeError                 an image of more pixels than the limit
+    │   └── MissingPackageError (ImportError) a package that an extra of dave-fast installs, and that is not there
     ├── ModelError            (ValueError)    a model that cannot be explained, or not by the requested route
     │   ├── UnknownModelError                 an unknown model name, or weights that cannot be fetched
     │   └── NotFrozenError                    the affine replay found an operator that depends on the input
@@ -22,7 +23,8 @@ Messages say what was given, what was expected, and what to do next.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class DaveFastError(Exception):
@@ -39,6 +41,10 @@ class ImageError(InputError):
 
 class TooLargeError(ImageError):
     """An image of more pixels than the limit."""
+
+
+class MissingPackageError(InputError, ImportError):
+    """A package that an extra of dave-fast installs, and that is not there."""
 
 
 class ModelError(DaveFastError, ValueError):
@@ -101,6 +107,33 @@ def reason_of(error: Exception) -> str:
         return (error.strerror[0].lower() + error.strerror[1:]).rstrip(".")
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".")[:300] if lines else type(error).__name__
+
+
+def installing(extra: str) -> str:
+    """Return how an extra is installed; an installed package does not know where its checkout is, or was."""
+    return f"pip install '.[{extra}]' in a checkout of dave-fast"
+
+
+def missing(extra: str, what: str, package: str) -> MissingPackageError:
+    """Return the error that `what` needs a package of an extra."""
+    return MissingPackageError(f"{what} needs the package {package}, which is missing: {installing(extra)}")
+
+
+@contextmanager
+def needs(extra: str, what: str) -> Iterator[None]:
+    """Import packages of an extra within this context.
+
+    Args:
+        extra: its name.
+        what: what needs them, for the message.
+
+    Raises:
+        MissingPackageError: one of them is not there.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise missing(extra, what, (error.name or "").partition(".")[0]) from error
 
 
 def suggestion(name: str, known: Sequence[str], listing: str) -> str:

@@ -19,14 +19,13 @@ from dave_fast.cli.config import Config
 from dave_fast.cli.options import MACHINE
 from dave_fast.cli.terminal import console, plain_warnings, repeated, waiting
 from dave_fast.defaults import DEFAULT_MODEL
-from dave_fast.errors import InputError, reason_of
+from dave_fast.errors import InputError, needs, reason_of
 from dave_fast.serve.logs import log, log_to_stderr
 from dave_fast.serve.signals import end_start, leave
 from dave_fast.signals import at_signals
 
 _LIMITS, _ACCESS = "Limits", "Access"
 KEYS_VARIABLE = "DAVE_FAST_API_KEYS"
-MISSING = "serving needs more packages; install them with: pip install 'dave-fast[serve]'"
 
 
 def serve(
@@ -99,14 +98,12 @@ def serve(
     }
     # A port that is in use is refused before the models are loaded.
     with at_signals(end_start), _bound(host, port) as listening:
-        try:
+        with needs("serve", "serving"):
             from dave_fast.serve.app import create_app
             from dave_fast.serve.limits import Limits
             from dave_fast.serve.models import load_models
             from dave_fast.serve.server import make_server
             from dave_fast.serve.service import Service
-        except ModuleNotFoundError as error:
-            raise InputError(f"{MISSING} ({error.name} is missing).") from error
 
         names, of_model = _models(models or [], own, given)
         say: Callable[[str], None] = partial(screen.print, soft_wrap=True) if in_words else log.info

@@ -17,8 +17,6 @@ import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, Self
 
-import httpx
-
 from dave_fast.client.protocol import (
     Events,
     Explained,
@@ -30,6 +28,10 @@ from dave_fast.client.protocol import (
     picture_bytes,
     problem,
 )
+from dave_fast.errors import needs
+
+with needs("serve", "dave_fast.client"):
+    import httpx
 
 __all__ = ["AsyncClient", "Client", "Explained", "ServerError", "picture_bytes"]
 

@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-import httpx
 import numpy as np
 from PIL import Image, ImageOps
 
-from dave_fast.errors import DaveFastError, InputError, reason_of
+from dave_fast.errors import DaveFastError, InputError, needs, reason_of
+
+with needs("serve", "dave_fast.client"):
+    import httpx
 
 Picture = bytes | str | os.PathLike[str] | Image.Image | np.ndarray
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")

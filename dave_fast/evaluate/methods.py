@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dave_fast.defaults import DEFAULT_SAMPLES
-from dave_fast.errors import InputError, suggestion
+from dave_fast.errors import InputError, installing, suggestion
 from dave_fast.evaluate.full_gradient import libra_fullgrad_plus
 from dave_fast.evaluate.packages import attnlrp, legrad
 from dave_fast.explain.depth import PIXELS, Depth
@@ -34,6 +34,8 @@ Attribute = Callable[[Tensor, Tensor, Sequence[int], int], Attributed]
 ROWS_AT_ONCE = 25
 # SmoothGrad's usual share of the input's range
 SMOOTHGRAD_SHARE = 0.15
+# the extras of dave-fast that install packages of methods
+_EXTRAS = {"captum": "evaluate", "torchcam": "evaluate", "lxt": "lrp"}
 CONTROLS = ("|x|", "uniform")
 # a row beside DAVE where DAVE's maps are those of a block
 AT_PIXELS = "DAVE, pixels"
@@ -101,7 +103,7 @@ def choose(names: Sequence[str] | None, depth: Depth = PIXELS) -> tuple[dict[str
         if names is not None and name not in (*names, "DAVE", *beside, *CONTROLS):
             continue
         if method.package and find_spec(method.package) is None:
-            absent[name] = f"the package {method.package} is absent"
+            absent[name] = f"the package {method.package} is missing: {installing(_EXTRAS[method.package])}"
         else:
             chosen[name] = method
     return chosen, absent

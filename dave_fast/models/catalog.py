@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dave_fast.errors import InputError, UnknownModelError
+from dave_fast.errors import InputError, UnknownModelError, missing
 from dave_fast.given.wrappers import Normalised, last_part, unwrapped
 from dave_fast.models.meaning import require_classifier
 from dave_fast.models.spec import LINK_WORDS, ModelSpec, as_spec, class_names
@@ -47,7 +47,8 @@ def load_model(model: str | ModelSpec | nn.Module) -> tuple[nn.Module, str]:
         The module, in evaluation mode if it was loaded here, and its name.
 
     Raises:
-        UnknownModelError: there is no such model, its library is missing, or its weights cannot be fetched.
+        UnknownModelError: there is no such model, or its weights cannot be fetched.
+        MissingPackageError: its library is an extra, and missing.
         InputError: weights or class names do not fit the model.
     """
     if isinstance(model, nn.Module):
@@ -69,10 +70,9 @@ def load_model(model: str | ModelSpec | nn.Module) -> tuple[nn.Module, str]:
         try:
             loaded = _load(source, name, spec)
         except ModuleNotFoundError as error:
-            extra = f": pip install 'dave-fast[{_EXTRAS[source]}]'" if source in _EXTRAS else ""
-            raise UnknownModelError(
-                f"{spec.name!r} needs the package {error.name}, which is missing{extra}."
-            ) from error
+            if source in _EXTRAS:
+                raise missing(_EXTRAS[source], repr(spec.name), str(error.name)) from error
+            raise UnknownModelError(f"{spec.name!r} needs the package {error.name}, which is missing.") from error
     if spec.labels is not None:
         _name_classes(loaded, spec)
     if spec.link is not None:

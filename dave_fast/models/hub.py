@@ -43,8 +43,8 @@ def loading(name: str, *, remote: bool) -> Iterator[None]:
         remote: whether the model may come from the Hugging Face hub; if that does not answer, its cache is used.
 
     Raises:
-        UnknownModelError: anything inside fails, other than by an error of dave_fast; the message has the reason and
-            how to use local files.
+        UnknownModelError: anything inside fails, other than by an error of dave_fast or a missing package; the message
+            has the reason and how to use local files.
     """
     from huggingface_hub import constants
 
@@ -56,7 +56,8 @@ def loading(name: str, *, remote: bool) -> Iterator[None]:
             constants.HF_HUB_OFFLINE = True
         try:
             yield
-        except DaveFastError:
+        # a package that is missing is named with the extra that installs it
+        except (DaveFastError, ModuleNotFoundError):
             raise
         except Exception as error:
             if not remote:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dave_fast.errors import InputError, ModelError, UnknownModelError
+from dave_fast.errors import InputError, ModelError, UnknownModelError, missing
 from dave_fast.models.huggingface_adapter import Transformers
 from dave_fast.models.huggingface_files import ADAPTER, Place, named_class
 from dave_fast.models.limits import limited_memory
@@ -45,7 +45,8 @@ class PeftFolder:
         has_config: whether the place has a config.json, too, which is then the whole model's.
 
     Raises:
-        UnknownModelError: peft is not installed, or the configuration names no base model.
+        UnknownModelError: the configuration names no base model.
+        MissingPackageError: peft is not installed.
         ModelError: the adapter's method is not supported.
     """
 
@@ -70,9 +71,7 @@ class PeftFolder:
                 f"base_model_name_or_path of its {ADAPTER}, or load both yourself, and give the module."
             )
         if importlib.util.find_spec("peft") is None:
-            raise UnknownModelError(
-                f"{name} is an adapter, and the package peft is missing: pip install 'dave-fast[hf]'."
-            )
+            raise missing("hf", f"{name}, an adapter,", "peft")
 
     @property
     def base_name(self) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
-from dave_fast.errors import InputError, reason_of
+from dave_fast.errors import InputError, needs, reason_of
 from dave_fast.run.limits import check_bytes
 from dave_fast.run.members import read_uri
 from dave_fast.run.records import Record, RecordSource, Skip, as_int64, count_unique
@@ -91,10 +91,8 @@ def _pictures(place: str) -> tuple[Any, str]:
 @lru_cache(maxsize=4)
 def _opened(place: str) -> tuple[Any, str, str, str]:
     """Return the dataset with its images left encoded, their column, its name and its split."""
-    try:
+    with needs("datasets", place):
         import datasets
-    except ImportError as error:
-        raise InputError(f"{place} needs the package datasets: pip install 'dave-fast[datasets]'.") from error
     name, split = place.removeprefix("hf://"), ""
     if not os.path.exists(name) and ":" in name:
         name, _, split = name.rpartition(":")

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from dave_fast.errors import DaveFastError, InputError, RunError
+from dave_fast.errors import DaveFastError, InputError, RunError, needs
 from dave_fast.run.folder import RunFolder
 from dave_fast.run.lock import Fence
 from dave_fast.run.mapper import MapSettings
@@ -86,13 +86,11 @@ def run_ray(run_folder: RunFolder, settings: MapSettings, machine: Machine, repo
 
 
 def _ray() -> Any:
-    try:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    with needs("ray", "--engine ray"):
         import ray
         import ray.data
-    except ImportError as error:
-        raise InputError("--engine ray needs Ray: pip install 'dave-fast[ray]'.") from error
     return ray
 
 

@@ -14,22 +14,25 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any
 
-from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, Field, field_validator
-from ray import serve
-from ray.exceptions import RayTaskError
-from ray.serve.handle import DeploymentHandle
-from starlette.datastructures import MutableHeaders
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
 from dave_fast.defaults import DEFAULT_MODEL, DEFAULT_SHRINK
-from dave_fast.serve.app import create_app
+from dave_fast.errors import needs
 from dave_fast.serve.limits import Limits
 from dave_fast.serve.logs import log_to_stderr
 from dave_fast.serve.models import load_models
-from dave_fast.serve.service import Service
-from dave_fast.serve.uploads import MemoryImageStore
+
+with needs("serve,ray", "serving on a cluster"):
+    from fastapi import FastAPI
+    from pydantic import BaseModel, ConfigDict, Field, field_validator
+    from ray import serve
+    from ray.exceptions import RayTaskError
+    from ray.serve.handle import DeploymentHandle
+    from starlette.datastructures import MutableHeaders
+    from starlette.exceptions import HTTPException
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from dave_fast.serve.app import create_app
+    from dave_fast.serve.service import Service
+    from dave_fast.serve.uploads import MemoryImageStore
 
 KEYS_VARIABLE = "DAVE_FAST_API_KEYS"
 # Requests that a replica accepts beyond its queue: for the page, for the list of models, and those that it refuses.

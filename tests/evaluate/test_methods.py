@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dave_fast.errors import InputError
+from dave_fast.errors import InputError, installing
 from dave_fast.evaluate import methods
 from dave_fast.evaluate.methods import AT_PIXELS, METHODS, MethodSettings, choose
 from dave_fast.evaluate.scoring import as_maps
@@ -92,7 +92,7 @@ def test_absent_packages_are_named_and_unknown_methods_refused(monkeypatch):
     monkeypatch.setattr(methods, "find_spec", lambda name: None)
     chosen, absent = choose(None)
     assert set(chosen) == {"DAVE", "frozen gradient", "Libra FullGrad+", "|x|", "uniform"}
-    assert absent["SmoothGrad"] == "the package captum is absent"
+    assert absent["SmoothGrad"] == f"the package captum is missing: {installing('evaluate')}"
     with pytest.raises(InputError, match="integrated gradients"):
         choose(["Grad-CAM"])
 

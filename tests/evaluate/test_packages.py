@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from dave_fast import effective_gradient
 from dave_fast.cli.app import app
+from dave_fast.errors import installing
 from dave_fast.evaluate import DemoScenes, EvaluationSettings, evaluate, methods, packages
 from dave_fast.evaluate.methods import METHODS, MethodSettings
 from dave_fast.evaluate.twin import NotTakenError, torchvision_twin
@@ -87,16 +88,16 @@ def test_methods_not_run_are_listed_with_the_reason(tmp_path, monkeypatch):
     found = CliRunner().invoke(app, ["evaluate", *how.split(), "--out", str(tmp_path)])
     assert found.exit_code == 0, found.output
     assert json.loads((tmp_path / "results.json").read_text())["not run"] == {
-        "LeGrad": "the package torchcam is absent",
-        "AttnLRP": "the package lxt is absent",
+        "LeGrad": f"the package torchcam is missing: {installing('evaluate')}",
+        "AttnLRP": f"the package lxt is missing: {installing('lrp')}",
     }
     for name in ("report.md", "report.html"):
         page = (tmp_path / name).read_text()
         assert "Not run" in page
-        assert "the package torchcam is absent" in page
-        assert "the package lxt is absent" in page
-    assert "not run: LeGrad: the package torchcam is absent" in found.output
-    assert "not run: AttnLRP: the package lxt is absent" in found.output
+        assert "the package torchcam is missing" in page
+        assert "the package lxt is missing" in page
+    assert "not run: LeGrad: the package torchcam is missing" in found.output
+    assert "not run: AttnLRP: the package lxt is missing" in found.output
 
 
 def test_a_method_that_does_not_take_the_model_is_listed_and_the_others_run():

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dave_fast import DAVE
-from dave_fast.errors import InputError, ModelError, UnknownModelError
+from dave_fast.errors import InputError, MissingPackageError, ModelError, UnknownModelError
 from dave_fast.images import preprocessing
 from dave_fast.models.catalog import load_model
 from dave_fast.models.labels import labels_of
@@ -361,7 +361,9 @@ def test_adapter_without_peft_says_what_to_install(tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else find(name, *rest))
     refused(
-        f"hf:{tmp_path / 'adapter'}", UnknownModelError, r"the package peft is missing: pip install 'dave-fast\[hf\]'"
+        f"hf:{tmp_path / 'adapter'}",
+        MissingPackageError,
+        r"an adapter, needs the package peft, which is missing: pip install '\.\[hf\]'",
     )
 
 

@@ -87,7 +87,7 @@ def test_preflight_refuses(resources, devices, message):
 
 def test_without_ray(images, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
-    with pytest.raises(InputError, match=r"needs Ray: pip install 'dave-fast\[ray\]'"):
+    with pytest.raises(InputError, match=r"needs the package ray, which is missing: pip install '\.\[ray\]'"):
         stubs.run(images, tmp_path / "out", engine="ray")
     assert not (tmp_path / "out").exists()
 

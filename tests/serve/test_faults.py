@@ -523,4 +523,4 @@ def test_a_missing_package_is_told_with_what_installs_it(monkeypatch):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "fastapi", None)
     result = CliRunner().invoke(cli.app, ["serve", "--port", "0"])
-    assert result.exit_code == 2 and "pip install 'dave-fast[serve]'" in result.output
+    assert result.exit_code == 2 and "pip install '.[serve]'" in result.output
