@@ -85,8 +85,8 @@ def imported_again():
     for name in list(sys.modules):
         if name.startswith("dave_fast.") and name not in before:
             del sys.modules[name]
+    sys.modules.update(before)
     for name, module in before.items():
-        sys.modules[name] = module
         parent, _, last = name.rpartition(".")
         setattr(sys.modules[parent], last, module)
 
