@@ -7,9 +7,13 @@ baseline in the environment selects the host kernels of one instruction set inst
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -32,6 +36,28 @@ Run = Callable[..., None]
 OLDEST_GPU = (8, 0)
 
 
+def build_command() -> str | None:
+    """Return the command that builds the extensions where this package is; None outside of a checkout.
+
+    Python started in a checkout takes the package from there, also where another one is installed.
+    """
+    root = Path(__file__).resolve().parents[2]
+    return f"pip install -e {shlex.quote(str(root))}" if (root / "csrc" / "bindings.cpp").is_file() else None
+
+
+def _warn_of_missing_core() -> None:
+    """Warn where the core was not built although it can be: in a checkout with a compiler, unless that was chosen."""
+    command, chosen = build_command(), os.environ.get("DAVE_FAST_BUILD_EXT") == "0"
+    compilers = (os.environ.get("CXX", "").split(" ")[0], "c++", "g++", "clang++")
+    if command is not None and not chosen and any(shutil.which(name) for name in compilers if name):
+        warnings.warn(
+            f"the native core is not built here, and maps on a CPU take several times as long: {command} builds it "
+            "(DAVE_FAST_BUILD_EXT=0: without it)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
 def _imported(name: str, needs: str) -> ModuleType | str:
     """Import an extension; return the reason where it cannot be imported."""
     try:
@@ -46,6 +72,8 @@ def _imported(name: str, needs: str) -> ModuleType | str:
 def _load() -> ModuleType | str:
     # torch is imported above, so that the module finds torch's libgomp loaded and shares it
     module = _imported("dave_fast._native", "with a C++ compiler and")
+    if isinstance(module, str) and "was not built" in module:
+        _warn_of_missing_core()
     wanted = os.environ.get("DAVE_FAST_ISA")
     if wanted and not isinstance(module, str):
         try:

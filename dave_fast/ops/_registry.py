@@ -37,6 +37,8 @@ def _onednn_unavailable() -> str | None:
 def _triton_unavailable() -> str | None:
     if find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
+    if find_spec("dave_fast.kernels") is None:
+        return f"the Triton kernels are not in this folder ({_ext.build_command()} finds them)"
     if _interprets():
         return None
     if not torch.cuda.is_available():

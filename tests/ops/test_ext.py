@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,6 +53,41 @@ def test_without_the_extension(monkeypatch, error, message):
     assert torch.equal(robust_mean(contributions), robust_mean_ref(contributions))
     with pytest.raises(BackendError, match=message):
         robust_mean(contributions, backend="native")
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch) -> Path:
+    """A compiler that $CXX names; no other is on the path."""
+    program = tmp_path / "c++"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("CXX", str(program))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("DAVE_FAST_BUILD_EXT", raising=False)
+    return program
+
+
+@pytest.mark.usefixtures("forgotten", "compiler")
+def test_a_core_that_is_not_built_in_a_checkout_is_warned_of_once_with_the_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dave_fast._native", None)
+    root = Path(__file__).resolve().parents[2]
+    with pytest.warns(RuntimeWarning, match=f"the native core is not built here.*pip install -e {root} builds") as said:
+        assert [_registry.choose(op) for op in PIXEL_OPS] == ["torch"] * len(PIXEL_OPS)
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("why", ["chosen", "no compiler", "no checkout"])
+def test_no_warning_where_the_core_was_left_out_or_cannot_be_built(monkeypatch, tmp_path, compiler, why):
+    if why == "chosen":
+        monkeypatch.setenv("DAVE_FAST_BUILD_EXT", "0")
+    elif why == "no compiler":
+        compiler.unlink()
+    else:
+        monkeypatch.setattr(_ext, "__file__", str(tmp_path / "site-packages/dave_fast/ops/_ext.py"))
+        assert _ext.build_command() is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _ext._warn_of_missing_core()
 
 
 needs_extension = pytest.mark.skipif(_ext.unavailable() is not None, reason=str(_ext.unavailable()))
