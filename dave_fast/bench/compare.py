@@ -80,12 +80,10 @@ def revision(name: str, root: Path) -> Iterator[Path]:
         InputError: git does not know the revision.
         BackendError: it cannot be built.
     """
-    known = _git(root, "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
-    if known.returncode != 0:
-        raise InputError(f"git knows no revision {name!r} in {root}; give a commit, a branch or a tag")
+    commit = _commit(name, root)
     with tempfile.TemporaryDirectory(prefix="dave-fast-bench-") as folder:
         tree = Path(folder) / "tree"
-        made = _git(root, "worktree", "add", "--detach", str(tree), known.stdout.strip())
+        made = _git(root, "worktree", "add", "--detach", str(tree), commit)
         if made.returncode != 0:
             raise InputError(f"git cannot check out {name!r}: {made.stderr.strip()}")
         try:
@@ -95,8 +93,34 @@ def revision(name: str, root: Path) -> Iterator[Path]:
             _git(root, "worktree", "remove", "--force", str(tree))
 
 
+def check_revision(name: str) -> Path:
+    """Return the root of the checkout that this package runs from.
+
+    Raises:
+        InputError: there is none, as for an installed package, or its git does not know the revision.
+    """
+    root = machine.checkout()
+    if root is None:
+        raise InputError(
+            "--compare needs a git checkout of dave-fast, and this package is not in one "
+            f"({machine.ROOT}): run it in a checkout, or after pip install -e . there"
+        )
+    _commit(name, root)
+    return root
+
+
+def _commit(name: str, root: Path) -> str:
+    known = _git(root, "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
+    if known.returncode != 0:
+        raise InputError(f"git knows no revision {name!r} in {root}; give a commit, a branch or a tag")
+    return known.stdout.strip()
+
+
 def _git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+    try:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise InputError("--compare needs git, which is not installed here") from error
 
 
 def _build(tree: Path, name: str) -> None:
@@ -141,11 +165,7 @@ def compare(
         InputError: this is no git checkout, or git does not know the revision.
         BackendError: a side cannot be built or timed.
     """
-    root = machine.checkout()
-    if root is None:
-        raise InputError(
-            "--compare needs a git checkout of dave-fast, and this is an installed package: run it from a checkout"
-        )
+    root = check_revision(before)
     with ExitStack() as stack:
         progress(f"building {before}")
         tree = stack.enter_context(revision(before, root))

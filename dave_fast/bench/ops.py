@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -44,13 +45,14 @@ def registered(kernels: Mapping[str, str], device: str) -> Iterator[None]:
         device: that they run on.
 
     Raises:
-        InputError: the op is unknown, or the function cannot be imported.
+        InputError: the op is unknown, or the function cannot be imported, or does not take the op's arguments: at once
+            where it lacks one that every call has, else where it is first called with one that it lacks.
     """
     added = dict(kernels)
     for op, path in kernels.items():
         if op not in _registry.IMPLEMENTATIONS:
             raise InputError(f"there is no op {op!r}; there are {', '.join(_registry.IMPLEMENTATIONS)}")
-        load_object(path)
+        _check_signature(op, path)
         companion = COMPANIONS.get(op)
         if companion is not None:
             added.setdefault(companion, _registry.IMPLEMENTATIONS[companion]["torch"])
@@ -59,10 +61,40 @@ def registered(kernels: Mapping[str, str], device: str) -> Iterator[None]:
         _registry.IMPLEMENTATIONS[op][YOURS] = path
     try:
         yield
+    except TypeError as error:
+        for op, path in kernels.items():
+            # Python names the function whose arguments do not fit
+            if str(error).startswith(f"{getattr(load_object(path), '__qualname__', path)}() "):
+                raise _misfit(op, path, error) from error
+        raise
     finally:
         del _registry.BACKENDS[YOURS]
         for op in added:
             del _registry.IMPLEMENTATIONS[op][YOURS]
+
+
+def _check_signature(op: str, path: str) -> None:
+    """Raise InputError where a function cannot be called with the arguments that every call of an op has."""
+    own = load_object(path)
+    if not callable(own):
+        raise InputError(f"--kernel {op}={path} is a {type(own).__name__}; expected a function")
+    needed = [each for each in signature(_registry.load(op, "torch")).parameters.values() if each.default is each.empty]
+    by_name = {each.name: None for each in needed if each.kind is each.KEYWORD_ONLY}
+    by_place = [each for each in needed if each.kind is each.POSITIONAL_OR_KEYWORD]
+    try:
+        signature(own).bind(*by_place, **by_name)
+    except TypeError as error:
+        raise _misfit(op, path, error) from error
+    # functions in C may have no signature
+    except ValueError:
+        return
+
+
+def _misfit(op: str, path: str, error: TypeError) -> InputError:
+    return InputError(
+        f"--kernel {op}={path} does not take the op's arguments: {error}; expected "
+        f"{op}{signature(_registry.load(op, 'torch'))}"
+    )
 
 
 def bench_op(

@@ -78,6 +78,7 @@ def bench(
     """
     from torch import nn
 
+    from dave_fast.bench.compare import check_revision
     from dave_fast.bench.measure import run
     from dave_fast.bench.ops import registered
     from dave_fast.bench.shapes import spec_of
@@ -102,6 +103,8 @@ def bench(
         "budget": budget,
     }
     before = None if compare is None else (compare, _share(threshold))
+    if compare is not None:
+        check_revision(compare)
     own = _kernels(kernel or [], op)
     print_model(screen, spec_of(wanted))
     with plain_warnings(screen), registered(own, place.type), waiting(screen, "starting") as say:

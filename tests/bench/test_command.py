@@ -75,12 +75,20 @@ def test_your_own_kernel_in_the_whole_engine():
         (["--kernel", "a.b:c"], "does not say for which op"),
         (["--op", "row_rstd", "--kernel", "a.b:c"], "cannot be loaded"),
         (["--precision", "fp7"], "fp7"),
+        (
+            ["--kernel", f"row_rstd={KERNELS}:row_rstd_without_eps"],
+            "too many positional arguments; expected row_rstd(x:",
+        ),
+        (["--kernel", f"row_rstd={KERNELS}:row_rstd_without_centred"], "unexpected keyword argument 'centred'"),
+        (["--kernel", f"pack_weight={KERNELS}:pack_without_arguments"], "too many positional arguments"),
+        (["--kernel", f"linear={KERNELS}:linear_without_gate", "--op", "linear"], "keyword argument 'gate'"),
+        (["--kernel", f"row_rstd={KERNELS}:calls_of_tired"], "is a list; expected a function"),
     ],
 )
 def test_requests_that_cannot_be_measured_exit_with_2_and_one_line(arguments, words):
     done = run(*arguments)
     assert done.exit_code == 2
-    assert words in done.output
+    assert words in " ".join(done.output.split())
 
 
 def test_red_tests_of_an_op_keep_it_from_being_reported(monkeypatch):
@@ -154,6 +162,21 @@ def test_an_unknown_revision_and_a_missing_checkout_are_refused(monkeypatch):
     monkeypatch.setattr(machine, "checkout", lambda: None)
     with pytest.raises(InputError, match="needs a git checkout"):
         compare.compare("HEAD", {}, repeats=1, threshold=0.05)
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [("installed", "needs a git checkout of dave-fast"), ("no git", "needs git, which"), ("wrong", "no revision 'no-")],
+)
+def test_what_cannot_be_compared_is_refused_before_a_model_is_built(monkeypatch, tmp_path, what, words):
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    if what != "installed":
+        subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    if what == "no git":
+        monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("dave_fast.bench.measure.run", lambda *_, **__: pytest.fail("it was measured"))
+    done = run("--op", "row_rstd", "--compare", "no-such")
+    assert done.exit_code == 2 and words in " ".join(done.output.split()), done.output
 
 
 @pytest.mark.slow
