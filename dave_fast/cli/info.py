@@ -19,6 +19,18 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 _PACKAGES = ("torch", "timm", "triton", "numpy", "pillow")
+# the extras for users in pyproject.toml, and their packages
+EXTRAS = {
+    "hf": ("transformers", "peft", "sentencepiece", "torchvision"),
+    "openclip": ("open_clip_torch", "torchvision"),
+    "bcos": ("bcos", "einops", "torchvision"),
+    "datasets": ("datasets",),
+    "export": ("zarr", "h5py"),
+    "ray": ("ray",),
+    "serve": ("fastapi", "uvicorn", "httpx", "prometheus_client", "python-multipart"),
+    "evaluate": ("captum", "torchcam", "torchvision"),
+    "lrp": ("lxt", "transformers", "torchvision"),
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,7 @@ class Info:
         choices: for each problem of the GPU's kernels and number of rows, the candidate that was measured to be fastest
             (see `dave_fast.ops.choices`).
         choices_file: where these choices are kept; None where the device is no GPU.
+        extras: for each extra of dave-fast its packages that are not installed.
     """
 
     versions: dict[str, str]
@@ -62,6 +75,7 @@ class Info:
     ops: dict[str, dict[str, str]]
     choices: dict[str, dict[int, str]] = field(default_factory=dict)
     choices_file: str | None = None
+    extras: dict[str, list[str]] = field(default_factory=dict)
 
 
 def _installed(package: str) -> str:
@@ -70,6 +84,11 @@ def _installed(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
+
+
+def missing_of(extra: str) -> list[str]:
+    """Return the packages of an extra that are not installed."""
+    return [package for package in EXTRAS[extra] if _installed(package) == "not installed"]
 
 
 def collect(device: str | None = None) -> Info:
@@ -95,7 +114,8 @@ def collect(device: str | None = None) -> Info:
     own = {"dave-fast": __version__, "python": platform.python_version()}
     versions = own | {name: _installed(name) for name in _PACKAGES}
     isa = None if native else _ext.isa()
-    found = Info(versions, devices, device, torch.get_num_threads(), isa, native, _table(device))
+    extras = {extra: missing_of(extra) for extra in EXTRAS}
+    found = Info(versions, devices, device, torch.get_num_threads(), isa, native, _table(device), extras=extras)
     if device != "cuda" or not torch.cuda.is_available():
         return found
     kept = Choices.of(torch.cuda.get_device_name())
@@ -165,6 +185,10 @@ def render(found: Info) -> RenderableType:
     facts.add_row("threads", str(found.threads))
     native = f"not available: {found.native}" if found.native else f"yes, {found.isa}"
     facts.add_row("native core", Text(native))
+    if found.extras:
+        missing = [f"{extra} (without {', '.join(names)})" for extra, names in found.extras.items() if names]
+        facts.add_row("extras", Text(", ".join(extra for extra, names in found.extras.items() if not names) or "none"))
+        facts.add_row("not installed", Text(", ".join(missing) or "none"))
     table, reasons = _ops_table(found)
     notes = [Text(f"  [{number}] {reason}", style="dim") for reason, number in reasons.items()]
     return Group(facts, "", table, *notes, *_choices_table(found))

@@ -3,16 +3,19 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from dave_fast import __version__
 from dave_fast.cli.app import app
-from dave_fast.cli.info import Device, Info, collect, render
+from dave_fast.cli.info import EXTRAS, Device, Info, collect, missing_of, render
 from dave_fast.ops import _registry
 
 
@@ -87,7 +90,25 @@ def test_module_is_a_program_with_plain_errors():
     assert done.returncode in (0, 2)
 
 
+def test_extras_are_those_of_the_project(found):
+    root = Path(__file__).resolve().parents[2]
+    declared = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    users = {extra: needs for extra, needs in declared.items() if extra not in ("test", "dev", "docs")}
+    assert {extra: [re.match(r"[\w-]+", each)[0] for each in needs] for extra, needs in users.items()} == {
+        extra: list(packages) for extra, packages in EXTRAS.items()
+    }
+    assert set(found.extras) == set(EXTRAS)
+
+
+def test_an_extra_without_a_package_is_shown(found, monkeypatch):
+    monkeypatch.setitem(EXTRAS, "ray", ("ray", "no-such-package"))
+    assert missing_of("ray")[-1:] == ["no-such-package"]
+    text = printed(replace(found, extras={"hf": [], "ray": ["no-such-package"]}))
+    assert "hf" in text and "ray (without no-such-package)" in text
+
+
 def test_json(found):
     result = CliRunner().invoke(app, ["info", "--json", "--device", "cpu"])
     assert result.exit_code == 0
     assert json.loads(result.stdout)["ops"] == found.ops
+    assert json.loads(result.stdout)["extras"] == found.extras

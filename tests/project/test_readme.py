@@ -63,12 +63,6 @@ def test_headline_figures_stand_in_the_page_that_they_link_to(what):
     assert numbers and not [number for number in numbers if number not in text]
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
-def test_links_and_pictures_exist(page):
-    links = re.findall(r"\]\((?!http|#)(.*?)(?:#.*?)?\)", (ROOT / page).read_text(encoding="utf-8"))
-    assert links and not [link for link in links if not (ROOT / link).exists()]
-
-
 def test_files_that_contributing_names_exist():
     """Every path that CONTRIBUTING.md names exists, in the repository or in the package; `<op>` stands for an op."""
     named = re.findall(r"`([\w./]+/[\w.]+\.(?:py|h|cpp|md))`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
