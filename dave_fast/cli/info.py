@@ -25,7 +25,7 @@ EXTRAS = {
     "openclip": ("open_clip_torch", "torchvision"),
     "bcos": ("bcos", "einops", "torchvision"),
     "datasets": ("datasets",),
-    "export": ("zarr", "h5py"),
+    "export": ("zarr", "h5py", "tensorboard"),
     "ray": ("ray",),
     "serve": ("fastapi", "uvicorn", "httpx", "prometheus_client", "python-multipart"),
     "evaluate": ("captum", "torchcam", "torchvision"),

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from dave_fast.errors import ImageError, InputError, reason_of
+from dave_fast.errors import ImageError, InputError, needs, reason_of
 from dave_fast.images.geometry import Geometry
 from dave_fast.run.contents import read_picture
 from dave_fast.run.limits import Limits, within
@@ -117,12 +117,10 @@ def package(name: str, form: str) -> Any:
     """Return an imported package of the extra `export`.
 
     Raises:
-        InputError: it is not installed.
+        MissingPackageError: it is not installed.
     """
-    try:
+    with needs("export", f"--to {form}"):
         return __import__(name)
-    except ImportError as error:
-        raise InputError(f"--to {form} needs the package {name}: pip install 'dave-fast[export]'.") from error
 
 
 @contextmanager
