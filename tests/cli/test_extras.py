@@ -85,6 +85,8 @@ def imported_again():
     for name in list(sys.modules):
         if name.startswith("dave_fast.") and name not in before:
             del sys.modules[name]
+            parent, _, last = name.rpartition(".")
+            vars(sys.modules.get(parent, sys)).pop(last, None)
     sys.modules.update(before)
     for name, module in before.items():
         parent, _, last = name.rpartition(".")
