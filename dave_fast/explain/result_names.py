@@ -4,6 +4,7 @@
     photo.292-tiger_not_291-lion.overlay.png      a difference; _and_ for a sum
     photo.text-a-cat.overlay.png                  text:a cat
     photo.patch-3-5.overlay.png                   patch:3,5
+    photo.segment-15-cat-at-120-80.overlay.png    segment:cat@120,80; a box alike
     photo.292-tiger.block6.overlay.png            at block 6
     photo.top3.figure.png                         the figure of --top-k 3; of several targets their names with commas
 
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 
 from dave_fast.explain.depth import PIXELS, name_of
 from dave_fast.models.labels import Labels
-from dave_fast.targets import Class, Contrast, Patch, SimilarTo, Sum, Target, Text
+from dave_fast.targets import Box, Class, Contrast, Patch, Segment, SimilarTo, Sum, Target, Text
 
 _LETTERS, _LONGEST = 40, 100
 
@@ -59,7 +60,7 @@ def _depth(depth: str | int) -> str:
 def _name(question: Target, labels: Labels) -> str:
     match question:
         case Class(index=int() as index) | (int() as index):
-            return f"{index}-{_slug(labels.name(index))}".strip("-") if labels.names else f"class-{index}"
+            return _class(index, labels)
         case Sum(parts=parts):
             return "_and_".join(_name(part, labels) for part in parts)
         case Contrast(this=this, that=that):
@@ -74,7 +75,23 @@ def _name(question: Target, labels: Labels) -> str:
             return f"patch-{row}-{column}"
         case Patch(row=row, column=column, weights=weights) if weights is not None:
             return _marked(f"patch-{row}-{column}", weights.double().cpu().numpy().tobytes())
+        case Segment(index=index, at=tuple() as at):
+            return _placed("segment", index, at, labels)
+        case Box(index=index, box=tuple() as box):
+            return _placed("box", index, box, labels)
     return "target"
+
+
+def _class(index: int, labels: Labels) -> str:
+    return f"{index}-{_slug(labels.name(index))}".strip("-") if labels.names else f"class-{index}"
+
+
+def _placed(kind: str, index: int | str, place: Sequence[float], labels: Labels) -> str:
+    known = labels.find(index) if isinstance(index, str) else index
+    name = _slug(str(index)) if known is None else _class(known, labels)
+    name = f"{kind}-{name}-at-{'-'.join(f'{each:.0f}' for each in place)}"
+    exact = known is not None and all(each >= 0 and each == int(each) for each in place)
+    return name if exact else _marked(name, repr((index, [float(each) for each in place])).encode())
 
 
 def _slug(text: str) -> str:

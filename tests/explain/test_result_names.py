@@ -37,6 +37,10 @@ def digits(text):
         ("text:A cat", "text-a-cat_" + digits("A cat")),
         ("text:猫", "text_" + digits("猫")),
         ("patch:3,5", "patch-3-5"),
+        ("segment:tiger@120,80", "segment-0-tiger-at-120-80"),
+        ("box:2@20,40,180,200 - box:0@20,40,180,200", "box-2-crane-at-20-40-180-200_not_box-0-tiger-at-20-40-180-200"),
+        ("segment:tiger@1.5,80", "segment-0-tiger-at-2-80_" + digits("('tiger', [1.5, 80.0])")),
+        ("segment:walrus@1,80", "segment-walrus-at-1-80_" + digits("('walrus', [1.0, 80.0])")),
         ("image:some/Other.jpg", "like-some-other-jpg_" + digits("some/Other.jpg")),
     ],
 )
