@@ -225,7 +225,7 @@ def test_more_samples_than_memory_holds_are_refused(tiny):
         tiny.explain(torch.zeros(1, 3, 32, 32), n_samples=10**9)
 
 
-@pytest.mark.parametrize("target", [True, 1.0, HUGE, -(10**30), (1.0,), (True,), (1, 2), "1", [True], np.float64(1)])
+@pytest.mark.parametrize("target", [True, 1.0, HUGE, -(10**30), (1.0,), (True,), (1, 2), "1.0", [True], np.float64(1)])
 def test_targets_that_are_no_integers_are_refused(tiny, target):
     with pytest.raises(InputError):
         tiny.explain(torch.zeros(1, 3, 32, 32), targets=[target], n_samples=1)

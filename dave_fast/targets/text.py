@@ -176,7 +176,8 @@ def _classes(text: str, labels: Labels, most_signs: int) -> Question:
         return name if index is None else index
 
     # one class, whatever signs its name has
-    if isinstance(whole := resolved(text.strip('"')), int):
+    name = text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text
+    if '"' not in name and isinstance(whole := resolved(name), int):
         return Class(whole)
     cuts = _cuts(text, most_signs)
     edges = [-1, *cuts, len(text)]
