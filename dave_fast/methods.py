@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from dave_fast.defaults import DEFAULT_SAMPLES
-from dave_fast.errors import InputError, ModelError
+from dave_fast.errors import InputError, MissingPackageError, ModelError, missing
 from dave_fast.evaluate.methods import CONTROLS, METHODS, Attribute, MethodSettings, known_name
 from dave_fast.evaluate.twin import NotTakenError
-from dave_fast.explain.depth import PIXELS, Depth
+from dave_fast.explain.depth import PIXELS, Depth, check_depth
 from dave_fast.explain.explainer import DAVE
 from dave_fast.explain.explanation import Explanation
 from dave_fast.explain.inputs import shown
@@ -48,12 +48,12 @@ _EXTRAS = {"captum": "evaluate", "torchcam": "evaluate", "lxt": "lrp"}
 Images = Tensor | Picture | Sequence[Picture]
 
 
-def missing(name: str) -> str | None:
-    """Return why a method cannot run in this environment, in words; None where its package is installed."""
+def absence(name: str) -> MissingPackageError | None:
+    """Return the error that the package of a method is missing in this environment; None where it is there."""
     package = METHODS[name].package
     if package is None or find_spec(package) is not None:
         return None
-    return f"{name} needs the package {package}: pip install '.[{_EXTRAS[package]}]'"
+    return missing(_EXTRAS[package], name, package)
 
 
 class Method:
@@ -65,14 +65,15 @@ class Method:
         settings: keywords of `DAVE`.
 
     Raises:
-        InputError: there is no such method, or the package that it is in is missing.
+        InputError: there is no such method.
+        MissingPackageError: the package that it is in is missing.
         DaveFastError: as `DAVE` does.
     """
 
     def __init__(self, name: str, model: str | ModelSpec | nn.Module | DAVE, **settings: Any) -> None:
         self.name = known_name(name)
-        if reason := missing(self.name):
-            raise InputError(reason)
+        if error := absence(self.name):
+            raise error
         self.dave = model if isinstance(model, DAVE) else DAVE(model, **settings)
 
     def __repr__(self) -> str:
@@ -120,12 +121,12 @@ class Method:
         asked: dict[str, Any] = {"targets": targets, "top_k": top_k, "seed": seed}
         if self.name == "DAVE":
             return self.dave.explain(images, target, n_samples, depth=depth, progress=progress, **asked)
-        if depth != PIXELS:
+        if set(check_depth(depth)) != {PIXELS}:
             raise InputError(f"depth is {depth!r}: {self.name} has maps of pixels only")
         n_samples = check_integer(n_samples, "n_samples", 1)
         given, views = (images, None) if isinstance(images, Tensor) else self.dave.inputs.of_photographs(images)
         # classes, names and probabilities, for the price of one sample
-        found = self.dave.explain(given, target, 1, **asked)
+        found = self.dave.explain(given, target, 1, depth=depth, **asked)
         if bool((found.target < 0).any()):
             raise InputError(f"{self.name} explains classes; for differences, texts and patches take DAVE")
         try:
@@ -249,7 +250,7 @@ def compare(
     seconds: dict[str, float] = {}
     names = list(dict.fromkeys(map(known_name, NAMES if methods is None else methods)))
     if methods is None:
-        absent = {name: reason for name in names if (reason := missing(name))}
+        absent = {name: str(error) for name in names if (error := absence(name))}
         names = [name for name in names if name not in absent]
     with shown(progress) as update:
         for number, name in enumerate(names, 1):

@@ -123,7 +123,7 @@ def test_what_a_method_cannot_do_is_refused_in_words(dave, ask, words):
 
 def test_missing_package_names_its_extra(dave, monkeypatch):
     monkeypatch.setattr(methods, "find_spec", lambda name: None if name == "captum" else find_spec(name))
-    with pytest.raises(InputError, match=r"SmoothGrad needs the package captum: pip install '.*\[evaluate\]'"):
+    with pytest.raises(InputError, match=r"SmoothGrad needs the package captum, which is missing: .*\[evaluate\]"):
         Method("SmoothGrad", dave)
     found = compare(PHOTO, dave, n_samples=2)
     assert "SmoothGrad" in found.absent and "DAVE" in found and "SmoothGrad" not in found

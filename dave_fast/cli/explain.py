@@ -42,6 +42,13 @@ def explain(
             show_default="the most probable",
         ),
     ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="DAVE, integrated-gradients, smoothgrad, input-x-gradient, legrad ...; repeatable, and compared.",
+            show_default="DAVE",
+        ),
+    ] = None,
     top_k: Annotated[
         int | None,
         typer.Option(min=1, help="Explain the k most probable classes.", show_default="1; 2 with --demo"),
@@ -100,7 +107,7 @@ def explain(
     photo.292-tiger.overlay.png: the map over the photograph; photo.292-tiger.map.png: the map;
     photo.292-tiger.npz: map, signed contributions, class, probability, settings.
 
-    With --top-k 2 or more, several --target or several depths: a set each, and a figure of them all.
+    With --top-k 2 or more, several --target, --method or depths: a set each, and a figure of them all.
     For a --depth other than the pixels it prints what the tokens there account for.
 
     A --target is a class (292, tiger, "tiger"), a sum or a difference of classes
@@ -127,7 +134,7 @@ def explain(
         )
     # The embedded scene has two digits, which shows that maps differ by class.
     top_k = top_k or (2 if demo and not target else 1)
-    samples, method = options.method(n_samples, noise_alpha, shrink, config=given)
+    samples, settings = options.method(n_samples, noise_alpha, shrink, config=given)
     style = {"colormap": colormap, "opacity": opacity, "quantile": quantile}
     request = Request(
         out,
@@ -146,7 +153,7 @@ def explain(
         "precision": precision,
         "backend": backend,
         "route": route,
-        **method,
+        **settings,
         "schedule": schedule,
         "internal_batch_size": internal_batch_size,
     }
@@ -155,14 +162,28 @@ def explain(
         # What can be refused is refused before the model is loaded.
         check_writable(out)
         sources = _demo_sources(images, named, random_weights) if demo else _sources(images or [], out)
+        names = _check_methods(method)
         spec = named.spec(None if demo else given, default=default, random_weights=random_weights)
         _check_targets(request.targets, spec)
         with loading(screen, spec):
             subject = _load(spec, keywords, "".join(asked))
-        done, failed = _run(screen, subject, sources, request)
+        done, failed = _run(screen, subject, sources, request, names)
     _summary(done, failed, request)
     if failed:
         raise typer.Exit(1 if done else 2)
+
+
+def _check_methods(given: Sequence[str] | None) -> list[str]:
+    """Return the names of methods; raise InputError where there is no such one, or its package is missing."""
+    if not given:
+        return []
+    from dave_fast.evaluate.methods import known_name
+    from dave_fast.methods import absence
+
+    names = list(dict.fromkeys(map(known_name, given)))
+    for error in filter(None, map(absence, names)):
+        raise error
+    return names
 
 
 def _check_targets(targets: Sequence[str], spec: ModelSpec) -> None:
@@ -220,11 +241,16 @@ def _load(spec: ModelSpec, keywords: dict[str, Any], asked: str) -> Subject:
 
 
 def _run(
-    screen: Console, subject: Subject, sources: Sequence[ImageSource], request: Request
+    screen: Console, subject: Subject, sources: Sequence[ImageSource], request: Request, names: Sequence[str]
 ) -> tuple[list[Done], list[Failed]]:
     """Explain all images under a progress bar, and print failures as they come."""
     from dave_fast.explain.image_files import Done, explain_files
 
+    methods: dict[str, Any] = {}
+    if names:
+        from dave_fast.methods import Method
+
+        methods = {name: Method(name, subject.explainer) for name in names}
     done: list[Done] = []
     failed: list[Failed] = []
     share = request.n_samples
@@ -234,7 +260,8 @@ def _run(
             number = len(done) + len(failed)
             update(share * number + share * rows // of, share * len(sources), sources[number].path)
 
-        for outcome in explain_files(subject, sources, request, progress=show, note=partial(note, screen)):
+        say = partial(note, screen)
+        for outcome in explain_files(subject, sources, request, methods=methods, progress=show, note=say):
             if isinstance(outcome, Done):
                 done.append(outcome)
             else:
@@ -255,11 +282,13 @@ def _summary(done: Sequence[Done], failed: Sequence[Failed], request: Request) -
     if results:
         # a column that says nothing where all maps are of pixels
         deep = any(result.accounted for result in results)
+        several = any(result.method != "DAVE" for result in results)
         table = Table(
             "image",
             "target",
             "probability",
             *["depth"] * deep,
+            *["method"] * several,
             "overlay",
             box=None,
             header_style="bold",
@@ -268,7 +297,14 @@ def _summary(done: Sequence[Done], failed: Sequence[Failed], request: Request) -
         for result in results[:_ROWS]:
             name = f"{result.class_name} ({result.target})" if result.target >= 0 else result.class_name
             overlay = str(result.overlay.relative_to(request.out))
-            cells = (result.source.path, name, percent(result.probability), *[result.depth] * deep, overlay)
+            cells = (
+                result.source.path,
+                name,
+                percent(result.probability),
+                *[result.depth] * deep,
+                *[result.method] * several,
+                overlay,
+            )
             table.add_row(*(Text(cell, overflow="fold") for cell in cells))
         screen.print(table)
         if len(results) > _ROWS:

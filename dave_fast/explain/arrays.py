@@ -23,6 +23,7 @@ model's input and H×W pixels:
                         are of earlier versions, whose maps are not
     depth               string, "pixels", or the block or blocks whose tokens the maps are of, such as "6" or "5-9" (see
                         `dave_fast.explain.depth`); files without it have maps of pixels
+    method              string, that of attribution: "DAVE", as of files without it, or another of `dave_fast.methods`
     model, precision, dave_fast_version, image    strings; image is the path of the photograph, empty where unknown
 
 Of several depths in one file, as the server writes it, maps, raw, errors and error_bounds have a dimension L after K,
@@ -60,6 +61,7 @@ def arrays_of(
     noise_alpha: float,
     depths: Sequence[str | int] = (PIXELS,),
     image: str = "",
+    method: str = "DAVE",
     errors: Sequence[float] | None = None,
     error_bounds: Sequence[float] | None = None,
 ) -> dict[str, Any]:
@@ -80,6 +82,7 @@ def arrays_of(
         noise_alpha: the largest noise level.
         depths: of the maps, resolved ones such as "pixels", 6 or "5-9".
         image: the path of the photograph.
+        method: of attribution.
         errors: of the K maps; None where they were not estimated.
         error_bounds: of the K maps; None where they were not estimated.
     """
@@ -100,6 +103,7 @@ def arrays_of(
         "noise_alpha": np.float64(noise_alpha),
         "shrink": np.bool_(shrink),
         "depth": ",".join(map(str, depths)),
+        "method": method,
         "model": model,
         "precision": precision,
         "dave_fast_version": __version__,

@@ -240,6 +240,7 @@ class Explanation(Pictures):
             n_samples=self.n_samples,
             seed=self.seed,
             shrink=self.shrink,
+            method=self.about.method,
             model=self.about.model,
             precision=self.about.precision,
             noise_alpha=self.about.noise_alpha,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image
 
@@ -14,15 +14,16 @@ from dave_fast.defaults import DEFAULT_SAMPLES
 from dave_fast.errors import ImageError, NonFiniteError
 from dave_fast.explain.depth import PIXELS, Depth, name_of
 from dave_fast.explain.depth_account import sentence
-from dave_fast.explain.pictures import Scored
 from dave_fast.explain.result_names import ending_of, figure_name, question_name
 from dave_fast.images import read_image
 from dave_fast.images.drawing import Size, Style, save_picture
-from dave_fast.images.figures import save_figure
+from dave_fast.images.figures import figure, save_figure
 from dave_fast.images.given import Photograph
 from dave_fast.targets.text import parse_target
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from dave_fast.explain.explainer import Explanation
     from dave_fast.explain.subject import Subject
     from dave_fast.targets.forms import Target
@@ -57,6 +58,7 @@ class Result:
         overlay: the file of the map over the photograph.
         map: the file of the map.
         arrays: the .npz file (see `dave_fast.explain.arrays`).
+        method: of attribution.
     """
 
     source: ImageSource
@@ -68,6 +70,15 @@ class Result:
     overlay: Path
     map: Path
     arrays: Path
+    method: str = "DAVE"
+
+
+class Explains(Protocol):
+    """What explains photographs: `DAVE`, or a method with its call."""
+
+    @property
+    def explain(self) -> Callable[..., Explanation]:
+        """See `DAVE.explain`."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +162,7 @@ def explain_files(
     sources: Sequence[ImageSource],
     request: Request,
     *,
+    methods: Mapping[str, Explains] | None = None,
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Done | Failed]:
@@ -162,6 +174,7 @@ def explain_files(
         subject: the model.
         sources: the images.
         request: what to explain, and where to write.
+        methods: what explains, by the names of the methods; None for the subject's DAVE.
         progress: called with (rows done, rows in all) of the current image.
         note: called with what had to be assumed about the model.
 
@@ -172,7 +185,8 @@ def explain_files(
     targets = [subject.explainer.bind(each) for each in parsed]
     if subject.prepare.note:
         note(subject.prepare.note)
-    explainer = _FileExplainer(subject, request, targets, [question_name(each, subject.labels) for each in parsed])
+    files = [question_name(each, subject.labels) for each in parsed]
+    explainer = _FileExplainer(subject, request, targets, files, methods or {"DAVE": subject.explainer})
     for source in sources:
         try:
             yield explainer.explain(source, progress)
@@ -189,44 +203,50 @@ class _FileExplainer:
         request: what to explain, and where to write.
         targets: the request's targets; empty for the most probable classes.
         files: of the targets, in the names of files.
+        methods: what explains, by name.
     """
 
     subject: Subject
     request: Request
     targets: Sequence[Target]
     files: Sequence[str]
+    methods: Mapping[str, Explains]
 
     def explain(self, source: ImageSource, progress: Callable[[int, int], None] | None) -> Done:
         """Read, explain and write one image."""
-        request = self.request
-        found = self.subject.explainer.explain(
-            Photograph(source.path, source.read()),
-            targets=self.targets or None,
-            top_k=None if self.targets else request.top_k,
-            n_samples=request.n_samples,
-            seed=request.seed,
-            depth=request.depths,
-            progress=progress,
-        )
-        (answers,) = found.answers()
+        request, photograph = self.request, Photograph(source.path, source.read())
+        made = {
+            name: method.explain(
+                photograph,
+                targets=self.targets or None,
+                top_k=None if self.targets else request.top_k,
+                n_samples=request.n_samples,
+                seed=request.seed,
+                depth=request.depths,
+                progress=progress,
+            )
+            for name, method in self.methods.items()
+        }
+        first = next(iter(made.values()))
+        (answers,) = first.answers()
         files = self.files or [question_name(target, self.subject.labels) for target, _, _ in answers]
         results = tuple(
-            self._write(source, found, (which, found.levels.index(depth)), answers[which], f"{file}{ending_of(depth)}")
+            self._write(source, found, (which, found.levels.index(depth)), f"{file}{ending_of(depth, name)}")
+            for name, found in made.items()
             for which, file in enumerate(files)
             for depth in dict.fromkeys(found.levels)
         )
         if not request.figure and len(results) == 1:
             return Done(results, None)
-        figure = found.figure(signed=request.signed, **request.style)
-        named = figure_name(files, None if self.files else request.top_k, found.levels)
+        figure = figure_of(made, signed=request.signed, style=Style(**request.style))
+        named = figure_name(files, None if self.files else request.top_k, first.levels, list(made))
         return Done(results, save_figure(figure, request.out / f"{source.name}.{named}.figure.png"))
 
-    def _write(
-        self, source: ImageSource, found: Explanation, place: tuple[int, int], answer: Scored, file: str
-    ) -> Result:
+    def _write(self, source: ImageSource, found: Explanation, place: tuple[int, int], file: str) -> Result:
         """Write the `file`s of one target at one level, whose numbers are `place`: overlay, map, arrays."""
         which, level = place
         one, request = found.only(which, level), self.request
+        answer = one.answers()[0][0]
         overlay, plain, arrays = (
             request.out / f"{source.name}.{file}{end}" for end in (".overlay.png", ".map.png", ".npz")
         )
@@ -235,7 +255,24 @@ class _FileExplainer:
         one.save_npz(arrays)
         depth = found.levels[level]
         accounted = _accounted(found, which, depth, "logit" if answer[0] >= 0 else "score")
-        return Result(source, *answer, name_of(depth), accounted, overlay, plain, arrays)
+        return Result(source, *answer, name_of(depth), accounted, overlay, plain, arrays, found.about.method)
+
+
+def figure_of(made: Mapping[str, Explanation], *, signed: bool | None, style: Style) -> Figure:
+    """Return the figure of one image by one or several methods.
+
+    Args:
+        made: by the names of the methods, each of the same image and targets.
+        signed: as for the pictures of an `Explanation`.
+        style: how maps are drawn.
+    """
+    first = next(iter(made.values()))
+    panels = [
+        replace(panel, depth=" · ".join(filter(None, (name if len(made) > 1 else "", panel.depth))))
+        for name, found in made.items()
+        for panel in found.panels(signed=signed)
+    ]
+    return figure(first.views[0].crop, panels, first.bars(), style)
 
 
 def _accounted(explanation: Explanation, which: int, depth: str | int, score: str) -> str:

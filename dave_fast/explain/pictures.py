@@ -226,6 +226,10 @@ class Pictures(Drawn):
             for level in sorted(levels.values())
         ]
 
+    def bars(self, image: int = 0) -> list[tuple[str, float]]:
+        """Return the names and probabilities of the most probable classes of an image, for figures."""
+        return [(name, p) for _, name, p in self.top()[image] if not math.isnan(p)]
+
     def figure(self, *, signed: bool | None = None, **style: Any) -> Figure:
         """Return a figure at print size: an input, its maps and the most probable classes; of several images a grid.
 
@@ -238,8 +242,7 @@ class Pictures(Drawn):
         """
         look = Style(**style)
         if len(self) == 1:
-            bars = [(name, p) for _, name, p in self.top()[0] if not math.isnan(p)]
-            return figure(self._view(0).crop, self.panels(signed=signed), bars, look)
+            return figure(self._view(0).crop, self.panels(signed=signed), self.bars(), look)
         if not 0 < len(self) <= MOST_SHOWN:
             raise InputError(
                 f"there are {len(self)} images; a picture has 1 to {MOST_SHOWN}: choose some, as in found[:8]"

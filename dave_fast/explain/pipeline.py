@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from dave_fast.defaults import DEFAULT_SAMPLES
+from dave_fast.defaults import DEFAULT_MODEL, DEFAULT_SAMPLES
 from dave_fast.errors import InputError
 from dave_fast.explain.depth import PIXELS, Depth, check_one
 from dave_fast.explain.subject import Subject
@@ -107,7 +107,7 @@ class Pipeline:
         ]
 
 
-def pipeline(model: str | ModelSpec | nn.Module = "demo", **settings: Any) -> Pipeline:
+def pipeline(model: str | ModelSpec | nn.Module = DEFAULT_MODEL, **settings: Any) -> Pipeline:
     """Return a `Pipeline` for a model.
 
     Args:

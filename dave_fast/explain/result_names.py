@@ -6,6 +6,7 @@
     photo.patch-3-5.overlay.png                   patch:3,5
     photo.segment-15-cat-at-120-80.overlay.png    segment:cat@120,80; a box alike
     photo.292-tiger.block6.overlay.png            at block 6
+    photo.292-tiger.smoothgrad.overlay.png        by another method
     photo.top3.figure.png                         the figure of --top-k 3; of several targets their names with commas
 
 Different questions have different names: where letters are left out that tell two of them apart, as in a prompt with
@@ -35,22 +36,26 @@ def question_name(question: Target, labels: Labels) -> str:
     return _short(_name(question, labels))
 
 
-def ending_of(depth: str | int) -> str:
-    """Return what a resolved depth adds behind the question: nothing for the pixels."""
-    return "" if depth == PIXELS else f".{_depth(depth)}"
+def ending_of(depth: str | int, method: str = "DAVE") -> str:
+    """Return what a resolved depth and a method add behind the question: nothing for DAVE of the pixels."""
+    return ("" if depth == PIXELS else f".{_depth(depth)}") + ("" if method == "DAVE" else f".{_slug(method)}")
 
 
-def figure_name(questions: Sequence[str], top_k: int | None, depths: Sequence[str | int]) -> str:
+def figure_name(
+    questions: Sequence[str], top_k: int | None, depths: Sequence[str | int], methods: Sequence[str] = ("DAVE",)
+) -> str:
     """Return what names the figure of an image's results.
 
     Args:
         questions: the names of its questions.
         top_k: where they are the most probable classes, how many were asked for; else None.
         depths: the resolved depths of each question.
+        methods: the names of the methods.
     """
     asked = f"top{top_k}" if top_k is not None and len(questions) > 1 else _short(",".join(questions))
     different = dict.fromkeys(depths)
-    return asked if list(different) == [PIXELS] else f"{asked}.{','.join(map(_depth, different))}"
+    asked = asked if list(different) == [PIXELS] else f"{asked}.{','.join(map(_depth, different))}"
+    return asked if list(methods) == ["DAVE"] else f"{asked}.{','.join(map(_slug, methods))}"
 
 
 def _depth(depth: str | int) -> str:

@@ -15,12 +15,17 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 from dave_fast.errors import InputError
 from dave_fast.explain.depth import name_of
+from dave_fast.images.drawing import Style, draw_over
+from dave_fast.images.geometry import Geometry
 from dave_fast.models.labels import Labels
 from dave_fast.models.spec import class_names
+from dave_fast.run.contents import read_picture
 from dave_fast.run.identity import RUN_FILE, load_identity, load_labels
+from dave_fast.run.records import Record
 from dave_fast.run.shards import SMALL, VERIFIED, read_column, reading, shard_files
 
 if TYPE_CHECKING:
@@ -105,7 +110,8 @@ class Maps:
         return (
             f"Maps of {len(self)} records{f', {failed} of them with errors' if failed else ''}, by "
             f"{asked.get('model', 'a model')}, at {name_of(self.depth)}\n"
-            '  maps["ID"] or maps[0] is a record with .map; maps[:10], .filter(status="ok"), .column("probability")'
+            '  maps["ID"] or maps[0] is a record with .map, maps.overlay("ID") its picture; maps[:10], '
+            '.filter(status="ok"), .column("probability")'
         )
 
     def __len__(self) -> int:
@@ -130,6 +136,24 @@ class Maps:
     @cached_property
     def _numbers(self) -> dict[str, int]:
         return {record_id: number for number, record_id in enumerate(self.ids)}
+
+    def overlay(self, which: int | str, **style: Any) -> Image.Image:
+        """Return the map of a record over its photograph, which is read again, in the photograph's own size.
+
+        Args:
+            which: the id or the number of the record.
+            style: keywords of `dave_fast.images.drawing.Style`.
+
+        Raises:
+            InputError: there is no such record, or it has no map.
+            ImageError: the photograph cannot be read.
+        """
+        row = self[which]
+        if row.map is None:
+            raise InputError(f"the record {row.id} has no map: {row.error}")
+        photograph = read_picture(Record(row.id, row.uri))
+        box = Geometry.from_config(self.identity["configuration"]["preprocessing"]).seen(*photograph.size)
+        return draw_over(photograph, row.map, box, Style(**style))
 
     def column(self, name: str) -> np.ndarray:
         """Return a small column, such as target, probability or status: (N,); missing integers are −1."""

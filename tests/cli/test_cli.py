@@ -591,3 +591,43 @@ def test_streams_of_other_kinds_are_left_alone(monkeypatch, other):
     monkeypatch.setattr(sys, "stdout", other)
     terminal.print_any_name()
     assert sys.stdout is other
+
+
+# Other methods
+
+
+def test_several_methods_have_a_set_of_files_each_and_a_figure(models, photo, tmp_path):
+    methods = ("--method", "dave", "--method", "Input-x-Gradient")
+    result = explain(photo, "--out", tmp_path / "maps", "--target", "dog", *methods)
+    ends = (".map.png", ".npz", ".overlay.png")
+    assert tree(tmp_path / "maps") == sorted(
+        [
+            "photo.1-dog.dave,input-gradient.figure.png",
+            *(f"photo.1-dog{method}{end}" for method in ("", ".input-gradient") for end in ends),
+        ]
+    )
+    assert "method" in result.stdout and "input × gradient" in result.stdout
+    named = [str(load(tmp_path / f"maps/photo.1-dog{method}.npz")["method"]) for method in ("", ".input-gradient")]
+    assert named == ["DAVE", "input × gradient"]
+
+
+def test_another_method_alone(models, photo, tmp_path):
+    explain(photo, "--out", tmp_path / "maps", "--target", "dog", "--method", "frozen gradient")
+    assert "photo.1-dog.frozen-gradient.overlay.png" in tree(tmp_path / "maps")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(("--method", "smothgrad"), "did you mean smoothgrad"), (("--method", "attnlrp"), "needs the package lxt")],
+)
+def test_method_that_is_not_there_is_refused_before_the_model_is_loaded(
+    models, photo, tmp_path, monkeypatch, options, said
+):
+    monkeypatch.setattr(dave_fast.methods, "find_spec", lambda name: None)
+    assert said in explain(photo, "--out", tmp_path / "maps", *options, model="never", code=2).stderr
+
+
+def test_difference_by_a_method_of_classes_is_refused(models, photo, tmp_path):
+    options = ("--target", "dog-cat", "--method", "frozen-gradient")
+    result = explain(photo, "--out", tmp_path / "maps", *options, code=2)
+    assert "explains classes" in result.stderr and not (tmp_path / "maps").exists()
