@@ -263,12 +263,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in args.only:
         results.append(measure(name, args))
         row = results[-1]
-        ratio, differs = row["of_timm"], row["difference"]
+        ratio, differs, first = row["of_timm"], row["difference"], row["first_call_seconds"]
         print(
             f"{row['class']:40} {row['seconds']['library']['median']:.3f} s, {ratio['median']:.3f} of timm's "
             f"({ratio['low']:.3f} to {ratio['high']:.3f}); differs by {differs['timm']:.1e} from timm's, "
             f"{differs['frozen']:.1e} from the frozen route, which takes {row['frozen_of_timm']['median']:.2f} times "
-            f"timm's; first calls {row['first_call_seconds']['library']:.1f} and {row['first_call_seconds']['frozen']:.1f} s",
+            f"timm's; first calls {first['library']:.1f} and {first['frozen']:.1f} s",
             flush=True,
         )
     if not args.no_write:

@@ -1,13 +1,15 @@
-"""Write the table of docs/models.md of classes of transformers, torchvision and open_clip, and by which route they go.
+"""Write the tables of docs/models.md of classes of transformers, torchvision and open_clip: their routes, and times.
 
     python scripts/library_table.py
 
 The models are the tiny ones of tests/libraries.py. For those with a plan the error is the larger of two, over the
-class's models: of the output and of the effective gradient, the engine's against the frozen route's, in float64.
+class's models: of the output and of the effective gradient, the engine's against the frozen route's, in float64. Times
+are those of `python -m benchmarks.libraries`.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from collections.abc import Iterator
@@ -26,7 +28,9 @@ from tests.libraries import FROZEN, LIBRARIES  # noqa: E402
 from tests.variants import Variant  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
+TIMES = ROOT / "benchmarks" / "results" / "amd-epyc" / "libraries.json"
 BEGIN, END = "<!-- scripts/library_table.py -->", "<!-- end of libraries -->"
+BEGIN_TIMES, END_TIMES = "<!-- times of libraries -->", "<!-- end of times -->"
 
 
 def class_of(model: Any) -> tuple[str, str]:
@@ -78,11 +82,45 @@ def table(*, measured: bool = True) -> str:
     return "\n".join(lines) + "\n"
 
 
+def times() -> str:
+    """Return the table of times between its marks, as the benchmark measured them."""
+    found = json.loads(TIMES.read_text())
+    settings = found["settings"]
+    lines = [
+        "",
+        f"ViT {settings['shape']}, {settings['size']} pixels, S = {settings['samples']}, {settings['precision']}, two "
+        f"cores of an {found['environment']['device']}, {settings['repeats']} repeats in turns: medians, smallest "
+        "and largest.",
+        "",
+        "| class | seconds | times timm's | frozen route, times timm's | first call, seconds: engine, frozen "
+        "| attribution, engine against timm's |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in found["results"]:
+        ratio, first = row["of_timm"], row["first_call_seconds"]
+        cells = (
+            row["class"],
+            f"{row['seconds']['library']['median']:.2f}",
+            f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})",
+            f"{row['frozen_of_timm']['median']:.2f}",
+            f"{first['library']:.1f}, {first['frozen']:.1f}",
+            f"{row['difference']['timm']:.0e}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def replaced(page: str, begin: str, content: str, end: str) -> str:
+    """Return a page with other content between two marks."""
+    before, _, rest = page.partition(begin)
+    return before + begin + "\n" + content + end + rest.partition(end)[2]
+
+
 def main() -> None:
-    """Write the table."""
+    """Write the tables."""
     warnings.simplefilter("ignore")
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    PAGE.write_text(before + BEGIN + "\n" + table() + END + rest.partition(END)[2])
+    page = replaced(PAGE.read_text(), BEGIN, table(), END)
+    PAGE.write_text(replaced(page, BEGIN_TIMES, times(), END_TIMES))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,11 @@ def without_errors(table: str) -> list[str]:
     return [row.rpartition("engine |")[0] or row for row in table.strip().splitlines()]
 
 
+def test_the_page_has_the_times_that_were_measured() -> None:
+    text = page.PAGE.read_text()
+    assert page.replaced(text, page.BEGIN_TIMES, page.times(), page.END_TIMES) == text, "run scripts/library_table.py"
+
+
 def test_the_page_has_every_class_and_its_route() -> None:
     _, _, rest = page.PAGE.read_text().partition(page.BEGIN + "\n")
     found = rest.partition(page.END)[0]
