@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,7 +94,7 @@ class SampleCalls:
             raise InputError("draws hold no rows; expected one or more perturbed samples")
 
         def work(images: Tensor, batches: MicroBatches, end: EndOfCall) -> Pulled:
-            if not isinstance(targets, Tensor):
+            if not isinstance(targets, Tensor) and _are_cotangents(targets, len(images)):
                 of_each = [ImageCotangents(each) for each in zip(*targets, strict=True)]
                 made = batches.vjps(images, draws, of_each, images.dtype, levels=levels)
                 end.read()
@@ -178,3 +179,11 @@ class SampleCalls:
     def fitting_rows(self, images: Tensor) -> int:
         """Return how many rows `contributions` should be given at once for images (B, C, H, W)."""
         return self._checked.fitting_rows(images)
+
+
+def _are_cotangents(targets: Any, images: int) -> bool:
+    """Return whether targets are cotangents, of each image as many as of the others."""
+    rows = list(targets) if isinstance(targets, Sequence) else []
+    each = [cotangent for row in rows if isinstance(row, Sequence) for cotangent in row]
+    alike = len(rows) == images and len(each) and len(each) == len(rows) * len(rows[0])
+    return bool(alike) and all(isinstance(cotangent, Cotangent) for cotangent in each)

