@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -94,13 +94,14 @@ class SampleCalls:
             raise InputError("draws hold no rows; expected one or more perturbed samples")
 
         def work(images: Tensor, batches: MicroBatches, end: EndOfCall) -> Pulled:
-            if not isinstance(targets, Tensor) and _are_cotangents(targets, len(images)):
+            if _are_cotangents(targets, len(images)):
                 of_each = [ImageCotangents(each) for each in zip(*targets, strict=True)]
                 made = batches.vjps(images, draws, of_each, images.dtype, levels=levels)
                 end.read()
                 return made
-            first, last = check_targets(targets, len(images))
-            of_class = [ElementCotangent(each) for each in to_device(targets.T.contiguous(), images.device)]
+            classes: Any = targets
+            first, last = check_targets(classes, len(images))
+            of_class = [ElementCotangent(each) for each in to_device(classes.T.contiguous(), images.device)]
 
             def checked(output: Tensor, rows: Draws) -> Tensor:
                 check_classes(first, last, output)
@@ -181,7 +182,7 @@ class SampleCalls:
         return self._checked.fitting_rows(images)
 
 
-def _are_cotangents(targets: Any, images: int) -> bool:
+def _are_cotangents(targets: Any, images: int) -> TypeGuard[Sequence[Sequence[Cotangent]]]:
     """Return whether targets are cotangents, of each image as many as of the others."""
     rows = list(targets) if isinstance(targets, Sequence) else []
     each = [cotangent for row in rows if isinstance(row, Sequence) for cotangent in row]
