@@ -136,7 +136,10 @@ class Segment(Question):
                     f"the point at=({y:g}, {x:g}) is not in the image of {size[0]} rows, {size[1]} columns"
                 )
             return Point(x, y, to_edge=True)
-        mask = torch.as_tensor(self.mask).detach()
+        try:
+            mask = torch.as_tensor(self.mask).detach()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"the mask is a {type(self.mask).__name__}; expected a tensor or an array {size}") from error
         dtype = torch.promote_types(output.dtype, torch.float32)
         values = to_device((mask[None] if mask.dim() == 2 else mask).to(dtype), output.device)
         shapes = (1, *size), (len(output), *size)
@@ -145,9 +148,11 @@ class Segment(Question):
                 f"the mask is {tuple(mask.shape)} of {mask.dtype}; expected {size} for all images or "
                 f"{(len(output), *size)}, bool or finite weights of at least 0"
             )
-        if not bool((values.sum(dim=(1, 2)) > 0).all()):
+        largest = values.amax(dim=(1, 2), keepdim=True)
+        if not bool((largest > 0).all()):
             raise InputError("a mask is empty; expected at least one pixel in it")
-        return Mask(values)
+        # the sum of finite weights may be infinite
+        return Mask(values / largest)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class Grid:
     Attributes:
         tokens: (B, h·w, D), row by row.
         shape: (h, w).
-        size: (H, W) of the images.
+        size: (H, W) of what they cover, in pixels: of the images, unless these are no whole number of patches.
         prefix: tokens before them in outputs (B, N, D).
         channels_last: whether an output with four dimensions is (B, h, w, D).
     """
@@ -55,8 +56,8 @@ class Grid:
         if output.dim() not in (3, 4):
             raise InputError(f"the model's output is {tuple(output.shape)}; {needs}")
         if output.dim() == 3:
-            prefix, shape = _layout(output.shape[1], prefix, size, view)
-            return cls(output[:, prefix:], shape, size, prefix)
+            prefix, shape, covered = _layout(output.shape[1], prefix, size, view)
+            return cls(output[:, prefix:], shape, covered, prefix)
         last = _channels_last(output, size, view)
         features = output if last else output.permute(0, 2, 3, 1)
         return cls(features.flatten(1, 2), (features.shape[1], features.shape[2]), size, channels_last=last)
@@ -73,23 +74,37 @@ class Grid:
         return PatchCotangent(weights, place, self.shape, self.cell, self.prefix, self.channels_last)
 
 
-def _layout(tokens: int, wanted: int | None, size: tuple[int, int], view: ModelView) -> tuple[int, tuple[int, int]]:
-    """Return the number of prefix tokens, `wanted` where it is known, and the grid (h, w)."""
-    patch = getattr(getattr(view.model, "patch_embed", None), "patch_size", None)
-    if isinstance(patch, tuple):
-        grid = (size[0] // patch[0], size[1] // patch[1])
-        if wanted in (None, tokens - grid[0] * grid[1]) and 0 <= tokens - grid[0] * grid[1] <= MOST_PREFIX:
-            return tokens - grid[0] * grid[1], grid
+def _layout(
+    tokens: int, wanted: int | None, size: tuple[int, int], view: ModelView
+) -> tuple[int, tuple[int, int], tuple[int, int]]:
+    """Return the number of prefix tokens, `wanted` where it is known, the grid (h, w), and what it covers (H, W)."""
+    patch = _patch_size(view.model)
+    if patch is not None:
+        # pixels beyond the last whole patch are padded by some models, and left out by others
+        more = 1 if getattr(getattr(view.model, "patch_embed", None), "dynamic_img_pad", False) else 0
+        height, width = ((side - more) // each + more for side, each in zip(size, patch, strict=True))
+        if wanted in (None, tokens - height * width) and 0 <= tokens - height * width <= MOST_PREFIX:
+            return tokens - height * width, (height, width), (height * patch[0], width * patch[1])
     # otherwise the smallest number of prefix tokens that leaves a grid of the image's aspect ratio
     for prefix in range(MOST_PREFIX + 1) if wanted is None else [wanted]:
         found = _grid(tokens - prefix, size)
         if found is not None:
-            return prefix, found
+            return prefix, found, size
     raise InputError(
         f"the output's {tokens} tokens are no grid of patches of an image of {size[0]}×{size[1]}"
         f"{'' if wanted is None else f' behind {wanted} prefix tokens'}; give prefix=, the number of tokens before "
         "the patches: Patch(..., prefix=1)"
     )
+
+
+def _patch_size(model: Any) -> tuple[int, int] | None:
+    """Return (p_h, p_w) by timm's `patch_embed` or the configuration of transformers; None where neither says it."""
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if patch is None:
+        config = getattr(getattr(model, "model", model), "config", None)
+        patch = getattr(getattr(config, "vision_config", config), "patch_size", None)
+    patch = (patch, patch) if isinstance(patch, int) else patch
+    return (int(patch[0]), int(patch[1])) if isinstance(patch, tuple | list) and len(patch) == 2 else None
 
 
 def _channels_last(output: Tensor, size: tuple[int, int], view: ModelView) -> bool:

@@ -117,6 +117,46 @@ def test_forms_of_a_dense_output_have_the_same_cotangent(rows):
         assert torch.equal(found[:, 1:].mT.unflatten(2, (4, 6)), expected) and not found[:, 0].any()
 
 
+def padded():
+    """Return timm's tokens behind a class token, of images that are padded to whole patches, and their embedding."""
+    from timm.models import VisionTransformer
+
+    settings = dict(img_size=32, patch_size=8, embed_dim=12, depth=1, num_heads=2, num_classes=0, global_pool="")
+    model = VisionTransformer(**settings, dynamic_img_size=True, dynamic_img_pad=True).eval()
+    return model, lambda images: model.patch_embed(images).flatten(1, 2)
+
+
+def cut():
+    """Return SigLIP's tokens, whose convolution leaves out what is no whole patch, and their embedding."""
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    sizes = dict(hidden_size=12, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    model = SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=47, patch_size=8, vision_use_head=False)).eval()
+    return load_model(model)[0], lambda images: model.embeddings.patch_embedding(images).flatten(2).mT
+
+
+@pytest.mark.parametrize(("make", "size"), [(padded, (27, 28)), (padded, (17, 31)), (cut, (47, 47))])
+def test_class_at_a_pixel_is_that_of_the_patch_that_sees_it_where_patches_do_not_divide_the_image(make, size):
+    model, embedded = make()
+    images = normal(1, 3, *size).float()
+    output, tokens = model(images).detach(), embedded(images)
+    for y, x in [(side, side) for side in range(1, min(size) - 7, 8)] + [(8, 9)]:
+        changed = images.clone()
+        changed[..., y, x] += 1
+        (seen,) = (embedded(changed) - tokens).abs().sum((0, 2)).nonzero()[:, 0]
+        asked = resolve_target(targets.Segment(1, at=(y, x)), output, size, view(model))
+        shares = asked(output, identity(1))[0, -tokens.shape[1] :, 1]
+        assert int(shares.argmax()) == seen and float(shares.sum()) == pytest.approx(1)
+
+
+def test_mask_whose_sum_is_beyond_float32_is_that_of_equal_weights():
+    output = normal(1, CLASSES, 8, 12).float()
+    found, expected = (
+        cotangent(targets.Segment(0, mask=torch.full(SIZE, weight)), output) for weight in (3e38, 1.0)
+    )
+    torch.testing.assert_close(found, expected)
+
+
 def test_class_at_the_centre_of_a_patch_is_its_token_weighted_by_one_class():
     output = normal(1, CLASSES, 4, 6)
     one_hot = torch.eye(CLASSES, dtype=torch.float64)[1]
@@ -170,6 +210,7 @@ def test_mirrored_image_is_explained_at_the_mirrored_place(masked):
         (lambda: targets.Segment(1, mask=torch.zeros(SIZE)), "empty"),
         (lambda: targets.Segment(1, mask=-torch.ones(SIZE)), "at least 0"),
         (lambda: targets.Segment(1, mask=torch.full(SIZE, torch.nan)), "at least 0"),
+        (lambda: targets.Segment(1, mask="mask.png"), r"a str; expected a tensor or an array \(32, 48\)"),
     ],
 )
 def test_places_that_are_not_there_are_refused(question, words):

@@ -38,8 +38,10 @@ def file_names(ids: Sequence[str], endings: Sequence[str], taken: Iterable[str] 
 
 def _file_name(record_id: str) -> str:
     """Return an id as a relative path that cannot leave its folder, and that every file system takes."""
-    parts = [part for part in record_id.replace("\\", "/").split("/") if part not in ("", ".", "..")]
-    name = "/".join(_cut(part.replace("\0", "").replace(":", "_"), _PART_BYTES) for part in parts) or "_"
+    # runs of others may have NULs in their ids, around dots too
+    text = record_id.replace("\0", "").replace("\\", "/").replace(":", "_")
+    parts = [part for part in text.split("/") if part not in ("", ".", "..")]
+    name = "/".join(_cut(part, _PART_BYTES) for part in parts) or "_"
     # A path has a limit too.
     return name if len(name.encode()) <= _PATH_BYTES else f"{_cut(parts[-1], _PART_BYTES)}-{_hash(record_id)}"
 
