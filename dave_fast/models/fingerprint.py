@@ -1,10 +1,11 @@
 """A fingerprint of a model's code, modules, settings and weights, by which changes to the model are noticed.
 
 The structure (methods of the classes, replaced modules, parameters, buffers and tensors that are plain attributes,
-hooks, functions and settings such as `eps` on modules, what hooks, functions and objects hold, and in-place updates, by
-autograd's version counter) is compared on the host. Writes through `.data` do not advance the version counter;
-checksums of the weights' bits, computed on the weights' own device, notice them. Attributes that the model's own
-forward writes, such as kept attention maps and counters, can be left out.
+hooks, functions and settings such as `eps` on modules, what hooks, functions, containers and objects hold, and
+in-place updates, by autograd's version counter) is compared on the host. Writes through `.data` do not advance the
+version counter; checksums of the weights' bits, computed on the weights' own device, notice them, but not those to
+tensors of hooks, functions, objects and hidden modules. Attributes that the model's own forward writes, such as kept
+attention maps and counters, can be left out.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from itertools import chain
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -90,8 +92,9 @@ def structure(model: nn.Module, ignored: Collection[Attribute] = ()) -> tuple[ob
     other, not even to one at the same address.
     """
     found, tensors, kinds = [], dict[int, Tensor](), set()
-    held, seen = dict[Attribute, object](), set[int]()
-    for path, module in model.named_modules():
+    modules = list(model.named_modules())
+    held, seen = dict[Attribute, object](), {id(module) for _, module in modules}
+    for path, module in modules:
         kinds.add(type(module))
         own = vars(module)
         _collect(own["_parameters"].values(), tensors)
@@ -116,6 +119,8 @@ def structure(model: nn.Module, ignored: Collection[Attribute] = ()) -> tuple[ob
                 leaves = list(_leaves(value))
                 _collect(leaves, tensors)
                 found += [name, *[item for item in leaves if not isinstance(item, Tensor)]]
+                if _holds_more(leaves):
+                    _look(held, seen, path, f"{name}.items", value)
     classes = {owner: None for kind in kinds for owner in kind.__mro__}
     code = [(owner, *_members(owner), *_called(owner)) for owner in classes]
     hooks = [_Same(hook) for table in GLOBAL_HOOKS for hook in vars(nn.modules.module)[table].values()]
@@ -152,14 +157,23 @@ def _held(modules: Iterable[tuple[str, nn.Module]]) -> dict[Attribute, object]:
 
     Looked at are attributes of objects, closures, defaults, and the globals that functions name.
     """
+    modules = list(modules)
     found: dict[Attribute, object] = {}
-    seen: set[int] = set()
+    seen = {id(module) for _, module in modules}
     for path, module in modules:
         _look_at_hooks(found, seen, path, vars(module))
         for name, value in list(vars(module).items()):
-            if name not in _TABLES and _kind(value.__class__) in (FUNCTIONS, OTHER):
+            kind = _TABLES if name in _TABLES else _kind(value.__class__)
+            if kind is FUNCTIONS or kind is OTHER:
                 _look(found, seen, path, name, value)
+            elif kind is CONTAINERS and _holds_more(_leaves(value)):
+                _look(found, seen, path, f"{name}.items", value)
     return found
+
+
+def _holds_more(leaves: Iterable[Any]) -> bool:
+    """Return whether what `_leaves` yields of a container are not settings and tensors alone."""
+    return any(isinstance(each, _Same) for each in leaves)
 
 
 def _look_at_hooks(found: dict[Attribute, object], seen: set[int], path: str, own: dict[str, Any]) -> None:
@@ -175,6 +189,13 @@ def _look(found: dict[Attribute, object], seen: set[int], path: str, name: str, 
         found[path, name] = _identity(value) if kind is Tensor else value
     elif isinstance(value, nn.Module | type | ModuleType):
         found[path, name] = _Same(value)
+        if isinstance(value, nn.Module) and id(value) not in seen:
+            _look_at_hidden(found, seen, path, name, value, depth)
+    elif isinstance(value, np.ndarray) and value.size <= _LONGEST:
+        found[path, name] = value.dtype, value.shape, value.tobytes()
+    elif isinstance(value, set | frozenset):
+        # an object in a set may be large, or hold the model
+        found[path, name] = len(value), frozenset(each for each in value if _kind(each.__class__) is SETTINGS)
     elif depth and id(value) not in seen:
         seen.add(id(value))
         if kind is CONTAINERS and len(value) > _LONGEST:
@@ -189,6 +210,20 @@ def _look(found: dict[Attribute, object], seen: set[int], path: str, name: str, 
             return
         for inner, each in _inside(value):
             _look(found, seen, path, f"{name}.{inner}", each, depth - 1)
+
+
+def _look_at_hidden(
+    found: dict[Attribute, object], seen: set[int], path: str, name: str, hidden: nn.Module, depth: int
+) -> None:
+    """Look at a module that is none of the model's own modules, since a list or an object holds it."""
+    for inner, module in hidden.named_modules(prefix=name):
+        if depth and id(module) not in seen:
+            seen.add(id(module))
+            own = vars(module)
+            _look_at_hooks(found, seen, f"{path}.{inner}", own)
+            settings = {key: each for key, each in own.items() if key not in _TABLES}
+            for key, each in (own["_parameters"] | own["_buffers"] | settings).items():
+                _look(found, seen, path, f"{inner}.{key}", each, depth - 1)
 
 
 def _inside(value: Any) -> list[tuple[object, Any]]:

@@ -139,7 +139,8 @@ class Segment(Question):
         try:
             mask = torch.as_tensor(self.mask).detach()
         except (TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"the mask is a {type(self.mask).__name__}; expected a tensor or an array {size}") from error
+            given = type(self.mask).__name__
+            raise InputError(f"the mask is a {given}; expected a tensor or an array {size}") from error
         dtype = torch.promote_types(output.dtype, torch.float32)
         values = to_device((mask[None] if mask.dim() == 2 else mask).to(dtype), output.device)
         shapes = (1, *size), (len(output), *size)

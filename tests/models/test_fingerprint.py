@@ -5,6 +5,7 @@ import sys
 import types
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -229,3 +230,50 @@ def test_functions_are_followed_anew_where_another_one_stood_when_the_class_was_
     assert structure(model) == before
     library.inner = lambda x: 3 * x
     assert structure(model) != before
+
+
+def holder():
+    """Return a module with what is none of its own modules and tensors: in containers, in objects, as arrays."""
+    made = nn.Module()
+    made.table = {"settings": types.SimpleNamespace(scale=1.0)}
+    made.listed = [types.SimpleNamespace(scale=1.0)]
+    made.nested = [[[[[1.0]]]]]
+    made.hidden = [nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))]
+    made.held = types.SimpleNamespace(module=nn.Sequential(nn.Linear(2, 2)))
+    made.array, made.numbers = np.ones(3), {1.0, 2.0}
+    return made
+
+
+HELD = {
+    "an object in a table": lambda made: setattr(made.table["settings"], "scale", 2.0),
+    "an object in a list": lambda made: setattr(made.listed[0], "scale", 2.0),
+    "a number deep in lists": lambda made: made.nested[0][0][0][0].append(2.0),
+    "a weight of a module in a list": lambda made: made.hidden[0][0].weight.detach().mul_(2),
+    "a setting of a module in a list": lambda made: setattr(made.hidden[0][1], "eps", 0.5),
+    "a module of a module in a list": lambda made: made.hidden[0].append(nn.GELU()),
+    "a weight of a module in an object": lambda made: made.held.module[0].bias.detach().add_(1),
+    "a hook of a module in an object": lambda made: made.held.module[0].register_forward_hook(print),
+    "a number of an array": lambda made: made.array.fill(2),
+    "a set": lambda made: made.numbers.add(3.0),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_changes_of_what_containers_and_objects_hold_change_the_structure(name):
+    made = holder()
+    before = structure(made)
+    assert structure(made) == before
+    HELD[name](made)
+    assert structure(made) != before
+
+
+def test_what_a_forward_writes_into_held_objects_can_be_left_out():
+    made = holder()
+    before, state = weights.attributes(made), structure(made)
+    made.table["settings"].calls = 1
+    made.hidden[0][0].calls = 1
+    ignored = weights.written(made, before)
+    assert structure(made) != state
+    state = structure(made, ignored)
+    made.table["settings"].calls = made.hidden[0][0].calls = 2
+    assert structure(made, ignored) == state

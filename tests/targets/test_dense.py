@@ -151,9 +151,7 @@ def test_class_at_a_pixel_is_that_of_the_patch_that_sees_it_where_patches_do_not
 
 def test_mask_whose_sum_is_beyond_float32_is_that_of_equal_weights():
     output = normal(1, CLASSES, 8, 12).float()
-    found, expected = (
-        cotangent(targets.Segment(0, mask=torch.full(SIZE, weight)), output) for weight in (3e38, 1.0)
-    )
+    found, expected = (cotangent(targets.Segment(0, mask=torch.full(SIZE, weight)), output) for weight in (3e38, 1.0))
     torch.testing.assert_close(found, expected)
 
 
