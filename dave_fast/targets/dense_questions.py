@@ -196,10 +196,11 @@ class Box(Question):
         Raises:
             InputError: the output has no boxes, no such class or detection, or no box overlaps the given one.
         """
-        if output.dim() != 3 or output.shape[2] < 5:
+        # tokens have the same form, and negative numbers where boxes have width and height
+        if output.dim() != 3 or output.shape[2] < 5 or bool((output[..., -2:] < 0).any()):
             raise InputError(
                 f"the model's output is {tuple(output.shape)}; a box needs logits and boxes of detections, "
-                "(B, Q, K + 4): give dave_fast.targets.detections_of(model)"
+                "(B, Q, K + 4), with widths and heights of at least 0: give dave_fast.targets.detections_of(model)"
             )
         index = _index_of(self.index, output.shape[2] - 4, view)
         found = cotangents.detected_boxes(output, size)

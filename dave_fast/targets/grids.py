@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from dave_fast.errors import InputError
+from dave_fast.given.wrappers import last_part
 from dave_fast.targets.cotangents import Cotangent, PatchCotangent
 from dave_fast.targets.forms import ModelView
+from dave_fast.targets.outputs import Detections
 from dave_fast.targets.places import Place
 from dave_fast.transfers import to_device
 
@@ -53,8 +55,11 @@ class Grid:
         Raises:
             InputError: the output is not dense, or its grid is not known.
         """
-        if output.dim() not in (3, 4):
-            raise InputError(f"the model's output is {tuple(output.shape)}; {needs}")
+        # (B, Q, K + 4) of detections would pass for tokens
+        detections = isinstance(last_part(view.model), Detections)
+        if detections or output.dim() not in (3, 4):
+            what = " of detections" if detections else ""
+            raise InputError(f"the model's output is {tuple(output.shape)}{what}; {needs}")
         if output.dim() == 3:
             prefix, shape, covered = _layout(output.shape[1], prefix, size, view)
             return cls(output[:, prefix:], shape, covered, prefix)

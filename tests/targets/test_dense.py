@@ -246,6 +246,19 @@ def test_box_is_that_of_the_detection_with_the_largest_overlap():
         assert torch.equal(cotangent(question, output), expected)
 
 
+def test_tokens_are_no_detections():
+    with pytest.raises(InputError, match="widths and heights of at least 0"):
+        cotangent(targets.Box(1, (21, 5, 40, 28)), normal(1, 24, 12))
+
+
+@pytest.mark.parametrize("question", [targets.Segment(1, at=(1, 2)), targets.Patch(0, 0)])
+def test_detections_are_no_tokens(yolos, question):
+    output = torch.rand(1, 24, CLASSES + 4)
+    assert cotangent(question, output).any()
+    with pytest.raises(InputError, match="of detections"):
+        cotangent(question, output, model=targets.detections_of(yolos))
+
+
 def test_overlap_is_intersection_over_union_and_zero_of_empty_boxes():
     boxes = torch.tensor([[0.0, 0, 4, 4], [2, 2, 6, 6], [5, 5, 5, 9], [8, 8, 9, 9]])
     assert overlap(boxes[:1], boxes).tolist() == [1, pytest.approx(4 / 28), 0, 0]
