@@ -17,6 +17,7 @@ from timm.layers import LayerNorm as TimmLayerNorm
 from timm.layers import RmsNorm
 from torch import Tensor, nn
 
+from dave_fast.plan.installed import is_library
 from dave_fast.plan.reading import Attention, Linear, Mlp, NoPlanError, Norm, Step
 
 # nn.GELU's name depends on its `approximate`
@@ -130,6 +131,9 @@ def split(packed: Linear) -> tuple[Linear, Linear, Linear]:
 def activation_name(module: nn.Module) -> str:
     """Return the name that `ops.activation` has for an activation module."""
     name = type(module).__name__
+    # another's class of the same name may differ by less than low precision shows
+    if not is_library(type(module)) and not type(module).__module__.startswith("torch."):
+        raise NoPlanError(f"activation {name} is none of PyTorch's or a library's own")
     if name == "GELU":
         return "gelu_tanh" if getattr(module, "approximate", "none") == "tanh" else "gelu"
     if name not in ACTIVATIONS:

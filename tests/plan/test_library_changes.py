@@ -143,6 +143,13 @@ class Backwards(nn.Module):
         return self.act(x)
 
 
+class GELU(nn.Module):
+    """Another function behind the name of a known one."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.gelu(x, approximate="tanh")
+
+
 def another_function(model: nn.Module, undo: ExitStack) -> None:
     part(model, "vit.layers.1.mlp.activation_fn").act = F.silu
 
@@ -178,6 +185,7 @@ CHANGES: dict[str, tuple[str, Callable[[nn.Module, ExitStack], None], str]] = {
     "a layer": ("vit", exchanged("vit.layers.0.attention.k_proj", lambda: Own(36, 36)), "layers.0: a Own stands where"),
     "a norm": ("dinov2", exchanged("dinov2.encoder.layer.1.norm1", lambda: nn.RMSNorm(36, eps=None)), "RMSNorm's eps"),
     "an activation": ("vit", exchanged("vit.layers.0.mlp.activation_fn", nn.Hardswish), "activation Hardswish"),
+    "an activation's name": ("vit", exchanged("vit.layers.0.mlp.activation_fn", GELU), "GELU is none of PyTorch's"),
     "an activation's function": ("vit", another_function, "calls another function than its own"),
     "a dropout": ("vit", exchanged("vit.layers.1.dropout", lambda: Own(36, 36)), "a Own stands at"),
     "a patch embedding": (
