@@ -60,8 +60,9 @@ class Style:
     quantile: float = 0.995
 
     def __post_init__(self) -> None:
-        parse_number(self.opacity, "opacity", 0, 1)
-        parse_number(self.quantile, "quantile", 0.5, 1)
+        # they may be given as text
+        object.__setattr__(self, "opacity", parse_number(self.opacity, "opacity", 0, 1))
+        object.__setattr__(self, "quantile", parse_number(self.quantile, "quantile", 0.5, 1))
         if self.colormap is not None:
             check_colormap(self.colormap)
 
@@ -76,9 +77,9 @@ def check_colormap(name: str) -> None:
     """Raise InputError where matplotlib has no such colour map."""
     from matplotlib import colormaps
 
-    if name not in colormaps:
+    if not isinstance(name, str) or name not in colormaps:
         raise InputError(
-            f"there is no colour map {name!r}: {suggestion(name, list(colormaps), 'matplotlib.colormaps')}"
+            f"there is no colour map {name!r}: {suggestion(str(name), list(colormaps), 'matplotlib.colormaps')}"
         )
 
 

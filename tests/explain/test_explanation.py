@@ -184,6 +184,52 @@ def test_one_target_at_one_depth_is_its_own_explanation(explainer):
     assert torch.equal(one.depths.score, alone.depths.score)
 
 
+@pytest.mark.parametrize("make", [lambda found: found, lambda found: found.only(1, 1)], ids=["several", "one"])
+def test_target_or_depth_that_is_not_there_is_refused(explainer, make):
+    found = make(explain(explainer, WIDE, targets=[0, Contrast(3, 4)], depth=["pixels", 1]))
+    for place in ({"target": 2}, {"target": -3}, {"target": "a"}, {"level": 2}):
+        with pytest.raises(InputError, match=f"the number of the {'depth' if 'level' in place else 'target'} is"):
+            found.only(**place)
+        with pytest.raises(InputError, match="the number of the"):
+            found.overlay(**place)
+
+
+def test_targets_and_depths_count_from_the_end_too(explainer):
+    found = explain(explainer, WIDE, targets=[0, Contrast(3, 4)], depth=["pixels", 1])
+    one = found.only(-1, -1)
+    assert same(one, found.only(1, 1)) and repr(one) == repr(found.only(1, 1)) and one.contrasts == (True,)
+
+
+@pytest.mark.parametrize("image", [2, -1, "a"])
+def test_picture_of_an_image_that_is_not_there_is_refused(explainer, image):
+    with pytest.raises(InputError, match="the number of the image is"):
+        explain(explainer, [WIDE, TALL]).overlay(image)
+
+
+def test_batch_backwards(explainer):
+    found = explain(explainer, [WIDE, TALL])
+    back = found[::-1]
+    assert torch.equal(back.maps, found.maps.flip(0)) and back.answers() == found.answers()[::-1]
+    assert back.views == found.views[::-1]
+
+
+def test_no_images_have_words_and_no_picture(explainer, tmp_path):
+    none = explain(explainer, [WIDE, TALL], top_k=2)[2:]
+    assert len(none) == 0 and none.answers() == none.top() == [] and repr(none).startswith("DAVE of 0 images")
+    with pytest.raises(InputError, match="0 images"):
+        none.save(tmp_path / "none.png")
+
+
+def test_one_of_a_batch_does_not_keep_the_others(explainer):
+    found = explain(explainer, [WIDE] * 8)
+    assert found[3].raw.untyped_storage().nbytes() * 8 == found.raw.untyped_storage().nbytes()
+
+
+def test_explanations_can_be_compared_and_are_equal_to_themselves(explainer):
+    found, other = explain(explainer, WIDE), explain(explainer, WIDE)
+    assert found in [other, found] and found != other and len({found, other}) == 2
+
+
 # Pictures.
 
 
@@ -258,9 +304,18 @@ def test_file_of_no_picture_is_refused(explainer, tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
-def test_wrong_keyword_of_a_style_is_refused(explainer):
-    with pytest.raises(InputError, match="opacity is 3"):
-        explain(explainer, WIDE).overlay(opacity=3)
+@pytest.mark.parametrize(
+    "wrong", [{"opacity": 3}, {"quantile": np.nan}, {"colormap": 3}, {"signed": "no"}], ids=lambda wrong: next(iter(wrong))
+)
+def test_wrong_value_of_a_style_is_refused(explainer, wrong):
+    with pytest.raises(InputError, match=r"opacity is 3|quantile is nan|no colour map 3|signed is 'no'"):
+        explain(explainer, WIDE).overlay(**wrong)
+
+
+def test_number_of_a_style_may_be_text(explainer):
+    found = explain(explainer, WIDE)
+    one, other = (found.overlay(opacity=kind("0.5"), quantile=kind("0.9")) for kind in (str, float))
+    assert one == other != found.overlay()
 
 
 def test_notebook_shows_a_picture(explainer):
@@ -268,6 +323,14 @@ def test_notebook_shows_a_picture(explainer):
         with Image.open(io.BytesIO(found._repr_png_())) as picture:
             assert picture.format == "PNG" and picture.width > 600
         assert "data:image/png;base64," in found._repr_html_() and "noise_alpha = 0.5" in found._repr_html_()
+
+
+def test_notebook_shows_words_where_there_is_no_picture(explainer):
+    model = random_vit(in_chans=4)
+    of_four_channels = explain(dave_fast.DAVE(model, **SETTINGS), torch.randn(1, 4, 32, 32))
+    for found in (explain(explainer, np.stack([WIDE] * (MOST_SHOWN + 1)), n_samples=1), of_four_channels):
+        assert found._repr_png_() is None
+        assert "<img" not in found._repr_html_() and "samples, seed 0" in found._repr_html_()
 
 
 def test_many_images_are_too_many_for_a_picture(explainer):
