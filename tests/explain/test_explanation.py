@@ -305,7 +305,7 @@ def test_file_of_no_picture_is_refused(explainer, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"opacity": 3}, {"quantile": np.nan}, {"colormap": 3}, {"signed": "no"}], ids=lambda wrong: next(iter(wrong))
+    "wrong", [{"opacity": 3}, {"quantile": np.nan}, {"colormap": 3}, {"signed": "no"}], ids=lambda wrong: [*wrong][0]
 )
 def test_wrong_value_of_a_style_is_refused(explainer, wrong):
     with pytest.raises(InputError, match=r"opacity is 3|quantile is nan|no colour map 3|signed is 'no'"):
