@@ -80,9 +80,11 @@ class Method:
     def _attribute(self, n_samples: int) -> Attribute:
         # baselines run the model's own forward: on a copy as the model is now, in evaluation mode and float32
         model = isolated(self.dave.model, torch.float32, self.dave.device)
-        spread = max(1 / std for std in self.dave.prepare.std)
         keywords = {"device": self.dave.device, "precision": "fp32", "noise_alpha": 0.0}
-        return METHODS[self.name].make(model, MethodSettings(n_samples, keywords, spread))
+        setup = MethodSettings(n_samples, keywords)
+        if self.name == "SmoothGrad":
+            setup = replace(setup, spread=max(1 / std for std in self.dave.prepare.std))
+        return METHODS[self.name].make(model, setup)
 
     def explain(
         self,
@@ -177,7 +179,7 @@ class Comparison(Drawn, Mapping[str, Explanation]):
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Raise InputError where the explanations are not of the same number of images, one or more, or there is none."""
+        """Raise InputError unless there are explanations, each of as many images, one or more."""
         counts = {len(one) for one in self.found.values()}
         if len(counts) != 1 or 0 in counts:
             raise InputError("a comparison takes explanations, one or more, each of the same images")

@@ -135,6 +135,13 @@ def test_model_that_its_owner_changed_is_explained_as_it_is_now():
     torch.testing.assert_close(method.explain(PHOTO, 1).raw, -before)
 
 
+def test_tensors_of_other_channels_are_explained():
+    model = random_vit(in_chans=4)
+    model.pretrained_cfg = {"input_size": (4, 32, 32)}
+    found = Method("input × gradient", model, **SETTINGS).explain(torch.randn(1, 4, 32, 32))
+    assert found.raw.shape == (1, 4, 32, 32)
+
+
 def test_nan_of_a_method_is_refused(dave, monkeypatch):
     nan = evaluated.Method(lambda model, setup: lambda images, *_: images * torch.nan)
     monkeypatch.setitem(METHODS, "SmoothGrad", nan)
@@ -155,6 +162,7 @@ def test_missing_package_names_its_extra(dave, monkeypatch):
 
 def test_model_that_a_method_does_not_support_is_named(dave):
     model = random_vit(qk_norm=True)
+    model.pretrained_cfg = {"input_size": (3, 32, 32)}
     with pytest.raises(ModelError, match="LeGrad does not support"):
         Method("LeGrad", model, **SETTINGS).explain(PHOTO)
     found = compare(PHOTO, dave_fast.DAVE(model, **SETTINGS), ["LeGrad", "DAVE"], n_samples=2)

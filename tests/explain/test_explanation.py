@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 import dave_fast
-from dave_fast.errors import ImageError, InputError, InputWarning
+from dave_fast.errors import ImageError, InputError, InputWarning, ModelError
 from dave_fast.explain.pictures import MOST_SHOWN
 from dave_fast.images import screen
 from dave_fast.targets import Class, Contrast, Patch, Similarity, Sum, tokens_of
@@ -59,6 +59,43 @@ def test_model_of_other_channels_refuses_photographs_and_takes_tensors():
     found = explain(explainer, torch.randn(1, 4, 32, 32))
     with pytest.raises(InputError, match="no picture of the input: the model takes 4 channels"):
         found.overlay()
+
+
+def test_preprocessing_that_its_owner_changed_is_the_new_one():
+    model = named_vit(NAMES)
+    explainer = dave_fast.DAVE(model, **SETTINGS)
+    explain(explainer, WIDE)
+    model.pretrained_cfg["mean"] = (0.0, 0.0, 0.0)
+    assert same(explain(explainer, WIDE), explain(dave_fast.DAVE(model, **SETTINGS), WIDE))
+    model.set_input_size((48, 48))
+    assert explain(explainer, WIDE).maps.shape == (1, 48, 48)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"mean": "x"}, {"mean": (0.5, 0.5)}, {"std": (0, 0, 0)}, {"interpolation": "magic"}, {"input_size": (3,)}],
+    ids=str,
+)
+def test_preprocessing_that_cannot_be_read_is_refused_for_photographs_alone(wrong):
+    model = named_vit(NAMES)
+    model.pretrained_cfg |= wrong
+    explainer = dave_fast.DAVE(model, **SETTINGS)
+    for _ in range(2):
+        with pytest.raises(ModelError, match=r"pretrained_cfg, cannot be read|of pixels is .*; expected 3 numbers"):
+            explain(explainer, WIDE)
+    found = explain(explainer, torch.randn(1, 3, 32, 32))
+    with pytest.raises(InputError, match="there is no picture of the input"):
+        found.overlay()
+
+
+def test_one_number_of_a_mean_is_that_of_all_channels():
+    models = [named_vit(NAMES) for _ in range(2)]
+    for model, count in zip(models, (1, 3), strict=True):
+        model.pretrained_cfg |= {"mean": (0.5,) * count, "std": (0.25,) * count}
+    one, other = (dave_fast.DAVE(model, **SETTINGS) for model in models)
+    assert same(explain(one, WIDE), explain(other, WIDE))
+    inputs = one.prepare(Image.fromarray(WIDE))[0]
+    assert (explain(one, inputs).views[0].crop == explain(one, WIDE).views[0].crop).all()
 
 
 @pytest.mark.parametrize(
@@ -154,7 +191,7 @@ def test_top_classes_are_those_of_the_output(explainer):
 
 def test_embedding_has_no_classes():
     explainer = dave_fast.DAVE(random_vit(num_classes=0), **SETTINGS)
-    found = explain(explainer, WIDE, Similarity(torch.randn(24), words="“a cat”"))
+    found = explain(explainer, torch.randn(1, 3, 32, 32), Similarity(torch.randn(24), words="“a cat”"))
     assert found.top() == [[]] and found.answers()[0][0][:2] == (-1, "“a cat”") and "“a cat”" in repr(found)
 
 
@@ -304,9 +341,7 @@ def test_file_of_no_picture_is_refused(explainer, tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"opacity": 3}, {"quantile": np.nan}, {"colormap": 3}, {"signed": "no"}], ids=lambda wrong: [*wrong][0]
-)
+@pytest.mark.parametrize("wrong", [{"opacity": 3}, {"quantile": np.nan}, {"colormap": 3}, {"signed": "no"}], ids=str)
 def test_wrong_value_of_a_style_is_refused(explainer, wrong):
     with pytest.raises(InputError, match=r"opacity is 3|quantile is nan|no colour map 3|signed is 'no'"):
         explain(explainer, WIDE).overlay(**wrong)
@@ -427,4 +462,7 @@ def test_progress_is_shown_and_told(explainer, capsys):
 
 def test_own_module_is_explained_from_a_photograph():
     explainer = dave_fast.DAVE(nn.Sequential(random_vit()), **SETTINGS)
-    assert explain(explainer, WIDE).maps.shape[0] == 1
+    with pytest.warns(
+        InputWarning, match="names no preprocessing: that of ImageNet at 32×32 is used. If that is another"
+    ):
+        assert explain(explainer, WIDE).maps.shape[0] == 1
