@@ -171,7 +171,7 @@ def test_explainer_says_what_it_is(explainer):
 
 
 def test_answers_name_each_kind_of_target(explainer):
-    targets = [None, 1, Class("lion"), Contrast([0, 1], 2), lambda output: output[:, 0], Sum(Class("cat"), 3)]
+    targets = [None, 1, Class("lio"), Contrast([0, 1], 2), lambda output: output[:, 0], Sum(Class("cat"), Class("3"))]
     found = explain(explainer, [WIDE, TALL], targets=targets)
     predicted = found.output.argmax(1).tolist()
     assert [[name for _, name, _ in of] for of in found.answers()] == [
@@ -332,6 +332,12 @@ def test_saved_picture_is_the_overlay_of_one_map_and_the_figure_of_several(expla
 @pytest.mark.parametrize(("suffix", "signature"), [(".pdf", b"%PDF"), (".svg", b"<?xml"), (".npz", b"PK")])
 def test_other_files(explainer, tmp_path, suffix, signature):
     assert explain(explainer, WIDE).save(tmp_path / f"a{suffix}").read_bytes().startswith(signature)
+
+
+def test_picture_too_large_for_its_format_is_refused(explainer, tmp_path):
+    with pytest.raises(InputError, match=r"cannot write .*map\.webp: .* 16383 pixels"):
+        explain(explainer, np.zeros((32, 16384, 3), np.uint8)).save(tmp_path / "map.webp")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["map", "map.txt", "map.npy"])
