@@ -100,8 +100,8 @@ class Inputs:
         Args:
             extremes: of `of_tensor`, on the host.
         """
-        prepare = self._known()
-        if not extremes.numel() or not isinstance(prepare, Preprocessing):
+        prepare = self._read[1] if extremes.numel() and self._read is not None else None
+        if not isinstance(prepare, Preprocessing):
             return
         low, high = extremes.tolist()
         ends = [(edge - m) / s for m, s in zip(prepare.mean, prepare.std, strict=True) for edge in (0, 1)]
