@@ -14,16 +14,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dave_fast.defaults import DEFAULT_SAMPLES
-from dave_fast.errors import InputError, MissingPackageError, ModelError, missing
-from dave_fast.evaluate.methods import CONTROLS, METHODS, Attribute, MethodSettings, known_name
+from dave_fast.errors import InputError, MissingPackageError, ModelError, NonFiniteError, missing
+from dave_fast.evaluate.methods import CONTROLS, EXTRAS, METHODS, Attribute, MethodSettings, known_name
 from dave_fast.evaluate.twin import NotTakenError
 from dave_fast.explain.depth import PIXELS, Depth, check_depth
 from dave_fast.explain.explainer import DAVE
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NAMES = tuple(name for name in METHODS if name not in CONTROLS)
-# the extra that has a package
-_EXTRAS = {"captum": "evaluate", "torchcam": "evaluate", "lxt": "lrp"}
 Images = Tensor | Picture | Sequence[Picture]
 
 
@@ -53,7 +51,7 @@ def absence(name: str) -> MissingPackageError | None:
     package = METHODS[name].package
     if package is None or find_spec(package) is not None:
         return None
-    return missing(_EXTRAS[package], name, package)
+    return missing(EXTRAS[package], name, package)
 
 
 class Method:
@@ -62,10 +60,10 @@ class Method:
     Args:
         name: one of `NAMES`; case, dashes and spaces do not matter.
         model: anything that `DAVE` takes, or a `DAVE`, whose model is then not loaded again.
-        settings: keywords of `DAVE`.
+        settings: keywords of `DAVE`, where none is given.
 
     Raises:
-        InputError: there is no such method.
+        InputError: there is no such method, or settings come with a `DAVE`, which has its own.
         MissingPackageError: the package that it is in is missing.
         DaveFastError: as `DAVE` does.
     """
@@ -74,20 +72,19 @@ class Method:
         self.name = known_name(name)
         if error := absence(self.name):
             raise error
-        self.dave = model if isinstance(model, DAVE) else DAVE(model, **settings)
+        self.dave = _dave(model, settings)
 
     def __repr__(self) -> str:
         return f"{self.name} of {self.dave.model_name} on {self.dave.device}"
 
-    @cached_property
-    def _model(self) -> nn.Module:
-        """A copy of the model, in evaluation mode and float32: baselines run the model's own forward."""
-        return isolated(self.dave.model, torch.float32, self.dave.device)
-
     def _attribute(self, n_samples: int) -> Attribute:
-        spread = max(1 / std for std in self.dave.prepare.std)
+        # baselines run the model's own forward: on a copy as the model is now, in evaluation mode and float32
+        model = isolated(self.dave.model, torch.float32, self.dave.device)
         keywords = {"device": self.dave.device, "precision": "fp32", "noise_alpha": 0.0}
-        return METHODS[self.name].make(self._model, MethodSettings(n_samples, keywords, spread))
+        setup = MethodSettings(n_samples, keywords)
+        if self.name == "SmoothGrad":
+            setup = replace(setup, spread=max(1 / std for std in self.dave.prepare.std))
+        return METHODS[self.name].make(model, setup)
 
     def explain(
         self,
@@ -116,13 +113,14 @@ class Method:
         Raises:
             InputError: a target is no class, or the method has no such depth.
             ModelError: the method does not support the model.
+            NonFiniteError: NaN or infinity in the attribution.
             DaveFastError: as `DAVE.explain` does.
         """
         asked: dict[str, Any] = {"targets": targets, "top_k": top_k, "seed": seed}
         if self.name == "DAVE":
             return self.dave.explain(images, target, n_samples, depth=depth, progress=progress, **asked)
-        if set(check_depth(depth)) != {PIXELS}:
-            raise InputError(f"depth is {depth!r}: {self.name} has maps of pixels only")
+        if check_depth(depth) != (PIXELS,):
+            raise InputError(f"depth is {depth!r}: {self.name} has one map, of the pixels")
         n_samples = check_integer(n_samples, "n_samples", 1)
         given, views = (images, None) if isinstance(images, Tensor) else self.dave.inputs.of_photographs(images)
         # classes, names and probabilities, for the price of one sample
@@ -143,6 +141,8 @@ class Method:
                 if update is not None:
                     update(number, classes.shape[1])
         raw = torch.stack(rows, 1).detach().float().reshape(found.raw.shape)
+        if not bool(raw.isfinite().all()):
+            raise NonFiniteError(f"NaN or infinity in the attribution of {self.name} for {self.dave.model_name}")
         maps = smooth(raw.flatten(0, -4)).reshape(found.maps.shape)
         about = replace(
             found.about,
@@ -152,6 +152,14 @@ class Method:
             views=found.views if views is None else views,
         )
         return replace(found, maps=maps, raw=raw, signed=raw.sum(-3), n_samples=n_samples, shrink=False, about=about)
+
+
+def _dave(model: str | ModelSpec | nn.Module | DAVE, settings: Mapping[str, Any]) -> DAVE:
+    if not isinstance(model, DAVE):
+        return DAVE(model, **settings)
+    if settings:
+        raise InputError(f"{', '.join(settings)}: settings of a DAVE are given to the DAVE itself, and one was given")
+    return model
 
 
 @dataclass(frozen=True)
@@ -171,12 +179,19 @@ class Comparison(Drawn, Mapping[str, Explanation]):
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Raise InputError where the explanations are not of the same number of images, or there is none."""
-        if len({len(one) for one in self.found.values()}) != 1:
+        """Raise InputError unless there are explanations, each of as many images, one or more."""
+        counts = {len(one) for one in self.found.values()}
+        if len(counts) != 1 or 0 in counts:
             raise InputError("a comparison takes explanations, one or more, each of the same images")
 
     def __getitem__(self, name: str) -> Explanation:
-        return self.found[name if name in self.found else known_name(name)]
+        if name in self.found:
+            return self.found[name]
+        try:
+            return self.found[known_name(name)]
+        # a mapping's own error, which `in` and `get` expect
+        except InputError as error:
+            raise KeyError(name) from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.found)
@@ -208,19 +223,21 @@ class Comparison(Drawn, Mapping[str, Explanation]):
             raise InputError(f"there are {len(first)} images; a picture has at most {MOST_SHOWN}")
         rows = []
         for b, view in enumerate(first.views):
-            panels = [
-                replace(panel, name=name, probability=None, depth="")
-                for name, one in self.found.items()
-                for panel in one.panels(b, signed=signed)[:1]
-            ]
-            rows.append(Row(view.title or f"image {b}", view.crop, panels, first.answers()[b][0][1]))
+            asked, panels = first.answers()[b][0][1], []
+            for name, one in self.found.items():
+                panel, crop = one.panels(b, signed=signed)[0], one.views[b].crop
+                # of another model the answer and the preprocessing may differ
+                words = "" if panel.name == asked else panel.name
+                own = None if np.array_equal(crop, view.crop) else crop
+                panels.append(replace(panel, name=name, probability=None, depth=words, crop=own))
+            rows.append(Row(view.title or f"image {b}", view.crop, panels, asked))
         return grid_of(rows, Style(**style))
 
 
 def compare(
     images: Images,
     model: str | ModelSpec | nn.Module | DAVE,
-    methods: Sequence[str] | None = None,
+    methods: str | Sequence[str] | None = None,
     *,
     target: Target | str = None,
     n_samples: int = DEFAULT_SAMPLES,
@@ -233,18 +250,19 @@ def compare(
     Args:
         images: photographs or a tensor, as for `DAVE.explain`.
         model: anything that `DAVE` takes, or a `DAVE`.
-        methods: names; None for all that are installed and support the model.
+        methods: names, or one; None for all that are installed and support the model.
         target: a class; None is the predicted one of each image.
         n_samples: perturbed samples of DAVE and SmoothGrad, and steps of integrated gradients.
         seed: of random methods.
         progress: whether to show a bar.
-        settings: keywords of `DAVE`.
+        settings: keywords of `DAVE`, where none is given.
 
     Raises:
         InputError: a method is unknown, or was named and its package is missing; an image or the target does not fit.
-        ModelError: no method supports the model.
+        ModelError: no method supports the model, or gives finite numbers.
     """
-    dave = model if isinstance(model, DAVE) else DAVE(model, **settings)
+    dave = _dave(model, settings)
+    methods = [methods] if isinstance(methods, str) else methods
     found: dict[str, Explanation] = {}
     absent: dict[str, str] = {}
     seconds: dict[str, float] = {}
@@ -257,7 +275,7 @@ def compare(
             start = time.perf_counter()
             try:
                 found[name] = Method(name, dave).explain(images, target, n_samples, seed)
-            except ModelError as reason:
+            except (ModelError, NonFiniteError) as reason:
                 absent[name] = str(reason)
             seconds[name] = time.perf_counter() - start
             if update is not None:

@@ -10,7 +10,8 @@ from PIL import Image
 
 import dave_fast
 from dave_fast import methods
-from dave_fast.errors import InputError, ModelError
+from dave_fast.errors import InputError, ModelError, NonFiniteError
+from dave_fast.evaluate import methods as evaluated
 from dave_fast.evaluate.methods import METHODS
 from dave_fast.methods import NAMES, Comparison, Method, compare
 from dave_fast.ops.smooth import smooth
@@ -111,7 +112,11 @@ def test_names_may_be_written_with_dashes(dave, name, wanted):
     [
         (lambda dave: Method("integrated gradient", dave), "did you mean integrated gradients"),
         (lambda dave: Method("SmoothGrad", dave).explain(PHOTO, Contrast(1, 2)), "SmoothGrad explains classes"),
-        (lambda dave: Method("SmoothGrad", dave).explain(PHOTO, depth="auto"), "maps of pixels only"),
+        (lambda dave: Method("SmoothGrad", dave).explain(PHOTO, depth="auto"), "has one map, of the pixels"),
+        (lambda dave: Method("SmoothGrad", dave).explain(PHOTO, depth=["pixels", "pixels"]), "has one map, of the"),
+        (lambda dave: Method(3, dave), "a method is 3; expected a name"),
+        (lambda dave: Method("SmoothGrad", dave, noise_alpha=0.5), "noise_alpha: settings of a DAVE"),
+        (lambda dave: compare(PHOTO, dave, "DAVE", shrink=False), "shrink: settings of a DAVE"),
         (lambda dave: Method("SmoothGrad", dave).explain(PHOTO, n_samples=0), "n_samples is 0"),
         (lambda dave: Method("SmoothGrad", dave).explain("none.png"), "cannot read none.png"),
     ],
@@ -119,6 +124,30 @@ def test_names_may_be_written_with_dashes(dave, name, wanted):
 def test_what_a_method_cannot_do_is_refused_in_words(dave, ask, words):
     with pytest.raises(InputError, match=words):
         ask(dave)
+
+
+def test_model_that_its_owner_changed_is_explained_as_it_is_now():
+    model = named_vit(CLASSES)
+    method = Method("input × gradient", model, **SETTINGS)
+    before = method.explain(PHOTO, 1).raw
+    with torch.no_grad():
+        model.head.weight.neg_()
+    torch.testing.assert_close(method.explain(PHOTO, 1).raw, -before)
+
+
+def test_tensors_of_other_channels_are_explained():
+    model = random_vit(in_chans=4)
+    model.pretrained_cfg = {"input_size": (4, 32, 32)}
+    found = Method("input × gradient", model, **SETTINGS).explain(torch.randn(1, 4, 32, 32))
+    assert found.raw.shape == (1, 4, 32, 32)
+
+
+def test_nan_of_a_method_is_refused(dave, monkeypatch):
+    nan = evaluated.Method(lambda model, setup: lambda images, *_: images * torch.nan)
+    monkeypatch.setitem(METHODS, "SmoothGrad", nan)
+    with pytest.raises(NonFiniteError, match="attribution of SmoothGrad"):
+        Method("SmoothGrad", dave).explain(PHOTO)
+    assert "NaN" in compare(PHOTO, dave, ["SmoothGrad", "DAVE"], n_samples=2).absent["SmoothGrad"]
 
 
 def test_missing_package_names_its_extra(dave, monkeypatch):
@@ -133,6 +162,7 @@ def test_missing_package_names_its_extra(dave, monkeypatch):
 
 def test_model_that_a_method_does_not_support_is_named(dave):
     model = random_vit(qk_norm=True)
+    model.pretrained_cfg = {"input_size": (3, 32, 32)}
     with pytest.raises(ModelError, match="LeGrad does not support"):
         Method("LeGrad", model, **SETTINGS).explain(PHOTO)
     found = compare(PHOTO, dave_fast.DAVE(model, **SETTINGS), ["LeGrad", "DAVE"], n_samples=2)
@@ -166,6 +196,26 @@ def test_explanations_of_settings_side_by_side(dave):
     assert said.count("2 samples") == said.count("4 samples") == 2 and "2 samples" in repr(found)
     with pytest.raises(InputError, match="each of the same images"):
         Comparison({"one": few[0], "two": many})
+    with pytest.raises(InputError, match="one or more"):
+        Comparison({"none": few[2:]})
+
+
+def test_comparison_is_a_mapping(dave):
+    found = compare(PHOTO, dave, "DAVE", n_samples=2)
+    assert list(found) == ["DAVE"] and found["dave"] is found["DAVE"]
+    assert "nothing" not in found and 3 not in found and found.get("nothing") is None
+
+
+def test_map_of_another_model_lies_on_what_that_model_saw(dave):
+    model = named_vit(CLASSES, seed=1)
+    model.pretrained_cfg |= {"crop_pct": 0.5}
+    one = dave.explain(PHOTO, "cat", n_samples=2)
+    other = dave_fast.DAVE(model, **SETTINGS).explain(PHOTO, "lion", n_samples=2)
+    figure = Comparison({"one": one, "other": other}).figure()
+    _, first, second = (axes.images[0].get_array() for axes in figure.axes[:3])
+    for drawn, found in ((first, one), (second, other)):
+        assert (drawn == np.asarray(found.overlay(size="enlarged"))).all()
+    assert [axes.get_title() for axes in figure.axes[:3]] == ["cat", "", "lion"]
 
 
 def test_methods_are_a_part_of_the_package():

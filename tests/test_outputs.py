@@ -185,6 +185,7 @@ def test_explain(case):
     assert [subject.labels.name(i) for i in range(len(scores))] == list(names)
 
 
+@pytest.mark.filterwarnings("ignore:the model names no preprocessing")
 @every_case
 def test_pipeline(case):
     scores, wanted, names = truth(case)
@@ -197,6 +198,7 @@ def test_pipeline(case):
 FIGURES = ("timm, one logit", "transformers, regression of three")
 
 
+@pytest.mark.filterwarnings("ignore:the model names no preprocessing")
 @pytest.mark.parametrize(
     "case", [case if case in FIGURES else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 )

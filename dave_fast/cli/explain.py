@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dave_fast.cli import options
-from dave_fast.cli.terminal import console, loading, note, plain_warnings, progress, refuse
+from dave_fast.cli.terminal import console, loading, plain_warnings, progress, refuse
 from dave_fast.defaults import DEFAULT_MODEL
 from dave_fast.errors import InputError
 from dave_fast.files import check_writable
@@ -260,8 +259,7 @@ def _run(
             number = len(done) + len(failed)
             update(share * number + share * rows // of, share * len(sources), sources[number].path)
 
-        say = partial(note, screen)
-        for outcome in explain_files(subject, sources, request, methods=methods, progress=show, note=say):
+        for outcome in explain_files(subject, sources, request, methods=methods, progress=show):
             if isinstance(outcome, Done):
                 done.append(outcome)
             else:

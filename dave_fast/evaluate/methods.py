@@ -35,7 +35,7 @@ ROWS_AT_ONCE = 25
 # SmoothGrad's usual share of the input's range
 SMOOTHGRAD_SHARE = 0.15
 # the extras of dave-fast that install packages of methods
-_EXTRAS = {"captum": "evaluate", "torchcam": "evaluate", "lxt": "lrp"}
+EXTRAS = {"captum": "evaluate", "torchcam": "evaluate", "lxt": "lrp"}
 CONTROLS = ("|x|", "uniform")
 # a row beside DAVE where DAVE's maps are those of a block
 AT_PIXELS = "DAVE, pixels"
@@ -103,7 +103,7 @@ def choose(names: Sequence[str] | None, depth: Depth = PIXELS) -> tuple[dict[str
         if names is not None and name not in (*names, "DAVE", *beside, *CONTROLS):
             continue
         if method.package and find_spec(method.package) is None:
-            absent[name] = f"the package {method.package} is missing: {installing(_EXTRAS[method.package])}"
+            absent[name] = f"the package {method.package} is missing: {installing(EXTRAS[method.package])}"
         else:
             chosen[name] = method
     return chosen, absent
@@ -120,6 +120,8 @@ def known_name(text: str) -> str:
         return re.sub(r"[\s_-]+", " ", name.casefold().replace("×", "x")).strip()
 
     known = {plain(name): name for name in METHODS}
+    if not isinstance(text, str):
+        raise InputError(f"a method is {shown(text)}; expected a name: {', '.join(METHODS)}")
     if plain(text) not in known:
         hint = suggestion(plain(text), list(known), ", ".join(METHODS))
         raise InputError(f"there is no method {shown(text)}: {hint}")

@@ -85,7 +85,8 @@ class About:
     views: tuple[View, ...] = ()
 
 
-@dataclass(frozen=True, repr=False)
+# tensors have no truth value: two explanations are equal where they are the same one
+@dataclass(frozen=True, repr=False, eq=False)
 class Explanation(Pictures):
     """Attribution maps of B images, and what they explain.
 
@@ -145,13 +146,14 @@ class Explanation(Pictures):
 
     def __getitem__(self, index: int | slice) -> Explanation:
         if isinstance(index, slice):
-            some = index
+            some = list(range(len(self)))[index]
         else:
-            at = check_integer(index, "the number of an image", -len(self), len(self) - 1) % len(self)
-            some = slice(at, at + 1)
+            some = [_place(index, "the number of an image", len(self))]
+        # a copy, so that one image of a batch does not keep the others
         tensors = {name: getattr(self, name)[some] for name in _OF_IMAGES}
         depths = None if self.depths is None else self.depths.map(lambda t: t[some])
-        return replace(self, **tensors, depths=depths, about=replace(self.about, views=self.about.views[some]))
+        views = tuple(self.views[b] for b in some) if self.views else ()
+        return replace(self, **tensors, depths=depths, about=replace(self.about, views=views))
 
     def __iter__(self) -> Iterator[Explanation]:
         return (self[b] for b in range(len(self)))
@@ -162,7 +164,12 @@ class Explanation(Pictures):
         Args:
             target: its number, of K.
             level: the number of the depth, of several.
+
+        Raises:
+            InputError: there is no such target or depth.
         """
+        target = _place(target, "the number of the target", len(self.contrasts))
+        level = _place(level, "the number of the depth", len(self.levels))
         several = isinstance(self.depth, tuple)
         of_target = (slice(None), target) if self.target.dim() > 1 else (slice(None),)
         of_map = (*of_target, level) if several else of_target
@@ -180,7 +187,7 @@ class Explanation(Pictures):
 
     def answers(self) -> list[list[Scored]]:
         """Return of each image its K targets: class (−1 for none), name and probability (NaN for none)."""
-        targets, known = (t.reshape(len(self), -1).tolist() for t in (self.target, self.probability))
+        targets, known = ((t if t.dim() > 1 else t[:, None]).tolist() for t in (self.target, self.probability))
         return [
             [(k, self._words(number, k), p) for number, (k, p) in enumerate(zip(of_image, likely, strict=True))]
             for of_image, likely in zip(targets, known, strict=True)
@@ -192,6 +199,7 @@ class Explanation(Pictures):
 
     def top(self, k: int = BARS) -> list[list[Scored]]:
         """Return of each image its k most probable classes; empty for a model without classes."""
+        check_integer(k, "k", 0)
         if self.output.dim() != 2 or self.about.labels.count == 0:
             return [[] for _ in range(len(self))]
         best = self.output.topk(min(k, self.output.shape[1])).indices
@@ -258,3 +266,8 @@ class Explanation(Pictures):
         with atomically(path) as file:
             np.savez_compressed(file, **arrays)
         return Path(path)
+
+
+def _place(number: int, what: str, count: int) -> int:
+    """Return the number of one of `count`, of which negative ones count from the end, from 0."""
+    return check_integer(number, what, -count, count - 1) % count

@@ -164,7 +164,6 @@ def explain_files(
     *,
     methods: Mapping[str, Explains] | None = None,
     progress: Callable[[int, int], None] | None = None,
-    note: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Done | Failed]:
     """Explain images one after another and yield the outcome of each.
 
@@ -176,15 +175,12 @@ def explain_files(
         request: what to explain, and where to write.
         methods: what explains, by the names of the methods; None for the subject's DAVE.
         progress: called with (rows done, rows in all) of the current image.
-        note: called with what had to be assumed about the model.
 
     Raises:
         InputError: the model does not have a target; before any image is read.
     """
     parsed = [parse_target(text, subject.labels) for text in request.targets]
     targets = [subject.explainer.bind(each) for each in parsed]
-    if subject.prepare.note:
-        note(subject.prepare.note)
     files = [question_name(each, subject.labels) for each in parsed]
     explainer = _FileExplainer(subject, request, targets, files, methods or {"DAVE": subject.explainer})
     for source in sources:

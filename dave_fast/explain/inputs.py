@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dave_fast.engine.micro_batches import Progress
-from dave_fast.errors import DaveFastError, ImageError, InputWarning
+from dave_fast.errors import ImageError, InputError, InputWarning, ModelError, reason_of
 from dave_fast.explain.view import View
 from dave_fast.images import Preprocessing, preprocessing
 from dave_fast.images.given import photographs
@@ -40,38 +39,45 @@ class Inputs:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        # what the model says of its images, and what it was read as
+        self._read: tuple[list[Any], Preprocessing | InputError | ModelError] | None = None
 
-    @cached_property
+    @property
     def prepare(self) -> Preprocessing:
         """The model's preprocessing.
 
         Raises:
             InputError: the model takes no photographs.
-            ModelError: its preprocessing has a step that is not supported.
+            ModelError: its preprocessing has a step that is not supported, or cannot be read.
         """
-        return preprocessing(self._model)
+        found = self._known()
+        if isinstance(found, Preprocessing):
+            return found
+        raise type(found)(str(found)) from found
 
-    @cached_property
-    def _of_tensors(self) -> Preprocessing | str:
-        """The model's preprocessing, or why it has none, in words."""
-        try:
-            return self.prepare
-        # the configuration of a module may hold anything, and tensors do not need it
-        except (DaveFastError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            return str(error)
+    def _known(self) -> Preprocessing | InputError | ModelError:
+        """Return the model's preprocessing, or why it has none; it is read again where the model says another."""
+        said = _said(self._model)
+        if self._read is None or self._read[0] != said:
+            self._read = said, _preprocessing(self._model)
+        return self._read[1]
 
     def of_photographs(self, given: Any) -> tuple[Tensor, tuple[View, ...]]:
         """Return the model's input (B, C, H, W) for one or several photographs, and what it shows of each.
 
         Raises:
             InputError: they are no photographs, or the model takes none.
+            ModelError: its preprocessing has a step that is not supported, or cannot be read.
             ImageError: one cannot be read; of several the message says which.
         """
         made = []
-        found = photographs(given)
+        found, prepare = photographs(given), self.prepare
+        if prepare.note:
+            advice = "If that is another, set model.pretrained_cfg (input_size, mean, std), or give prepared tensors."
+            warnings.warn(f"{prepare.note} {advice}", InputWarning, stacklevel=3)
         for number, each in enumerate(found):
             try:
-                made.append(View.of(each, self.prepare))
+                made.append(View.of(each, prepare))
             except ImageError as error:
                 if len(found) == 1 or each.name:
                     raise
@@ -80,9 +86,9 @@ class Inputs:
 
     def of_tensor(self, images: Tensor) -> tuple[tuple[View, ...], Tensor]:
         """Return what tensors (B, C, H, W) show, and their smallest and largest value (2,), all on their device."""
-        prepare = self._of_tensors
-        if isinstance(prepare, str):
-            return tuple(View(prepare) for _ in images), images.new_empty(0)
+        prepare = self._known()
+        if not isinstance(prepare, Preprocessing):
+            return tuple(View(str(prepare)) for _ in images), images.new_empty(0)
         if images.shape[1] != prepare.channels:
             words = f"it has {images.shape[1]} channels, and the model's photographs have {prepare.channels}."
             return tuple(View(words) for _ in images), images.new_empty(0)
@@ -94,8 +100,8 @@ class Inputs:
         Args:
             extremes: of `of_tensor`, on the host.
         """
-        prepare = self._of_tensors
-        if not extremes.numel() or isinstance(prepare, str):
+        prepare = self._read[1] if extremes.numel() and self._read is not None else None
+        if not isinstance(prepare, Preprocessing):
             return
         low, high = extremes.tolist()
         ends = [(edge - m) / s for m, s in zip(prepare.mean, prepare.std, strict=True) for edge in (0, 1)]
@@ -111,6 +117,29 @@ class Inputs:
                 InputWarning,
                 stacklevel=5,
             )
+
+
+def _said(model: nn.Module) -> list[Any]:
+    """Return what a model and its parts say of their images."""
+    told = ((vars(part).get("pretrained_cfg"), vars(part)) for part in model.modules())
+    parts = [(dict(config), _size(own)) for config, own in told if isinstance(config, Mapping)]
+    return [_size(vars(model)), *parts]
+
+
+def _size(own: Mapping[str, Any]) -> Any:
+    return own.get("image_size"), getattr(own["_modules"].get("patch_embed"), "img_size", None)
+
+
+def _preprocessing(model: nn.Module) -> Preprocessing | InputError | ModelError:
+    """Return a model's preprocessing, or why it has none."""
+    try:
+        return preprocessing(model)
+    except (InputError, ModelError) as error:
+        return error
+    # the configuration of a module may hold anything
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        words = f"{type(error).__name__}, {reason_of(error)}"
+        return ModelError(f"what the model says of its images, its pretrained_cfg, cannot be read: {words}")
 
 
 def _numbers(values: tuple[float, ...]) -> str:

@@ -32,7 +32,7 @@ from dave_fast.images.drawing import (
 )
 from dave_fast.images.figures import Panel, Row, figure, grid_of, save_figure
 from dave_fast.images.screen import show_png
-from dave_fast.numbers import check_integer
+from dave_fast.numbers import check_integer, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,18 +62,25 @@ class Drawn:
         Raises:
             InputError: as `figure`, and where there is no screen.
         """
-        show_png(self._repr_png_(**options))
+        show_png(self._png(**options))
 
-    def _repr_png_(self, **options: Any) -> bytes:
-        """Return the figure as PNG, for notebooks."""
+    def _png(self, **options: Any) -> bytes:
+        """Return the figure as PNG."""
         buffer = io.BytesIO()
         self.figure(**options).savefig(buffer, format="png", dpi=_NOTEBOOK_DPI)
         return buffer.getvalue()
 
+    def _repr_png_(self) -> bytes | None:
+        """Return the figure as PNG for notebooks, None where there is none: a notebook then shows the words."""
+        try:
+            return self._png()
+        except InputError:
+            return None
+
     def _repr_html_(self) -> str:
         """Return the figure and the words, for notebooks that take HTML."""
-        picture = b64encode(self._repr_png_()).decode()
-        return f'<img src="data:image/png;base64,{picture}"><pre>{escape(repr(self))}</pre>'
+        png, words = self._repr_png_(), f"<pre>{escape(repr(self))}</pre>"
+        return words if png is None else f'<img src="data:image/png;base64,{b64encode(png).decode()}">{words}'
 
     def save(self, path: str | os.PathLike[str], **options: Any) -> Path:
         """Write the figure and return its path.
@@ -88,7 +95,7 @@ class Drawn:
         if Path(path).suffix.lower() in _FIGURES:
             return save_figure(self.figure(**options), path)
         check_suffix(path)
-        return save_as(Image.open(io.BytesIO(self._repr_png_(**options))).convert("RGB"), path)
+        return save_as(Image.open(io.BytesIO(self._png(**options))).convert("RGB"), path)
 
 
 class Pictures(Drawn):
@@ -142,18 +149,19 @@ class Pictures(Drawn):
             level: the number of the depth, of several.
             signed: see the class.
         """
+        check_integer(image, "the number of the image", 0, len(self) - 1)
+        check_integer(level, "the number of the depth", 0, len(self.levels) - 1)
         maps = self.signed_maps if self.is_signed(target, signed=signed) else self.maps
         maps = maps.reshape(len(self), -1, len(self.levels), *self.maps.shape[-2:])
-        for number, of, what in zip((image, target, level), maps.shape, ("image", "target", "depth"), strict=False):
-            check_integer(number, f"the number of the {what}", 0, of - 1)
         found: np.ndarray = maps[image, target, level].cpu().numpy()
         return found
 
     def is_signed(self, target: int = 0, *, signed: bool | None = None) -> bool:
         """Return whether the picture of a target has two signs; `signed` is as for pictures."""
-        if signed is not None:
-            return signed
-        return self.contrasts[target]
+        check_integer(target, "the number of the target", 0, len(self.contrasts) - 1)
+        if signed not in (None, True, False):
+            raise InputError(f"signed is {shown(signed)}; expected True, False or None")
+        return self.contrasts[target] if signed is None else bool(signed)
 
     def overlay(
         self,
@@ -206,7 +214,8 @@ class Pictures(Drawn):
         return Image.fromarray(photograph_of(view.crop) if size == "enlarged" else view.crop), None
 
     def _view(self, image: int) -> View:
-        if image >= len(self.views):
+        check_integer(image, "the number of the image", 0, len(self) - 1)
+        if not self.views:
             raise InputError("there is no picture of the input: the explanation is not one of DAVE.explain")
         return self.views[image]
 
@@ -301,7 +310,7 @@ class Pictures(Drawn):
         """
         if Path(path).suffix.lower() == ".npz":
             return self.save_npz(path)
-        one = len(self) * len(self.answers()[0]) * len(self.levels) == 1
+        one = len(self) * len(self.contrasts) * len(self.levels) == 1
         if Path(path).suffix.lower() in _FIGURES or not one:
             return super().save(path, signed=signed, **style)
         check_suffix(path)

@@ -30,7 +30,7 @@ def question_name(question: Target, labels: Labels) -> str:
     """Return what a question adds to the name of an image's files.
 
     Args:
-        question: as `parse_target` returns it, or the index of a class.
+        question: as `parse_target` returns it, or the index of a class; −1 for no class.
         labels: the class names of the model.
     """
     return _short(_name(question, labels))
@@ -64,7 +64,7 @@ def _depth(depth: str | int) -> str:
 
 def _name(question: Target, labels: Labels) -> str:
     match question:
-        case Class(index=int() as index) | (int() as index):
+        case Class(index=int() as index) | (int() as index) if index >= 0:
             return _class(index, labels)
         case Sum(parts=parts):
             return "_and_".join(_name(part, labels) for part in parts)

@@ -15,7 +15,7 @@ from dave_fast.images.drawing import Box
 from dave_fast.images.given import Photograph
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class View:
     """What a model was shown of an image.
 

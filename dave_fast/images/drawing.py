@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import numpy as np
 from PIL import Image
 
-from dave_fast.errors import InputError, suggestion
+from dave_fast.errors import InputError, reason_of, suggestion
 from dave_fast.files import atomically
 from dave_fast.numbers import parse_number
 
@@ -37,7 +37,7 @@ _GAMMA = 0.7
 _SATURATION, _DIMMING, _LIFT, _UNSEEN = 0.4, 0.62, 0.05, 0.55
 _OPAQUE_FROM = 0.75
 _LUMINANCE = (0.299, 0.587, 0.114)
-# Rows of a photograph that are blended at once, which takes about 50 bytes a pixel.
+# Rows of a picture that are drawn at once, which takes about 50 bytes a pixel.
 _BAND = 256
 
 
@@ -60,8 +60,9 @@ class Style:
     quantile: float = 0.995
 
     def __post_init__(self) -> None:
-        parse_number(self.opacity, "opacity", 0, 1)
-        parse_number(self.quantile, "quantile", 0.5, 1)
+        # they may be given as text
+        object.__setattr__(self, "opacity", parse_number(self.opacity, "opacity", 0, 1))
+        object.__setattr__(self, "quantile", parse_number(self.quantile, "quantile", 0.5, 1))
         if self.colormap is not None:
             check_colormap(self.colormap)
 
@@ -76,9 +77,9 @@ def check_colormap(name: str) -> None:
     """Raise InputError where matplotlib has no such colour map."""
     from matplotlib import colormaps
 
-    if name not in colormaps:
+    if not isinstance(name, str) or name not in colormaps:
         raise InputError(
-            f"there is no colour map {name!r}: {suggestion(name, list(colormaps), 'matplotlib.colormaps')}"
+            f"there is no colour map {name!r}: {suggestion(str(name), list(colormaps), 'matplotlib.colormaps')}"
         )
 
 
@@ -146,7 +147,10 @@ def plain_map(
     rows, columns, values = _placed(scaled(heat, style, signed=signed), size, box)
     drawn = np.empty((*size[::-1], 3), np.uint8)
     drawn[:] = _bytes(style.colours(np.zeros((), np.float32), signed=signed))
-    drawn[rows, columns] = _bytes(style.colours(values, signed=signed))
+    of_map = drawn[rows, columns]
+    for top in range(0, len(values), _BAND):
+        band = slice(top, top + _BAND)
+        of_map[band] = _bytes(style.colours(values[band], signed=signed))
     return Image.fromarray(drawn)
 
 
@@ -282,5 +286,9 @@ def save_as(image: Image.Image, path: str | os.PathLike[str]) -> Path:
     """
     form = check_suffix(path)
     with atomically(path) as file:
-        image.save(file, format=form, quality=95)
+        try:
+            image.save(file, format=form, quality=95)
+        # a format may have no pictures of this size or kind
+        except ValueError as error:
+            raise InputError(f"cannot write {path}: {reason_of(error)}; .png and .tif take any picture.") from error
     return Path(path)

@@ -201,12 +201,22 @@ def _own_size(model: Any) -> Sequence[int] | None:
 
 
 def from_config(config: Mapping[str, Any], note: str | None = None) -> Preprocessing:
-    """Return the preprocessing of a `Preprocessing.config`, without its model; lists may stand for tuples."""
+    """Return the preprocessing of a `Preprocessing.config`, without its model; lists may stand for tuples.
+
+    Raises:
+        InputError: its interpolation is unknown.
+        ModelError: its mean or standard deviation is none of an image.
+    """
     from timm.data.transforms_factory import create_transform
     from torchvision.transforms import CenterCrop
 
     plain = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
-    _, height, width = plain["input_size"]
+    channels, height, width = plain["input_size"]
+    for name in ("mean", "std"):
+        # one number for all channels
+        plain[name] = tuple(plain[name]) * (3 if len(plain[name]) == 1 else 1)
+        if len(plain[name]) not in (3, channels) or (name == "std" and 0 in plain[name]):
+            raise ModelError(f"the model's {name} of pixels is {plain[name]}; expected 3 numbers, of std not zero.")
     known = {key: value for key, value in plain.items() if key not in (ADD_INVERSE, CROP_FLOOR)}
     transform = create_transform(**known, is_training=False)
     if plain.get(CROP_FLOOR):

@@ -5,6 +5,7 @@ Opening a run reads the small columns of every shard; maps are read when they ar
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -145,10 +146,12 @@ class Maps:
             style: keywords of `dave_fast.images.drawing.Style`.
 
         Raises:
-            InputError: there is no such record, or it has no map.
+            KeyError: there is no such id.
+            IndexError: there is no such number.
+            InputError: the record has no map.
             ImageError: the photograph cannot be read.
         """
-        row = self[which]
+        row = self._row(self._number(which))
         if row.map is None:
             raise InputError(f"the record {row.id} has no map: {row.error}")
         photograph = read_picture(Record(row.id, row.uri))
@@ -248,7 +251,7 @@ class Maps:
             if key not in self._numbers:
                 raise KeyError(f"no row has the id {key!r}")
             return self._numbers[key]
-        number = int(key)
+        number = operator.index(key)
         if not -len(self) <= number < len(self):
             raise IndexError(f"row {number} of {len(self)}")
         return number % len(self)

@@ -115,7 +115,8 @@ def describe_target(target: Target, labels: Labels) -> str:
 
 
 def _name(index: int | str, labels: Labels) -> str:
-    return index if isinstance(index, str) else labels.name(index)
+    known = labels.find(index) if isinstance(index, str) else index
+    return str(index) if known is None else labels.name(known)
 
 
 def _prompt(text: str, whole: str) -> Question:

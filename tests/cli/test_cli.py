@@ -252,6 +252,7 @@ def test_results_inside_the_folder_are_not_explained(models, tmp_path):
         assert "1 image explained" in result.stdout
 
 
+@pytest.mark.filterwarnings("default:the model names no preprocessing")
 def test_notes_are_plain_lines_told_once(models, photo, tmp_path):
     models["bare"] = lambda: setattr(model := tiny(), "pretrained_cfg", None) or model
     write(tmp_path / "in/b.png")

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 import dave_fast
-from dave_fast.errors import ImageError, InputError, InputWarning
+from dave_fast.errors import ImageError, InputError, InputWarning, ModelError
 from dave_fast.explain.pictures import MOST_SHOWN
 from dave_fast.images import screen
 from dave_fast.targets import Class, Contrast, Patch, Similarity, Sum, tokens_of
@@ -59,6 +59,43 @@ def test_model_of_other_channels_refuses_photographs_and_takes_tensors():
     found = explain(explainer, torch.randn(1, 4, 32, 32))
     with pytest.raises(InputError, match="no picture of the input: the model takes 4 channels"):
         found.overlay()
+
+
+def test_preprocessing_that_its_owner_changed_is_the_new_one():
+    model = named_vit(NAMES)
+    explainer = dave_fast.DAVE(model, **SETTINGS)
+    explain(explainer, WIDE)
+    model.pretrained_cfg["mean"] = (0.0, 0.0, 0.0)
+    assert same(explain(explainer, WIDE), explain(dave_fast.DAVE(model, **SETTINGS), WIDE))
+    model.set_input_size((48, 48))
+    assert explain(explainer, WIDE).maps.shape == (1, 48, 48)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"mean": "x"}, {"mean": (0.5, 0.5)}, {"std": (0, 0, 0)}, {"interpolation": "magic"}, {"input_size": (3,)}],
+    ids=str,
+)
+def test_preprocessing_that_cannot_be_read_is_refused_for_photographs_alone(wrong):
+    model = named_vit(NAMES)
+    model.pretrained_cfg |= wrong
+    explainer = dave_fast.DAVE(model, **SETTINGS)
+    for _ in range(2):
+        with pytest.raises(ModelError, match=r"pretrained_cfg, cannot be read|of pixels is .*; expected 3 numbers"):
+            explain(explainer, WIDE)
+    found = explain(explainer, torch.randn(1, 3, 32, 32))
+    with pytest.raises(InputError, match="there is no picture of the input"):
+        found.overlay()
+
+
+def test_one_number_of_a_mean_is_that_of_all_channels():
+    models = [named_vit(NAMES) for _ in range(2)]
+    for model, count in zip(models, (1, 3), strict=True):
+        model.pretrained_cfg |= {"mean": (0.5,) * count, "std": (0.25,) * count}
+    one, other = (dave_fast.DAVE(model, **SETTINGS) for model in models)
+    assert same(explain(one, WIDE), explain(other, WIDE))
+    inputs = one.prepare(Image.fromarray(WIDE))[0]
+    assert (explain(one, inputs).views[0].crop == explain(one, WIDE).views[0].crop).all()
 
 
 @pytest.mark.parametrize(
@@ -134,7 +171,7 @@ def test_explainer_says_what_it_is(explainer):
 
 
 def test_answers_name_each_kind_of_target(explainer):
-    targets = [None, 1, Class("lion"), Contrast([0, 1], 2), lambda output: output[:, 0], Sum(Class("cat"), 3)]
+    targets = [None, 1, Class("lio"), Contrast([0, 1], 2), lambda output: output[:, 0], Sum(Class("cat"), Class("3"))]
     found = explain(explainer, [WIDE, TALL], targets=targets)
     predicted = found.output.argmax(1).tolist()
     assert [[name for _, name, _ in of] for of in found.answers()] == [
@@ -154,7 +191,7 @@ def test_top_classes_are_those_of_the_output(explainer):
 
 def test_embedding_has_no_classes():
     explainer = dave_fast.DAVE(random_vit(num_classes=0), **SETTINGS)
-    found = explain(explainer, WIDE, Similarity(torch.randn(24), words="“a cat”"))
+    found = explain(explainer, torch.randn(1, 3, 32, 32), Similarity(torch.randn(24), words="“a cat”"))
     assert found.top() == [[]] and found.answers()[0][0][:2] == (-1, "“a cat”") and "“a cat”" in repr(found)
 
 
@@ -182,6 +219,52 @@ def test_one_target_at_one_depth_is_its_own_explanation(explainer):
     assert same(one, alone) and one.depth == 1 and one.contrasts == alone.contrasts == (True,)
     assert one.answers()[0][0][:2] == alone.answers()[0][0][:2] == (-1, "tiger − lion")
     assert torch.equal(one.depths.score, alone.depths.score)
+
+
+@pytest.mark.parametrize("make", [lambda found: found, lambda found: found.only(1, 1)], ids=["several", "one"])
+def test_target_or_depth_that_is_not_there_is_refused(explainer, make):
+    found = make(explain(explainer, WIDE, targets=[0, Contrast(3, 4)], depth=["pixels", 1]))
+    for place in ({"target": 2}, {"target": -3}, {"target": "a"}, {"level": 2}):
+        with pytest.raises(InputError, match=f"the number of the {'depth' if 'level' in place else 'target'} is"):
+            found.only(**place)
+        with pytest.raises(InputError, match="the number of the"):
+            found.overlay(**place)
+
+
+def test_targets_and_depths_count_from_the_end_too(explainer):
+    found = explain(explainer, WIDE, targets=[0, Contrast(3, 4)], depth=["pixels", 1])
+    one = found.only(-1, -1)
+    assert same(one, found.only(1, 1)) and repr(one) == repr(found.only(1, 1)) and one.contrasts == (True,)
+
+
+@pytest.mark.parametrize("image", [2, -1, "a"])
+def test_picture_of_an_image_that_is_not_there_is_refused(explainer, image):
+    with pytest.raises(InputError, match="the number of the image is"):
+        explain(explainer, [WIDE, TALL]).overlay(image)
+
+
+def test_batch_backwards(explainer):
+    found = explain(explainer, [WIDE, TALL])
+    back = found[::-1]
+    assert torch.equal(back.maps, found.maps.flip(0)) and back.answers() == found.answers()[::-1]
+    assert back.views == found.views[::-1]
+
+
+def test_no_images_have_words_and_no_picture(explainer, tmp_path):
+    none = explain(explainer, [WIDE, TALL], top_k=2)[2:]
+    assert len(none) == 0 and none.answers() == none.top() == [] and repr(none).startswith("DAVE of 0 images")
+    with pytest.raises(InputError, match="0 images"):
+        none.save(tmp_path / "none.png")
+
+
+def test_one_of_a_batch_does_not_keep_the_others(explainer):
+    found = explain(explainer, [WIDE] * 8)
+    assert found[3].raw.untyped_storage().nbytes() * 8 == found.raw.untyped_storage().nbytes()
+
+
+def test_explanations_can_be_compared_and_are_equal_to_themselves(explainer):
+    found, other = explain(explainer, WIDE), explain(explainer, WIDE)
+    assert found in [other, found] and found != other and len({found, other}) == 2
 
 
 # Pictures.
@@ -251,6 +334,12 @@ def test_other_files(explainer, tmp_path, suffix, signature):
     assert explain(explainer, WIDE).save(tmp_path / f"a{suffix}").read_bytes().startswith(signature)
 
 
+def test_picture_too_large_for_its_format_is_refused(explainer, tmp_path):
+    with pytest.raises(InputError, match=r"cannot write .*map\.webp: .* 16383 pixels"):
+        explain(explainer, np.zeros((32, 16384, 3), np.uint8)).save(tmp_path / "map.webp")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["map", "map.txt", "map.npy"])
 def test_file_of_no_picture_is_refused(explainer, tmp_path, name):
     with pytest.raises(InputError, match=r"expected \.png"):
@@ -258,9 +347,16 @@ def test_file_of_no_picture_is_refused(explainer, tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
-def test_wrong_keyword_of_a_style_is_refused(explainer):
-    with pytest.raises(InputError, match="opacity is 3"):
-        explain(explainer, WIDE).overlay(opacity=3)
+@pytest.mark.parametrize("wrong", [{"opacity": 3}, {"quantile": np.nan}, {"colormap": 3}, {"signed": "no"}], ids=str)
+def test_wrong_value_of_a_style_is_refused(explainer, wrong):
+    with pytest.raises(InputError, match=r"opacity is 3|quantile is nan|no colour map 3|signed is 'no'"):
+        explain(explainer, WIDE).overlay(**wrong)
+
+
+def test_number_of_a_style_may_be_text(explainer):
+    found = explain(explainer, WIDE)
+    one, other = (found.overlay(opacity=kind("0.5"), quantile=kind("0.9")) for kind in (str, float))
+    assert one == other != found.overlay()
 
 
 def test_notebook_shows_a_picture(explainer):
@@ -268,6 +364,14 @@ def test_notebook_shows_a_picture(explainer):
         with Image.open(io.BytesIO(found._repr_png_())) as picture:
             assert picture.format == "PNG" and picture.width > 600
         assert "data:image/png;base64," in found._repr_html_() and "noise_alpha = 0.5" in found._repr_html_()
+
+
+def test_notebook_shows_words_where_there_is_no_picture(explainer):
+    model = random_vit(in_chans=4)
+    of_four_channels = explain(dave_fast.DAVE(model, **SETTINGS), torch.randn(1, 4, 32, 32))
+    for found in (explain(explainer, np.stack([WIDE] * (MOST_SHOWN + 1)), n_samples=1), of_four_channels):
+        assert found._repr_png_() is None
+        assert "<img" not in found._repr_html_() and "samples, seed 0" in found._repr_html_()
 
 
 def test_many_images_are_too_many_for_a_picture(explainer):
@@ -364,4 +468,7 @@ def test_progress_is_shown_and_told(explainer, capsys):
 
 def test_own_module_is_explained_from_a_photograph():
     explainer = dave_fast.DAVE(nn.Sequential(random_vit()), **SETTINGS)
-    assert explain(explainer, WIDE).maps.shape[0] == 1
+    with pytest.warns(
+        InputWarning, match="names no preprocessing: that of ImageNet at 32×32 is used. If that is another"
+    ):
+        assert explain(explainer, WIDE).maps.shape[0] == 1

@@ -53,6 +53,10 @@ def test_classes_without_names_have_their_index():
     assert question_name(Contrast(Class(7), Class(2)), Labels(None)) == "class-7_not_class-2"
 
 
+def test_score_that_is_no_class_is_a_target():
+    assert question_name(-1, Labels(None)) == question_name(-1, Labels(2, ("cat", "dog"))) == "target"
+
+
 def test_probes_of_one_patch_are_told_apart_by_their_weights():
     one, other = Patch(1, 2, torch.tensor([1.0, 2.0])), Patch(1, 2, torch.tensor([1.0, 3.0]))
     assert question_name(one, LABELS) != question_name(other, LABELS) != question_name(Patch(1, 2), LABELS)

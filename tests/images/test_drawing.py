@@ -1,5 +1,7 @@
 """Tests of pictures: the scale of brightness, colours, overlays."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -107,6 +109,19 @@ def test_pictures_do_not_change_their_inputs(crop, heat):
     plain_map(heat)
     overlay(crop, heat, signed=True)
     assert (crop == before[0]).all() and (heat == before[1]).all()
+
+
+@pytest.mark.parametrize(
+    "draw", [lambda heat, large: plain_map(heat, size=large.size), lambda heat, large: draw_over(large, heat)]
+)
+def test_large_picture_takes_few_bytes_a_pixel(heat, draw):
+    large = Image.new("RGB", (2000, 1500))
+    draw(heat, Image.new("RGB", (300, 300)))
+    tracemalloc.start()
+    draw(heat, large)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 25 * large.width * large.height
 
 
 def test_picture_file(tmp_path, heat):

@@ -26,3 +26,10 @@ def test_overlay_of_a_record_has_its_photographs_size(tmp_path):
     path.unlink()
     with pytest.raises(ImageError, match="cannot read"):
         maps.overlay("one")
+    with pytest.raises(KeyError):
+        maps.overlay("none")
+    with pytest.raises(IndexError):
+        maps.overlay(9)
+    for wrong in (["one"], 0.7, None):
+        with pytest.raises(TypeError):
+            maps.overlay(wrong)
