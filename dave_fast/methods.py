@@ -29,11 +29,12 @@ from dave_fast.explain.depth import PIXELS, Depth, check_depth
 from dave_fast.explain.explainer import DAVE
 from dave_fast.explain.explanation import Explanation
 from dave_fast.explain.inputs import shown
-from dave_fast.explain.pictures import MOST_SHOWN, Drawn
+from dave_fast.explain.pictures import MOST_SHOWN
 from dave_fast.given.isolation import isolated
 from dave_fast.images.drawing import Style
 from dave_fast.images.figures import Row, grid_of
 from dave_fast.images.given import Picture
+from dave_fast.images.screen import Drawn
 from dave_fast.models.spec import ModelSpec
 from dave_fast.numbers import check_integer
 from dave_fast.ops.smooth import smooth

@@ -5,6 +5,9 @@ depth         the names of depths: pixels, blocks, shares of the depth
 depth_account what of a decision each depth accounts for, as numbers, words and a figure
 sample_calls  the part of DAVE for callers that fill micro-batches themselves
 explanation   the result of DAVE.explain
+pictures      its pictures
+view          what a model was shown of an image
+inputs        photographs and tensors -> the images of a call
 route_cache   the routes through a model, by size of images
 subject       a model with its preprocessing and class names
 convergence   the error of a map at a finite number of samples

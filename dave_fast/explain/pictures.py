@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
-from base64 import b64encode
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +27,8 @@ from dave_fast.images.drawing import (
     plain_map,
     save_as,
 )
-from dave_fast.images.figures import Panel, Row, figure, grid_of, save_figure
-from dave_fast.images.screen import show_png
+from dave_fast.images.figures import Panel, Row, figure, grid_of
+from dave_fast.images.screen import VECTORS, Drawn
 from dave_fast.numbers import check_integer, shown
 
 if TYPE_CHECKING:
@@ -42,60 +39,6 @@ if TYPE_CHECKING:
 Scored = tuple[int, str, float]
 # images of one picture, and bars beside the maps of one image
 MOST_SHOWN, BARS = 64, 5
-_FIGURES = (".pdf", ".svg")
-_NOTEBOOK_DPI = 150
-
-
-class Drawn:
-    """What can be drawn as a figure."""
-
-    def figure(self, **options: Any) -> Figure:
-        """Return the figure."""
-        raise NotImplementedError
-
-    def show(self, **options: Any) -> None:
-        """Show the figure: below the cell of a notebook, else by the system's program for pictures.
-
-        Args:
-            options: those of `figure`.
-
-        Raises:
-            InputError: as `figure`, and where there is no screen.
-        """
-        show_png(self._png(**options))
-
-    def _png(self, **options: Any) -> bytes:
-        """Return the figure as PNG."""
-        buffer = io.BytesIO()
-        self.figure(**options).savefig(buffer, format="png", dpi=_NOTEBOOK_DPI)
-        return buffer.getvalue()
-
-    def _repr_png_(self) -> bytes | None:
-        """Return the figure as PNG for notebooks, None where there is none: a notebook then shows the words."""
-        try:
-            return self._png()
-        except InputError:
-            return None
-
-    def _repr_html_(self) -> str:
-        """Return the figure and the words, for notebooks that take HTML."""
-        png, words = self._repr_png_(), f"<pre>{escape(repr(self))}</pre>"
-        return words if png is None else f'<img src="data:image/png;base64,{b64encode(png).decode()}">{words}'
-
-    def save(self, path: str | os.PathLike[str], **options: Any) -> Path:
-        """Write the figure and return its path.
-
-        Args:
-            path: its suffix says the form: .pdf, .svg, .png, .jpg, .webp ...
-            options: those of `figure`.
-
-        Raises:
-            InputError: as `figure`, and where the suffix is none of a picture or the file cannot be written.
-        """
-        if Path(path).suffix.lower() in _FIGURES:
-            return save_figure(self.figure(**options), path)
-        check_suffix(path)
-        return save_as(Image.open(io.BytesIO(self._png(**options))).convert("RGB"), path)
 
 
 class Pictures(Drawn):
@@ -311,7 +254,7 @@ class Pictures(Drawn):
         if Path(path).suffix.lower() == ".npz":
             return self.save_npz(path)
         one = len(self) * len(self.contrasts) * len(self.levels) == 1
-        if Path(path).suffix.lower() in _FIGURES or not one:
+        if Path(path).suffix.lower() in VECTORS or not one:
             return super().save(path, signed=signed, **style)
         check_suffix(path)
         return save_as(self.overlay(size=size, signed=signed, **style), path)

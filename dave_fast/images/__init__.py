@@ -7,7 +7,10 @@
     geometry     resizing and cropping with Pillow alone
     preprocess   8-bit RGB -> a model's input: resize, crop, normalisation
     arrival      how images arrive at a part of a model that says how they are to be prepared
-    drawing      maps -> overlays, plain maps, figures
+    given        photographs in the forms that people give them in Python
+    drawing      maps -> overlays, plain maps
+    figures      maps -> figures at print size, grids
+    screen       showing and saving figures
 
 Torch and timm are imported where they are first needed: finding and reading files needs neither.
 """

@@ -1,14 +1,27 @@
-"""Show a picture: below the cell of a notebook, else by the system's program for pictures."""
+"""Show figures, below the cell of a notebook or by the system's program for pictures, and save them."""
 
 from __future__ import annotations
 
 import io
 import os
 import sys
+from base64 import b64encode
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageShow
 
 from dave_fast.errors import InputError
+from dave_fast.images.drawing import check_suffix, save_as
+from dave_fast.images.figures import save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# suffixes of figures without pixels
+VECTORS = (".pdf", ".svg")
+_NOTEBOOK_DPI = 150
 
 
 def show_png(content: bytes) -> None:
@@ -33,3 +46,55 @@ def _in_notebook() -> bool:
     shell = sys.modules.get("IPython")
     running = None if shell is None else shell.get_ipython()
     return running is not None and hasattr(running, "kernel")
+
+
+class Drawn:
+    """What can be drawn as a figure."""
+
+    def figure(self, **options: Any) -> Figure:
+        """Return the figure."""
+        raise NotImplementedError
+
+    def show(self, **options: Any) -> None:
+        """Show the figure: below the cell of a notebook, else by the system's program for pictures.
+
+        Args:
+            options: those of `figure`.
+
+        Raises:
+            InputError: as `figure`, and where there is no screen.
+        """
+        show_png(self._png(**options))
+
+    def _png(self, **options: Any) -> bytes:
+        """Return the figure as PNG."""
+        buffer = io.BytesIO()
+        self.figure(**options).savefig(buffer, format="png", dpi=_NOTEBOOK_DPI)
+        return buffer.getvalue()
+
+    def _repr_png_(self) -> bytes | None:
+        """Return the figure as PNG for notebooks, None where there is none: a notebook then shows the words."""
+        try:
+            return self._png()
+        except InputError:
+            return None
+
+    def _repr_html_(self) -> str:
+        """Return the figure and the words, for notebooks that take HTML."""
+        png, words = self._repr_png_(), f"<pre>{escape(repr(self))}</pre>"
+        return words if png is None else f'<img src="data:image/png;base64,{b64encode(png).decode()}">{words}'
+
+    def save(self, path: str | os.PathLike[str], **options: Any) -> Path:
+        """Write the figure and return its path.
+
+        Args:
+            path: its suffix says the form: .pdf, .svg, .png, .jpg, .webp ...
+            options: those of `figure`.
+
+        Raises:
+            InputError: as `figure`, and where the suffix is none of a picture or the file cannot be written.
+        """
+        if Path(path).suffix.lower() in VECTORS:
+            return save_figure(self.figure(**options), path)
+        check_suffix(path)
+        return save_as(Image.open(io.BytesIO(self._png(**options))).convert("RGB"), path)

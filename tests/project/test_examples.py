@@ -13,7 +13,7 @@ import matplotlib as mpl
 import pytest
 from PIL import Image
 
-from dave_fast.explain import pictures
+from dave_fast.images import screen
 
 ROOT = Path(__file__).resolve().parents[2]
 LECTURE, TEN_MINUTES = (ROOT / "examples" / f"{name}.ipynb" for name in ("lecture", "ten_minutes"))
@@ -43,7 +43,7 @@ def run(notebook: Path, setting: str, few: str, monkeypatch: pytest.MonkeyPatch)
     assert sum(setting in source for source in sources) == 1
     shown: list[bytes] = []
     monkeypatch.setattr(plt, "show", lambda: shown.append(b"") or plt.close())
-    monkeypatch.setattr(pictures, "show_png", shown.append)
+    monkeypatch.setattr(screen, "show_png", shown.append)
     names: dict[str, Any] = {}
     for number, source in enumerate(sources):
         cell = ast.parse(source.replace(setting, few))

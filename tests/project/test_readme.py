@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dave_fast.cli.options import DEFAULT_MODEL
-from dave_fast.explain import pictures
+from dave_fast.images import screen
 from dave_fast.models.demo import demo_scene
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +29,7 @@ def test_python_blocks_run_as_written_and_print_what_is_shown(page, tmp_path, mo
         demo_scene().image.save(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     shown: list[bytes] = []
-    monkeypatch.setattr(pictures, "show_png", shown.append)
+    monkeypatch.setattr(screen, "show_png", shown.append)
     blocks = BLOCKS.findall((ROOT / page).read_text(encoding="utf-8"))
     assert blocks
     for number, (code, printed) in enumerate(blocks, 1):
