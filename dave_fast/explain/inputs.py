@@ -152,7 +152,7 @@ def shown(progress: Progress | bool | None) -> Iterator[Progress | None]:
 
     The bar is one line that is written again and again, on a terminal and in a notebook, and deleted at the end.
     """
-    if progress is not True:
+    if callable(progress) or not progress:
         yield progress or None
         return
     try:
