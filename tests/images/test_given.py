@@ -3,6 +3,9 @@
 import io
 import os
 import pathlib
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import fsspec
 import numpy as np
@@ -69,6 +72,19 @@ def test_url_of_another_file_system_is_read():
         out.write(encoded())
     photograph = Photograph.of("memory://given/photo.png")
     assert photograph.name == "memory://given/photo.png" and (np.asarray(photograph.read()) == PIXELS).all()
+
+
+def test_address_of_the_web_is_read(file):
+    handler = partial(SimpleHTTPRequestHandler, directory=file.parent)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        try:
+            assert (read(f"{address}/photo.png") == PIXELS).all()
+            with pytest.raises(ImageError, match=f"cannot read {address}/none.png"):
+                Photograph.of(f"{address}/none.png")
+        finally:
+            server.shutdown()
 
 
 def test_url_of_too_many_bytes_is_refused(monkeypatch):
