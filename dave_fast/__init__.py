@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Any
 from dave_fast._version import __version__
 
 if TYPE_CHECKING:
-    from dave_fast import methods, targets
+    from dave_fast import targets
+    from dave_fast.evaluate.comparison import Explainer, compare
     from dave_fast.explain.explainer import DAVE, Explanation, effective_gradient
     from dave_fast.explain.pipeline import pipeline
-    from dave_fast.methods import compare
     from dave_fast.models.spec import ModelSpec
     from dave_fast.run.reader import open_maps
 
 __all__ = [
     "DAVE",
+    "Explainer",
     "Explanation",
     "ModelSpec",
     "__version__",
     "compare",
     "effective_gradient",
-    "methods",
     "open_maps",
     "pipeline",
     "targets",
@@ -33,7 +33,8 @@ __all__ = [
 _MODULES = {
     "DAVE": "dave_fast.explain.explainer",
     "Explanation": "dave_fast.explain.explainer",
-    "compare": "dave_fast.methods",
+    "Explainer": "dave_fast.evaluate.comparison",
+    "compare": "dave_fast.evaluate.comparison",
     "ModelSpec": "dave_fast.models.spec",
     "effective_gradient": "dave_fast.explain.explainer",
     "open_maps": "dave_fast.run.reader",
@@ -42,8 +43,8 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("methods", "targets"):
-        return importlib.import_module(f"dave_fast.{name}")
+    if name == "targets":
+        return importlib.import_module("dave_fast.targets")
     if name in _MODULES:
         return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'dave_fast' has no attribute {name!r}")

@@ -72,7 +72,7 @@ def photographs(path: Path, prepare: Preprocessing, half: int) -> Data:
 
 def validate(explainer: DAVE, tuned_on: torch.Tensor, compared_on: Data) -> dict:
     """Choose the level by default and by tuning, measure all levels, and compare."""
-    default = noise_level(explainer.model, type(explainer.model).__name__)
+    default = noise_level(explainer.model, type(explainer.model).__name__, lambda: explainer.prepare)
     found = tune(explainer, tuned_on)
     chosen = {"default": default, "tuned": found.noise_alpha}
     print(chosen, "n_samples", found.n_samples, flush=True)

@@ -176,8 +176,8 @@ def _check_methods(given: Sequence[str] | None) -> list[str]:
     """Return the names of methods; raise InputError where there is no such one, or its package is missing."""
     if not given:
         return []
+    from dave_fast.evaluate.comparison import absence
     from dave_fast.evaluate.methods import known_name
-    from dave_fast.methods import absence
 
     names = list(dict.fromkeys(map(known_name, given)))
     for error in filter(None, map(absence, names)):
@@ -247,9 +247,9 @@ def _run(
 
     methods: dict[str, Any] = {}
     if names:
-        from dave_fast.methods import Method
+        from dave_fast.evaluate.comparison import Explainer
 
-        methods = {name: Method(name, subject.explainer) for name in names}
+        methods = {name: Explainer(name, subject.explainer) for name in names}
     done: list[Done] = []
     failed: list[Failed] = []
     share = request.n_samples

@@ -2,6 +2,7 @@
 
     sources      images with their labels, boxes and masks, as far as they are known
     methods      DAVE, its single frozen gradient, captum's baselines and two controls behind one signature
+    comparison   methods with the call of DAVE.explain, and several of them side by side
     full_gradient Libra FullGrad+, on the frozen operators
     scoring      every method on every batch of images, scored by every metric that the source permits
     rows         one method under several settings, from shared samples

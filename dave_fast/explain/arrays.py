@@ -23,7 +23,7 @@ model's input and H×W pixels:
                         are of earlier versions, whose maps are not
     depth               string, "pixels", or the block or blocks whose tokens the maps are of, such as "6" or "5-9" (see
                         `dave_fast.explain.depth`); files without it have maps of pixels
-    method              string, that of attribution: "DAVE", as of files without it, or another of `dave_fast.methods`
+    method              string, that of attribution: "DAVE", as of files without it, or another of `dave_fast.Explainer`
     model, precision, dave_fast_version, image    strings; image is the path of the photograph, empty where unknown
 
 Of several depths in one file, as the server writes it, maps, raw, errors and error_bounds have a dimension L after K,

@@ -125,10 +125,11 @@ class DAVE(SampleCalls):
         self.device = resolve_device(device, self.model, named=not isinstance(model, nn.Module))
         self.precision = choose_precision(precision, self.device, backend)
         self.backend = backend
-        if noise_alpha is None:
-            sampling = replace(sampling, noise_alpha=noise_level(self.model, self.model_name))
-        self.sampling = sampling
         self.inputs = Inputs(self.model)
+        if noise_alpha is None:
+            level = noise_level(self.model, self.model_name, lambda: self.inputs.prepare)
+            sampling = replace(sampling, noise_alpha=level)
+        self.sampling = sampling
         self._cache = RouteCache(
             self.model,
             self.device,

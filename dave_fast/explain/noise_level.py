@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
 from dave_fast.errors import is_out_of_memory, reason_of
 from dave_fast.given.wrappers import last_part
-from dave_fast.images.preprocess import preprocessing
+from dave_fast.images.preprocess import Preprocessing, preprocessing
 from dave_fast.models.catalog import noise_alpha_for
 
 logger = logging.getLogger("dave_fast.explain")
@@ -33,7 +33,7 @@ LEVEL = 0.1
 PHOTOGRAPHS = 0.226
 
 
-def noise_level(model: nn.Module, name: str) -> float:
+def noise_level(model: nn.Module, name: str, prepared: Callable[[], Preprocessing]) -> float:
     """Return noise_alpha for a model; log it where it is none of the authors'.
 
     It depends on nothing but the model's name and its description of its pixels.
@@ -41,11 +41,12 @@ def noise_level(model: nn.Module, name: str) -> float:
     Args:
         model: any module.
         name: of the model, as `load_model` returns it.
+        prepared: returns the model's preprocessing, or raises for a model without one.
     """
     tuned = noise_alpha_for(name)
     chosen = level = LEVEL if tuned is None else tuned
     try:
-        std = preprocessing(model).std
+        std = prepared().std
         reference = PHOTOGRAPHS if tuned is None else _mean(preprocessing(last_part(model)).std)
         chosen, why = level_for(reference / _mean(std), level), f"divided by {', '.join(f'{s:.3g}' for s in std)}"
     # a description of the user's own may be anything

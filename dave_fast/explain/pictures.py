@@ -131,8 +131,8 @@ class Pictures(Drawn):
             InputError: there is no picture of the input, the photograph cannot be read again, or a setting is wrong.
         """
         under, box = self._under(image, size)
-        heat, both = self.heat(image, target, level, signed=signed), self.is_signed(target, signed=signed)
-        return draw_over(under, heat, box, Style(**style), signed=both)
+        heat = self.heat(image, target, level, signed=signed)
+        return draw_over(under, heat, box, Style(**style), signed=self.is_signed(target, signed=signed))
 
     def picture(
         self,

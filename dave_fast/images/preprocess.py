@@ -95,11 +95,11 @@ class Preprocessing:
 
         from dave_fast.transfers import to_device
 
-        planes = inputs.detach()[..., :3, :, :].float().movedim(-3, -1)
-        mean, std = to_device(torch.tensor([self.mean[:3], self.std[:3]]), planes.device)
-        planes = planes * std + mean
+        planes = inputs.detach()[..., :3, :, :].float()
         # Adding the exact half before cutting undoes the rounding of the normalisation.
-        return (planes * 255 + 0.5).clamp(0, 255).byte()
+        scales = 255 * torch.tensor([self.std[:3], self.mean[:3]], dtype=torch.float64) + torch.tensor([[0.0], [0.5]])
+        scale, shift = to_device(scales.float(), planes.device)[..., None, None]
+        return torch.addcmul(shift, planes, scale).clamp_(0, 255).byte().movedim(-3, -1)
 
 
 def preprocessing(model: Any, image_size: Sequence[int] | None = None) -> Preprocessing:

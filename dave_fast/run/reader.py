@@ -26,7 +26,7 @@ from dave_fast.models.labels import Labels
 from dave_fast.models.spec import class_names
 from dave_fast.run.contents import read_picture
 from dave_fast.run.identity import RUN_FILE, load_identity, load_labels
-from dave_fast.run.records import Record
+from dave_fast.run.records import Record, unprintable
 from dave_fast.run.shards import SMALL, VERIFIED, read_column, reading, shard_files
 
 if TYPE_CHECKING:
@@ -130,6 +130,11 @@ class Maps:
         return self.identity["configuration"]["depth"]
 
     @cached_property
+    def geometry(self) -> Geometry:
+        """How the model resizes and crops photographs."""
+        return Geometry.from_config(self.identity["configuration"]["preprocessing"])
+
+    @cached_property
     def ids(self) -> list[str]:
         """The ids, in the order of the rows."""
         return self._table["id"].to_pylist()
@@ -154,9 +159,8 @@ class Maps:
         row = self._row(self._number(which))
         if row.map is None:
             raise InputError(f"the record {row.id} has no map: {row.error}")
-        photograph = read_picture(Record(row.id, row.uri))
-        box = Geometry.from_config(self.identity["configuration"]["preprocessing"]).seen(*photograph.size)
-        return draw_over(photograph, row.map, box, Style(**style))
+        photograph = read_picture(Record(row.id, unprintable(row.uri)))
+        return draw_over(photograph, row.map, self.geometry.seen(*photograph.size), Style(**style))
 
     def column(self, name: str) -> np.ndarray:
         """Return a small column, such as target, probability or status: (N,); missing integers are −1."""

@@ -17,6 +17,7 @@ from dave_fast.cli import app as cli_app
 from dave_fast.cli import terminal
 from dave_fast.cli.app import app
 from dave_fast.errors import UnknownModelError
+from dave_fast.evaluate import comparison
 from dave_fast.explain import explainer, image_files
 from dave_fast.images import preprocessing, read_image
 from tests.tiny import named_vit
@@ -624,7 +625,7 @@ def test_another_method_alone(models, photo, tmp_path):
 def test_method_that_is_not_there_is_refused_before_the_model_is_loaded(
     models, photo, tmp_path, monkeypatch, options, said
 ):
-    monkeypatch.setattr(dave_fast.methods, "find_spec", lambda name: None)
+    monkeypatch.setattr(comparison, "find_spec", lambda name: None)
     assert said in explain(photo, "--out", tmp_path / "maps", *options, model="never", code=2).stderr
 
 

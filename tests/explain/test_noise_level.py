@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.transforms import Normalize
 
 from dave_fast import DAVE
-from dave_fast.explain import noise_level
+from dave_fast.explain import inputs
 from dave_fast.explain.noise_level import LEVEL, PHOTOGRAPHS, level_for
 from dave_fast.models.catalog import noise_alpha_for
 from tests.tiny import named_vit, random_vit
@@ -112,7 +112,7 @@ def test_a_shortage_of_memory_is_raised(monkeypatch):
     def short(model):
         raise MemoryError
 
-    monkeypatch.setattr(noise_level, "preprocessing", short)
+    monkeypatch.setattr(inputs, "preprocessing", short)
     with pytest.raises(MemoryError):
         DAVE(random_vit())
 

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,10 +50,10 @@ class Job:
         """The settings of the run."""
         return self.maps.identity["configuration"]
 
-    @cached_property
+    @property
     def geometry(self) -> Geometry:
         """How the model resizes and crops photographs."""
-        return Geometry.from_config(self.configuration["preprocessing"])
+        return self.maps.geometry
 
     @property
     def raw(self) -> bool:

@@ -2,7 +2,7 @@
 
 import { drawCurve, drawMaps, nameDepth, showErrors } from "./maps.js";
 import { canAsk, predicted, refused, unask, wantsBoth } from "./questions.js";
-import { ask, events } from "./server.js";
+import { ask, events, withImage } from "./server.js";
 import { $, answers, hear, model, percent, problem, say, state } from "./shared.js";
 
 // How often a busy server is asked.
@@ -31,24 +31,6 @@ export function clear() {
   state.latest = state.accounts = null;
   nameDepth();
   $("maps").replaceChildren();
-}
-
-async function upload(mine, signal) {
-  const type = mine.content.type || "application/octet-stream";
-  const answer = await ask("v1/images", { method: "POST", body: mine.content, headers: { "content-type": type }, signal });
-  mine.id = (await answer.json()).image;
-}
-
-// Make a call that names the image, which is sent first, and sent again if the server has dropped it.
-export async function withImage(mine, signal, call) {
-  if (!mine.id) await upload(mine, signal);
-  try {
-    return await call();
-  } catch (error) {
-    if (error.status !== 404) throw error;
-    await upload(mine, signal);
-    return call();
-  }
 }
 
 async function see(mine, signal) {

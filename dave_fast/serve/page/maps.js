@@ -1,9 +1,8 @@
 // Maps: their panels, depths, errors, and files.
 
-import { withImage } from "./explain.js";
 import { COLOURS, paint, plot, png } from "./pictures.js";
 import { listAnswer } from "./questions.js";
-import { ask } from "./server.js";
+import { ask, withImage } from "./server.js";
 import { $, chance, hear, make, model, percent, problem, state } from "./shared.js";
 
 // Errors.

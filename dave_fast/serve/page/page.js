@@ -62,6 +62,7 @@ $("file").addEventListener("change", () => {
 });
 $("model").addEventListener("change", changeModel);
 $("compare").addEventListener("change", compare);
+addEventListener("chosen", (event) => explain(event.detail));
 $("again").addEventListener("click", () => explain());
 $("stop").addEventListener("click", () => { stop(); say("Stopped"); hear("Stopped."); $("again").focus(); });
 for (const form of document.querySelectorAll("#questions form")) {

@@ -1,11 +1,13 @@
 // Questions: classes, differences of two, texts and patches, as far as the model can answer them.
 
-import { explain } from "./explain.js";
 import { $, answers, chance, hear, make, model, say, state } from "./shared.js";
 
 const FORMS = { classes: ["ask-class", "ask-contrast"], texts: ["ask-text"], patches: ["ask-patch"] };
 // What was chosen before the latest form was sent.
 let before = [];
+
+// Have what is chosen explained; what the server says against it is shown at the form, if one is given.
+const begin = (form = null) => dispatchEvent(new CustomEvent("chosen", { detail: form }));
 
 // Show the forms of what the model can answer.
 export function offerQuestions() {
@@ -82,14 +84,14 @@ function choose(target, wanted, form = null) {
   // At least one stays chosen.
   else return listTop();
   listTop();
-  return explain(form);
+  return begin(form);
 }
 
 export function compare() {
   if ($("compare").checked || state.chosen.length < 2) return listTop();
   state.chosen = state.chosen.slice(0, 1);
   listTop();
-  return explain();
+  return begin();
 }
 
 // Whether signed maps are wanted: where the user wants both colours, and of questions that may be differences.

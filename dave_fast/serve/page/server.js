@@ -1,4 +1,4 @@
-// Requests to the server: API keys, error messages, server-sent events.
+// Requests to the server: API keys, error messages, images that it stores, server-sent events.
 
 let key = sessionStorage.getItem("dave-fast-key") ?? "";
 
@@ -48,6 +48,24 @@ async function askForKey() {
   key = dialog.returnValue ? field.value.trim() : "";
   sessionStorage.setItem("dave-fast-key", key);
   return key !== "";
+}
+
+async function upload(image, signal) {
+  const type = image.content.type || "application/octet-stream";
+  const answer = await ask("v1/images", { method: "POST", body: image.content, headers: { "content-type": type }, signal });
+  image.id = (await answer.json()).image;
+}
+
+// Make a call that names the image, which is sent first, and sent again if the server has dropped it.
+export async function withImage(image, signal, call) {
+  if (!image.id) await upload(image, signal);
+  try {
+    return await call();
+  } catch (error) {
+    if (error.status !== 404) throw error;
+    await upload(image, signal);
+    return call();
+  }
 }
 
 // Yield [name, data] of each event; throw ServerProblem if the stream ends early.

@@ -1,8 +1,6 @@
 """Other attribution methods with the call of `DAVE.explain`, and several of them side by side.
 
-    from dave_fast.methods import Method
-
-    found = Method("integrated gradients", "deit3_base_patch16_224.fb_in1k").explain("photo.jpg")
+    found = dave_fast.Explainer("integrated gradients", "deit3_base_patch16_224.fb_in1k").explain("photo.jpg")
     dave_fast.compare("photo.jpg", "deit3_base_patch16_224.fb_in1k").show()
 
 The methods are those of `dave-fast evaluate`; docs/evaluate.md has their definitions and sources. They explain classes.
@@ -33,7 +31,7 @@ from dave_fast.explain.pictures import MOST_SHOWN
 from dave_fast.given.isolation import isolated
 from dave_fast.images.drawing import Style
 from dave_fast.images.figures import Row, grid_of
-from dave_fast.images.given import Picture
+from dave_fast.images.given import Picture, photographs
 from dave_fast.images.screen import Drawn
 from dave_fast.models.spec import ModelSpec
 from dave_fast.numbers import check_integer
@@ -55,7 +53,7 @@ def absence(name: str) -> MissingPackageError | None:
     return missing(EXTRAS[package], name, package)
 
 
-class Method:
+class Explainer:
     """An attribution method for the decisions of one model.
 
     Args:
@@ -264,6 +262,8 @@ def compare(
     """
     dave = _dave(model, settings)
     methods = [methods] if isinstance(methods, str) else methods
+    # what a URL leads to is read once
+    images = images if isinstance(images, Tensor) else photographs(images)
     found: dict[str, Explanation] = {}
     absent: dict[str, str] = {}
     seconds: dict[str, float] = {}
@@ -275,7 +275,7 @@ def compare(
         for number, name in enumerate(names, 1):
             start = time.perf_counter()
             try:
-                found[name] = Method(name, dave).explain(images, target, n_samples, seed)
+                found[name] = Explainer(name, dave).explain(images, target, n_samples, seed)
             except (ModelError, NonFiniteError) as reason:
                 absent[name] = str(reason)
             seconds[name] = time.perf_counter() - start

@@ -1,6 +1,5 @@
 """Tests of other attribution methods behind the call of DAVE.explain, and of comparisons."""
 
-import sys
 from importlib.util import find_spec
 
 import numpy as np
@@ -9,11 +8,11 @@ import torch
 from PIL import Image
 
 import dave_fast
-from dave_fast import methods
 from dave_fast.errors import InputError, ModelError, NonFiniteError
+from dave_fast.evaluate import comparison
 from dave_fast.evaluate import methods as evaluated
+from dave_fast.evaluate.comparison import NAMES, Comparison, Explainer, compare
 from dave_fast.evaluate.methods import METHODS
-from dave_fast.methods import NAMES, Comparison, Method, compare
 from dave_fast.ops.smooth import smooth
 from dave_fast.targets import Contrast
 from tests.tiny import named_vit, random_vit
@@ -40,27 +39,27 @@ def gradient(model, images, classes):
 
 
 def test_input_times_gradient_is_autograds(dave, images):
-    found = Method("input × gradient", dave).explain(images)
+    found = Explainer("input × gradient", dave).explain(images)
     wanted = images * gradient(dave.model, images, found.target)
     torch.testing.assert_close(found.raw, wanted, rtol=1e-5, atol=1e-6)
     assert torch.equal(found.maps, smooth(found.raw)) and torch.equal(found.signed, found.raw.sum(1))
 
 
 def test_integrated_gradients_add_up_to_the_difference_of_the_logits(dave, images):
-    found = Method("integrated gradients", dave).explain(images, 3, n_samples=200)
+    found = Explainer("integrated gradients", dave).explain(images, 3, n_samples=200)
     with torch.no_grad():
         change = (dave.model(images) - dave.model(torch.zeros_like(images)))[:, 3]
     torch.testing.assert_close(found.raw.sum((1, 2, 3)), change, rtol=0.02, atol=0.02)
 
 
 def test_frozen_gradient_is_one_row_of_the_effective_transformation(dave, images):
-    found = Method("frozen gradient", dave).explain(images, 2)
+    found = Explainer("frozen gradient", dave).explain(images, 2)
     torch.testing.assert_close(found.raw, images * dave.effective_gradient(images, 2), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if METHODS[name].package != "lxt"])
 def test_every_method_explains_a_photograph_with_words_and_pictures(dave, name):
-    found = Method(name, dave).explain([PHOTO, OTHER], "tiger", n_samples=2)
+    found = Explainer(name, dave).explain([PHOTO, OTHER], "tiger", n_samples=2)
     assert found.about.method == name and repr(found).startswith(name)
     assert found.maps.shape == (2, 32, 32) and found.raw.shape == (2, 3, 32, 32)
     assert (found.maps >= 0).all() and (found.maps <= 1).all() and (found.maps.amax((1, 2)) == 1).all()
@@ -69,7 +68,7 @@ def test_every_method_explains_a_photograph_with_words_and_pictures(dave, name):
 
 @pytest.mark.parametrize("name", ["SmoothGrad", "Libra FullGrad+", "input × gradient"])
 def test_several_classes_are_their_own_explanations(dave, name):
-    method = Method(name, dave)
+    method = Explainer(name, dave)
     found = method.explain([PHOTO, OTHER], targets=[4, "dog"], n_samples=2, seed=3)
     assert found.raw.shape == (2, 2, 3, 32, 32) and [k for k, _, _ in found.answers()[1]] == [4, 1]
     for number, target in enumerate((4, 1)):
@@ -81,21 +80,23 @@ def test_several_classes_are_their_own_explanations(dave, name):
 
 
 def test_smoothgrad_depends_on_the_seed_alone(dave):
-    method = Method("SmoothGrad", dave)
+    method = Explainer("SmoothGrad", dave)
     one, again, other = (method.explain(PHOTO, 1, n_samples=2, seed=seed).raw for seed in (0, 0, 1))
     assert torch.equal(one, again) and not torch.equal(one, other)
 
 
 def test_dave_by_name_is_dave(dave):
-    assert torch.equal(Method("dave", dave).explain(PHOTO, 1, 3, depth=1).maps, dave.explain(PHOTO, 1, 3, depth=1).maps)
+    assert torch.equal(
+        Explainer("dave", dave).explain(PHOTO, 1, 3, depth=1).maps, dave.explain(PHOTO, 1, 3, depth=1).maps
+    )
 
 
 def test_model_is_explained_in_evaluation_mode_and_left_as_it_was():
     model = named_vit(CLASSES)
     model.pos_drop.p = 0.9
-    wanted = Method("input × gradient", model, **SETTINGS).explain(PHOTO, 1).raw
+    wanted = Explainer("input × gradient", model, **SETTINGS).explain(PHOTO, 1).raw
     model.train()
-    assert torch.equal(Method("input × gradient", model, **SETTINGS).explain(PHOTO, 1).raw, wanted)
+    assert torch.equal(Explainer("input × gradient", model, **SETTINGS).explain(PHOTO, 1).raw, wanted)
     assert model.training and all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
@@ -104,21 +105,21 @@ def test_model_is_explained_in_evaluation_mode_and_left_as_it_was():
     [("Integrated-Gradients", "integrated gradients"), ("input_x_gradient", "input × gradient"), ("legrad", "LeGrad")],
 )
 def test_names_may_be_written_with_dashes(dave, name, wanted):
-    assert Method(name, dave).name == wanted
+    assert Explainer(name, dave).name == wanted
 
 
 @pytest.mark.parametrize(
     ("ask", "words"),
     [
-        (lambda dave: Method("integrated gradient", dave), "did you mean integrated gradients"),
-        (lambda dave: Method("SmoothGrad", dave).explain(PHOTO, Contrast(1, 2)), "SmoothGrad explains classes"),
-        (lambda dave: Method("SmoothGrad", dave).explain(PHOTO, depth="auto"), "has one map, of the pixels"),
-        (lambda dave: Method("SmoothGrad", dave).explain(PHOTO, depth=["pixels", "pixels"]), "has one map, of the"),
-        (lambda dave: Method(3, dave), "a method is 3; expected a name"),
-        (lambda dave: Method("SmoothGrad", dave, noise_alpha=0.5), "noise_alpha: settings of a DAVE"),
+        (lambda dave: Explainer("integrated gradient", dave), "did you mean integrated gradients"),
+        (lambda dave: Explainer("SmoothGrad", dave).explain(PHOTO, Contrast(1, 2)), "SmoothGrad explains classes"),
+        (lambda dave: Explainer("SmoothGrad", dave).explain(PHOTO, depth="auto"), "has one map, of the pixels"),
+        (lambda dave: Explainer("SmoothGrad", dave).explain(PHOTO, depth=["pixels", "pixels"]), "has one map, of the"),
+        (lambda dave: Explainer(3, dave), "a method is 3; expected a name"),
+        (lambda dave: Explainer("SmoothGrad", dave, noise_alpha=0.5), "noise_alpha: settings of a DAVE"),
         (lambda dave: compare(PHOTO, dave, "DAVE", shrink=False), "shrink: settings of a DAVE"),
-        (lambda dave: Method("SmoothGrad", dave).explain(PHOTO, n_samples=0), "n_samples is 0"),
-        (lambda dave: Method("SmoothGrad", dave).explain("none.png"), "cannot read none.png"),
+        (lambda dave: Explainer("SmoothGrad", dave).explain(PHOTO, n_samples=0), "n_samples is 0"),
+        (lambda dave: Explainer("SmoothGrad", dave).explain("none.png"), "cannot read none.png"),
     ],
 )
 def test_what_a_method_cannot_do_is_refused_in_words(dave, ask, words):
@@ -128,7 +129,7 @@ def test_what_a_method_cannot_do_is_refused_in_words(dave, ask, words):
 
 def test_model_that_its_owner_changed_is_explained_as_it_is_now():
     model = named_vit(CLASSES)
-    method = Method("input × gradient", model, **SETTINGS)
+    method = Explainer("input × gradient", model, **SETTINGS)
     before = method.explain(PHOTO, 1).raw
     with torch.no_grad():
         model.head.weight.neg_()
@@ -138,7 +139,7 @@ def test_model_that_its_owner_changed_is_explained_as_it_is_now():
 def test_tensors_of_other_channels_are_explained():
     model = random_vit(in_chans=4)
     model.pretrained_cfg = {"input_size": (4, 32, 32)}
-    found = Method("input × gradient", model, **SETTINGS).explain(torch.randn(1, 4, 32, 32))
+    found = Explainer("input × gradient", model, **SETTINGS).explain(torch.randn(1, 4, 32, 32))
     assert found.raw.shape == (1, 4, 32, 32)
 
 
@@ -146,14 +147,14 @@ def test_nan_of_a_method_is_refused(dave, monkeypatch):
     nan = evaluated.Method(lambda model, setup: lambda images, *_: images * torch.nan)
     monkeypatch.setitem(METHODS, "SmoothGrad", nan)
     with pytest.raises(NonFiniteError, match="attribution of SmoothGrad"):
-        Method("SmoothGrad", dave).explain(PHOTO)
+        Explainer("SmoothGrad", dave).explain(PHOTO)
     assert "NaN" in compare(PHOTO, dave, ["SmoothGrad", "DAVE"], n_samples=2).absent["SmoothGrad"]
 
 
 def test_missing_package_names_its_extra(dave, monkeypatch):
-    monkeypatch.setattr(methods, "find_spec", lambda name: None if name == "captum" else find_spec(name))
+    monkeypatch.setattr(comparison, "find_spec", lambda name: None if name == "captum" else find_spec(name))
     with pytest.raises(InputError, match=r"SmoothGrad needs the package captum, which is missing: .*\[evaluate\]"):
-        Method("SmoothGrad", dave)
+        Explainer("SmoothGrad", dave)
     found = compare(PHOTO, dave, n_samples=2)
     assert "SmoothGrad" in found.absent and "DAVE" in found and "SmoothGrad" not in found
     with pytest.raises(InputError, match="captum"):
@@ -164,7 +165,7 @@ def test_model_that_a_method_does_not_support_is_named(dave):
     model = random_vit(qk_norm=True)
     model.pretrained_cfg = {"input_size": (3, 32, 32)}
     with pytest.raises(ModelError, match="LeGrad does not support"):
-        Method("LeGrad", model, **SETTINGS).explain(PHOTO)
+        Explainer("LeGrad", model, **SETTINGS).explain(PHOTO)
     found = compare(PHOTO, dave_fast.DAVE(model, **SETTINGS), ["LeGrad", "DAVE"], n_samples=2)
     assert list(found) == ["DAVE"] and "LeGrad does not support" in found.absent["LeGrad"]
     with pytest.raises(ModelError, match="LeGrad does not support"):
@@ -219,4 +220,4 @@ def test_map_of_another_model_lies_on_what_that_model_saw(dave):
 
 
 def test_methods_are_a_part_of_the_package():
-    assert dave_fast.methods is sys.modules["dave_fast.methods"] and dave_fast.compare is compare
+    assert dave_fast.Explainer is Explainer and dave_fast.compare is compare
