@@ -146,7 +146,7 @@ dave::Heads even_heads_of(const Array& array, const Strides& strides, const dave
 
 dave::AttentionShape attention_shape(const Sizes& sizes, float scale, int dtype, const Optional& bias) {
   const bool halves = dtype == static_cast<int>(Dtype::bfloat16);
-  expect(dtype == code_of<float> || (halves && dave::kernels().multiplies_bfloat16),
+  expect(dtype == code_of<float> || halves,
          "this instruction set's attention does not take that type");
   expect(!halves || sizes[4] % 2 == 0, "bfloat16 needs an even head dimension");
   expect(scale > 0, "attention's scale must be positive");
@@ -241,64 +241,79 @@ void activate(const Array& u, int activation, int gated, int64_t rows, int64_t h
                            to, gates, threads);
 }
 
-// The values of `out` out-features in whole panels.
-int64_t packed_length(int64_t out, int64_t in, int64_t panel) {
+dave::PackedShape packed_shape(int operand, int64_t out, int64_t in, int64_t panel) {
+  expect(operand >= 0 && operand < dave::operands, "linear's operand is unknown");
+  expect(panel > 0 && panel == dave::products().linear_panel, "the weights were packed for another instruction set");
   expect(out >= 1 && in >= 1, "linear needs an in-feature and an out-feature");
   count_of({out, in});
-  return count_of({in, (out + panel - 1) / panel * panel});
+  // a panel has a start for each group and a scale besides its words
+  count_of({in + 2, (out + panel - 1) / panel * panel});
+  return {static_cast<dave::Operand>(operand), out, in, panel};
 }
 
-void pack_linear(const Array& matrix, int64_t out, int64_t in, const Array& weights) {
-  const int64_t panel = dave::kernels().linear_panel;
-  expect(panel > 0, "this instruction set leaves linear to a library");
-  auto* const to = memory_of<float>(weights, packed_length(out, in, panel), "packed weights");
+int64_t packed_length(int operand, int64_t out, int64_t in, int64_t panel) {
+  const dave::PackedShape shape = packed_shape(operand, out, in, panel);
+  return shape.panels() * shape.panel_words();
+}
+
+void pack_linear(const Array& matrix, int operand, int64_t out, int64_t in, int64_t panel, const Array& packed) {
+  const dave::PackedShape shape = packed_shape(operand, out, in, panel);
+  auto* const to = memory_of<int32_t>(packed, shape.panels() * shape.panel_words(), "packed weights");
   const auto* from = memory_of<float>(matrix, out * in, "matrix");
-  expect_apart(weights, {matrix});
-  dave::kernels().pack_linear(from, out, in, to);
+  expect_apart(packed, {matrix});
+  dave::products().pack_linear(from, shape, reinterpret_cast<uint32_t*>(to));
 }
 
-// panel: what linear_panel was when the weights were packed; operands: bias, row_scale, gate, residual
-void linear(const Array& x, int64_t rows, int64_t stride, int64_t in, const Array& weights, int64_t panel, int64_t out,
-            const std::array<Optional, 4>& operands, int activation, const Optional& new_gate, const Array& y,
-            Threads threads) {
-  expect(panel > 0 && panel == dave::kernels().linear_panel, "the weights were packed for another instruction set");
+dave::Matrix matrix_of(const Optional& array, int64_t length, const char* name) {
+  if (!array) return {nullptr, Dtype::float32};
+  return {const_cast<void*>(epilogue_values(*array, length, name).data), static_cast<Dtype>(array->dtype)};
+}
+
+// panel: what linear_panel was when the weights were packed; operands: bias, row_scale, gate, residual. y may be the
+// residual itself.
+void linear(const Array& x, int64_t rows, int64_t stride, const Array& weights, int operand, int64_t out, int64_t in,
+            int64_t panel, const std::array<Optional, 4>& operands, int activation, const Optional& new_gate,
+            const Array& y, Threads threads) {
+  const dave::PackedShape shape = packed_shape(operand, out, in, panel);
   expect(activation >= -1 && activation < dave::activations, "unknown activation");
-  const auto* packed = memory_of<float>(weights, packed_length(out, in, panel), "packed weights");
+  const auto* packed = memory_of<int32_t>(weights, shape.panels() * shape.panel_words(), "packed weights");
   const int64_t length = count_of({rows, out});
   count_of({rows, in});
   expect(stride >= 0 && (rows == 0 || static_cast<__int128>(rows - 1) * stride + in <= x.length),
          "linear's sizes and stride reach beyond x");
-  const auto* from = memory_of<float>(x, x.length, "x");
+  const dave::Values from = epilogue_values(x, x.length, "x");
   const auto& [bias, row_scale, gate, residual] = operands;
   expect(activation < 0 || (new_gate && !gate && !residual),
          "an activation writes its gate, and goes with neither a gate nor a residual");
   const dave::Epilogue epilogue{memory_of<float>(bias, out, "bias"),
                                 memory_of<float>(row_scale, rows, "row_scale"),
-                                memory_of<float>(gate, length, "gate"),
-                                memory_of<float>(residual, length, "residual"),
+                                matrix_of(gate, length, "gate"),
+                                matrix_of(residual, length, "residual"),
                                 activation,
-                                memory_of<float>(new_gate, length, "the new gate")};
-  auto* const to = memory_of<float>(y, length, "y");
+                                matrix_of(new_gate, length, "the new gate")};
+  const dave::Matrix to = matrix_of(y, length, "y");
+  const bool in_place = residual && residual->address == y.address && residual->dtype == y.dtype;
   for (const Optional& output : {Optional(y), new_gate}) {
     if (!output) continue;
     expect_apart(*output, {x, weights});
-    for (const Optional& operand : operands)
-      if (operand) expect_apart(*output, {*operand});
+    for (const Optional& other : operands)
+      if (other && !(in_place && &other == &residual)) expect_apart(*output, {*other});
   }
   if (new_gate) expect_apart(y, {*new_gate});
-  dave::kernels().linear(from, rows, stride, in, packed, out, epilogue, to, threads);
+  dave::products().linear({from.data, from.dtype, rows, stride}, shape, reinterpret_cast<const uint32_t*>(packed),
+                          epilogue, to, threads);
 }
 
 std::vector<std::string> usable_isas() {
   std::vector<std::string> names;
-  for (const dave::Kernels* build : dave::usable()) names.emplace_back(build->isa);
+  for (const dave::Build& build : dave::usable()) names.emplace_back(build.isa);
   return names;
 }
 
 void use_isa(const std::string& name) {
   if (dave::use_isa(name)) return;
   std::string names;
-  for (const dave::Kernels* build : dave::usable()) names += (names.empty() ? "" : ", ") + std::string(build->isa);
+  for (const dave::Build& build : dave::usable()) names += (names.empty() ? "" : ", ") + std::string(build.isa);
   throw std::invalid_argument("instruction set '" + name + "' is unknown or not in this machine; it has " + names);
 }
 
@@ -322,13 +337,15 @@ PYBIND11_MODULE(_native, module) {
   module.def("row_rstd", &row_rstd, release());
   module.def("scale_rows", &scale_rows, release());
   module.def("activate", &activate, release());
-  module.def("linear_panel", [] { return dave::kernels().linear_panel; },
-             "Columns of a panel of linear's weights; 0 without a linear kernel.");
+  module.def("linear_panel", [] { return dave::products().linear_panel; }, "Columns of a panel of linear's weights.");
+  module.def("packed_length", &packed_length, "The words of packed weights.");
   module.def("pack_linear", &pack_linear, release());
   module.def("linear", &linear, release());
   module.def("multiplies_bfloat16", [] { return dave::kernels().multiplies_bfloat16; },
-             "Whether attention takes bfloat16.");
-  module.def("isa", [] { return std::string(dave::kernels().isa); }, "The instruction set in use.");
+             "Whether bfloat16 is multiplied by an instruction of its own.");
+  module.def("multiplies_bytes", [] { return dave::products().multiplies_bytes; },
+             "Whether bytes are multiplied by an instruction of their own.");
+  module.def("isa", [] { return std::string(dave::isa()); }, "The instruction set in use.");
   module.def("usable_isas", &usable_isas, "The instruction sets this machine can run, best first.");
   module.def("use_isa", &use_isa, "Take the kernels of one instruction set.");
 }

@@ -1,4 +1,4 @@
-// The choice of the kernels' build: the best instruction set of this machine, or one named.
+// The kernels of the instruction set in use: the best that this machine has, unless another was chosen.
 #pragma once
 
 #include <string>
@@ -8,13 +8,21 @@
 
 namespace dave {
 
-// The chosen build.
+// What an instruction set runs: its linear, and the other ops of it or of the one below it.
+struct Build {
+  const char* isa;
+  const Kernels* kernels;
+  const Products* products;
+};
+
+// Those that this machine can run, best first.
+const std::vector<Build>& usable();
+
 const Kernels& kernels();
+const Products& products();
+const char* isa();
 
-// The builds that this machine can run, best first.
-const std::vector<const Kernels*>& usable();
-
-// Chooses the build of that name; false where this machine cannot run it.
+// Takes one of the usable builds by name; false where there is none.
 bool use_isa(const std::string& name);
 
 }  // namespace dave

@@ -11,25 +11,25 @@ namespace dave::DAVE_ISA {
 DAVE_HD vfloat normal_cdf(vfloat u) {
   const vfloat square = u * u;
   vfloat near = splat(4.52494174e-7f);
-  near = near * square - 8.94094402e-6f;
-  near = near * square + 1.14807471e-4f;
-  near = near * square - 1.18690384e-3f;
-  near = near * square + 9.97340854e-3f;
-  near = near * square - 6.64903571e-2f;
-  near = near * square + 0.398942279f;
+  near = fused(near, square, -8.94094402e-6f);
+  near = fused(near, square, 1.14807471e-4f);
+  near = fused(near, square, -1.18690384e-3f);
+  near = fused(near, square, 9.97340854e-3f);
+  near = fused(near, square, -6.64903571e-2f);
+  near = fused(near, square, 0.398942279f);
 
   const vfloat size = larger(u, -u) * 0.707106781f;
-  const vfloat t = 1.0f / (size * 0.4f + 1.0f);
+  const vfloat t = 1.0f / (fused(size, splat(0.4f), 1.0f));
   vfloat p = splat(0.0785756605f);
-  p = p * t - 0.414404387f;
-  p = p * t + 0.722865199f;
-  p = p * t - 0.414216799f;
-  p = p * t + 0.433200921f;
-  p = p * t + 0.131139389f;
-  p = p * t + 0.238004496f;
-  p = p * t + 0.22483552f;
+  p = fused(p, t, -0.414404387f);
+  p = fused(p, t, 0.722865199f);
+  p = fused(p, t, -0.414216799f);
+  p = fused(p, t, 0.433200921f);
+  p = fused(p, t, 0.131139389f);
+  p = fused(p, t, 0.238004496f);
+  p = fused(p, t, 0.22483552f);
   const vfloat tail = exponential(square * -0.5f) * (p * t) * 0.5f;
-  return square < 1.69f ? near * u + 0.5f : (u < 0.0f ? tail : 1.0f - tail);
+  return square < 1.69f ? fused(near, u, 0.5f) : (u < 0.0f ? tail : 1.0f - tail);
 }
 
 DAVE_HD vfloat sigmoid(vfloat u) {
@@ -44,7 +44,7 @@ DAVE_HD vfloat gate_of(vfloat u) {
     return normal_cdf(u);
   } else if constexpr (activation == Activation::gelu_tanh) {
     // ½(1 + tanh z) = sigmoid(2z), z = √(2/π)·(u + 0.044715 u³)
-    return sigmoid((u * u * 0.044715f + 1.0f) * u * 1.59576912f);
+    return sigmoid(fused(u * u, splat(0.044715f), 1.0f) * u * 1.59576912f);
   } else if constexpr (activation == Activation::silu) {
     return sigmoid(u);
   } else if constexpr (activation == Activation::quick_gelu) {

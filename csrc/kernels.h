@@ -61,9 +61,8 @@ struct Means {
   double* variance;
 };
 
-// One instruction set's build of every op
+// One instruction set's build of every op but linear
 struct Kernels {
-  const char* isa;
   void (*perturb)(const Inputs& inputs, Output tokens, int threads);
   void (*normal)(const int64_t* keys, const int64_t* samples, int64_t rows, int64_t elements, float* deviates,
                  int threads);
@@ -79,7 +78,7 @@ struct Kernels {
   void (*shrink)(const double* variance, const Images& raw, void* shrunk, int threads);
   // float32 or float64 (count, channels, height, width) -> (count, height, width)
   void (*smooth)(const Images& raw, void* maps, int threads);
-  // Whether attention takes bfloat16.
+  // Whether bfloat16 is multiplied by an instruction of its own.
   bool multiplies_bfloat16;
   // out (rows, queries, heads, D); kept and saved are written where they are not null
   void (*attention)(const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v, void* out,
@@ -92,13 +91,19 @@ struct Kernels {
   void (*scale_rows)(Values x, const float* scale, int64_t rows, int64_t width, void* y, int threads);
   void (*activate)(Values u, Activation activation, Gated gated, int64_t rows, int64_t hidden, void* h, void* gate,
                    int threads);
-  // Columns of a panel of linear's weights, 0 where linear is left to a library.
+};
+
+// One instruction set's build of linear. There are more of these: VNNI came without bfloat16 too.
+struct Products {
+  // Whether bytes are multiplied by an instruction of their own.
+  bool multiplies_bytes;
+  // Columns of a panel of linear's weights.
   int64_t linear_panel;
-  // matrix (out, in) -> weights of in · (out rounded up to whole panels) floats, zero where there is no column
-  void (*pack_linear)(const float* matrix, int64_t out, int64_t in, float* weights);
-  // x (rows, in), `stride` from row to row -> y (rows, out) contiguous
-  void (*linear)(const float* x, int64_t rows, int64_t stride, int64_t in, const float* weights, int64_t out,
-                 const Epilogue& epilogue, float* y, int threads);
+  // matrix (out, in) -> weights of panels · panel_words words
+  void (*pack_linear)(const float* matrix, const PackedShape& shape, uint32_t* packed);
+  // x (rows, in) -> y (rows, out), contiguous; y may be the residual itself
+  void (*linear)(const Rows& x, const PackedShape& shape, const uint32_t* weights, const Epilogue& epilogue, Matrix y,
+                 int threads);
 };
 
 }  // namespace dave

@@ -10,148 +10,314 @@ namespace dave::DAVE_ISA {
 namespace {
 
 constexpr int64_t panel = tile_vectors * lanes;
-// in-features that are summed at once: a panel of them fits the first-level cache
-constexpr int64_t longest_sum = 256;
-// rows and panels of a block: their sums and the rows' operand fit the second-level cache
-constexpr int64_t longest_block = 128, panels_together = 16;
+// words that are summed at once: those of a panel fit the first-level cache beside a strip's sums
+constexpr int64_t longest_sum = 96, group_words = scale_group / 4;
+// rows whose sums stay in the first-level cache from one block of in-features to the next
+constexpr int64_t strip_rows = 8 * tile_rows;
+// rows of a block, at most: their operand fits the second-level cache beside a panel
+constexpr int64_t longest_block = 192, block_bytes = 384 << 10;
+// words behind a row of the operand, which keep the rows of a tile out of each other's sets of the cache
+constexpr int64_t row_padding = 16;
 
 int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// In-features of a partial sum: nearly the same number in each.
-int64_t sum_length(int64_t in) { return over(in, over(in, longest_sum)); }
-
 struct Product {
-  const float* x;
-  int64_t rows, stride, in;
-  const float* weights;
-  int64_t out;
+  const Rows& x;
+  const PackedShape shape;
+  const uint32_t* weights;
   const Epilogue& epilogue;
-  float* y;
-  int64_t panels = over(out, panel), length = sum_length(in);
+  Matrix y;
+  int64_t words = shape.words(), panels = shape.panels(), groups = shape.groups();
 };
 
 // The number of parts that the rows are split into, a divisor of the threads; the panels are split for the rest. It
-// leaves a thread at least eight tiles, since every thread that shares a block of rows packs it.
+// leaves a thread at least eight tiles, since every thread that shares a block of rows lays it out.
 int64_t shares_of(int64_t rows, int threads) {
   int64_t shares = threads;
   while (shares > 1 && (threads % shares || rows < 8 * tile_rows * shares)) --shares;
   return shares;
 }
 
-// Rows [first, first + count) of a product, at most `height`.
+vint magnitude_of(vfloat a) { return (vint)(as_word(a) & 0x7FFFFFFFu); }
+
+// The scale of values whose largest magnitude has these bits, and its inverse. NaN and infinity make the scale NaN;
+// what is below 2⁻¹⁰⁰ becomes zero, since its inverse would overflow.
+void scale_of(int32_t largest, float& scale, float& inverse) {
+  const float most = number_of(static_cast<uint32_t>(largest));
+  scale = largest < 0x7F800000 ? most / 127.0f : number_of(0x7FC00000u);
+  inverse = largest < 0x7F800000 && most >= 0x1p-100f ? 127.0f / most : 0.0f;
+}
+
+// The nearest integers, ties to even, of |a| < 2²².
+vint rounded(vfloat a) {
+  // adding 1.5·2²³ leaves the integer in the lowest bits
+  return (vint)as_word(a + 12582912.0f) - 0x4B400000;
+}
+
+// n values of x -> bytes q + 128; returns the scale. A last word is filled with zeros, 128.
+template <typename T>
+float quantise_group(const T* x, int64_t n, uint8_t* bytes) {
+  vint most{};
+  for (int64_t i = 0; i < n; i += lanes) {
+    const vint size = magnitude_of(load_part(x + i, n - i));
+    most = size > most ? size : most;
+  }
+  int32_t largest = 0;
+  for (int i = 0; i < lanes; ++i) largest = most[i] > largest ? most[i] : largest;
+  float scale, inverse;
+  scale_of(largest, scale, inverse);
+  for (int64_t i = 0; i < n; i += lanes) {
+    const vint q = inverse == 0 ? vint{} : rounded(load_part(x + i, n - i) * inverse);
+    const vbyte eight = __builtin_convertvector(q + 128, vbyte);
+    std::memcpy(bytes + i, &eight, n - i < lanes ? over(n - i, 4) * 4 : lanes);
+  }
+  return scale;
+}
+
+// Rows of a product that one thread multiplies, at most `height`.
+template <Operand kind>
 struct Block {
   const Product& m;
-  const int64_t height;
-  // x in tiles of rows, for each sum (tile, in-feature, row of the tile); and what a last, narrower panel has summed
-  Scratch<float> operand{height * m.in}, narrow{height * panel};
+  const int64_t height, stride;
+  Scratch<uint32_t> operand{height * stride};
+  // of groups (height, groups), in int8
+  Scratch<float> scales{height * m.groups};
+  Scratch<float> sums{strip_rows * panel};
   int64_t first = 0, count = 0;
+  // of the next panel: what is still to be brought into the second-level cache, and cache lines of it for each tile
+  const uint32_t *next = nullptr, *next_end = nullptr;
+  int64_t lines = 0;
 
-  Block(const Product& m_, int64_t height_) : m(m_), height(height_) {}
+  Block(const Product& m_, int64_t height_) : m(m_), height(height_), stride(m.words + row_padding) {}
 
   void lay_out(int64_t first_, int64_t count_) {
     first = first_, count = count_;
-    for (int64_t start = 0; start < m.in; start += m.length) {
-      const int64_t size = lesser(m.length, m.in - start);
-      for (int64_t i = 0; i < count; i += tile_rows) {
-        const float* from = m.x + (first + i) * m.stride + start;
-        float* to = operand + start * height + i * size;
-        if (i + tile_rows <= count)
-          interleave<tile_rows>(from, size, to);
-        else
-          for (int64_t last = 0; last < count - i; ++last) interleave<1>(from + last * m.stride, size, to + last);
-      }
-    }
+    if (m.x.dtype == Dtype::bfloat16) return lay_out_rows<bfloat16>();
+    lay_out_rows<float>();
   }
 
-  // (rows, size) -> (size, tile_rows)
-  template <int rows>
-  void interleave(const float* from, int64_t size, float* to) const {
-    for (int64_t k = 0; k < size; ++k)
-#pragma GCC unroll 8
-      for (int i = 0; i < rows; ++i) to[k * tile_rows + i] = from[i * m.stride + k];
+  template <typename T>
+  void lay_out_rows() {
+    for (int64_t i = 0; i < count; ++i)
+      lay_out_row(static_cast<const T*>(m.x.data) + (first + i) * m.x.stride, operand + i * stride, i);
   }
 
-  void multiply_panel(int64_t p, int64_t start) {
-    const int64_t size = lesser(m.length, m.in - start);
-    const bool whole = (p + 1) * panel <= m.out;
-    float* c = whole ? m.y + first * m.out + p * panel : narrow;
-    const int64_t ldc = whole ? m.out : panel;
-    const auto* weights = reinterpret_cast<const uint32_t*>(m.weights + (start * m.panels + p * size) * panel);
-    const auto* rows = reinterpret_cast<const uint32_t*>(operand + start * height);
-    for (int64_t i = 0; i < count; i += tile_rows)
-      tile_of<float, tile_vectors>(static_cast<int>(lesser(tile_rows, count - i)), rows + i * size, 1, tile_rows,
-                                   weights, panel, c + i * ldc, ldc, size, start > 0);
-  }
-
-  // Sums c of n columns of a row -> y.
-  template <int activation>
-  void finish_row(const float* c, int64_t row, int64_t column, int64_t n) {
-    const Epilogue& e = m.epilogue;
-    const int64_t at = row * m.out + column;
-    const vfloat scale = splat(e.row_scale ? e.row_scale[row] : 1.0f);
-    for (int64_t j = 0; j < n; j += lanes) {
-      vfloat y = load(c + j) * scale;
-      if (e.bias) y += load_part(e.bias + column + j, n - j);
-      if constexpr (activation >= 0) {
-        const vfloat gate = gate_of<static_cast<Activation>(activation)>(y);
-        store_part(e.new_gate + at + j, gate, n - j);
-        y *= gate;
-      } else {
-        if (e.gate) y *= load_part(e.gate + at + j, n - j);
-        if (e.residual) y += load_part(e.residual + at + j, n - j);
-      }
-      store_part(m.y + at + j, y, n - j);
-    }
-  }
-
-  template <int activation>
-  void finish(int64_t from, int64_t to) {
-    const int64_t column = from * panel, end = lesser(to * panel, m.out), whole = end / panel * panel;
-    for (int64_t i = 0; i < count; ++i) {
-      finish_row<activation>(m.y + (first + i) * m.out + column, first + i, column, whole - column);
-      finish_row<activation>(narrow + i * panel, first + i, whole, end - whole);
+  template <typename T>
+  void lay_out_row(const T* x, uint32_t* to, int64_t i) {
+    const int64_t in = m.shape.in;
+    if constexpr (kind == Operand::int8) {
+      for (int64_t g = 0; g < m.groups; ++g)
+        scales[i * m.groups + g] = quantise_group(x + g * scale_group, lesser(scale_group, in - g * scale_group),
+                                                  reinterpret_cast<uint8_t*>(to + g * group_words));
+    } else {
+      // zero behind an odd number of values
+      to[m.words - 1] = 0;
+      using Value = std::conditional_t<kind == Operand::float32, float, bfloat16>;
+      auto* values = reinterpret_cast<Value*>(to);
+      for (int64_t k = 0; k < in; k += lanes) store_part(values + k, load_part(x + k, in - k), in - k);
     }
   }
 
   void multiply(int64_t from, int64_t to) {
-    for (int64_t start = 0; start < m.in; start += m.length)
-      for (int64_t p = from; p < to; ++p) multiply_panel(p, start);
-    if (m.epilogue.activation < 0) return finish<-1>(from, to);
-    with_activation(static_cast<Activation>(m.epilogue.activation),
-                    [&](auto a) { finish<static_cast<int>(a.value)>(from, to); });
+    const int64_t size = m.shape.panel_words();
+    const int64_t tiles = over(count, tile_rows) * (m.groups ? m.groups : over(m.words, longest_sum));
+    lines = over(over(size, 16), tiles);
+    for (int64_t p = from; p < to; ++p) {
+      next = m.weights + (p + 1) * size, next_end = p + 1 < to ? next + size : next;
+      for (int64_t i = 0; i < count; i += strip_rows) {
+        const int64_t rows = lesser(strip_rows, count - i);
+        sum(p, i, rows);
+        finish(p, i, rows);
+      }
+    }
+  }
+
+  void fetch_next() {
+    for (int64_t line = 0; line < lines && next < next_end; ++line, next += 16) __builtin_prefetch(next, 0, 2);
+  }
+
+  // Brings what the epilogue reads and writes of a row and panel into the cache while sums are made.
+  void fetch_rows(int64_t row, int64_t rows, int64_t column) const {
+    for (int64_t at = row * m.shape.out + column, end = at + rows * m.shape.out; at < end; at += m.shape.out) {
+      fetch<true>(m.y, at), fetch<true>(m.epilogue.new_gate, at);
+      fetch<false>(m.epilogue.gate, at), fetch<false>(m.epilogue.residual, at);
+    }
+  }
+  template <bool to_write>
+  static void fetch(const Matrix& matrix, int64_t at) {
+    if (!matrix.data) return;
+    const int64_t bytes = matrix.dtype == Dtype::bfloat16 ? 2 : 4;
+    for (int64_t i = 0; i < panel * bytes; i += 64)
+      __builtin_prefetch(static_cast<const char*>(matrix.data) + at * bytes + i, to_write, 3);
+  }
+
+  // Products of rows [i, i + rows) with a panel -> sums
+  void sum(int64_t p, int64_t i, int64_t rows) {
+    const uint32_t* const weights = m.weights + p * m.shape.panel_words();
+    if constexpr (kind == Operand::int8) {
+      const auto* starts = reinterpret_cast<const int32_t*>(weights + m.words * panel);
+      for (int64_t g = 0; g < m.groups; ++g) {
+        const int64_t from = g * group_words, steps = lesser(group_words, m.words - from);
+        for (int64_t at = 0; at < rows; at += tile_rows) {
+          fetch_next();
+          if (!g) fetch_rows(first + i + at, lesser(tile_rows, rows - at), p * panel);
+          byte_tile_of<tile_vectors>(static_cast<int>(lesser(tile_rows, rows - at)), operand + (i + at) * stride + from,
+                                     stride, scales + (i + at) * m.groups + g, m.groups, weights + from * panel,
+                                     starts + g * panel, sums + at * panel, steps, g > 0);
+        }
+      }
+    } else {
+      using Value = std::conditional_t<kind == Operand::float32, float, bfloat16>;
+      // blocks of nearly equal length
+      const int64_t length = over(m.words, over(m.words, longest_sum));
+      for (int64_t from = 0; from < m.words; from += length)
+        for (int64_t at = 0; at < rows; at += tile_rows) {
+          fetch_next();
+          if (!from) fetch_rows(first + i + at, lesser(tile_rows, rows - at), p * panel);
+          tile_of<Value, tile_vectors>(static_cast<int>(lesser(tile_rows, rows - at)),
+                                       operand + (i + at) * stride + from, stride, 1, weights + from * panel, panel,
+                                       sums + at * panel, panel, lesser(length, m.words - from), from > 0);
+        }
+    }
+  }
+
+  // Sums of rows [i, i + rows) -> y
+  void finish(int64_t p, int64_t i, int64_t rows) {
+    const int64_t n = lesser(panel, m.shape.out - p * panel);
+    const auto* scale = reinterpret_cast<const float*>(m.weights + (p + 1) * m.shape.panel_words() - panel);
+    const auto finish_all = [&](auto activation) {
+      for (int64_t at = 0; at < rows; ++at)
+        finish_row<activation.value>(sums + at * panel, scale, first + i + at, p * panel, n);
+    };
+    if (m.epilogue.activation < 0) return finish_all(Number<-1>{});
+    with_activation(static_cast<Activation>(m.epilogue.activation), [&](auto a) {
+      finish_all(Number<static_cast<int>(a.value)>{});
+    });
+  }
+
+  template <int activation>
+  void finish_row(const float* sum, const float* scale, int64_t row, int64_t column, int64_t n) {
+    const Epilogue& e = m.epilogue;
+    const int64_t at = row * m.shape.out + column;
+    const vfloat row_scale = splat(e.row_scale ? e.row_scale[row] : 1.0f);
+    for (int64_t j = 0; j < n; j += lanes) {
+      vfloat y = load(sum + j);
+      if constexpr (kind == Operand::int8) y *= load(scale + j);
+      if (e.row_scale) y *= row_scale;
+      if (e.bias) y += load_part(e.bias + column + j, n - j);
+      if constexpr (activation >= 0) {
+        const vfloat gate = gate_of<static_cast<Activation>(activation)>(y);
+        write(e.new_gate, at + j, gate, n - j);
+        y *= gate;
+      } else {
+        if (e.gate.data) y *= read(e.gate, at + j, n - j);
+        if (e.residual.data) y += read(e.residual, at + j, n - j);
+      }
+      write(m.y, at + j, y, n - j);
+    }
+  }
+
+  static vfloat read(const Matrix& from, int64_t at, int64_t n) {
+    if (from.dtype == Dtype::bfloat16) return load_part(static_cast<const bfloat16*>(from.data) + at, n);
+    return load_part(static_cast<const float*>(from.data) + at, n);
+  }
+  static void write(const Matrix& to, int64_t at, vfloat value, int64_t n) {
+    if (to.dtype == Dtype::bfloat16) return store_part(static_cast<bfloat16*>(to.data) + at, value, n);
+    store_part(static_cast<float*>(to.data) + at, value, n);
   }
 };
 
-}  // namespace
+template <Operand kind>
+void run(const Product& m, int threads) {
+  const int64_t rows = m.x.count, shares = shares_of(rows, threads), groups = lesser(threads / shares, m.panels);
+  const int64_t fitting = block_bytes / 4 / (m.words + row_padding) / strip_rows * strip_rows;
+  const int64_t longest = fitting < strip_rows ? strip_rows : lesser(fitting, longest_block);
+  // blocks of the same number of tiles, or one fewer
+  const int64_t blocks = over(over(rows, longest), shares) * shares, tiles = over(rows, tile_rows);
+  const int64_t height = over(tiles, blocks) * tile_rows, width = over(m.panels, groups);
+  PerThread<Block<kind>>(threads, m, height).run_unequal(blocks * groups, [&](Block<kind>& block, int64_t task) {
+    const int64_t at = task / groups, group = task % groups;
+    const int64_t first = at * tiles / blocks * tile_rows, end = lesser((at + 1) * tiles / blocks * tile_rows, rows);
+    if (first >= end) return;
+    block.lay_out(first, end - first);
+    block.multiply(group * width, lesser((group + 1) * width, m.panels));
+  });
+}
 
-// AVX-512 has not been compared with oneDNN's packed products; narrower vectors lose to them.
-const int64_t linear_panel = lanes == 8 ? panel : 0;
+template <Operand operand>
+struct Kind {
+  static constexpr Operand value = operand;
+};
 
-void pack_linear(const float* matrix, int64_t out, int64_t in, float* weights) {
-  const int64_t panels = over(out, panel), length = sum_length(in);
-  for (int64_t start = 0; start < in; start += length) {
-    const int64_t size = lesser(length, in - start);
-    for (int64_t column = 0; column < panels * panel; ++column)
-      for (int64_t k = 0; k < size; ++k)
-        weights[(start * panels + column / panel * size + k) * panel + column % panel] =
-            column < out ? matrix[column * in + start + k] : 0.0f;
+// Calls f with a constant operand.
+template <typename F>
+void with_operand(Operand operand, const F& f) {
+  switch (operand) {
+    case Operand::float32: return f(Kind<Operand::float32>{});
+    case Operand::bfloat16: return f(Kind<Operand::bfloat16>{});
+    case Operand::int8: return f(Kind<Operand::int8>{});
   }
 }
 
-void linear(const float* x, int64_t rows, int64_t stride, int64_t in, const float* weights, int64_t out,
-            const Epilogue& epilogue, float* y, int threads) {
-  if (!rows) return;
-  const Product m{x, rows, stride, in, weights, out, epilogue, y};
-  const int64_t shares = shares_of(rows, threads), groups = lesser(threads / shares, m.panels);
-  const int64_t blocks = over(over(rows, longest_block), shares) * shares, width = over(m.panels, groups);
-  const int64_t height = over(over(rows, blocks), tile_rows) * tile_rows;
-  PerThread<Block>(threads, m, height).run_unequal(blocks * groups, [&](Block& block, int64_t task) {
-    const int64_t first = task / groups * height, group = task % groups, end = lesser((group + 1) * width, m.panels);
-    if (first >= rows) return;
-    block.lay_out(first, lesser(height, rows - first));
-    for (int64_t p = group * width; p < end; p += panels_together) block.multiply(p, lesser(p + panels_together, end));
-  });
+// Writes a row of the matrix (in) as words, zero behind its end, and returns its scale in int8.
+template <Operand kind>
+float pack_row(const float* row, int64_t in, uint32_t* words, int64_t count) {
+  std::memset(words, 0, count * sizeof *words);
+  if constexpr (kind == Operand::int8) {
+    int32_t largest = 0;
+    for (int64_t k = 0; k < in; ++k) {
+      const auto size = static_cast<int32_t>(bits_of(row[k]) & 0x7FFFFFFFu);
+      largest = size > largest ? size : largest;
+    }
+    float scale, inverse;
+    scale_of(largest, scale, inverse);
+    auto* bytes = reinterpret_cast<int8_t*>(words);
+    for (int64_t k = 0; k < in; ++k)
+      bytes[k] = inverse == 0 ? 0 : static_cast<int8_t>(rounded(splat(row[k] * inverse))[0]);
+    return scale;
+  } else {
+    using Value = std::conditional_t<kind == Operand::float32, float, bfloat16>;
+    for (int64_t k = 0; k < in; ++k) put(reinterpret_cast<Value*>(words)[k], row[k]);
+    return 0;
+  }
+}
+
+template <Operand kind>
+void pack(const float* matrix, const PackedShape& shape, uint32_t* packed) {
+  const int64_t words = shape.words(), groups = shape.groups();
+  Scratch<uint32_t> row(words);
+  for (int64_t column = 0; column < shape.panels() * panel; ++column) {
+    uint32_t* const to = packed + column / panel * shape.panel_words() + column % panel;
+    float scale = 0;
+    if (column < shape.out) scale = pack_row<kind>(matrix + column * shape.in, shape.in, row, words);
+    else std::memset(row, 0, words * sizeof *row);
+    for (int64_t k = 0; k < words; ++k) to[k * panel] = row[k];
+    if constexpr (kind == Operand::int8) {
+      const auto* bytes = reinterpret_cast<const int8_t*>(static_cast<uint32_t*>(row));
+      for (int64_t g = 0; g < groups; ++g) {
+        int32_t sum = 0;
+        for (int64_t k = g * scale_group; k < lesser((g + 1) * scale_group, 4 * words); ++k) sum += bytes[k];
+        to[(words + g) * panel] = static_cast<uint32_t>(-128 * sum);
+      }
+      to[(words + groups) * panel] = bits_of(scale);
+    }
+  }
+}
+
+}  // namespace
+
+const int64_t linear_panel = panel;
+
+void pack_linear(const float* matrix, const PackedShape& shape, uint32_t* packed) {
+  with_operand(shape.operand, [&](auto kind) { pack<kind.value>(matrix, shape, packed); });
+}
+
+void linear(const Rows& x, const PackedShape& shape, const uint32_t* weights, const Epilogue& epilogue, Matrix y,
+            int threads) {
+  if (!x.count) return;
+  const Product m{x, shape, weights, epilogue, y};
+  with_operand(shape.operand, [&](auto kind) { run<kind.value>(m, threads); });
 }
 
 }  // namespace dave::DAVE_ISA

@@ -23,10 +23,11 @@ Function<decltype(Kernels::attention_vjp)> attention_vjp;
 Function<decltype(Kernels::row_rstd)> row_rstd;
 Function<decltype(Kernels::scale_rows)> scale_rows;
 Function<decltype(Kernels::activate)> activate;
-Function<decltype(Kernels::pack_linear)> pack_linear;
-Function<decltype(Kernels::linear)> linear;
+Function<decltype(Products::pack_linear)> pack_linear;
+Function<decltype(Products::linear)> linear;
 
 extern const int64_t linear_panel;
 extern const Kernels kernels;
+extern const Products products;
 
 }  // namespace dave::DAVE_ISA

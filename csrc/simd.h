@@ -1,8 +1,15 @@
 // Vectors of `lanes` floats for the walks' kernels, in the compiler's own vector types: one source for every
-// instruction set. Unlike the pixel ops these may fuse a multiplication and an addition.
+// instruction set. A multiplication and an addition are fused only by `fused`, so that instruction sets that fuse agree
+// on every bit.
 #pragma once
 
 #include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 #include "numerics.h"
 
@@ -20,11 +27,27 @@ typedef float vfloat __attribute__((vector_size(4 * lanes)));
 typedef int32_t vint __attribute__((vector_size(4 * lanes)));
 typedef uint32_t vword __attribute__((vector_size(4 * lanes)));
 typedef uint16_t vhalf __attribute__((vector_size(2 * lanes)));
+typedef uint8_t vbyte __attribute__((vector_size(lanes)));
 
 DAVE_HD vfloat as_float(vword a) { return (vfloat)a; }
 // an addition of integers, since the compiler cannot remove 0 + a of floats, which changes a = -0
 DAVE_HD vfloat splat(float a) { return as_float(vword{} + bits_of(a)); }
 DAVE_HD vword as_word(vfloat a) { return (vword)a; }
+
+// a·b + c, rounded once where the instruction set can
+DAVE_HD vfloat fused(vfloat a, vfloat b, vfloat c) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (vfloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (vfloat)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+DAVE_HD vfloat fused(vfloat a, vfloat b, float c) { return fused(a, b, splat(c)); }
+
 // The second where either is NaN: a NaN that must be propagated is passed second.
 DAVE_HD vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }
 
@@ -50,7 +73,11 @@ DAVE_HD vword rounded_words(vfloat a) {
 
 DAVE_HD void store(float* to, vfloat a) { __builtin_memcpy(to, &a, sizeof a); }
 DAVE_HD void store(bfloat16* to, vfloat a) {
+#if defined(__AVX512BF16__)
+  const auto half = _mm512_cvtneps_pbh((__m512)a);
+#else
   const vhalf half = __builtin_convertvector(rounded_words(a) >> 16, vhalf);
+#endif
   __builtin_memcpy(to, &half, sizeof half);
 }
 
@@ -91,13 +118,13 @@ DAVE_HD vfloat exponential(vfloat a) {
   const vfloat shifted = scaled + 12582912.0f;
   const vfloat whole = shifted - 12582912.0f;
   // the remainder from the argument itself, ln 2 in two parts: scaled has lost the digits that matter
-  const vfloat rest = (clamped - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  const vfloat rest = fused(whole, splat(2.12194440e-4f), fused(whole, splat(-0.693359375f), clamped));
   vfloat p = splat(0.00137514111f);
-  p = p * rest + 0.0083689381f;
-  p = p * rest + 0.0416695354f;
-  p = p * rest + 0.166665183f;
-  p = p * rest + 0.499999886f;
-  p = p * (rest * rest) + rest + 1.0f;
+  p = fused(p, rest, 0.0083689381f);
+  p = fused(p, rest, 0.0416695354f);
+  p = fused(p, rest, 0.166665183f);
+  p = fused(p, rest, 0.499999886f);
+  p = fused(p, rest * rest, rest) + 1.0f;
   const vword power = (as_word(shifted) - 0x4B400000u + 127u) << 23;
   const vfloat value = p * as_float(power);
   return a < splat(-87.0f) ? vfloat{} : value;

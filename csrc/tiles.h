@@ -1,38 +1,63 @@
 // C = A·B on words, from registers: the matrix products inside of attention and linear.
 //
-//     C[i, j] (+)= Σ_k A[i·a_row + k·a_step] · B[k·ldb + j]        float words: one product; bfloat16 pairs: two
+//     C[i, j] (+)= Σ_k A[i·a_row + k·a_step] · B[k·ldb + j]        a float's word: one product; of bfloat16: two; of bytes: four
 //
 // A tile of up to 6 rows × 4 vectors of C stays in registers; A is broadcast word by word, B is read by vectors.
 #pragma once
-
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
 
 #include "simd.h"
 
 namespace dave::DAVE_ISA {
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int tile_rows = 6, tile_vectors = 4;
 #else
 constexpr int tile_rows = 4, tile_vectors = 3;
 #endif
 
+// Whether bfloat16 and bytes are multiplied by instructions of their own: elsewhere the same bits take longer.
 #if defined(__AVX512BF16__)
 constexpr bool multiplies_bfloat16 = true;
 #else
 constexpr bool multiplies_bfloat16 = false;
 #endif
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
+constexpr bool multiplies_bytes = true;
+#else
+constexpr bool multiplies_bytes = false;
+#endif
 
 template <typename T>
 DAVE_HD vfloat multiply_add(vfloat total, uint32_t a, vword b) {
+  if constexpr (sizeof(T) == 4) return fused(splat(number_of(a)), as_float(b), total);
 #if defined(__AVX512BF16__)
-  if constexpr (sizeof(T) == 2)
-    return (vfloat)_mm512_dpbf16_ps((__m512)total, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), (__m512bh)b);
+  return (vfloat)_mm512_dpbf16_ps((__m512)total, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), (__m512bh)b);
+#else
+  // the order of that instruction, which fuses both products
+  total = fused(splat(number_of(a & 0xFFFF0000u)), as_float(b & 0xFFFF0000u), total);
+  return fused(splat(number_of(a << 16)), as_float(b << 16), total);
 #endif
-  return total + splat(number_of(a)) * as_float(b);
 }
+
+// total + Σ of four products of an unsigned byte of a and a signed one of b
+DAVE_HD vint multiply_add_bytes(vint total, uint32_t a, vword b) {
+#if defined(__AVX512VNNI__)
+  return (vint)_mm512_dpbusd_epi32((__m512i)total, _mm512_set1_epi32(static_cast<int>(a)), (__m512i)b);
+#elif defined(__AVXVNNI__)
+  return (vint)_mm256_dpbusd_avx_epi32((__m256i)total, _mm256_set1_epi32(static_cast<int>(a)), (__m256i)b);
+#else
+  for (int byte = 0; byte < 4; ++byte) {
+    const vint signed_byte = (vint)(b << (24 - 8 * byte)) >> 24;
+    total += signed_byte * static_cast<int32_t>(a >> 8 * byte & 0xFF);
+  }
+  return total;
+#endif
+}
+
+template <int n>
+struct Number {
+  static constexpr int value = n;
+};
 
 template <typename T, int rows, int vectors>
 void tile(const uint32_t* a, int64_t a_row, int64_t a_step, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
@@ -64,17 +89,69 @@ void tile(const uint32_t* a, int64_t a_row, int64_t a_step, const uint32_t* b, i
     }
 }
 
+// Calls f with a constant number of rows, from 1 to tile_rows.
+template <typename F>
+void with_rows(int rows, const F& f) {
+  switch (rows) {
+    case 1: return f(Number<1>{});
+    case 2: return f(Number<2>{});
+    case 3: return f(Number<3>{});
+    case 4: return f(Number<4>{});
+    case 5: return f(Number<5>{});
+    default: return f(Number<tile_rows>{});
+  }
+}
+
 template <typename T, int vectors>
 void tile_of(int rows, const uint32_t* a, int64_t a_row, int64_t a_step, const uint32_t* b, int64_t ldb, float* c,
              int64_t ldc, int64_t steps, bool add_to) {
-  switch (rows) {
-    case 1: return tile<T, 1, vectors>(a, a_row, a_step, b, ldb, c, ldc, steps, add_to);
-    case 2: return tile<T, 2, vectors>(a, a_row, a_step, b, ldb, c, ldc, steps, add_to);
-    case 3: return tile<T, 3, vectors>(a, a_row, a_step, b, ldb, c, ldc, steps, add_to);
-    case 4: return tile<T, 4, vectors>(a, a_row, a_step, b, ldb, c, ldc, steps, add_to);
-    case 5: return tile<T, 5, vectors>(a, a_row, a_step, b, ldb, c, ldc, steps, add_to);
-    default: return tile<T, 6, vectors>(a, a_row, a_step, b, ldb, c, ldc, steps, add_to);
+  with_rows(rows, [&](auto r) {
+    tile<T, r.value, vectors>(a, a_row, a_step, b, ldb, c, ldc, steps, add_to);
+  });
+}
+
+// A tile of bytes: C[i, j] (+)= scales[i·scale_row]·(starts[j] + Σ_k A[i, k]·B[k, j]), each sum of four products in int32.
+// B, starts and C have rows of `vectors` vectors.
+template <int rows, int vectors>
+void byte_tile(const uint32_t* a, int64_t a_row, const float* scales, int64_t scale_row, const uint32_t* b,
+               const int32_t* starts, float* c, int64_t steps, bool add_to) {
+  constexpr int64_t width = vectors * lanes;
+  vint total[rows][vectors];
+#pragma GCC unroll 8
+  for (int j = 0; j < vectors; ++j) {
+    const vint start = load_raw<vint>(starts + j * lanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) total[i][j] = start;
   }
+  for (int64_t k = 0; k < steps; ++k) {
+    vword column[vectors];
+#pragma GCC unroll 8
+    for (int j = 0; j < vectors; ++j) column[j] = load_raw<vword>(b + k * width + j * lanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) {
+      const uint32_t word = a[i * a_row + k];
+#pragma GCC unroll 8
+      for (int j = 0; j < vectors; ++j) total[i][j] = multiply_add_bytes(total[i][j], word, column[j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i) {
+    const vfloat scale = splat(scales[i * scale_row]);
+#pragma GCC unroll 8
+    for (int j = 0; j < vectors; ++j) {
+      float* to = c + i * width + j * lanes;
+      const vfloat sum = __builtin_convertvector(total[i][j], vfloat);
+      store(to, add_to ? fused(sum, scale, load(to)) : sum * scale);
+    }
+  }
+}
+
+template <int vectors>
+void byte_tile_of(int rows, const uint32_t* a, int64_t a_row, const float* scales, int64_t scale_row, const uint32_t* b,
+                  const int32_t* starts, float* c, int64_t steps, bool add_to) {
+  with_rows(rows, [&](auto r) {
+    byte_tile<r.value, vectors>(a, a_row, scales, scale_row, b, starts, c, steps, add_to);
+  });
 }
 
 // C (m, columns) from A (m, steps) and B (steps, columns); columns is a multiple of 16.

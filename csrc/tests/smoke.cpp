@@ -215,27 +215,30 @@ double linear_at(const std::vector<float>& x, const std::vector<float>& matrix, 
 }
 
 // Every operand ends with its last value, so that reading past it is seen.
-void linears(int threads) {
-  const auto& kernels = dave::kernels();
-  if (!kernels.linear_panel) return;
-  // several panels at a time, and fewer rows than threads can share
+void linears(dave::Operand operand, double error, int threads) {
+  const auto& products = dave::products();
+  // several panels and groups, and fewer rows than threads can share
   const int64_t shapes[][3] = {{1, 1, 1}, {5, 300, 50}, {131, 17, 24}, {70, 257, 777}};
   for (const auto& [rows, in, out] : shapes) {
-    const int64_t columns = (out + kernels.linear_panel - 1) / kernels.linear_panel * kernels.linear_panel;
+    const dave::PackedShape shape{operand, out, in, products.linear_panel};
     const auto x = stored_values<float>(rows * in), matrix = stored_values<float>(out * in, 3);
     const auto bias = stored_values<float>(out, 5), scale = stored_values<float>(rows, 7);
-    const auto other = stored_values<float>(rows * out, 9);
-    std::vector<float> weights(static_cast<size_t>(columns * in), NAN), y(other.size(), NAN), gate = y, h = y;
-    kernels.pack_linear(matrix.data(), out, in, weights.data());
-    kernels.linear(x.data(), rows, in, in, weights.data(), out,
-                   {bias.data(), scale.data(), other.data(), other.data(), -1, nullptr}, y.data(), threads);
-    kernels.linear(x.data(), rows, in, in, weights.data(), out,
-                   {bias.data(), scale.data(), nullptr, nullptr, static_cast<int>(dave::Activation::relu), gate.data()},
-                   h.data(), threads);
+    auto other = stored_values<float>(rows * out, 9);
+    std::vector<uint32_t> packed(static_cast<size_t>(shape.panels() * shape.panel_words()), 0xFFFFFFFFu);
+    std::vector<float> y(other.size(), NAN), gate = y, h = y;
+    const auto matrix_of = [](std::vector<float>& values) { return dave::Matrix{values.data(), dave::Dtype::float32}; };
+    const dave::Matrix none{nullptr, dave::Dtype::float32};
+    products.pack_linear(matrix.data(), shape, packed.data());
+    const dave::Rows operands{x.data(), dave::Dtype::float32, rows, in};
+    products.linear(operands, shape, packed.data(),
+                    {bias.data(), scale.data(), matrix_of(other), matrix_of(other), -1, none}, matrix_of(y), threads);
+    products.linear(operands, shape, packed.data(),
+                    {bias.data(), scale.data(), none, none, static_cast<int>(dave::Activation::relu), matrix_of(gate)},
+                    matrix_of(h), threads);
     for (int64_t i = 0; i < rows * out; ++i) {
       const auto row = static_cast<size_t>(i / out), column = static_cast<size_t>(i % out), at = static_cast<size_t>(i);
       const double sum = linear_at(x, matrix, in, i / out, i % out) * scale[row] + bias[column];
-      const double tolerance = 1e-5 * (1 + std::abs(sum));
+      const double tolerance = error * (std::sqrt(static_cast<double>(in)) + std::abs(sum));
       require(near(y[at], static_cast<float>(sum * other[at] + other[at]), tolerance), "linear is wrong");
       require(near(h[at], static_cast<float>(sum > 0 ? sum : 0), tolerance), "linear's activation is wrong");
       require(gate[at] == (h[at] > 0 ? 1.0f : 0.0f), "linear's gate is wrong");
@@ -246,9 +249,13 @@ void linears(int threads) {
 }  // namespace
 
 int main() {
-  for (const dave::Kernels* build : dave::usable()) {
-    require(dave::use_isa(build->isa), "a usable instruction set cannot be used");
-    for (int threads : {1, 3, 4, 8}) linears(threads);
+  for (const dave::Build& build : dave::usable()) {
+    require(dave::use_isa(build.isa), "a usable instruction set cannot be used");
+    for (int threads : {1, 3, 4, 8}) {
+      linears(dave::Operand::float32, 1e-6, threads);
+      linears(dave::Operand::bfloat16, 1e-2, threads);
+      linears(dave::Operand::int8, 2e-2, threads);
+    }
     for (int threads : {1, 3}) {
       warps<float>(dave::Dtype::float32, 3, 10, 14, {5, 7}, threads);
       warps<double>(dave::Dtype::float64, 1, 9, 3, {3, 1}, threads);
@@ -259,7 +266,7 @@ int main() {
       statistics<float>(dave::Dtype::float32, threads);
       statistics<double>(dave::Dtype::float64, threads);
       attentions<float>(dave::Dtype::float32, threads);
-      if (dave::kernels().multiplies_bfloat16) attentions<uint16_t>(dave::Dtype::bfloat16, threads);
+      attentions<uint16_t>(dave::Dtype::bfloat16, threads);
       epilogues<float>(dave::Dtype::float32, threads);
       epilogues<uint16_t>(dave::Dtype::bfloat16, threads);
       for (int64_t elements : {1, 5, 1025}) {
@@ -269,7 +276,7 @@ int main() {
         require_finite(deviates, "normal left something unwritten");
       }
     }
-    std::printf("%s passed\n", build->isa);
+    std::printf("%s passed\n", build.isa);
   }
   require(!dave::use_isa("mmx"), "an unknown instruction set is taken");
   std::puts("smoke test passed");

@@ -19,21 +19,22 @@ from dave_fast.given.isolation import form_of, isolated
 from dave_fast.given.own_forward import own_output
 from dave_fast.ops.fp8 import wide
 from dave_fast.ops.patches import patchify
+from dave_fast.ops.precision import DTYPES
 from dave_fast.plan.reading import Reading
 
 # relative error of an output by the machine epsilon of the coarser of the two precisions; deep models reach a tenth
 BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.06}
-FP8_BOUND = 0.3
+NARROW_BOUNDS = {"fp8": 0.3, "int8": 0.15}
 # how much larger than the model's own in the same precision the error of a route may be where it exceeds the bound
 OWN_ERRORS = 8
 # an error above which an output is that of another function, whatever the model's own error is
 WORST = {torch.float64: 1e-6, torch.float32: 0.01, torch.float16: 0.1, torch.bfloat16: 0.3}
-FP8_WORST = 0.8
+NARROW_WORST = {"fp8": 0.8, "int8": 0.5}
 # relative difference, in float64, of the stream behind a module that is another function
 _DIFFERS = 1e-7
 
 
-def disagreement(output: Tensor, model: nn.Module, image: Tensor, dtype: torch.dtype, *, fp8: bool) -> float | None:
+def disagreement(output: Tensor, model: nn.Module, image: Tensor, precision: str) -> float | None:
     """Return the relative error of a route's output where it is not the model's own; None where it is.
 
     Where the error is somewhat larger than the bound, the model's own sensitivity decides: a copy in the route's
@@ -43,8 +44,7 @@ def disagreement(output: Tensor, model: nn.Module, image: Tensor, dtype: torch.d
         output: (1, ...) of the route.
         model: the model.
         image: (1, C, H, W).
-        dtype: of the route.
-        fp8: whether the route's matrix products take e4m3 operands.
+        precision: of the route.
 
     Raises:
         ModelError: the model's own forward raises.
@@ -52,14 +52,15 @@ def disagreement(output: Tensor, model: nn.Module, image: Tensor, dtype: torch.d
     own_dtype = form_of(model)[1]
     expected = own_output(model, image)
     error = _error(output, expected)
+    dtype, bound = DTYPES[precision], NARROW_BOUNDS.get(precision)
     coarser = BOUNDS[dtype] > BOUNDS.get(own_dtype, 0.0)
     coarse = dtype if coarser else own_dtype
-    if error <= (FP8_BOUND if fp8 else BOUNDS[coarse]):
+    if error <= (bound or BOUNDS[coarse]):
         return None
-    if error > (FP8_WORST if fp8 else WORST[coarse]):
+    if error > NARROW_WORST.get(precision, WORST[coarse]):
         return error
     own = _error(own_output(model, image, dtype if coarser else torch.float64), expected)
-    return None if error <= OWN_ERRORS * own * (FP8_BOUND / BOUNDS[dtype] if fp8 else 1) else error
+    return None if error <= OWN_ERRORS * own * (bound / BOUNDS[dtype] if bound else 1) else error
 
 
 def _error(output: Tensor, expected: Tensor) -> float:

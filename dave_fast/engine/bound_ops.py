@@ -51,22 +51,24 @@ class BoundOps:
     Args:
         backend: a name of `ops._registry`, or "auto".
         device: on which they run.
-        fp8: whether products of blocks take e4m3 operands.
+        narrow: "fp8" or "int8" where products of blocks take operands of eight bits.
         scales: static scales of e4m3 operands; operands without one get scales of their rows.
 
     Attributes:
-        multiply: the products of blocks, `linear` or `linear_fp8`.
-        embed_multiply: the products of the patch embedding. They are not in e4m3: eight bits are too few for pixels,
+        multiply: the products of blocks, `linear`, `linear_fp8` or `linear_int8`.
+        embed_multiply: the products of the patch embedding. They are wider: eight bits are too few for pixels,
             and these products are a hundredth of the work.
         fused: whether the backend is Triton, whose products sum squares for the next norm and write into residuals,
             and whose attention stores e4m3 codes.
+        overwrites: whether products may be written over their residuals.
     """
 
-    def __init__(self, backend: str, device: torch.device, *, fp8: bool = False, scales: Scales | None = None) -> None:
-        linear = "linear_fp8" if fp8 else "linear"
-        self.fp8 = fp8
+    def __init__(self, backend: str, device: torch.device, *, narrow: str | None = None, scales: Scales | None = None) -> None:
+        linear = "linear" if narrow is None else f"linear_{narrow}"
+        self.fp8 = narrow == "fp8"
         self.scales = scales or Scales({})
-        self.fused = _registry.choose(linear, backend, device.type) == "triton"
+        form = _registry.choose(linear, backend, device.type)
+        self.fused, self.overwrites = form == "triton", form in ("triton", "native")
 
         def bind(op: str) -> Callable[..., Any]:
             return _registry.bind(op, backend, device.type)
@@ -83,7 +85,7 @@ class BoundOps:
 
     def add(self, x: Stream, weight: Any, bias: Tensor | None = None, *, overwrite: bool, **epilogue: Any) -> Any:
         """Multiply and add to the residual, in its memory where `overwrite` allows it and the backend can."""
-        if self.fused:
+        if self.overwrites:
             epilogue["overwrite"] = overwrite
         return self.multiply(x, weight, bias, **epilogue)
 

@@ -7,6 +7,7 @@ import torch
 from dave_fast.engine.calibration import calibrate
 from dave_fast.engine.walks import Engine
 from dave_fast.ops import _registry
+from dave_fast.ops.precision import statistics_dtype
 from dave_fast.plan.reading import Reading
 from dave_fast.plan.vit_plan import ViTPlan, make_plan
 
@@ -18,7 +19,7 @@ def build_engine(
     device: torch.device | str = "cpu",
     backend: str = "auto",
     sibling: ViTPlan | None = None,
-    fp8: bool = False,
+    narrow: str | None = None,
 ) -> Engine:
     """Return the engine of a model that was read (`plan.families.read`).
 
@@ -28,11 +29,23 @@ def build_engine(
         device: on which the engine runs.
         backend: a name of `ops._registry`, or "auto".
         sibling: a plan of the same model, dtype and device for another image size, whose weights are shared.
-        fp8: whether the blocks' GEMMs take e4m3 operands (`ops.fp8`).
+        narrow: "fp8" or "int8" where the blocks' GEMMs take operands of eight bits (`ops.fp8`, `ops.int8`).
     """
-    plain = _registry.bind("pack_weight", backend, torch.device(device).type)
-    pack = _registry.bind("pack_weight_fp8", backend, torch.device(device).type) if fp8 else plain
-    plan = make_plan(reading, dtype=dtype, pack=pack, pack_embed=plain, device=device, sibling=sibling)
+    kind = torch.device(device).type
+    plain = _registry.bind("pack_weight", backend, kind)
+    pack = plain if narrow is None else _registry.bind(f"pack_weight_{narrow}", backend, kind)
+    plan = make_plan(
+        reading,
+        dtype=dtype,
+        pack=pack,
+        pack_embed=plain,
+        # integers are made of numbers that have not been rounded before
+        packed=torch.float32 if narrow == "int8" else dtype,
+        # a CPU's products are bound by arithmetic, so that a wider stream costs them nothing
+        stream=statistics_dtype(dtype) if kind == "cpu" and narrow != "fp8" else dtype,
+        device=device,
+        sibling=sibling,
+    )
     # calibration uses PyTorch's own forms, so that no kernel is compiled for it
-    scales = calibrate(Engine(plan, "torch", fp8=True)) if fp8 else None
-    return Engine(plan, backend, fp8=fp8, scales=scales)
+    scales = calibrate(Engine(plan, "torch", narrow=narrow)) if narrow == "fp8" else None
+    return Engine(plan, backend, narrow=narrow, scales=scales)

@@ -207,7 +207,7 @@ class ForwardWalk:
             return (*written, None) if fused else (written, None, None)
         projected = self._ops.multiply(y, writer.weight, writer.bias, row_scale=inner)
         normed, rstd = self._normed(post, projected, centred=self._plan.centred)
-        return normed.add_(x), None, rstd
+        return normed.to(x.dtype).add_(x), None, rstd
 
     def _attend(
         self, layer: AttentionLayer, step: Step, x: Stream, read: Stream, scale: Scale | None, rows: int

@@ -29,7 +29,7 @@ from dave_fast.engine.buckets import hidden_width
 from dave_fast.engine.free_memory import SHARE, megabytes
 from dave_fast.errors import InputError
 from dave_fast.ops.attention import KEEP_PROBABILITIES
-from dave_fast.ops.linear import BLOCK_ROWS, NativeWeight
+from dave_fast.ops.linear import BLOCK_BYTES, NativeWeight
 from dave_fast.ops.precision import statistics_dtype
 from dave_fast.plan.layers import MlpLayer
 
@@ -108,7 +108,7 @@ def engine_row_bytes(plan: ViTPlan) -> int:
     hidden = plan.mlp.fc1.bias.shape[0]
     # the input of an activation and its two results, which are half as wide in a gated MLP
     hidden += 2 * hidden_width(hidden, plan.mlp.activation)
-    alive = plan.tokens * (4 * plan.width + hidden) * item
+    alive = plan.tokens * (2 * plan.width * (item + plan.stream.itemsize) + hidden * item)
     height, width = plan.image_size
     # tokens in and out, and the contribution before it is stored
     pixels = plan.channels * height * width * (2 * item + statistics_dtype(plan.dtype).itemsize)
@@ -118,7 +118,7 @@ def engine_row_bytes(plan: ViTPlan) -> int:
 
 def stream_bytes(plan: ViTPlan) -> int:
     """Return the bytes of the tokens of a row that enter a block, which are kept where its evidence is told."""
-    return plan.tokens * plan.width * plan.dtype.itemsize
+    return plan.tokens * plan.width * plan.stream.itemsize
 
 
 def contribution_bytes(n_samples: int, image_shape: tuple[int, ...], dtype: torch.dtype) -> int:
@@ -157,10 +157,9 @@ def workspace_bytes(rows: int, n_samples: int, image_shape: tuple[int, ...], dty
 
 
 def operand_bytes(plan: ViTPlan) -> int:
-    """Return the most bytes that C++'s float32 products take: for each thread the operand of a block of rows."""
+    """Return the most bytes that C++'s products take: for each thread the operand of a block of rows."""
     packed = [p for projection in plan.projections() for p in (projection.weight, projection.transposed)]
-    widest = max((p.features[1] for p in packed if isinstance(p, NativeWeight)), default=0)
-    return torch.get_num_threads() * BLOCK_ROWS * widest * 4
+    return torch.get_num_threads() * BLOCK_BYTES * any(isinstance(p, NativeWeight) for p in packed)
 
 
 def explanation_bytes(

@@ -28,7 +28,7 @@ from dave_fast.frozen.proof import ReplayReport, check_copy, ensure_proved, prov
 from dave_fast.given.isolation import class_name, form_of, isolated
 from dave_fast.given.own_forward import own_errors
 from dave_fast.models.fingerprint import Attribute, attributes, written
-from dave_fast.ops.precision import DTYPES
+from dave_fast.ops.precision import DTYPES, NARROW
 from dave_fast.plan import families
 from dave_fast.plan.reading import ImageSizeError, Reading
 from dave_fast.plan.vit_plan import ViTPlan
@@ -199,10 +199,10 @@ def make_route(
 
     Raises:
         InputError: the model does not take images of this shape.
-        ModelError: route="engine" or precision="fp8" is given and there is no plan, or the model has no attention.
+        ModelError: route="engine" or a precision of eight bits is given and there is no plan, or the model has no attention.
         NotFrozenError: the proof of the frozen route, or of the engine's tail, fails.
     """
-    dtype, fp8 = DTYPES[precision], precision == "fp8"
+    dtype, narrow = DTYPES[precision], precision if precision in NARROW else None
     read = no_plan or _read(model, shape)
     if route != "frozen" and isinstance(read, Reading):
         plan = None if sibling is None else sibling.plan
@@ -210,7 +210,7 @@ def make_route(
             if plan is None:
                 _prove_tail(model, read)
             with own_errors(model, "making of the plan"):
-                engine = build_engine(read, dtype=dtype, device=device, backend=backend, sibling=plan, fp8=fp8)
+                engine = build_engine(read, dtype=dtype, device=device, backend=backend, sibling=plan, narrow=narrow)
             return _engine_route(engine)
         except NotFrozenError:
             raise
@@ -218,9 +218,9 @@ def make_route(
             read = str(error)
     if route == "engine":
         raise ModelError(f"route='engine' was asked for, but {read}. Use route='auto' or 'frozen'.")
-    if fp8:
+    if narrow is not None:
         why = read if isinstance(read, str) else "route='frozen' was asked for"
-        raise ModelError(f"precision='fp8' needs the engine's GEMMs, but {why}. Use precision='bf16'.")
+        raise ModelError(f"precision={precision!r} needs the engine's GEMMs, but {why}. Use precision='bf16'.")
     report = _prove(model, shape)
     fitting = None if sibling is None else sibling.model
     made = isolated(model, dtype, device) if fitting is None else fitting

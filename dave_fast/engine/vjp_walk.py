@@ -61,7 +61,7 @@ class VjpWalk:
         plan = self._plan
         (g,) = torch.autograd.grad(saved.tail_output, saved.tail_input, cotangent, retain_graph=True)
         # a tail may return a view of any strides
-        g = g.to(plan.dtype).reshape(-1, plan.width).contiguous()
+        g = g.to(plan.stream).reshape(-1, plan.width).contiguous()
         if g.data_ptr() == cotangent.data_ptr():
             # the tail is the identity: the walk writes into g, and the cotangent is the caller's
             g = g.clone()

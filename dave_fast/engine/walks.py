@@ -23,8 +23,8 @@ class Engine:
     Args:
         plan: the model.
         backend: a name of `ops._registry`, or "auto".
-        fp8: whether the blocks' matrix products take e4m3 operands.
-        scales: static scales of these operands; an operand without one is scaled row by row.
+        narrow: "fp8" or "int8" where the blocks' matrix products take operands of eight bits.
+        scales: static scales of e4m3 operands; an operand without one is scaled row by row.
 
     Attributes:
         plan: the model.
@@ -34,8 +34,8 @@ class Engine:
     """
 
     def __init__(
-        self, plan: ViTPlan, backend: str = "auto", *, fp8: bool = False, scales: Scales | None = None
+        self, plan: ViTPlan, backend: str = "auto", *, narrow: str | None = None, scales: Scales | None = None
     ) -> None:
         self.plan = plan
-        self.ops = BoundOps(backend, plan.device, fp8=fp8, scales=scales)
+        self.ops = BoundOps(backend, plan.device, narrow=narrow, scales=scales)
         self.forward, self.vjp = ForwardWalk(plan, self.ops), VjpWalk(plan, self.ops)

@@ -179,7 +179,7 @@ class RouteCache:
         if not (image.isfinite().all() and output.isfinite().all()):
             # the call ends with NonFiniteError, and the next one compares
             return
-        error = disagreement(output, model, image, route.dtype, fp8=self._precision == "fp8")
+        error = disagreement(output, model, image, self._precision)
         if error is None:
             route.agrees = True
         elif reading is None:

@@ -96,7 +96,7 @@ def attention_vjp_ref(saved: SavedAttention, d_out: Tensor) -> Tensor:
 def attention_native(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> tuple[Tensor, Any]:
     """Run `attention_ref` in C++ on the host, one (row, head) a task; above 400 tokens memory is linear in them.
 
-    It takes float32, and bfloat16 where the CPU multiplies it; any other dtype is left to PyTorch.
+    It takes float32, and bfloat16 for heads of even width; any other dtype is left to PyTorch.
 
     Raises:
         BackendError: an operand has another dtype or shape than `attention_ref` names: C++ would read past it.
@@ -108,7 +108,7 @@ def attention_native(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor
     if bias is not None:
         _check_operand("bias", bias, q.dtype, (heads, queries, k.shape[1]))
     bf16 = q.dtype == torch.bfloat16
-    if not (q.dtype == torch.float32 or (bf16 and dim % 2 == 0 and _ext.module().multiplies_bfloat16())):
+    if not (q.dtype == torch.float32 or (bf16 and dim % 2 == 0)):
         return attention_ref(q, k, v, scale, bias)
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     # bfloat16 queries are read two at a time

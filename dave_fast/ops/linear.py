@@ -32,8 +32,8 @@ PACK_ROWS = 1024
 # Terms that oneDNN sums at once in float32 on CPUs without AVX-512. There its sums of 768 to 4,096 terms have 2.0 to
 # 2.3 times the error of MKL's; sums of 384 terms at a time have 1.4 times, in 0.94 of the time (two Zen 3 cores).
 SUM_TERMS = 384
-# The most rows whose operand each thread of the C++ form lays out at once: longest_block of csrc/linear.cpp.
-BLOCK_ROWS = 128
+# The most that each thread of the C++ form lays out of an operand, in bytes: block_bytes of csrc/linear.cpp, or a strip.
+BLOCK_BYTES = 640 << 10
 
 
 def pack_ref(matrix: Tensor) -> Tensor:
@@ -55,29 +55,29 @@ def linear_ref(
     """Return x Wᵀ with an epilogue.
 
     Args:
-        x: (T, I) operand; float64, float32 or bfloat16.
-        weight: what `pack_ref` returned for a matrix (O, I) of x's dtype.
-        bias: (O,) of x's dtype.
+        x: (T, I) operand; float64, float32 or bfloat16; rounded to the weight's dtype.
+        weight: what `pack_ref` returned for a matrix (O, I).
+        bias: (O,) of the weight's dtype.
         row_scale: (T,) float32 (float64 for float64 operands), multiplies the product before the bias.
         activation: a name of `ops.activation`; the gate is returned too. Not with a gate or a residual.
         gate: (T, O) multiplies the result; a uint8 gate stands for gate/255.
-        residual: (T, O) is added to the result.
+        residual: (T, O) of the weight's dtype or wider, is added to the result.
         squares: whether the sums of squares of the stored y are returned too; not with an activation.
 
     Returns:
-        y (T, O) in x's dtype; with an activation (y, gate), both (T, O), where a backend may store a gate that lies in
+        y (T, O) in the weight's dtype, or a wider residual's; with an activation (y, gate), both (T, O), where a backend may store a gate that lies in
         [0, 1] in eight bits; with squares (y, (T, parts) float32 (float64)), partial sums of each row.
     """
     # Scaling the narrow operand costs less than scaling the product, and is what a norm does.
     if row_scale is not None:
         x = _scale_ref(x, row_scale)
-    y = F.linear(x, weight, bias)
+    y = F.linear(x.to(weight.dtype), weight, bias)
     if activation is not None:
         return activate_ref(y, activation)
     if gate is not None:
         y *= widen_gate(gate, y.dtype)
     if residual is not None:
-        y += residual
+        y = y.add_(residual) if residual.dtype == y.dtype else y + residual
     return (y, row_squares(y)) if squares else y
 
 
@@ -115,75 +115,102 @@ def linear_onednn(x: Tensor, weight: Any, bias: Tensor | None = None, **epilogue
     return _linear_packed(x, weight, bias, _scale_ref, activate_ref, **epilogue)
 
 
+# The operands that C++ multiplies, in the order of Operand in csrc/linear.h.
+OPERANDS = ("fp32", "bf16", "int8")
+
+
 @dataclass(frozen=True)
 class NativeWeight:
-    """A float32 matrix in the panels of `csrc/linear.h`.
+    """A matrix in the panels of `csrc/linear.h`.
 
     Attributes:
-        values: I times O, rounded up to whole panels.
-        panel: out-features of a panel.
+        words: int32, the packed values.
+        operand: one of OPERANDS.
         features: (O, I).
+        panel: out-features of a panel.
     """
 
-    values: Tensor
-    panel: int
+    words: Tensor
+    operand: str
     features: tuple[int, int]
+    panel: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of products that are added to nothing."""
+        return torch.float32 if self.operand == "fp32" else torch.bfloat16
 
 
 def pack_native(matrix: Tensor) -> Any:
-    """Return matrix (O, I) in panels where this instruction set's kernels multiply them, else packed for oneDNN."""
-    native = _ext.module()
-    panel = native.linear_panel()
-    if matrix.dtype != torch.float32 or not panel:
-        return pack_onednn(matrix)
-    matrix, (outs, ins) = matrix.contiguous(), matrix.shape
-    values = matrix.new_empty(ins * -(-outs // panel) * panel)
-    native.pack_linear(_ext.memory(matrix), outs, ins, _ext.memory(values))
-    return NativeWeight(values, panel, (outs, ins))
+    """Return matrix (O, I), float32 or bfloat16, in panels for C++.
 
-
-def linear_native(x: Tensor, weight: Any, bias: Tensor | None = None, **epilogue: Any) -> Any:
-    """Run `linear_ref` in C++ on the host, for what `pack_native` returned.
-
-    float32 on AVX2 is one pass: 9 to 24 % faster than oneDNN's packed weights, with less error, and unlike MKL's
-    products a row has the same bits in any batch. Anything else is oneDNN's product with epilogues in C++.
-
-    Raises:
-        BackendError: an operand has another dtype or shape than `linear_ref` names: C++ would read past it.
+    bfloat16 is packed for oneDNN where the CPU multiplies it in tiles (AMX), which C++ does not; float64 is left to PyTorch.
     """
-    if isinstance(weight, NativeWeight):
-        return _linear_panels(x, weight, bias, **epilogue)
-    return _linear_packed(x, weight, bias, _scale_native, activate_native, **epilogue)
+    operand = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(matrix.dtype)
+    if operand is None or (operand == "bf16" and torch.cpu._is_amx_tile_supported()):
+        return pack_onednn(matrix)
+    return pack_panels(matrix, operand)
 
 
-def _linear_panels(
+def pack_panels(matrix: Tensor, operand: str) -> NativeWeight:
+    """Return matrix (O, I) of any floating dtype in panels for C++, rounded to an operand of OPERANDS."""
+    native, (outs, ins) = _ext.module(), matrix.shape
+    sizes = (OPERANDS.index(operand), outs, ins, native.linear_panel())
+    words = torch.empty(native.packed_length(*sizes), dtype=torch.int32)
+    wide = matrix.float().contiguous()
+    native.pack_linear(_ext.memory(wide), *sizes, _ext.memory(words))
+    return NativeWeight(words, operand, (outs, ins), sizes[-1])
+
+
+def linear_native(
     x: Tensor,
-    weight: NativeWeight,
-    bias: Tensor | None,
+    weight: Any,
+    bias: Tensor | None = None,
     *,
     row_scale: Tensor | None = None,
     activation: str | None = None,
     gate: Tensor | None = None,
     residual: Tensor | None = None,
     squares: bool = False,
+    overwrite: bool = False,
 ) -> Any:
+    """Run `linear_ref` in C++ on the host, in one pass, for what `pack_native` returned.
+
+    x, gate and residual are float32 or bfloat16 each; all arithmetic behind the operands is float32. A row has the same
+    bits in any batch, unlike in MKL's products.
+
+    Args:
+        overwrite: whether y may be written over the residual.
+
+    Returns:
+        As `linear_ref`; y is of the residual's dtype, or of the weight's where there is none.
+
+    Raises:
+        BackendError: an operand has another dtype or shape than `linear_ref` names: C++ would read past it.
+    """
+    if not isinstance(weight, NativeWeight):
+        epilogue: Any = {"row_scale": row_scale, "activation": activation, "gate": gate, "residual": residual}
+        return _linear_packed(x, weight, bias, _scale_native, activate_native, **epilogue, squares=squares)
     (outs, ins), rows = weight.features, len(x)
     # The two halves of a gated MLP are combined in a pass of their own.
     fused = activation if activation in GATES else None
-    gate = None if gate is None else widen_gate(gate, x.dtype)
+    gate = None if gate is None else widen_gate(gate, weight.dtype)
     _checked("x", x, (rows, ins))
     x = x if x.stride(1) == 1 else x.contiguous()
     operands = [
-        _checked("bias", bias, (outs,)),
-        _checked("row_scale", row_scale, (rows,)),
+        None if bias is None else _checked("bias", bias.float(), (outs,)),
+        _checked("row_scale", row_scale, (rows,), (torch.float32,)),
         _checked("gate", gate, (rows, outs)),
         _checked("residual", residual, (rows, outs)),
     ]
-    y = x.new_empty(rows, outs)
+    y = residual if overwrite and operands[3] is residual else None
+    if y is None:
+        y = x.new_empty(rows, outs, dtype=weight.dtype if residual is None else residual.dtype)
     new_gate = None if fused is None else torch.empty_like(y)
     _ext.run_native(
         "linear",
-        *(_ext.strided(x), rows, x.stride(0), ins, weight.values, weight.panel, outs),
+        *(_ext.strided(x), rows, x.stride(0)),
+        *(weight.words, OPERANDS.index(weight.operand), outs, ins, weight.panel),
         [None if operand is None else _ext.memory(operand) for operand in operands],
         *(-1 if fused is None else list(GATES).index(fused), new_gate, y),
     )
@@ -192,14 +219,16 @@ def _linear_panels(
     return (y, row_squares(y)) if squares else y
 
 
-def _checked(name: str, operand: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+def _checked(
+    name: str, operand: Tensor | None, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+) -> Tensor | None:
     """Return an operand for C++, contiguous; raise BackendError for another dtype, shape or device."""
     if operand is None:
         return None
-    if operand.dtype != torch.float32 or operand.shape != shape or operand.device.type != "cpu":
+    if operand.dtype not in dtypes or operand.shape != shape or operand.device.type != "cpu":
         raise BackendError(
             f"linear's {name} is {operand.dtype} of {tuple(operand.shape)} on {operand.device}; these weights go with "
-            f"torch.float32 of {shape} on cpu"
+            f"{' or '.join(map(str, dtypes))} of {shape} on cpu"
         )
     return operand.contiguous()
 
@@ -222,8 +251,11 @@ def _linear_packed(
         return linear_ref(x, weight, bias, **epilogue, squares=squares)
     if row_scale is not None:
         x = scale(x, row_scale)
+    x = x.to(weight[0].dtype)
     gate = None if gate is None else widen_gate(gate, x.dtype)
-    y = residual if gate is None else None
+    # a residual of another dtype is added to the rounded product
+    alike = residual is not None and residual.dtype == x.dtype
+    y = residual if gate is None and alike else None
     *before, last = zip(x.split(weight[0].shape[1], dim=1), weight, strict=True)
     for part, packed in before:
         y = _product(part, packed, None, y, "add")
@@ -232,8 +264,8 @@ def _linear_packed(
     else:
         y = _product(*last, bias, y, "add")
         y = y if gate is None else y.mul_(gate)
-    if gate is not None and residual is not None:
-        y += residual
+    if residual is not None and (gate is not None or not alike):
+        y = y + residual
     if activation is not None:
         return activate(y, activation)
     return (y, row_squares(y)) if squares else y

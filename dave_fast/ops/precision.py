@@ -10,10 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from dave_fast.errors import InputError
+from dave_fast.ops import _ext
 
-# The dtype of activations; with "fp8" only the operands of GEMMs are narrower.
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+# The dtype of activations; with "fp8" and "int8" only the operands of GEMMs are narrower.
+DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp8": torch.bfloat16,
+    "int8": torch.bfloat16,
+}
 PRECISIONS = tuple(DTYPES)
+# The precisions whose products have forms of their own: `ops.fp8`, `ops.int8`.
+NARROW = ("fp8", "int8")
 DEVICES = ("cpu", "cuda")
 # The dtypes that pixel ops compute in, and those that they read and write.
 COMPUTED = (torch.float32, torch.float64)
@@ -67,21 +76,36 @@ def why_no_fp8(device: torch.device) -> str | None:
     return None
 
 
+def why_no_int8(device: torch.device) -> str | None:
+    """Return why a device does not multiply eight-bit integers in hardware, by our kernels; None where it does."""
+    if device.type != "cpu":
+        return f"dave-fast multiplies eight-bit integers on CPUs alone, and this is a {device.type.upper()}"
+    missing = _ext.unavailable()
+    if missing is not None:
+        return missing
+    if not _ext.multiplies_bytes():
+        return "this CPU has neither AVX512-VNNI nor AVX-VNNI nor Arm's dot products"
+    return None
+
+
+_WHY_NOT = {"fp8": why_no_fp8, "int8": why_no_int8}
+
+
 def choose_precision(precision: str | None, device: torch.device, backend: str = "auto") -> str:
     """Return the precision to run in: the requested one, else bf16 where the device has it, else fp32.
 
     Raises:
-        InputError: the precision is unknown, or fp8 on a device without it (backend "torch" emulates it).
+        InputError: the precision is unknown, or of eight bits on a device without them (backend "torch" emulates them).
     """
     if precision is None:
         return "bf16" if has_bf16(device) else "fp32"
     if precision not in PRECISIONS:
         raise InputError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
-    reason = why_no_fp8(device) if precision == "fp8" else None
+    reason = _WHY_NOT[precision](device) if precision in NARROW else None
     if reason is not None and backend != "torch":
         raise InputError(
-            f"precision='fp8' was asked for, but {reason}: use 'bf16', or backend='torch' to see what fp8 does to the "
-            "maps, at no gain in speed"
+            f"precision={precision!r} was asked for, but {reason}: use 'bf16', or backend='torch' to see what "
+            f"{precision} does to the maps, at no gain in speed"
         )
     return precision
 

@@ -29,11 +29,11 @@ def assemble_ref(
         code_scale: scales with which x is also encoded in e4m3; None for none.
 
     Returns:
-        x (R·N, D) in the patches' dtype, or `ops.fp8.Codes` of it with a code_scale; with squares a pair of that and
+        x (R·N, D) in the positions' dtype, or `ops.fp8.Codes` of it with a code_scale; with squares a pair of that and
         (R·N, parts) float32.
     """
     rows, count, width = patches.shape
-    x = patches.new_empty(rows, len(prefix) + count, width)
+    x = position.new_empty(rows, len(prefix) + count, width)
     x[:, : len(prefix)] = prefix
     torch.add(patches, position, out=x[:, len(prefix) :])
     x = x.view(-1, width)

@@ -41,8 +41,9 @@ class LayerBuilder:
     """Makes the layers of a plan from the branches of a reading.
 
     Attributes:
-        dtype: of weights and activations.
-        pack: makes the form that the engine's `linear` takes of a matrix (O, I) in `dtype`.
+        dtype: of biases and activations.
+        packed: of matrices before they are packed.
+        pack: makes the form that the engine's `linear` takes of a matrix (O, I) in that dtype.
         device: on which the layers' tensors are made.
         source: the reading.
         centred: whether the residual stream has no mean.
@@ -50,6 +51,7 @@ class LayerBuilder:
     """
 
     dtype: torch.dtype
+    packed: torch.dtype
     pack: Pack
     device: torch.device
     source: Reading
@@ -66,9 +68,9 @@ class LayerBuilder:
         """Leading tokens that the tail reads."""
         return self.source.read or self.tokens
 
-    def cast(self, t: Tensor) -> Tensor:
-        """Return a tensor in the plan's dtype, contiguous on its device."""
-        return t.to(device=self.device, dtype=self.dtype).contiguous()
+    def cast(self, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return a tensor in a dtype, by default the plan's, contiguous on its device."""
+        return t.to(device=self.device, dtype=dtype or self.dtype).contiguous()
 
     def projection(self, linear: Linear, transposed: Tensor | None = None) -> Projection:
         """Pack a linear layer for both walks.
@@ -78,7 +80,8 @@ class LayerBuilder:
             transposed: the matrix that the VJP walk multiplies with, where that is only a part of the weight.
         """
         back = linear.weight if transposed is None else transposed
-        return Projection(self.pack(self.cast(linear.weight)), self.cast(linear.bias), self.pack(self.cast(back.T)))
+        weight, back = (self.pack(self.cast(matrix, self.packed)) for matrix in (linear.weight, back.T))
+        return Projection(weight, self.cast(linear.bias), back)
 
     def norm(self, norm: Norm | None) -> Norm | None:
         """Return a norm that is not folded with its tensors on the device, in the dtype of statistics."""

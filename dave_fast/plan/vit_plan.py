@@ -30,6 +30,7 @@ class ViTPlan:
         patch_size: (p_h, p_w) in pixels.
         channels: C.
         dtype: of weights and activations.
+        stream: dtype of the residual stream and its cotangent.
         device: on which all tensors are.
         embed: patch projection, (D, C·p_h·p_w). Its bias is zero unless `patch_norm` follows.
         patch_norm: of the patches alone.
@@ -47,6 +48,7 @@ class ViTPlan:
     patch_size: tuple[int, int]
     channels: int
     dtype: torch.dtype
+    stream: torch.dtype
     device: torch.device
     embed: Projection
     patch_norm: Norm | None
@@ -116,6 +118,8 @@ def make_plan(
     dtype: torch.dtype,
     pack: Pack,
     pack_embed: Pack | None = None,
+    packed: torch.dtype | None = None,
+    stream: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     sibling: ViTPlan | None = None,
 ) -> ViTPlan:
@@ -124,16 +128,23 @@ def make_plan(
     Args:
         reading: the model for images of one size.
         dtype: of weights and activations: float64, float32 or bfloat16.
-        pack: makes the form that the engine's `linear` takes of a matrix (O, I) in `dtype`.
-        pack_embed: the same for the patch embedding; `pack` by default.
+        pack: makes the form that the engine's `linear` takes of a matrix (O, I) in `packed`.
+        pack_embed: the same for the patch embedding, of a matrix in `dtype`; `pack` by default.
+        packed: dtype of the other matrices before they are packed; `dtype` by default.
+        stream: dtype of the residual stream and its cotangent; `dtype` by default.
         device: on which the plan's tensors are made.
         sibling: a plan of the same model, dtype and device for another image size, whose weights are shared.
     """
     norms = [branch.norm for step in reading.steps for branch in step]
     centred = reading.blind and all(norm is not None and norm.centres for norm in norms)
-    builder = LayerBuilder(dtype, pack, torch.device(device), reading, centred)
+    stream = stream or dtype
+    builder = LayerBuilder(dtype, packed or dtype, pack, torch.device(device), reading, centred)
     embed, position, prefix = _embedding(reading, centred=centred)
-    sized: dict[str, Any] = {"image_size": reading.image_size, "position": builder.cast(position), "read": builder.read}
+    sized: dict[str, Any] = {
+        "image_size": reading.image_size,
+        "position": builder.cast(position, stream),
+        "read": builder.read,
+    }
     if sibling is not None:
         # the other fields do not depend on the image size
         return replace(sibling, steps=builder.resized(sibling.steps, reading.steps), **sized)
@@ -142,10 +153,11 @@ def make_plan(
         patch_size=reading.patch_size,
         channels=reading.channels,
         dtype=dtype,
+        stream=stream,
         device=builder.device,
-        embed=replace(builder, pack=pack_embed or pack).projection(embed),
+        embed=replace(builder, packed=dtype, pack=pack_embed or pack).projection(embed),
         patch_norm=builder.norm(reading.patch_norm),
-        prefix=builder.cast(prefix),
+        prefix=builder.cast(prefix, stream),
         norm_pre=builder.norm(reading.norm_pre),
         centred=centred,
         steps=tuple(builder.step(step, i) for i, step in enumerate(reading.steps)),
