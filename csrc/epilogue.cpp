@@ -47,13 +47,6 @@ void run_activate(const T* u, int64_t rows, int64_t hidden, Gated gated, T* h, T
     }
 }
 
-// Calls f with a zero of bfloat16 or float32.
-template <typename F>
-void with_float(Dtype dtype, const F& f) {
-  if (dtype == Dtype::bfloat16) return f(bfloat16{});
-  f(float{});
-}
-
 }  // namespace
 
 void row_rstd(Values x, int64_t rows, int64_t width, float eps, bool centred, float* rstd, int threads) {

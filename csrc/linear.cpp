@@ -16,11 +16,14 @@ constexpr int64_t longest_sum = 96, group_words = scale_group / 4;
 constexpr int64_t strip_rows = 8 * tile_rows;
 // rows of a block, at most: their operand fits the second-level cache beside a panel
 constexpr int64_t longest_block = 192, block_bytes = 384 << 10;
+// panels of a task
+constexpr int64_t task_panels = 8;
 // words behind a row of the operand, which keep the rows of a tile out of each other's sets of the cache
 constexpr int64_t row_padding = 16;
 
 int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t larger_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
 struct Product {
   const Rows& x;
@@ -92,15 +95,13 @@ struct Block {
   Block(const Product& m_, int64_t height_) : m(m_), height(height_), stride(m.words + row_padding) {}
 
   void lay_out(int64_t first_, int64_t count_) {
+    // the thread's last task was of the same rows
+    if (count && first == first_) return;
     first = first_, count = count_;
-    if (m.x.dtype == Dtype::bfloat16) return lay_out_rows<bfloat16>();
-    lay_out_rows<float>();
-  }
-
-  template <typename T>
-  void lay_out_rows() {
-    for (int64_t i = 0; i < count; ++i)
-      lay_out_row(static_cast<const T*>(m.x.data) + (first + i) * m.x.stride, operand + i * stride, i);
+    with_float(m.x.dtype, [&](auto zero) {
+      const auto* x = static_cast<const decltype(zero)*>(m.x.data);
+      for (int64_t i = 0; i < count; ++i) lay_out_row(x + (first + i) * m.x.stride, operand + i * stride, i);
+    });
   }
 
   template <typename T>
@@ -120,24 +121,30 @@ struct Block {
   }
 
   void multiply(int64_t from, int64_t to) {
-    const int64_t size = m.shape.panel_words();
-    const int64_t tiles = over(count, tile_rows) * (m.groups ? m.groups : over(m.words, longest_sum));
-    lines = over(over(size, 16), tiles);
+    const int64_t size = m.shape.panel_words(), blocks = sum_blocks();
+    lines = over(over(size, 16), over(count, tile_rows) * blocks);
     for (int64_t p = from; p < to; ++p) {
       next = m.weights + (p + 1) * size, next_end = p + 1 < to ? next + size : next;
-      for (int64_t i = 0; i < count; i += strip_rows) {
-        const int64_t rows = lesser(strip_rows, count - i);
-        sum(p, i, rows);
-        finish(p, i, rows);
-      }
+      for (int64_t i = 0; i < count; i += strip_rows)
+        for (int64_t block = 0; block < blocks; ++block)
+          for (int64_t at = i; at < lesser(i + strip_rows, count); at += tile_rows) {
+            const int64_t rows = lesser(tile_rows, count - at);
+            fetch_next();
+            if (block + 1 == blocks) fetch_rows(first + at, rows, p * panel);
+            sum(p, block, at, static_cast<int>(rows), sums + (at - i) * panel);
+            if (block + 1 == blocks) finish(p, at, rows, sums + (at - i) * panel);
+          }
     }
   }
+
+  // Blocks of in-features that are summed one after the other: groups in int8, else of nearly equal length.
+  int64_t sum_blocks() const { return kind == Operand::int8 ? m.groups : over(m.words, longest_sum); }
 
   void fetch_next() {
     for (int64_t line = 0; line < lines && next < next_end; ++line, next += 16) __builtin_prefetch(next, 0, 2);
   }
 
-  // Brings what the epilogue reads and writes of a row and panel into the cache while sums are made.
+  // Brings what the epilogue reads and writes of some rows and a panel into the cache while sums are made.
   void fetch_rows(int64_t row, int64_t rows, int64_t column) const {
     for (int64_t at = row * m.shape.out + column, end = at + rows * m.shape.out; at < end; at += m.shape.out) {
       fetch<true>(m.y, at), fetch<true>(m.epilogue.new_gate, at);
@@ -152,89 +159,112 @@ struct Block {
       __builtin_prefetch(static_cast<const char*>(matrix.data) + at * bytes + i, to_write, 3);
   }
 
-  // Products of rows [i, i + rows) with a panel -> sums
-  void sum(int64_t p, int64_t i, int64_t rows) {
+  // A tile of products of rows [i, i + rows) with a panel's block of in-features -> sums, or added to them
+  void sum(int64_t p, int64_t block, int64_t i, int rows, float* to) {
     const uint32_t* const weights = m.weights + p * m.shape.panel_words();
+    const int64_t length = kind == Operand::int8 ? group_words : over(m.words, sum_blocks()), from = block * length;
+    const int64_t steps = lesser(length, m.words - from);
+    const uint32_t* const x = operand + i * stride + from;
     if constexpr (kind == Operand::int8) {
       const auto* starts = reinterpret_cast<const int32_t*>(weights + m.words * panel);
-      for (int64_t g = 0; g < m.groups; ++g) {
-        const int64_t from = g * group_words, steps = lesser(group_words, m.words - from);
-        for (int64_t at = 0; at < rows; at += tile_rows) {
-          fetch_next();
-          if (!g) fetch_rows(first + i + at, lesser(tile_rows, rows - at), p * panel);
-          byte_tile_of<tile_vectors>(static_cast<int>(lesser(tile_rows, rows - at)), operand + (i + at) * stride + from,
-                                     stride, scales + (i + at) * m.groups + g, m.groups, weights + from * panel,
-                                     starts + g * panel, sums + at * panel, steps, g > 0);
-        }
-      }
+      byte_tile_of<tile_vectors>(rows, x, stride, scales + i * m.groups + block, m.groups, weights + from * panel,
+                                 starts + block * panel, to, steps, block > 0);
     } else {
       using Value = std::conditional_t<kind == Operand::float32, float, bfloat16>;
-      // blocks of nearly equal length
-      const int64_t length = over(m.words, over(m.words, longest_sum));
-      for (int64_t from = 0; from < m.words; from += length)
-        for (int64_t at = 0; at < rows; at += tile_rows) {
-          fetch_next();
-          if (!from) fetch_rows(first + i + at, lesser(tile_rows, rows - at), p * panel);
-          tile_of<Value, tile_vectors>(static_cast<int>(lesser(tile_rows, rows - at)),
-                                       operand + (i + at) * stride + from, stride, 1, weights + from * panel, panel,
-                                       sums + at * panel, panel, lesser(length, m.words - from), from > 0);
-        }
+      tile_of<Value, tile_vectors>(rows, x, stride, 1, weights + from * panel, panel, to, panel, steps, block > 0);
     }
   }
 
   // Sums of rows [i, i + rows) -> y
-  void finish(int64_t p, int64_t i, int64_t rows) {
-    const int64_t n = lesser(panel, m.shape.out - p * panel);
+  void finish(int64_t p, int64_t i, int64_t rows, const float* from) {
+    const int64_t column = p * panel, n = lesser(panel, m.shape.out - column);
     const auto* scale = reinterpret_cast<const float*>(m.weights + (p + 1) * m.shape.panel_words() - panel);
-    const auto finish_all = [&](auto activation) {
-      for (int64_t at = 0; at < rows; ++at)
-        finish_row<activation.value>(sums + at * panel, scale, first + i + at, p * panel, n);
+    const auto finish_rows = [&](auto activation) {
+      for (int64_t at = 0; at < rows; ++at) {
+        const float* const sum = from + at * panel;
+        if (n == panel) finish_row<activation.value, true>(sum, scale, first + i + at, column, n);
+        else finish_row<activation.value, false>(sum, scale, first + i + at, column, n);
+      }
     };
-    if (m.epilogue.activation < 0) return finish_all(Number<-1>{});
+    if (m.epilogue.activation < 0) return finish_rows(Number<-1>{});
     with_activation(static_cast<Activation>(m.epilogue.activation), [&](auto a) {
-      finish_all(Number<static_cast<int>(a.value)>{});
+      finish_rows(Number<static_cast<int>(a.value)>{});
     });
   }
 
-  template <int activation>
-  void finish_row(const float* sum, const float* scale, int64_t row, int64_t column, int64_t n) {
+  template <int activation, bool whole>
+  void finish_row(const float* sum, const float* scale, int64_t row, int64_t column, int64_t n) const {
     const Epilogue& e = m.epilogue;
     const int64_t at = row * m.shape.out + column;
-    const vfloat row_scale = splat(e.row_scale ? e.row_scale[row] : 1.0f);
-    for (int64_t j = 0; j < n; j += lanes) {
-      vfloat y = load(sum + j);
-      if constexpr (kind == Operand::int8) y *= load(scale + j);
-      if (e.row_scale) y *= row_scale;
-      if (e.bias) y += load_part(e.bias + column + j, n - j);
-      if constexpr (activation >= 0) {
-        const vfloat gate = gate_of<static_cast<Activation>(activation)>(y);
-        write(e.new_gate, at + j, gate, n - j);
-        y *= gate;
-      } else {
-        if (e.gate.data) y *= read(e.gate, at + j, n - j);
-        if (e.residual.data) y += read(e.residual, at + j, n - j);
-      }
-      write(m.y, at + j, y, n - j);
+    const vfloat factor = splat(e.row_scale ? e.row_scale[row] : 1.0f);
+    vfloat y[tile_vectors], gate[tile_vectors];
+#pragma GCC unroll 8
+    for (int j = 0; j < tile_vectors; ++j) {
+      y[j] = load(sum + j * lanes);
+      if constexpr (kind == Operand::int8) y[j] *= load(scale + j * lanes);
+      if (e.row_scale) y[j] *= factor;
     }
+    if (e.bias) {
+      load_row<whole>(e.bias + column, n, gate);
+#pragma GCC unroll 8
+      for (int j = 0; j < tile_vectors; ++j) y[j] += gate[j];
+    }
+    if constexpr (activation >= 0) {
+#pragma GCC unroll 8
+      for (int j = 0; j < tile_vectors; ++j) {
+        gate[j] = gate_of<static_cast<Activation>(activation), kind != Operand::float32>(y[j]);
+        y[j] *= gate[j];
+      }
+      store_row<whole>(e.new_gate, at, gate, n);
+    } else {
+      if (e.gate.data) {
+        load_row<whole>(e.gate, at, n, gate);
+#pragma GCC unroll 8
+        for (int j = 0; j < tile_vectors; ++j) y[j] *= gate[j];
+      }
+      if (e.residual.data) {
+        load_row<whole>(e.residual, at, n, gate);
+#pragma GCC unroll 8
+        for (int j = 0; j < tile_vectors; ++j) y[j] += gate[j];
+      }
+    }
+    store_row<whole>(m.y, at, y, n);
   }
 
-  static vfloat read(const Matrix& from, int64_t at, int64_t n) {
-    if (from.dtype == Dtype::bfloat16) return load_part(static_cast<const bfloat16*>(from.data) + at, n);
-    return load_part(static_cast<const float*>(from.data) + at, n);
+  // n values of a panel's row; all of them where it is whole, so that the loop is unrolled
+  template <bool whole, typename T>
+  static DAVE_HD void load_row(const T* from, int64_t n, vfloat* y) {
+#pragma GCC unroll 8
+    for (int j = 0; j < tile_vectors; ++j)
+      y[j] = whole ? load(from + j * lanes) : j * lanes < n ? load_part(from + j * lanes, n - j * lanes) : vfloat{};
   }
-  static void write(const Matrix& to, int64_t at, vfloat value, int64_t n) {
-    if (to.dtype == Dtype::bfloat16) return store_part(static_cast<bfloat16*>(to.data) + at, value, n);
-    store_part(static_cast<float*>(to.data) + at, value, n);
+  template <bool whole>
+  static DAVE_HD void load_row(const Matrix& from, int64_t at, int64_t n, vfloat* y) {
+    if (from.dtype == Dtype::bfloat16) return load_row<whole>(static_cast<const bfloat16*>(from.data) + at, n, y);
+    load_row<whole>(static_cast<const float*>(from.data) + at, n, y);
+  }
+  template <bool whole, typename T>
+  static DAVE_HD void store_row(T* to, const vfloat* y, int64_t n) {
+#pragma GCC unroll 8
+    for (int j = 0; j < tile_vectors; ++j)
+      if (whole) store(to + j * lanes, y[j]);
+      else if (j * lanes < n) store_part(to + j * lanes, y[j], n - j * lanes);
+  }
+  template <bool whole>
+  static DAVE_HD void store_row(const Matrix& to, int64_t at, const vfloat* y, int64_t n) {
+    if (to.dtype == Dtype::bfloat16) return store_row<whole>(static_cast<bfloat16*>(to.data) + at, y, n);
+    store_row<whole>(static_cast<float*>(to.data) + at, y, n);
   }
 };
 
 template <Operand kind>
 void run(const Product& m, int threads) {
-  const int64_t rows = m.x.count, shares = shares_of(rows, threads), groups = lesser(threads / shares, m.panels);
+  const int64_t rows = m.x.count, shares = shares_of(rows, threads);
   const int64_t fitting = block_bytes / 4 / (m.words + row_padding) / strip_rows * strip_rows;
   const int64_t longest = fitting < strip_rows ? strip_rows : lesser(fitting, longest_block);
-  // blocks of the same number of tiles, or one fewer
+  // blocks of the same number of tiles, or one fewer; tasks are short, so that no thread waits long for the last one
   const int64_t blocks = over(over(rows, longest), shares) * shares, tiles = over(rows, tile_rows);
+  const int64_t groups = lesser(larger_of(threads / shares, over(m.panels, task_panels)), m.panels);
   const int64_t height = over(tiles, blocks) * tile_rows, width = over(m.panels, groups);
   PerThread<Block<kind>>(threads, m, height).run_unequal(blocks * groups, [&](Block<kind>& block, int64_t task) {
     const int64_t at = task / groups, group = task % groups;

@@ -28,7 +28,7 @@ enum class Operand : int { float32 = 0, bfloat16 = 1, int8 = 2 };
 constexpr int operands = 3;
 
 // In-features that share a scale in int8.
-constexpr int64_t scale_group = 128;
+constexpr int64_t scale_group = 384;
 
 constexpr int64_t values_of_word(Operand operand) {
   return operand == Operand::float32 ? 1 : operand == Operand::bfloat16 ? 2 : 4;

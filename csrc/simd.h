@@ -49,7 +49,27 @@ DAVE_HD vfloat fused(vfloat a, vfloat b, vfloat c) {
 DAVE_HD vfloat fused(vfloat a, vfloat b, float c) { return fused(a, b, splat(c)); }
 
 // The second where either is NaN: a NaN that must be propagated is passed second.
-DAVE_HD vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }
+DAVE_HD vfloat larger(vfloat a, vfloat b) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+DAVE_HD vfloat smaller(vfloat a, vfloat b) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// Calls f with a zero of bfloat16 or float32.
+template <typename F>
+DAVE_HD void with_float(Dtype dtype, const F& f) {
+  if (dtype == Dtype::bfloat16) return f(bfloat16{});
+  f(float{});
+}
 
 template <typename V, typename T>
 DAVE_HD V load_raw(const T* from) {
@@ -60,7 +80,11 @@ DAVE_HD V load_raw(const T* from) {
 
 DAVE_HD vfloat load(const float* from) { return load_raw<vfloat>(from); }
 DAVE_HD vword widen_words(const bfloat16* from) {
+#if defined(__AVX512F__)
+  return (vword)_mm512_cvtepu16_epi32((__m256i)load_raw<vhalf>(from));
+#else
   return __builtin_convertvector(load_raw<vhalf>(from), vword);
+#endif
 }
 DAVE_HD vfloat load(const bfloat16* from) { return as_float(widen_words(from) << 16); }
 

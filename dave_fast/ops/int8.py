@@ -22,7 +22,7 @@ from dave_fast.ops.activation import activate_ref
 from dave_fast.ops.linear import NativeWeight, linear_native, pack_panels, row_squares
 
 # In-features that share a scale: scale_group of csrc/linear.h.
-GROUP = 128
+GROUP = 384
 LARGEST = 127.0
 # The largest magnitude whose inverse would overflow; what is smaller becomes zero.
 SMALLEST = 2.0**-100
