@@ -17,7 +17,7 @@ constexpr int64_t strip_rows = 8 * tile_rows;
 // rows of a block, at most: their operand fits the second-level cache beside a panel
 constexpr int64_t longest_block = 192, block_bytes = 384 << 10;
 // panels of a task
-constexpr int64_t task_panels = 8;
+constexpr int64_t task_panels = 4;
 // words behind a row of the operand, which keep the rows of a tile out of each other's sets of the cache
 constexpr int64_t row_padding = 16;
 
@@ -52,28 +52,40 @@ void scale_of(int32_t largest, float& scale, float& inverse) {
   inverse = largest < 0x7F800000 && most >= 0x1p-100f ? 127.0f / most : 0.0f;
 }
 
-// The nearest integers, ties to even, of |a| < 2²².
-vint rounded(vfloat a) {
+// The nearest integers, ties to even, of |a| < 2²², plus `more`.
+vint rounded(vfloat a, int32_t more) {
   // adding 1.5·2²³ leaves the integer in the lowest bits
-  return (vint)as_word(a + 12582912.0f) - 0x4B400000;
+  return (vint)as_word(a + 12582912.0f) - (0x4B400000 - more);
 }
 
 // n values of x -> bytes q + 128; returns the scale. A last word is filled with zeros, 128.
 template <typename T>
 float quantise_group(const T* x, int64_t n, uint8_t* bytes) {
+  const int64_t whole = n / lanes * lanes;
   vint most{};
-  for (int64_t i = 0; i < n; i += lanes) {
-    const vint size = magnitude_of(load_part(x + i, n - i));
+  const auto compare = [&](vfloat values) {
+    const vint size = magnitude_of(values);
     most = size > most ? size : most;
-  }
+  };
+  for (int64_t i = 0; i < whole; i += lanes) compare(load(x + i));
+  if (whole < n) compare(load_part(x + whole, n - whole));
   int32_t largest = 0;
   for (int i = 0; i < lanes; ++i) largest = most[i] > largest ? most[i] : largest;
   float scale, inverse;
   scale_of(largest, scale, inverse);
-  for (int64_t i = 0; i < n; i += lanes) {
-    const vint q = inverse == 0 ? vint{} : rounded(load_part(x + i, n - i) * inverse);
-    const vbyte eight = __builtin_convertvector(q + 128, vbyte);
-    std::memcpy(bytes + i, &eight, n - i < lanes ? over(n - i, 4) * 4 : lanes);
+  if (inverse == 0) {
+    // NaN times zero is NaN
+    std::memset(bytes, 128, over(n, 4) * 4);
+    return scale;
+  }
+  const auto bytes_of = [&](vfloat values) { return __builtin_convertvector(rounded(values * inverse, 128), vbyte); };
+  for (int64_t i = 0; i < whole; i += lanes) {
+    const vbyte eight = bytes_of(load(x + i));
+    std::memcpy(bytes + i, &eight, lanes);
+  }
+  if (whole < n) {
+    const vbyte eight = bytes_of(load_part(x + whole, n - whole));
+    std::memcpy(bytes + whole, &eight, over(n - whole, 4) * 4);
   }
   return scale;
 }
@@ -304,7 +316,7 @@ float pack_row(const float* row, int64_t in, uint32_t* words, int64_t count) {
     scale_of(largest, scale, inverse);
     auto* bytes = reinterpret_cast<int8_t*>(words);
     for (int64_t k = 0; k < in; ++k)
-      bytes[k] = inverse == 0 ? 0 : static_cast<int8_t>(rounded(splat(row[k] * inverse))[0]);
+      bytes[k] = inverse == 0 ? 0 : static_cast<int8_t>(rounded(splat(row[k] * inverse), 0)[0]);
     return scale;
   } else {
     using Value = std::conditional_t<kind == Operand::float32, float, bfloat16>;
