@@ -35,8 +35,9 @@ from dave_fast.plan.vit_plan import ViTPlan
 
 ROUTES = ("auto", "engine", "frozen")
 
-# tokens of a micro-batch on a CPU: enough for full GEMM tiles, few enough to stay in the caches
-CPU_TOKENS = 800
+# Values of the residual stream of a micro-batch on a CPU: enough for full GEMM tiles and few calls, few enough to stay in
+# the caches; four rows of a ViT-B/16 at 224 px, eight of a ViT-S/16.
+CPU_VALUES = 800 * 768
 FROZEN_ROWS = 4
 
 
@@ -132,7 +133,7 @@ def _engine_route(engine: Engine) -> Route:
         plan.patch_size,
         plan.dtype,
         weights=plan_bytes(plan),
-        preferred_rows=min(64, CPU_TOKENS // plan.tokens),
+        preferred_rows=min(64, CPU_VALUES // (plan.tokens * plan.width)),
         plan=plan,
         row_bytes=engine_row_bytes(plan),
         level_bytes=stream_bytes(plan),

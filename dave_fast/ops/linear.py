@@ -57,7 +57,7 @@ def linear_ref(
     Args:
         x: (T, I) operand; float64, float32 or bfloat16; rounded to the weight's dtype.
         weight: what `pack_ref` returned for a matrix (O, I).
-        bias: (O,) of the weight's dtype.
+        bias: (O,) of the weight's dtype or wider.
         row_scale: (T,) float32 (float64 for float64 operands), multiplies the product before the bias.
         activation: a name of `ops.activation`; the gate is returned too. Not with a gate or a residual.
         gate: (T, O) multiplies the result; a uint8 gate stands for gate/255.
@@ -71,7 +71,7 @@ def linear_ref(
     # Scaling the narrow operand costs less than scaling the product, and is what a norm does.
     if row_scale is not None:
         x = _scale_ref(x, row_scale)
-    y = F.linear(x.to(weight.dtype), weight, bias)
+    y = F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
     if activation is not None:
         return activate_ref(y, activation)
     if gate is not None:
@@ -252,6 +252,7 @@ def _linear_packed(
     if row_scale is not None:
         x = scale(x, row_scale)
     x = x.to(weight[0].dtype)
+    bias = None if bias is None else bias.to(x.dtype)
     gate = None if gate is None else widen_gate(gate, x.dtype)
     # a residual of another dtype is added to the rounded product
     alike = residual is not None and residual.dtype == x.dtype

@@ -41,7 +41,8 @@ class LayerBuilder:
     """Makes the layers of a plan from the branches of a reading.
 
     Attributes:
-        dtype: of biases and activations.
+        dtype: of activations.
+        stream: of biases, which are added where sums have it.
         packed: of matrices before they are packed.
         pack: makes the form that the engine's `linear` takes of a matrix (O, I) in that dtype.
         device: on which the layers' tensors are made.
@@ -51,6 +52,7 @@ class LayerBuilder:
     """
 
     dtype: torch.dtype
+    stream: torch.dtype
     packed: torch.dtype
     pack: Pack
     device: torch.device
@@ -81,7 +83,7 @@ class LayerBuilder:
         """
         back = linear.weight if transposed is None else transposed
         weight, back = (self.pack(self.cast(matrix, self.packed)) for matrix in (linear.weight, back.T))
-        return Projection(weight, self.cast(linear.bias), back)
+        return Projection(weight, self.cast(linear.bias, self.stream), back)
 
     def norm(self, norm: Norm | None) -> Norm | None:
         """Return a norm that is not folded with its tensors on the device, in the dtype of statistics."""

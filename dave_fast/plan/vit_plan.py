@@ -30,7 +30,7 @@ class ViTPlan:
         patch_size: (p_h, p_w) in pixels.
         channels: C.
         dtype: of weights and activations.
-        stream: dtype of the residual stream and its cotangent.
+        stream: dtype of the residual stream, of its cotangent and of biases.
         device: on which all tensors are.
         embed: patch projection, (D, C·p_h·p_w). Its bias is zero unless `patch_norm` follows.
         patch_norm: of the patches alone.
@@ -131,14 +131,14 @@ def make_plan(
         pack: makes the form that the engine's `linear` takes of a matrix (O, I) in `packed`.
         pack_embed: the same for the patch embedding, of a matrix in `dtype`; `pack` by default.
         packed: dtype of the other matrices before they are packed; `dtype` by default.
-        stream: dtype of the residual stream and its cotangent; `dtype` by default.
+        stream: dtype of the residual stream, its cotangent and biases; `dtype` by default.
         device: on which the plan's tensors are made.
         sibling: a plan of the same model, dtype and device for another image size, whose weights are shared.
     """
     norms = [branch.norm for step in reading.steps for branch in step]
     centred = reading.blind and all(norm is not None and norm.centres for norm in norms)
     stream = stream or dtype
-    builder = LayerBuilder(dtype, packed or dtype, pack, torch.device(device), reading, centred)
+    builder = LayerBuilder(dtype, stream, packed or dtype, pack, torch.device(device), reading, centred)
     embed, position, prefix = _embedding(reading, centred=centred)
     sized: dict[str, Any] = {
         "image_size": reading.image_size,
