@@ -63,7 +63,9 @@ class BoundOps:
         overwrites: whether products may be written over their residuals.
     """
 
-    def __init__(self, backend: str, device: torch.device, *, narrow: str | None = None, scales: Scales | None = None) -> None:
+    def __init__(
+        self, backend: str, device: torch.device, *, narrow: str | None = None, scales: Scales | None = None
+    ) -> None:
         linear = "linear" if narrow is None else f"linear_{narrow}"
         self.fp8 = narrow == "fp8"
         self.scales = scales or Scales({})

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from dave_fast.engine.calibration import calibrate
+from dave_fast.engine.bound_ops import BoundOps
+from dave_fast.engine.calibration import Forms, calibrate, choose_products
 from dave_fast.engine.walks import Engine
 from dave_fast.ops import _registry
 from dave_fast.ops.precision import statistics_dtype
@@ -34,10 +35,11 @@ def build_engine(
     kind = torch.device(device).type
     plain = _registry.bind("pack_weight", backend, kind)
     pack = plain if narrow is None else _registry.bind(f"pack_weight_{narrow}", backend, kind)
+    both = narrow == "int8" and sibling is None
     plan = make_plan(
         reading,
         dtype=dtype,
-        pack=pack,
+        pack=(lambda matrix: Forms(pack(matrix), plain(matrix.to(dtype)))) if both else pack,
         pack_embed=plain,
         # integers are made of numbers that have not been rounded before
         packed=torch.float32 if narrow == "int8" else dtype,
@@ -46,6 +48,8 @@ def build_engine(
         device=device,
         sibling=sibling,
     )
+    if both:
+        plan = choose_products(plan, BoundOps(backend, plan.device, narrow=narrow))
     # calibration uses PyTorch's own forms, so that no kernel is compiled for it
     scales = calibrate(Engine(plan, "torch", narrow=narrow)) if narrow == "fp8" else None
     return Engine(plan, backend, narrow=narrow, scales=scales)

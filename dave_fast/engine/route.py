@@ -35,8 +35,8 @@ from dave_fast.plan.vit_plan import ViTPlan
 
 ROUTES = ("auto", "engine", "frozen")
 
-# Values of the residual stream of a micro-batch on a CPU: enough for full GEMM tiles and few calls, few enough to stay in
-# the caches; four rows of a ViT-B/16 at 224 px, eight of a ViT-S/16.
+# Values of the residual stream of a micro-batch on a CPU: enough for full GEMM tiles and few calls, few enough to stay
+# in the caches; four rows of a ViT-B/16 at 224 px, eight of a ViT-S/16.
 CPU_VALUES = 800 * 768
 FROZEN_ROWS = 4
 
@@ -200,7 +200,8 @@ def make_route(
 
     Raises:
         InputError: the model does not take images of this shape.
-        ModelError: route="engine" or a precision of eight bits is given and there is no plan, or the model has no attention.
+        ModelError: route="engine" or a precision of eight bits is given and there is no plan, or the model has no
+            attention.
         NotFrozenError: the proof of the frozen route, or of the engine's tail, fails.
     """
     dtype, narrow = DTYPES[precision], precision if precision in NARROW else None

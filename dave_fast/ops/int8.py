@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dave_fast.ops.activation import activate_ref
-from dave_fast.ops.linear import NativeWeight, linear_native, pack_panels, row_squares
+from dave_fast.ops.linear import NativeWeight, linear_native, linear_ref, pack_panels, row_squares
 
 # In-features that share a scale: scale_group of csrc/linear.h.
 GROUP = 384
@@ -60,7 +60,7 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def linear_int8_ref(
     x: Tensor,
-    weight: Int8Weight,
+    weight: Any,
     bias: Tensor | None = None,
     *,
     row_scale: Tensor | None = None,
@@ -74,7 +74,7 @@ def linear_int8_ref(
 
     Args:
         x: (T, I) bfloat16 or float32.
-        weight: what `pack_int8_ref` returned.
+        weight: what `pack_int8_ref` returned, or `pack_ref` for a product in bfloat16.
         bias: (O,) as `linear_ref`'s.
         row_scale: (T,) float32.
         activation: as `linear_ref`'s.
@@ -86,6 +86,10 @@ def linear_int8_ref(
     Returns:
         As `linear_ref`; y is of the residual's dtype, or bfloat16 where there is none.
     """
+    if not isinstance(weight, Int8Weight):
+        # a product that calibration left in bfloat16
+        epilogue: Any = {"row_scale": row_scale, "activation": activation, "gate": gate, "residual": residual}
+        return linear_ref(x, weight, bias, **epilogue, squares=squares)
     y = torch.zeros(len(x), len(weight.codes))
     for group, (part, codes) in enumerate(zip(x.split(GROUP, 1), weight.codes.split(GROUP, 1), strict=True)):
         integers, scale = quantise(part.float())
