@@ -6,7 +6,7 @@
 
 Of each image: the correlation of a precision's map with float32's map of the same draws ("alike"), its correlation with
 the limit, float32's map of 640 other draws, and EnergyPG. `write` compares both of the latter with float32's own,
-image by image. A line of build/precisions/SET.jsonl for each image, so that an interrupted run goes on; `write` reads them.
+image by image. build/precisions/SET.jsonl has a line for each image: an interrupted run goes on, and `write` reads it.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def measure(given: argparse.Namespace) -> None:
 
 
 def table(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return precision -> S -> the least and the mean correlation with float32's map, and what the limit and EnergyPG lose."""
+    """Return precision -> S -> the correlation with float32's map, and the differences in the limit and in EnergyPG."""
     found: dict[str, Any] = {}
     for precision in PRECISIONS[1:]:
         for samples in map(str, SAMPLES):
@@ -105,9 +105,16 @@ def write() -> None:
         results[path.stem] = table([json.loads(line) for line in path.read_text().splitlines()])
     machine.write_json(machine.results_path("precisions"), {"environment": machine.environment(), "sets": results})
     for name, precisions in results.items():
-        print(
-            f"\n| {name} | S | least correlation with fp32's map | mean | limit, fp32 | difference | EnergyPG, fp32 | difference |"
+        columns = (
+            "S",
+            "least correlation with fp32's map",
+            "mean",
+            "limit, fp32",
+            "change",
+            "EnergyPG, fp32",
+            "change",
         )
+        print(f"\n| {name} | {' | '.join(columns)} |")
         print("|---|---|---|---|---|---|---|---|")
         for precision, by_samples in precisions.items():
             for samples, row in by_samples.items():
