@@ -2,6 +2,12 @@
 
 #include <atomic>
 
+#if defined(DAVE_ARM) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(DAVE_ARM) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 namespace dave {
 
 #define DAVE_DECLARE(isa)          \
@@ -15,10 +21,28 @@ DAVE_DECLARE(avx512vnni)
 DAVE_DECLARE(avx512)
 DAVE_DECLARE(avx2vnni)
 DAVE_DECLARE(avx2)
+#elif defined(DAVE_ARM)
+DAVE_DECLARE(neonbf16)
+DAVE_DECLARE(dotprod)
 #endif
 DAVE_DECLARE(baseline)
 
 namespace {
+
+#ifdef DAVE_ARM
+// Whether the operating system names a feature: by a bit of Linux's AT_HWCAP or AT_HWCAP2, and in words on macOS.
+bool has([[maybe_unused]] unsigned long vector, [[maybe_unused]] int bit, [[maybe_unused]] const char* name) {
+#if defined(__linux__)
+  return getauxval(vector) >> bit & 1;
+#elif defined(__APPLE__)
+  int found = 0;
+  size_t size = sizeof found;
+  return sysctlbyname(name, &found, &size, nullptr, 0) == 0 && found;
+#else
+  return false;
+#endif
+}
+#endif
 
 std::vector<Build> find_usable() {
   std::vector<Build> builds;
@@ -35,6 +59,13 @@ std::vector<Build> find_usable() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     if (__builtin_cpu_supports("avxvnni")) builds.push_back({"avx2vnni", &avx2::kernels, &avx2vnni::products});
     builds.push_back({"avx2", &avx2::kernels, &avx2::products});
+  }
+#elif defined(DAVE_ARM)
+  // AT_HWCAP is 16 and AT_HWCAP2 26; these bits are younger than some systems' headers
+  if (has(16, 20, "hw.optional.arm.FEAT_DotProd")) {
+    if (has(26, 13, "hw.optional.arm.FEAT_I8MM") && has(26, 14, "hw.optional.arm.FEAT_BF16"))
+      builds.push_back({"neonbf16", &neonbf16::kernels, &neonbf16::products});
+    builds.push_back({"dotprod", &baseline::kernels, &dotprod::products});
   }
 #endif
   builds.push_back({"baseline", &baseline::kernels, &baseline::products});

@@ -78,7 +78,7 @@ float quantise_group(const T* x, int64_t n, uint8_t* bytes) {
     std::memset(bytes, 128, over(n, 4) * 4);
     return scale;
   }
-  const auto bytes_of = [&](vfloat values) { return __builtin_convertvector(rounded(values * inverse, 128), vbyte); };
+  const auto bytes_of = [&](vfloat values) { return low_bytes(rounded(values * inverse, 128)); };
   for (int64_t i = 0; i < whole; i += lanes) {
     const vbyte eight = bytes_of(load(x + i));
     std::memcpy(bytes + i, &eight, lanes);

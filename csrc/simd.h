@@ -48,6 +48,16 @@ DAVE_HD vfloat fused(vfloat a, vfloat b, vfloat c) {
 }
 DAVE_HD vfloat fused(vfloat a, vfloat b, float c) { return fused(a, b, splat(c)); }
 
+// a·b + c, rounded once: where the instruction set cannot, by the C library, lane by lane
+DAVE_HD vfloat fused_everywhere(vfloat a, vfloat b, vfloat c) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return fused(a, b, c);
+#else
+  for (int i = 0; i < lanes; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+#endif
+}
+
 // The second where either is NaN: a NaN that must be propagated is passed second.
 DAVE_HD vfloat larger(vfloat a, vfloat b) {
 #if defined(__AVX512F__)
@@ -82,6 +92,9 @@ DAVE_HD vfloat load(const float* from) { return load_raw<vfloat>(from); }
 DAVE_HD vword widen_words(const bfloat16* from) {
 #if defined(__AVX512F__)
   return (vword)_mm512_cvtepu16_epi32((__m256i)load_raw<vhalf>(from));
+#elif defined(__aarch64__)
+  // GCC converts vectors of eight bytes one value at a time
+  return (vword)vmovl_u16(load_raw<uint16x4_t>(from));
 #else
   return __builtin_convertvector(load_raw<vhalf>(from), vword);
 #endif
@@ -99,10 +112,23 @@ DAVE_HD void store(float* to, vfloat a) { __builtin_memcpy(to, &a, sizeof a); }
 DAVE_HD void store(bfloat16* to, vfloat a) {
 #if defined(__AVX512BF16__)
   const auto half = _mm512_cvtneps_pbh((__m512)a);
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  const auto half = vcvt_bf16_f32((float32x4_t)a);
 #else
   const vhalf half = __builtin_convertvector(rounded_words(a) >> 16, vhalf);
 #endif
   __builtin_memcpy(to, &half, sizeof half);
+}
+
+// The lowest byte of each integer.
+DAVE_HD vbyte low_bytes(vint a) {
+#if defined(__aarch64__)
+  const auto halves = vmovn_u32((uint32x4_t)a);
+  const auto bytes = vmovn_u16(vcombine_u16(halves, halves));
+  return load_raw<vbyte>(&bytes);
+#else
+  return __builtin_convertvector(a, vbyte);
+#endif
 }
 
 // One vector of a row of which n values are left; a shorter one goes through a buffer padded with zeros.
