@@ -17,7 +17,7 @@ INTEGER_POISON, BYTE_POISON = -7, 173
 # files that take longest: a process that began one of them at the end would keep the others waiting
 LONGEST = (
     *("serve/test_hostile_soak.py", "run/test_survival.py", "ops/test_triton.py", "run/test_ray.py"),
-    *("run/test_maps.py", "project/test_build.py"),
+    *("run/test_maps.py", "project/test_build.py", "project/test_arm.py"),
     *("scripts/test_gpu_script.py", "ops/test_perturb.py", "cli/test_cli.py", "ops/test_cuda.py"),
     *("models/test_demo_model.py", "run/test_cli_run.py", "engine/test_memory.py", "bench/test_agreement.py"),
 )
