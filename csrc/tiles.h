@@ -49,6 +49,8 @@ DAVE_HD Sum<T> multiply_add(Sum<T> total, uint32_t a, vword b) {
 #if defined(__AVX512BF16__)
     return (vfloat)_mm512_dpbf16_ps((__m512)total, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), (__m512bh)b);
 #elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    // sums are rounded to odd, which has no bias: 1.2 to 1.3 times the error of fused products, a ten-thousandth of what
+    // storing the result as bfloat16 costs; numbers below 2⁻¹²⁶ count as zero, as in AVX-512's instruction
     return (vfloat)vbfdotq_f32((float32x4_t)total, (bfloat16x8_t)b, (bfloat16x8_t)(vword{} + a));
 #else
     // the order of AVX-512's instruction, which fuses both products

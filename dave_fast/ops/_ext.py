@@ -1,7 +1,8 @@
 """Load and call the native extensions `dave_fast._native` (host) and `dave_fast._cuda` (GPU).
 
-Each is loaded at its first use; where that fails, the reason is kept and named. DAVE_FAST_ISA=avx512bf16|avx512vnni|
-avx512|avx2vnni|avx2|baseline in the environment selects the host kernels of one instruction set instead of the best that the machine has.
+Each is loaded at its first use; where that fails, the reason is kept and named. DAVE_FAST_ISA in the environment selects
+the host kernels of one instruction set instead of the best that the machine has: on x86 avx512bf16, avx512vnni, avx512,
+avx2vnni, avx2 or baseline, on Arm neonbf16, dotprod or baseline.
 """
 
 from __future__ import annotations
@@ -131,14 +132,14 @@ def cuda_unavailable() -> str | None:
 
 
 def isa() -> str | None:
-    """Return the instruction set in use ("avx512bf16", "avx512vnni", "avx512", "avx2vnni", "avx2", "baseline"); None without the extension."""
+    """Return the instruction set in use, one of the names above; None without the extension."""
     loaded = _load()
     return None if isinstance(loaded, str) else str(loaded.isa())
 
 
 def multiplies_bytes() -> bool:
     """Return whether an instruction set of this machine multiplies bytes, whichever is in use."""
-    instructions = ("avx512bf16", "avx512vnni", "avx2vnni", "dotprod", "i8mm")
+    instructions = ("avx512bf16", "avx512vnni", "avx2vnni", "neonbf16", "dotprod")
     return any(each in instructions for each in module().usable_isas())
 
 
