@@ -17,7 +17,7 @@ constexpr int tile_rows = 6, tile_vectors = 4;
 constexpr int tile_rows = 4, tile_vectors = 3;
 #endif
 
-// Whether bfloat16 and bytes are multiplied by instructions of their own: elsewhere the same bits take longer.
+// Whether bfloat16 and bytes are multiplied by instructions of their own: elsewhere they take longer.
 #if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 constexpr bool multiplies_bfloat16 = true;
 #else
@@ -116,7 +116,7 @@ DAVE_HD void step(Sum<T> (&total)[rows][vectors], const vword (&a)[rows], const 
 
 // Adds the products of all steps to a tile.
 template <typename T, int rows, int vectors>
-DAVE_HD void multiply_add(Sum<T> (&total)[rows][vectors], const uint32_t* a, int64_t a_row, int64_t a_step,
+DAVE_HD void add_products(Sum<T> (&total)[rows][vectors], const uint32_t* a, int64_t a_row, int64_t a_step,
                           const uint32_t* b, int64_t ldb, int64_t steps) {
   int64_t k = 0;
 #if defined(__aarch64__)
@@ -158,7 +158,7 @@ void tile(const uint32_t* a, int64_t a_row, int64_t a_step, const uint32_t* b, i
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < vectors; ++j) total[i][j] = vfloat{};
-  multiply_add<T>(total, a, a_row, a_step, b, ldb, steps);
+  add_products<T>(total, a, a_row, a_step, b, ldb, steps);
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 8
@@ -203,7 +203,7 @@ void byte_tile(const uint32_t* a, int64_t a_row, const float* scales, int64_t sc
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) total[i][j] = start;
   }
-  multiply_add<uint8_t>(total, a, a_row, 1, b, width, steps);
+  add_products<uint8_t>(total, a, a_row, 1, b, width, steps);
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i) {
     const vfloat scale = splat(scales[i * scale_row]);
