@@ -1,8 +1,8 @@
 """Load and call the native extensions `dave_fast._native` (host) and `dave_fast._cuda` (GPU).
 
-Each is loaded at its first use; where that fails, the reason is kept and named. DAVE_FAST_ISA in the environment selects
-the host kernels of one instruction set instead of the best that the machine has: on x86 avx512bf16, avx512vnni, avx512,
-avx2vnni, avx2 or baseline, on Arm neonbf16, dotprod or baseline.
+Each is loaded at its first use; where that fails, the reason is kept and named. DAVE_FAST_ISA in the environment
+selects the host kernels of one instruction set instead of the best that the machine has: on x86 avx512bf16, avx512vnni,
+avx512, avx2vnni, avx2 or baseline, on Arm neonbf16, dotprod or baseline.
 """
 
 from __future__ import annotations
