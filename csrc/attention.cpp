@@ -96,13 +96,15 @@ struct Task {
     for (int64_t n = shape.tokens; n < columns; ++n) s[n] = -INFINITY;
     for (int64_t n = 0; n < columns; n += lanes) highest = larger(load(s + n), highest);
     peak = largest_of(highest) * shape.scale;
-    vfloat total{};
-    for (int64_t n = 0; n < columns; n += lanes) {
-      const vfloat e = exponential(load(s + n) * shape.scale - peak);
-      total += e;
-      store(s + n, e);
-    }
-    return sum_of(total);
+    RowSum sum;
+    for (int64_t n = 0; n < columns; n += 16)
+      for (int j = 0; j < RowSum::vectors; ++j) {
+        float* const at = s + n + j * lanes;
+        const vfloat e = exponential(load(at) * shape.scale - peak);
+        sum.add(j, e);
+        store(at, e);
+      }
+    return sum.total();
   }
 
   // Replaces rows of scores by P, and stores the peak and share of each query.

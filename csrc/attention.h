@@ -24,7 +24,7 @@ struct AttentionShape {
   int64_t rows, queries, tokens, heads, dim;
   // positive: the padding after the last token has the score -∞
   float scale;
-  // float32, or bfloat16 where `multiplies_bfloat16`
+  // float32 or bfloat16
   Dtype dtype;
   // (heads, Q, N) of that type, contiguous, the same for all rows; null without a bias
   const void* bias = nullptr;

@@ -10,24 +10,26 @@ namespace {
 
 template <typename T>
 float rstd_of(const T* x, int64_t width, float eps, bool centred) {
-  vfloat sum{}, squares{};
-  for (int64_t i = 0; i < width; i += lanes) {
-    const vfloat v = load_part(x + i, width - i);
-    sum += v;
-    squares += v * v;
-  }
-  if (centred) return 1.0f / __builtin_sqrtf(sum_of(squares) / width + eps);
+  RowSum sum, squares;
+  for (int64_t i = 0; i < width; i += 16)
+    for (int j = 0; j < RowSum::vectors; ++j) {
+      const vfloat v = load_part(x + i + j * lanes, width - i - j * lanes);
+      sum.add(j, v);
+      squares.add(j, v * v);
+    }
+  if (centred) return 1.0f / __builtin_sqrtf(squares.total() / width + eps);
   // a second pass about the mean: E[x²] − mean² would cancel
-  const float mean = sum_of(sum) / width;
+  const float mean = sum.total() / width;
   float variance = 0;
-  vfloat about{};
+  RowSum about;
   int64_t i = 0;
-  for (; i + lanes <= width; i += lanes) {
-    const vfloat v = load(x + i) - mean;
-    about += v * v;
-  }
+  for (; i + 16 <= width; i += 16)
+    for (int j = 0; j < RowSum::vectors; ++j) {
+      const vfloat v = load(x + i + j * lanes) - mean;
+      about.add(j, v * v);
+    }
   for (; i < width; ++i) variance += (widen(x[i]) - mean) * (widen(x[i]) - mean);
-  return 1.0f / __builtin_sqrtf((variance + sum_of(about)) / width + eps);
+  return 1.0f / __builtin_sqrtf(about.total(variance) / width + eps);
 }
 
 template <typename T, Activation activation>

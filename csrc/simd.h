@@ -148,11 +148,20 @@ DAVE_HD void store_part(T* to, vfloat value, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = part[i];
 }
 
-DAVE_HD float sum_of(vfloat a) {
-  float total = 0;
-  for (int i = 0; i < lanes; ++i) total += a[i];
-  return total;
-}
+// A sum whose order does not depend on the width of vectors: value i of a row counts in part i mod 16, and the parts are
+// added from the first to the last.
+struct RowSum {
+  static constexpr int vectors = 16 / lanes;
+  vfloat parts[vectors] = {};
+
+  // values [16 k + j·lanes, 16 k + (j + 1)·lanes) of the row
+  DAVE_HD void add(int j, vfloat values) { parts[j] += values; }
+  DAVE_HD float total(float total = 0) const {
+    for (int j = 0; j < vectors; ++j)
+      for (int i = 0; i < lanes; ++i) total += parts[j][i];
+    return total;
+  }
+};
 
 DAVE_HD float largest_of(vfloat a) {
   float largest = a[0];
