@@ -58,6 +58,7 @@ class BoundOps:
         multiply: the products of blocks, `linear`, `linear_fp8` or `linear_int8`.
         embed_multiply: the products of the patch embedding. They are wider: eight bits are too few for pixels,
             and these products are a hundredth of the work.
+        native: whether products are those of C++, whose rows have the same bits in any batch.
         fused: whether the backend is Triton, whose products sum squares for the next norm and write into residuals,
             and whose attention stores e4m3 codes.
         overwrites: whether products may be written over their residuals.
@@ -70,7 +71,8 @@ class BoundOps:
         self.fp8 = narrow == "fp8"
         self.scales = scales or Scales({})
         form = _registry.choose(linear, backend, device.type)
-        self.fused, self.overwrites = form == "triton", form in ("triton", "native")
+        self.native, self.fused = form == "native", form == "triton"
+        self.overwrites = self.native or self.fused
 
         def bind(op: str) -> Callable[..., Any]:
             return _registry.bind(op, backend, device.type)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from dave_fast.engine.bound_ops import BoundOps, Scale, Stream
 from dave_fast.engine.levels import PIXELS, Levels
-from dave_fast.frozen.mode import run_frozen
+from dave_fast.engine.tail_forms import TailForms
+from dave_fast.frozen.mode import FrozenMode, run_frozen
 from dave_fast.ops.fp8 import Codes, wide
 from dave_fast.ops.norm import RowSums
 from dave_fast.ops.precision import statistics_dtype
@@ -73,6 +74,7 @@ class ForwardWalk:
 
     def __init__(self, plan: ViTPlan, ops: BoundOps) -> None:
         self._plan, self._ops = plan, ops
+        self._tail_forms = TailForms(plan.tail).forms if ops.native else {}
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, levels: Levels = PIXELS) -> tuple[Tensor, Saved]:
@@ -98,7 +100,7 @@ class ForwardWalk:
             saved.append(operators)
         stream = wide(x).view(rows, -1, plan.width).to(statistics_dtype(plan.dtype)).requires_grad_()
         with torch.enable_grad():
-            output = run_frozen(plan.tail, stream)
+            output = run_frozen(plan.tail, stream, FrozenMode(stream, forms=self._tail_forms))
         return output.detach(), Saved(rows, rstd_patch, rstd_pre, saved, stream, output, entered)
 
     def embed(self, tokens: Tensor) -> tuple[Stream, Tensor | None, Tensor | None, Tensor | None]:

@@ -55,11 +55,15 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def plan_bytes(plan: ViTPlan) -> int:
-    """Return the bytes of a plan: packed weights of both walks, biases, positions, other tables, the tail."""
+    """Return the bytes of a plan: packed weights of both walks, biases, positions, other tables, the tail.
+
+    On a CPU the tail's matrices are packed for both walks as well (`tail_forms`).
+    """
     found = [plan.position, plan.prefix, *plan.tables()]
     for projection in plan.projections():
         found += [projection.bias, *_tensors(projection.weight), *_tensors(projection.transposed)]
-    return sum(t.numel() * t.element_size() for t in found) + weight_bytes(plan.tail)
+    of_tail = weight_bytes(plan.tail) * (3 if plan.device.type == "cpu" else 1)
+    return sum(t.numel() * t.element_size() for t in found) + of_tail
 
 
 def _tensors(packed: object) -> list[Tensor]:

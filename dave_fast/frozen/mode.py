@@ -65,14 +65,20 @@ class FrozenMode(TorchFunctionMode):
     Args:
         inputs: the input, (B, C, H, W) images or (R, N, D) tokens; it requires a gradient.
         keep: of the affine replay: (name of a function, its operator) -> the operator to use.
+        forms: function of PyTorch -> what is called in its place, which differs from it by rounding alone.
 
     Attributes:
         met: names of the functions that were called on tensors that depend on the input.
     """
 
-    def __init__(self, inputs: Tensor, keep: Callable[[str, Tensor], Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        inputs: Tensor,
+        keep: Callable[[str, Tensor], Tensor] | None = None,
+        forms: Mapping[Function, Function] | None = None,
+    ) -> None:
         super().__init__()
-        self._inputs, self._keep = inputs, keep
+        self._inputs, self._keep, self._forms = inputs, keep, forms or {}
         # asked here, since a function below autograd, as in a TorchDispatchMode, cannot
         self._node = get_gradient_edge(inputs).node if inputs.requires_grad else None
         # a mark of the tensors that depend on this input, kept by it: the modes of its backward passes share it
@@ -97,7 +103,7 @@ class FrozenMode(TorchFunctionMode):
         kwargs = {key: self._constant(value) for key, value in kwargs.items()}
         live = live_tensors((*args, *kwargs.values()))
         if not live:
-            return func(*args, **kwargs)
+            return self._forms.get(func, func)(*args, **kwargs)
         # Tensor.unflatten and similar methods call their own name once more, by super()
         composite = None if self._inside and self._inside[-1] is func else _entered(func)
         if composite is None:
@@ -137,6 +143,7 @@ class FrozenMode(TorchFunctionMode):
     def _call(self, func: Function, args: Sequence[Any], kwargs: dict[str, Any], live: list[Tensor]) -> Any:
         """Run one function of PyTorch's core on `live` tensors, by its rule or as it is."""
         name, in_place = canonical(func)
+        func = self._forms.get(func, func)
         self._name = name
         self.met.add(name)
         if name in TAKES_A_FORM:

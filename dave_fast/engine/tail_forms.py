@@ -1,0 +1,113 @@
+"""The products of a plan's tail in C++, for float32 on a CPU: a row has the same bits in any batch, with any threads.
+
+PyTorch multiplies by MKL and oneDNN, which choose the order of a sum by the number of rows, of threads, and by where
+operands lie in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dave_fast.ops.attention import attention_native, attention_vjp_native
+from dave_fast.ops.linear import NativeWeight, linear_native, pack_panels
+
+
+class TailForms:
+    """Forms of PyTorch's products with a tail's own matrices, and of attention; other operands are left to PyTorch.
+
+    Args:
+        tail: the module, of this engine alone.
+
+    Attributes:
+        forms: function of PyTorch -> the same function, for `frozen.mode.FrozenMode`.
+    """
+
+    def __init__(self, tail: nn.Module) -> None:
+        own = [p for p in tail.parameters() if _fits(p) and p.numel()]
+        # what lies in the memory of a parameter is a part of it, or its transpose
+        self._own = {parameter.untyped_storage().data_ptr() for parameter in own}
+        self._packed: dict[Any, tuple[int, NativeWeight, NativeWeight]] = {}
+        self.forms: dict[Callable[..., Any], Callable[..., Any]] = {
+            F.linear: self._linear,
+            F.scaled_dot_product_attention: _attention,
+            **{function: self._matmul(function) for function in (torch.matmul, Tensor.matmul, Tensor.__matmul__)},
+        }
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if not self._takes(input, weight) or (bias is not None and bias.requires_grad):
+            return F.linear(input, weight, bias)
+        product: Tensor = _Product.apply(input, *self._pack(weight), bias)
+        return product
+
+    def _matmul(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def multiply(x: Any, other: Any) -> Any:
+            if isinstance(x, Tensor) and isinstance(other, Tensor) and self._takes(x, other):
+                return self._linear(x, other.T)
+            return function(x, other)
+
+        return multiply
+
+    def _takes(self, x: Tensor, matrix: Tensor) -> bool:
+        own = matrix.untyped_storage().data_ptr() in self._own
+        return own and matrix.ndim == 2 and _fits(matrix) and not matrix.requires_grad and _fits(x) and x.numel() > 0
+
+    def _pack(self, weight: Tensor) -> tuple[NativeWeight, NativeWeight]:
+        """Return a matrix (O, I) packed for x Wᵀ and for g W, once for each of its versions."""
+        key = weight.data_ptr(), weight.shape, weight.stride()
+        found = self._packed.get(key)
+        if found is None or found[0] != weight._version:
+            found = weight._version, pack_panels(weight, "fp32"), pack_panels(weight.T, "fp32")
+            self._packed[key] = found
+        return found[1:]
+
+
+def _fits(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ + b of x (..., I), and g W of its cotangent."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: NativeWeight, transposed: NativeWeight, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+        ctx.transposed = transposed
+        return _of_rows(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        return _of_rows(g, ctx.transposed, None), None, None, None
+
+
+def _of_rows(x: Tensor, weight: NativeWeight, bias: Tensor | None) -> Tensor:
+    y: Tensor = linear_native(x.reshape(-1, x.shape[-1]), weight, bias)
+    return y.view(*x.shape[:-1], -1)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *more: Any, **settings: Any) -> Tensor:
+    """Run F.scaled_dot_product_attention (R, heads, tokens, head_dim) with q and k held constant."""
+    scale = settings.get("scale")
+    plain = not any(more) and not any(given for name, given in settings.items() if name != "scale")
+    alike = value.shape == key.shape and query.ndim == 4 and query.shape[:2] == key.shape[:2] and key.numel() > 0
+    frozen = not query.requires_grad and not key.requires_grad
+    if not (plain and alike and frozen and all(map(_fits, (query, key, value)))):
+        return F.scaled_dot_product_attention(query, key, value, *more, **settings)
+    attended: Tensor = _Attention.apply(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
+    return attended
+
+
+class _Attention(torch.autograd.Function):
+    """P v of heads (R, heads, tokens, head_dim), and Pᵀ g of its cotangent."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:  # type: ignore[override]
+        out, ctx.operators = attention_native(*(t.transpose(1, 2) for t in (query, key, value)), scale)
+        return out.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[None, None, Tensor, None]:  # type: ignore[override]
+        return None, None, attention_vjp_native(ctx.operators, g.transpose(1, 2)).transpose(1, 2), None
