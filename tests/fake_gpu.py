@@ -139,7 +139,7 @@ def build(model: nn.Module, precision: str, size: tuple[int, int] | None = None)
     # scales of e4m3 are calibrated by PyTorch's ops; no test here reads their values
     scales = SimpleNamespace(of=lambda *weights: TokenScales(1.0, 0.5, 197, 1) if weights else None)
     with mock.patch.object(building, "calibrate", return_value=scales):
-        return engine_of(model, dtype=dtype, size=size, backend="triton", fp8=precision == "fp8")
+        return engine_of(model, dtype=dtype, size=size, backend="triton", narrow="fp8" if precision == "fp8" else None)
 
 
 def walk(built: engine.Engine, rows: int) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from dave_fast.engine.buckets import hidden_width
 from dave_fast.engine.free_memory import SHARE, megabytes
 from dave_fast.errors import InputError
+from dave_fast.ops.activation import GATES
 from dave_fast.ops.attention import KEEP_PROBABILITIES
 from dave_fast.ops.linear import BLOCK_BYTES, NativeWeight
 from dave_fast.ops.precision import statistics_dtype
@@ -92,7 +93,9 @@ def _layer_bytes(plan: ViTPlan, layer: Layer, entering: int, leaving: int) -> in
         return leaving * hidden_width(layer.fc1.bias.shape[0], layer.activation) * item + norms
     if entering <= KEEP_PROBABILITIES:
         return layer.heads * leaving * (entering + PADDING) * item + norms
-    return 3 * entering * layer.heads * layer.head_dim * item + layer.heads * leaving * 2 * 4 + norms
+    # q and k are views of the product that holds v too, unless they were turned
+    parts = 3 if layer.rotation is None else 2
+    return parts * entering * layer.heads * layer.head_dim * item + layer.heads * leaving * 2 * 4 + norms
 
 
 def _saved_bytes(plan: ViTPlan) -> int:
@@ -109,9 +112,15 @@ def engine_row_bytes(plan: ViTPlan) -> int:
     """Return the bytes of one row of a micro-batch: saved operators, the widest activations of a block, tokens."""
     item = plan.dtype.itemsize
     saved = _saved_bytes(plan)
-    hidden = plan.mlp.fc1.bias.shape[0]
-    # the input of an activation and its two results, which are half as wide in a gated MLP
-    hidden += 2 * hidden_width(hidden, plan.mlp.activation)
+    fc1 = plan.mlp.fc1
+    hidden = fc1.bias.shape[0]
+    made = hidden_width(hidden, plan.mlp.activation)
+    if not isinstance(fc1.weight, NativeWeight):
+        # the input of an activation and its two results, which are half as wide in a gated MLP
+        hidden += 2 * made
+    else:
+        # C++ writes the gate where it is saved; a product makes both results itself, except in a gated MLP
+        hidden = made if plan.mlp.activation in GATES else hidden + made
     alive = plan.tokens * (2 * plan.width * (item + plan.stream.itemsize) + hidden * item)
     height, width = plan.image_size
     # tokens in and out, and the contribution before it is stored

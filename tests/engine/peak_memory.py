@@ -58,6 +58,6 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     # what libraries take once, by precision: 22 MB more in a first call of several targets at this size
-    for precision in ("fp32", "bf16"):
+    for precision in ("fp32", "bf16", "int8"):
         measure(224, 128, 2, precision, "auto", 1, 8, 4, 6, 2)
     print(json.dumps([measure(*case) for case in json.loads(sys.argv[1])]))

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from dave_fast import DAVE
-from dave_fast.engine.agreement import BOUNDS, disagreement, find_difference
+from dave_fast.engine.agreement import BOUNDS, NARROW_BOUNDS, disagreement, find_difference
 from dave_fast.errors import ModelError, NotFrozenError
 from dave_fast.given.isolation import isolated
 from dave_fast.given.own_forward import own_output
+from dave_fast.ops.precision import DTYPES
 from dave_fast.plan import families
 from tests.tiny import random_vit
 from tests.variants import ENGINE
@@ -59,13 +60,13 @@ def test_a_forward_without_its_blocks_is_named():
     assert "does not run all of blocks.0 to blocks.1" in find_difference(model, reading, IMAGES[:1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_the_bound_follows_from_the_precision(dtype):
+@pytest.mark.parametrize("precision", ["fp64", "fp32", "bf16", "int8", "fp8"])
+def test_the_bound_follows_from_the_precision(precision):
     model, image = random_vit().to(torch.float64), IMAGES[:1]
     output = own_output(model, image)
     for factor in (0.5, 20):
-        error = factor * BOUNDS[dtype]
-        found = disagreement(output * (1 + error), model, image, dtype, fp8=False)
+        error = factor * NARROW_BOUNDS.get(precision, BOUNDS[DTYPES[precision]])
+        found = disagreement(output * (1 + error), model, image, precision)
         assert found is None if factor < 1 else found == pytest.approx(error, rel=1e-6)
 
 
@@ -82,7 +83,7 @@ def test_a_step_that_depends_on_the_precision_is_no_rounding():
 
     model, image = Wide().eval(), IMAGES[:1]
     found = own_output(model, image, torch.float64)
-    assert disagreement(found, model, image, torch.float64, fp8=False) == pytest.approx(0.1, rel=1e-3)
+    assert disagreement(found, model, image, "fp64") == pytest.approx(0.1, rel=1e-3)
 
 
 def test_a_model_that_rounds_badly_is_judged_by_its_own_rounding():
@@ -101,21 +102,22 @@ def test_a_model_that_rounds_badly_is_judged_by_its_own_rounding():
     exact = own_output(model, image)
     error = float((rounded - exact).norm() / exact.norm())
     assert BOUNDS[torch.bfloat16] < error < 0.3
-    assert disagreement(rounded, model, image, torch.bfloat16, fp8=False) is None
+    assert disagreement(rounded, model, image, "bf16") is None
     # in float32 the same error is another model
-    assert disagreement(rounded, model, image, torch.float32, fp8=False) == pytest.approx(error, rel=1e-5)
+    assert disagreement(rounded, model, image, "fp32") == pytest.approx(error, rel=1e-5)
 
 
 @pytest.mark.parametrize("output", [torch.full((1, 5), torch.nan), torch.ones(1, 4), torch.ones(1, 5, 1)], ids=str)
-def test_nan_and_other_shapes_never_agree(output):
-    assert disagreement(output, random_vit(), IMAGES[:1], torch.float32, fp8=True) == float("inf")
+@pytest.mark.parametrize("precision", ["fp32", "int8", "fp8"])
+def test_nan_and_other_shapes_never_agree(output, precision):
+    assert disagreement(output, random_vit(), IMAGES[:1], precision) == float("inf")
 
 
 def test_an_output_of_zeros_agrees_with_zeros():
     model = random_vit()
     nn.init.zeros_(model.head.weight)
     nn.init.zeros_(model.head.bias)
-    assert disagreement(torch.zeros(1, 5), model, IMAGES[:1], torch.float32, fp8=False) is None
+    assert disagreement(torch.zeros(1, 5), model, IMAGES[:1], "fp32") is None
 
 
 @pytest.mark.parametrize("route", ["auto", "engine"])

@@ -32,7 +32,7 @@ NAMES = [
 
 
 def build(name="vit"):
-    return engine_of(ENGINE[name].build(), dtype=torch.bfloat16, backend="torch", fp8=True)
+    return engine_of(ENGINE[name].build(), dtype=torch.bfloat16, backend="torch", narrow="fp8")
 
 
 def walk(engine, images, size=1.0):
@@ -118,9 +118,9 @@ def test_patches_keep_their_cotangents_where_a_class_token_with_an_outlier_is_re
     images = torch.randn(2, 3, 64, 64)
     engines = {
         "exact": engine_of(model, dtype=torch.float32, backend="torch"),
-        "static": engine_of(model, dtype=torch.bfloat16, backend="torch", fp8=True),
-        "rows": engine_of(model, dtype=torch.bfloat16, backend="torch", fp8=True),
-        "one scale": engine_of(model, dtype=torch.bfloat16, backend="torch", fp8=True),
+        "static": engine_of(model, dtype=torch.bfloat16, backend="torch", narrow="fp8"),
+        "rows": engine_of(model, dtype=torch.bfloat16, backend="torch", narrow="fp8"),
+        "one scale": engine_of(model, dtype=torch.bfloat16, backend="torch", narrow="fp8"),
     }
     engines["rows"].ops.scales = Scales({})
     found = engines["one scale"].ops.scales.operands

@@ -119,7 +119,7 @@ def test_evidence_in_eight_bits_has_the_size_of_the_cotangent():
     """The walk divides a row's cotangent by a power of two, and the evidence is multiplied by it again."""
     variant, levels = ENGINE["vit"], Levels(False, (0, 1))
     images, cotangent = variant.images(2), torch.eye(7)[[1, 4]] * torch.tensor([[1.0], [5.0]])
-    fp8 = engine_of(variant.build(), dtype=torch.bfloat16, backend="torch", fp8=True)
+    fp8 = engine_of(variant.build(), dtype=torch.bfloat16, backend="torch", narrow="fp8")
     exact = pulled(engine_of(variant.build(), dtype=torch.float64), images, cotangent.double(), levels).evidence
     found, larger = (pulled(fp8, images, factor * cotangent, levels).evidence for factor in (1, 2**12))
     for ours, theirs, scaled in zip(found, exact, larger, strict=True):

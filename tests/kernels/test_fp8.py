@@ -65,7 +65,7 @@ def test_the_engine_walks_with_eight_bit_operands(device):
     images = variant.images(1)
     walks = {}
     for backend in ("torch", "triton"):
-        engine = engine_of(variant.build(), dtype=torch.bfloat16, device=device, backend=backend, fp8=True)
+        engine = engine_of(variant.build(), dtype=torch.bfloat16, device=device, backend=backend, narrow="fp8")
         output, saved = engine.forward(patchify(images, engine.plan.patch_size).bfloat16().to(device))
         walks[backend] = output, engine.vjp(saved, torch.eye(output.shape[1], device=device)[[1]]).float()
     for found, expected in zip(walks["triton"], walks["torch"], strict=True):
