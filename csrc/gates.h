@@ -33,7 +33,7 @@ DAVE_HD vfloat normal_cdf(vfloat u) {
 }
 
 // Φ(u) with an absolute error of 2.2e-5, a hundredth of bfloat16's near 1, in a third of the time: ½ + u·polynomial in u²
-// on [-4, 4] (our own minimax fit), and its value at the ends beyond.
+// on [-4, 4] (our own minimax fit), and its value at the ends beyond, where the error is 5.5e-5.
 DAVE_HD vfloat coarse_normal_cdf(vfloat u) {
   u = larger(splat(-4.0f), smaller(splat(4.0f), u));
   const vfloat square = u * u;
