@@ -11,16 +11,19 @@ from dave_fast.bench import rates
 from dave_fast.errors import BackendError
 from dave_fast.ops import _ext, _registry
 from dave_fast.ops.activation import GATES, activate_native, activate_ref
-from dave_fast.ops.linear import _scale_native, _scale_ref
-from tests.conftest import chosen_backend
+from dave_fast.ops.linear import OPERANDS, NativeWeight, _scale_native, _scale_ref, pack_panels
+from tests.conftest import ISAS, chosen_backend
 from tests.tolerances import LOW_PRECISION_RATIO
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+# what C++ multiplies
+OPERAND = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+NARROW_OR_SINGLE = list(OPERAND)
 SHAPES = [(1, 37, 65), (7, 33, 16), (197, 48, 130)]
 ACTIVATIONS = [*GATES, "silu_glu", "gelu_glu_last"]
 
 
-@pytest.fixture(params=["torch", "onednn", "avx512bf16", "avx512", "avx2", "baseline"])
+@pytest.fixture(params=["torch", "onednn", *ISAS])
 def linear_backend(request):
     """Yield each form of linear in turn: those of `backend`, and oneDNN through PyTorch."""
     if request.param == "onednn":
@@ -182,53 +185,65 @@ def test_nan_and_infinity_propagate_through_a_norm(backend, dtype):
 LONG = [(3, 600, 77), (70, 257, 777), (300, 513, 50), (1, 257, 23)]
 
 
-@pytest.fixture(params=["as it is", "avx2"])
+@pytest.fixture(params=ISAS)
 def native(request):
-    """Yield the extension with this machine's own instruction set, and restricted to AVX2."""
-    if (reason := _registry.why_not("linear", "native", "cpu")) is not None:
-        pytest.skip(str(reason))
-    extension = _ext.module()
-    before = extension.isa()
-    if request.param not in ("as it is", *extension.usable_isas()):
-        pytest.skip(f"this machine has no {request.param}")
-    if request.param == "avx2":
-        extension.use_isa("avx2")
-    yield extension
-    extension.use_isa(before)
-
-
-@pytest.fixture
-def avx2():
-    """Yield the extension restricted to AVX2, which alone has panels; elsewhere oneDNN checks operands."""
-    if (reason := _registry.why_not("linear", "native", "cpu")) is not None:
-        pytest.skip(str(reason))
-    for _ in chosen_backend("avx2"):
+    """Yield the extension restricted to each instruction set of this machine."""
+    for _ in chosen_backend(request.param):
         yield _ext.module()
 
 
+@pytest.mark.parametrize("dtype", NARROW_OR_SINGLE, ids=str)
 @pytest.mark.parametrize("shape", LONG, ids=str)
-def test_long_sums_and_every_epilogue_at_once(native, shape):
-    x, matrix, bias, scale = case(shape, torch.float32)
-    gate, residual = (numbers(shape[0], shape[2], dtype=torch.float32, seed=seed) for seed in (4, 5))
+@pytest.mark.usefixtures("native")
+def test_long_sums_and_every_epilogue_at_once(shape, dtype):
+    x, matrix, bias, scale = case(shape, dtype)
+    gate, residual = (numbers(shape[0], shape[2], dtype=dtype, seed=seed) for seed in (4, 5))
     expected = scale.double()[:, None] * (x.double() @ matrix.double().T) + bias.double()
     expected = expected * gate.double() + residual.double()
-    plain = F.linear(x * scale[:, None], matrix, bias) * gate + residual
+    plain = F.linear((x * scale[:, None]).to(dtype), matrix, bias) * gate + residual
     found = run("native", x, matrix, bias, row_scale=scale, gate=gate, residual=residual)
     assert_as_good(found, plain, expected)
 
 
-@pytest.mark.parametrize("shape", LONG, ids=str)
-def test_bits_depend_neither_on_other_rows_nor_on_threads(native, shape):
-    x, matrix, bias, scale = case(shape, torch.float32)
+@pytest.mark.parametrize("wide", NARROW_OR_SINGLE, ids=str)
+@pytest.mark.parametrize("operand", NARROW_OR_SINGLE, ids=str)
+@pytest.mark.usefixtures("native")
+def test_operands_and_epilogues_may_differ_in_dtype(operand, wide):
+    """x, bias, gate and residual in another dtype than the weights; the result has the residual's, or the weights'."""
+    shape = rows, _, outs = 33, 401, 77
+    x, matrix, bias, scale = case(shape, wide)
+    matrix = matrix.to(operand)
+    gate, residual = (numbers(rows, outs, dtype=wide, seed=seed) for seed in (4, 5))
+    product = x.to(operand).double() @ matrix.double().T
+    expected = scale.double()[:, None] * product + bias.double()
+    plain = F.linear(x.to(operand), matrix).to(wide) * scale[:, None].to(wide) + bias
+    found = run("native", x, matrix, bias, row_scale=scale, residual=residual)
+    assert_as_good(found, plain + residual, expected + residual.double())
+    written = residual.clone()
     weight = _registry.load("pack_weight", "native")(matrix)
     linear = _registry.load("linear", "native")
+    again = linear(x, weight, bias, row_scale=scale, residual=written, overwrite=True)
+    if not isinstance(weight, NativeWeight):
+        return
+    assert torch.equal(again, found) and again.data_ptr() == written.data_ptr()
+    found = linear(x, weight, bias, row_scale=scale, gate=gate)
+    assert_as_good(found, (plain * gate).to(operand), expected * gate.double())
+
+
+@pytest.mark.parametrize("dtype", NARROW_OR_SINGLE, ids=str)
+@pytest.mark.parametrize("shape", LONG, ids=str)
+@pytest.mark.usefixtures("native")
+def test_bits_depend_neither_on_other_rows_nor_on_threads(shape, dtype):
+    x, matrix, bias, scale = case(shape, dtype)
+    weight, linear = pack_panels(matrix, OPERAND[dtype]), _registry.load("linear", "native")
     whole, gates = linear(x, weight, bias, row_scale=scale, activation="gelu")
-    for rows in (slice(0, 1), slice(1, 6), slice(2, None)):
+    order = torch.randperm(shape[0], generator=torch.Generator().manual_seed(6))
+    for rows in (slice(0, 1), slice(1, 6), slice(2, None), order):
         some, some_gates = linear(x[rows], weight, bias, row_scale=scale[rows], activation="gelu")
         assert torch.equal(some, whole[rows]) and torch.equal(some_gates, gates[rows])
     wide = torch.cat([x, x], dim=1)
     assert torch.equal(linear(wide[:, : shape[1]], weight, bias, row_scale=scale, activation="gelu")[0], whole)
-    for threads in (3, 4, 8):
+    for threads in (2, 3, 4, 8):
         torch.set_num_threads(threads)
         try:
             assert torch.equal(linear(x, weight, bias, row_scale=scale, activation="gelu")[0], whole)
@@ -236,15 +251,43 @@ def test_bits_depend_neither_on_other_rows_nor_on_threads(native, shape):
             torch.set_num_threads(1)
 
 
-def test_nan_and_infinity_propagate_through_a_product(native):
-    x, matrix, bias, _ = case((9, 300, 50), torch.float32)
+@pytest.mark.parametrize("dtype", NARROW_OR_SINGLE, ids=str)
+@pytest.mark.parametrize("shape", LONG, ids=str)
+def test_bits_are_those_of_every_other_x86_instruction_set_that_fuses(shape, dtype):
+    """AVX512-BF16's instruction takes subnormal numbers as zero, which no other does: there are none here."""
+    if (reason := _ext.unavailable()) is not None:
+        pytest.skip(reason)
+    x, matrix, bias, scale = case(shape, dtype)
+    residual = numbers(shape[0], shape[2], dtype=dtype, seed=5)
+    made = {}
+    for isa in ("avx512bf16", "avx512vnni", "avx512", "avx2vnni", "avx2"):
+        if isa not in _ext.module().usable_isas():
+            continue
+        for backend in chosen_backend(isa):
+            weight, linear = pack_panels(matrix, OPERAND[dtype]), _registry.load("linear", backend)
+            made[isa] = [
+                linear(x, weight, bias, row_scale=scale, residual=residual),
+                *(each for name in GATES for each in linear(x, weight, bias, activation=name)),
+            ]
+            for centred in (True, False):
+                made[isa].append(_registry.load("row_rstd", backend)(x, 1e-6, centred=centred))
+    for isa, results in made.items():
+        for found, expected in zip(results, next(iter(made.values())), strict=True):
+            assert torch.equal(found, expected), isa
+
+
+@pytest.mark.parametrize("dtype", NARROW_OR_SINGLE, ids=str)
+@pytest.mark.usefixtures("native")
+def test_nan_and_infinity_propagate_through_a_product(dtype):
+    x, matrix, bias, _ = case((9, 300, 50), dtype)
     x[0, 299], x[3, 0], x[4, 7], matrix[49, 1] = torch.nan, torch.inf, -torch.inf, torch.inf
     expected, found = F.linear(x, matrix, bias), run("native", x, matrix, bias)
     assert torch.equal(found.isnan(), expected.isnan()) and expected.isnan().any()
     assert torch.equal(found.isposinf(), expected.isposinf()) and torch.equal(found.isneginf(), expected.isneginf())
 
 
-def test_operands_of_any_strides(native):
+@pytest.mark.usefixtures("native")
+def test_operands_of_any_strides():
     x, matrix, bias, _ = case((40, 300, 50), torch.float32)
     weight = _registry.load("pack_weight", "native")(matrix.T.contiguous().T)
     linear = _registry.load("linear", "native")
@@ -262,12 +305,14 @@ def test_operands_of_any_strides(native):
         ("x", torch.ones(4, 29)),
         ("bias", torch.ones(29)),
         ("row_scale", torch.ones(4, 1)),
-        ("gate", torch.ones(4, 30, dtype=torch.bfloat16)),
+        ("gate", torch.ones(4, 30, dtype=torch.float16)),
+        ("gate", torch.ones(4, 31)),
         ("residual", torch.ones(30)),
+        ("residual", torch.ones(4, 30, dtype=torch.float64)),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else f"{value.dtype}{list(value.shape)}",
 )
-@pytest.mark.usefixtures("avx2")
+@pytest.mark.usefixtures("native")
 def test_operands_that_would_be_read_past_are_refused(operand, wrong):
     weight = _registry.load("pack_weight", "native")(torch.eye(30))
     given = {"x": torch.ones(4, 30), operand: wrong}
@@ -275,9 +320,14 @@ def test_operands_that_would_be_read_past_are_refused(operand, wrong):
         _registry.load("linear", "native")(given.pop("x"), weight, **given)
 
 
-def test_weights_of_another_instruction_set_are_refused(avx2):
-    weight = _registry.load("pack_weight", "native")(torch.eye(30))
-    avx2.use_isa("baseline")
+@pytest.mark.parametrize("operand", OPERANDS)
+def test_weights_of_another_instruction_set_are_refused(native, operand):
+    """Where its panels have another width; those of one width may be exchanged, since their products are the same."""
+    weight, panel = pack_panels(torch.eye(30), operand), native.linear_panel()
+    others = [isa for isa in native.usable_isas() if (native.use_isa(isa), native.linear_panel())[1] != panel]
+    if not others:
+        pytest.skip("every instruction set of this machine has panels of this width")
+    native.use_isa(others[0])
     with pytest.raises(ValueError, match="packed for another instruction set"):
         _registry.load("linear", "native")(torch.eye(30), weight)
 
