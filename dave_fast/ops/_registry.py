@@ -5,8 +5,8 @@ signature. `backend="auto"` chooses the first available one in the device's orde
 name is used for every op that has it, and raises `BackendError` with the reason where it cannot be used; ops that lack
 it use their default.
 
-A backend's function passes what its kernels do not cover (float64 in linear and attention, bfloat16 on a CPU that does
-not multiply it) to PyTorch: the same result at another speed. The choice is made once an engine (`bind`), not at each
+A backend's function passes what its kernels do not cover (float64 in linear and attention, bfloat16 in linear on a CPU
+with AMX) to PyTorch: the same result at another speed. The choice is made once an engine (`bind`), not at each
 call.
 """
 

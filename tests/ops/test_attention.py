@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dave_fast.ops import _ext, _registry, attention
+from tests.conftest import chosen_backend
 from tests.tolerances import EXACT, LOW_PRECISION_RATIO
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -140,6 +141,41 @@ def test_nan_and_infinity_propagate_as_in_pytorch(backend, dtype, shape, monkeyp
                 assert torch.equal(got.isneginf(), want.isneginf()), where
                 limit = 0.1 if dtype == torch.bfloat16 else 1e-5
                 assert (got[finite].double() - want[finite]).abs().max() <= limit, where
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kept", KEPT)
+def test_bits_depend_neither_on_the_batch_nor_on_threads_nor_on_instructions_that_fuse(dtype, kept, monkeypatch):
+    if (reason := _ext.unavailable()) is not None:
+        pytest.skip(reason)
+    monkeypatch.setattr(attention, "KEEP_PROBABILITIES", KEPT[kept])
+    *operands, d_out = heads((5, 57, 57, 3, 36), dtype)
+    bias = torch.randn(3, 57, 57, generator=torch.Generator().manual_seed(5)).to(dtype)
+    made = {}
+    for isa in ("avx512bf16", "avx512", "avx2", "neonbf16", "dotprod"):
+        if isa not in _ext.module().usable_isas():
+            continue
+        for backend in chosen_backend(isa):
+            made[isa] = run(backend, *operands, d_out, 0.3, bias)
+            for rows in (slice(0, 1), slice(3, 5)):
+                some = run(backend, *(t[rows] for t in (*operands, d_out)), 0.3, bias)
+                assert all(torch.equal(a, b[rows]) for a, b in zip(some, made[isa], strict=True)), (isa, rows)
+            for threads in (2, 3):
+                torch.set_num_threads(threads)
+                try:
+                    again = run(backend, *operands, d_out, 0.3, bias)
+                finally:
+                    torch.set_num_threads(1)
+                assert all(map(torch.equal, again, made[isa])), (isa, threads)
+    # Arm's instruction for bfloat16 rounds otherwise
+    first, *others = (found for isa, found in made.items() if isa != "neonbf16" or dtype == torch.float32)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(other, first, strict=True))
+
+
+def test_bfloat16_is_in_cpp_on_every_instruction_set(backend):
+    *operands, _ = heads((1, 5, 5, 2, 8), torch.bfloat16)
+    _, saved = _registry.load("attention", backend)(*operands, 0.3)
+    assert isinstance(saved, attention.SavedAttention if backend == "torch" else attention.SavedNative)
 
 
 @pytest.mark.skipif(_ext.unavailable() is not None, reason=str(_ext.unavailable()))
