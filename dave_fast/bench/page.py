@@ -167,7 +167,7 @@ def ops_markdown(rows: Sequence[dict[str, Any]]) -> str:
             lines.append(_row([name, row["backend"], why_missing(row) or "", *[""] * (len(headings) - 3)]))
             continue
         cells = [duration(row["seconds"]["median"]), f"{row['GFLOP/s']:.0f}" if row["GFLOP/s"] else ""]
-        cells += [f"{row['GB/s']:.2g}", f"{row['share']['median']:.0%} of {row['of']}"]
+        cells += [f"{row['GB/s']:.2g}", f"{row['share']['median']:.0%} of {row.get('ceiling of', row['of'])}"]
         lines.append(_row([name, row["backend"], *cells, f"{row['error']:.1e}", f"{row['plain']:.1e}"]))
     return "\n".join([*lines, "", *(f"- {backend}: not measured: {why}." for backend, why in absent.items())])
 

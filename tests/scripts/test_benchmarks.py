@@ -9,8 +9,7 @@ import dave_fast
 from benchmarks import contestants, libraries, machine, plain, side_by_side
 from benchmarks.contestants import Within, captum_methods, ours, peer, plain_way, why_no
 from benchmarks.peers import LADDER
-from dave_fast.bench import whole
-from dave_fast.bench.rates import ceiling
+from dave_fast.bench import rates, whole
 from dave_fast.bench.shapes import shapes_of
 from dave_fast.errors import InputError
 from dave_fast.models.catalog import load_model
@@ -78,14 +77,34 @@ def test_arithmetic_of_the_engine_is_counted_by_hand(model):
     assert plain.gigaflops_a_sample(model, torch.randn(3, *SIZE)) > ours
 
 
-@pytest.mark.parametrize("kind", ["mkl-fp32", "packed-fp32", "packed-bf16"])
+def kinds(*precisions):
+    return [kind for precision in precisions for kind in rates.kinds_of(precision, "cpu")]
+
+
+@pytest.mark.parametrize("kind", kinds("fp64", "fp32", "bf16", "int8"))
 def test_ceilings_count_what_they_run(kind):
-    if kind != "mkl-fp32" and not torch.backends.mkldnn.is_available():
-        pytest.skip("no oneDNN")
-    made = ceiling(kind, 8, 16, 32, at_least=1e-4)
+    made = rates.ceiling(kind, 8, 16, 32, at_least=1e-4)
     once = 2e-9 * 8 * (16 * 48 + 16 * 16 + 2 * 16 * 32)
     assert made.gigaflops == pytest.approx(once * round(1e-4 / once))
     made.run()
+
+
+@pytest.mark.parametrize(("precision", "error"), [("fp32", 1e-6), ("bf16", 0.01), ("int8", 0.03)])
+def test_every_librarys_product_of_a_precision_is_the_product(precision, error):
+    torch.manual_seed(0)
+    dtype = rates.DTYPES[precision]
+    x, weight, bias = (torch.randn(*size).to(dtype).double() for size in ((7, 400), (33, 400), (33,)))
+    expected = torch.nn.functional.linear(x, weight, bias)
+    for kind in kinds(precision):
+        torch.manual_seed(0)
+        found = rates.product(kind, 7, 400, 33)()
+        assert (found.double() - expected).norm() < error * expected.norm(), kind
+
+
+def test_the_ceiling_is_the_library_with_the_highest_median():
+    assert rates.fastest({"a": [1.0, 9.0, 1.0], "b": [2.0, 2.0, 2.0], "c": [1.0, 1.0, 1.5]}) == "b"
+    assert rates.kinds_of("fp16", "cpu") == ("mkl-fp16",) and rates.kinds_of("bf16", "cuda") == ("cublas-bf16",)
+    assert kinds("fp8") == kinds("fp32")
 
 
 @pytest.fixture(scope="module")
