@@ -22,7 +22,7 @@ from dave_fast.bench.shapes import Shapes
 from dave_fast.bench.whole import NOISE_ALPHA, Contestant
 from dave_fast.errors import DaveFastError
 from dave_fast.ops.patches import patchify, unpatchify
-from dave_fast.ops.precision import has_bf16, why_no_fp8
+from dave_fast.ops.precision import has_bf16, why_not
 from dave_fast.sampling import Draws, Sampling, draw, normal
 
 STEPS = 50
@@ -46,17 +46,15 @@ def guarded(name: str, precision: str, samples: int, make: Callable[[], Contesta
 
 def why_no(precision: str, device: str) -> str | None:
     """Return why a precision is not measured on this device, or None."""
-    if precision == "bf16" and not has_bf16(torch.device(device)):
-        return "this device does not multiply bfloat16: it would be emulated, and slower than fp32"
     if precision == "tf32" and device != "cuda":
         return "TF32 is an arithmetic of NVIDIA GPUs"
-    return why_no_fp8(torch.device(device)) if precision == "fp8" else None
+    return why_not(precision, torch.device(device))
 
 
 def ours(model: nn.Module, image: Tensor, samples: int, shapes: Shapes, device: str) -> list[Contestant]:
     """Return dave-fast in every precision, on CUDA with and without graphs."""
     found = []
-    for precision in ("fp32", "bf16", "fp8"):
+    for precision in whole.PLAIN:
         name = f"dave-fast {precision}"
         reason = why_no(precision, device)
         if reason is not None:

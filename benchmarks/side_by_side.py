@@ -59,7 +59,7 @@ def agreement(samples: int, n_images: int, device: str) -> dict[str, Any]:
     images = DemoScenes(n_images, seed=7).read(0, n_images).images
     found: dict[str, Any] = {"images": n_images, "samples": samples}
     exact = DAVE(model, precision="fp32", noise_alpha=whole.NOISE_ALPHA, device=device)
-    for precision in ("bf16", "fp8"):
+    for precision in MAPS_MUST_AGREE:
         if contestants.why_no(precision, device) is None:
             low = DAVE(model, precision=precision, noise_alpha=whole.NOISE_ALPHA, device=device)
             found[precision] = whole.map_agreement(low, exact, images, samples)

@@ -210,9 +210,7 @@ def operand_sets(case: Case, dtype: torch.dtype, device: str, seed: int, budget:
     return [first, *(make(at) for at in range(1, min(MOST_SETS, -(-cache // size))))]
 
 
-def _limits(
-    case: Case, shapes: Shapes, precision: str, device: str
-) -> dict[str, tuple[float, Callable[[], Any]]]:
+def _limits(case: Case, shapes: Shapes, precision: str, device: str) -> dict[str, tuple[float, Callable[[], Any]]]:
     """Return by kind what gives the machine's highest rate: its amount, GFLOP or GB of a copy, and the call.
 
     A product is compared with plain products of its own shape, other arithmetic with those of a block.
