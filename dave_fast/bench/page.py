@@ -118,7 +118,8 @@ def _section(result: dict[str, Any], folder: Path) -> str:
     lines += [f"- {line}" for line in _lines(result)]
     for name, alt, key, draw in PLOTS:
         if result.get(key):
-            figure = Path("figures") / f"{name}_{slug(where['device'])}_{slug(setting['model'])}.png"
+            machine = slug(f"{where['device']} {where.get('isa') or ''}")
+            figure = Path("figures") / f"{name}_{machine}_{slug(setting['model'])}.png"
             save_figure(draw(result), folder / figure)
             lines += ["", f"![{alt}]({figure})"]
     return "\n".join(lines) + "\n"

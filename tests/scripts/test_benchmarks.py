@@ -121,7 +121,7 @@ def test_all_contestants_make_the_same_contributions(small):
     field += [
         peer(model, replace(LADDER[name], compiled=False), "fp32", 6, shapes, image)
         for name in LADDER
-        if "Flex" not in name and "P4" not in name
+        if "Flex" not in name and LADDER[name].eight_bits is None
     ]
     for each in field:
         found = each.contributions(truth.images, truth.draws)
@@ -154,6 +154,7 @@ def test_a_run_has_a_row_for_everyone_and_refuses_what_is_wrong(small):
     assert "its error against float64 is 1.0e-02" in rows["plain"]["reason"]
     assert "images a second" not in rows["plain"]
     assert "e4m3" in rows["dave-fast fp8"]["not measured"]
+    assert {"dave-fast bf16", "dave-fast int8"} < rows.keys()
 
 
 def test_one_wrong_patch_of_one_sample_is_refused(small):
@@ -221,7 +222,7 @@ def test_a_failing_contestant_leaves_the_other_rows(small):
 def test_captum_explains_with_its_passes(small, precisions, monkeypatch):
     """Test captum's methods; a CPU without bfloat16 products emulates them."""
     model, _, image, _ = small
-    monkeypatch.setattr(contestants, "has_bf16", lambda device: "bf16" in precisions)
+    monkeypatch.setattr(contestants, "best_of", lambda device: precisions[-1])
     methods = captum_methods(model, image)
     expected = [f"captum {name}-50, {precision}" for precision in precisions for name in ("IG", "SmoothGrad")]
     assert [method.name for method in methods] == expected
