@@ -6,7 +6,7 @@ A contestant that cannot run here stays in the table, with the reason in `not_me
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ from dave_fast.ops.precision import why_not
 from dave_fast.sampling import Draws, Sampling, draw, normal
 
 STEPS = 50
-# micro-batches (samples) to choose the fastest of: multiples that fill a GPU's multiprocessors, and multiples of S = 50;
-# on a CPU those that stay in its caches
+# micro-batches (samples) to choose the fastest of: on a GPU multiples that fill its multiprocessors, and multiples of
+# S = 50; on a CPU those that stay in its caches
 ROWS = {"cuda": (28, 50, 56, 100, 112, 200), "cpu": (2, 4, 8)}
 # errors of a library for a model, shape or device that it does not support; shown in the table
 LIBRARY_ERRORS = (RuntimeError, NotImplementedError, ImportError, DaveFastError)
@@ -132,16 +132,20 @@ def authors_code(
     return found
 
 
+def precisions_of(tricks: Tricks, usual: Iterable[str]) -> list[str]:
+    """Return the precisions that a peer is measured in: eight bits where that is its trick, else the usual ones."""
+    return [tricks.eight_bits] if tricks.eight_bits else list(usual)
+
+
 def peers(
     model: nn.Module, image: Tensor, samples: int, shapes: Shapes, steps: tuple[str, ...] = tuple(LADDER)
 ) -> list[Contestant]:
-    """Return the ladder of `benchmarks.peers`, in the best precision of the device."""
+    """Return the ladder of `benchmarks.peers`, in fp32 and in the best precision of the device, or in eight bits."""
     device = image.device.type
-    best = best_of(device)
+    usual = dict.fromkeys(("fp32", best_of(device)))
     found = []
-    for step in steps:
+    for step, precision in [(name, each) for name in steps for each in precisions_of(LADDER[name], usual)]:
         tricks = LADDER[step]
-        precision = tricks.eight_bits or best
         name = f"PyTorch {step}, {precision}"
         reason = why_no(precision, device)
         if reason is not None:

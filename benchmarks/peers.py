@@ -10,8 +10,8 @@ The frozen VJP by autograd, with every exact optimisation that the library allow
                  the normalised sum and its log-sum-exp l, and dV = e^l times the sum, without dQ and dK
     algebra      LayerNorms folded into the layers that read them, and the last block trimmed to the tokens that the
                  head reads, as in `plan`
-    eight_bits   "fp8" or "int8": operands of e4m3 (torch._scaled_mm) or of integers (`peers_int8`) with a scale for each
-                 row of x and of the weight; the rest in bf16, or fp32 where a CPU has no bf16
+    eight_bits   "fp8" or "int8": operands of e4m3 (torch._scaled_mm) or of integers (`peers_int8`) with a scale for
+                 each row of x and of the weight; the rest in bf16, or fp32 where a CPU has no bf16
 
 Models: timm's VisionTransformer with LayerNorm or RMSNorm, GELU, and class-token or average pooling.
 R rows · n patches · N tokens · D width · A heads · d head dimension · Q queries.

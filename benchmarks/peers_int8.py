@@ -1,8 +1,8 @@
-"""The peers' product in eight-bit integers: PyTorch's own, by oneDNN, and its gradient, explicitly by a second product.
+"""The peers' product in eight-bit integers: PyTorch's own, by oneDNN, and its gradient, explicitly by a second one.
 
-Rows of x are quantised as they come, each with its own scale, as torchao's dynamic quantisation does; the compiler fuses
-that into what stands ahead of the product, and the scales into what follows it. The product is an operator of its own,
-because the compiler takes no weights in oneDNN's layout.
+Rows of x are quantised as they come, each with its own scale, as torchao's dynamic quantisation does; the compiler
+fuses that into what stands ahead of the product, and the scales into what follows it. The product is an operator of its
+own, because the compiler takes no weights in oneDNN's layout.
 """
 
 from __future__ import annotations

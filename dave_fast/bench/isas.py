@@ -47,7 +47,7 @@ def chosen(text: str) -> list[str]:
 
 
 def variables(isa: str) -> dict[str, str]:
-    """Return the environment of a process that uses an instruction set; libraries keep their own best beside our best."""
+    """Return the environment of a process that uses an instruction set; beside our best, libraries keep theirs."""
     best = _ext.module().usable_isas()[0]
     more = zip(NAMES, LIBRARIES[isa], strict=True) if isa != best and isa in LIBRARIES else ()
     return {"DAVE_FAST_ISA": isa, **dict(more)}

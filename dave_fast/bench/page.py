@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 PAGE = "performance.md"
 INTRODUCTION = """# Performance
 
-{gpu}
+{top}{gpu}
 """
 READING = """## How to read the tables of speed
 
@@ -45,12 +45,15 @@ AGAIN = """## Again
 """
 
 
-def write_page(results: Sequence[dict[str, Any]], folder: Path, *, first: Sequence[str] = (), again: str = "") -> Path:
+def write_page(
+    results: Sequence[dict[str, Any]], folder: Path, *, top: str = "", first: Sequence[str] = (), again: str = ""
+) -> Path:
     """Write `folder`/performance.md and its plots in `folder`/figures; return the path of the page.
 
     Args:
         results: comparisons make sections before ops; those of a single row, with nothing to plot, share the last one.
         folder: of the documents.
+        top: what the page starts with.
         first: sections to put before those of the results.
         again: further commands.
     """
@@ -63,7 +66,9 @@ def write_page(results: Sequence[dict[str, Any]], folder: Path, *, first: Sequen
     usual = {"model": "vit_base_patch16_224", "samples": DEFAULT_SAMPLES}
     setting = next((result["setting"] for result in [*whole, *alone]), usual)
     end = AGAIN.format(model=setting["model"], samples=setting["samples"]) + again
-    text = "\n".join([INTRODUCTION.format(gpu=gpu), *first, READING, *(parts or [NOTHING]), end])
+    text = "\n".join(
+        [INTRODUCTION.format(top=f"{top}\n" if top else "", gpu=gpu), *first, READING, *(parts or [NOTHING]), end]
+    )
     path = folder / PAGE
     with atomically(path) as file:
         file.write(text.encode())
