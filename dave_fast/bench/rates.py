@@ -133,8 +133,10 @@ def _bytes(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], Tensor]:
     codes = (x.float() / scale).round().add(128).to(torch.uint8)
     scales = weight.float().abs().amax(1) / 127
     packed = torch.ops.onednn.qlinear_prepack((weight.float() / scales[:, None]).round().to(torch.int8), x.shape)
-    more = (scales, torch.zeros(len(weight), dtype=torch.int64), bias.float(), 1.0, 0, torch.bfloat16, "none", [], "")
-    return lambda: torch.ops.onednn.qlinear_pointwise(codes, scale, 128, packed, *more)
+    zeros, wide = torch.zeros(len(weight), dtype=torch.int64), bias.float()
+    return lambda: torch.ops.onednn.qlinear_pointwise(
+        *(codes, scale, 128, packed, scales, zeros, wide), 1.0, 0, torch.bfloat16, "none", [], ""
+    )
 
 
 @contextmanager

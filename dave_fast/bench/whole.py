@@ -33,7 +33,7 @@ NOISE_ALPHA = 0.5
 PLAIN = {"fp32": "frozen", "bf16": "frozen", "fp8": "engine", "int8": "engine"}
 # number of different images whose contributions are compared, a sample of each
 CHECKED = 4
-MAPS_MUST_AGREE = {"bf16": 0.999, "fp8": 0.99, "int8": 0.99}
+MAPS_MUST_AGREE = {"bf16": 0.999, "fp8": 0.99, "int8": 0.999}
 # the most GFLOP of matrix products for the measurement of a rate
 LONG_ENOUGH = 60.0
 Explain = Callable[[Tensor, int | None], Any]

@@ -139,7 +139,7 @@ def _each_isa(isa: str, device: str, say: Callable[[str], None], *arguments: Any
 
     if device != "cpu":
         raise InputError(f"--isa {isa} names instruction sets of a CPU; give --device cpu")
-    found = {}
+    found: dict[str, Any] = {}
     for name in isas.chosen(isa):
         say(name)
         found |= isas.each([name], run_here, *arguments, **settings)
