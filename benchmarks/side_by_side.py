@@ -29,6 +29,7 @@ from dave_fast.bench.report import engine_table
 from dave_fast.bench.shapes import build_model, shapes_of
 from dave_fast.evaluate import DemoScenes
 from dave_fast.models.demo import load_demo_model
+from dave_fast.models.spec import ModelSpec
 
 PLAIN_MUST_REACH = 0.85
 MAPS_MUST_AGREE = whole.MAPS_MUST_AGREE
@@ -95,7 +96,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Make one run and return its result."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     say = print if args.verbose else lambda _: None
-    model: Any = build_model(args.model, args.size).to(device)
+    spec = ModelSpec(args.model, num_classes=args.num_classes, random_weights=True)
+    model: Any = build_model(spec, args.size).to(device)
     shapes = shapes_of(model, args.samples, size=args.size)
     images = torch.randn(whole.CHECKED, *shapes.image, generator=torch.Generator().manual_seed(0)).to(device)
     say("float64 truth")
@@ -147,6 +149,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--model", default="vit_base_patch16_224", help="a timm VisionTransformer; random weights")
+    made.add_argument("--num-classes", type=int, help="of its head, where the model has none of its own, as DINOv2")
     made.add_argument("--size", type=int, help="pixels a side; the model's own by default")
     made.add_argument("--samples", type=int, default=50, help="S")
     made.add_argument("--images", type=int, default=1, help="at once, for throughput")

@@ -1,7 +1,7 @@
 """The machine's instruction sets, each measured in a process of its own, since a process chooses once.
 
-Libraries are held to the same instructions (`variables`), so that a lesser set shows what a machine with no more would:
-our kernels beside PyTorch's there.
+On x86 libraries are held to the same instructions (`variables`), so that a lesser set shows what a machine with no more
+would: our kernels beside PyTorch's there.
 """
 
 from __future__ import annotations

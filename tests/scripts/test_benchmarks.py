@@ -279,6 +279,25 @@ def test_ratios_do_not_count_for_a_slow_baseline_or_other_maps():
     assert "bf16" in reasons[1]
 
 
+@pytest.mark.parametrize(
+    ("given", "isa", "name"),
+    [
+        ([], "avx2", "side_by_side_vit_base_patch16_224_avx2.json"),
+        (["--model", "timm/vit", "--size", "518"], None, "side_by_side_timm_vit_518.json"),
+        (["--out", "x/a.json"], "avx2", "a.json"),
+        (["--out", "x/a.json", "--isa", "all"], "avx2", "a_avx2.json"),
+    ],
+)
+def test_results_are_named_by_model_size_and_instruction_set(given, isa, name):
+    assert side_by_side.place_of(side_by_side.parser().parse_args(given), isa).name == name
+
+
+def test_peers_are_measured_in_fp32_in_the_best_precision_and_in_eight_bits():
+    usual = ("fp32", "bf16")
+    assert contestants.precisions_of(LADDER["P1 batched"], usual) == ["fp32", "bf16"]
+    assert contestants.precisions_of(LADDER["P4 in integers"], usual) == ["int8"]
+
+
 def test_work_is_gone_on_with_by_equal_settings_only(tmp_path):
     path = tmp_path / "made_with.json"
     machine.keep_to(path, {"weights": "a", "sizes": (4, 8)})
