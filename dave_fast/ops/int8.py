@@ -93,13 +93,10 @@ def linear_int8_ref(
     exact = statistics_dtype(x.dtype)
     narrow = torch.float64 if exact == torch.float64 else torch.bfloat16
     y = torch.zeros(len(x), len(weight.codes), dtype=exact)
-    for group, (part, codes) in enumerate(zip(x.split(GROUP, 1), weight.codes.split(GROUP, 1), strict=True)):
+    for part, codes in zip(x.split(GROUP, 1), weight.codes.split(GROUP, 1), strict=True):
         integers, scale = quantise(part.float())
         product = (integers.double() @ codes.double().T).to(exact)
-        if group and exact == torch.float32:
-            y = fused(product, scale[:, None], y)
-        else:
-            y = y + product * scale[:, None]
+        y = fused(product, scale[:, None], y) if exact == torch.float32 else y + product * scale[:, None]
     y = y * weight.scale
     if row_scale is not None:
         y = y * row_scale[:, None]
@@ -120,8 +117,8 @@ def linear_int8_ref(
 def fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """Return a·b + c of float32 tensors rounded once to float32, as a fused multiply-add.
 
-    The product of two float32 numbers is exact in float64. Its sum with c is rounded to odd there, which makes the second
-    rounding that of the exact sum.
+    The product of two float32 numbers is exact in float64. Its sum with c is rounded to odd there, which makes the
+    second rounding that of the exact sum.
     """
     product, c = a.double() * b.double(), c.double()
     total = product + c
