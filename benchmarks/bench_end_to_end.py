@@ -18,10 +18,10 @@ import torch
 from dave_fast.bench import rates
 from dave_fast.bench.shapes import build_model, shapes_of
 from dave_fast.bench.timing import host_seconds
-from dave_fast.bench.whole import dave
+from dave_fast.bench.whole import PLAIN, dave
 from dave_fast.engine.free_memory import free_bytes
 from dave_fast.engine.memory import engine_row_bytes
-from dave_fast.ops.precision import DTYPES, has_bf16, why_no_fp8
+from dave_fast.ops.precision import DTYPES, why_not
 from dave_fast.plan import families
 from dave_fast.plan.vit_plan import make_plan
 
@@ -36,25 +36,19 @@ IMAGES = {"one image": 1, "throughput": 8 if DEVICE == "cuda" else 2}
 @cache
 def gigaflops_a_second(precision: str) -> float:
     """Measure the device's rate at ViT-B's products."""
-    made = rates.ceiling(rates.kind_of(precision, DEVICE), 788, 768, 3072, device=DEVICE)
-    made.run()
-    return made.gigaflops / host_seconds(made.run, DEVICE)
-
-
-def why_not(precision: str) -> str | None:
-    """Return why a precision is not timed here, or None."""
-    if precision == "bf16" and not has_bf16(torch.device(DEVICE)):
-        return "this device does not multiply bfloat16"
-    return why_no_fp8(torch.device(DEVICE)) if precision == "fp8" else None
+    made = [rates.ceiling(kind, 788, 768, 3072, device=DEVICE) for kind in rates.kinds_of(precision, DEVICE)]
+    for each in made:
+        each.run()
+    return max(each.gigaflops / host_seconds(each.run, DEVICE) for each in made)
 
 
 @pytest.mark.parametrize("what", IMAGES)
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+@pytest.mark.parametrize("precision", PLAIN)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", MODELS)
 def test_explain(benchmark: Any, name: str, size: int, precision: str, what: str) -> None:
     """Time an explanation of one image, or of several."""
-    reason = why_not(precision)
+    reason = why_not(precision, torch.device(DEVICE))
     if reason is not None:
         pytest.skip(reason)
     model: Any = build_model(name, size)

@@ -6,7 +6,7 @@ A contestant that cannot run here stays in the table, with the reason in `not_me
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,18 @@ from torch import Tensor, nn
 
 from benchmarks import authors, plain
 from benchmarks.peers import LADDER, Peer, Tricks
-from dave_fast.bench import rates, whole
+from dave_fast.bench import isas, rates, whole
 from dave_fast.bench.shapes import Shapes
 from dave_fast.bench.whole import NOISE_ALPHA, Contestant
 from dave_fast.errors import DaveFastError
 from dave_fast.ops.patches import patchify, unpatchify
-from dave_fast.ops.precision import has_bf16, why_no_fp8
+from dave_fast.ops.precision import why_not
 from dave_fast.sampling import Draws, Sampling, draw, normal
 
 STEPS = 50
-# micro-batches (samples) to choose the fastest of: multiples that fill a GPU's multiprocessors, and multiples of S = 50
-ROWS = {"cuda": (28, 50, 56, 100, 112, 200), "cpu": (4,)}
+# micro-batches (samples) to choose the fastest of: on a GPU multiples that fill its multiprocessors, and multiples of
+# S = 50; on a CPU those that stay in its caches
+ROWS = {"cuda": (28, 50, 56, 100, 112, 200), "cpu": (2, 4, 8)}
 # errors of a library for a model, shape or device that it does not support; shown in the table
 LIBRARY_ERRORS = (RuntimeError, NotImplementedError, ImportError, DaveFastError)
 
@@ -46,17 +47,20 @@ def guarded(name: str, precision: str, samples: int, make: Callable[[], Contesta
 
 def why_no(precision: str, device: str) -> str | None:
     """Return why a precision is not measured on this device, or None."""
-    if precision == "bf16" and not has_bf16(torch.device(device)):
-        return "this device does not multiply bfloat16: it would be emulated, and slower than fp32"
     if precision == "tf32" and device != "cuda":
         return "TF32 is an arithmetic of NVIDIA GPUs"
-    return why_no_fp8(torch.device(device)) if precision == "fp8" else None
+    return why_not(precision, torch.device(device)) or isas.why_not(precision, device)
+
+
+def best_of(device: str) -> str:
+    """Return the best precision of PyTorch's own products on a device."""
+    return "fp32" if why_no("bf16", device) else "bf16"
 
 
 def ours(model: nn.Module, image: Tensor, samples: int, shapes: Shapes, device: str) -> list[Contestant]:
     """Return dave-fast in every precision, on CUDA with and without graphs."""
     found = []
-    for precision in ("fp32", "bf16", "fp8"):
+    for precision in whole.PLAIN:
         name = f"dave-fast {precision}"
         reason = why_no(precision, device)
         if reason is not None:
@@ -128,16 +132,20 @@ def authors_code(
     return found
 
 
+def precisions_of(tricks: Tricks, usual: Iterable[str]) -> list[str]:
+    """Return the precisions that a peer is measured in: eight bits where that is its trick, else the usual ones."""
+    return [tricks.eight_bits] if tricks.eight_bits else list(usual)
+
+
 def peers(
     model: nn.Module, image: Tensor, samples: int, shapes: Shapes, steps: tuple[str, ...] = tuple(LADDER)
 ) -> list[Contestant]:
-    """Return the ladder of `benchmarks.peers`, in the best precision of the device."""
+    """Return the ladder of `benchmarks.peers`, in fp32 and in the best precision of the device, or in eight bits."""
     device = image.device.type
-    best = "bf16" if has_bf16(image.device) else "fp32"
+    usual = dict.fromkeys(("fp32", best_of(device)))
     found = []
-    for step in steps:
+    for step, precision in [(name, each) for name in steps for each in precisions_of(LADDER[name], usual)]:
         tricks = LADDER[step]
-        precision = "fp8" if tricks.eight_bits else best
         name = f"PyTorch {step}, {precision}"
         reason = why_no(precision, device)
         if reason is not None:
@@ -169,7 +177,8 @@ def peer(
         mode: of torch.compile.
     """
     device = image.device.type
-    walks = Peer(model, tricks, rates.DTYPES[precision], device, mode=mode)
+    dtype = rates.DTYPES[best_of(device) if precision == "int8" else precision]
+    walks = Peer(model, tricks, dtype, device, mode=mode)
     sampling = Sampling(noise_alpha=NOISE_ALPHA)
 
     def contributions(images: Tensor, draws: Draws, noise: Tensor | None = None) -> Tensor:
@@ -241,7 +250,7 @@ def captum_methods(model: nn.Module, image: Tensor) -> list[Contestant]:
         from captum.attr import IntegratedGradients, NoiseTunnel, Saliency
     except ImportError as error:
         return [Contestant(name, "fp32", STEPS, not_measured=f"captum is not installed ({error})") for name in names]
-    best = "bf16" if has_bf16(image.device) else "fp32"
+    best = best_of(device)
     found = []
     for precision in dict.fromkeys(("fp32", best)):
         inner = Within(model, rates.DTYPES[precision])

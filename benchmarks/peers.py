@@ -10,7 +10,8 @@ The frozen VJP by autograd, with every exact optimisation that the library allow
                  the normalised sum and its log-sum-exp l, and dV = e^l times the sum, without dQ and dK
     algebra      LayerNorms folded into the layers that read them, and the last block trimmed to the tokens that the
                  head reads, as in `plan`
-    eight_bits   e4m3 operands with a scale for each row of x and of the weight (torch._scaled_mm); the rest in bf16
+    eight_bits   "fp8" or "int8": operands of e4m3 (torch._scaled_mm) or of integers (`peers_int8`) with a scale for
+                 each row of x and of the weight; the rest in bf16, or fp32 where a CPU has no bf16
 
 Models: timm's VisionTransformer with LayerNorm or RMSNorm, GELU, and class-token or average pooling.
 R rows · n patches · N tokens · D width · A heads · d head dimension · Q queries.
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
+from benchmarks.peers_int8 import Integers, packed
 from dave_fast.errors import ModelError
 from dave_fast.plan import families
 from dave_fast.plan import reading as neutral
@@ -56,7 +58,7 @@ class Tricks:
     split: bool = False
     attention: str = "plain"
     algebra: bool = False
-    eight_bits: bool = False
+    eight_bits: str | None = None
 
 
 LADDER = {
@@ -65,7 +67,8 @@ LADDER = {
     "P3 frozen SDPA, V apart": Tricks(compiled=True, split=True, attention="sdpa"),
     "P3 and folded, trimmed": Tricks(compiled=True, split=True, attention="sdpa", algebra=True),
     "P3 with dV by FlexAttention": Tricks(compiled=True, split=True, attention="flex", algebra=True),
-    "P4 in eight bits": Tricks(compiled=True, split=True, attention="sdpa", algebra=True, eight_bits=True),
+    "P4 in eight bits": Tricks(compiled=True, split=True, attention="sdpa", algebra=True, eight_bits="fp8"),
+    "P4 in integers": Tricks(compiled=True, split=True, attention="sdpa", algebra=True, eight_bits="int8"),
 }
 
 
@@ -93,12 +96,14 @@ class Weights:
     Attributes:
         matrix: W.
         bias: b, or None.
-        eight: W and Wᵀ in e4m3, each with the scales of its rows; None without eight bits.
+        eight: W and Wᵀ in e4m3, each with the scales of its rows; None without.
+        integers: the numbers of W and Wᵀ in `peers_int8`; None without.
     """
 
     matrix: Tensor
     bias: Tensor | None
     eight: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+    integers: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -245,9 +250,12 @@ class Peer:
         return ((q * scale) @ k.transpose(-2, -1)).softmax(-1).detach() @ v
 
     def _product(self, x: Tensor, weights: Weights) -> Tensor:
-        if weights.eight is None:
+        if weights.eight is not None:
+            made: Tensor = EightBits.apply(x.flatten(0, -2), weights.bias, *weights.eight)
+        elif weights.integers is not None:
+            made = Integers.apply(x.flatten(0, -2), weights.bias, *weights.integers)
+        else:
             return F.linear(x, weights.matrix, weights.bias)
-        made: Tensor = EightBits.apply(x.flatten(0, -2), weights.bias, *weights.eight)
         return made.unflatten(0, x.shape[:-1])
 
     def _read(self, vit: Any) -> tuple[Weights, Tensor, Tensor, list[Block]]:
@@ -305,11 +313,13 @@ class Peer:
         )
 
     def _weights(self, matrix: Tensor, bias: Tensor) -> Weights:
-        eight = None
-        if self.tricks.eight_bits:
-            forward, back = (quantised(m.float().to(self.device)) for m in (matrix, matrix.T.contiguous()))
-            eight = (*forward, *back)
-        return Weights(self._cast(matrix), self._cast(bias), eight)
+        made = Weights(self._cast(matrix), self._cast(bias))
+        if self.tricks.eight_bits is None:
+            return made
+        forward, back = (m.detach().float().to(self.device) for m in (matrix, matrix.T.contiguous()))
+        if self.tricks.eight_bits == "int8":
+            return replace(made, integers=(packed(forward), packed(back)))
+        return replace(made, eight=(*quantised(forward), *quantised(back)))
 
     def _norm(self, norm: neutral.Norm | None) -> Norm | None:
         return None if norm is None else Norm(self._cast(norm.weight), self._cast(norm.bias), norm.eps, norm.centres)

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import quality_page
+from benchmarks import quality_page, speed_page
 from benchmarks.machine import RESULTS
 from dave_fast.bench.page import write_page
 
@@ -27,10 +27,11 @@ def results_of(paths: list[Path]) -> list[dict[str, Any]]:
 
 
 def write(results: list[dict[str, Any]], folder: Path) -> Path:
-    """Write `folder`/performance.md, quality for time first; return its path."""
+    """Write `folder`/performance.md, the chart of speed first, then quality for time; return its path."""
     quality = [quality_page.section(r, folder) for r in results if "time to quality" in r]
     speed = [r for r in results if r.get("engine") or r.get("ops")]
-    return write_page(speed, folder, first=quality, again=quality_page.AGAIN if quality else "")
+    top = speed_page.section(speed, folder)
+    return write_page(speed, folder, top=top, first=quality, again=quality_page.AGAIN if quality else "")
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Comparison of dave-fast with the plain way, the authors' code, compiled PyTorch and captum, in one run.
 
-    python -m benchmarks.side_by_side [--model vit_base_patch16_224] [--samples 50] [--images 4] [--authors PATH]
+    python -m benchmarks.side_by_side [--model vit_base_patch16_224] [--samples 50] [--isa all] [--authors PATH]
 
 The whole pipeline, from normalised images to their maps, is timed in turns, with the machine's own matrix-product rates
 in between, because both vary from minute to minute. All have the same model, image and number of samples (captum its
@@ -8,7 +8,7 @@ own 50 passes), each the fastest of the same micro-batches, warmed up, compiled 
 contestant is timed, its contributions are compared with float64 at equal draws; the authors' code takes no given draws,
 and is compared in tests/explain/test_authors.py instead. The correlation of final maps is measured in the same run on
 the demo model, whose weights are trained. A ratio to the plain way counts only if the plain way reaches 85 % of the
-rate of its library.
+rate of its library. With --isa each instruction set of the CPU is measured in a process of its own, libraries too.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ from rich.console import Console
 from benchmarks import contestants, machine
 from benchmarks.peers import LADDER
 from dave_fast import DAVE
-from dave_fast.bench import whole
+from dave_fast.bench import isas, whole
 from dave_fast.bench.report import engine_table
 from dave_fast.bench.shapes import build_model, shapes_of
 from dave_fast.evaluate import DemoScenes
 from dave_fast.models.demo import load_demo_model
+from dave_fast.models.spec import ModelSpec
 
 PLAIN_MUST_REACH = 0.85
 MAPS_MUST_AGREE = whole.MAPS_MUST_AGREE
+RESULT = "benchmarks/results/<device>/side_by_side_<model>_<size>_<instruction set>.json"
 GROUPS = ("ours", "plain", "authors", "peers", "captum")
 
 
@@ -59,7 +61,7 @@ def agreement(samples: int, n_images: int, device: str) -> dict[str, Any]:
     images = DemoScenes(n_images, seed=7).read(0, n_images).images
     found: dict[str, Any] = {"images": n_images, "samples": samples}
     exact = DAVE(model, precision="fp32", noise_alpha=whole.NOISE_ALPHA, device=device)
-    for precision in ("bf16", "fp8"):
+    for precision in MAPS_MUST_AGREE:
         if contestants.why_no(precision, device) is None:
             low = DAVE(model, precision=precision, noise_alpha=whole.NOISE_ALPHA, device=device)
             found[precision] = whole.map_agreement(low, exact, images, samples)
@@ -94,7 +96,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Make one run and return its result."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     say = print if args.verbose else lambda _: None
-    model: Any = build_model(args.model, args.size).to(device)
+    spec = ModelSpec(args.model, num_classes=args.num_classes, random_weights=True)
+    model: Any = build_model(spec, args.size).to(device)
     shapes = shapes_of(model, args.samples, size=args.size)
     images = torch.randn(whole.CHECKED, *shapes.image, generator=torch.Generator().manual_seed(0)).to(device)
     say("float64 truth")
@@ -146,6 +149,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--model", default="vit_base_patch16_224", help="a timm VisionTransformer; random weights")
+    made.add_argument("--num-classes", type=int, help="of its head, where the model has none of its own, as DINOv2")
     made.add_argument("--size", type=int, help="pixels a side; the model's own by default")
     made.add_argument("--samples", type=int, default=50, help="S")
     made.add_argument("--images", type=int, default=1, help="at once, for throughput")
@@ -157,21 +161,36 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--authors", type=Path, help="a checkout of the authors' code, to be timed as well")
     made.add_argument("--agreement-samples", type=int, default=50, help="S where maps are compared")
     made.add_argument("--agreement-images", type=int, default=8)
-    made.add_argument("--out", type=Path, help="JSON; by default benchmarks/results/<device>/side_by_side.json")
+    made.add_argument("--isa", help="all, or instruction sets of this CPU with commas between; by default the best")
+    made.add_argument("--out", type=Path, help=f"JSON; by default {RESULT}")
     made.add_argument("--verbose", action="store_true", help="say what is being done")
     return made
 
 
-def main() -> None:
-    """Run the command line."""
-    args = parser().parse_args()
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    """Make one run without warnings of libraries."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        result = measure(args)
-    show(result, Console(width=160))
-    out = args.out or machine.results_path("side_by_side")
-    machine.write_json(out, result)
-    print(f"wrote {out}")
+        return measure(args)
+
+
+def place_of(args: argparse.Namespace, isa: str | None) -> Path:
+    """Return the file of the result of an instruction set, None on a GPU."""
+    if args.out is not None:
+        return isas.named(args.out, isa) if args.isa else args.out
+    parts = ("side_by_side", args.model.replace("/", "_"), args.size, isa)
+    return machine.results_path("_".join(str(part) for part in parts if part))
+
+
+def main(given: list[str] | None = None) -> None:
+    """Run the command line."""
+    args = parser().parse_args(given)
+    for isa in isas.chosen(args.isa) if args.isa else [None]:
+        result = measured(args) if isa is None else isas.each([isa], measured, args)[isa]
+        show(result, Console(width=160))
+        out = place_of(args, result["environment"]["isa"] if result["setting"]["device"] == "cpu" else None)
+        machine.write_json(out, result)
+        print(f"wrote {out}")
 
 
 if __name__ == "__main__":

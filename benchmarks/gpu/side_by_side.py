@@ -90,7 +90,7 @@ def peak_rows(precisions: list[str], peaks: dict[str, float]) -> Iterator[Row]:
 
 def _kind(precision: str) -> str:
     """Return the kind of the library's product of a precision; fp32 on the CPU in a rehearsal."""
-    return rates.kind_of("fp32" if REHEARSAL else precision, DEVICE)
+    return rates.kinds_of("fp32" if REHEARSAL else precision, DEVICE)[0]
 
 
 def _product(case: Case, rows: int, precision: str, peaks: dict[str, float]) -> Iterator[Row]:

@@ -6,6 +6,7 @@
     ops        every backend of an op beside the others         whole       the engine, from image to map
     measure    one request of `dave-fast bench`                 sweep       latency against S, memory against size
     compare    two revisions in turns                           report, page   tables for the terminal and the docs
+    isas       every instruction set of the machine
 
 Operands are random and never zero. Contestants run in turns within one run. A time is a median with its spread. A form
 of an op is timed only if it agrees with float64 on the same operands.

@@ -44,6 +44,7 @@ class Case:
         reads: operands -> the parts of them that the call reads, as tensors of the same size.
         gigaflops: arithmetic of the call, 0 for ops that only move memory.
         undecided: operands in float64 -> elements of each result that rounding decides; None where there are none.
+        product: (rows, inner, outer) of a matrix product; None for other ops.
     """
 
     op: str
@@ -53,6 +54,7 @@ class Case:
     reads: Callable[[Operands], Sequence[Tensor]]
     gigaflops: float = 0.0
     undecided: Callable[[Operands], Sequence[Undecided]] | None = None
+    product: tuple[int, int, int] | None = None
 
     @property
     def label(self) -> str:

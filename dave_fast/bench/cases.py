@@ -21,7 +21,7 @@ from dave_fast.bench import pixel_cases
 from dave_fast.bench.case import Case, Load, Operands, calling, named, numbers
 from dave_fast.bench.shapes import Shapes
 from dave_fast.ops.fp8 import TokenScales, coded
-from dave_fast.ops.precision import statistics_dtype
+from dave_fast.ops.precision import NARROW, statistics_dtype
 
 EPS = 1e-6
 # large enough to show in a result whose rows have a variance of 1
@@ -31,7 +31,7 @@ OTHER_SCALE = 1.3
 # scale of x in e4m3: values up to 14 standard deviations can be represented
 X_SCALE = 2.0**-5
 # the op that packs the weights of a product
-PACKS = {"linear": "pack_weight", "linear_fp8": "pack_weight_fp8"}
+PACKS = {"linear": "pack_weight"} | {f"linear_{narrow}": f"pack_weight_{narrow}" for narrow in NARROW}
 
 
 def cases_of(op: str, shapes: Shapes) -> list[Case]:
@@ -94,7 +94,8 @@ def _product(
             read.append(torch.empty(rows, outer, dtype=kind, device="meta"))
         return read
 
-    return Case(op, name, operands, bind, reads, 2e-9 * rows * inner * outer)
+    gigaflops = 2e-9 * rows * inner * outer
+    return Case(op, name, operands, bind, reads, gigaflops, product=(rows, inner, outer))
 
 
 def _product_operands(
@@ -219,7 +220,7 @@ CASES: dict[str, Callable[[Shapes], list[Case]]] = {
     "shrink": pixel_cases.shrink,
     "smooth": pixel_cases.smooth,
     "linear": _linear,
-    "linear_fp8": partial(_linear, op="linear_fp8"),
+    **{f"linear_{narrow}": partial(_linear, op=f"linear_{narrow}") for narrow in NARROW},
     "attention": _attention,
     "attention_vjp": partial(_attention, vjp=True),
     "rotate": _rotate,

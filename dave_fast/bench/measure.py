@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from dave_fast.bench import machine, whole
+from dave_fast.bench import isas, machine, whole
 from dave_fast.bench.agreement import check, loader
 from dave_fast.bench.cases import CASES, cases_of
 from dave_fast.bench.compare import compare
 from dave_fast.bench.op_tests import run_tests
-from dave_fast.bench.ops import YOURS, bench_op
+from dave_fast.bench.ops import YOURS, bench_op, registered
 from dave_fast.bench.rates import DTYPES
 from dave_fast.bench.shapes import Shapes, build_model, shapes_of, spec_of
 from dave_fast.bench.sweep import latency_against_samples, memory_against_size
@@ -23,6 +23,7 @@ from dave_fast.errors import InputError
 from dave_fast.explain.explainer import DAVE
 from dave_fast.models.spec import ModelSpec
 from dave_fast.ops import _registry
+from dave_fast.ops.precision import choose_precision
 from dave_fast.plan.families import why_not
 
 ENGINE = "engine"
@@ -88,6 +89,25 @@ def run(
             name = row.get("name") or f"{row['op']} {row['case']} by {row['backend']}"
             result["red"].append(f"{name}: {row['reason']}")
     return result
+
+
+def run_here(wanted: dict[str, Any], kernels: dict[str, str], **settings: Any) -> dict[str, Any]:
+    """Return what `run` returns with the user's kernels, or "not measured", a reason.
+
+    Args:
+        wanted: of `run`; a precision of None is the default, among those of the instruction set in use.
+        kernels: op -> "module:function".
+        **settings: further keywords of `run`.
+    """
+    device = wanted["device"]
+    precision = wanted["precision"] or choose_precision(None, torch.device(device))
+    if wanted["precision"] is None and isas.why_not(precision, device) is not None:
+        precision = "fp32"
+    reason = isas.why_not(precision, device)
+    if reason is not None:
+        return {"not measured": reason}
+    with registered(kernels, device):
+        return run({**wanted, "precision": precision}, yours=bool(kernels), **settings)
 
 
 def _green(names: list[str], result: dict[str, Any], say: Say) -> list[str]:

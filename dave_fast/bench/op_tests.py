@@ -7,10 +7,12 @@ import subprocess
 import sys
 
 from dave_fast.bench.machine import ROOT
+from dave_fast.ops.precision import NARROW
 
 FOLDER = ROOT / "tests" / "ops"
 # ops that are tested in another op's file
-FILES = {"attention_vjp": "attention", "row_rstd": "linear", "linear_fp8": "fp8", "rotate": "rotary"}
+FILES = {"attention_vjp": "attention", "row_rstd": "linear", "rotate": "rotary"}
+FILES |= {f"linear_{narrow}": narrow for narrow in NARROW}
 FILES |= dict.fromkeys(("normalize", "normalize_vjp", "assemble"), "norms_and_tokens")
 FILES |= {f"{op}_variance": op for op in ("robust_mean", "pull_back_mean", "spread_mean")}
 ENGINE_TEST = ROOT / "tests" / "engine" / "test_walks.py"

@@ -20,10 +20,11 @@ from dave_fast.bench.timing import host_seconds, in_turns, spread
 from dave_fast.errors import BackendError, InputError
 from dave_fast.models.catalog import load_object
 from dave_fast.ops import _registry
+from dave_fast.ops.precision import NARROW
 
 YOURS = "yours"
-# the contestant that measures the highest rate of the machine
-LIMIT = "limit"
+# what the contestants that measure the highest rates of the machine are called ahead of their kinds
+LIMIT = "limit: "
 # the op that a user's kernel needs besides, replaced by the default if it is not given
 COMPANIONS = {**PACKS, "attention_vjp": "attention"}
 # sets of operands together exceed a CPU's cache, or three times a GPU's L2
@@ -179,9 +180,10 @@ def _bench_case(
             contestants[name] = [case.bind(load, operands, dtype) for operands in sets]
     if not contestants:
         return list(rows.values())
-    amount, limit = _limit(case, shapes, precision, device)
-    seconds = in_turns({**contestants, LIMIT: [limit]}, repeats, device, budget=budget)
-    most = [amount / each for each in seconds[LIMIT]]
+    limits = _limits(case, shapes, precision, device)
+    calls_of_limits = {LIMIT + kind: [run] for kind, (_, run) in limits.items()}
+    seconds = in_turns({**contestants, **calls_of_limits}, repeats, device, budget=budget)
+    most = {kind: [amount / each for each in seconds[LIMIT + kind]] for kind, (amount, _) in limits.items()}
     expected = Expected.of(case, sets[-1], dtype)
     for name, calls in contestants.items():
         with poisoned():
@@ -208,27 +210,42 @@ def operand_sets(case: Case, dtype: torch.dtype, device: str, seed: int, budget:
     return [first, *(make(at) for at in range(1, min(MOST_SETS, -(-cache // size))))]
 
 
-def _limit(case: Case, shapes: Shapes, precision: str, device: str) -> tuple[float, Callable[[], Any]]:
-    """Return the call that gives the machine's highest rate, and before it its amount: GFLOP, or GB of a copy."""
+def _limits(case: Case, shapes: Shapes, precision: str, device: str) -> dict[str, tuple[float, Callable[[], Any]]]:
+    """Return by kind what gives the machine's highest rate: its amount, GFLOP or GB of a copy, and the call.
+
+    A product is compared with plain products of its own shape, other arithmetic with those of a block.
+    """
     if not case.gigaflops:
-        return rates.copy(device=device)
-    kind = rates.kind_of("fp8" if case.op == "linear_fp8" else precision, device)
-    rows = shapes.rows * shapes.tokens
-    made = rates.ceiling(kind, rows, shapes.width, shapes.hidden, at_least=0.0, device=device)
-    return made.gigaflops, made.run
+        return {"copying memory": rates.copy(device=device)}
+    kinds = rates.kinds_of(next((each for each in NARROW if case.op == f"linear_{each}"), precision), device)
+    if case.product is not None:
+        return {kind: (case.gigaflops, rates.product(kind, *case.product, device)) for kind in kinds}
+    size = (shapes.rows * shapes.tokens, shapes.width, shapes.hidden)
+    blocks = {kind: rates.ceiling(kind, *size, at_least=0.0, device=device) for kind in kinds}
+    return {kind: (made.gigaflops, made.run) for kind, made in blocks.items()}
 
 
-def _rates(case: Case, gigabytes: float, seconds: list[float], most: list[float]) -> dict[str, Any]:
-    """Return seconds, GFLOP/s, GB/s, and the share of the machine's highest rate `most`, repeat by repeat."""
+def _rates(case: Case, gigabytes: float, seconds: list[float], most: dict[str, list[float]]) -> dict[str, Any]:
+    """Return seconds, GFLOP/s, GB/s, and the share of the machine's highest rate, repeat by repeat.
+
+    Args:
+        case: the op at one shape.
+        gigabytes: of its operands and results.
+        seconds: of each repeat.
+        most: by kind the rate in each repeat, of which the highest is the ceiling.
+    """
     work = case.gigaflops or gigabytes
     timed = spread(seconds)
+    kind = rates.fastest(most)
     return {
         "seconds": timed,
         "GFLOP/s": case.gigaflops / timed["median"] if case.gigaflops else None,
         "GB/s": gigabytes / timed["median"],
         "gigaflops": case.gigaflops,
         "gigabytes": gigabytes,
-        "share": spread([work / own / rate for own, rate in zip(seconds, most, strict=True)]),
+        "share": spread([work / own / rate for own, rate in zip(seconds, most[kind], strict=True)]),
         "of": "matrix products" if case.gigaflops else "copying memory",
-        "ceiling": spread(most)["median"],
+        "ceiling": spread(most[kind])["median"],
+        "ceiling of": kind,
+        "ceilings": {each: spread(values)["median"] for each, values in most.items()},
     }

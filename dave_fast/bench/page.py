@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 PAGE = "performance.md"
 INTRODUCTION = """# Performance
 
-{gpu}
+{top}{gpu}
 """
 READING = """## How to read the tables of speed
 
@@ -45,12 +45,15 @@ AGAIN = """## Again
 """
 
 
-def write_page(results: Sequence[dict[str, Any]], folder: Path, *, first: Sequence[str] = (), again: str = "") -> Path:
+def write_page(
+    results: Sequence[dict[str, Any]], folder: Path, *, top: str = "", first: Sequence[str] = (), again: str = ""
+) -> Path:
     """Write `folder`/performance.md and its plots in `folder`/figures; return the path of the page.
 
     Args:
         results: comparisons make sections before ops; those of a single row, with nothing to plot, share the last one.
         folder: of the documents.
+        top: what the page starts with.
         first: sections to put before those of the results.
         again: further commands.
     """
@@ -63,7 +66,9 @@ def write_page(results: Sequence[dict[str, Any]], folder: Path, *, first: Sequen
     usual = {"model": "vit_base_patch16_224", "samples": DEFAULT_SAMPLES}
     setting = next((result["setting"] for result in [*whole, *alone]), usual)
     end = AGAIN.format(model=setting["model"], samples=setting["samples"]) + again
-    text = "\n".join([INTRODUCTION.format(gpu=gpu), *first, READING, *(parts or [NOTHING]), end])
+    text = "\n".join(
+        [INTRODUCTION.format(top=f"{top}\n" if top else "", gpu=gpu), *first, READING, *(parts or [NOTHING]), end]
+    )
     path = folder / PAGE
     with atomically(path) as file:
         file.write(text.encode())
@@ -118,7 +123,8 @@ def _section(result: dict[str, Any], folder: Path) -> str:
     lines += [f"- {line}" for line in _lines(result)]
     for name, alt, key, draw in PLOTS:
         if result.get(key):
-            figure = Path("figures") / f"{name}_{slug(where['device'])}_{slug(setting['model'])}.png"
+            machine = slug(f"{where['device']} {where.get('isa') or ''}")
+            figure = Path("figures") / f"{name}_{machine}_{slug(setting['model'])}.png"
             save_figure(draw(result), folder / figure)
             lines += ["", f"![{alt}]({figure})"]
     return "\n".join(lines) + "\n"
@@ -167,7 +173,7 @@ def ops_markdown(rows: Sequence[dict[str, Any]]) -> str:
             lines.append(_row([name, row["backend"], why_missing(row) or "", *[""] * (len(headings) - 3)]))
             continue
         cells = [duration(row["seconds"]["median"]), f"{row['GFLOP/s']:.0f}" if row["GFLOP/s"] else ""]
-        cells += [f"{row['GB/s']:.2g}", f"{row['share']['median']:.0%} of {row['of']}"]
+        cells += [f"{row['GB/s']:.2g}", f"{row['share']['median']:.0%} of {row.get('ceiling of', row['of'])}"]
         lines.append(_row([name, row["backend"], *cells, f"{row['error']:.1e}", f"{row['plain']:.1e}"]))
     return "\n".join([*lines, "", *(f"- {backend}: not measured: {why}." for backend, why in absent.items())])
 

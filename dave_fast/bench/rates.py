@@ -1,8 +1,12 @@
-"""The machine's highest rates: matrix products at a model's shapes, and copying memory."""
+"""The machine's highest rates: matrix products at a model's shapes, and copying memory.
+
+The ceiling of a precision is the best of all libraries' plain products there, ours too: a bias and no other epilogue.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dave_fast.ops import _registry
-from dave_fast.ops.linear import before_avx512, linear_onednn, pack_onednn
+from dave_fast.ops import _ext, _registry
+from dave_fast.ops.linear import OPERANDS, linear_native, linear_onednn, pack_onednn, pack_panels
 from dave_fast.ops.precision import DTYPES as ENGINE_DTYPES
 
 DTYPES = ENGINE_DTYPES | {"tf32": torch.float32, "fp16": torch.float16}
@@ -30,19 +34,33 @@ class Ceiling:
     run: Callable[[], None]
 
 
-def kind_of(precision: str, device: str) -> str:
-    """Return the kind of ceiling of a precision on a device: a library and the precision of its products.
+def kinds_of(precision: str, device: str) -> tuple[str, ...]:
+    """Return the kinds of products of a precision on a device, LIBRARY-PRECISION, whose best is the ceiling.
 
-    "mkl" and "cublas" are F.linear, "packed" is oneDNN with weights packed beforehand, taken where it packs the dtype
-    and is not the slower one.
+    "mkl" and "cublas" are F.linear; "packed" is oneDNN with weights packed, and for int8 numbers quantised, beforehand;
+    "native" is our own product.
     """
     if device == "cuda":
-        return f"cublas-{precision}"
+        return (f"cublas-{precision}",)
     if precision == "fp8":
         # CPUs have no products in e4m3, and the reference multiplies in float32
         precision = "fp32"
-    packs = precision != "fp64" and _registry.why_not("linear", "onednn", "cpu") is None
-    return f"packed-{precision}" if packs and not (precision == "fp32" and before_avx512()) else f"mkl-{precision}"
+    packs = {
+        "fp32": True,
+        "bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        "int8": "onednn" in torch.backends.quantized.supported_engines,
+    }
+    has = {
+        "mkl": precision != "int8",
+        "packed": packs.get(precision, False) and _registry.why_not("linear", "onednn", "cpu") is None,
+        "native": precision in OPERANDS and _ext.unavailable() is None,
+    }
+    return tuple(f"{library}-{precision}" for library, there in has.items() if there)
+
+
+def fastest(rates: Mapping[str, Sequence[float]]) -> str:
+    """Return the name of the highest median."""
+    return max(rates, key=lambda name: statistics.median(rates[name]))
 
 
 def ceiling(
@@ -77,6 +95,11 @@ def product(kind: str, rows: int, inner: int, outer: int, device: torch.device |
     dtype = DTYPES[precision]
     x = torch.randn(rows, inner, device=device).to(dtype)
     weight, bias = torch.randn(outer, inner, device=device).to(dtype), torch.randn(outer, device=device).to(dtype)
+    if library == "native":
+        panels = pack_panels(weight, precision)
+        return lambda: linear_native(x, panels, bias)
+    if precision == "int8":
+        return _bytes(x, weight, bias)
     if library == "packed":
         packed = pack_onednn(weight)
         return lambda: linear_onednn(x, packed, bias)
@@ -98,6 +121,21 @@ def _eight_bits(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], Tensor]
     scale_a, scale_b = (torch.ones(size, device=x.device) for size in ((len(x), 1), (1, len(weight))))
     return lambda: torch._scaled_mm(
         a, b, scale_a=scale_a, scale_b=scale_b, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+
+
+def _bytes(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], Tensor]:
+    """Return a product by oneDNN of numbers that are quantised beforehand, into bfloat16.
+
+    Numbers of x are u8 with a zero point: with signed ones oneDNN takes hundreds of times as long.
+    """
+    scale = float(x.abs().max()) / 127
+    codes = (x.float() / scale).round().add(128).to(torch.uint8)
+    scales = weight.float().abs().amax(1) / 127
+    packed = torch.ops.onednn.qlinear_prepack((weight.float() / scales[:, None]).round().to(torch.int8), x.shape)
+    zeros, wide = torch.zeros(len(weight), dtype=torch.int64), bias.float()
+    return lambda: torch.ops.onednn.qlinear_pointwise(
+        *(codes, scale, 128, packed, scales, zeros, wide), 1.0, 0, torch.bfloat16, "none", [], ""
     )
 
 

@@ -37,7 +37,7 @@ def ops_table(result: dict[str, Any]) -> RenderableType:
             f"{duration(timed['min'])} to {duration(timed['max'])}",
             f"{row['GFLOP/s']:.0f}" if row["GFLOP/s"] else "",
             f"{row['GB/s']:.1f}",
-            f"{row['share']['median']:.0%}",
+            f"{row['share']['median']:.0%} of {row['ceiling of']}",
             f"{row['error']:.1e}",
             f"{row['plain']:.1e}",
         )
@@ -70,7 +70,7 @@ def engine_cells(row: dict[str, Any]) -> list[str]:
         slowest,
         "own choice" if row["rows"] is None else str(row["rows"]),
         "" if row["peak bytes"] is None else f"{row['peak bytes'] / 2**30:.2f} GiB",
-        "" if share is None else f"{share['median']:.0%}",
+        "" if share is None else f"{share['median']:.0%} of {row['ceiling'].partition(',')[0]}",
         "" if row.get("error") is None else f"{row['error']:.1e}",
         "" if row.get("plain error") is None else f"{row['plain error']:.1e}",
     ]

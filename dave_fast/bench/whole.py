@@ -29,11 +29,11 @@ from dave_fast.explain.explainer import DAVE
 from dave_fast.sampling import Draws, draw
 
 NOISE_ALPHA = 0.5
-# the route of plain PyTorch in a precision: autograd, or, as it has no e4m3, the engine with every op in PyTorch
-PLAIN = {"fp32": "frozen", "bf16": "frozen", "fp8": "engine"}
+# the route of plain PyTorch in a precision: autograd, or for eight bits the engine with every op in PyTorch
+PLAIN = {"fp32": "frozen", "bf16": "frozen", "fp8": "engine", "int8": "engine"}
 # number of different images whose contributions are compared, a sample of each
 CHECKED = 4
-MAPS_MUST_AGREE = {"bf16": 0.999, "fp8": 0.99}
+MAPS_MUST_AGREE = {"bf16": 0.999, "fp8": 0.99, "int8": 0.999}
 # the most GFLOP of matrix products for the measurement of a rate
 LONG_ENOUGH = 60.0
 Explain = Callable[[Tensor, int | None], Any]
@@ -51,8 +51,8 @@ class Contestant:
         contributions: images, draws of one row an image -> (R, C, H, W); None for methods other than DAVE.
         gigaflops: arithmetic of one sample, or None.
         rows: micro-batches to choose the fastest of.
-        ceiling: (kind, samples at a time) of the rate to compare with; None for the precision's own, at a micro-batch
-            of the model.
+        ceiling: (kind, samples at a time) of the rate to compare with; None for the best of the precision's own, at a
+            micro-batch of the model.
         not_measured: why it cannot run here, or None.
         notes: further entries of its row.
     """
@@ -210,8 +210,8 @@ def measure(
         row["seconds an image"] = spread(waits[name])
         row["peak bytes"] = peak_memory(partial(each.explain, batch, best[name]), device)
         if name in labels:
-            label = labels[name]
-            row |= _share(each, images, seconds[name], label, [ceilings[label].gigaflops / s for s in seconds[label]])
+            most = {label: [ceilings[label].gigaflops / s for s in seconds[label]] for label in labels[name]}
+            row |= _share(each, images, seconds[name], most)
     return list(rows.values())
 
 
@@ -282,27 +282,32 @@ def _best_rows(each: Contestant, batch: Tensor, device: str) -> tuple[int | None
 
 def _ceilings(
     contestants: Iterable[Contestant], shapes: Shapes | None, device: str
-) -> tuple[dict[str, str], dict[str, rates.Ceiling]]:
-    """Return the machine's rates to compare with, at the model's shapes: contestant -> label, label -> products."""
-    labels, made = {}, {}
+) -> tuple[dict[str, list[str]], dict[str, rates.Ceiling]]:
+    """Return the machine's rates to compare with, at the model's shapes: contestant -> labels, label -> products."""
+    labels: dict[str, list[str]] = {}
+    made = {}
     for each in contestants:
         if shapes is None or each.gigaflops is None:
             continue
-        kind, samples = each.ceiling or (rates.kind_of(each.precision, device), shapes.rows)
-        labels[each.name] = label = f"{kind}, {samples} at a time"
+        own, samples = each.ceiling or (None, shapes.rows)
         size = (samples * shapes.tokens, shapes.width, shapes.hidden)
         # about as long as the contestant's own work, so that other load on the machine affects both
         at_least = min(LONG_ENOUGH, each.gigaflops * each.samples)
-        made[label] = rates.ceiling(kind, *size, at_least=at_least, device=device)
+        for kind in rates.kinds_of(each.precision, device) if own is None else (own,):
+            label = f"{kind}, {samples} at a time"
+            labels.setdefault(each.name, []).append(label)
+            made[label] = rates.ceiling(kind, *size, at_least=at_least, device=device)
     return labels, made
 
 
-def _share(each: Contestant, images: int, seconds: list[float], label: str, most: list[float]) -> dict[str, Any]:
-    """Return the achieved GFLOP/s as a share of the ceiling's, repeat by repeat."""
+def _share(each: Contestant, images: int, seconds: list[float], most: Mapping[str, list[float]]) -> dict[str, Any]:
+    """Return the achieved GFLOP/s as a share of the ceiling's, the fastest of the rates `most`, repeat by repeat."""
+    label = rates.fastest(most)
     work = (each.gigaflops or 0.0) * each.samples * images
     return {
         "gigaflops a sample": each.gigaflops,
-        "share of ceiling": spread([work / own / rate for own, rate in zip(seconds, most, strict=True)]),
+        "share of ceiling": spread([work / own / rate for own, rate in zip(seconds, most[label], strict=True)]),
         "ceiling": label,
-        "ceiling GFLOP/s": spread(most),
+        "ceiling GFLOP/s": spread(most[label]),
+        "ceilings GFLOP/s": {each: spread(values)["median"] for each, values in most.items()},
     }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +14,9 @@ from dave_fast.cli.terminal import console, plain_warnings, print_model, waiting
 from dave_fast.defaults import DEFAULT_MODEL, DEFAULT_SAMPLES
 from dave_fast.errors import InputError
 from dave_fast.numbers import number_in, shown
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _WHAT, _HOW, _RESULT = "What", MACHINE, "Result"
 
@@ -41,6 +45,15 @@ def bench(
     ] = None,
     device: options.Device = None,
     precision: options.Precision = None,
+    isa: Annotated[
+        str | None,
+        typer.Option(
+            metavar="all|NAME,…",
+            help="Instruction sets of this CPU, each in a process of its own.",
+            show_default="the best",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
     backend: Annotated[
         str | None,
         typer.Option(help="One of `dave-fast info`.", show_default="all; engine: auto", rich_help_panel=_HOW),
@@ -79,13 +92,14 @@ def bench(
     from torch import nn
 
     from dave_fast.bench.compare import check_revision
-    from dave_fast.bench.measure import run
-    from dave_fast.bench.ops import registered
+    from dave_fast.bench.measure import run_here
     from dave_fast.bench.shapes import spec_of
     from dave_fast.ops.precision import choose_precision, resolve_device
 
     screen = console()
     place = resolve_device(device, nn.Identity(), named=device is None)
+    if precision is not None:
+        choose_precision(precision, place)
     wanted = {
         "op": op,
         "model": model or DEFAULT_MODEL,
@@ -97,7 +111,7 @@ def bench(
         "images": images,
         "rows": rows,
         "device": place.type,
-        "precision": choose_precision(precision, place),
+        "precision": precision,
         "backend": backend,
         "repeats": repeats,
         "budget": budget,
@@ -107,21 +121,50 @@ def bench(
         check_revision(compare)
     own = _kernels(kernel or [], op)
     print_model(screen, spec_of(wanted))
-    with plain_warnings(screen), registered(own, place.type), waiting(screen, "starting") as say:
-        result = run(wanted, before=before, tests=tests, yours=bool(own), sweep=docs is not None, say=say)
-    _show(result)
-    if json is not None:
-        from dave_fast.bench.machine import write_json
+    settings = {"before": before, "tests": tests, "sweep": docs is not None}
+    with plain_warnings(screen), waiting(screen, "starting") as say:
+        if isa is None:
+            results = {"": run_here(wanted, own, **settings, say=say)}
+        else:
+            results = _each_isa(isa, place.type, say, wanted, own, **settings)
+    _keep(results, json, docs, screen)
+    if any(result.get("red") for result in results.values()):
+        raise typer.Exit(1)
 
-        write_json(json, result)
-    if docs is not None:
-        from dave_fast.bench.page import write_page
 
-        screen.print(f"wrote {write_page([result], docs)}")
-    if result["red"]:
+def _each_isa(isa: str, device: str, say: Callable[[str], None], *arguments: Any, **settings: Any) -> dict[str, Any]:
+    """Return the results by instruction set."""
+    from dave_fast.bench import isas
+    from dave_fast.bench.measure import run_here
+
+    if device != "cpu":
+        raise InputError(f"--isa {isa} names instruction sets of a CPU; give --device cpu")
+    found: dict[str, Any] = {}
+    for name in isas.chosen(isa):
+        say(name)
+        found |= isas.each([name], run_here, *arguments, **settings)
+    return found
+
+
+def _keep(results: dict[str, Any], json: Path | None, docs: Path | None, screen: Console) -> None:
+    """Show results by instruction set ("" for a single one), and write them to the files that were asked for."""
+    from dave_fast.bench.isas import named
+    from dave_fast.bench.machine import write_json
+    from dave_fast.bench.page import write_page
+
+    for isa, result in results.items():
+        if isa:
+            console(stderr=False).print(f"{isa}:", style="bold")
+        if "not measured" in result:
+            screen.print(f"not measured: {result['not measured']}")
+            continue
+        _show(result)
+        if json is not None:
+            write_json(named(json, isa) if isa else json, result)
         for reason in result["red"]:
             screen.print(f"refused: {reason}", style="red", soft_wrap=True)
-        raise typer.Exit(1)
+    if docs is not None:
+        screen.print(f"wrote {write_page([each for each in results.values() if 'setting' in each], docs)}")
 
 
 def _share(text: str) -> float:

@@ -16,6 +16,7 @@ from dave_fast.cli.terminal import console
 from dave_fast.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import RenderableType
 
 _PACKAGES = ("torch", "timm", "triton", "numpy", "pillow")
@@ -55,7 +56,7 @@ class Info:
     Attributes:
         versions: of each package.
         devices: the CPU, then accelerators.
-        device: the type that `ops` and `choices` are about.
+        device: the type that `ops`, `precisions` and `choices` are about.
         threads: of torch on the CPU.
         isa: the instruction set that the native core uses; None without the core.
         native: the reason why there is no native core, or None.
@@ -64,6 +65,9 @@ class Info:
             (see `dave_fast.ops.choices`).
         choices_file: where these choices are kept; None where the device is no GPU.
         extras: for each extra of dave-fast its packages that are not installed.
+        precisions: for each precision "default", "yes" or the reason why the device does not multiply in it; empty
+            where there is no such device.
+        fastest: the precision whose maps take the least time on the device; None where there is no such device.
     """
 
     versions: dict[str, str]
@@ -76,6 +80,8 @@ class Info:
     choices: dict[str, dict[int, str]] = field(default_factory=dict)
     choices_file: str | None = None
     extras: dict[str, list[str]] = field(default_factory=dict)
+    precisions: dict[str, str] = field(default_factory=dict)
+    fastest: str | None = None
 
 
 def _installed(package: str) -> str:
@@ -104,6 +110,7 @@ def collect(device: str | None = None) -> Info:
 
     from dave_fast.ops import _ext, _registry
     from dave_fast.ops.choices import Choices
+    from dave_fast.ops.precision import fastest_precision
 
     devices = _devices()
     device = device or devices[-1].type
@@ -116,6 +123,9 @@ def collect(device: str | None = None) -> Info:
     isa = None if native else _ext.isa()
     extras = {extra: missing_of(extra) for extra in EXTRAS}
     found = Info(versions, devices, device, torch.get_num_threads(), isa, native, _table(device), extras=extras)
+    if device in {each.type for each in devices}:
+        here = torch.device(device)
+        found = replace(found, precisions=_precisions(here), fastest=fastest_precision(here))
     if device != "cuda" or not torch.cuda.is_available():
         return found
     kept = Choices.of(torch.cuda.get_device_name())
@@ -155,6 +165,14 @@ def _host_memory() -> float | None:
         return None
 
 
+def _precisions(device: torch.device) -> dict[str, str]:
+    """Return for each precision "default", "yes" or the reason why not."""
+    from dave_fast.ops.precision import PRECISIONS, choose_precision, why_not
+
+    usual = choose_precision(None, device)
+    return {each: "default" if each == usual else why_not(each, device) or "yes" for each in PRECISIONS}
+
+
 def _table(device: str) -> dict[str, dict[str, str]]:
     """Return for each op and backend "default", "yes" or the reason why not."""
     from dave_fast.ops import _registry
@@ -185,6 +203,10 @@ def render(found: Info) -> RenderableType:
     facts.add_row("threads", str(found.threads))
     native = f"not available: {found.native}" if found.native else f"yes, {found.isa}"
     facts.add_row("native core", Text(native))
+    for number, (precision, said) in enumerate(found.precisions.items()):
+        text = {"default": "yes, the default", "yes": "yes"}.get(said, f"no: {said}")
+        fastest = f", the fastest here: --precision {precision}" if precision == found.fastest else ""
+        facts.add_row("" if number else "precisions", Text(f"{precision}: {text}{fastest}"))
     if found.extras:
         missing = [f"{extra} (without {', '.join(names)})" for extra, names in found.extras.items() if names]
         facts.add_row("extras", Text(", ".join(extra for extra, names in found.extras.items() if not names) or "none"))

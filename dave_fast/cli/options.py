@@ -129,7 +129,13 @@ Device = Annotated[
 ]
 Precision = Annotated[
     str | None,
-    typer.Option("--precision", metavar="fp64|fp32|bf16|fp8", show_default="by device", rich_help_panel=MACHINE),
+    typer.Option(
+        "--precision",
+        metavar="fp64|fp32|bf16|fp8|int8",
+        help="`dave-fast info` says which this device has.",
+        show_default="by device",
+        rich_help_panel=MACHINE,
+    ),
 ]
 Backend = Annotated[str, typer.Option("--backend", help="See `dave-fast info`.", rich_help_panel=MACHINE)]
 Route = Annotated[str, typer.Option("--route", metavar="auto|engine|frozen", rich_help_panel=MACHINE)]

@@ -64,8 +64,9 @@ class DAVE(SampleCalls):
         model: a name (timm's, "demo", "hf:...", "torchvision:...", "open_clip:...": see `dave_fast.models.spec`), a
             ModelSpec with weights and class names of your own, or any nn.Module.
         device: where to compute; by default the model's own for a module, else a GPU where there is one.
-        precision: "fp64", "fp32", "bf16" or "fp8" (e4m3 operands in the GEMMs: see `dave_fast.ops.fp8`); by default
-            bf16 where the device has it, else fp32.
+        precision: "fp64", "fp32", "bf16", "fp8" (e4m3 operands in the GEMMs, on GPUs: see `dave_fast.ops.fp8`) or
+            "int8" (operands of eight-bit integers, on CPUs that multiply them: `dave_fast.ops.int8`); by default bf16
+            where the device has it, else fp32. `dave-fast info` says which this device has.
         backend: "auto", or "native" (C++ on the host), "onednn" or "torch": taken for every op that has it.
         route: "auto", "engine" (raises where the model has no plan) or "frozen".
         noise_alpha: largest noise level; by default the authors' value for the model, else one by the scale of its

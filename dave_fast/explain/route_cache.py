@@ -37,7 +37,7 @@ class RouteCache:
     Args:
         model: the model, which is only read.
         device: where to compute.
-        precision: "fp64", "fp32", "bf16" or "fp8".
+        precision: "fp64", "fp32", "bf16", "fp8" or "int8".
         backend: of the ops (see `dave_fast.ops._registry`).
         route: "auto", "engine" or "frozen".
         graphs: None where CUDA graphs are to be used if possible, True where they must, False where they must not.

@@ -1,12 +1,11 @@
 """linear with operands of eight-bit integers, for CPUs that multiply them (VNNI on x86, dot products on Arm).
 
-    x̂[t, i] = s_x[t, g]·q_x    s_x = max|x|/127 of a row's in-features [128 g, 128 (g + 1)), q_x in [-127, 127]
+    x̂[t, i] = s_x[t, g]·q_x    s_x = max|x|/127 of a row's in-features [384 g, 384 (g + 1)), q_x in [-127, 127]
     ŵ[o, i] = s_w[o]·q_w       s_w = max|w|/127 of an out-feature
     y = row_scale ⊙ s_w ⊙ Σ_g s_x·(Σ_{i in g} q_x q_w) + bias, and the epilogues of `ops.linear`, in float32
 
 Sums inside of a group are integers, and those over groups float32 in a fixed order, so that the products have the same
-bits in any batch, with any number of threads and in every instruction set. Scales of 128 in-features cost a CPU as
-little as scales of whole rows, and leave two thirds of their error.
+bits in any batch, with any number of threads and in every instruction set. Why 384: docs/design.md.
 
 T rows (tokens) · I in-features · O out-features.
 """
@@ -18,8 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dave_fast.ops.activation import activate_ref
+from dave_fast.ops.activation import GATES, activate_ref
 from dave_fast.ops.linear import NativeWeight, linear_native, linear_ref, pack_panels, row_squares
+from dave_fast.ops.precision import statistics_dtype
 
 # In-features that share a scale: scale_group of csrc/linear.h.
 GROUP = 384
@@ -73,7 +73,7 @@ def linear_int8_ref(
     """Return `linear_ref` with operands of eight bits; C++ has the same bits but for activations.
 
     Args:
-        x: (T, I) bfloat16 or float32.
+        x: (T, I) bfloat16 or float32, or float64, for which the same integers are scaled and summed in float64.
         weight: what `pack_int8_ref` returned, or `pack_ref` for a product in bfloat16.
         bias: (O,) as `linear_ref`'s.
         row_scale: (T,) float32.
@@ -84,38 +84,41 @@ def linear_int8_ref(
         overwrite: ignored here; C++ may then write into the residual's memory.
 
     Returns:
-        As `linear_ref`; y is of the residual's dtype, or bfloat16 where there is none.
+        As `linear_ref`; y is of the residual's dtype, or bfloat16 (float64 for float64) where there is none.
     """
     if not isinstance(weight, Int8Weight):
         # a product that calibration left in bfloat16
         epilogue: Any = {"row_scale": row_scale, "activation": activation, "gate": gate, "residual": residual}
         return linear_ref(x, weight, bias, **epilogue, squares=squares)
-    y = torch.zeros(len(x), len(weight.codes))
-    for group, (part, codes) in enumerate(zip(x.split(GROUP, 1), weight.codes.split(GROUP, 1), strict=True)):
+    exact = statistics_dtype(x.dtype)
+    narrow = torch.float64 if exact == torch.float64 else torch.bfloat16
+    y = torch.zeros(len(x), len(weight.codes), dtype=exact)
+    for part, codes in zip(x.split(GROUP, 1), weight.codes.split(GROUP, 1), strict=True):
         integers, scale = quantise(part.float())
-        product = (integers.double() @ codes.double().T).float()
-        y = fused(product, scale[:, None], y) if group else product * scale[:, None]
+        product = (integers.double() @ codes.double().T).to(exact)
+        y = fused(product, scale[:, None], y) if exact == torch.float32 else y + product * scale[:, None]
     y = y * weight.scale
     if row_scale is not None:
         y = y * row_scale[:, None]
     if bias is not None:
-        y = y + bias.float()
+        y = y + bias.to(exact)
     if activation is not None:
-        made, new_gate = activate_ref(y, activation)
-        return made.bfloat16(), new_gate.bfloat16()
+        # the two halves of a gated MLP are stored before they are combined
+        made, new_gate = activate_ref(y if activation in GATES else y.to(narrow), activation)
+        return made.to(narrow), new_gate.to(narrow)
     if gate is not None:
-        y = y * gate.float()
+        y = y * gate.to(exact)
     if residual is not None:
-        y = y + residual.float()
-    y = y.to(torch.bfloat16 if residual is None else residual.dtype)
+        y = y + residual.to(exact)
+    y = y.to(narrow if residual is None else residual.dtype)
     return (y, row_squares(y)) if squares else y
 
 
 def fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """Return a·b + c of float32 tensors rounded once to float32, as a fused multiply-add.
 
-    The product of two float32 numbers is exact in float64. Its sum with c is rounded to odd there, which makes the second
-    rounding that of the exact sum.
+    The product of two float32 numbers is exact in float64. Its sum with c is rounded to odd there, which makes the
+    second rounding that of the exact sum.
     """
     product, c = a.double() * b.double(), c.double()
     total = product + c

@@ -88,7 +88,28 @@ def why_no_int8(device: torch.device) -> str | None:
     return None
 
 
-_WHY_NOT = {"fp8": why_no_fp8, "int8": why_no_int8}
+def why_no_bf16(device: torch.device) -> str | None:
+    """Return why a device does not multiply bfloat16 in hardware; None where it does."""
+    if has_bf16(device):
+        return None
+    return f"this {device.type.upper()} does not multiply bfloat16: it would be emulated, and slower than fp32"
+
+
+_WHY_NOT = {"bf16": why_no_bf16, "fp8": why_no_fp8, "int8": why_no_int8}
+
+
+def why_not(precision: str, device: torch.device) -> str | None:
+    """Return why a device does not multiply in a precision in hardware; None where it does."""
+    return _WHY_NOT[precision](device) if precision in _WHY_NOT else None
+
+
+def fastest_precision(device: torch.device) -> str:
+    """Return the precision whose maps take the least time on a device.
+
+    That is int8 on CPUs that multiply it, unless they multiply bfloat16 in tiles (AMX); elsewhere the default.
+    """
+    tiles = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return choose_precision(None, device) if tiles or why_no_int8(device) is not None else "int8"
 
 
 def choose_precision(precision: str | None, device: torch.device, backend: str = "auto") -> str:
@@ -101,7 +122,7 @@ def choose_precision(precision: str | None, device: torch.device, backend: str =
         return "bf16" if has_bf16(device) else "fp32"
     if precision not in PRECISIONS:
         raise InputError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
-    reason = _WHY_NOT[precision](device) if precision in NARROW else None
+    reason = why_not(precision, device) if precision in NARROW else None
     if reason is not None and backend != "torch":
         raise InputError(
             f"precision={precision!r} was asked for, but {reason}: use 'bf16', or backend='torch' to see what "

@@ -234,7 +234,7 @@ class ModelInfo(BaseModel):
     class_names: list[str] | None
     questions: Annotated[list[Asking], Field(description="What may be asked: classes, texts, patches.")]
     grid: Annotated[list[int] | None, Field(description="Rows and columns of the patches that may be asked about.")]
-    precision: str
+    precision: Annotated[str, Field(description="fp64, fp32, bf16, fp8 or int8.")]
     route: str
     noise_alpha: float
     shrink: bool

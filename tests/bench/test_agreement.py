@@ -15,7 +15,8 @@ from dave_fast.ops import _registry
 from dave_fast.sampling import Draws
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
-FORMS = [(op, precision) for op in CASES for precision in DTYPES if op != "linear_fp8" or precision == "bf16"]
+EIGHT_BITS = ("linear_fp8", "linear_int8")
+FORMS = [(op, precision) for op in CASES for precision in DTYPES if op not in EIGHT_BITS or precision == "bf16"]
 
 
 def shapes(activation="gelu", **other):

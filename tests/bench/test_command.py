@@ -1,6 +1,7 @@
 """Test the command `dave-fast bench`: rows, JSON, pages, exit codes, and the comparison with a revision."""
 
 import json
+import re
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -10,8 +11,10 @@ from typer.testing import CliRunner
 
 from dave_fast.bench import compare, machine, op_tests
 from dave_fast.bench.page import write_page
+from dave_fast.bench.rates import kinds_of
 from dave_fast.cli.app import app
 from dave_fast.errors import BackendError, InputError
+from dave_fast.ops import _ext
 
 MODEL = ["--model", "tests.bench.kernels:model", "--samples", "5", "--repeats", "2", "--budget", "1"]
 KERNELS = "tests.bench.kernels"
@@ -43,7 +46,32 @@ def test_all_ops_beside_one_another_with_a_roofline(tmp_path):
     assert done.exit_code == 0, done.output
     assert "values back" in done.output and "torch" in done.output
     assert list((tmp_path / "figures").glob("roofline_*.png"))
-    assert "of matrix products" in (tmp_path / "performance.md").read_text()
+    assert re.search("% of (mkl|packed|native)-fp32", (tmp_path / "performance.md").read_text())
+
+
+def test_instruction_sets_are_measured_each_into_its_own_file(tmp_path):
+    if _ext.unavailable() is not None:
+        pytest.skip("there is no native core, which alone has instruction sets")
+    done = run("--op", "row_rstd", "--isa", "baseline", "--json", str(tmp_path / "norm.json"), "--docs", str(tmp_path))
+    assert done.exit_code == 0 and done.output.count("baseline:") == 1, done.output
+    result = json.loads((tmp_path / "norm_baseline.json").read_text())
+    assert result["environment"]["isa"] == "baseline" and result["setting"]["precision"] in ("bf16", "fp32")
+    assert "baseline" in (tmp_path / "performance.md").read_text()
+
+
+def test_a_precision_that_an_instruction_set_lacks_is_not_measured(monkeypatch):
+    monkeypatch.setattr("dave_fast.bench.isas.why_not", lambda precision, device: "it has no bfloat16")
+    done = run("--op", "row_rstd", "--precision", "bf16")
+    assert done.exit_code == 0 and "not measured: it has no bfloat16" in done.output, done.output
+
+
+def test_the_rates_of_all_libraries_stand_beside_a_product(tmp_path):
+    done = run("--op", "linear_int8", "--backend", "torch", "--json", str(tmp_path / "int8.json"))
+    assert done.exit_code == 0, done.output
+    for row in json.loads((tmp_path / "int8.json").read_text())["ops"]:
+        assert set(row["ceilings"]) == set(kinds_of("int8", "cpu"))
+        assert row["ceilings"][row["ceiling of"]] == max(row["ceilings"].values()) == row["ceiling"]
+        assert f"of {row['ceiling of']}" in done.output
 
 
 def test_your_own_kernel_is_timed_and_a_wrong_one_turns_the_exit_code(tmp_path):
@@ -75,6 +103,7 @@ def test_your_own_kernel_in_the_whole_engine():
         (["--kernel", "a.b:c"], "does not say for which op"),
         (["--op", "row_rstd", "--kernel", "a.b:c"], "cannot be loaded"),
         (["--precision", "fp7"], "fp7"),
+        (["--isa", "avx10"], "--isa is 'avx10'; expected all"),
         (
             ["--kernel", f"row_rstd={KERNELS}:row_rstd_without_eps"],
             "too many positional arguments; expected row_rstd(x:",

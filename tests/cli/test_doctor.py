@@ -60,6 +60,12 @@ def test_bfloat16(monkeypatch, has):
     assert found("bfloat16")[0].state == (OK if has else SLOW)
 
 
+@pytest.mark.parametrize("fastest", ["int8", "bf16"])
+def test_int8_is_told_where_it_is_the_fastest(monkeypatch, fastest):
+    monkeypatch.setattr("dave_fast.ops.precision.fastest_precision", lambda device: fastest)
+    assert [each.state for each in found("int8")] == [OK] * (fastest == "int8")
+
+
 @pytest.mark.parametrize(
     ("threads", "allowed", "cores", "variable", "state", "words"),
     [

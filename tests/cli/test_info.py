@@ -11,12 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from dave_fast import __version__
 from dave_fast.cli.app import app
 from dave_fast.cli.info import EXTRAS, Device, Info, collect, missing_of, render
-from dave_fast.ops import _registry
+from dave_fast.ops import _ext, _registry, precision
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,39 @@ def test_table_says_what_the_registry_says(found):
         assert set(row) == {name for name in _registry.BACKENDS if name in _registry.IMPLEMENTATIONS[op]}
         for backend, text in row.items():
             assert text in ("default", "yes") or text == _registry.why_not(op, backend, "cpu")
+
+
+MACHINES = {
+    "no bfloat16": ((False, False, False), "fp32", "fp32"),
+    "VNNI alone": ((False, False, True), "fp32", "int8"),
+    "bfloat16 alone": ((True, False, False), "bf16", "bf16"),
+    "bfloat16 and VNNI": ((True, False, True), "bf16", "int8"),
+    "AMX": ((True, True, True), "bf16", "bf16"),
+}
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_precisions_and_the_fastest_of_them_follow_the_machine(monkeypatch, machine):
+    (bf16, tiles, bytes_), usual, fastest = MACHINES[machine]
+    monkeypatch.setattr(precision, "has_bf16", lambda device: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    monkeypatch.setattr(_ext, "unavailable", lambda: None)
+    monkeypatch.setattr(_ext, "multiplies_bytes", lambda: bytes_)
+    found = collect("cpu")
+    assert [name for name, said in found.precisions.items() if said == "default"] == [usual]
+    assert found.fastest == fastest
+    assert (found.precisions["int8"] == "yes") == bytes_ and found.precisions["fp64"] == "yes"
+    assert "neither AVX512-VNNI" in found.precisions["int8"] or bytes_
+    text = printed(found)
+    assert "fp8: no: a CPU does not multiply e4m3" in text
+    assert text.count("the fastest here") == 1 and f"the fastest here: --precision {fastest}" in text
+    assert ("bf16: no: this CPU does not multiply bfloat16" in text) != bf16
+
+
+def test_a_device_that_is_not_here_has_no_precisions(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = collect("cuda")
+    assert found.precisions == {} and found.fastest is None and "precisions" not in printed(found)
 
 
 def test_reasons_are_told_once_each():
@@ -112,3 +146,5 @@ def test_json(found):
     assert result.exit_code == 0
     assert json.loads(result.stdout)["ops"] == found.ops
     assert json.loads(result.stdout)["extras"] == found.extras
+    assert json.loads(result.stdout)["precisions"] == found.precisions
+    assert json.loads(result.stdout)["fastest"] == found.fastest

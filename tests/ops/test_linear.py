@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dave_fast.bench import rates
 from dave_fast.errors import BackendError
 from dave_fast.ops import _ext, _registry
 from dave_fast.ops.activation import GATES, activate_native, activate_ref
@@ -330,15 +329,3 @@ def test_weights_of_another_instruction_set_are_refused(native, operand):
     native.use_isa(others[0])
     with pytest.raises(ValueError, match="packed for another instruction set"):
         _registry.load("linear", "native")(torch.eye(30), weight)
-
-
-def test_kind_of_ceiling_follows_the_machine(monkeypatch):
-    """The ceiling of float32 is measured with MKL on x86 before AVX-512, and with oneDNN elsewhere."""
-    if _registry.why_not("linear", "onednn", "cpu") is not None:
-        pytest.skip("this PyTorch has no oneDNN")
-    machines = {("x86_64", "AVX2"): "mkl", ("x86_64", "AVX512_VNNI"): "packed", ("aarch64", "DEFAULT"): "packed"}
-    for (machine, capability), library in machines.items():
-        monkeypatch.setattr("platform.machine", lambda machine=machine: machine)
-        monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda capability=capability: capability)
-        assert rates.kind_of("fp32", "cpu") == f"{library}-fp32"
-        assert rates.kind_of("bf16", "cpu") == "packed-bf16"

@@ -9,8 +9,7 @@ import dave_fast
 from benchmarks import contestants, libraries, machine, plain, side_by_side
 from benchmarks.contestants import Within, captum_methods, ours, peer, plain_way, why_no
 from benchmarks.peers import LADDER
-from dave_fast.bench import whole
-from dave_fast.bench.rates import ceiling
+from dave_fast.bench import rates, whole
 from dave_fast.bench.shapes import shapes_of
 from dave_fast.errors import InputError
 from dave_fast.models.catalog import load_model
@@ -78,14 +77,34 @@ def test_arithmetic_of_the_engine_is_counted_by_hand(model):
     assert plain.gigaflops_a_sample(model, torch.randn(3, *SIZE)) > ours
 
 
-@pytest.mark.parametrize("kind", ["mkl-fp32", "packed-fp32", "packed-bf16"])
+def kinds(*precisions):
+    return [kind for precision in precisions for kind in rates.kinds_of(precision, "cpu")]
+
+
+@pytest.mark.parametrize("kind", kinds("fp64", "fp32", "bf16", "int8"))
 def test_ceilings_count_what_they_run(kind):
-    if kind != "mkl-fp32" and not torch.backends.mkldnn.is_available():
-        pytest.skip("no oneDNN")
-    made = ceiling(kind, 8, 16, 32, at_least=1e-4)
+    made = rates.ceiling(kind, 8, 16, 32, at_least=1e-4)
     once = 2e-9 * 8 * (16 * 48 + 16 * 16 + 2 * 16 * 32)
     assert made.gigaflops == pytest.approx(once * round(1e-4 / once))
     made.run()
+
+
+@pytest.mark.parametrize(("precision", "error"), [("fp32", 1e-6), ("bf16", 0.01), ("int8", 0.03)])
+def test_every_librarys_product_of_a_precision_is_the_product(precision, error):
+    torch.manual_seed(0)
+    dtype = rates.DTYPES[precision]
+    x, weight, bias = (torch.randn(*size).to(dtype).double() for size in ((7, 400), (33, 400), (33,)))
+    expected = torch.nn.functional.linear(x, weight, bias)
+    for kind in kinds(precision):
+        torch.manual_seed(0)
+        found = rates.product(kind, 7, 400, 33)()
+        assert (found.double() - expected).norm() < error * expected.norm(), kind
+
+
+def test_the_ceiling_is_the_library_with_the_highest_median():
+    assert rates.fastest({"a": [1.0, 9.0, 1.0], "b": [2.0, 2.0, 2.0], "c": [1.0, 1.0, 1.5]}) == "b"
+    assert rates.kinds_of("fp16", "cpu") == ("mkl-fp16",) and rates.kinds_of("bf16", "cuda") == ("cublas-bf16",)
+    assert kinds("fp8") == kinds("fp32")
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +121,7 @@ def test_all_contestants_make_the_same_contributions(small):
     field += [
         peer(model, replace(LADDER[name], compiled=False), "fp32", 6, shapes, image)
         for name in LADDER
-        if "Flex" not in name and "P4" not in name
+        if "Flex" not in name and LADDER[name].eight_bits is None
     ]
     for each in field:
         found = each.contributions(truth.images, truth.draws)
@@ -135,6 +154,7 @@ def test_a_run_has_a_row_for_everyone_and_refuses_what_is_wrong(small):
     assert "its error against float64 is 1.0e-02" in rows["plain"]["reason"]
     assert "images a second" not in rows["plain"]
     assert "e4m3" in rows["dave-fast fp8"]["not measured"]
+    assert {"dave-fast bf16", "dave-fast int8"} < rows.keys()
 
 
 def test_one_wrong_patch_of_one_sample_is_refused(small):
@@ -202,7 +222,7 @@ def test_a_failing_contestant_leaves_the_other_rows(small):
 def test_captum_explains_with_its_passes(small, precisions, monkeypatch):
     """Test captum's methods; a CPU without bfloat16 products emulates them."""
     model, _, image, _ = small
-    monkeypatch.setattr(contestants, "has_bf16", lambda device: "bf16" in precisions)
+    monkeypatch.setattr(contestants, "best_of", lambda device: precisions[-1])
     methods = captum_methods(model, image)
     expected = [f"captum {name}-50, {precision}" for precision in precisions for name in ("IG", "SmoothGrad")]
     assert [method.name for method in methods] == expected
@@ -257,6 +277,25 @@ def test_ratios_do_not_count_for_a_slow_baseline_or_other_maps():
     assert len(reasons) == 2
     assert "68%" in reasons[0]
     assert "bf16" in reasons[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "isa", "name"),
+    [
+        ([], "avx2", "side_by_side_vit_base_patch16_224_avx2.json"),
+        (["--model", "timm/vit", "--size", "518"], None, "side_by_side_timm_vit_518.json"),
+        (["--out", "x/a.json"], "avx2", "a.json"),
+        (["--out", "x/a.json", "--isa", "all"], "avx2", "a_avx2.json"),
+    ],
+)
+def test_results_are_named_by_model_size_and_instruction_set(given, isa, name):
+    assert side_by_side.place_of(side_by_side.parser().parse_args(given), isa).name == name
+
+
+def test_peers_are_measured_in_fp32_in_the_best_precision_and_in_eight_bits():
+    usual = ("fp32", "bf16")
+    assert contestants.precisions_of(LADDER["P1 batched"], usual) == ["fp32", "bf16"]
+    assert contestants.precisions_of(LADDER["P4 in integers"], usual) == ["int8"]
 
 
 def test_work_is_gone_on_with_by_equal_settings_only(tmp_path):

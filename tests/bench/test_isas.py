@@ -1,0 +1,78 @@
+"""Test the measurement of every instruction set: names, the environment of the processes, what they return."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from dave_fast.bench import isas
+from dave_fast.errors import BackendError, InputError
+from dave_fast.ops import _ext
+
+USABLE = ["avx512bf16", "avx512", "avx2", "baseline"]
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine whose core can use USABLE and uses AVX2, which does not multiply bfloat16."""
+    core = SimpleNamespace(usable_isas=lambda: USABLE, isa=lambda: "avx2", multiplies_bfloat16=lambda: False)
+    monkeypatch.setattr(_ext, "module", lambda: core)
+    monkeypatch.setattr(_ext, "unavailable", lambda: None)
+    return core
+
+
+@pytest.mark.parametrize(
+    ("text", "names"), [("all", USABLE), ("avx2", ["avx2"]), ("baseline,avx512", ["avx512", "baseline"])]
+)
+def test_names_are_sorted_from_the_best(machine, text, names):
+    assert isas.chosen(text) == names
+
+
+@pytest.mark.parametrize("text", ["avx10", "avx2,", "", "all,avx2"])
+def test_names_that_the_machine_lacks_are_refused_with_its_own(machine, text):
+    with pytest.raises(InputError, match="expected all, or of avx512bf16, avx512, avx2, baseline"):
+        isas.chosen(text)
+
+
+def test_libraries_are_held_to_lesser_instructions_and_not_to_the_best(machine):
+    assert isas.variables("avx512bf16") == {"DAVE_FAST_ISA": "avx512bf16"}
+    assert isas.variables("avx2") == {
+        "DAVE_FAST_ISA": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    }
+
+
+def test_bfloat16_is_not_measured_where_the_instruction_set_in_use_lacks_it(machine):
+    assert "avx2 does not multiply bfloat16" in isas.why_not("bf16", "cpu")
+    assert isas.why_not("fp32", "cpu") is isas.why_not("int8", "cpu") is isas.why_not("bf16", "cuda") is None
+    # the machine's best is used as it is: without bfloat16 somebody asked for it
+    machine.isa = lambda: USABLE[0]
+    assert isas.why_not("bf16", "cpu") is None
+
+
+def used():
+    return _ext.isa(), os.environ.get("DAVE_FAST_ISA")
+
+
+def ended():
+    os._exit(3)
+
+
+def test_a_process_uses_its_instruction_set_and_leaves_ours():
+    if _ext.unavailable() is not None:
+        pytest.skip("there is no native core, which alone has instruction sets")
+    before = used()
+    assert isas.each(["baseline"], used) == {"baseline": ("baseline", "baseline")}
+    assert used() == before
+
+
+def test_a_process_that_ends_is_told(machine):
+    with pytest.raises(BackendError, match="that measured avx2 ended"):
+        isas.each(["avx2"], ended)
+
+
+def test_results_are_named_by_the_instruction_set():
+    assert isas.named(Path("out/linear.json"), "avx2") == Path("out/linear_avx2.json")
