@@ -74,12 +74,12 @@ class _Product(torch.autograd.Function):
     """x Wᵀ + b of x (..., I), and g W of its cotangent."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: NativeWeight, transposed: NativeWeight, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: NativeWeight, transposed: NativeWeight, bias: Tensor | None) -> Tensor:
         ctx.transposed = transposed
         return _of_rows(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
         return _of_rows(g, ctx.transposed, None), None, None, None
 
 
@@ -104,10 +104,11 @@ class _Attention(torch.autograd.Function):
     """P v of heads (R, heads, tokens, head_dim), and Pᵀ g of its cotangent."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:  # type: ignore[override]
-        out, ctx.operators = attention_native(*(t.transpose(1, 2) for t in (query, key, value)), scale)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+        out, ctx.operators = attention_native(q, k, v, scale)
         return out.transpose(1, 2)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[None, None, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[None, None, Tensor, None]:
         return None, None, attention_vjp_native(ctx.operators, g.transpose(1, 2)).transpose(1, 2), None

@@ -32,7 +32,8 @@ PACK_ROWS = 1024
 # Terms that oneDNN sums at once in float32 on CPUs without AVX-512. There its sums of 768 to 4,096 terms have 2.0 to
 # 2.3 times the error of MKL's; sums of 384 terms at a time have 1.4 times, in 0.94 of the time (two Zen 3 cores).
 SUM_TERMS = 384
-# The most that each thread of the C++ form lays out of an operand, in bytes: block_bytes of csrc/linear.cpp, or a strip.
+# The most that each thread of the C++ form lays out of an operand, in bytes: block_bytes of csrc/linear.cpp, or a
+# strip.
 BLOCK_BYTES = 640 << 10
 
 
@@ -65,8 +66,9 @@ def linear_ref(
         squares: whether the sums of squares of the stored y are returned too; not with an activation.
 
     Returns:
-        y (T, O) in the weight's dtype, or a wider residual's; with an activation (y, gate), both (T, O), where a backend may store a gate that lies in
-        [0, 1] in eight bits; with squares (y, (T, parts) float32 (float64)), partial sums of each row.
+        y (T, O) in the weight's dtype, or a wider residual's; with an activation (y, gate), both (T, O), where a
+        backend may store a gate that lies in [0, 1] in eight bits; with squares (y, (T, parts) float32 (float64)),
+        partial sums of each row.
     """
     # Scaling the narrow operand costs less than scaling the product, and is what a norm does.
     if row_scale is not None:
@@ -144,7 +146,8 @@ class NativeWeight:
 def pack_native(matrix: Tensor) -> Any:
     """Return matrix (O, I), float32 or bfloat16, in panels for C++.
 
-    bfloat16 is packed for oneDNN where the CPU multiplies it in tiles (AMX), which C++ does not; float64 is left to PyTorch.
+    bfloat16 is packed for oneDNN where the CPU multiplies it in tiles (AMX), which C++ does not; float64 is left to
+    PyTorch.
     """
     operand = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(matrix.dtype)
     if operand is None or (operand == "bf16" and torch.cpu._is_amx_tile_supported()):
@@ -174,12 +177,19 @@ def linear_native(
     squares: bool = False,
     overwrite: bool = False,
 ) -> Any:
-    """Run `linear_ref` in C++ on the host, in one pass, for what `pack_native` returned.
+    """Run `linear_ref` in C++ on the host, in one pass.
 
-    x, gate and residual are float32 or bfloat16 each; all arithmetic behind the operands is float32. A row has the same
-    bits in any batch, unlike in MKL's products.
+    All arithmetic behind the operands is float32. A row has the same bits in any batch, unlike in MKL's products.
 
     Args:
+        x: (T, I) float32 or bfloat16, whatever the weight is.
+        weight: what `pack_native` or `pack_panels` returned.
+        bias: (O,) as `linear_ref`'s.
+        row_scale: (T,) float32.
+        activation: as `linear_ref`'s.
+        gate: (T, O) float32, bfloat16 or uint8.
+        residual: (T, O) float32 or bfloat16.
+        squares: as `linear_ref`'s.
         overwrite: whether y may be written over the residual.
 
     Returns:
@@ -220,7 +230,10 @@ def linear_native(
 
 
 def _checked(
-    name: str, operand: Tensor | None, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    name: str,
+    operand: Tensor | None,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16),
 ) -> Tensor | None:
     """Return an operand for C++, contiguous; raise BackendError for another dtype, shape or device."""
     if operand is None:

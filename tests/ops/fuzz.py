@@ -234,7 +234,7 @@ def run_kernel(op: str, cuda: bool, *operands: Any) -> list[Tensor]:
     if cuda:
         getattr(_ext.cuda_module(), op)(0, 0, *sent)
     else:
-        getattr(_ext.module(), op)(*sent, 1)
+        getattr(_ext.module(), op)(*sent, *([] if op == "pack_linear" else [1]))
     return [operand for operand in given[-1:] if isinstance(operand, Tensor)]
 
 
