@@ -17,4 +17,4 @@ LOW_PRECISION_RATIO = 2.0
 OF_THE_TRUTH = {"fp64": 1e-9, "fp32": 1e-4, "bf16": 0.1}
 PIXELS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3}
 DECODING_MEMORY = 0.2
-PEARSON = {"bf16": 0.999, "fp8": 0.999}
+PEARSON = {"bf16": 0.999, "int8": 0.999, "fp8": 0.999}

@@ -1,7 +1,7 @@
 """How a model is walked: micro-batches of perturbed images forward and back, aggregated to raw attributions.
 
 walks                     the engine of a ViTPlan: forward_walk and vjp_walk over bound_ops
-tail_forms                the tail's products in C++, where the blocks' are
+tail_forms                the tail's products in C++, where those of the blocks are
 build, calibration        an engine of a reading; static scales of e4m3 operands
 route                     the pair of walks that explains a model: the engine's, or the frozen route's
 eager, graphs             one micro-batch step by step, or replayed as a CUDA graph

@@ -1,4 +1,4 @@
-"""The products of a plan's tail in C++, for float32 on a CPU: a row has the same bits in any batch, with any threads.
+"""What a plan's tail computes in C++, for float32 on a CPU: a row has the same bits in any batch, with any threads.
 
 PyTorch multiplies by MKL and oneDNN, which choose the order of a sum by the number of rows, of threads, and by where
 operands lie in memory.
@@ -13,12 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dave_fast.ops.activation import activate_native
 from dave_fast.ops.attention import attention_native, attention_vjp_native
 from dave_fast.ops.linear import NativeWeight, linear_native, pack_panels
 
+# rows of which products with a matrix of activations are summed one by one: a copy of the matrix for each
+FEW_ROWS = 4
+
 
 class TailForms:
-    """Forms of PyTorch's products with a tail's own matrices, and of attention; other operands are left to PyTorch.
+    """Forms of PyTorch's products with a tail's own matrices, attention and GELU; other operands are left to PyTorch.
 
     Args:
         tail: the module, of this engine alone.
@@ -35,6 +39,8 @@ class TailForms:
         self.forms: dict[Callable[..., Any], Callable[..., Any]] = {
             F.linear: self._linear,
             F.scaled_dot_product_attention: _attention,
+            torch.bmm: _products_of_few_rows,
+            F.gelu: _gelu,
             **{function: self._matmul(function) for function in (torch.matmul, Tensor.matmul, Tensor.__matmul__)},
         }
 
@@ -88,14 +94,38 @@ def _of_rows(x: Tensor, weight: NativeWeight, bias: Tensor | None) -> Tensor:
     return y.view(*x.shape[:-1], -1)
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, *more: Any, **settings: Any) -> Tensor:
+def _gelu(input: Tensor, approximate: str = "none") -> Tensor:
+    """Run F.gelu, of which PyTorch computes the last few values, and so a row's, by other functions than the rest."""
+    if not _fits(input) or input.requires_grad or not input.ndim:
+        return F.gelu(input, approximate=approximate)
+    u = input.clone(memory_format=torch.contiguous_format)
+    return activate_native(u.view(-1, u.shape[-1]), "gelu" if approximate == "none" else "gelu_tanh")[0].view_as(input)
+
+
+def _products_of_few_rows(a: Tensor, b: Tensor) -> Tensor:
+    """Run torch.bmm of (B, q, n) and (B, n, m), where rows q are few, as they are where nn.MultiheadAttention pools."""
+    if a.ndim != 3 or a.shape[1] > FEW_ROWS or not (_fits(a) and _fits(b)):
+        return torch.bmm(a, b)
+    return (a[..., None] * b[:, None]).sum(2)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
     """Run F.scaled_dot_product_attention (R, heads, tokens, head_dim) with q and k held constant."""
-    scale = settings.get("scale")
-    plain = not any(more) and not any(given for name, given in settings.items() if name != "scale")
+    plain = attn_mask is None and not (dropout_p or is_causal or enable_gqa)
     alike = value.shape == key.shape and query.ndim == 4 and query.shape[:2] == key.shape[:2] and key.numel() > 0
     frozen = not query.requires_grad and not key.requires_grad
     if not (plain and alike and frozen and all(map(_fits, (query, key, value)))):
-        return F.scaled_dot_product_attention(query, key, value, *more, **settings)
+        more: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **more)
     attended: Tensor = _Attention.apply(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
     return attended
 

@@ -9,7 +9,9 @@ import dave_fast
 from dave_fast.errors import InputError, ModelError
 from dave_fast.images import preprocessing
 from dave_fast.models.demo.scenes import draw_scenes
+from dave_fast.ops import _ext
 from dave_fast.ops.fp8 import Fp8Weight
+from dave_fast.ops.linear import NativeWeight
 from dave_fast.ops.precision import choose_precision, why_no_fp8
 from tests.tolerances import LOW_PRECISION_RATIO, PEARSON
 from tests.variants import ENGINE
@@ -33,7 +35,9 @@ def single(scenes):
     return dave_fast.DAVE("demo", precision="fp32").explain(scenes, n_samples=50)
 
 
-@pytest.mark.parametrize(("precision", "backend"), [("bf16", "auto"), ("fp8", "torch")])
+@pytest.mark.parametrize(
+    ("precision", "backend"), [("bf16", "auto"), ("int8", "auto"), ("int8", "torch"), ("fp8", "torch")]
+)
 def test_final_maps_of_the_demo_model_keep_to_float32(scenes, single, precision, backend):
     found = dave_fast.DAVE("demo", precision=precision, backend=backend).explain(scenes, single.target, n_samples=50)
     assert pearson(found.maps, single.maps).min() >= PEARSON[precision]
@@ -82,9 +86,50 @@ def test_fp8_without_hardware_is_refused_unless_the_reference_is_asked_for(monke
     assert choose_precision("fp8", cuda) == "fp8"
 
 
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
 @pytest.mark.parametrize("route", ["auto", "frozen"])
-def test_fp8_needs_the_engine(route):
+def test_eight_bits_need_the_engine(route, precision):
     model = ENGINE["vit"].build() if route == "frozen" else torch.nn.Sequential(torch.nn.Flatten())
-    explainer = dave_fast.DAVE(model, precision="fp8", backend="torch", route=route, noise_alpha=0.5)
-    with pytest.raises(ModelError, match="fp8' needs the engine's GEMMs, but"):
+    explainer = dave_fast.DAVE(model, precision=precision, backend="torch", route=route, noise_alpha=0.5)
+    with pytest.raises(ModelError, match=f"{precision}' needs the engine's GEMMs, but .*Use precision='bf16'"):
         explainer.explain(ENGINE["vit"].images(1))
+
+
+def test_int8_is_refused_without_the_core_without_its_instructions_and_on_a_gpu(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    words = r"precision='int8' was asked for, but {}: use 'bf16', or backend='torch' to see"
+    with pytest.raises(InputError, match=words.format("dave-fast multiplies .* CPUs alone, and this is a CUDA")):
+        choose_precision("int8", cuda)
+    with monkeypatch.context() as patch:
+        patch.setattr(_ext, "multiplies_bytes", lambda: False)
+        with pytest.raises(InputError, match=words.format("this CPU has neither AVX512-VNNI nor AVX-VNNI nor Arm's.*")):
+            dave_fast.DAVE(ENGINE["vit"].build(), precision="int8", noise_alpha=0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(_ext, "unavailable", lambda: "the extension dave_fast._native was not built")
+        with pytest.raises(InputError, match=words.format("the extension dave_fast._native was not built")):
+            dave_fast.DAVE(ENGINE["vit"].build(), precision="int8", noise_alpha=0.5)
+        # emulated, which needs neither
+        assert choose_precision("int8", cpu, "torch") == choose_precision("int8", cuda, "torch") == "int8"
+
+
+def test_int8_in_pytorch_is_that_in_cpp_but_for_roundings():
+    """Every product has the same bits; activations, norms and attention have other roundings."""
+    images = ENGINE["vit"].images(2)
+    raw = [
+        dave_fast.DAVE(ENGINE["vit"].build(), precision=precision, backend=backend, noise_alpha=0.5)
+        .explain(images, 1, n_samples=3)
+        .raw
+        for precision, backend in (("int8", "auto"), ("int8", "torch"), ("fp32", "auto"))
+    ]
+    error, emulated = ((found - raw[2]).norm() / raw[2].norm() for found in raw[:2])
+    assert 0.005 < error < 1.5 * emulated and emulated < 1.5 * error
+
+
+def test_every_product_of_the_blocks_has_operands_of_bytes_and_the_stream_stays_float32():
+    explainer = dave_fast.DAVE(ENGINE["vit"].build(), precision="int8", noise_alpha=0.5)
+    images = ENGINE["vit"].images(2)
+    assert explainer.explain(images, n_samples=3).raw.isfinite().all() and explainer.route == "engine"
+    plan = explainer._cache.route(images).plan
+    assert plan.dtype == torch.bfloat16 and plan.stream == torch.float32
+    operands = [w.operand for p in plan.projections() for w in (p.weight, p.transposed) if isinstance(w, NativeWeight)]
+    assert operands.count("int8") == 2 * (len(plan.projections()) - 1)

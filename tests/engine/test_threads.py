@@ -20,7 +20,15 @@ def threads():
 
 @pytest.mark.parametrize(
     ("precision", "size", "backend"),
-    [("fp32", 224, "auto"), ("bf16", 224, "auto"), ("fp64", 96, "auto"), ("fp32", 352, "auto"), ("fp32", 96, "torch")],
+    [
+        ("fp32", 224, "auto"),
+        ("bf16", 224, "auto"),
+        ("int8", 224, "auto"),
+        ("int8", 352, "auto"),
+        ("fp64", 96, "auto"),
+        ("fp32", 352, "auto"),
+        ("fp32", 96, "torch"),
+    ],
     ids=str,
 )
 def test_one_two_and_three_threads_give_the_same_bits(threads, precision, size, backend):
