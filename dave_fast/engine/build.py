@@ -36,12 +36,17 @@ def build_engine(
     plain = _registry.bind("pack_weight", backend, kind)
     pack = plain if narrow is None else _registry.bind(f"pack_weight_{narrow}", backend, kind)
     both = narrow == "int8" and sibling is None
+    form = _registry.choose("linear", backend, kind)
     # Triton's kernels, which tests run on a CPU too, keep the stream as narrow as the activations
-    wide = kind == "cpu" and narrow != "fp8" and _registry.choose("linear", backend, kind) != "triton"
+    wide = kind == "cpu" and narrow != "fp8" and form != "triton"
+    if both:
+        # what stays in bfloat16 must not depend on the batch either, as it would in oneDNN's tiles
+        among = _registry.bind("pack_weight_among_int8", backend, kind)
+        plain = among if form == _registry.choose("linear_int8", backend, kind) else plain
     plan = make_plan(
         reading,
         dtype=dtype,
-        pack=(lambda matrix: Forms(pack(matrix), plain(matrix.to(dtype)))) if both else pack,
+        pack=(lambda matrix: Forms(pack(matrix), among(matrix.to(dtype)))) if both else pack,
         pack_embed=plain,
         # integers are made of numbers that have not been rounded before
         packed=torch.float32 if narrow == "int8" else dtype,

@@ -135,7 +135,8 @@ def choose_products(plan: ViTPlan, ops: BoundOps) -> ViTPlan:
     multiply = ops.multiply
 
     def comparing(x: Tensor, weight: Forms, *given: Any, **epilogue: Any) -> Any:
-        narrow, wide = (multiply(x, form).float() for form in (weight.narrow, weight.wide))
+        # in float64, so that a choice does not depend on the order of a sum
+        narrow, wide = (multiply(x, form).double() for form in (weight.narrow, weight.wide))
         error = float((narrow - wide).norm() / wide.norm().clamp(min=torch.finfo(torch.float32).tiny))
         # NaN counts as exact: the maps of such a model are refused in any precision
         errors[id(weight)] = max(errors.get(id(weight), 0.0), error if math.isfinite(error) else 0.0)

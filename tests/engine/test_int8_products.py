@@ -5,6 +5,7 @@ import torch
 
 from dave_fast.engine import calibration
 from dave_fast.engine.build import build_engine
+from dave_fast.ops.linear import NativeWeight
 from dave_fast.ops.patches import patchify
 from dave_fast.plan import families
 
@@ -63,3 +64,11 @@ def test_products_in_bfloat16_are_told(caplog):
 
 def test_emulated_products_make_the_same_choice():
     assert errors(outlier_model(1000.0), backend="torch")[0] < 0.02
+
+
+def test_no_product_is_left_to_tiles_whose_bits_depend_on_the_batch(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    plan = build_engine(families.read(outlier_model(1000.0)), dtype=torch.bfloat16, narrow="int8").plan
+    packed = [weight for p in plan.projections() for weight in (p.weight, p.transposed)]
+    assert {weight.operand for weight in packed if isinstance(weight, NativeWeight)} == {"bf16", "int8"}
+    assert all(isinstance(weight, NativeWeight) for weight in packed)
