@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import torch
+import logging
+from typing import Any
 
-from dave_fast.engine.bound_ops import BoundOps
-from dave_fast.engine.calibration import Forms, calibrate, choose_products
+import torch
+from torch import Tensor
+
+from dave_fast.engine.calibration import calibrate, coarse_products
 from dave_fast.engine.walks import Engine
 from dave_fast.ops import _registry
+from dave_fast.ops.linear import pack_panels
 from dave_fast.ops.precision import statistics_dtype
+from dave_fast.plan.folding import Pack
 from dave_fast.plan.reading import Reading
 from dave_fast.plan.vit_plan import ViTPlan, make_plan
+
+logger = logging.getLogger("dave_fast")
 
 
 def build_engine(
@@ -34,29 +41,47 @@ def build_engine(
     """
     kind = torch.device(device).type
     plain = _registry.bind("pack_weight", backend, kind)
-    pack = plain if narrow is None else _registry.bind(f"pack_weight_{narrow}", backend, kind)
-    both = narrow == "int8" and sibling is None
     form = _registry.choose("linear", backend, kind)
-    # Triton's kernels, which tests run on a CPU too, keep the stream as narrow as the activations
-    wide = kind == "cpu" and narrow != "fp8" and form != "triton"
-    if both:
-        # what stays in bfloat16 must not depend on the batch either, as it would in oneDNN's tiles
-        among = _registry.bind("pack_weight_among_int8", backend, kind)
-        plain = among if form == _registry.choose("linear_int8", backend, kind) else plain
-    plan = make_plan(
-        reading,
-        dtype=dtype,
-        pack=(lambda matrix: Forms(pack(matrix), among(matrix.to(dtype)))) if both else pack,
-        pack_embed=plain,
-        # integers are made of numbers that have not been rounded before
-        packed=torch.float32 if narrow == "int8" else dtype,
-        # a CPU's products are bound by arithmetic, so that a wider stream costs them nothing
-        stream=statistics_dtype(dtype) if wide else dtype,
-        device=device,
-        sibling=sibling,
-    )
-    if both:
-        plan = choose_products(plan, BoundOps(backend, plan.device, narrow=narrow))
+    settings: dict[str, Any] = {"dtype": dtype, "device": device, "sibling": sibling}
+    # a CPU's products are bound by arithmetic, so that a wider stream costs them nothing; Triton's kernels, which tests
+    # run on a CPU too, keep it as narrow as the activations
+    if kind == "cpu" and narrow != "fp8" and form != "triton":
+        settings["stream"] = statistics_dtype(dtype)
+    if narrow == "int8":
+        plan = _integer_plan(reading, plain, backend, kind, settings)
+        return Engine(plan, backend, narrow=narrow)
+    pack = plain if narrow is None else _registry.bind(f"pack_weight_{narrow}", backend, kind)
+    plan = make_plan(reading, pack=pack, pack_embed=plain, **settings)
     # calibration uses PyTorch's own forms, so that no kernel is compiled for it
     scales = calibrate(Engine(plan, "torch", narrow=narrow)) if narrow == "fp8" else None
     return Engine(plan, backend, narrow=narrow, scales=scales)
+
+
+def _integer_plan(reading: Reading, plain: Pack, backend: str, kind: str, settings: dict[str, Any]) -> ViTPlan:
+    """Return a plan of eight-bit integers, with bfloat16 for the products that these are too coarse for.
+
+    The plan is made again until no product is: what follows a coarse one is then judged by what it really gets.
+    """
+    pack = _registry.bind("pack_weight_int8", backend, kind)
+    forms = [_registry.choose(op, backend, kind) for op in ("linear_int8", "linear")]
+    # bfloat16 by our own products, since those of oneDNN's tiles depend on the batch
+    among = (lambda matrix: pack_panels(matrix, "bf16")) if forms[0] == "native" else plain
+    embed = among if forms[1] == "native" else plain
+    wide: set[int] = set()
+    while True:
+        packed: list[Any] = []
+
+        def pack_next(matrix: Tensor, packed: list[Any] = packed, wide: set[int] = wide) -> Any:
+            packed.append(among(matrix.to(settings["dtype"])) if len(packed) in wide else pack(matrix))
+            return packed[-1]
+
+        # integers are made of numbers that have not been rounded before
+        plan = make_plan(reading, pack=pack_next, pack_embed=embed, packed=torch.float32, **settings)
+        found = coarse_products(Engine(plan, backend, narrow="int8")) if packed else []
+        if not found:
+            break
+        numbers = {id(weight): number for number, weight in enumerate(packed)}
+        wide.update(numbers[id(weight)] for weight in found)
+    if wide:
+        logger.info("%d of %d products stay in bfloat16: eight bits are too coarse for them", len(wide), len(packed))
+    return plan

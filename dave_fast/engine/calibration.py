@@ -3,7 +3,7 @@
 Both are found when an engine is built, by walks over images made from a fixed seed, so that they, and with them every
 map, depend on the model alone.
 
-Integers (`choose_products`): a product that they put off by more than INT8_ERROR stays in bfloat16.
+Integers (`coarse_products`): a product that they put off by more than INT8_ERROR stays in bfloat16.
 
 e4m3 (`calibrate`): two powers of two for each product. With a scale that is known beforehand, the kernel that makes a
 number can store it in e4m3 itself; otherwise every operand is read once more to find its largest number:
@@ -27,31 +27,27 @@ the scale of a question does not matter.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from dave_fast.engine.bound_ops import BoundOps
 from dave_fast.engine.walks import Engine
 from dave_fast.errors import NonFiniteError
 from dave_fast.ops.fp8 import LARGEST, Codes, Scales, TokenScales
+from dave_fast.ops.int8 import in_integers, rounding
 from dave_fast.ops.patches import patchify
-from dave_fast.plan.vit_plan import ViTPlan, repacked
-
-logger = logging.getLogger("dave_fast")
 
 # largest operand allowed, as a multiple of the largest of the calibration images, forward and in the VJP
 ROOM, VJP_ROOM = 8.0, 32.0
 ROWS, SEED = 8, 0
-# Relative error of a product in eight bits above which it is taken in bfloat16, and rows that it is measured with. On a
-# trained DINOv2 products are off by 0.8 to 5 %.
-INT8_ERROR, INT8_ROWS = 0.1, 2
+# Relative error of a product in eight bits above which it is taken in bfloat16, and the most tokens that it is measured
+# with. On a trained DINOv2 products are off by 0.8 to 5 %.
+INT8_ERROR, INT8_ROWS = 0.1, 256
 
 
 def calibrate(engine: Engine) -> Scales:
@@ -113,48 +109,43 @@ def _scale(largest: float, room: float) -> float:
     return 2.0 ** math.ceil(math.log2(max(room * largest / LARGEST, 2.0**-100)))
 
 
-@dataclass(frozen=True)
-class Forms:
-    """A weight packed in eight bits and in bfloat16, until one of them is chosen."""
-
-    narrow: Any
-    wide: Any
-
-
-def choose_products(plan: ViTPlan, ops: BoundOps) -> ViTPlan:
-    """Return a plan whose products are in eight bits where they are exact enough for made images, else in bfloat16.
+def coarse_products(engine: Engine) -> list[Any]:
+    """Return the packed weights whose operands eight-bit integers are too coarse for, among those that are in integers.
 
     An operand with a channel that is hundreds of times as large as the others, as some large models have in their
-    residual stream, leaves too few integers to the others.
-
-    Args:
-        plan: with `Forms` as weights.
-        ops: bound for `narrow="int8"`.
+    residual stream, leaves too few integers to the others. What it loses is multiplied in integers as well.
     """
-    errors: dict[int, float] = {}
-    multiply = ops.multiply
+    plan, multiply = engine.plan, engine.ops.multiply
+    coarse: dict[int, Any] = {}
 
-    def comparing(x: Tensor, weight: Forms, *given: Any, **epilogue: Any) -> Any:
-        # in float64, so that a choice does not depend on the order of a sum
-        narrow, wide = (multiply(x, form).double() for form in (weight.narrow, weight.wide))
-        error = float((narrow - wide).norm() / wide.norm().clamp(min=torch.finfo(torch.float32).tiny))
-        # NaN counts as exact: the maps of such a model are refused in any precision
-        errors[id(weight)] = max(errors.get(id(weight), 0.0), error if math.isfinite(error) else 0.0)
-        return multiply(x, weight.wide, *given, **epilogue)
+    def comparing(x: Tensor, weight: Any, *given: Any, **epilogue: Any) -> Any:
+        if in_integers(weight) and id(weight) not in coarse:
+            some = x[:: math.ceil(len(x) / INT8_ROWS)]
+            kept, lost = (multiply(each, weight).float() for each in (some, rounding(some)))
+            size, off = (float(torch.linalg.vector_norm(y, dtype=torch.float64)) for y in (kept.add_(lost), lost))
+            # NaN is no reason: maps of such a model are refused in any precision
+            if off > INT8_ERROR * size:
+                coarse[id(weight)] = weight
+        return multiply(x, weight, *given, **epilogue)
 
-    engine = Engine(plan, narrow="int8", ops=ops)
-    ops.multiply = comparing
+    engine.ops.multiply = comparing
     try:
-        images = made_images(INT8_ROWS, (plan.channels, *plan.image_size))
+        images = _image_with_noise(plan.channels, *plan.image_size)
         output, saved = engine.forward(patchify(images, plan.patch_size).to(plan.dtype))
         for cotangent in _cotangents(output):
             engine.vjp(saved, cotangent)
     finally:
-        ops.multiply = multiply
-    coarse = sum(error > INT8_ERROR for error in errors.values())
-    if coarse:
-        logger.info("%d of %d products stay in bfloat16: eight bits are too coarse for them", coarse, len(errors))
-    return repacked(plan, lambda forms: forms.wide if errors.get(id(forms), 0.0) > INT8_ERROR else forms.narrow)
+        engine.ops.multiply = multiply
+    return list(coarse.values())
+
+
+def _image_with_noise(channels: int, height: int, width: int) -> Tensor:
+    """Return an image (1, C, H, W) of smooth parts and white noise, float32, with little memory besides."""
+    generator = torch.Generator().manual_seed(SEED)
+    coarse = torch.randn(1, channels, max(2, height // 16), max(2, width // 16), generator=generator)
+    noise = torch.randn(1, channels, height, width, generator=generator)
+    smooth = F.interpolate(coarse, size=(height, width), mode="bilinear")
+    return noise.mul_(0.6).add_(smooth)
 
 
 def made_images(count: int, shape: tuple[int, int, int]) -> Tensor:

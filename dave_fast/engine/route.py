@@ -38,6 +38,8 @@ ROUTES = ("auto", "engine", "frozen")
 # Values of the residual stream of a micro-batch on a CPU: enough for full GEMM tiles and few calls, few enough to stay
 # in the caches; four rows of a ViT-B/16 at 224 px, eight of a ViT-S/16.
 CPU_VALUES = 800 * 768
+# the most rows, so that small models' maps sharpen in several steps where they are streamed
+CPU_ROWS = 12
 FROZEN_ROWS = 4
 
 
@@ -133,7 +135,7 @@ def _engine_route(engine: Engine) -> Route:
         plan.patch_size,
         plan.dtype,
         weights=plan_bytes(plan),
-        preferred_rows=min(64, CPU_VALUES // (plan.tokens * plan.width)),
+        preferred_rows=min(CPU_ROWS, CPU_VALUES // (plan.tokens * plan.width)),
         plan=plan,
         row_bytes=engine_row_bytes(plan),
         level_bytes=stream_bytes(plan),

@@ -25,7 +25,6 @@ class Engine:
         backend: a name of `ops._registry`, or "auto".
         narrow: "fp8" or "int8" where the blocks' matrix products take operands of eight bits.
         scales: static scales of e4m3 operands; an operand without one is scaled row by row.
-        ops: bound before, in place of all of these.
 
     Attributes:
         plan: the model.
@@ -41,8 +40,7 @@ class Engine:
         *,
         narrow: str | None = None,
         scales: Scales | None = None,
-        ops: BoundOps | None = None,
     ) -> None:
         self.plan = plan
-        self.ops = ops or BoundOps(backend, plan.device, narrow=narrow, scales=scales)
+        self.ops = BoundOps(backend, plan.device, narrow=narrow, scales=scales)
         self.forward, self.vjp = ForwardWalk(plan, self.ops), VjpWalk(plan, self.ops)

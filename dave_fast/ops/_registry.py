@@ -104,7 +104,6 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "pack_weight_fp8": dict.fromkeys(("torch", "triton"), "dave_fast.ops.fp8:pack_fp8"),
     "linear_fp8": _forms("fp8", "linear_fp8", "triton"),
     "pack_weight_int8": _forms("int8", "pack_int8", "native"),
-    "pack_weight_among_int8": _forms("int8", "pack_among_int8", "native"),
     "linear_int8": _forms("int8", "linear_int8", "native"),
     "attention": _forms("attention", "attention", "native", "triton"),
     "attention_vjp": _forms("attention", "attention_vjp", "native", "triton"),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dave_fast.ops.activation import GATES, activate_ref
-from dave_fast.ops.linear import NativeWeight, linear_native, linear_ref, pack_panels, pack_ref, row_squares
+from dave_fast.ops.linear import NativeWeight, linear_native, linear_ref, pack_panels, row_squares
 from dave_fast.ops.precision import statistics_dtype
 
 # In-features that share a scale: scale_group of csrc/linear.h.
@@ -131,14 +131,18 @@ def fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return odd.view(torch.float64).float()
 
 
-def pack_among_int8_ref(matrix: Tensor) -> Tensor:
-    """Return matrix (O, I) for a product that stays in bfloat16."""
-    return pack_ref(matrix.bfloat16())
+def in_integers(weight: Any) -> bool:
+    """Return whether a packed weight is in eight-bit integers."""
+    return isinstance(weight, Int8Weight) or (isinstance(weight, NativeWeight) and weight.operand == "int8")
 
 
-def pack_among_int8_native(matrix: Tensor) -> NativeWeight:
-    """Return matrix (O, I) in bfloat16 in panels for C++, for a product that stays in it."""
-    return pack_panels(matrix, "bf16")
+def rounding(x: Tensor) -> Tensor:
+    """Return what an operand x (T, I) loses as integers, float32."""
+    parts = []
+    for part in x.float().split(GROUP, 1):
+        integers, scale = quantise(part)
+        parts.append(part - integers * scale[:, None])
+    return torch.cat(parts, dim=1)
 
 
 def pack_int8_native(matrix: Tensor) -> NativeWeight:

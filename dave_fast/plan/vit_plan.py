@@ -9,8 +9,7 @@ token): keys and values are still made for all tokens, everything after them onl
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -111,20 +110,6 @@ class ViTPlan:
                 rotation = () if layer.rotation is None else (layer.rotation.cos, layer.rotation.sin)
                 found |= {id(t): t for t in (layer.bias, *rotation) if t is not None}
         return list(found.values())
-
-
-def repacked(plan: ViTPlan, choose: Callable[[Any], Any]) -> ViTPlan:
-    """Return a plan with `choose(weight)` in the place of every packed weight of its blocks."""
-
-    def layer(given: Layer) -> Layer:
-        changed: dict[str, Any] = {
-            field.name: replace(p, weight=choose(p.weight), transposed=choose(p.transposed))
-            for field in fields(given)
-            if isinstance(p := getattr(given, field.name), Projection)
-        }
-        return replace(given, **changed)
-
-    return replace(plan, steps=tuple(replace(step, layers=tuple(map(layer, step.layers))) for step in plan.steps))
 
 
 def make_plan(

@@ -1,4 +1,4 @@
-"""Products of eight-bit integers that are too coarse stay in bfloat16 (`engine.calibration.choose_products`)."""
+"""Products of eight-bit integers that are too coarse stay in bfloat16 (`engine.calibration.coarse_products`)."""
 
 import timm
 import torch
