@@ -13,7 +13,7 @@ constexpr int64_t panel = tile_vectors * lanes;
 // words that are summed at once: those of a panel fit the first-level cache beside a strip's sums
 constexpr int64_t longest_sum = 96, group_words = scale_group / 4;
 // rows whose sums stay in the first-level cache from one block of in-features to the next
-constexpr int64_t strip_rows = 8 * tile_rows;
+constexpr int64_t strip_rows = 4 * tile_rows;
 // rows of a block, at most: their operand fits the second-level cache beside a panel
 constexpr int64_t longest_block = 192, block_bytes = 384 << 10;
 // panels of a task

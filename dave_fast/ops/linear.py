@@ -34,7 +34,7 @@ PACK_ROWS = 1024
 SUM_TERMS = 384
 # What each thread of the C++ form lays out of an operand, at most: BLOCK_BYTES, or a strip of rows where that is more;
 # block_bytes and strip_rows of csrc/linear.cpp.
-BLOCK_BYTES, STRIP_ROWS = 384 << 10, 48
+BLOCK_BYTES, STRIP_ROWS = 384 << 10, 24
 
 
 def pack_ref(matrix: Tensor) -> Tensor:
