@@ -304,6 +304,12 @@ void linear(const Array& x, int64_t rows, int64_t stride, const Array& weights, 
                           epilogue, to, threads);
 }
 
+bool multiplies_bytes() {
+  for (const dave::Build& build : dave::usable())
+    if (build.products->multiplies_bytes) return true;
+  return false;
+}
+
 std::vector<std::string> usable_isas() {
   std::vector<std::string> names;
   for (const dave::Build& build : dave::usable()) names.emplace_back(build.isa);
@@ -343,8 +349,8 @@ PYBIND11_MODULE(_native, module) {
   module.def("linear", &linear, release());
   module.def("multiplies_bfloat16", [] { return dave::kernels().multiplies_bfloat16; },
              "Whether bfloat16 is multiplied by an instruction of its own.");
-  module.def("multiplies_bytes", [] { return dave::products().multiplies_bytes; },
-             "Whether bytes are multiplied by an instruction of their own.");
+  module.def("multiplies_bytes", &multiplies_bytes,
+             "Whether an instruction set of this machine multiplies bytes by an instruction of their own.");
   module.def("isa", [] { return std::string(dave::isa()); }, "The instruction set in use.");
   module.def("usable_isas", &usable_isas, "The instruction sets this machine can run, best first.");
   module.def("use_isa", &use_isa, "Take the kernels of one instruction set.");

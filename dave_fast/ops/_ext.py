@@ -139,8 +139,7 @@ def isa() -> str | None:
 
 def multiplies_bytes() -> bool:
     """Return whether an instruction set of this machine multiplies bytes, whichever is in use."""
-    instructions = ("avx512bf16", "avx512vnni", "avx2vnni", "neonbf16", "dotprod")
-    return any(each in instructions for each in module().usable_isas())
+    return bool(module().multiplies_bytes())
 
 
 def threads() -> int:
