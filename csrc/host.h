@@ -66,14 +66,30 @@ class PerThread {
       for (int64_t task = 0; task < tasks; ++task) f(item, task);
     }
   }
-  // The same for tasks of unequal length: a thread takes the next one when it is free.
+  // The same for tasks of unequal length: a thread that has finished its run takes tasks of the others'.
   template <typename F>
   void run_unequal(int64_t tasks, const F& f) const {
+    Scratch<int64_t> next(made_);
+    const auto start = [&](int64_t run) { return run * tasks / made_; };
+    for (int run = 0; run < made_; ++run) next[run] = start(run);
 #pragma omp parallel num_threads(made_)
     {
       T& item = mine();
-#pragma omp for schedule(dynamic)
-      for (int64_t task = 0; task < tasks; ++task) f(item, task);
+#ifdef _OPENMP
+      const int me = omp_get_thread_num();
+#else
+      const int me = 0;
+#endif
+      for (int i = 0; i < made_; ++i) {
+        const int run = (me + i) % made_;
+        for (;;) {
+          int64_t task;
+#pragma omp atomic capture
+          task = next[run]++;
+          if (task >= start(run + 1)) break;
+          f(item, task);
+        }
+      }
     }
   }
 

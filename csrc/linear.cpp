@@ -10,12 +10,11 @@ namespace dave::DAVE_ISA {
 namespace {
 
 constexpr int64_t panel = tile_vectors * lanes;
-// words that are summed at once: those of a panel fit the first-level cache beside a strip's sums
-constexpr int64_t longest_sum = 96, group_words = scale_group / 4;
-// rows whose sums stay in the first-level cache from one block of in-features to the next
-constexpr int64_t strip_rows = 4 * tile_rows;
-// rows of a block, at most: their operand fits the second-level cache beside a panel
-constexpr int64_t longest_block = 192, block_bytes = 384 << 10;
+// words that are summed at once, and rows of a block, at most: both operands' fit the second-level cache
+constexpr int64_t longest_sum = 384, longest_block = 96;
+// words that share a scale in int8
+constexpr int64_t group_words = scale_group / 4;
+static_assert(longest_sum % group_words == 0);
 // panels of a task
 constexpr int64_t task_panels = 4;
 // words behind a row of the operand, which keep the rows of a tile out of each other's sets of the cache
@@ -98,13 +97,16 @@ struct Block {
   Scratch<uint32_t> operand{height * stride};
   // of groups (height, groups), in int8
   Scratch<float> scales{height * m.groups};
-  Scratch<float> sums{strip_rows * panel};
+  // of a tile, where all in-features are summed at once; else of all tiles of a task
+  Scratch<float> sums;
   int64_t first = 0, count = 0;
-  // of the next panel: what is still to be brought into the second-level cache, and cache lines of it for each tile
+  // of the next weights: what is still to be brought into the second-level cache, and cache lines of it for each tile
   const uint32_t *next = nullptr, *next_end = nullptr;
   int64_t lines = 0;
 
-  Block(const Product& m_, int64_t height_) : m(m_), height(height_), stride(m.words + row_padding) {}
+  Block(const Product& m_, int64_t height_, int64_t width)
+      : m(m_), height(height_), stride(m.words + row_padding),
+        sums((m.words > longest_sum ? height * width : tile_rows) * panel) {}
 
   void lay_out(int64_t first_, int64_t count_) {
     // the thread's last task was of the same rows
@@ -132,26 +134,35 @@ struct Block {
     }
   }
 
+  // All rows by panels [from, to)
   void multiply(int64_t from, int64_t to) {
-    const int64_t size = m.shape.panel_words(), blocks = sum_blocks();
-    lines = over(over(size, 16), over(count, tile_rows) * blocks);
-    for (int64_t p = from; p < to; ++p) {
-      next = m.weights + (p + 1) * size, next_end = p + 1 < to ? next + size : next;
-      for (int64_t i = 0; i < count; i += strip_rows)
-        for (int64_t block = 0; block < blocks; ++block)
-          for (int64_t at = i; at < lesser(i + strip_rows, count); at += tile_rows) {
-            const int64_t rows = lesser(tile_rows, count - at);
-            fetch_next();
-            if (block + 1 == blocks) fetch_rows(first + at, rows, p * panel);
-            sum(p, block, at, static_cast<int>(rows), sums + (at - i) * panel);
-            if (block + 1 == blocks) finish(p, at, rows, sums + (at - i) * panel);
-          }
-    }
+    const int64_t blocks = over(m.words, longest_sum), length = whole_groups(over(m.words, blocks));
+    for (int64_t k = 0; k < m.words; k += length)
+      for (int64_t p = from; p < to; ++p) {
+        const int64_t steps = lesser(length, m.words - k);
+        fetch_weights(p + 1 < to ? p + 1 : from, p + 1 < to ? k : k + length, length);
+        for (int64_t at = 0; at < count; at += tile_rows) {
+          const int64_t rows = lesser(tile_rows, count - at);
+          float* const to_sums = blocks > 1 ? sums + ((p - from) * height + at) * panel : sums;
+          const bool last = k + steps == m.words;
+          fetch_next();
+          if (last) fetch_rows(first + at, rows, p * panel);
+          sum(p, k, steps, at, static_cast<int>(rows), to_sums);
+          if (last) finish(p, at, rows, to_sums);
+        }
+      }
   }
 
-  // Blocks of in-features that are summed one after the other: groups in int8, else of nearly equal length.
-  int64_t sum_blocks() const { return kind == Operand::int8 ? m.groups : over(m.words, longest_sum); }
+  static int64_t whole_groups(int64_t words) {
+    return kind == Operand::int8 ? over(words, group_words) * group_words : words;
+  }
 
+  // Plans to bring the weights of a panel from word k on into the second-level cache, some before each tile.
+  void fetch_weights(int64_t p, int64_t k, int64_t length) {
+    const int64_t steps = k < m.words ? lesser(length, m.words - k) : 0;
+    next = m.weights + p * m.shape.panel_words() + k * panel, next_end = next + steps * panel;
+    lines = over(over(steps * panel, 16), over(count, tile_rows));
+  }
   void fetch_next() {
     for (int64_t line = 0; line < lines && next < next_end; ++line, next += 16) __builtin_prefetch(next, 0, 2);
   }
@@ -171,19 +182,20 @@ struct Block {
       __builtin_prefetch(static_cast<const char*>(matrix.data) + at * bytes + i, to_write, 3);
   }
 
-  // A tile of products of rows [i, i + rows) with a panel's block of in-features -> sums, or added to them
-  void sum(int64_t p, int64_t block, int64_t i, int rows, float* to) {
+  // Products of rows [i, i + rows) and words [k, k + steps) of a panel -> sums, or added to them
+  void sum(int64_t p, int64_t k, int64_t steps, int64_t i, int rows, float* to) {
     const uint32_t* const weights = m.weights + p * m.shape.panel_words();
-    const int64_t length = kind == Operand::int8 ? group_words : over(m.words, sum_blocks()), from = block * length;
-    const int64_t steps = lesser(length, m.words - from);
-    const uint32_t* const x = operand + i * stride + from;
+    const uint32_t* const x = operand + i * stride;
     if constexpr (kind == Operand::int8) {
       const auto* starts = reinterpret_cast<const int32_t*>(weights + m.words * panel);
-      byte_tile_of<tile_vectors>(rows, x, stride, scales + i * m.groups + block, m.groups, weights + from * panel,
-                                 starts + block * panel, to, steps, block > 0);
+      for (int64_t end = k + steps; k < end; k += group_words) {
+        const int64_t g = k / group_words;
+        byte_tile_of<tile_vectors>(rows, x + k, stride, scales + i * m.groups + g, m.groups, weights + k * panel,
+                                   starts + g * panel, to, lesser(group_words, end - k), k > 0);
+      }
     } else {
       using Value = std::conditional_t<kind == Operand::float32, float, bfloat16>;
-      tile_of<Value, tile_vectors>(rows, x, stride, 1, weights + from * panel, panel, to, panel, steps, block > 0);
+      tile_of<Value, tile_vectors>(rows, x + k, stride, 1, weights + k * panel, panel, to, panel, steps, k > 0);
     }
   }
 
@@ -272,13 +284,11 @@ struct Block {
 template <Operand kind>
 void run(const Product& m, int threads) {
   const int64_t rows = m.x.count, shares = shares_of(rows, threads);
-  const int64_t fitting = block_bytes / 4 / (m.words + row_padding) / strip_rows * strip_rows;
-  const int64_t longest = fitting < strip_rows ? strip_rows : lesser(fitting, longest_block);
   // blocks of the same number of tiles, or one fewer; tasks are short, so that no thread waits long for the last one
-  const int64_t blocks = over(over(rows, longest), shares) * shares, tiles = over(rows, tile_rows);
+  const int64_t blocks = over(over(rows, longest_block), shares) * shares, tiles = over(rows, tile_rows);
   const int64_t groups = lesser(larger_of(threads / shares, over(m.panels, task_panels)), m.panels);
   const int64_t height = over(tiles, blocks) * tile_rows, width = over(m.panels, groups);
-  PerThread<Block<kind>>(threads, m, height).run_unequal(blocks * groups, [&](Block<kind>& block, int64_t task) {
+  PerThread<Block<kind>>(threads, m, height, width).run_unequal(blocks * groups, [&](Block<kind>& block, int64_t task) {
     const int64_t at = task / groups, group = task % groups;
     const int64_t first = at * tiles / blocks * tile_rows, end = lesser((at + 1) * tiles / blocks * tile_rows, rows);
     if (first >= end) return;
