@@ -14,8 +14,9 @@
 //
 // W is packed in panels of `panel` out-features, the last one padded with zeros, each (words, panel); in int8 the starts
 // of sums (groups, panel) and the scales (panel) follow. A block of rows of x is laid out once by the thread that
-// multiplies it; then, panel by panel, strips of a few rows are summed block by block of in-features, and leave the
-// epilogue while they are in the first-level cache. A row's bits depend neither on the other rows nor on the threads.
+// multiplies it; then a few panels are taken at a time: some hundred in-features of all of them, then the next ones, so
+// that both operands stay in the second-level cache; tiles of the last ones leave the epilogue while they are in the
+// first-level cache. A row's bits depend neither on the other rows nor on the threads.
 #pragma once
 
 #include <cstdint>

@@ -30,7 +30,7 @@ from dave_fast.engine.free_memory import SHARE, megabytes
 from dave_fast.errors import InputError
 from dave_fast.ops.activation import GATES
 from dave_fast.ops.attention import KEEP_PROBABILITIES
-from dave_fast.ops.linear import BLOCK_BYTES, STRIP_ROWS, NativeWeight
+from dave_fast.ops.linear import BLOCK_ROWS, BLOCK_SUMS, NativeWeight
 from dave_fast.ops.precision import statistics_dtype
 from dave_fast.plan.layers import MlpLayer
 
@@ -170,10 +170,10 @@ def workspace_bytes(rows: int, n_samples: int, image_shape: tuple[int, ...], dty
 
 
 def operand_bytes(plan: ViTPlan) -> int:
-    """Return the most bytes that C++'s products take: for each thread the operand of a block of rows."""
+    """Return the most bytes that C++'s products take: for each thread the operand of a block of rows, and sums."""
     packed = [p for projection in plan.projections() for p in (projection.weight, projection.transposed)]
     widest = max((p.features[1] for p in packed if isinstance(p, NativeWeight)), default=0)
-    return torch.get_num_threads() * max(BLOCK_BYTES, STRIP_ROWS * widest * 4) if widest else 0
+    return torch.get_num_threads() * BLOCK_ROWS * (widest + BLOCK_SUMS) * 4 if widest else 0
 
 
 def explanation_bytes(
