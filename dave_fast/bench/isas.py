@@ -10,8 +10,9 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from unittest.mock import patch
 
@@ -80,12 +81,25 @@ def each(isas: Sequence[str], measure: Callable[..., Any], *arguments: Any, **se
     """
     found = {}
     for isa in isas:
-        with patch.dict(os.environ, variables(isa)), ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=_end_with_parent)
+        with patch.dict(os.environ, variables(isa)), pool:
             try:
                 found[isa] = pool.submit(measure, *arguments, **settings).result()
             except BrokenProcessPool as error:
                 raise BackendError(f"the process that measured {isa} ended without a result") from error
     return found
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent does, even if that is killed: it would go on measuring for many minutes."""
+
+    def wait() -> None:
+        parent = parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
 
 
 def named(path: Path, isa: str) -> Path:

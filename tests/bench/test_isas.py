@@ -1,6 +1,9 @@
 """Test the measurement of every instruction set: names, the environment of the processes, what they return."""
 
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,6 +62,22 @@ def used():
 
 def ended():
     os._exit(3)
+
+
+def measures_for_an_hour():
+    print("begun", flush=True)
+    time.sleep(3600)
+
+
+def test_a_killed_run_leaves_no_process_that_measures():
+    run = "from tests.bench.test_isas import isas, measures_for_an_hour as f; isas.each(isas.chosen('all')[-1:], f)"
+    if _ext.unavailable() is not None:
+        pytest.skip("there is no native core, which alone has instruction sets")
+    with subprocess.Popen([sys.executable, "-c", run], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout.readline() == "begun\n"
+        parent.kill()
+        # the process that measures has the pipe open until it ends
+        assert parent.communicate(timeout=60)[0] == ""
 
 
 def test_a_process_uses_its_instruction_set_and_leaves_ours():
