@@ -304,7 +304,8 @@ void linear(const Array& x, int64_t rows, int64_t stride, const Array& weights, 
                           epilogue, to, threads);
 }
 
-bool multiplies_bytes() {
+bool multiplies_bytes(bool whichever) {
+  if (!whichever) return dave::products().multiplies_bytes;
   for (const dave::Build& build : dave::usable())
     if (build.products->multiplies_bytes) return true;
   return false;
@@ -350,7 +351,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("multiplies_bfloat16", [] { return dave::kernels().multiplies_bfloat16; },
              "Whether bfloat16 is multiplied by an instruction of its own.");
   module.def("multiplies_bytes", &multiplies_bytes,
-             "Whether an instruction set of this machine multiplies bytes by an instruction of their own.");
+             "Whether the instruction set in use, or whichever of this machine's, has an instruction that multiplies bytes.");
   module.def("isa", [] { return std::string(dave::isa()); }, "The instruction set in use.");
   module.def("usable_isas", &usable_isas, "The instruction sets this machine can run, best first.");
   module.def("use_isa", &use_isa, "Take the kernels of one instruction set.");

@@ -57,14 +57,16 @@ def variables(isa: str) -> dict[str, str]:
 def why_not(precision: str, device: str) -> str | None:
     """Return why a precision is not measured with the instruction set in use, or None.
 
-    Where DAVE_FAST_ISA leaves out a CPU's bfloat16, it would be emulated.
+    Where DAVE_FAST_ISA leaves out what a CPU multiplies bfloat16 or bytes by, they would be emulated.
     """
-    if precision != "bf16" or device != "cpu" or _ext.unavailable() is not None:
+    if precision not in ("bf16", "int8") or device != "cpu" or _ext.unavailable() is not None:
         return None
     native = _ext.module()
-    if native.isa() == native.usable_isas()[0] or native.multiplies_bfloat16():
+    if native.isa() == native.usable_isas()[0]:
         return None
-    return f"{native.isa()} does not multiply bfloat16: it would be emulated, and slower than fp32"
+    if native.multiplies_bfloat16() if precision == "bf16" else native.multiplies_bytes(False):
+        return None
+    return f"{native.isa()} does not multiply {'bfloat16' if precision == 'bf16' else 'bytes'}: it would be emulated, and slower than fp32"
 
 
 def each(isas: Sequence[str], measure: Callable[..., Any], *arguments: Any, **settings: Any) -> dict[str, Any]:

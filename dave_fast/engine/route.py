@@ -39,7 +39,7 @@ ROUTES = ("auto", "engine", "frozen")
 # in the caches; four rows of a ViT-B/16 at 224 px, eight of a ViT-S/16.
 CPU_VALUES = 800 * 768
 # the most rows, so that small models' maps sharpen in several steps where they are streamed
-CPU_ROWS = 12
+CPU_ROWS = 16
 FROZEN_ROWS = 4
 
 

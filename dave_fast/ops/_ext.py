@@ -139,7 +139,7 @@ def isa() -> str | None:
 
 def multiplies_bytes() -> bool:
     """Return whether an instruction set of this machine multiplies bytes, whichever is in use."""
-    return bool(module().multiplies_bytes())
+    return bool(module().multiplies_bytes(True))
 
 
 def threads() -> int:

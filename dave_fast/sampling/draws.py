@@ -186,15 +186,15 @@ def draw(
     samples = one_image.repeat(len(image_keys))
     image_index = torch.arange(len(image_keys)).repeat_interleave(n_samples)
     keys = _philox_keys(seed, image_keys)[image_index]
+    of_transform, shift = _uniforms(samples, keys)
     if sampling.schedule == "paper":
         length = _length(n_samples, first_sample, schedule_length)
         t = samples.double() * sampling.noise_alpha / max(length - 1, 1)
     else:
-        shift = _uniforms(0, keys, SCHEDULE_STREAM, 0)[0]
         t = sampling.noise_alpha * ((_van_der_corput(one_image).repeat(len(image_keys)) + shift) % 1.0)
     # t·(2 - t) = 1 - (1 - t)² without the cancellation.
     return Draws(
-        image_index, _matrices(samples, keys, height, width, sampling), 1 - t, (t * (2 - t)).sqrt(), keys, samples
+        image_index, _matrices(of_transform, height, width, sampling), 1 - t, (t * (2 - t)).sqrt(), keys, samples
     )
 
 
@@ -224,9 +224,14 @@ def _philox_keys(seed: int, image_keys: Sequence[int]) -> Tensor:
     return torch.tensor([(value & WORD, value >> 32) for value in mixed], dtype=torch.int64)
 
 
-def _uniforms(samples: Tensor | int, keys: Tensor, stream: int, block: int) -> list[Tensor]:
-    words = philox4x32((block, samples, stream, 0), (keys[:, 0], keys[:, 1]))
-    return [uniform(word) for word in words]
+def _uniforms(samples: Tensor, keys: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Return the five numbers of each row's transformation, and its image's of the schedule; each (R,), in (0, 1)."""
+    # all counters at once: the tensors are so short that calls are what takes time
+    blocks, streams = torch.tensor([[0, TRANSFORM_STREAM], [1, TRANSFORM_STREAM], [0, SCHEDULE_STREAM]]).T[..., None]
+    numbers = torch.stack([samples, samples, torch.zeros_like(samples)])
+    words = philox4x32((blocks, numbers, streams, 0), (keys[:, 0], keys[:, 1]))
+    first, *others = (uniform(word) for word in words)
+    return [first[0], *(word[0] for word in others), first[1]], first[2]
 
 
 def _length(n_samples: int, first_sample: int, schedule_length: int | None) -> int:
@@ -242,20 +247,19 @@ def _length(n_samples: int, first_sample: int, schedule_length: int | None) -> i
 
 def _van_der_corput(samples: Tensor) -> Tensor:
     """Return the base-2 van der Corput sequence: the 32 bits of a sample's number, reversed, as a fraction."""
-    reversed_bits = torch.zeros_like(samples)
-    for bit in range(32):
-        reversed_bits |= ((samples >> bit) & 1) << (31 - bit)
-    return reversed_bits.double() * 2.0**-32
+    for width in (1, 2, 4, 8, 16):
+        # of each pair of neighbours of `width` bits the lower one
+        lower = WORD // (2**width + 1)
+        samples = ((samples >> width) & lower) | ((samples & lower) << width)
+    return samples.double() * 2.0**-32
 
 
-def _matrices(samples: Tensor, keys: Tensor, height: int, width: int, sampling: Sampling) -> Tensor:
+def _matrices(uniforms: Sequence[Tensor], height: int, width: int, sampling: Sampling) -> Tensor:
     """Return destination → source matrices (R, 2, 3): the inverse of q = m + T + s·R(θ)·F·(p - m).
 
     m is the image's centre, F the flip, R counter-clockwise as seen on screen, where y points down.
     """
-    flip, angle, zoom, shift_x = _uniforms(samples, keys, TRANSFORM_STREAM, 0)
-    shift_y = _uniforms(samples, keys, TRANSFORM_STREAM, 1)[0]
-
+    flip, angle, zoom, shift_x, shift_y = uniforms
     # libm, one angle at a time: a vectorised cosine may round differently at the ends of a tensor.
     angles = ((2 * angle - 1) * math.radians(sampling.rotation)).tolist()
     cos = torch.tensor([math.cos(a) for a in angles], dtype=torch.float64)

@@ -18,8 +18,9 @@ USABLE = ["avx512bf16", "avx512", "avx2", "baseline"]
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A machine whose core can use USABLE and uses AVX2, which does not multiply bfloat16."""
-    core = SimpleNamespace(usable_isas=lambda: USABLE, isa=lambda: "avx2", multiplies_bfloat16=lambda: False)
+    """A machine whose core can use USABLE and uses AVX2, which multiplies neither bfloat16 nor bytes."""
+    core = SimpleNamespace(usable_isas=lambda: USABLE, isa=lambda: "avx2")
+    core.multiplies_bfloat16, core.multiplies_bytes = lambda: False, lambda whichever: whichever
     monkeypatch.setattr(_ext, "module", lambda: core)
     monkeypatch.setattr(_ext, "unavailable", lambda: None)
     return core
@@ -48,12 +49,13 @@ def test_libraries_are_held_to_lesser_instructions_and_not_to_the_best(machine):
     }
 
 
-def test_bfloat16_is_not_measured_where_the_instruction_set_in_use_lacks_it(machine):
-    assert "avx2 does not multiply bfloat16" in isas.why_not("bf16", "cpu")
-    assert isas.why_not("fp32", "cpu") is isas.why_not("int8", "cpu") is isas.why_not("bf16", "cuda") is None
-    # the machine's best is used as it is: without bfloat16 somebody asked for it
+@pytest.mark.parametrize(("precision", "words"), [("bf16", "bfloat16"), ("int8", "bytes")])
+def test_a_precision_is_not_measured_where_the_instruction_set_in_use_would_emulate_it(machine, precision, words):
+    assert f"avx2 does not multiply {words}" in isas.why_not(precision, "cpu")
+    assert isas.why_not("fp32", "cpu") is isas.why_not(precision, "cuda") is None
+    # the machine's best is used as it is: without the instruction somebody asked for it
     machine.isa = lambda: USABLE[0]
-    assert isas.why_not("bf16", "cpu") is None
+    assert isas.why_not(precision, "cpu") is None
 
 
 def used():

@@ -48,7 +48,7 @@ def test_a_core_that_is_not_built(monkeypatch):
 
 def test_a_core_with_lesser_instructions(monkeypatch):
     monkeypatch.setattr(_ext, "unavailable", lambda: None)
-    core = SimpleNamespace(usable_isas=lambda: ["avx2", "baseline"], multiplies_bytes=lambda: False)
+    core = SimpleNamespace(usable_isas=lambda: ["avx2", "baseline"], multiplies_bytes=lambda whichever: False)
     monkeypatch.setattr(_ext, "module", lambda: core)
     for isa, state in (("baseline", SLOW), ("avx2", OK)):
         monkeypatch.setattr(_ext, "isa", lambda isa=isa: isa)
