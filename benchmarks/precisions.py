@@ -2,7 +2,7 @@
 
     python -m benchmarks.precisions scenes                      the demo model and scenes of its held-out split
     python -m benchmarks.precisions photographs --model hf:FOLDER --photographs FOLDER --boxes FILE
-    python -m benchmarks.precisions write                       prints the tables of docs/quality.md
+    python -m benchmarks.precisions write                       prints the tables of docs/guide.md
 
 Of each image: the correlation of a precision's map with float32's map of the same draws ("alike"), its correlation with
 the limit, float32's map of 640 other draws, and EnergyPG. `write` compares both of the latter with float32's own,
