@@ -181,7 +181,7 @@ def test_nan_and_infinity_propagate_through_a_norm(backend, dtype):
 
 # rows, in-features, out-features: several sums of which the last is shorter, panels of which the last is narrower,
 # more panels than go together, few rows whose panels the threads share, and many
-LONG = [(3, 600, 77), (70, 257, 777), (300, 513, 50), (1, 257, 23)]
+LONG = [(3, 900, 77), (70, 257, 777), (300, 1031, 50), (1, 257, 23)]
 
 
 @pytest.fixture(params=ISAS)
