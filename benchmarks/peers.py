@@ -157,7 +157,7 @@ class Peer:
         self._graphs: dict[tuple[int, int], tuple[Any, Tensor, Tensor]] = {}
         self._logits: Callable[[Tensor], Tensor] = self.logits
         if tricks.compiled:
-            # every precision and micro-batch is compiled for itself, and all count against the limit of this one function
+            # every precision and micro-batch is compiled for itself, and counts against the limit of this one function
             torch._dynamo.config.recompile_limit = 256
             own = "max-autotune-no-cudagraphs" if self.device.type == "cuda" else "default"
             self._logits = torch.compile(self.logits, mode=mode or own, dynamic=False, fullgraph=True)

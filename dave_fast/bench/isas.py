@@ -64,9 +64,10 @@ def why_not(precision: str, device: str) -> str | None:
     native = _ext.module()
     if native.isa() == native.usable_isas()[0]:
         return None
-    if native.multiplies_bfloat16() if precision == "bf16" else native.multiplies_bytes(False):
-        return None
-    return f"{native.isa()} does not multiply {'bfloat16' if precision == 'bf16' else 'bytes'}: it would be emulated, and slower than fp32"
+    operand, has = (
+        ("bfloat16", native.multiplies_bfloat16()) if precision == "bf16" else ("bytes", native.multiplies_bytes(False))
+    )
+    return None if has else f"{native.isa()} does not multiply {operand}: it would be emulated, and slower than fp32"
 
 
 def each(isas: Sequence[str], measure: Callable[..., Any], *arguments: Any, **settings: Any) -> dict[str, Any]:

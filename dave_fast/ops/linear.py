@@ -32,8 +32,8 @@ PACK_ROWS = 1024
 # Terms that oneDNN sums at once in float32 on CPUs without AVX-512. There its sums of 768 to 4,096 terms have 2.0 to
 # 2.3 times the error of MKL's; sums of 384 terms at a time have 1.4 times, in 0.94 of the time (two Zen 3 cores).
 SUM_TERMS = 384
-# Rows that each thread of the C++ form lays out at most, and sums for each that it keeps: longest_block, task_panels and
-# the widest panel of csrc/linear.cpp.
+# Rows that each thread of the C++ form lays out at most, and the sums of each that it keeps: longest_block, task_panels
+# and the widest panel of csrc/linear.cpp.
 BLOCK_ROWS, BLOCK_SUMS = 96, 4 * 64
 
 
