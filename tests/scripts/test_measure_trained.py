@@ -24,7 +24,7 @@ def called(tmp_path, *arguments):
 def test_every_call_is_of_a_file_that_has_its_options(tmp_path, arguments):
     calls = called(tmp_path, *arguments)
     assert len(calls) > 3
-    assert arguments[0] == "write" or sum("two words" in call for call in calls) == 9
+    assert arguments[0] == "write" or sum("two words" in call for call in calls) == 10
     for call in calls:
         path = f"{call[1].replace('.', '/')}.py" if call[0] == "-m" else call[0]
         text = (ROOT / path).read_text()

@@ -24,7 +24,7 @@ from tests.serve.tiny_server import file_of, serve_clip, serve_model, serving
 
 pytestmark = needs_chromium
 PATIENCE = 60.0
-SAMPLES = 32
+SAMPLES = 48
 
 
 @pytest.fixture(scope="module")
