@@ -339,7 +339,8 @@ def test_question_that_the_server_refuses_is_told_at_its_field_and_the_maps_stay
     assert explained.text("#problem") == "" and explained.one("#class-wrong").get_attribute("role") == "alert"
     assert explained.run("return document.activeElement.id") == "other"
     assert explained.one("#other").get_attribute("aria-invalid") == "true"
-    assert (explained.pixels("#maps canvas") == before).all() and explained.text("#told-samples") == f"{SAMPLES} / {SAMPLES}"
+    assert (explained.pixels("#maps canvas") == before).all()
+    assert explained.text("#told-samples") == f"{SAMPLES} / {SAMPLES}"
     assert explained.one("#top input:checked").get_attribute("data-target") == "4" and explained.all("#curve polyline")
     explained.one("#other").clear()
     explained.one("#other").send_keys("seven\n")
