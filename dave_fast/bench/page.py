@@ -111,7 +111,7 @@ def _section(result: dict[str, Any], folder: Path) -> str:
     setting, where = result["setting"], result["environment"]
     what = "Op by op" if result.get("ops") else "Side by side" if len(result["engine"]) > 1 else "The engine"
     lines = [
-        f"## {what}: {setting['model']}, {setting['image']}, S = {setting['samples']}",
+        f"## {what}: {', '.join(_names(result))}",
         "",
         _measured_on(result) + (f" {setting['note']}" if setting.get("note") else ""),
         "",
@@ -123,11 +123,17 @@ def _section(result: dict[str, Any], folder: Path) -> str:
     lines += [f"- {line}" for line in _lines(result)]
     for name, alt, key, draw in PLOTS:
         if result.get(key):
-            machine = slug(f"{where['device']} {where.get('isa') or ''}")
-            figure = Path("figures") / f"{name}_{machine}_{slug(setting['model'])}.png"
+            figure = Path("figures") / f"{name}_{slug(' '.join([where['device'], *_names(result)]))}.png"
             save_figure(draw(result), folder / figure)
             lines += ["", f"![{alt}]({figure})"]
     return "\n".join(lines) + "\n"
+
+
+def _names(result: dict[str, Any]) -> list[str]:
+    """Return what tells a result from others of its machine: without all of it figures would have the same name."""
+    setting, isa = result["setting"], result["environment"].get("isa")
+    op = [f"{setting['op']} in {setting['precision']}"] if result.get("ops") and "op" in setting else []
+    return [setting["model"], setting["image"], f"S = {setting['samples']}", *op, *([isa] if isa else [])]
 
 
 def _trust(result: dict[str, Any]) -> list[str]:

@@ -42,11 +42,20 @@ def test_the_whole_engine_into_json_and_a_page_with_plots(tmp_path):
 
 
 def test_all_ops_beside_one_another_with_a_roofline(tmp_path):
-    done = run("--op", "linear", "--precision", "fp32", "--docs", str(tmp_path))
+    file = tmp_path / "linear.json"
+    done = run("--op", "linear", "--precision", "fp32", "--json", str(file), "--docs", str(tmp_path))
     assert done.exit_code == 0, done.output
     assert "values back" in done.output and "torch" in done.output
     assert list((tmp_path / "figures").glob("roofline_*.png"))
     assert re.search("% of (mkl|packed|native)-fp32", (tmp_path / "performance.md").read_text())
+    # results that differ in one setting have headings and figures of their own
+    result = json.loads(file.read_text())
+    for name, value in (("precision", "bf16"), ("op", "linear_fp8"), ("image", "3×64×64"), ("samples", 6)):
+        other = result | {"setting": result["setting"] | {name: value}}
+        page = write_page([result, other], tmp_path / name).read_text()
+        figures = re.findall(r"\]\((figures/roofline_.*\.png)\)", page)
+        assert len(set(figures)) == 2 and all((tmp_path / name / figure).exists() for figure in figures)
+        assert len(set(re.findall("(?m)^## Op by op: .*", page))) == 2
 
 
 def test_instruction_sets_are_measured_each_into_its_own_file(tmp_path):
