@@ -20,7 +20,7 @@ from dave_fast._version import __version__
 from dave_fast.errors import InputError, NonFiniteError, RefusedError
 from dave_fast.serve import formats, kserve
 from dave_fast.serve.api import Api, status_of
-from dave_fast.serve.heap import give_back_regularly
+from dave_fast.serve.heap import give_back_regularly, keep_freed
 from dave_fast.serve.jobs import DeadlineError
 from dave_fast.serve.limits import Limits
 from dave_fast.serve.middleware import LimitsMiddleware
@@ -51,6 +51,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        keep_freed()
         await asyncio.gather(run_in_threadpool(service.start), api.workshop.start())
         giving_back = asyncio.create_task(give_back_regularly())
         yield

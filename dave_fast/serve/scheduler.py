@@ -120,7 +120,7 @@ class _Bucket:
     """The requests with waiting rows of one bucket.
 
     Attributes:
-        served: the turn in which the bucket was last served.
+        served: the turn in which the bucket was last served; of a new bucket, the turn before the latest.
         turns: how often it was served.
         requests: the requests by number.
     """
@@ -258,7 +258,8 @@ class Scheduler:
         return part
 
     def _enter(self, request: Queued) -> None:
-        self._buckets.setdefault(request.place, _Bucket(served=self._turn)).requests[request.number] = request
+        # a bucket that is new while a micro-batch is computed has waited longer than that of the micro-batch
+        self._buckets.setdefault(request.place, _Bucket(served=self._turn - 1)).requests[request.number] = request
 
     def _leave(self, request: Queued, place: Hashable) -> None:
         """Remove a request from its bucket, and the bucket if it is empty."""

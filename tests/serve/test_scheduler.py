@@ -100,6 +100,16 @@ def test_buckets_are_never_mixed_and_none_starves():
     assert Counter(kinds) == {"urgent": 250, "quiet": 1}
 
 
+@pytest.mark.parametrize("before", [1, 2])
+def test_a_first_row_waits_for_one_micro_batch_at_most_beside_an_earlier_deadline(before):
+    scheduler = Scheduler()
+    scheduler.submit(Queued("explain", 100, deadline=1.0), 0.0)
+    for _ in range(before):
+        scheduler.take(lambda bucket: 4, 0.0)
+    scheduler.submit(Queued("explain", 4, deadline=2.0, first="predict"), 0.0)
+    assert "predict" in [scheduler.take(lambda bucket: 4, 0.0).bucket for _ in range(2)]
+
+
 def test_the_first_row_comes_back_before_samples_go_out():
     scheduler, request = Scheduler(), Queued("explain", 3, first="predict")
     scheduler.submit(request, 0.0)
