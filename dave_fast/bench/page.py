@@ -64,7 +64,8 @@ def write_page(
     gpus = sorted({r["environment"]["device"] for r in results if r["setting"]["device"] == "cuda"})
     gpu = GPU.format(devices=", ".join(gpus)) if gpus else NO_GPU
     usual = {"model": "vit_base_patch16_224", "samples": DEFAULT_SAMPLES}
-    setting = next((result["setting"] for result in [*whole, *alone]), usual)
+    settings = (result["setting"] for result in [*whole, *alone])
+    setting = max(settings, key=lambda each: each["samples"], default=usual)
     end = AGAIN.format(model=setting["model"], samples=setting["samples"]) + again
     text = "\n".join(
         [INTRODUCTION.format(top=f"{top}\n" if top else "", gpu=gpu), *first, READING, *(parts or [NOTHING]), end]
