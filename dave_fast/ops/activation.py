@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dave_fast.errors import BackendError
 from dave_fast.ops import _ext
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -25,8 +26,14 @@ GATES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def parts_of(activation: str) -> tuple[str, int]:
-    """Return the gate's name, and 0 for no gated MLP, 1 for one whose value is u's second half, 2 for its first."""
+    """Return the gate's name, and 0 for no gated MLP, 1 for one whose value is u's second half, 2 for its first.
+
+    Raises:
+        BackendError: there is no such activation; "" is none.
+    """
     name, glu, order = activation.partition("_glu")
+    if activation and (name not in GATES or order not in ("", "_last")):
+        raise BackendError(f"there is no activation {activation!r}; known are {', '.join(GATES)}, and each with _glu")
     return name, 0 if not glu else 2 if order else 1
 
 

@@ -329,3 +329,12 @@ def test_weights_of_another_instruction_set_are_refused(native, operand):
     native.use_isa(others[0])
     with pytest.raises(ValueError, match="packed for another instruction set"):
         _registry.load("linear", "native")(torch.eye(30), weight)
+
+
+@pytest.mark.parametrize("name", ["sine", "gelu_glu_first", "_glu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.usefixtures("native")
+def test_unknown_activation_is_refused_by_name(dtype, name):
+    weight = _registry.load("pack_weight", "native")(torch.eye(4, dtype=dtype))
+    with pytest.raises(BackendError, match=f"no activation '{name}'; known are gelu, "):
+        _registry.load("linear", "native")(torch.ones(2, 4, dtype=dtype), weight, activation=name)
