@@ -14,6 +14,7 @@ Of the second, the table of docs/serving.md: one, two and four clients always ha
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import statistics
@@ -88,7 +89,7 @@ def measure(address: str, process: int, picture: bytes, classes: int, seconds: f
 
 @contextmanager
 def serving(model: str, precision: str, tree: Path) -> Iterator[tuple[str, int, bytes]]:
-    """Start a server of the package in `tree`, and stop it at the end: its address, its process and a picture."""
+    """Run a server of the package in `tree`, and yield its address, its process and a picture."""
     command = [sys.executable, "-m", "dave_fast", "serve", model, "--precision", precision, "--port", "0"]
     environment = {**os.environ, "PYTHONPATH": str(tree)}
     pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
@@ -116,7 +117,7 @@ def rates(given: argparse.Namespace) -> None:
     print(f"load average {os.getloadavg()[0]:.1f}, {os.cpu_count()} processors")
     print("| k | rows/s of the engine | rows/s of processor time | c(k) |\n|---|---|---|---|")
     for classes, pairs in made.items():
-        cells = [spread(values, "{:.0f}") for values in zip(*pairs, strict=True)]
+        cells = [with_range(values) for values in zip(*pairs, strict=True)]
         cost = base / statistics.median(processor for _, processor in pairs)
         print(f"| {classes} | {cells[0]} | {cells[1]} | {cost:.2f} |")
 
@@ -127,7 +128,7 @@ class Answers:
 
     Attributes:
         full: answers with all samples within the deadline, a second.
-        milliseconds: median time to an answer.
+        milliseconds: median time to an answer; NaN where there was none.
         failed: share of the requests that got an error.
     """
 
@@ -161,7 +162,7 @@ def within(address: str, picture: bytes, clients: int, samples: int, deadline_ms
     for thread in threads:
         thread.join()
     rate = sum(full) / (time.perf_counter() - began)
-    return Answers(rate, statistics.median(times), len(failed) / (len(failed) + len(times)))
+    return Answers(rate, statistics.median(times or [math.nan]), len(failed) / (len(failed) + len(times)))
 
 
 def answers(given: argparse.Namespace) -> None:
@@ -178,11 +179,12 @@ def answers(given: argparse.Namespace) -> None:
     print(f"{given.precision}, {given.deadline_ms} ms")
     print("| S | clients | full answers/s | median ms | failed |\n|---|---|---|---|---|")
     for (samples, clients), got in made.items():
-        full, milliseconds = spread([each.full for each in got], "{:.1f}"), spread([each.milliseconds for each in got])
+        full = with_range([each.full for each in got], "{:.1f}")
+        milliseconds = with_range([each.milliseconds for each in got])
         print(f"| {samples} | {clients} | {full} | {milliseconds} | {max(each.failed for each in got):.1%} |")
 
 
-def spread(values: Sequence[float], form: str = "{:.0f}") -> str:
+def with_range(values: Sequence[float], form: str = "{:.0f}") -> str:
     """Return the median and the range of some values."""
     return f"{form} ({form} to {form})".format(statistics.median(values), min(values), max(values))
 

@@ -152,7 +152,7 @@ def linear_triton(
 
     if not _launch.covered(x):
         return plain()
-    name, glu = parts_of(activation or "")
+    name, glu = ("", 0) if activation is None else parts_of(activation)
     x = x if x.stride(1) == 1 else x.contiguous()
     # The kernel addresses both like y.
     gate, residual = (t if t is None or t.is_contiguous() else t.contiguous() for t in (gate, residual))

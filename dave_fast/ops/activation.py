@@ -29,11 +29,12 @@ def parts_of(activation: str) -> tuple[str, int]:
     """Return the gate's name, and 0 for no gated MLP, 1 for one whose value is u's second half, 2 for its first.
 
     Raises:
-        BackendError: there is no such activation; "" is none.
+        BackendError: there is no such activation.
     """
     name, glu, order = activation.partition("_glu")
-    if activation and (name not in GATES or order not in ("", "_last")):
-        raise BackendError(f"there is no activation {activation!r}; known are {', '.join(GATES)}, and each with _glu")
+    if name not in GATES or order not in ("", "_last"):
+        known = f"{', '.join(GATES)}, and each with _glu or _glu_last behind it"
+        raise BackendError(f"there is no activation {activation!r}; known are {known}")
     return name, 0 if not glu else 2 if order else 1
 
 

@@ -1,9 +1,9 @@
 """Memory that was freed: kept for the next micro-batch, and given back to the system twice a minute.
 
-glibc gives large blocks back as soon as they are freed, and the system clears every page that is taken again: a seventh
-of the time of a small model's maps. Without a limit it would keep what is freed between allocations that live on. In a
-server, whose threads take and free pictures and maps of every size, that grows for hours: after five minutes of hostile
-clients 420 MiB were free and kept, with 390 in use.
+glibc gives large blocks back as soon as they are freed, and the system clears every page that is taken again: up to a
+seventh of the time of a small model's maps. What lies between allocations that live on is never given back by itself.
+In a server, whose threads take and free pictures and maps of every size, that grows for hours: after five minutes of
+hostile clients 420 MiB were free and kept, with 390 in use.
 """
 
 from __future__ import annotations

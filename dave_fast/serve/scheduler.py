@@ -7,7 +7,7 @@ argument; threads that share a `Scheduler` need a lock.
 Rows of one micro-batch belong to one bucket (model, number of classes, depths). There are two rules:
 
     bucket   micro-batches go in turns to the bucket of the earliest deadline and to the bucket that was served longest
-             ago.
+             ago; a bucket that is new comes before that of the latest micro-batch.
     rows     three quarters of a micro-batch are filled by deadline, earliest first (exactly three quarters over four
              consecutive micro-batches of a bucket). Each row of the last quarter goes to the request with the fewest
              rows in this micro-batch; among equals, to the one that has waited longest for a row. Without a deadline,

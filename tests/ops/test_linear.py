@@ -331,7 +331,7 @@ def test_weights_of_another_instruction_set_are_refused(native, operand):
         _registry.load("linear", "native")(torch.eye(30), weight)
 
 
-@pytest.mark.parametrize("name", ["sine", "gelu_glu_first", "_glu"])
+@pytest.mark.parametrize("name", ["sine", "gelu_glu_first", "_glu", ""])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.usefixtures("native")
 def test_unknown_activation_is_refused_by_name(dtype, name):
