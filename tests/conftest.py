@@ -82,6 +82,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
+def emulated_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """int8 is accepted on a CPU without its instructions, where the C++ form emulates them to the bit."""
+    monkeypatch.setattr(_ext, "multiplies_bytes", lambda: True)
+
+
+@pytest.fixture
 def serial_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CUDA kernels' bodies run on the host, for CPU tensors: backend "cuda" without a GPU."""
     reason = serial_cuda.missing()

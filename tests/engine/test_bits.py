@@ -101,6 +101,7 @@ def scenes():
     return torch.stack([image, image.flip(-1), image.roll(20, -1), image.roll(-9, -2)])
 
 
+@pytest.mark.usefixtures("emulated_bytes")
 @pytest.mark.parametrize(
     ("precision", "name"), [("int8", "demo"), ("int8", "siglip"), ("bf16", "rope-mixed"), ("fp32", "vit")]
 )

@@ -35,6 +35,7 @@ def single(scenes):
     return dave_fast.DAVE("demo", precision="fp32").explain(scenes, n_samples=50)
 
 
+@pytest.mark.usefixtures("emulated_bytes")
 @pytest.mark.parametrize(
     ("precision", "backend"), [("bf16", "auto"), ("int8", "auto"), ("int8", "torch"), ("fp8", "torch")]
 )
@@ -112,6 +113,7 @@ def test_int8_is_refused_without_the_core_without_its_instructions_and_on_a_gpu(
         assert choose_precision("int8", cpu, "torch") == choose_precision("int8", cuda, "torch") == "int8"
 
 
+@pytest.mark.usefixtures("emulated_bytes")
 def test_int8_in_pytorch_is_that_in_cpp_but_for_roundings():
     """Every product has the same bits; activations, norms and attention have other roundings."""
     images = ENGINE["vit"].images(2)
@@ -125,6 +127,7 @@ def test_int8_in_pytorch_is_that_in_cpp_but_for_roundings():
     assert 0.005 < error < 1.5 * emulated and emulated < 1.5 * error
 
 
+@pytest.mark.usefixtures("emulated_bytes")
 def test_every_product_of_the_blocks_has_operands_of_bytes_and_the_stream_stays_float32():
     explainer = dave_fast.DAVE(ENGINE["vit"].build(), precision="int8", noise_alpha=0.5)
     images = ENGINE["vit"].images(2)

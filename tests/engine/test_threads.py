@@ -18,6 +18,7 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.usefixtures("emulated_bytes")
 @pytest.mark.parametrize(
     ("precision", "size", "backend"),
     [

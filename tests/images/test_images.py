@@ -188,6 +188,28 @@ def test_not_an_image(tmp_path, content, reason):
         read_image(tmp_path / "a.jpg")
 
 
+@pytest.mark.parametrize("comment", [b"", b"# of a camera\n", b"#" + 40_000 * b"a" + b"\n" + b"# b\r\n" * 4000])
+def test_pnm_files_of_any_magic_number_are_read_with_their_comments(tmp_path, comment):
+    file, white = tmp_path / "a.pnm", bytes(255 for _ in range(300 * 300 * 3))
+    for magic, largest, body in (
+        (b"P4", b"", bytes(300 * 38)),
+        (b"P5", b"255", white[: 300 * 300]),
+        (b"P6", b"255", white),
+    ):
+        file.write_bytes(b"%s\n%s300 300\n%s%s" % (magic, comment, largest and largest + b"\n", body))
+        assert (rgb(file) == 255).all()
+    file.write_bytes(b"P3\n" + comment + b"300 300 255\n" + b"255 # white\n" * 300 * 300 * 3)
+    assert (rgb(file) == 255).all()
+
+
+@pytest.mark.parametrize("comments", [b"# no end" + b"a" * 70_000, b"#\n" * 40_000, b"#\n" * 40_000 + b"1 1 255 aaa"])
+def test_pnm_header_beyond_64_kib_is_refused(tmp_path, comments):
+    file = tmp_path / "a.ppm"
+    file.write_bytes(b"P6 " + comments)
+    with pytest.raises(ImageError, match=r"a\.ppm: its header takes more than 64 KiB; save it without the comments"):
+        read_image(file)
+
+
 def test_missing_file_and_folder(tmp_path):
     with pytest.raises(ImageError, match="no such file"):
         read_image(tmp_path / "none.png")

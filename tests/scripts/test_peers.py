@@ -10,6 +10,7 @@ import dave_fast
 from benchmarks.peers import LADDER, FlexFrozen, Peer, quantised
 from dave_fast.errors import ModelError
 from dave_fast.ops.patches import patchify
+from dave_fast.ops.precision import why_not
 from tests.tiny import initial_vit
 from tests.tolerances import EXACT
 from tests.variants import ENGINE
@@ -65,6 +66,10 @@ def test_inductor_keeps_them_exact(name):
 @pytest.mark.parametrize("pooling", POOLING)
 @pytest.mark.parametrize(("step", "dtype", "most"), EIGHT_BITS)
 def test_eight_bits_err_by_the_rounding_of_their_operands(step, dtype, most, pooling):
+    reason = why_not("int8", torch.device("cpu"))
+    if LADDER[step].eight_bits == "int8" and reason is not None:
+        # the bench leaves this peer out there as well
+        pytest.skip(f"{reason}, without which PyTorch's sums of bytes are clipped to sixteen bits")
     model, tokens, truth = case(pooling)
     tricks = replace(LADDER[step], compiled=False)
     found = error(Peer(model, tricks, dtype, "cpu").cotangents(tokens.to(dtype), TARGET), truth)
