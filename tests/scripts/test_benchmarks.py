@@ -1,12 +1,14 @@
 """Test the baselines of benchmarks/ and the tables of their comparison."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import dave_fast
-from benchmarks import contestants, libraries, machine, plain, side_by_side
+from benchmarks import contestants, libraries, machine, memory, plain, side_by_side
 from benchmarks.contestants import Within, captum_methods, ours, peer, plain_way, why_no
 from benchmarks.peers import LADDER
 from dave_fast.bench import rates, whole
@@ -320,3 +322,13 @@ def test_libraries_are_measured_beside_timm(capsys):
     )
     told = capsys.readouterr().out
     assert told.startswith("ViTForImageClassification") and "of timm's" in told
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
+@pytest.mark.slow
+def test_memory_of_an_explanation_holds_its_samples(monkeypatch, capsys):
+    monkeypatch.setattr(memory, "PRECISIONS", ("fp32",))
+    memory.main(["--model", "demo", "--samples", "200"])
+    (taken,) = re.findall(r"demo fp32: (\d+) MiB\n", capsys.readouterr().out)
+    samples = 200 * 3 * SIZE[0] * SIZE[1] * 4 >> 20
+    assert samples < int(taken) < 10 * samples
