@@ -28,7 +28,7 @@ from dave_fast.frozen.proof import ReplayReport, check_copy, ensure_proved, prov
 from dave_fast.given.isolation import class_name, form_of, isolated
 from dave_fast.given.own_forward import own_errors
 from dave_fast.models.fingerprint import Attribute, attributes, written
-from dave_fast.ops.precision import DTYPES, NARROW
+from dave_fast.ops.precision import DTYPES, NARROW, choose_precision
 from dave_fast.plan import families
 from dave_fast.plan.reading import ImageSizeError, Reading
 from dave_fast.plan.vit_plan import ViTPlan
@@ -224,7 +224,8 @@ def make_route(
         raise ModelError(f"route='engine' was asked for, but {read}. Use route='auto' or 'frozen'.")
     if narrow is not None:
         why = read if isinstance(read, str) else "route='frozen' was asked for"
-        raise ModelError(f"precision={precision!r} needs the engine's GEMMs, but {why}. Use precision='bf16'.")
+        other = choose_precision(None, device)
+        raise ModelError(f"precision={precision!r} needs the engine's GEMMs, but {why}. Use precision={other!r}.")
     report = _prove(model, shape)
     fitting = None if sibling is None else sibling.model
     made = isolated(model, dtype, device) if fitting is None else fitting

@@ -125,8 +125,8 @@ def choose_precision(precision: str | None, device: torch.device, backend: str =
     reason = why_not(precision, device) if precision in NARROW else None
     if reason is not None and backend != "torch":
         raise InputError(
-            f"precision={precision!r} was asked for, but {reason}: use 'bf16', or backend='torch' to see what "
-            f"{precision} does to the maps, at no gain in speed"
+            f"precision={precision!r} was asked for, but {reason}: use {choose_precision(None, device)!r}, or "
+            f"backend='torch' to see what {precision} does to the maps, at no gain in speed"
         )
     return precision
 

@@ -89,16 +89,20 @@ def test_fp8_without_hardware_is_refused_unless_the_reference_is_asked_for(monke
 
 @pytest.mark.parametrize("precision", ["fp8", "int8"])
 @pytest.mark.parametrize("route", ["auto", "frozen"])
-def test_eight_bits_need_the_engine(route, precision):
+@pytest.mark.parametrize(("has", "advice"), [(True, "bf16"), (False, "fp32")])
+def test_eight_bits_need_the_engine(monkeypatch, has, advice, route, precision):
+    monkeypatch.setattr("dave_fast.ops.precision.has_bf16", lambda device: has)
     model = ENGINE["vit"].build() if route == "frozen" else torch.nn.Sequential(torch.nn.Flatten())
     explainer = dave_fast.DAVE(model, precision=precision, backend="torch", route=route, noise_alpha=0.5)
-    with pytest.raises(ModelError, match=f"{precision}' needs the engine's GEMMs, but .*Use precision='bf16'"):
+    with pytest.raises(ModelError, match=f"{precision}' needs the engine's GEMMs, but .*Use precision='{advice}'"):
         explainer.explain(ENGINE["vit"].images(1))
 
 
-def test_int8_is_refused_without_the_core_without_its_instructions_and_on_a_gpu(monkeypatch):
+@pytest.mark.parametrize(("has", "advice"), [(True, "bf16"), (False, "fp32")])
+def test_int8_is_refused_without_the_core_without_its_instructions_and_on_a_gpu(monkeypatch, has, advice):
+    monkeypatch.setattr("dave_fast.ops.precision.has_bf16", lambda device: has)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    words = r"precision='int8' was asked for, but {}: use 'bf16', or backend='torch' to see"
+    words = rf"precision='int8' was asked for, but {{}}: use '{advice}', or backend='torch' to see"
     with pytest.raises(InputError, match=words.format("dave-fast multiplies .* CPUs alone, and this is a CUDA")):
         choose_precision("int8", cuda)
     with monkeypatch.context() as patch:
