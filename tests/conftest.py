@@ -83,7 +83,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def emulated_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """int8 is accepted on a CPU without its instructions, where the C++ form emulates them to the bit."""
+    """Accept int8 on a CPU without its instructions, which the C++ form emulates to the bit."""
     monkeypatch.setattr(_ext, "multiplies_bytes", lambda: True)
 
 

@@ -220,9 +220,9 @@ def _check_pnm_header(file: IO[bytes]) -> None:
     file.seek(0)
     head = file.read(_PNM_HEADER)
     file.seek(0)
-    if len(head) < _PNM_HEADER or head[:1] != b"P" or head[1:2] not in b"123456f":
+    if len(head) < _PNM_HEADER or head[:1] != b"P" or head[1:2] not in b"0123456fy":
         return
-    # the magic number, width and height; and but for bitmaps the largest value
+    # the magic number (Pillow's own begin with P0 and Py), width and height; and but for bitmaps the largest value
     numbers = 3 if head[1:2] in b"14" else 4
     if len(re.sub(rb"#[^\r\n]*", b" ", head).split(maxsplit=numbers)) < numbers:
         raise ImageError("its header takes more than 64 KiB; save it without the comments")

@@ -8,7 +8,6 @@ Prints [measured, formula] in bytes for each; measured is the growth of the proc
 import ctypes
 import gc
 import json
-import re
 import sys
 import warnings
 from pathlib import Path
@@ -16,14 +15,10 @@ from pathlib import Path
 import torch
 
 import dave_fast
+from benchmarks.memory import resident
 from dave_fast.engine.memory import choose_storage, explanation_bytes
 from dave_fast.ops import _ext
 from tests.tiny import initial_vit
-
-
-def resident(field):
-    """Return VmRSS or VmHWM of this process in bytes."""
-    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def measure(size, width, depth, precision, backend, n_images, n_samples, rows, n_targets=1, n_blocks=0):

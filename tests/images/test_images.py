@@ -202,10 +202,11 @@ def test_pnm_files_of_any_magic_number_are_read_with_their_comments(tmp_path, co
     assert (rgb(file) == 255).all()
 
 
+@pytest.mark.parametrize("magic", [b"P1", b"P3", b"P6", b"Pf", b"PyRGBA", b"P0CMYK"])
 @pytest.mark.parametrize("comments", [b"# no end" + b"a" * 70_000, b"#\n" * 40_000, b"#\n" * 40_000 + b"1 1 255 aaa"])
-def test_pnm_header_beyond_64_kib_is_refused(tmp_path, comments):
+def test_pnm_header_beyond_64_kib_is_refused(tmp_path, comments, magic):
     file = tmp_path / "a.ppm"
-    file.write_bytes(b"P6 " + comments)
+    file.write_bytes(magic + b" " + comments)
     with pytest.raises(ImageError, match=r"a\.ppm: its header takes more than 64 KiB; save it without the comments"):
         read_image(file)
 
